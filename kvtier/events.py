@@ -1,0 +1,153 @@
+"""Events: what happened, said once. Metrics, logs, recordings and tests are observers of these."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from kvtier.keys import OffloadKey
+from kvtier.types import FailureCause
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksStored:
+    """Blocks became ready in the primary tier, from the device (`source` None) or a tier's promotion."""
+
+    keys: Sequence[OffloadKey]
+    source: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksEvicted:
+    """Blocks left a tier by its policy's choice."""
+
+    tier: str
+    keys: Sequence[OffloadKey]
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksLoaded:
+    """A request took blocks from the primary tier to the device; `by_source` counts blocks per origin tier."""
+
+    req_id: str
+    by_source: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class JobFinished:
+    """A job of a secondary tier was answered: blocks asked, blocks that succeeded, bytes, seconds."""
+
+    tier: str
+    is_promotion: bool
+    num_blocks: int
+    num_successful: int
+    num_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksFailed:
+    """A tier could not serve or store blocks, by cause."""
+
+    tier: str
+    cause: FailureCause
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class CascadeRefused:
+    """A cascade was not taken: `reason` is "admission", "throttled" or "down"."""
+
+    tier: str
+    num_blocks: int
+    reason: str
+
+
+class TierState(Enum):
+    """Health of a secondary tier, as its breaker sees it."""
+
+    STARTING = "starting"
+    UP = "up"
+    DOWN = "down"
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class TierStateChanged:
+    """A tier's health changed; logged once, here."""
+
+    tier: str
+    state: TierState
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequestGaveUp:
+    """A request stopped waiting: `reason` is "deadline", "budget" or "probe"; `num_blocks` answer MISS to it."""
+
+    req_id: str
+    reason: str
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class CacheReset:
+    """The primary tier was forgotten; `quarantined` slots are still under a copy; `epoch` salts the namespace."""
+
+    quarantined: int
+    epoch: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class UnexpectedCall:
+    """A completion, or a tier's result, that nothing waited for: counted, never raised."""
+
+    what: str
+    count: int
+
+
+Event = (
+    BlocksStored
+    | BlocksEvicted
+    | BlocksLoaded
+    | JobFinished
+    | BlocksFailed
+    | CascadeRefused
+    | TierStateChanged
+    | RequestGaveUp
+    | CacheReset
+    | UnexpectedCall
+)
+
+
+class Observer(Protocol):
+    """A sink of events. Called on the engine's thread: return at once, do no I/O, do not raise."""
+
+    def on_event(self, event: Event) -> None:
+        """Take note of one event."""
+        ...
+
+
+class NullObserver:
+    """Takes note of nothing."""
+
+    def on_event(self, event: Event) -> None:
+        """Ignore the event."""
+
+
+class Observers:
+    """Hands each event to several observers, in order."""
+
+    def __init__(self, observers: Sequence[Observer] = ()) -> None:
+        self._observers = list(observers)
+
+    def add(self, observer: Observer) -> None:
+        """Add a sink; it sees the events from now on."""
+        self._observers.append(observer)
+
+    def on_event(self, event: Event) -> None:
+        """Pass the event on."""
+        for observer in self._observers:
+            observer.on_event(event)

@@ -1,0 +1,1 @@
+"""The primary tier: host memory, the only one the device reaches."""

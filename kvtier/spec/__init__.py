@@ -1,0 +1,1 @@
+"""Specs: validated configuration that makes a manager and a worker."""

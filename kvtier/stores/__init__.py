@@ -1,0 +1,1 @@
+"""Stores: blocking bytes, each in one I/O process."""

@@ -1,0 +1,1 @@
+"""The slab: a fixed-slot store on a local disk."""

@@ -1,0 +1,1 @@
+"""Shipped with kvtier: conformance suites, faults and a clock for tests."""

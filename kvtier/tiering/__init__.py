@@ -1,0 +1,1 @@
+"""The tiering manager and the decisions it is made of."""
