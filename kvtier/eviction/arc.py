@@ -1,0 +1,175 @@
+"""ARC: recency and frequency, balanced by what was evicted too early.
+
+N. Megiddo and D. S. Modha, "ARC: A Self-Tuning, Low Overhead Replacement Cache", FAST 2003, figure 4.
+
+Its weakness: p moves by single steps, so that a large cache is slow to follow a workload that changes.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from math import ceil
+
+from kvtier.abc import EvictionPolicy
+from kvtier.errors import InvariantError
+from kvtier.keys import OffloadKey
+
+
+class ARCPolicy(EvictionPolicy):
+    """Adaptive replacement, tail-first within one call.
+
+    Held keys are in T1 (used once) or T2 (used again), evicted ones remembered in B1 or B2; every list runs
+    from its oldest to its most recent key. `p` is the size that T1 should have: a hit in B1 raises it, a hit
+    in B2 lowers it.
+
+    With one key a call (`candidates([x])`, `evict`, `insert([x])`) every decision is the paper's. A batch is
+    that, key by key from its tail, with two liberties: adaptation does not count the ghosts which the
+    batch's own victims became, and ghosts are trimmed once, at its end.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self._t1: OrderedDict[OffloadKey, None] = OrderedDict()
+        self._t2: OrderedDict[OffloadKey, None] = OrderedDict()
+        self._b1: OrderedDict[OffloadKey, None] = OrderedDict()
+        self._b2: OrderedDict[OffloadKey, None] = OrderedDict()
+        self._p = 0.0
+        # Ghosts made since the last insert. The paper adapts p before it replaces, so adaptation leaves them out.
+        self._fresh_b1 = 0
+        self._fresh_b2 = 0
+
+    @property
+    def p(self) -> float:
+        """Size, in keys, that T1 should have: 0 to `capacity`."""
+        return self._p
+
+    def insert(self, keys: Sequence[OffloadKey]) -> None:
+        """Hold `keys`: in T2 those that a ghost remembers, which also adapts p, in T1 the others."""
+        t1, t2, b1, b2 = self._t1, self._t2, self._b1, self._b2
+        for key in reversed(keys):
+            if key in b1:
+                self._p = self._raised(self._p, len(b1) - self._fresh_b1, len(b2) - self._fresh_b2)
+                del b1[key]
+                t2[key] = None
+            elif key in b2:
+                self._p = self._lowered(self._p, len(b1) - self._fresh_b1, len(b2) - self._fresh_b2)
+                del b2[key]
+                t2[key] = None
+            else:
+                t1[key] = None
+        self._fresh_b1 = self._fresh_b2 = 0
+        self._trim_ghosts()
+
+    def touch(self, keys: Sequence[OffloadKey]) -> None:
+        """Make the held ones of `keys` the most recent of T2."""
+        t1, t2 = self._t1, self._t2
+        move_to_end = t2.move_to_end
+        for key in reversed(keys):
+            if key in t2:
+                move_to_end(key)
+            elif key in t1:
+                del t1[key]
+                t2[key] = None
+
+    def evict(self, keys: Sequence[OffloadKey]) -> None:
+        """Stop holding `keys` and remember them: T1's in B1, T2's in B2."""
+        t1, t2, b1, b2 = self._t1, self._t2, self._b1, self._b2
+        fresh_b1 = 0
+        for key in keys:
+            if key in t1:
+                del t1[key]
+                b1[key] = None
+                fresh_b1 += 1
+            else:
+                del t2[key]
+                b2[key] = None
+        self._fresh_b1 += fresh_b1
+        self._fresh_b2 += len(keys) - fresh_b1
+
+    def remove(self, keys: Sequence[OffloadKey]) -> None:
+        """Forget `keys`, as held keys and as ghosts."""
+        for key in keys:
+            for queue in (self._t1, self._t2, self._b1, self._b2):
+                queue.pop(key, None)
+
+    def candidates(self, incoming: Sequence[OffloadKey] = ()) -> Iterator[OffloadKey]:
+        """Yield every held key in the order REPLACE takes them while `incoming` is inserted.
+
+        The n-th victim is the paper's choice for the n-th key from the tail of `incoming`; after those, p stays.
+        """
+        b1, b2 = self._b1, self._b2
+        recent, frequent = iter(self._t1), iter(self._t2)
+        left1, left2 = len(self._t1), len(self._t2)
+        size1, ghosts1, ghosts2, p = left1, len(b1) - self._fresh_b1, len(b2) - self._fresh_b2, self._p
+        for arrival in islice(reversed(incoming), left1 + left2):
+            in_b2 = arrives_in_t1 = False
+            if arrival in b1:
+                p = self._raised(p, ghosts1, ghosts2)
+                ghosts1 -= 1
+            elif arrival in b2:
+                p = self._lowered(p, ghosts1, ghosts2)
+                ghosts2 -= 1
+                in_b2 = True
+            else:
+                arrives_in_t1 = True
+            if left1 and (not left2 or size1 > p or (in_b2 and size1 == p)):
+                left1 -= 1
+                size1 -= 1
+                yield next(recent)
+            else:
+                left2 -= 1
+                yield next(frequent)
+            size1 += arrives_in_t1
+        yield from islice(recent, max(0, ceil(size1 - p)))
+        yield from frequent
+        yield from recent
+
+    def settle(self, keys: Sequence[OffloadKey]) -> None:
+        """Put the held ones of `keys` in tail-first order at the recent end of the list each is in."""
+        t1, t2 = self._t1, self._t2
+        for key in reversed(keys):
+            if key in t1:
+                t1.move_to_end(key)
+            elif key in t2:
+                t2.move_to_end(key)
+
+    def clear(self) -> None:
+        """Forget everything, ghosts and p included."""
+        for queue in (self._t1, self._t2, self._b1, self._b2):
+            queue.clear()
+        self._p = 0.0
+        self._fresh_b1 = self._fresh_b2 = 0
+
+    def __len__(self) -> int:
+        return len(self._t1) + len(self._t2)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._t1 or key in self._t2
+
+    def check_invariants(self) -> None:
+        """Raise InvariantError if lists overlap, outgrow the paper's bounds, or p leaves its range."""
+        lists = (self._t1, self._t2, self._b1, self._b2)
+        total = sum(map(len, lists))
+        if len(set().union(*lists)) != total:
+            raise InvariantError("ARC: a key is in two lists")
+        if len(self) > self.capacity:
+            raise InvariantError(f"ARC holds {len(self)} keys, capacity {self.capacity}")
+        if len(self._t1) + len(self._b1) > self.capacity or total > 2 * self.capacity:
+            raise InvariantError(f"ARC: too many ghosts, lists of {[*map(len, lists)]}, capacity {self.capacity}")
+        if not 0 <= self._p <= self.capacity:
+            raise InvariantError(f"ARC: p={self._p} outside 0 to {self.capacity}")
+
+    def _raised(self, p: float, ghosts1: int, ghosts2: int) -> float:
+        return min(float(self.capacity), p + max(1.0, ghosts2 / max(1, ghosts1)))
+
+    def _lowered(self, p: float, ghosts1: int, ghosts2: int) -> float:
+        return max(0.0, p - max(1.0, ghosts1 / max(1, ghosts2)))
+
+    def _trim_ghosts(self) -> None:
+        t1, t2, b1, b2 = self._t1, self._t2, self._b1, self._b2
+        for _ in range(min(len(b1), len(t1) + len(b1) - self.capacity)):
+            b1.popitem(last=False)
+        for _ in range(min(len(b2), len(t1) + len(t2) + len(b1) + len(b2) - 2 * self.capacity)):
+            b2.popitem(last=False)
