@@ -10,6 +10,7 @@ class ManualClock:
         self._now = start
 
     def __call__(self) -> float:
+        """Return the seconds that the test set."""
         return self._now
 
     def advance(self, seconds: float) -> None:
