@@ -1,0 +1,249 @@
+"""The suite that every eviction policy must pass, kvtier's own and anybody's.
+
+class TestMine(PolicySuite):
+    def make_policy(self, capacity):
+        return MyPolicy(capacity)
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from itertools import islice
+from typing import ClassVar
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvtier.abc import EvictionPolicy
+from kvtier.keys import OffloadKey, make_offload_key
+
+Steps = Sequence[tuple[str, Sequence[int]]]
+"""Calls with the numbers of the keys they name; a step drops what its call may not name."""
+
+_STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(("insert", "insert", "touch", "evict", "remove", "settle", "clear")),
+        st.lists(st.integers(0, 23), unique=True, max_size=6),
+    ),
+    max_size=40,
+)
+
+
+class PolicySuite:
+    """Subclass it, define `make_policy`, and let pytest collect it.
+
+    Attributes:
+        tail_first: whether, of the keys of one `insert`, `touch` or `settle`, the last ones go first. A policy
+            that ignores recency says False.
+    """
+
+    tail_first: ClassVar[bool] = True
+
+    def make_policy(self, capacity: int) -> EvictionPolicy:
+        """Return a new, empty policy for at most `capacity` keys."""
+        raise NotImplementedError
+
+    def test_a_new_policy_holds_nothing(self) -> None:
+        """Empty: no length, no member, no candidate."""
+        policy = self.make_policy(4)
+        assert policy.capacity == 4
+        check_holds(policy, [], absent=keys_of(0, 1))
+
+    def test_holds_exactly_what_was_inserted(self) -> None:
+        """Every inserted key is held, no other."""
+        policy = self.make_policy(8)
+        policy.insert(keys_of(0, 1, 2))
+        check_holds(policy, keys_of(0, 1, 2), absent=keys_of(3))
+        policy.insert(keys_of(3))
+        check_holds(policy, keys_of(0, 1, 2, 3), absent=keys_of(4))
+
+    def test_empty_calls_change_nothing(self) -> None:
+        """A call may name no key at all."""
+        policy = self.make_policy(4)
+        policy.insert(keys_of(0, 1))
+        order = list(policy.candidates())
+        for call in (policy.insert, policy.touch, policy.evict, policy.remove, policy.settle):
+            call(())
+        assert list(policy.candidates()) == order
+        check_holds(policy, keys_of(0, 1))
+
+    def test_candidates_change_nothing(self) -> None:
+        """Iterated again, half way or with other incoming keys, the order is the same."""
+        policy = self.make_policy(6)
+        policy.insert(keys_of(0, 1, 2, 3))
+        policy.touch(keys_of(1))
+        policy.evict(list(islice(policy.candidates(), 1)))
+        incoming = keys_of(*range(8))
+        missing = [key for key in incoming if key not in policy]
+        plain, primed = list(policy.candidates()), list(policy.candidates(missing))
+        list(islice(policy.candidates(missing), 2))
+        assert list(policy.candidates()) == plain
+        assert list(policy.candidates(missing)) == primed
+        assert Counter(primed) == Counter(plain)
+        check_holds(policy, plain)
+
+    def test_touch_ignores_keys_not_held(self) -> None:
+        """A touch neither adds a key nor fails, and counts for the others of its call."""
+        policy = self.make_policy(4)
+        policy.insert(keys_of(0, 1, 2))
+        policy.touch(keys_of(7, 1, 8))
+        policy.settle(keys_of(9, 2))
+        check_holds(policy, keys_of(0, 1, 2), absent=keys_of(7, 8, 9))
+
+    def test_evicted_and_removed_keys_are_gone(self) -> None:
+        """Neither is held; both may come back."""
+        policy = self.make_policy(4)
+        policy.insert(keys_of(0, 1, 2, 3))
+        policy.remove(keys_of(2))
+        victim = next(policy.candidates(keys_of(4)))
+        policy.evict([victim])
+        left = [key for key in keys_of(0, 1, 3) if key != victim]
+        check_holds(policy, left, absent=[*keys_of(2), victim])
+        policy.insert([*keys_of(2), victim])
+        check_holds(policy, [*left, *keys_of(2), victim])
+
+    def test_removed_keys_leave_no_trace(self) -> None:
+        """A policy that held and removed keys behaves like one that never saw them."""
+        marked, fresh = self.make_policy(4), self.make_policy(4)
+        marked.insert(keys_of(10, 11, 12))
+        marked.touch(keys_of(11))
+        marked.remove(keys_of(11, 10, 12))
+        for policy in (marked, fresh):
+            for numbers in ((0, 1), (10, 2), (11,), (12, 3, 4)):
+                admit(policy, keys_of(*numbers))
+        assert list(marked.candidates(keys_of(5))) == list(fresh.candidates(keys_of(5)))
+
+    def test_clear_forgets_everything(self) -> None:
+        """After `clear` a policy behaves like a new one."""
+        used, fresh = self.make_policy(4), self.make_policy(4)
+        for number in range(24):
+            admit(used, keys_of(*{number % 3, number % 8}))
+        used.clear()
+        check_holds(used, [], absent=keys_of(*range(8)))
+        for number in range(24):
+            for policy in (used, fresh):
+                admit(policy, keys_of(*{number % 3, number * number % 8}))
+            assert list(used.candidates(keys_of(99))) == list(fresh.candidates(keys_of(99)))
+
+    def test_equal_histories_give_equal_orders(self) -> None:
+        """No randomness and no dependence on object identity."""
+        orders = []
+        for _ in range(2):
+            policy = self.make_policy(6)
+            for number in range(60):
+                admit(policy, keys_of(number * number % 11, 11 + number % 4))
+            orders.append(list(policy.candidates(keys_of(99))))
+        assert orders[0] == orders[1]
+
+    def test_tail_goes_before_head(self) -> None:
+        """Within the keys of one call the last are the better victims."""
+        if not self.tail_first:
+            return
+        policy = self.make_policy(8)
+        policy.insert(keys_of(0, 1, 2, 3))
+        assert list(policy.candidates()) == keys_of(3, 2, 1, 0)
+        policy.touch(keys_of(0, 1, 2, 3))
+        assert list(policy.candidates()) == keys_of(3, 2, 1, 0)
+        policy.remove(keys_of(0, 1, 2, 3))
+        for number in (4, 5, 6):
+            policy.insert(keys_of(number))
+        policy.settle(keys_of(4, 5, 6))
+        assert list(policy.candidates()) == keys_of(6, 5, 4)
+
+    def test_churn_keeps_memory_bounded(self) -> None:
+        """Whatever is remembered of evicted keys is a small multiple of the capacity."""
+        policy = self.make_policy(16)
+        size = 0
+        for round_number in range(240):
+            admit(policy, keys_of(*range(round_number * 8, round_number * 8 + 8)))
+            admit(policy, keys_of(*range(round_number * 4, round_number * 4 + 2)))
+            if round_number == 80:
+                size = _reachable_keys(policy)
+        assert len(policy) == 16
+        assert _reachable_keys(policy) <= max(size, 8 * policy.capacity) + policy.capacity
+
+    @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
+    @given(capacity=st.integers(1, 12), steps=_STEPS)
+    def test_any_history_agrees_with_a_set(self, capacity: int, steps: Steps) -> None:
+        """Random calls: after each, the policy holds what a plain set holds."""
+        policy, held = self.make_policy(capacity), set[OffloadKey]()
+        for call, numbers in steps:
+            self._apply(policy, held, call, keys_of(*numbers))
+            check_holds(policy, sorted(held), absent=[key for key in keys_of(*range(24)) if key not in held])
+
+    def _apply(self, policy: EvictionPolicy, held: set[OffloadKey], call: str, keys: list[OffloadKey]) -> None:
+        """Make one call on the policy and on the set."""
+        if call == "insert":
+            missing = [key for key in keys if key not in held][: policy.capacity]
+            held.difference_update(make_room(policy, missing))
+            policy.insert(missing)
+            held.update(missing)
+        elif call == "evict":
+            victims = list(islice(policy.candidates(), len(keys)))
+            policy.evict(victims)
+            held.difference_update(victims)
+        elif call == "remove":
+            named = [key for key in keys if key in held]
+            policy.remove(named)
+            held.difference_update(named)
+        elif call == "clear":
+            policy.clear()
+            held.clear()
+        elif call == "touch":
+            policy.touch(keys)
+        else:
+            policy.settle(keys)
+
+
+def keys_of(*numbers: int) -> list[OffloadKey]:
+    """Return one key a number; equal numbers give equal keys."""
+    return [make_offload_key(number.to_bytes(8, "big"), 0) for number in numbers]
+
+
+def make_room(policy: EvictionPolicy, incoming: Sequence[OffloadKey]) -> list[OffloadKey]:
+    """Evict what must go before `incoming` fits, as a tier does; return the victims."""
+    wanted = len(policy) + len(incoming) - policy.capacity
+    victims = list(islice(policy.candidates(incoming), max(0, wanted)))
+    policy.evict(victims)
+    return victims
+
+
+def admit(policy: EvictionPolicy, keys: Sequence[OffloadKey]) -> None:
+    """Use `keys` once: touch what is held, insert the others, as a tier does."""
+    missing = [key for key in keys if key not in policy]
+    policy.touch([key for key in keys if key in policy])
+    make_room(policy, missing)
+    policy.insert(missing)
+    policy.check_invariants()
+
+
+def check_holds(policy: EvictionPolicy, keys: Sequence[OffloadKey], absent: Sequence[OffloadKey] = ()) -> None:
+    """Assert that the policy holds exactly `keys`, says so in every way, and is sound."""
+    assert len(policy) == len(keys)
+    assert all(key in policy for key in keys)
+    assert not any(key in policy for key in absent)
+    for incoming in ((), absent):
+        assert Counter(policy.candidates(incoming)) == Counter(keys)
+    policy.check_invariants()
+
+
+def _reachable_keys(policy: EvictionPolicy) -> int:
+    """Count the bytes objects which the policy's attributes reach, containers and plain objects followed."""
+    seen: set[int] = set()
+    count, todo = 0, list[object]([policy])
+    while todo:
+        found = todo.pop()
+        if id(found) in seen or isinstance(found, type | str | int | float) or callable(found):
+            continue
+        seen.add(id(found))
+        if isinstance(found, bytes):
+            count += 1
+        elif isinstance(found, dict):
+            todo.extend(found.keys())
+            todo.extend(found.values())
+        elif sys.getsizeof(found) and hasattr(found, "__iter__") and found is not policy:
+            todo.extend(found)
+        todo.extend(vars(found).values() if hasattr(found, "__dict__") else ())
+    return count
