@@ -25,8 +25,9 @@ Steps = Sequence[tuple[str, Sequence[int]]]
 _STEPS = st.lists(
     st.tuples(
         st.sampled_from(("insert", "insert", "touch", "evict", "remove", "settle", "clear")),
-        st.lists(st.integers(0, 23), unique=True, max_size=6),
+        st.lists(st.integers(0, 11), unique=True, max_size=6),
     ),
+    min_size=8,  # without it most histories are too short to fill a policy
     max_size=40,
 )
 
@@ -124,7 +125,7 @@ class PolicySuite:
         check_holds(used, [], absent=keys_of(*range(8)))
         for number in range(24):
             for policy in (used, fresh):
-                admit(policy, keys_of(*{number % 3, number * number % 8}))
+                admit(policy, keys_of(*{number % 3, number % 8}))
             assert list(used.candidates(keys_of(99))) == list(fresh.candidates(keys_of(99)))
 
     def test_equal_histories_give_equal_orders(self) -> None:
@@ -165,13 +166,17 @@ class PolicySuite:
         assert _reachable_keys(policy) <= max(size, 8 * policy.capacity) + policy.capacity
 
     @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
-    @given(capacity=st.integers(1, 12), steps=_STEPS)
+    @given(capacity=st.integers(1, 8), steps=_STEPS)
     def test_any_history_agrees_with_a_set(self, capacity: int, steps: Steps) -> None:
         """Random calls: after each, the policy holds what a plain set holds."""
+        self.run_history(capacity, steps)
+
+    def run_history(self, capacity: int, steps: Steps) -> None:
+        """Make the calls and compare with a set after each; for a history worth keeping as a test of its own."""
         policy, held = self.make_policy(capacity), set[OffloadKey]()
         for call, numbers in steps:
             self._apply(policy, held, call, keys_of(*numbers))
-            check_holds(policy, sorted(held), absent=[key for key in keys_of(*range(24)) if key not in held])
+            check_holds(policy, sorted(held), absent=[key for key in keys_of(*range(12)) if key not in held])
 
     def _apply(self, policy: EvictionPolicy, held: set[OffloadKey], call: str, keys: list[OffloadKey]) -> None:
         """Make one call on the policy and on the set."""
