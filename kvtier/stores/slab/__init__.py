@@ -1,1 +1,5 @@
-"""The slab: a fixed-slot store on a local disk."""
+"""A local slab of fixed slots, for the disk tier."""
+
+from kvtier.stores.slab.store import SlabStore
+
+__all__ = ["SlabStore"]

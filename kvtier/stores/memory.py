@@ -1,0 +1,94 @@
+"""A store in this process's memory: the reference for people who write stores."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+from kvtier.abc import BlockStore, StoreContext
+from kvtier.errors import ConfigError
+from kvtier.keys import OffloadKey
+
+
+class MemoryStore(BlockStore):
+    """Opaque values in a dict, least recently used first out, never more than `capacity` bytes.
+
+    Keys and values count; a value that does not fit by itself is refused. Its blocks end with its process.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        """Args: capacity: most bytes of keys and values together."""
+        if capacity < 1:
+            raise ConfigError("capacity", capacity, "a number of bytes, at least 1")
+        self.capacity = capacity
+        self._lock = threading.Lock()
+        self._values: OrderedDict[OffloadKey, bytes] = OrderedDict()
+        self._used_bytes = 0
+
+    @classmethod
+    def open(cls, options: Mapping[str, Any], context: StoreContext) -> Self:
+        """Make an empty store; options: `capacity` (int, bytes)."""
+        return cls(options["capacity"])
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of keys and values held."""
+        return self._used_bytes
+
+    def snapshot(self) -> dict[OffloadKey, bytes]:
+        """Return everything held, least recently used first (for inspection; no use is counted)."""
+        with self._lock:
+            return dict(self._values)
+
+    def contains(self, keys: Sequence[OffloadKey]) -> list[bool]:
+        """Return, per key, whether a value is held."""
+        with self._lock:
+            return [key in self._values for key in keys]
+
+    def write(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
+        """Store copies of the buffers; False for a value larger than the whole capacity."""
+        return [self._write_one(key, bytes(buffer)) for key, buffer in zip(keys, buffers, strict=True)]
+
+    def read_into(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
+        """Fill the buffers; False for an absent value or one of another length."""
+        return [self._read_one(key, buffer) for key, buffer in zip(keys, buffers, strict=True)]
+
+    def delete(self, keys: Sequence[OffloadKey]) -> None:
+        """Forget `keys`."""
+        with self._lock:
+            for key in keys:
+                self._forget(key)
+
+    def close(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._values.clear()
+            self._used_bytes = 0
+
+    def _write_one(self, key: OffloadKey, value: bytes) -> bool:
+        with self._lock:
+            self._forget(key)
+            size = len(key) + len(value)
+            if size > self.capacity:
+                return False
+            while self._used_bytes + size > self.capacity:
+                self._forget(next(iter(self._values)))
+            self._values[key] = value
+            self._used_bytes += size
+            return True
+
+    def _read_one(self, key: OffloadKey, buffer: memoryview) -> bool:
+        with self._lock:
+            value = self._values.get(key)
+            if value is None or len(value) != buffer.nbytes:
+                return False
+            self._values.move_to_end(key)
+        buffer[:] = value
+        return True
+
+    def _forget(self, key: OffloadKey) -> None:
+        value = self._values.pop(key, None)
+        if value is not None:
+            self._used_bytes -= len(key) + len(value)

@@ -1,0 +1,166 @@
+"""The seal: 128 bytes that say what a stored block is, so that a reader can refuse anything else.
+
+Layout, little endian, no padding:
+
+| offset | bytes | field            | meaning                                                            |
+|--------|-------|------------------|--------------------------------------------------------------------|
+| 0      | 4     | magic            | `KVTB`                                                             |
+| 4      | 1     | format version   | `kvtier.namespace.FORMAT_VERSION`                                  |
+| 5      | 1     | key length       | 5 to 68                                                            |
+| 6      | 6     | sequence         | order of writing, for approximate recency after a restart          |
+| 12     | 4     | slot             | place of the block in a slot store; 0 where the key is the place   |
+| 16     | 4     | payload length   | bytes                                                              |
+| 20     | 16    | fingerprint      | of the namespace                                                   |
+| 36     | 16    | payload checksum | XXH3-128, big endian as `digest()` gives it                        |
+| 52     | 68    | key              | padded with zeros                                                  |
+| 120    | 8     | header checksum  | XXH3-64 over the 120 bytes before it                               |
+
+A header of zeros only means "nothing here". Magic and version keep their place in every version; the header
+checksum is looked at after them, since another version may compute it otherwise.
+XXH3: https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+
+from kvtier.errors import KeyFormatError
+from kvtier.keys import MAX_KEY_BYTES, MIN_KEY_BYTES, OffloadKey
+from kvtier.namespace import FORMAT_VERSION, Namespace
+from kvtier.types import FailureCause
+
+MAGIC = b"KVTB"
+HEADER_BYTES = 128
+CHECKED_BYTES = 120
+"""Bytes of the header that its own checksum covers."""
+MAX_SLOT = 2**32 - 1
+MAX_PAYLOAD_BYTES = 2**32 - 1
+
+_BODY = struct.Struct("<4sBB6sII16s16s68s")
+_HEADER_CHECKSUM = struct.Struct("<Q")
+_NOTHING = bytes(HEADER_BYTES)
+
+HEADER_DTYPE = np.dtype(
+    [
+        ("magic", "S4"),
+        ("version", "u1"),
+        ("key_length", "u1"),
+        ("sequence_low", "<u4"),
+        ("sequence_high", "<u2"),
+        ("slot", "<u4"),
+        ("payload_length", "<u4"),
+        ("fingerprint", "V16"),
+        ("payload_checksum", "V16"),
+        ("key", "V68"),
+        ("header_checksum", "<u8"),
+    ]
+)
+"""The same layout for reading many headers at once."""
+
+
+class Record(NamedTuple):
+    """What a valid header of this namespace says."""
+
+    key: OffloadKey
+    slot: int
+    payload_bytes: int
+    sequence: int
+    payload_checksum: bytes
+
+
+def header_checksum(header: bytes | memoryview) -> int:
+    """Return the checksum that belongs at the end of `header` (at least its first 120 bytes)."""
+    return xxhash.xxh3_64_intdigest(header[:CHECKED_BYTES])
+
+
+def _payload_checksum(payload: bytes | bytearray | memoryview) -> bytes:
+    """Return the 16 bytes that vouch for a payload: the one place where a keyed digest would come in."""
+    return xxhash.xxh3_128_digest(payload)
+
+
+class Seal:
+    """Makes and checks the headers of one namespace. Threads may share it.
+
+    A key, or a header of another length than 128 bytes, that cannot belong to any block is an error of the
+    caller on the way out and a corrupt block on the way in.
+    """
+
+    def __init__(self, namespace: Namespace) -> None:
+        self.fingerprint = namespace.fingerprint
+        self._sequence = itertools.count(1)
+
+    def continue_after(self, sequence: int) -> None:
+        """Number the next seals above `sequence`; called before the first seal, by who recovers."""
+        self._sequence = itertools.count(sequence + 1)
+
+    def seal(self, key: OffloadKey, payload: bytes | bytearray | memoryview, slot: int = 0) -> bytes:
+        """Return the 128-byte header of `payload` stored under `key` at `slot`.
+
+        Raises:
+            KeyFormatError: the key has a length that no key has.
+            ValueError: slot or payload length above 2**32 - 1.
+        """
+        if not MIN_KEY_BYTES <= len(key) <= MAX_KEY_BYTES:
+            raise KeyFormatError(f"key of {len(key)} bytes: {MIN_KEY_BYTES} to {MAX_KEY_BYTES} allowed")
+        if not 0 <= slot <= MAX_SLOT or len(payload) > MAX_PAYLOAD_BYTES:
+            raise ValueError(f"slot={slot}, payload of {len(payload)} bytes: both up to 2**32 - 1 allowed")
+        body = _BODY.pack(
+            MAGIC,
+            FORMAT_VERSION,
+            len(key),
+            next(self._sequence).to_bytes(6, "little"),
+            slot,
+            len(payload),
+            self.fingerprint,
+            _payload_checksum(payload),
+            key,
+        )
+        return body + _HEADER_CHECKSUM.pack(header_checksum(body))
+
+    def parse(self, header: bytes | bytearray | memoryview) -> Record | FailureCause:
+        """Return what a header says, without its payload, or why it says nothing to this namespace.
+
+        Returns:
+            ABSENT (zeros only), OLD_FORMAT (another version), CORRUPT or FOREIGN (another namespace) on failure.
+        """
+        header = bytes(header)
+        if header == _NOTHING:
+            return FailureCause.ABSENT
+        if len(header) != HEADER_BYTES or header[:4] != MAGIC:
+            return FailureCause.CORRUPT
+        if header[4] != FORMAT_VERSION:
+            return FailureCause.OLD_FORMAT
+        if _HEADER_CHECKSUM.unpack_from(header, CHECKED_BYTES)[0] != header_checksum(header):
+            return FailureCause.CORRUPT
+        _, _, key_length, sequence, slot, length, fingerprint, checksum, key = _BODY.unpack_from(header)
+        if fingerprint != self.fingerprint:
+            return FailureCause.FOREIGN
+        if not MIN_KEY_BYTES <= key_length <= MAX_KEY_BYTES:
+            return FailureCause.CORRUPT
+        return Record(OffloadKey(key[:key_length]), slot, length, int.from_bytes(sequence, "little"), checksum)
+
+    def verify(
+        self,
+        header: bytes | bytearray | memoryview,
+        key: OffloadKey,
+        payload: bytes | bytearray | memoryview,
+        slot: int = 0,
+    ) -> FailureCause | None:
+        """Return None if `payload` is what was sealed under `key` at `slot` in this namespace, else the cause.
+
+        Returns:
+            As `parse`; also FOREIGN for a block of another key or slot, CORRUPT for another payload.
+        """
+        record = self.parse(header)
+        if isinstance(record, FailureCause):
+            return record
+        if record.key != key or record.slot != slot:
+            return FailureCause.FOREIGN
+        if record.payload_bytes != len(payload) or record.payload_checksum != _payload_checksum(payload):
+            return FailureCause.CORRUPT
+        return None

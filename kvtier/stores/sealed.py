@@ -1,0 +1,162 @@
+"""Any plain `BlockStore`, sealed: what comes back is what went in, or nothing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self, TypeVar
+
+from kvtier.abc import BlockStore, StoreContext
+from kvtier.errors import StoreError
+from kvtier.keys import OffloadKey
+from kvtier.stores.seal import HEADER_BYTES, Seal
+from kvtier.types import FailureCause
+
+BOUNCE_BYTES = 16 << 20
+"""Most bytes of private memory one thread uses; a larger batch goes through it in parts."""
+
+_Answer = TypeVar("_Answer")
+
+
+class _Bounce(threading.local):
+    """One thread's private memory."""
+
+    def __init__(self) -> None:
+        self.memory = bytearray()
+
+
+class SealedStore(BlockStore):
+    """Puts a header before every value and checks it on the way back.
+
+    Values pass through private memory: a caller's buffer is written only after its value has verified.
+    A value that fails is counted in `context.failures` and deleted. Whatever the inner store raises, or answers
+    against its contract, becomes a StoreError here.
+    """
+
+    seals_itself = True
+
+    def __init__(self, inner: BlockStore, context: StoreContext) -> None:
+        """Args: inner: a store of opaque values; this one closes it."""
+        self.inner = inner
+        self._failures = context.failures
+        self._block_bytes = context.block_bytes
+        self._value_bytes = HEADER_BYTES + context.block_bytes
+        self._seal = Seal(context.namespace)
+        self._bounce = _Bounce()
+
+    @classmethod
+    def open(cls, options: Mapping[str, Any], context: StoreContext) -> Self:
+        """Open `options["store"]`, a BlockStore class, with the remaining options, and seal it."""
+        inner_options = {name: value for name, value in options.items() if name != "store"}
+        return cls(options["store"].open(inner_options, context), context)
+
+    def contains(self, keys: Sequence[OffloadKey]) -> list[bool]:
+        """Return what the inner store says; nothing is verified before it is read."""
+        return self._answers(keys, lambda: self.inner.contains(keys), count=False)
+
+    def write(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
+        """Store header and payload; False for a buffer that is not `block_bytes` long, too."""
+        return self._in_parts(keys, buffers, self._write_part)
+
+    def read_into(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
+        """Fill buffers with verified payloads; a buffer whose result is False is untouched."""
+        return self._in_parts(keys, buffers, self._read_part)
+
+    def delete(self, keys: Sequence[OffloadKey]) -> None:
+        """Forget `keys`."""
+        self._guarded(keys, lambda: self.inner.delete(keys))
+
+    def close(self) -> None:
+        """Close the inner store."""
+        self._guarded((), self.inner.close)
+
+    def _in_parts(
+        self,
+        keys: Sequence[OffloadKey],
+        buffers: Sequence[memoryview],
+        move: Callable[[Sequence[OffloadKey], Sequence[memoryview]], list[bool]],
+    ) -> list[bool]:
+        """Call `move` for the pairs of the right length, as many at once as the bounce memory holds."""
+        if len(keys) != len(buffers):
+            raise StoreError(f"{len(keys)} keys and {len(buffers)} buffers")
+        results = [False] * len(keys)
+        fitting = [index for index, buffer in enumerate(buffers) if buffer.nbytes == self._block_bytes]
+        if len(fitting) < len(keys):
+            self._failures.count(FailureCause.IO_ERROR, len(keys) - len(fitting))
+        step = max(1, BOUNCE_BYTES // self._value_bytes)
+        for start in range(0, len(fitting), step):
+            part = fitting[start : start + step]
+            moved = move([keys[index] for index in part], [buffers[index] for index in part])
+            for index, result in zip(part, moved, strict=True):
+                results[index] = result
+        return results
+
+    def _write_part(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
+        values = self._values(len(keys))
+        for key, buffer, value in zip(keys, buffers, values, strict=True):
+            value[HEADER_BYTES:] = buffer
+            value[:HEADER_BYTES] = self._seal.seal(key, value[HEADER_BYTES:])
+        return self._answers(keys, lambda: self.inner.write(keys, values))
+
+    def _read_part(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
+        values = self._values(len(keys))
+        found = self._answers(keys, lambda: self.inner.read_into(keys, values))
+        results = []
+        broken: dict[OffloadKey, FailureCause] = {}
+        for key, buffer, value, filled in zip(keys, buffers, values, found, strict=True):
+            payload = value[HEADER_BYTES:]
+            cause = self._seal.verify(value[:HEADER_BYTES], key, payload) if filled else FailureCause.ABSENT
+            if cause is None:
+                buffer[:] = payload
+            else:
+                broken[key] = cause
+            results.append(cause is None)
+        if broken:
+            self._discard(broken)
+        return results
+
+    def _discard(self, broken: dict[OffloadKey, FailureCause]) -> None:
+        """Count what failed and delete what is there; a value that would not fill its buffer is corrupt."""
+        absent = [key for key, cause in broken.items() if cause is FailureCause.ABSENT]
+        for key, held in zip(absent, self.contains(absent) if absent else (), strict=True):
+            if held:
+                broken[key] = FailureCause.CORRUPT
+        for cause in broken.values():
+            self._failures.count(cause)
+        doomed = [key for key, cause in broken.items() if cause is not FailureCause.ABSENT]
+        if doomed:
+            self.delete(doomed)
+
+    def _values(self, count: int) -> list[memoryview]:
+        """Return `count` value-sized pieces of this thread's private memory, their headers zeroed."""
+        if len(self._bounce.memory) < count * self._value_bytes:
+            self._bounce.memory = bytearray(count * self._value_bytes)
+        memory = memoryview(self._bounce.memory)
+        starts = range(0, count * self._value_bytes, self._value_bytes)
+        for start in starts:
+            memory[start : start + HEADER_BYTES] = bytes(HEADER_BYTES)
+        return [memory[start : start + self._value_bytes] for start in starts]
+
+    def _answers(
+        self, keys: Sequence[OffloadKey], call: Callable[[], Sequence[bool]], count: bool = True
+    ) -> list[bool]:
+        """Return one bool a key from the inner store, whatever it does."""
+
+        def checked() -> list[bool]:
+            answers = [bool(answer) for answer in call()]
+            if len(answers) != len(keys):
+                raise StoreError(f"{type(self.inner).__name__} gave {len(answers)} answers for {len(keys)} keys")
+            return answers
+
+        return self._guarded(keys if count else (), checked)
+
+    def _guarded(self, keys: Sequence[OffloadKey], call: Callable[[], _Answer]) -> _Answer:
+        """Run a call of the inner store; its errors are counted for `keys` and leave as StoreError."""
+        try:
+            return call()
+        except StoreError:
+            self._failures.count(FailureCause.IO_ERROR, len(keys))
+            raise
+        except Exception as error:
+            self._failures.count(FailureCause.IO_ERROR, len(keys))
+            raise StoreError(f"{type(self.inner).__name__}: {type(error).__name__}: {error}") from error

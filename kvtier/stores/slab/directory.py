@@ -1,0 +1,173 @@
+"""The directory of a slab: its lock, its owner, the namespaces in it, and the bytes they take together.
+
+DIR/lock                        held (flock) as long as a process uses the directory; names its pid
+DIR/<fingerprint>/              one folder a namespace, 32 hexadecimal digits
+    namespace.json              what the fingerprint stands for; its time of change is the last use
+    headers, data-00000 ...     see `headers.py` and `segments.py`
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from kvtier.errors import StoreError, StoreUnavailableError
+from kvtier.namespace import Namespace
+
+logger = logging.getLogger(__name__)
+
+LOCK_NAME = "lock"
+DESCRIPTION_NAME = "namespace.json"
+DIRECTORY_MODE = 0o700
+FILE_MODE = 0o600
+_FINGERPRINT = re.compile(r"[0-9a-f]{32}")
+
+
+def open_private(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
+    """Open a file that only its owner may read; symbolic links are refused. Returns a descriptor."""
+    return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
+
+
+def used_bytes(folder: Path) -> int:
+    """Return the bytes that a folder and the files in it take from the filesystem."""
+    total = folder.stat().st_blocks * 512
+    for path in folder.iterdir():
+        total += path.lstat().st_blocks * 512
+    return total
+
+
+class SlabDirectory:
+    """A directory that this process alone uses, until `close` or its end.
+
+    Children that inherit `lock_descriptor` keep the lock after this process has ended.
+    """
+
+    def __init__(self, path: Path, namespace: Namespace, lock_descriptor: int) -> None:
+        self.path = path
+        self.lock_descriptor = lock_descriptor
+        self.namespace_path = path / namespace.fingerprint.hex()
+        self._description = namespace.describe()
+
+    @classmethod
+    def open(cls, path: Path, namespace: Namespace) -> SlabDirectory:
+        """Make the directory if it is missing, and take it.
+
+        Raises:
+            StoreUnavailableError: held by another process, of another owner, not a slab, or not usable at all.
+        """
+        try:
+            lock_descriptor = _take(path)
+        except OSError as error:
+            raise StoreUnavailableError(f"{path}: {error.strerror}") from error
+        directory = cls(path, namespace, lock_descriptor)
+        try:
+            directory._enter_namespace()
+        except OSError as error:
+            directory.close()
+            raise StoreUnavailableError(f"{path}: {error.strerror}") from error
+        return directory
+
+    def close(self) -> None:
+        """Note the time of the last use and release the lock."""
+        try:
+            os.utime(self.namespace_path / DESCRIPTION_NAME)
+        except OSError as error:
+            logger.warning("%s: cannot note its last use: %s", self.namespace_path, error.strerror)
+        os.close(self.lock_descriptor)
+
+    def check_present(self) -> None:
+        """Raise StoreError if the directory was removed under us."""
+        if os.fstat(self.lock_descriptor).st_nlink == 0:
+            raise StoreError(f"{self.path}: the directory was removed while in use")
+
+    def others(self) -> list[Path]:
+        """Return the folders of other namespaces, least recently used first."""
+        return sorted(self._other_folders(), key=_last_use)
+
+    def give_way(self, own_bytes: int, capacity: int) -> None:
+        """Delete other namespaces, least recently used first, until they and `own_bytes` keep to `capacity`."""
+        others = self.others()
+        sizes = {folder: used_bytes(folder) for folder in others}
+        total = own_bytes + sum(sizes.values())
+        for folder in others:
+            if total <= capacity:
+                return
+            shutil.rmtree(folder)
+            total -= sizes[folder]
+            logger.info("%s: deleted, another namespace needs its space", folder)
+
+    def _enter_namespace(self) -> None:
+        """Make this namespace's folder, and delete folders that no engine can use again."""
+        for folder in self._other_folders():
+            if _is_past(folder):
+                shutil.rmtree(folder)
+                logger.info("%s: deleted, it can never be used again", folder)
+        self.namespace_path.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
+        descriptor = open_private(self.namespace_path / DESCRIPTION_NAME, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        with open(descriptor, "w", encoding="utf-8") as description:
+            description.write(self._description)
+
+    def _other_folders(self) -> Iterator[Path]:
+        for path in self.path.iterdir():
+            if _FINGERPRINT.fullmatch(path.name) and path != self.namespace_path and not path.is_symlink():
+                yield path
+
+
+def _take(path: Path) -> int:
+    """Make `path` ours: private and locked. Returns the lock's descriptor."""
+    path.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
+    status = path.stat()
+    if status.st_uid != os.geteuid():
+        raise StoreUnavailableError(f"{path}: belongs to user {status.st_uid}, not to {os.geteuid()}")
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        names = os.listdir(path)
+        if names and LOCK_NAME not in names:
+            raise StoreUnavailableError(f"{path}: others may open it, and it is neither empty nor a slab")
+        path.chmod(DIRECTORY_MODE)
+    descriptor = open_private(path / LOCK_NAME)
+    try:
+        _lock(path, descriptor)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _lock(path: Path, descriptor: int) -> None:
+    """Lock `descriptor` and write our pid into it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise
+        holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+        raise StoreUnavailableError(
+            f"{path}: held by another process" + (f" (pid {holder})" if holder else "")
+        ) from error
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+
+
+def _last_use(folder: Path) -> float:
+    """Return when a namespace was last opened or closed; 0 for one without a description."""
+    try:
+        return (folder / DESCRIPTION_NAME).stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _is_past(folder: Path) -> bool:
+    """Return whether a folder is of an epoch that has ended, or an unfinished one."""
+    try:
+        description = json.loads((folder / DESCRIPTION_NAME).read_bytes())
+        return bool(description["epoch"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return True

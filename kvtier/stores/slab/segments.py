@@ -1,0 +1,161 @@
+"""The data files of a slab: payloads at fixed places, space taken when it is first needed."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from kvtier.stores.slab.directory import open_private
+from kvtier.stores.slab.geometry import SlabGeometry
+from kvtier.stores.slab.vectored import PAGE_BYTES, read_fully, write_fully
+
+logger = logging.getLogger(__name__)
+
+NO_SPACE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_NO_FALLOCATE = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV})
+_PREFIX = "data-"
+
+
+class Segments:
+    """Data files `data-00000`, ... of one namespace. Threads may share it.
+
+    Direct I/O where filesystem, block size and buffers allow it, the page cache elsewhere.
+    Every error of the system is an OSError.
+    """
+
+    def __init__(
+        self, folder: Path, geometry: SlabGeometry, make_room: Callable[[Sequence[int]], None], min_free: int = 0
+    ) -> None:
+        """Args:
+        make_room: called before the files grow, with the lengths they will have.
+        min_free: bytes of the filesystem that stay free.
+        """
+        self._folder = folder
+        self._geometry = geometry
+        self._make_room = make_room
+        self._min_free = min_free
+        self._lock = threading.Lock()
+        self._descriptors: dict[tuple[int, bool], int] = {}
+        self._direct = geometry.block_bytes % PAGE_BYTES == 0
+        self.lengths = [0] * geometry.num_segments
+        """Bytes of each data file that are backed."""
+
+    def fit(self) -> None:
+        """Cut what lies beyond the geometry and learn how long the files are."""
+        for path in self._folder.glob(f"{_PREFIX}*"):
+            number = path.name.removeprefix(_PREFIX)
+            length = self._geometry.segment_bytes(int(number)) if number.isdecimal() else 0
+            if not length:
+                path.unlink()
+                continue
+            if path.lstat().st_size > length:
+                os.truncate(path, length)
+            self.lengths[int(number)] = path.lstat().st_size
+
+    @property
+    def direct(self) -> bool:
+        """Whether page-aligned buffers bypass the page cache."""
+        return self._direct
+
+    def reserve(self, segment: int, end: int) -> None:
+        """Take space up to offset `end` of a segment: a whole step of growth, or just what is needed.
+
+        Raises:
+            OSError: ENOSPC when there is no space, or less than `min_free` would remain.
+        """
+        if self.lengths[segment] >= end:
+            return
+        with self._lock:
+            length = self.lengths[segment]
+            if length >= end:
+                return
+            grown = self._geometry.grown_bytes(segment, end)
+            try:
+                self._grow(segment, length, grown)
+            except OSError as error:
+                if error.errno not in NO_SPACE_ERRORS or grown == end:
+                    raise
+                self._grow(segment, length, end)
+
+    def write(self, segment: int, offset: int, buffers: Sequence[memoryview], aligned: bool) -> int:
+        """Write payloads side by side; return the bytes written."""
+        return self._transfer(write_fully, segment, offset, buffers, aligned)
+
+    def read(self, segment: int, offset: int, buffers: Sequence[memoryview], aligned: bool) -> int:
+        """Read payloads side by side; return the bytes read, fewer at the end of the file."""
+        return self._transfer(read_fully, segment, offset, buffers, aligned)
+
+    def close(self) -> None:
+        """Close the files."""
+        with self._lock:
+            descriptors, self._descriptors = self._descriptors, {}
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+
+    def _transfer(
+        self,
+        call: Callable[[int, Sequence[memoryview], int], int],
+        segment: int,
+        offset: int,
+        buffers: Sequence[memoryview],
+        aligned: bool,
+    ) -> int:
+        if aligned and self._direct:
+            try:
+                return call(self._descriptor(segment, direct=True), buffers, offset)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._stop_direct(error)
+        return call(self._descriptor(segment, direct=False), buffers, offset)
+
+    def _stop_direct(self, error: OSError) -> None:
+        with self._lock:
+            stopped, self._direct = self._direct, False
+        if stopped:
+            logger.warning("%s: no direct I/O here (%s), using the page cache", self._folder, error.strerror)
+
+    def _descriptor(self, segment: int, direct: bool) -> int:
+        descriptor = self._descriptors.get((segment, direct))
+        if descriptor is None:
+            with self._lock:
+                descriptor = self._open(segment, direct)
+        return descriptor
+
+    def _open(self, segment: int, direct: bool) -> int:
+        """Return the descriptor of a segment, opened at the first call; the lock is held."""
+        descriptor = self._descriptors.get((segment, direct))
+        if descriptor is None:
+            flags = os.O_RDWR | os.O_CREAT | (os.O_DIRECT if direct else 0)
+            descriptor = open_private(self._folder / f"{_PREFIX}{segment:05d}", flags)
+            self._descriptors[segment, direct] = descriptor
+        return descriptor
+
+    def _grow(self, segment: int, length: int, grown: int) -> None:
+        """Back a data file from `length` to `grown` bytes; after an error it is as long as before."""
+        lengths = [*self.lengths[:segment], grown, *self.lengths[segment + 1 :]]
+        self._make_room(lengths)
+        status = os.statvfs(self._folder)
+        if status.f_bavail * status.f_frsize < grown - length + self._min_free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        descriptor = self._open(segment, direct=False)
+        try:
+            allocate(descriptor, length, grown)
+        except OSError:
+            os.ftruncate(descriptor, length)
+            raise
+        self.lengths[segment] = grown
+
+
+def allocate(descriptor: int, start: int, end: int) -> None:
+    """Back bytes `start` to `end` of a file with space, or only lengthen it where the filesystem cannot."""
+    try:
+        os.posix_fallocate(descriptor, start, end - start)
+    except OSError as error:
+        if error.errno not in _NO_FALLOCATE:
+            raise
+        os.ftruncate(descriptor, end)

@@ -1,0 +1,261 @@
+"""A slab on a local filesystem: payloads at fixed places, a record of 128 bytes beside each.
+
+A block is its payload, written first, and its record, written after. At any moment a process may be killed, a
+file cut, or a bit flipped: the record then does not match the payload, and the slot is a miss.
+Nothing is synchronised to the device; a power cut may cost the last seconds, never a wrong byte.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from kvtier.abc import SlotStore, StoreContext
+from kvtier.errors import StoreError, StoreUnavailableError
+from kvtier.keys import OffloadKey
+from kvtier.stores.seal import HEADER_BYTES, Seal
+from kvtier.stores.slab.directory import SlabDirectory
+from kvtier.stores.slab.geometry import SlabGeometry
+from kvtier.stores.slab.headers import HeaderFile, Inventory, batches
+from kvtier.stores.slab.runs import Run, coalesce
+from kvtier.stores.slab.segments import NO_SPACE_ERRORS, Segments
+from kvtier.stores.slab.vectored import is_page_aligned
+from kvtier.types import FailureCause
+
+logger = logging.getLogger(__name__)
+
+
+class SlabStore(SlotStore):
+    """Blocks of one namespace in a directory that this process alone uses."""
+
+    def __init__(
+        self, directory: SlabDirectory, geometry: SlabGeometry, capacity: int, min_free: int, context: StoreContext
+    ) -> None:
+        """Args: directory: taken; the store closes it, also when this raises OSError."""
+        self._directory = directory
+        self._geometry = geometry
+        self._capacity = capacity
+        self._seal = Seal(context.namespace)
+        self._failures = context.failures
+        self._logged: set[int | None] = set()
+        folder = directory.namespace_path
+        self._segments = Segments(folder, geometry, self._make_room, min_free)
+        try:
+            self._segments.fit()
+            self._make_room(self._segments.lengths)
+            self._headers = HeaderFile(folder / "headers", geometry)
+        except OSError:
+            directory.close()
+            raise
+
+    @classmethod
+    def open(cls, options: Mapping[str, Any], context: StoreContext) -> Self:
+        """Open a directory.
+
+        Args:
+            options: `path`; `capacity`, bytes that everything in the directory takes together, at most;
+                `min_free`, bytes that stay free on the filesystem (default 0).
+
+        Raises:
+            ConfigError: the capacity does not hold one block.
+            StoreUnavailableError: the directory is held by another process, foreign, or not writable.
+        """
+        geometry = SlabGeometry.of(options["capacity"], context.block_bytes)
+        path = Path(options["path"])
+        directory = SlabDirectory.open(path, context.namespace)
+        try:
+            return cls(directory, geometry, options["capacity"], options.get("min_free", 0), context)
+        except OSError as error:
+            raise StoreUnavailableError(f"{path}: {error.strerror}") from error
+
+    @property
+    def num_slots(self) -> int:
+        """Slots that fit the capacity."""
+        return self._geometry.num_slots
+
+    @property
+    def lock_descriptor(self) -> int:
+        """Descriptor whose lock holds the directory; a child that inherits it holds it, too."""
+        return self._directory.lock_descriptor
+
+    @property
+    def direct(self) -> bool:
+        """Whether page-aligned buffers bypass the page cache."""
+        return self._segments.direct
+
+    def recover(self) -> Iterator[tuple[Sequence[int], Sequence[OffloadKey]]]:
+        """Read the records; return batches of (slots, keys), oldest first.
+
+        Records that are broken, foreign, superseded, or without payload are emptied.
+
+        Raises:
+            StoreError: the records cannot be read.
+        """
+        try:
+            inventory = self._headers.take_inventory(self._seal)
+            self._seal.continue_after(max(inventory.sequences, default=0))
+            latest = self._latest(inventory)
+            self._headers.clear(inventory.broken)
+        except OSError as error:
+            raise StoreError(f"{self._directory.path}: {error.strerror}") from error
+        for cause, count in inventory.causes.items():
+            self._failures.count(cause, count)
+        return batches(inventory, latest)
+
+    def write(self, slots: Sequence[int], keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
+        """Replace what the slots hold; False with the cause counted where that failed.
+
+        Raises:
+            StoreError: the directory was removed.
+        """
+        results = [False] * len(slots)
+        for run in self._runs(slots, buffers):
+            self._write_run(run, keys, buffers, results)
+        return results
+
+    def read_into(self, slots: Sequence[int], keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
+        """Fill the buffers; False with the cause counted for what does not verify, which is then emptied.
+
+        Raises:
+            StoreError: the directory was removed.
+        """
+        results = [False] * len(slots)
+        for run in self._runs(slots, buffers):
+            self._read_run(run, keys, buffers, results)
+        return results
+
+    def close(self) -> None:
+        """Close the files and release the directory."""
+        self._segments.close()
+        self._headers.close()
+        self._directory.close()
+
+    def _make_room(self, lengths: Sequence[int]) -> None:
+        """Let other namespaces give way to data files of these lengths."""
+        self._directory.give_way(self._geometry.cost_bytes(lengths), self._capacity)
+
+    def _latest(self, inventory: Inventory) -> list[int]:
+        """Return positions of the records to keep, by sequence; reject the others."""
+        ends = self._segments.lengths
+        order = sorted(range(len(inventory.slots)), key=inventory.sequences.__getitem__)
+        backed = []
+        for position in order:
+            slot = inventory.slots[position]
+            segment, offset = self._geometry.locate(slot)
+            if offset + self._geometry.block_bytes <= ends[segment]:
+                backed.append(position)
+            else:
+                inventory.reject(slot, FailureCause.CORRUPT)
+        by_key = {inventory.keys[position]: position for position in backed}
+        if len(by_key) == len(backed):
+            return backed
+        kept = set(by_key.values())
+        inventory.broken += [inventory.slots[position] for position in backed if position not in kept]
+        return [position for position in backed if position in kept]
+
+    def _runs(self, slots: Sequence[int], buffers: Sequence[memoryview]) -> list[Run]:
+        """Return the runs over the slots and buffers that can be served at all; count the others."""
+        self._directory.check_present()
+        if not self._headers.present:
+            raise StoreError(f"{self._directory.namespace_path}: the headers were removed while in use")
+        usable = [
+            position
+            for position, (slot, buffer) in enumerate(zip(slots, buffers, strict=True))
+            if 0 <= slot < self._geometry.num_slots
+            and buffer.nbytes == self._geometry.block_bytes
+            and buffer.c_contiguous
+        ]
+        if len(usable) < len(slots):
+            self._failures.count(FailureCause.IO_ERROR, len(slots) - len(usable))
+        aligned = [False] * len(slots)
+        for position in usable:
+            aligned[position] = is_page_aligned(buffers[position])
+        return coalesce(slots, usable, aligned, self._geometry)
+
+    def _write_run(
+        self, run: Run, keys: Sequence[OffloadKey], buffers: Sequence[memoryview], results: list[bool]
+    ) -> None:
+        block_bytes = self._geometry.block_bytes
+        payloads = [buffers[position] for position in run.positions]
+        records = [
+            self._seal.seal(keys[position], payload, run.slot + index)
+            for index, (position, payload) in enumerate(zip(run.positions, payloads, strict=True))
+        ]
+        try:
+            self._segments.reserve(run.segment, run.offset + len(payloads) * block_bytes)
+            written = self._segments.write(run.segment, run.offset, payloads, run.aligned) // block_bytes
+            self._headers.write(run.slot, b"".join(records[:written]))
+        except OSError as error:
+            self._write_singly(run, keys, buffers, results, error)
+            return
+        for position in run.positions[:written]:
+            results[position] = True
+        if written < len(payloads):
+            self._failures.count(FailureCause.IO_ERROR, len(payloads) - written)
+
+    def _write_singly(
+        self,
+        run: Run,
+        keys: Sequence[OffloadKey],
+        buffers: Sequence[memoryview],
+        results: list[bool],
+        error: OSError,
+    ) -> None:
+        """Save what can be saved of a run that failed: its slots one by one, until there is no space."""
+        if len(run.positions) == 1:
+            self._fail(error)
+            return
+        for index, single in enumerate(run.split(self._geometry.block_bytes)):
+            self._write_run(single, keys, buffers, results)
+            if error.errno in NO_SPACE_ERRORS and not results[single.positions[0]]:
+                self._fail(error, len(run.positions) - index - 1)
+                return
+
+    def _read_run(
+        self, run: Run, keys: Sequence[OffloadKey], buffers: Sequence[memoryview], results: list[bool]
+    ) -> None:
+        block_bytes = self._geometry.block_bytes
+        payloads = [buffers[position] for position in run.positions]
+        try:
+            filled = self._segments.read(run.segment, run.offset, payloads, run.aligned) // block_bytes
+            records = self._headers.read(run.slot, len(payloads))
+        except OSError as error:
+            if len(payloads) == 1:
+                self._fail(error)
+                return
+            for single in run.split(block_bytes):
+                self._read_run(single, keys, buffers, results)
+            return
+        broken = []
+        for index, (position, payload) in enumerate(zip(run.positions, payloads, strict=True)):
+            record = records[index * HEADER_BYTES : (index + 1) * HEADER_BYTES]
+            cause = self._seal.verify(record, keys[position], payload, run.slot + index)
+            if cause is None and index >= filled:
+                cause = FailureCause.CORRUPT
+            results[position] = cause is None
+            if cause is not None:
+                self._failures.count(cause)
+                broken.append(run.slot + index)
+        self._empty(broken)
+
+    def _empty(self, slots: Sequence[int]) -> None:
+        """Empty the records of slots that failed verification."""
+        try:
+            self._headers.clear(slots)
+        except OSError as error:
+            self._log(error)
+
+    def _fail(self, error: OSError, blocks: int = 1) -> None:
+        """Count blocks that an error of the system cost."""
+        if blocks:
+            cause = FailureCause.NO_SPACE if error.errno in NO_SPACE_ERRORS else FailureCause.IO_ERROR
+            self._failures.count(cause, blocks)
+        self._log(error)
+
+    def _log(self, error: OSError) -> None:
+        """Say once what went wrong."""
+        if error.errno not in self._logged:
+            self._logged.add(error.errno)
+            logger.warning("%s: %s", self._directory.path, error.strerror)
