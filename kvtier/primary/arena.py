@@ -1,0 +1,230 @@
+"""The primary arena: one shared, page-aligned mapping of equal blocks, and a control page behind them."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from kvtier.errors import CapacityError, ConfigError
+from kvtier.primary.memory_limit import check_memory
+from kvtier.sizes import format_size
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in total)."""
+
+CONTROL_BYTES = mmap.PAGESIZE
+MAX_RANKS = 256
+_SLICE_BYTES = 64 * 1024**2
+_MADV_HUGEPAGE = 14
+_MADV_POPULATE_WRITE = 23
+"""Linux 5.14: map and touch pages at once, reporting an error where an access would raise SIGBUS (madvise(2))."""
+
+
+def align_block_bytes(num_bytes: int) -> int:
+    """Return `num_bytes` rounded up to a multiple of the page size."""
+    return -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+class Rows:
+    """The rows of a 2-D view, flat: `rows[slot]` is a 1-D memoryview of format "B" over `block_bytes` bytes."""
+
+    def __init__(self, view: memoryview) -> None:
+        shape = view.shape or ()
+        if len(shape) != 2 or not view.c_contiguous or view.itemsize != 1:
+            raise ConfigError("primary_kv_view", shape, "a C-contiguous view of bytes, shape (blocks, bytes)")
+        self._flat = view.cast("B")
+        self._num_rows, self.block_bytes = shape
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def __getitem__(self, slot: int) -> memoryview:
+        if not 0 <= slot < self._num_rows:
+            raise IndexError(f"slot {slot}: 0 to {self._num_rows - 1} allowed")
+        start = slot * self.block_bytes
+        return self._flat[start : start + self.block_bytes]
+
+
+def arena_rows(view: memoryview) -> Rows:
+    """Return the flat rows of a (num_blocks, block_bytes) view, which `view[slot]` cannot give: CPython does not
+    index 2-D memoryviews.
+
+    Raises:
+        ConfigError: the view has another shape, is not C-contiguous, or its items are no bytes.
+    """
+    return Rows(view)
+
+
+class ControlPage:
+    """What workers tell the scheduler without a message: per rank, which device copies have ended.
+
+    One 64-bit word a rank, each written by its rank alone, in one aligned store.
+    """
+
+    def __init__(self, page: memoryview) -> None:
+        """Args: page: at least `MAX_RANKS` * 8 writable bytes, 8-byte aligned, zero in a new arena."""
+        self._sequences = np.frombuffer(page, dtype=np.uint64, count=MAX_RANKS)
+
+    def publish(self, rank: int, sequence: int) -> None:
+        """Say that `rank`'s transfers up to and with `sequence` have ended.
+
+        Raises:
+            ValueError: the rank is not in 0 to `MAX_RANKS` - 1.
+        """
+        if not 0 <= rank < MAX_RANKS:
+            raise ValueError(f"rank {rank}: 0 to {MAX_RANKS - 1} allowed")
+        self._sequences[rank] = sequence
+
+    def finished(self, world_size: int) -> int:
+        """Return the highest sequence such that every one of `world_size` ranks has ended it and all before it.
+
+        Raises:
+            ValueError: the world size is not in 1 to `MAX_RANKS`.
+        """
+        if not 0 < world_size <= MAX_RANKS:
+            raise ValueError(f"world_size {world_size}: 1 to {MAX_RANKS} allowed")
+        return int(self._sequences[:world_size].min())
+
+
+class Arena:
+    """`num_blocks` blocks of `block_bytes` bytes in a memfd, which has no name and leaves nothing behind.
+
+    Attributes:
+        fd: descriptor of the memfd, closed by `close`; not inherited unless it is passed on purpose.
+        view: memoryview of shape (num_blocks, block_bytes), format "B", C-contiguous, page aligned.
+        control: the control page, shared like the blocks.
+    """
+
+    def __init__(self, fd: int, num_blocks: int, block_bytes: int) -> None:
+        """Map `fd`, which this object owns from now on; call `create` or `attach` instead."""
+        self.fd = fd
+        self.num_blocks = num_blocks
+        self.block_bytes = block_bytes
+        self._mapping = mmap.mmap(fd, num_blocks * block_bytes + CONTROL_BYTES)
+        whole = memoryview(self._mapping)
+        self.view = whole[: num_blocks * block_bytes].cast("B", (num_blocks, block_bytes))
+        self._rows = Rows(self.view)
+        self.control = ControlPage(whole[num_blocks * block_bytes :])
+        self._closed = False
+
+    @classmethod
+    def create(cls, num_blocks: int, block_bytes: int, *, progress: Progress | None = None, threads: int = 2) -> Self:
+        """Make an arena whose every page is there: no later access can fail for want of memory.
+
+        Args:
+            block_bytes: a multiple of the page size (`align_block_bytes`).
+            progress: called on the caller's thread while pages are made.
+            threads: how many threads make pages.
+
+        Raises:
+            ConfigError: a size is not allowed.
+            CapacityError: the memory limits of this process leave less.
+        """
+        total = _checked_bytes(num_blocks, block_bytes)
+        check_memory(total)
+        fd = os.memfd_create("kvtier-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, total)
+            arena = cls(fd, num_blocks, block_bytes)
+        except BaseException:
+            os.close(fd)
+            raise
+        try:
+            arena._back(total, progress, threads)
+            # Nobody may shrink the file under a mapping: an access there would raise SIGBUS.
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        except BaseException:
+            arena.close()
+            raise
+        return arena
+
+    @classmethod
+    def attach(cls, fd: int, num_blocks: int, block_bytes: int) -> Self:
+        """Map the arena behind `fd`, made by another process.
+
+        The descriptor is duplicated: the caller still owns its own.
+
+        Raises:
+            ConfigError: a size is not allowed, or the file has another one.
+        """
+        total = _checked_bytes(num_blocks, block_bytes)
+        found = os.fstat(fd).st_size
+        if found != total:
+            raise ConfigError("arena_fd", fd, f"a file of {total} bytes is needed, it has {found}")
+        own = os.dup(fd)
+        try:
+            return cls(own, num_blocks, block_bytes)
+        except BaseException:
+            os.close(own)
+            raise
+
+    def row(self, slot: int) -> memoryview:
+        """Return the bytes of one slot, flat: shape (block_bytes,), format "B".
+
+        Raises:
+            IndexError: there is no such slot.
+        """
+        return self._rows[slot]
+
+    def close(self) -> None:
+        """Close the descriptor and unmap; idempotent. While somebody still holds a view, the mapping stays."""
+        if self._closed:
+            return
+        self._closed = True
+        os.close(self.fd)
+        del self._rows, self.control
+        try:
+            self.view.release()
+            self._mapping.close()
+        except BufferError:
+            return  # the last view to go unmaps it
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _back(self, total: int, progress: Progress | None, threads: int) -> None:
+        """Allocate and map all pages, slice by slice, on `threads` threads."""
+        start = np.frombuffer(self._mapping, dtype=np.uint8).ctypes.data
+        libc = ctypes.CDLL(None, use_errno=True)  # mmap.madvise would hold the interpreter lock
+        libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        libc.madvise(start, total, _MADV_HUGEPAGE)  # a wish; most kernels refuse it for shared memory
+
+        def back_slice(offset: int) -> int:
+            length = min(_SLICE_BYTES, total - offset)
+            os.posix_fallocate(self.fd, offset, length)
+            libc.madvise(start + offset, length, _MADV_POPULATE_WRITE)  # without it the first access maps the page
+            return length
+
+        with ThreadPoolExecutor(max(1, threads), "kvtier-arena") as executor:
+            try:
+                done = 0
+                for length in executor.map(back_slice, range(0, total, _SLICE_BYTES)):
+                    done += length
+                    if progress is not None:
+                        progress(done, total)
+            except OSError as error:
+                raise CapacityError(f"the system could not provide {format_size(total)}: {error}") from error
+            finally:
+                executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _checked_bytes(num_blocks: int, block_bytes: int) -> int:
+    """Return the size of the file: the blocks and the control page."""
+    if num_blocks < 1:
+        raise ConfigError("num_blocks", num_blocks, "at least 1")
+    if block_bytes < 1 or block_bytes % mmap.PAGESIZE:
+        raise ConfigError("block_bytes", block_bytes, f"a positive multiple of the page size, {mmap.PAGESIZE}")
+    return num_blocks * block_bytes + CONTROL_BYTES

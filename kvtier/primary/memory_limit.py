@@ -1,0 +1,152 @@
+"""How much memory this process may still take, and under which limit.
+
+Read here: `MemAvailable` of /proc/meminfo (proc(5)), the cgroup limits of this process and of every group above
+it (cgroup v2: `memory.max`; v1: `memory.limit_in_bytes`), and the limit of the address space (getrlimit(2)).
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from kvtier.errors import CapacityError
+from kvtier.sizes import format_size
+
+RESERVE_BYTES = 256 * 1024**2
+RESERVE_SHARE = 0.05
+"""What stays free below a limit: the smaller of the two."""
+
+_NO_LIMIT = 1 << 62
+"""cgroup v1 has no word for "unlimited", only a number close to 2**63."""
+
+
+@dataclass(frozen=True)
+class MemoryLimit:
+    """One limit and what it leaves.
+
+    Attributes:
+        name: what a person can look for.
+        available: bytes that may still be taken, 0 or more.
+    """
+
+    name: str
+    available: int
+
+    @property
+    def usable(self) -> int:
+        """Bytes that may be taken without touching the reserve."""
+        return self.available - min(RESERVE_BYTES, int(self.available * RESERVE_SHARE))
+
+
+@dataclass(frozen=True)
+class _CgroupFiles:
+    """Names of one cgroup version's files; `reclaimable` is a row of `memory.stat`."""
+
+    version: str
+    limit: str
+    usage: str
+    reclaimable: str
+
+
+_V1 = _CgroupFiles("v1", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_V2 = _CgroupFiles("v2", "memory.max", "memory.current", "inactive_file")
+
+
+def check_memory(num_bytes: int, limits: Sequence[MemoryLimit] | None = None) -> None:
+    """Return if `num_bytes` more fit under every limit of this process.
+
+    Raises:
+        CapacityError: they do not; one line with what was asked, what is available and under which limit.
+    """
+    tightest = min(memory_limits() if limits is None else limits, key=lambda limit: limit.usable, default=None)
+    if tightest is not None and num_bytes > tightest.usable:
+        raise CapacityError(
+            f"{format_size(num_bytes)} of host memory asked, {format_size(max(0, tightest.usable))} available"
+            f" (limit: {tightest.name}, {format_size(tightest.available - tightest.usable)} kept in reserve)"
+        )
+
+
+def memory_limits(root: Path = Path("/")) -> list[MemoryLimit]:
+    """Return every limit that can be read, in no order.
+
+    Args:
+        root: the folder that holds `proc` and, below it, the mount points which `proc` names.
+    """
+    limits = [*_machine_limit(root), *_cgroup_limits(root)]
+    address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if address_space != resource.RLIM_INFINITY:
+        used = _table(root / "proc/self/status").get("VmSize", 0) * 1024
+        limits.append(MemoryLimit("address space, RLIMIT_AS", max(0, address_space - used)))
+    return limits
+
+
+def _machine_limit(root: Path) -> Iterator[MemoryLimit]:
+    available = _table(root / "proc/meminfo").get("MemAvailable")
+    if available is not None:
+        yield MemoryLimit("MemAvailable in /proc/meminfo", available * 1024)
+
+
+def _cgroup_limits(root: Path) -> Iterator[MemoryLimit]:
+    """Yield the limits of the groups from this process's own up to where its hierarchy is mounted."""
+    paths = dict(_cgroup_paths(root))
+    for files, mount_root, mount_point in _cgroup_mounts(root):
+        path = paths.get(files.version)
+        if path is None:
+            continue
+        top = root / mount_point.relative_to("/")
+        inside = path.relative_to(mount_root) if path.is_relative_to(mount_root) else PurePosixPath()
+        group = top / inside if ".." not in inside.parts else top
+        for folder in (group, *group.parents):
+            yield from _group_limit(files, folder)
+            if folder == top:
+                break
+
+
+def _cgroup_paths(root: Path) -> Iterator[tuple[str, PurePosixPath]]:
+    """Yield (version, path) of this process in the hierarchies that may limit memory (cgroups(7))."""
+    for line in _lines(root / "proc/self/cgroup"):
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if "memory" in controllers.split(","):
+            yield _V1.version, PurePosixPath(path)
+        elif number == "0" and not controllers:
+            yield _V2.version, PurePosixPath(path)
+
+
+def _cgroup_mounts(root: Path) -> Iterator[tuple[_CgroupFiles, PurePosixPath, PurePosixPath]]:
+    """Yield (files, root inside the hierarchy, mount point) of the hierarchies that may limit memory (proc(5))."""
+    for line in _lines(root / "proc/self/mountinfo"):
+        mount, _, filesystem = (part.split() for part in line.partition(" - "))
+        if len(mount) < 5 or len(filesystem) < 3:
+            continue
+        mount_root, mount_point = (PurePosixPath(field.replace("\\040", " ")) for field in mount[3:5])
+        if filesystem[0] == "cgroup2":
+            yield _V2, mount_root, mount_point
+        elif filesystem[0] == "cgroup" and "memory" in filesystem[2].split(","):
+            yield _V1, mount_root, mount_point
+
+
+def _group_limit(files: _CgroupFiles, folder: Path) -> Iterator[MemoryLimit]:
+    """Yield what one group leaves; page cache that is not in use counts as free."""
+    limit, usage = (next(iter(_lines(folder / name)), "") for name in (files.limit, files.usage))
+    if not limit.isdigit() or int(limit) >= _NO_LIMIT:
+        return
+    used = int(usage) if usage.isdigit() else 0
+    reclaimable = min(used, _table(folder / "memory.stat").get(files.reclaimable, 0))
+    yield MemoryLimit(f"cgroup {files.version}, {folder / files.limit}", max(0, int(limit) - used + reclaimable))
+
+
+def _table(path: Path) -> dict[str, int]:
+    """Return the rows "name number" or "name: number kB" of a file."""
+    rows = (line.replace(":", " ").split() for line in _lines(path))
+    return {row[0]: int(row[1]) for row in rows if len(row) >= 2 and row[1].isdigit()}
+
+
+def _lines(path: Path) -> list[str]:
+    """Return the lines of a file, none if it cannot be read: a limit that nobody tells is no limit."""
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,200 @@
+"""The arena: shape, sharing between processes, refusal, and its end."""
+
+import gc
+import mmap
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvtier.errors import CapacityError, ConfigError
+from kvtier.primary.arena import MAX_RANKS, Arena, ControlPage, align_block_bytes, arena_rows
+
+PAGE = mmap.PAGESIZE
+
+
+@pytest.fixture
+def arena() -> Iterator[Arena]:
+    with Arena.create(8, 2 * PAGE) as arena:
+        yield arena
+
+
+def test_shape_and_alignment(arena: Arena) -> None:
+    assert (arena.view.shape, arena.view.format, arena.view.c_contiguous) == ((8, 2 * PAGE), "B", True)
+    assert not arena.view.readonly
+    assert np.asarray(arena.view).ctypes.data % PAGE == 0
+    assert not os.get_inheritable(arena.fd)
+
+
+def test_rows_are_the_views_rows(arena: Arena) -> None:
+    rows = arena_rows(arena.view)
+    assert (len(rows), rows.block_bytes) == (8, 2 * PAGE)
+    for slot in range(8):
+        arena.row(slot)[:] = bytes([slot]) * (2 * PAGE)
+    assert all((np.asarray(arena.view)[slot] == slot).all() for slot in range(8))
+    assert all(bytes(rows[slot]) == bytes([slot]) * (2 * PAGE) for slot in range(8))
+    for slot in (-1, 8):
+        with pytest.raises(IndexError):
+            arena.row(slot)
+
+
+def test_rows_of_plain_memory() -> None:
+    array = np.zeros((3, 5), dtype=np.int8)
+    arena_rows(memoryview(array))[1][:] = b"abcde"
+    assert array[1].tobytes() == b"abcde"
+    for wrong in (np.zeros(4, np.uint8), np.zeros((2, 4), np.int32), np.zeros((4, 4), np.uint8)[:, :2]):
+        with pytest.raises(ConfigError):
+            arena_rows(memoryview(wrong))
+
+
+@pytest.mark.parametrize(("num_blocks", "block_bytes"), [(0, PAGE), (4, 0), (4, PAGE + 1), (4, -PAGE)])
+def test_bad_sizes_are_refused(num_blocks: int, block_bytes: int) -> None:
+    with pytest.raises(ConfigError):
+        Arena.create(num_blocks, block_bytes)
+
+
+def test_align_block_bytes() -> None:
+    assert [align_block_bytes(size) for size in (1, PAGE, PAGE + 1)] == [PAGE, PAGE, 2 * PAGE]
+
+
+def test_every_page_is_there_and_progress_says_so() -> None:
+    seen: list[tuple[int, int]] = []
+    with Arena.create(40, 1024 * PAGE, progress=lambda done, total: seen.append((done, total)), threads=3) as arena:
+        total = 40 * 1024 * PAGE + PAGE
+        assert os.fstat(arena.fd).st_blocks * 512 >= total
+        assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+        assert seen[-1] == (total, total)
+
+
+def test_nobody_can_shrink_it(arena: Arena) -> None:
+    with pytest.raises(PermissionError):
+        os.ftruncate(arena.fd, PAGE)
+
+
+def test_a_failing_progress_leaves_nothing_open() -> None:
+    def fail(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    before = sorted(os.listdir("/proc/self/fd"))
+    with pytest.raises(KeyboardInterrupt):
+        Arena.create(4, PAGE, progress=fail)
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_more_than_the_machine_has_is_refused_in_one_line() -> None:
+    before = sorted(os.listdir("/proc/self/fd"))
+    with pytest.raises(CapacityError, match=r"^1024\.0 TiB of host memory asked, .* available \(limit: .*\)$"):
+        Arena.create(2**38, PAGE)
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+CHILD = """
+import sys
+from kvtier.primary.arena import Arena
+fd, blocks, size = map(int, sys.argv[1:])
+with Arena.attach(fd, blocks, size) as arena:
+    arena.row(3)[:4] = bytes(arena.row(2)[:4])[::-1]
+    arena.control.publish(1, 7)
+"""
+
+
+def test_another_process_maps_the_same_bytes(arena: Arena) -> None:
+    arena.row(2)[:4] = b"abcd"
+    arena.control.publish(0, 9)
+    arguments = [str(number) for number in (arena.fd, arena.num_blocks, arena.block_bytes)]
+    subprocess.run([sys.executable, "-c", CHILD, *arguments], pass_fds=[arena.fd], check=True, timeout=60)
+    assert bytes(arena.row(3)[:4]) == b"dcba"
+    assert arena.control.finished(2) == 7
+
+
+def test_attach_leaves_the_callers_descriptor(arena: Arena) -> None:
+    with Arena.attach(arena.fd, 8, 2 * PAGE) as other:
+        assert other.fd != arena.fd
+        other.row(0)[:2] = b"hi"
+    assert os.fstat(arena.fd).st_size == 16 * PAGE + PAGE
+    assert bytes(arena.row(0)[:2]) == b"hi"
+    with pytest.raises(ConfigError, match="arena_fd"):
+        Arena.attach(arena.fd, 9, 2 * PAGE)
+
+
+def test_close_is_idempotent_and_tolerates_views() -> None:
+    arena = Arena.create(2, PAGE)
+    fd, row, array = arena.fd, arena.row(1), np.asarray(arena.view)
+    row[:2] = b"ok"
+    arena.close()
+    arena.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+    assert bytes(row[:2]) == b"ok"
+    assert array[1, 0] == ord("o")
+
+
+def test_nothing_stays_mapped() -> None:
+    arena = Arena.create(2, PAGE)
+    arena.close()
+    del arena
+    gc.collect()
+    assert "kvtier-arena" not in Path("/proc/self/maps").read_text()
+
+
+def test_control_page_takes_the_minimum_over_ranks() -> None:
+    page = ControlPage(memoryview(bytearray(PAGE)))
+    assert page.finished(MAX_RANKS) == 0
+    for rank, sequence in enumerate((5, 2**40, 3)):
+        page.publish(rank, sequence)
+    assert [page.finished(size) for size in (1, 2, 3, 4)] == [5, 5, 3, 0]
+    page.publish(2, 2**63)
+    assert page.finished(3) == 5
+    for rank in (-1, MAX_RANKS):
+        with pytest.raises(ValueError):
+            page.publish(rank, 1)
+    for size in (0, MAX_RANKS + 1):
+        with pytest.raises(ValueError):
+            page.finished(size)
+
+
+LIMITED = """
+import os, sys
+with open(sys.argv[1], "w") as file:
+    file.write(str(os.getpid()))
+from kvtier.errors import CapacityError
+from kvtier.primary.arena import Arena
+Arena.create(1024, 4096).close()
+try:
+    Arena.create(64 * 1024, 4096)
+except CapacityError as error:
+    print(error)
+"""
+
+
+@pytest.fixture
+def limited_group() -> Iterator[Path]:
+    """A cgroup below this process's own that may hold 192 MiB."""
+    made = None
+    for mount, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
+        with suppress(OSError):
+            group = Path(mount) / f"kvtier-test-{os.getpid()}"
+            group.mkdir()
+            made = group
+            (group / limit).write_text(str(192 * 1024**2))
+            break
+        if made is not None:
+            made.rmdir()
+            made = None
+    if made is None:
+        pytest.skip("CANNOT MAKE A MEMORY CGROUP (needs root): the refusal under a real limit was not checked")
+    yield made
+    made.rmdir()
+
+
+@pytest.mark.root
+def test_a_real_cgroup_limit_refuses_before_the_kernel_kills(limited_group: Path) -> None:
+    command = [sys.executable, "-c", LIMITED, str(limited_group / "cgroup.procs")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "256.0 MiB of host memory asked" in result.stdout
+    assert limited_group.name in result.stdout
