@@ -1,0 +1,97 @@
+"""Cascades: which blocks that became ready are offered to which tiers."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from kvtier.events import CascadeRefused, Observer
+from kvtier.keys import OffloadKey
+from kvtier.tiering.guard import TierGuard
+from kvtier.types import Admission, ReqContext
+
+MAX_SEEN = 1_000_000
+
+
+class AdmissionRule:
+    """Which blocks may enter one tier; `second_touch` remembers, within a bound, what it saw once."""
+
+    def __init__(self, admission: Admission, max_seen: int = MAX_SEEN) -> None:
+        self._admission = admission
+        self._max_seen = max_seen
+        self._seen_once: OrderedDict[OffloadKey, None] = OrderedDict()
+
+    def on_store(self, keys: Sequence[OffloadKey], req_context: ReqContext) -> Sequence[OffloadKey]:
+        """Return those of the freshly stored `keys` that may enter."""
+        match self._admission:
+            case Admission.ALWAYS:
+                return keys
+            case Admission.PROMPT_ONLY:
+                return [key for key in keys if _is_prompt(key, req_context)]
+            case Admission.SECOND_TOUCH:
+                again = [key for key in keys if key in self._seen_once]
+                for key in keys:
+                    self._seen_once[key] = None
+                for key in again:
+                    del self._seen_once[key]
+                while len(self._seen_once) > self._max_seen:
+                    self._seen_once.popitem(last=False)
+                return again
+
+    def on_use(self, keys: Sequence[OffloadKey]) -> Sequence[OffloadKey]:
+        """Return those of the loaded or touched `keys` that may enter now and could not before."""
+        if not self._seen_once:
+            return ()
+        again = [key for key in keys if key in self._seen_once]
+        for key in again:
+            del self._seen_once[key]
+        return again
+
+
+def _is_prompt(key: OffloadKey, req_context: ReqContext) -> bool:
+    if req_context.num_prompt_tokens is None:
+        return True
+    end_token = req_context.get_offload_key_position(key)
+    return end_token is None or end_token <= req_context.num_prompt_tokens
+
+
+def refuse_reason(guard: TierGuard, num_blocks: int) -> str | None:
+    """Return why a tier takes no store of this size now, or None if it does."""
+    if not guard.usable:
+        return "down"
+    return None if guard.can_store(num_blocks) else "throttled"
+
+
+class Cascades:
+    """Offers blocks to tiers, each with its own rule; a refusal is counted."""
+
+    def __init__(self, guards: Sequence[TierGuard], observer: Observer) -> None:
+        self._guards = guards
+        self._rules = [AdmissionRule(guard.admission) for guard in guards]
+        self._observer = observer
+
+    def on_store(self, keys: Sequence[OffloadKey], req_context: ReqContext) -> list[tuple[TierGuard, list[OffloadKey]]]:
+        """Return which tier gets which of the freshly stored `keys`, in prefix order."""
+        offers = []
+        for guard, rule in zip(self._guards, self._rules, strict=True):
+            admitted = rule.on_store(keys, req_context)
+            if len(admitted) < len(keys):
+                self._observer.on_event(CascadeRefused(guard.name, len(keys) - len(admitted), "admission"))
+            offers.append((guard, list(admitted)))
+        return self._taken(offers)
+
+    def on_use(self, keys: Sequence[OffloadKey]) -> list[tuple[TierGuard, list[OffloadKey]]]:
+        """Return which tier gets which of the used `keys`: those that waited for a second touch."""
+        return self._taken(
+            [(guard, list(rule.on_use(keys))) for guard, rule in zip(self._guards, self._rules, strict=True)]
+        )
+
+    def _taken(self, offers: list[tuple[TierGuard, list[OffloadKey]]]) -> list[tuple[TierGuard, list[OffloadKey]]]:
+        taken = []
+        for guard, keys in offers:
+            reason = refuse_reason(guard, len(keys)) if keys else None
+            if reason is not None:
+                self._observer.on_event(CascadeRefused(guard.name, len(keys), reason))
+            elif keys:
+                taken.append((guard, keys))
+        return taken

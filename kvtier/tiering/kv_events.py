@@ -1,0 +1,42 @@
+"""KV events for engines that publish them: which blocks entered and left host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvtier.events import BlocksEvicted, BlocksStored, Event
+from kvtier.keys import OffloadKey
+from kvtier.types import Locality, Medium, OffloadingEvent
+
+
+class KVEventLog:
+    """Collects events of the primary tier until they are taken; nothing at all unless enabled."""
+
+    def __init__(self, enabled: bool) -> None:
+        self._enabled = enabled
+        self._events: list[OffloadingEvent] = []
+
+    def on_event(self, event: Event) -> None:
+        """Note blocks stored in and evicted from the primary tier."""
+        if not self._enabled:
+            return
+        match event:
+            case BlocksStored(keys, _):
+                self._append(keys, removed=False)
+            case BlocksEvicted("primary", keys):
+                self._append(keys, removed=True)
+            case _:
+                pass
+
+    def cleared(self, keys: Sequence[OffloadKey]) -> None:
+        """Note blocks that a reset removed."""
+        if self._enabled and keys:
+            self._append(keys, removed=True)
+
+    def _append(self, keys: Sequence[OffloadKey], removed: bool) -> None:
+        self._events.append(OffloadingEvent(list(keys), Medium.CPU, removed, Locality.LOCAL))
+
+    def take(self) -> list[OffloadingEvent]:
+        """Return the events since the last call."""
+        events, self._events = self._events, []
+        return events

@@ -1,0 +1,57 @@
+"""Digests of blocks given to tiers that do not verify what they return.
+
+A tier of one's own makes no promise about its bytes. For such a tier the manager remembers the XXH3-128 of
+every block it gave away, and takes back only what matches; a block whose digest is unknown is a miss. The
+hashing happens on one thread beside the scheduler's.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import xxhash
+
+from kvtier.keys import OffloadKey
+from kvtier.primary.arena import Rows
+
+MAX_ENTRIES = 1_000_000
+
+
+class DigestLedger:
+    """Remembers digests by key, within a bound; the oldest are forgotten first."""
+
+    def __init__(self, rows: Rows, max_entries: int = MAX_ENTRIES) -> None:
+        """Args: rows: flat views of the primary slots, which stay pinned while they are hashed."""
+        self._rows = rows
+        self._max_entries = max_entries
+        self._digests: OrderedDict[OffloadKey, bytes] = OrderedDict()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvtier-ledger")
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._digests
+
+    def hash(self, slots: Sequence[int]) -> Future[list[bytes]]:
+        """Start hashing `slots`; the result is their digests, in order."""
+        return self._thread.submit(lambda: [xxhash.xxh3_128_digest(self._rows[slot]) for slot in slots])
+
+    def record(self, keys: Sequence[OffloadKey], digests: Sequence[bytes]) -> None:
+        """Remember what the blocks looked like when they were given away."""
+        for key, digest in zip(keys, digests, strict=True):
+            self._digests[key] = digest
+            self._digests.move_to_end(key)
+        while len(self._digests) > self._max_entries:
+            self._digests.popitem(last=False)
+
+    def matching(self, keys: Sequence[OffloadKey], digests: Sequence[bytes]) -> list[OffloadKey]:
+        """Return those of `keys` that came back as they went."""
+        return [key for key, digest in zip(keys, digests, strict=True) if self._digests.get(key) == digest]
+
+    def clear(self) -> None:
+        """Forget everything: no block given away before may come back."""
+        self._digests.clear()
+
+    def close(self) -> None:
+        """End the thread; running hashes are waited for (they touch primary memory)."""
+        self._thread.shutdown(wait=True, cancel_futures=True)

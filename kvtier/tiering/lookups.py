@@ -1,0 +1,102 @@
+"""What a lookup answers when the block is not ready in the primary tier, and when waiting ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvtier.clock import Clock
+from kvtier.events import Observer, RequestGaveUp
+from kvtier.keys import OffloadKey
+from kvtier.tiering.guard import TierGuard
+from kvtier.tiering.promotions import PromotionPlan, Promotions
+from kvtier.tiering.requests import RequestState, Wait
+from kvtier.tiering.settings import TieringSettings
+from kvtier.types import LookupResult
+
+
+class Lookups:
+    """Asks the tiers, and ends every wait."""
+
+    def __init__(
+        self,
+        guards: Sequence[TierGuard],
+        promotions: Promotions,
+        settings: TieringSettings,
+        clock: Clock,
+        observer: Observer,
+    ) -> None:
+        self._guards = guards
+        self._promotions = promotions
+        self._settings = settings
+        self._clock = clock
+        self._observer = observer
+
+    def resolve(self, state: RequestState, key: OffloadKey, filling: bool) -> LookupResult:
+        """Answer for a block that is not ready.
+
+        Args:
+            filling: it is on its way into the primary tier, from the device or a tier.
+        """
+        if state.wait is Wait.GAVE_UP or key in state.denied:
+            return LookupResult.MISS
+        if filling:
+            answer = LookupResult.MISS if key in self._promotions.late else LookupResult.HIT_PENDING
+        else:
+            answer = self._ask_tiers(state, key)
+        if answer is LookupResult.MISS:
+            return answer
+        now = self._clock()
+        state.start_waiting(now)
+        return LookupResult.MISS if self.expire(state, now) else answer
+
+    def _ask_tiers(self, state: RequestState, key: OffloadKey) -> LookupResult:
+        """The first tier that has the block wins; one that does not know yet delays nobody else's hit."""
+        retry = False
+        for index in state.tiers:
+            if index in state.silent or (state.failed and (index, key) in state.failed):
+                continue
+            answer = self._guards[index].lookup(key, state.context)
+            if answer is LookupResult.HIT:
+                state.found[key] = index
+                state.unresolved.discard(key)
+                return LookupResult.HIT_PENDING
+            if answer is LookupResult.RETRY or answer is LookupResult.HIT_PENDING:
+                retry = self._may_probe(state, index) or retry
+        if not retry:
+            return LookupResult.MISS
+        state.unresolved.add(key)
+        return LookupResult.RETRY
+
+    def _may_probe(self, state: RequestState, index: int) -> bool:
+        now = self._clock()
+        state.probing.add(index)
+        if now - state.probing_since.setdefault(index, now) <= self._settings.probe_deadline:
+            return True
+        state.silent.add(index)
+        self._observer.on_event(RequestGaveUp(state.context.req_id, "probe", 0))
+        return False
+
+    def shorten_deadline(self, state: RequestState, plan: PromotionPlan) -> None:
+        """Wait no longer than recomputing what the plan brings would take."""
+        settings = self._settings
+        if settings.prefill_rate and settings.tokens_per_block:
+            num_blocks = len(plan.joins) + sum(map(len, plan.by_tier.values()))
+            state.deadline = min(settings.load_deadline, num_blocks * settings.tokens_per_block / settings.prefill_rate)
+
+    def expire(self, state: RequestState, now: float) -> bool:
+        """Make a request whose time is over give up; what has arrived stays its hit. Return whether it did."""
+        if state.deferred_since is None or state.time_waited(now) <= state.deadline:
+            return False
+        self._observer.on_event(RequestGaveUp(state.context.req_id, "deadline", len(state.awaiting)))
+        self._promotions.leave(state, late=True)
+        state.stop_waiting(now)
+        state.wait = Wait.GAVE_UP
+        if state.lease:
+            state.lease_expires = now + self._settings.lease_timeout
+        return True
+
+    def deny(self, state: RequestState, keys: Sequence[OffloadKey]) -> None:
+        """From now on these keys, which no plan could place, are misses for this request."""
+        if keys:
+            state.denied.update(keys)
+            self._observer.on_event(RequestGaveUp(state.context.req_id, "budget", len(keys)))

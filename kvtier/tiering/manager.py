@@ -1,0 +1,341 @@
+"""The tiering manager: thin wiring of the decisions in this package.
+
+Runs on the engine's scheduler thread. A call does no I/O and waits for nobody; the exceptions are
+`reset_cache` and `shutdown`, which wait for tiers at most `drain_timeout`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from kvtier.abc import OffloadingManager, SecondaryTierManager
+from kvtier.clock import Clock, monotonic_clock
+from kvtier.events import BlocksEvicted, BlocksLoaded, BlocksStored, CacheReset, Observer, Observers, TierState
+from kvtier.keys import OffloadKey
+from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
+from kvtier.primary.table import SlotState
+from kvtier.tiering.cascades import Cascades
+from kvtier.tiering.guard import TierGuard
+from kvtier.tiering.kv_events import KVEventLog
+from kvtier.tiering.promoter import PRIMARY, Promoter
+from kvtier.tiering.requests import Requests, RequestState
+from kvtier.tiering.settings import ResetPolicy, TieringSettings
+from kvtier.tiering.stats import StatsObserver
+from kvtier.tiering.tiers import SecondaryTiers
+from kvtier.tiering.transfers import DeviceTransfers
+from kvtier.types import (
+    Admission,
+    CPULoadStoreSpec,
+    JobMetadata,
+    LookupResult,
+    OffloadingEvent,
+    OffloadPolicy,
+    PrepareStoreOutput,
+    ReqContext,
+    RequestOffloadingContext,
+    ScheduleEndContext,
+)
+
+EPOCH_BYTES = 16
+
+_HIT, _READY = LookupResult.HIT, SlotState.READY
+_DEFAULT_SETTINGS = TieringSettings()
+
+
+class TieringOffloadingManager(OffloadingManager):
+    """A primary tier and any number of secondary tiers, as one cache."""
+
+    def __init__(
+        self,
+        primary_tier: CPUPrimaryTierOffloadingManager,
+        secondary_tiers: Sequence[SecondaryTierManager] | None = None,
+        *,
+        names: Sequence[str] | None = None,
+        admissions: Sequence[Admission] | None = None,
+        settings: TieringSettings = _DEFAULT_SETTINGS,
+        clock: Clock = monotonic_clock,
+        observer: Observer | None = None,
+    ) -> None:
+        """Wire the tiers, which the caller has started.
+
+        Args:
+            secondary_tiers: in the order in which they are asked.
+            names: one per tier, for events and `get_load_source`; default the tier types, made distinct.
+            admissions: one per tier; default ALWAYS.
+            observer: where events go, beside the manager's own counters.
+        """
+        self._stats = StatsObserver()
+        self._kv_events = KVEventLog(settings.kv_events)
+        self._observer = Observers([self._stats, self._kv_events, *([observer] if observer else [])])
+        self._settings, self._clock = settings, clock
+        self._primary, self._table = primary_tier, primary_tier.table
+        self._tiers = SecondaryTiers(list(secondary_tiers or ()), names, admissions, settings, clock, self._observer)
+        self._requests = Requests()
+        self._transfers = DeviceTransfers(self._table, self._observer)
+        self._promoter = Promoter(self._table, self._tiers.guards, settings, clock, self._observer, self._make_job)
+        self._cascades = Cascades(self._tiers.guards, self._observer)
+        self._job_ids = itertools.count()
+        self._scanned: list[RequestState] = []
+        self._polled = False
+        self._closed = False
+        self._current: ReqContext | None = None
+        self._state: RequestState
+        self._get_slot, self._slot_states = self._table.slot_of.get, self._table.states
+        self._resolve = self._promoter.lookups.resolve
+
+    # -- lookups ------------------------------------------------------------------------------------------
+
+    def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
+        """Return whether one block can be loaded now, soon, maybe or not; see `OffloadingManager.lookup`.
+
+        What is asked within a step is the request's scan, in the engine's order; `on_schedule_end` plans from it.
+        """
+        if req_context is not self._current:
+            self._enter(req_context)
+        state = self._state
+        state.scan.append(key)
+        slot = self._get_slot(key)
+        if slot is not None and self._slot_states[slot] is _READY:
+            return _HIT
+        return self._resolve(state, key, slot is not None)
+
+    def _enter(self, req_context: ReqContext) -> None:
+        self._poll_once()
+        self._state = self._open(req_context)
+        self._current = req_context
+        if not self._state.scan:
+            self._scanned.append(self._state)
+
+    def _open(self, req_context: ReqContext) -> RequestState:
+        state = self._requests.get(req_context.req_id)
+        if state is not None and not state.finished:
+            return state
+        tiers = self._tiers.allowed(req_context.load_tier_filter)
+        return self._requests.open(req_context, tiers, self._settings.load_deadline)
+
+    def get_load_source(self, key: OffloadKey, req_context: ReqContext) -> str:
+        """Return the tier that a HIT of this request came from: "primary", or the name of a secondary tier."""
+        state = self._requests.get(req_context.req_id)
+        return state.sources.get(key, PRIMARY) if state is not None else PRIMARY
+
+    # -- transfers between device and primary -------------------------------------------------------------
+
+    def prepare_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> CPULoadStoreSpec:
+        """Pin `keys` and return their slots, in order, and end the request's lease.
+
+        Raises:
+            BlockNotReadyError: a key is not ready; nothing was pinned.
+        """
+        state = self._open(req_context)
+        ordered = keys if isinstance(keys, list) else list(keys)
+        slots = self._transfers.begin_load(state, ordered)
+        if state.lease:
+            self._promoter.leases.release(state)
+        if state.deferred_since is not None:
+            state.stop_waiting(self._clock())
+        self._use(ordered, req_context)
+        sources = state.sources
+        by_source = {PRIMARY: len(ordered)} if not sources else Counter(sources.get(key, PRIMARY) for key in ordered)
+        self._observer.on_event(BlocksLoaded(req_context.req_id, by_source))
+        return CPULoadStoreSpec(np.array(slots, dtype=np.int32), self._primary.next_sequence())
+
+    def complete_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
+        """Unpin `keys`; see `OffloadingManager.complete_load`."""
+        state = self._requests.get(req_context.req_id)
+        self._transfers.end_load(req_context.req_id, state, keys)
+        if state is not None and state.finished:
+            self._finalize(state)
+
+    def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
+        """Count one use of `keys`, given in prefix order, in every tier."""
+        self._use(keys if isinstance(keys, list) else list(keys), req_context)
+
+    def _use(self, keys: list[OffloadKey], req_context: ReqContext) -> None:
+        self._table.policy.touch(keys)
+        if self._tiers.guards:
+            self._tiers.touch(keys, req_context)
+            for guard, admitted in self._cascades.on_use(keys):
+                self._cascade(guard, [key for key in admitted if self._table.is_ready(key)], req_context)
+
+    def prepare_store(self, keys: Collection[OffloadKey], req_context: ReqContext) -> PrepareStoreOutput | None:
+        """Choose slots for what is not held; see `OffloadingManager.prepare_store`.
+
+        A key on its way from a tier for a request that gave up is stored anew, in another slot.
+        """
+        self._poll_once()
+        state = self._open(req_context)
+        ordered = keys if isinstance(keys, list) else list(keys)
+        if self._promoter.promotions.flights:
+            self._promoter.take_over_abandoned(ordered)
+        placement = self._table.plan(ordered)
+        if placement.num_left_out and not placement.keys:
+            return None
+        slots = self._transfers.begin_store(state, placement)
+        if placement.victims:
+            self._observer.on_event(BlocksEvicted(PRIMARY, placement.victims))
+        for index in state.request_level_tiers:
+            held = [key for key in dict.fromkeys(ordered) if self._table.is_ready(key)]
+            if held and self._tiers[index].can_store(len(held)):
+                self._cascade(self._tiers[index], held, req_context)
+        spec = CPULoadStoreSpec(np.array(slots, dtype=np.int32), self._primary.next_sequence())
+        return PrepareStoreOutput(placement.keys, spec, placement.victims)
+
+    def complete_store(self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True) -> None:
+        """Make stored blocks loadable and offer them to every tier; see `OffloadingManager.complete_store`."""
+        state = self._requests.get(req_context.req_id)
+        ready = self._transfers.end_store(req_context.req_id, state, keys, success)
+        if state is None:
+            return
+        if ready:
+            state.note_stored(ready)
+            self._observer.on_event(BlocksStored(ready))
+            if self._tiers.guards:
+                for guard, admitted in self._cascades.on_store(ready, state.context):
+                    self._cascade(guard, admitted, state.context)
+        if state.finished:
+            self._finalize(state)
+
+    def _cascade(self, guard: TierGuard, keys: list[OffloadKey], req_context: ReqContext) -> None:
+        if not keys:
+            return
+        slots = [self._table.slot_of[key] for key in keys]
+        self._table.pin(slots)
+        if not guard.submit(self._make_job(keys, slots, False, req_context), slots):
+            self._table.unpin(slots)
+
+    def _make_job(
+        self, keys: Sequence[OffloadKey], slots: list[int], promotion: bool, context: ReqContext
+    ) -> JobMetadata:
+        return JobMetadata(next(self._job_ids), keys, np.array(slots, dtype=np.int32), promotion, context)
+
+    # -- requests and steps -------------------------------------------------------------------------------
+
+    def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        """Learn of a request; REQUEST_LEVEL if any tier wants all of its blocks."""
+        state = self._open(req_context)
+        state.request_level_tiers = self._tiers.announce(req_context)
+        wanted = OffloadPolicy.REQUEST_LEVEL if state.request_level_tiers else OffloadPolicy.BLOCK_LEVEL
+        return RequestOffloadingContext(wanted)
+
+    def on_request_finished(self, req_context: ReqContext) -> None:
+        """End the request's waits and its lease; its blocks take their places in the order of recency."""
+        state = self._requests.get(req_context.req_id)
+        if state is None:
+            return
+        state.finished = True
+        self._current = None
+        self._promoter.let_go(state)
+        state.forget_scan()
+        if state.num_stores > 1:
+            self._table.policy.settle(state.stored)
+        self._finalize(state)
+
+    def _finalize(self, state: RequestState) -> None:
+        if self._requests.close(state):
+            self._tiers.forget(state.context)
+
+    def on_schedule_end(self, context: ScheduleEndContext) -> None:
+        """Collect results, end what is over time, and plan this step's promotions, oldest request first."""
+        self._poll()
+        for req_id in context.preempted_req_ids:
+            state = self._requests.get(req_id)
+            if state is not None:
+                state.new_attempt(self._settings.load_deadline)
+        now = self._clock()
+        for state in self._requests:
+            self._promoter.expire(state, now)
+        for state in sorted(self._scanned, key=_arrival):
+            if not state.finished and (state.found or state.deferred_since is not None):
+                self._promoter.promote(state)
+            state.forget_scan()
+        self._scanned.clear()
+        self._tiers.end_step(context)
+        self._polled, self._current = False, None
+
+    def _poll_once(self) -> None:
+        if not self._polled:
+            self._poll()
+
+    def _poll(self) -> None:
+        self._polled = True
+        for guard, answer in self._tiers.poll():
+            if answer.job.metadata.is_promotion:
+                self._promoter.land(guard, answer.job, answer.successful)
+            else:
+                self._table.unpin(answer.job.slots)
+        if len(self._transfers.stale):
+            self._transfers.stale.sweep(self._primary.finished_sequence())
+
+    def has_pending_work(self) -> bool:
+        """True only for a live request's promotion or a cascade within its deadline."""
+        return self._promoter.promotions.has_live or self._tiers.has_live_cascade(self._clock())
+
+    # -- reports ------------------------------------------------------------------------------------------
+
+    def take_events(self) -> Iterable[OffloadingEvent]:
+        """Return KV events of the primary and of the tiers since the last call."""
+        return self._kv_events.take() + self._tiers.take_events()
+
+    def get_stats(self) -> Mapping[str, float]:
+        """Return counters since the beginning and gauges of now, by name."""
+        table = self._table
+        stats = self._stats.snapshot()
+        stats["primary.blocks"] = len(table)
+        stats["primary.capacity_blocks"] = table.num_slots
+        stats["primary.quarantined_blocks"] = table.num_quarantined
+        return stats | self._tiers.stats()
+
+    def tier_states(self) -> dict[str, tuple[TierState, str]]:
+        """Return state and reason of every secondary tier, by name."""
+        self._poll()
+        return self._tiers.states()
+
+    # -- ends ---------------------------------------------------------------------------------------------
+
+    def reset_cache(self) -> None:
+        """Forget every block and start a new epoch; waits for tiers at most `drain_timeout`.
+
+        Slots that a tier or a device copy may still touch stay quarantined until it has ended.
+        """
+        self._tiers.drain()
+        self._poll()
+        for state in self._requests:
+            self._promoter.let_go(state)
+            self._transfers.stale.take_over(state, self._primary.sequence)
+            state.start_over(self._settings.load_deadline)
+        self._promoter.promotions.abandon(list(self._promoter.promotions.flights))
+        self._kv_events.cleared(list(self._table.ready_keys()))
+        self._table.clear()
+        epoch = b""
+        if self._settings.on_reset is ResetPolicy.NEW_EPOCH:
+            epoch = os.urandom(EPOCH_BYTES)
+            self._tiers.start_epoch(epoch)
+        self._observer.on_event(CacheReset(self._table.num_quarantined, epoch))
+        for state in self._requests:
+            if state.finished:
+                self._finalize(state)
+        self._scanned.clear()
+        self._polled, self._current = False, None
+
+    def shutdown(self) -> None:
+        """End all tiers, within `drain_timeout`; idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._tiers.shutdown()
+
+    def check_invariants(self) -> None:
+        """Raise InvariantError if any part contradicts itself or another."""
+        self._table.check_invariants()
+        self._requests.check_invariants()
+        self._promoter.promotions.check_invariants(self._table)
+        self._promoter.leases.check_invariants(self._requests)
+        self._tiers.check_invariants()
+
+
+def _arrival(state: RequestState) -> int:
+    return state.arrival

@@ -1,0 +1,128 @@
+"""Carries out promotion plans and takes in what arrives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from kvtier.clock import Clock
+from kvtier.events import BlocksEvicted, BlocksStored, Observer
+from kvtier.keys import OffloadKey
+from kvtier.primary.table import BlockTable, Placement
+from kvtier.tiering.guard import TierGuard, TierJob
+from kvtier.tiering.lookups import Lookups
+from kvtier.tiering.promotions import Leases, Promotions, plan_promotions
+from kvtier.tiering.requests import RequestState
+from kvtier.tiering.settings import TieringSettings
+from kvtier.types import JobMetadata, ReqContext
+
+PRIMARY = "primary"
+
+MakeJob = Callable[[Sequence[OffloadKey], list[int], bool, ReqContext], JobMetadata]
+
+
+class Promoter:
+    """Leases, allocates and submits what a plan says; publishes what lands, for all who wait for it."""
+
+    def __init__(
+        self,
+        table: BlockTable,
+        guards: Sequence[TierGuard],
+        settings: TieringSettings,
+        clock: Clock,
+        observer: Observer,
+        make_job: MakeJob,
+    ) -> None:
+        self._table = table
+        self._guards = guards
+        self._settings = settings
+        self._clock = clock
+        self._observer = observer
+        self._make_job = make_job
+        self.promotions = Promotions()
+        self.leases = Leases(table, max(1, int(table.num_slots * settings.promotion_budget)))
+        self.lookups = Lookups(guards, self.promotions, settings, clock, observer)
+
+    def promote(self, state: RequestState) -> None:
+        """Plan for one request at the end of a step, and start what the plan says."""
+        plan = plan_promotions(state, self._table, self.leases.room(len(self.promotions.flights)), self.promotions.late)
+        if plan.waits:
+            self.leases.hold(state, plan.hits)
+            self.promotions.join(plan.joins, state)
+            self.lookups.shorten_deadline(state, plan)
+            for index, keys in plan.by_tier.items():
+                placement = self._table.plan(keys)
+                self._submit(self._guards[index], placement, state)
+                self.lookups.deny(state, keys[len(placement.keys) :])
+        self.lookups.deny(state, plan.denied)
+        now = self._clock()
+        if not plan.waits and not state.unresolved and not state.awaiting:
+            state.stop_waiting(now)
+        if state.lease and not state.awaiting and state.lease_expires is None:
+            state.lease_expires = now + self._settings.lease_timeout
+
+    def _submit(self, guard: TierGuard, placement: Placement, state: RequestState) -> None:
+        if not placement.keys:
+            return
+        slots = self._table.apply(placement)
+        if placement.victims:
+            self._observer.on_event(BlocksEvicted(PRIMARY, placement.victims))
+        job = self._make_job(placement.keys, slots, True, state.context)
+        self.promotions.depart(placement.keys, slots, state)
+        if not guard.submit(job, slots):
+            self._fail(guard, placement.keys, slots)
+
+    def land(self, guard: TierGuard, job: TierJob, successful: frozenset[OffloadKey]) -> None:
+        """Take in the end of a promotion job: good blocks become ready, the rest misses for those who waited."""
+        keys, slots = job.metadata.keys, job.slots
+        good = [slot for key, slot in zip(keys, slots, strict=True) if key in successful]
+        self._table.publish(good)
+        arrived: list[OffloadKey] = []
+        bad_keys: list[OffloadKey] = []
+        bad_slots: list[int] = []
+        for key, slot in zip(keys, slots, strict=True):
+            if key not in successful:
+                bad_keys.append(key)
+                bad_slots.append(slot)
+            elif self._table.slot_of.get(key) == slot:
+                arrived.append(key)
+                self._hand_out(guard, key, slot)
+        if arrived:
+            self._observer.on_event(BlocksStored(arrived, guard.name))
+        self._fail(guard, bad_keys, bad_slots)
+
+    def _hand_out(self, guard: TierGuard, key: OffloadKey, slot: int) -> None:
+        for state in self.promotions.land(key, slot):
+            self.leases.hold(state, (key,))
+            state.sources[key] = guard.name
+            self._end_wait(state)
+
+    def _fail(self, guard: TierGuard, keys: Sequence[OffloadKey], slots: Sequence[int]) -> None:
+        for key, slot in zip(keys, slots, strict=True):
+            for state in self.promotions.land(key, slot):
+                state.failed.add((guard.index, key))
+                self._end_wait(state)
+        self._table.discard(keys, slots)
+
+    def _end_wait(self, state: RequestState) -> None:
+        if not state.awaiting:
+            now = self._clock()
+            state.stop_waiting(now)
+            state.lease_expires = now + self._settings.lease_timeout
+
+    def take_over_abandoned(self, keys: Sequence[OffloadKey]) -> None:
+        """Detach blocks that are on their way to nobody, so that they can be stored in other slots."""
+        abandoned = self.promotions.abandoned(keys)
+        self.promotions.abandon(abandoned)
+        self._table.remove(abandoned)
+
+    def expire(self, state: RequestState, now: float) -> None:
+        """End the request's wait and its lease if their time is over."""
+        if state.deferred_since is not None:
+            self.lookups.expire(state, now)
+        if state.lease_expires is not None and now >= state.lease_expires:
+            self.leases.release(state)
+
+    def let_go(self, state: RequestState) -> None:
+        """The request waits for nothing and holds nothing any more."""
+        self.promotions.leave(state)
+        self.leases.release(state)

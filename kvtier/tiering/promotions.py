@@ -1,0 +1,199 @@
+"""Promotions: what a request may bring into the primary tier, and what is on its way."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, zip_longest
+
+from kvtier.errors import InvariantError
+from kvtier.keys import OffloadKey
+from kvtier.primary.table import BlockTable, SlotState
+from kvtier.tiering.requests import RequestState, split_scan
+
+
+@dataclass(frozen=True, slots=True)
+class PromotionPlan:
+    """What one request gets at the end of a step; changes nothing by itself.
+
+    Attributes:
+        hits: ready keys to lease.
+        joins: keys already on their way, to wait for.
+        by_tier: keys to promote, per tier index, in the engine's order.
+        denied: keys over the budget.
+    """
+
+    hits: list[OffloadKey]
+    joins: list[OffloadKey]
+    by_tier: dict[int, list[OffloadKey]]
+    denied: list[OffloadKey]
+
+    @property
+    def waits(self) -> bool:
+        """Whether the request has anything to wait for."""
+        return bool(self.joins or self.by_tier)
+
+
+def plan_promotions(
+    state: RequestState, table: BlockTable, room: int, late: Container[OffloadKey] = ()
+) -> PromotionPlan:
+    """Choose what to lease and promote for one request: all that is certain, up to the first unresolved key.
+
+    Args:
+        late: keys whose promotion somebody waited for in vain; nobody joins it.
+        room: primary slots that the budget still grants, for new leases and promotions together.
+    """
+    groups = [_certain_head(state, group) for group in split_scan(state.scan)]
+    hits: list[OffloadKey] = []
+    joins: list[OffloadKey] = []
+    denied: list[OffloadKey] = []
+    by_tier: dict[int, list[OffloadKey]] = {}
+    for key in chain.from_iterable(zip_longest(*groups)):  # groups in step, so that a cut leaves them even
+        slot = table.slot_of.get(key) if key is not None else None
+        if key is None or key in state.lease:
+            continue
+        if slot is not None and table.states[slot] is SlotState.FILLING:
+            if key not in late:
+                joins.append(key)
+        elif slot is not None and room > 0:
+            hits.append(key)
+            room -= 1
+        elif slot is None and key in state.found:
+            if room > 0:
+                by_tier.setdefault(state.found[key], []).append(key)
+                room -= 1
+            else:
+                denied.append(key)
+    return PromotionPlan(hits, joins, by_tier, denied)
+
+
+def _certain_head(state: RequestState, keys: Sequence[OffloadKey]) -> Sequence[OffloadKey]:
+    if not state.unresolved:
+        return keys
+    for index, key in enumerate(keys):
+        if key in state.unresolved:
+            return keys[:index]
+    return keys
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """One block on its way: its slot and who waits for it."""
+
+    slot: int
+    waiters: set[RequestState] = field(default_factory=set)
+
+
+class Promotions:
+    """The blocks on their way from tiers, by key."""
+
+    def __init__(self) -> None:
+        self.flights: dict[OffloadKey, Flight] = {}
+        self.late: set[OffloadKey] = set()
+
+    def depart(self, keys: Iterable[OffloadKey], slots: Iterable[int], waiter: RequestState) -> None:
+        """A job fills `slots` with `keys`, for `waiter`."""
+        for key, slot in zip(keys, slots, strict=True):
+            self.flights[key] = Flight(slot, {waiter})
+            waiter.awaiting.add(key)
+
+    def join(self, keys: Iterable[OffloadKey], waiter: RequestState) -> None:
+        """`waiter` waits for those of `keys` that a tier is bringing."""
+        for key in keys:
+            flight = self.flights.get(key)
+            if flight is not None and key not in self.late:
+                flight.waiters.add(waiter)
+                waiter.awaiting.add(key)
+
+    def leave(self, waiter: RequestState, late: bool = False) -> None:
+        """`waiter` waits no more; flights go on without it. `late` ones are joined by nobody: its time was up."""
+        if late:
+            self.late |= waiter.awaiting
+        for key in waiter.awaiting:
+            flight = self.flights.get(key)
+            if flight is not None:
+                flight.waiters.discard(waiter)
+        waiter.awaiting.clear()
+
+    def land(self, key: OffloadKey, slot: int) -> set[RequestState]:
+        """The flight into `slot` is over; return who waited. A flight that was abandoned has no waiters."""
+        flight = self.flights.get(key)
+        if flight is None or flight.slot != slot:
+            return set()
+        del self.flights[key]
+        self.late.discard(key)
+        for waiter in flight.waiters:
+            waiter.awaiting.discard(key)
+        return flight.waiters
+
+    def abandoned(self, keys: Iterable[OffloadKey]) -> list[OffloadKey]:
+        """Return those of `keys` that are late or on their way to nobody; a store may take them over."""
+        flights, late = self.flights, self.late
+        return [key for key in keys if key in flights and (key in late or not flights[key].waiters)]
+
+    def abandon(self, keys: Iterable[OffloadKey]) -> None:
+        """Forget these flights: whatever arrives finds its slot in quarantine."""
+        for key in keys:
+            self.late.discard(key)
+            flight = self.flights.pop(key, None)
+            for waiter in flight.waiters if flight is not None else ():
+                waiter.awaiting.discard(key)
+
+    @property
+    def has_live(self) -> bool:
+        """Whether any request waits for a flight."""
+        return any(flight.waiters for flight in self.flights.values())
+
+    def check_invariants(self, table: BlockTable) -> None:
+        """Raise InvariantError unless every flight has a filling slot and its waiters know of it."""
+        for key, flight in self.flights.items():
+            if table.slot_of.get(key) != flight.slot or table.states[flight.slot] is not SlotState.FILLING:
+                raise InvariantError(f"a flight has slot {flight.slot}, which is not filling")
+            if any(key not in waiter.awaiting for waiter in flight.waiters):
+                raise InvariantError("a flight counts a waiter that does not wait")
+
+
+class Leases:
+    """Slots that requests hold between their plan and their load; several may hold one slot."""
+
+    def __init__(self, table: BlockTable, budget: int) -> None:
+        """Args: budget: most slots that leases and flights may hold together."""
+        self._table = table
+        self._holders: dict[int, int] = {}
+        self.budget = budget
+
+    def room(self, num_flights: int) -> int:
+        """Slots that the budget still grants."""
+        return self.budget - len(self._holders) - num_flights
+
+    def hold(self, state: RequestState, keys: Iterable[OffloadKey]) -> None:
+        """Pin the slots of `keys`, which are ready, for `state`."""
+        for key in keys:
+            slot = self._table.slot_of[key]
+            if key not in state.lease:
+                state.lease[key] = slot
+                self._holders[slot] = self._holders.get(slot, 0) + 1
+                self._table.pin((slot,))
+
+    def release(self, state: RequestState) -> None:
+        """Unpin all that `state` holds."""
+        for slot in state.lease.values():
+            left = self._holders[slot] - 1
+            if left:
+                self._holders[slot] = left
+            else:
+                del self._holders[slot]
+        self._table.unpin(state.lease.values())
+        state.lease.clear()
+        state.lease_expires = None
+
+    def check_invariants(self, requests: Iterable[RequestState]) -> None:
+        """Raise InvariantError unless the holders are exactly the requests' leases."""
+        counted: dict[int, int] = {}
+        for state in requests:
+            for slot in state.lease.values():
+                counted[slot] = counted.get(slot, 0) + 1
+                if not self._table.pins[slot]:
+                    raise InvariantError(f"slot {slot} is leased and not pinned")
+        if counted != self._holders:
+            raise InvariantError("leases and their holders differ")

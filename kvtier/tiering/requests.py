@@ -1,0 +1,187 @@
+"""What is known of each live request: its scan, its wait, its lease and its transfers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+
+from kvtier.errors import InvariantError
+from kvtier.keys import GROUP_BYTES, OffloadKey
+from kvtier.types import ReqContext
+
+
+class Wait(Enum):
+    """Whether a request may still be deferred."""
+
+    ALLOWED = "allowed"
+    GAVE_UP = "gave_up"
+    """Its deadline passed: what is not ready answers MISS, until it is preempted."""
+
+
+@dataclass(slots=True, eq=False)
+class RequestState:
+    """One request. Decisions read it; only the manager's parts change it.
+
+    Attributes:
+        arrival: order of arrival, oldest first.
+        scan: keys looked up in this step, in the engine's order.
+        found: tier index of keys that a tier answered HIT for, in this step.
+        unresolved: keys whose probe is unanswered, in this step.
+        awaiting: keys of promotions in flight that this request waits for.
+        lease: slots pinned for this request, by key.
+        lease_expires: when the lease ends by itself; None while promotions are awaited.
+        denied: keys that no plan could place.
+        failed: (tier index, key) pairs whose promotion failed.
+        tiers: indices of the tiers this request may load from.
+        silent: tiers that missed the probe deadline.
+        probing: tiers that left a probe of this scan unanswered; probing_since: since when, seconds.
+        deferred_since, waited: the running part and the ended parts of this attempt's wait, seconds.
+        deadline: longest wait of this attempt, seconds.
+        sources: name of the tier a promoted key came from.
+        storing, loading: slots under a device copy, by key, in prepared order.
+        loading_again: further loads of keys that are already being loaded.
+        stored: keys stored so far, in prefix order; num_stores: in how many calls.
+        request_level_tiers: indices of tiers that want every block of the request, prefix hits included.
+    """
+
+    context: ReqContext
+    arrival: int
+    tiers: tuple[int, ...] = ()
+    scan: list[OffloadKey] = field(default_factory=list)
+    found: dict[OffloadKey, int] = field(default_factory=dict)
+    unresolved: set[OffloadKey] = field(default_factory=set)
+    awaiting: set[OffloadKey] = field(default_factory=set)
+    lease: dict[OffloadKey, int] = field(default_factory=dict)
+    lease_expires: float | None = None
+    wait: Wait = Wait.ALLOWED
+    denied: set[OffloadKey] = field(default_factory=set)
+    failed: set[tuple[int, OffloadKey]] = field(default_factory=set)
+    silent: set[int] = field(default_factory=set)
+    probing: set[int] = field(default_factory=set)
+    probing_since: dict[int, float] = field(default_factory=dict)
+    deferred_since: float | None = None
+    waited: float = 0.0
+    deadline: float = 0.0
+    sources: dict[OffloadKey, str] = field(default_factory=dict)
+    storing: dict[OffloadKey, int] = field(default_factory=dict)
+    loading: dict[OffloadKey, int] = field(default_factory=dict)
+    loading_again: list[tuple[OffloadKey, int]] = field(default_factory=list)
+    stored: list[OffloadKey] = field(default_factory=list)
+    num_stores: int = 0
+    request_level_tiers: tuple[int, ...] = ()
+    finished: bool = False
+
+    @property
+    def has_transfers(self) -> bool:
+        """Whether a device copy of this request is unfinished."""
+        return bool(self.storing or self.loading or self.loading_again)
+
+    def time_waited(self, now: float) -> float:
+        """Seconds this attempt has waited for tiers."""
+        running = now - self.deferred_since if self.deferred_since is not None else 0.0
+        return self.waited + running
+
+    def start_waiting(self, now: float) -> None:
+        """The clock of the deadline runs from now, if it did not already."""
+        if self.deferred_since is None:
+            self.deferred_since = now
+
+    def stop_waiting(self, now: float) -> None:
+        """The clock stops: no tier causes the wait any more."""
+        self.waited = self.time_waited(now)
+        self.deferred_since = None
+
+    def forget_scan(self) -> None:
+        """The step is over; the next scan replaces this one."""
+        self.scan.clear()
+        self.found.clear()
+        self.unresolved.clear()
+        for index in self.probing_since.keys() - self.probing:
+            del self.probing_since[index]
+        self.probing.clear()
+
+    def note_stored(self, keys: list[OffloadKey]) -> None:
+        """Remember what was stored, for the order of recency at the request's end."""
+        self.stored += keys
+        self.num_stores += 1
+
+    def start_over(self, deadline: float) -> None:
+        """The cache was reset: nothing that was asked or stored before counts."""
+        self.new_attempt(deadline)
+        self.forget_scan()
+        self.sources.clear()
+        self.stored.clear()
+        self.num_stores = 0
+
+    def new_attempt(self, deadline: float) -> None:
+        """Start over: the request was preempted, or its blocks were reset."""
+        self.wait = Wait.ALLOWED
+        self.deferred_since = None
+        self.waited = 0.0
+        self.deadline = deadline
+        self.denied.clear()
+        self.failed.clear()
+        self.silent.clear()
+        self.probing_since.clear()
+
+
+class Requests:
+    """The requests that are live, or whose transfers are not over."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[str, RequestState] = {}
+        self._arrivals = 0
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __iter__(self) -> Iterator[RequestState]:
+        return iter(list(self._by_id.values()))
+
+    def get(self, req_id: str) -> RequestState | None:
+        """Return the state of a request, or None."""
+        return self._by_id.get(req_id)
+
+    def open(self, context: ReqContext, tiers: tuple[int, ...], deadline: float) -> RequestState:
+        """Return the state of a request, made if it is new or comes again after its end.
+
+        Args:
+            tiers: indices of the tiers it may load from.
+            deadline: longest wait of an attempt, seconds.
+        """
+        state = self._by_id.get(context.req_id)
+        if state is None:
+            self._arrivals += 1
+            state = self._by_id[context.req_id] = RequestState(context, self._arrivals, tiers, deadline=deadline)
+        state.finished = False
+        return state
+
+    def close(self, state: RequestState) -> bool:
+        """Drop a finished request without transfers; return whether it is gone."""
+        if not state.finished or state.has_transfers:
+            return False
+        self._by_id.pop(state.context.req_id, None)
+        return True
+
+    def check_invariants(self) -> None:
+        """Raise InvariantError if a request's parts contradict each other."""
+        for state in self._by_id.values():
+            if state.finished and (state.lease or state.awaiting):
+                raise InvariantError(f"request {state.context.req_id} is over and holds a lease or waits")
+            if state.finished and not state.has_transfers:
+                raise InvariantError(f"request {state.context.req_id} is over and was not dropped")
+
+
+def split_scan(scan: Iterable[OffloadKey]) -> list[list[OffloadKey]]:
+    """Return what was looked up, by KV group, in the engine's order.
+
+    A group whose scan comes to a key again has started over: the later scan replaces the earlier.
+    """
+    groups: dict[bytes, dict[OffloadKey, None]] = {}
+    for key in scan:
+        group = groups.setdefault(key[-GROUP_BYTES:], {})
+        if key in group:
+            group.clear()
+        group[key] = None
+    return [list(group) for group in groups.values()]

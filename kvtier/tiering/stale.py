@@ -1,0 +1,77 @@
+"""Device copies that a reset left running: their slots stay in quarantine until the copy has ended.
+
+The end is learnt from a late completion or from what workers publish, whichever comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from kvtier.keys import OffloadKey
+from kvtier.primary.table import BlockTable
+from kvtier.tiering.requests import RequestState
+
+
+@dataclass(slots=True, eq=False)
+class _Stale:
+    req_id: str
+    sequence: int
+    slots: dict[OffloadKey, list[int]]
+
+
+class StaleTransfers:
+    """Slots under copies from before a reset, by request."""
+
+    def __init__(self, table: BlockTable) -> None:
+        self._table = table
+        self._stores: list[_Stale] = []
+        self._loads: list[_Stale] = []
+
+    def __len__(self) -> int:
+        return len(self._stores) + len(self._loads)
+
+    def take_over(self, state: RequestState, sequence: int) -> None:
+        """Take the request's unfinished copies, all of transfers numbered up to `sequence`."""
+        req_id = state.context.req_id
+        if state.storing:
+            self._stores.append(_Stale(req_id, sequence, {key: [slot] for key, slot in state.storing.items()}))
+        loads: dict[OffloadKey, list[int]] = {}
+        for key, slot in [*state.loading.items(), *state.loading_again]:
+            loads.setdefault(key, []).append(slot)
+        if loads:
+            self._loads.append(_Stale(req_id, sequence, loads))
+        state.storing.clear()
+        state.loading.clear()
+        state.loading_again.clear()
+
+    def complete_stores(self, req_id: str, keys: Iterable[OffloadKey]) -> list[OffloadKey]:
+        """Release what these late completions end; return the keys that were not among it."""
+        return self._complete(self._stores, req_id, keys)
+
+    def complete_loads(self, req_id: str, keys: Iterable[OffloadKey]) -> list[OffloadKey]:
+        """Release what these late completions end; return the keys that were not among it."""
+        return self._complete(self._loads, req_id, keys)
+
+    def _complete(self, stale: list[_Stale], req_id: str, keys: Iterable[OffloadKey]) -> list[OffloadKey]:
+        left: list[OffloadKey] = []
+        for key in keys:
+            entry = next((entry for entry in stale if entry.req_id == req_id and key in entry.slots), None)
+            if entry is None:
+                left.append(key)
+                continue
+            slots = entry.slots[key]
+            self._table.unpin((slots.pop(),))
+            if not slots:
+                del entry.slots[key]
+        stale[:] = [entry for entry in stale if entry.slots]
+        return left
+
+    def sweep(self, finished: int) -> None:
+        """Release every copy of a transfer numbered up to `finished`, which all workers have ended."""
+        for stale in (self._stores, self._loads):
+            for entry in stale:
+                if entry.sequence <= finished:
+                    for slots in entry.slots.values():
+                        self._table.unpin(slots)
+            stale[:] = [entry for entry in stale if entry.sequence > finished]

@@ -1,0 +1,132 @@
+"""All secondary tiers together, each behind its guard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from kvtier.abc import SecondaryTierManager
+from kvtier.clock import Clock
+from kvtier.events import Observer, TierState
+from kvtier.keys import OffloadKey
+from kvtier.tiering.endings import run_bounded
+from kvtier.tiering.guard import Answer, TierGuard
+from kvtier.tiering.settings import TieringSettings
+from kvtier.types import (
+    Admission,
+    OffloadingEvent,
+    OffloadPolicy,
+    ReqContext,
+    RequestOffloadingContext,
+    ScheduleEndContext,
+    TierFilter,
+)
+
+
+class SecondaryTiers:
+    """The guards, in the order in which tiers are asked, and what is done to all of them."""
+
+    def __init__(
+        self,
+        tiers: Sequence[SecondaryTierManager],
+        names: Sequence[str] | None,
+        admissions: Sequence[Admission] | None,
+        settings: TieringSettings,
+        clock: Clock,
+        observer: Observer,
+    ) -> None:
+        rules = zip(tiers, names or _distinct(tiers), admissions or [Admission.ALWAYS] * len(tiers), strict=True)
+        self._settings = settings
+        self.guards: list[TierGuard] = [
+            TierGuard(tier, index, name, admission, clock, observer, settings.job_deadline)
+            for index, (tier, name, admission) in enumerate(rules)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.guards)
+
+    def __iter__(self) -> Iterator[TierGuard]:
+        return iter(self.guards)
+
+    def __getitem__(self, index: int) -> TierGuard:
+        return self.guards[index]
+
+    def allowed(self, tier_filter: TierFilter) -> tuple[int, ...]:
+        """Return the indices of the tiers that a request with this filter may load from."""
+        return tuple(g.index for g in self.guards if tier_filter.allows(g.tier.medium, g.tier.locality))
+
+    def announce(self, req_context: ReqContext) -> tuple[int, ...]:
+        """Tell every tier of a request; return the indices of those that want all of its blocks."""
+        wanting = []
+        for guard in self.guards:
+            answer = guard.call(guard.tier.on_new_request, RequestOffloadingContext(), req_context)
+            if answer.policy is OffloadPolicy.REQUEST_LEVEL:
+                wanting.append(guard.index)
+        return tuple(wanting)
+
+    def forget(self, req_context: ReqContext) -> None:
+        """Tell every tier that a request is over."""
+        for guard in self.guards:
+            guard.call(guard.tier.on_request_finished, None, req_context)
+
+    def touch(self, keys: list[OffloadKey], req_context: ReqContext) -> None:
+        """Pass a recency hint to every tier in use."""
+        for guard in self.guards:
+            if guard.usable:
+                guard.call(guard.tier.touch, None, keys, req_context)
+
+    def poll(self) -> Iterator[tuple[TierGuard, Answer]]:
+        """Yield the jobs that ended since the last call."""
+        for guard in self.guards:
+            for answer in guard.poll():
+                yield guard, answer
+            guard.resume_epoch()
+
+    def end_step(self, context: ScheduleEndContext) -> None:
+        """Tell every tier that a step is over."""
+        for guard in self.guards:
+            guard.end_step(context)
+
+    def has_live_cascade(self, now: float) -> bool:
+        """Return whether any cascade is still within its deadline."""
+        return any(guard.has_live_cascade(now) for guard in self.guards)
+
+    def drain(self) -> None:
+        """Wait, at most `drain_timeout`, until the tiers touch no primary memory; leave those alone that do not end."""
+        calls = [(guard.name, guard.drain) for guard in self.guards]
+        for guard, thread in zip(self.guards, run_bounded(calls, self._settings.drain_timeout), strict=True):
+            guard.busy_with(thread)
+
+    def start_epoch(self, epoch: bytes) -> None:
+        """Every block stored so far must miss."""
+        for guard in self.guards:
+            guard.start_epoch(epoch)
+
+    def shutdown(self) -> None:
+        """End all tiers, within `drain_timeout`."""
+        run_bounded([(guard.name, guard.shutdown) for guard in self.guards], self._settings.drain_timeout)
+
+    def take_events(self) -> list[OffloadingEvent]:
+        """Return the tiers' KV events since the last call."""
+        return [event for guard in self.guards for event in guard.take_events()]
+
+    def stats(self) -> dict[str, float]:
+        """Return the tiers' gauges and their unanswered jobs, named `tier.gauge`."""
+        stats: dict[str, float] = {}
+        for guard in self.guards:
+            stats[f"{guard.name}.jobs"] = len(guard.jobs)
+            stats |= {f"{guard.name}.{name}": value for name, value in guard.stats().items()}
+        return stats
+
+    def states(self) -> dict[str, tuple[TierState, str]]:
+        """Return state and reason of every tier, by name."""
+        return {guard.name: guard.describe() for guard in self.guards}
+
+    def check_invariants(self) -> None:
+        """Raise InvariantError if a guard or its tier contradicts itself."""
+        for guard in self.guards:
+            guard.check_invariants()
+
+
+def _distinct(tiers: Sequence[SecondaryTierManager]) -> list[str]:
+    types = [tier.tier_type for tier in tiers]
+    return [name if types.count(name) == 1 else f"{name}-{index}" for index, name in enumerate(types)]
