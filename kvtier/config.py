@@ -1,0 +1,274 @@
+"""Configuration: what an engine says about itself, and what a user may set; typed, closed, checked once, here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+from kvtier.errors import ConfigError
+from kvtier.namespace import Namespace
+from kvtier.options import check_known, convert_option, join_key
+from kvtier.sizes import parse_size
+from kvtier.tiering.settings import ResetPolicy, TieringSettings
+from kvtier.types import Admission
+
+DEFAULT_SPEC = "CPUOffloadingSpec"
+
+_Text = Annotated[str, msgspec.Meta(min_length=1)]
+_Count = Annotated[int, msgspec.Meta(ge=1)]
+_Seconds = Annotated[float, msgspec.Meta(gt=0)]
+_Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
+
+
+def _check_count(key: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(key, value, "an int, at least 1, expected")
+
+
+@dataclass(frozen=True)
+class KVCacheGroup:
+    """Layers of a model that share one block table.
+
+    Attributes:
+        tokens_per_block: tokens in one engine block of the group, at least 1.
+        layer_names: the layers, in the engine's order.
+    """
+
+    tokens_per_block: int
+    layer_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the sizes.
+
+        Raises:
+            ConfigError: a size is no positive int.
+        """
+        _check_count("tokens_per_block", self.tokens_per_block)
+
+
+@dataclass(frozen=True)
+class OffloadingConfig:
+    """What an engine says when it asks for a spec.
+
+    Attributes:
+        extra_config: the user's configuration, as `TieringConfig` declares it; not changed.
+        groups: the KV cache groups, at least one, by group index.
+        engine_block_bytes: bytes of one engine block over all layers and all workers, of the largest group.
+        namespace: identity of the blocks; None if the engine cannot tell (persistent tiers then refuse to start).
+        engine_id: unique among the engines of one machine.
+        world_size: workers that share the arena.
+        rank: this process's place among them.
+        data_parallel_index, data_parallel_size: this engine among equal ones that share a configuration.
+        uses_lora: block hashes carry the names of adapters, not their contents.
+        enable_kv_cache_events: the engine asks for `take_events`.
+    """
+
+    extra_config: Mapping[str, Any]
+    groups: tuple[KVCacheGroup, ...]
+    engine_block_bytes: int
+    namespace: Namespace | None = None
+    engine_id: str = ""
+    world_size: int = 1
+    rank: int = 0
+    data_parallel_index: int = 0
+    data_parallel_size: int = 1
+    uses_lora: bool = False
+    enable_kv_cache_events: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what every spec relies on.
+
+        Raises:
+            ConfigError: `extra_config` is no mapping, no group, or a count out of range.
+        """
+        if not isinstance(self.extra_config, Mapping):
+            raise ConfigError("extra_config", self.extra_config, "a mapping of option names to values expected")
+        if not self.groups:
+            raise ConfigError("groups", self.groups, "at least one KV cache group")
+        _check_count("engine_block_bytes", self.engine_block_bytes)
+        _check_count("world_size", self.world_size)
+        _check_count("data_parallel_size", self.data_parallel_size)
+        if not 0 <= self.rank < self.world_size:
+            raise ConfigError("rank", self.rank, f"0 to {self.world_size - 1}, for world_size={self.world_size}")
+        if not 0 <= self.data_parallel_index < self.data_parallel_size:
+            allowed = f"0 to {self.data_parallel_size - 1}, for data_parallel_size={self.data_parallel_size}"
+            raise ConfigError("data_parallel_index", self.data_parallel_index, allowed)
+
+
+class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a user may set for `CPUOffloadingSpec`; times in seconds.
+
+    Attributes:
+        cpu_bytes_to_use: size of the primary tier of one engine: bytes, or a string like "10GiB".
+        block_size: tokens in one offloaded block, a multiple of the engine block (the default).
+        blocks_per_chunk: the same in engine blocks, as vLLM spells it.
+        eviction_policy: "lru", "arc" or any registered name.
+        offload_prompt_only: engines offer only blocks of prompts. Given, it is the admission of tiers that do not
+            say; absent, it is true if there are secondary tiers and each admits prompts only.
+        self_describing_kv_events: engines attach token ids to KV events.
+        canonical_layout: not supported.
+        load_deadline, probe_deadline, lease_timeout, drain_timeout, job_deadline, promotion_budget, prefill_rate,
+            on_reset: see `TieringSettings`.
+        allow_lora: trust the names of LoRA adapters across restarts.
+    """
+
+    cpu_bytes_to_use: int | str
+    spec_name: _Text = DEFAULT_SPEC
+    spec_module_path: _Text | None = None
+    block_size: _Count | None = None
+    blocks_per_chunk: _Count | None = None
+    eviction_policy: _Text = "lru"
+    offload_prompt_only: bool | None = None
+    self_describing_kv_events: bool = False
+    canonical_layout: bool = False
+    load_deadline: _Seconds = TieringSettings.load_deadline
+    probe_deadline: _Seconds = TieringSettings.probe_deadline
+    lease_timeout: _Seconds = TieringSettings.lease_timeout
+    drain_timeout: _Seconds = TieringSettings.drain_timeout
+    job_deadline: _Seconds = TieringSettings.job_deadline
+    promotion_budget: _Share = TieringSettings.promotion_budget
+    prefill_rate: _Seconds | None = TieringSettings.prefill_rate
+    on_reset: ResetPolicy = TieringSettings.on_reset
+    allow_lora: bool = False
+
+    def settings(self, tokens_per_block: int, kv_events: bool) -> TieringSettings:
+        """Return the part that the tiering manager reads."""
+        return TieringSettings(
+            load_deadline=self.load_deadline,
+            probe_deadline=self.probe_deadline,
+            lease_timeout=self.lease_timeout,
+            drain_timeout=self.drain_timeout,
+            job_deadline=self.job_deadline,
+            promotion_budget=self.promotion_budget,
+            prefill_rate=self.prefill_rate,
+            tokens_per_block=tokens_per_block,
+            on_reset=self.on_reset,
+            kv_events=kv_events,
+        )
+
+
+class TieringConfig(CPUConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a user may set for `TieringOffloadingSpec`.
+
+    Attributes:
+        secondary_tiers: one mapping a tier: `type`, and optionally `module_path`, `name` and `admission`; every
+            other key is an option of the tier.
+    """
+
+    secondary_tiers: list[dict[str, Any]] = []  # msgspec copies the default for every instance
+
+
+C = TypeVar("C", bound=CPUConfig)
+
+
+def parse_config(extra_config: Mapping[str, Any], kind: type[C]) -> C:
+    """Return the user's configuration, checked.
+
+    Args:
+        extra_config: as the user wrote it; not changed.
+        kind: `CPUConfig`, `TieringConfig`, or a subclass with keys of its own.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, a value out of range, `cpu_bytes_to_use` missing, or
+            `canonical_layout` asked for.
+    """
+    fields = {item.name: item for item in msgspec.structs.fields(kind)}
+    if "secondary_tiers" in extra_config and "secondary_tiers" not in fields:
+        value = extra_config["secondary_tiers"]
+        raise ConfigError("secondary_tiers", value, 'spec_name "TieringOffloadingSpec" has tiers, this one has none')
+    check_known(extra_config, fields)
+    parse_size("cpu_bytes_to_use", extra_config.get("cpu_bytes_to_use"))
+    values = {key: convert_option(value, fields[key].type, key) for key, value in extra_config.items()}
+    if values.get("canonical_layout"):
+        allowed = "false only: kvtier stores each rank's own layout, and the namespace keeps ranks apart"
+        raise ConfigError("canonical_layout", True, allowed)
+    return kind(**values)
+
+
+def json_schema(kind: type[CPUConfig] = TieringConfig) -> dict[str, Any]:
+    """Return the JSON schema of the user's configuration."""
+    return msgspec.json.schema(kind)
+
+
+def engine_blocks_per_block(user: CPUConfig, groups: Sequence[KVCacheGroup]) -> int:
+    """Return how many engine blocks one offloaded block joins.
+
+    Raises:
+        ConfigError: `block_size` is no multiple of the engine block, contradicts `blocks_per_chunk`, or is given
+            although the groups' engine blocks differ.
+    """
+    if user.block_size is None:
+        return user.blocks_per_chunk or 1
+    sizes = sorted({group.tokens_per_block for group in groups})
+    if len(sizes) > 1:
+        allowed = f"the groups have engine blocks of {sizes} tokens; set blocks_per_chunk (engine blocks) instead"
+        raise ConfigError("block_size", user.block_size, allowed)
+    count, rest = divmod(user.block_size, sizes[0])
+    if rest:
+        raise ConfigError("block_size", user.block_size, f"a multiple of the engine block, {sizes[0]} tokens")
+    if user.blocks_per_chunk not in (None, count):
+        allowed = f"{count}, or absent: block_size={user.block_size} is {count} engine blocks of {sizes[0]} tokens"
+        raise ConfigError("blocks_per_chunk", user.blocks_per_chunk, allowed)
+    return count
+
+
+def primary_blocks(user: CPUConfig, block_bytes: int) -> int:
+    """Return how many blocks of `block_bytes` the primary tier holds, at least 1.
+
+    Raises:
+        ConfigError: not even one fits.
+    """
+    num_blocks = parse_size("cpu_bytes_to_use", user.cpu_bytes_to_use) // block_bytes
+    if num_blocks < 1:
+        raise ConfigError("cpu_bytes_to_use", user.cpu_bytes_to_use, f"at least {block_bytes} bytes, one block")
+    return num_blocks
+
+
+@dataclass(frozen=True)
+class TierConfig:
+    """One secondary tier as configured: what kvtier handles, and the options that are the tier's own.
+
+    Attributes:
+        where: full name of its entry, for errors, for example "secondary_tiers[0]".
+        tier_type: registered name, or the class's name in `module_path`.
+        name: what events, statistics and logs call it.
+        options: keyword arguments of the tier's constructor.
+    """
+
+    where: str
+    tier_type: str
+    module_path: str | None = None
+    name: str = ""
+    admission: Admission | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+_COMMON_TIER_KEYS: dict[str, Any] = {"type": _Text, "module_path": _Text, "name": _Text, "admission": Admission}
+
+
+def parse_tier(tier_config: Mapping[str, Any], where: str = "tier_config") -> TierConfig:
+    """Return one tier's configuration with the common keys taken out; the options are not checked yet.
+
+    Raises:
+        ConfigError: no mapping, `type` missing, or a common key of the wrong type.
+    """
+    if not isinstance(tier_config, Mapping):
+        raise ConfigError(where, tier_config, 'a mapping with at least "type" expected')
+    if "type" not in tier_config:
+        raise ConfigError(join_key(where, "type"), None, "required, the type of the tier")
+    common = {
+        key: convert_option(tier_config[key], hint, join_key(where, key))
+        for key, hint in _COMMON_TIER_KEYS.items()
+        if key in tier_config
+    }
+    return TierConfig(
+        where=where,
+        tier_type=common["type"],
+        module_path=common.get("module_path"),
+        name=common.get("name", common["type"]),
+        admission=common.get("admission"),
+        options={key: value for key, value in tier_config.items() if key not in _COMMON_TIER_KEYS},
+    )

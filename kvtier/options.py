@@ -1,0 +1,135 @@
+"""Closed options: every wrong one becomes a `ConfigError` of one line that names key, value and what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from enum import Enum
+from typing import Any, get_args, get_type_hints
+
+import msgspec
+
+from kvtier.errors import ConfigError
+
+_PYTHON_WORDS = {"object": "mapping", "array": "list", "null": "None"}
+_JSON_WORD = re.compile(r"\b(?:object|array|null)\b")
+_SECRET_WORDS = ("secret", "password", "passwd", "token", "credential", "access_key", "api_key")
+
+
+def join_key(where: str, key: object) -> str:
+    """Return the full name of an option, for example "secondary_tiers[0].path"."""
+    return f"{where}.{key}" if where else str(key)
+
+
+def option_error(key: str, value: object, allowed: str) -> ConfigError:
+    """Return the error about one option; values whose names speak of a secret are not shown."""
+    return ConfigError(key, _without_secrets(key.rpartition(".")[2], value), allowed)
+
+
+def _without_secrets(name: object, value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: _without_secrets(key, item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_secrets(name, item) for item in value]
+    secret = value is not None and any(word in str(name).lower() for word in _SECRET_WORDS)
+    return "***" if secret else value
+
+
+def check_known(options: Mapping[Any, Any], known: Collection[str], where: str = "") -> None:
+    """Refuse the first option whose name is not known, and suggest the nearest name that is.
+
+    Raises:
+        ConfigError: names the option, and lists the known names.
+    """
+    for key, value in options.items():
+        if key in known:
+            continue
+        nearest = difflib.get_close_matches(str(key), list(known), n=1)
+        hint = f', did you mean "{nearest[0]}"?' if nearest else ";"
+        raise option_error(join_key(where, key), value, f"unknown key{hint} known are {', '.join(sorted(known))}")
+
+
+def convert_option(value: object, hint: Any, key: str) -> Any:
+    """Return `value` as the type `hint` says, without guessing (no "1" for 1, no True for 1, no NaN, no infinity).
+
+    Args:
+        hint: a type that msgspec understands; any other type is left to the code that declares it.
+        key: full name of the option, for the error.
+
+    Raises:
+        ConfigError: the value is of another type or out of range.
+    """
+    try:
+        converted = msgspec.convert(value, hint, strict=True)
+    except msgspec.ValidationError as error:
+        reason, _, path = str(error).partition(" - at `$")
+        path = path.rstrip("`")
+        raise option_error(key + path, _item_at(value, path), _allowed(reason, hint)) from None
+    except TypeError:
+        return value
+    if isinstance(converted, float) and not math.isfinite(converted):
+        raise option_error(key, value, "a finite number expected")
+    return converted
+
+
+def convert_to_signature(
+    function: Callable[..., Any], options: Mapping[str, Any], where: str, given: Collection[str] = ()
+) -> dict[str, Any]:
+    """Return the options as keyword arguments that `function` accepts, checked before it is called.
+
+    Args:
+        function: a function or class, called with keyword arguments only; one with `**kwargs` takes any name.
+        given: parameters that the caller adds itself, which are no options.
+
+    Raises:
+        ConfigError: an unknown name, a wrong type, or a required option that is missing.
+    """
+    parameters = inspect.signature(function).parameters
+    named = {
+        name: parameter
+        for name, parameter in parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name not in given
+    }
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        check_known(options, named, where)
+    hints = _type_hints(function)
+    for name, parameter in named.items():
+        if parameter.default is parameter.empty and name not in options:
+            raise option_error(join_key(where, name), None, f"required, {_name_of(hints.get(name, Any))} expected")
+    return {
+        name: convert_option(value, hints.get(name, Any) if name in named else Any, join_key(where, name))
+        for name, value in options.items()
+    }
+
+
+def _type_hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return the types that a signature declares; none if they cannot be resolved at run time."""
+    try:
+        target = vars(type).get("__init__") if function is type else getattr(function, "__init__", function)
+        return get_type_hints(function if inspect.isfunction(function) else target, include_extras=True)
+    except (NameError, TypeError, AttributeError):
+        return {}
+
+
+def _item_at(value: Any, path: str) -> object:
+    """Return the item that msgspec's `path` names in nested lists, such as "[0][2]"; the whole if it cannot be told."""
+    for index in re.findall(r"\[([^\]]*)\]", path):
+        if not index.isdigit():
+            break
+        value = value[int(index)]
+    return value
+
+
+def _allowed(reason: str, hint: Any) -> str:
+    """Return what an option may hold, from msgspec's complaint about it."""
+    enums = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and issubclass(kind, Enum)]
+    if enums:
+        return "one of " + ", ".join(f'"{member.value}"' for kind in enums for member in kind)
+    return _JSON_WORD.sub(lambda word: _PYTHON_WORDS[word[0]], reason.replace("`", "")).replace("Expected", "expected")
+
+
+def _name_of(hint: Any) -> str:
+    return "a value" if hint is Any else getattr(hint, "__name__", str(hint))

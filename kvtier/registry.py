@@ -1,0 +1,228 @@
+"""Registries: names in a configuration, and the classes they stand for, imported when they are first used."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Generic, TypeVar
+
+from kvtier.abc import EvictionPolicy, OffloadingSpec, OffloadingWorker, SecondaryTierManager
+from kvtier.config import TierConfig, parse_tier
+from kvtier.errors import ConfigError
+from kvtier.options import convert_to_signature, join_key, option_error
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Names and the objects they stand for, loaded lazily.
+
+    Args:
+        key: the configuration key that holds the names, for errors.
+        base: what every class must be a subclass of; None for plain callables.
+    """
+
+    def __init__(self, key: str, base: type | None = None) -> None:
+        self._key = key
+        self._base = base
+        self._entries: dict[str, tuple[str, str]] = {}
+
+    def register(self, name: str, module_path: str, class_name: str) -> None:
+        """Let `name` stand for `class_name` of the module `module_path`, which is imported at the first `load`.
+
+        Raises:
+            ValueError: `name` is taken.
+        """
+        if name in self._entries:
+            raise ValueError(f'{self._key} "{name}" is already registered, as {".".join(self._entries[name])}')
+        self._entries[name] = (module_path, class_name)
+
+    def names(self) -> tuple[str, ...]:
+        """Return the registered names, sorted."""
+        return tuple(sorted(self._entries))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def load(self, name: str, key: str | None = None) -> T:
+        """Return what `name` stands for.
+
+        Args:
+            key: full name of the configuration key, for the error, if it is not the registry's own.
+
+        Raises:
+            ConfigError: the name is not registered (the message lists those that are), its module cannot be
+                imported, or it names something else than a subclass of the registry's base.
+        """
+        try:
+            module_path, class_name = self._entries[name]
+        except (KeyError, TypeError):
+            raise ConfigError(key or self._key, name, f"supported are {', '.join(self.names())}") from None
+        return self.load_from(module_path, class_name, key)
+
+    def load_from(self, module_path: str, class_name: str, key: str | None = None) -> T:
+        """Return `class_name` of a module that need not be registered; errors as `load`."""
+        key = key or self._key
+        try:
+            found = getattr(importlib.import_module(module_path), class_name)
+        except AttributeError:
+            raise ConfigError(key, class_name, f"module {module_path} has no such name") from None
+        except (ImportError, TypeError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConfigError(key, class_name, f"module {module_path!r} cannot be imported ({reason})") from error
+        self._check(found, class_name, key)
+        return found  # type: ignore[no-any-return]  # checked above against the base at run time
+
+    def _check(self, found: object, class_name: str, key: str) -> None:
+        if self._base is None:
+            if not callable(found):
+                raise ConfigError(key, class_name, "a callable expected")
+        elif not (isinstance(found, type) and issubclass(found, self._base)):
+            raise ConfigError(key, class_name, f"{found!r} is no subclass of {self._base.__name__}")
+
+
+SPECS: Registry[type[OffloadingSpec]] = Registry("spec_name", OffloadingSpec)
+SPECS.register("CPUOffloadingSpec", "kvtier.spec.cpu", "CPUOffloadingSpec")
+SPECS.register("TieringOffloadingSpec", "kvtier.spec.tiering", "TieringOffloadingSpec")
+
+TIERS: Registry[type] = Registry("type", object)
+TIERS.register("disk", "kvtier.secondary.disk", "DiskTierManager")
+TIERS.register("memory", "kvtier.secondary.memory_tier", "MemoryTierManager")
+TIERS.register("example", "kvtier.secondary.example", "ExampleSecondaryTierManager")
+
+POLICIES: Registry[type[EvictionPolicy]] = Registry("eviction_policy", EvictionPolicy)
+POLICIES.register("lru", "kvtier.eviction.lru", "LRUPolicy")
+POLICIES.register("arc", "kvtier.eviction.arc", "ARCPolicy")
+
+WORKERS: Registry[Callable[..., OffloadingWorker]] = Registry("device")
+WORKERS.register("cpu-numpy", "kvtier.primary.worker", "NumpyOffloadingWorker")
+WORKERS.register("torch", "kvtier.adapters.torch", "make_worker")
+
+
+class EvictionPolicyFactory:
+    """Makes eviction policies by name; "lru" and "arc" are built in."""
+
+    @classmethod
+    def register_policy(cls, name: str, module_path: str, class_name: str) -> None:
+        """Let `name` stand for an `EvictionPolicy`, imported when it is first used.
+
+        Raises:
+            ValueError: `name` is taken.
+        """
+        POLICIES.register(name, module_path, class_name)
+
+    @classmethod
+    def create_policy(cls, name: str, capacity: int) -> EvictionPolicy:
+        """Return a new policy for at most `capacity` keys.
+
+        Raises:
+            ConfigError: unknown name, or no `EvictionPolicy`.
+        """
+        return POLICIES.load(name)(capacity)
+
+
+TIER_INTERFACES: Registry[Callable[[type], type[SecondaryTierManager]]] = Registry("interface")
+TIER_INTERFACES.register("first", "kvtier.secondary.first_interface", "adapt_tier_class")
+
+_GIVEN_TO_EVERY_TIER = ("offloading_spec", "vllm_config", "primary_kv_view", "tier_type")
+
+
+class SecondaryTierFactory:
+    """Makes secondary tiers from their configuration; "disk", "memory" and "example" are built in."""
+
+    @classmethod
+    def register_tier(cls, tier_type: str, module_path: str, class_name: str) -> None:
+        """Let `tier_type` stand for a `SecondaryTierManager`, imported when it is first used.
+
+        Raises:
+            ValueError: `tier_type` is taken.
+        """
+        TIERS.register(tier_type, module_path, class_name)
+
+    @classmethod
+    def get_tier_class(cls, tier_config: Mapping[str, Any]) -> type[SecondaryTierManager]:
+        """Return the class that the configuration's `type` (with `module_path`: its class of that name) stands for.
+
+        Raises:
+            ConfigError: `type` missing or unknown (the message lists the supported ones), a module that cannot be
+                imported, or a class that is no tier.
+        """
+        return _adapted(load_tier_class(parse_tier(tier_config)))
+
+    @classmethod
+    def create_secondary_tier(
+        cls, tier_config: Mapping[str, Any], primary_kv_view: memoryview, offloading_spec: Any
+    ) -> SecondaryTierManager:
+        """Return a new tier, not started.
+
+        Args:
+            tier_config: `type`; optionally `module_path`, `name`, `admission`; every other key is an argument of
+                the tier's constructor, checked against its signature before the call. Not changed.
+            primary_kv_view: the primary arena, shape (num_blocks, block_bytes), bytes.
+            offloading_spec: the engine's spec; kvtier's own carries a `tier_context`.
+
+        Raises:
+            ConfigError: as `get_tier_class`, or an option that is unknown, of the wrong type, out of range or
+                missing.
+        """
+        return construct_tier(check_tier(parse_tier(tier_config)), primary_kv_view, offloading_spec)
+
+
+def create_secondary_tier(
+    tier_config: Mapping[str, Any], primary_kv_view: memoryview, offloading_spec: Any
+) -> SecondaryTierManager:
+    """Return a new tier, not started; see `SecondaryTierFactory.create_secondary_tier`."""
+    return SecondaryTierFactory.create_secondary_tier(tier_config, primary_kv_view, offloading_spec)
+
+
+def load_tier_class(tier: TierConfig) -> type:
+    """Return the class as it was written, to today's interface or the layer's first.
+
+    Raises:
+        ConfigError: as `SecondaryTierFactory.get_tier_class`.
+    """
+    key = join_key(tier.where, "type")
+    if tier.module_path is not None:
+        return TIERS.load_from(tier.module_path, tier.tier_type, key)
+    return TIERS.load(tier.tier_type, key)
+
+
+def check_tier(tier: TierConfig) -> TierConfig:
+    """Return the tier's configuration with its options checked and converted, without making the tier.
+
+    Raises:
+        ConfigError: as `SecondaryTierFactory.create_secondary_tier`.
+    """
+    tier_class = load_tier_class(tier)
+    for key in _GIVEN_TO_EVERY_TIER:
+        if key in tier.options:
+            raise option_error(join_key(tier.where, key), tier.options[key], "set by kvtier, not by a configuration")
+    signature = convert_to_signature(tier_class, tier.options, tier.where, given=_GIVEN_TO_EVERY_TIER)
+    return replace(tier, options=signature)
+
+
+def construct_tier(tier: TierConfig, primary_kv_view: memoryview, offloading_spec: Any) -> SecondaryTierManager:
+    """Return a new tier, not started, from options that `check_tier` returned.
+
+    Raises:
+        ConfigError: the tier refuses an option.
+    """
+    tier_class: Any = _adapted(load_tier_class(tier))
+    try:
+        made: SecondaryTierManager = tier_class(
+            offloading_spec=offloading_spec,
+            primary_kv_view=primary_kv_view,
+            tier_type=tier.name,
+            **tier.options,
+        )
+    except ConfigError as error:
+        raise option_error(join_key(tier.where, error.key), error.value, error.allowed) from error
+    return made
+
+
+def _adapted(tier_class: type) -> type[SecondaryTierManager]:
+    """Return the class in today's interface."""
+    if issubclass(tier_class, SecondaryTierManager):
+        return tier_class
+    return TIER_INTERFACES.load("first")(tier_class)

@@ -1,0 +1,187 @@
+"""What every spec of kvtier shares: sizes worked out once, one arena, one manager, one worker, one shutdown."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, ClassVar, Self
+
+from kvtier.abc import OffloadingSpec, OffloadingWorker, TierContext
+from kvtier.clock import Clock, monotonic_clock
+from kvtier.config import CPUConfig, OffloadingConfig, engine_blocks_per_block, parse_config, primary_blocks
+from kvtier.events import Observer, Observers
+from kvtier.namespace import Namespace
+from kvtier.primary.arena import Arena, Progress, align_block_bytes
+from kvtier.registry import POLICIES
+from kvtier.spec.first_interface import config_from_pair
+from kvtier.tiering.manager import TieringOffloadingManager
+from kvtier.tiering.settings import TieringSettings
+
+
+class ArenaSpec(OffloadingSpec):
+    """A configuration checked and worked out; subclasses say what the manager consists of.
+
+    The constructor checks and allocates nothing. The arena is made at the first `get_manager` or `get_worker`.
+
+    Attributes:
+        config: what the engine said.
+        extra_config: what the user set, as it was given.
+        user_config: the same, checked.
+        block_bytes: bytes of one offloaded block, a multiple of the page size.
+        num_blocks: blocks in the primary tier.
+        engine_blocks_per_block: engine blocks joined into one offloaded block.
+        offload_prompt_only: engines should offer blocks of prompts only.
+        tier_context: what secondary tiers learn; its `arena_fd` is None until there is an arena.
+        secondary_tier_configs: the configured tiers' mappings, in order.
+    """
+
+    config_type: ClassVar[type[CPUConfig]] = CPUConfig
+
+    def __init__(
+        self,
+        config: OffloadingConfig | Any,
+        kv_cache_config: Any = None,
+        *,
+        progress: Progress | None = None,
+        clock: Clock = monotonic_clock,
+        observers: Sequence[Observer] = (),
+        inline_io: bool = False,
+    ) -> None:
+        """Check the configuration.
+
+        Args:
+            config: what the engine says, or the first of the layer's earlier pair.
+            kv_cache_config: the second of that pair.
+            progress: told how far the backing of the arena is, from the thread that makes it.
+            clock: time, for tests.
+            observers: sinks of events.
+            inline_io: tiers do their I/O on the caller's thread, when they are polled: for tests and simulations.
+
+        Raises:
+            ConfigError: a key holds what it may not.
+        """
+        self.config = as_offloading_config(config, kv_cache_config)
+        self.extra_config: Mapping[str, Any] = self.config.extra_config
+        self.user_config: CPUConfig = parse_config(self.extra_config, self.config_type)
+        self.engine_blocks_per_block = engine_blocks_per_block(self.user_config, self.config.groups)
+        self.block_bytes = align_block_bytes(self.config.engine_block_bytes * self.engine_blocks_per_block)
+        self.num_blocks = primary_blocks(self.user_config, self.block_bytes)
+        self.offload_prompt_only = bool(self.user_config.offload_prompt_only)
+        self.secondary_tier_configs: list[Mapping[str, Any]] = []
+        self.observers = Observers(observers)
+        self.tier_context = TierContext(
+            namespace=self._namespace(),
+            clock=clock,
+            observer=self.observers,
+            tokens_per_block=self.tokens_per_block,
+            inline_io=inline_io,
+        )
+        self._policy = POLICIES.load(self.user_config.eviction_policy)
+        self._progress = progress
+        self._arena: Arena | None = None
+        self._manager: TieringOffloadingManager | None = None
+        self._worker: OffloadingWorker | None = None
+        self._closed = False
+
+    @property
+    def tokens_per_block(self) -> int:
+        """Tokens in one offloaded block, of the group with the smallest engine block."""
+        return min(group.tokens_per_block for group in self.config.groups) * self.engine_blocks_per_block
+
+    @property
+    def settings(self) -> TieringSettings:
+        """Deadlines and budgets of the tiering manager."""
+        return self.user_config.settings(self.tokens_per_block, self.config.enable_kv_cache_events)
+
+    def get_manager(self) -> TieringOffloadingManager:
+        """Return the manager, made at the first call together with the arena; tiers start, nothing is waited for.
+
+        Raises:
+            CapacityError: the machine cannot hold the arena.
+            ConfigError: a tier refuses its options.
+        """
+        if self._manager is None:
+            self._manager = self._make_manager(self.arena)
+        return self._manager
+
+    def get_worker(self, kv_caches: Any) -> OffloadingWorker:
+        """Return the worker over the engine's KV caches, made at the first call.
+
+        Args:
+            kv_caches: a `kvtier.primary.copies.KVCaches` of numpy arrays or of torch tensors.
+        """
+        if self._worker is None:
+            self._worker = self._make_worker(kv_caches)
+        return self._worker
+
+    @property
+    def arena(self) -> Arena:
+        """The primary tier's memory, made at the first use.
+
+        Raises:
+            CapacityError: the machine cannot hold it.
+            RuntimeError: the spec has been shut down.
+        """
+        if self._closed:
+            raise RuntimeError("the spec has been shut down")
+        if self._arena is None:
+            self._arena = Arena.create(self.num_blocks, self.block_bytes, progress=self._progress)
+            self.tier_context = replace(self.tier_context, arena_fd=self._arena.fd)
+        return self._arena
+
+    def shutdown(self) -> None:
+        """Release manager, worker and arena, in this order and whatever each of them raises; idempotent."""
+        self._closed = True
+        with ExitStack() as stack:
+            if self._arena is not None:
+                stack.callback(self._arena.close)
+            if self._worker is not None:
+                stack.callback(self._worker.shutdown)
+            if self._manager is not None:
+                stack.callback(self._manager.shutdown)
+            self._arena = self._manager = self._worker = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    @abstractmethod
+    def _make_manager(self, arena: Arena) -> TieringOffloadingManager:
+        """Return a new manager over the arena."""
+
+    def _make_worker(self, kv_caches: Any) -> OffloadingWorker:
+        raise NotImplementedError("no worker is registered for these KV caches")
+
+    def _namespace(self) -> Namespace | None:
+        """Return the engine's namespace joined with what this spec decides about the bytes of a block."""
+        namespace = self.config.namespace
+        if namespace is None:
+            return None
+        groups = [[group.tokens_per_block, list(group.layer_names)] for group in self.config.groups]
+        decided: dict[str, str | int] = {
+            "kvtier.block_bytes": self.block_bytes,
+            "kvtier.engine_blocks_per_block": self.engine_blocks_per_block,
+            "kvtier.groups": json.dumps(groups, separators=(",", ":")),
+            "kvtier.world_size": self.config.world_size,
+            "kvtier.rank": self.config.rank,
+        }
+        return Namespace({**namespace.identity, **decided}, namespace.epoch)
+
+
+def as_offloading_config(config: OffloadingConfig | Any, kv_cache_config: Any) -> OffloadingConfig:
+    """Return kvtier's own configuration, whichever of the two forms was given.
+
+    Raises:
+        ConfigError: neither an `OffloadingConfig` nor the layer's earlier pair.
+    """
+    if isinstance(config, OffloadingConfig):
+        return config
+    return config_from_pair(config, kv_cache_config)

@@ -1,0 +1,68 @@
+"""Specs by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kvtier.abc import OffloadingSpec
+from kvtier.config import DEFAULT_SPEC, OffloadingConfig
+from kvtier.errors import ConfigError
+from kvtier.registry import SPECS
+from kvtier.spec.first_interface import extra_config_of
+
+
+class OffloadingSpecFactory:
+    """Makes specs by name; "CPUOffloadingSpec" and "TieringOffloadingSpec" are built in."""
+
+    @classmethod
+    def register_spec(cls, name: str, module_path: str, class_name: str) -> None:
+        """Let `name` stand for an `OffloadingSpec`, imported when it is first used.
+
+        Raises:
+            ValueError: `name` is taken.
+        """
+        SPECS.register(name, module_path, class_name)
+
+    @classmethod
+    def get_spec_cls(cls, extra_config: Mapping[str, Any]) -> type[OffloadingSpec]:
+        """Return the class that `spec_name` (and, for names not registered, `spec_module_path`) stands for.
+
+        Raises:
+            ConfigError: an unknown name without `spec_module_path` (the message lists the supported ones), a
+                module that cannot be imported, or a class that is no `OffloadingSpec`.
+        """
+        name = extra_config.get("spec_name", DEFAULT_SPEC)
+        if not isinstance(name, str) or not name:
+            raise ConfigError("spec_name", name, f"a name expected, supported are {', '.join(SPECS.names())}")
+        module_path = extra_config.get("spec_module_path")
+        if name in SPECS or module_path is None:
+            return SPECS.load(name)
+        return SPECS.load_from(module_path, name)
+
+    @classmethod
+    def create_spec(cls, config: OffloadingConfig | Any, kv_cache_config: Any = None) -> OffloadingSpec:
+        """Return a new spec.
+
+        Args:
+            config: what the engine says; or, with `kv_cache_config`, the first of the layer's earlier pair
+                (attributes as in `kvtier.spec.first_interface.config_from_pair`). The spec's class gets what
+                was given here.
+
+        Raises:
+            ConfigError: as `get_spec_cls`, or a configuration that the spec refuses.
+        """
+        if isinstance(config, OffloadingConfig):
+            return _construct(cls.get_spec_cls(config.extra_config), config)
+        return _construct(cls.get_spec_cls(extra_config_of(config)), config, kv_cache_config)
+
+
+def create_spec(config: OffloadingConfig | Any, kv_cache_config: Any = None) -> OffloadingSpec:
+    """Return a new spec; see `OffloadingSpecFactory.create_spec`."""
+    return OffloadingSpecFactory.create_spec(config, kv_cache_config)
+
+
+def _construct(spec_class: Any, *args: Any) -> OffloadingSpec:
+    """Call a spec's constructor, whose signature is its own."""
+    spec: OffloadingSpec = spec_class(*args)
+    return spec

@@ -1,0 +1,88 @@
+import os
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import msgspec
+import pytest
+
+from kvtier.errors import ConfigError
+from kvtier.options import check_known, convert_option, convert_to_signature, option_error
+from kvtier.types import Admission
+
+
+def error_of(call: Any, *args: Any, **keywords: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        call(*args, **keywords)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_unknown_keys_are_named_with_the_nearest_known_one():
+    assert error_of(check_known, {"pth": 1}, ["path", "capacity"], "secondary_tiers[0]") == (
+        'secondary_tiers[0].pth=1: unknown key, did you mean "path"? known are capacity, path'
+    )
+
+
+def test_unknown_keys_without_a_near_one_list_the_known():
+    assert error_of(check_known, {"zzz": 1}, ["path"]) == "zzz=1: unknown key; known are path"
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "message"),
+    [
+        ("1", int, "k='1': expected int, got str"),
+        (True, int, "k=True: expected int, got bool"),
+        (1, bool, "k=1: expected bool, got int"),
+        (float("nan"), float, "k=nan: a finite number expected"),
+        (float("inf"), Annotated[float, msgspec.Meta(gt=0)], "k=inf: a finite number expected"),
+        (0, Annotated[int, msgspec.Meta(ge=1)], "k=0: expected int >= 1"),
+        ({}, list[int], "k={}: expected list, got mapping"),
+        ("x", int | None, "k='x': expected int | None, got str"),
+        ([[1, 2], [3, "x"]], list[list[int]], "k[1][1]='x': expected int, got str"),
+        ("never", Admission, 'k=\'never\': one of "always", "second_touch", "prompt_only"'),
+        ("never", Admission | None, 'k=\'never\': one of "always", "second_touch", "prompt_only"'),
+    ],
+)
+def test_wrong_values_are_named(value, hint, message):
+    assert error_of(convert_option, value, hint, "k") == message
+
+
+def test_values_become_what_the_hint_says():
+    assert convert_option("always", Admission, "k") is Admission.ALWAYS
+    assert convert_option(2, float, "k") == 2.0
+    assert convert_option(None, int | None, "k") is None
+
+
+def test_a_hint_that_cannot_be_checked_is_left_to_its_owner():
+    assert convert_option(3, str | os.PathLike[str], "k") == 3
+
+
+def test_secrets_are_not_shown():
+    assert str(option_error("t.password", "hunter2", "no")) == "t.password='***': no"
+    assert "hunter2" not in str(option_error("tiers", [{"auth_token": "hunter2"}], "no"))
+    assert str(option_error("t.password", None, "required")) == "t.password=None: required"
+
+
+def test_signatures_are_checked_before_the_call():
+    def make(spec: object, *, path: str, capacity: int | str = "1GiB", ways: Sequence[int] = ()) -> None:
+        raise AssertionError("not called")
+
+    assert convert_to_signature(make, {"path": "p"}, "t", given=["spec"]) == {"path": "p"}
+    assert error_of(convert_to_signature, make, {}, "t", given=["spec"]) == "t.path=None: required, str expected"
+    assert error_of(convert_to_signature, make, {"path": 3}, "t", given=["spec"]) == "t.path=3: expected str, got int"
+    assert error_of(convert_to_signature, make, {"path": "p", "spec": 1}, "t", given=["spec"]) == (
+        "t.spec=1: unknown key; known are capacity, path, ways"
+    )
+
+
+def test_keywords_of_any_name_pass_a_signature_that_takes_them():
+    def make(path: str, **options: Any) -> None: ...
+
+    assert convert_to_signature(make, {"path": "p", "x": [1]}, "t") == {"path": "p", "x": [1]}
+
+
+def test_hints_that_do_not_resolve_are_not_checked():
+    def make(path: "NotImported") -> None: ...  # noqa: F821  # what a class under TYPE_CHECKING looks like
+
+    assert convert_to_signature(make, {"path": 3}, "t") == {"path": 3}
