@@ -12,7 +12,9 @@ from kvtier.stores.seal import HEADER_BYTES, MAX_PAYLOAD_BYTES, MAX_SLOT
 SEGMENT_BYTES = 1 << 30
 """Most bytes of one data file; part of the format, since it decides where a slot is."""
 GROWTH_BYTES = 64 << 20
-"""Space is taken from the filesystem in steps of about this size."""
+"""Space is taken from the filesystem in steps of this size at most,"""
+GROWTHS = 16
+"""and in at least so many steps, so that small slabs can share a directory, too."""
 FIXED_BYTES = 32 << 10
 """Allowance for directories, the lock, `namespace.json` and the end of the last page of `headers`."""
 FILESYSTEM_BYTES_PER_SLOT = 32
@@ -53,11 +55,12 @@ class SlabGeometry:
         segment_cost = slots_per_segment * slot_cost + FILESYSTEM_BYTES_PER_SEGMENT
         full_segments, rest = divmod(max(0, capacity - FIXED_BYTES), segment_cost)
         num_slots = full_segments * slots_per_segment + max(0, rest - FILESYSTEM_BYTES_PER_SEGMENT) // slot_cost
+        num_slots = min(num_slots, MAX_SLOT)
         if num_slots < 1:
             least = FIXED_BYTES + FILESYSTEM_BYTES_PER_SEGMENT + slot_cost
             raise ConfigError("capacity", capacity, f"at least {least} bytes, for one block of {block_bytes}")
-        slots_per_growth = min(slots_per_segment, max(1, GROWTH_BYTES // block_bytes))
-        return cls(block_bytes, min(num_slots, MAX_SLOT), slots_per_segment, slots_per_growth)
+        slots_per_growth = max(1, min(GROWTH_BYTES // block_bytes, num_slots // GROWTHS))
+        return cls(block_bytes, num_slots, slots_per_segment, slots_per_growth)
 
     @property
     def num_segments(self) -> int:

@@ -1,0 +1,149 @@
+"""How the slab moves bytes: few calls, direct where it can be, whole or not at all."""
+
+import errno
+import mmap
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from slab_files import make_context, open_slab
+
+from kvtier.stores.slab import vectored
+from kvtier.stores.slab.geometry import SlabGeometry
+from kvtier.stores.slab.runs import coalesce
+from kvtier.testing.stores import make_key, make_payload
+from kvtier.types import FailureCause
+
+BLOCK = 8192
+
+
+@given(st.lists(st.integers(0, 5000), unique=True, max_size=60), st.data())
+def test_runs_hold_every_slot_once_and_stay_in_their_segment(slots, data):
+    geometry = SlabGeometry.of(8 << 30, 1 << 20)
+    aligned = data.draw(st.lists(st.booleans(), min_size=len(slots), max_size=len(slots)))
+    runs = coalesce(slots, range(len(slots)), aligned, geometry)
+    assert sorted(position for run in runs for position in run.positions) == list(range(len(slots)))
+    for run in runs:
+        for index, position in enumerate(run.positions):
+            assert slots[position] == run.slot + index
+            assert geometry.locate(slots[position]) == (run.segment, run.offset + index * geometry.block_bytes)
+            assert aligned[position] == run.aligned
+        assert [single.slot for single in run.split(1 << 20)] == [slots[position] for position in run.positions]
+
+
+def test_adjacent_slots_are_one_run_up_to_the_limit():
+    geometry = SlabGeometry.of(64 << 20, 4096)
+    slots = list(range(2000))
+    runs = coalesce(slots[::-1], range(2000), [True] * 2000, geometry)
+    assert [(run.slot, len(run.positions)) for run in runs] == [(0, 1024), (1024, 976)]
+
+
+def page_aligned(count):
+    memory = memoryview(mmap.mmap(-1, count * BLOCK))
+    return [memory[index * BLOCK : (index + 1) * BLOCK] for index in range(count)]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Vectored calls as they reach the system: (name, number of buffers)."""
+    seen = []
+    for name in ("preadv", "pwritev"):
+        real = getattr(os, name)
+
+        def watched(descriptor, buffers, offset, name=name, real=real):
+            seen.append((name, len(buffers)))
+            return real(descriptor, buffers, offset)
+
+        monkeypatch.setattr(os, name, watched)
+    return seen
+
+
+def test_a_batch_of_neighbours_is_one_call(tmp_path, calls):
+    store = open_slab(tmp_path / "slab", make_context())
+    buffers = page_aligned(16)
+    keys = [make_key(number) for number in range(16)]
+    assert all(store.write(range(16), keys, buffers))
+    assert all(store.read_into(range(16), keys, buffers))
+    assert calls == [("pwritev", 16), ("preadv", 16)]
+    store.close()
+
+
+def test_short_calls_are_continued(tmp_path, monkeypatch):
+    context = make_context()
+    store = open_slab(tmp_path / "slab", context)
+    for name in ("preadv", "pwritev"):
+        real = getattr(os, name)
+
+        def short(descriptor, buffers, offset, real=real):
+            return real(descriptor, [buffers[0][:1000]], offset)
+
+        monkeypatch.setattr(os, name, short)
+    keys = [make_key(number) for number in range(3)]
+    payloads = [memoryview(make_payload(number, BLOCK)) for number in range(3)]
+    assert store.write([4, 5, 6], keys, payloads) == [True] * 3
+    buffers = [memoryview(bytearray(BLOCK)) for _ in range(3)]
+    assert store.read_into([4, 5, 6], keys, buffers) == [True] * 3
+    assert [bytes(buffer) for buffer in buffers] == [bytes(payload) for payload in payloads]
+    store.close()
+
+
+def failing_at(monkeypatch, name, bad_offset, code):
+    """Make calls that touch `bad_offset` fail."""
+    real = getattr(os, name)
+
+    def call(descriptor, buffers, offset):
+        if offset <= bad_offset < offset + sum(buffer.nbytes for buffer in buffers):
+            raise OSError(code, os.strerror(code))
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, name, call)
+
+
+@pytest.mark.parametrize(("code", "cause"), [(errno.EIO, FailureCause.IO_ERROR)])
+def test_a_bad_sector_costs_its_own_block_only(tmp_path, monkeypatch, caplog, code, cause):
+    context = make_context()
+    store = open_slab(tmp_path / "slab", context)
+    keys = [make_key(number) for number in range(8)]
+    payloads = [memoryview(make_payload(number, BLOCK)) for number in range(8)]
+    expected = [number != 3 for number in range(8)]
+    with monkeypatch.context() as patch:
+        failing_at(patch, "pwritev", 3 * BLOCK, code)
+        assert store.write(range(8), keys, payloads) == expected
+    assert context.failures.take() == {cause: 1}
+    assert store.write(range(8), keys, payloads) == [True] * 8
+    with monkeypatch.context() as patch:
+        failing_at(patch, "preadv", 3 * BLOCK, code)
+        buffers = [memoryview(bytearray(BLOCK)) for _ in range(8)]
+        for _ in range(5):
+            assert store.read_into(range(8), keys, buffers) == expected
+    assert context.failures.take() == {cause: 5}
+    assert len(caplog.records) == 1
+    store.close()
+
+
+def test_without_direct_io_it_uses_the_page_cache_and_says_so_once(tmp_path, monkeypatch, caplog):
+    real = os.open
+
+    def no_direct(path, flags, *arguments, **options):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(path, flags, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", no_direct)
+    store = open_slab(tmp_path / "slab", make_context())
+    buffers = page_aligned(4)
+    keys = [make_key(number) for number in range(4)]
+    assert store.direct
+    for slot in range(4):
+        assert all(store.write([slot], [keys[slot]], [buffers[slot]]))
+        assert all(store.read_into([slot], [keys[slot]], [buffers[slot]]))
+    assert not store.direct
+    assert len(caplog.records) == 1
+    store.close()
+
+
+def test_alignment_is_seen():
+    (buffer,) = page_aligned(1)
+    assert vectored.is_page_aligned(buffer)
+    assert not vectored.is_page_aligned(buffer[512:])
