@@ -251,6 +251,9 @@ class TierContext:
             plain memory, which only this process can reach.
         clock, observer: time, and where events go.
         tokens_per_block: tokens in one offloaded block, for predictions.
+        policies: eviction policies by name, in addition to the built-in ones.
+        inline_io: run stores on the caller's thread when the tier is polled: deterministic, for tests, manual
+            clocks and the simulator.
     """
 
     namespace: Namespace | None = None
@@ -258,6 +261,8 @@ class TierContext:
     clock: Clock = monotonic_clock
     observer: Observer = field(default_factory=NullObserver)
     tokens_per_block: int = 0
+    policies: Mapping[str, type[EvictionPolicy]] = field(default_factory=dict)
+    inline_io: bool = False
 
 
 class SecondaryTierManager(ABC):

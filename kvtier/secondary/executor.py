@@ -1,0 +1,145 @@
+"""Who moves a tier's bytes: one interface over a process of its own, threads, or the caller itself.
+
+An executor lives once: `start`, work, and an end (by `retire`, by `kill`, or of its own accord). Its tier makes
+another one for the next life. All methods are for the scheduler's thread and return at once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvtier.keys import OffloadKey
+from kvtier.namespace import Namespace
+from kvtier.secondary.messages import (
+    IndexBatch,
+    IndexEnd,
+    Part,
+    PartResult,
+    ProbeAnswer,
+    Ready,
+    Unavailable,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The executor is of no more use: it died, or its process closed the socket."""
+
+    reason: str
+
+
+Report = Ready | Unavailable | IndexBatch | IndexEnd | PartResult | ProbeAnswer | Ended
+"""What `IOExecutor.poll` returns."""
+
+
+@dataclass(frozen=True)
+class StoreDescription:
+    """Which store an executor opens, and over which blocks.
+
+    Attributes:
+        path: "module:Class" of a SlotStore or BlockStore.
+        options: the store's own options, JSON values only.
+        namespace: identity of the blocks, epoch included.
+        num_blocks, block_bytes: shape of the primary arena.
+        threads: calls into the store at the same time, at least 1.
+    """
+
+    path: str
+    options: Mapping[str, Any]
+    namespace: Namespace
+    num_blocks: int
+    block_bytes: int
+    threads: int = 4
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values that `from_json` understands."""
+        return {
+            "path": self.path,
+            "options": dict(self.options),
+            "identity": dict(self.namespace.identity),
+            "epoch": self.namespace.epoch.hex(),
+            "num_blocks": self.num_blocks,
+            "block_bytes": self.block_bytes,
+            "threads": self.threads,
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> StoreDescription:
+        """Return the description that `to_json` was given.
+
+        Raises:
+            KeyError, TypeError, ValueError: something is missing or of another type.
+        """
+        return cls(
+            path=str(values["path"]),
+            options=dict(values["options"]),
+            namespace=Namespace(dict(values["identity"]), bytes.fromhex(values["epoch"])),
+            num_blocks=int(values["num_blocks"]),
+            block_bytes=int(values["block_bytes"]),
+            threads=int(values["threads"]),
+        )
+
+
+class IOExecutor(ABC):
+    """One life of a store, somewhere else.
+
+    Its reports come in this order: Ready, IndexBatch (any number), IndexEnd, then results and answers; or
+    Unavailable; Ended at any time, as the last one. Every submitted part is answered, whole or in pieces, exactly
+    once, unless Ended comes first.
+    """
+
+    @abstractmethod
+    def start(self) -> None:
+        """Begin opening the store.
+
+        Raises:
+            StoreUnavailableError: the machine refused (no more processes, descriptors or memory).
+        """
+
+    @abstractmethod
+    def submit(self, part: Part) -> None:
+        """Queue blocks to be moved; loads overtake stores that have not started."""
+
+    @abstractmethod
+    def probe(self, probe_id: int, keys: Sequence[OffloadKey]) -> None:
+        """Queue a question; overtakes everything that has not started."""
+
+    @abstractmethod
+    def delete(self, keys: Sequence[OffloadKey]) -> None:
+        """Queue the forgetting of `keys` (stores addressed by key)."""
+
+    @abstractmethod
+    def poll(self) -> list[Report]:
+        """Push what is queued, return what arrived.
+
+        Raises:
+            ProtocolError: the other side sent what nobody can have meant.
+        """
+
+    @abstractmethod
+    def cancel_waiting(self) -> None:
+        """Answer parts that have not started as CANCELLED, at the next polls."""
+
+    @abstractmethod
+    def retire(self) -> None:
+        """Start no new call, end when the running ones have ended; nothing is reported any more."""
+
+    @abstractmethod
+    def kill(self) -> None:
+        """End now; nothing is reported any more. What cannot be killed shows in `has_ended`."""
+
+    @abstractmethod
+    def has_ended(self) -> bool:
+        """Return whether it is certain that nothing of this life will touch the arena again; releases it if so."""
+
+    @abstractmethod
+    def wait(self, seconds: float) -> None:
+        """Wait until `poll` or `has_ended` may have news, at most `seconds`; for drains only."""
+
+    @property
+    def pid(self) -> int | None:
+        """Process that does the I/O, if it is another one."""
+        return None

@@ -1,0 +1,101 @@
+"""A tier's health: the breaker that decides when to try, and the state that everybody sees."""
+
+from __future__ import annotations
+
+import logging
+from enum import Enum
+
+from kvtier.clock import Clock
+from kvtier.errors import InvariantError
+from kvtier.events import Observer, TierState, TierStateChanged
+
+logger = logging.getLogger("kvtier")
+
+
+class BreakerState(Enum):
+    """Whether a tier may be used."""
+
+    CLOSED = "closed"
+    """Works."""
+    OPEN = "open"
+    """Does not; nothing is tried before `retry_at`."""
+    HALF_OPEN = "half_open"
+    """Is being tried: one success closes it, one failure opens it for twice as long."""
+
+
+class Breaker:
+    """Counts failures in a row and spaces the attempts after them: 0.5 s, doubled up to 30 s."""
+
+    def __init__(
+        self, clock: Clock, failures_to_open: int = 3, first_backoff: float = 0.5, longest_backoff: float = 30.0
+    ) -> None:
+        """Args: failures_to_open: failed jobs in a row; first_backoff, longest_backoff: seconds."""
+        self._clock = clock
+        self._failures_to_open = failures_to_open
+        self._first_backoff = first_backoff
+        self._longest_backoff = longest_backoff
+        self._backoff = first_backoff
+        self._failures = 0
+        self.state = BreakerState.CLOSED
+        self.retry_at = 0.0
+
+    def succeed(self) -> None:
+        """Note a success of the thing itself: all is forgiven."""
+        if self.state is not BreakerState.OPEN:
+            self.state = BreakerState.CLOSED
+            self._failures = 0
+            self._backoff = self._first_backoff
+
+    def fail(self) -> bool:
+        """Note a failed job; return whether that opened the breaker."""
+        if self.state is BreakerState.OPEN:
+            return False
+        self._failures += 1
+        if self.state is BreakerState.HALF_OPEN or self._failures >= self._failures_to_open:
+            self.open()
+            return True
+        return False
+
+    def open(self) -> None:
+        """Open, for the next backoff (the process died, or could not start)."""
+        self.state = BreakerState.OPEN
+        self._failures = 0
+        self.retry_at = self._clock() + self._backoff
+        self._backoff = min(2 * self._backoff, self._longest_backoff)
+
+    def try_again(self) -> bool:
+        """Go from open to half open if the backoff is over; return whether it did."""
+        if self.state is not BreakerState.OPEN or self._clock() < self.retry_at:
+            return False
+        self.state = BreakerState.HALF_OPEN
+        return True
+
+    def check_invariants(self) -> None:
+        """Raise InvariantError if the counts are out of their bounds."""
+        if not self._first_backoff <= self._backoff <= self._longest_backoff:
+            raise InvariantError(f"backoff of {self._backoff} s")
+        if not 0 <= self._failures < self._failures_to_open:
+            raise InvariantError(f"{self._failures} failures in a row and still {self.state}")
+
+
+class TierHealth:
+    """State and reason of a tier; every change is logged and emitted once."""
+
+    def __init__(self, tier_type: str, observer: Observer) -> None:
+        self._tier_type = tier_type
+        self._observer = observer
+        self.state = TierState.STARTING
+        self.reason = ""
+
+    def change(self, state: TierState, reason: str = "") -> None:
+        """Enter a state; the same state for the same reason is no change. Nothing follows CLOSED."""
+        if (state, reason) == (self.state, self.reason) or self.state is TierState.CLOSED:
+            return
+        self.state, self.reason = state, reason
+        if state is TierState.DOWN:
+            logger.warning(
+                "tier %s is down: %s; the engine runs without it, kvtier tries again", self._tier_type, reason
+            )
+        else:
+            logger.info("tier %s is %s%s", self._tier_type, state.value, f": {reason}" if reason else "")
+        self._observer.on_event(TierStateChanged(self._tier_type, state, reason))

@@ -1,0 +1,95 @@
+"""An executor without any concurrency: the store runs when it is polled."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from kvtier.errors import StoreUnavailableError
+from kvtier.keys import OffloadKey
+from kvtier.primary.arena import Rows
+from kvtier.secondary.executor import IOExecutor, Report, StoreDescription
+from kvtier.secondary.messages import Delete, IndexEnd, Part, PartResult, Probe, ProbeAnswer, Ready, Unavailable
+from kvtier.secondary.part_queue import PartQueue, Task
+from kvtier.secondary.store_runner import StoreRunner, cancelled
+
+
+class InlineExecutor(IOExecutor):
+    """Runs the store on the caller's thread, at `poll`: deterministic, for tests, manual clocks and the simulator.
+
+    The store is opened by `start`, so that a tier over this executor is UP after its first poll.
+    """
+
+    def __init__(self, description: StoreDescription, rows: Rows) -> None:
+        self._description = description
+        self._rows = rows
+        self._runner: StoreRunner | None = None
+        self._queue = PartQueue()
+        self._reports: deque[Report] = deque()
+
+    def start(self) -> None:
+        """Open the store and read its index."""
+        try:
+            self._runner = StoreRunner(self._description)
+            self._reports.append(Ready(self._runner.num_slots))
+            self._reports.extend(self._runner.index())
+            self._reports.append(IndexEnd())
+        except StoreUnavailableError as error:
+            self._reports.append(Unavailable(str(error)))
+
+    def submit(self, part: Part) -> None:
+        """Queue blocks to be moved at the next poll."""
+        self._queue.put(part)
+
+    def probe(self, probe_id: int, keys: Sequence[OffloadKey]) -> None:
+        """Queue a question for the next poll."""
+        self._queue.put(Probe(probe_id, list(keys)))
+
+    def delete(self, keys: Sequence[OffloadKey]) -> None:
+        """Queue the forgetting of `keys` for the next poll."""
+        self._queue.put(Delete(list(keys)))
+
+    def poll(self) -> list[Report]:
+        """Do everything that is queued; return all results."""
+        if self._runner is not None:
+            while (task := self._queue.take_now()) is not None:
+                report = run_task(self._runner, self._rows, task)
+                if report is not None:
+                    self._reports.append(report)
+        reports = list(self._reports)
+        self._reports.clear()
+        return reports
+
+    def cancel_waiting(self) -> None:
+        """Answer what is queued as cancelled."""
+        self._reports.extend(map(cancelled, self._queue.cancel()))
+
+    def retire(self) -> None:
+        """Close the store."""
+        self._queue.close()
+        self._reports.clear()
+        if self._runner is not None:
+            self._runner.close()
+            self._runner = None
+
+    def kill(self) -> None:
+        """Close the store."""
+        self.retire()
+
+    def has_ended(self) -> bool:
+        """Return True: nothing runs between calls."""
+        return True
+
+    def wait(self, seconds: float) -> None:
+        """Return: the next poll does the work."""
+
+
+def run_task(runner: StoreRunner, rows: Rows, task: Task) -> PartResult | ProbeAnswer | None:
+    """Do one task directly on the arena; return its report, if it has one."""
+    if isinstance(task, Part):
+        return runner.run(task, [rows[slot] for slot in task.arena_slots])
+    if isinstance(task, Probe):
+        found = runner.contains(task.keys)
+        return ProbeAnswer(task.probe_id, found or [False] * len(task.keys), failed=found is None)
+    runner.delete(task.keys)
+    return None

@@ -1,0 +1,217 @@
+"""The scheduler's side of an I/O process: it starts it, sends, receives, and ends it, never waiting."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Sequence
+
+from kvtier.errors import ProtocolError, StoreUnavailableError
+from kvtier.keys import OffloadKey
+from kvtier.secondary.codec import MAX_MESSAGE_BYTES, blocks_per_message, decode, encode
+from kvtier.secondary.executor import Ended, IOExecutor, Report, StoreDescription
+from kvtier.secondary.messages import (
+    CancelWaiting,
+    Delete,
+    IndexBatch,
+    IndexEnd,
+    Message,
+    Options,
+    Part,
+    PartResult,
+    Probe,
+    ProbeAnswer,
+    Ready,
+    Unavailable,
+)
+from kvtier.secondary.store_runner import cancelled
+
+_MOST_PACKETS = 512
+_MOST_INDEX_BATCHES = 8
+"""Received in one poll, so that a large index does not hold up a scheduler step."""
+
+_REPORTS = Ready | Unavailable | IndexBatch | IndexEnd | PartResult | ProbeAnswer
+
+
+class IOProcess(IOExecutor):
+    """One process that maps the arena and runs a store.
+
+    It is started with `python -m`, in a session of its own, with three inherited descriptors: a sequenced-packet
+    socket, the arena, and a pidfd of this process. It is never forked, because the engine has threads.
+    """
+
+    def __init__(self, description: StoreDescription, arena_fd: int) -> None:
+        self._description = description
+        self._arena_fd = arena_fd
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+        self._first: deque[Message] = deque()
+        self._loads: deque[Part] = deque()
+        self._stores: deque[Part | Delete] = deque()
+        self._local: deque[Report] = deque()
+
+    @property
+    def pid(self) -> int | None:
+        """The process, as long as it is not reaped."""
+        return None if self._process is None else self._process.pid
+
+    def start(self) -> None:
+        """Start the process; takes a millisecond or two, the only thing here that does."""
+        ours: socket.socket | None = None
+        theirs: socket.socket | None = None
+        parent = -1
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            parent = os.pidfd_open(os.getpid())
+            inherited = (theirs.fileno(), self._arena_fd, parent)
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "kvtier.secondary.io_main", *map(str, inherited)],
+                stdin=subprocess.DEVNULL,
+                pass_fds=inherited,
+                start_new_session=True,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            )
+        except OSError as error:
+            if ours is not None:
+                ours.close()
+            raise StoreUnavailableError(f"cannot start an I/O process: {error}") from error
+        finally:
+            if theirs is not None:
+                theirs.close()
+            if parent >= 0:
+                os.close(parent)
+        ours.setblocking(False)
+        self._socket = ours
+        self._first.append(Options(self._description.to_json()))
+        self._send_queued()
+
+    def submit(self, part: Part) -> None:
+        """Queue blocks, in parts that fit a packet each; send what the socket takes."""
+        step = blocks_per_message(len(part.keys[0]))
+        queue = self._loads if part.is_load else self._stores
+        if len(part.keys) <= step:
+            queue.append(part)
+        else:
+            queue.extend(part.slice(start, start + step) for start in range(0, len(part.keys), step))
+        self._send_queued()
+
+    def probe(self, probe_id: int, keys: Sequence[OffloadKey]) -> None:
+        """Queue a question and send it."""
+        self._first.append(Probe(probe_id, keys))
+        self._send_queued()
+
+    def delete(self, keys: Sequence[OffloadKey]) -> None:
+        """Queue the forgetting of `keys`."""
+        if keys:
+            step = blocks_per_message(len(keys[0]))
+            self._stores.extend(Delete(keys[start : start + step]) for start in range(0, len(keys), step))
+            self._send_queued()
+
+    def poll(self) -> list[Report]:
+        """Send what is queued, return what arrived."""
+        reports: list[Report] = list(self._local)
+        self._local.clear()
+        if self._socket is None:
+            return reports
+        self._send_queued()
+        num_index = 0
+        for _ in range(_MOST_PACKETS):
+            packet = self._receive()
+            if packet is None:
+                break
+            if not packet:
+                reports.append(Ended(self._why_it_ended()))
+                break
+            message = decode(packet)
+            if not isinstance(message, _REPORTS):
+                raise ProtocolError(f"{type(message).__name__} from an I/O process")
+            reports.append(message)
+            num_index += isinstance(message, IndexBatch)
+            if num_index >= _MOST_INDEX_BATCHES:
+                break
+        return reports
+
+    def cancel_waiting(self) -> None:
+        """Answer what was not sent as cancelled, and ask the process to do so with what has not started."""
+        parts = [*self._loads, *(task for task in self._stores if isinstance(task, Part))]
+        self._loads.clear()
+        self._stores.clear()
+        self._local.extend(map(cancelled, parts))
+        self._first.append(CancelWaiting())
+        self._send_queued()
+
+    def retire(self) -> None:
+        """Close the socket: the process ends when its running calls have."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        for queue in (self._first, self._loads, self._stores, self._local):
+            queue.clear()
+
+    def kill(self) -> None:
+        """Kill it; a stopped process dies, too, one in an uninterruptible call when that ends."""
+        self.retire()
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGKILL)
+
+    def has_ended(self) -> bool:
+        """Return whether the process is gone and reaped; its memory is unmapped by then."""
+        if self._process is None:
+            return True
+        if self._process.poll() is None:
+            return False
+        self.retire()
+        self._process = None
+        return True
+
+    def wait(self, seconds: float) -> None:
+        """Wait for a packet, or a little for the process to end."""
+        poller = select.poll()
+        if self._socket is not None:
+            poller.register(self._socket, select.POLLIN)
+            poller.poll(seconds * 1000)
+        elif self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(seconds)
+
+    def _send_queued(self) -> None:
+        """Send questions, loads and stores, in this order, until the queue of the socket is full."""
+        while self._socket is not None:
+            queue: deque[Message] | deque[Part] | deque[Part | Delete]
+            queue = self._first or self._loads or self._stores
+            if not queue:
+                return
+            try:
+                self._socket.send(encode(queue[0]), socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                return
+            except OSError:
+                return  # the process is gone: `poll` finds that out, and why
+            queue.popleft()
+
+    def _receive(self) -> bytes | None:
+        """Return a packet, b"" at the end, None if there is none now."""
+        if self._socket is None:
+            return b""
+        try:
+            packet, _, flags, _ = self._socket.recvmsg(MAX_MESSAGE_BYTES + 1)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
+        if flags & socket.MSG_TRUNC:
+            raise ProtocolError("a packet that is too long")
+        return packet
+
+    def _why_it_ended(self) -> str:
+        code = None if self._process is None else self._process.poll()
+        if code is None:
+            return "I/O process closed its socket"
+        return f"I/O process died of signal {-code}" if code < 0 else f"I/O process exited with {code}"

@@ -1,0 +1,193 @@
+"""The ledger of a tier's jobs: exactly one result a job, whatever happens to who works on it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from kvtier.clock import Clock
+from kvtier.errors import InvariantError, ProtocolError
+from kvtier.events import BlocksFailed, JobFinished, Observer
+from kvtier.keys import OffloadKey
+from kvtier.secondary.messages import Part, PartResult
+from kvtier.types import FailureCause, JobMetadata, JobResult
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A job that is not answered yet.
+
+    Attributes:
+        keys, arena_slots, store_slots: the blocks that move, in one order; store_slots as in `Part`.
+        successful: keys that are done, those included that had nothing to move.
+        submitted: time of submission.
+    """
+
+    serial: int
+    metadata: JobMetadata
+    keys: Sequence[OffloadKey]
+    arena_slots: Sequence[int]
+    store_slots: Sequence[int] | None
+    submitted: float
+    successful: list[OffloadKey]
+    failures: Counter[FailureCause] = field(default_factory=Counter)
+    num_bytes: int = 0
+    answered: bytearray = field(init=False)
+    num_left: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.answered = bytearray(len(self.keys))
+        self.num_left = len(self.keys)
+
+    def as_part(self) -> Part:
+        """Return everything that moves as one part."""
+        return Part(self.serial, 0, self.metadata.is_promotion, self.keys, self.arena_slots, self.store_slots)
+
+
+@dataclass(slots=True, frozen=True)
+class Outcome:
+    """What one part result says about its job: blocks by success, and whether the job as a whole ended badly.
+
+    Attributes:
+        moved, failed: indices into the job's `keys`.
+        failures: causes of the failed ones.
+        finished: this was the job's last part.
+    """
+
+    job: Job
+    moved: Sequence[int]
+    failed: Sequence[int]
+    failures: Mapping[FailureCause, int]
+    finished: bool
+
+
+class JobLedger:
+    """Jobs in flight and results not collected yet. Emits JobFinished and BlocksFailed."""
+
+    def __init__(self, tier_type: str, clock: Clock, observer: Observer) -> None:
+        self._tier_type = tier_type
+        self._clock = clock
+        self._observer = observer
+        self._jobs: dict[int, Job] = {}
+        self._results: list[JobResult] = []
+        self._next_serial = 1
+        self.num_store_blocks = 0
+        """Blocks of unanswered store jobs that have not moved yet."""
+        self.num_load_blocks = 0
+
+    @property
+    def num_jobs(self) -> int:
+        """Jobs without a result."""
+        return len(self._jobs)
+
+    @property
+    def oldest_submission(self) -> float | None:
+        """When the oldest unanswered job was submitted; None if there is none."""
+        return next(iter(self._jobs.values())).submitted if self._jobs else None
+
+    def open(
+        self,
+        metadata: JobMetadata,
+        keys: Sequence[OffloadKey],
+        arena_slots: Sequence[int],
+        store_slots: Sequence[int] | None,
+        successful: list[OffloadKey],
+        failures: Mapping[FailureCause, int],
+    ) -> Job | None:
+        """Note a job whose `keys` must move; None, and a result at once, if there are none.
+
+        Args:
+            successful: keys of the job that need no move.
+            failures: those of its keys that cannot be moved, by cause.
+        """
+        job = Job(self._next_serial, metadata, keys, arena_slots, store_slots, self._clock(), successful)
+        job.failures.update(failures)
+        self._next_serial += 1
+        if not keys:
+            self._finish(job)
+            return None
+        self._jobs[job.serial] = job
+        self._count(job, len(keys))
+        return job
+
+    def refuse(self, metadata: JobMetadata, cause: FailureCause) -> None:
+        """Answer a job that cannot be taken: every block failed."""
+        self.open(metadata, (), (), None, [], {cause: len(metadata.keys)})
+
+    def apply(self, result: PartResult) -> Outcome:
+        """Note how some blocks of a job ended; the job's last ones make its result.
+
+        Raises:
+            ProtocolError: no such job, no such blocks, or they were answered before.
+        """
+        job = self._jobs.get(result.serial)
+        first, count = result.first, len(result.successes)
+        if job is None:
+            raise ProtocolError(f"a result for job {result.serial}, which is not open")
+        if not count or first + count > len(job.keys) or any(job.answered[first : first + count]):
+            raise ProtocolError(f"blocks {first} to {first + count} of job {result.serial} are not open")
+        job.answered[first : first + count] = b"\1" * count
+        job.num_left -= count
+        self._count(job, -count)
+        job.num_bytes += result.num_bytes
+        job.failures.update(result.failures)
+        if all(result.successes):
+            moved, failed = list(range(first, first + count)), []
+            job.successful += job.keys[first : first + count]
+        else:
+            moved = [first + index for index, success in enumerate(result.successes) if success]
+            failed = [first + index for index, success in enumerate(result.successes) if not success]
+            job.successful += [job.keys[index] for index in moved]
+        if not job.num_left:
+            del self._jobs[job.serial]
+            self._finish(job)
+        return Outcome(job, moved, failed, result.failures, not job.num_left)
+
+    def fail_all(self, cause: FailureCause) -> None:
+        """Answer every open job: what has not moved failed. Only when nothing can move any more."""
+        jobs, self._jobs = self._jobs, {}
+        for job in jobs.values():
+            self._count(job, -job.num_left)
+            job.failures[cause] += job.num_left
+            self._finish(job)
+
+    def take_results(self) -> list[JobResult]:
+        """Return the results since the last call."""
+        results, self._results = self._results, []
+        return results
+
+    def _count(self, job: Job, blocks: int) -> None:
+        if job.metadata.is_promotion:
+            self.num_load_blocks += blocks
+        else:
+            self.num_store_blocks += blocks
+
+    def _finish(self, job: Job) -> None:
+        metadata, successful = job.metadata, set(job.successful)
+        success = successful.issuperset(metadata.keys)
+        seconds = max(0.0, self._clock() - job.submitted)
+        partial = successful if successful and not success else None
+        self._results.append(JobResult(metadata.job_id, success, partial, seconds, job.num_bytes))
+        num_blocks = len(metadata.keys)
+        num_successful = num_blocks if success else len(successful)
+        self._observer.on_event(
+            JobFinished(self._tier_type, metadata.is_promotion, num_blocks, num_successful, job.num_bytes, seconds)
+        )
+        for cause, count in job.failures.items():
+            if count:
+                self._observer.on_event(BlocksFailed(self._tier_type, cause, count))
+
+    def check_invariants(self) -> None:
+        """Raise InvariantError unless the counts agree with the jobs."""
+        loads = sum(job.num_left for job in self._jobs.values() if job.metadata.is_promotion)
+        stores = sum(job.num_left for job in self._jobs.values() if not job.metadata.is_promotion)
+        if (loads, stores) != (self.num_load_blocks, self.num_store_blocks):
+            raise InvariantError(
+                f"{self.num_load_blocks} loads and {self.num_store_blocks} stores counted, {loads} and {stores} open"
+            )
+        for job in self._jobs.values():
+            if job.num_left != job.answered.count(0) or not job.num_left:
+                raise InvariantError(
+                    f"job {job.serial}: {job.num_left} blocks left, {job.answered.count(0)} unanswered"
+                )

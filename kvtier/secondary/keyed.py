@@ -1,0 +1,105 @@
+"""Any BlockStore as a secondary tier: existence is asked in batches and remembered for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kvtier.abc import BlockStore, SlotStore
+from kvtier.errors import ProtocolError
+from kvtier.events import TierState
+from kvtier.keys import OffloadKey, common_key_bytes
+from kvtier.secondary.executor import Report
+from kvtier.secondary.jobs import Job, Outcome
+from kvtier.secondary.messages import IndexEnd, ProbeAnswer, Ready
+from kvtier.secondary.probes import Probes
+from kvtier.secondary.store_tier import StoreTierManager, TierSettings
+from kvtier.types import FailureCause, JobMetadata, LookupResult, ReqContext, ScheduleEndContext
+
+_MISS, _RETRY = LookupResult.MISS, LookupResult.RETRY
+_UP = TierState.UP
+
+
+class KeyedTierManager(StoreTierManager):
+    """Blocks by key in a BlockStore, sealed by kvtier unless the store does it itself."""
+
+    verifies_payloads = True
+
+    def __init__(
+        self,
+        offloading_spec: Any,
+        primary_kv_view: memoryview,
+        tier_type: str,
+        *,
+        store: str | type[SlotStore] | type[BlockStore],
+        options: Mapping[str, Any],
+        settings: TierSettings | None = None,
+    ) -> None:
+        """Args: as `StoreTierManager`; store: a BlockStore."""
+        super().__init__(offloading_spec, primary_kv_view, tier_type, store=store, options=options, settings=settings)
+        self._probes = Probes(self.context.clock, self._send_probe)
+
+    def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
+        """Return what is known of a key; RETRY while it is being asked, MISS while the tier is not UP."""
+        if self._health.state is not _UP:
+            self.start()
+            if self._health.state is not _UP:
+                return _MISS
+        answer = self._probes.lookup(key)
+        if answer is _RETRY:
+            self._pump()
+            if self._health.state is not _UP:
+                return _MISS
+            answer = self._probes.lookup(key)
+        return answer
+
+    def on_schedule_end(self, context: ScheduleEndContext) -> None:
+        """Ask what waits, give up what nobody answers."""
+        if self._supervisor.works:
+            self._probes.flush()
+        super().on_schedule_end(context)
+        if self._probes.expire(self.settings.deadlines.job):
+            self._supervisor.job_ended(served=False, broken=True)
+
+    def check_invariants(self) -> None:
+        """Raise InvariantError if the state contradicts itself."""
+        super().check_invariants()
+        self._probes.check_invariants()
+
+    def _begin_job(self, job_metadata: JobMetadata) -> Job | None:
+        keys = list(job_metadata.keys)
+        slots = job_metadata.block_ids.tolist()
+        if keys:
+            common_key_bytes(keys, None)
+        here: list[OffloadKey] = []
+        if not job_metadata.is_promotion:
+            is_present = self._probes.is_present
+            unique = dict(zip(reversed(keys), reversed(slots), strict=True))
+            here = [key for key in unique if is_present(key)]
+            missing = [(key, slot) for key, slot in reversed(unique.items()) if not is_present(key)]
+            keys, slots = [key for key, _ in missing], [slot for _, slot in missing]
+        return self._ledger.open(job_metadata, keys, slots, None, here, {})
+
+    def _apply(self, outcome: Outcome) -> None:
+        keys = outcome.job.keys
+        self._probes.set_present([keys[index] for index in outcome.moved])
+        if outcome.failed and outcome.job.metadata.is_promotion and FailureCause.CANCELLED not in outcome.failures:
+            self._probes.set_absent([keys[index] for index in outcome.failed])
+
+    def _handle(self, report: Report) -> None:
+        if isinstance(report, ProbeAnswer):
+            self._probes.answer(report.probe_id, report.found)
+            self._supervisor.job_ended(served=not report.failed, broken=report.failed)
+        elif isinstance(report, Ready):
+            if report.num_slots:
+                raise ProtocolError("a store of slots")
+        elif not isinstance(report, IndexEnd):
+            raise ProtocolError(f"{type(report).__name__} from a store without slots")
+
+    def _forget(self) -> None:
+        self._probes.clear()
+
+    def _send_probe(self, probe_id: int, keys: Sequence[OffloadKey]) -> None:
+        executor = self._supervisor.executor
+        if executor is not None and self._supervisor.works:
+            executor.probe(probe_id, keys)

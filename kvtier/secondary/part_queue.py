@@ -1,0 +1,82 @@
+"""What waits for an executor's threads: questions first, then loads, then stores."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+
+from kvtier.secondary.messages import Delete, Part, Probe
+
+_LOADS_IN_A_ROW = 16
+"""After so many loads one waiting store goes first, so that a busy tier still learns."""
+
+Task = Part | Probe | Delete
+
+
+class PartQueue:
+    """A queue with three priorities, safe between threads."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._questions: deque[Task] = deque()
+        self._loads: deque[Task] = deque()
+        self._stores: deque[Task] = deque()
+        self._loads_in_a_row = 0
+        self._closed = False
+
+    def put(self, task: Task) -> None:
+        """Add a task; after `close` it is dropped."""
+        with self._changed:
+            if self._closed:
+                return
+            if isinstance(task, Probe):
+                self._questions.append(task)
+            elif isinstance(task, Part) and task.is_load:
+                self._loads.append(task)
+            else:
+                self._stores.append(task)
+            self._changed.notify()
+
+    def take(self) -> Task | None:
+        """Wait for the next task; None when the queue is closed."""
+        with self._changed:
+            while not self._closed:
+                task = self._pop()
+                if task is not None:
+                    return task
+                self._changed.wait()
+            return None
+
+    def take_now(self) -> Task | None:
+        """Return the next task, or None if there is none."""
+        with self._changed:
+            return self._pop()
+
+    def _pop(self) -> Task | None:
+        if self._questions:
+            return self._questions.popleft()
+        if self._loads and (self._loads_in_a_row < _LOADS_IN_A_ROW or not self._stores):
+            self._loads_in_a_row += 1
+            return self._loads.popleft()
+        if self._stores:
+            self._loads_in_a_row = 0
+            return self._stores.popleft()
+        return None
+
+    def cancel(self) -> list[Part]:
+        """Remove and return the parts that wait."""
+        with self._changed:
+            parts = [task for task in (*self._loads, *self._stores) if isinstance(task, Part)]
+            self._loads.clear()
+            deletes = [task for task in self._stores if not isinstance(task, Part)]
+            self._stores = deque(deletes)
+        return parts
+
+    def close(self) -> None:
+        """Drop what waits and send every taker home."""
+        with self._changed:
+            self._closed = True
+            self._questions.clear()
+            self._loads.clear()
+            self._stores.clear()
+            self._changed.notify_all()

@@ -1,0 +1,174 @@
+"""Any SlotStore as a secondary tier: an index in memory, exact capacity, eviction by a policy."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from kvtier.abc import BlockStore, EvictionPolicy, SlotStore
+from kvtier.errors import ConfigError, KeyFormatError, ProtocolError
+from kvtier.events import BlocksEvicted, TierState
+from kvtier.eviction.arc import ARCPolicy
+from kvtier.eviction.lru import LRUPolicy
+from kvtier.keys import OffloadKey
+from kvtier.primary.table import BlockTable
+from kvtier.secondary.executor import Report
+from kvtier.secondary.jobs import Job, Outcome
+from kvtier.secondary.messages import IndexBatch, IndexEnd, Ready
+from kvtier.secondary.store_tier import StoreTierManager, TierSettings
+from kvtier.types import FailureCause, JobMetadata, LookupResult, OffloadingEvent, ReqContext
+
+_MOST_EVENTS = 10_000
+_HIT, _MISS, _UP = LookupResult.HIT, LookupResult.MISS, TierState.UP
+
+BUILT_IN_POLICIES: Mapping[str, type[EvictionPolicy]] = {"lru": LRUPolicy, "arc": ARCPolicy}
+
+
+def find_policy(name: object, more: Mapping[str, type[EvictionPolicy]]) -> type[EvictionPolicy]:
+    """Return the eviction policy called `name`, built in or among `more`.
+
+    Raises:
+        ConfigError: there is none; the error lists those that exist.
+    """
+    policies = {**BUILT_IN_POLICIES, **more}
+    if not isinstance(name, str) or name not in policies:
+        raise ConfigError("eviction_policy", name, f"one of {', '.join(sorted(policies))}")
+    return policies[name]
+
+
+class SlottedTierManager(StoreTierManager):
+    """Blocks in the slots of a SlotStore; the index is rebuilt from the store at every start."""
+
+    verifies_payloads = True
+
+    def __init__(
+        self,
+        offloading_spec: Any,
+        primary_kv_view: memoryview,
+        tier_type: str,
+        *,
+        store: str | type[SlotStore] | type[BlockStore],
+        options: Mapping[str, Any],
+        eviction_policy: str = "lru",
+        settings: TierSettings | None = None,
+    ) -> None:
+        """Args: as `StoreTierManager`; store: a SlotStore; eviction_policy: a name that `find_policy` knows.
+
+        Raises:
+            ConfigError: no such policy, or no namespace.
+        """
+        super().__init__(offloading_spec, primary_kv_view, tier_type, store=store, options=options, settings=settings)
+        self._policy = find_policy(eviction_policy, self.context.policies)
+        self._table: BlockTable | None = None
+        self._events: deque[OffloadingEvent] = deque(maxlen=_MOST_EVENTS)
+
+    def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
+        """Return HIT for a block that can be loaded now, MISS for any other: the index knows."""
+        if self._health.state is not _UP:
+            self.start()
+        table = self._table
+        if table is None or self._health.state is not _UP or not table.is_ready(key):
+            return _MISS
+        return _HIT
+
+    def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
+        """Count one use of the keys that are here, given in prefix order."""
+        if self._table is not None:
+            self._table.policy.touch(list(dict.fromkeys(keys)))
+
+    def take_events(self) -> Iterable[OffloadingEvent]:
+        """Return blocks that came and went; the oldest are lost if nobody asks for long."""
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+    def get_stats(self) -> Mapping[str, float]:
+        """Return blocks, capacity and bytes, and what is in flight."""
+        table = self._table
+        blocks = 0 if table is None else len(table)
+        capacity = 0 if table is None else table.num_slots
+        sizes = {"blocks": blocks, "capacity_blocks": capacity, "bytes": blocks * self.block_bytes}
+        return {**super().get_stats(), **sizes}
+
+    def check_invariants(self) -> None:
+        """Raise InvariantError if the state contradicts itself."""
+        super().check_invariants()
+        if self._table is not None:
+            self._table.check_invariants()
+
+    def _begin_job(self, job_metadata: JobMetadata) -> Job | None:
+        table = self._table
+        if table is None:
+            self._ledger.refuse(job_metadata, FailureCause.TIER_DOWN)
+            return None
+        if job_metadata.is_promotion:
+            return self._begin_load(table, job_metadata)
+        return self._begin_store(table, job_metadata)
+
+    def _begin_load(self, table: BlockTable, metadata: JobMetadata) -> Job | None:
+        held = [
+            (key, slot)
+            for key, slot in zip(metadata.keys, metadata.block_ids.tolist(), strict=True)
+            if table.is_ready(key)
+        ]
+        keys = [key for key, _ in held]
+        slots = [table.slot_of[key] for key in keys]
+        table.pin(slots)
+        table.policy.touch(list(dict.fromkeys(keys)))
+        absent = {FailureCause.ABSENT: len(metadata.keys) - len(keys)}
+        return self._ledger.open(metadata, keys, [slot for _, slot in held], slots, [], absent)
+
+    def _begin_store(self, table: BlockTable, metadata: JobMetadata) -> Job | None:
+        placement = table.plan(metadata.keys)
+        here = [key for key in metadata.keys if table.is_ready(key)]
+        table.policy.touch(list(dict.fromkeys(here)))
+        slots = table.apply(placement)
+        if placement.victims:
+            self._note(placement.victims, removed=True)
+            self.context.observer.on_event(BlocksEvicted(self.tier_type, placement.victims))
+        arena_slot_of = dict(zip(metadata.keys, metadata.block_ids.tolist(), strict=True))
+        arena_slots = [arena_slot_of[key] for key in placement.keys]
+        left_out = {FailureCause.NO_SPACE: placement.num_left_out}
+        return self._ledger.open(metadata, placement.keys, arena_slots, slots, here, left_out)
+
+    def _apply(self, outcome: Outcome) -> None:
+        table, job = self._table, outcome.job
+        if table is None or job.store_slots is None:
+            return
+        moved = [job.store_slots[index] for index in outcome.moved]
+        failed = [job.store_slots[index] for index in outcome.failed]
+        failed_keys = [job.keys[index] for index in outcome.failed]
+        if job.metadata.is_promotion:
+            if failed and FailureCause.CANCELLED not in outcome.failures:
+                gone = [key for key, slot in zip(failed_keys, failed, strict=True) if table.slot_of.get(key) == slot]
+                self._note(table.remove(gone), removed=True)
+            table.unpin(moved)
+            table.unpin(failed)
+        else:
+            table.publish(moved)
+            self._note([job.keys[index] for index in outcome.moved], removed=False)
+            table.discard(failed_keys, failed)
+
+    def _handle(self, report: Report) -> None:
+        table = self._table
+        if isinstance(report, Ready):
+            if not report.num_slots:
+                raise ProtocolError("a store without slots")
+            self._table = BlockTable(report.num_slots, self._policy(report.num_slots))
+        elif isinstance(report, IndexBatch) and table is not None:
+            try:
+                table.adopt(report.slots, report.keys)
+            except KeyFormatError as error:
+                raise ProtocolError(f"recovered keys: {error}") from error
+        elif isinstance(report, IndexEnd) and table is not None:
+            table.end_adoption()
+        else:
+            raise ProtocolError(f"{type(report).__name__} from a store of slots")
+
+    def _forget(self) -> None:
+        self._table = None
+
+    def _note(self, keys: Sequence[OffloadKey], removed: bool) -> None:
+        if keys and self.medium is not None:
+            self._events.append(OffloadingEvent(list(keys), self.medium, removed, self.locality))

@@ -1,0 +1,204 @@
+"""Runs a store: opens it by its path, moves parts, and turns whatever it does into results."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from kvtier.abc import BlockStore, FailureCounter, SlotStore, StoreContext
+from kvtier.errors import StoreError, StoreUnavailableError
+from kvtier.keys import OffloadKey
+from kvtier.secondary.codec import blocks_per_message
+from kvtier.secondary.executor import StoreDescription
+from kvtier.secondary.messages import IndexBatch, Part, PartResult
+from kvtier.stores.sealed import SealedStore
+from kvtier.types import FailureCause
+
+_TARGET_BYTES = 2 << 20
+_MOST_BLOCKS = 64
+
+logger = logging.getLogger("kvtier")
+
+
+class ThreadFailures(FailureCounter):
+    """A FailureCounter that knows which thread counted, so that every part reports its own failures.
+
+    What a store counts on threads of its own is reported with whichever part ends next.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._own = threading.local()
+
+    def begin(self) -> None:
+        """Keep what this thread counts from now on apart."""
+        self._own.counts = {}
+
+    def count(self, cause: FailureCause, blocks: int = 1) -> None:
+        """Add `blocks` failures of one cause."""
+        counts: dict[FailureCause, int] | None = getattr(self._own, "counts", None)
+        if counts is None:
+            super().count(cause, blocks)
+        elif blocks > 0:
+            counts[cause] = counts.get(cause, 0) + blocks
+
+    def end(self) -> dict[FailureCause, int]:
+        """Return what this thread, and threads of the store's own, counted."""
+        counts: dict[FailureCause, int] = self._own.counts
+        self._own.counts = None
+        for cause, blocks in self.take().items():
+            counts[cause] = counts.get(cause, 0) + blocks
+        return counts
+
+
+def blocks_per_call(block_bytes: int) -> int:
+    """Return how many blocks one call into a store moves: some 2 MiB, so that threads share a job."""
+    return max(1, min(_MOST_BLOCKS, _TARGET_BYTES // block_bytes))
+
+
+def import_store(path: str) -> type[SlotStore] | type[BlockStore]:
+    """Return the store class at "module:Class".
+
+    Raises:
+        StoreUnavailableError: it cannot be imported or is no store.
+    """
+    module_name, _, class_name = path.partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+        for name in class_name.split("."):
+            found = getattr(found, name)
+    except Exception as error:  # whatever a plug-in's module raises while it is imported
+        raise StoreUnavailableError(f"cannot import {path}: {type(error).__name__}: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, SlotStore | BlockStore)):
+        raise StoreUnavailableError(f"{path} is no SlotStore and no BlockStore")
+    return found
+
+
+class StoreRunner:
+    """An open store over the rows of an arena; its methods may run on several threads."""
+
+    def __init__(self, description: StoreDescription) -> None:
+        """Open the store.
+
+        Raises:
+            StoreUnavailableError: it cannot be opened; a plug-in's own errors are translated.
+        """
+        store_class = import_store(description.path)
+        self._failures = ThreadFailures()
+        self._block_bytes = description.block_bytes
+        self._complained = False
+        context = StoreContext(description.namespace, description.block_bytes, self._failures)
+        try:
+            store = store_class.open(description.options, context)
+            if isinstance(store, BlockStore) and not store.seals_itself:
+                store = SealedStore(store, context)
+            self.num_slots = store.num_slots if isinstance(store, SlotStore) else 0
+        except StoreUnavailableError:
+            raise
+        except Exception as error:
+            raise StoreUnavailableError(f"{description.path}: {type(error).__name__}: {error}") from error
+        self.store: SlotStore | BlockStore = store
+
+    def index(self) -> Iterator[IndexBatch]:
+        """Yield what the store recovered, in batches that fit one message.
+
+        Raises:
+            StoreUnavailableError: the recovery failed.
+        """
+        if not isinstance(self.store, SlotStore):
+            return
+        try:
+            for slots, keys in self.store.recover():
+                step = blocks_per_message(max(map(len, keys), default=1))
+                for start in range(0, len(keys), step):
+                    yield IndexBatch(slots[start : start + step], keys[start : start + step])
+        except Exception as error:
+            raise StoreUnavailableError(f"recovery: {type(error).__name__}: {error}") from error
+
+    def run(self, part: Part, buffers: Sequence[memoryview]) -> PartResult:
+        """Move the blocks of a part between `buffers` and the store; never raises."""
+        started = time.perf_counter()
+        self._failures.begin()
+        successes = self._guarded(len(part.keys), lambda: self._call(part, buffers))
+        failures = self._failures.end()
+        failed = successes.count(False)
+        unexplained = failed - sum(failures.values())
+        if unexplained > 0:
+            cause = FailureCause.ABSENT if part.is_load and failed < len(successes) else FailureCause.IO_ERROR
+            failures[cause] = failures.get(cause, 0) + unexplained
+        num_bytes = (len(successes) - failed) * self._block_bytes
+        return PartResult(part.serial, part.first, successes, num_bytes, time.perf_counter() - started, failures)
+
+    def contains(self, keys: Sequence[OffloadKey]) -> list[bool] | None:
+        """Return which keys the store holds, or None if it could not say."""
+        if not isinstance(self.store, BlockStore):
+            return None
+        store = self.store
+        failed = False
+
+        def ask() -> Sequence[bool]:
+            nonlocal failed
+            failed = True
+            answers = store.contains(keys)
+            failed = False
+            return answers
+
+        found = self._guarded(len(keys), ask)
+        return None if failed else found
+
+    def delete(self, keys: Sequence[OffloadKey]) -> None:
+        """Forget `keys`; never raises."""
+        if isinstance(self.store, BlockStore):
+            store = self.store
+
+            def forget() -> Sequence[bool]:
+                store.delete(keys)
+                return ()
+
+            self._guarded(0, forget)
+
+    def close(self) -> None:
+        """Close the store; never raises."""
+
+        def close() -> Sequence[bool]:
+            self.store.close()
+            return ()
+
+        self._guarded(0, close)
+
+    def _call(self, part: Part, buffers: Sequence[memoryview]) -> Sequence[bool]:
+        store = self.store
+        if isinstance(store, SlotStore):
+            if part.store_slots is None:
+                raise StoreError("a part without slots for a store of slots")
+            move = store.read_into if part.is_load else store.write
+            return move(part.store_slots, part.keys, buffers)
+        return (store.read_into if part.is_load else store.write)(part.keys, buffers)
+
+    def _guarded(self, count: int, call: Callable[[], Sequence[bool]]) -> list[bool]:
+        """Return `count` answers whatever a store does; the first thing it did wrong is logged, once a life."""
+        try:
+            answers = [bool(answer) for answer in call()]
+            if len(answers) == count:
+                return answers
+            self._complain(f"gave {len(answers)} answers for {count} blocks")
+        except StoreError as error:
+            self._complain(str(error))
+        except Exception as error:  # noqa: BLE001 - a plug-in may raise anything; reported, and a failure of these blocks
+            self._complain(f"{type(error).__name__}: {error}")
+        return [False] * count
+
+    def _complain(self, what: str) -> None:
+        if not self._complained:
+            self._complained = True
+            logger.warning("%s: %s", type(self.store).__name__, what)
+
+
+def cancelled(part: Part) -> PartResult:
+    """Return the answer to a part that never started."""
+    count = len(part.keys)
+    return PartResult(part.serial, part.first, [False] * count, failures={FailureCause.CANCELLED: count})

@@ -1,0 +1,305 @@
+"""What every tier over a store shares: executor, jobs, deadlines, back-pressure, drain, epochs, shutdown."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from kvtier.abc import BlockStore, SecondaryTierManager, SlotStore, TierContext
+from kvtier.errors import ConfigError, KeyFormatError, ProtocolError
+from kvtier.events import TierState
+from kvtier.namespace import Namespace
+from kvtier.primary.arena import arena_rows
+from kvtier.secondary.executor import IOExecutor, Report, StoreDescription
+from kvtier.secondary.health import Breaker, TierHealth
+from kvtier.secondary.inline import InlineExecutor
+from kvtier.secondary.io_process import IOProcess
+from kvtier.secondary.jobs import Job, JobLedger, Outcome
+from kvtier.secondary.messages import PartResult
+from kvtier.secondary.supervisor import Deadlines, Supervisor
+from kvtier.secondary.threads import ThreadExecutor
+from kvtier.types import FailureCause, JobMetadata, JobResult, ScheduleEndContext
+
+_BREAKING = frozenset({FailureCause.IO_ERROR, FailureCause.TIER_DOWN})
+
+
+@dataclass(frozen=True)
+class TierSettings:
+    """How a tier over a store behaves.
+
+    Attributes:
+        threads: calls into the store at the same time.
+        deadlines: in seconds.
+        most_store_bytes: payload of store jobs in flight; more is back-pressure.
+        failures_to_open, first_backoff, longest_backoff: of the breaker.
+    """
+
+    threads: int = 4
+    deadlines: Deadlines = field(default_factory=Deadlines)
+    most_store_bytes: int = 256 << 20
+    failures_to_open: int = 3
+    first_backoff: float = 0.5
+    longest_backoff: float = 30.0
+
+    @classmethod
+    def checked(cls, threads: int, job_deadline: float) -> TierSettings:
+        """Return settings from the two values that users configure.
+
+        Raises:
+            ConfigError: out of range; the error names the key.
+        """
+        if not (isinstance(threads, int) and not isinstance(threads, bool) and 1 <= threads <= 64):
+            raise ConfigError("threads", threads, "an int, 1 to 64")
+        if isinstance(job_deadline, bool) or not isinstance(job_deadline, int | float) or not 0 < job_deadline < 3600:
+            raise ConfigError("job_deadline", job_deadline, "seconds, above 0 and below 3600")
+        drain = min(Deadlines.drain, float(job_deadline))
+        return cls(threads=threads, deadlines=Deadlines(job_deadline, 4 * job_deadline, drain=drain))
+
+
+def store_path(store: str | type[SlotStore] | type[BlockStore]) -> str:
+    """Return "module:Class" of a store, given as that or as the class."""
+    return store if isinstance(store, str) else f"{store.__module__}:{store.__qualname__}"
+
+
+class StoreTierManager(SecondaryTierManager):
+    """A tier over a store that an executor runs elsewhere; its index, if it has one, is a subclass's."""
+
+    needs_namespace: ClassVar[bool] = True
+    """Whether blocks outlive the process: such a tier refuses to work for an engine that does not say who it is."""
+
+    def __init__(
+        self,
+        offloading_spec: Any,
+        primary_kv_view: memoryview,
+        tier_type: str,
+        *,
+        store: str | type[SlotStore] | type[BlockStore],
+        options: Mapping[str, Any],
+        settings: TierSettings | None = None,
+    ) -> None:
+        """Args: store: "module:Class" or the class; options: for its `open`, JSON values.
+
+        Raises:
+            ConfigError: the engine gave no namespace, and blocks would outlive it.
+        """
+        super().__init__(offloading_spec, primary_kv_view, tier_type)
+        context = getattr(offloading_spec, "tier_context", None)
+        self.context: TierContext = context if isinstance(context, TierContext) else TierContext()
+        self.settings = settings or TierSettings()
+        namespace = self.context.namespace
+        if namespace is None:
+            if self.needs_namespace:
+                raise ConfigError(
+                    "namespace", None, f"tier {tier_type} keeps blocks: the engine must say whose they are"
+                )
+            namespace = Namespace({"process": secrets.token_hex(8)})
+        self.num_blocks, self.block_bytes = _shape(primary_kv_view)
+        self._store = store_path(store)
+        self._options = dict(options)
+        self._namespace = namespace
+        clock, observer = self.context.clock, self.context.observer
+        self._ledger = JobLedger(tier_type, clock, observer)
+        self._health = TierHealth(tier_type, observer)
+        deadlines, settings = self.settings.deadlines, self.settings
+        breaker = Breaker(clock, settings.failures_to_open, settings.first_backoff, settings.longest_backoff)
+        self._supervisor = Supervisor(
+            self._make_executor, self._ledger, self._health, breaker, clock, deadlines, self._end_life
+        )
+        self._most_store_blocks = max(1, self.settings.most_store_bytes // self.block_bytes)
+
+    @property
+    def state(self) -> TierState:
+        """Health of the tier."""
+        return self._health.state
+
+    @property
+    def state_reason(self) -> str:
+        """Why it is so."""
+        return self._health.reason
+
+    @property
+    def io_pid(self) -> int | None:
+        """Process that moves this tier's bytes, if one does at the moment."""
+        executor = self._supervisor.executor
+        return executor.pid if executor is not None else None
+
+    def start(self) -> None:
+        """Start the executor; a second call does nothing."""
+        if self._supervisor.is_idle:
+            self._supervisor.start()
+            self._pump()
+
+    def submit_store(self, job_metadata: JobMetadata) -> None:
+        """Start a store job; refused, as a failed result, when the tier is not UP or has too much to do."""
+        self._submit(job_metadata, self.can_store(len(job_metadata.keys)))
+
+    def submit_load(self, job_metadata: JobMetadata) -> None:
+        """Start a load job; refused, as a failed result, when the tier is not UP."""
+        self._submit(job_metadata, True)
+
+    def get_finished_jobs(self) -> Iterable[JobResult]:
+        """Look at the executor; return the results that arrived."""
+        self._pump()
+        return self._ledger.take_results()
+
+    def can_store(self, num_blocks: int) -> bool:
+        """Return whether the tier is UP and the blocks fit its queue; an empty queue takes any job."""
+        self.start()
+        waiting = self._ledger.num_store_blocks
+        return self._supervisor.works and (not waiting or waiting + num_blocks <= self._most_store_blocks)
+
+    def on_schedule_end(self, context: ScheduleEndContext) -> None:
+        """Push what is queued and look at the executor's health."""
+        self._pump()
+
+    def drain_jobs(self) -> None:
+        """Cancel what waits, let what runs end within `deadlines.drain`, kill what does not."""
+        if self._supervisor.executor is not None and self._ledger.num_jobs:
+            self._supervisor.executor.cancel_waiting()
+        self._wait_for_jobs(self.settings.deadlines.drain)
+        if self._ledger.num_jobs:
+            self._supervisor.fail("its jobs did not end at a drain")
+            self._wait_for_jobs(self.settings.deadlines.kill)
+
+    def start_epoch(self, epoch: bytes) -> None:
+        """Go on under another namespace, with a new executor; STARTING until its store is open."""
+        self._namespace = self._namespace.with_epoch(epoch)
+        self._forget()
+        self._supervisor.restart()
+
+    def shutdown(self) -> None:
+        """Let jobs end within `deadlines.drain`, then end the executor, by force if need be."""
+        self._wait_for_jobs(self.settings.deadlines.drain / 2)
+        if self._ledger.num_jobs and self._supervisor.executor is not None:
+            self._supervisor.executor.cancel_waiting()
+            self._wait_for_jobs(self.settings.deadlines.drain / 2)
+        self._supervisor.close()
+        self._wait(self.settings.deadlines.drain, lambda: self._supervisor.has_executor)
+        if self._supervisor.has_executor:
+            self._supervisor.kill()
+            self._wait(self.settings.deadlines.kill, lambda: self._supervisor.has_executor)
+
+    def get_stats(self) -> Mapping[str, float]:
+        """Return jobs and blocks in flight."""
+        ledger = self._ledger
+        return {
+            "jobs": ledger.num_jobs,
+            "store_blocks_in_flight": ledger.num_store_blocks,
+            "load_blocks_in_flight": ledger.num_load_blocks,
+            "up": float(self._health.state is TierState.UP),
+        }
+
+    def check_invariants(self) -> None:
+        """Raise InvariantError if ledger and supervisor contradict themselves or each other."""
+        self._ledger.check_invariants()
+        self._supervisor.check_invariants()
+
+    @abstractmethod
+    def _begin_job(self, job_metadata: JobMetadata) -> Job | None:
+        """Open a job in the ledger and take what it needs; None if nothing has to move.
+
+        Raises:
+            KeyFormatError: its keys are none; nothing was taken.
+        """
+
+    @abstractmethod
+    def _apply(self, outcome: Outcome) -> None:
+        """Note what became of some blocks of a job."""
+
+    @abstractmethod
+    def _handle(self, report: Report) -> None:
+        """Note any report that is no result.
+
+        Raises:
+            ProtocolError: it makes no sense.
+        """
+
+    @abstractmethod
+    def _forget(self) -> None:
+        """Answer MISS for everything until something is known anew."""
+
+    def _submit(self, metadata: JobMetadata, fits: bool) -> None:
+        self.start()
+        executor = self._supervisor.executor
+        if executor is None or not self._supervisor.works:
+            self._ledger.refuse(metadata, FailureCause.TIER_DOWN)
+        elif not fits or not self._is_sound(metadata):
+            self._ledger.refuse(metadata, FailureCause.CANCELLED)
+        else:
+            try:
+                job = self._begin_job(metadata)
+            except KeyFormatError:
+                self._ledger.refuse(metadata, FailureCause.CANCELLED)
+                return
+            if job is not None:
+                executor.submit(job.as_part())
+
+    def _is_sound(self, metadata: JobMetadata) -> bool:
+        """Return whether a job names one slot of the arena per key, and keys that are some."""
+        slots, keys = metadata.block_ids, metadata.keys
+        if len(slots) != len(keys) or not all(isinstance(key, bytes) for key in keys):
+            return False
+        return not len(keys) or (int(slots.min()) >= 0 and int(slots.max()) < self.num_blocks)
+
+    def _pump(self) -> None:
+        for report in self._supervisor.pump():
+            try:
+                if isinstance(report, PartResult):
+                    self._apply_result(report)
+                else:
+                    self._handle(report)
+            except ProtocolError as error:
+                self._supervisor.fail(f"I/O process sent garbage: {error}")
+                return
+
+    def _apply_result(self, result: PartResult) -> None:
+        outcome = self._ledger.apply(result)
+        self._apply(outcome)
+        if outcome.finished:
+            job = outcome.job
+            broken = any(job.failures.get(cause) for cause in _BREAKING)
+            self._supervisor.job_ended(job.num_bytes > 0, broken)
+
+    def _end_life(self) -> None:
+        self._forget()
+        self._ledger.fail_all(FailureCause.TIER_DOWN)
+
+    def _wait_for_jobs(self, seconds: float) -> None:
+        self._wait(seconds, lambda: self._ledger.num_jobs > 0)
+
+    def _wait(self, seconds: float, busy: Any) -> None:
+        """Pump until `busy()` is false, at most `seconds` of real time."""
+        deadline = time.monotonic() + seconds
+        self._pump()
+        while busy() and (left := deadline - time.monotonic()) > 0:
+            if self._supervisor.executor is not None:
+                self._supervisor.executor.wait(min(left, 0.02))
+            self._pump()
+
+    def _make_executor(self) -> IOExecutor:
+        description = StoreDescription(
+            path=self._store,
+            options=self._options,
+            namespace=self._namespace,
+            num_blocks=self.num_blocks,
+            block_bytes=self.block_bytes,
+            threads=self.settings.threads,
+        )
+        if self.context.inline_io:
+            return InlineExecutor(description, arena_rows(self.primary_kv_view))
+        if self.context.arena_fd is None:
+            return ThreadExecutor(description, arena_rows(self.primary_kv_view))
+        return IOProcess(description, self.context.arena_fd)
+
+
+def _shape(view: memoryview) -> tuple[int, int]:
+    if view.ndim != 2 or view.itemsize != 1 or view.readonly or not view.c_contiguous:
+        raise ConfigError(
+            "primary_kv_view", view.shape, "a writable memoryview of bytes, shape (num_blocks, block_bytes)"
+        )
+    num_blocks, block_bytes = view.shape or (0, 0)
+    return num_blocks, block_bytes

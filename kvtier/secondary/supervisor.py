@@ -1,0 +1,241 @@
+"""Keeps a tier's executor alive: starts it, notices death and hang, ends it, waits, starts the next.
+
+The one rule that everything here serves: the jobs of an executor are answered as failed only after it is
+certain that it touches the arena no more. Until then its tier is DOWN and no other executor starts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from kvtier.clock import Clock
+from kvtier.errors import InvariantError, ProtocolError, StoreUnavailableError
+from kvtier.events import TierState
+from kvtier.secondary.executor import Ended, IOExecutor, Report
+from kvtier.secondary.health import Breaker, BreakerState, TierHealth
+from kvtier.secondary.jobs import JobLedger
+from kvtier.secondary.messages import IndexEnd, PartResult, ProbeAnswer, Unavailable
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """How long is too long, in seconds.
+
+    Attributes:
+        job: without any progress while jobs are open, and for an executor to end when told to.
+        oldest_job: for a single job, however much progress others make.
+        start: without any progress while a store opens.
+        drain: for `drain_jobs` and `shutdown` to let running jobs end by themselves.
+        kill: for a killed executor to be gone, while somebody waits for it.
+    """
+
+    job: float = 10.0
+    oldest_job: float = 40.0
+    start: float = 60.0
+    drain: float = 2.0
+    kill: float = 1.0
+
+
+class _Phase(Enum):
+    IDLE = "idle"
+    OPENING = "opening"
+    WORKING = "working"
+    ENDING = "ending"
+    WAITING = "waiting"
+    CLOSED = "closed"
+
+
+class Supervisor:
+    """One executor after the other.
+
+    Attributes:
+        executor: the one that lives; None between two lives.
+    """
+
+    def __init__(
+        self,
+        make_executor: Callable[[], IOExecutor],
+        ledger: JobLedger,
+        health: TierHealth,
+        breaker: Breaker,
+        clock: Clock,
+        deadlines: Deadlines,
+        on_life_ended: Callable[[], None],
+    ) -> None:
+        """Args: on_life_ended: called when an executor is certain to touch nothing, before its jobs fail."""
+        self._make_executor = make_executor
+        self._ledger = ledger
+        self._health = health
+        self._breaker = breaker
+        self._clock = clock
+        self._deadlines = deadlines
+        self._on_life_ended = on_life_ended
+        self.executor: IOExecutor | None = None
+        self._phase = _Phase.IDLE
+        self._progress_at = 0.0
+        self._kill_at = math.inf
+        self._begin_when_ended = False
+
+    @property
+    def works(self) -> bool:
+        """Whether jobs and probes are taken now."""
+        return self._phase is _Phase.WORKING and self._breaker.state is not BreakerState.OPEN
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether `start` was never called."""
+        return self._phase is _Phase.IDLE
+
+    @property
+    def has_executor(self) -> bool:
+        """Whether something may still touch the arena."""
+        return self.executor is not None
+
+    def start(self) -> None:
+        """Begin the first life."""
+        if self._phase is _Phase.IDLE:
+            self._begin()
+
+    def pump(self) -> list[Report]:
+        """Take one look at everything; return what the tier must handle, never waiting."""
+        if self._phase is _Phase.ENDING:
+            self._check_end()
+        if self._phase is _Phase.WAITING and self._breaker.try_again():
+            self._begin()
+        elif self._phase is _Phase.WORKING and self._breaker.try_again():
+            self._health.change(TierState.UP, "trying again")
+        if self._phase not in (_Phase.OPENING, _Phase.WORKING) or self.executor is None:
+            return []
+        try:
+            reports = self.executor.poll()
+        except ProtocolError as error:
+            self.fail(f"I/O process sent garbage: {error}")
+            return []
+        if reports:
+            self._progress_at = self._clock()
+        kept = self._filter(reports)
+        self._check_hang()
+        return kept
+
+    def fail(self, reason: str) -> None:
+        """Kill the executor and be DOWN; its jobs are answered when it is gone."""
+        self._go_down(reason, kill=True)
+
+    def job_ended(self, served: bool, broken: bool) -> None:
+        """Tell the breaker of a finished job: some block was `served`, or all of them failed by I/O errors."""
+        if served:
+            self._breaker.succeed()
+        elif broken and self._breaker.fail():
+            self._health.change(TierState.DOWN, "jobs failed one after the other")
+
+    def restart(self) -> None:
+        """End this life in peace and begin another at once (the namespace has changed)."""
+        if self._phase in (_Phase.OPENING, _Phase.WORKING):
+            self._begin_when_ended = True
+            self._health.change(TierState.STARTING, "new epoch")
+            self._end(kill=False)
+
+    def close(self) -> None:
+        """End for good; `pump` until `has_executor` is False."""
+        self._health.change(TierState.CLOSED)
+        self._begin_when_ended = False
+        if self._phase in (_Phase.OPENING, _Phase.WORKING):
+            self._end(kill=False)
+        elif self._phase is not _Phase.ENDING:
+            self._phase = _Phase.CLOSED
+
+    def kill(self) -> None:
+        """Kill what was told to end."""
+        if self.executor is not None:
+            self.executor.kill()
+
+    def _begin(self) -> None:
+        executor = self._make_executor()
+        self._begin_when_ended = False
+        self._progress_at = self._clock()
+        try:
+            executor.start()
+        except StoreUnavailableError as error:
+            self._phase = _Phase.WAITING
+            self._breaker.open()
+            self._health.change(TierState.DOWN, str(error))
+            return
+        self.executor = executor
+        self._phase = _Phase.OPENING
+
+    def _filter(self, reports: list[Report]) -> list[Report]:
+        kept: list[Report] = []
+        for report in reports:
+            if isinstance(report, Unavailable):
+                self._go_down(report.reason, kill=False)
+                break
+            if isinstance(report, Ended):
+                self.fail(report.reason)
+                break
+            opening = not isinstance(report, PartResult | ProbeAnswer)
+            if opening is not (self._phase is _Phase.OPENING):
+                self.fail(f"I/O process sent garbage: {type(report).__name__} out of turn")
+                break
+            if isinstance(report, IndexEnd):
+                self._phase = _Phase.WORKING
+                self._health.change(TierState.UP)
+            kept.append(report)
+        return kept
+
+    def _check_hang(self) -> None:
+        now = self._clock()
+        if self._phase is _Phase.OPENING:
+            if now - self._progress_at > self._deadlines.start:
+                self.fail("its store did not open in time")
+        elif self._phase is _Phase.WORKING:
+            oldest = self._ledger.oldest_submission
+            if oldest is None:
+                return
+            if now - max(self._progress_at, oldest) > self._deadlines.job:
+                self.fail("no progress of its jobs")
+            elif now - oldest > self._deadlines.oldest_job:
+                self.fail("a job that does not end")
+
+    def _go_down(self, reason: str, kill: bool) -> None:
+        if self._phase in (_Phase.OPENING, _Phase.WORKING):
+            self._breaker.open()
+            self._health.change(TierState.DOWN, reason)
+            self._end(kill)
+
+    def _end(self, kill: bool) -> None:
+        if self.executor is None:
+            return
+        self._phase = _Phase.ENDING
+        self._kill_at = math.inf if kill else self._clock() + self._deadlines.job
+        if kill:
+            self.executor.kill()
+        else:
+            self.executor.retire()
+        self._check_end()
+
+    def _check_end(self) -> None:
+        if self.executor is None:
+            return
+        if self.executor.has_ended():
+            self.executor = None
+            self._on_life_ended()
+            self._phase = _Phase.CLOSED if self._health.state is TierState.CLOSED else _Phase.WAITING
+            if self._begin_when_ended:
+                self._begin()
+        elif self._clock() >= self._kill_at:
+            self._kill_at = math.inf
+            self.executor.kill()
+
+    def check_invariants(self) -> None:
+        """Raise InvariantError if phase and executor contradict each other."""
+        alive = self._phase in (_Phase.OPENING, _Phase.WORKING, _Phase.ENDING)
+        if alive is not self.has_executor:
+            raise InvariantError(f"{self._phase} with executor {self.executor}")
+        if self.executor is None and self._ledger.num_jobs:
+            raise InvariantError(f"{self._ledger.num_jobs} jobs open and nobody who works on them")
+        if self.works is not (self._health.state is TierState.UP):
+            raise InvariantError(f"{self._health.state} while works is {self.works}")
+        self._breaker.check_invariants()

@@ -1,0 +1,139 @@
+"""An executor on threads of this process, for arenas that no other process can map.
+
+A thread cannot be killed, so it never holds arena memory while it waits for a store: bytes pass through a
+private buffer, and every copy between arena and buffer happens under one lock, after a look at whether this life
+is still wanted. Once `kill` has returned, no thread touches the arena again, whatever it is stuck in.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+
+from kvtier.errors import StoreUnavailableError
+from kvtier.keys import OffloadKey
+from kvtier.primary.arena import Rows
+from kvtier.secondary.executor import IOExecutor, Report, StoreDescription
+from kvtier.secondary.messages import Delete, IndexEnd, Part, PartResult, Probe, ProbeAnswer, Ready, Unavailable
+from kvtier.secondary.part_queue import PartQueue
+from kvtier.secondary.store_runner import StoreRunner, blocks_per_call, cancelled
+
+
+class ThreadExecutor(IOExecutor):
+    """Runs the store on daemon threads with private buffers; the first one opens it, the last one closes it."""
+
+    def __init__(self, description: StoreDescription, rows: Rows) -> None:
+        self._description = description
+        self._rows = rows
+        self._queue = PartQueue()
+        self._arena_lock = threading.Lock()
+        self._wanted = True
+        self._reports: deque[Report] = deque()
+        self._news = threading.Event()
+        self._blocks_per_call = blocks_per_call(description.block_bytes)
+
+    def start(self) -> None:
+        """Start the thread that opens the store."""
+        try:
+            threading.Thread(target=self._open_and_work, name="kvtier-io", daemon=True).start()
+        except RuntimeError as error:
+            raise StoreUnavailableError(f"no thread: {error}") from error
+
+    def submit(self, part: Part) -> None:
+        """Queue blocks, in pieces that threads share."""
+        for start in range(0, len(part.keys), self._blocks_per_call):
+            self._queue.put(part.slice(start, start + self._blocks_per_call))
+
+    def probe(self, probe_id: int, keys: Sequence[OffloadKey]) -> None:
+        """Queue a question."""
+        self._queue.put(Probe(probe_id, list(keys)))
+
+    def delete(self, keys: Sequence[OffloadKey]) -> None:
+        """Queue the forgetting of `keys`."""
+        self._queue.put(Delete(list(keys)))
+
+    def poll(self) -> list[Report]:
+        """Return what arrived."""
+        self._news.clear()
+        reports: list[Report] = []
+        while self._reports:
+            reports.append(self._reports.popleft())
+        return reports
+
+    def cancel_waiting(self) -> None:
+        """Answer parts that have not started as cancelled."""
+        self._reports.extend(map(cancelled, self._queue.cancel()))
+
+    def retire(self) -> None:
+        """Stop touching the arena now; threads go home after the call they are in."""
+        self.kill()
+
+    def kill(self) -> None:
+        """Stop touching the arena now; waits for one copy of one block at most."""
+        with self._arena_lock:
+            self._wanted = False
+        self._queue.close()
+
+    def has_ended(self) -> bool:
+        """Return whether the arena is left alone for good."""
+        return not self._wanted
+
+    def wait(self, seconds: float) -> None:
+        """Wait for a report."""
+        self._news.wait(seconds)
+
+    def _report(self, report: Report) -> None:
+        self._reports.append(report)
+        self._news.set()
+
+    def _open_and_work(self) -> None:
+        try:
+            runner = StoreRunner(self._description)
+            self._report(Ready(runner.num_slots))
+            for batch in runner.index():
+                self._report(batch)
+        except StoreUnavailableError as error:
+            self._report(Unavailable(str(error)))
+            return
+        self._report(IndexEnd())
+        workers = [
+            threading.Thread(target=self._work, args=(runner,), name="kvtier-io", daemon=True)
+            for _ in range(self._description.threads - 1)
+        ]
+        for worker in workers:
+            worker.start()
+        self._work(runner)
+        for worker in workers:
+            worker.join()
+        runner.close()
+
+    def _work(self, runner: StoreRunner) -> None:
+        block_bytes = self._description.block_bytes
+        memory = memoryview(bytearray(self._blocks_per_call * block_bytes))
+        buffers = [memory[at : at + block_bytes] for at in range(0, len(memory), block_bytes)]
+        while (task := self._queue.take()) is not None:
+            if isinstance(task, Part):
+                self._report(self._move(runner, task, buffers[: len(task.keys)]))
+            elif isinstance(task, Probe):
+                found = runner.contains(task.keys)
+                self._report(ProbeAnswer(task.probe_id, found or [False] * len(task.keys), failed=found is None))
+            else:
+                runner.delete(task.keys)
+
+    def _move(self, runner: StoreRunner, part: Part, buffers: list[memoryview]) -> PartResult:
+        if not part.is_load:
+            for slot, buffer in zip(part.arena_slots, buffers, strict=True):
+                with self._arena_lock:
+                    if not self._wanted:
+                        return cancelled(part)
+                    buffer[:] = self._rows[slot]
+            return runner.run(part, buffers)
+        result = runner.run(part, buffers)
+        for slot, buffer, success in zip(part.arena_slots, buffers, result.successes, strict=True):
+            if success:
+                with self._arena_lock:
+                    if not self._wanted:
+                        return cancelled(part)
+                    self._rows[slot][:] = buffer
+        return result
