@@ -1,0 +1,202 @@
+"""The worker for whatever numpy can view: arrays and CPU tensors, copied at once."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtier.abc import OffloadingWorker
+from kvtier.errors import ConfigError
+from kvtier.primary.arena import ControlPage
+from kvtier.primary.copies import BlockLayout, CopyPlan, KVCaches, plan_copies
+from kvtier.types import (
+    BlockIDsLoadStoreSpec,
+    CPULoadStoreSpec,
+    GPULoadStoreSpec,
+    LoadStoreSpec,
+    TransferResult,
+)
+
+logger = logging.getLogger(__name__)
+
+ByteArray = NDArray[np.uint8]
+
+
+class TransferBook:
+    """Keeps one worker's transfers from their start to their one result.
+
+    Publishes the highest sequence such that every transfer with that or a lower one, of those begun here, has
+    ended. Transfers with sequence 0 are not numbered and not published.
+    """
+
+    def __init__(self, control: ControlPage | None, rank: int) -> None:
+        self._control = control
+        self._rank = rank
+        self._running: set[int] = set()
+        self._highest = 0
+        self._results: list[TransferResult] = []
+        self._has_failed = False
+
+    def begin(self, sequence: int) -> None:
+        """Note that the transfer `sequence` starts."""
+        if sequence:
+            self._running.add(sequence)
+            self._highest = max(self._highest, sequence)
+
+    def end(self, result: TransferResult, sequence: int) -> None:
+        """Keep the result; publish, since no byte of this transfer moves any more."""
+        self._results.append(result)
+        self._running.discard(sequence)
+        if sequence and self._control is not None:
+            self._control.publish(self._rank, min(self._running) - 1 if self._running else self._highest)
+
+    def report(self, job_id: int, error: Exception) -> None:
+        """Log a failed copy: the first as an error, later ones for those who debug."""
+        level = logging.DEBUG if self._has_failed else logging.ERROR
+        logger.log(level, "the copy of job %d failed: %s", job_id, error)
+        self._has_failed = True
+
+    def take(self) -> list[TransferResult]:
+        """Return the results since the last call."""
+        results, self._results = self._results, []
+        return results
+
+
+def plan_transfer(layout: BlockLayout, gpu_spec: GPULoadStoreSpec, slots: LoadStoreSpec, num_slots: int) -> CopyPlan:
+    """Plan one transfer.
+
+    Raises:
+        ValueError: the specs are of another kind, or do not fit (`plan_copies`).
+    """
+    if not isinstance(gpu_spec, GPULoadStoreSpec) or not isinstance(slots, BlockIDsLoadStoreSpec):
+        raise ValueError(f"a GPULoadStoreSpec and a CPULoadStoreSpec are wanted, not {gpu_spec!r} and {slots!r}")
+    return plan_copies(layout, gpu_spec, slots, num_slots)
+
+
+def sequence_of(spec: LoadStoreSpec) -> int:
+    """Return the number of the transfer, 0 if it has none."""
+    return spec.sequence if isinstance(spec, CPULoadStoreSpec) else 0
+
+
+def check_slot_bytes(layout: BlockLayout, view: memoryview) -> None:
+    """Check that a block fits a slot.
+
+    Raises:
+        ConfigError: it does not, or the view is no (num_blocks, block_bytes) view of bytes.
+    """
+    shape = view.shape or ()
+    if len(shape) != 2 or view.itemsize != 1:
+        raise ConfigError("arena view", shape, "a view of bytes, shape (num_blocks, block_bytes)")
+    if layout.block_bytes > shape[1]:
+        raise ConfigError("block_bytes", shape[1], f"at least {layout.block_bytes}, the largest group's block")
+
+
+class NumpyOffloadingWorker(OffloadingWorker):
+    """Copies between slots and byte arrays during `submit_*`, on the caller's thread.
+
+    A copy that fails is logged and gives a result without success; it moved nothing.
+    """
+
+    def __init__(
+        self,
+        view: memoryview,
+        kv_caches: KVCaches,
+        engine_blocks_per_block: int = 1,
+        control: ControlPage | None = None,
+        rank: int = 0,
+    ) -> None:
+        """Set up the views; nothing is copied.
+
+        Args:
+            view: the arena, shape (num_blocks, block_bytes).
+            kv_caches: numpy arrays of dtype int8 or uint8, rows of any stride; kept, written by loads.
+            control: where ends are published under `rank`; None if nobody asks.
+
+        Raises:
+            ConfigError: shapes or dtypes are not as described, or a block does not fit a slot.
+        """
+        self._layout = BlockLayout.of(kv_caches, engine_blocks_per_block)
+        check_slot_bytes(self._layout, view)
+        self._num_slots = len(view)
+        self._book = TransferBook(control, rank)
+        self._pages = _page_views(self._layout, np.asarray(view).view(np.uint8), kv_caches)
+
+    def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec) -> bool:
+        """Copy engine blocks into slots; the result is there when this returns."""
+        self._transfer(job_id, src_spec, dst_spec, to_slots=True)
+        return True
+
+    def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec) -> bool:
+        """Copy slots into engine blocks; the result is there when this returns."""
+        self._transfer(job_id, dst_spec, src_spec, to_slots=False)
+        return True
+
+    def get_finished(self) -> list[TransferResult]:
+        """Return the results since the last call."""
+        return self._book.take()
+
+    def wait(self, job_ids: set[int]) -> None:
+        """Return: every submitted transfer has ended."""
+
+    def shutdown(self) -> None:
+        """Let go of arena and tensors; later transfers fail."""
+        self._pages = []
+
+    def _transfer(self, job_id: int, gpu_spec: GPULoadStoreSpec, slots: LoadStoreSpec, *, to_slots: bool) -> None:
+        sequence, started = sequence_of(slots), time.perf_counter()
+        self._book.begin(sequence)
+        try:
+            if not self._pages:
+                raise ValueError("the worker was shut down")
+            plan = plan_transfer(self._layout, gpu_spec, slots, self._num_slots)
+        except ValueError as error:
+            self._book.report(job_id, error)
+            self._book.end(TransferResult(job_id, success=False), sequence)
+            return
+        self._copy(plan, to_slots)
+        result = TransferResult(job_id, True, plan.num_bytes, time.perf_counter() - started)
+        self._book.end(result, sequence)
+
+    def _copy(self, plan: CopyPlan, to_slots: bool) -> None:
+        """Apply a plan: per layer, since an assignment of one row costs less than the views for it."""
+        for group_idx, runs in plan.groups:
+            for pages, rows in self._pages[group_idx]:
+                if self._layout.engine_blocks_per_block == 1:
+                    for block, slot, _, length in runs:
+                        if to_slots:
+                            pages[slot : slot + length, 0] = rows[block : block + length]
+                        else:
+                            rows[block : block + length] = pages[slot : slot + length, 0]
+                else:
+                    for block, slot, part, length in runs:
+                        if to_slots:
+                            pages[slot, part : part + length] = rows[block : block + length]
+                        else:
+                            rows[block : block + length] = pages[slot, part : part + length]
+
+
+def _page_views(layout: BlockLayout, arena: ByteArray, kv_caches: KVCaches) -> list[list[tuple[ByteArray, ByteArray]]]:
+    """Return, per group and layer, (slots as (num_slots, parts, page_bytes), engine blocks as (blocks, page_bytes))."""
+    tensors = [_byte_rows(index, tensor) for index, tensor in enumerate(kv_caches.tensors)]
+    factor, views = layout.engine_blocks_per_block, []
+    for group_idx in range(len(layout.groups)):
+        part_bytes = layout.engine_block_bytes(group_idx)
+        parts = arena[:, : factor * part_bytes].reshape(len(arena), factor, part_bytes)  # splits an axis: a view
+        views.append(
+            [
+                (parts[:, :, offset : offset + ref.page_bytes], tensors[ref.tensor_idx][:, : ref.page_bytes])
+                for ref, offset in layout.page_offsets(group_idx)
+            ]
+        )
+    return views
+
+
+def _byte_rows(index: int, tensor: Any) -> ByteArray:
+    if not isinstance(tensor, np.ndarray) or tensor.dtype not in (np.int8, np.uint8):
+        kind = getattr(tensor, "dtype", type(tensor).__name__)
+        raise ConfigError(f"tensors[{index}].dtype", str(kind), "a numpy array of int8 or uint8")
+    return tensor.view(np.uint8)
