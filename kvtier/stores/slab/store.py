@@ -18,7 +18,7 @@ from kvtier.keys import OffloadKey
 from kvtier.stores.seal import HEADER_BYTES, Seal
 from kvtier.stores.slab.directory import SlabDirectory
 from kvtier.stores.slab.geometry import SlabGeometry
-from kvtier.stores.slab.headers import HeaderFile, Inventory, batches
+from kvtier.stores.slab.headers import HeaderFile
 from kvtier.stores.slab.runs import Run, coalesce
 from kvtier.stores.slab.segments import NO_SPACE_ERRORS, Segments
 from kvtier.stores.slab.vectored import is_page_aligned
@@ -95,14 +95,15 @@ class SlabStore(SlotStore):
         """
         try:
             inventory = self._headers.take_inventory(self._seal)
-            self._seal.continue_after(max(inventory.sequences, default=0))
-            latest = self._latest(inventory)
+            self._seal.continue_after(inventory.last_sequence)
+            inventory.drop_unbacked(self._geometry, self._segments.lengths)
+            inventory.drop_superseded()
             self._headers.clear(inventory.broken)
         except OSError as error:
             raise StoreError(f"{self._directory.path}: {error.strerror}") from error
         for cause, count in inventory.causes.items():
             self._failures.count(cause, count)
-        return batches(inventory, latest)
+        return inventory.batches()
 
     def write(self, slots: Sequence[int], keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
         """Replace what the slots hold; False with the cause counted where that failed.
@@ -135,25 +136,6 @@ class SlabStore(SlotStore):
     def _make_room(self, lengths: Sequence[int]) -> None:
         """Let other namespaces give way to data files of these lengths."""
         self._directory.give_way(self._geometry.cost_bytes(lengths), self._capacity)
-
-    def _latest(self, inventory: Inventory) -> list[int]:
-        """Return positions of the records to keep, by sequence; reject the others."""
-        ends = self._segments.lengths
-        order = sorted(range(len(inventory.slots)), key=inventory.sequences.__getitem__)
-        backed = []
-        for position in order:
-            slot = inventory.slots[position]
-            segment, offset = self._geometry.locate(slot)
-            if offset + self._geometry.block_bytes <= ends[segment]:
-                backed.append(position)
-            else:
-                inventory.reject(slot, FailureCause.CORRUPT)
-        by_key = {inventory.keys[position]: position for position in backed}
-        if len(by_key) == len(backed):
-            return backed
-        kept = set(by_key.values())
-        inventory.broken += [inventory.slots[position] for position in backed if position not in kept]
-        return [position for position in backed if position in kept]
 
     def _runs(self, slots: Sequence[int], buffers: Sequence[memoryview]) -> list[Run]:
         """Return the runs over the slots and buffers that can be served at all; count the others."""
