@@ -4,10 +4,11 @@ import errno
 import mmap
 import os
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from slab_files import make_context, open_slab
+from slab_files import make_context, open_slab, segment_file
 
 from kvtier.stores.slab import vectored
 from kvtier.stores.slab.geometry import SlabGeometry
@@ -84,6 +85,32 @@ def test_short_calls_are_continued(tmp_path, monkeypatch):
     assert store.write([4, 5, 6], keys, payloads) == [True] * 3
     buffers = [memoryview(bytearray(BLOCK)) for _ in range(3)]
     assert store.read_into([4, 5, 6], keys, buffers) == [True] * 3
+    assert [bytes(buffer) for buffer in buffers] == [bytes(payload) for payload in payloads]
+    store.close()
+
+
+def test_a_ragged_end_of_file_does_not_end_direct_io(tmp_path):
+    context = make_context()
+    store = open_slab(tmp_path / "slab", context)
+    keys = [make_key(number) for number in range(3)]
+    assert store.write(range(3), keys, page_aligned(3)) == [True] * 3
+    os.truncate(segment_file(tmp_path / "slab", context), BLOCK + 100)
+    buffers = page_aligned(3)
+    direct = store.direct
+    assert store.read_into(range(3), keys, buffers) == [True, False, False]
+    assert store.direct == direct
+    store.close()
+
+
+def test_slots_may_be_numpy_integers(tmp_path):
+    """In numpy, 32-bit slots times the bytes of a block would overflow."""
+    store = open_slab(tmp_path / "slab", make_context(), capacity=1 << 20)
+    slots = np.array([3, 1, 2], np.int8)
+    keys = [make_key(number) for number in range(3)]
+    payloads = [memoryview(make_payload(number, BLOCK)) for number in range(3)]
+    assert store.write(slots, keys, payloads) == [True] * 3
+    buffers = [memoryview(bytearray(BLOCK)) for _ in range(3)]
+    assert store.read_into(slots, keys, buffers) == [True] * 3
     assert [bytes(buffer) for buffer in buffers] == [bytes(payload) for payload in payloads]
     store.close()
 

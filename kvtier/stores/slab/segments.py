@@ -87,6 +87,8 @@ class Segments:
 
     def read(self, segment: int, offset: int, buffers: Sequence[memoryview], aligned: bool) -> int:
         """Read payloads side by side; return the bytes read, fewer at the end of the file."""
+        if not self.lengths[segment]:
+            return 0
         return self._transfer(read_fully, segment, offset, buffers, aligned)
 
     def close(self) -> None:
@@ -98,7 +100,7 @@ class Segments:
 
     def _transfer(
         self,
-        call: Callable[[int, Sequence[memoryview], int], int],
+        call: Callable[[int, Sequence[memoryview], int, int], int],
         segment: int,
         offset: int,
         buffers: Sequence[memoryview],
@@ -106,12 +108,12 @@ class Segments:
     ) -> int:
         if aligned and self._direct:
             try:
-                return call(self._descriptor(segment, direct=True), buffers, offset)
+                return call(self._descriptor(segment, direct=True), buffers, offset, PAGE_BYTES)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
                 self._stop_direct(error)
-        return call(self._descriptor(segment, direct=False), buffers, offset)
+        return call(self._descriptor(segment, direct=False), buffers, offset, 1)
 
     def _stop_direct(self, error: OSError) -> None:
         with self._lock:
@@ -131,7 +133,7 @@ class Segments:
         descriptor = self._descriptors.get((segment, direct))
         if descriptor is None:
             flags = os.O_RDWR | os.O_CREAT | (os.O_DIRECT if direct else 0)
-            descriptor = open_private(self._folder / f"{_PREFIX}{segment:05d}", flags)
+            descriptor = open_private(self._path(segment), flags)
             self._descriptors[segment, direct] = descriptor
         return descriptor
 
@@ -142,13 +144,18 @@ class Segments:
         status = os.statvfs(self._folder)
         if status.f_bavail * status.f_frsize < grown - length + self._min_free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        descriptor = self._open(segment, direct=False)
+        descriptor = open_private(self._path(segment))
         try:
             allocate(descriptor, length, grown)
         except OSError:
             os.ftruncate(descriptor, length)
             raise
+        finally:
+            os.close(descriptor)
         self.lengths[segment] = grown
+
+    def _path(self, segment: int) -> Path:
+        return self._folder / f"{_PREFIX}{segment:05d}"
 
 
 def allocate(descriptor: int, start: int, end: int) -> None:

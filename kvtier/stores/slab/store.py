@@ -112,7 +112,7 @@ class SlabStore(SlotStore):
             StoreError: the directory was removed.
         """
         results = [False] * len(slots)
-        for run in self._runs(slots, buffers):
+        for run in self._runs([int(slot) for slot in slots], buffers):
             self._write_run(run, keys, buffers, results)
         return results
 
@@ -123,7 +123,7 @@ class SlabStore(SlotStore):
             StoreError: the directory was removed.
         """
         results = [False] * len(slots)
-        for run in self._runs(slots, buffers):
+        for run in self._runs([int(slot) for slot in slots], buffers):
             self._read_run(run, keys, buffers, results)
         return results
 

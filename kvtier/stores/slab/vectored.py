@@ -21,18 +21,26 @@ def is_page_aligned(buffer: memoryview) -> bool:
     return address % PAGE_BYTES == 0
 
 
-def read_fully(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
-    """Fill `buffers` from `offset` on; return the bytes read, fewer than asked only at the end of the file."""
-    return _transfer(os.preadv, descriptor, buffers, offset)
+def read_fully(descriptor: int, buffers: Sequence[memoryview], offset: int, unit: int = 1) -> int:
+    """Fill `buffers` from `offset` on; return the bytes read, fewer than asked only at the end of the file.
+
+    Args:
+        unit: bytes of which every call moves a multiple, unless it is the last (PAGE_BYTES for direct I/O).
+    """
+    return _transfer(os.preadv, descriptor, buffers, offset, unit)
 
 
-def write_fully(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
-    """Write `buffers` from `offset` on; return the bytes written, fewer only if the system takes no more."""
-    return _transfer(os.pwritev, descriptor, buffers, offset)
+def write_fully(descriptor: int, buffers: Sequence[memoryview], offset: int, unit: int = 1) -> int:
+    """Write `buffers` from `offset` on; return the bytes written, fewer only if the system takes no more.
+
+    Args:
+        unit: as in `read_fully`.
+    """
+    return _transfer(os.pwritev, descriptor, buffers, offset, unit)
 
 
-def _transfer(call: _VectoredCall, descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
-    """Repeat `call` until everything is moved or nothing moves any more."""
+def _transfer(call: _VectoredCall, descriptor: int, buffers: Sequence[memoryview], offset: int, unit: int) -> int:
+    """Repeat `call` until everything is moved, or nothing moves any more, or the rest could not be aligned."""
     done = 0
     pending = list(buffers)
     while pending:
@@ -40,6 +48,8 @@ def _transfer(call: _VectoredCall, descriptor: int, buffers: Sequence[memoryview
         if moved <= 0:
             break
         done += moved
+        if moved % unit:
+            break
         pending = _without_head(pending, moved)
     return done
 
