@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from enum import Enum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kvtier.keys import OffloadKey
 from kvtier.types import FailureCause
 
 
-@dataclass(frozen=True, slots=True)
-class BlocksStored:
+class BlocksStored(NamedTuple):
     """Blocks became ready in the primary tier, from the device (`source` None) or a tier's promotion."""
 
     keys: Sequence[OffloadKey]
     source: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class BlocksEvicted:
+class BlocksEvicted(NamedTuple):
     """Blocks left a tier by its policy's choice."""
 
     tier: str
     keys: Sequence[OffloadKey]
 
 
-@dataclass(frozen=True, slots=True)
-class BlocksLoaded:
+class BlocksLoaded(NamedTuple):
     """A request took blocks from the primary tier to the device; `by_source` counts blocks per origin tier."""
 
     req_id: str
-    by_source: dict[str, int]
+    by_source: Mapping[str, int]
 
 
-@dataclass(frozen=True, slots=True)
-class JobFinished:
+class JobFinished(NamedTuple):
     """A job of a secondary tier was answered: blocks asked, blocks that succeeded, bytes, seconds."""
 
     tier: str
@@ -47,17 +42,15 @@ class JobFinished:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class BlocksFailed:
+class BlocksFailed(NamedTuple):
     """A tier could not serve or store blocks, by cause."""
 
     tier: str
     cause: FailureCause
-    count: int
+    num_blocks: int
 
 
-@dataclass(frozen=True, slots=True)
-class CascadeRefused:
+class CascadeRefused(NamedTuple):
     """A cascade was not taken: `reason` is "admission", "throttled" or "down"."""
 
     tier: str
@@ -74,8 +67,7 @@ class TierState(Enum):
     CLOSED = "closed"
 
 
-@dataclass(frozen=True, slots=True)
-class TierStateChanged:
+class TierStateChanged(NamedTuple):
     """A tier's health changed; logged once, here."""
 
     tier: str
@@ -83,8 +75,7 @@ class TierStateChanged:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class RequestGaveUp:
+class RequestGaveUp(NamedTuple):
     """A request stopped waiting: `reason` is "deadline", "budget" or "probe"; `num_blocks` answer MISS to it."""
 
     req_id: str
@@ -92,20 +83,18 @@ class RequestGaveUp:
     num_blocks: int
 
 
-@dataclass(frozen=True, slots=True)
-class CacheReset:
+class CacheReset(NamedTuple):
     """The primary tier was forgotten; `quarantined` slots are still under a copy; `epoch` salts the namespace."""
 
     quarantined: int
     epoch: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class UnexpectedCall:
+class UnexpectedCall(NamedTuple):
     """A completion, or a tier's result, that nothing waited for: counted, never raised."""
 
     what: str
-    count: int
+    times: int
 
 
 Event = (

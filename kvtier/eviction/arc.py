@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from math import ceil
+from math import ceil, floor
 
 from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
@@ -48,6 +48,9 @@ class ARCPolicy(EvictionPolicy):
     def insert(self, keys: Sequence[OffloadKey]) -> None:
         """Hold `keys`: in T2 those that a ghost remembers, which also adapts p, in T1 the others."""
         t1, t2, b1, b2 = self._t1, self._t2, self._b1, self._b2
+        if b1.keys().isdisjoint(keys) and b2.keys().isdisjoint(keys):
+            t1.update(dict.fromkeys(reversed(keys)))
+            keys = ()
         for key in reversed(keys):
             if key in b1:
                 self._p = self._raised(self._p, len(b1) - self._fresh_b1, len(b2) - self._fresh_b2)
@@ -100,6 +103,9 @@ class ARCPolicy(EvictionPolicy):
         The n-th victim is the paper's choice for the n-th key from the tail of `incoming`; after those, p stays.
         """
         b1, b2 = self._b1, self._b2
+        if b1.keys().isdisjoint(incoming) and b2.keys().isdisjoint(incoming):
+            yield from self._candidates_for_strangers(len(incoming))
+            return
         recent, frequent = iter(self._t1), iter(self._t2)
         left1, left2 = len(self._t1), len(self._t2)
         size1, ghosts1, ghosts2, p = left1, len(b1) - self._fresh_b1, len(b2) - self._fresh_b2, self._p
@@ -123,6 +129,19 @@ class ARCPolicy(EvictionPolicy):
                 yield next(frequent)
             size1 += arrives_in_t1
         yield from islice(recent, max(0, ceil(size1 - p)))
+        yield from frequent
+        yield from recent
+
+    def _candidates_for_strangers(self, num_incoming: int) -> Iterator[OffloadKey]:
+        """The same order, found at once: p stays, and every arrival goes to T1, which grows until it is over p."""
+        recent, frequent, left1, left2 = iter(self._t1), iter(self._t2), len(self._t1), len(self._t2)
+        num = min(num_incoming, left1 + left2)
+        first2 = min(num, left2, max(0, floor(self._p) - left1 + 1) if left1 else left2)
+        from1 = min(num - first2, left1)
+        yield from islice(frequent, first2)
+        yield from islice(recent, from1)
+        yield from islice(frequent, num - first2 - from1)
+        yield from islice(recent, max(0, ceil(left1 + num - from1 - self._p)))
         yield from frequent
         yield from recent
 

@@ -1,13 +1,16 @@
-"""Slots, their states and pins, and the keys in them: the ledger of every place with exact capacity.
+"""Slots and the keys in them, with pins: the ledger of every place with exact capacity.
 
 The primary tier keeps one over its arena, a slotted secondary tier one over its device. A slot is never
 reused while pinned: whoever may still read or write it holds a pin until its job has answered. That makes a
 slot its own generation: a late completion finds the slot it was given, FILLING or QUARANTINED, and no other.
+
+What a slot's state is follows from where it stands (free list, filling set, quarantine, a key), so that a
+whole request moves from state to state in a few calls of set and dict: this runs on the scheduler's thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import islice
@@ -22,14 +25,11 @@ class SlotState(Enum):
 
     FREE = "free"
     FILLING = "filling"
-    """Belongs to a key; its bytes are being written, under one pin of the writer."""
+    """Belongs to a key; its bytes are being written, and that is its writer's pin."""
     READY = "ready"
     """Belongs to a key; its bytes may be read under a pin."""
     QUARANTINED = "quarantined"
     """Belongs to no key; somebody may still touch it; free when its last pin goes."""
-
-
-_FREE, _FILLING, _READY, _QUARANTINED = SlotState
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +50,9 @@ class Placement:
 class BlockTable:
     """Keys in slots, with pins, under one eviction policy.
 
-    Attributes (read freely, changed by the methods only):
+    Attributes (read freely, changed by the methods only; the objects stay the same for life):
         slot_of: slot of every key held, FILLING or READY.
-        states: state per slot.
-        pins: uses in flight per slot.
+        filling: the slots being written.
     """
 
     def __init__(self, num_slots: int, policy: EvictionPolicy) -> None:
@@ -61,11 +60,13 @@ class BlockTable:
         self.num_slots = num_slots
         self.policy = policy
         self.slot_of: dict[OffloadKey, int] = {}
-        self.states: list[SlotState] = [_FREE] * num_slots
-        self.pins: list[int] = [0] * num_slots
+        self.filling: set[int] = set()
+        self._pins: list[int] = [0] * num_slots
+        self._quarantine: set[int] = set()
         self._free: list[int] = list(range(num_slots - 1, -1, -1))
         self._key_bytes: int | None = None
         self._adopting = False
+        self._adopted = bytearray()
 
     def __len__(self) -> int:
         return len(self.slot_of)
@@ -81,64 +82,73 @@ class BlockTable:
     @property
     def num_quarantined(self) -> int:
         """Slots that hold nothing and that somebody may still touch."""
-        return self.num_slots - len(self._free) - len(self.slot_of)
+        return len(self._quarantine)
 
     def is_ready(self, key: OffloadKey) -> bool:
         """Return whether the block is held and readable."""
         slot = self.slot_of.get(key)
-        return slot is not None and self.states[slot] is _READY
+        return slot is not None and slot not in self.filling
 
-    def plan(self, keys: Sequence[OffloadKey], limit: int | None = None) -> Placement:
+    def state_of(self, key: OffloadKey) -> SlotState | None:
+        """Return FILLING or READY for a key that is held, else None."""
+        slot = self.slot_of.get(key)
+        if slot is None:
+            return None
+        return SlotState.FILLING if slot in self.filling else SlotState.READY
+
+    def ready_slots(self, keys: Sequence[OffloadKey]) -> list[int] | None:
+        """Return the slots of `keys`, in order, or None if any of them is not READY."""
+        get = self.slot_of.get
+        slots = [get(key, -1) for key in keys]
+        return None if -1 in slots or not self.filling.isdisjoint(slots) else slots
+
+    # -- placing ------------------------------------------------------------------------------------------
+
+    def plan(self, keys: Sequence[OffloadKey]) -> Placement:
         """Choose which of `keys` to insert and which blocks give way; change nothing.
 
         Args:
             keys: in prefix order; those held are skipped and protected, duplicates count once.
-            limit: most keys to insert.
 
         Raises:
             KeyFormatError: a key's length or type is wrong.
         """
-        if keys:
-            common_key_bytes(keys, self._key_bytes)
+        unique = dict.fromkeys(keys)
+        if unique:
+            common_key_bytes(unique, self._key_bytes)
         slot_of = self.slot_of
-        missing = [key for key in keys if key not in slot_of]
-        some_held = len(missing) < len(keys)
-        if len(set(missing)) < len(missing):
-            missing = list(dict.fromkeys(missing))
-        num_missing = len(missing)
-        if limit is not None and num_missing > limit:
-            missing = missing[:limit]
+        all_new = slot_of.keys().isdisjoint(unique)
+        missing = list(unique) if all_new else [key for key in unique if key not in slot_of]
         needed = len(missing) - len(self._free)
-        victims: list[OffloadKey] = []
-        if needed > 0:
-            victims = self._pick_victims(needed, missing, set(keys) if some_held else frozenset())
-            missing = missing[: len(self._free) + len(victims)]
-        return Placement(missing, victims, num_missing - len(missing))
+        if needed <= 0:
+            return Placement(missing, [], 0)
+        victims = self._pick_victims(needed, missing, () if all_new else unique)
+        placed = missing[: len(self._free) + len(victims)]
+        return Placement(placed, victims, len(missing) - len(placed))
 
     def _pick_victims(
-        self, count: int, incoming: Sequence[OffloadKey], protected: set[OffloadKey] | frozenset[OffloadKey]
+        self, count: int, incoming: Sequence[OffloadKey], protected: Collection[OffloadKey]
     ) -> list[OffloadKey]:
-        slot_of, pins = self.slot_of, self.pins
+        slot_of, pins, filling = self.slot_of, self._pins, self.filling
         candidates = self.policy.candidates(incoming)
         victims: list[OffloadKey] = []
         while len(victims) < count:
             batch = list(islice(candidates, count - len(victims)))
             if not batch:
                 break
-            if protected:
-                victims += [key for key in batch if not pins[slot_of[key]] and key not in protected]
-            else:
-                victims += [key for key in batch if not pins[slot_of[key]]]
+            if filling or protected:
+                batch = [key for key in batch if slot_of[key] not in filling and key not in protected]
+            victims += [key for key in batch if not pins[slot_of[key]]]
         return victims
 
-    def apply(self, placement: Placement) -> list[int]:
-        """Evict and insert as planned; return the slots, FILLING under one pin, in the order of the plan's keys.
+    def apply(self, placement: Placement) -> dict[OffloadKey, int]:
+        """Evict and insert as planned; return the slots, FILLING, by key in the order of the plan.
 
         The table must not have changed since `plan`.
         """
         keys, free, slot_of = placement.keys, self._free, self.slot_of
         if not keys:
-            return []
+            return {}
         if self._key_bytes is None:
             self._key_bytes = len(keys[0])
         if placement.victims:
@@ -146,28 +156,28 @@ class BlockTable:
             self.policy.evict(placement.victims)
             freed.reverse()
             free += freed
-        slots = free[: -len(keys) - 1 : -1]  # every victim's slot is among them: victims exist only when none is left
+        slots = free[: -len(keys) - 1 : -1]
         del free[-len(keys) :]
-        states, pins = self.states, self.pins
-        for slot in slots:
-            states[slot] = _FILLING
-            pins[slot] = 1
-        slot_of.update(zip(keys, slots, strict=True))
+        placed = dict(zip(keys, slots, strict=True))
+        slot_of.update(placed)
+        self.filling.update(slots)
         self.policy.insert(keys)
-        return slots
+        return placed
 
     def adopt(self, slots: Sequence[int], keys: Sequence[OffloadKey]) -> None:
-        """Take over blocks that a former process left, as READY; oldest first, batch after batch.
+        """Take over blocks that a former process left in an empty table, as READY; oldest first, batch after batch.
 
         Nothing can be placed until `end_adoption`. A slot or key that comes twice is skipped.
         """
-        self._free = []
-        self._adopting = True
-        states, slot_of = self.states, self.slot_of
+        if not self._adopting:
+            self._adopting = True
+            self._free = []
+            self._adopted = bytearray(self.num_slots)
+        adopted, slot_of = self._adopted, self.slot_of
         fresh: list[OffloadKey] = []
         for slot, key in zip(slots, keys, strict=True):
-            if 0 <= slot < self.num_slots and states[slot] is _FREE and key not in slot_of:
-                states[slot] = _READY
+            if 0 <= slot < self.num_slots and not adopted[slot] and key not in slot_of:
+                adopted[slot] = 1
                 slot_of[key] = slot
                 fresh.append(key)
         if fresh:
@@ -178,76 +188,91 @@ class BlockTable:
     def end_adoption(self) -> None:
         """All former blocks are known: the slots without one may be used."""
         self._adopting = False
-        self._free = [slot for slot in range(self.num_slots - 1, -1, -1) if self.states[slot] is _FREE]
+        self._adopted = bytearray()
+        taken = bytearray(self.num_slots)
+        for slot in self.slot_of.values():
+            taken[slot] = 1
+        for slot in self._quarantine:
+            taken[slot] = 1
+        self._free = [slot for slot in range(self.num_slots - 1, -1, -1) if not taken[slot]]
 
-    def publish(self, slots: Iterable[int]) -> None:
+    # -- filling, pins and ends ---------------------------------------------------------------------------
+
+    def publish(self, slots: Collection[int]) -> None:
         """End the filling of `slots`: their blocks become READY. Those quarantined meanwhile lose the writer's pin."""
-        states, pins = self.states, self.pins
-        for slot in slots:
-            if states[slot] is _FILLING:
-                states[slot] = _READY
-                pins[slot] -= 1
-            else:
-                self._unpin_quarantined(slot)
+        if self._quarantine:
+            late = [slot for slot in slots if slot in self._quarantine]
+            self._unpin_quarantined(late)
+        self.filling.difference_update(slots)
 
     def discard(self, keys: Sequence[OffloadKey], slots: Sequence[int]) -> None:
-        """End the filling of `slots` in failure: forget their keys and drop the writer's pin."""
+        """End the filling of `slots` in failure: forget their keys."""
         slot_of = self.slot_of
         mine = [key for key, slot in zip(keys, slots, strict=True) if slot_of.get(key) == slot]
         self.remove(mine)
-        self.unpin(slots)
+        self._unpin_quarantined([slot for slot in slots if slot in self._quarantine])
 
     def pin(self, slots: Iterable[int]) -> None:
-        """Forbid eviction and reuse of `slots`, once more each."""
-        pins = self.pins
+        """Forbid eviction and reuse of `slots`, which are READY, once more each."""
+        pins = self._pins
         for slot in slots:
             pins[slot] += 1
 
     def unpin(self, slots: Iterable[int]) -> None:
         """Drop one pin of each of `slots`; a quarantined slot without pins becomes free."""
-        states, pins = self.states, self.pins
+        if self._quarantine:
+            slots = list(slots)
+            self._unpin_quarantined([slot for slot in slots if slot in self._quarantine])
+            slots = [slot for slot in slots if self._pins[slot]]
+        pins = self._pins
         for slot in slots:
-            if states[slot] is _QUARANTINED:
-                self._unpin_quarantined(slot)
-            else:
-                pins[slot] -= 1
+            pins[slot] -= 1
 
-    def _unpin_quarantined(self, slot: int) -> None:
-        self.pins[slot] -= 1
-        if not self.pins[slot]:
-            self.states[slot] = _FREE
-            self._free.append(slot)
+    def is_pinned(self, slot: int) -> bool:
+        """Return whether anybody reads or writes the slot."""
+        return bool(self._pins[slot]) or slot in self.filling
+
+    def _unpin_quarantined(self, slots: Iterable[int]) -> None:
+        for slot in slots:
+            self._pins[slot] -= 1
+            if not self._pins[slot]:
+                self._quarantine.discard(slot)
+                self._free.append(slot)
 
     def remove(self, keys: Iterable[OffloadKey]) -> list[OffloadKey]:
-        """Forget `keys`; pinned slots go into quarantine. Return those that were held."""
+        """Forget `keys`; slots in use go into quarantine. Return those that were held."""
         held = [key for key in dict.fromkeys(keys) if key in self.slot_of]
         for key in held:
-            slot = self.slot_of.pop(key)
-            if self.pins[slot]:
-                self.states[slot] = _QUARANTINED
-            else:
-                self.states[slot] = _FREE
+            if not self._into_quarantine(slot := self.slot_of.pop(key)):
                 self._free.append(slot)
         self.policy.remove(held)
         return held
 
+    def _into_quarantine(self, slot: int) -> bool:
+        """Keep the slot away from everybody while it is used; the writer's pin becomes a counted one."""
+        if slot in self.filling:
+            self.filling.discard(slot)
+            self._pins[slot] += 1
+        if self._pins[slot]:
+            self._quarantine.add(slot)
+            return True
+        return False
+
     def clear(self) -> None:
-        """Forget every key; pinned slots go into quarantine until their last pin is dropped."""
+        """Forget every key; slots in use go into quarantine until their last pin is dropped."""
         for slot in self.slot_of.values():
-            self.states[slot] = _QUARANTINED if self.pins[slot] else _FREE
+            self._into_quarantine(slot)
         self.slot_of.clear()
         self.policy.clear()
         self.end_adoption()
 
     def ready_keys(self) -> Iterator[OffloadKey]:
         """Yield the keys of readable blocks."""
-        return (key for key, slot in self.slot_of.items() if self.states[slot] is _READY)
+        return (key for key, slot in self.slot_of.items() if slot not in self.filling)
 
     def check_invariants(self) -> None:
         """Raise InvariantError unless free + used + quarantined is everything and all parts agree."""
-        used = set(self.slot_of.values())
-        free = set(self._free)
-        quarantined = {slot for slot, state in enumerate(self.states) if state is _QUARANTINED}
+        used, free, quarantined = set(self.slot_of.values()), set(self._free), self._quarantine
         wrong: list[str] = []
         if len(used) != len(self.slot_of) or len(free) != len(self._free):
             wrong.append("a slot is used or free twice")
@@ -255,14 +280,12 @@ class BlockTable:
             wrong.append("a slot is in two conditions")
         if not self._adopting and len(used) + len(free) + len(quarantined) != self.num_slots:
             wrong.append(f"{len(used)} used + {len(free)} free + {len(quarantined)} quarantined of {self.num_slots}")
-        if any(self.states[slot] not in (_FILLING, _READY) for slot in used):
-            wrong.append("a key's slot is neither filling nor ready")
-        if any(self.states[slot] is not _FREE or self.pins[slot] for slot in free):
-            wrong.append("a free slot has a state or a pin")
-        if any(self.pins[slot] < 1 for slot in quarantined):
+        if not self.filling <= used:
+            wrong.append("a slot is filling without a key")
+        if any(self._pins[slot] for slot in free) or min(self._pins) < 0:
+            wrong.append("a free slot is pinned, or a slot has less than no pins")
+        if not all(self._pins[slot] for slot in quarantined):
             wrong.append("a quarantined slot has no pin")
-        if any(self.pins[slot] < (self.states[slot] is _FILLING) for slot in used):
-            wrong.append("a slot has too few pins")
         if len(self.policy) != len(self.slot_of) or any(key not in self.policy for key in self.slot_of):
             wrong.append("policy and table hold different keys")
         self.policy.check_invariants()

@@ -123,7 +123,7 @@ class SlottedTierManager(StoreTierManager):
         placement = table.plan(metadata.keys)
         here = [key for key in metadata.keys if table.is_ready(key)]
         table.policy.touch(list(dict.fromkeys(here)))
-        slots = table.apply(placement)
+        slots = list(table.apply(placement).values())
         if placement.victims:
             self._note(placement.victims, removed=True)
             self.context.observer.on_event(BlocksEvicted(self.tier_type, placement.victims))

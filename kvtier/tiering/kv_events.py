@@ -10,16 +10,13 @@ from kvtier.types import Locality, Medium, OffloadingEvent
 
 
 class KVEventLog:
-    """Collects events of the primary tier until they are taken; nothing at all unless enabled."""
+    """Collects events of the primary tier until they are taken."""
 
-    def __init__(self, enabled: bool) -> None:
-        self._enabled = enabled
+    def __init__(self) -> None:
         self._events: list[OffloadingEvent] = []
 
     def on_event(self, event: Event) -> None:
         """Note blocks stored in and evicted from the primary tier."""
-        if not self._enabled:
-            return
         match event:
             case BlocksStored(keys, _):
                 self._append(keys, removed=False)
@@ -30,7 +27,7 @@ class KVEventLog:
 
     def cleared(self, keys: Sequence[OffloadKey]) -> None:
         """Note blocks that a reset removed."""
-        if self._enabled and keys:
+        if keys:
             self._append(keys, removed=True)
 
     def _append(self, keys: Sequence[OffloadKey], removed: bool) -> None:

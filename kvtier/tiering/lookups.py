@@ -13,6 +13,10 @@ from kvtier.tiering.requests import RequestState, Wait
 from kvtier.tiering.settings import TieringSettings
 from kvtier.types import LookupResult
 
+_HIT, _MISS = LookupResult.HIT, LookupResult.MISS
+_PENDING, _RETRY = LookupResult.HIT_PENDING, LookupResult.RETRY
+_GAVE_UP = Wait.GAVE_UP
+
 
 class Lookups:
     """Asks the tiers, and ends every wait."""
@@ -37,35 +41,37 @@ class Lookups:
         Args:
             filling: it is on its way into the primary tier, from the device or a tier.
         """
-        if state.wait is Wait.GAVE_UP or key in state.denied:
-            return LookupResult.MISS
         if filling:
-            answer = LookupResult.MISS if key in self._promotions.late else LookupResult.HIT_PENDING
-        else:
+            answer = _MISS if key in self._promotions.late else _PENDING
+        elif state.tiers:
             answer = self._ask_tiers(state, key)
-        if answer is LookupResult.MISS:
-            return answer
+        else:
+            return _MISS
+        if answer is _MISS or state.wait is _GAVE_UP or key in state.denied:
+            return _MISS
         now = self._clock()
         state.start_waiting(now)
-        return LookupResult.MISS if self.expire(state, now) else answer
+        return _MISS if self.expire(state, now) else answer
 
     def _ask_tiers(self, state: RequestState, key: OffloadKey) -> LookupResult:
         """The first tier that has the block wins; one that does not know yet delays nobody else's hit."""
+        if state.wait is _GAVE_UP:
+            return _MISS
         retry = False
         for index in state.tiers:
             if index in state.silent or (state.failed and (index, key) in state.failed):
                 continue
             answer = self._guards[index].lookup(key, state.context)
-            if answer is LookupResult.HIT:
+            if answer is _HIT:
                 state.found[key] = index
                 state.unresolved.discard(key)
-                return LookupResult.HIT_PENDING
-            if answer is LookupResult.RETRY or answer is LookupResult.HIT_PENDING:
+                return _PENDING
+            if answer is _RETRY or answer is _PENDING:
                 retry = self._may_probe(state, index) or retry
         if not retry:
-            return LookupResult.MISS
+            return _MISS
         state.unresolved.add(key)
-        return LookupResult.RETRY
+        return _RETRY
 
     def _may_probe(self, state: RequestState, index: int) -> bool:
         now = self._clock()

@@ -18,7 +18,6 @@ from kvtier.clock import Clock, monotonic_clock
 from kvtier.events import BlocksEvicted, BlocksLoaded, BlocksStored, CacheReset, Observer, Observers, TierState
 from kvtier.keys import OffloadKey
 from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
-from kvtier.primary.table import SlotState
 from kvtier.tiering.cascades import Cascades
 from kvtier.tiering.guard import TierGuard
 from kvtier.tiering.kv_events import KVEventLog
@@ -43,7 +42,7 @@ from kvtier.types import (
 
 EPOCH_BYTES = 16
 
-_HIT, _READY = LookupResult.HIT, SlotState.READY
+_HIT = LookupResult.HIT
 _DEFAULT_SETTINGS = TieringSettings()
 
 
@@ -70,8 +69,12 @@ class TieringOffloadingManager(OffloadingManager):
             observer: where events go, beside the manager's own counters.
         """
         self._stats = StatsObserver()
-        self._kv_events = KVEventLog(settings.kv_events)
-        self._observer = Observers([self._stats, self._kv_events, *([observer] if observer else [])])
+        self._kv_events = KVEventLog()
+        self._observer = Observers([self._stats])
+        if settings.kv_events:
+            self._observer.add(self._kv_events)
+        if observer is not None:
+            self._observer.add(observer)
         self._settings, self._clock = settings, clock
         self._primary, self._table = primary_tier, primary_tier.table
         self._tiers = SecondaryTiers(list(secondary_tiers or ()), names, admissions, settings, clock, self._observer)
@@ -85,7 +88,7 @@ class TieringOffloadingManager(OffloadingManager):
         self._closed = False
         self._current: ReqContext | None = None
         self._state: RequestState
-        self._get_slot, self._slot_states = self._table.slot_of.get, self._table.states
+        self._get_slot, self._filling = self._table.slot_of.get, self._table.filling
         self._resolve = self._promoter.lookups.resolve
 
     # -- lookups ------------------------------------------------------------------------------------------
@@ -100,7 +103,7 @@ class TieringOffloadingManager(OffloadingManager):
         state = self._state
         state.scan.append(key)
         slot = self._get_slot(key)
-        if slot is not None and self._slot_states[slot] is _READY:
+        if slot is not None and slot not in self._filling:
             return _HIT
         return self._resolve(state, key, slot is not None)
 
@@ -309,7 +312,8 @@ class TieringOffloadingManager(OffloadingManager):
             self._transfers.stale.take_over(state, self._primary.sequence)
             state.start_over(self._settings.load_deadline)
         self._promoter.promotions.abandon(list(self._promoter.promotions.flights))
-        self._kv_events.cleared(list(self._table.ready_keys()))
+        if self._settings.kv_events:
+            self._kv_events.cleared(list(self._table.ready_keys()))
         self._table.clear()
         epoch = b""
         if self._settings.on_reset is ResetPolicy.NEW_EPOCH:

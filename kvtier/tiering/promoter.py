@@ -63,7 +63,7 @@ class Promoter:
     def _submit(self, guard: TierGuard, placement: Placement, state: RequestState) -> None:
         if not placement.keys:
             return
-        slots = self._table.apply(placement)
+        slots = list(self._table.apply(placement).values())
         if placement.victims:
             self._observer.on_event(BlocksEvicted(PRIMARY, placement.victims))
         job = self._make_job(placement.keys, slots, True, state.context)

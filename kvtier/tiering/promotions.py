@@ -8,7 +8,7 @@ from itertools import chain, zip_longest
 
 from kvtier.errors import InvariantError
 from kvtier.keys import OffloadKey
-from kvtier.primary.table import BlockTable, SlotState
+from kvtier.primary.table import BlockTable
 from kvtier.tiering.requests import RequestState, split_scan
 
 
@@ -52,7 +52,7 @@ def plan_promotions(
         slot = table.slot_of.get(key) if key is not None else None
         if key is None or key in state.lease:
             continue
-        if slot is not None and table.states[slot] is SlotState.FILLING:
+        if slot is not None and slot in table.filling:
             if key not in late:
                 joins.append(key)
         elif slot is not None and room > 0:
@@ -147,7 +147,7 @@ class Promotions:
     def check_invariants(self, table: BlockTable) -> None:
         """Raise InvariantError unless every flight has a filling slot and its waiters know of it."""
         for key, flight in self.flights.items():
-            if table.slot_of.get(key) != flight.slot or table.states[flight.slot] is not SlotState.FILLING:
+            if table.slot_of.get(key) != flight.slot or flight.slot not in table.filling:
                 raise InvariantError(f"a flight has slot {flight.slot}, which is not filling")
             if any(key not in waiter.awaiting for waiter in flight.waiters):
                 raise InvariantError("a flight counts a waiter that does not wait")
@@ -193,7 +193,7 @@ class Leases:
         for state in requests:
             for slot in state.lease.values():
                 counted[slot] = counted.get(slot, 0) + 1
-                if not self._table.pins[slot]:
+                if not self._table.is_pinned(slot):
                     raise InvariantError(f"slot {slot} is leased and not pinned")
         if counted != self._holders:
             raise InvariantError("leases and their holders differ")

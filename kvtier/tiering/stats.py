@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from kvtier.events import (
     BlocksEvicted,
     BlocksFailed,
@@ -21,39 +23,44 @@ class StatsObserver:
     """Counts blocks, bytes and seconds by tier; names are `what` or `what.tier` or `what.tier.cause`."""
 
     def __init__(self) -> None:
-        self._counts: dict[str, float] = {}
-
-    def _add(self, name: str, value: float) -> None:
-        self._counts[name] = self._counts.get(name, 0) + value
+        self._counts: defaultdict[str, float] = defaultdict(float)
 
     def on_event(self, event: Event) -> None:
-        """Count one event."""
+        """Count one event; the kinds of the hot path are tried first."""
+        counts = self._counts
+        if isinstance(event, BlocksStored):
+            counts[f"stored_blocks.{event.source or 'device'}"] += len(event.keys)
+        elif isinstance(event, BlocksLoaded):
+            for source, num_blocks in event.by_source.items():
+                counts[f"loaded_blocks.{source}"] += num_blocks
+        elif isinstance(event, BlocksEvicted):
+            counts[f"evicted_blocks.{event.tier}"] += len(event.keys)
+        else:
+            self._count_rare(event)
+
+    def _count_rare(self, event: Event) -> None:
+        counts = self._counts
         match event:
-            case BlocksStored(keys, source):
-                self._add(f"stored_blocks.{source or 'device'}", len(keys))
-            case BlocksEvicted(tier, keys):
-                self._add(f"evicted_blocks.{tier}", len(keys))
-            case BlocksLoaded(_, by_source):
-                for source, count in by_source.items():
-                    self._add(f"loaded_blocks.{source}", count)
             case JobFinished():
                 direction = "promoted" if event.is_promotion else "cascaded"
-                self._add(f"{direction}_blocks.{event.tier}", event.num_successful)
-                self._add(f"{direction}_bytes.{event.tier}", event.num_bytes)
-                self._add(f"{direction}_seconds.{event.tier}", event.seconds)
-            case BlocksFailed(tier, cause, count):
-                self._add(f"failed_blocks.{tier}.{cause.value}", count)
+                counts[f"{direction}_blocks.{event.tier}"] += event.num_successful
+                counts[f"{direction}_bytes.{event.tier}"] += event.num_bytes
+                counts[f"{direction}_seconds.{event.tier}"] += event.seconds
+            case BlocksFailed(tier, cause, num_blocks):
+                counts[f"failed_blocks.{tier}.{cause.value}"] += num_blocks
             case CascadeRefused(tier, num_blocks, reason):
-                self._add(f"refused_blocks.{tier}.{reason}", num_blocks)
+                counts[f"refused_blocks.{tier}.{reason}"] += num_blocks
             case TierStateChanged(tier, state, _):
-                self._add(f"times_{state.value}.{tier}", 1)
+                counts[f"times_{state.value}.{tier}"] += 1
             case RequestGaveUp(_, reason, num_blocks):
-                self._add(f"gave_up.{reason}", 1)
-                self._add(f"gave_up_blocks.{reason}", num_blocks)
+                counts[f"gave_up.{reason}"] += 1
+                counts[f"gave_up_blocks.{reason}"] += num_blocks
+            case UnexpectedCall(what, times):
+                counts[f"unexpected.{what}"] += times
             case CacheReset():
-                self._add("resets", 1)
-            case UnexpectedCall(what, count):
-                self._add(f"unexpected.{what}", count)
+                counts["resets"] += 1
+            case _:
+                pass
 
     def snapshot(self) -> dict[str, float]:
         """Return all counts since the beginning."""

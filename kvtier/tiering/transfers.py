@@ -7,11 +7,9 @@ from collections.abc import Collection, Sequence
 from kvtier.errors import BlockNotReadyError
 from kvtier.events import Observer, UnexpectedCall
 from kvtier.keys import OffloadKey
-from kvtier.primary.table import BlockTable, Placement, SlotState
+from kvtier.primary.table import BlockTable, Placement
 from kvtier.tiering.requests import RequestState
 from kvtier.tiering.stale import StaleTransfers
-
-_READY = SlotState.READY
 
 
 class DeviceTransfers:
@@ -32,16 +30,17 @@ class DeviceTransfers:
         Raises:
             BlockNotReadyError: a key is not ready; nothing was pinned.
         """
-        get, states = self._table.slot_of.get, self._table.states
-        slots = [get(key, -1) for key in keys]
-        missing = sum([slot < 0 or states[slot] is not _READY for slot in slots])
-        if missing:
-            raise BlockNotReadyError(f"{missing} of {len(slots)} blocks are not ready in the primary tier")
+        slots = self._table.ready_slots(keys)
+        if slots is None:
+            missing = sum(not self._table.is_ready(key) for key in keys)
+            raise BlockNotReadyError(f"{missing} of {len(keys)} blocks are not ready in the primary tier")
         self._table.pin(slots)
         loading = state.loading
-        if not loading and len(set(keys)) == len(keys):
+        if not loading:
             loading.update(zip(keys, slots, strict=True))
-            return slots
+            if len(loading) == len(keys):
+                return slots
+            loading.clear()
         for key, slot in zip(keys, slots, strict=True):
             if key in loading:
                 state.loading_again.append((key, slot))
@@ -52,37 +51,50 @@ class DeviceTransfers:
     def end_load(self, req_id: str, state: RequestState | None, keys: Collection[OffloadKey]) -> None:
         """Unpin what the request was loading under `keys`."""
         left = self.stale.complete_loads(req_id, keys) if len(self.stale) else keys
-        loading = state.loading if state is not None else {}
-        slots = [loading.pop(key, -1) for key in left]
+        done, slots = _take(state.loading, left) if state is not None else ([], [])
+        self._count_unexpected("complete_load", left, done)
+        self._table.unpin(slots)
         if state is not None and state.loading_again:
             again, state.loading_again = state.loading_again, []
             for key, slot in again:
-                if loading.setdefault(key, slot) != slot or key not in left:
+                if key in state.loading:
                     state.loading_again.append((key, slot))
-        if -1 in slots:
-            self._observer.on_event(UnexpectedCall("complete_load", slots.count(-1)))
-            slots = [slot for slot in slots if slot >= 0]
-        self._table.unpin(slots)
+                else:
+                    state.loading[key] = slot
 
     def begin_store(self, state: RequestState, placement: Placement) -> list[int]:
         """Apply the placement for `state` and return the slots to fill."""
-        slots = self._table.apply(placement)
-        state.storing.update(zip(placement.keys, slots, strict=True))
-        return slots
+        placed = self._table.apply(placement)
+        if state.storing:
+            state.storing.update(placed)
+        else:
+            state.storing = placed
+        return list(placed.values())
 
     def end_store(
         self, req_id: str, state: RequestState | None, keys: Collection[OffloadKey], success: bool
     ) -> list[OffloadKey]:
         """End the request's stores of `keys`; return those that are ready now, in the order they were prepared."""
         left = self.stale.complete_stores(req_id, keys) if len(self.stale) else keys
-        storing = state.storing if state is not None else {}
-        wanted = set(left)
-        done = [key for key in storing if key in wanted]
-        slots = [storing.pop(key) for key in done]
-        if len(done) < len(left):
-            self._observer.on_event(UnexpectedCall("complete_store", len(left) - len(done)))
+        done, slots = _take(state.storing, left) if state is not None else ([], [])
+        self._count_unexpected("complete_store", left, done)
         if success:
             self._table.publish(slots)
             return done
         self._table.discard(done, slots)
         return []
+
+    def _count_unexpected(self, what: str, asked: Collection[OffloadKey], done: list[OffloadKey]) -> None:
+        if len(done) < len(asked):
+            self._observer.on_event(UnexpectedCall(what, len(asked) - len(done)))
+
+
+def _take(pending: dict[OffloadKey, int], keys: Collection[OffloadKey]) -> tuple[list[OffloadKey], list[int]]:
+    """Remove `keys` from what is pending; return those that were, and their slots, in the order of `pending`."""
+    wanted = keys if isinstance(keys, set | frozenset) else set(keys)
+    if pending.keys() == wanted:
+        done, slots = list(pending), list(pending.values())
+        pending.clear()
+        return done, slots
+    done = [key for key in pending if key in wanted]
+    return done, [pending.pop(key) for key in done]

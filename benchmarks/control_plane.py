@@ -1,0 +1,200 @@
+"""What a block costs the scheduler's thread, through the public TieringOffloadingManager.
+
+Prints thread-CPU nanoseconds a block beside a bare `dict.get` of the same keys in the same run. Every figure is
+the median of several rounds; a round of every operation, size and policy is taken before the next round begins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from kvtier.abc import EvictionPolicy
+from kvtier.eviction.arc import ARCPolicy
+from kvtier.eviction.lru import LRUPolicy
+from kvtier.keys import OffloadKey, make_offload_key
+from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
+from kvtier.tiering.manager import TieringOffloadingManager
+from kvtier.types import LookupResult, ReqContext, ScheduleEndContext
+
+BLOCK_BYTES = 4096
+POLICIES: dict[str, Callable[[int], EvictionPolicy]] = {"lru": LRUPolicy, "arc": ARCPolicy}
+TARGETS = {
+    "lookup hit": 400,
+    "lookup miss": 400,
+    "store": 900,
+    "store evicting": 1500,
+    "load": 600,
+    "touch": 250,
+}
+
+
+class Keys:
+    """An endless supply of distinct keys of the usual length (32-byte hash and group)."""
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def take(self, count: int) -> list[OffloadKey]:
+        """Return `count` keys never seen before."""
+        first, self._next = self._next, self._next + count
+        return [make_offload_key(hashlib.sha256(i.to_bytes(8, "big")).digest(), 0) for i in range(first, first + count)]
+
+
+class Bench:
+    """One manager, driven as a scheduler drives it: a step ends after each request."""
+
+    def __init__(self, num_blocks: int, policy: str, keys: Keys) -> None:
+        view = memoryview(np.zeros((num_blocks, 1), dtype=np.uint8))  # the control plane reads no bytes
+        primary = CPUPrimaryTierOffloadingManager(num_blocks, view, POLICIES[policy](num_blocks))
+        self.manager = TieringOffloadingManager(primary)
+        self.num_blocks = num_blocks
+        self.keys = keys
+        self.stored: list[list[OffloadKey]] = []
+        self._requests = 0
+
+    def request(self) -> ReqContext:
+        """Announce a new request."""
+        self._requests += 1
+        context = ReqContext(f"request-{self._requests}")
+        self.manager.on_new_request(context)
+        return context
+
+    def finish(self, context: ReqContext) -> None:
+        """End the request and the step."""
+        self.manager.on_request_finished(context)
+        self.manager.on_schedule_end(ScheduleEndContext())
+
+    def store(self, size: int) -> float:
+        """Store one request of `size` new keys; return thread-CPU seconds of prepare and complete."""
+        keys, context = self.keys.take(size), self.request()
+        done = set(keys)
+        start = time.thread_time()
+        output = self.manager.prepare_store(keys, context)
+        self.manager.complete_store(done, context)
+        seconds = time.thread_time() - start
+        if output is None or len(output.keys_to_store) != size:
+            raise RuntimeError("the benchmark's store was not taken whole")
+        self.finish(context)
+        self.stored.append(keys)
+        return seconds
+
+    def fill(self, size: int) -> list[float]:
+        """Store requests until the primary is full; return the time of each."""
+        return [self.store(size) for _ in range(self.num_blocks // size)]
+
+    def lookup(self, keys: list[OffloadKey], expected: LookupResult) -> float:
+        """Look keys up, one a call; return thread-CPU seconds."""
+        context, lookup = self.request(), self.manager.lookup
+        start = time.thread_time()
+        for key in keys:
+            answer = lookup(key, context)
+        seconds = time.thread_time() - start
+        if answer is not expected:
+            raise RuntimeError(f"the benchmark's lookup answered {answer}")
+        self.finish(context)
+        return seconds
+
+    def load(self, keys: list[OffloadKey]) -> float:
+        """Load a request; return thread-CPU seconds of prepare and complete."""
+        context, done = self.request(), set(keys)
+        start = time.thread_time()
+        self.manager.prepare_load(keys, context)
+        self.manager.complete_load(done, context)
+        seconds = time.thread_time() - start
+        self.finish(context)
+        return seconds
+
+    def touch(self, keys: list[OffloadKey]) -> float:
+        """Touch a request's keys; return thread-CPU seconds."""
+        context = self.request()
+        start = time.thread_time()
+        self.manager.touch(keys, context)
+        seconds = time.thread_time() - start
+        self.finish(context)
+        return seconds
+
+
+def dict_get(stored: list[list[OffloadKey]]) -> Iterator[float]:
+    """Yield thread-CPU seconds a key of a bare dict.get over each request's keys: the raw limit."""
+    slots = {key: slot for slot, key in enumerate(key for keys in stored for key in keys)}
+    get = slots.get
+    for keys in stored:
+        start = time.thread_time()
+        for key in keys:
+            get(key)
+        yield (time.thread_time() - start) / len(keys)
+
+
+def measure_round(num_blocks: int, size: int, policy: str, keys: Keys, samples: int) -> dict[str, float]:
+    """Return median seconds a block of every operation, in one fresh manager."""
+    bench = Bench(num_blocks, policy, keys)
+    per_block = lambda times: statistics.median(times) / size  # noqa: E731 - one expression, used below
+    result = {"store": per_block(bench.fill(size))}
+    picks = [bench.stored[i * len(bench.stored) // samples] for i in range(min(samples, len(bench.stored)))]
+    missing = [keys.take(size) for _ in range(len(picks))]
+    result["dict.get"] = statistics.median(dict_get(picks if num_blocks <= size else bench.stored))
+    result["lookup hit"] = per_block([bench.lookup(k, LookupResult.HIT) for k in picks])
+    result["lookup miss"] = per_block([bench.lookup(k, LookupResult.MISS) for k in missing])
+    result["load"] = per_block([bench.load(k) for k in picks])
+    result["touch"] = per_block([bench.touch(k) for k in picks])
+    result["store evicting"] = per_block([bench.store(size) for _ in range(samples)])
+    bench.manager.shutdown()
+    return result
+
+
+def main() -> None:
+    """Measure, print, and write JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one round of 10k blocks only")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    capacities = [10_000] if options.quick else [10_000, 200_000]
+    rounds = 1 if options.quick else options.rounds
+    cases = [(n, size, policy) for n in capacities for size in (64, 512, 8192) for policy in POLICIES]
+    collected: dict[tuple[int, int, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    keys = Keys()
+    gc.disable()  # an engine freezes its heap; the collector's pauses are not the operations'
+    for case in track([case for _ in range(rounds) for case in cases], description="measuring", transient=True):
+        samples = max(2, 16384 // case[1])
+        for operation, seconds in measure_round(*case, keys, samples).items():
+            collected[case][operation].append(seconds)
+        gc.collect()
+    report(collected, options.json)
+
+
+def report(collected: dict[tuple[int, int, str], dict[str, list[float]]], path: Path | None) -> None:
+    """Print the table; a figure over its target is marked."""
+    table = Table(title="thread-CPU nanoseconds a block (median of rounds)")
+    table.add_column("blocks", justify="right")
+    table.add_column("keys a request", justify="right")
+    table.add_column("policy")
+    table.add_column("dict.get", justify="right")
+    for operation, target in TARGETS.items():
+        table.add_column(f"{operation}\n< {target}", justify="right")
+    rows = []
+    for (num_blocks, size, policy), operations in collected.items():
+        figures = {name: statistics.median(times) * 1e9 for name, times in operations.items()}
+        rows.append({"blocks": num_blocks, "keys": size, "policy": policy, **figures})
+        cells = [f"{figures[name]:.0f}{'' if figures[name] < goal else ' !'}" for name, goal in TARGETS.items()]
+        table.add_row(f"{num_blocks:,}", str(size), policy, f"{figures['dict.get']:.0f}", *cells)
+    Console(width=140).print(table)
+    if path is not None:
+        path.write_text(json.dumps({"targets": TARGETS, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
