@@ -1,0 +1,232 @@
+"""Tiers written to the layer's first interface, turned into today's contract when they are created.
+
+There, `lookup` returns True, False or None (ask again), results come from `get_finished`, nothing drains, and the
+constructor takes `vllm_config=`. Such a class need not know kvtier's base class.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from kvtier.abc import SecondaryTierManager
+from kvtier.errors import ConfigError
+from kvtier.keys import OffloadKey
+from kvtier.types import (
+    JobMetadata,
+    JobResult,
+    LookupResult,
+    OffloadingEvent,
+    ReqContext,
+    RequestOffloadingContext,
+    ScheduleEndContext,
+)
+
+DRAIN_SECONDS = 2.0
+_POLL_SECONDS = 0.001
+_ANSWERS = {True: LookupResult.HIT, False: LookupResult.MISS, None: LookupResult.RETRY}
+_NEEDED = ("lookup", "submit_store", "submit_load")
+
+
+def adapt_tier(tier: Any) -> SecondaryTierManager:
+    """Return `tier` itself if it speaks today's contract, else an adapter around it."""
+    if isinstance(tier, SecondaryTierManager) and not _is_first_interface(type(tier)):
+        return tier
+    fixed = {
+        "medium": getattr(tier, "medium", None),
+        "locality": getattr(tier, "locality", None),
+        "verifies_payloads": getattr(tier, "verifies_payloads", False),
+    }
+    adapter: type[FirstInterfaceTier] = type("FirstInterfaceTier", (FirstInterfaceTier,), fixed)
+    return adapter(tier)
+
+
+class TierMaker:
+    """Makes tiers of a class of the first interface; called like a tier class of today."""
+
+    def __init__(self, tier_class: type) -> None:
+        self.tier_class = tier_class
+        self._parameters = inspect.signature(tier_class).parameters
+        missing = {"get_finished_jobs", "drain_jobs"} & set(getattr(tier_class, "__abstractmethods__", ()))
+        if missing:  # it inherits today's base class, and is abstract for want of today's names
+            stand_ins = {"get_finished_jobs": _get_finished, "drain_jobs": _drain_nothing}
+            self.tier_class = type(tier_class.__name__, (tier_class,), {name: stand_ins[name] for name in missing})
+
+    def __call__(
+        self, offloading_spec: Any, primary_kv_view: memoryview, tier_type: str, **options: Any
+    ) -> SecondaryTierManager:
+        """Make a tier; one whose constructor knows no `offloading_spec` is given the spec's `vllm_config`."""
+        arguments: dict[str, Any] = {"primary_kv_view": primary_kv_view, "tier_type": tier_type, **options}
+        if "vllm_config" in self._parameters:
+            arguments["vllm_config"] = getattr(offloading_spec, "vllm_config", None)
+        else:
+            arguments["offloading_spec"] = offloading_spec
+        return adapt_tier(self.tier_class(**arguments))
+
+
+def adapt_tier_class(tier_class: type) -> type[SecondaryTierManager] | TierMaker:
+    """Return `tier_class` itself if it follows today's contract, else what makes adapted tiers of it.
+
+    Raises:
+        ConfigError: it follows neither.
+    """
+    missing = [name for name in _NEEDED if not callable(getattr(tier_class, name, None))]
+    if missing or not (_has(tier_class, "get_finished_jobs") or _has(tier_class, "get_finished")):
+        wanted = ", ".join(missing or ["get_finished_jobs"])
+        raise ConfigError("type", tier_class.__name__, f"a secondary tier; it has no {wanted}")
+    if issubclass(tier_class, SecondaryTierManager) and not _is_first_interface(tier_class):
+        return tier_class
+    return TierMaker(tier_class)
+
+
+class FirstInterfaceTier(SecondaryTierManager):
+    """Today's contract around a tier of the first interface.
+
+    After `start_epoch` only keys stored since are looked up, whatever the tier still holds; that these are the new
+    bytes is checked by the manager, as for every tier that does not verify payloads.
+    """
+
+    def __init__(self, tier: Any) -> None:
+        super().__init__(
+            getattr(tier, "offloading_spec", None), getattr(tier, "primary_kv_view", None) or memoryview(b""),
+            getattr(tier, "tier_type", type(tier).__name__),
+        )  # fmt: skip
+        self.tier = tier
+        self._open_stores: dict[int, list[OffloadKey]] = {}
+        self._open_loads: set[int] = set()
+        self._drained: list[JobResult] = []
+        self._stored_in_epoch: set[OffloadKey] | None = None
+
+    def start(self) -> None:
+        """Start the tier, if it can be started."""
+        self._call_if_there("start")
+
+    def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
+        """Return the tier's answer in today's words."""
+        if self._stored_in_epoch is not None and key not in self._stored_in_epoch:
+            return LookupResult.MISS
+        answer = self.tier.lookup(key, req_context)
+        return answer if isinstance(answer, LookupResult) else _ANSWERS[None if answer is None else bool(answer)]
+
+    def submit_store(self, job_metadata: JobMetadata) -> None:
+        """Pass the job on."""
+        self._open_stores[job_metadata.job_id] = list(job_metadata.keys)
+        self.tier.submit_store(job_metadata)
+
+    def submit_load(self, job_metadata: JobMetadata) -> None:
+        """Pass the job on."""
+        self._open_loads.add(job_metadata.job_id)
+        self.tier.submit_load(job_metadata)
+
+    def get_finished_jobs(self) -> Iterable[JobResult]:
+        """Return the tier's results."""
+        drained, self._drained = self._drained, []
+        return drained + self._collect()
+
+    def can_store(self, num_blocks: int) -> bool:
+        """Return the tier's answer, or True."""
+        answer = self._call_if_there("can_store", num_blocks)
+        return True if answer is None else bool(answer)
+
+    def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
+        """Pass the hint on."""
+        self._call_if_there("touch", keys, req_context)
+
+    def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        """Pass the request on."""
+        answer = self._call_if_there("on_new_request", req_context)
+        return answer if isinstance(answer, RequestOffloadingContext) else RequestOffloadingContext()
+
+    def on_request_finished(self, req_context: ReqContext) -> None:
+        """Pass the end on."""
+        self._call_if_there("on_request_finished", req_context)
+
+    def on_schedule_end(self, context: ScheduleEndContext) -> None:
+        """Pass the end of the step on."""
+        self._call_if_there("on_schedule_end", context)
+
+    def has_pending_work(self) -> bool:
+        """Return the tier's answer, or False."""
+        return bool(self._call_if_there("has_pending_work"))
+
+    def drain_jobs(self) -> None:
+        """Let the tier drain itself if it can, and collect until every job is answered, at most DRAIN_SECONDS."""
+        self._call_if_there("drain_jobs")
+        deadline = time.monotonic() + DRAIN_SECONDS
+        self._drained += self._collect()
+        while (self._open_loads or self._open_stores) and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+            self._drained += self._collect()
+
+    def start_epoch(self, epoch: bytes) -> None:
+        """Look up only what is stored from now on; tell the tier if it knows of epochs."""
+        self._stored_in_epoch = set()
+        self._call_if_there("start_epoch", epoch)
+
+    def take_events(self) -> Iterable[OffloadingEvent]:
+        """Return the tier's events, if it has any."""
+        events: Iterable[OffloadingEvent] | None = self._call_if_there("take_events")
+        return events or ()
+
+    def get_stats(self) -> Mapping[str, float]:
+        """Return the tier's gauges, if it has any."""
+        stats: Mapping[str, float] | None = self._call_if_there("get_stats")
+        return stats or {}
+
+    def shutdown(self) -> None:
+        """Shut the tier down, if it knows how."""
+        self._call_if_there("shutdown")
+
+    def _collect(self) -> list[JobResult]:
+        finished = getattr(self.tier, "get_finished", None) or self.tier.get_finished_jobs
+        results = [_as_result(answer) for answer in finished()]
+        for result in results:
+            self._open_loads.discard(result.job_id)
+            keys = self._open_stores.pop(result.job_id, ())
+            if self._stored_in_epoch is not None:
+                self._stored_in_epoch.update(keys if result.success else result.successful_keys or ())
+        return results
+
+    def _call_if_there(self, name: str, *arguments: Any) -> Any:
+        method = getattr(self.tier, name, None)
+        return method(*arguments) if callable(method) else None
+
+
+def _as_result(answer: Any) -> JobResult:
+    """Return a result given as an object with its fields, or as a pair (job_id, success)."""
+    if isinstance(answer, tuple):
+        job_id, success = answer
+        return JobResult(job_id, bool(success))
+    return JobResult(
+        answer.job_id,
+        bool(answer.success),
+        getattr(answer, "successful_keys", None),
+        getattr(answer, "transfer_time", None),
+        getattr(answer, "transfer_bytes", None),
+    )
+
+
+def _has(tier_class: type, name: str) -> bool:
+    """Return whether a class implements a method, not only inherits its declaration."""
+    return callable(getattr(tier_class, name, None)) and name not in getattr(tier_class, "__abstractmethods__", ())
+
+
+def _is_first_interface(tier_class: type) -> bool:
+    if any(tier_class.__dict__.get(name) is stand_in for name, stand_in in _STAND_INS):
+        return True
+    if not _has(tier_class, "get_finished_jobs") or not _has(tier_class, "drain_jobs"):
+        return True
+    return "vllm_config" in inspect.signature(tier_class).parameters
+
+
+def _get_finished(self: Any) -> Any:
+    return self.get_finished()
+
+
+def _drain_nothing(self: Any) -> None:
+    """Do nothing: the adapter collects until every job is answered."""
+
+
+_STAND_INS = (("get_finished_jobs", _get_finished), ("drain_jobs", _drain_nothing))
