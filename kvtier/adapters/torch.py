@@ -29,30 +29,31 @@ from kvtier.types import GPULoadStoreSpec, LoadStoreSpec, TransferResult
 
 def make_worker(
     view: memoryview,
-    tensors: Sequence[torch.Tensor],
-    group_data_refs: Sequence[Sequence[tuple[int, int]]],
+    kv_caches: KVCaches,
     engine_blocks_per_block: int = 1,
     control: ControlPage | None = None,
     rank: int = 0,
 ) -> OffloadingWorker:
-    """Return the worker for these tensors, all on one device.
+    """Return the worker for these tensors, all on one device; arguments and order as for `NumpyOffloadingWorker`.
 
     Args:
         view: the arena, shape (num_blocks, block_bytes).
-        tensors: any dtype, shape (num_engine_blocks, ...), each engine block's elements next to each other.
-        group_data_refs, engine_blocks_per_block, control, rank: see `KVCaches`, `NumpyOffloadingWorker`.
+        kv_caches: torch tensors of any dtype, shape (num_engine_blocks, ...), each engine block's elements next
+            to each other; viewed as int8 rows, never copied.
 
     Raises:
         ConfigError: tensors on several devices or on one without a worker, or shapes that do not fit.
         CapacityError: the driver would not register the arena's pages.
     """
-    kv_caches = KVCaches([byte_rows(index, tensor) for index, tensor in enumerate(tensors)], group_data_refs)
-    kinds = sorted({tensor.device.type for tensor in tensors})
-    if kinds == ["cpu"]:
-        arrays = KVCaches([rows.numpy() for rows in kv_caches.tensors], group_data_refs)
+    tensors: Sequence[torch.Tensor] = kv_caches.tensors
+    rows = [byte_rows(index, tensor) for index, tensor in enumerate(tensors)]
+    kinds = {tensor.device.type for tensor in tensors}
+    if kinds == {"cpu"}:
+        arrays = KVCaches([row.numpy() for row in rows], kv_caches.group_data_refs)
         return NumpyOffloadingWorker(view, arrays, engine_blocks_per_block, control, rank)
-    if kinds == ["cuda"] and len({tensor.device for tensor in tensors}) == 1:
-        return TorchOffloadingWorker(view, kv_caches, engine_blocks_per_block, control, rank)
+    if kinds == {"cuda"} and len({tensor.device for tensor in tensors}) == 1:
+        pages = KVCaches(rows, kv_caches.group_data_refs)
+        return TorchOffloadingWorker(view, pages, engine_blocks_per_block, control, rank)
     raise ConfigError(
         "tensors", [str(tensor.device) for tensor in tensors], "all on the CPU, or all on one CUDA device"
     )

@@ -30,10 +30,17 @@ class KVCaches:
     Attributes:
         tensors: 2-D, shape (num_engine_blocks, row_bytes), items of one byte; row b is engine block b's page.
         group_data_refs: per KV group its layers, as (tensor_idx, page_bytes); a page is the head of its row.
+            None means one group of all tensors, whole rows.
     """
 
     tensors: Sequence[Any]
-    group_data_refs: Sequence[Sequence[tuple[int, int]]]
+    group_data_refs: Sequence[Sequence[tuple[int, int]]] | None = None
+
+    def groups(self) -> tuple[tuple[PageRef, ...], ...]:
+        """Return the layers of every group, the default written out."""
+        if self.group_data_refs is None:
+            return (tuple(PageRef(index, int(tensor.shape[1])) for index, tensor in enumerate(self.tensors)),)
+        return tuple(tuple(PageRef(*ref) for ref in refs) for refs in self.group_data_refs)
 
 
 class Run(NamedTuple):
@@ -90,7 +97,7 @@ class BlockLayout:
         for index, tensor in enumerate(kv_caches.tensors):
             if len(tensor.shape) != 2:
                 raise ConfigError(f"tensors[{index}].shape", tuple(tensor.shape), "(num_engine_blocks, row_bytes)")
-        groups = tuple(tuple(PageRef(*ref) for ref in refs) for refs in kv_caches.group_data_refs)
+        groups = kv_caches.groups()
         if not groups or not all(groups):
             raise ConfigError("group_data_refs", groups, "at least one group, each with at least one layer")
         for ref in (ref for refs in groups for ref in refs):

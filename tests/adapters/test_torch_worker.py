@@ -35,7 +35,7 @@ def round_trip(arena: Arena, device: str) -> None:
     """Store 7 and 4 engine blocks of the two groups, load them elsewhere, compare."""
     tensors = make_tensors(device)
     before = [tensor.clone() for tensor in tensors]
-    worker = make_worker(arena.view, tensors, REFS, 3, arena.control, 0)
+    worker = make_worker(arena.view, KVCaches(tensors, REFS), 3, arena.control, 0)
     source, target = [0, 1, 2, 5, 4, 3, 6, 1, 2, 3, 4], [11, 10, 9, 8, 7, 6, 5, 8, 9, 10, 11]
     slots = [3, 0, 5, 1, 7]
     assert worker.submit_store(1, GPULoadStoreSpec(source, [7, 4], [5, 3]), CPULoadStoreSpec(slots, 1))
@@ -52,7 +52,7 @@ def round_trip(arena: Arena, device: str) -> None:
 
 
 def test_cpu_tensors_take_the_plain_worker(arena: Arena) -> None:
-    assert isinstance(make_worker(arena.view, make_tensors("cpu"), REFS, 3), NumpyOffloadingWorker)
+    assert isinstance(make_worker(arena.view, KVCaches(make_tensors("cpu")), 1), NumpyOffloadingWorker)
     round_trip(arena, "cpu")
 
 
@@ -67,9 +67,9 @@ def test_byte_rows_share_memory() -> None:
 
 def test_tensors_that_cannot_be_viewed_are_refused(arena: Arena) -> None:
     with pytest.raises(ConfigError, match=r"tensors\[1\]"):
-        make_worker(arena.view, [make_tensors("cpu")[0], torch.zeros(4, 6, 8).transpose(1, 2)], [[(0, PAGE)]])
+        make_worker(arena.view, KVCaches([make_tensors("cpu")[0], torch.zeros(4, 6, 8).transpose(1, 2)]))
     with pytest.raises(ConfigError, match="CUDA"):
-        make_worker(arena.view, [torch.zeros((4, 8), device="meta")], [[(0, 32)]])
+        make_worker(arena.view, KVCaches([torch.zeros((4, 8), device="meta")]))
 
 
 @pytest.mark.parametrize("factor", [1, 3])
@@ -100,7 +100,7 @@ def test_cuda_round_trip(arena: Arena) -> None:
 @needs_cuda
 def test_a_cuda_store_waits_for_the_current_stream(arena: Arena) -> None:
     tensors = make_tensors("cuda")
-    worker = make_worker(arena.view, tensors, REFS, 3)
+    worker = make_worker(arena.view, KVCaches(tensors, REFS), 3)
     assert isinstance(worker, TorchOffloadingWorker)
     torch.cuda._sleep(50_000_000)
     tensors[0].fill_(1.5)

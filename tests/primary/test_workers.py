@@ -165,6 +165,14 @@ def test_caches_that_do_not_fit_are_refused(caches: KVCaches, factor: int, slot_
         NumpyOffloadingWorker(memoryview(np.zeros((4, slot_bytes), np.uint8)), caches, factor)
 
 
+def test_without_groups_all_tensors_are_one() -> None:
+    tensors = small_caches().tensors
+    arena = np.zeros((4, 60), dtype=np.uint8)
+    worker = NumpyOffloadingWorker(memoryview(arena), KVCaches(tensors))
+    worker.submit_store(1, GPULoadStoreSpec([6]), CPULoadStoreSpec([2]))
+    assert arena[2, : 19 + 19 + 11].tobytes() == b"".join(tensor[6].tobytes() for tensor in tensors)
+
+
 def test_rows_of_any_stride() -> None:
     whole = np.arange(6 * 64, dtype=np.int8).reshape(6, 64)
     caches = KVCaches([whole[:, 8:24]], [[(0, 16)]])
