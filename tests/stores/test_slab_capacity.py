@@ -118,10 +118,13 @@ def test_ended_epochs_and_unfinished_folders_are_deleted_at_open(tmp_path):
         store.close()
     (slab / ("ab" * 16)).mkdir()
     (slab / "notes").mkdir()
+    (slab / ("cd" * 16)).mkdir()
+    (slab / ("cd" * 16) / "thesis.tex").write_text("precious")
     open_slab(slab, epochs[2], CAPACITY).close()
     assert [folder_of(slab, context).exists() for context in epochs] == [True, False, True]
     assert not (slab / ("ab" * 16)).exists()
     assert (slab / "notes").exists(), "what is not ours stays"
+    assert (slab / ("cd" * 16) / "thesis.tex").exists(), "also under a name like ours"
 
 
 @pytest.mark.usefixtures("small_files")

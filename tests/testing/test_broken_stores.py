@@ -1,6 +1,9 @@
 """The suites must fail for every store that is broken; else they would pass anything."""
 
 import inspect
+import json
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -10,6 +13,7 @@ from kvtier.stores.memory import MemoryStore
 from kvtier.stores.sealed import SealedStore
 from kvtier.stores.slab import SlabStore
 from kvtier.testing.faulty_stores import (
+    EXIT_STATUS,
     Fault,
     FaultPlan,
     FaultyBlockStore,
@@ -205,6 +209,28 @@ def test_a_hang_ends_with_its_file(context, tmp_path):
     switch.unlink()
     thread.join(10)
     assert not thread.is_alive()
+
+
+EXITING = """
+import json, sys
+from kvtier.testing.faulty_stores import FaultySlotStore
+from kvtier.testing.stores import StoreSuite, make_key
+suite = StoreSuite()
+store = FaultySlotStore.open(json.loads(sys.argv[1]), suite.make_context())
+for slot in range(3):
+    print(slot, store.write([slot], [make_key(slot)], suite.buffers(1)), flush=True)
+"""
+
+
+def test_a_process_that_exits_in_mid_call(tmp_path):
+    options = {
+        "inner": "kvtier.stores.slab:SlabStore",
+        "inner_options": {"path": str(tmp_path / "slab"), "capacity": 1 << 20},
+        "plan": [{"fault": "exit", "calls": ["write"], "skip": 2}],
+    }
+    ended = subprocess.run([sys.executable, "-c", EXITING, json.dumps(options)], capture_output=True, text=True)
+    assert ended.returncode == EXIT_STATUS
+    assert ended.stdout.splitlines() == ["0 [True]", "1 [True]"]
 
 
 @pytest.mark.parametrize("cls", [FaultyBlockStore, LyingBlockStore])

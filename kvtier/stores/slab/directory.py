@@ -29,6 +29,7 @@ DESCRIPTION_NAME = "namespace.json"
 DIRECTORY_MODE = 0o700
 FILE_MODE = 0o600
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
+_SLAB_FILE = re.compile(r"namespace\.json|headers|data-\d+")
 
 
 def open_private(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
@@ -45,14 +46,12 @@ def used_bytes(folder: Path) -> int:
 
 
 class SlabDirectory:
-    """A directory that this process alone uses, until `close` or its end.
-
-    Children that inherit `lock_descriptor` keep the lock after this process has ended.
-    """
+    """A directory that this process alone uses, until `close` or its end."""
 
     def __init__(self, path: Path, namespace: Namespace, lock_descriptor: int) -> None:
+        """Args: lock_descriptor: an open file that holds the lock; closed by `close`."""
         self.path = path
-        self.lock_descriptor = lock_descriptor
+        self._lock_descriptor = lock_descriptor
         self.namespace_path = path / namespace.fingerprint.hex()
         self._description = namespace.describe()
 
@@ -81,11 +80,11 @@ class SlabDirectory:
             os.utime(self.namespace_path / DESCRIPTION_NAME)
         except OSError as error:
             logger.warning("%s: cannot note its last use: %s", self.namespace_path, error.strerror)
-        os.close(self.lock_descriptor)
+        os.close(self._lock_descriptor)
 
     def check_present(self) -> None:
         """Raise StoreError if the directory was removed under us."""
-        if os.fstat(self.lock_descriptor).st_nlink == 0:
+        if os.fstat(self._lock_descriptor).st_nlink == 0:
             raise StoreError(f"{self.path}: the directory was removed while in use")
 
     def others(self) -> list[Path]:
@@ -117,7 +116,7 @@ class SlabDirectory:
 
     def _other_folders(self) -> Iterator[Path]:
         for path in self.path.iterdir():
-            if _FINGERPRINT.fullmatch(path.name) and path != self.namespace_path and not path.is_symlink():
+            if path != self.namespace_path and _is_namespace(path):
                 yield path
 
 
@@ -154,6 +153,13 @@ def _lock(path: Path, descriptor: int) -> None:
         ) from error
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+
+
+def _is_namespace(folder: Path) -> bool:
+    """Return whether a folder holds a slab, a part of one, or nothing; a stranger's folder is never touched."""
+    if not _FINGERPRINT.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
+        return False
+    return all(_SLAB_FILE.fullmatch(name) for name in os.listdir(folder))
 
 
 def _last_use(folder: Path) -> float:

@@ -76,11 +76,6 @@ class SlabStore(SlotStore):
         return self._geometry.num_slots
 
     @property
-    def lock_descriptor(self) -> int:
-        """Descriptor whose lock holds the directory; a child that inherits it holds it, too."""
-        return self._directory.lock_descriptor
-
-    @property
     def direct(self) -> bool:
         """Whether page-aligned buffers bypass the page cache."""
         return self._segments.direct
