@@ -188,7 +188,8 @@ class ARCPolicy(EvictionPolicy):
 
     def _trim_ghosts(self) -> None:
         t1, t2, b1, b2 = self._t1, self._t2, self._b1, self._b2
-        for _ in range(min(len(b1), len(t1) + len(b1) - self.capacity)):
-            b1.popitem(last=False)
-        for _ in range(min(len(b2), len(t1) + len(t2) + len(b1) + len(b2) - 2 * self.capacity)):
-            b2.popitem(last=False)
+        # Deleting a list of keys costs half of as many popitem(last=False).
+        for key in list(islice(b1, max(0, len(t1) + len(b1) - self.capacity))):
+            del b1[key]
+        for key in list(islice(b2, max(0, len(t1) + len(t2) + len(b1) + len(b2) - 2 * self.capacity))):
+            del b2[key]

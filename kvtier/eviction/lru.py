@@ -38,7 +38,9 @@ class LRUPolicy(EvictionPolicy):
 
     def evict(self, keys: Sequence[OffloadKey]) -> None:
         """Stop holding `keys`; nothing is remembered."""
-        deque(map(self._queue.__delitem__, keys), maxlen=0)
+        queue = self._queue
+        for key in keys:
+            del queue[key]
 
     def remove(self, keys: Sequence[OffloadKey]) -> None:
         """Stop holding `keys`."""
