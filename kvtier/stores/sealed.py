@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, TypeVar
@@ -11,6 +12,8 @@ from kvtier.errors import StoreError
 from kvtier.keys import OffloadKey
 from kvtier.stores.seal import HEADER_BYTES, Seal
 from kvtier.types import FailureCause
+
+logger = logging.getLogger(__name__)
 
 BOUNCE_BYTES = 16 << 20
 """Most bytes of private memory one thread uses; a larger batch goes through it in parts."""
@@ -43,6 +46,7 @@ class SealedStore(BlockStore):
         self._value_bytes = HEADER_BYTES + context.block_bytes
         self._seal = Seal(context.namespace)
         self._bounce = _Bounce()
+        self._complained = False
 
     @classmethod
     def open(cls, options: Mapping[str, Any], context: StoreContext) -> Self:
@@ -64,7 +68,7 @@ class SealedStore(BlockStore):
 
     def delete(self, keys: Sequence[OffloadKey]) -> None:
         """Forget `keys`."""
-        self._guarded(keys, lambda: self.inner.delete(keys))
+        self._guarded((), lambda: self.inner.delete(keys))
 
     def close(self) -> None:
         """Close the inner store."""
@@ -116,16 +120,24 @@ class SealedStore(BlockStore):
         return results
 
     def _discard(self, broken: dict[OffloadKey, FailureCause]) -> None:
-        """Count what failed and delete what is there; a value that would not fill its buffer is corrupt."""
+        """Count what failed and delete what is there; a value that would not fill its buffer is corrupt.
+
+        What verified beside it stays good: an error here is logged once, not raised.
+        """
         absent = [key for key, cause in broken.items() if cause is FailureCause.ABSENT]
-        for key, held in zip(absent, self.contains(absent) if absent else (), strict=True):
-            if held:
-                broken[key] = FailureCause.CORRUPT
+        try:
+            for key, held in zip(absent, self.contains(absent) if absent else (), strict=True):
+                if held:
+                    broken[key] = FailureCause.CORRUPT
+            doomed = [key for key, cause in broken.items() if cause is not FailureCause.ABSENT]
+            if doomed:
+                self.delete(doomed)
+        except StoreError as error:
+            if not self._complained:
+                self._complained = True
+                logger.warning("blocks that failed verification could not be deleted: %s", error)
         for cause in broken.values():
             self._failures.count(cause)
-        doomed = [key for key, cause in broken.items() if cause is not FailureCause.ABSENT]
-        if doomed:
-            self.delete(doomed)
 
     def _values(self, count: int) -> list[memoryview]:
         """Return `count` value-sized pieces of this thread's private memory, their headers zeroed."""

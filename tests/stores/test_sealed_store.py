@@ -76,6 +76,19 @@ def test_causes_are_told_apart(store, context):
     assert set(inner.snapshot()) == {KEYS[2], KEYS[6], KEYS[7]}
 
 
+@pytest.mark.parametrize("call", ["contains", "delete"])
+def test_a_failed_clean_up_costs_no_good_block(store, plan, context, caplog, call):
+    inner = store.inner.inner
+    inner.write([KEYS[0]], [memoryview(inner.snapshot()[KEYS[1]])])
+    inner.delete([KEYS[2]])
+    plan.add(Injection(Fault.RAISE, [call]))
+    buffers = SUITE.buffers(8)
+    assert store.read_into(KEYS, buffers) == [False, True, False, True, True, True, True, True]
+    assert context.failures.take() == {FailureCause.FOREIGN: 1, FailureCause.ABSENT: 1}
+    store.read_into(KEYS, buffers)
+    assert [record.message for record in caplog.records if call in record.message] == [caplog.records[0].message]
+
+
 @pytest.mark.parametrize("bounce_bytes", [1, 3 * (8192 + 128)])
 def test_a_batch_above_the_bounce_memory_goes_in_parts(store, monkeypatch, bounce_bytes):
     monkeypatch.setattr(sealed, "BOUNCE_BYTES", bounce_bytes)
