@@ -166,9 +166,9 @@ class SealedStore(BlockStore):
         """Run a call of the inner store; its errors are counted for `keys` and leave as StoreError."""
         try:
             return call()
-        except StoreError:
-            self._failures.count(FailureCause.IO_ERROR, len(keys))
-            raise
         except Exception as error:
-            self._failures.count(FailureCause.IO_ERROR, len(keys))
+            if keys:
+                self._failures.count(FailureCause.IO_ERROR, len(keys))
+            if isinstance(error, StoreError):
+                raise
             raise StoreError(f"{type(self.inner).__name__}: {type(error).__name__}: {error}") from error
