@@ -1,1 +1,27 @@
 """The command line."""
+
+from __future__ import annotations
+
+import typer
+
+from kvtier.cli.demo import demo
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Keeps the KV cache of language models alive in host memory, on disk and beyond.",
+)
+
+
+@app.callback()
+def _commands() -> None:
+    """Keep commands under their names even while there is only one."""
+
+
+app.command()(demo)
+
+
+def main() -> None:
+    """Run the command line; the console script's entry point."""
+    app()

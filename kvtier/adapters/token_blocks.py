@@ -1,0 +1,46 @@
+"""Keys of token blocks: a hash chain, so that a block's key names every token before it as well."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+
+from kvtier.keys import OffloadKey, make_offload_key
+from kvtier.namespace import Namespace
+
+HASH_ALGORITHM = "blake2b-256 chain over little-endian 64-bit token ids"
+"""Part of the namespace: another way of hashing must not find these blocks."""
+
+_DIGEST_BYTES = 32
+_PERSON = b"kvtier-tokens"
+
+
+def chain_root(namespace: Namespace, cache_salt: str) -> bytes:
+    """Return what the first block's hash starts from.
+
+    Args:
+        namespace: blocks of another namespace have other keys.
+        cache_salt: requests with different salts share no block; "" is a salt like any other.
+    """
+    return hashlib.blake2b(
+        namespace.fingerprint + cache_salt.encode(), digest_size=_DIGEST_BYTES, person=_PERSON
+    ).digest()
+
+
+def chain_keys(token_ids: Sequence[int], tokens_per_block: int, root: bytes) -> list[OffloadKey]:
+    """Return the keys of the full blocks of `token_ids`, first block first.
+
+    Args:
+        token_ids: the request's tokens from its first one on; a last block that is not full has no key.
+        tokens_per_block: tokens in one block, at least 1.
+        root: as made by `chain_root`.
+    """
+    pack = struct.Struct(f"<{tokens_per_block}q").pack
+    keys = []
+    digest = root
+    for start in range(0, len(token_ids) - tokens_per_block + 1, tokens_per_block):
+        tokens = pack(*token_ids[start : start + tokens_per_block])
+        digest = hashlib.blake2b(digest + tokens, digest_size=_DIGEST_BYTES, person=_PERSON).digest()
+        keys.append(make_offload_key(digest, 0))
+    return keys

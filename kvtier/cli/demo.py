@@ -1,0 +1,105 @@
+"""`kvtier demo`: a model answers questions about one long document, with kvtier and without."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from kvtier.errors import ConfigError, KVTierError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+EXIT_FAILED = 1
+EXIT_UNUSABLE = 2
+
+
+def demo(
+    model: Annotated[
+        str | None, typer.Option(help="A folder or hub id of a causal model; SmolLM2-135M if absent.")
+    ] = None,
+    tiers: Annotated[
+        str | None, typer.Option(help="JSON configuration of the tiers: the text, a path, or @path.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    turns: Annotated[int, typer.Option(min=2, help="Turns before memory is emptied; the first one is cold.")] = 3,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch; all processors if absent.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the report to this file.")] = None,
+    work_dir: Annotated[
+        Path | None, typer.Option(help="Where the disk tier lives; a temporary folder if absent.")
+    ] = None,
+    from_disk: Annotated[Path | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Answer questions about one long document over several turns, with kvtier and without, side by side.
+
+    Exit code 0: tokens were restored from every tier and the answers are right. 1: they were not. 2: a model, a tier
+    or a configuration cannot be used; one line says why.
+    """
+    console = Console()
+    try:
+        if find_spec("torch") is None or find_spec("transformers") is None:
+            raise KVTierError("the demo needs torch and transformers: pip install 'kvtier[demo]'")
+        if from_disk is not None:
+            from kvtier.cli.demonstration.second_process import obey  # torch is an extra, and slow to import
+
+            obey(from_disk)
+            return
+        with _folder(work_dir) as folder:
+            with console.status("loading torch and transformers ..."):
+                from kvtier.cli.demonstration import caches, show  # torch is an extra, and slow to import
+            settings = show.Settings(
+                model=model,
+                tiers=caches.default_tiers(folder) if tiers is None else read_tiers(tiers),
+                dtype=dtype,
+                turns=turns,
+                threads=threads or len(os.sched_getaffinity(0)),
+                max_new_tokens=max_new_tokens,
+            )
+            passed = show.run(settings, folder, json_path, console)
+    except (KVTierError, OSError) as error:
+        typer.echo(f"kvtier demo: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(EXIT_UNUSABLE) from None
+    if not passed:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def read_tiers(text: str) -> dict[str, Any]:
+    """Return the configuration that `--tiers` gives: JSON text, a path, or @path.
+
+    Raises:
+        ConfigError: no such file, or no JSON object.
+    """
+    source = text
+    if not text.lstrip().startswith(("{", "[")):
+        path = Path(text.removeprefix("@"))
+        try:
+            source = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            raise ConfigError("tiers", text, "JSON text or the path of a readable JSON file expected") from None
+    try:
+        value = json.loads(source)
+    except json.JSONDecodeError as error:
+        raise ConfigError("tiers", text, f"no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError("tiers", text, "a JSON object expected")
+    return value
+
+
+@contextmanager
+def _folder(work_dir: Path | None) -> Iterator[Path]:
+    """Give the folder of the demonstration's files; a temporary one is removed at the end."""
+    if work_dir is not None:
+        work_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        yield work_dir
+        return
+    with tempfile.TemporaryDirectory(prefix="kvtier-demo-") as temporary:
+        yield Path(temporary)

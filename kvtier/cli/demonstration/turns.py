@@ -1,0 +1,147 @@
+"""One turn, with kvtier and without, and what was measured."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from kvtier.adapters.decoding import Decoded, decode_greedily
+from kvtier.adapters.transformers import Generation, PrefixCache
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What kvtier's side of a turn produced, in a form that another process can send.
+
+    Attributes:
+        token_ids: new tokens.
+        text: the same, for people.
+        num_prompt_tokens, restored_tokens, sources, splits, seconds_to_first_token: as in `Generation`.
+        logits_digest: BLAKE2b of the first logits' bytes.
+    """
+
+    token_ids: list[int]
+    text: str
+    num_prompt_tokens: int
+    restored_tokens: int
+    sources: dict[str, int]
+    splits: list[int]
+    seconds_to_first_token: float
+    logits_digest: str
+
+    @classmethod
+    def of(cls, generation: Generation, tokenizer: Any) -> Answer:
+        """Return a generation's numbers."""
+        return cls(
+            token_ids=generation.new_token_ids,
+            text=tokenizer.decode(generation.new_token_ids, skip_special_tokens=True).strip(),
+            num_prompt_tokens=generation.num_prompt_tokens,
+            restored_tokens=generation.restored_tokens,
+            sources=generation.sources,
+            splits=list(generation.splits),
+            seconds_to_first_token=generation.seconds_to_first_token,
+            logits_digest=digest_of(generation.first_logits),
+        )
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A turn, both sides.
+
+    Attributes:
+        label: what is special about the turn, for people.
+        question: of the turn.
+        answer: kvtier's.
+        plain_seconds: time to the first token of a full prefill without kvtier.
+        same_tokens: the answer's tokens are those of the full prefill.
+        same_logits: the first logits are, bit for bit, those of a run without kvtier, split at the same tokens.
+    """
+
+    label: str
+    question: str
+    answer: Answer
+    plain_seconds: float
+    same_tokens: bool
+    same_logits: bool
+
+    @property
+    def speedup(self) -> float:
+        """How many times sooner the first token came."""
+        return self.plain_seconds / self.answer.seconds_to_first_token
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the turn as JSON values."""
+        return {**asdict(self), "speedup": round(self.speedup, 2)}
+
+
+def digest_of(logits: torch.Tensor) -> str:
+    """Return a digest of a tensor's bytes."""
+    return hashlib.blake2b(logits.contiguous().view(torch.uint8).cpu().numpy().tobytes(), digest_size=16).hexdigest()
+
+
+def ask(cache: PrefixCache, tokenizer: Any, prompt: list[int], max_new_tokens: int, cache_salt: str) -> Answer:
+    """Answer a prompt through kvtier."""
+    generation = cache.generate(prompt, max_new_tokens=max_new_tokens, cache_salt=cache_salt)
+    return Answer.of(generation, tokenizer)
+
+
+@dataclass
+class PlainRun:
+    """The same conversation without kvtier: transformers alone.
+
+    Its own cache lives on from turn to turn, cut back to where kvtier restored to, so that every token is computed in
+    a forward pass of the same tokens as on kvtier's side.
+    """
+
+    model: Any
+    max_new_tokens: int
+    end_tokens: tuple[int, ...]
+    _cache: Any = None
+    _cached: list[int] = field(default_factory=list)
+
+    def full_prefill(self, prompt: list[int]) -> Decoded:
+        """Answer with nothing cached and the prefill in one piece."""
+        return self._decode(prompt, self._empty(), ())
+
+    def split_like(self, prompt: list[int], answer: Answer) -> Decoded | None:
+        """Answer with the prefill split where kvtier's was; None if this run never computed what kvtier restored."""
+        restored = answer.restored_tokens
+        if self._cached[:restored] != prompt[:restored]:
+            return None
+        cache = self._cache if restored else self._empty()
+        if restored and (surplus := cache.get_seq_length() - restored) > 0:
+            cache.crop(-surplus)
+        decoded = self._decode(prompt, cache, tuple(answer.splits))
+        self._cache, self._cached = cache, prompt + decoded.token_ids[:-1]
+        return decoded
+
+    def _empty(self) -> Any:
+        return DynamicCache(config=self.model.config)
+
+    def _decode(self, prompt: list[int], cache: Any, splits: tuple[int, ...]) -> Decoded:
+        return decode_greedily(
+            self.model,
+            torch.tensor([prompt], device=self.model.device),
+            cache,
+            splits=splits,
+            max_new_tokens=self.max_new_tokens,
+            end_tokens=self.end_tokens,
+        )
+
+
+def compare(label: str, question: str, prompt: list[int], answer: Answer, plain: PlainRun) -> Turn:
+    """Answer the same prompt without kvtier, twice, and return both sides."""
+    full = plain.full_prefill(prompt)
+    split = plain.split_like(prompt, answer)
+    return Turn(
+        label=label,
+        question=question,
+        answer=answer,
+        plain_seconds=full.seconds_to_first,
+        same_tokens=full.token_ids == answer.token_ids,
+        same_logits=split is not None and digest_of(split.first_logits) == answer.logits_digest,
+    )
