@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
@@ -11,6 +12,7 @@ from kvtier.abc import EvictionPolicy, OffloadingSpec, OffloadingWorker, Seconda
 from kvtier.config import TierConfig, parse_tier
 from kvtier.errors import ConfigError
 from kvtier.options import convert_to_signature, join_key, option_error
+from kvtier.secondary.first_interface import adapt_tier_class
 
 T = TypeVar("T")
 
@@ -65,12 +67,13 @@ class Registry(Generic[T]):
         """Return `class_name` of a module that need not be registered; errors as `load`."""
         key = key or self._key
         try:
-            found = getattr(importlib.import_module(module_path), class_name)
-        except AttributeError:
-            raise ConfigError(key, class_name, f"module {module_path} has no such name") from None
-        except (ImportError, TypeError, ValueError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            module = importlib.import_module(module_path)
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ConfigError(key, class_name, f"module {module_path!r} cannot be imported ({reason})") from error
+        if not hasattr(module, class_name):
+            raise ConfigError(key, class_name, f"module {module_path!r} has no such name")
+        found = getattr(module, class_name)
         self._check(found, class_name, key)
         return found  # type: ignore[no-any-return]  # checked above against the base at run time
 
@@ -79,7 +82,8 @@ class Registry(Generic[T]):
             if not callable(found):
                 raise ConfigError(key, class_name, "a callable expected")
         elif not (isinstance(found, type) and issubclass(found, self._base)):
-            raise ConfigError(key, class_name, f"{found!r} is no subclass of {self._base.__name__}")
+            kind = "class" if self._base is object else f"subclass of {self._base.__name__}"
+            raise ConfigError(key, class_name, f"{found!r} is no {kind}")
 
 
 SPECS: Registry[type[OffloadingSpec]] = Registry("spec_name", OffloadingSpec)
@@ -122,9 +126,6 @@ class EvictionPolicyFactory:
         return POLICIES.load(name)(capacity)
 
 
-TIER_INTERFACES: Registry[Callable[[type], type[SecondaryTierManager]]] = Registry("interface")
-TIER_INTERFACES.register("first", "kvtier.secondary.first_interface", "adapt_tier_class")
-
 _GIVEN_TO_EVERY_TIER = ("offloading_spec", "vllm_config", "primary_kv_view", "tier_type")
 
 
@@ -141,14 +142,16 @@ class SecondaryTierFactory:
         TIERS.register(tier_type, module_path, class_name)
 
     @classmethod
-    def get_tier_class(cls, tier_config: Mapping[str, Any]) -> type[SecondaryTierManager]:
+    def get_tier_class(cls, tier_config: Mapping[str, Any]) -> type:
         """Return the class that the configuration's `type` (with `module_path`: its class of that name) stands for.
+
+        It is a `SecondaryTierManager`, or a class written to the layer's first interface.
 
         Raises:
             ConfigError: `type` missing or unknown (the message lists the supported ones), a module that cannot be
                 imported, or a class that is no tier.
         """
-        return _adapted(load_tier_class(parse_tier(tier_config)))
+        return load_tier_class(parse_tier(tier_config))
 
     @classmethod
     def create_secondary_tier(
@@ -184,8 +187,12 @@ def load_tier_class(tier: TierConfig) -> type:
     """
     key = join_key(tier.where, "type")
     if tier.module_path is not None:
-        return TIERS.load_from(tier.module_path, tier.tier_type, key)
-    return TIERS.load(tier.tier_type, key)
+        tier_class = TIERS.load_from(tier.module_path, tier.tier_type, key)
+    else:
+        tier_class = TIERS.load(tier.tier_type, key)
+    with _errors_name(tier.where):
+        adapt_tier_class(tier_class)
+    return tier_class
 
 
 def check_tier(tier: TierConfig) -> TierConfig:
@@ -208,21 +215,20 @@ def construct_tier(tier: TierConfig, primary_kv_view: memoryview, offloading_spe
     Raises:
         ConfigError: the tier refuses an option.
     """
-    tier_class: Any = _adapted(load_tier_class(tier))
-    try:
-        made: SecondaryTierManager = tier_class(
+    make_tier = adapt_tier_class(load_tier_class(tier))
+    with _errors_name(tier.where):
+        return make_tier(
             offloading_spec=offloading_spec,
             primary_kv_view=primary_kv_view,
             tier_type=tier.name,
             **tier.options,
         )
+
+
+@contextmanager
+def _errors_name(where: str) -> Iterator[None]:
+    """Put the full name of an option into errors of code that knows only the last part."""
+    try:
+        yield
     except ConfigError as error:
-        raise option_error(join_key(tier.where, error.key), error.value, error.allowed) from error
-    return made
-
-
-def _adapted(tier_class: type) -> type[SecondaryTierManager]:
-    """Return the class in today's interface."""
-    if issubclass(tier_class, SecondaryTierManager):
-        return tier_class
-    return TIER_INTERFACES.load("first")(tier_class)
+        raise option_error(join_key(where, error.key), error.value, error.allowed) from error

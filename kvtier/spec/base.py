@@ -13,10 +13,12 @@ from typing import Any, ClassVar, Self
 from kvtier.abc import OffloadingSpec, OffloadingWorker, TierContext
 from kvtier.clock import Clock, monotonic_clock
 from kvtier.config import CPUConfig, OffloadingConfig, engine_blocks_per_block, parse_config, primary_blocks
+from kvtier.errors import ConfigError
 from kvtier.events import Observer, Observers
 from kvtier.namespace import Namespace
 from kvtier.primary.arena import Arena, Progress, align_block_bytes
-from kvtier.registry import POLICIES
+from kvtier.primary.copies import KVCaches
+from kvtier.registry import POLICIES, WORKERS
 from kvtier.spec.first_interface import config_from_pair
 from kvtier.tiering.manager import TieringOffloadingManager
 from kvtier.tiering.settings import TieringSettings
@@ -29,6 +31,7 @@ class ArenaSpec(OffloadingSpec):
 
     Attributes:
         config: what the engine said.
+        vllm_config: the first of the layer's earlier pair, as it was given, for tiers that ask for it; else None.
         extra_config: what the user set, as it was given.
         user_config: the same, checked.
         block_bytes: bytes of one offloaded block, a multiple of the page size.
@@ -64,6 +67,7 @@ class ArenaSpec(OffloadingSpec):
         Raises:
             ConfigError: a key holds what it may not.
         """
+        self.vllm_config = None if isinstance(config, OffloadingConfig) else config
         self.config = as_offloading_config(config, kv_cache_config)
         self.extra_config: Mapping[str, Any] = self.config.extra_config
         self.user_config: CPUConfig = parse_config(self.extra_config, self.config_type)
@@ -105,14 +109,22 @@ class ArenaSpec(OffloadingSpec):
             ConfigError: a tier refuses its options.
         """
         if self._manager is None:
-            self._manager = self._make_manager(self.arena)
+            try:
+                self._manager = self._make_manager(self.arena)
+            except BaseException:
+                self._release_arena()
+                raise
         return self._manager
 
-    def get_worker(self, kv_caches: Any) -> OffloadingWorker:
+    def get_worker(self, kv_caches: KVCaches) -> OffloadingWorker:
         """Return the worker over the engine's KV caches, made at the first call.
 
         Args:
-            kv_caches: a `kvtier.primary.copies.KVCaches` of numpy arrays or of torch tensors.
+            kv_caches: numpy arrays or torch tensors, and where each group's pages are in them.
+
+        Raises:
+            CapacityError: the machine cannot hold the arena.
+            ConfigError: tensors that no worker is registered for, or that do not fit the blocks.
         """
         if self._worker is None:
             self._worker = self._make_worker(kv_caches)
@@ -145,6 +157,12 @@ class ArenaSpec(OffloadingSpec):
                 stack.callback(self._manager.shutdown)
             self._arena = self._manager = self._worker = None
 
+    def _release_arena(self) -> None:
+        """Give the memory back, unless a worker uses it."""
+        if self._arena is not None and self._worker is None:
+            self._arena.close()
+            self._arena = None
+
     def __enter__(self) -> Self:
         return self
 
@@ -157,8 +175,10 @@ class ArenaSpec(OffloadingSpec):
     def _make_manager(self, arena: Arena) -> TieringOffloadingManager:
         """Return a new manager over the arena."""
 
-    def _make_worker(self, kv_caches: Any) -> OffloadingWorker:
-        raise NotImplementedError("no worker is registered for these KV caches")
+    def _make_worker(self, kv_caches: KVCaches) -> OffloadingWorker:
+        make_worker = WORKERS.load(device_of(kv_caches))
+        arena = self.arena
+        return make_worker(arena.view, kv_caches, self.engine_blocks_per_block, arena.control, self.config.rank)
 
     def _namespace(self) -> Namespace | None:
         """Return the engine's namespace joined with what this spec decides about the bytes of a block."""
@@ -174,6 +194,21 @@ class ArenaSpec(OffloadingSpec):
             "kvtier.rank": self.config.rank,
         }
         return Namespace({**namespace.identity, **decided}, namespace.epoch)
+
+
+def device_of(kv_caches: KVCaches) -> str:
+    """Return the registered name of the worker for these tensors, by the package of their type (none is imported).
+
+    Raises:
+        ConfigError: no tensors, or tensors of a package without a worker.
+    """
+    for kind in type(kv_caches.tensors[0]).__mro__ if len(kv_caches.tensors) else ():
+        package = kind.__module__.partition(".")[0]
+        name = "cpu-numpy" if package == "numpy" else package
+        if name in WORKERS:
+            return name
+    kinds = sorted({type(tensor).__qualname__ for tensor in kv_caches.tensors})
+    raise ConfigError("kv_caches.tensors", kinds, f"tensors of a registered worker: {', '.join(WORKERS.names())}")
 
 
 def as_offloading_config(config: OffloadingConfig | Any, kv_cache_config: Any) -> OffloadingConfig:

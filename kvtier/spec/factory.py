@@ -38,6 +38,8 @@ class OffloadingSpecFactory:
         module_path = extra_config.get("spec_module_path")
         if name in SPECS or module_path is None:
             return SPECS.load(name)
+        if not isinstance(module_path, str) or not module_path:
+            raise ConfigError("spec_module_path", module_path, "the name of a module expected")
         return SPECS.load_from(module_path, name)
 
     @classmethod

@@ -41,12 +41,10 @@ def config_from_pair(config: Any, kv_cache_config: Any) -> OffloadingConfig:
         ConfigError: an attribute is missing or holds what it may not; the message names it.
     """
     extra_config = extra_config_of(config)
-    world_size = int(_read(config, "config", "parallel_config.world_size"))
-    num_blocks = int(_read(kv_cache_config, "kv_cache_config", "num_blocks"))
-    if num_blocks < 1:
-        raise ConfigError("kv_cache_config.num_blocks", num_blocks, "at least 1")
+    world_size = _count(config, "config", "parallel_config.world_size")
+    num_blocks = _count(kv_cache_config, "kv_cache_config", "num_blocks")
     tensors = _read(kv_cache_config, "kv_cache_config", "kv_cache_tensors")
-    sizes = [int(_read(tensor, f"kv_cache_config.kv_cache_tensors[{i}]", "size")) for i, tensor in enumerate(tensors)]
+    sizes = [_count(tensor, f"kv_cache_config.kv_cache_tensors[{i}]", "size") for i, tensor in enumerate(tensors)]
     parallel = config.parallel_config
     return OffloadingConfig(
         extra_config=extra_config,
@@ -66,25 +64,32 @@ def _groups(kv_cache_config: Any) -> tuple[KVCacheGroup, ...]:
     groups = []
     for index, group in enumerate(_read(kv_cache_config, "kv_cache_config", "kv_cache_groups")):
         where = f"kv_cache_config.kv_cache_groups[{index}]"
-        tokens = int(_read(group, where, "kv_cache_spec.block_size"))
+        tokens = _count(group, where, "kv_cache_spec.block_size")
         groups.append(KVCacheGroup(tokens, tuple(_read(group, where, "layer_names"))))
     return tuple(groups)
 
 
 def _identity(config: Any, world_size: int) -> dict[str, str | int]:
     """Return what the pair knows of the model; parts that not every version has are left out if missing."""
-    model = config.model_config if hasattr(config, "model_config") else None
     identity: dict[str, str | int] = {
         "model": str(_read(config, "config", "model_config.model")),
         "cache_dtype": str(_read(config, "config", "cache_config.cache_dtype")),
-        "engine_block_tokens": int(_read(config, "config", "cache_config.block_size")),
+        "engine_block_tokens": _count(config, "config", "cache_config.block_size"),
         "world_size": world_size,
     }
     for name in ("revision", "dtype", "quantization"):
-        value = getattr(model, name, None)
+        value = getattr(config.model_config, name, None)
         if value is not None:
             identity[name] = str(value)
     return identity
+
+
+def _count(root: Any, name: str, path: str) -> int:
+    """Return the number, at least 1, that the dotted `path` names."""
+    value = _read(root, name, path)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name}.{path}", value, "an int, at least 1, expected")
+    return value
 
 
 def _read(root: Any, name: str, path: str) -> Any:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, ClassVar
 
-from kvtier.abc import SecondaryTierManager
+from kvtier.abc import EvictionPolicy, SecondaryTierManager
 from kvtier.config import CPUConfig, TierConfig, TieringConfig
 from kvtier.errors import ConfigError
 from kvtier.events import TierState, TierStateChanged
+from kvtier.options import join_key
 from kvtier.primary.arena import Arena
-from kvtier.registry import construct_tier
+from kvtier.registry import POLICIES, construct_tier
 from kvtier.spec.cpu import CPUOffloadingSpec
 from kvtier.spec.tiers import parse_tiers, prompts_only
 from kvtier.tiering.manager import TieringOffloadingManager
@@ -43,6 +46,7 @@ class TieringOffloadingSpec(CPUOffloadingSpec):
         self.tiers: tuple[TierConfig, ...] = parse_tiers(user, self.config)
         self.secondary_tier_configs = list(user.secondary_tiers)
         self.offload_prompt_only = prompts_only(user, self.tiers)
+        self.tier_context = replace(self.tier_context, policies=_policies_named_by(self.tiers))
         self._failed_tiers: set[str] = set()
 
     def wait_for_tiers(self, timeout: float) -> dict[str, TierState]:
@@ -109,3 +113,13 @@ class TieringOffloadingSpec(CPUOffloadingSpec):
         self._failed_tiers.add(config.name)
         reason = f"{type(error).__name__}: {error}"
         self.observers.on_event(TierStateChanged(config.name, TierState.DOWN, reason))
+
+
+def _policies_named_by(tiers: Sequence[TierConfig]) -> dict[str, type[EvictionPolicy]]:
+    """Return the registered policies that the tiers' options name; tiers cannot reach the registry themselves."""
+    names = {tier.options.get("eviction_policy"): tier for tier in tiers}
+    return {
+        name: POLICIES.load(name, join_key(tier.where, "eviction_policy"))
+        for name, tier in names.items()
+        if isinstance(name, str) and name in POLICIES
+    }
