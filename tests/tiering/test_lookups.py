@@ -1,0 +1,120 @@
+"""DESIGN: lookup answers, probes, and what a scan is."""
+
+from engine import make_keys
+
+from kvtier.events import RequestGaveUp, TierState
+from kvtier.tiering.requests import split_scan
+from kvtier.types import LookupResult, Medium, TierFilter, TierMatcher
+
+HIT, MISS, PENDING, RETRY = LookupResult.HIT, LookupResult.MISS, LookupResult.HIT_PENDING, LookupResult.RETRY
+
+
+def test_ready_is_a_hit_and_absent_is_a_miss(make_engine):
+    engine, keys = make_engine(), make_keys(3)
+    context = engine.request()
+    engine.store(keys[:2], context)
+    assert engine.scan(keys, context) == [HIT, HIT, MISS]
+
+
+def test_a_tiers_block_is_pending_without_allocating_anything(make_engine):
+    engine, keys = make_engine(), make_keys(3)
+    engine.plant(keys)
+    context = engine.request()
+    assert engine.scan(keys, context) == [PENDING] * 3
+    assert engine.table.num_free == engine.table.num_slots
+    assert not engine.tier.loads
+    engine.step()
+    assert engine.table.num_free == engine.table.num_slots - 3
+
+
+def test_a_store_in_flight_is_pending(make_engine):
+    engine, keys = make_engine(num_tiers=0), make_keys(1)
+    engine.manager.prepare_store(keys, engine.request("a"))
+    assert engine.scan(keys, engine.request("b")) == [PENDING]
+
+
+def test_retry_only_while_a_probe_is_unanswered(make_engine):
+    engine, keys = make_engine(), make_keys(2)
+    engine.tier.unknown.update(keys)
+    context = engine.request()
+    assert engine.scan(keys, context) == [RETRY, RETRY]
+    engine.step()
+    engine.tier.unknown.clear()
+    assert engine.scan(keys, context) == [MISS]
+
+
+def test_one_tiers_silence_does_not_delay_anothers_hit(make_engine):
+    engine, keys = make_engine(num_tiers=2), make_keys(2)
+    engine.tiers[0].unknown.update(keys)
+    engine.plant(keys, tier=1)
+    context = engine.request()
+    assert engine.scan(keys, context) == [PENDING, PENDING]
+    engine.step()
+    assert engine.scan(keys, context) == [HIT, HIT]
+    assert engine.manager.get_load_source(keys[0], context) == "tier1"
+
+
+def test_a_probe_that_takes_too_long_is_a_miss_for_that_request_only(make_engine):
+    engine, keys = make_engine(probe_deadline=0.005), make_keys(1)
+    engine.tier.unknown.update(keys)
+    slow, fresh = engine.request("slow"), engine.request("fresh")
+    assert engine.scan(keys, slow) == [RETRY]
+    engine.step()
+    engine.clock.advance(0.004)
+    assert engine.scan(keys, slow) == [RETRY]
+    engine.step()
+    engine.clock.advance(0.002)
+    assert engine.scan(keys, slow) == [MISS]
+    assert engine.scan(keys, fresh) == [RETRY]
+    assert [event.reason for event in engine.log.of(RequestGaveUp)] == ["probe"]
+
+
+def test_the_clock_of_a_probe_starts_anew_once_the_tier_has_answered(make_engine):
+    engine, keys = make_engine(probe_deadline=0.005), make_keys(2)
+    context = engine.request()
+    for key in keys:
+        engine.tier.unknown = {key}
+        assert engine.manager.lookup(key, context) is RETRY
+        engine.step()
+        engine.clock.advance(0.004)
+        engine.tier.unknown = set()
+        assert engine.manager.lookup(key, context) is MISS
+        engine.step()
+
+
+def test_a_tier_that_is_down_is_a_miss_at_once(make_engine):
+    engine, keys = make_engine(), make_keys(1)
+    engine.plant(keys)
+    engine.tier.current_state = TierState.DOWN
+    assert engine.scan(keys, engine.request()) == [MISS]
+    assert not engine.tier.lookups
+
+
+def test_the_load_filter_excludes_tiers(make_engine):
+    engine, keys = make_engine(), make_keys(1)
+    engine.plant(keys)
+    only_cpu = TierFilter((TierMatcher(medium=Medium.CPU),))
+    assert engine.scan(keys, engine.request("a", load_tier_filter=only_cpu)) == [MISS]
+    assert engine.scan(keys, engine.request("b")) == [PENDING]
+
+
+def test_a_scan_is_kept_by_group_and_a_repeated_key_starts_it_over():
+    a, b = make_keys(4, group=0), make_keys(4, group=1)
+    assert split_scan([a[0], b[3], a[1], b[2], a[2]]) == [[a[0], a[1], a[2]], [b[3], b[2]]]
+    assert split_scan([a[0], a[1], a[2], b[0], a[0], a[1]]) == [[a[0], a[1]], [b[0]]]
+
+
+def test_each_scan_replaces_the_last(make_engine):
+    engine, keys = make_engine(), make_keys(4)
+    engine.plant(keys)
+    context = engine.request()
+    engine.scan(keys, context)
+    engine.scan(keys[:2], context)  # the engine starts over and needs less
+    engine.step()
+    assert [list(job.keys) for job in engine.tier.loads] == [keys[:2]]
+
+
+def test_a_wrong_key_is_a_miss(make_engine):
+    engine = make_engine(num_tiers=0)
+    engine.store(make_keys(1), engine.request("a"))
+    assert engine.manager.lookup(b"short", engine.request("b")) is MISS
