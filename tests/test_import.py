@@ -1,0 +1,39 @@
+import json
+import subprocess
+import sys
+
+BUDGET_SECONDS = 0.150
+
+
+def run(code):
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)
+    return json.loads(done.stdout)
+
+
+def test_importing_kvtier_is_cheap():
+    code = """
+import json, time
+started = time.perf_counter()
+import kvtier
+print(json.dumps(time.perf_counter() - started))
+"""
+    best = min(run(code) for _ in range(3))
+    assert best < BUDGET_SECONDS, f"import kvtier took {best * 1000:.0f} ms"
+
+
+def test_importing_kvtier_loads_nothing_else_of_it():
+    code = """
+import json, sys
+import kvtier
+print(json.dumps([name for name in sys.modules if name.partition(".")[0] in ("kvtier", "numpy", "msgspec", "xxhash")]))
+"""
+    assert run(code) == ["kvtier"]
+
+
+def test_a_name_loads_its_own_module_only():
+    code = """
+import json, sys
+from kvtier import make_offload_key
+print(json.dumps(sorted(name for name in sys.modules if name.startswith("kvtier"))))
+"""
+    assert run(code) == ["kvtier", "kvtier.errors", "kvtier.keys"]
