@@ -222,8 +222,9 @@ class BlockTable:
         """Drop one pin of each of `slots`; a quarantined slot without pins becomes free."""
         if self._quarantine:
             slots = list(slots)
-            self._unpin_quarantined([slot for slot in slots if slot in self._quarantine])
-            slots = [slot for slot in slots if self._pins[slot]]
+            quarantined = [slot for slot in slots if slot in self._quarantine]
+            slots = [slot for slot in slots if slot not in self._quarantine]
+            self._unpin_quarantined(quarantined)
         pins = self._pins
         for slot in slots:
             pins[slot] -= 1

@@ -91,7 +91,7 @@ def decode(packet: bytes) -> Message:
 def _join_keys(keys: Sequence[OffloadKey]) -> tuple[int, bytes]:
     joined = b"".join(keys)
     key_bytes = len(keys[0]) if keys else MIN_KEY_BYTES
-    if len(joined) != key_bytes * len(keys) or any(len(key) != key_bytes for key in keys):
+    if len(set(map(len, keys))) > 1:
         raise ValueError("keys of different lengths")
     return key_bytes, joined
 

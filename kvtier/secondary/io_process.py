@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Sequence
 
@@ -36,6 +37,9 @@ _MOST_PACKETS = 512
 _MOST_INDEX_BATCHES = 8
 """Received in one poll, so that a large index does not hold up a scheduler step."""
 
+_SECONDS_TO_EXIT = 0.2
+"""From the end of the socket to the end of the process, before it is killed for staying."""
+
 _REPORTS = Ready | Unavailable | IndexBatch | IndexEnd | PartResult | ProbeAnswer
 
 
@@ -50,11 +54,14 @@ class IOProcess(IOExecutor):
         self._description = description
         self._arena_fd = arena_fd
         self._process: subprocess.Popen[bytes] | None = None
+        self._pidfd = -1
         self._socket: socket.socket | None = None
         self._first: deque[Message] = deque()
         self._loads: deque[Part] = deque()
         self._stores: deque[Part | Delete] = deque()
         self._local: deque[Report] = deque()
+        self._buffer = memoryview(bytearray(MAX_MESSAGE_BYTES + 1))
+        self._ended_at: float | None = None
 
     @property
     def pid(self) -> int | None:
@@ -77,6 +84,7 @@ class IOProcess(IOExecutor):
                 start_new_session=True,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
             )
+            self._pidfd = os.pidfd_open(self._process.pid)
         except OSError as error:
             if ours is not None:
                 ours.close()
@@ -126,7 +134,7 @@ class IOProcess(IOExecutor):
             if packet is None:
                 break
             if not packet:
-                reports.append(Ended(self._why_it_ended()))
+                reports += self._ended()
                 break
             message = decode(packet)
             if not isinstance(message, _REPORTS):
@@ -159,7 +167,7 @@ class IOProcess(IOExecutor):
         self.retire()
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(signal.SIGKILL)
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def has_ended(self) -> bool:
         """Return whether the process is gone and reaped; its memory is unmapped by then."""
@@ -169,17 +177,17 @@ class IOProcess(IOExecutor):
             return False
         self.retire()
         self._process = None
+        os.close(self._pidfd)
         return True
 
     def wait(self, seconds: float) -> None:
-        """Wait for a packet, or a little for the process to end."""
+        """Wait for a packet or the end of the process."""
         poller = select.poll()
+        if self._process is not None:
+            poller.register(self._pidfd, select.POLLIN)
         if self._socket is not None:
             poller.register(self._socket, select.POLLIN)
-            poller.poll(seconds * 1000)
-        elif self._process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(seconds)
+        poller.poll(seconds * 1000)
 
     def _send_queued(self) -> None:
         """Send questions, loads and stores, in this order, until the queue of the socket is full."""
@@ -201,17 +209,20 @@ class IOProcess(IOExecutor):
         if self._socket is None:
             return b""
         try:
-            packet, _, flags, _ = self._socket.recvmsg(MAX_MESSAGE_BYTES + 1)
+            length = self._socket.recv_into(self._buffer)
         except BlockingIOError:
             return None
         except OSError:
             return b""
-        if flags & socket.MSG_TRUNC:
+        if length > MAX_MESSAGE_BYTES:
             raise ProtocolError("a packet that is too long")
-        return packet
+        return bytes(self._buffer[:length])
 
-    def _why_it_ended(self) -> str:
+    def _ended(self) -> list[Report]:
+        """Return why the process ended; nothing for a moment, until it can be reaped and its status says so."""
+        self._ended_at = self._ended_at or time.monotonic()
         code = None if self._process is None else self._process.poll()
         if code is None:
-            return "I/O process closed its socket"
-        return f"I/O process died of signal {-code}" if code < 0 else f"I/O process exited with {code}"
+            late = time.monotonic() - self._ended_at > _SECONDS_TO_EXIT
+            return [Ended("I/O process closed its socket")] if late else []
+        return [Ended(f"I/O process died of signal {-code}" if code < 0 else f"I/O process exited with {code}")]

@@ -125,15 +125,17 @@ class JobLedger:
         first, count = result.first, len(result.successes)
         if job is None:
             raise ProtocolError(f"a result for job {result.serial}, which is not open")
-        if not count or first + count > len(job.keys) or any(job.answered[first : first + count]):
+        if not count or first + count > len(job.keys) or 1 in job.answered[first : first + count]:
             raise ProtocolError(f"blocks {first} to {first + count} of job {result.serial} are not open")
         job.answered[first : first + count] = b"\1" * count
         job.num_left -= count
         self._count(job, -count)
         job.num_bytes += result.num_bytes
         job.failures.update(result.failures)
-        if all(result.successes):
-            moved, failed = list(range(first, first + count)), []
+        moved: Sequence[int]
+        failed: Sequence[int] = ()
+        if False not in result.successes:
+            moved = range(first, first + count)
             job.successful += job.keys[first : first + count]
         else:
             moved = [first + index for index, success in enumerate(result.successes) if success]
@@ -164,8 +166,12 @@ class JobLedger:
             self.num_store_blocks += blocks
 
     def _finish(self, job: Job) -> None:
-        metadata, successful = job.metadata, set(job.successful)
-        success = successful.issuperset(metadata.keys)
+        metadata = job.metadata
+        if len(job.successful) == len(metadata.keys):
+            success, successful = True, set[OffloadKey]()
+        else:
+            successful = set(job.successful)
+            success = successful.issuperset(metadata.keys)
         seconds = max(0.0, self._clock() - job.submitted)
         partial = successful if successful and not success else None
         self._results.append(JobResult(metadata.job_id, success, partial, seconds, job.num_bytes))

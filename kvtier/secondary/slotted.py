@@ -107,28 +107,31 @@ class SlottedTierManager(StoreTierManager):
         return self._begin_store(table, job_metadata)
 
     def _begin_load(self, table: BlockTable, metadata: JobMetadata) -> Job | None:
-        held = [
-            (key, slot)
-            for key, slot in zip(metadata.keys, metadata.block_ids.tolist(), strict=True)
-            if table.is_ready(key)
-        ]
-        keys = [key for key, _ in held]
-        slots = [table.slot_of[key] for key in keys]
+        keys, arena_slots = list(metadata.keys), metadata.block_ids.tolist()
+        slots = table.ready_slots(keys)
+        if slots is None:
+            held = [index for index, key in enumerate(keys) if table.is_ready(key)]
+            keys, arena_slots = [keys[index] for index in held], [arena_slots[index] for index in held]
+            slots = [table.slot_of[key] for key in keys]
         table.pin(slots)
         table.policy.touch(list(dict.fromkeys(keys)))
         absent = {FailureCause.ABSENT: len(metadata.keys) - len(keys)}
-        return self._ledger.open(metadata, keys, [slot for _, slot in held], slots, [], absent)
+        return self._ledger.open(metadata, keys, arena_slots, slots, [], absent)
 
     def _begin_store(self, table: BlockTable, metadata: JobMetadata) -> Job | None:
         placement = table.plan(metadata.keys)
-        here = [key for key in metadata.keys if table.is_ready(key)]
-        table.policy.touch(list(dict.fromkeys(here)))
+        here: list[OffloadKey] = []
+        if len(placement.keys) + placement.num_left_out < len(metadata.keys):
+            here = [key for key in metadata.keys if table.is_ready(key)]
+            table.policy.touch(list(dict.fromkeys(here)))
         slots = list(table.apply(placement).values())
         if placement.victims:
             self._note(placement.victims, removed=True)
             self.context.observer.on_event(BlocksEvicted(self.tier_type, placement.victims))
-        arena_slot_of = dict(zip(metadata.keys, metadata.block_ids.tolist(), strict=True))
-        arena_slots = [arena_slot_of[key] for key in placement.keys]
+        arena_slots = metadata.block_ids.tolist()
+        if len(placement.keys) < len(arena_slots):
+            arena_slot_of = dict(zip(metadata.keys, arena_slots, strict=True))
+            arena_slots = [arena_slot_of[key] for key in placement.keys]
         left_out = {FailureCause.NO_SPACE: placement.num_left_out}
         return self._ledger.open(metadata, placement.keys, arena_slots, slots, here, left_out)
 
@@ -137,18 +140,26 @@ class SlottedTierManager(StoreTierManager):
         if table is None or job.store_slots is None:
             return
         moved = [job.store_slots[index] for index in outcome.moved]
-        failed = [job.store_slots[index] for index in outcome.failed]
-        failed_keys = [job.keys[index] for index in outcome.failed]
         if job.metadata.is_promotion:
-            if failed and FailureCause.CANCELLED not in outcome.failures:
-                gone = [key for key, slot in zip(failed_keys, failed, strict=True) if table.slot_of.get(key) == slot]
-                self._note(table.remove(gone), removed=True)
             table.unpin(moved)
-            table.unpin(failed)
         else:
             table.publish(moved)
             self._note([job.keys[index] for index in outcome.moved], removed=False)
-            table.discard(failed_keys, failed)
+        if outcome.failed:
+            self._apply_failed(table, outcome, job.store_slots)
+
+    def _apply_failed(self, table: BlockTable, outcome: Outcome, store_slots: Sequence[int]) -> None:
+        """Forget blocks that could not be stored, and those that did not come back as what they were."""
+        job = outcome.job
+        slots = [store_slots[index] for index in outcome.failed]
+        keys = [job.keys[index] for index in outcome.failed]
+        if not job.metadata.is_promotion:
+            table.discard(keys, slots)
+            return
+        if FailureCause.CANCELLED not in outcome.failures:
+            gone = [key for key, slot in zip(keys, slots, strict=True) if table.slot_of.get(key) == slot]
+            self._note(table.remove(gone), removed=True)
+        table.unpin(slots)
 
     def _handle(self, report: Report) -> None:
         table = self._table

@@ -241,9 +241,9 @@ class StoreTierManager(SecondaryTierManager):
     def _is_sound(self, metadata: JobMetadata) -> bool:
         """Return whether a job names one slot of the arena per key, and keys that are some."""
         slots, keys = metadata.block_ids, metadata.keys
-        if len(slots) != len(keys) or not all(isinstance(key, bytes) for key in keys):
+        if len(slots) != len(keys) or not set(map(type, keys)) <= {bytes}:
             return False
-        return not len(keys) or (int(slots.min()) >= 0 and int(slots.max()) < self.num_blocks)
+        return not len(keys) or bool(0 <= slots.min() and slots.max() < self.num_blocks)
 
     def _pump(self) -> None:
         for report in self._supervisor.pump():

@@ -29,6 +29,8 @@ class ThreadExecutor(IOExecutor):
         self._queue = PartQueue()
         self._arena_lock = threading.Lock()
         self._wanted = True
+        self._killed = False
+        self._opener: threading.Thread | None = None
         self._reports: deque[Report] = deque()
         self._news = threading.Event()
         self._blocks_per_call = blocks_per_call(description.block_bytes)
@@ -36,7 +38,8 @@ class ThreadExecutor(IOExecutor):
     def start(self) -> None:
         """Start the thread that opens the store."""
         try:
-            threading.Thread(target=self._open_and_work, name="kvtier-io", daemon=True).start()
+            self._opener = threading.Thread(target=self._open_and_work, name="kvtier-io", daemon=True)
+            self._opener.start()
         except RuntimeError as error:
             raise StoreUnavailableError(f"no thread: {error}") from error
 
@@ -66,22 +69,29 @@ class ThreadExecutor(IOExecutor):
         self._reports.extend(map(cancelled, self._queue.cancel()))
 
     def retire(self) -> None:
-        """Stop touching the arena now; threads go home after the call they are in."""
-        self.kill()
+        """Stop touching the arena now; threads go home after the call they are in, and close the store.
 
-    def kill(self) -> None:
-        """Stop touching the arena now; waits for one copy of one block at most."""
+        Waits for one copy of one block at most.
+        """
         with self._arena_lock:
             self._wanted = False
         self._queue.close()
 
+    def kill(self) -> None:
+        """The same, without regard for threads that are stuck: they may keep the store, not the arena."""
+        self.retire()
+        self._killed = True
+
     def has_ended(self) -> bool:
-        """Return whether the arena is left alone for good."""
-        return not self._wanted
+        """Return whether the arena is left alone for good, and the store closed unless this was killed."""
+        return not self._wanted and (self._killed or self._opener is None or not self._opener.is_alive())
 
     def wait(self, seconds: float) -> None:
-        """Wait for a report."""
-        self._news.wait(seconds)
+        """Wait for a report, or for the threads to go home."""
+        if self._wanted or self._opener is None:
+            self._news.wait(seconds)
+        else:
+            self._opener.join(seconds)
 
     def _report(self, report: Report) -> None:
         self._reports.append(report)
