@@ -56,7 +56,8 @@ class OffloadingConfig:
     Attributes:
         extra_config: the user's configuration, as `TieringConfig` declares it; not changed.
         groups: the KV cache groups, at least one, by group index.
-        engine_block_bytes: bytes of one engine block over all layers and all workers, of the largest group.
+        engine_block_bytes: bytes of one engine block over all layers and all workers, of the largest group; the
+            workers have equal shares of it, in the order of their ranks.
         namespace: identity of the blocks; None if the engine cannot tell (persistent tiers then refuse to start).
         engine_id: unique among the engines of one machine.
         world_size: workers that share the arena.
@@ -90,6 +91,9 @@ class OffloadingConfig:
             raise ConfigError("groups", self.groups, "at least one KV cache group")
         _check_count("engine_block_bytes", self.engine_block_bytes)
         _check_count("world_size", self.world_size)
+        if self.engine_block_bytes % self.world_size:
+            allowed = f"a multiple of world_size={self.world_size}: each worker has an equal share of a block"
+            raise ConfigError("engine_block_bytes", self.engine_block_bytes, allowed)
         _check_count("data_parallel_size", self.data_parallel_size)
         if not 0 <= self.rank < self.world_size:
             raise ConfigError("rank", self.rank, f"0 to {self.world_size - 1}, for world_size={self.world_size}")

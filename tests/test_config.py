@@ -150,6 +150,10 @@ def test_the_primary_holds_at_least_one_block():
         ({"engine_block_bytes": 0}, "engine_block_bytes=0: an int, at least 1, expected"),
         ({"engine_block_bytes": True}, "engine_block_bytes=True: an int, at least 1, expected"),
         ({"extra_config": None}, "extra_config=None: a mapping of option names to values expected"),
+        (
+            {"engine_block_bytes": 4097, "world_size": 2},
+            "engine_block_bytes=4097: a multiple of world_size=2: each worker has an equal share of a block",
+        ),
         ({"rank": 1}, "rank=1: 0 to 0, for world_size=1"),
         (
             {"data_parallel_index": 2, "data_parallel_size": 2},

@@ -10,6 +10,8 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
+import numpy as np
+
 from kvtier.abc import OffloadingSpec, OffloadingWorker, TierContext
 from kvtier.clock import Clock, monotonic_clock
 from kvtier.config import CPUConfig, OffloadingConfig, engine_blocks_per_block, parse_config, primary_blocks
@@ -177,8 +179,17 @@ class ArenaSpec(OffloadingSpec):
 
     def _make_worker(self, kv_caches: KVCaches) -> OffloadingWorker:
         make_worker = WORKERS.load(device_of(kv_caches))
-        arena = self.arena
-        return make_worker(arena.view, kv_caches, self.engine_blocks_per_block, arena.control, self.config.rank)
+        arena, rank = self.arena, self.config.rank
+        return make_worker(
+            self._share_of(rank, arena.view), kv_caches, self.engine_blocks_per_block, arena.control, rank
+        )
+
+    def _share_of(self, rank: int, view: memoryview) -> memoryview:
+        """Return the part of every slot that one worker fills, shape (num_blocks, its bytes of a block)."""
+        if self.config.world_size == 1:
+            return view
+        share = self.config.engine_block_bytes * self.engine_blocks_per_block // self.config.world_size
+        return np.asarray(view)[:, rank * share : (rank + 1) * share].data
 
     def _namespace(self) -> Namespace | None:
         """Return the engine's namespace joined with what this spec decides about the bytes of a block."""

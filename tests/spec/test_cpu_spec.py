@@ -1,9 +1,13 @@
+import os
+
+import numpy as np
 import pytest
 
 from kvtier.config import KVCacheGroup, OffloadingConfig
 from kvtier.errors import ConfigError
 from kvtier.keys import make_offload_key
 from kvtier.namespace import Namespace
+from kvtier.primary.copies import KVCaches
 from kvtier.spec.cpu import CPUOffloadingSpec
 from kvtier.types import LookupResult, ReqContext
 
@@ -50,6 +54,45 @@ def test_shutdown_is_idempotent_and_final():
     spec.shutdown()
     with pytest.raises(RuntimeError, match="shut down"):
         spec.get_manager()
+
+
+def test_shutdown_ends_manager_worker_and_arena_in_this_order_whatever_they_raise(monkeypatch):
+    spec, order = CPUOffloadingSpec(config()), []
+    manager = spec.get_manager()
+    worker = spec.get_worker(KVCaches([np.zeros((4, 5000), np.int8)], [[(0, 5000)]]))
+    arena = spec.arena
+
+    def watch(holder, method, name):
+        original = getattr(holder, method)
+
+        def called():
+            order.append(name)
+            original()
+            raise OSError(name)
+
+        monkeypatch.setattr(holder, method, called)
+
+    watch(manager, "shutdown", "manager")
+    watch(worker, "shutdown", "worker")
+    watch(arena, "close", "arena")
+    with pytest.raises(OSError, match="arena"):
+        spec.shutdown()
+    assert order == ["manager", "worker", "arena"]
+    spec.shutdown()
+    assert len(order) == 3
+
+
+def test_a_manager_that_cannot_be_made_gives_the_memory_back(monkeypatch):
+    spec = CPUOffloadingSpec(config())
+
+    def fail(arena):
+        raise ConfigError("a", 1, "no")
+
+    monkeypatch.setattr(spec, "_make_manager", fail)
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(ConfigError):
+        spec.get_manager()
+    assert set(os.listdir("/proc/self/fd")) == before
 
 
 def test_shutdown_before_first_use():

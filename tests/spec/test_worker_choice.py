@@ -48,6 +48,21 @@ def test_tensors_take_the_worker_of_their_package():
         assert (rows[0] == 1.5).all()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_workers_of_one_engine_fill_their_own_part_of_a_slot(rank):
+    said = {"world_size": 2, "rank": rank}
+    config = OffloadingConfig({"cpu_bytes_to_use": "64KiB", "blocks_per_chunk": 2}, (KVCacheGroup(16),), 4000, **said)
+    rows = np.full((4, 2000), 7, np.int8)
+    with CPUOffloadingSpec(config) as spec:
+        worker = spec.get_worker(KVCaches([rows], [[(0, 2000)]]))
+        worker.submit_store(1, GPULoadStoreSpec([2, 3]), CPULoadStoreSpec([1]))
+        worker.wait({1})
+        assert [result.success for result in worker.get_finished()] == [True]
+        filled = np.frombuffer(spec.arena.row(1), np.int8) == 7
+        assert np.flatnonzero(filled).tolist() == list(range(rank * 4000, (rank + 1) * 4000))
+        assert not np.frombuffer(spec.arena.row(0), np.int8).any()
+
+
 def test_other_things_have_no_worker():
     for tensors, kinds in (([b"bytes"], ["bytes"]), ([], [])):
         with pytest.raises(ConfigError) as caught:
