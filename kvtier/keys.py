@@ -54,10 +54,9 @@ def common_key_bytes(keys: Collection[OffloadKey], expected: int | None) -> int:
     Raises:
         KeyFormatError: a key is no bytes object, too short, too long, or of another length.
     """
-    try:
-        lengths = set(map(len, keys))
-    except TypeError:
-        raise KeyFormatError("a key must be bytes made by make_offload_key") from None
+    if not set(map(type, keys)) <= {bytes}:
+        raise KeyFormatError("a key must be bytes made by make_offload_key")
+    lengths = set(map(len, keys))
     if len(lengths) == 1:
         (length,) = lengths
         if length == expected:

@@ -113,9 +113,9 @@ class BlockTable:
         Raises:
             KeyFormatError: a key's length or type is wrong.
         """
+        if keys:
+            common_key_bytes(keys, self._key_bytes)
         unique = dict.fromkeys(keys)
-        if unique:
-            common_key_bytes(unique, self._key_bytes)
         slot_of = self.slot_of
         all_new = slot_of.keys().isdisjoint(unique)
         missing = list(unique) if all_new else [key for key in unique if key not in slot_of]
