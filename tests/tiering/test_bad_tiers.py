@@ -1,0 +1,209 @@
+"""Whatever a tier does, the engine's thread sees a miss, no slot leaks, and the log says it once."""
+
+import logging
+import threading
+
+import pytest
+from engine import Engine, make_keys, payload
+
+from kvtier.events import BlocksFailed, TierState, TierStateChanged, UnexpectedCall
+from kvtier.testing.scripted_tier import ScriptedTier
+from kvtier.types import FailureCause, JobResult, LookupResult
+
+MISS = LookupResult.MISS
+METHODS = [
+    "lookup",
+    "submit_store",
+    "submit_load",
+    "get_finished_jobs",
+    "can_store",
+    "touch",
+    "state",
+    "on_request_finished",
+    "drain_jobs",
+    "start_epoch",
+    "shutdown",
+]
+
+
+def exercise(engine: Engine, rounds: int = 20) -> None:
+    """Traffic with resets and evictions; loads are verified by `run`."""
+    for number in range(rounds):
+        engine.run(make_keys(5, f"prefix{number % 3}"), f"request{number}")
+        engine.clock.advance(0.5)
+        if number % 7 == 6:
+            engine.manager.reset_cache()
+            engine.step()
+
+
+@pytest.mark.parametrize("methods", [*[[method] for method in METHODS], METHODS])
+def test_a_tier_that_raises(make_engine, caplog, methods):
+    engine = make_engine(drain_timeout=1.0)
+    engine.plant(make_keys(5, "prefix0"))
+    engine.tier.raising = set(methods)
+    with caplog.at_level(logging.WARNING, "kvtier"):
+        exercise(engine)
+    engine.manager.shutdown()
+    engine.manager.check_invariants()
+    assert engine.table.num_quarantined == 0
+    downs = [record for record in caplog.records if "tier tier0 is down" in record.message]
+    assert len(downs) <= 2, "said once, not at every retry"
+
+
+def test_a_tier_that_recovers_is_used_again_and_both_changes_are_said(make_engine):
+    engine, keys = make_engine(), make_keys(3)
+    engine.plant(keys)
+    engine.tier.raising = {"lookup"}
+    assert engine.scan(keys, engine.request("a")) == [MISS]
+    engine.tier.raising = set()
+    assert engine.scan(keys, engine.request("b")) == [MISS]  # left alone for a while
+    for _ in range(4):
+        engine.clock.advance(5)
+        engine.step()
+    assert engine.wait_hits(keys, engine.request("c")) == 3
+    assert [event.state for event in engine.log.of(TierStateChanged)] == [TierState.DOWN, TierState.UP]
+
+
+def test_a_tier_that_never_answers_is_left_alone_until_it_does(make_engine):
+    engine = make_engine(num_blocks=8, load_deadline=2.0, job_deadline=10.0)
+    engine.tier.auto = False
+    stored = make_keys(3, "stored")
+    engine.store(stored, engine.request("storer"))
+    engine.clock.advance(11)
+    engine.step()
+    engine.plant(make_keys(2, "planted"))
+    assert engine.scan(make_keys(2, "planted"), engine.request("a")) == [MISS]  # costs nothing
+    engine.store(make_keys(2, "more"), engine.request("b"))
+    assert len(engine.tier.stores) == 1
+    engine.tier.finish(engine.tier.waiting[0])
+    engine.tier.auto = True
+    for _ in range(4):
+        engine.clock.advance(40)
+        engine.step()
+    assert engine.wait_hits(make_keys(2, "planted"), engine.request("c")) == 2
+
+
+def test_a_tier_that_answers_twice_or_for_unknown_jobs(make_engine):
+    engine, keys = make_engine(), make_keys(3)
+    engine.plant(keys)
+    context = engine.request()
+    engine.scan(keys, context)
+    engine.step()
+    (job,) = engine.tier.loads
+    engine.tier.results += [
+        JobResult(job.job_id, True),
+        JobResult(job.job_id, False),
+        JobResult(4711, True),
+        JobResult(job.job_id, False, keys),
+    ]
+    engine.step()
+    assert engine.hits(keys, context) == 3
+    assert sum(event.times for event in engine.log.of(UnexpectedCall)) == 4
+    assert engine.load(keys, context) == [payload(key) for key in keys]
+
+
+def test_a_tier_that_names_keys_of_others_as_successful(make_engine):
+    engine, keys = make_engine(), make_keys(2)
+    engine.plant(keys)
+    engine.tier.auto = False
+    context = engine.request()
+    engine.scan(keys, context)
+    engine.step()
+    (job,) = engine.tier.loads
+    engine.tier.finish(job)
+    engine.tier.results = [JobResult(job.job_id, False, [*make_keys(3, "others"), keys[0]])]
+    engine.step()
+    assert engine.scan(keys, context) == [LookupResult.HIT, MISS]
+
+
+def test_garbage_instead_of_an_answer_is_a_miss(make_engine):
+    engine, keys = make_engine(), make_keys(2)
+    engine.tier.lookup = lambda key, context: "perhaps"
+    assert engine.scan(keys, engine.request()) == [MISS]
+
+
+class UnverifiedTier(ScriptedTier):
+    """A tier of somebody's own: it does not check what it returns."""
+
+    verifies_payloads = False
+
+
+@pytest.fixture
+def unverified(make_engine):
+    return make_engine(tiers=lambda view: [UnverifiedTier(view, "theirs")], load_deadline=1000.0)
+
+
+def settle(engine: Engine, context, keys) -> int:
+    """Scan until nothing is deferred; the hashing happens on another thread."""
+    pause = threading.Event()
+    for _ in range(500):
+        answers = engine.scan(keys, context)
+        engine.step()
+        if LookupResult.HIT_PENDING not in answers:
+            return sum(answer is LookupResult.HIT for answer in answers)
+        pause.wait(0.005)
+    raise AssertionError("a key stayed deferred")
+
+
+def store_and_wait(engine: Engine, keys) -> None:
+    engine.store(keys, engine.request("storer"))
+    pause = threading.Event()
+    for _ in range(500):
+        engine.step()
+        if set(keys) <= set(engine.tier.blocks):
+            break
+        pause.wait(0.005)
+    engine.step()
+    engine.finish(engine.request("storer"))
+    for number in range(2):  # push them out of the primary
+        engine.store(make_keys(8, f"pressure{number}"), engine.request(f"pressure{number}"))
+        wait_idle(engine)
+    assert not any(key in engine.table for key in keys)
+
+
+def wait_idle(engine: Engine) -> None:
+    pause = threading.Event()
+    for _ in range(500):
+        engine.step()
+        if not engine.manager.has_pending_work():
+            return
+        pause.wait(0.005)
+    raise AssertionError("jobs stayed unanswered")
+
+
+def test_bytes_of_an_unverified_tier_come_back_if_they_are_right(unverified):
+    keys = make_keys(3)
+    store_and_wait(unverified, keys)
+    context = unverified.request()
+    assert settle(unverified, context, keys) == 3
+    assert unverified.load(keys, context) == [payload(key) for key in keys]
+
+
+def test_wrong_bytes_of_an_unverified_tier_are_a_miss_and_said_once(unverified, caplog):
+    keys = make_keys(3)
+    store_and_wait(unverified, keys)
+    broken = bytearray(unverified.tier.blocks[keys[1]])
+    broken[100] ^= 1
+    unverified.tier.blocks[keys[1]] = bytes(broken)
+    context = unverified.request()
+    with caplog.at_level(logging.WARNING, "kvtier"):
+        assert settle(unverified, context, keys) == 1
+    assert unverified.load(keys[:1], context) == [payload(keys[0])]
+    assert unverified.log.of(BlocksFailed) == [BlocksFailed("theirs", FailureCause.CORRUPT, 1)]
+    assert len(caplog.records) == 1
+
+
+def test_blocks_whose_digest_nobody_knows_are_a_miss(unverified):
+    keys = make_keys(3)
+    unverified.plant(keys)
+    assert unverified.scan(keys, unverified.request()) == [MISS]
+
+
+def test_blocks_of_an_unverified_tier_from_before_a_reset_are_a_miss(unverified):
+    keys = make_keys(3)
+    store_and_wait(unverified, keys)
+    unverified.tier.start_epoch = lambda epoch: None  # it does not know of epochs
+    unverified.manager.reset_cache()
+    unverified.step()
+    assert set(keys) <= set(unverified.tier.blocks)
+    assert unverified.scan(keys, unverified.request()) == [MISS]
