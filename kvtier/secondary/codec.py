@@ -148,10 +148,14 @@ def _encode_options(message: Options) -> bytes:
 
 
 def _decode_options(packet: bytes) -> Options:
-    values = json.loads(packet[1:].decode())
+    values = json.loads(packet[1:].decode(), parse_constant=_no_constant)
     if not isinstance(values, dict):
         raise ValueError("options are no mapping")
     return Options(values)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _decode_ready(packet: bytes) -> Ready:

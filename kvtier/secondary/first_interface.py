@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from kvtier.abc import SecondaryTierManager
@@ -96,8 +97,9 @@ class FirstInterfaceTier(SecondaryTierManager):
         self.tier = tier
         self._open_stores: dict[int, list[OffloadKey]] = {}
         self._open_loads: set[int] = set()
-        self._drained: list[JobResult] = []
+        self._answers: list[JobResult] = []
         self._stored_in_epoch: set[OffloadKey] | None = None
+        self._narrowed: dict[int, list[OffloadKey]] = {}
 
     def start(self) -> None:
         """Start the tier, if it can be started."""
@@ -116,14 +118,23 @@ class FirstInterfaceTier(SecondaryTierManager):
         self.tier.submit_store(job_metadata)
 
     def submit_load(self, job_metadata: JobMetadata) -> None:
-        """Pass the job on."""
+        """Pass the job on, without blocks of an earlier epoch."""
+        known = self._stored_in_epoch
+        kept = [index for index, key in enumerate(job_metadata.keys) if known is None or key in known]
+        if len(kept) < len(job_metadata.keys):
+            if not kept:
+                self._answers.append(JobResult(job_metadata.job_id, False))
+                return
+            keys = [job_metadata.keys[index] for index in kept]
+            job_metadata = replace(job_metadata, keys=keys, block_ids=job_metadata.block_ids[kept])
+            self._narrowed[job_metadata.job_id] = keys
         self._open_loads.add(job_metadata.job_id)
         self.tier.submit_load(job_metadata)
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
         """Return the tier's results."""
-        drained, self._drained = self._drained, []
-        return drained + self._collect()
+        answers, self._answers = self._answers, []
+        return answers + self._collect()
 
     def can_store(self, num_blocks: int) -> bool:
         """Return the tier's answer, or True."""
@@ -155,10 +166,10 @@ class FirstInterfaceTier(SecondaryTierManager):
         """Let the tier drain itself if it can, and collect until every job is answered, at most DRAIN_SECONDS."""
         self._call_if_there("drain_jobs")
         deadline = time.monotonic() + DRAIN_SECONDS
-        self._drained += self._collect()
+        self._answers += self._collect()
         while (self._open_loads or self._open_stores) and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
-            self._drained += self._collect()
+            self._answers += self._collect()
 
     def start_epoch(self, epoch: bytes) -> None:
         """Look up only what is stored from now on; tell the tier if it knows of epochs."""
@@ -184,6 +195,9 @@ class FirstInterfaceTier(SecondaryTierManager):
         results = [_as_result(answer) for answer in finished()]
         for result in results:
             self._open_loads.discard(result.job_id)
+            narrowed = self._narrowed.pop(result.job_id, None)
+            if narrowed is not None and result.success:
+                result.success, result.successful_keys = False, narrowed
             keys = self._open_stores.pop(result.job_id, ())
             if self._stored_in_epoch is not None:
                 self._stored_in_epoch.update(keys if result.success else result.successful_keys or ())

@@ -243,7 +243,7 @@ class StoreTierManager(SecondaryTierManager):
         slots, keys = metadata.block_ids, metadata.keys
         if len(slots) != len(keys) or not set(map(type, keys)) <= {bytes}:
             return False
-        return not len(keys) or bool(0 <= slots.min() and slots.max() < self.num_blocks)
+        return not len(keys) or bool(slots.min() >= 0 and slots.max() < self.num_blocks)
 
     def _pump(self) -> None:
         for report in self._supervisor.pump():

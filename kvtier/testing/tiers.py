@@ -28,6 +28,8 @@ from kvtier.testing.stores import flip_bit, make_key, make_payload
 from kvtier.types import JobMetadata, JobResult, LookupResult, ReqContext, ScheduleEndContext
 
 _POLL_SECONDS = 0.001
+PATIENCE_SECONDS = 10.0
+"""How long the suite waits for an answer before it says that there is none."""
 _UNTOUCHED = 0x5A
 
 
@@ -57,10 +59,12 @@ class TierRig:
         self.results: dict[int, JobResult] = {}
         self.submitted: set[int] = set()
         self._next_job = 1
+        self._attached = False
 
     def attach(self, tier: SecondaryTierManager) -> None:
         """Drive this tier from now on."""
         self.tier = tier
+        self._attached = True
 
     def poll(self) -> None:
         """One step of the scheduler, as a tier sees it."""
@@ -70,8 +74,9 @@ class TierRig:
             self.results[result.job_id] = result
         self.tier.check_invariants()
 
-    def wait(self, condition: Callable[[], bool], what: str, seconds: float = 10.0) -> None:
+    def wait(self, condition: Callable[[], bool], what: str, seconds: float | None = None) -> None:
         """Step until `condition()`; fail with `what` after `seconds`."""
+        seconds = PATIENCE_SECONDS if seconds is None else seconds
         deadline = time.monotonic() + seconds
         self.poll()
         while not condition():
@@ -81,7 +86,7 @@ class TierRig:
             time.sleep(_POLL_SECONDS)
             self.poll()
 
-    def wait_up(self, seconds: float = 10.0) -> None:
+    def wait_up(self, seconds: float | None = None) -> None:
         """Step until the tier is UP."""
         self.wait(lambda: self.tier.state is TierState.UP, "the tier is up", seconds)
 
@@ -101,7 +106,7 @@ class TierRig:
         (self.tier.submit_load if load else self.tier.submit_store)(job)
         return job_id
 
-    def finish(self, job_id: int, seconds: float = 10.0) -> JobResult:
+    def finish(self, job_id: int, seconds: float | None = None) -> JobResult:
         """Step until a job is answered; return the answer."""
         self.wait(lambda: job_id in self.results, f"job {job_id} is answered", seconds)
         return self.results[job_id]
@@ -129,7 +134,7 @@ class TierRig:
                 loaded.append(number)
         return result, loaded
 
-    def lookup(self, number: int, seconds: float = 10.0) -> LookupResult:
+    def lookup(self, number: int, seconds: float | None = None) -> LookupResult:
         """Ask for a block until the answer is not RETRY; return it."""
         answer = LookupResult.RETRY
 
@@ -150,7 +155,8 @@ class TierRig:
 
     def close(self) -> None:
         """Shut the tier down and release the arena."""
-        self.tier.shutdown()
+        if self._attached:
+            self.tier.shutdown()
         self.arena.close()
 
 

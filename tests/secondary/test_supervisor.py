@@ -1,0 +1,255 @@
+"""Lives of executors on a clock that stands still, with executors that obey, die, hang, and cannot be killed."""
+
+import logging
+
+import numpy as np
+import pytest
+from fault_rigs import Recorder
+
+from kvtier.errors import ProtocolError, StoreUnavailableError
+from kvtier.events import TierState
+from kvtier.secondary.executor import Ended, IOExecutor
+from kvtier.secondary.health import Breaker, BreakerState, TierHealth
+from kvtier.secondary.jobs import JobLedger
+from kvtier.secondary.messages import IndexEnd, PartResult, Ready, Unavailable
+from kvtier.secondary.supervisor import Deadlines, Supervisor
+from kvtier.testing.clock import ManualClock
+from kvtier.testing.stores import make_key
+from kvtier.types import FailureCause, JobMetadata, ReqContext
+
+
+class PuppetExecutor(IOExecutor):
+    """Says what the test says; ends only when the test lets it."""
+
+    def __init__(self, start_error=None):
+        self.start_error = start_error
+        self.reports = []
+        self.garbage = False
+        self.killed = self.retired = False
+        self.can_end = True
+
+    def start(self):
+        if self.start_error:
+            raise self.start_error
+        self.reports += [Ready(0), IndexEnd()]
+
+    def submit(self, part):
+        pass
+
+    def probe(self, probe_id, keys):
+        pass
+
+    def delete(self, keys):
+        pass
+
+    def poll(self):
+        if self.garbage:
+            raise ProtocolError("?")
+        reports, self.reports = self.reports, []
+        return reports
+
+    def cancel_waiting(self):
+        pass
+
+    def retire(self):
+        self.retired = True
+
+    def kill(self):
+        self.killed = True
+
+    def has_ended(self):
+        return self.can_end and (self.killed or self.retired)
+
+    def wait(self, seconds):
+        pass
+
+
+class Rig:
+    def __init__(self):
+        self.clock = ManualClock()
+        self.recorder = Recorder()
+        self.ledger = JobLedger("puppet", self.clock, self.recorder)
+        self.health = TierHealth("puppet", self.recorder)
+        self.breaker = Breaker(self.clock)
+        self.lives = []
+        self.start_error = None
+        self.supervisor = Supervisor(
+            self.make, self.ledger, self.health, self.breaker, self.clock, Deadlines(job=10, oldest_job=40), self.end
+        )
+        self.supervisor.start()
+        self.pump()
+
+    def make(self):
+        self.lives.append(PuppetExecutor(self.start_error))
+        return self.lives[-1]
+
+    def end(self):
+        self.ledger.fail_all(FailureCause.TIER_DOWN)
+
+    def pump(self, seconds=0.0):
+        self.clock.advance(seconds)
+        reports = self.supervisor.pump()
+        self.supervisor.check_invariants()
+        self.ledger.check_invariants()
+        return reports
+
+    def open_job(self, job_id=1, blocks=4):
+        keys = [make_key(number) for number in range(blocks)]
+        job = JobMetadata(job_id, keys, np.arange(blocks, dtype=np.int32), False, ReqContext("r"))
+        return self.ledger.open(job, keys, range(blocks), None, [], {})
+
+    @property
+    def life(self):
+        return self.lives[-1]
+
+
+@pytest.fixture
+def rig():
+    return Rig()
+
+
+def test_it_is_up_when_the_index_is_complete(rig):
+    assert rig.health.state is TierState.UP
+    assert rig.supervisor.works
+
+
+def test_a_hang_is_killed_and_its_jobs_fail(rig):
+    rig.open_job()
+    rig.pump(9.9)
+    assert not rig.life.killed
+    rig.pump(0.2)
+    assert rig.life.killed
+    assert [result.success for result in rig.ledger.take_results()] == [False]
+    assert len(rig.lives) == 1
+    rig.pump(0.5)
+    assert len(rig.lives) == 2
+    rig.pump()
+    assert rig.health.state is TierState.UP
+
+
+def test_progress_puts_off_the_deadline_but_not_that_of_the_oldest_job(rig):
+    rig.open_job(1)
+    other = rig.open_job(2, blocks=8)
+    for step in range(5):
+        rig.pump(8)
+        if rig.life.killed:
+            break
+        rig.life.reports.append(PartResult(other.serial, step, [True]))
+        for report in rig.pump():
+            rig.ledger.apply(report)
+    assert step == 4
+    rig.pump(1)
+    assert rig.life.killed
+
+
+def test_what_cannot_be_killed_keeps_its_jobs_unanswered_and_has_no_successor(rig):
+    rig.open_job()
+    rig.life.can_end = False
+    rig.pump(11)
+    assert rig.life.killed
+    for _ in range(100):
+        rig.pump(60)
+    assert rig.ledger.take_results() == []
+    assert rig.ledger.num_jobs == 1
+    assert len(rig.lives) == 1
+    assert rig.health.state is TierState.DOWN
+    rig.life.can_end = True
+    rig.pump()
+    assert [result.success for result in rig.ledger.take_results()] == [False]
+    rig.pump(31)
+    assert len(rig.lives) == 2
+
+
+def test_a_shutdown_of_what_cannot_be_killed_answers_nothing(rig):
+    rig.open_job()
+    rig.life.can_end = False
+    rig.supervisor.close()
+    rig.supervisor.kill()
+    rig.pump(100)
+    assert rig.ledger.take_results() == []
+    assert rig.health.state is TierState.CLOSED
+    rig.life.can_end = True
+    rig.pump()
+    assert len(rig.ledger.take_results()) == 1
+    rig.pump(100)
+    assert len(rig.lives) == 1
+
+
+def test_attempts_space_out_to_half_a_minute_and_say_the_same_reason_once(rig, caplog):
+    caplog.set_level(logging.INFO, "kvtier")
+    rig.start_error = StoreUnavailableError("no more processes")
+    rig.life.reports.append(Ended("died"))
+    rig.pump()
+    attempts = []
+    for _ in range(2000):
+        before = len(rig.lives)
+        rig.pump(0.1)
+        if len(rig.lives) > before:
+            attempts.append(rig.clock())
+    gaps = np.diff(attempts)
+    assert gaps[0] == pytest.approx(1.0, abs=0.15)
+    assert gaps[-1] == pytest.approx(30.0, abs=0.2)
+    assert sum("no more processes" in message for message in caplog.messages) == 1
+    rig.start_error = None
+    rig.pump(31)
+    rig.pump()
+    assert rig.health.state is TierState.UP
+
+
+def test_a_locked_store_retires_its_process(rig):
+    rig.life.reports.append(Unavailable("locked"))
+    rig.pump()
+    assert rig.life.retired
+    assert not rig.life.killed
+    assert (rig.health.state, rig.health.reason) == (TierState.DOWN, "locked")
+
+
+def test_garbage_is_death(rig):
+    rig.open_job()
+    rig.life.garbage = True
+    rig.pump()
+    assert rig.life.killed
+    assert rig.health.state is TierState.DOWN
+
+
+@pytest.mark.parametrize("report", [Ready(0), IndexEnd()])
+def test_reports_out_of_turn_are_death(rig, report):
+    rig.life.reports.append(report)
+    rig.pump()
+    assert rig.life.killed
+
+
+def test_an_epoch_starts_a_new_life_only_when_the_old_one_is_gone(rig):
+    rig.open_job()
+    rig.life.can_end = False
+    rig.supervisor.restart()
+    rig.pump(1)
+    assert rig.health.state is TierState.STARTING
+    assert len(rig.lives) == 1
+    rig.pump(10)
+    assert rig.life.killed
+    rig.lives[0].can_end = True
+    rig.pump()
+    assert len(rig.lives) == 2
+    assert rig.health.state is TierState.UP
+    assert [result.success for result in rig.ledger.take_results()] == [False]
+
+
+def test_the_breaker_opens_half_opens_and_closes():
+    clock = ManualClock()
+    breaker = Breaker(clock, failures_to_open=3)
+    assert [breaker.fail() for _ in range(3)] == [False, False, True]
+    assert not breaker.try_again()
+    clock.advance(0.5)
+    assert breaker.try_again()
+    assert breaker.fail()
+    clock.advance(0.9)
+    assert not breaker.try_again()
+    clock.advance(0.1)
+    assert breaker.try_again()
+    breaker.succeed()
+    assert breaker.state is BreakerState.CLOSED
+    assert [breaker.fail() for _ in range(3)] == [False, False, True]
+    clock.advance(0.5)
+    assert breaker.try_again()
+    breaker.check_invariants()
