@@ -79,23 +79,35 @@ class Breaker:
 
 
 class TierHealth:
-    """State and reason of a tier; every change is logged and emitted once."""
+    """State and reason of a tier; every change is emitted, and logged once.
+
+    A tier that comes and goes for one reason says so once: the log starts afresh when the tier has proved that it
+    works, and not when it is only tried again.
+    """
 
     def __init__(self, tier_type: str, observer: Observer) -> None:
         self._tier_type = tier_type
         self._observer = observer
         self.state = TierState.STARTING
         self.reason = ""
+        self._said: set[tuple[TierState, str]] = set()
+
+    def prove(self) -> None:
+        """Note that the tier, after a failure, served something: what happens next is news again."""
+        self._said.clear()
 
     def change(self, state: TierState, reason: str = "") -> None:
         """Enter a state; the same state for the same reason is no change. Nothing follows CLOSED."""
         if (state, reason) == (self.state, self.reason) or self.state is TierState.CLOSED:
             return
         self.state, self.reason = state, reason
-        if state is TierState.DOWN:
+        if (state, reason) in self._said:
+            pass
+        elif state is TierState.DOWN:
             logger.warning(
                 "tier %s is down: %s; the engine runs without it, kvtier tries again", self._tier_type, reason
             )
         else:
             logger.info("tier %s is %s%s", self._tier_type, state.value, f": {reason}" if reason else "")
+        self._said.add((state, reason))
         self._observer.on_event(TierStateChanged(self._tier_type, state, reason))

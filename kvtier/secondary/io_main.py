@@ -54,6 +54,13 @@ class Channel:
         self._parent_fd = parent_fd
         self._send_lock = threading.Lock()
 
+    def wait_for_end(self) -> None:
+        """Wait until the parent or the socket ends; reads nothing."""
+        poller = select.poll()
+        poller.register(self._socket, 0)
+        poller.register(self._parent_fd, select.POLLIN)
+        poller.poll()
+
     def receive(self) -> Message:
         """Wait for a message.
 
@@ -138,14 +145,11 @@ class Server:
             self._finish()
 
     def _finish(self) -> None:
-        """Start no new call and wait for the running ones; they hold the store's lock, so not for ever."""
+        """Start no new call and wait for the running ones, as long as the watchdog lets them."""
         self._queue.close()
-        deadline = time.monotonic() + _MOST_SECONDS_AFTER_END
         for thread in self._threads:
             if thread.ident is not None:
-                thread.join(max(0.0, deadline - time.monotonic()))
-                if thread.is_alive():
-                    os._exit(EXIT_CUT_SHORT)
+                thread.join()
 
     def _accept(self, message: Message) -> None:
         if isinstance(message, Part):
@@ -169,6 +173,21 @@ class Server:
                     self._channel.send(report)
 
 
+class Watchdog:
+    """Ends the process some time after its parent, whatever it is stuck in; at once while the store still opens."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self.open = threading.Event()
+        threading.Thread(target=self._watch, name="kvtier-io-watchdog", daemon=True).start()
+
+    def _watch(self) -> None:
+        self._channel.wait_for_end()
+        if self.open.is_set():
+            time.sleep(_MOST_SECONDS_AFTER_END)
+        os._exit(EXIT_CUT_SHORT)
+
+
 def serve(socket_fd: int, arena_fd: int, parent_fd: int) -> int:
     """Live the life of an I/O process; return its exit status."""
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -176,6 +195,7 @@ def serve(socket_fd: int, arena_fd: int, parent_fd: int) -> int:
     with contextlib.suppress(OSError), open("/proc/self/comm", "w") as name:
         name.write("kvtier-io")
     channel = Channel(socket.socket(fileno=socket_fd), parent_fd)
+    watchdog = Watchdog(channel)
     try:
         first = channel.receive()
         if not isinstance(first, Options):
@@ -186,6 +206,7 @@ def serve(socket_fd: int, arena_fd: int, parent_fd: int) -> int:
             raise ProtocolError(f"options: {error}") from error
         arena = Arena.attach(arena_fd, description.num_blocks, description.block_bytes)
         runner = StoreRunner(description)
+        watchdog.open.set()
         try:
             Server(channel, runner, arena_rows(arena.view), description).serve()
         finally:

@@ -78,8 +78,9 @@ class IOProcess(IOExecutor):
             parent = os.pidfd_open(os.getpid())
             inherited = (theirs.fileno(), self._arena_fd, parent)
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "kvtier.secondary.io_main", *map(str, inherited)],
+                [sys.executable or "python3", "-P", "-m", "kvtier.secondary.io_main", *map(str, inherited)],
                 stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
                 pass_fds=inherited,
                 start_new_session=True,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
@@ -149,7 +150,7 @@ class IOProcess(IOExecutor):
         """Answer what was not sent as cancelled, and ask the process to do so with what has not started."""
         parts = [*self._loads, *(task for task in self._stores if isinstance(task, Part))]
         self._loads.clear()
-        self._stores.clear()
+        self._stores = deque(task for task in self._stores if isinstance(task, Delete))
         self._local.extend(map(cancelled, parts))
         self._first.append(CancelWaiting())
         self._send_queued()
@@ -157,6 +158,8 @@ class IOProcess(IOExecutor):
     def retire(self) -> None:
         """Close the socket: the process ends when its running calls have."""
         if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)  # a forked copy of this process may hold the socket, too
             self._socket.close()
             self._socket = None
         for queue in (self._first, self._loads, self._stores, self._local):

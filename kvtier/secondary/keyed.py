@@ -89,7 +89,7 @@ class KeyedTierManager(StoreTierManager):
     def _handle(self, report: Report) -> None:
         if isinstance(report, ProbeAnswer):
             self._probes.answer(report.probe_id, report.found)
-            self._supervisor.job_ended(served=not report.failed, broken=report.failed)
+            self._supervisor.job_ended(served=False, broken=report.failed)
         elif isinstance(report, Ready):
             if report.num_slots:
                 raise ProtocolError("a store of slots")

@@ -163,6 +163,7 @@ class StoreTierManager(SecondaryTierManager):
         self._wait_for_jobs(self.settings.deadlines.drain)
         if self._ledger.num_jobs:
             self._supervisor.fail("its jobs did not end at a drain")
+            self._supervisor.kill()
             self._wait_for_jobs(self.settings.deadlines.kill)
 
     def start_epoch(self, epoch: bytes) -> None:

@@ -127,6 +127,8 @@ class Supervisor:
     def job_ended(self, served: bool, broken: bool) -> None:
         """Tell the breaker of a finished job: some block was `served`, or all of them failed by I/O errors."""
         if served:
+            if self._breaker.state is BreakerState.HALF_OPEN:
+                self._health.prove()
             self._breaker.succeed()
         elif broken and self._breaker.fail():
             self._health.change(TierState.DOWN, "jobs failed one after the other")

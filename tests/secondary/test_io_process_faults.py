@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from fault_rigs import FAULTY, QUICK, Recorder, faulty_tier, is_alive, make_rig, num_descriptors, stop, wait_for
@@ -437,6 +438,53 @@ def test_it_ends_with_a_killed_parent_and_frees_the_directory(rig, engine, tmp_p
     disk_tier(rig, tmp_path)
     rig.wait_up()
     assert rig.load(range(4))[1] == [0, 1, 2, 3]
+
+
+def test_it_ends_with_its_parent_even_while_its_store_opens(tmp_path):
+    (tmp_path / "hang").touch()
+    code = (
+        "import sys, os; from fault_rigs import make_rig, faulty_tier; rig = make_rig();"
+        "tier = faulty_tier(rig, {'fault': 'hang', 'calls': ['open'], 'while_path': sys.argv[1]});"
+        "tier.start(); print(tier.io_pid, flush=True); sys.stdin.read()"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "hang")], env=environment, **pipes) as parent:
+        io_pid = int(parent.stdout.readline())
+        wait_for(lambda: Path(f"/proc/{io_pid}/comm").read_text() == "kvtier-io\n", "it is on its way")
+        parent.kill()
+    wait_for(lambda: not is_alive(io_pid), "the I/O process ends", 3)
+
+
+def test_a_forked_copy_of_the_engine_does_not_keep_it(rig):
+    tier = faulty_tier(rig)
+    tier.start()
+    rig.wait_up()
+    pid = tier.io_pid
+    reading, writing = os.pipe()
+    copy = os.fork()
+    if copy == 0:  # holds a copy of every descriptor until the test lets it go
+        os.close(writing)
+        os.read(reading, 1)
+        os._exit(0)
+    os.close(reading)
+    started = time.monotonic()
+    tier.shutdown()
+    assert time.monotonic() - started < QUICK.deadlines.drain
+    assert not is_alive(pid)
+    os.close(writing)
+    os.waitpid(copy, 0)
+
+
+def test_a_tier_that_comes_and_goes_for_one_reason_says_so_once(rig, tmp_path, caplog):
+    tier = faulty_tier(rig, {"fault": "raise", "calls": ["write"]})
+    tier.start()
+    rig.wait_up()
+    for _ in range(3):
+        rig.wait_up()
+        rig.wait(lambda: not rig.store([1]).success and tier.state is TierState.DOWN, "it is down")
+    assert rig.recorder.states() == ["up", "down"] * 3
+    assert sum("is down" in message for message in caplog.messages) == 1
 
 
 def test_a_directory_held_by_another_engine_is_opened_when_it_is_free(rig, engine, tmp_path, caplog):
