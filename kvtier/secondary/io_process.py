@@ -43,6 +43,12 @@ _SECONDS_TO_EXIT = 0.2
 _REPORTS = Ready | Unavailable | IndexBatch | IndexEnd | PartResult | ProbeAnswer
 
 
+def _environment() -> dict[str, str]:
+    """Return an environment in which modules are found where this process finds them, without BLAS threads."""
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    return {**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+
+
 class IOProcess(IOExecutor):
     """One process that maps the arena and runs a store.
 
@@ -83,7 +89,7 @@ class IOProcess(IOExecutor):
                 stdout=subprocess.DEVNULL,
                 pass_fds=inherited,
                 start_new_session=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+                env=_environment(),
             )
             self._pidfd = os.pidfd_open(self._process.pid)
         except OSError as error:

@@ -14,7 +14,8 @@ from kvtier.secondary.supervisor import Deadlines
 from kvtier.testing.tiers import TierRig
 
 FAULTY = "kvtier.testing.faulty_stores:FaultyBlockStore"
-QUICK = TierSettings(deadlines=Deadlines(job=0.6, oldest_job=4.0, start=5.0, drain=0.5), first_backoff=0.05)
+QUICK = TierSettings(deadlines=Deadlines(job=1.0, oldest_job=6.0, start=8.0, drain=0.5), first_backoff=0.05)
+PATIENT = TierSettings(first_backoff=0.05)
 
 
 class Recorder:

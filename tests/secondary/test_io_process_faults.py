@@ -12,7 +12,18 @@ import time
 from pathlib import Path
 
 import pytest
-from fault_rigs import FAULTY, QUICK, Recorder, faulty_tier, is_alive, make_rig, num_descriptors, stop, wait_for
+from fault_rigs import (
+    FAULTY,
+    PATIENT,
+    QUICK,
+    Recorder,
+    faulty_tier,
+    is_alive,
+    make_rig,
+    num_descriptors,
+    stop,
+    wait_for,
+)
 
 from kvtier.errors import ProtocolError
 from kvtier.events import BlocksFailed, TierState
@@ -94,7 +105,7 @@ def test_a_stopped_process_is_killed_at_the_deadline(rig, tmp_path):
     job = submit_store(rig, range(4))
     started = time.monotonic()
     assert not rig.finish(job).success
-    assert QUICK.deadlines.job <= time.monotonic() - started < QUICK.deadlines.job + 2
+    assert QUICK.deadlines.job <= time.monotonic() - started < QUICK.deadlines.job + 5
     assert not is_alive(pid)
     assert "progress" in tier.state_reason
     rig.wait_up()
@@ -102,7 +113,7 @@ def test_a_stopped_process_is_killed_at_the_deadline(rig, tmp_path):
 
 
 def test_a_stopped_process_that_wakes_up_in_time_does_its_jobs(rig):
-    tier = faulty_tier(rig)
+    tier = faulty_tier(rig, settings=PATIENT)
     tier.start()
     rig.wait_up()
     rig.store(range(8))
@@ -131,7 +142,7 @@ def test_a_drain_of_a_stopped_process_is_bounded_and_answers_all(rig):
         submit_store(rig, [number], first_slot=number)
     started = time.monotonic()
     tier.drain_jobs()
-    assert time.monotonic() - started < QUICK.deadlines.drain + QUICK.deadlines.kill + 1
+    assert time.monotonic() - started < QUICK.deadlines.drain + QUICK.deadlines.kill + 3
     rig.poll()
     rig.assert_each_job_answered_once()
     assert not is_alive(pid)
@@ -146,7 +157,7 @@ def test_a_shutdown_of_a_stopped_process_is_bounded(rig):
     submit_store(rig, range(8))
     started = time.monotonic()
     tier.shutdown()
-    assert time.monotonic() - started < 4 * QUICK.deadlines.drain + QUICK.deadlines.kill
+    assert time.monotonic() - started < 2 * QUICK.deadlines.drain + QUICK.deadlines.kill + 3
     assert not is_alive(pid)
     assert tier.state is TierState.CLOSED
     rig.poll()
@@ -248,7 +259,7 @@ def test_a_job_of_thousands_of_blocks_is_split_and_whole(tmp_path):
 
 
 def test_a_full_queue_never_waits(rig):
-    tier = faulty_tier(rig)
+    tier = faulty_tier(rig, settings=PATIENT)
     tier.start()
     rig.wait_up()
     pid = tier.io_pid
@@ -259,7 +270,7 @@ def test_a_full_queue_never_waits(rig):
         started = time.monotonic()
         jobs.append(rig.submit([make_key(number) for number in range(32)], range(32), load=True))
         longest = max(longest, time.monotonic() - started)
-    assert longest < 0.2
+    assert longest < 2  # a wait would be for ever
     os.kill(pid, signal.SIGCONT)
     rig.wait(lambda: set(jobs) <= set(rig.results), "all jobs are answered", 30)
     rig.assert_each_job_answered_once()
@@ -268,7 +279,7 @@ def test_a_full_queue_never_waits(rig):
 def test_back_pressure_is_a_value(tmp_path):
     rig = make_rig()
     try:
-        settings = type(QUICK)(deadlines=QUICK.deadlines, most_store_bytes=16 * 8192)
+        settings = type(QUICK)(most_store_bytes=16 * 8192)
         tier = faulty_tier(rig, hang(tmp_path / "hang", "write"), settings=settings)
         tier.start()
         rig.wait_up()
@@ -289,7 +300,7 @@ def test_back_pressure_is_a_value(tmp_path):
 def test_loads_overtake_stores_that_wait(tmp_path):
     rig = make_rig()
     try:
-        settings = type(QUICK)(threads=1, deadlines=QUICK.deadlines)
+        settings = type(QUICK)(threads=1)
         tier = faulty_tier(rig, settings=settings, store=FAULTY)
         tier.start()
         rig.wait_up()
@@ -457,7 +468,7 @@ def test_it_ends_with_its_parent_even_while_its_store_opens(tmp_path):
 
 
 def test_a_forked_copy_of_the_engine_does_not_keep_it(rig):
-    tier = faulty_tier(rig)
+    tier = faulty_tier(rig, settings=PATIENT)
     tier.start()
     rig.wait_up()
     pid = tier.io_pid
@@ -470,7 +481,7 @@ def test_a_forked_copy_of_the_engine_does_not_keep_it(rig):
     os.close(reading)
     started = time.monotonic()
     tier.shutdown()
-    assert time.monotonic() - started < QUICK.deadlines.drain
+    assert time.monotonic() - started < PATIENT.deadlines.drain - 0.1  # not by force
     assert not is_alive(pid)
     os.close(writing)
     os.waitpid(copy, 0)
