@@ -14,6 +14,7 @@ from hypothesis.stateful import precondition, rule
 from kvtier.abc import TierContext
 from kvtier.errors import InvariantError
 from kvtier.eviction.arc import ARCPolicy
+from kvtier.eviction.lru import LRUPolicy
 from kvtier.namespace import Namespace
 from kvtier.secondary.disk import DiskTierManager
 from kvtier.secondary.example import ExampleSecondaryTierManager
@@ -153,8 +154,13 @@ def test_the_machine_notices_bytes_of_former_weights():
     spoilt.arena.close()
 
 
+class RecencyMachine(ScriptedMachine):
+    def make_policy(self, capacity):
+        return LRUPolicy(capacity)
+
+
 def test_the_machine_notices_a_slot_that_is_reused_under_a_load():
-    machine = ScriptedMachine()
+    machine = RecencyMachine()
     machine.arrive(prefix=0, length=3)
     machine.begin_store(data=First())
     machine.end_store(data=First(), success=True)
