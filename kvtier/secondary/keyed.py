@@ -18,6 +18,8 @@ from kvtier.types import FailureCause, JobMetadata, LookupResult, ReqContext, Sc
 
 _MISS, _RETRY = LookupResult.MISS, LookupResult.RETRY
 _UP = TierState.UP
+_SECONDS_BETWEEN_LOOKS = 0.0002
+"""A long prefix of unknown keys is thousands of lookups; not each of them looks for answers."""
 
 
 class KeyedTierManager(StoreTierManager):
@@ -37,6 +39,7 @@ class KeyedTierManager(StoreTierManager):
     ) -> None:
         """Args: as `StoreTierManager`; store: a BlockStore."""
         super().__init__(offloading_spec, primary_kv_view, tier_type, store=store, options=options, settings=settings)
+        self._look_at = 0.0
         self._probes = Probes(self.context.clock, self._send_probe)
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
@@ -46,7 +49,8 @@ class KeyedTierManager(StoreTierManager):
             if self._health.state is not _UP:
                 return _MISS
         answer = self._probes.lookup(key)
-        if answer is _RETRY:
+        if answer is _RETRY and (now := self.context.clock()) >= self._look_at:
+            self._look_at = now + _SECONDS_BETWEEN_LOOKS
             self._pump()
             if self._health.state is not _UP:
                 return _MISS
