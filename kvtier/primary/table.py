@@ -122,6 +122,8 @@ class BlockTable:
         needed = len(missing) - len(self._free)
         if needed <= 0:
             return Placement(missing, [], 0)
+        if self._adopting:
+            return Placement([], [], len(missing))
         victims = self._pick_victims(needed, missing, () if all_new else unique)
         placed = missing[: len(self._free) + len(victims)]
         return Placement(placed, victims, len(missing) - len(placed))
