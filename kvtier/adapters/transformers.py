@@ -48,7 +48,8 @@ class Generation:
         num_prompt_tokens: tokens of the prompt.
         restored_tokens: tokens of the prompt that were not computed.
         sources: restored tokens by the name of the tier they came from, "primary" for host memory.
-        splits: tokens before which a forward pass of the prefill started, the first excepted.
+        splits: where the prefill was split: at the end of the restored prefix or, if nothing was restored, at the
+            last block boundary; empty for a prompt within one block.
         stored_blocks: blocks that are new in the primary tier.
         seconds_to_first_token: from the call to the choice of the first new token.
         first_logits: shape (vocabulary,), those that the first new token was chosen by.
@@ -91,8 +92,11 @@ class PrefixCache:
             raise ConfigError("blocks_per_chunk", config["blocks_per_chunk"], "absent: set block_size, in tokens")
         if staging_blocks < 1:
             raise ConfigError("staging_blocks", staging_blocks, "at least 1")
+        block_size = config.get("block_size", DEFAULT_TOKENS_PER_BLOCK)
+        if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size < 1:
+            raise ConfigError("block_size", block_size, "an int, at least 1 token")
         self.model = model
-        self.tokens_per_block: int = config.get("block_size", DEFAULT_TOKENS_PER_BLOCK)
+        self.tokens_per_block = block_size
         group = KVCacheGroup(self.tokens_per_block)
         self._shape = inspect_cache(model)
         self._namespace = model_namespace(model, self._shape, self.tokens_per_block)
@@ -189,8 +193,9 @@ class PrefixCache:
     ) -> Generation:
         """Answer a prompt greedily: restore its longest stored prefix, compute the rest, store the new blocks.
 
-        The prefill starts a forward pass at the last block boundary before the prompt's last token, restored or not,
-        so that the same prompt gives the same bits whether its blocks are found or not.
+        Matrices of other shapes round differently, so where a prefill is split shows in the last bits. A prompt of
+        which nothing is stored is computed up to its last block boundary first, then the rest: the split that it
+        will have when it is restored, so that the same prompt gives the same bits both times.
 
         Args:
             input_ids: one prompt, shape (1, tokens) or (tokens,), at least one token.
@@ -205,9 +210,8 @@ class PrefixCache:
         with self.request(prompt, cache_salt=cache_salt) as request:
             request.restore()
             before = time.perf_counter() - started
-            splits = tuple(
-                sorted({request.restored_tokens, last_full_block(length, self.tokens_per_block)} - {0, length})
-            )
+            split = request.restored_tokens or last_full_block(length, self.tokens_per_block)
+            splits = (split,) if split else ()
             decoded = decode_greedily(
                 self.model,
                 prompt,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from kvtier.config import TieringConfig, parse_config
 from kvtier.errors import ConfigError, KVTierError
 
 if TYPE_CHECKING:
@@ -53,12 +54,13 @@ def demo(
 
             obey(from_disk)
             return
+        chosen = None if tiers is None else read_tiers(tiers)
         with _folder(work_dir) as folder:
             with console.status("loading torch and transformers ..."):
                 from kvtier.cli.demonstration import caches, show  # torch is an extra, and slow to import
             settings = show.Settings(
                 model=model,
-                tiers=caches.default_tiers(folder) if tiers is None else read_tiers(tiers),
+                tiers=caches.default_tiers(folder) if chosen is None else chosen,
                 dtype=dtype,
                 turns=turns,
                 threads=threads or len(os.sched_getaffinity(0)),
@@ -76,7 +78,7 @@ def read_tiers(text: str) -> dict[str, Any]:
     """Return the configuration that `--tiers` gives: JSON text, a path, or @path.
 
     Raises:
-        ConfigError: no such file, or no JSON object.
+        ConfigError: no such file, no JSON object, or a key holds what it may not.
     """
     source = text
     if not text.lstrip().startswith(("{", "[")):
@@ -91,6 +93,8 @@ def read_tiers(text: str) -> dict[str, Any]:
         raise ConfigError("tiers", text, f"no JSON: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError("tiers", text, "a JSON object expected")
+    if "spec_name" not in value:
+        parse_config(value, TieringConfig)  # before a model is loaded
     return value
 
 

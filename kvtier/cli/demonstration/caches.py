@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,26 @@ def open_cache(model: Any, tiers: Mapping[str, Any]) -> Iterator[PrefixCache]:
         StoreUnavailableError: a tier is not; the message says which and why.
         KVTierError: as `PrefixCache` and `PrefixCache.open`.
     """
-    with PrefixCache(model, tiers) as cache:
+    cache = PrefixCache(model, tiers)
+    with ExitStack() as stack:
+        with _said_once():
+            stack.enter_context(cache)
         for name, (state, reason) in cache.tier_states().items():
             if state is not TierState.UP:
                 raise StoreUnavailableError(f"tier {name} is {state.value}: {reason or 'no reason given'}")
         yield cache
+
+
+@contextmanager
+def _said_once() -> Iterator[None]:
+    """Keep the log quiet while a cache opens: what goes wrong is an error of its own here."""
+
+    def refuse(record: logging.LogRecord) -> bool:
+        return False
+
+    logger = logging.getLogger("kvtier")
+    logger.addFilter(refuse)
+    try:
+        yield
+    finally:
+        logger.removeFilter(refuse)

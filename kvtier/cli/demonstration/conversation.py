@@ -1,4 +1,4 @@
-"""The conversation: one long document, questions about it, and the answers so far."""
+"""The conversations: one long document, visitors who ask about it, and the answers they were given."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ from importlib import resources
 from typing import Any
 
 INSTRUCTION = "Read this handbook, then answer questions about it in one short sentence."
-QUESTIONS = (
-    "How many steps does the tower have?",
-    "What is the name of the supply boat?",
-    "Who is the captain of the Petrel?",
-    "What colour flag does a keeper who is ill hang?",
-    "What did Tomas Brandvik write?",
-    "On which channel is a ship in distress reported?",
-    "When was the tower finished?",
-    "Which island does Skarn Light stand on?",
+VISITS = (
+    ("How many steps does the tower have?", "What is the name of the supply boat?"),
+    ("What did Tomas Brandvik write in 1929?", "Who built the tower?"),
+    ("Who is the captain of the Petrel?",),
+    ("On which channel is a ship in distress reported?",),
+    ("When was the tower finished?", "Who built the tower?"),
 )
+"""What each visitor asks. All read the same document; a follow-up continues the visitor's own conversation."""
 
 
 def read_document() -> str:
@@ -35,8 +33,12 @@ class Conversation:
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def question(self, turn: int) -> str:
-        """Return the question of a turn, counted from 1; there are always more."""
-        return QUESTIONS[(turn - 1) % len(QUESTIONS)]
+        """Return the question of a turn, counted from 1; a new visitor's first one starts a new conversation."""
+        questions = [(question, not index) for visit in VISITS for index, question in enumerate(visit)]
+        question, is_first = questions[(turn - 1) % len(questions)]
+        if is_first:
+            self.messages.clear()
+        return question
 
     def prompt(self, tokenizer: Any, question: str) -> list[int]:
         """Return the token ids of everything said so far and a new question; the first one brings the document."""

