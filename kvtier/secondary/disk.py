@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from kvtier.errors import ConfigError
 from kvtier.secondary.slotted import SlottedTierManager
 from kvtier.secondary.store_tier import TierSettings
 from kvtier.sizes import parse_size
+from kvtier.stores.slab.geometry import SlabGeometry
 from kvtier.types import Locality, Medium
 
 
@@ -17,6 +18,8 @@ class DiskTierManager(SlottedTierManager):
 
     medium = Medium.STORAGE
     locality = Locality.LOCAL
+    persistent: ClassVar[bool] = True
+    """Blocks outlive the engine: with LoRA, only where the user allows it."""
 
     def __init__(
         self,
@@ -59,5 +62,4 @@ class DiskTierManager(SlottedTierManager):
             eviction_policy=eviction_policy,
             settings=TierSettings.checked(threads, job_deadline),
         )
-        if size < self.block_bytes:
-            raise ConfigError("capacity", capacity, f"at least one block, {self.block_bytes} bytes")
+        SlabGeometry.of(size, self.block_bytes)

@@ -31,8 +31,12 @@ _ANSWERS = {True: LookupResult.HIT, False: LookupResult.MISS, None: LookupResult
 _NEEDED = ("lookup", "submit_store", "submit_load")
 
 
-def adapt_tier(tier: Any) -> SecondaryTierManager:
-    """Return `tier` itself if it speaks today's contract, else an adapter around it."""
+def adapt_tier(tier: Any, primary_kv_view: memoryview) -> SecondaryTierManager:
+    """Return `tier` itself if it speaks today's contract, else an adapter around it.
+
+    Args:
+        primary_kv_view: what the tier was made with, shape (num_blocks, block_bytes); it may not have kept it.
+    """
     if isinstance(tier, SecondaryTierManager) and not _is_first_interface(type(tier)):
         return tier
     fixed = {
@@ -41,7 +45,7 @@ def adapt_tier(tier: Any) -> SecondaryTierManager:
         "verifies_payloads": getattr(tier, "verifies_payloads", False),
     }
     adapter: type[FirstInterfaceTier] = type("FirstInterfaceTier", (FirstInterfaceTier,), fixed)
-    return adapter(tier)
+    return adapter(tier, primary_kv_view)
 
 
 class TierMaker:
@@ -64,7 +68,7 @@ class TierMaker:
             arguments["vllm_config"] = getattr(offloading_spec, "vllm_config", None)
         else:
             arguments["offloading_spec"] = offloading_spec
-        return adapt_tier(self.tier_class(**arguments))
+        return adapt_tier(self.tier_class(**arguments), primary_kv_view)
 
 
 def adapt_tier_class(tier_class: type) -> type[SecondaryTierManager] | TierMaker:
@@ -89,11 +93,9 @@ class FirstInterfaceTier(SecondaryTierManager):
     bytes is checked by the manager, as for every tier that does not verify payloads.
     """
 
-    def __init__(self, tier: Any) -> None:
-        super().__init__(
-            getattr(tier, "offloading_spec", None), getattr(tier, "primary_kv_view", None) or memoryview(b""),
-            getattr(tier, "tier_type", type(tier).__name__),
-        )  # fmt: skip
+    def __init__(self, tier: Any, primary_kv_view: memoryview) -> None:
+        tier_type = getattr(tier, "tier_type", type(tier).__name__)
+        super().__init__(getattr(tier, "offloading_spec", None), primary_kv_view, tier_type)
         self.tier = tier
         self._open_stores: dict[int, list[OffloadKey]] = {}
         self._open_loads: set[int] = set()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from kvtier.clock import Clock
 from kvtier.errors import InvariantError, ProtocolError
-from kvtier.events import BlocksFailed, JobFinished, Observer
+from kvtier.events import BlocksFailed, Observer
 from kvtier.keys import OffloadKey
 from kvtier.secondary.messages import Part, PartResult
 from kvtier.types import FailureCause, JobMetadata, JobResult
@@ -63,7 +63,7 @@ class Outcome:
 
 
 class JobLedger:
-    """Jobs in flight and results not collected yet. Emits JobFinished and BlocksFailed."""
+    """Jobs in flight and results not collected yet. Emits BlocksFailed; the manager says that a job ended."""
 
     def __init__(self, tier_type: str, clock: Clock, observer: Observer) -> None:
         self._tier_type = tier_type
@@ -175,11 +175,6 @@ class JobLedger:
         seconds = max(0.0, self._clock() - job.submitted)
         partial = successful if successful and not success else None
         self._results.append(JobResult(metadata.job_id, success, partial, seconds, job.num_bytes))
-        num_blocks = len(metadata.keys)
-        num_successful = num_blocks if success else len(successful)
-        self._observer.on_event(
-            JobFinished(self._tier_type, metadata.is_promotion, num_blocks, num_successful, job.num_bytes, seconds)
-        )
         for cause, count in job.failures.items():
             if count:
                 self._observer.on_event(BlocksFailed(self._tier_type, cause, count))

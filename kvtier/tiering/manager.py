@@ -66,15 +66,15 @@ class TieringOffloadingManager(OffloadingManager):
             secondary_tiers: in the order in which they are asked.
             names: one per tier, for events and `get_load_source`; default the tier types, made distinct.
             admissions: one per tier; default ALWAYS.
-            observer: where events go, beside the manager's own counters.
+            observer: where events go, beside the manager's own counters; given `Observers`, these count what tiers
+                report there, too.
         """
         self._stats = StatsObserver()
         self._kv_events = KVEventLog()
-        self._observer = Observers([self._stats])
+        self._observer = observer if isinstance(observer, Observers) else Observers([observer] if observer else [])
+        self._observer.add(self._stats)
         if settings.kv_events:
             self._observer.add(self._kv_events)
-        if observer is not None:
-            self._observer.add(observer)
         self._settings, self._clock = settings, clock
         self._primary, self._table = primary_tier, primary_tier.table
         self._tiers = SecondaryTiers(list(secondary_tiers or ()), names, admissions, settings, clock, self._observer)

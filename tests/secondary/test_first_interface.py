@@ -93,7 +93,7 @@ class TestEarlyTierOnTodaysBase(TierSuite):
 def test_todays_tiers_stay_what_they_are():
     assert adapt_tier_class(ExampleSecondaryTierManager) is ExampleSecondaryTierManager
     tier = ExampleSecondaryTierManager(None, memoryview(bytearray(4096)).cast("B", (1, 4096)), "example")
-    assert adapt_tier(tier) is tier
+    assert adapt_tier(tier, tier.primary_kv_view) is tier
 
 
 def test_what_is_no_tier_is_refused():
@@ -112,7 +112,7 @@ def test_a_tier_that_never_answers_is_drained_for_a_bounded_time(monkeypatch):
 
     monkeypatch.setattr(first_interface, "DRAIN_SECONDS", 0.05)
     rig_view = memoryview(bytearray(4096)).cast("B", (1, 4096))
-    tier = adapt_tier(Silent(None, rig_view, "silent"))
+    tier = adapt_tier(Silent(None, rig_view, "silent"), rig_view)
     job = type("Job", (), {"job_id": 1, "keys": [make_key(1)], "block_ids": [0]})()
     tier.submit_store(job)
     tier.drain_jobs()
@@ -124,5 +124,6 @@ def test_results_may_be_pairs():
         def get_finished(self):
             return [(result.job_id, result.success) for result in super().get_finished()] + [(99, False)]
 
-    tier = adapt_tier(Pairs(None, memoryview(bytearray(4096)).cast("B", (1, 4096)), "pairs"))
+    view = memoryview(bytearray(4096)).cast("B", (1, 4096))
+    tier = adapt_tier(Pairs(None, view, "pairs"), view)
     assert list(tier.get_finished_jobs()) == [JobResult(99, False)]

@@ -7,7 +7,7 @@ from fault_rigs import QUICK, Recorder, faulty_tier, make_rig
 
 from kvtier.abc import TierContext
 from kvtier.errors import ConfigError
-from kvtier.events import BlocksEvicted, BlocksFailed, JobFinished, TierState
+from kvtier.events import BlocksEvicted, BlocksFailed, TierState
 from kvtier.eviction.lru import LRUPolicy
 from kvtier.namespace import Namespace
 from kvtier.secondary.disk import DiskTierManager
@@ -92,13 +92,12 @@ def test_blocks_in_use_are_not_evicted(rig, tmp_path):
     assert rig.store([200]).success
 
 
-def test_jobs_are_said_once_with_their_numbers(rig, tmp_path):
+def test_results_have_their_numbers_and_failed_blocks_are_said_once(rig, tmp_path):
     disk(rig, tmp_path, capacity="1MiB").start()
-    rig.store([1, 2, 3])
-    rig.load([1, 9])
-    stored, loaded = rig.recorder.of(JobFinished)
-    assert (stored.is_promotion, stored.num_blocks, stored.num_successful, stored.num_bytes) == (False, 3, 3, 3 * 8192)
-    assert (loaded.is_promotion, loaded.num_blocks, loaded.num_successful) == (True, 2, 1)
+    stored = rig.finish(rig.submit([make_key(number) for number in (1, 2, 3)], [0, 1, 2], load=False))
+    loaded = rig.finish(rig.submit([make_key(1), make_key(9)], [3, 4], load=True))
+    assert (stored.success, stored.successful_keys, stored.transfer_bytes) == (True, None, 3 * 8192)
+    assert (loaded.success, set(loaded.successful_keys), loaded.transfer_bytes) == (False, {make_key(1)}, 8192)
     assert [(event.cause, event.num_blocks) for event in rig.recorder.of(BlocksFailed)] == [(FailureCause.ABSENT, 1)]
 
 
