@@ -37,12 +37,12 @@ def check_turns(turns: Sequence[Turn], dtype: str) -> list[Check]:
 
 def table_of(turns: Sequence[Turn], title: str) -> Table:
     """Return the turns as a table for a terminal."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("turn", no_wrap=True)
     for heading in ("prompt\ntokens", "tokens\nrestored"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("from\ntier", no_wrap=True)
-    for heading in ("first token\nwith kvtier", "first token\nwithout", "speedup"):
+    for heading in ("first token\nwith kvtier", "the same\nwithout", "speedup"):
         table.add_column(heading, justify="right", no_wrap=True)
     for number, turn in enumerate(turns, start=1):
         answer = turn.answer
