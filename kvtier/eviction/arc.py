@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from math import ceil, floor
 
 from kvtier.abc import EvictionPolicy
@@ -49,7 +49,8 @@ class ARCPolicy(EvictionPolicy):
         """Hold `keys`: in T2 those that a ghost remembers, which also adapts p, in T1 the others."""
         t1, t2, b1, b2 = self._t1, self._t2, self._b1, self._b2
         if b1.keys().isdisjoint(keys) and b2.keys().isdisjoint(keys):
-            t1.update(dict.fromkeys(reversed(keys)))
+            for key in reversed(keys):
+                t1[key] = None
             keys = ()
         for key in reversed(keys):
             if key in b1:
@@ -104,8 +105,11 @@ class ARCPolicy(EvictionPolicy):
         """
         b1, b2 = self._b1, self._b2
         if b1.keys().isdisjoint(incoming) and b2.keys().isdisjoint(incoming):
-            yield from self._candidates_for_strangers(len(incoming))
-            return
+            return self._candidates_for_strangers(len(incoming))
+        return self._candidates_one_by_one(incoming)
+
+    def _candidates_one_by_one(self, incoming: Sequence[OffloadKey]) -> Iterator[OffloadKey]:
+        b1, b2 = self._b1, self._b2
         recent, frequent = iter(self._t1), iter(self._t2)
         left1, left2 = len(self._t1), len(self._t2)
         size1, ghosts1, ghosts2, p = left1, len(b1) - self._fresh_b1, len(b2) - self._fresh_b2, self._p
@@ -138,12 +142,14 @@ class ARCPolicy(EvictionPolicy):
         num = min(num_incoming, left1 + left2)
         first2 = min(num, left2, max(0, floor(self._p) - left1 + 1) if left1 else left2)
         from1 = min(num - first2, left1)
-        yield from islice(frequent, first2)
-        yield from islice(recent, from1)
-        yield from islice(frequent, num - first2 - from1)
-        yield from islice(recent, max(0, ceil(left1 + num - from1 - self._p)))
-        yield from frequent
-        yield from recent
+        return chain(
+            islice(frequent, first2),
+            islice(recent, from1),
+            islice(frequent, num - first2 - from1),
+            islice(recent, max(0, ceil(left1 + num - from1 - self._p))),
+            frequent,
+            recent,
+        )
 
     def settle(self, keys: Sequence[OffloadKey]) -> None:
         """Put the held ones of `keys` in tail-first order at the recent end of the list each is in."""

@@ -11,9 +11,9 @@ whole request moves from state to state in a few calls of set and dict: this run
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from itertools import islice
+from typing import NamedTuple
 
 from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
@@ -32,8 +32,7 @@ class SlotState(Enum):
     """Belongs to no key; somebody may still touch it; free when its last pin goes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(NamedTuple):
     """A plan that changes nothing yet.
 
     Attributes:

@@ -271,7 +271,7 @@ class TieringOffloadingManager(OffloadingManager):
                 self._promoter.land(guard, answer.job, answer.successful)
             else:
                 self._table.unpin(answer.job.slots)
-        if len(self._transfers.stale):
+        if self._transfers.stale.pending:
             self._transfers.stale.sweep(self._primary.finished_sequence())
 
     def has_pending_work(self) -> bool:

@@ -28,8 +28,10 @@ class StaleTransfers:
         self._stores: list[_Stale] = []
         self._loads: list[_Stale] = []
 
-    def __len__(self) -> int:
-        return len(self._stores) + len(self._loads)
+    @property
+    def pending(self) -> bool:
+        """Whether any copy from before a reset may still be running."""
+        return bool(self._stores or self._loads)
 
     def take_over(self, state: RequestState, sequence: int) -> None:
         """Take the request's unfinished copies, all of transfers numbered up to `sequence`."""

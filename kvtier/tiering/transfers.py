@@ -50,7 +50,7 @@ class DeviceTransfers:
 
     def end_load(self, req_id: str, state: RequestState | None, keys: Collection[OffloadKey]) -> None:
         """Unpin what the request was loading under `keys`."""
-        left = self.stale.complete_loads(req_id, keys) if len(self.stale) else keys
+        left = self.stale.complete_loads(req_id, keys) if self.stale.pending else keys
         done, slots = _take(state.loading, left) if state is not None else ([], [])
         self._count_unexpected("complete_load", left, done)
         self._table.unpin(slots)
@@ -75,7 +75,7 @@ class DeviceTransfers:
         self, req_id: str, state: RequestState | None, keys: Collection[OffloadKey], success: bool
     ) -> list[OffloadKey]:
         """End the request's stores of `keys`; return those that are ready now, in the order they were prepared."""
-        left = self.stale.complete_stores(req_id, keys) if len(self.stale) else keys
+        left = self.stale.complete_stores(req_id, keys) if self.stale.pending else keys
         done, slots = _take(state.storing, left) if state is not None else ([], [])
         self._count_unexpected("complete_store", left, done)
         if success:
