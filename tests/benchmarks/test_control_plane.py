@@ -1,0 +1,23 @@
+"""The benchmark runs, and says what it should; its figures are judged by people, on a quiet machine."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_quick_run_prints_a_table_and_writes_json(tmp_path):
+    path = tmp_path / "figures.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "control_plane.py"), "--quick", "--json", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    assert "dict.get" in done.stdout
+    figures = json.loads(path.read_text())
+    assert {(row["keys"], row["policy"]) for row in figures["rows"]} == {
+        (size, policy) for size in (64, 512, 8192) for policy in ("lru", "arc")
+    }
+    for row in figures["rows"]:
+        for operation, target in figures["targets"].items():
+            # Ten times the target is no figure of a busy machine any more: something became slow.
+            assert 0 < row[operation] < 10 * target, (operation, row)
