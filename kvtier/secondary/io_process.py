@@ -45,8 +45,16 @@ _REPORTS = Ready | Unavailable | IndexBatch | IndexEnd | PartResult | ProbeAnswe
 
 def _environment() -> dict[str, str]:
     """Return an environment in which modules are found where this process finds them, without BLAS threads."""
-    path = os.pathsep.join(entry for entry in sys.path if entry)
+    path = os.pathsep.join(entry for entry in map(_written_out, sys.path) if entry)
     return {**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+
+
+def _written_out(entry: str) -> str:
+    """Return an entry of the search path; "", which an interactive interpreter has, as the directory it stands for."""
+    try:
+        return entry or os.getcwd()
+    except FileNotFoundError:
+        return ""  # removed: nothing can be found there
 
 
 class IOProcess(IOExecutor):

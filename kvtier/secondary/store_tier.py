@@ -61,8 +61,17 @@ class TierSettings:
 
 
 def store_path(store: str | type[SlotStore] | type[BlockStore]) -> str:
-    """Return "module:Class" of a store, given as that or as the class."""
-    return store if isinstance(store, str) else f"{store.__module__}:{store.__qualname__}"
+    """Return "module:Class" of a store, given as that or as the class.
+
+    Raises:
+        ConfigError: a class that an I/O process could not import: of the main program, or made in a function.
+    """
+    if isinstance(store, str):
+        return store
+    path = f"{store.__module__}:{store.__qualname__}"
+    if store.__module__ == "__main__" or "<locals>" in store.__qualname__:
+        raise ConfigError("store", path, "a class at the top of a module that another process can import")
+    return path
 
 
 class StoreTierManager(SecondaryTierManager):
@@ -84,7 +93,7 @@ class StoreTierManager(SecondaryTierManager):
         """Args: store: "module:Class" or the class; options: for its `open`, JSON values.
 
         Raises:
-            ConfigError: the engine gave no namespace, and blocks would outlive it.
+            ConfigError: the engine gave no namespace, and blocks would outlive it; or a class as in `store_path`.
         """
         super().__init__(offloading_spec, primary_kv_view, tier_type)
         context = getattr(offloading_spec, "tier_context", None)
