@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from kvtier.abc import SecondaryTierManager
 from kvtier.clock import Clock
@@ -20,6 +20,7 @@ from kvtier.events import BlocksFailed, JobFinished, Observer, TierState, TierSt
 from kvtier.keys import OffloadKey
 from kvtier.primary.arena import arena_rows
 from kvtier.tiering.ledger import DigestLedger
+from kvtier.tiering.tier_jobs import Answer, Claim, TierJob, make_tier_job, read_result
 from kvtier.types import (
     Admission,
     FailureCause,
@@ -37,23 +38,6 @@ FIRST_BACKOFF = 1.0
 MAX_BACKOFF = 30.0
 
 T = TypeVar("T")
-
-
-@dataclass(slots=True, eq=False)
-class TierJob:
-    """A job that a tier has not answered yet. `slots` stay pinned until it has."""
-
-    metadata: JobMetadata
-    slots: list[int]
-    submitted: float
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The end of a job: the keys that succeeded, verified if the tier does not verify by itself."""
-
-    job: TierJob
-    successful: frozenset[OffloadKey]
 
 
 @dataclass(slots=True)
@@ -93,7 +77,10 @@ class TierGuard:
         self._backoff = FIRST_BACKOFF
         self._ledger = None if tier.verifies_payloads else DigestLedger(arena_rows(tier.primary_kv_view))
         self._hashing: list[_Hashing] = []
+        self._draining = False
         self._pending_epoch: bytes | None = None
+        self._epoch_retry_at = 0.0
+        self._closed = False
         self._busy: threading.Thread | None = None
 
     # -- use, on the scheduler's thread -------------------------------------------------------------------
@@ -110,54 +97,63 @@ class TierGuard:
 
     def can_store(self, num_blocks: int) -> bool:
         """Return whether a store job of this size would be taken now."""
-        return self.usable and bool(self.call(self.tier.can_store, False, num_blocks))
+        return self.usable and self.call("can_store", False, num_blocks, read=bool)
 
     def submit(self, metadata: JobMetadata, slots: list[int]) -> bool:
         """Hand a job over; False if the tier did not take it. The slots must be pinned already."""
-        job = TierJob(metadata, slots, self._clock())
-        self.jobs[metadata.job_id] = job
-        if self._ledger is not None and not metadata.is_promotion:
+        job = make_tier_job(metadata, slots, self._clock())
+        self.jobs[job.job_id] = job
+        if self._ledger is not None and not job.is_promotion:
             self._hashing.append(_Hashing(job, self._ledger.hash(slots), frozenset()))
             return True
         return self._hand_over(job)
 
     def _hand_over(self, job: TierJob) -> bool:
-        submit = self.tier.submit_load if job.metadata.is_promotion else self.tier.submit_store
-        try:
-            submit(job.metadata)
-        except Exception as fault:  # noqa: BLE001 - a submit that raises has not taken the job
-            self._fault(submit.__name__, fault)
-            del self.jobs[job.metadata.job_id]
-            return False
-        return True
+        submit = "submit_load" if job.is_promotion else "submit_store"
+        taken = self.call(submit, False, job.metadata, read=lambda nothing: True)  # one that raises has not taken it
+        if not taken:
+            del self.jobs[job.job_id]
+        return taken
 
     def end_step(self, context: ScheduleEndContext) -> None:
         """Tell the tier that a step is over."""
-        if self._busy is None:
-            self.call(self.tier.on_schedule_end, None, context)
+        self.call("on_schedule_end", None, context)
 
     def stats(self) -> Mapping[str, float]:
         """Return the tier's gauges; none if it fails."""
-        nothing: Mapping[str, float] = {}
-        return self.call(self.tier.get_stats, nothing)
+        nothing: dict[str, float] = {}
+        return self.call("get_stats", nothing, read=dict)
 
     def take_events(self) -> list[OffloadingEvent]:
         """Return the tier's KV events since the last call; none if it fails."""
-        nothing: Iterable[OffloadingEvent] = ()
-        return list(self.call(self.tier.take_events, nothing))
+        nothing: list[OffloadingEvent] = []
+        return self.call("take_events", nothing, read=list)
 
     def describe(self) -> tuple[TierState, str]:
         """Return the tier's state, seen from outside, and the reason for it."""
         if self._down_reason is not None:
             return TierState.DOWN, self._down_reason
-        return self.state, self.call(lambda: self.tier.state_reason, "")
+        return self.state, self._guarded("state_reason", lambda: self.tier.state_reason, "")
 
-    def call(self, method: Callable[..., T], default: T, *args: object) -> T:
-        """Call a method of the tier; its fault is reported and `default` returned."""
+    def call(self, method: str, default: T, *args: object, read: Callable[[Any], T] | None = None) -> T:
+        """Call a method of the tier and `read` its answer; a fault of either is reported and `default` returned.
+
+        A tier that hangs in a call on another thread is not called at all: this thread might hang in it, too.
+        """
+        if self._busy is not None:
+            return default
+
+        def called() -> T:
+            answer: T = getattr(self.tier, method)(*args)
+            return answer if read is None else read(answer)
+
+        return self._guarded(method, called, default)
+
+    def _guarded(self, name: str, action: Callable[[], T], default: T) -> T:
         try:
-            return method(*args)
+            return action()
         except Exception as fault:  # noqa: BLE001 - a tier's fault never reaches the engine: it is reported
-            self._fault(method.__name__, fault)
+            self._fault(name, fault)
             return default
 
     # -- once a step --------------------------------------------------------------------------------------
@@ -165,6 +161,8 @@ class TierGuard:
     def poll(self) -> list[Answer]:
         """Collect what the tier and the ledger finished, and decide whether the tier may be used."""
         answers: list[Answer] = []
+        if self._closed:
+            return answers
         if self._busy is not None:
             if self._busy.is_alive():
                 self._down("does not come back")
@@ -172,36 +170,34 @@ class TierGuard:
             self._busy = None
         if self._ledger is not None:
             self._collect_hashes(self._ledger, answers)
-        nothing: Iterable[JobResult] = ()
-        for result in list(self.call(self.tier.get_finished_jobs, nothing)):
+        results: list[JobResult] = []  # those that came before a fault count
+        self.call("get_finished_jobs", None, read=results.extend)
+        for result in results:
             self._take_result(result, answers)
+        self._draining = False
         self._refresh()
         return answers
 
     def _take_result(self, result: JobResult, answers: list[Answer]) -> None:
-        job = self.jobs.get(result.job_id)
+        job = self._guarded("get_finished_jobs", lambda: self.jobs.get(result.job_id), None)
         if job is None or any(hashing.job is job for hashing in self._hashing):
             self._observer.on_event(UnexpectedCall(f"result of tier {self.name}", 1))
             return
-        keys = job.metadata.keys
-        claimed = frozenset(keys) if result.success else frozenset(keys).intersection(result.successful_keys or ())
+        now = self._clock()
+        failed = Claim(frozenset(), 0, now - job.submitted)
+        claim = self._guarded("get_finished_jobs", lambda: read_result(job, result, now), failed)
         self._observer.on_event(
-            JobFinished(
-                self.name,
-                job.metadata.is_promotion,
-                len(keys),
-                len(claimed),
-                result.transfer_bytes or 0,
-                result.transfer_time if result.transfer_time is not None else self._clock() - job.submitted,
-            )
+            JobFinished(self.name, job.is_promotion, len(job.keys), len(claim.keys), claim.num_bytes, claim.seconds)
         )
-        if self._ledger is not None and job.metadata.is_promotion and claimed:
-            self._hashing.append(_Hashing(job, self._ledger.hash(job.slots), claimed))
+        if self._ledger is None or not job.is_promotion or not claim.keys:
+            self._answer(job, claim.keys, answers)
+        elif self._draining:  # the primary is about to forget the blocks anyway
+            self._answer(job, frozenset(), answers)
         else:
-            self._answer(job, claimed, answers)
+            self._hashing.append(_Hashing(job, self._ledger.hash(job.slots), claim.keys))
 
     def _answer(self, job: TierJob, successful: frozenset[OffloadKey], answers: list[Answer]) -> None:
-        del self.jobs[job.metadata.job_id]
+        del self.jobs[job.job_id]
         answers.append(Answer(job, successful))
 
     def _collect_hashes(self, ledger: DigestLedger, answers: list[Answer]) -> None:
@@ -210,14 +206,16 @@ class TierGuard:
             return
         self._hashing = [hashing for hashing in self._hashing if not hashing.digests.done()]
         for hashing in done:
-            job, keys, digests = hashing.job, hashing.job.metadata.keys, hashing.digests.result()
-            if job.metadata.is_promotion:
+            job, keys, digests = hashing.job, hashing.job.keys, hashing.digests.result()
+            if job.is_promotion:
                 good = hashing.claimed.intersection(ledger.matching(keys, digests))
                 if len(good) < len(hashing.claimed):
                     wrong = len(hashing.claimed) - len(good)
                     self._observer.on_event(BlocksFailed(self.name, FailureCause.CORRUPT, wrong))
                     self._down(f"returned {wrong} blocks with wrong bytes")
                 self._answer(job, good, answers)
+            elif self._draining:  # nothing may be handed over between a drain and the new epoch
+                self._answer(job, frozenset(), answers)
             else:
                 ledger.record(keys, digests)
                 if not self._hand_over(job):
@@ -238,7 +236,7 @@ class TierGuard:
     @property
     def state(self) -> TierState:
         """The tier's own state; DOWN if asking for it raises."""
-        return self.call(lambda: self.tier.state, TierState.DOWN)
+        return self._guarded("state", lambda: self.tier.state, TierState.DOWN)
 
     # -- faults -------------------------------------------------------------------------------------------
 
@@ -261,20 +259,33 @@ class TierGuard:
     # -- reset and end ------------------------------------------------------------------------------------
 
     def start_epoch(self, epoch: bytes) -> None:
-        """Blocks stored before must miss; a tier with unanswered jobs stays down until they are answered."""
+        """Blocks stored before must miss; a tier that has not begun the epoch, for whatever reason, stays down."""
+        self._pending_epoch = epoch
         if self._ledger is not None:
             self._ledger.clear()
         if self.jobs or self._busy is not None:
-            self._pending_epoch = epoch
             self._down("jobs unanswered at a reset")
-            return
-        self._pending_epoch = None
-        self.call(self.tier.start_epoch, None, epoch)
+        else:
+            self._begin_epoch(epoch)
+
+    def _begin_epoch(self, epoch: bytes) -> None:
+        if self.call("start_epoch", False, epoch, read=lambda nothing: True):
+            self._pending_epoch = None
+            if self._ledger is not None:
+                self._ledger.clear()
+        else:
+            self._epoch_retry_at = self._retry_at
 
     def resume_epoch(self) -> None:
-        """Start the epoch that had to wait, once every job has been answered."""
-        if self._pending_epoch is not None and not self.jobs and self._busy is None:
-            self.start_epoch(self._pending_epoch)
+        """Start the epoch that had to wait, once every job has been answered; again later if the tier fails."""
+        if self._pending_epoch is None or self.jobs or self._busy is not None:
+            return
+        if self._clock() >= self._epoch_retry_at:
+            self._begin_epoch(self._pending_epoch)
+
+    def begin_drain(self) -> None:
+        """What has not been handed over yet will not be: the cache is being reset."""
+        self._draining = True
 
     def drain(self) -> None:
         """Wait until the tier touches no primary memory; runs on a thread of its own, bounded by its caller."""
@@ -288,19 +299,17 @@ class TierGuard:
 
     def shutdown(self) -> None:
         """End the tier and what the guard started; runs on a thread of its own, bounded by its caller."""
-        self.usable = False
+        self.usable, self._closed = False, True
         self.tier.shutdown()
         if self._ledger is not None:
             self._ledger.close()
 
     def has_live_cascade(self, now: float) -> bool:
         """Return whether a cascade is still within its deadline."""
-        return any(
-            not job.metadata.is_promotion and now - job.submitted <= self._job_deadline for job in self.jobs.values()
-        )
+        return any(not job.is_promotion and now - job.submitted <= self._job_deadline for job in self.jobs.values())
 
     def check_invariants(self) -> None:
         """Raise InvariantError if a hashing job is not an unanswered job; then ask the tier."""
-        if any(hashing.job.metadata.job_id not in self.jobs for hashing in self._hashing):
+        if any(hashing.job.job_id not in self.jobs for hashing in self._hashing):
             raise InvariantError(f"tier {self.name} hashes a job that was answered")
         self.tier.check_invariants()

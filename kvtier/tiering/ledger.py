@@ -17,16 +17,21 @@ from kvtier.keys import OffloadKey
 from kvtier.primary.arena import Rows
 
 MAX_ENTRIES = 1_000_000
+MAX_VERSIONS = 4
 
 
 class DigestLedger:
-    """Remembers digests by key, within a bound; the oldest are forgotten first."""
+    """Remembers digests by key, within a bound; the oldest are forgotten first.
+
+    A key may have several: computed again, a block differs in its last bits, and a tier may rightly keep the bytes it
+    was given first.
+    """
 
     def __init__(self, rows: Rows, max_entries: int = MAX_ENTRIES) -> None:
         """Args: rows: flat views of the primary slots, which stay pinned while they are hashed."""
         self._rows = rows
         self._max_entries = max_entries
-        self._digests: OrderedDict[OffloadKey, bytes] = OrderedDict()
+        self._digests: OrderedDict[OffloadKey, tuple[bytes, ...]] = OrderedDict()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvtier-ledger")
 
     def __contains__(self, key: object) -> bool:
@@ -39,14 +44,16 @@ class DigestLedger:
     def record(self, keys: Sequence[OffloadKey], digests: Sequence[bytes]) -> None:
         """Remember what the blocks looked like when they were given away."""
         for key, digest in zip(keys, digests, strict=True):
-            self._digests[key] = digest
+            known = self._digests.get(key, ())
+            if digest not in known:
+                self._digests[key] = (*known[1 - MAX_VERSIONS :], digest)
             self._digests.move_to_end(key)
         while len(self._digests) > self._max_entries:
             self._digests.popitem(last=False)
 
     def matching(self, keys: Sequence[OffloadKey], digests: Sequence[bytes]) -> list[OffloadKey]:
         """Return those of `keys` that came back as they went."""
-        return [key for key, digest in zip(keys, digests, strict=True) if self._digests.get(key) == digest]
+        return [key for key, digest in zip(keys, digests, strict=True) if digest in self._digests.get(key, ())]
 
     def clear(self) -> None:
         """Forget everything: no block given away before may come back."""

@@ -145,7 +145,7 @@ class TieringOffloadingManager(OffloadingManager):
         sources = state.sources
         by_source = {PRIMARY: len(ordered)} if not sources else Counter(sources.get(key, PRIMARY) for key in ordered)
         self._observer.on_event(BlocksLoaded(req_context.req_id, by_source))
-        return CPULoadStoreSpec(np.array(slots, dtype=np.int32), self._primary.next_sequence())
+        return self._make_spec(slots)
 
     def complete_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         """Unpin `keys`; see `OffloadingManager.complete_load`."""
@@ -185,8 +185,11 @@ class TieringOffloadingManager(OffloadingManager):
             held = [key for key in dict.fromkeys(ordered) if self._table.is_ready(key)]
             if held and self._tiers[index].can_store(len(held)):
                 self._cascade(self._tiers[index], held, req_context)
-        spec = CPULoadStoreSpec(np.array(slots, dtype=np.int32), self._primary.next_sequence())
-        return PrepareStoreOutput(placement.keys, spec, placement.victims)
+        return PrepareStoreOutput(placement.keys, self._make_spec(slots), placement.victims)
+
+    def _make_spec(self, slots: list[int]) -> CPULoadStoreSpec:
+        """Return the spec of a transfer; one without slots never reaches a worker, and gets no number."""
+        return CPULoadStoreSpec(np.array(slots, dtype=np.int32), self._primary.next_sequence() if slots else 0)
 
     def complete_store(self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True) -> None:
         """Make stored blocks loadable and offer them to every tier; see `OffloadingManager.complete_store`."""
@@ -214,7 +217,7 @@ class TieringOffloadingManager(OffloadingManager):
     def _make_job(
         self, keys: Sequence[OffloadKey], slots: list[int], promotion: bool, context: ReqContext
     ) -> JobMetadata:
-        return JobMetadata(next(self._job_ids), keys, np.array(slots, dtype=np.int32), promotion, context)
+        return JobMetadata(next(self._job_ids), list(keys), np.array(slots, dtype=np.int32), promotion, context)
 
     # -- requests and steps -------------------------------------------------------------------------------
 
@@ -267,7 +270,7 @@ class TieringOffloadingManager(OffloadingManager):
     def _poll(self) -> None:
         self._polled = True
         for guard, answer in self._tiers.poll():
-            if answer.job.metadata.is_promotion:
+            if answer.job.is_promotion:
                 self._promoter.land(guard, answer.job, answer.successful)
             else:
                 self._table.unpin(answer.job.slots)

@@ -8,11 +8,12 @@ from kvtier.clock import Clock
 from kvtier.events import BlocksEvicted, BlocksStored, Observer
 from kvtier.keys import OffloadKey
 from kvtier.primary.table import BlockTable, Placement
-from kvtier.tiering.guard import TierGuard, TierJob
+from kvtier.tiering.guard import TierGuard
 from kvtier.tiering.lookups import Lookups
 from kvtier.tiering.promotions import Leases, Promotions, plan_promotions
 from kvtier.tiering.requests import RequestState
 from kvtier.tiering.settings import TieringSettings
+from kvtier.tiering.tier_jobs import TierJob
 from kvtier.types import JobMetadata, ReqContext
 
 PRIMARY = "primary"
@@ -73,7 +74,7 @@ class Promoter:
 
     def land(self, guard: TierGuard, job: TierJob, successful: frozenset[OffloadKey]) -> None:
         """Take in the end of a promotion job: good blocks become ready, the rest misses for those who waited."""
-        keys, slots = job.metadata.keys, job.slots
+        keys, slots = job.keys, job.slots
         good = [slot for key, slot in zip(keys, slots, strict=True) if key in successful]
         self._table.publish(good)
         arrived: list[OffloadKey] = []

@@ -9,14 +9,14 @@ from kvtier.clock import Clock
 from kvtier.events import Observer, TierState
 from kvtier.keys import OffloadKey
 from kvtier.tiering.endings import run_bounded
-from kvtier.tiering.guard import Answer, TierGuard
+from kvtier.tiering.guard import TierGuard
 from kvtier.tiering.settings import TieringSettings
+from kvtier.tiering.tier_jobs import Answer
 from kvtier.types import (
     Admission,
     OffloadingEvent,
     OffloadPolicy,
     ReqContext,
-    RequestOffloadingContext,
     ScheduleEndContext,
     TierFilter,
 )
@@ -58,21 +58,21 @@ class SecondaryTiers:
         """Tell every tier of a request; return the indices of those that want all of its blocks."""
         wanting = []
         for guard in self.guards:
-            answer = guard.call(guard.tier.on_new_request, RequestOffloadingContext(), req_context)
-            if answer.policy is OffloadPolicy.REQUEST_LEVEL:
+            answer = guard.call("on_new_request", None, req_context)
+            if getattr(answer, "policy", None) is OffloadPolicy.REQUEST_LEVEL:
                 wanting.append(guard.index)
         return tuple(wanting)
 
     def forget(self, req_context: ReqContext) -> None:
         """Tell every tier that a request is over."""
         for guard in self.guards:
-            guard.call(guard.tier.on_request_finished, None, req_context)
+            guard.call("on_request_finished", None, req_context)
 
     def touch(self, keys: list[OffloadKey], req_context: ReqContext) -> None:
         """Pass a recency hint to every tier in use."""
         for guard in self.guards:
             if guard.usable:
-                guard.call(guard.tier.touch, None, keys, req_context)
+                guard.call("touch", None, list(keys), req_context)
 
     def poll(self) -> Iterator[tuple[TierGuard, Answer]]:
         """Yield the jobs that ended since the last call."""
@@ -92,6 +92,8 @@ class SecondaryTiers:
 
     def drain(self) -> None:
         """Wait, at most `drain_timeout`, until the tiers touch no primary memory; leave those alone that do not end."""
+        for guard in self.guards:
+            guard.begin_drain()
         calls = [(guard.name, guard.drain) for guard in self.guards]
         for guard, thread in zip(self.guards, run_bounded(calls, self._settings.drain_timeout), strict=True):
             guard.busy_with(thread)

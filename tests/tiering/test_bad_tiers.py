@@ -207,3 +207,125 @@ def test_blocks_of_an_unverified_tier_from_before_a_reset_are_a_miss(unverified)
     unverified.step()
     assert set(keys) <= set(unverified.tier.blocks)
     assert unverified.scan(keys, unverified.request()) == [MISS]
+
+
+def test_bytes_given_away_twice_come_back_in_either_version(unverified):
+    keys = make_keys(3)
+    store_and_wait(unverified, keys)
+    first = dict(unverified.tier.blocks)
+    unverified.store(keys, unverified.request("again"), version=1)  # computed anew, other in the last bits
+    wait_idle(unverified)
+    unverified.tier.blocks.update(first)  # "already here": it kept what it had
+    unverified.store(make_keys(8, "more pressure"), unverified.request("pressure"))
+    wait_idle(unverified)
+    context = unverified.request()
+    assert settle(unverified, context, keys) == 3
+    assert not unverified.log.of(BlocksFailed)
+
+
+@pytest.mark.parametrize("drained", ["store", "load"])
+def test_a_reset_while_blocks_are_hashed_hands_nothing_over_and_leaves_the_tier_in_use(unverified, drained):
+    keys = make_keys(3)
+    if drained == "load":
+        store_and_wait(unverified, keys)
+        unverified.scan(keys, unverified.request())
+        unverified.step()  # the tier has answered, and nobody has looked yet
+    else:
+        unverified.store(keys, unverified.request())
+    unverified.tier.auto = False
+    stores = len(unverified.tier.stores)
+    unverified.manager.reset_cache()
+    unverified.step()
+    assert len(unverified.tier.stores) == stores
+    assert unverified.table.num_free == unverified.table.num_slots
+    assert unverified.tier.epochs
+    assert not unverified.log.of(TierStateChanged)
+
+
+def test_a_tier_that_cannot_begin_an_epoch_is_not_used_until_it_has(make_engine):
+    engine, keys = make_engine(), make_keys(3)
+    engine.run(keys, "a")
+    engine.tier.raising = {"start_epoch"}
+    engine.manager.reset_cache()
+    for _ in range(10):
+        engine.clock.advance(60)
+        engine.step()
+        assert engine.scan(keys, engine.request("b")) == [MISS]  # it still holds bytes of the former weights
+    engine.tier.raising = set()
+    for _ in range(3):
+        engine.clock.advance(60)
+        engine.step()
+    assert len(engine.tier.epochs) == 1
+    assert engine.manager.tier_states()["tier0"][0] is TierState.UP
+    assert engine.wait_hits(keys, engine.request("c")) == 0
+
+
+def raising_halfway(result):
+    yield result
+    raise RuntimeError("halfway")
+
+
+def test_results_that_came_before_a_fault_count(make_engine):
+    engine, keys = make_engine(), make_keys(2)
+    engine.tier.auto = False
+    engine.store(keys, engine.request())
+    engine.tier.get_finished_jobs = lambda: raising_halfway(JobResult(engine.tier.stores[0].job_id, True))
+    engine.step()
+    assert engine.manager.get_stats()["cascaded_blocks.tier0"] == 2
+    assert not engine.manager.has_pending_work()
+
+
+@pytest.mark.parametrize("method", ["on_new_request", "get_finished_jobs", "take_events", "get_stats", "can_store"])
+@pytest.mark.parametrize("answer", [None, 7])
+def test_an_answer_of_another_type_is_a_fault_of_the_tier(make_engine, method, answer):
+    engine = make_engine()
+    setattr(engine.tier, method, lambda *args: answer)
+    exercise(engine)
+    assert not list(engine.manager.take_events())
+    assert engine.manager.get_stats()["primary.blocks"]
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        lambda job_id: JobResult(job_id, False, 7),
+        lambda job_id: JobResult(job_id, True, None, "soon", 3),
+        lambda job_id: JobResult(job_id, True, None, 0.1, "many"),
+        lambda job_id: JobResult(job_id, False, [[]]),
+    ],
+)
+def test_a_garbled_result_is_a_failed_job(make_engine, garbage):
+    engine, keys = make_engine(), make_keys(2)
+    engine.plant(keys)
+    engine.tier.auto = False
+    context = engine.request()
+    engine.scan(keys, context)
+    engine.step()
+    engine.tier.results = [None, JobResult([], True), garbage(engine.tier.loads[0].job_id)]
+    engine.step()
+    assert engine.scan(keys, context) == [MISS]
+    assert engine.table.num_free == engine.table.num_slots
+
+
+def test_a_tier_that_changes_its_job_changes_nothing_else(make_engine):
+    engine, keys = make_engine(), make_keys(3)
+    engine.plant(keys)
+    submit = engine.tier.submit_load
+
+    def spoil(job):
+        submit(job)
+        job.keys.clear()
+        job.block_ids[:] = 0
+        job.job_id, job.is_promotion = -1, False
+
+    engine.tier.submit_load = spoil
+    context = engine.request()
+    assert engine.wait_hits(keys, context) == 3
+    assert engine.load(keys, context) == [payload(key) for key in keys]
+
+
+def test_a_tier_without_a_method_does_not_reach_the_engine(make_engine):
+    engine = make_engine()
+    engine.tier.touch = None
+    exercise(engine)
+    assert engine.log.of(TierStateChanged)[0].state is TierState.DOWN

@@ -94,6 +94,16 @@ def test_slots_under_a_device_copy_stay_quarantined_until_the_worker_published_i
     assert engine.hits(later.keys_to_store, storer) == 2
 
 
+def test_only_transfers_that_reach_a_worker_are_numbered(make_engine):
+    engine, keys = make_engine(num_tiers=0), make_keys(2)
+    context = engine.request()
+    assert engine.manager.prepare_store(keys, context).store_spec.sequence == 1
+    assert engine.manager.prepare_store(keys, context).store_spec.sequence == 0  # nothing left to store
+    engine.manager.complete_store(set(keys), context)
+    assert engine.manager.prepare_load([], context).sequence == 0
+    assert engine.manager.prepare_load(keys, context).sequence == 2
+
+
 def test_a_late_completion_ends_the_old_copy_and_not_a_newer_one_of_the_same_key(make_engine):
     engine, keys = make_engine(num_tiers=0), make_keys(2)
     context = engine.request()
@@ -200,3 +210,35 @@ def test_a_reset_at_any_moment_of_a_request_leaks_nothing(make_engine, during):
     engine.step()
     assert engine.table.num_free == engine.table.num_slots
     assert len(engine.manager._requests) == 0
+
+
+def test_a_tier_that_hangs_in_its_drain_is_not_called_on_the_engines_thread(make_engine):
+    engine = make_engine(drain_timeout=0.1)
+    release = hang(engine.tier, "drain_jobs")
+    engine.manager.reset_cache()
+    called = []
+    for method in ("on_new_request", "on_request_finished", "on_schedule_end", "get_stats", "take_events", "touch"):
+        setattr(engine.tier, method, lambda *args, method=method: called.append(method))
+    context = engine.request()
+    engine.store(make_keys(2), context)
+    engine.load(make_keys(2), context)
+    engine.finish(context)
+    engine.step()
+    engine.manager.get_stats()
+    engine.manager.take_events()
+    assert called == []  # it might hold a lock that its drain holds, too
+    release.set()
+
+
+def test_calls_after_the_shutdown_reach_no_tier(make_engine):
+    engine, keys = make_engine(), make_keys(2)
+    engine.tier.auto = False
+    context = engine.request()
+    engine.store(keys, context)
+    engine.manager.prepare_store(make_keys(2, "late"), context)
+    engine.manager.shutdown()
+    engine.step()
+    engine.manager.complete_store(make_keys(2, "late"), context)
+    engine.manager.reset_cache()
+    engine.step()
+    assert len(engine.tier.stores) == 1

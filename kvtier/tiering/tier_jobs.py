@@ -1,0 +1,62 @@
+"""Jobs of a secondary tier as the manager remembers them, whatever the tier does to what it was handed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvtier.keys import OffloadKey
+from kvtier.types import JobMetadata, JobResult
+
+
+@dataclass(slots=True, eq=False)
+class TierJob:
+    """A job that a tier has not answered yet. `slots` stay pinned until it has.
+
+    Attributes:
+        metadata: what the tier was handed and may have changed since; nobody reads it back.
+        job_id, keys, slots, is_promotion: what the job really is.
+        submitted: when, in seconds of the manager's clock.
+    """
+
+    metadata: JobMetadata
+    job_id: int
+    keys: tuple[OffloadKey, ...]
+    slots: list[int]
+    is_promotion: bool
+    submitted: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The end of a job: the keys that succeeded, verified if the tier does not verify by itself."""
+
+    job: TierJob
+    successful: frozenset[OffloadKey]
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a result says: the keys that succeeded, bytes moved, seconds."""
+
+    keys: frozenset[OffloadKey]
+    num_bytes: int
+    seconds: float
+
+
+def make_tier_job(metadata: JobMetadata, slots: Sequence[int], now: float) -> TierJob:
+    """Note what a job is before a tier gets to see it."""
+    return TierJob(metadata, metadata.job_id, tuple(metadata.keys), list(slots), metadata.is_promotion, now)
+
+
+def read_result(job: TierJob, result: JobResult, now: float) -> Claim:
+    """Return what a tier's result says about its job.
+
+    Raises:
+        Exception: the result's fields are not what they should be; the tier decides of what kind.
+    """
+    succeeded = frozenset(job.keys)
+    if not result.success:
+        succeeded = succeeded.intersection(result.successful_keys or ())
+    seconds = float(result.transfer_time) if result.transfer_time is not None else now - job.submitted
+    return Claim(succeeded, int(result.transfer_bytes or 0), seconds)
