@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 from whole_engine import WholeEngine, make_keys, wait_for
@@ -39,7 +40,9 @@ def test_stopped_in_mid_store_then_continued(make_engine, delay_us):
     victims = make_keys(8, "victim")
     slots = engine.store(victims)  # its cascade is on its way; its request is over
     threading.Event().wait(delay_us / 1e6)
-    engine.signal(signal.SIGSTOP)
+    stopped = engine.signal(signal.SIGSTOP)
+    wait_for(lambda: Path(f"/proc/{stopped}/stat").read_text().rpartition(")")[2].split()[0] == "T", "the stop")
+    engine.step()  # what it answered before it stopped is no longer in flight
     in_flight = {slot for job in engine.manager._tiers[0].jobs.values() for slot in job.slots}
     used, prefixes = pressure(engine, 12, "pressure")
     engine.manager.check_invariants()
@@ -106,7 +109,6 @@ def test_an_engine_killed_in_mid_store_leaves_nothing_wrong(tmp_path):
     """Real `kill -9` of the engine at random moments; what the next one finds is right or missing."""
     import subprocess
     import sys
-    from pathlib import Path
 
     script = (
         "import sys; sys.path.insert(0, sys.argv[2])\n"

@@ -11,7 +11,7 @@ from kvtier.namespace import Namespace
 from kvtier.secondary.keyed import KeyedTierManager
 from kvtier.secondary.store_tier import TierSettings
 from kvtier.secondary.supervisor import Deadlines
-from kvtier.testing.tiers import TierRig
+from kvtier.testing.tier_rig import TierRig
 
 FAULTY = "kvtier.testing.faulty_stores:FaultyBlockStore"
 QUICK = TierSettings(deadlines=Deadlines(job=1.0, oldest_job=6.0, start=8.0, drain=0.5), first_backoff=0.05)

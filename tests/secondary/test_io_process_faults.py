@@ -31,7 +31,7 @@ from kvtier.secondary.codec import encode
 from kvtier.secondary.disk import DiskTierManager
 from kvtier.secondary.messages import PartResult
 from kvtier.testing.stores import make_key, make_payload
-from kvtier.testing.tiers import succeeded
+from kvtier.testing.tier_rig import succeeded
 from kvtier.types import FailureCause, LookupResult
 
 

@@ -11,7 +11,8 @@ from kvtier.secondary.disk import DiskTierManager
 from kvtier.secondary.example import ExampleSecondaryTierManager
 from kvtier.secondary.memory_tier import MemoryTierManager
 from kvtier.testing.stores import make_key, make_payload
-from kvtier.testing.tiers import SuiteSpec, TierSuite
+from kvtier.testing.tier_rig import SuiteSpec
+from kvtier.testing.tiers import TierSuite
 
 
 def on_threads(spec):

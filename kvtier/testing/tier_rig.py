@@ -1,0 +1,154 @@
+"""A tier over a real arena, driven by hand as the tiering manager drives it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from kvtier.abc import SecondaryTierManager, TierContext
+from kvtier.events import TierState
+from kvtier.keys import OffloadKey
+from kvtier.primary.arena import Arena
+from kvtier.testing.stores import make_key, make_payload
+from kvtier.types import JobMetadata, JobResult, LookupResult, ReqContext, ScheduleEndContext
+
+_POLL_SECONDS = 0.001
+PATIENCE_SECONDS = 10.0
+"""How long the suite waits for an answer before it says that there is none."""
+_UNTOUCHED = 0x5A
+
+
+class SuiteSpec:
+    """The engine's spec, as far as a tier needs one."""
+
+    def __init__(self, tier_context: TierContext) -> None:
+        self.tier_context = tier_context
+
+
+class TierRig:
+    """A tier over a real arena, driven by hand as the tiering manager drives it.
+
+    Attributes:
+        arena: `num_blocks` slots of `block_bytes` bytes.
+        answers: how often each job was answered.
+        results: the answers, by job.
+    """
+
+    def __init__(self, context: TierContext, num_blocks: int = 64, block_bytes: int = 8192) -> None:
+        """Args: context: `arena_fd` is set to the arena's."""
+        self.arena = Arena.create(num_blocks, block_bytes)
+        self.num_blocks, self.block_bytes = num_blocks, block_bytes
+        self.spec = SuiteSpec(replace(context, arena_fd=self.arena.fd))
+        self.request = ReqContext("suite")
+        self.answers: Counter[int] = Counter()
+        self.results: dict[int, JobResult] = {}
+        self.submitted: set[int] = set()
+        self._next_job = 1
+        self._attached = False
+
+    def attach(self, tier: SecondaryTierManager) -> None:
+        """Drive this tier from now on."""
+        self.tier = tier
+        self._attached = True
+
+    def poll(self) -> None:
+        """One step of the scheduler, as a tier sees it."""
+        self.tier.on_schedule_end(ScheduleEndContext())
+        for result in self.tier.get_finished_jobs():
+            self.answers[result.job_id] += 1
+            self.results[result.job_id] = result
+        self.tier.check_invariants()
+
+    def wait(self, condition: Callable[[], bool], what: str, seconds: float | None = None) -> None:
+        """Step until `condition()`; fail with `what` after `seconds`."""
+        seconds = PATIENCE_SECONDS if seconds is None else seconds
+        deadline = time.monotonic() + seconds
+        self.poll()
+        while not condition():
+            assert time.monotonic() < deadline, (
+                f"{what}: not after {seconds} s; {self.tier.state} {self.tier.state_reason}"
+            )
+            time.sleep(_POLL_SECONDS)
+            self.poll()
+
+    def wait_up(self, seconds: float | None = None) -> None:
+        """Step until the tier is UP."""
+        self.wait(lambda: self.tier.state is TierState.UP, "the tier is up", seconds)
+
+    def fill(self, slot: int, payload: bytes) -> None:
+        """Put bytes into a slot."""
+        self.arena.row(slot)[:] = payload
+
+    def read(self, slot: int) -> bytes:
+        """Return the bytes of a slot."""
+        return bytes(self.arena.row(slot))
+
+    def submit(self, keys: Sequence[OffloadKey], slots: Sequence[int], load: bool) -> int:
+        """Submit a job; return its number."""
+        job_id, self._next_job = self._next_job, self._next_job + 1
+        job = JobMetadata(job_id, list(keys), np.asarray(slots, dtype=np.int32), load, self.request)
+        self.submitted.add(job_id)
+        (self.tier.submit_load if load else self.tier.submit_store)(job)
+        return job_id
+
+    def finish(self, job_id: int, seconds: float | None = None) -> JobResult:
+        """Step until a job is answered; return the answer."""
+        self.wait(lambda: job_id in self.results, f"job {job_id} is answered", seconds)
+        return self.results[job_id]
+
+    def store(self, numbers: Sequence[int], first_slot: int = 0) -> JobResult:
+        """Store the blocks of these numbers from slots `first_slot` on; return the answer."""
+        slots = range(first_slot, first_slot + len(numbers))
+        for slot, number in zip(slots, numbers, strict=True):
+            self.fill(slot, make_payload(number, self.block_bytes))
+        return self.finish(self.submit([make_key(number) for number in numbers], slots, load=False))
+
+    def load(self, numbers: Sequence[int], first_slot: int = 32) -> tuple[JobResult, list[int]]:
+        """Load blocks into slots from `first_slot` on; return the answer and the numbers that succeeded.
+
+        Fails if a block that is said to have succeeded has other bytes than it was stored with.
+        """
+        slots = range(first_slot, first_slot + len(numbers))
+        for slot in slots:
+            self.fill(slot, bytes([_UNTOUCHED]) * self.block_bytes)
+        result = self.finish(self.submit([make_key(number) for number in numbers], slots, load=True))
+        loaded = []
+        for slot, number in zip(slots, numbers, strict=True):
+            if succeeded(result, make_key(number)):
+                assert self.read(slot) == make_payload(number, self.block_bytes), f"wrong bytes for block {number}"
+                loaded.append(number)
+        return result, loaded
+
+    def lookup(self, number: int, seconds: float | None = None) -> LookupResult:
+        """Ask for a block until the answer is not RETRY; return it."""
+        answer = LookupResult.RETRY
+
+        def answered() -> bool:
+            nonlocal answer
+            answer = self.tier.lookup(make_key(number), self.request)
+            assert isinstance(answer, LookupResult), f"lookup returned {answer!r}"
+            return answer is not LookupResult.RETRY
+
+        self.wait(answered, f"a lookup of block {number} is answered", seconds)
+        return answer
+
+    def assert_each_job_answered_once(self) -> None:
+        """Fail if a job was answered twice, never, or was never submitted."""
+        assert set(self.answers) <= self.submitted, "an answer for a job that was never submitted"
+        assert all(count == 1 for count in self.answers.values()), f"answers by job: {dict(self.answers)}"
+        assert set(self.answers) == self.submitted, f"unanswered: {self.submitted - set(self.answers)}"
+
+    def close(self) -> None:
+        """Shut the tier down and release the arena."""
+        if self._attached:
+            self.tier.shutdown()
+        self.arena.close()
+
+
+def succeeded(result: JobResult, key: OffloadKey) -> bool:
+    """Return whether a result says that this block succeeded."""
+    return result.success or (result.successful_keys is not None and key in result.successful_keys)
