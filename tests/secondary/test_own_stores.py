@@ -24,7 +24,7 @@ PROGRAM = """
 from kvtier.abc import TierContext
 from kvtier.namespace import Namespace
 from kvtier.secondary.keyed import KeyedTierManager
-from kvtier.testing.tiers import TierRig
+from kvtier.testing.tier_rig import TierRig
 
 rig = TierRig(TierContext(namespace=Namespace({"model": "m"})))
 from own_store import OwnStore
