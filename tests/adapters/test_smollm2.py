@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from kvtier.adapters.decoding import decode_greedily
 from kvtier.adapters.transformers import PrefixCache
-from kvtier.cli.demonstration.conversation import Conversation
+from kvtier.cli.demonstration.conversation import INSTRUCTION, read_document
 from kvtier.cli.demonstration.loading import load_model
 from kvtier.cli.demonstration.progress import Narrator
 
@@ -37,18 +37,26 @@ def plain(model, prompt, splits=()):
     return decode_greedily(model, prompt, cache, splits=splits, max_new_tokens=12, end_tokens=(2,))
 
 
+def ask_about_the_station(tokenizer):
+    """A question about the first section of the document: as good as the whole, and a fifth of the work."""
+    section = read_document().partition("## 2.")[0]
+    message = {"role": "user", "content": f"{INSTRUCTION}\n\n{section}\n\n{QUESTION}"}
+    encoded = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=True)
+    return torch.tensor([list(encoded["input_ids"])])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_document_is_computed_once(dtype, tmp_path):
     """From memory and from disk: bit-identical logits; in float32 also the very tokens of a full prefill."""
     loaded = load_model(None, dtype, threads=2, narrator=NARRATOR)
-    prompt = torch.tensor([Conversation().prompt(loaded.tokenizer, QUESTION)])
+    prompt = ask_about_the_station(loaded.tokenizer)
     with PrefixCache(loaded.model, tiers(tmp_path)) as cache:
         cold = cache.generate(prompt, max_new_tokens=12)
         from_memory = cache.generate(prompt, max_new_tokens=12)
     with PrefixCache(loaded.model, tiers(tmp_path)) as cache:
         from_disk = cache.generate(prompt, max_new_tokens=12)
     boundary = (prompt.shape[1] - 1) // 32 * 32
-    assert boundary > 1000
+    assert boundary > 200
     assert from_memory.sources == {"primary": boundary}
     assert from_disk.sources == {"disk": boundary}
     expected = plain(loaded.model, prompt, splits=(boundary,))
