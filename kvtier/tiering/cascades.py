@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from kvtier.events import CascadeRefused, Observer
 from kvtier.keys import OffloadKey
@@ -29,23 +29,32 @@ class AdmissionRule:
             case Admission.PROMPT_ONLY:
                 return [key for key in keys if _is_prompt(key, req_context)]
             case Admission.SECOND_TOUCH:
-                again = [key for key in keys if key in self._seen_once]
-                for key in keys:
-                    self._seen_once[key] = None
-                for key in again:
-                    del self._seen_once[key]
-                while len(self._seen_once) > self._max_seen:
-                    self._seen_once.popitem(last=False)
+                again = self._take_seen(keys)
+                admitted = set(again)
+                self.see([key for key in keys if key not in admitted])
                 return again
 
     def on_use(self, keys: Sequence[OffloadKey]) -> Sequence[OffloadKey]:
         """Return those of the loaded or touched `keys` that may enter now and could not before."""
-        if not self._seen_once:
-            return ()
-        again = [key for key in keys if key in self._seen_once]
+        return self._take_seen(keys) if self._seen_once else ()
+
+    def _take_seen(self, keys: Sequence[OffloadKey]) -> list[OffloadKey]:
+        again = [key for key in dict.fromkeys(keys) if key in self._seen_once]
         for key in again:
             del self._seen_once[key]
         return again
+
+    def see(self, keys: Iterable[OffloadKey]) -> None:
+        """Admit `keys` at their next touch."""
+        if self._admission is Admission.SECOND_TOUCH:
+            self._seen_once.update(dict.fromkeys(keys))
+            while len(self._seen_once) > self._max_seen:
+                self._seen_once.popitem(last=False)
+
+    @property
+    def waits_for_use(self) -> bool:
+        """Whether the use of any key could admit it."""
+        return bool(self._seen_once)
 
 
 def _is_prompt(key: OffloadKey, req_context: ReqContext) -> bool:
@@ -80,17 +89,23 @@ class Cascades:
             offers.append((guard, list(admitted)))
         return self._taken(offers)
 
-    def on_use(self, keys: Sequence[OffloadKey]) -> list[tuple[TierGuard, list[OffloadKey]]]:
-        """Return which tier gets which of the used `keys`: those that waited for a second touch."""
+    def on_use(
+        self, keys: Sequence[OffloadKey], is_ready: Callable[[OffloadKey], bool]
+    ) -> list[tuple[TierGuard, list[OffloadKey]]]:
+        """Return which tier gets which of the used `keys`: those that waited for a second touch and are ready."""
+        if not any(rule.waits_for_use for rule in self._rules):
+            return []
+        ready = [key for key in keys if is_ready(key)]
         return self._taken(
-            [(guard, list(rule.on_use(keys))) for guard, rule in zip(self._guards, self._rules, strict=True)]
+            [(guard, list(rule.on_use(ready))) for guard, rule in zip(self._guards, self._rules, strict=True)]
         )
 
     def _taken(self, offers: list[tuple[TierGuard, list[OffloadKey]]]) -> list[tuple[TierGuard, list[OffloadKey]]]:
         taken = []
-        for guard, keys in offers:
+        for (guard, keys), rule in zip(offers, self._rules, strict=True):
             reason = refuse_reason(guard, len(keys)) if keys else None
             if reason is not None:
+                rule.see(keys)
                 self._observer.on_event(CascadeRefused(guard.name, len(keys), reason))
             elif keys:
                 taken.append((guard, keys))

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from kvtier.clock import Clock
 from kvtier.events import Observer, RequestGaveUp
 from kvtier.keys import OffloadKey
+from kvtier.primary.table import BlockTable
 from kvtier.tiering.guard import TierGuard
-from kvtier.tiering.promotions import PromotionPlan, Promotions
+from kvtier.tiering.promotions import Promotions
 from kvtier.tiering.requests import RequestState, Wait
 from kvtier.tiering.settings import TieringSettings
 from kvtier.types import LookupResult
@@ -23,12 +24,14 @@ class Lookups:
 
     def __init__(
         self,
+        table: BlockTable,
         guards: Sequence[TierGuard],
         promotions: Promotions,
         settings: TieringSettings,
         clock: Clock,
         observer: Observer,
     ) -> None:
+        self._table = table
         self._guards = guards
         self._promotions = promotions
         self._settings = settings
@@ -43,6 +46,8 @@ class Lookups:
         """
         if filling:
             answer = _MISS if key in self._promotions.late else _PENDING
+            if key not in self._promotions.flights:
+                state.stores.add(key)
         elif state.tiers:
             answer = self._ask_tiers(state, key)
         else:
@@ -82,19 +87,23 @@ class Lookups:
         self._observer.on_event(RequestGaveUp(state.context.req_id, "probe", 0))
         return False
 
-    def shorten_deadline(self, state: RequestState, plan: PromotionPlan) -> None:
-        """Wait no longer than recomputing what the plan brings would take."""
+    def shorten_deadline(self, state: RequestState, num_blocks: int) -> None:
+        """`num_blocks` more are awaited: wait no longer than recomputing all that this attempt awaited would take."""
         settings = self._settings
-        if settings.prefill_rate and settings.tokens_per_block:
-            num_blocks = len(plan.joins) + sum(map(len, plan.by_tier.values()))
-            state.deadline = min(settings.load_deadline, num_blocks * settings.tokens_per_block / settings.prefill_rate)
+        state.num_awaited += num_blocks
+        if state.num_awaited and settings.prefill_rate and settings.tokens_per_block:
+            recomputing = state.num_awaited * settings.tokens_per_block / settings.prefill_rate
+            state.deadline = min(settings.load_deadline, recomputing)
 
     def expire(self, state: RequestState, now: float) -> bool:
         """Make a request whose time is over give up; what has arrived stays its hit. Return whether it did."""
         if state.deferred_since is None or state.time_waited(now) <= state.deadline:
             return False
         self._observer.on_event(RequestGaveUp(state.context.req_id, "deadline", len(state.awaiting)))
+        filling = self._table.filling
+        stuck = [key for key in state.stores if self._table.slot_of.get(key) in filling]
         self._promotions.leave(state, late=True)
+        self._promotions.late.update(stuck)
         state.stop_waiting(now)
         state.wait = Wait.GAVE_UP
         if state.lease:

@@ -116,8 +116,10 @@ class TieringOffloadingManager(OffloadingManager):
 
     def _open(self, req_context: ReqContext) -> RequestState:
         state = self._requests.get(req_context.req_id)
-        if state is not None and not state.finished:
-            return state
+        if state is not None:
+            if not state.finished:
+                return state
+            self._tiers.forget(state.context)  # its last copies go on under another request of that name
         tiers = self._tiers.allowed(req_context.load_tier_filter)
         return self._requests.open(req_context, tiers, self._settings.load_deadline)
 
@@ -137,8 +139,8 @@ class TieringOffloadingManager(OffloadingManager):
         state = self._open(req_context)
         ordered = keys if isinstance(keys, list) else list(keys)
         slots = self._transfers.begin_load(state, ordered)
-        if state.lease:
-            self._promoter.leases.release(state)
+        if state.lease or state.awaiting:
+            self._promoter.let_go(state)
         if state.deferred_since is not None:
             state.stop_waiting(self._clock())
         self._use(ordered, req_context)
@@ -149,6 +151,7 @@ class TieringOffloadingManager(OffloadingManager):
 
     def complete_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         """Unpin `keys`; see `OffloadingManager.complete_load`."""
+        self._sweep_stale()
         state = self._requests.get(req_context.req_id)
         self._transfers.end_load(req_context.req_id, state, keys)
         if state is not None and state.finished:
@@ -162,8 +165,8 @@ class TieringOffloadingManager(OffloadingManager):
         self._table.policy.touch(keys)
         if self._tiers.guards:
             self._tiers.touch(keys, req_context)
-            for guard, admitted in self._cascades.on_use(keys):
-                self._cascade(guard, [key for key in admitted if self._table.is_ready(key)], req_context)
+            for guard, admitted in self._cascades.on_use(keys, self._table.is_ready):
+                self._cascade(guard, admitted, req_context)
 
     def prepare_store(self, keys: Collection[OffloadKey], req_context: ReqContext) -> PrepareStoreOutput | None:
         """Choose slots for what is not held; see `OffloadingManager.prepare_store`.
@@ -193,8 +196,11 @@ class TieringOffloadingManager(OffloadingManager):
 
     def complete_store(self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True) -> None:
         """Make stored blocks loadable and offer them to every tier; see `OffloadingManager.complete_store`."""
+        self._sweep_stale()
         state = self._requests.get(req_context.req_id)
         ready = self._transfers.end_store(req_context.req_id, state, keys, success)
+        if self._promoter.promotions.late:
+            self._promoter.promotions.end_stores(keys)
         if state is None:
             return
         if ready:
@@ -256,7 +262,7 @@ class TieringOffloadingManager(OffloadingManager):
         for state in self._requests:
             self._promoter.expire(state, now)
         for state in sorted(self._scanned, key=_arrival):
-            if not state.finished and (state.found or state.deferred_since is not None):
+            if state.may_wait and (state.found or state.deferred_since is not None):
                 self._promoter.promote(state)
             state.forget_scan()
         self._scanned.clear()
@@ -274,6 +280,10 @@ class TieringOffloadingManager(OffloadingManager):
                 self._promoter.land(guard, answer.job, answer.successful)
             else:
                 self._table.unpin(answer.job.slots)
+        self._sweep_stale()
+
+    def _sweep_stale(self) -> None:
+        """Release what a reset left running and workers ended, lest it take the completion of a newer copy."""
         if self._transfers.stale.pending:
             self._transfers.stale.sweep(self._primary.finished_sequence())
 
@@ -314,7 +324,7 @@ class TieringOffloadingManager(OffloadingManager):
             self._promoter.let_go(state)
             self._transfers.stale.take_over(state, self._primary.sequence)
             state.start_over(self._settings.load_deadline)
-        self._promoter.promotions.abandon(list(self._promoter.promotions.flights))
+        self._promoter.promotions.clear()
         if self._settings.kv_events:
             self._kv_events.cleared(list(self._table.ready_keys()))
         self._table.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from kvtier.clock import Clock
+from kvtier.errors import KeyFormatError
 from kvtier.events import BlocksEvicted, BlocksStored, Observer
 from kvtier.keys import OffloadKey
 from kvtier.primary.table import BlockTable, Placement
@@ -41,25 +42,35 @@ class Promoter:
         self._make_job = make_job
         self.promotions = Promotions()
         self.leases = Leases(table, max(1, int(table.num_slots * settings.promotion_budget)))
-        self.lookups = Lookups(guards, self.promotions, settings, clock, observer)
+        self.lookups = Lookups(table, guards, self.promotions, settings, clock, observer)
 
     def promote(self, state: RequestState) -> None:
         """Plan for one request at the end of a step, and start what the plan says."""
-        plan = plan_promotions(state, self._table, self.leases.room(len(self.promotions.flights)), self.promotions.late)
-        if plan.waits:
+        if state.awaiting and not state.unresolved and state.awaiting.issuperset(state.scan):
+            return  # all of it is on its way
+        num_awaited = len(state.awaiting)
+        room = self.leases.room(len(self.promotions.flights))
+        plan = plan_promotions(state, self._table, room, self.promotions.late, self.leases.held)
+        if plan.waits or state.awaiting:
             self.leases.hold(state, plan.hits)
             self.promotions.join(plan.joins, state)
-            self.lookups.shorten_deadline(state, plan)
             for index, keys in plan.by_tier.items():
-                placement = self._table.plan(keys)
+                placement = self._place(keys)
                 self._submit(self._guards[index], placement, state)
                 self.lookups.deny(state, keys[len(placement.keys) :])
+            self.lookups.shorten_deadline(state, len(state.awaiting) - num_awaited)
         self.lookups.deny(state, plan.denied)
         now = self._clock()
         if not plan.waits and not state.unresolved and not state.awaiting:
             state.stop_waiting(now)
         if state.lease and not state.awaiting and state.lease_expires is None:
             state.lease_expires = now + self._settings.lease_timeout
+
+    def _place(self, keys: Sequence[OffloadKey]) -> Placement:
+        try:
+            return self._table.plan(keys)
+        except KeyFormatError:  # a tier claims to hold what cannot be a key here
+            return Placement([], [], len(keys))
 
     def _submit(self, guard: TierGuard, placement: Placement, state: RequestState) -> None:
         if not placement.keys:
@@ -120,6 +131,8 @@ class Promoter:
         """End the request's wait and its lease if their time is over."""
         if state.deferred_since is not None:
             self.lookups.expire(state, now)
+        if not state.scan and (state.deferred_since is not None or state.probing_since):
+            state.pause(now)
         if state.lease_expires is not None and now >= state.lease_expires:
             self.leases.release(state)
 

@@ -18,7 +18,7 @@ class PromotionPlan:
 
     Attributes:
         hits: ready keys to lease.
-        joins: keys already on their way, to wait for.
+        joins: keys already on their way, to wait for; not those that it awaits already.
         by_tier: keys to promote, per tier index, in the engine's order.
         denied: keys over the budget.
     """
@@ -35,13 +35,18 @@ class PromotionPlan:
 
 
 def plan_promotions(
-    state: RequestState, table: BlockTable, room: int, late: Container[OffloadKey] = ()
+    state: RequestState,
+    table: BlockTable,
+    room: int,
+    late: Container[OffloadKey] = (),
+    held: Container[int] = (),
 ) -> PromotionPlan:
     """Choose what to lease and promote for one request: all that is certain, up to the first unresolved key.
 
     Args:
         late: keys whose promotion somebody waited for in vain; nobody joins it.
         room: primary slots that the budget still grants, for new leases and promotions together.
+        held: slots that some lease holds already; another lease of them costs nothing.
     """
     groups = [_certain_head(state, group) for group in split_scan(state.scan)]
     hits: list[OffloadKey] = []
@@ -50,11 +55,13 @@ def plan_promotions(
     by_tier: dict[int, list[OffloadKey]] = {}
     for key in chain.from_iterable(zip_longest(*groups)):  # groups in step, so that a cut leaves them even
         slot = table.slot_of.get(key) if key is not None else None
-        if key is None or key in state.lease:
+        if key is None or key in state.lease or key in state.awaiting:
             continue
         if slot is not None and slot in table.filling:
             if key not in late:
                 joins.append(key)
+        elif slot is not None and slot in held:
+            hits.append(key)
         elif slot is not None and room > 0:
             hits.append(key)
             room -= 1
@@ -90,6 +97,7 @@ class Promotions:
     def __init__(self) -> None:
         self.flights: dict[OffloadKey, Flight] = {}
         self.late: set[OffloadKey] = set()
+        """Keys on their way from a tier or the device that somebody awaited in vain: nobody else shall."""
 
     def depart(self, keys: Iterable[OffloadKey], slots: Iterable[int], waiter: RequestState) -> None:
         """A job fills `slots` with `keys`, for `waiter`."""
@@ -139,6 +147,15 @@ class Promotions:
             for waiter in flight.waiters if flight is not None else ():
                 waiter.awaiting.discard(key)
 
+    def clear(self) -> None:
+        """The cache is reset: nothing is on its way or late any more."""
+        self.abandon(list(self.flights))
+        self.late.clear()
+
+    def end_stores(self, keys: Iterable[OffloadKey]) -> None:
+        """Device stores of `keys` have ended: those that were late are so no more, unless a tier brings them."""
+        self.late.difference_update([key for key in keys if key not in self.flights])
+
     @property
     def has_live(self) -> bool:
         """Whether any request waits for a flight."""
@@ -161,6 +178,11 @@ class Leases:
         self._table = table
         self._holders: dict[int, int] = {}
         self.budget = budget
+
+    @property
+    def held(self) -> Container[int]:
+        """The slots that requests hold."""
+        return self._holders.keys()
 
     def room(self, num_flights: int) -> int:
         """Slots that the budget still grants."""

@@ -28,6 +28,7 @@ class RequestState:
         scan: keys looked up in this step, in the engine's order.
         found: tier index of keys that a tier answered HIT for, in this step.
         unresolved: keys whose probe is unanswered, in this step.
+        stores: keys under another request's device store, in this step.
         awaiting: keys of promotions in flight that this request waits for.
         lease: slots pinned for this request, by key.
         lease_expires: when the lease ends by itself; None while promotions are awaited.
@@ -37,7 +38,7 @@ class RequestState:
         silent: tiers that missed the probe deadline.
         probing: tiers that left a probe of this scan unanswered; probing_since: since when, seconds.
         deferred_since, waited: the running part and the ended parts of this attempt's wait, seconds.
-        deadline: longest wait of this attempt, seconds.
+        deadline: longest wait of this attempt, seconds; num_awaited: blocks it has waited for so far.
         sources: name of the tier a promoted key came from.
         storing, loading: slots under a device copy, by key, in prepared order.
         loading_again: further loads of keys that are already being loaded.
@@ -51,6 +52,7 @@ class RequestState:
     scan: list[OffloadKey] = field(default_factory=list)
     found: dict[OffloadKey, int] = field(default_factory=dict)
     unresolved: set[OffloadKey] = field(default_factory=set)
+    stores: set[OffloadKey] = field(default_factory=set)
     awaiting: set[OffloadKey] = field(default_factory=set)
     lease: dict[OffloadKey, int] = field(default_factory=dict)
     lease_expires: float | None = None
@@ -63,6 +65,7 @@ class RequestState:
     deferred_since: float | None = None
     waited: float = 0.0
     deadline: float = 0.0
+    num_awaited: int = 0
     sources: dict[OffloadKey, str] = field(default_factory=dict)
     storing: dict[OffloadKey, int] = field(default_factory=dict)
     loading: dict[OffloadKey, int] = field(default_factory=dict)
@@ -76,6 +79,11 @@ class RequestState:
     def has_transfers(self) -> bool:
         """Whether a device copy of this request is unfinished."""
         return bool(self.storing or self.loading or self.loading_again)
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether it is live and has not given up."""
+        return not self.finished and self.wait is Wait.ALLOWED
 
     def time_waited(self, now: float) -> float:
         """Seconds this attempt has waited for tiers."""
@@ -92,11 +100,18 @@ class RequestState:
         self.waited = self.time_waited(now)
         self.deferred_since = None
 
+    def pause(self, now: float) -> None:
+        """The engine did not ask in this step: unless a promotion is awaited, no tier causes the wait."""
+        self.probing_since.clear()
+        if not self.awaiting and self.deferred_since is not None:
+            self.stop_waiting(now)
+
     def forget_scan(self) -> None:
         """The step is over; the next scan replaces this one."""
         self.scan.clear()
         self.found.clear()
         self.unresolved.clear()
+        self.stores.clear()
         for index in self.probing_since.keys() - self.probing:
             del self.probing_since[index]
         self.probing.clear()
@@ -119,6 +134,7 @@ class RequestState:
         self.wait = Wait.ALLOWED
         self.deferred_since = None
         self.waited = 0.0
+        self.num_awaited = 0
         self.deadline = deadline
         self.denied.clear()
         self.failed.clear()
@@ -146,15 +162,19 @@ class Requests:
     def open(self, context: ReqContext, tiers: tuple[int, ...], deadline: float) -> RequestState:
         """Return the state of a request, made if it is new or comes again after its end.
 
+        Another request of an ended one's name starts afresh, but for copies of the ended one that are unfinished.
+
         Args:
             tiers: indices of the tiers it may load from.
             deadline: longest wait of an attempt, seconds.
         """
-        state = self._by_id.get(context.req_id)
-        if state is None:
-            self._arrivals += 1
-            state = self._by_id[context.req_id] = RequestState(context, self._arrivals, tiers, deadline=deadline)
-        state.finished = False
+        former = self._by_id.get(context.req_id)
+        if former is not None and not former.finished:
+            return former
+        self._arrivals += 1
+        state = self._by_id[context.req_id] = RequestState(context, self._arrivals, tiers, deadline=deadline)
+        if former is not None:
+            state.storing, state.loading, state.loading_again = former.storing, former.loading, former.loading_again
         return state
 
     def close(self, state: RequestState) -> bool:

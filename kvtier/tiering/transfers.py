@@ -25,7 +25,7 @@ class DeviceTransfers:
         self.stale = StaleTransfers(table)
 
     def begin_load(self, state: RequestState, keys: Sequence[OffloadKey]) -> list[int]:
-        """Pin the slots of `keys` and return them.
+        """Pin the slots of `keys`, once each though a key comes twice, and return them, one per key given.
 
         Raises:
             BlockNotReadyError: a key is not ready; nothing was pinned.
@@ -34,14 +34,13 @@ class DeviceTransfers:
         if slots is None:
             missing = sum(not self._table.is_ready(key) for key in keys)
             raise BlockNotReadyError(f"{missing} of {len(keys)} blocks are not ready in the primary tier")
-        self._table.pin(slots)
         loading = state.loading
         if not loading:
             loading.update(zip(keys, slots, strict=True))
-            if len(loading) == len(keys):
-                return slots
-            loading.clear()
-        for key, slot in zip(keys, slots, strict=True):
+            self._table.pin(loading.values())
+            return slots
+        for key, slot in dict(zip(keys, slots, strict=True)).items():
+            self._table.pin((slot,))
             if key in loading:
                 state.loading_again.append((key, slot))
             else:
@@ -85,8 +84,8 @@ class DeviceTransfers:
         return []
 
     def _count_unexpected(self, what: str, asked: Collection[OffloadKey], done: list[OffloadKey]) -> None:
-        if len(done) < len(asked):
-            self._observer.on_event(UnexpectedCall(what, len(asked) - len(done)))
+        if len(done) < len(asked) and (times := len(set(asked)) - len(done)):
+            self._observer.on_event(UnexpectedCall(what, times))
 
 
 def _take(pending: dict[OffloadKey, int], keys: Collection[OffloadKey]) -> tuple[list[OffloadKey], list[int]]:

@@ -209,3 +209,79 @@ def test_a_tier_that_lies_about_its_blocks_does_not_hold_a_request_for_ever(make
     engine.tier.lookup = lambda key, context: HIT  # and no load succeeds
     context = engine.request()
     assert engine.wait_hits(keys, context, steps=5) == 0
+
+
+def test_a_store_that_somebody_awaited_in_vain_costs_the_next_request_nothing(make_engine):
+    engine, keys = make_engine(num_tiers=0, load_deadline=2.0), make_keys(1)
+    writer = engine.request("writer")
+    engine.manager.prepare_store(keys, writer)
+    engine.scan(keys, engine.request("first"))
+    engine.clock.advance(2.1)
+    engine.step()
+    assert engine.scan(keys, engine.request("second")) == [MISS]
+    engine.manager.complete_store(set(keys), writer, success=False)
+    engine.manager.prepare_store(keys, writer)
+    assert engine.scan(keys, engine.request("third")) == [PENDING]  # another store, which may be quicker
+
+
+def test_the_deadline_does_not_shrink_as_blocks_arrive(make_engine):
+    engine = make_engine(num_blocks=16, num_tiers=2, load_deadline=2.0, prefill_rate=1000.0, tokens_per_block=100)
+    keys = make_keys(10)
+    engine.plant(keys[:9], tier=0)
+    engine.plant(keys[9:], tier=1)
+    engine.tiers[1].auto = False
+    context = engine.request()
+    for _ in range(9):  # recomputing all ten would take a second
+        assert engine.scan(keys, context)[-1] is PENDING
+        engine.step()
+        engine.clock.advance(0.11)
+    engine.clock.advance(0.05)
+    assert engine.scan(keys, context)[-1] is MISS
+
+
+@pytest.mark.parametrize("first", ["probe", "store"])
+def test_the_clock_stands_still_while_the_engine_does_not_ask(make_engine, first):
+    engine, keys = make_engine(load_deadline=2.0, probe_deadline=0.005), make_keys(3)
+    context, writer = engine.request(), engine.request("writer")
+    if first == "probe":
+        engine.tier.unknown = set(keys)
+    else:
+        engine.manager.prepare_store(keys[:1], writer)
+    assert engine.scan(keys[:1], context)[0] in DEFERRED
+    engine.step()
+    engine.step()  # others take the whole of this step, and of many more
+    engine.clock.advance(3)
+    engine.tier.unknown = set(keys[1:])  # what it answered is forgotten: it has to look again
+    if first == "probe":
+        engine.plant(keys[:1])
+    else:
+        engine.manager.complete_store(set(keys[:1]), writer)
+    assert engine.scan(keys, context)[1:] == [RETRY, RETRY]
+
+
+def test_a_request_that_is_asked_about_in_every_other_step_gives_up_all_the_same(make_engine):
+    engine, keys = make_engine(load_deadline=2.0, probe_deadline=0.005), make_keys(1)
+    engine.tier.lookup = lambda key, context: RETRY
+    context = engine.request()
+    for _ in range(50):
+        if engine.scan(keys, context) == [MISS]:
+            return
+        for _ in range(2):
+            engine.clock.advance(0.1)
+            engine.step()
+    raise AssertionError("deferred for ever")
+
+
+def test_nothing_is_promoted_for_a_request_that_gave_up(make_engine):
+    engine, keys = silent(make_engine(load_deadline=2.0)), make_keys(3)
+    engine.plant(keys[:1])
+    context = engine.request()
+    engine.scan(keys, context)
+    engine.step()
+    engine.clock.advance(1.9)
+    engine.plant(keys[1:])
+    assert engine.scan(keys, context) == [PENDING] * 3
+    engine.clock.advance(0.2)
+    engine.step()
+    assert len(engine.tier.loads) == 1
+    assert not engine.manager.has_pending_work()

@@ -242,3 +242,26 @@ def test_calls_after_the_shutdown_reach_no_tier(make_engine):
     engine.manager.reset_cache()
     engine.step()
     assert len(engine.tier.stores) == 1
+
+
+@pytest.mark.parametrize("copy", ["store", "load"])
+def test_a_copy_that_workers_ended_takes_no_completion_from_a_newer_one(make_engine, copy):
+    engine, keys = make_engine(num_tiers=0), make_keys(2)
+    context, other = engine.request(), engine.request("other")
+    if copy == "load":
+        engine.store(keys, other)
+        old = engine.manager.prepare_load(keys, context)
+    else:
+        old = engine.manager.prepare_store(keys, context).store_spec
+    engine.manager.reset_cache()
+    if copy == "load":
+        engine.store(keys, other)
+        engine.manager.prepare_load(keys, context)
+    else:
+        engine.manager.prepare_store(keys, context)
+    engine.arena.control.publish(0, old.sequence + 1)
+    (engine.manager.complete_load if copy == "load" else engine.manager.complete_store)(set(keys), context)
+    assert engine.hits(keys, other) == 2
+    engine.finish(context)
+    engine.finish(other)
+    assert len(engine.manager._requests) == 0

@@ -186,3 +186,61 @@ def test_sources_are_counted_by_tier(make_engine):
     engine.load(keys, context)
     stats = engine.manager.get_stats()
     assert [stats[f"loaded_blocks.{name}"] for name in sources] == [1, 1, 1]
+
+
+def test_a_hit_that_another_request_holds_costs_no_budget(make_engine):
+    engine = make_engine(num_blocks=10, promotion_budget=0.8)
+    shared, ours, theirs = make_keys(6, "shared"), make_keys(1, "ours"), make_keys(1, "theirs")
+    engine.store(shared, engine.request("storer"))
+    engine.plant(ours + theirs)
+    one, two = engine.request("one"), engine.request("two")
+    assert engine.wait_hits(shared + ours, one) == 7
+    assert engine.wait_hits(shared + theirs, two) == 7
+    engine.tier.full = True
+    engine.finish(one)
+    engine.store(make_keys(10, "pressure"), engine.request("presser"))
+    assert engine.load(shared + theirs, two) == [payload(key) for key in shared + theirs]
+
+
+def test_a_request_that_loads_waits_for_nothing_and_holds_nothing(make_engine):
+    engine = make_engine(num_blocks=8, num_tiers=2)
+    keys = make_keys(6)
+    engine.plant(keys[:2], tier=0)
+    engine.plant(keys[2:], tier=1)
+    engine.tiers[1].auto = False
+    context = engine.request()
+    engine.scan(keys, context)
+    engine.step()
+    engine.step()
+    engine.load(keys[:2], context)  # the engine takes what is there
+    assert not engine.manager.has_pending_work()
+    engine.tiers[1].finish(engine.tiers[1].waiting[0])
+    engine.step()
+    assert len(engine.store(make_keys(8, "pressure"), context)) == 8
+
+
+def test_a_tier_that_claims_to_hold_what_is_no_key_is_a_miss(make_engine):
+    engine, wrong = make_engine(), b"too short a key"
+    context = engine.request()
+    engine.store(make_keys(1), context)
+    engine.tier.blocks[wrong] = b""
+    assert engine.manager.lookup(wrong, context) is PENDING
+    engine.step()
+    assert engine.manager.lookup(wrong, context) is MISS
+
+
+def test_one_failed_promotion_is_a_miss_for_all_who_wait_for_it(make_engine):
+    engine, keys = make_engine(), make_keys(3)
+    engine.plant(keys)
+    engine.tier.auto = False
+    engine.tier.fail = {keys[1]}
+    contexts = [engine.request(name) for name in "abc"]
+    for context in contexts:
+        engine.scan(keys, context)
+    engine.step()
+    engine.tier.finish(engine.tier.waiting[0])
+    engine.step()
+    assert [engine.scan(keys, context) for context in contexts] == [[HIT, MISS]] * 3
+    for context in contexts:
+        engine.finish(context)
+    assert engine.store(make_keys(8, "pressure"), engine.request("d")) == make_keys(8, "pressure")

@@ -8,7 +8,7 @@ from kvtier.events import BlocksEvicted, CascadeRefused, UnexpectedCall
 from kvtier.eviction.arc import ARCPolicy
 from kvtier.eviction.lru import LRUPolicy
 from kvtier.keys import OffloadKey, make_offload_key
-from kvtier.types import Admission, LookupResult, OffloadPolicy, RequestOffloadingContext
+from kvtier.types import Admission, LookupResult, OffloadPolicy, RequestOffloadingContext, TierFilter
 
 HIT, MISS, PENDING = LookupResult.HIT, LookupResult.MISS, LookupResult.HIT_PENDING
 
@@ -283,3 +283,50 @@ def test_pending_work_is_a_live_promotion_or_a_cascade_within_its_deadline(make_
     assert engine.manager.has_pending_work()
     engine.finish(reader)
     assert not engine.manager.has_pending_work()
+
+
+def test_a_key_twice_in_a_load_ends_with_one_completion(make_engine):
+    engine, (a, b) = make_engine(num_tiers=0), make_keys(2)
+    context = engine.request()
+    engine.store([a, b], context)
+    for completions in ([{a, b}], [[a, a, b]], [[b], [a]]):
+        assert len(engine.manager.prepare_load([a, a, b], context).block_ids) == 3
+        for keys in completions:
+            engine.manager.complete_load(keys, context)
+    assert not engine.log.of(UnexpectedCall)
+    engine.finish(context)
+    assert len(engine.manager._requests) == 0
+    assert engine.store(make_keys(8, "new"), engine.request("b")) == make_keys(8, "new")
+
+
+def test_a_second_touch_counts_though_a_key_comes_twice_and_only_once_it_can_be_taken(make_engine):
+    engine, keys = make_engine(admissions=[Admission.SECOND_TOUCH]), make_keys(2)
+    context = engine.request()
+    engine.store(keys, context)
+    engine.tier.full = True
+    engine.manager.touch(keys[:1] * 2, context)
+    assert engine.log.of(CascadeRefused)[-1] == CascadeRefused("tier0", 1, "throttled")
+    engine.tier.full = False
+    engine.manager.touch(keys[:1] * 2, context)
+    assert [list(job.keys) for job in engine.tier.stores] == [keys[:1]]
+    engine.step()
+    engine.store(make_keys(8, "pressure"), context)
+    engine.manager.touch(keys[1:], context)  # it is not there to be taken
+    engine.store(keys[1:], context)
+    assert list(engine.tier.stores[-1].keys) == keys[1:]
+
+
+def test_a_request_of_an_ended_ones_name_starts_afresh(make_engine):
+    engine, keys = make_engine(), make_keys(2)
+    ended = engine.request("r", load_tier_filter=TierFilter())
+    engine.manager.prepare_store(keys, ended)
+    engine.finish(ended)
+    engine.plant(make_keys(2, "planted"))
+    context = engine.request("r")
+    assert engine.tier.finished_requests == ["r"]
+    assert engine.wait_hits(make_keys(2, "planted"), context) == 2
+    engine.manager.complete_store(set(keys), ended)  # the copy of the ended one
+    assert engine.hits(keys, context) == 2
+    engine.finish(context)
+    assert engine.tier.finished_requests == ["r", "r"]
+    assert len(engine.manager._requests) == 0
