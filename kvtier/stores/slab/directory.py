@@ -8,6 +8,7 @@ DIR/<fingerprint>/              one folder a namespace, 32 hexadecimal digits
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -19,7 +20,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from kvtier.errors import StoreError, StoreUnavailableError
+from kvtier.errors import StoreUnavailableError
 from kvtier.namespace import Namespace
 
 logger = logging.getLogger(__name__)
@@ -83,9 +84,9 @@ class SlabDirectory:
         os.close(self._lock_descriptor)
 
     def check_present(self) -> None:
-        """Raise StoreError if the directory was removed under us."""
+        """Raise StoreUnavailableError if the directory was removed under us: it must be made anew."""
         if os.fstat(self._lock_descriptor).st_nlink == 0:
-            raise StoreError(f"{self.path}: the directory was removed while in use")
+            raise StoreUnavailableError(f"{self.path}: the directory was removed while in use")
 
     def others(self) -> list[Path]:
         """Return the folders of other namespaces, least recently used first."""
@@ -110,9 +111,12 @@ class SlabDirectory:
                 shutil.rmtree(folder)
                 logger.info("%s: deleted, it can never be used again", folder)
         self.namespace_path.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
-        descriptor = open_private(self.namespace_path / DESCRIPTION_NAME, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        with open(descriptor, "w", encoding="utf-8") as description:
-            description.write(self._description)
+        descriptor = open_private(self.namespace_path / DESCRIPTION_NAME)
+        try:
+            _put(descriptor, self._description.encode())
+            os.utime(descriptor)
+        finally:
+            os.close(descriptor)
 
     def _other_folders(self) -> Iterator[Path]:
         for path in self.path.iterdir():
@@ -151,8 +155,15 @@ def _lock(path: Path, descriptor: int) -> None:
         raise StoreUnavailableError(
             f"{path}: held by another process" + (f" (pid {holder})" if holder else "")
         ) from error
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    with contextlib.suppress(OSError):  # a full disk costs the name of the holder, not the lock
+        _put(descriptor, f"{os.getpid()}\n".encode())
+
+
+def _put(descriptor: int, content: bytes) -> None:
+    """Make `content` all that a small file holds: in place, so that a full disk or a kill leaves what was there."""
+    if os.pread(descriptor, len(content) + 1, 0) != content:
+        os.pwrite(descriptor, content, 0)
+        os.ftruncate(descriptor, len(content))
 
 
 def _is_namespace(folder: Path) -> bool:

@@ -68,6 +68,15 @@ class Inventory:
         if not backed.all():
             self.keep(np.flatnonzero(backed))
 
+    def drop_odd_keys(self) -> None:
+        """Reject records whose keys have another length than the latest one's: one index holds one length."""
+        lengths = np.fromiter(map(len, self.keys), np.int64, len(self.keys))
+        odd = lengths != lengths[-1:]
+        for slot in self.slots[odd].tolist():
+            self.reject(slot, FailureCause.FOREIGN)
+        if odd.any():
+            self.keep(np.flatnonzero(~odd))
+
     def drop_superseded(self) -> None:
         """Of records with one key, keep the latest; the others are no failures."""
         latest = dict(zip(self.keys, range(len(self.keys)), strict=True))

@@ -142,7 +142,7 @@ class Segments:
         lengths = [*self.lengths[:segment], grown, *self.lengths[segment + 1 :]]
         self._make_room(lengths)
         status = os.statvfs(self._folder)
-        if status.f_bavail * status.f_frsize < grown - length + self._min_free:
+        if status.f_blocks and status.f_bavail * status.f_frsize < grown - length + self._min_free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         descriptor = open_private(self._path(segment))
         try:

@@ -91,6 +91,7 @@ class SlabStore(SlotStore):
         try:
             inventory = self._headers.take_inventory(self._seal)
             self._seal.continue_after(inventory.last_sequence)
+            inventory.drop_odd_keys()
             inventory.drop_unbacked(self._geometry, self._segments.lengths)
             inventory.drop_superseded()
             self._headers.clear(inventory.broken)
@@ -104,7 +105,7 @@ class SlabStore(SlotStore):
         """Replace what the slots hold; False with the cause counted where that failed.
 
         Raises:
-            StoreError: the directory was removed.
+            StoreUnavailableError: the directory was removed.
         """
         results = [False] * len(slots)
         for run in self._runs([int(slot) for slot in slots], buffers):
@@ -115,7 +116,7 @@ class SlabStore(SlotStore):
         """Fill the buffers; False with the cause counted for what does not verify, which is then emptied.
 
         Raises:
-            StoreError: the directory was removed.
+            StoreUnavailableError: the directory was removed.
         """
         results = [False] * len(slots)
         for run in self._runs([int(slot) for slot in slots], buffers):
@@ -136,7 +137,7 @@ class SlabStore(SlotStore):
         """Return the runs over the slots and buffers that can be served at all; count the others."""
         self._directory.check_present()
         if not self._headers.present:
-            raise StoreError(f"{self._directory.namespace_path}: the headers were removed while in use")
+            raise StoreUnavailableError(f"{self._directory.namespace_path}: the headers were removed while in use")
         usable = [
             position
             for position, (slot, buffer) in enumerate(zip(slots, buffers, strict=True))
