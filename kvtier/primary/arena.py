@@ -64,14 +64,15 @@ def arena_rows(view: memoryview) -> Rows:
 
 
 class ControlPage:
-    """What workers tell the scheduler without a message: per rank, which device copies have ended.
+    """What workers tell the scheduler without a message: per rank, which device copies have ended, and how many failed.
 
-    One 64-bit word a rank, each written by its rank alone, in one aligned store.
+    Two 64-bit words a rank, each written by its rank alone, in one aligned store.
     """
 
     def __init__(self, page: memoryview) -> None:
-        """Args: page: at least `MAX_RANKS` * 8 writable bytes, 8-byte aligned, zero in a new arena."""
+        """Args: page: at least `MAX_RANKS` * 16 writable bytes, 8-byte aligned, zero in a new arena."""
         self._sequences = np.frombuffer(page, dtype=np.uint64, count=MAX_RANKS)
+        self._failures = np.frombuffer(page, dtype=np.uint64, count=MAX_RANKS, offset=self._sequences.nbytes)
 
     def publish(self, rank: int, sequence: int) -> None:
         """Say that `rank`'s transfers up to and with `sequence` have ended.
@@ -92,6 +93,22 @@ class ControlPage:
         if not 0 < world_size <= MAX_RANKS:
             raise ValueError(f"world_size {world_size}: 1 to {MAX_RANKS} allowed")
         return int(self._sequences[:world_size].min())
+
+    def count_failure(self, rank: int) -> None:
+        """Say that one more of `rank`'s copies failed, for engines whose workers cannot say it in a result.
+
+        To be called before the copy's result is handed on.
+
+        Raises:
+            ValueError: the rank is not in 0 to `MAX_RANKS` - 1.
+        """
+        if not 0 <= rank < MAX_RANKS:
+            raise ValueError(f"rank {rank}: 0 to {MAX_RANKS - 1} allowed")
+        self._failures[rank] += np.uint64(1)
+
+    def failures(self) -> int:
+        """Return how many copies failed, over all ranks."""
+        return int(self._failures.sum())
 
 
 class Arena:

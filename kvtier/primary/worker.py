@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -25,19 +26,27 @@ logger = logging.getLogger(__name__)
 
 ByteArray = NDArray[np.uint8]
 
+GRACE_ROUNDS = 4
+"""An engine that defers stores by a step runs every transfer within two steps of any that was prepared later."""
+
 
 class TransferBook:
     """Keeps one worker's transfers from their start to their one result.
 
-    Publishes the highest sequence such that every transfer with that or a lower one, of those begun here, has
-    ended. Transfers with sequence 0 are not numbered and not published.
+    Publishes the highest sequence up to which every transfer has ended. Engines may run transfers in another order
+    than they were prepared in, so one that has not come yet holds back those after it; one that has not come
+    `GRACE_ROUNDS` calls of `take` after a higher one did was given up by the engine, and holds back nothing.
+    Transfers with sequence 0 are not numbered and not published.
     """
 
     def __init__(self, control: ControlPage | None, rank: int) -> None:
         self._control = control
         self._rank = rank
         self._running: set[int] = set()
+        self._ended: set[int] = set()
+        self._published = 0
         self._highest = 0
+        self._highest_by_round: deque[int] = deque(maxlen=GRACE_ROUNDS)
         self._results: list[TransferResult] = []
         self._has_failed = False
 
@@ -50,9 +59,10 @@ class TransferBook:
     def end(self, result: TransferResult, sequence: int) -> None:
         """Keep the result; publish, since no byte of this transfer moves any more."""
         self._results.append(result)
-        self._running.discard(sequence)
-        if sequence and self._control is not None:
-            self._control.publish(self._rank, min(self._running) - 1 if self._running else self._highest)
+        if sequence:
+            self._running.discard(sequence)
+            self._ended.add(sequence)
+            self._publish(given_up=0)
 
     def report(self, job_id: int, error: Exception) -> None:
         """Log a failed copy: the first as an error, later ones for those who debug."""
@@ -61,9 +71,23 @@ class TransferBook:
         self._has_failed = True
 
     def take(self) -> list[TransferResult]:
-        """Return the results since the last call."""
+        """Return the results since the last call, which engines do once a step."""
+        if len(self._highest_by_round) == GRACE_ROUNDS and self._published < self._highest_by_round[0]:
+            self._publish(given_up=self._highest_by_round[0])
+        self._highest_by_round.append(self._highest)
         results, self._results = self._results, []
         return results
+
+    def _publish(self, given_up: int) -> None:
+        """Publish how far everything has ended; numbers up to `given_up` that have not come never will."""
+        upto = self._published
+        while upto + 1 in self._ended or (upto < given_up and upto + 1 not in self._running):
+            upto += 1
+            self._ended.discard(upto)
+        if upto > self._published:
+            self._published = upto
+            if self._control is not None:
+                self._control.publish(self._rank, upto)
 
 
 def plan_transfer(layout: BlockLayout, gpu_spec: GPULoadStoreSpec, slots: LoadStoreSpec, num_slots: int) -> CopyPlan:

@@ -29,7 +29,8 @@ from kvtier.tiering.settings import TieringSettings
 class ArenaSpec(OffloadingSpec):
     """A configuration checked and worked out; subclasses say what the manager consists of.
 
-    The constructor checks and allocates nothing. The arena is made at the first `get_manager` or `get_worker`.
+    The constructor checks and allocates nothing. The arena is made at the first `get_manager` or `get_worker`, unless
+    it was given.
 
     Attributes:
         config: what the engine said.
@@ -55,6 +56,7 @@ class ArenaSpec(OffloadingSpec):
         clock: Clock = monotonic_clock,
         observers: Sequence[Observer] = (),
         inline_io: bool = False,
+        arena: Arena | None = None,
     ) -> None:
         """Check the configuration.
 
@@ -65,9 +67,11 @@ class ArenaSpec(OffloadingSpec):
             clock: time, for tests.
             observers: sinks of events.
             inline_io: tiers do their I/O on the caller's thread, when they are polled: for tests and simulations.
+            arena: the primary tier's memory where it exists already, made by an earlier spec or another process;
+                this spec's from now on, unless the constructor raises.
 
         Raises:
-            ConfigError: a key holds what it may not.
+            ConfigError: a key holds what it may not, or the arena has another shape.
         """
         self.vllm_config = None if isinstance(config, OffloadingConfig) else config
         self.config = as_offloading_config(config, kv_cache_config)
@@ -88,7 +92,10 @@ class ArenaSpec(OffloadingSpec):
         )
         self._policy = POLICIES.load(self.user_config.eviction_policy)
         self._progress = progress
-        self._arena: Arena | None = None
+        self._arena = arena
+        if arena is not None:
+            self._check_arena(arena)
+            self.tier_context = replace(self.tier_context, arena_fd=arena.fd)
         self._manager: TieringOffloadingManager | None = None
         self._worker: OffloadingWorker | None = None
         self._closed = False
@@ -158,6 +165,11 @@ class ArenaSpec(OffloadingSpec):
             if self._manager is not None:
                 stack.callback(self._manager.shutdown)
             self._arena = self._manager = self._worker = None
+
+    def _check_arena(self, arena: Arena) -> None:
+        found, wanted = (arena.num_blocks, arena.block_bytes), (self.num_blocks, self.block_bytes)
+        if found != wanted:
+            raise ConfigError("arena", found, f"{wanted} (blocks, bytes of a block) wanted")
 
     def _release_arena(self) -> None:
         """Give the memory back, unless a worker uses it."""

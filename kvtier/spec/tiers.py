@@ -71,7 +71,7 @@ def _check_directories(tiers: Sequence[TierConfig]) -> None:
 
 
 def _check_lora(tier: TierConfig, user: TieringConfig, config: OffloadingConfig) -> None:
-    if config.uses_lora and not user.allow_lora and _outlives_engine(load_tier_class(tier)):
+    if config.uses_lora and not user.allow_lora and outlives_engine(load_tier_class(tier)):
         allowed = (
             f"must be true for {tier.where} to start with LoRA: block hashes carry the adapters' names, not their"
             " contents, so that blocks of another adapter under the same name would be taken for this one's"
@@ -79,7 +79,7 @@ def _check_lora(tier: TierConfig, user: TieringConfig, config: OffloadingConfig)
         raise ConfigError("allow_lora", user.allow_lora, allowed)
 
 
-def _outlives_engine(tier_class: type) -> bool:
+def outlives_engine(tier_class: type) -> bool:
     """Return whether blocks may be found by a later engine; tiers say so, tiers that need a namespace do, too."""
     return bool(getattr(tier_class, "persistent", False) or getattr(tier_class, "needs_namespace", False))
 

@@ -142,6 +142,17 @@ def test_nothing_stays_mapped() -> None:
     assert "kvtier-arena" not in Path("/proc/self/maps").read_text()
 
 
+def test_control_page_counts_failures_apart_from_ends() -> None:
+    control = ControlPage(memoryview(bytearray(4096)))
+    assert control.failures() == 0
+    control.publish(0, 5)
+    control.count_failure(0)
+    control.count_failure(255)
+    assert (control.failures(), control.finished(1)) == (2, 5)
+    with pytest.raises(ValueError, match="rank 256"):
+        control.count_failure(256)
+
+
 def test_control_page_takes_the_minimum_over_ranks() -> None:
     page = ControlPage(memoryview(bytearray(PAGE)))
     assert page.finished(MAX_RANKS) == 0

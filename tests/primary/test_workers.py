@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kvtier.errors import ConfigError
 from kvtier.primary.arena import Arena, ControlPage
 from kvtier.primary.copies import BlockLayout, GroupCopies, KVCaches, Run, plan_copies
-from kvtier.primary.worker import NumpyOffloadingWorker, TransferBook
+from kvtier.primary.worker import GRACE_ROUNDS, NumpyOffloadingWorker, TransferBook
 from kvtier.types import CPULoadStoreSpec, GPULoadStoreSpec, LoadStoreSpec, TransferResult
 
 
@@ -187,9 +187,9 @@ def test_ends_are_published_in_the_arena() -> None:
         worker = NumpyOffloadingWorker(arena.view, small_caches(), control=arena.control, rank=2)
         arena.control.publish(0, 100)
         arena.control.publish(1, 100)
-        for sequence, block in ((3, 0), (4, 99), (0, 1)):  # the second fails, the third has no number
+        for sequence, block in ((1, 0), (2, 99), (0, 1)):  # the second fails, the third has no number
             worker.submit_store(1, GPULoadStoreSpec([block], [1, 0]), CPULoadStoreSpec([1], sequence))
-        assert arena.control.finished(3) == 4
+        assert arena.control.finished(3) == 2
         assert bytes(arena.row(1)[:16]) == small_caches().tensors[0][1, :16].tobytes()
         worker.shutdown()
         worker.submit_load(9, CPULoadStoreSpec([1]), GPULoadStoreSpec([0], [1, 0]))
@@ -198,13 +198,44 @@ def test_ends_are_published_in_the_arena() -> None:
         _ = arena.view[0, 0]
 
 
+def ends(book, control, *sequences):
+    for sequence in sequences:
+        book.begin(sequence)
+        book.end(TransferResult(sequence, success=True), sequence)
+    return control.finished(1)
+
+
 def test_a_sequence_is_published_only_with_all_before_it() -> None:
     control = ControlPage(memoryview(bytearray(4096)))
     book, published = TransferBook(control, 0), []
-    for sequence in (2, 5, 6):
+    for sequence in (1, 2, 3, 4):
         book.begin(sequence)
-    for sequence in (5, 2, 6):
+    for sequence in (3, 1, 4, 2):
         book.end(TransferResult(sequence, success=True), sequence)
         published.append(control.finished(1))
-    assert published == [1, 5, 6]
-    assert [result.job_id for result in book.take()] == [5, 2, 6]
+    assert published == [0, 1, 1, 4]
+    assert [result.job_id for result in book.take()] == [3, 1, 4, 2]
+
+
+def test_a_transfer_that_has_not_come_yet_holds_back_later_ones() -> None:
+    control = ControlPage(memoryview(bytearray(4096)))
+    book = TransferBook(control, 0)
+    assert ends(book, control, 2, 3) == 0
+    book.take()
+    book.take()
+    assert control.finished(1) == 0
+    assert ends(book, control, 1) == 3
+
+
+def test_a_transfer_that_never_comes_holds_back_others_for_a_few_rounds_only() -> None:
+    control = ControlPage(memoryview(bytearray(4096)))
+    book = TransferBook(control, 0)
+    book.begin(2)
+    ends(book, control, 4)
+    for _ in range(GRACE_ROUNDS + 1):
+        assert control.finished(1) == 0
+        book.take()
+    assert control.finished(1) == 1  # 1 is given up, 2 still runs
+    book.end(TransferResult(2, success=True), 2)
+    book.take()
+    assert control.finished(1) == 4

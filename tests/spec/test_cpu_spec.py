@@ -7,6 +7,7 @@ from kvtier.config import KVCacheGroup, OffloadingConfig
 from kvtier.errors import ConfigError
 from kvtier.keys import make_offload_key
 from kvtier.namespace import Namespace
+from kvtier.primary.arena import Arena
 from kvtier.primary.copies import KVCaches
 from kvtier.spec.cpu import CPUOffloadingSpec
 from kvtier.types import LookupResult, ReqContext
@@ -133,3 +134,21 @@ def test_the_namespace_covers_what_the_spec_decides():
     prints = {base.fingerprint, *(spec.tier_context.namespace.fingerprint for spec in others)}
     assert len(prints) == 5
     assert CPUOffloadingSpec(config()).tier_context.namespace is None
+
+
+def test_an_arena_that_exists_is_taken_over():
+    first = CPUOffloadingSpec(config())
+    arena = first.arena
+    arena.row(0)[:4] = b"seen"
+    attached = Arena.attach(arena.fd, arena.num_blocks, arena.block_bytes)
+    with CPUOffloadingSpec(config(), arena=attached) as second:
+        assert second.tier_context.arena_fd == attached.fd
+        assert second.get_manager() is not None
+        assert second.arena is attached
+        assert bytes(second.arena.row(0)[:4]) == b"seen"
+    first.shutdown()
+
+
+def test_an_arena_of_another_shape_is_refused():
+    with Arena.create(2, 4096) as arena, pytest.raises(ConfigError, match="arena=\\(2, 4096\\)"):
+        CPUOffloadingSpec(config(), arena=arena)
