@@ -98,6 +98,7 @@ class ArenaSpec(OffloadingSpec):
             self.tier_context = replace(self.tier_context, arena_fd=arena.fd)
         self._manager: TieringOffloadingManager | None = None
         self._worker: OffloadingWorker | None = None
+        self._worker_tensors: list[Any] = []
         self._closed = False
 
     @property
@@ -133,10 +134,14 @@ class ArenaSpec(OffloadingSpec):
 
         Raises:
             CapacityError: the machine cannot hold the arena.
-            ConfigError: tensors that no worker is registered for, or that do not fit the blocks.
+            ConfigError: tensors that no worker is registered for, that do not fit the blocks, or that are not those
+                of the first call.
         """
         if self._worker is None:
             self._worker = self._make_worker(kv_caches)
+            self._worker_tensors = list(kv_caches.tensors)
+        elif not _are_same(self._worker_tensors, kv_caches.tensors):
+            raise ConfigError("kv_caches", f"{len(kv_caches.tensors)} tensors", "those that the worker was made for")
         return self._worker
 
     @property
@@ -232,6 +237,10 @@ def device_of(kv_caches: KVCaches) -> str:
             return name
     kinds = sorted({type(tensor).__qualname__ for tensor in kv_caches.tensors})
     raise ConfigError("kv_caches.tensors", kinds, f"tensors of a registered worker: {', '.join(WORKERS.names())}")
+
+
+def _are_same(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
+    return len(ours) == len(theirs) and all(mine is other for mine, other in zip(ours, theirs, strict=True))
 
 
 def as_offloading_config(config: OffloadingConfig | Any, kv_cache_config: Any) -> OffloadingConfig:

@@ -48,6 +48,13 @@ def test_tensors_take_the_worker_of_their_package():
         assert (rows[0] == 1.5).all()
 
 
+def test_a_worker_is_not_handed_out_for_other_tensors_than_its_own():
+    with make_spec() as spec:
+        spec.get_worker(KVCaches([np.zeros((4, 4096), np.int8)], [[(0, 4096)]]))
+        with pytest.raises(ConfigError, match="kv_caches='1 tensors': those that the worker was made for"):
+            spec.get_worker(KVCaches([np.zeros((4, 4096), np.int8)], [[(0, 4096)]]))
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_workers_of_one_engine_fill_their_own_part_of_a_slot(rank):
     said = {"world_size": 2, "rank": rank}
