@@ -109,7 +109,7 @@ class Promotions:
         """`waiter` waits for those of `keys` that a tier is bringing."""
         for key in keys:
             flight = self.flights.get(key)
-            if flight is not None and key not in self.late:
+            if flight is not None:
                 flight.waiters.add(waiter)
                 waiter.awaiting.add(key)
 
@@ -153,8 +153,8 @@ class Promotions:
         self.late.clear()
 
     def end_stores(self, keys: Iterable[OffloadKey]) -> None:
-        """Device stores of `keys` have ended: those that were late are so no more, unless a tier brings them."""
-        self.late.difference_update([key for key in keys if key not in self.flights])
+        """Device stores of `keys` have ended: those that were late are so no more."""
+        self.late.difference_update(keys)
 
     @property
     def has_live(self) -> bool:

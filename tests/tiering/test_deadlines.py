@@ -3,7 +3,7 @@
 import pytest
 from engine import DEFERRED, make_keys, payload
 
-from kvtier.events import RequestGaveUp
+from kvtier.events import BlocksStored, RequestGaveUp
 from kvtier.types import LookupResult
 
 HIT, MISS, PENDING, RETRY = LookupResult.HIT, LookupResult.MISS, LookupResult.HIT_PENDING, LookupResult.RETRY
@@ -154,6 +154,7 @@ def test_an_abandoned_promotion_is_stored_in_a_new_slot_and_its_late_result_chan
     assert engine.load(keys, engine.request("reader")) == [payload(key, 1) for key in keys]
     engine.finish(context)
     engine.step()
+    assert [event.source for event in engine.log.of(BlocksStored)] == [None]
     assert engine.table.num_free == 2
     assert engine.table.num_quarantined == 0
 
@@ -285,3 +286,18 @@ def test_nothing_is_promoted_for_a_request_that_gave_up(make_engine):
     engine.step()
     assert len(engine.tier.loads) == 1
     assert not engine.manager.has_pending_work()
+
+
+def test_the_clock_stands_still_while_all_is_answered_and_the_engine_asks_in_vain_for_room(make_engine):
+    engine, keys = make_engine(load_deadline=2.0, probe_deadline=0.005), make_keys(2)
+    context = engine.request()
+    engine.tier.unknown = set(keys[:1])
+    assert engine.scan(keys, context)[0] is RETRY
+    engine.step()
+    engine.tier.unknown = set()
+    for _ in range(30):
+        assert engine.scan(keys, context) == [MISS]
+        engine.step()
+        engine.clock.advance(0.1)
+    engine.plant(keys)
+    assert engine.wait_hits(keys, context) == 2

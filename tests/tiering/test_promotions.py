@@ -4,7 +4,7 @@ import pytest
 from engine import make_keys, payload
 
 from kvtier.errors import BlockNotReadyError
-from kvtier.events import BlocksEvicted, RequestGaveUp
+from kvtier.events import BlocksEvicted, BlocksStored, RequestGaveUp
 from kvtier.types import LookupResult
 
 HIT, MISS, PENDING, RETRY = LookupResult.HIT, LookupResult.MISS, LookupResult.HIT_PENDING, LookupResult.RETRY
@@ -244,3 +244,30 @@ def test_one_failed_promotion_is_a_miss_for_all_who_wait_for_it(make_engine):
     for context in contexts:
         engine.finish(context)
     assert engine.store(make_keys(8, "pressure"), engine.request("d")) == make_keys(8, "pressure")
+
+
+def test_hits_leased_beside_a_store_are_released_after_the_timeout(make_engine):
+    engine = make_engine(num_blocks=4, num_tiers=0, lease_timeout=30.0)
+    hits, stuck, storer = make_keys(2, "hits"), make_keys(1, "stuck"), engine.request("storer")
+    engine.store(hits, storer)
+    engine.manager.prepare_store(stuck, storer)
+    assert engine.scan(hits + stuck, engine.request("reader")) == [HIT, HIT, PENDING]
+    engine.step()
+    assert engine.store(make_keys(3, "new"), storer) == make_keys(1, "new")  # the hits are held
+    engine.clock.advance(2.1)
+    engine.step()  # it gives up on the store, and may still load its hits
+    assert engine.store(make_keys(3, "newer"), storer) == make_keys(1, "newer")
+    engine.clock.advance(31)
+    engine.step()
+    assert engine.store(make_keys(3, "newest"), storer) == make_keys(3, "newest")
+
+
+def test_a_promotion_says_what_came_and_what_gave_way(make_engine):
+    engine, keys = make_engine(num_blocks=2, promotion_budget=1.0), make_keys(2)
+    old = make_keys(2, "old")
+    engine.store(old, engine.request("storer"))
+    engine.step()
+    engine.plant(keys)
+    assert engine.wait_hits(keys, engine.request("reader")) == 2
+    assert engine.log.of(BlocksEvicted) == [BlocksEvicted("primary", old[::-1])]
+    assert engine.log.of(BlocksStored)[-1] == BlocksStored(keys, "tier0")
