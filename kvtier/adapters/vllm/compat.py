@@ -1,0 +1,36 @@
+"""What differs between the vLLM versions that kvtier runs in (0.28 to 0.32), and which version needs what."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.kv_offload import base
+
+NEWLY_COMPUTED_ONLY = getattr(base.OffloadPolicy, "CHUNK_LEVEL", None) or base.OffloadPolicy.BLOCK_LEVEL
+"""The policy of offering newly computed blocks only: `CHUNK_LEVEL` in 0.32."""
+
+HAS_REPRODUCIBLE_SEED = hasattr(kv_cache_utils, "resolve_none_hash_seed")
+"""Whether block hashes of cryptographic algorithms start from a fixed seed; before, from a random one."""
+
+
+def hash_seed_is_random(algorithm: str) -> bool:
+    """Return whether block hashes of this engine will be unlike those of the next process."""
+    if os.environ.get("PYTHONHASHSEED") is not None:
+        return False
+    return not HAS_REPRODUCIBLE_SEED or algorithm.startswith("xxhash")
+
+
+def cache_hit_source(name: str, is_storage: bool) -> Any:
+    """Return vLLM's word for where a hit came from; versions without `CacheHitSource` never ask."""
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+    if name == "primary":
+        return CacheHitSource.HOST
+    return CacheHitSource.DISK if is_storage else CacheHitSource.EXTERNAL_UNSPECIFIED
+
+
+def kv_bytes_per_block(config: Any) -> int:
+    """Return the bytes of one engine block in one worker, over all layers of the largest group."""
+    return int(config.worker_kv_bytes_per_block)

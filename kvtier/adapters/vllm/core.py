@@ -1,0 +1,145 @@
+"""The engine core's half: makes the arena at once, and the manager when every worker has said who it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+
+from vllm.logger import init_logger
+
+from kvtier.adapters.vllm.compat import hash_seed_is_random
+from kvtier.adapters.vllm.handover import Announcement, ArenaHost
+from kvtier.config import OffloadingConfig
+from kvtier.namespace import Namespace
+from kvtier.primary.arena import ControlPage
+from kvtier.registry import load_tier_class
+from kvtier.spec.tiering import TieringOffloadingSpec
+from kvtier.spec.tiers import outlives_engine
+from kvtier.tiering.manager import TieringOffloadingManager
+
+logger = init_logger("vllm.kvtier")
+
+
+class CoreHalf:
+    """Owns what lives in the engine core's process.
+
+    Attributes:
+        manager: None until all workers have attached to the arena; set on another thread, once.
+    """
+
+    def __init__(self, spec: TieringOffloadingSpec) -> None:
+        """Args: spec: the configuration, checked, without a namespace; its arena is made by `start`."""
+        self.manager: TieringOffloadingManager | None = None
+        self._first = spec
+        self._spec: TieringOffloadingSpec | None = None
+        self._ready = threading.Event()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._host: ArenaHost | None = None
+
+    @property
+    def control(self) -> ControlPage:
+        """Where workers publish what ended and what failed."""
+        return self._first.arena.control
+
+    def medium_is_storage(self, tier_name: str) -> bool:
+        """Return whether a tier keeps its blocks beyond host memory."""
+        return any(tier.name == tier_name and outlives_engine(load_tier_class(tier)) for tier in self._first.tiers)
+
+    def start(self, timeout: float) -> None:
+        """Make the arena, serve it, and wait at most `timeout` seconds for workers and tiers.
+
+        Raises:
+            CapacityError: the machine cannot hold the arena.
+        """
+        deadline = time.monotonic() + timeout
+        config = self._first.config
+        self._host = ArenaHost(config.engine_id, self._first.arena, config.world_size, self._open)
+        try:
+            self._host.start()
+        except OSError as error:
+            logger.error("kvtier is off: another engine of this machine has the id %r (%s)", config.engine_id, error)
+            return
+        if self._ready.wait(timeout) and self._spec is not None and self.manager is not None:
+            states = self._spec.wait_for_tiers(max(0.0, deadline - time.monotonic()))
+            logger.info("kvtier is ready, its tiers are: %s", {name: state.value for name, state in states.items()})
+        else:
+            logger.warning("kvtier starts later: its workers have not attached in %.0f s", timeout)
+
+    def shutdown(self) -> None:
+        """Release manager, tiers and arena, bounded in time; idempotent."""
+        with self._lock:
+            self._closed = True
+        with ExitStack() as stack:
+            stack.callback(self._first.shutdown)
+            if self._spec is not None:
+                stack.callback(self._spec.shutdown)
+            if self._host is not None:
+                stack.callback(self._host.stop)
+
+    def _open(self, announcements: list[Announcement]) -> None:
+        """Make the manager, on the host's thread."""
+        try:
+            spec = self._identified(announcements)
+            with self._lock:
+                if not self._closed:
+                    self._spec = spec
+                    self.manager = spec.get_manager()
+        except Exception:
+            logger.exception("kvtier is off: its manager could not be made")
+        finally:
+            self._ready.set()
+
+    def _identified(self, announcements: Sequence[Announcement]) -> TieringOffloadingSpec:
+        first = self._first
+        config = replace(first.config, namespace=_namespace_of(announcements), uses_lora=announcements[0].uses_lora)
+        if config.namespace is not None:
+            warn_of_random_seed(first, str(config.namespace.identity["hash"]))
+        unfit = self._reason_against_persistence(config, announcements)
+        if unfit:
+            config = self._without_persistent_tiers(config, unfit)
+        return TieringOffloadingSpec(config, arena=first.arena, observers=(first.observers,))
+
+    def _reason_against_persistence(self, config: OffloadingConfig, announcements: Sequence[Announcement]) -> str:
+        """Return why blocks must not outlive this engine; "" if they may."""
+        problems = [f"rank {said.rank}: {said.problem}" for said in announcements if said.identity is None]
+        if problems:
+            return "it cannot be told whose blocks are whose: " + "; ".join(problems)
+        if config.uses_lora and not self._first.user_config.allow_lora:
+            return "with LoRA, block hashes carry the adapters' names, not their contents; set allow_lora to trust them"
+        return ""
+
+    def _without_persistent_tiers(self, config: OffloadingConfig, reason: str) -> OffloadingConfig:
+        kept = []
+        for tier, entry in zip(self._first.tiers, self._first.secondary_tier_configs, strict=True):
+            if outlives_engine(load_tier_class(tier)):
+                logger.error("tier %r stays off: %s", tier.name, reason)
+            else:
+                kept.append({**entry, "name": tier.name})
+        return replace(config, extra_config={**config.extra_config, "secondary_tiers": kept})
+
+
+def _namespace_of(announcements: Sequence[Announcement]) -> Namespace | None:
+    """Return the identity that all workers have together: the first one's, readable, and a digest of all."""
+    identities = [said.identity for said in announcements]
+    first = identities[0]
+    if first is None or any(identity is None for identity in identities):
+        return None
+    text = json.dumps([dict(identity or {}) for identity in identities], sort_keys=True)
+    return Namespace({**first, "workers": hashlib.blake2b(text.encode(), digest_size=16).hexdigest()})
+
+
+def warn_of_random_seed(spec: TieringOffloadingSpec, algorithm: str) -> None:
+    """Say, once, that a later process will not find this one's blocks, if that is so."""
+    persistent = [tier.name for tier in spec.tiers if outlives_engine(load_tier_class(tier))]
+    if persistent and hash_seed_is_random(algorithm):
+        logger.error(
+            "tiers %s will not be found by the next process: vLLM's block hashes start from a random seed here."
+            " Set PYTHONHASHSEED to any fixed number.",
+            persistent,
+        )

@@ -1,0 +1,184 @@
+"""vLLM's OffloadingManager over kvtier's: translates, and lets nothing through that would stop the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.kv_offload import base
+
+from kvtier.adapters.vllm.compat import NEWLY_COMPUTED_ONLY, cache_hit_source
+from kvtier.adapters.vllm.core import CoreHalf
+from kvtier.adapters.vllm.metrics import StatsReporter
+from kvtier.adapters.vllm.translation import (
+    ANSWERS,
+    NO_SLOTS,
+    EngineReqContext,
+    KVTierLoadStoreSpec,
+    offloading_event,
+)
+from kvtier.keys import OffloadKey
+from kvtier.tiering.manager import TieringOffloadingManager
+from kvtier.types import OffloadPolicy, ScheduleEndContext
+
+logger = init_logger("vllm.kvtier")
+
+_MISS = base.LookupResult.MISS
+
+
+class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # vLLM is not there when types are checked
+    """Answers vLLM's scheduler. Until all workers have attached, and after a failed copy, it answers as if empty.
+
+    An exception inside kvtier is logged, once a kind, and becomes a miss or nothing to store. The one that is let
+    through is `prepare_load` of a block that is not ready: vLLM has promised its tokens by then, and to go on would
+    be to answer with wrong ones. It cannot happen while vLLM asks for what a lookup of the same step called a hit.
+    """
+
+    def __init__(self, core: CoreHalf) -> None:
+        """Args: core: started; shut down with this manager."""
+        self._core = core
+        self._contexts: dict[str, EngineReqContext] = {}
+        self._last: tuple[Any, EngineReqContext] | None = None
+        self._stats = StatsReporter()
+        self._reported: set[str] = set()
+        self._off = False
+
+    @property
+    def _manager(self) -> TieringOffloadingManager | None:
+        return None if self._off else self._core.manager
+
+    def lookup(self, key: OffloadKey, req_context: Any) -> Any:
+        """Return whether one block can be loaded now, soon, maybe or not."""
+        manager = self._core.manager
+        if manager is None or self._off:
+            return _MISS
+        try:
+            answer = ANSWERS[manager.lookup(key, self._translated(req_context))]
+        except Exception as error:  # noqa: BLE001 - nothing may stop the engine: reported, and a miss
+            self._report("lookup", error)
+            return _MISS
+        self._stats.answers[answer] += 1
+        return answer
+
+    def get_load_source(self, key: OffloadKey, req_context: Any) -> Any:
+        """Return where a hit came from, in vLLM's words."""
+        manager = self._manager
+        name = manager.get_load_source(key, self._translated(req_context)) if manager is not None else "primary"
+        return cache_hit_source(name, self._core.medium_is_storage(name))
+
+    def prepare_load(self, keys: Collection[OffloadKey], req_context: Any) -> KVTierLoadStoreSpec:
+        """Pin blocks that a lookup has just called hits, and return their slots.
+
+        Raises:
+            BlockNotReadyError: a key is not ready.
+        """
+        manager = self._core.manager
+        if manager is None:
+            raise RuntimeError("vLLM asks to load blocks, and no lookup can have called one a hit")
+        return KVTierLoadStoreSpec(manager.prepare_load(keys, self._translated(req_context)))
+
+    def touch(self, keys: Collection[OffloadKey], req_context: Any) -> None:
+        """Count one use of `keys`."""
+        self._try("touch", keys, self._translated(req_context))
+
+    def complete_load(self, keys: Collection[OffloadKey], req_context: Any) -> None:
+        """Unpin `keys`."""
+        manager = self._core.manager
+        if manager is not None:
+            try:
+                manager.complete_load(keys, self._translated(req_context))
+            except Exception as error:  # noqa: BLE001 - nothing may stop the engine: reported
+                self._report("complete_load", error)
+
+    def prepare_store(self, keys: Collection[OffloadKey], req_context: Any) -> Any:
+        """Choose slots for the longest head of `keys` that fits.
+
+        Never None: vLLM would ask again, and warn, at every step.
+        """
+        placed = self._try("prepare_store", list(keys), self._translated(req_context))
+        if placed is None:
+            return base.PrepareStoreOutput([], KVTierLoadStoreSpec(NO_SLOTS), [])
+        spec = KVTierLoadStoreSpec(placed.store_spec)
+        return base.PrepareStoreOutput(placed.keys_to_store, spec, placed.evicted_keys)
+
+    def complete_store(self, keys: Collection[OffloadKey], req_context: Any, success: bool = True) -> None:
+        """Make stored blocks loadable, unless a worker has said that a copy failed."""
+        manager = self._core.manager
+        if manager is None:
+            return
+        try:
+            if self._core.control.failures() and not self._off:
+                self._off = True
+                logger.error("kvtier is off: a worker could not copy blocks; its log says why")
+            manager.complete_store(keys, self._translated(req_context), success and not self._off)
+        except Exception as error:  # noqa: BLE001 - nothing may stop the engine: reported
+            self._report("complete_store", error)
+
+    def on_new_request(self, req_context: Any) -> Any:
+        """Learn of a request."""
+        ours = self._contexts[req_context.req_id] = EngineReqContext(req_context)
+        self._last = (req_context, ours)
+        wanted = self._try("on_new_request", ours)
+        if wanted is not None and wanted.policy is OffloadPolicy.REQUEST_LEVEL:
+            return base.RequestOffloadingContext(base.OffloadPolicy.REQUEST_LEVEL)
+        return base.RequestOffloadingContext(NEWLY_COMPUTED_ONLY)
+
+    def on_request_finished(self, req_context: Any) -> None:
+        """Learn that a request is over; completions of its transfers may still follow."""
+        self._try("on_request_finished", self._translated(req_context))
+        self._contexts.pop(req_context.req_id, None)
+        self._last = None
+
+    def on_schedule_end(self, context: Any) -> None:
+        """Plan promotions, and collect what arrived."""
+        self._try("on_schedule_end", ScheduleEndContext(context.new_req_ids, context.preempted_req_ids))
+
+    def has_pending_work(self) -> bool:
+        """Return whether vLLM must keep stepping without requests."""
+        return bool(self._try("has_pending_work"))
+
+    def take_events(self) -> Iterable[Any]:
+        """Return KV events since the last call, in vLLM's words."""
+        return [offloading_event(event) for event in self._try("take_events") or ()]
+
+    def reset_cache(self) -> None:
+        """Forget every block, in every tier; bounded in time."""
+        self._try("reset_cache")
+
+    def get_stats(self) -> Any:
+        """Return what was counted since the last call, in vLLM's form, or None."""
+        return self._stats.report(self._try("get_stats") or {})
+
+    def shutdown(self) -> None:
+        """Release everything, bounded in time."""
+        try:
+            self._core.shutdown()
+        except Exception as error:  # noqa: BLE001 - nothing may disturb the engine's end: reported
+            self._report("shutdown", error)
+
+    def _translated(self, theirs: Any) -> EngineReqContext:
+        last = self._last
+        if last is not None and last[0] is theirs:
+            return last[1]
+        ours = self._contexts.get(theirs.req_id) or EngineReqContext(theirs)
+        self._last = (theirs, ours)
+        return ours
+
+    def _try(self, method: str, *args: Any) -> Any:
+        """Call the manager's method; None if there is no manager, or if it raised, which is reported."""
+        manager = self._manager
+        if manager is None:
+            return None
+        try:
+            return getattr(manager, method)(*args)
+        except Exception as error:  # noqa: BLE001 - nothing may stop the engine: reported
+            self._report(method, error)
+            return None
+
+    def _report(self, method: str, error: Exception) -> None:
+        kind = f"{method} {type(error).__name__}"
+        if kind not in self._reported:
+            self._reported.add(kind)
+            logger.error("kvtier: %s failed, and counts as a miss from now on", method, exc_info=error)
+        self._stats.errors[method] += 1

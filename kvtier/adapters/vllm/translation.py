@@ -1,0 +1,110 @@
+"""vLLM's values in kvtier's words, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from vllm.v1.kv_offload import base
+
+from kvtier import types
+from kvtier.config import KVCacheGroup, OffloadingConfig
+from kvtier.keys import OffloadKey
+from kvtier.primary.copies import KVCaches
+
+ANSWERS = {answer: base.LookupResult[answer.name] for answer in types.LookupResult}
+MEDIA = {medium: base.Medium[medium.name] for medium in types.Medium}
+LOCALITIES = {locality: base.Locality[locality.name] for locality in types.Locality}
+
+
+class KVTierLoadStoreSpec(base.LoadStoreSpec):  # type: ignore[misc]  # vLLM is not there when types are checked
+    """Slots of the arena on their way to the workers; pickled with the step's other metadata.
+
+    Attributes:
+        block_ids: int32 array, in the order of the keys that were prepared.
+        sequence: number of the transfer, 0 if it has none; see `kvtier.types.CPULoadStoreSpec`.
+    """
+
+    def __init__(self, spec: types.CPULoadStoreSpec) -> None:
+        self.block_ids = spec.block_ids
+        self.sequence = spec.sequence
+
+    def slots(self) -> types.CPULoadStoreSpec:
+        """Return the same in kvtier's words."""
+        return types.CPULoadStoreSpec(self.block_ids, self.sequence)
+
+    def __repr__(self) -> str:
+        return f"KVTierLoadStoreSpec(sequence={self.sequence}, block_ids={self.block_ids})"
+
+
+NO_SLOTS = types.CPULoadStoreSpec(np.zeros(0, dtype=np.int32))
+
+
+class EngineReqContext(types.ReqContext):
+    """A request of vLLM; where its blocks end is asked of vLLM's own context, which learns it as the request grows."""
+
+    def __init__(self, theirs: Any) -> None:
+        super().__init__(theirs.req_id, theirs.kv_transfer_params, _tier_filter(theirs))
+        self._theirs = theirs
+
+    def get_offload_key_position(self, key: OffloadKey) -> int | None:
+        """Return the end of the block `key` in tokens, or None if vLLM did not say."""
+        position = getattr(self._theirs, "get_offload_key_position", None)
+        return position(key) if position is not None else None
+
+
+def _tier_filter(theirs: Any) -> types.TierFilter:
+    wanted = getattr(theirs, "load_tier_filter", None)
+    if wanted is None or wanted is base.TierFilter.ALL:
+        return types.TierFilter.ALL
+    return types.TierFilter(tuple(_matcher(matcher) for matcher in wanted.matchers))
+
+
+def _matcher(theirs: Any) -> types.TierMatcher:
+    medium = types.Medium[theirs.medium.name] if theirs.medium is not None else None
+    locality = types.Locality[theirs.locality.name] if theirs.locality is not None else None
+    return types.TierMatcher(medium, locality)
+
+
+def offloading_event(event: types.OffloadingEvent) -> Any:
+    """Return a KV event in vLLM's words."""
+    locality = LOCALITIES[event.locality] if event.locality is not None else None
+    return base.OffloadingEvent(
+        keys=event.keys,
+        medium=MEDIA[event.medium],
+        removed=event.removed,
+        locality=locality,
+        ownership=event.ownership,
+    )
+
+
+def engine_blocks(spec: Any) -> types.GPULoadStoreSpec:
+    """Return vLLM's engine blocks in kvtier's words."""
+    return types.GPULoadStoreSpec(spec.block_ids, spec.group_sizes, spec.block_indices)
+
+
+def kv_caches_of(canonical: Any) -> KVCaches:
+    """Return vLLM's KV caches, each tensor (num_blocks, page bytes) of int8, as kvtier's workers take them."""
+    tensors = [tensor.tensor for tensor in canonical.tensors]
+    groups = [[(ref.tensor_idx, ref.page_size_bytes) for ref in refs] for refs in canonical.group_data_refs]
+    return KVCaches(tensors, groups)
+
+
+def engine_config(config: Any, kv_bytes_per_block: int) -> OffloadingConfig:
+    """Return what vLLM says of an engine; the namespace and LoRA are only known to the workers.
+
+    Args:
+        kv_bytes_per_block: bytes of one engine block in one worker.
+    """
+    parallel = config.parallel
+    return OffloadingConfig(
+        extra_config=config.extra_config,
+        groups=tuple(KVCacheGroup(group.tokens_per_block, tuple(group.layer_names)) for group in config.groups),
+        engine_block_bytes=kv_bytes_per_block * parallel.world_size,
+        engine_id=config.engine_id,
+        world_size=parallel.world_size,
+        rank=parallel.rank,
+        data_parallel_index=parallel.data_parallel_index,
+        data_parallel_size=parallel.data_parallel_size,
+        enable_kv_cache_events=config.enable_kv_cache_events,
+    )

@@ -1,0 +1,150 @@
+"""vLLM's OffloadingWorker over kvtier's: attaches to the core's arena on a thread, then copies."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.kv_offload import base
+
+from kvtier.abc import OffloadingWorker
+from kvtier.adapters.vllm.handover import Announcement, attach_arena
+from kvtier.adapters.vllm.identity import UnknownWeightsError
+from kvtier.adapters.vllm.translation import engine_blocks
+from kvtier.primary.arena import Arena
+from kvtier.primary.copies import KVCaches
+from kvtier.spec.tiering import TieringOffloadingSpec
+
+logger = init_logger("vllm.kvtier")
+
+_PAUSE_SECONDS = 0.02
+_ATTACH_SECONDS = 3600.0
+"""Engine cores make the arena after the workers' start, which takes long for large models."""
+
+
+@dataclass(frozen=True)
+class _Attached:
+    worker: OffloadingWorker
+    spec: TieringOffloadingSpec
+
+
+class KVTierOffloadingWorker(base.OffloadingWorker):  # type: ignore[misc]  # vLLM is not there when types are checked
+    """Copies between the arena and this worker's KV caches.
+
+    vLLM stops the engine when a worker reports a failed transfer. A failed store is therefore reported in the
+    arena's control page, which switches kvtier off, and as a success to vLLM. A failed load raises: vLLM offers no
+    way to take back the tokens, and wrong ones are worse than none. Neither happens unless kvtier has a defect.
+    """
+
+    def __init__(
+        self, spec: TieringOffloadingSpec, kv_caches: KVCaches, identify: Callable[[], Any], lora: bool
+    ) -> None:
+        """Start to attach, on a thread.
+
+        Args:
+            spec: the configuration, checked; of this rank.
+            identify: returns the worker's identity; called on the thread, since it reads files.
+            lora: the model serves adapters.
+        """
+        self._spec = spec
+        self._kv_caches = kv_caches
+        self._identify = identify
+        self._lora = lora
+        self._attached: _Attached | None = None
+        self._loads: set[int] = set()
+        self._results: list[Any] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._attach, name="kvtier-attach", daemon=True)
+        self._thread.start()
+
+    def submit_store(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
+        """Start copying engine blocks into slots."""
+        attached = self._attached_now()
+        try:
+            attached.worker.submit_store(job_id, engine_blocks(src_spec), dst_spec.slots())
+        except Exception as error:  # noqa: BLE001 - nothing may stop the engine: reported to the core, which stops storing
+            self._count_failure(job_id, error)
+            self._results.append(base.TransferResult(job_id, success=True))
+        return True
+
+    def submit_load(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
+        """Start copying slots into engine blocks."""
+        self._loads.add(job_id)
+        self._attached_now().worker.submit_load(job_id, src_spec.slots(), engine_blocks(dst_spec))
+        return True
+
+    def get_finished(self) -> list[Any]:
+        """Return the transfers that ended since the last call.
+
+        Raises:
+            RuntimeError: a load failed.
+        """
+        if self._attached is None:
+            return []
+        results, self._results = self._results, []
+        for result in self._attached.worker.get_finished():
+            is_load = result.job_id in self._loads
+            self._loads.discard(result.job_id)
+            if not result.success:
+                if is_load:
+                    raise RuntimeError(f"kvtier could not load job {result.job_id}; its tokens would be wrong")
+                self._count_failure(result.job_id, None)
+            results.append(
+                base.TransferResult(result.job_id, True, result.transfer_size or 0, result.transfer_time or 0.0)
+            )
+        return results
+
+    def wait(self, job_ids: set[int]) -> None:
+        """Block until the named transfers have ended."""
+        if self._attached is not None:
+            self._attached.worker.wait(job_ids)
+
+    def shutdown(self) -> None:
+        """Let go of arena and tensors."""
+        self._stop.set()
+        self._thread.join(timeout=10.0)
+        if self._attached is not None:
+            self._attached.spec.shutdown()
+
+    def _attached_now(self) -> _Attached:
+        if self._attached is None:
+            raise RuntimeError("vLLM starts a transfer although this worker has no arena")
+        return self._attached
+
+    def _count_failure(self, job_id: int, error: Exception | None) -> None:
+        logger.error("kvtier could not store job %d, and switches itself off", job_id, exc_info=error)
+        self._attached_now().spec.arena.control.count_failure(self._spec.config.rank)
+
+    def _attach(self) -> None:
+        try:
+            announcement = self._announcement()
+            deadline, reason = time.monotonic() + _ATTACH_SECONDS, "stopped"
+            while time.monotonic() < deadline:
+                reason = attach_arena(self._spec.config.engine_id, announcement, self._take)
+                if not reason or self._stop.wait(_PAUSE_SECONDS):
+                    return
+            logger.error("kvtier is off: no arena within %.0f s: %s", _ATTACH_SECONDS, reason)
+        except Exception:
+            logger.exception("kvtier is off: this worker cannot use the arena")
+
+    def _announcement(self) -> Announcement:
+        identity, problem = None, ""
+        try:
+            identity = self._identify()
+        except (UnknownWeightsError, OSError) as error:
+            problem = str(error)
+        spec = self._spec
+        return Announcement(spec.config.rank, spec.num_blocks, spec.block_bytes, identity, self._lora, problem)
+
+    def _take(self, arena: Arena) -> None:
+        """Make the worker over the arena; on failure it is given back."""
+        try:
+            spec = TieringOffloadingSpec(self._spec.config, arena=arena)
+            self._attached = _Attached(spec.get_worker(self._kv_caches), spec)
+        except BaseException:
+            arena.close()
+            raise

@@ -1,0 +1,86 @@
+"""A vLLM engine in a process of its own, told what to do by JSON lines on its standard input.
+
+Answers are JSON lines on the descriptor that the environment names, since vLLM prints to standard output.
+"""
+
+import json
+import os
+import sys
+import time
+
+
+def make_engine(options):
+    from vllm import LLM
+
+    # Measured to work on the CPU platform; float32, since a prefill split elsewhere rounds differently in less.
+    defaults = {
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "dtype": "float32",
+        "max_model_len": 2048,
+        "max_num_seqs": 4,
+        "num_gpu_blocks_override": 64,
+        "disable_log_stats": False,
+        "seed": 0,
+    }
+    return LLM(**(defaults | options))
+
+
+def generate(engine, prompts, max_tokens=12, **parameters):
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, **parameters)
+    started = time.perf_counter()
+    outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+    return {
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def abort_midway(engine, prompt, steps):
+    """Start a request, abort it after some steps, and step until nothing is left to do."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True, detokenize=False)
+    inner = engine.llm_engine
+    request_id = inner.add_request(f"aborted-{time.monotonic_ns()}", {"prompt_token_ids": prompt}, sampling)
+    for _ in range(steps):
+        inner.step()
+    inner.abort_request([request_id] if isinstance(request_id, str) else ["aborted"], internal=True)
+    return {}
+
+
+def metrics(engine):
+    values = {}
+    for metric in engine.get_metrics():
+        labels = [value for key, value in sorted(metric.labels.items()) if key not in ("engine", "model_name")]
+        if hasattr(metric, "value"):
+            values[".".join([metric.name.removeprefix("vllm:"), *labels])] = metric.value
+    return values
+
+
+def obey(engine, command, arguments):
+    if command == "generate":
+        return generate(engine, **arguments)
+    if command == "abort":
+        return abort_midway(engine, **arguments)
+    if command == "reset":
+        return engine.reset_prefix_cache(**arguments)
+    if command == "metrics":
+        return metrics(engine)
+    raise ValueError(command)
+
+
+def main():
+    replies = os.fdopen(int(os.environ["KVTIER_TEST_REPLIES"]), "w", buffering=1)
+    engine = make_engine(json.loads(sys.stdin.readline()))
+    print(json.dumps({"started": os.getpid()}), file=replies)
+    for line in sys.stdin:
+        command, arguments = json.loads(line)
+        print(json.dumps({"result": obey(engine, command, arguments)}), file=replies)
+    del engine
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""The test's end of an engine process."""
+
+import json
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+VOCABULARY = 512
+START_SECONDS = 400
+REPLY_SECONDS = 200
+
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TORCH_COMPILE_DISABLE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_LOGGING_LEVEL": "INFO",
+    "PYTHONHASHSEED": "0",
+}
+
+
+def prompt(seed: int, length: int, prefix=()) -> list[int]:
+    """Return random token ids, the same for the same seed."""
+    tokens = random.Random(seed)
+    return [*prefix, *(tokens.randrange(3, VOCABULARY) for _ in range(length - len(prefix)))]
+
+
+def transfer_config(**keys):
+    """Return vLLM's option for kvtier, with `keys` in its configuration."""
+    extra = {"spec_name": "KVTierOffloadingSpec", "cpu_bytes_to_use": "32MiB"} | keys
+    return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
+
+
+class Engine:
+    """A vLLM engine in a process of its own."""
+
+    def __init__(self, model: Path, log: Path, *, processes=False, environment=None, kvtier=None, **options):
+        """Args:
+        processes: vLLM runs its core and its workers in processes of their own.
+        kvtier: keys of kvtier's configuration; None runs without a connector.
+        """
+        self.log_path = log
+        reading, writing = os.pipe()
+        self._log = log.open("wb")
+        kv = {} if kvtier is None else {"kv_transfer_config": transfer_config(**kvtier)}
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("driver.py"))],
+            stdin=subprocess.PIPE,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            pass_fds=(writing,),
+            start_new_session=True,
+            env=os.environ
+            | ENVIRONMENT
+            | {"KVTIER_TEST_REPLIES": str(writing), "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(processes))}
+            | (environment or {}),
+        )
+        os.close(writing)
+        self._replies = os.fdopen(reading)
+        self._send({"model": str(model)} | kv | options)
+        self._started = False
+
+    def wait_until_started(self):
+        if not self._started:
+            self._receive(START_SECONDS)
+            self._started = True
+        return self
+
+    def ask(self, command, **arguments):
+        self.wait_until_started()
+        self._send([command, arguments])
+        return self._receive(REPLY_SECONDS)["result"]
+
+    def generate(self, *prompts, **arguments) -> list[list[int]]:
+        return self.ask("generate", prompts=prompts, **arguments)["tokens"]
+
+    def metrics(self):
+        return self.ask("metrics")
+
+    def external_hits(self) -> int:
+        return int(self.metrics().get("external_prefix_cache_hits", 0))
+
+    def reset(self, **arguments) -> bool:
+        return self.ask("reset", **arguments)
+
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    def pids(self) -> list[int]:
+        """Return the engine's process and everything below it."""
+        found, left = [], [self.process.pid]
+        while left:
+            pid = left.pop()
+            found.append(pid)
+            try:
+                children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            except OSError:
+                continue
+            left += map(int, children)
+        return found
+
+    def stop(self, timeout=60):
+        """End the engine in peace."""
+        try:
+            self.process.stdin.close()
+            self.process.wait(timeout)
+        finally:
+            self.kill()
+
+    def kill(self):
+        """Kill whatever is left of it."""
+        for pid in self.pids():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.process.wait(30)
+        self._log.close()
+
+    def _send(self, message):
+        self.process.stdin.write(json.dumps(message).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def _receive(self, timeout):
+        readable, _, _ = select.select([self._replies], [], [], timeout)
+        line = self._replies.readline() if readable else ""
+        if not line:
+            raise RuntimeError(f"no reply from the engine:\n{self.log()[-6000:]}")
+        return json.loads(line)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+
+def wait_for(condition, timeout=60.0, what="the condition"):
+    """Ask `condition` until it holds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what} did not come true in {timeout} s")
+        select.select([], [], [], 0.05)

@@ -1,0 +1,64 @@
+"""Small random models, saved as safetensors: their output depends on every token before."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+VOCABULARY = 512
+
+
+def llama_config(**changes):
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": VOCABULARY,
+        "hidden_act": "silu",
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    } | changes
+
+
+def save_llama(folder: Path, seed: int = 0, **changes) -> Path:
+    """Write a llama of random weights, large enough for attention to matter."""
+    config = llama_config(**changes)
+    hidden, inner, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator) * (2.0 / shape[-1] ** 0.5)
+
+    weights = {
+        "model.embed_tokens.weight": torch.randn((VOCABULARY, hidden), generator=generator),
+        "model.norm.weight": torch.ones(hidden),
+        "lm_head.weight": random(VOCABULARY, hidden),
+    }
+    for index in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{index}"
+        weights |= {
+            f"{layer}.self_attn.q_proj.weight": random(config["num_attention_heads"] * head, hidden),
+            f"{layer}.self_attn.k_proj.weight": random(config["num_key_value_heads"] * head, hidden),
+            f"{layer}.self_attn.v_proj.weight": random(config["num_key_value_heads"] * head, hidden),
+            f"{layer}.self_attn.o_proj.weight": random(hidden, config["num_attention_heads"] * head),
+            f"{layer}.mlp.gate_proj.weight": random(inner, hidden),
+            f"{layer}.mlp.up_proj.weight": random(inner, hidden),
+            f"{layer}.mlp.down_proj.weight": random(hidden, inner),
+            f"{layer}.input_layernorm.weight": torch.ones(hidden),
+            f"{layer}.post_attention_layernorm.weight": torch.ones(hidden),
+        }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(weights, folder / "model.safetensors")
+    return folder
