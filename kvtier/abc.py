@@ -149,7 +149,8 @@ class BlockStore(ABC):
     """Blocking bytes by key; the location is the key (network stores, shared filesystems).
 
     Runs in the tier's I/O process, called by several threads at once. Faults of the medium are raised as
-    StoreError (the whole call failed) or returned as False (that block failed); both are misses.
+    StoreError (the whole call failed) or returned as False (that block failed); both are misses. After a
+    StoreUnavailableError the store is closed, and opened anew some time later (slot stores, too).
     A plain store keeps opaque values: kvtier seals each with a header and checks it on the way back. A store
     that can move header and payload without joining them sets `seals_itself` and uses `kvtier.stores.seal.Seal`.
     """

@@ -105,15 +105,11 @@ def _split_keys(packet: bytes, offset: int, count: int, key_bytes: int) -> list[
 
 
 def _pack_slots(slots: Sequence[int]) -> bytes:
-    array = np.asarray(slots, dtype=np.int64)
-    if len(array) and not 0 <= array.min() <= array.max() < 2**32:
-        raise ValueError("a slot outside 0 to 2**32 - 1")
-    return array.astype("<u4").tobytes()
+    return struct.pack(f"<{len(slots)}I", *slots)
 
 
 def _unpack_slots(packet: bytes, offset: int, count: int) -> list[int]:
-    slots: list[int] = np.frombuffer(packet, "<u4", count, offset).tolist()
-    return slots
+    return list(struct.unpack_from(f"<{count}I", packet, offset))
 
 
 def _pack_bits(bits: Sequence[bool]) -> bytes:

@@ -86,9 +86,9 @@ class StoreDescription:
 class IOExecutor(ABC):
     """One life of a store, somewhere else.
 
-    Its reports come in this order: Ready, IndexBatch (any number), IndexEnd, then results and answers; or
-    Unavailable; Ended at any time, as the last one. Every submitted part is answered, whole or in pieces, exactly
-    once, unless Ended comes first.
+    Its reports come in this order: Ready, IndexBatch (any number), IndexEnd, then results and answers; Unavailable
+    instead of any of them, when the store cannot be opened or must be opened anew; Ended at any time, as the last
+    one. Every submitted part is answered, whole or in pieces, exactly once, unless one of these two comes first.
     """
 
     @abstractmethod

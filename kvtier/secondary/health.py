@@ -70,6 +70,11 @@ class Breaker:
         self.state = BreakerState.HALF_OPEN
         return True
 
+    def try_now(self) -> None:
+        """Go from open to half open at once: what failed has been replaced."""
+        if self.state is BreakerState.OPEN:
+            self.state = BreakerState.HALF_OPEN
+
     def check_invariants(self) -> None:
         """Raise InvariantError if the counts are out of their bounds."""
         if not self._first_backoff <= self._backoff <= self._longest_backoff:
@@ -96,8 +101,11 @@ class TierHealth:
         """Note that the tier, after a failure, served something: what happens next is news again."""
         self._said.clear()
 
-    def change(self, state: TierState, reason: str = "") -> None:
-        """Enter a state; the same state for the same reason is no change. Nothing follows CLOSED."""
+    def change(self, state: TierState, reason: str = "", *, warn: bool = False) -> None:
+        """Enter a state; the same state for the same reason is no change. Nothing follows CLOSED.
+
+        Args: warn: users should know, though the tier is not DOWN.
+        """
         if (state, reason) == (self.state, self.reason) or self.state is TierState.CLOSED:
             return
         self.state, self.reason = state, reason
@@ -108,6 +116,7 @@ class TierHealth:
                 "tier %s is down: %s; the engine runs without it, kvtier tries again", self._tier_type, reason
             )
         else:
-            logger.info("tier %s is %s%s", self._tier_type, state.value, f": {reason}" if reason else "")
+            level = logging.WARNING if warn else logging.INFO
+            logger.log(level, "tier %s is %s%s", self._tier_type, state.value, f": {reason}" if reason else "")
         self._said.add((state, reason))
         self._observer.on_event(TierStateChanged(self._tier_type, state, reason))

@@ -56,6 +56,8 @@ class InlineExecutor(IOExecutor):
                 report = run_task(self._runner, self._rows, task)
                 if report is not None:
                     self._reports.append(report)
+            if self._runner.lost is not None:
+                self._reports.append(Unavailable(self._runner.lost))
         reports = list(self._reports)
         self._reports.clear()
         return reports

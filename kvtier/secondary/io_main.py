@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import resource
 import select
 import signal
 import socket
@@ -171,6 +172,8 @@ class Server:
                 report = run_task(self._runner, self._rows, task)
                 if report is not None:
                     self._channel.send(report)
+                if self._runner.lost is not None:
+                    self._channel.send(Unavailable(self._runner.lost))
 
 
 class Watchdog:
@@ -194,6 +197,9 @@ def serve(socket_fd: int, arena_fd: int, parent_fd: int) -> int:
         signal.signal(ignored, signal.SIG_IGN)  # it ends with its parent, and never in the middle of a write
     with contextlib.suppress(OSError), open("/proc/self/comm", "w") as name:
         name.write("kvtier-io")
+    with contextlib.suppress(OSError, ValueError):  # a store may keep many files open; 1,024 is for select(2)
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     channel = Channel(socket.socket(fileno=socket_fd), parent_fd)
     watchdog = Watchdog(channel)
     try:

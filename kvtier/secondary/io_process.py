@@ -83,10 +83,19 @@ class IOProcess(IOExecutor):
         return None if self._process is None else self._process.pid
 
     def start(self) -> None:
-        """Start the process; takes a millisecond or two, the only thing here that does."""
+        """Start the process; takes a millisecond or two, the only thing here that does.
+
+        Raises:
+            StoreUnavailableError: the machine refused, or the store's options are no JSON that fits a packet.
+        """
         ours: socket.socket | None = None
         theirs: socket.socket | None = None
         parent = -1
+        options = Options(self._description.to_json())
+        try:
+            encode(options)
+        except ProtocolError as error:
+            raise StoreUnavailableError(f"options of its store: {error}") from error
         try:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             parent = os.pidfd_open(os.getpid())
@@ -111,7 +120,7 @@ class IOProcess(IOExecutor):
                 os.close(parent)
         ours.setblocking(False)
         self._socket = ours
-        self._first.append(Options(self._description.to_json()))
+        self._first.append(options)
         self._send_queued()
 
     def submit(self, part: Part) -> None:
@@ -149,7 +158,7 @@ class IOProcess(IOExecutor):
             if packet is None:
                 break
             if not packet:
-                reports += self._ended()
+                reports += [] if reports else self._ended()  # what it did before its end is heard first
                 break
             message = decode(packet)
             if not isinstance(message, _REPORTS):

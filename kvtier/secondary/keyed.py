@@ -18,6 +18,8 @@ from kvtier.types import FailureCause, JobMetadata, LookupResult, ReqContext, Sc
 
 _MISS, _RETRY = LookupResult.MISS, LookupResult.RETRY
 _UP = TierState.UP
+_UNREADABLE = frozenset({FailureCause.CORRUPT, FailureCause.FOREIGN, FailureCause.OLD_FORMAT})
+"""A store that could not delete such a block goes on saying that it holds it."""
 _SECONDS_BETWEEN_LOOKS = 0.0002
 """A long prefix of unknown keys is thousands of lookups; not each of them looks for answers."""
 
@@ -63,7 +65,7 @@ class KeyedTierManager(StoreTierManager):
             self._probes.flush()
         super().on_schedule_end(context)
         if self._probes.expire(self.settings.deadlines.job):
-            self._supervisor.job_ended(served=False, broken=True)
+            self._supervisor.question_expired()
 
     def check_invariants(self) -> None:
         """Raise InvariantError if the state contradicts itself."""
@@ -88,7 +90,8 @@ class KeyedTierManager(StoreTierManager):
         keys = outcome.job.keys
         self._probes.set_present([keys[index] for index in outcome.moved])
         if outcome.failed and outcome.job.metadata.is_promotion and FailureCause.CANCELLED not in outcome.failures:
-            self._probes.set_absent([keys[index] for index in outcome.failed])
+            never = not _UNREADABLE.isdisjoint(outcome.failures)
+            self._probes.set_absent([keys[index] for index in outcome.failed], for_long=never)
 
     def _handle(self, report: Report) -> None:
         if isinstance(report, ProbeAnswer):

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from kvtier.errors import ConfigError
+from kvtier.keys import MAX_KEY_BYTES
 from kvtier.secondary.keyed import KeyedTierManager
 from kvtier.secondary.store_tier import TierSettings
 from kvtier.sizes import parse_size
+from kvtier.stores.seal import HEADER_BYTES
 from kvtier.types import Locality, Medium
 
 
@@ -44,5 +46,6 @@ class MemoryTierManager(KeyedTierManager):
             options={"capacity": size},
             settings=TierSettings.checked(threads, job_deadline),
         )
-        if size < self.block_bytes:
-            raise ConfigError("capacity", capacity, f"at least one block, {self.block_bytes} bytes")
+        least = self.block_bytes + HEADER_BYTES + MAX_KEY_BYTES
+        if size < least:
+            raise ConfigError("capacity", capacity, f"at least {least} bytes, for one block of {self.block_bytes}")

@@ -28,7 +28,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Unavailable:
-    """The store cannot be opened; the process ends after this."""
+    """The store cannot be opened, or is of no more use and must be opened anew; the tier ends the process."""
 
     reason: str
 

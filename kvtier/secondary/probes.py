@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from kvtier.clock import Clock
 from kvtier.errors import InvariantError, ProtocolError
-from kvtier.keys import OffloadKey
+from kvtier.keys import MAX_KEY_BYTES, MIN_KEY_BYTES, OffloadKey
 from kvtier.types import LookupResult
 
 _HIT, _MISS, _RETRY = LookupResult.HIT, LookupResult.MISS, LookupResult.RETRY
@@ -34,9 +34,9 @@ class AnswerCache:
         del self._expiry[key]
         return False
 
-    def add(self, keys: Iterable[OffloadKey]) -> None:
-        """Hold `keys` from now on, for the time of this cache."""
-        expiry = self._clock() + self._seconds
+    def add(self, keys: Iterable[OffloadKey], seconds: float | None = None) -> None:
+        """Hold `keys` from now on, for `seconds` or the time of this cache."""
+        expiry = self._clock() + (self._seconds if seconds is None else seconds)
         for key in keys:
             self._expiry[key] = expiry
             self._expiry.move_to_end(key)
@@ -72,10 +72,12 @@ class Probes:
         self._send = send
         self._batch = batch
         self._batch_seconds = batch_seconds
+        self._present_seconds = present_seconds
         self._present = AnswerCache(clock, most_answers, present_seconds)
         self._absent = AnswerCache(clock, most_answers, absent_seconds)
         self._waiting: dict[OffloadKey, None] = {}
         self._waiting_since = 0.0
+        self._waiting_bytes = 0
         self._asked: dict[OffloadKey, int] = {}
         self._batches: dict[int, tuple[float, Sequence[OffloadKey]]] = {}
         self._next_id = 1
@@ -86,14 +88,21 @@ class Probes:
         return len(self._waiting) + len(self._asked)
 
     def lookup(self, key: OffloadKey) -> LookupResult:
-        """Answer from the cache; an unknown key is queued, and RETRY until its answer arrives."""
+        """Answer from the cache; an unknown key is queued, and RETRY until its answer arrives.
+
+        What cannot be a key is a MISS and is never asked. Keys of one length share a question.
+        """
         if key in self._present:
             return _HIT
         if key in self._absent:
             return _MISS
         if key not in self._asked and key not in self._waiting:
+            if not isinstance(key, bytes) or not MIN_KEY_BYTES <= len(key) <= MAX_KEY_BYTES:
+                return _MISS
+            if self._waiting and len(key) != self._waiting_bytes:
+                self.flush()
             if not self._waiting:
-                self._waiting_since = self._clock()
+                self._waiting_since, self._waiting_bytes = self._clock(), len(key)
             self._waiting[key] = None
         if len(self._waiting) >= self._batch or (
             self._waiting and self._clock() - self._waiting_since >= self._batch_seconds
@@ -134,11 +143,11 @@ class Probes:
         self._absent.remove(keys)
         self._present.add(keys)
 
-    def set_absent(self, keys: Sequence[OffloadKey]) -> None:
-        """Note that `keys` could not be loaded."""
+    def set_absent(self, keys: Sequence[OffloadKey], *, for_long: bool = False) -> None:
+        """Note that `keys` could not be loaded; `for_long` as long as a positive answer lasts, or until stored."""
         self._forget_questions(keys)
         self._present.remove(keys)
-        self._absent.add(keys)
+        self._absent.add(keys, self._present_seconds if for_long else None)
 
     def expire(self, seconds: float) -> int:
         """Make MISS of keys asked about so long ago; return how many."""

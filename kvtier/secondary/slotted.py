@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from kvtier.abc import BlockStore, EvictionPolicy, SlotStore
@@ -20,6 +22,8 @@ from kvtier.secondary.store_tier import StoreTierManager, TierSettings
 from kvtier.types import FailureCause, JobMetadata, LookupResult, OffloadingEvent, ReqContext
 
 _MOST_EVENTS = 10_000
+_SECONDS_FULL = 5.0
+"""How long a medium without space is not asked for more of it."""
 _HIT, _MISS, _UP = LookupResult.HIT, LookupResult.MISS, TierState.UP
 
 BUILT_IN_POLICIES: Mapping[str, type[EvictionPolicy]] = {"lru": LRUPolicy, "arc": ARCPolicy}
@@ -62,6 +66,7 @@ class SlottedTierManager(StoreTierManager):
         self._policy = find_policy(eviction_policy, self.context.policies)
         self._table: BlockTable | None = None
         self._events: deque[OffloadingEvent] = deque(maxlen=_MOST_EVENTS)
+        self._full_until = -math.inf
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         """Return HIT for a block that can be loaded now, MISS for any other: the index knows."""
@@ -120,20 +125,40 @@ class SlottedTierManager(StoreTierManager):
 
     def _begin_store(self, table: BlockTable, metadata: JobMetadata) -> Job | None:
         placement = table.plan(metadata.keys)
+        if self.context.clock() < self._full_until:
+            self._free_used_slots(table, len(placement.keys), metadata.keys)
+            placement = table.plan(metadata.keys)
         here: list[OffloadKey] = []
         if len(placement.keys) + placement.num_left_out < len(metadata.keys):
             here = [key for key in metadata.keys if table.is_ready(key)]
             table.policy.touch(list(dict.fromkeys(here)))
         slots = list(table.apply(placement).values())
         if placement.victims:
-            self._note(placement.victims, removed=True)
-            self.context.observer.on_event(BlocksEvicted(self.tier_type, placement.victims))
+            self._say_evicted(placement.victims)
         arena_slots = metadata.block_ids.tolist()
         if len(placement.keys) < len(arena_slots):
             arena_slot_of = dict(zip(metadata.keys, arena_slots, strict=True))
             arena_slots = [arena_slot_of[key] for key in placement.keys]
         left_out = {FailureCause.NO_SPACE: placement.num_left_out}
         return self._ledger.open(metadata, placement.keys, arena_slots, slots, here, left_out)
+
+    def _free_used_slots(self, table: BlockTable, count: int, protected: Collection[OffloadKey]) -> None:
+        """Evict blocks whose slots, which have space already, are then the first that the table gives away.
+
+        The medium has less space than the capacity allows: slots that were never used cannot be.
+        """
+        keep = set(protected)
+        evictable = (
+            key for key in table.policy.candidates() if key not in keep and not table.is_pinned(table.slot_of[key])
+        )
+        victims = list(islice(evictable, count))
+        if victims:
+            table.remove(victims)
+            self._say_evicted(victims)
+
+    def _say_evicted(self, keys: Sequence[OffloadKey]) -> None:
+        self._note(keys, removed=True)
+        self.context.observer.on_event(BlocksEvicted(self.tier_type, keys))
 
     def _apply(self, outcome: Outcome) -> None:
         table, job = self._table, outcome.job
@@ -155,6 +180,8 @@ class SlottedTierManager(StoreTierManager):
         keys = [job.keys[index] for index in outcome.failed]
         if not job.metadata.is_promotion:
             table.discard(keys, slots)
+            if FailureCause.NO_SPACE in outcome.failures:
+                self._full_until = self.context.clock() + _SECONDS_FULL
             return
         if FailureCause.CANCELLED not in outcome.failures:
             gone = [key for key, slot in zip(keys, slots, strict=True) if table.slot_of.get(key) == slot]

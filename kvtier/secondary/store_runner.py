@@ -79,7 +79,11 @@ def import_store(path: str) -> type[SlotStore] | type[BlockStore]:
 
 
 class StoreRunner:
-    """An open store over the rows of an arena; its methods may run on several threads."""
+    """An open store over the rows of an arena; its methods may run on several threads.
+
+    Attributes:
+        lost: why the store must be opened anew, once it has said so by a StoreUnavailableError.
+    """
 
     def __init__(self, description: StoreDescription) -> None:
         """Open the store.
@@ -91,6 +95,7 @@ class StoreRunner:
         self._failures = ThreadFailures()
         self._block_bytes = description.block_bytes
         self._complained = False
+        self.lost: str | None = None
         context = StoreContext(description.namespace, description.block_bytes, self._failures)
         try:
             store = store_class.open(description.options, context)
@@ -113,7 +118,9 @@ class StoreRunner:
             return
         try:
             for slots, keys in self.store.recover():
-                step = blocks_per_message(max(map(len, keys), default=1))
+                if len(set(map(len, keys))) > 1:
+                    raise StoreError("keys of different lengths")
+                step = blocks_per_message(len(keys[0]) if keys else 1)
                 for start in range(0, len(keys), step):
                     yield IndexBatch(slots[start : start + step], keys[start : start + step])
         except Exception as error:
@@ -186,6 +193,8 @@ class StoreRunner:
             if len(answers) == count:
                 return answers
             self._complain(f"gave {len(answers)} answers for {count} blocks")
+        except StoreUnavailableError as error:
+            self.lost = str(error)
         except StoreError as error:
             self._complain(str(error))
         except Exception as error:  # noqa: BLE001 - a plug-in may raise anything; reported, and a failure of these blocks

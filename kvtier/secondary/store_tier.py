@@ -114,9 +114,12 @@ class StoreTierManager(SecondaryTierManager):
         self._ledger = JobLedger(tier_type, clock, observer)
         self._health = TierHealth(tier_type, observer)
         deadlines, settings = self.settings.deadlines, self.settings
-        breaker = Breaker(clock, settings.failures_to_open, settings.first_backoff, settings.longest_backoff)
+        breaker, store_breaker = (
+            Breaker(clock, settings.failures_to_open, settings.first_backoff, settings.longest_backoff)
+            for _ in range(2)
+        )
         self._supervisor = Supervisor(
-            self._make_executor, self._ledger, self._health, breaker, clock, deadlines, self._end_life
+            self._make_executor, self._ledger, self._health, breaker, store_breaker, clock, deadlines, self._end_life
         )
         self._most_store_blocks = max(1, self.settings.most_store_bytes // self.block_bytes)
 
@@ -143,7 +146,7 @@ class StoreTierManager(SecondaryTierManager):
             self._pump()
 
     def submit_store(self, job_metadata: JobMetadata) -> None:
-        """Start a store job; refused, as a failed result, when the tier is not UP or has too much to do."""
+        """Start a store job; refused, as a failed result, when `can_store` says no."""
         self._submit(job_metadata, self.can_store(len(job_metadata.keys)))
 
     def submit_load(self, job_metadata: JobMetadata) -> None:
@@ -156,10 +159,10 @@ class StoreTierManager(SecondaryTierManager):
         return self._ledger.take_results()
 
     def can_store(self, num_blocks: int) -> bool:
-        """Return whether the tier is UP and the blocks fit its queue; an empty queue takes any job."""
+        """Return whether stores work and the blocks fit the queue; an empty queue takes any job."""
         self.start()
         waiting = self._ledger.num_store_blocks
-        return self._supervisor.works and (not waiting or waiting + num_blocks <= self._most_store_blocks)
+        return self._supervisor.takes_stores and (not waiting or waiting + num_blocks <= self._most_store_blocks)
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         """Push what is queued and look at the executor's health."""
@@ -272,7 +275,7 @@ class StoreTierManager(SecondaryTierManager):
         if outcome.finished:
             job = outcome.job
             broken = any(job.failures.get(cause) for cause in _BREAKING)
-            self._supervisor.job_ended(job.num_bytes > 0, broken)
+            self._supervisor.job_ended(job.num_bytes > 0, broken, is_store=not job.metadata.is_promotion)
 
     def _end_life(self) -> None:
         self._forget()

@@ -39,6 +39,9 @@ class Deadlines:
     kill: float = 1.0
 
 
+_NO_STORES = "stores failed one after the other; what it holds can be loaded, kvtier tries again to store"
+
+
 class _Phase(Enum):
     IDLE = "idle"
     OPENING = "opening"
@@ -61,15 +64,21 @@ class Supervisor:
         ledger: JobLedger,
         health: TierHealth,
         breaker: Breaker,
+        store_breaker: Breaker,
         clock: Clock,
         deadlines: Deadlines,
         on_life_ended: Callable[[], None],
     ) -> None:
-        """Args: on_life_ended: called when an executor is certain to touch nothing, before its jobs fail."""
+        """Args:
+        breaker: of the whole tier.
+        store_breaker: of its stores: a medium that nobody can write may still be read.
+        on_life_ended: called when an executor is certain to touch nothing, before its jobs fail.
+        """
         self._make_executor = make_executor
         self._ledger = ledger
         self._health = health
         self._breaker = breaker
+        self._store_breaker = store_breaker
         self._clock = clock
         self._deadlines = deadlines
         self._on_life_ended = on_life_ended
@@ -83,6 +92,11 @@ class Supervisor:
     def works(self) -> bool:
         """Whether jobs and probes are taken now."""
         return self._phase is _Phase.WORKING and self._breaker.state is not BreakerState.OPEN
+
+    @property
+    def takes_stores(self) -> bool:
+        """Whether store jobs are taken now."""
+        return self.works and self._store_breaker.state is not BreakerState.OPEN
 
     @property
     def is_idle(self) -> bool:
@@ -107,6 +121,7 @@ class Supervisor:
             self._begin()
         elif self._phase is _Phase.WORKING and self._breaker.try_again():
             self._health.change(TierState.UP, "trying again")
+        self._store_breaker.try_again()
         if self._phase not in (_Phase.OPENING, _Phase.WORKING) or self.executor is None:
             return []
         try:
@@ -124,14 +139,33 @@ class Supervisor:
         """Kill the executor and be DOWN; its jobs are answered when it is gone."""
         self._go_down(reason, kill=True)
 
-    def job_ended(self, served: bool, broken: bool) -> None:
-        """Tell the breaker of a finished job: some block was `served`, or all of them failed by I/O errors."""
+    def job_ended(self, served: bool, broken: bool, *, is_store: bool = False) -> None:
+        """Tell the breakers of a finished job: some block was `served`, or all of them failed by I/O errors."""
         if served:
             if self._breaker.state is BreakerState.HALF_OPEN:
                 self._health.prove()
             self._breaker.succeed()
-        elif broken and self._breaker.fail():
+        if is_store:
+            self._store_ended(served, broken)
+        elif broken and not served and self._breaker.fail():
             self._health.change(TierState.DOWN, "jobs failed one after the other")
+
+    def question_expired(self) -> None:
+        """Note that a question was not answered within `deadlines.job`; with nothing else heard, that is a hang."""
+        if self._clock() - self._progress_at >= self._deadlines.job:
+            self.fail("no answer to its questions")
+        else:
+            self.job_ended(served=False, broken=True)
+
+    def _store_ended(self, served: bool, broken: bool) -> None:
+        """Failed stores end stores, never loads."""
+        if served:
+            if self._store_breaker.state is BreakerState.HALF_OPEN and self.works:
+                self._health.prove()
+                self._health.change(TierState.UP, "it stores again")
+            self._store_breaker.succeed()
+        elif broken and self._store_breaker.fail() and self.works:
+            self._health.change(TierState.UP, _NO_STORES, warn=True)
 
     def restart(self) -> None:
         """End this life in peace and begin another at once (the namespace has changed)."""
@@ -157,6 +191,8 @@ class Supervisor:
     def _begin(self) -> None:
         executor = self._make_executor()
         self._begin_when_ended = False
+        self._breaker.try_now()
+        self._store_breaker.try_now()
         self._progress_at = self._clock()
         try:
             executor.start()
@@ -241,3 +277,4 @@ class Supervisor:
         if self.works is not (self._health.state is TierState.UP):
             raise InvariantError(f"{self._health.state} while works is {self.works}")
         self._breaker.check_invariants()
+        self._store_breaker.check_invariants()

@@ -98,12 +98,15 @@ class ThreadExecutor(IOExecutor):
         self._news.set()
 
     def _open_and_work(self) -> None:
+        runner = None
         try:
             runner = StoreRunner(self._description)
             self._report(Ready(runner.num_slots))
             for batch in runner.index():
                 self._report(batch)
         except StoreUnavailableError as error:
+            if runner is not None:
+                runner.close()  # or nobody could open it again
             self._report(Unavailable(str(error)))
             return
         self._report(IndexEnd())
@@ -130,6 +133,8 @@ class ThreadExecutor(IOExecutor):
                 self._report(ProbeAnswer(task.probe_id, found or [False] * len(task.keys), failed=found is None))
             else:
                 runner.delete(task.keys)
+            if runner.lost is not None:
+                self._report(Unavailable(runner.lost))
 
     def _move(self, runner: StoreRunner, part: Part, buffers: list[memoryview]) -> PartResult:
         if not part.is_load:

@@ -227,7 +227,7 @@ def test_jobs_that_fail_in_a_row_open_the_breaker_without_a_new_process(rig, tmp
     rig.wait_up()
     pid = tier.io_pid
     for number in range(3):
-        assert not rig.finish(submit_store(rig, [number])).success
+        assert not rig.load([number])[1]
     assert tier.state is TierState.DOWN
     bad.unlink()
     rig.wait_up()
@@ -488,12 +488,12 @@ def test_a_forked_copy_of_the_engine_does_not_keep_it(rig):
 
 
 def test_a_tier_that_comes_and_goes_for_one_reason_says_so_once(rig, tmp_path, caplog):
-    tier = faulty_tier(rig, {"fault": "raise", "calls": ["write"]})
+    tier = faulty_tier(rig, {"fault": "raise", "calls": ["read_into"]})
     tier.start()
     rig.wait_up()
     for _ in range(3):
         rig.wait_up()
-        rig.wait(lambda: not rig.store([1]).success and tier.state is TierState.DOWN, "it is down")
+        rig.wait(lambda: not rig.load([1])[1] and tier.state is TierState.DOWN, "it is down")
     assert rig.recorder.states() == ["up", "down"] * 3
     assert sum("is down" in message for message in caplog.messages) == 1
 

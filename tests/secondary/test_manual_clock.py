@@ -131,7 +131,7 @@ def test_a_network_that_fails_and_comes_back(rig, tmp_path):
     tier = faulty_tier(rig, {"fault": "raise", "while_path": str(bad)})
     tier.start()
     for number in range(3):
-        rig.store([number])
+        rig.load([number])
     assert tier.state is TierState.DOWN
     assert tier.lookup(make_key(1), rig.request) is LookupResult.MISS
     assert not tier.can_store(1)
@@ -190,6 +190,8 @@ def test_a_disk_without_a_namespace_is_refused_and_memory_is_not(rig, tmp_path):
     with pytest.raises(ConfigError) as caught:
         DiskTierManager(nobody, rig.arena.view, "disk", path=str(tmp_path), capacity="1MiB")
     assert caught.value.key == "namespace"
+    with pytest.raises(ConfigError, match="one block of 8192"):
+        MemoryTierManager(object(), rig.arena.view, "memory", capacity=8192)  # header and key take room, too
     rig.attach(MemoryTierManager(object(), rig.arena.view, "memory", capacity="1MiB"))
     rig.tier.start()
     rig.wait_up()

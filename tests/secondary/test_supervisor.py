@@ -70,11 +70,18 @@ class Rig:
         self.recorder = Recorder()
         self.ledger = JobLedger("puppet", self.clock, self.recorder)
         self.health = TierHealth("puppet", self.recorder)
-        self.breaker = Breaker(self.clock)
+        self.breaker, self.store_breaker = Breaker(self.clock), Breaker(self.clock)
         self.lives = []
         self.start_error = None
         self.supervisor = Supervisor(
-            self.make, self.ledger, self.health, self.breaker, self.clock, Deadlines(job=10, oldest_job=40), self.end
+            self.make,
+            self.ledger,
+            self.health,
+            self.breaker,
+            self.store_breaker,
+            self.clock,
+            Deadlines(job=10, oldest_job=40),
+            self.end,
         )
         self.supervisor.start()
         self.pump()
@@ -253,3 +260,33 @@ def test_the_breaker_opens_half_opens_and_closes():
     clock.advance(0.5)
     assert breaker.try_again()
     breaker.check_invariants()
+
+
+def test_failed_stores_end_stores_and_not_loads(rig, caplog):
+    for _ in range(3):
+        assert rig.supervisor.takes_stores
+        rig.supervisor.job_ended(served=False, broken=True, is_store=True)
+    rig.supervisor.job_ended(served=True, broken=False)
+    assert rig.supervisor.works
+    assert not rig.supervisor.takes_stores
+    rig.pump(0.6)
+    assert rig.supervisor.takes_stores  # is tried
+    rig.supervisor.job_ended(served=False, broken=True, is_store=True)
+    assert not rig.supervisor.takes_stores
+    assert rig.health.state is TierState.UP
+    rig.pump(1.1)
+    rig.supervisor.job_ended(served=True, broken=False, is_store=True)
+    rig.pump()
+    assert rig.supervisor.takes_stores
+    assert rig.recorder.states() == ["up"] * 3
+    assert [record.levelname for record in caplog.records].count("WARNING") == 1
+
+
+def test_a_new_epoch_while_the_breaker_is_open_is_a_new_attempt(rig):
+    for _ in range(3):
+        rig.supervisor.job_ended(served=False, broken=True)
+    assert rig.health.state is TierState.DOWN
+    rig.supervisor.restart()
+    rig.pump()
+    assert rig.health.state is TierState.UP
+    assert rig.supervisor.works
