@@ -20,7 +20,8 @@ POLL_SECONDS = 0.0005
 """Pause between two looks at tiers that are still working. The manager's deadlines end every wait."""
 
 STORE_PATIENCE = 2.0
-"""Seconds that one window of a store waits for the tiers to write the window before, so that none is refused."""
+"""Most seconds that each window of a store waits for the tiers to write it. Between requests nobody steps the manager:
+what is not written by then waits for the next request, and too much at once would be refused."""
 
 _STEP = ScheduleEndContext()
 _WAITING = (LookupResult.HIT_PENDING, LookupResult.RETRY)
@@ -154,8 +155,6 @@ class PrefixRequest:
         position = {key: index for index, key in enumerate(keys)}
         stored = 0
         for window in self._windows(keys):
-            if stored:
-                self._machinery.settle(STORE_PATIENCE)
             output = self._machinery.manager.prepare_store(window, self._context)
             if output is None:
                 break
@@ -168,6 +167,7 @@ class PrefixRequest:
                 done = self._transfer(len(new), output.store_spec, is_load=False)
             finally:
                 self._machinery.manager.complete_store(new, self._context, success=done)
+            self._machinery.settle(STORE_PATIENCE)
             stored += len(new) if done else 0
         return stored
 

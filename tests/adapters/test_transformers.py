@@ -134,6 +134,14 @@ def test_a_later_cache_over_the_same_directory_finds_everything(model, tmp_path)
     assert torch.equal(cold.first_logits, later.first_logits)
 
 
+def test_an_answer_has_reached_the_disk_when_it_is_returned(model, tmp_path):
+    """Nobody steps the manager between two answers, however long the pause."""
+    with PrefixCache(model, tiers(tmp_path)) as cache:
+        cache.generate(tokens(200), max_new_tokens=1)
+        assert not cache.manager.has_pending_work()
+        assert cache.manager.get_stats()["disk.blocks"] == 6
+
+
 def test_other_weights_find_nothing(model, tmp_path):
     prompt = tokens(200)
     with PrefixCache(model, tiers(tmp_path)) as cache:
