@@ -329,3 +329,16 @@ def test_a_tier_without_a_method_does_not_reach_the_engine(make_engine):
     engine.tier.touch = None
     exercise(engine)
     assert engine.log.of(TierStateChanged)[0].state is TierState.DOWN
+
+
+def test_a_tier_that_answers_again_while_its_bytes_are_checked(unverified):
+    keys = make_keys(3)
+    store_and_wait(unverified, keys)
+    context = unverified.request()
+    unverified.scan(keys, context)
+    unverified.step()
+    (result,) = unverified.tier.results
+    unverified.tier.results = [result, result, JobResult(result.job_id, False)]
+    assert settle(unverified, context, keys) == 3
+    assert sum(event.times for event in unverified.log.of(UnexpectedCall)) == 2
+    assert unverified.load(keys, context) == [payload(key) for key in keys]

@@ -265,3 +265,20 @@ def test_a_copy_that_workers_ended_takes_no_completion_from_a_newer_one(make_eng
     engine.finish(context)
     engine.finish(other)
     assert len(engine.manager._requests) == 0
+
+
+def test_a_tier_whose_drain_leaves_jobs_unanswered_is_not_used_before_its_epoch(make_engine):
+    engine, keys = make_engine(job_deadline=1000.0), make_keys(3)
+    engine.tier.auto = False
+    engine.tier.drain_jobs = lambda: None
+    engine.plant(keys)
+    engine.store(make_keys(2, "cascaded"), engine.request("a"))
+    engine.manager.reset_cache()
+    for _ in range(5):
+        engine.clock.advance(50)
+        engine.step()
+        assert engine.scan(keys, engine.request("b")) == [MISS]  # bytes of the former weights
+    engine.tier.finish(engine.tier.waiting[0])
+    engine.step()
+    assert len(engine.tier.epochs) == 1
+    assert engine.table.num_quarantined == 0

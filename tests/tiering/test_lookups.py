@@ -70,7 +70,7 @@ def test_a_probe_that_takes_too_long_is_a_miss_for_that_request_only(make_engine
 
 
 def test_the_clock_of_a_probe_starts_anew_once_the_tier_has_answered(make_engine):
-    engine, keys = make_engine(probe_deadline=0.005), make_keys(2)
+    engine, keys = make_engine(probe_deadline=0.005), make_keys(4)
     context = engine.request()
     for key in keys:
         engine.tier.unknown = {key}
@@ -118,3 +118,15 @@ def test_a_wrong_key_is_a_miss(make_engine):
     engine = make_engine(num_tiers=0)
     engine.store(make_keys(1), engine.request("a"))
     assert engine.manager.lookup(b"short", engine.request("b")) is MISS
+
+
+def test_a_preempted_request_asks_a_tier_again_that_was_too_slow(make_engine):
+    engine, keys = make_engine(probe_deadline=0.005), make_keys(1)
+    engine.tier.unknown = set(keys)
+    context = engine.request()
+    assert engine.scan(keys, context) == [RETRY]
+    engine.step()
+    engine.clock.advance(0.006)
+    assert engine.scan(keys, context) == [MISS]
+    engine.step(preempted=["r"])
+    assert engine.scan(keys, context) == [RETRY]

@@ -271,3 +271,13 @@ def test_a_promotion_says_what_came_and_what_gave_way(make_engine):
     assert engine.wait_hits(keys, engine.request("reader")) == 2
     assert engine.log.of(BlocksEvicted) == [BlocksEvicted("primary", old[::-1])]
     assert engine.log.of(BlocksStored)[-1] == BlocksStored(keys, "tier0")
+
+
+def test_a_preempted_request_may_ask_again_for_what_was_over_the_budget(make_engine):
+    engine, keys = make_engine(num_blocks=8, promotion_budget=0.5), make_keys(6)
+    engine.plant(keys)
+    context = engine.request()
+    assert engine.wait_hits(keys, context) == 4
+    engine.load(keys[:4], context)
+    engine.step(preempted=["r"])
+    assert engine.wait_hits(keys, context) == 6
