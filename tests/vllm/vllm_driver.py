@@ -47,8 +47,9 @@ def abort_midway(engine, prompt, steps):
     request_id = inner.add_request(f"aborted-{time.monotonic_ns()}", {"prompt_token_ids": prompt}, sampling)
     for _ in range(steps):
         inner.step()
-    inner.abort_request([request_id] if isinstance(request_id, str) else ["aborted"], internal=True)
-    return {}
+    running = inner.get_num_unfinished_requests()
+    inner.abort_request([request_id], internal=True)
+    return {"running": running, "left": inner.get_num_unfinished_requests()}
 
 
 def metrics(engine):

@@ -50,7 +50,7 @@ class Engine:
         self._log = log.open("wb")
         kv = {} if kvtier is None else {"kv_transfer_config": transfer_config(**kvtier)}
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("driver.py"))],
+            [sys.executable, str(Path(__file__).with_name("vllm_driver.py"))],
             stdin=subprocess.PIPE,
             stdout=self._log,
             stderr=subprocess.STDOUT,

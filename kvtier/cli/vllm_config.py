@@ -1,0 +1,97 @@
+"""`kvtier vllm-config`: the option that makes vLLM use kvtier, checked before it is printed."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Annotated, Any
+
+import typer
+
+from kvtier.config import KVCacheGroup, OffloadingConfig
+from kvtier.errors import ConfigError
+from kvtier.namespace import Namespace
+from kvtier.primary.arena import align_block_bytes
+from kvtier.registry import construct_tier
+from kvtier.sizes import parse_size
+from kvtier.spec.tiering import TieringOffloadingSpec
+
+SPEC_NAME = "KVTierOffloadingSpec"
+EXIT_UNUSABLE = 2
+
+
+def vllm_config(
+    cpu: Annotated[str, typer.Option(help="Host memory for each engine, for example 8GiB.")],
+    disk: Annotated[
+        list[str] | None, typer.Option(help="A disk tier as PATH:SIZE, for example /cache:200GiB; may be repeated.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="Any other key as KEY=VALUE, for example load_deadline=1.5.")
+    ] = None,
+) -> None:
+    """Print the option to add to `vllm serve`.
+
+    Exit code 0: the line is printed, and vLLM will accept it. 2: a value is wrong; one line says which.
+    """
+    try:
+        extra = extra_config(cpu, disk or [], option or [])
+        check(extra)
+    except ConfigError as error:
+        typer.echo(f"kvtier: {error}", err=True)
+        raise typer.Exit(EXIT_UNUSABLE) from None
+    typer.echo(f"--kv-transfer-config {shlex.quote(transfer_config(extra))}")
+
+
+def extra_config(cpu: str, disks: list[str], options: list[str]) -> dict[str, Any]:
+    """Return kvtier's configuration in vLLM.
+
+    Args:
+        disks: each PATH:SIZE.
+        options: each KEY=VALUE; a value that is no JSON is a string.
+
+    Raises:
+        ConfigError: one of them has another form.
+    """
+    extra: dict[str, Any] = {"spec_name": SPEC_NAME, "cpu_bytes_to_use": cpu}
+    if disks:
+        extra["secondary_tiers"] = [_disk_tier(disk) for disk in disks]
+    for item in options:
+        key, equals, value = item.partition("=")
+        if not key or not equals:
+            raise ConfigError("option", item, "KEY=VALUE expected, for example load_deadline=1.5")
+        extra[key] = _json_or_text(value)
+    return extra
+
+
+def check(extra: dict[str, Any]) -> None:
+    """Refuse what the engine would refuse, as far as it does not depend on the model.
+
+    Raises:
+        ConfigError: a key is unknown or holds what it may not.
+    """
+    block_bytes = min(parse_size("cpu_bytes_to_use", extra["cpu_bytes_to_use"]), align_block_bytes(1))
+    config = OffloadingConfig(extra, (KVCacheGroup(1),), engine_block_bytes=block_bytes, namespace=Namespace())
+    spec = TieringOffloadingSpec(config)
+    view = memoryview(bytearray(spec.block_bytes)).cast("B", (1, spec.block_bytes))
+    for tier in spec.tiers:
+        construct_tier(tier, view, spec)
+
+
+def transfer_config(extra: dict[str, Any]) -> str:
+    """Return the value of vLLM's `--kv-transfer-config`."""
+    config = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
+    return json.dumps(config, separators=(",", ":"))
+
+
+def _disk_tier(text: str) -> dict[str, str]:
+    path, colon, size = text.rpartition(":")
+    if not colon or not path:
+        raise ConfigError("disk", text, "PATH:SIZE expected, for example /cache:200GiB")
+    return {"type": "disk", "path": path, "capacity": size}
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
