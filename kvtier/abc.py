@@ -321,8 +321,9 @@ class SecondaryTierManager(ABC):
         """Start copying the job's blocks into this tier.
 
         Caller guarantees: the slots stay pinned until the job's result is collected.
-        Implementer must: return without I/O; report exactly one JobResult. Blocks already here count as
-        successful. A job that cannot be taken now fails at the next `get_finished_jobs`.
+        Implementer must: return without I/O; report exactly one JobResult; a call that raises has not taken the
+        job and touches no slot afterwards. Blocks already here count as successful. A job that cannot be taken now
+        fails at the next `get_finished_jobs`.
         """
 
     @abstractmethod
@@ -359,7 +360,7 @@ class SecondaryTierManager(ABC):
         return
 
     def has_pending_work(self) -> bool:
-        """Return whether the engine must keep stepping for this tier beyond its jobs."""
+        """Return whether the tier has work of its own beyond its jobs; kvtier's manager steps on for jobs only."""
         return False
 
     @abstractmethod

@@ -19,6 +19,9 @@ from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
 from kvtier.keys import OffloadKey, common_key_bytes
 
+MAX_SKIPPED = 4096
+"""Most blocks in use that a search for victims passes over, beside four for each victim wanted: it must not stall."""
+
 
 class SlotState(Enum):
     """What a slot holds."""
@@ -131,7 +134,7 @@ class BlockTable:
         self, count: int, incoming: Sequence[OffloadKey], protected: Collection[OffloadKey]
     ) -> list[OffloadKey]:
         slot_of, pins, filling = self.slot_of, self._pins, self.filling
-        candidates = self.policy.candidates(incoming)
+        candidates = islice(self.policy.candidates(incoming), MAX_SKIPPED + 4 * count)
         victims: list[OffloadKey] = []
         while len(victims) < count:
             batch = list(islice(candidates, count - len(victims)))

@@ -268,6 +268,7 @@ class StoreTierManager(SecondaryTierManager):
             except ProtocolError as error:
                 self._supervisor.fail(f"I/O process sent garbage: {error}")
                 return
+        self._supervisor.check_hang()
 
     def _apply_result(self, result: PartResult) -> None:
         outcome = self._ledger.apply(result)

@@ -85,6 +85,9 @@ class Supervisor:
         self.executor: IOExecutor | None = None
         self._phase = _Phase.IDLE
         self._progress_at = 0.0
+        self._watched_at = 0.0
+        self._gap = 0.0
+        self._suspected_at: float | None = None
         self._kill_at = math.inf
         self._begin_when_ended = False
 
@@ -115,6 +118,8 @@ class Supervisor:
 
     def pump(self) -> list[Report]:
         """Take one look at everything; return what the tier must handle, never waiting."""
+        now = self._clock()
+        self._gap, self._watched_at = now - self._watched_at, now
         if self._phase is _Phase.ENDING:
             self._check_end()
         if self._phase is _Phase.WAITING and self._breaker.try_again():
@@ -131,9 +136,7 @@ class Supervisor:
             return []
         if reports:
             self._progress_at = self._clock()
-        kept = self._filter(reports)
-        self._check_hang()
-        return kept
+        return self._filter(reports)
 
     def fail(self, reason: str) -> None:
         """Kill the executor and be DOWN; its jobs are answered when it is gone."""
@@ -223,19 +226,34 @@ class Supervisor:
             kept.append(report)
         return kept
 
-    def _check_hang(self) -> None:
+    def check_hang(self) -> None:
+        """Kill what hangs; called when everything that `pump` returned has been handled.
+
+        An engine that looked away for long may find what is neither sent nor read, and no hang: what is too late at
+        the first look gets a little longer.
+        """
         now = self._clock()
-        if self._phase is _Phase.OPENING:
-            if now - self._progress_at > self._deadlines.start:
-                self.fail("its store did not open in time")
-        elif self._phase is _Phase.WORKING:
-            oldest = self._ledger.oldest_submission
-            if oldest is None:
-                return
-            if now - max(self._progress_at, oldest) > self._deadlines.job:
-                self.fail("no progress of its jobs")
-            elif now - oldest > self._deadlines.oldest_job:
-                self.fail("a job that does not end")
+        reason, grace = self._find_hang(now)
+        if reason is None:
+            self._suspected_at = None
+        elif self._suspected_at is None and self._gap > grace:
+            self._suspected_at = now
+        elif self._suspected_at is None or now - self._suspected_at >= grace:
+            self._suspected_at = None
+            self.fail(reason)
+
+    def _find_hang(self, now: float) -> tuple[str | None, float]:
+        """Return what is too late, if anything, and how much longer it gets after a look away, in seconds."""
+        deadlines = self._deadlines
+        grace = min(1.0, deadlines.job / 4)
+        if self._phase is _Phase.OPENING and now - self._progress_at > deadlines.start:
+            return "its store did not open in time", grace
+        oldest = self._ledger.oldest_submission if self._phase is _Phase.WORKING else None
+        if oldest is not None and now - max(self._progress_at, oldest) > deadlines.job:
+            return "no progress of its jobs", grace
+        if oldest is not None and now - oldest > deadlines.oldest_job:
+            return "a job that does not end", deadlines.job
+        return None, grace
 
     def _go_down(self, reason: str, kill: bool) -> None:
         if self._phase in (_Phase.OPENING, _Phase.WORKING):

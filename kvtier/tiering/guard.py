@@ -36,6 +36,7 @@ logger = logging.getLogger("kvtier")
 
 FIRST_BACKOFF = 1.0
 MAX_BACKOFF = 30.0
+STORE_SHARE = 0.5
 
 T = TypeVar("T")
 
@@ -76,6 +77,7 @@ class TierGuard:
         self._on_trial = False
         self._backoff = FIRST_BACKOFF
         self._ledger = None if tier.verifies_payloads else DigestLedger(arena_rows(tier.primary_kv_view))
+        self._most_pinned = int(len(tier.primary_kv_view) * STORE_SHARE)
         self._hashing: list[_Hashing] = []
         self._draining = False
         self._pending_epoch: bytes | None = None
@@ -96,8 +98,17 @@ class TierGuard:
             return LookupResult.MISS
 
     def can_store(self, num_blocks: int) -> bool:
-        """Return whether a store job of this size would be taken now."""
-        return self.usable and self.call("can_store", False, num_blocks, read=bool)
+        """Return whether a store job of this size would be taken now.
+
+        Unanswered stores pin at most `STORE_SHARE` of the primary, whatever the tier itself would take; a tier
+        without any takes a job of any size.
+        """
+        if not self.usable:
+            return False
+        pinned = sum(len(job.slots) for job in self.jobs.values() if not job.is_promotion)
+        if pinned and pinned + num_blocks > self._most_pinned:
+            return False
+        return self.call("can_store", False, num_blocks, read=bool)
 
     def submit(self, metadata: JobMetadata, slots: list[int]) -> bool:
         """Hand a job over; False if the tier did not take it. The slots must be pinned already."""

@@ -94,8 +94,18 @@ class Rig:
         self.ledger.fail_all(FailureCause.TIER_DOWN)
 
     def pump(self, seconds=0.0):
+        """Look every half second, as an engine that steps does; return what was reported."""
+        reports = []
+        while seconds > 0.5:
+            reports += self.look(0.5)
+            seconds -= 0.5
+        return reports + self.look(seconds)
+
+    def look(self, seconds):
+        """Look once, `seconds` later."""
         self.clock.advance(seconds)
         reports = self.supervisor.pump()
+        self.supervisor.check_hang()
         self.supervisor.check_invariants()
         self.ledger.check_invariants()
         return reports
@@ -145,7 +155,7 @@ def test_progress_puts_off_the_deadline_but_not_that_of_the_oldest_job(rig):
         for report in rig.pump():
             rig.ledger.apply(report)
     assert step == 4
-    rig.pump(1)
+    rig.look(1)
     assert rig.life.killed
 
 
@@ -290,3 +300,27 @@ def test_a_new_epoch_while_the_breaker_is_open_is_a_new_attempt(rig):
     rig.pump()
     assert rig.health.state is TierState.UP
     assert rig.supervisor.works
+
+
+@pytest.mark.parametrize("away", [11.0, 41.0])
+def test_an_engine_that_looked_away_does_not_take_unread_results_for_a_hang(rig, away):
+    rig.supervisor.start()
+    rig.pump()
+    job = rig.open_job()
+    rig.look(away)  # longer than a job may take, and nothing was sent or read meanwhile
+    assert not rig.lives[-1].killed
+    rig.lives[-1].reports.append(PartResult(job.serial, 0, (True,) * 4, 1.0, 4, {}))
+    for report in rig.look(0.01):
+        rig.ledger.apply(report)
+    rig.pump(60)
+    assert not rig.lives[-1].killed
+    assert rig.health.state is TierState.UP
+
+
+def test_what_hangs_is_found_by_an_engine_that_looks_rarely(rig):
+    rig.supervisor.start()
+    rig.pump()
+    rig.open_job()
+    for _ in range(5):
+        rig.look(3.0)
+    assert rig.lives[-1].killed

@@ -114,7 +114,7 @@ def test_completions_may_follow_the_requests_end(make_engine):
 
 
 def test_a_cascade_keeps_the_order_of_prepare_store(make_engine):
-    engine, keys = make_engine(num_blocks=64), make_keys(64)
+    engine, keys = make_engine(num_blocks=128), make_keys(64)
     context = engine.request()
     output = engine.manager.prepare_store(keys, context)
     engine.manager.complete_store(set(output.keys_to_store[:40]), context)
@@ -136,6 +136,17 @@ def test_each_tier_has_its_own_back_pressure(make_engine):
     assert not engine.tiers[0].stores
     assert engine.tiers[1].stores
     assert engine.log.of(CascadeRefused) == [CascadeRefused("tier0", 2, "throttled")]
+
+
+def test_a_tier_that_does_not_answer_pins_at_most_half_of_the_primary(make_engine):
+    engine = make_engine(num_blocks=16)
+    engine.tier.auto = False
+    context = engine.request()
+    for number in range(12):
+        assert engine.store(make_keys(4, f"prefix{number}"), context), "the primary is pinned"
+        engine.step()
+    assert sum(len(job.keys) for job in engine.tier.waiting) == 8
+    assert {event.reason for event in engine.log.of(CascadeRefused)} == {"throttled"}
 
 
 def test_a_failed_cascade_is_counted_and_frees_its_pins(make_engine):
@@ -192,6 +203,7 @@ def test_prompt_only_admits_what_ends_within_the_prompt(make_engine):
 def test_a_tier_may_ask_for_every_block_of_a_request(make_engine):
     engine, keys = make_engine(), make_keys(3)
     engine.store(keys[:2], engine.request("a"))
+    engine.step()
     engine.tier.blocks.clear()
     engine.tier.stores.clear()
     wants_all = RequestOffloadingContext(OffloadPolicy.REQUEST_LEVEL)
