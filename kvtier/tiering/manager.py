@@ -107,6 +107,16 @@ class TieringOffloadingManager(OffloadingManager):
             return _HIT
         return self._resolve(state, key, slot is not None)
 
+    def is_still_deferred(self, first_key: OffloadKey, req_context: ReqContext) -> bool:
+        """Return whether a scan of this request that starts at `first_key` would find what its last one found.
+
+        True while all that the last plan awaits is on its way: no key of it has arrived or failed, and no deadline
+        has passed. The engine may then leave the scan out in this step, at a cost that does not depend on its length.
+        """
+        self._poll_once()
+        state = self._requests.get(req_context.req_id)
+        return state is not None and state.is_unchanged_for(first_key)
+
     def _enter(self, req_context: ReqContext) -> None:
         self._poll_once()
         self._state = self._open(req_context)
@@ -264,6 +274,7 @@ class TieringOffloadingManager(OffloadingManager):
         for state in sorted(self._scanned, key=_arrival):
             if state.may_wait and (state.found or state.deferred_since is not None):
                 self._promoter.promote(state)
+                state.note_plan()
             state.forget_scan()
         self._scanned.clear()
         self._tiers.end_step(context)

@@ -39,6 +39,8 @@ class RequestState:
         probing: tiers that left a probe of this scan unanswered; probing_since: since when, seconds.
         deferred_since, waited: the running part and the ended parts of this attempt's wait, seconds.
         deadline: longest wait of this attempt, seconds; num_awaited: blocks it has waited for so far.
+        planned_for: first key of the scan that the last plan was made of, and how many keys were awaited then; None
+            if the scan left a probe unanswered.
         sources: name of the tier a promoted key came from.
         storing, loading: slots under a device copy, by key, in prepared order.
         loading_again: further loads of keys that are already being loaded.
@@ -66,6 +68,7 @@ class RequestState:
     waited: float = 0.0
     deadline: float = 0.0
     num_awaited: int = 0
+    planned_for: tuple[OffloadKey, int] | None = None
     sources: dict[OffloadKey, str] = field(default_factory=dict)
     storing: dict[OffloadKey, int] = field(default_factory=dict)
     loading: dict[OffloadKey, int] = field(default_factory=dict)
@@ -84,6 +87,10 @@ class RequestState:
     def may_wait(self) -> bool:
         """Whether it is live and has not given up."""
         return not self.finished and self.wait is Wait.ALLOWED
+
+    def is_unchanged_for(self, first_key: OffloadKey) -> bool:
+        """Whether a scan from `first_key` on is the planned one again, and nothing it waits for arrived or failed."""
+        return bool(self.awaiting) and self.may_wait and self.planned_for == (first_key, len(self.awaiting))
 
     def time_waited(self, now: float) -> float:
         """Seconds this attempt has waited for tiers."""
@@ -105,6 +112,11 @@ class RequestState:
         self.probing_since.clear()
         if not self.awaiting and self.deferred_since is not None:
             self.stop_waiting(now)
+
+    def note_plan(self) -> None:
+        """A plan was made of this scan."""
+        certain = self.scan and not self.unresolved
+        self.planned_for = (self.scan[0], len(self.awaiting)) if certain else None
 
     def forget_scan(self) -> None:
         """The step is over; the next scan replaces this one."""
@@ -135,6 +147,7 @@ class RequestState:
         self.deferred_since = None
         self.waited = 0.0
         self.num_awaited = 0
+        self.planned_for = None
         self.deadline = deadline
         self.denied.clear()
         self.failed.clear()
@@ -199,8 +212,12 @@ def split_scan(scan: Iterable[OffloadKey]) -> list[list[OffloadKey]]:
     A group whose scan comes to a key again has started over: the later scan replaces the earlier.
     """
     groups: dict[bytes, dict[OffloadKey, None]] = {}
+    group: dict[OffloadKey, None] = {}
+    last = b""
     for key in scan:
-        group = groups.setdefault(key[-GROUP_BYTES:], {})
+        suffix = key[-GROUP_BYTES:]
+        if suffix != last:
+            group, last = groups.setdefault(suffix, {}), suffix
         if key in group:
             group.clear()
         group[key] = None

@@ -130,3 +130,53 @@ def test_a_preempted_request_asks_a_tier_again_that_was_too_slow(make_engine):
     assert engine.scan(keys, context) == [MISS]
     engine.step(preempted=["r"])
     assert engine.scan(keys, context) == [RETRY]
+
+
+def test_a_scan_need_not_be_repeated_while_all_it_awaits_is_on_its_way(make_engine):
+    engine, keys = make_engine(), make_keys(6)
+    engine.plant(keys)
+    engine.tier.auto = False
+    context = engine.request()
+    deferred = engine.manager.is_still_deferred
+    assert not deferred(keys[0], context)
+    engine.scan(keys, context)
+    assert not deferred(keys[0], context)  # nothing is planned yet
+    engine.step()
+    for _ in range(3):
+        assert deferred(keys[0], context)
+        assert not deferred(keys[1], context)  # another scan
+        engine.step()
+    assert not deferred(keys[0], engine.request("other"))
+    engine.tier.finish(engine.tier.loads[0])
+    engine.step()
+    assert not deferred(keys[0], context)
+    assert engine.hits(keys, context) == 6
+
+
+def test_a_scan_is_repeated_after_the_deadline_and_after_a_failure(make_engine):
+    for failing in (False, True):
+        engine, keys = make_engine(load_deadline=1.0), make_keys(3)
+        engine.plant(keys)
+        engine.tier.auto = False
+        context = engine.request()
+        engine.scan(keys, context)
+        engine.step()
+        assert engine.manager.is_still_deferred(keys[0], context)
+        if failing:
+            engine.tier.fail = set(keys[1:])
+            engine.tier.finish(engine.tier.loads[0])
+        else:
+            engine.clock.advance(1.5)
+        engine.step()
+        assert not engine.manager.is_still_deferred(keys[0], context)
+
+
+def test_a_scan_with_an_unanswered_probe_is_repeated(make_engine):
+    engine, keys = make_engine(), make_keys(4)
+    engine.plant(keys)
+    engine.tier.auto, engine.tier.unknown = False, {keys[2]}
+    context = engine.request()
+    engine.scan(keys, context)
+    engine.step()
+    assert engine.tier.loads
+    assert not engine.manager.is_still_deferred(keys[0], context)

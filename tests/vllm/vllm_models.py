@@ -31,9 +31,46 @@ def llama_config(**changes):
     } | changes
 
 
+GEMMA_CHANGES = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 4,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 32,
+    "sliding_window": 256,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "rope_local_base_freq": 10000.0,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "tie_word_embeddings": True,
+}
+
+
+def save_gemma(folder: Path, seed: int = 0) -> Path:
+    """Write a model of Gemma 3's shape: every second layer sees a window of 256 tokens only."""
+    config = llama_config(**GEMMA_CHANGES)
+    weights = random_weights(config, seed)
+    del weights["lm_head.weight"]
+    for name in list(weights):
+        if name.endswith("norm.weight"):
+            weights[name] = torch.zeros_like(weights[name])  # Gemma's norms scale by one plus the weight
+    for index in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{index}"
+        for name in ("pre_feedforward_layernorm", "post_feedforward_layernorm"):
+            weights[f"{layer}.{name}.weight"] = torch.zeros(config["hidden_size"])
+        for name in ("q_norm", "k_norm"):
+            weights[f"{layer}.self_attn.{name}.weight"] = torch.zeros(config["head_dim"])
+    return save(folder, config, weights)
+
+
 def save_llama(folder: Path, seed: int = 0, **changes) -> Path:
     """Write a llama of random weights, large enough for attention to matter."""
     config = llama_config(**changes)
+    return save(folder, config, random_weights(config, seed))
+
+
+def random_weights(config, seed):
+    """Return the weights that llama and its relatives have."""
     hidden, inner, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     generator = torch.Generator().manual_seed(seed)
 
@@ -58,6 +95,10 @@ def save_llama(folder: Path, seed: int = 0, **changes) -> Path:
             f"{layer}.input_layernorm.weight": torch.ones(hidden),
             f"{layer}.post_attention_layernorm.weight": torch.ones(hidden),
         }
+    return weights
+
+
+def save(folder, config, weights):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     save_file(weights, folder / "model.safetensors")

@@ -11,6 +11,7 @@ from vllm.v1.kv_offload import base
 from kvtier.adapters.vllm.compat import NEWLY_COMPUTED_ONLY, cache_hit_source
 from kvtier.adapters.vllm.core import CoreHalf
 from kvtier.adapters.vllm.metrics import StatsReporter
+from kvtier.adapters.vllm.scans import RepeatedScan
 from kvtier.adapters.vllm.translation import (
     ANSWERS,
     NO_SLOTS,
@@ -43,6 +44,8 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         self._stats = StatsReporter()
         self._reported: set[str] = set()
         self._off = False
+        self._scanned: Any = None
+        self._repeated: RepeatedScan | None = None
 
     @property
     def _manager(self) -> TieringOffloadingManager | None:
@@ -54,12 +57,23 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         if manager is None or self._off:
             return _MISS
         try:
+            if req_context is not self._scanned:
+                self._scanned = req_context
+                self._repeated = self._repeated_scan(manager, key, req_context)
+            if self._repeated is not None:
+                return self._repeated.answer(key)
             answer = ANSWERS[manager.lookup(key, self._translated(req_context))]
         except Exception as error:  # noqa: BLE001 - nothing may stop the engine: reported, and a miss
             self._report("lookup", error)
             return _MISS
         self._stats.answers[answer] += 1
         return answer
+
+    def _repeated_scan(self, manager: TieringOffloadingManager, key: OffloadKey, theirs: Any) -> RepeatedScan | None:
+        ours = self._translated(theirs)
+        if ours.get_offload_key_position(key) is None or not manager.is_still_deferred(key, ours):
+            return None
+        return RepeatedScan(ours)
 
     def get_load_source(self, key: OffloadKey, req_context: Any) -> Any:
         """Return where a hit came from, in vLLM's words."""
@@ -132,6 +146,7 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
 
     def on_schedule_end(self, context: Any) -> None:
         """Plan promotions, and collect what arrived."""
+        self._scanned = self._repeated = None
         self._try("on_schedule_end", ScheduleEndContext(context.new_req_ids, context.preempted_req_ids))
 
     def has_pending_work(self) -> bool:

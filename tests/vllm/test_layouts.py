@@ -1,0 +1,66 @@
+"""Blocks of several sizes, several KV groups, several workers."""
+
+import pytest
+from vllm_engine import Engine, prompt, wait_for
+
+pytestmark = pytest.mark.timeout(900)
+
+BLOCK = 128
+
+
+def test_two_engine_blocks_to_an_offloaded_block(model, baseline, tmp_path):
+    first = prompt(300, 5 * BLOCK + 20)
+    second = prompt(301, 8 * BLOCK, prefix=first[: 4 * BLOCK + 9])
+    with Engine(model, tmp_path / "log", kvtier={"block_size": 2 * BLOCK}) as engine:
+        assert engine.generate(first) == baseline(first)
+        engine.reset()
+        assert engine.generate(first) == baseline(first)
+        assert engine.external_hits() == 4 * BLOCK
+        engine.reset()
+        # One engine block is on the device: the load starts in the middle of an offloaded block.
+        assert engine.generate(first[: BLOCK + 1]) == baseline(first[: BLOCK + 1])
+        before = engine.external_hits()
+        assert engine.generate(second) == baseline(second)
+        assert engine.external_hits() - before == 3 * BLOCK
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    from vllm_models import save_gemma
+
+    return save_gemma(tmp_path_factory.mktemp("gemma"))
+
+
+@pytest.mark.parametrize("per_block", [1, 2])
+def test_full_and_sliding_layers_are_two_groups(gemma, tmp_path, per_block):
+    prompts = [prompt(seed, 7 * BLOCK + 30) for seed in (310, 311)]
+    branch = prompt(312, 8 * BLOCK, prefix=prompts[0][: 5 * BLOCK])
+    with Engine(gemma, tmp_path / "plain", enable_prefix_caching=False) as plain:
+        expected = [plain.generate(asked)[0] for asked in (*prompts, branch)]
+    with Engine(gemma, tmp_path / "log", kvtier={"blocks_per_chunk": per_block}) as engine:
+        assert [engine.generate(asked)[0] for asked in prompts] == expected[:2]
+        engine.reset()
+        assert [engine.generate(asked)[0] for asked in (*prompts, branch)] == expected
+        assert engine.external_hits() >= 2 * 6 * BLOCK
+        engine.reset()
+        assert engine.generate(*prompts, branch) == expected
+        if per_block == 1:  # blocks of both groups: more than the full-attention layers alone would store
+            assert engine.metrics()["kvtier_stored_blocks.device"] > 6 + 6 + 3
+
+
+def test_two_workers_share_an_arena_and_never_read_what_one_wrote(model, baseline, tmp_path):
+    asked = prompt(320, 700)
+    keys = {"secondary_tiers": [{"type": "disk", "path": str(tmp_path / "disk"), "capacity": "64MiB"}]}
+    with Engine(model, tmp_path / "one", kvtier=keys) as engine:
+        assert engine.generate(asked) == baseline(asked)
+        wait_for(
+            lambda: engine.generate(prompt(1, 20)) and engine.metrics().get("kvtier_written_blocks.disk", 0) == 5,
+            what="writing 5 blocks",
+        )
+    two = {"tensor_parallel_size": 2, "processes": True, "environment": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}}
+    with Engine(model, tmp_path / "two", kvtier=keys, **two) as engine:
+        cold = engine.generate(asked)
+        assert engine.external_hits() == 0
+        engine.reset()
+        assert engine.generate(asked) == cold == baseline(asked)
+        assert engine.external_hits() == 5 * BLOCK
