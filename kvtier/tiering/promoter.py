@@ -85,34 +85,30 @@ class Promoter:
 
     def land(self, guard: TierGuard, job: TierJob, successful: frozenset[OffloadKey]) -> None:
         """Take in the end of a promotion job: good blocks become ready, the rest misses for those who waited."""
-        keys, slots = job.keys, job.slots
-        good = [slot for key, slot in zip(keys, slots, strict=True) if key in successful]
-        self._table.publish(good)
-        arrived: list[OffloadKey] = []
+        table = self._table
+        keys: Sequence[OffloadKey] = job.keys
+        slots: Sequence[int] = job.slots
         bad_keys: list[OffloadKey] = []
         bad_slots: list[int] = []
-        for key, slot in zip(keys, slots, strict=True):
-            if key not in successful:
-                bad_keys.append(key)
-                bad_slots.append(slot)
-            elif self._table.slot_of.get(key) == slot:
-                arrived.append(key)
-                self._hand_out(guard, key, slot)
+        if len(successful) < len(keys):
+            bad = [(key, slot) for key, slot in zip(keys, slots, strict=True) if key not in successful]
+            good = [(key, slot) for key, slot in zip(keys, slots, strict=True) if key in successful]
+            bad_keys, bad_slots = [key for key, _ in bad], [slot for _, slot in bad]
+            keys, slots = [key for key, _ in good], [slot for _, slot in good]
+        table.publish(slots)
+        arrived = [key for key, slot in zip(keys, slots, strict=True) if table.slot_of.get(key) == slot]
+        for state, theirs in self.promotions.land(keys, slots).items():
+            self.leases.hold(state, theirs)
+            state.sources.update(dict.fromkeys(theirs, guard.name))
+            self._end_wait(state)
         if arrived:
             self._observer.on_event(BlocksStored(arrived, guard.name))
         self._fail(guard, bad_keys, bad_slots)
 
-    def _hand_out(self, guard: TierGuard, key: OffloadKey, slot: int) -> None:
-        for state in self.promotions.land(key, slot):
-            self.leases.hold(state, (key,))
-            state.sources[key] = guard.name
-            self._end_wait(state)
-
     def _fail(self, guard: TierGuard, keys: Sequence[OffloadKey], slots: Sequence[int]) -> None:
-        for key, slot in zip(keys, slots, strict=True):
-            for state in self.promotions.land(key, slot):
-                state.failed.add((guard.index, key))
-                self._end_wait(state)
+        for state, theirs in self.promotions.land(keys, slots).items():
+            state.failed.update((guard.index, key) for key in theirs)
+            self._end_wait(state)
         self._table.discard(keys, slots)
 
     def _end_wait(self, state: RequestState) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass, field
-from itertools import chain, zip_longest
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import NamedTuple
 
 from kvtier.errors import InvariantError
 from kvtier.keys import OffloadKey
@@ -53,25 +54,34 @@ def plan_promotions(
     joins: list[OffloadKey] = []
     denied: list[OffloadKey] = []
     by_tier: dict[int, list[OffloadKey]] = {}
-    for key in chain.from_iterable(zip_longest(*groups)):  # groups in step, so that a cut leaves them even
-        slot = table.slot_of.get(key) if key is not None else None
-        if key is None or key in state.lease or key in state.awaiting:
+    get_slot, filling, lease, awaiting = table.slot_of.get, table.filling, state.lease, state.awaiting
+    for key in _in_step(groups):
+        if key in lease or key in awaiting:
             continue
-        if slot is not None and slot in table.filling:
-            if key not in late:
-                joins.append(key)
-        elif slot is not None and slot in held:
-            hits.append(key)
-        elif slot is not None and room > 0:
-            hits.append(key)
-            room -= 1
-        elif slot is None and key in state.found:
+        slot = get_slot(key)
+        if slot is not None:
+            if slot in filling:
+                if key not in late:
+                    joins.append(key)
+            elif slot in held:
+                hits.append(key)
+            elif room > 0:
+                hits.append(key)
+                room -= 1
+        elif key in state.found:
             if room > 0:
                 by_tier.setdefault(state.found[key], []).append(key)
                 room -= 1
             else:
                 denied.append(key)
     return PromotionPlan(hits, joins, by_tier, denied)
+
+
+def _in_step(groups: Sequence[Sequence[OffloadKey]]) -> Iterable[OffloadKey]:
+    """Return the groups' keys, the first of each, then the second of each: a cut leaves the groups even."""
+    if len(groups) == 1:
+        return groups[0]
+    return [key for row in zip_longest(*groups) for key in row if key is not None]
 
 
 def _certain_head(state: RequestState, keys: Sequence[OffloadKey]) -> Sequence[OffloadKey]:
@@ -83,12 +93,11 @@ def _certain_head(state: RequestState, keys: Sequence[OffloadKey]) -> Sequence[O
     return keys
 
 
-@dataclass(slots=True, eq=False)
-class Flight:
+class Flight(NamedTuple):
     """One block on its way: its slot and who waits for it."""
 
     slot: int
-    waiters: set[RequestState] = field(default_factory=set)
+    waiters: tuple[RequestState, ...]
 
 
 class Promotions:
@@ -99,18 +108,18 @@ class Promotions:
         self.late: set[OffloadKey] = set()
         """Keys on their way from a tier or the device that somebody awaited in vain: nobody else shall."""
 
-    def depart(self, keys: Iterable[OffloadKey], slots: Iterable[int], waiter: RequestState) -> None:
+    def depart(self, keys: Sequence[OffloadKey], slots: Sequence[int], waiter: RequestState) -> None:
         """A job fills `slots` with `keys`, for `waiter`."""
-        for key, slot in zip(keys, slots, strict=True):
-            self.flights[key] = Flight(slot, {waiter})
-            waiter.awaiting.add(key)
+        waiters = (waiter,)
+        self.flights.update({key: Flight(slot, waiters) for key, slot in zip(keys, slots, strict=True)})
+        waiter.awaiting.update(keys)
 
     def join(self, keys: Iterable[OffloadKey], waiter: RequestState) -> None:
         """`waiter` waits for those of `keys` that a tier is bringing."""
         for key in keys:
             flight = self.flights.get(key)
-            if flight is not None:
-                flight.waiters.add(waiter)
+            if flight is not None and key not in waiter.awaiting:
+                self.flights[key] = Flight(flight.slot, (*flight.waiters, waiter))
                 waiter.awaiting.add(key)
 
     def leave(self, waiter: RequestState, late: bool = False) -> None:
@@ -118,21 +127,29 @@ class Promotions:
         if late:
             self.late |= waiter.awaiting
         for key in waiter.awaiting:
-            flight = self.flights.get(key)
-            if flight is not None:
-                flight.waiters.discard(waiter)
+            slot, waiters = self.flights[key]
+            self.flights[key] = Flight(slot, tuple([other for other in waiters if other is not waiter]))
         waiter.awaiting.clear()
 
-    def land(self, key: OffloadKey, slot: int) -> set[RequestState]:
-        """The flight into `slot` is over; return who waited. A flight that was abandoned has no waiters."""
-        flight = self.flights.get(key)
-        if flight is None or flight.slot != slot:
-            return set()
-        del self.flights[key]
-        self.late.discard(key)
-        for waiter in flight.waiters:
-            waiter.awaiting.discard(key)
-        return flight.waiters
+    def land(self, keys: Iterable[OffloadKey], slots: Iterable[int]) -> dict[RequestState, list[OffloadKey]]:
+        """The flights of `keys` into `slots` are over; return who waited for which. Abandoned ones had nobody."""
+        flights, late = self.flights, self.late
+        awaited: dict[RequestState, list[OffloadKey]] = {}
+        for key, slot in zip(keys, slots, strict=True):
+            flight = flights.get(key)
+            if flight is None or flight.slot != slot:
+                continue
+            del flights[key]
+            if late:
+                late.discard(key)
+            for waiter in flight.waiters:
+                if waiter in awaited:
+                    awaited[waiter].append(key)
+                else:
+                    awaited[waiter] = [key]
+        for waiter, theirs in awaited.items():
+            waiter.awaiting.difference_update(theirs)
+        return awaited
 
     def abandoned(self, keys: Iterable[OffloadKey]) -> list[OffloadKey]:
         """Return those of `keys` that are late or on their way to nobody; a store may take them over."""
@@ -190,12 +207,12 @@ class Leases:
 
     def hold(self, state: RequestState, keys: Iterable[OffloadKey]) -> None:
         """Pin the slots of `keys`, which are ready, for `state`."""
-        for key in keys:
-            slot = self._table.slot_of[key]
-            if key not in state.lease:
-                state.lease[key] = slot
-                self._holders[slot] = self._holders.get(slot, 0) + 1
-                self._table.pin((slot,))
+        lease, holders, slot_of = state.lease, self._holders, self._table.slot_of
+        taken = {key: slot_of[key] for key in keys if key not in lease}
+        lease.update(taken)
+        for slot in taken.values():
+            holders[slot] = holders.get(slot, 0) + 1
+        self._table.pin(taken.values())
 
     def release(self, state: RequestState) -> None:
         """Unpin all that `state` holds."""
