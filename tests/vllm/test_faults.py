@@ -22,7 +22,9 @@ def engine_with(model, tmp_path, kind, **keys):
 
 
 def test_a_tier_that_never_brings_what_it_has_costs_at_most_the_deadline(model, baseline, tmp_path):
+    baseline(prompt(200, 700), prompt(201, 700))
     with engine_with(model, tmp_path, "HangingTier") as engine:
+        engine.wait_until_started()
         for seed in (200, 201):
             started = time.monotonic()
             assert engine.generate(prompt(seed, 700)) == baseline(prompt(seed, 700))
