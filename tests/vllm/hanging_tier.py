@@ -7,6 +7,8 @@ from kvtier.types import JobResult, LookupResult
 class HangingTier(SecondaryTierManager):
     """Says that it has every block, and never brings one."""
 
+    verifies_payloads = True
+
     def lookup(self, key, req_context):
         return LookupResult.HIT
 

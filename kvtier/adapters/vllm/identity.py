@@ -75,10 +75,7 @@ def weights_of(model_config: Any, load_config: Any) -> str:
     path = Path(source)
     if not path.exists():
         path = _downloaded(str(source), model_config.revision, load_config.download_dir)
-    files = [path] if path.is_file() else sorted(_weight_files(path))
-    if not files:
-        raise UnknownWeightsError(f"no files of weights in {path}")
-    return digest_files(files)
+    return digest_files([path] if path.is_file() else weight_files(path))
 
 
 def digest_files(files: Iterable[Path]) -> str:
@@ -98,8 +95,17 @@ def digest_files(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    return [file for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES and file.is_file()]
+def weight_files(folder: Path) -> list[Path]:
+    """Return a model's files of weights, sorted.
+
+    Raises:
+        UnknownWeightsError: there are none.
+        OSError: there is no such folder.
+    """
+    files = sorted(file for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES and file.is_file())
+    if not files:
+        raise UnknownWeightsError(f"no files of weights in {folder}")
+    return files
 
 
 def _downloaded(repository: str, revision: str | None, cache_dir: str | None) -> Path:

@@ -1,0 +1,152 @@
+"""kvtier's tiers under vLLM's own `TieringOffloadingSpec`, through its `module_path` option.
+
+    {"type": "KVTierSecondaryTier", "module_path": "kvtier.adapters.vllm.tier",
+     "tier": {"type": "disk", "path": "/cache", "capacity": "200GiB"}}
+
+vLLM's spec knows the model's name and layout only: a model in a local folder is told apart by its files' contents; for
+any other, `"namespace": "a name"` says whose the blocks are, and is trusted.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import vllm
+from vllm.v1.kv_offload import base
+from vllm.v1.kv_offload.tiering import base as tiering
+
+from kvtier import types
+from kvtier.abc import SecondaryTierManager, TierContext
+from kvtier.adapters.vllm.compat import NEWLY_COMPUTED_ONLY
+from kvtier.adapters.vllm.identity import UnknownWeightsError, digest_files, weight_files
+from kvtier.adapters.vllm.translation import ANSWERS, EngineReqContext, offloading_event
+from kvtier.keys import OffloadKey
+from kvtier.namespace import Namespace
+from kvtier.registry import create_secondary_tier
+from kvtier.types import JobMetadata, ScheduleEndContext
+
+_EPOCH_BYTES = 16
+
+
+class KVTierSecondaryTier(tiering.SecondaryTierManager):  # type: ignore[misc]  # vLLM is not there when types are checked
+    """One tier of kvtier, in vLLM's words. Its I/O runs on threads: vLLM's host memory has no descriptor to share."""
+
+    medium = base.Medium.STORAGE
+
+    def __init__(
+        self,
+        offloading_spec: Any,
+        primary_kv_view: memoryview,
+        tier_type: str,
+        backpressure_detector: Any = None,
+        *,
+        tier: Mapping[str, Any],
+        namespace: str | None = None,
+    ) -> None:
+        """Make and start kvtier's tier.
+
+        Args:
+            tier: its configuration, as an entry of kvtier's `secondary_tiers`.
+            namespace: whose the blocks are, if the model is not in a local folder.
+
+        Raises:
+            ConfigError: a key of `tier` holds what it may not, or the tier keeps blocks and nobody says whose.
+        """
+        super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
+        identity = spec_identity(offloading_spec, namespace)
+        context = TierContext(namespace=Namespace(identity) if identity is not None else None)
+        self._tier: SecondaryTierManager = create_secondary_tier(
+            tier, primary_kv_view, SimpleNamespace(tier_context=context, config=offloading_spec.config)
+        )
+        self._running: set[int] = set()
+        self._tier.start()
+
+    def lookup(self, key: OffloadKey, req_context: Any) -> Any:
+        """Return whether the block is here."""
+        return ANSWERS[self._tier.lookup(key, EngineReqContext(req_context))]
+
+    def submit_store(self, job_metadata: Any) -> None:
+        """Start copying blocks into the tier."""
+        self._tier.submit_store(self._job(job_metadata))
+
+    def submit_load(self, job_metadata: Any) -> None:
+        """Start copying blocks out of the tier."""
+        self._tier.submit_load(self._job(job_metadata))
+
+    def get_finished_jobs(self) -> Iterable[Any]:
+        """Return the results since the last call, each job's once: vLLM stops at a job it does not know."""
+        results = [result for result in self._tier.get_finished_jobs() if result.job_id in self._running]
+        self._running.difference_update(result.job_id for result in results)
+        return [
+            tiering.JobResult(
+                result.job_id, result.success, result.successful_keys, result.transfer_time, result.transfer_bytes
+            )
+            for result in results
+        ]
+
+    def touch(self, keys: Collection[OffloadKey], req_context: Any) -> None:
+        """Note that `keys` were used."""
+        self._tier.touch(keys, EngineReqContext(req_context))
+
+    def on_new_request(self, req_context: Any) -> Any:
+        """Learn of a request."""
+        wanted = self._tier.on_new_request(EngineReqContext(req_context))
+        if wanted.policy is types.OffloadPolicy.REQUEST_LEVEL:
+            return base.RequestOffloadingContext(base.OffloadPolicy.REQUEST_LEVEL)
+        return base.RequestOffloadingContext(NEWLY_COMPUTED_ONLY)
+
+    def on_request_finished(self, req_context: Any) -> None:
+        """Learn that a request is over."""
+        self._tier.on_request_finished(EngineReqContext(req_context))
+
+    def on_schedule_end(self, context: Any) -> None:
+        """Flush what was batched."""
+        self._tier.on_schedule_end(ScheduleEndContext(context.new_req_ids, context.preempted_req_ids))
+
+    def has_pending_work(self) -> bool:
+        """Return whether vLLM must keep stepping without requests."""
+        return bool(self._running) or self._tier.has_pending_work()
+
+    def take_events(self) -> Iterable[Any]:
+        """Return KV events since the last call."""
+        return [offloading_event(event) for event in self._tier.take_events()]
+
+    def drain_jobs(self) -> None:
+        """Wait for all jobs, then forget: vLLM drains when it resets its cache, maybe for other weights."""
+        self._tier.drain_jobs()
+        self._tier.start_epoch(os.urandom(_EPOCH_BYTES))
+
+    def shutdown(self) -> None:
+        """Release everything."""
+        self._tier.shutdown()
+
+    def _job(self, job: Any) -> JobMetadata:
+        self._running.add(job.job_id)
+        return JobMetadata(
+            job.job_id, list(job.keys), job.chunk_ids, job.is_promotion, EngineReqContext(job.req_context)
+        )
+
+
+def spec_identity(spec: Any, namespace: str | None) -> dict[str, str | int] | None:
+    """Return what vLLM's spec tells of the blocks' identity; None if neither it nor the user names the weights."""
+    config, parallel = spec.config, spec.config.parallel
+    try:
+        weights = namespace or digest_files(weight_files(Path(config.model.name)))
+    except (UnknownWeightsError, OSError):
+        return None
+    groups = [f"{group.tokens_per_block}:{','.join(group.layer_names)}" for group in config.groups]
+    return {
+        "engine": f"vllm {vllm.__version__}, its own tiering",
+        "weights": weights,
+        "dtype": config.model.dtype,
+        "kv_layout": str(getattr(config, "kv_cache_layout", None) or ""),
+        "groups": ";".join(groups),
+        "tokens_per_hash": config.cache.tokens_per_hash,
+        "blocks_per_block": config.cache.blocks_per_chunk,
+        "world_size": parallel.world_size,
+        "parallel": f"tp {parallel.tp_size} pp {parallel.pp_size} pcp {parallel.pcp_size} dcp {parallel.dcp_size}",
+    }

@@ -1,0 +1,120 @@
+"""kvtier's tiers under vLLM's own manager of tiers, without an engine."""
+
+import os
+import uuid
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from vllm.v1.kv_offload.base import LookupResult, ReqContext, ScheduleEndContext, make_offload_key
+from vllm.v1.kv_offload.config import (
+    OffloadingCacheConfig,
+    OffloadingGroupConfig,
+    OffloadingModelConfig,
+    OffloadingParallelConfig,
+)
+from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
+from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager, TieringOffloadingManager
+from vllm_engine import wait_for
+
+BLOCK_BYTES = 8192
+KEYS = [make_offload_key(bytes([index]) * 32, 0) for index in range(4)]
+
+
+def make_spec(model):
+    parallel = OffloadingParallelConfig(0, 1, 1, 1, 1, 1, 0, 1, None, True)
+    config = SimpleNamespace(
+        model=OffloadingModelConfig(str(model), "float32"),
+        groups=(OffloadingGroupConfig(128, ("layer.0",), 0),),
+        cache=OffloadingCacheConfig(128, 1),
+        parallel=parallel,
+    )
+    return SimpleNamespace(config=config)
+
+
+class OwnTiering:
+    """vLLM's manager over four blocks of host memory and one tier of kvtier."""
+
+    def __init__(self, model, directory, **keys):
+        self.region = SharedOffloadRegion(
+            engine_id=uuid.uuid4().hex,
+            num_chunks=4,
+            rank=None,
+            kv_bytes_per_chunk=BLOCK_BYTES,
+            cpu_page_size=BLOCK_BYTES,
+        )
+        primary = CPUPrimaryTierOffloadingManager(num_chunks=4, mmap_region=self.region)
+        self.view = np.asarray(primary.get_kv_memoryview())
+        tier_config = {
+            "type": "KVTierSecondaryTier",
+            "module_path": "kvtier.adapters.vllm.tier",
+            "tier": {"type": "disk", "path": str(directory), "capacity": "4MiB"},
+        }
+        view = primary.get_kv_memoryview()
+        self.tier = SecondaryTierFactory.create_secondary_tier(tier_config | keys, view, make_spec(model))
+        self.manager = TieringOffloadingManager(primary, [self.tier])
+        wait_for(lambda: self.tier._tier.get_finished_jobs() is not None and self.tier._tier.state.value == "up")
+
+    def step(self):
+        self.manager.on_schedule_end(ScheduleEndContext((), ()))
+
+    def store(self, keys, context):
+        output = self.manager.prepare_store(keys, context)
+        for key, slot in zip(output.keys_to_store, output.store_spec.block_ids, strict=True):
+            self.view[slot] = key[0]
+        self.manager.complete_store(set(output.keys_to_store), context)
+        self.manager.on_request_finished(context)
+        wait_for(lambda: self.step() or not self.manager.has_pending_work(), what="the cascade")
+
+    def lookup(self, key, context):
+        answers = []
+
+        def settled():
+            answers.append(self.manager.lookup(key, context))
+            self.step()
+            return answers[-1] in (LookupResult.HIT, LookupResult.MISS)
+
+        wait_for(settled, what="an answer")
+        return answers[-1]
+
+    def close(self):
+        del self.view
+        self.manager.shutdown()
+
+
+def request(manager, name):
+    context = ReqContext(name)
+    manager.on_new_request(context)
+    return context
+
+
+def test_blocks_go_to_kvtiers_disk_and_come_back_in_a_new_manager(model, tmp_path):
+    before = set(os.listdir("/dev/shm"))
+    first = OwnTiering(model, tmp_path / "disk")
+    first.store(KEYS, request(first.manager, "first"))
+    first.close()
+    second = OwnTiering(model, tmp_path / "disk")
+    context = request(second.manager, "second")
+    assert [second.lookup(key, context) for key in KEYS] == [LookupResult.HIT] * 4
+    spec = second.manager.prepare_load(KEYS, context)
+    assert [set(second.view[slot].tolist()) for slot in spec.block_ids] == [{key[0]} for key in KEYS]
+    second.manager.complete_load(set(KEYS), context)
+    assert second.lookup(make_offload_key(b"z" * 32, 0), context) is LookupResult.MISS
+    second.close()
+    assert set(os.listdir("/dev/shm")) <= before
+
+
+def test_a_reset_forgets(model, tmp_path):
+    engine = OwnTiering(model, tmp_path / "disk")
+    engine.store(KEYS, request(engine.manager, "first"))
+    engine.manager.reset_cache()
+    context = request(engine.manager, "second")
+    assert [engine.lookup(key, context) for key in KEYS] == [LookupResult.MISS] * 4
+    engine.close()
+
+
+def test_who_cannot_say_whose_blocks_they_are_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="the engine must say whose they are"):
+        OwnTiering("some/hub-model", tmp_path / "disk")
+    OwnTiering("some/hub-model", tmp_path / "disk", namespace="some/hub-model at revision 1").close()
