@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from typing import Any
 
 from vllm.v1.core import kv_cache_utils
@@ -34,3 +35,16 @@ def cache_hit_source(name: str, is_storage: bool) -> Any:
 def kv_bytes_per_block(config: Any) -> int:
     """Return the bytes of one engine block in one worker, over all layers of the largest group."""
     return int(config.worker_kv_bytes_per_block)
+
+
+_EVENT_FIELDS = {item.name for item in fields(base.OffloadingEvent)}
+
+
+def make_event(**values: Any) -> Any:
+    """Return vLLM's KV event; 0.28 has no `ownership`."""
+    return base.OffloadingEvent(**{name: value for name, value in values.items() if name in _EVENT_FIELDS})
+
+
+def slots_of_job(job: Any) -> Any:
+    """Return the int32 array of slots of a job of vLLM's tiers; `chunk_ids` in 0.32, `block_ids` in 0.28."""
+    return job.chunk_ids if hasattr(job, "chunk_ids") else job.block_ids

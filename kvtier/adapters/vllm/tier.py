@@ -21,7 +21,7 @@ from vllm.v1.kv_offload.tiering import base as tiering
 
 from kvtier import types
 from kvtier.abc import SecondaryTierManager, TierContext
-from kvtier.adapters.vllm.compat import NEWLY_COMPUTED_ONLY
+from kvtier.adapters.vllm.compat import NEWLY_COMPUTED_ONLY, slots_of_job
 from kvtier.adapters.vllm.identity import UnknownWeightsError, digest_files, weight_files
 from kvtier.adapters.vllm.translation import ANSWERS, EngineReqContext, offloading_event
 from kvtier.keys import OffloadKey
@@ -127,7 +127,7 @@ class KVTierSecondaryTier(tiering.SecondaryTierManager):  # type: ignore[misc]  
     def _job(self, job: Any) -> JobMetadata:
         self._running.add(job.job_id)
         return JobMetadata(
-            job.job_id, list(job.keys), job.chunk_ids, job.is_promotion, EngineReqContext(job.req_context)
+            job.job_id, list(job.keys), slots_of_job(job), job.is_promotion, EngineReqContext(job.req_context)
         )
 
 

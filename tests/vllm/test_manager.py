@@ -1,0 +1,183 @@
+"""The manager as vLLM's scheduler sees it, over kvtier's real one, without an engine."""
+
+from types import SimpleNamespace
+
+import pytest
+from vllm.v1.kv_offload import base
+
+from kvtier.adapters.vllm.manager import KVTierOffloadingManager
+from kvtier.adapters.vllm.metrics import metric_definitions
+from kvtier.config import KVCacheGroup, OffloadingConfig
+from kvtier.spec.tiering import TieringOffloadingSpec
+from kvtier.tiering.manager import TieringOffloadingManager
+
+KEYS = [base.make_offload_key(bytes([index]) * 32, 0) for index in range(6)]
+HIT, MISS = base.LookupResult.HIT, base.LookupResult.MISS
+
+
+class Core:
+    """What CoreHalf offers, with its manager there from the beginning."""
+
+    def __init__(self, **keys):
+        config = OffloadingConfig(
+            {"cpu_bytes_to_use": "16KiB"} | keys, (KVCacheGroup(16),), 4096, enable_kv_cache_events=True
+        )
+        self.spec = TieringOffloadingSpec(config)
+        self.manager = self.spec.get_manager()
+        self.control = self.spec.arena.control
+        self.shutdown = self.spec.shutdown
+
+    def medium_is_storage(self, name):
+        return name == "disk"
+
+
+@pytest.fixture
+def core():
+    core = Core(secondary_tiers=[{"type": "example"}])
+    yield core
+    core.shutdown()
+
+
+@pytest.fixture
+def manager(core):
+    return KVTierOffloadingManager(core)
+
+
+def request(manager, name="r", **context):
+    made = base.ReqContext(name, **context)
+    manager.on_new_request(made)
+    return made
+
+
+def step(manager):
+    manager.on_schedule_end(base.ScheduleEndContext((), ()))
+
+
+def store(manager, keys, context):
+    output = manager.prepare_store(keys, context)
+    manager.complete_store(set(output.keys_to_store), context)
+    return output.keys_to_store
+
+
+def test_blocks_are_stored_and_loaded(manager):
+    context = request(manager)
+    assert store(manager, KEYS[:3], context) == KEYS[:3]
+    assert [manager.lookup(key, context) for key in KEYS[:4]] == [HIT, HIT, HIT, MISS]
+    spec = manager.prepare_load(KEYS[:3], context)
+    assert len(spec.block_ids) == 3
+    assert isinstance(spec, base.LoadStoreSpec)
+    manager.complete_load(set(KEYS[:3]), context)
+
+
+def test_what_cannot_be_placed_is_an_empty_answer_and_never_none(manager):
+    context = request(manager)
+    assert manager.prepare_store(KEYS, context).keys_to_store == KEYS[:4]
+    output = manager.prepare_store(KEYS[4:], context)  # every slot is under a copy
+    assert (output.keys_to_store, len(output.store_spec.block_ids)) == ([], 0)
+    assert manager.prepare_store([b"odd"], context).keys_to_store == []  # a key of the wrong length
+
+
+def test_no_exception_reaches_the_engine(core, manager, monkeypatch):
+    context = request(manager)
+
+    def fail(*args, **keywords):
+        raise ZeroDivisionError("inside")
+
+    methods = [
+        "lookup",
+        "touch",
+        "complete_load",
+        "prepare_store",
+        "complete_store",
+        "on_new_request",
+        "on_request_finished",
+    ]
+    methods += ["on_schedule_end", "has_pending_work", "take_events", "reset_cache", "get_stats"]
+    for method in methods:
+        monkeypatch.setattr(TieringOffloadingManager, method, fail)
+    monkeypatch.setattr(core, "shutdown", fail)
+    assert manager.lookup(KEYS[0], context) is MISS
+    assert manager.prepare_store(KEYS, context).keys_to_store == []
+    for call in (manager.touch, manager.complete_load, manager.complete_store):
+        call(KEYS, context)
+    assert manager.on_new_request(context) is not None
+    manager.on_request_finished(context)
+    step(manager)
+    assert not manager.has_pending_work()
+    assert list(manager.take_events()) == []
+    manager.reset_cache()
+    stats = manager.get_stats()
+    assert stats.data["data"]["vllm:kvtier_errors"][("lookup",)] == 1
+    manager.shutdown()
+    monkeypatch.undo()
+
+
+def test_everything_is_a_miss_before_the_workers_have_attached():
+    manager = KVTierOffloadingManager(SimpleNamespace(manager=None, shutdown=lambda: None))
+    context = request(manager)
+    assert manager.lookup(KEYS[0], context) is MISS
+    assert manager.prepare_store(KEYS, context).keys_to_store == []
+    manager.complete_store(set(), context)
+    step(manager)
+    assert (manager.get_stats(), manager.has_pending_work(), list(manager.take_events())) == (None, False, [])
+    manager.on_request_finished(context)
+    manager.shutdown()
+
+
+def test_a_failed_copy_is_never_served_and_switches_kvtier_off(core, manager):
+    context = request(manager)
+    store(manager, KEYS[:1], context)
+    output = manager.prepare_store(KEYS[1:3], context)
+    core.control.count_failure(0)
+    manager.complete_store(set(output.keys_to_store), context)
+    assert [manager.lookup(key, context) for key in KEYS[:3]] == [MISS, MISS, MISS]
+    assert manager.prepare_store(KEYS, context).keys_to_store == []
+    core.manager.check_invariants()
+
+
+def test_every_reported_metric_is_declared(manager):
+    for turn in range(3):
+        context = request(manager, f"r{turn}")
+        store(manager, KEYS[turn : turn + 3], context)
+        for key in KEYS:
+            manager.lookup(key, context)
+        step(manager)
+        manager.on_request_finished(context)
+        manager.complete_load({b"never"}, context)
+    manager.reset_cache()
+    stats, declared = manager.get_stats(), metric_definitions()
+    for name, values in stats.data["data"].items():
+        for labels in values:
+            assert len(labels) == len(declared[name].labelnames), name
+    assert stats.data["data"]["vllm:kvtier_stored_blocks"][("device",)] > 0
+    assert stats.data["data"]["vllm:kvtier_blocks"][("primary",)] == 0
+    later = manager.get_stats().data["data"]
+    assert "vllm:kvtier_stored_blocks" not in later  # counters are since the last report
+
+
+def test_load_tier_filters_are_respected(manager):
+    store(manager, KEYS[:2], request(manager, "storer"))
+    manager.on_request_finished(base.ReqContext("storer"))
+    step(manager)
+    others = request(manager, "others")
+    assert len(store(manager, KEYS[2:6], others)) == 4  # evicts the first two from host memory
+    manager.on_request_finished(others)
+    step(manager)
+    nothing = request(manager, "nothing", load_tier_filter=base.TierFilter(()))
+    assert manager.lookup(KEYS[0], nothing) is MISS
+    storage = base.TierFilter((base.TierMatcher(medium=base.Medium.STORAGE),))
+    assert manager.lookup(KEYS[0], request(manager, "storage", load_tier_filter=storage)) is MISS
+    cpu = base.TierFilter((base.TierMatcher(medium=base.Medium.CPU),))
+    assert manager.lookup(KEYS[0], request(manager, "cpu", load_tier_filter=cpu)) is base.LookupResult.HIT_PENDING
+
+
+def test_stores_and_removals_are_events(manager):
+    context = request(manager)
+    store(manager, KEYS[:4], context)
+    events = list(manager.take_events())
+    assert [event.keys for event in events if not event.removed] == [KEYS[:4]]
+    assert all(isinstance(event, base.OffloadingEvent) for event in events)
+    manager.on_request_finished(context)
+    step(manager)
+    store(manager, KEYS[4:], request(manager, "next"))
+    assert sum(len(event.keys) for event in manager.take_events() if event.removed) == 2
