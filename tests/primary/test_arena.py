@@ -80,17 +80,17 @@ def test_a_failing_progress_leaves_nothing_open() -> None:
     def fail(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = set(os.listdir("/proc/self/fd"))
     with pytest.raises(KeyboardInterrupt):
         Arena.create(4, PAGE, progress=fail)
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert set(os.listdir("/proc/self/fd")) <= before  # less, if the collector finds others
 
 
 def test_more_than_the_machine_has_is_refused_in_one_line() -> None:
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = set(os.listdir("/proc/self/fd"))
     with pytest.raises(CapacityError, match=r"^1024\.0 TiB of host memory asked, .* available \(limit: .*\)$"):
         Arena.create(2**38, PAGE)
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert set(os.listdir("/proc/self/fd")) <= before  # less, if the collector finds others
 
 
 CHILD = """

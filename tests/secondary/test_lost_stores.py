@@ -179,7 +179,7 @@ def test_many_lives_leave_nothing_behind():
             else:
                 executor.retire()
             wait_for(executor.has_ended, "it is gone")
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert len(os.listdir("/proc/self/fd")) <= before
         with pytest.raises(ChildProcessError):
             os.waitpid(-1, os.WNOHANG)
 
