@@ -1,0 +1,105 @@
+"""vLLM's HTTP server, with requests side by side."""
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from vllm_engine import ENVIRONMENT, START_SECONDS, prompt, wait_for
+
+pytestmark = pytest.mark.timeout(900)
+
+
+class Server:
+    def __init__(self, model, log):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        printed = subprocess.run(
+            [sys.executable, "-m", "kvtier", "vllm-config", "--cpu", "64MiB"],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        options = "--skip-tokenizer-init --enforce-eager --dtype float32 --max-model-len 2048 --max-num-seqs 4"
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), "--num-gpu-blocks-override", "48"]
+        self.model, self.log_path = str(model), log
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [*command, *options.split(), *shlex.split(printed)],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=os.environ | ENVIRONMENT | {"VLLM_SERVER_DEV_MODE": "1"},
+            )
+
+    def is_up(self):
+        assert self.process.poll() is None, self.log_path.read_text(errors="replace")[-4000:]
+        try:
+            return self.open("/health").status == 200
+        except OSError:
+            return False
+
+    def open(self, path, body=None):
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}", data, {"content-type": "application/json"}
+        )
+        return urllib.request.urlopen(request, timeout=120)
+
+    def stream(self, tokens):
+        """Return the answer's tokens, as they came in a stream of events."""
+        body = {"model": self.model, "prompt": tokens, "max_tokens": 12, "temperature": 0, "stream": True}
+        received = []
+        with self.open("/v1/completions", body | {"return_token_ids": True, "ignore_eos": True}) as reply:
+            for line in reply:
+                if line.startswith(b"data: {"):
+                    received += json.loads(line[6:])["choices"][0].get("token_ids") or []
+        return received
+
+    def streams(self, prompts):
+        with ThreadPoolExecutor(len(prompts)) as threads:
+            return list(threads.map(self.stream, prompts))
+
+    def metric(self, name):
+        lines = self.open("/metrics").read().decode().splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def server(model, tmp_path):
+    server = Server(model, tmp_path / "log")
+    try:
+        wait_for(server.is_up, START_SECONDS, "the server's start")
+        yield server
+    finally:
+        server.stop()
+
+
+def test_streams_side_by_side(server, baseline):
+    shared = prompt(400, 384)
+    prompts = [prompt(seed, 600, prefix=shared) for seed in range(401, 409)]
+    expected = baseline(*prompts)
+    assert server.streams(prompts) == expected
+    server.open("/reset_prefix_cache", {}).read()
+    assert server.streams(prompts) == expected
+    assert server.metric("vllm:external_prefix_cache_hits_total") > 512
+    assert server.metric("vllm:kvtier_hit_blocks_total") > 0
+    server.open("/reset_prefix_cache?reset_external=true", {}).read()
+    assert server.streams(prompts) == expected
