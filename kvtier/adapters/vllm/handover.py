@@ -93,7 +93,7 @@ class ArenaHost:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self._listener.bind(self._name)
-            self._listener.listen(self._world_size)
+            self._listener.listen(self._world_size + 8)
             self._listener.settimeout(_STEP_SECONDS)
         except BaseException:
             self._listener.close()
