@@ -116,6 +116,10 @@ def missing_files(text):
             yield span
 
 
+def command_file(name):
+    return REPOSITORY / "kvtier" / "cli" / f"{name.replace('-', '_')}.py"
+
+
 def missing_commands(text):
     commands = [*CODE.findall(prose(text)), *(line for kind in ("sh", "console") for line in lines_of(text, kind))]
     targets = re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(), re.M)
@@ -125,7 +129,7 @@ def missing_commands(text):
             continue
         if words[0] == "make" and re.fullmatch(r"[\w-]+", words[1]) and words[1] not in targets:
             yield command
-        if words[0] == "kvtier" and not (REPOSITORY / "kvtier" / "cli" / f"{words[1]}.py").exists():
+        if words[0] == "kvtier" and not command_file(words[1]).exists():
             yield command
 
 

@@ -196,7 +196,7 @@ def test_a_store_that_crashes_while_it_opens_is_tried_again(rig, tmp_path):
 
 
 def test_a_store_that_hangs_while_it_opens_is_killed(rig, tmp_path):
-    settings = type(QUICK)(deadlines=type(QUICK.deadlines)(start=0.8), first_backoff=0.05)
+    settings = type(QUICK)(deadlines=type(QUICK.deadlines)(start=3.0), first_backoff=0.05)
     tier = faulty_tier(rig, hang(tmp_path / "hang", "open"), settings=settings)
     tier.start()
     assert tier.lookup(make_key(1), rig.request) is LookupResult.MISS
