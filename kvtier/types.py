@@ -173,7 +173,7 @@ class CPULoadStoreSpec(BlockIDsLoadStoreSpec):
     """
 
     def __init__(self, block_ids: Sequence[int] | BlockIds, sequence: int = 0) -> None:
-        super().__init__(block_ids)
+        self.block_ids = np.asarray(block_ids, dtype=np.int32)
         self.sequence = sequence
 
 

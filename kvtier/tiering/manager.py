@@ -42,7 +42,7 @@ from kvtier.types import (
 
 EPOCH_BYTES = 16
 
-_HIT = LookupResult.HIT
+_HIT, _MISS = LookupResult.HIT, LookupResult.MISS
 _DEFAULT_SETTINGS = TieringSettings()
 
 
@@ -103,7 +103,10 @@ class TieringOffloadingManager(OffloadingManager):
         state = self._state
         state.scan.append(key)
         slot = self._get_slot(key)
-        if slot is not None and slot not in self._filling:
+        if slot is None:
+            if not state.tiers:
+                return _MISS
+        elif slot not in self._filling:
             return _HIT
         return self._resolve(state, key, slot is not None)
 
@@ -161,7 +164,8 @@ class TieringOffloadingManager(OffloadingManager):
 
     def complete_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         """Unpin `keys`; see `OffloadingManager.complete_load`."""
-        self._sweep_stale()
+        if self._transfers.stale.pending:
+            self._sweep_stale()
         state = self._requests.get(req_context.req_id)
         self._transfers.end_load(req_context.req_id, state, keys)
         if state is not None and state.finished:
@@ -206,7 +210,8 @@ class TieringOffloadingManager(OffloadingManager):
 
     def complete_store(self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True) -> None:
         """Make stored blocks loadable and offer them to every tier; see `OffloadingManager.complete_store`."""
-        self._sweep_stale()
+        if self._transfers.stale.pending:
+            self._sweep_stale()
         state = self._requests.get(req_context.req_id)
         ready = self._transfers.end_store(req_context.req_id, state, keys, success)
         if self._promoter.promotions.late:
@@ -291,12 +296,12 @@ class TieringOffloadingManager(OffloadingManager):
                 self._promoter.land(guard, answer.job, answer.successful)
             else:
                 self._table.unpin(answer.job.slots)
-        self._sweep_stale()
+        if self._transfers.stale.pending:
+            self._sweep_stale()
 
     def _sweep_stale(self) -> None:
         """Release what a reset left running and workers ended, lest it take the completion of a newer copy."""
-        if self._transfers.stale.pending:
-            self._transfers.stale.sweep(self._primary.finished_sequence())
+        self._transfers.stale.sweep(self._primary.finished_sequence())
 
     def has_pending_work(self) -> bool:
         """True only for a live request's promotion or a cascade within its deadline."""

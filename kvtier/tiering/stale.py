@@ -21,17 +21,17 @@ class _Stale:
 
 
 class StaleTransfers:
-    """Slots under copies from before a reset, by request."""
+    """Slots under copies from before a reset, by request.
+
+    Attributes:
+        pending: whether any such copy may still be running.
+    """
 
     def __init__(self, table: BlockTable) -> None:
         self._table = table
         self._stores: list[_Stale] = []
         self._loads: list[_Stale] = []
-
-    @property
-    def pending(self) -> bool:
-        """Whether any copy from before a reset may still be running."""
-        return bool(self._stores or self._loads)
+        self.pending = False
 
     def take_over(self, state: RequestState, sequence: int) -> None:
         """Take the request's unfinished copies, all of transfers numbered up to `sequence`."""
@@ -43,6 +43,7 @@ class StaleTransfers:
             loads.setdefault(key, []).append(slot)
         if loads:
             self._loads.append(_Stale(req_id, sequence, loads))
+        self.pending = bool(self._stores or self._loads)
         state.storing.clear()
         state.loading.clear()
         state.loading_again.clear()
@@ -67,6 +68,7 @@ class StaleTransfers:
             if not slots:
                 del entry.slots[key]
         stale[:] = [entry for entry in stale if entry.slots]
+        self.pending = bool(self._stores or self._loads)
         return left
 
     def sweep(self, finished: int) -> None:
@@ -77,3 +79,4 @@ class StaleTransfers:
                     for slots in entry.slots.values():
                         self._table.unpin(slots)
             stale[:] = [entry for entry in stale if entry.sequence > finished]
+        self.pending = bool(self._stores or self._loads)
