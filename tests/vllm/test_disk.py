@@ -51,6 +51,16 @@ def test_a_new_process_reads_what_the_last_one_wrote(model, baseline, filled, tm
     assert metrics["kvtier_hit_blocks.disk"] == 10
 
 
+def test_after_a_reset_of_the_connector_the_disk_misses_too(model, baseline, filled, tmp_path):
+    with Engine(model, tmp_path / "log", kvtier=over(copy_of(filled, tmp_path))) as engine:
+        assert engine.generate(PROMPTS[0]) == baseline(PROMPTS[0])
+        assert engine.external_hits() == TOKENS
+        assert engine.reset(reset_connector=True)
+        assert [engine.generate(asked)[0] for asked in PROMPTS] == baseline(*PROMPTS)
+        assert engine.external_hits() == TOKENS
+        assert engine.metrics()["kvtier_resets"] == 1
+
+
 def test_flipped_bits_are_misses(model, baseline, filled, tmp_path):
     directory = copy_of(filled, tmp_path)
     flipped = 0

@@ -31,6 +31,19 @@ def test_reloads_after_the_prefix_cache_was_reset(engine, baseline):
     assert hits == 5 * BLOCK
 
 
+def test_the_bytes_really_come_from_kvtier(engine, baseline):
+    asked = prompt(5, 700)
+    engine.generate(asked)
+    engine.generate(prompt(6, 20))  # vLLM starts a store a step after its tokens
+    engine.reset()
+    assert engine.ask("zero") >= 1
+    answers, hits = hits_during(engine, asked)
+    assert hits == 5 * BLOCK
+    assert answers != baseline(asked)
+    assert engine.reset(reset_connector=True)
+    assert engine.generate(asked) == baseline(asked)
+
+
 def test_a_shared_prefix_is_reloaded_and_the_rest_computed(engine, baseline):
     first = prompt(2, 600)
     second = prompt(3, 800, prefix=first[:512])

@@ -8,10 +8,26 @@ import os
 import sys
 import time
 
+ARENAS = []
+"""The arenas of this process."""
+
+
+def remember_arenas():
+    from kvtier.primary.arena import Arena
+
+    plain = Arena.__init__
+
+    def remember(arena, *args):
+        plain(arena, *args)
+        ARENAS.append(arena)
+
+    Arena.__init__ = remember
+
 
 def make_engine(options):
     from vllm import LLM
 
+    remember_arenas()
     # Measured to work on the CPU platform; float32, since a prefill split elsewhere rounds differently in less.
     defaults = {
         "skip_tokenizer_init": True,
@@ -52,6 +68,15 @@ def abort_midway(engine, prompt, steps):
     return {"running": running, "left": inner.get_num_unfinished_requests()}
 
 
+def zero_host_memory():
+    """Overwrite every block in host memory, behind kvtier's back; return how many arenas there were."""
+    import numpy as np
+
+    for arena in ARENAS:
+        np.asarray(arena.view)[:] = 0
+    return len(ARENAS)
+
+
 def metrics(engine):
     values = {}
     for metric in engine.get_metrics():
@@ -68,6 +93,8 @@ def obey(engine, command, arguments):
         return abort_midway(engine, **arguments)
     if command == "reset":
         return engine.reset_prefix_cache(**arguments)
+    if command == "zero":
+        return zero_host_memory()
     if command == "metrics":
         return metrics(engine)
     raise ValueError(command)

@@ -37,12 +37,13 @@ def kv_bytes_per_block(config: Any) -> int:
     return int(config.worker_kv_bytes_per_block)
 
 
-_EVENT_FIELDS = {item.name for item in fields(base.OffloadingEvent)}
+def make_known(kind: type, **values: Any) -> Any:
+    """Return a dataclass of vLLM's with those of `values` that it has.
 
-
-def make_event(**values: Any) -> Any:
-    """Return vLLM's KV event; 0.28 has no `ownership`."""
-    return base.OffloadingEvent(**{name: value for name, value in values.items() if name in _EVENT_FIELDS})
+    `OffloadingEvent` has no `ownership` in 0.28, tiers' `JobResult` no times and bytes before 0.32.
+    """
+    names = {item.name for item in fields(kind)}
+    return kind(**{name: value for name, value in values.items() if name in names})
 
 
 def slots_of_job(job: Any) -> Any:

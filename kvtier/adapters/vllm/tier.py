@@ -21,7 +21,7 @@ from vllm.v1.kv_offload.tiering import base as tiering
 
 from kvtier import types
 from kvtier.abc import SecondaryTierManager, TierContext
-from kvtier.adapters.vllm.compat import NEWLY_COMPUTED_ONLY, slots_of_job
+from kvtier.adapters.vllm.compat import NEWLY_COMPUTED_ONLY, make_known, slots_of_job
 from kvtier.adapters.vllm.identity import UnknownWeightsError, digest_files, weight_files
 from kvtier.adapters.vllm.translation import ANSWERS, EngineReqContext, offloading_event
 from kvtier.keys import OffloadKey
@@ -56,7 +56,8 @@ class KVTierSecondaryTier(tiering.SecondaryTierManager):  # type: ignore[misc]  
         Raises:
             ConfigError: a key of `tier` holds what it may not, or the tier keeps blocks and nobody says whose.
         """
-        super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
+        detectors = [backpressure_detector] if backpressure_detector is not None else []  # from 0.32 on
+        super().__init__(offloading_spec, primary_kv_view, tier_type, *detectors)
         identity = spec_identity(offloading_spec, namespace)
         context = TierContext(namespace=Namespace(identity) if identity is not None else None)
         self._tier: SecondaryTierManager = create_secondary_tier(
@@ -82,8 +83,13 @@ class KVTierSecondaryTier(tiering.SecondaryTierManager):  # type: ignore[misc]  
         results = [result for result in self._tier.get_finished_jobs() if result.job_id in self._running]
         self._running.difference_update(result.job_id for result in results)
         return [
-            tiering.JobResult(
-                result.job_id, result.success, result.successful_keys, result.transfer_time, result.transfer_bytes
+            make_known(
+                tiering.JobResult,
+                job_id=result.job_id,
+                success=result.success,
+                successful_keys=result.successful_keys,
+                transfer_time=result.transfer_time,
+                transfer_bytes=result.transfer_bytes,
             )
             for result in results
         ]

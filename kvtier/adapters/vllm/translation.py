@@ -8,7 +8,7 @@ import numpy as np
 from vllm.v1.kv_offload import base
 
 from kvtier import types
-from kvtier.adapters.vllm.compat import make_event
+from kvtier.adapters.vllm.compat import make_known
 from kvtier.config import KVCacheGroup, OffloadingConfig
 from kvtier.keys import OffloadKey
 from kvtier.primary.copies import KVCaches
@@ -70,7 +70,8 @@ def _matcher(theirs: Any) -> types.TierMatcher:
 def offloading_event(event: types.OffloadingEvent) -> Any:
     """Return a KV event in vLLM's words."""
     locality = LOCALITIES[event.locality] if event.locality is not None else None
-    return make_event(
+    return make_known(
+        base.OffloadingEvent,
         keys=event.keys,
         medium=MEDIA[event.medium],
         removed=event.removed,
