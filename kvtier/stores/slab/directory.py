@@ -90,7 +90,7 @@ class SlabDirectory:
 
     def others(self) -> list[Path]:
         """Return the folders of other namespaces, least recently used first."""
-        return sorted(self._other_folders(), key=_last_use)
+        return sorted(self._other_folders(), key=last_use)
 
     def give_way(self, own_bytes: int, capacity: int) -> None:
         """Delete other namespaces, least recently used first, until they and `own_bytes` keep to `capacity`."""
@@ -107,7 +107,7 @@ class SlabDirectory:
     def _enter_namespace(self) -> None:
         """Make this namespace's folder, and delete folders that no engine can use again."""
         for folder in self._other_folders():
-            if _is_past(folder):
+            if is_past(folder):
                 shutil.rmtree(folder)
                 logger.info("%s: deleted, it can never be used again", folder)
         self.namespace_path.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
@@ -120,7 +120,7 @@ class SlabDirectory:
 
     def _other_folders(self) -> Iterator[Path]:
         for path in self.path.iterdir():
-            if path != self.namespace_path and _is_namespace(path):
+            if path != self.namespace_path and is_namespace(path):
                 yield path
 
 
@@ -137,15 +137,19 @@ def _take(path: Path) -> int:
         path.chmod(DIRECTORY_MODE)
     descriptor = open_private(path / LOCK_NAME)
     try:
-        _lock(path, descriptor)
+        take_lock(path, descriptor)
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
 
 
-def _lock(path: Path, descriptor: int) -> None:
-    """Lock `descriptor` and write our pid into it."""
+def take_lock(path: Path, descriptor: int) -> None:
+    """Lock `descriptor`, the open lock file of `path`, and write our pid into it.
+
+    Raises:
+        StoreUnavailableError: another process holds it.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -166,14 +170,14 @@ def _put(descriptor: int, content: bytes) -> None:
         os.ftruncate(descriptor, len(content))
 
 
-def _is_namespace(folder: Path) -> bool:
+def is_namespace(folder: Path) -> bool:
     """Return whether a folder holds a slab, a part of one, or nothing; a stranger's folder is never touched."""
     if not _FINGERPRINT.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
         return False
     return all(_SLAB_FILE.fullmatch(name) for name in os.listdir(folder))
 
 
-def _last_use(folder: Path) -> float:
+def last_use(folder: Path) -> float:
     """Return when a namespace was last opened or closed; 0 for one without a description."""
     try:
         return (folder / DESCRIPTION_NAME).stat().st_mtime
@@ -181,7 +185,7 @@ def _last_use(folder: Path) -> float:
         return 0.0
 
 
-def _is_past(folder: Path) -> bool:
+def is_past(folder: Path) -> bool:
     """Return whether a folder is of an epoch that has ended, or an unfinished one."""
     try:
         description = json.loads((folder / DESCRIPTION_NAME).read_bytes())
