@@ -110,15 +110,18 @@ class TieringOffloadingManager(OffloadingManager):
             return _HIT
         return self._resolve(state, key, slot is not None)
 
-    def is_still_deferred(self, first_key: OffloadKey, req_context: ReqContext) -> bool:
+    def is_still_deferred(self, first_key: OffloadKey, req_context: ReqContext, shortest: int = 1) -> bool:
         """Return whether a scan of this request that starts at `first_key` would find what its last one found.
+
+        Args:
+            shortest: least keys that were looked up in each KV group; else False.
 
         True while all that the last plan awaits is on its way: no key of it has arrived or failed, and no deadline
         has passed. The engine may then leave the scan out in this step, at a cost that does not depend on its length.
         """
         self._poll_once()
         state = self._requests.get(req_context.req_id)
-        return state is not None and state.is_unchanged_for(first_key)
+        return state is not None and state.is_unchanged_for(first_key) and state.shortest_group >= shortest
 
     def _enter(self, req_context: ReqContext) -> None:
         self._poll_once()

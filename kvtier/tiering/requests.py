@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import groupby
 
 from kvtier.errors import InvariantError
 from kvtier.keys import GROUP_BYTES, OffloadKey
@@ -40,7 +41,7 @@ class RequestState:
         deferred_since, waited: the running part and the ended parts of this attempt's wait, seconds.
         deadline: longest wait of this attempt, seconds; num_awaited: blocks it has waited for so far.
         planned_for: first key of the scan that the last plan was made of, and how many keys were awaited then; None
-            if the scan left a probe unanswered.
+            if the scan left a probe unanswered. shortest_group: least keys a KV group had in that scan.
         sources: name of the tier a promoted key came from.
         storing, loading: slots under a device copy, by key, in prepared order.
         loading_again: further loads of keys that are already being loaded.
@@ -69,6 +70,7 @@ class RequestState:
     deadline: float = 0.0
     num_awaited: int = 0
     planned_for: tuple[OffloadKey, int] | None = None
+    shortest_group: int = 0
     sources: dict[OffloadKey, str] = field(default_factory=dict)
     storing: dict[OffloadKey, int] = field(default_factory=dict)
     loading: dict[OffloadKey, int] = field(default_factory=dict)
@@ -117,6 +119,9 @@ class RequestState:
         """A plan was made of this scan."""
         certain = self.scan and not self.unresolved
         self.planned_for = (self.scan[0], len(self.awaiting)) if certain else None
+        if certain and self.awaiting:
+            groups = groupby(self.scan, key=lambda key: key[-GROUP_BYTES:])
+            self.shortest_group = min(sum(1 for _ in keys) for _, keys in groups)
 
     def forget_scan(self) -> None:
         """The step is over; the next scan replaces this one."""

@@ -1,5 +1,6 @@
 """Repeated scans against vLLM's own lookups, without an engine."""
 
+import inspect
 from collections import Counter
 from types import SimpleNamespace
 
@@ -7,13 +8,11 @@ import pytest
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import OffloadingConnectorScheduler
 from vllm.v1.kv_offload.base import LookupResult, ReqContext, make_offload_key
 
-from kvtier.adapters.vllm.scans import RepeatedScan
+from kvtier.adapters.vllm.scans import LEAST_KEYS, RepeatedScan
 from kvtier.adapters.vllm.translation import EngineReqContext
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(ReqContext, "set_offload_key_position"),
-    reason="THIS VLLM DOES NOT SAY WHERE BLOCKS END: scans are whole",
-)
+SAYS_WHERE_BLOCKS_END = hasattr(ReqContext, "set_offload_key_position")
+WINDOW_LOOKUP = OffloadingConnectorScheduler._sliding_window_lookup
 
 
 class CountingManager:
@@ -25,12 +24,25 @@ class CountingManager:
         return self._scan.answer(key)
 
 
-def make_scan(num_keys, group=0):
+class PlainContext:
+    """Of an engine that does not say where blocks end."""
+
+    def get_offload_key_position(self, key):
+        return None
+
+
+def make_scan(num_keys, positions=SAYS_WHERE_BLOCKS_END):
     context = ReqContext("request")
+    keys = make_keys(num_keys, context if positions else None)
+    return keys, context, CountingManager(RepeatedScan(EngineReqContext(context) if positions else PlainContext()))
+
+
+def make_keys(num_keys, context=None, group=0):
     keys = [make_offload_key(index.to_bytes(32, "big"), group) for index in range(num_keys)]
-    for index, key in enumerate(keys):
-        context.set_offload_key_position(key, (index + 1) * 16)
-    return keys, context, CountingManager(RepeatedScan(EngineReqContext(context)))
+    if context is not None and SAYS_WHERE_BLOCKS_END:
+        for index, key in enumerate(keys):
+            context.set_offload_key_position(key, (index + 1) * 16)
+    return keys
 
 
 def prefix_lookup(manager, keys, context):
@@ -40,33 +52,40 @@ def prefix_lookup(manager, keys, context):
 
 
 def window_lookup(manager, keys, window, context):
-    return OffloadingConnectorScheduler._sliding_window_lookup(
-        SimpleNamespace(manager=manager), keys, window, context, window
-    )
+    wider = [window] if "initial_window_size" in inspect.signature(WINDOW_LOOKUP).parameters else []
+    return WINDOW_LOOKUP(SimpleNamespace(manager=manager), keys, window, context, *wider)
 
 
-@pytest.mark.parametrize("num_keys", [1, 2, 8192])
-def test_full_attention_is_deferred_in_two_calls(num_keys):
-    keys, context, manager = make_scan(num_keys)
+@pytest.mark.parametrize("positions", {SAYS_WHERE_BLOCKS_END, False})
+@pytest.mark.parametrize("num_keys", [1, 2, 3, 8192])
+def test_full_attention_is_deferred_in_two_calls(num_keys, positions):
+    keys, context, manager = make_scan(num_keys, positions)
     assert prefix_lookup(manager, keys, context) is None
     assert manager.calls <= 2
 
 
-@pytest.mark.parametrize(("num_keys", "window"), [(1, 1), (1, 4), (8192, 1), (8192, 64)])
+@pytest.mark.skipif(not SAYS_WHERE_BLOCKS_END, reason="THIS VLLM DOES NOT SAY WHERE BLOCKS END")
+@pytest.mark.parametrize(("num_keys", "window"), [(1, 1), (1, 4), (2, 2), (8192, 1), (8192, 64)])
 def test_a_sliding_window_is_deferred_in_as_many_calls_as_it_has_blocks(num_keys, window):
     keys, context, manager = make_scan(num_keys)
     assert window_lookup(manager, keys, window, context) is None
     assert manager.calls == min(num_keys, window)
 
 
+@pytest.mark.parametrize("window", [1, 2, 3, 4, 64])
+@pytest.mark.parametrize("num_keys", [LEAST_KEYS, LEAST_KEYS + 1, 63, 64, 66, 8192])
+def test_without_positions_a_sliding_window_takes_two_calls_more(num_keys, window):
+    keys, context, manager = make_scan(num_keys, positions=False)
+    assert window_lookup(manager, keys, window, context) is None
+    assert manager.calls <= window + 2
+
+
 def test_groups_are_told_apart():
     keys, context, manager = make_scan(100)
-    more = [make_offload_key(index.to_bytes(32, "big"), 1) for index in range(100)]
-    for index, key in enumerate(more):
-        context.set_offload_key_position(key, (index + 1) * 16)
+    more = make_keys(100, context, group=1)
     assert prefix_lookup(manager, keys, context) is None
     assert window_lookup(manager, more, 8, context) is None
-    assert manager.calls == 10
+    assert manager.calls == (10 if SAYS_WHERE_BLOCKS_END else 12)
 
 
 def test_what_vllm_makes_of_each_answer():
@@ -86,4 +105,5 @@ def test_what_vllm_makes_of_each_answer():
     assert window_lookup(retry_then_miss, keys, 4, context) is None
     assert calls[id(retry_then_miss)] == 50  # right, but scanned to the first key
     pending_then_miss = Fixed(LookupResult.HIT_PENDING, LookupResult.MISS)
-    assert window_lookup(pending_then_miss, keys, 4, context) == 0  # not deferred: a miss forgets what was pending
+    if "initial_window_size" in inspect.signature(WINDOW_LOOKUP).parameters:
+        assert window_lookup(pending_then_miss, keys, 4, context) == 0  # not deferred: a miss forgets what was pending

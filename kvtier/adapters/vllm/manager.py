@@ -11,7 +11,7 @@ from vllm.v1.kv_offload import base
 from kvtier.adapters.vllm.compat import NEWLY_COMPUTED_ONLY, cache_hit_source
 from kvtier.adapters.vllm.core import CoreHalf
 from kvtier.adapters.vllm.metrics import StatsReporter
-from kvtier.adapters.vllm.scans import RepeatedScan
+from kvtier.adapters.vllm.scans import LEAST_KEYS, RepeatedScan
 from kvtier.adapters.vllm.translation import (
     ANSWERS,
     NO_SLOTS,
@@ -71,7 +71,8 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
 
     def _repeated_scan(self, manager: TieringOffloadingManager, key: OffloadKey, theirs: Any) -> RepeatedScan | None:
         ours = self._translated(theirs)
-        if ours.get_offload_key_position(key) is None or not manager.is_still_deferred(key, ours):
+        shortest = 1 if ours.get_offload_key_position(key) is not None else LEAST_KEYS
+        if not manager.is_still_deferred(key, ours, shortest):
             return None
         return RepeatedScan(ours)
 
