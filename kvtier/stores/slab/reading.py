@@ -1,0 +1,212 @@
+"""The records and the description of one namespace of a slab, read without taking the directory."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from kvtier.namespace import FORMAT_VERSION, Namespace
+from kvtier.stores.seal import HEADER_BYTES, HEADER_DTYPE, MAGIC, Seal
+from kvtier.stores.slab.directory import DESCRIPTION_NAME, open_private
+from kvtier.stores.slab.geometry import SEGMENT_BYTES, SlabGeometry
+from kvtier.stores.slab.inventory import RECORDS_PER_READ, Inventory, add_records
+from kvtier.stores.slab.vectored import PAGE_BYTES, read_fully
+from kvtier.types import FailureCause
+
+HEADERS_NAME = "headers"
+
+
+class Description(NamedTuple):
+    """What `namespace.json` says.
+
+    Attributes:
+        identity: names and values that make bytes incompatible when they differ.
+        epoch: hexadecimal; empty before the first reset.
+        format_version: of the blocks.
+        is_ours: whether it is the description of the namespace whose folder it lies in.
+    """
+
+    identity: Mapping[str, Any]
+    epoch: str
+    format_version: int
+    is_ours: bool
+
+
+@dataclass
+class DetailedInventory(Inventory):
+    """An inventory that remembers which record was rejected for which cause."""
+
+    cause_of: dict[int, FailureCause] = field(default_factory=dict)
+
+    def reject(self, slot: int, cause: FailureCause) -> None:
+        """Note a record that must go."""
+        super().reject(slot, cause)
+        self.cause_of[slot] = cause
+
+    @property
+    def num_superseded(self) -> int:
+        """Records whose key a later record has, too: no failures."""
+        return len(self.broken) - len(self.cause_of)
+
+
+class Records(NamedTuple):
+    """The records of a namespace, as the next start would find them.
+
+    Attributes:
+        geometry: None while no record says how long a block is.
+        inventory: the valid records, sorted, and the others.
+        num_slots: records that fit the file.
+    """
+
+    geometry: SlabGeometry | None
+    inventory: DetailedInventory
+    num_slots: int
+
+
+def read_description(folder: Path) -> Description | None:
+    """Return what a namespace's folder stands for, or None if nothing readable says so."""
+    try:
+        content = json.loads((folder / DESCRIPTION_NAME).read_bytes())
+        identity, epoch, version = content["identity"], bytes.fromhex(content["epoch"]), int(content["format"])
+        is_ours = version != FORMAT_VERSION or Namespace(identity, epoch).fingerprint.hex() == folder.name
+        return Description(dict(identity), epoch.hex(), version, is_ours)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def read_records(folder: Path, description: Description | None) -> Records:
+    """Read every record of a namespace and judge it as a start would; none if the file of records is missing.
+
+    Raises:
+        OSError: the records cannot be read; FileNotFoundError if the namespace was deleted.
+    """
+    seal = Seal.for_reading(bytes.fromhex(folder.name))
+    inventory = DetailedInventory()
+    try:
+        descriptor = open_private(folder / HEADERS_NAME, os.O_RDONLY)
+    except FileNotFoundError:
+        folder.stat()
+        return Records(None, inventory, 0)
+    try:
+        num_slots = os.fstat(descriptor).st_size // HEADER_BYTES
+        block_bytes = _block_bytes(descriptor, seal) or _described_block_bytes(description)
+        for first, raw in _raw_records(descriptor):
+            add_records(inventory, raw, first, seal, block_bytes)
+    finally:
+        os.close(descriptor)
+    inventory.sort()
+    if not 0 < block_bytes <= SEGMENT_BYTES:
+        return Records(None, inventory, num_slots)
+    geometry = SlabGeometry(block_bytes, num_slots, SEGMENT_BYTES // block_bytes, slots_per_growth=1)
+    inventory.drop_odd_keys()
+    inventory.drop_unbacked(geometry, data_lengths(folder, geometry))
+    inventory.drop_superseded()
+    return Records(geometry, inventory, num_slots)
+
+
+def data_file(folder: Path, segment: int) -> Path:
+    """Return the path of a namespace's data file."""
+    return folder / f"data-{segment:05d}"
+
+
+def data_lengths(folder: Path, geometry: SlabGeometry) -> list[int]:
+    """Return the length of every data file, 0 for those that are not there."""
+    lengths = []
+    for segment in range(geometry.num_segments):
+        try:
+            lengths.append(data_file(folder, segment).lstat().st_size)
+        except FileNotFoundError:
+            lengths.append(0)
+    return lengths
+
+
+class NamespaceReader:
+    """The files of one namespace, for reading; a context. Threads may share it."""
+
+    def __init__(self, folder: Path, geometry: SlabGeometry) -> None:
+        self.geometry = geometry
+        self.seal = Seal.for_reading(bytes.fromhex(folder.name))
+        self.direct = geometry.block_bytes % PAGE_BYTES == 0
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._descriptors: dict[tuple[int, bool], int] = {}
+        self._files = ExitStack()
+        self._headers = open_private(folder / HEADERS_NAME, os.O_RDONLY)
+        self._files.callback(os.close, self._headers)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._files.close()
+
+    @property
+    def vanished(self) -> bool:
+        """Whether the namespace was deleted meanwhile."""
+        return os.fstat(self._headers).st_nlink == 0
+
+    def headers(self, slot: int, count: int) -> bytes:
+        """Return `count` records from `slot` on; zeros beyond the end."""
+        length = count * HEADER_BYTES
+        return os.pread(self._headers, length, slot * HEADER_BYTES).ljust(length, b"\0")
+
+    def payloads(self, slot: int, buffer: memoryview) -> int:
+        """Fill `buffer` from the place of `slot` on; return the bytes read, fewer at the end of the file."""
+        segment, offset = self.geometry.locate(slot)
+        if self.direct:
+            try:
+                return read_fully(self._descriptor(segment, direct=True), [buffer], offset, PAGE_BYTES)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self.direct = False  # this filesystem has no direct I/O
+        return read_fully(self._descriptor(segment, direct=False), [buffer], offset)
+
+    def _descriptor(self, segment: int, direct: bool) -> int:
+        with self._lock:
+            descriptor = self._descriptors.get((segment, direct))
+            if descriptor is None:
+                flags = os.O_RDONLY | (os.O_DIRECT if direct else 0)
+                descriptor = open_private(data_file(self._folder, segment), flags)
+                self._files.callback(os.close, descriptor)
+                self._descriptors[segment, direct] = descriptor
+        return descriptor
+
+
+def _raw_records(descriptor: int) -> Iterator[tuple[int, bytes]]:
+    """Yield (first slot, whole records) from a file of records."""
+    first = 0
+    while raw := os.pread(descriptor, RECORDS_PER_READ * HEADER_BYTES, first * HEADER_BYTES):
+        count = len(raw) // HEADER_BYTES
+        if count:
+            yield first, raw[: count * HEADER_BYTES]
+        if len(raw) % HEADER_BYTES:
+            return
+        first += count
+
+
+def _block_bytes(descriptor: int, seal: Seal) -> int:
+    """Return the payload length that most records of this namespace name; 0 if there is none."""
+    for _, raw in _raw_records(descriptor):
+        records = np.frombuffer(raw, HEADER_DTYPE)
+        ours = (records["magic"] == MAGIC) & (records["version"] == FORMAT_VERSION)
+        ours &= records["fingerprint"] == np.void(seal.fingerprint)
+        lengths, counts = np.unique(records["payload_length"][ours], return_counts=True)
+        if len(lengths):
+            return int(lengths[np.argmax(counts)])
+    return 0
+
+
+def _described_block_bytes(description: Description | None) -> int:
+    """Return the length of a block that the description names; 0 if it names none."""
+    value = None if description is None else description.identity.get("kvtier.block_bytes")
+    return value if isinstance(value, int) else 0

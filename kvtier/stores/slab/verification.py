@@ -1,0 +1,248 @@
+"""Reads every block of a namespace and holds it to its record, at the speed of the disk; writes nothing.
+
+The directory is not taken, so that an engine may be using it. Such an engine writes a payload first and its record
+after; in between, the old record does not match. A block that does not verify is therefore looked at again, for some
+seconds where the directory is in use: if its record has changed by then, it was changed while reading, not corrupt.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from kvtier.errors import StoreError
+from kvtier.stores.seal import HEADER_BYTES
+from kvtier.stores.slab.geometry import SlabGeometry
+from kvtier.stores.slab.reading import NamespaceReader, Records
+from kvtier.stores.slab.vectored import PAGE_BYTES
+from kvtier.types import FailureCause
+
+READ_BYTES = 4 << 20
+"""Blocks side by side are read together up to this size."""
+MEMORY_BYTES = 256 << 20
+"""Most memory of all threads together; at least one block."""
+SETTLE_SECONDS = 3.0
+"""How long a block that is being rewritten may take until its record matches again."""
+_PAUSE_SECONDS = 0.1
+
+_Raw = TypeVar("_Raw", bytes, memoryview)
+
+
+@dataclass
+class Verification:
+    """What was found.
+
+    Attributes:
+        num_good: blocks whose bytes are those that were stored.
+        num_changed: blocks that an engine replaced or dropped while they were read.
+        bad: slots of all others, and why.
+        num_bytes: payload bytes read; seconds: it took.
+        direct: whether the page cache was bypassed.
+    """
+
+    num_good: int = 0
+    num_changed: int = 0
+    bad: dict[int, FailureCause] = field(default_factory=dict)
+    num_bytes: int = 0
+    seconds: float = 0.0
+    direct: bool = False
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How to read, and when to stop.
+
+    Attributes:
+        threads: calls to the disk at the same time.
+        bytes_per_second: most that is read; None for as much as the disk gives.
+        on_bytes: told of payload bytes that were dealt with, by any thread.
+        stopped: set by who wants an early end.
+        settle_seconds: how long a block in a used directory may stay unmatched.
+    """
+
+    threads: int = 4
+    bytes_per_second: int | None = None
+    on_bytes: Callable[[int], None] = lambda _: None
+    stopped: threading.Event = field(default_factory=threading.Event)
+    settle_seconds: float = SETTLE_SECONDS
+
+
+def verify_namespace(folder: Path, records: Records, is_used: Callable[[], bool], pace: Pace) -> Verification:
+    """Read every block of a namespace.
+
+    Args:
+        records: as `read_records` gave them just now.
+        is_used: whether an engine may be writing.
+
+    Raises:
+        StoreError: stopped before the end.
+        OSError: the records cannot be read.
+    """
+    started = time.monotonic()
+    if records.geometry is None:
+        return Verification(bad=dict(records.inventory.cause_of))
+    with NamespaceReader(folder, records.geometry) as reader:
+        verifier = _Verifier(reader, records, pace)
+        was_used = is_used()
+        verifier.read_all(started)
+        verifier.settle(pace.settle_seconds if was_used or is_used() else 0.0)
+        verifier.found.direct = reader.direct
+    verifier.found.seconds = time.monotonic() - started
+    return verifier.found
+
+
+class _Verifier:
+    """The state of one verification; threads share it."""
+
+    def __init__(self, reader: NamespaceReader, records: Records, pace: Pace) -> None:
+        self.found = Verification()
+        self._reader = reader
+        self._pace = pace
+        self._lock = threading.Lock()
+        self._inventory = records.inventory
+        self._block_bytes = reader.geometry.block_bytes
+        self._per_read = max(1, READ_BYTES // self._block_bytes)
+        self._spans = self._neighbours(reader.geometry)
+        self._doubtful: dict[int, tuple[FailureCause, bytes]] = {}
+
+    def read_all(self, started: float) -> None:
+        """Read and judge every block that has a valid record.
+
+        Raises:
+            StoreError: stopped before the end.
+        """
+        buffer_bytes = self._per_read * self._block_bytes
+        threads = max(1, min(self._pace.threads, MEMORY_BYTES // buffer_bytes))
+        with ThreadPoolExecutor(threads, "kvtier-verify") as executor:
+            try:
+                futures = [executor.submit(self._work, buffer_bytes, started) for _ in range(threads)]
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+            except BaseException:
+                self._spans = iter(())  # the other threads end, too
+                raise
+        if self._pace.stopped.is_set():
+            raise StoreError("stopped before the end")
+
+    def settle(self, seconds: float) -> None:
+        """Look at the doubtful blocks again until they are decided, or `seconds` have passed."""
+        for slot, cause in self._inventory.cause_of.items():
+            self._doubtful[slot] = cause, self._reader.headers(slot, 1)
+        deadline = time.monotonic() + seconds
+        memory = _page_aligned(self._block_bytes)
+        latest = dict(self._doubtful)
+        while True:
+            for slot in list(latest):
+                self._look_again(slot, memory, latest)
+            if not latest or time.monotonic() >= deadline or self._pace.stopped.wait(_PAUSE_SECONDS):
+                break
+        for slot, (cause, header) in latest.items():
+            if header == self._doubtful[slot][1]:
+                self.found.bad[slot] = cause
+            else:
+                self.found.num_changed += 1
+
+    def _look_again(self, slot: int, memory: memoryview, latest: dict[int, tuple[FailureCause, bytes]]) -> None:
+        """Decide about a doubtful block, or note in `latest` what is known of it now."""
+        first_header = self._doubtful[slot][1]
+        header = self._reader.headers(slot, 1)
+        unchanged = header == first_header
+        if unchanged and self._inventory.cause_of.get(slot) is FailureCause.FOREIGN:
+            return  # its record is whole, and not of this index
+        cause = self._judge_single(slot, header, memory)
+        if self._reader.vanished or cause is FailureCause.ABSENT or (cause is None and not unchanged):
+            self.found.num_changed += 1
+        elif cause is None:
+            self.found.num_good += 1
+        else:
+            latest[slot] = cause, header
+            return
+        del latest[slot]
+
+    def _neighbours(self, geometry: SlabGeometry) -> Iterator[tuple[int, int]]:
+        """Yield (first slot, blocks): neighbours in one data file, in the order of the disk."""
+        slots = np.sort(self._inventory.slots)
+        starts = np.flatnonzero((np.diff(slots, prepend=-2) != 1) | (slots % geometry.slots_per_segment == 0))
+        for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(slots)], strict=True):
+            for position in range(start, end, self._per_read):
+                yield int(slots[position]), min(self._per_read, end - position)
+
+    def _work(self, buffer_bytes: int, started: float) -> None:
+        """Verify neighbours until there are no more; the work of one thread."""
+        memory = _page_aligned(buffer_bytes)
+        while not self._pace.stopped.is_set():
+            with self._lock:
+                span = next(self._spans, None)
+            if span is None:
+                return
+            self._verify_span(*span, memory)
+            with self._lock:
+                num_bytes = span[1] * self._block_bytes
+                self.found.num_bytes += num_bytes
+                total = self.found.num_bytes
+            self._pace.on_bytes(num_bytes)
+            if self._pace.bytes_per_second is not None:
+                self._pace.stopped.wait(started + total / self._pace.bytes_per_second - time.monotonic())
+
+    def _verify_span(self, first: int, count: int, memory: memoryview) -> None:
+        headers = self._reader.headers(first, count)
+        payloads = memory[: count * self._block_bytes]
+        try:
+            filled = self._reader.payloads(first, payloads) // self._block_bytes
+            causes = [
+                self._judge(
+                    _item(headers, index, HEADER_BYTES), _item(payloads, index, self._block_bytes), first + index
+                )
+                if index < filled
+                else FailureCause.CORRUPT
+                for index in range(count)
+            ]
+        except OSError:
+            slots = range(first, first + count)
+            causes = [self._judge_single(slot, _item(headers, slot - first, HEADER_BYTES), memory) for slot in slots]
+        with self._lock:
+            for index, cause in enumerate(causes):
+                if cause is None:
+                    self.found.num_good += 1
+                elif cause is FailureCause.ABSENT:
+                    self.found.num_changed += 1
+                else:
+                    self._doubtful[first + index] = cause, bytes(_item(headers, index, HEADER_BYTES))
+
+    def _judge_single(self, slot: int, header: bytes, memory: memoryview) -> FailureCause | None:
+        payload = memory[: self._block_bytes]
+        try:
+            filled = self._reader.payloads(slot, payload)
+        except OSError:
+            return FailureCause.IO_ERROR
+        return self._judge(header, payload, slot) if filled == self._block_bytes else FailureCause.CORRUPT
+
+    def _judge(self, header: bytes, payload: memoryview, slot: int) -> FailureCause | None:
+        """Return None if `payload` is what its record says, else the cause; ABSENT if the record was emptied."""
+        record = self._reader.seal.parse(header)
+        if isinstance(record, FailureCause):
+            return record
+        return self._reader.seal.verify(header, record.key, payload, slot)
+
+
+def _item(raw: _Raw, index: int, length: int) -> _Raw:
+    return raw[index * length : (index + 1) * length]
+
+
+def _page_aligned(num_bytes: int) -> memoryview:
+    return memoryview(mmap.mmap(-1, -(-num_bytes // PAGE_BYTES) * PAGE_BYTES))
+
+
+def causes_of(bad: Mapping[int, FailureCause]) -> dict[str, int]:
+    """Return how many bad blocks there are, by the name of the cause."""
+    return dict(Counter(cause.value for cause in bad.values()))
