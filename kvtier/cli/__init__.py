@@ -5,6 +5,9 @@ from __future__ import annotations
 import typer
 
 from kvtier.cli.demo import demo
+from kvtier.cli.inspect import inspect
+from kvtier.cli.purge import purge
+from kvtier.cli.verify import verify
 from kvtier.cli.vllm_config import vllm_config
 
 app = typer.Typer(
@@ -21,6 +24,9 @@ def _commands() -> None:
 
 
 app.command()(demo)
+app.command()(inspect)
+app.command()(verify)
+app.command()(purge)
 app.command()(vllm_config)
 
 

@@ -1,0 +1,39 @@
+"""Times, as people write and read them."""
+
+from __future__ import annotations
+
+import re
+
+from kvtier.errors import ConfigError
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_UNITS = (("day", 86400), ("hour", 3600), ("minute", 60))
+_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([smhdw])\s*")
+
+
+def parse_age(name: str, text: str) -> float:
+    """Return a time in seconds.
+
+    Args:
+        name: the option, for the error.
+        text: a number and a unit: "90s", "30m", "12h", "7d" or "2w".
+
+    Raises:
+        ConfigError: anything else, or no time at all.
+    """
+    match = _PATTERN.fullmatch(text)
+    seconds = float(match[1]) * _SECONDS[match[2]] if match else 0.0
+    if seconds <= 0:
+        raise ConfigError(name, text, 'a time like "7d" expected: s, m, h, d or w after a number above zero')
+    return seconds
+
+
+def format_age(seconds: float) -> str:
+    """Return how long ago something was, for example "3 days ago"."""
+    if seconds < -60:
+        return "in the future"
+    if seconds < 60:
+        return "just now"
+    unit, length = next(item for item in _UNITS if seconds >= item[1])
+    count = int(seconds // length)
+    return f"{count:,} {unit}{'' if count == 1 else 's'} ago"

@@ -1,0 +1,121 @@
+"""`kvtier purge`: deletes namespaces of a disk tier that no engine uses."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvtier.cli.ages import format_age, parse_age
+from kvtier.cli.slabs import (
+    EXIT_WRONG,
+    SHORT_ID,
+    AsJson,
+    Directories,
+    describe_identity,
+    find_all,
+    namespace_as_json,
+    print_json,
+    refusing,
+)
+from kvtier.errors import ConfigError, KVTierError
+from kvtier.sizes import format_size
+from kvtier.stores.slab.survey import NamespaceSurvey, survey_slab
+from kvtier.stores.slab.upkeep import delete_namespace, hold
+
+_Chosen = Mapping[Path, Sequence[NamespaceSurvey]]
+
+
+def purge(
+    directories: Directories,
+    namespace: Annotated[
+        list[str] | None, typer.Option(help="Only this one: its id, or a beginning that is unique; may be repeated.")
+    ] = None,
+    older_than: Annotated[
+        str | None, typer.Option(help="Only those last used longer ago than, for example, 7d.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Delete the namespaces of a disk tier, or some of them. Their files are unlinked, not overwritten.
+
+    Exit code 0: deleted, or nothing to delete. 1: not deleted, the answer was no. 2: a directory cannot be read, is
+    none of a disk tier, or is used by an engine, or a namespace is unknown; then nothing was deleted.
+    """
+    with refusing("purge", as_json):
+        least_age = 0.0 if older_than is None else parse_age("older_than", older_than)
+        slabs = [slab for found in find_all(directories).values() for slab in found]
+        with ExitStack() as held:
+            for slab in slabs:
+                held.enter_context(hold(slab))
+            chosen = choose({slab: survey_slab(slab).namespaces for slab in slabs}, namespace, least_age)
+            if not as_json:
+                _show(chosen)
+            if not yes and any(chosen.values()):
+                _ask(as_json)
+            for survey in _all_of(chosen):
+                delete_namespace(survey.folder)
+    freed = sum(survey.disk_bytes for survey in _all_of(chosen))
+    if as_json:
+        directories_json = [
+            {"path": str(slab), "deleted": [namespace_as_json(survey) for survey in found]}
+            for slab, found in chosen.items()
+        ]
+        print_json({"freed_bytes": freed, "directories": directories_json})
+    else:
+        count = len(_all_of(chosen))
+        typer.echo(f"deleted {count} namespace{'' if count == 1 else 's'}, {format_size(freed)} are free again")
+
+
+def choose(found: _Chosen, ids: Sequence[str] | None, least_age: float) -> _Chosen:
+    """Return the namespaces that are meant: those that any of `ids` names (all if there is none) and old enough.
+
+    Raises:
+        ConfigError: an id names no namespace, or several.
+    """
+    names = {survey.folder.name for survey in _all_of(found)}
+    wanted = names if not ids else {_only_one(text, names) for text in ids}
+    oldest = time.time() - least_age
+    return {
+        slab: [survey for survey in surveys if survey.folder.name in wanted and survey.last_use <= oldest]
+        for slab, surveys in found.items()
+    }
+
+
+def _ask(as_json: bool) -> None:
+    """Return if a person at the terminal wants it.
+
+    Raises:
+        KVTierError: nobody can be asked.
+        typer.Exit: the answer was no.
+    """
+    if as_json or not sys.stdin.isatty():
+        raise KVTierError("--yes is needed where nobody can be asked")
+    if not typer.confirm("Delete?", err=True):
+        raise typer.Exit(EXIT_WRONG)
+
+
+def _only_one(text: str, names: set[str]) -> str:
+    matching = sorted(name for name in names if text and name.startswith(text.lower()))
+    if len(matching) == 1:
+        return matching[0]
+    known = ", ".join(name[:SHORT_ID] for name in matching or sorted(names)) or "none"
+    raise ConfigError("namespace", text, f"{'several begin like this' if matching else 'unknown; there are'}: {known}")
+
+
+def _all_of(chosen: _Chosen) -> list[NamespaceSurvey]:
+    return [survey for surveys in chosen.values() for survey in surveys]
+
+
+def _show(chosen: _Chosen) -> None:
+    """Say what is about to be deleted."""
+    for slab, surveys in chosen.items():
+        for survey in surveys:
+            size = f"{survey.num_blocks:,} blocks, {format_size(survey.disk_bytes)}"
+            age = format_age(time.time() - survey.last_use)
+            typer.echo(f"{slab} {survey.folder.name[:SHORT_ID]}: {size}, last used {age}: {describe_identity(survey)}")

@@ -1,0 +1,131 @@
+"""What the commands over a disk tier's directory share: finding it, naming who uses it, refusing, JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from kvtier.errors import KVTierError
+from kvtier.stores.slab.survey import Holder, NamespaceSurvey, find_slabs
+
+EXIT_WRONG = 1
+EXIT_UNUSABLE = 2
+EXIT_INTERRUPTED = 130
+SHORT_ID = 12
+"""Digits of a namespace's fingerprint that people see; any beginning that is unique names it."""
+_LONGEST_COMMAND = 60
+
+Directories = Annotated[
+    list[Path], typer.Argument(metavar="DIR...", help="The `path` of a disk tier; folders dpN below it are included.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+@contextmanager
+def refusing(command: str, as_json: bool) -> Iterator[None]:
+    """Turn what cannot be done into one line on stderr, `{"error": ...}` on stdout for JSON, and exit code 2."""
+    try:
+        yield
+    except (KVTierError, OSError) as error:
+        _refuse(command, as_json, _text_of(error))
+        raise typer.Exit(EXIT_UNUSABLE) from None
+    except KeyboardInterrupt:
+        _refuse(command, as_json, "interrupted")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def find_all(directories: Sequence[Path]) -> dict[Path, list[Path]]:
+    """Return the slabs of each directory; none for an empty one, of which a line on stderr speaks.
+
+    Raises:
+        StoreUnavailableError: one of them is not what the commands are for.
+    """
+    found = {}
+    for directory in directories:
+        path = Path(os.path.abspath(directory))
+        found[path] = find_slabs(path)
+        if not found[path]:
+            typer.echo(f"{path}: empty, nothing was ever stored here", err=True)
+    return found
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """Print one JSON document."""
+    typer.echo(json.dumps(value, indent=2))
+
+
+def make_console() -> Console:
+    """Return where people read results."""
+    return Console(highlight=False, soft_wrap=False)
+
+
+def describe_holder(holder: Holder) -> str:
+    """Return who uses a directory, in words."""
+    if holder.pid is None:
+        return "another process"
+    command = f" ({_shortened(holder.command)})" if holder.command else ""
+    parent = ""
+    if holder.parent_pid is not None and holder.parent_pid > 1:
+        parent = f", started by pid {holder.parent_pid}"
+        parent += f" ({_shortened(holder.parent_command)})" if holder.parent_command else ""
+    return f"pid {holder.pid}{command}{parent}"
+
+
+def holder_as_json(holder: Holder | None) -> dict[str, Any] | None:
+    """Return who uses a directory, for JSON; null if nobody does."""
+    return None if holder is None else holder._asdict()
+
+
+def namespace_as_json(survey: NamespaceSurvey) -> dict[str, Any]:
+    """Return everything about a namespace, for JSON: bytes and seconds as numbers, times in UTC."""
+    description = survey.description
+    return {
+        "id": survey.folder.name,
+        "identity": None if description is None else dict(description.identity),
+        "epoch": None if description is None else description.epoch,
+        "format": None if description is None else description.format_version,
+        "block_bytes": survey.block_bytes,
+        "blocks": survey.num_blocks,
+        "capacity_blocks": survey.num_slots,
+        "disk_bytes": survey.disk_bytes,
+        "last_use": datetime.fromtimestamp(survey.last_use, UTC).isoformat(timespec="seconds"),
+        "age_seconds": round(time.time() - survey.last_use, 1),
+        "broken_records": {cause.value: count for cause, count in survey.broken.items()},
+        "problems": list(survey.problems),
+        "remarks": list(survey.remarks),
+    }
+
+
+def describe_identity(survey: NamespaceSurvey) -> str:
+    """Return what a namespace stands for, in one line."""
+    if survey.description is None:
+        return "unknown"
+    pairs = [f"{key} {value}" for key, value in sorted(survey.description.identity.items()) if value != ""]
+    return ", ".join(pairs) or "nothing in particular"
+
+
+def _refuse(command: str, as_json: bool, text: str) -> None:
+    if as_json:
+        print_json({"error": text})
+    sys.stdout.flush()
+    typer.echo(f"kvtier {command}: {text}", err=True)
+
+
+def _text_of(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split())
+
+
+def _shortened(command: str) -> str:
+    return command if len(command) <= _LONGEST_COMMAND else command[: _LONGEST_COMMAND - 4] + " ..."

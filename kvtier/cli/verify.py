@@ -1,0 +1,163 @@
+"""`kvtier verify`: reads every block of a disk tier and holds it to its checksum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.text import Text
+
+from kvtier.cli.slabs import (
+    EXIT_WRONG,
+    SHORT_ID,
+    AsJson,
+    Directories,
+    find_all,
+    make_console,
+    print_json,
+    refusing,
+)
+from kvtier.sizes import format_size, parse_size
+from kvtier.stores.slab.reading import read_records
+from kvtier.stores.slab.survey import NamespaceSurvey, find_holder, survey_slab
+from kvtier.stores.slab.upkeep import empty_records, hold
+from kvtier.stores.slab.verification import Pace, Verification, causes_of, verify_namespace
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One namespace, verified; `emptied` counts the bad records that are misses from now on."""
+
+    survey: NamespaceSurvey
+    verification: Verification
+    num_superseded: int
+    emptied: int
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether a block, or the namespace itself, is not as it should be."""
+        return bool(self.verification.bad or self.survey.problems)
+
+
+def verify(
+    directories: Directories,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Empty the records of bad blocks; refused while an engine uses them.")
+    ] = False,
+    threads: Annotated[int, typer.Option(min=1, max=64, help="Reads at the same time.")] = 4,
+    rate: Annotated[
+        str | None, typer.Option(help="Most bytes a second, for example 200MiB; all that the disk gives if absent.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read every block and compare it with its checksum, also while an engine uses the directory.
+
+    Exit code 0: every block is what was stored. 1: something is wrong, or was and is repaired. 2: a directory cannot
+    be read, is none of a disk tier, or is in use where that is in the way; one line says why.
+    """
+    with refusing("verify", as_json):
+        bytes_per_second = None if rate is None else parse_size("rate", rate)
+        slabs = [slab for found in find_all(directories).values() for slab in found]
+        with ExitStack() as held:
+            for slab in slabs if repair else ():
+                held.enter_context(hold(slab))
+            with _progress() as progress:
+                findings = {slab: _verify_slab(slab, repair, threads, bytes_per_second, progress) for slab in slabs}
+    wrong = any(finding.is_wrong for found in findings.values() for finding in found)
+    if as_json:
+        print_json({"ok": not wrong, "directories": [_slab_as_json(*item) for item in findings.items()]})
+    else:
+        _show(make_console(), findings)
+    if wrong:
+        raise typer.Exit(EXIT_WRONG)
+
+
+def _verify_slab(
+    slab: Path, repair: bool, threads: int, bytes_per_second: int | None, progress: Progress
+) -> list[Finding]:
+    """Verify every namespace of one slab; one that an engine deletes meanwhile is left out."""
+    findings = []
+    for survey in survey_slab(slab).namespaces:
+        task = progress.add_task(survey.folder.name[:SHORT_ID], total=None)
+        pace = Pace(threads, bytes_per_second, on_bytes=partial(progress.advance, task))
+        try:
+            records = read_records(survey.folder, survey.description)
+            progress.update(task, total=len(records.inventory.keys) * (survey.block_bytes or 0))
+            found = verify_namespace(survey.folder, records, lambda: not repair and find_holder(slab) is not None, pace)
+        except FileNotFoundError:
+            if survey.folder.exists():
+                raise
+            continue
+        if repair and found.bad:
+            empty_records(survey.folder, records.num_slots, found.bad)
+        emptied = len(found.bad) if repair else 0
+        findings.append(Finding(survey, found, records.inventory.num_superseded, emptied))
+    return findings
+
+
+def _progress() -> Progress:
+    """Return what a person at a terminal sees on stderr meanwhile: a bar, the speed, and the time that is left."""
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def _slab_as_json(slab: Path, findings: Sequence[Finding]) -> dict[str, Any]:
+    return {"path": str(slab), "namespaces": [_finding_as_json(finding) for finding in findings]}
+
+
+def _finding_as_json(finding: Finding) -> dict[str, Any]:
+    found = finding.verification
+    return {
+        "id": finding.survey.folder.name,
+        "good": found.num_good,
+        "bad": causes_of(found.bad),
+        "changed_while_reading": found.num_changed,
+        "superseded": finding.num_superseded,
+        "emptied": finding.emptied,
+        "problems": list(finding.survey.problems),
+        "bytes": found.num_bytes,
+        "seconds": round(found.seconds, 3),
+        "direct": found.direct,
+    }
+
+
+def _show(console: Console, findings: Mapping[Path, Sequence[Finding]]) -> None:
+    for slab, found in findings.items():
+        if not found:
+            console.print(Text(f"{slab}: no namespaces"))
+        for finding in found:
+            for line in _lines_of(slab, finding):
+                console.print(line, soft_wrap=True)
+
+
+def _lines_of(slab: Path, finding: Finding) -> list[Text]:
+    """Return what was found out about one namespace, for a person."""
+    found = finding.verification
+    speed = found.num_bytes / found.seconds if found.seconds else 0.0
+    size = f"{format_size(found.num_bytes)} in {found.seconds:.1f} s, {format_size(speed)}/s"
+    lines = [Text(f"{slab} {finding.survey.folder.name[:SHORT_ID]}: {found.num_good:,} blocks good ({size})")]
+    for cause, count in causes_of(found.bad).items():
+        lines.append(Text(f"  wrong: {count:,} {cause}", style="red"))
+    lines += [Text(f"  wrong: {problem}", style="red") for problem in finding.survey.problems]
+    if finding.emptied:
+        lines.append(Text(f"  repaired: {finding.emptied:,} emptied, a miss from now on"))
+    if found.num_changed:
+        lines.append(Text(f"  {found.num_changed:,} changed while reading: an engine replaced them"))
+    return lines + [Text(f"  {remark}") for remark in finding.survey.remarks]
