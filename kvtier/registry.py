@@ -180,7 +180,7 @@ def create_secondary_tier(
 
 
 def load_tier_class(tier: TierConfig) -> type:
-    """Return the class as it was written, to today's interface or the layer's first.
+    """Return the class as it was written, to today's interface or the layer's first, and as its options choose.
 
     Raises:
         ConfigError: as `SecondaryTierFactory.get_tier_class`.
@@ -192,7 +192,7 @@ def load_tier_class(tier: TierConfig) -> type:
         tier_class = TIERS.load(tier.tier_type, key)
     with _errors_name(tier.where):
         adapt_tier_class(tier_class)
-    return tier_class
+    return tier_class.class_for(tier.options) if issubclass(tier_class, SecondaryTierManager) else tier_class
 
 
 def check_tier(tier: TierConfig) -> TierConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from itertools import islice
 from typing import Any
 
@@ -76,6 +76,12 @@ class SlottedTierManager(StoreTierManager):
         if table is None or self._health.state is not _UP or not table.is_ready(key):
             return _MISS
         return _HIT
+
+    def held(self, keys: Set[OffloadKey]) -> Set[OffloadKey]:
+        """Return those of `keys` whose blocks are here or being stored; none while the tier is not UP."""
+        if self._table is None or self._health.state is not _UP:
+            return frozenset()
+        return self._table.slot_of.keys() & keys
 
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         """Count one use of the keys that are here, given in prefix order."""

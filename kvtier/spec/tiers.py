@@ -11,6 +11,7 @@ from kvtier.config import OffloadingConfig, TierConfig, TieringConfig, parse_tie
 from kvtier.errors import ConfigError
 from kvtier.options import join_key
 from kvtier.registry import check_tier, load_tier_class
+from kvtier.secondary.disk import are_entangled
 from kvtier.sizes import parse_size
 from kvtier.types import Admission
 
@@ -60,14 +61,21 @@ def _check_directories(tiers: Sequence[TierConfig]) -> None:
     """Refuse two tiers over one directory, and one tier's directory inside another's."""
     seen: list[tuple[str, str]] = []
     for tier in tiers:
-        path = tier.options.get("path")
-        if not isinstance(path, str | os.PathLike):
-            continue
-        real, key = os.path.realpath(path), join_key(tier.where, "path")
-        for other, other_key in seen:
-            if os.path.commonpath([real, other]) in (real, other):
-                raise ConfigError(key, path, f"a directory of its own, neither in nor around that of {other_key}")
-        seen.append((real, key))
+        for path, name in _directories(tier):
+            key = join_key(tier.where, name)
+            for other, other_key in seen:
+                if are_entangled(path, other):
+                    raise ConfigError(key, path, f"a directory of its own, neither in nor around that of {other_key}")
+            seen.append((path, key))
+
+
+def _directories(tier: TierConfig) -> list[tuple[str, str]]:
+    """Return the directories that a tier names, each with the name of its option."""
+    path = tier.options.get("path")
+    if isinstance(path, str | os.PathLike):
+        return [(os.fspath(path), "path")]
+    listed = path if isinstance(path, list | tuple) else ()
+    return [(one, f"path[{index}]") for index, one in enumerate(listed) if isinstance(one, str)]
 
 
 def _check_lora(tier: TierConfig, user: TieringConfig, config: OffloadingConfig) -> None:
@@ -87,9 +95,11 @@ def outlives_engine(tier_class: type) -> bool:
 def _for_data_parallel(tier: TierConfig, config: OffloadingConfig) -> TierConfig:
     """Return the tier as this engine's rank uses it: a directory of its own, and its share of the capacity."""
     path = tier.options.get("path")
-    if config.data_parallel_size == 1 or not isinstance(path, str | os.PathLike):
+    if config.data_parallel_size == 1 or not _directories(tier):
         return tier
-    mine = {**tier.options, "path": os.path.join(path, f"dp{config.data_parallel_index}")}
+    folder = f"dp{config.data_parallel_index}"
+    own = [os.path.join(one, folder) for one, _ in _directories(tier)]
+    mine = {**tier.options, "path": own if isinstance(path, list | tuple) else own[0]}
     if "capacity" in mine:
         capacity = parse_size(join_key(tier.where, "capacity"), mine["capacity"])
         mine["capacity"] = capacity // config.data_parallel_size

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from kvtier.errors import StoreUnavailableError
 from kvtier.namespace import Namespace
+from kvtier.stores.slab.mounts import check_mounted
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ DESCRIPTION_NAME = "namespace.json"
 DIRECTORY_MODE = 0o700
 FILE_MODE = 0o600
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
+_SHARE = re.compile(r"dp\d+")
+"""A data-parallel engine's directory, made within the one that users name."""
 _SLAB_FILE = re.compile(r"namespace\.json|headers|data-\d+")
 
 
@@ -57,12 +60,16 @@ class SlabDirectory:
         self._description = namespace.describe()
 
     @classmethod
-    def open(cls, path: Path, namespace: Namespace) -> SlabDirectory:
+    def open(cls, path: Path, namespace: Namespace, mount_point: str = "/") -> SlabDirectory:
         """Make the directory if it is missing, and take it.
+
+        Args:
+            mount_point: what must be mounted for the directory to be the right one.
 
         Raises:
             StoreUnavailableError: held by another process, of another owner, not a slab, or not usable at all.
         """
+        check_mounted(path, mount_point)
         try:
             lock_descriptor = _take(path)
         except OSError as error:
@@ -126,7 +133,15 @@ class SlabDirectory:
 
 def _take(path: Path) -> int:
     """Make `path` ours: private and locked. Returns the lock's descriptor."""
-    path.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
+    if _SHARE.fullmatch(path.name) and path.parent.parent.is_dir():
+        path.parent.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
+    try:
+        path.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
+    except FileNotFoundError as error:
+        raise StoreUnavailableError(
+            f"{path}: {path.parent} does not exist; kvtier makes only the last directory of a path, so that it never"
+            " fills the disk below a filesystem that is not mounted"
+        ) from error
     status = path.stat()
     if status.st_uid != os.geteuid():
         raise StoreUnavailableError(f"{path}: belongs to user {status.st_uid}, not to {os.geteuid()}")

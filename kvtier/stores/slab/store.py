@@ -56,7 +56,8 @@ class SlabStore(SlotStore):
 
         Args:
             options: `path`; `capacity`, bytes that everything in the directory takes together, at most;
-                `min_free`, bytes that stay free on the filesystem (default 0).
+                `min_free`, bytes that stay free on the filesystem (default 0); `mount_point`, what must be
+                mounted for `path` to be the right directory (default "/").
 
         Raises:
             ConfigError: the capacity does not hold one block.
@@ -64,7 +65,7 @@ class SlabStore(SlotStore):
         """
         geometry = SlabGeometry.of(options["capacity"], context.block_bytes)
         path = Path(options["path"])
-        directory = SlabDirectory.open(path, context.namespace)
+        directory = SlabDirectory.open(path, context.namespace, options.get("mount_point", "/"))
         try:
             return cls(directory, geometry, options["capacity"], options.get("min_free", 0), context)
         except OSError as error:

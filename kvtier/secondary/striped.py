@@ -1,0 +1,339 @@
+"""Several slotted tiers as one: jobs are spread over them, and one that fails is done without.
+
+Each stripe has its own I/O process, index, breaker and back-pressure, so that a device that hangs or dies takes its own
+blocks along and nothing else. A block is in the stripe that had room for it, wherever that was: the indexes know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from kvtier.abc import SecondaryTierManager, TierContext
+from kvtier.errors import InvariantError
+from kvtier.events import BlocksEvicted, BlocksFailed, Event, Observer, TierState, TierStateChanged
+from kvtier.keys import OffloadKey
+from kvtier.secondary.slotted import SlottedTierManager
+from kvtier.secondary.store_tier import TierSettings
+from kvtier.types import JobMetadata, JobResult, LookupResult, OffloadingEvent, ReqContext, ScheduleEndContext
+
+LEAST_RUN_BYTES = 2 << 20
+"""A job is not cut into smaller runs than this: what lies side by side moves in one call."""
+_HIT, _MISS, _UP = LookupResult.HIT, LookupResult.MISS, TierState.UP
+_BEST_FIRST = (TierState.UP, TierState.STARTING, TierState.DOWN)
+
+Route = tuple[int, Sequence[int]]
+"""A stripe, and which blocks of a job go there."""
+
+
+@dataclass(frozen=True)
+class StripeSpec:
+    """What a stripe sees of the engine: the same context, with an observer that knows whose part it is."""
+
+    tier_context: TierContext
+
+
+class StripeObserver:
+    """Passes a stripe's events on under the name of the whole tier."""
+
+    def __init__(self, observer: Observer, tier_type: str, on_state: Callable[[], None]) -> None:
+        """Args: on_state: called instead, when the stripe's health has changed."""
+        self._observer = observer
+        self._tier_type = tier_type
+        self._on_state = on_state
+
+    def on_event(self, event: Event) -> None:
+        """Pass one event on."""
+        if isinstance(event, TierStateChanged):
+            self._on_state()
+        elif isinstance(event, BlocksFailed | BlocksEvicted):
+            self._observer.on_event(event._replace(tier=self._tier_type))
+        else:
+            self._observer.on_event(event)
+
+
+@dataclass(slots=True)
+class _Job:
+    """A job whose parts are in several stripes."""
+
+    metadata: JobMetadata
+    num_parts: int
+    successful: set[OffloadKey]
+    transfer_time: float = 0.0
+    transfer_bytes: int = 0
+
+    def add(self, part: JobMetadata, result: JobResult) -> None:
+        """Note how one part ended."""
+        self.num_parts -= 1
+        self.successful.update(part.keys if result.success else result.successful_keys or ())
+        self.transfer_time = max(self.transfer_time, result.transfer_time or 0.0)
+        self.transfer_bytes += result.transfer_bytes or 0
+
+    def result(self) -> JobResult:
+        """Return the one answer, when no part is left."""
+        success = self.successful.issuperset(self.metadata.keys)
+        partial = self.successful if self.successful and not success else None
+        return JobResult(self.metadata.job_id, success, partial, self.transfer_time, self.transfer_bytes)
+
+
+def share_settings(settings: TierSettings, count: int) -> TierSettings:
+    """Return the settings of one of `count` stripes, which wait for each other and share what is bounded."""
+    deadlines = settings.deadlines
+    deadlines = replace(deadlines, drain=deadlines.drain / count, kill=deadlines.kill / count)
+    return replace(settings, deadlines=deadlines, most_store_bytes=max(1, settings.most_store_bytes // count))
+
+
+class StripedTierManager(SecondaryTierManager):
+    """One tier over several stripes; UP while any of them is."""
+
+    verifies_payloads = True
+
+    def __init__(
+        self,
+        offloading_spec: Any,
+        primary_kv_view: memoryview,
+        tier_type: str,
+        *,
+        names: Sequence[str],
+        make_stripe: Callable[[StripeSpec, str, int], SlottedTierManager],
+    ) -> None:
+        """Args:
+        names: of the stripes, for people; at least one.
+        make_stripe: makes a stripe from its spec, its full name and its index; not started.
+
+        Raises:
+            ConfigError: a stripe refuses its configuration.
+        """
+        super().__init__(offloading_spec, primary_kv_view, tier_type)
+        context = getattr(offloading_spec, "tier_context", None)
+        context = context if isinstance(context, TierContext) else TierContext()
+        self._observer = context.observer
+        spec = StripeSpec(replace(context, observer=StripeObserver(context.observer, tier_type, self._say_state)))
+        self._said = (TierState.STARTING, "")
+        self._closed = False
+        self._names = tuple(names)
+        self._stripes: list[SlottedTierManager] = []
+        for index, name in enumerate(names):
+            self._stripes.append(make_stripe(spec, f"{tier_type} ({name})", index))
+        self._least_run = max(1, LEAST_RUN_BYTES // self._stripes[0].block_bytes)
+        self._next_stripe = 0
+        self._next_part = 1
+        self._parts: dict[int, tuple[_Job, JobMetadata]] = {}
+
+    # -- health -------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> TierState:
+        """CLOSED after `shutdown`, else the best state of a stripe."""
+        if self._closed:
+            return TierState.CLOSED
+        states = {stripe.state for stripe in self._stripes}
+        return next((state for state in _BEST_FIRST if state in states), TierState.DOWN)
+
+    @property
+    def state_reason(self) -> str:
+        """What is the matter with which stripe."""
+        if self._closed:
+            return ""
+        return "; ".join(
+            f"{name}: {stripe.state_reason or stripe.state.value}"
+            for name, stripe in zip(self._names, self._stripes, strict=True)
+            if stripe.state is not _UP or stripe.state_reason
+        )
+
+    @property
+    def io_pids(self) -> list[int | None]:
+        """Processes that move this tier's bytes, one a stripe; None where there is none at the moment."""
+        return [stripe.io_pid for stripe in self._stripes]
+
+    def start(self) -> None:
+        """Start every stripe."""
+        for stripe in self._stripes:
+            stripe.start()
+
+    def _say_state(self) -> None:
+        """Tell the observer what became of the whole; each stripe has logged its own change."""
+        if len(self._stripes) < len(self._names):
+            return
+        now = (self.state, self.state_reason)
+        if now != self._said:
+            self._said = now
+            self._observer.on_event(TierStateChanged(self.tier_type, *now))
+
+    # -- lookups and jobs ---------------------------------------------------------------------------------
+
+    def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
+        """Return HIT if any stripe can load the block now."""
+        for stripe in self._stripes:
+            if stripe.lookup(key, req_context) is _HIT:
+                return _HIT
+        return _MISS
+
+    def can_store(self, num_blocks: int) -> bool:
+        """Return whether some stripes would take a job of this size between them."""
+        return bool(self._choose(num_blocks))
+
+    def submit_store(self, job_metadata: JobMetadata) -> None:
+        """Start storing: blocks that a stripe has stay there, the others go to stripes in turn, in contiguous runs."""
+        self._submit(job_metadata, SlottedTierManager.submit_store, self._route_store)
+
+    def submit_load(self, job_metadata: JobMetadata) -> None:
+        """Start loading each block from the stripe that has it."""
+        self._submit(job_metadata, SlottedTierManager.submit_load, self._route_load)
+
+    def get_finished_jobs(self) -> Iterable[JobResult]:
+        """Return the results of jobs whose parts have all ended."""
+        finished = []
+        for stripe in self._stripes:
+            for result in stripe.get_finished_jobs():
+                job, part = self._parts.pop(result.job_id)
+                job.add(part, result)
+                if not job.num_parts:
+                    finished.append(job.result())
+        return finished
+
+    def _submit(
+        self,
+        metadata: JobMetadata,
+        submit: Callable[[SlottedTierManager, JobMetadata], None],
+        route: Callable[[Sequence[OffloadKey]], list[Route]],
+    ) -> None:
+        keys, slots = metadata.keys, metadata.block_ids
+        routes = route(keys) if len(keys) == len(slots) else []
+        if len(routes) <= 1:  # whole; what nobody can take, a stripe refuses and counts
+            index = routes[0][0] if routes else 0
+            parts = [(index, keys, slots)]
+        else:
+            parts = [
+                (index, [keys[position] for position in positions], slots[np.asarray(positions, np.intp)])
+                for index, positions in routes
+            ]
+        job = _Job(metadata, len(parts), set())
+        for index, part_keys, part_slots in parts:
+            part_id, self._next_part = self._next_part, self._next_part + 1
+            part = JobMetadata(part_id, part_keys, part_slots, metadata.is_promotion, metadata.req_context)
+            self._parts[part_id] = (job, part)
+            submit(self._stripes[index], part)
+
+    def _route_load(self, keys: Sequence[OffloadKey]) -> list[Route]:
+        """Return where to load `keys` from; those that nobody has go along with the others, and fail there."""
+        routes, rest = self._route_held(keys)
+        if not rest:
+            return routes
+        if not routes:
+            index = next((index for index, stripe in enumerate(self._stripes) if stripe.state is _UP), 0)
+            return [(index, rest)]
+        index, positions = routes[0]
+        return [(index, [*positions, *rest]), *routes[1:]]
+
+    def _route_store(self, keys: Sequence[OffloadKey]) -> list[Route]:
+        """Return where to store `keys`, each once."""
+        routes, rest = self._route_held(keys)
+        first_of: dict[OffloadKey, int] = {}
+        for position in rest:
+            first_of.setdefault(keys[position], position)
+        fresh = list(first_of.values())
+        if not fresh:
+            return routes
+        chosen = self._choose(len(fresh))
+        if not chosen:
+            return [*routes, (self._next_stripe, fresh)]
+        self._next_stripe = (chosen[-1] + 1) % len(self._stripes)
+        size = -(-len(fresh) // len(chosen))
+        runs = [(index, fresh[turn * size : (turn + 1) * size]) for turn, index in enumerate(chosen)]
+        return _merge([*routes, *((index, run) for index, run in runs if run)])
+
+    def _route_held(self, keys: Sequence[OffloadKey]) -> tuple[list[Route], list[int]]:
+        """Return routes for the blocks that stripes have or are storing, and the positions of all the others."""
+        wanted = set(keys)
+        owner: dict[OffloadKey, int] = {}
+        for index, stripe in enumerate(self._stripes):
+            owner.update(dict.fromkeys(stripe.held(wanted - owner.keys() if owner else wanted), index))
+        if not owner:
+            return [], list(range(len(keys)))
+        positions: dict[int, list[int]] = {}
+        rest: list[int] = []
+        for position, key in enumerate(keys):
+            index = owner.get(key, -1)
+            (rest if index < 0 else positions.setdefault(index, [])).append(position)
+        return list(positions.items()), rest
+
+    def _choose(self, num_blocks: int) -> list[int]:
+        """Return stripes, from the one whose turn it is, that take equal runs of so many blocks; as many as pay off."""
+        turn, total = self._next_stripe, len(self._stripes)
+        count = min(total, max(1, num_blocks // self._least_run))
+        while count:
+            run = -(-num_blocks // count)
+            order = [(turn + step) % total for step in range(total)]
+            takers = [index for index in order if self._stripes[index].can_store(run)][:count]
+            if len(takers) == count:
+                return takers
+            count = len(takers)
+        return []
+
+    # -- everything else is passed on ---------------------------------------------------------------------
+
+    def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
+        """Count one use of the keys that are here, given in prefix order."""
+        for stripe in self._stripes:
+            stripe.touch(keys, req_context)
+
+    def on_schedule_end(self, context: ScheduleEndContext) -> None:
+        """Push what is queued and look at everybody's health."""
+        for stripe in self._stripes:
+            stripe.on_schedule_end(context)
+
+    def has_pending_work(self) -> bool:
+        """Return whether any stripe has work of its own."""
+        return any(stripe.has_pending_work() for stripe in self._stripes)
+
+    def drain_jobs(self) -> None:
+        """Drain every stripe, each within its share of the deadline; the others go on meanwhile."""
+        for stripe in self._stripes:
+            stripe.drain_jobs()
+
+    def start_epoch(self, epoch: bytes) -> None:
+        """Go on under another namespace everywhere."""
+        for stripe in self._stripes:
+            stripe.start_epoch(epoch)
+
+    def take_events(self) -> Iterable[OffloadingEvent]:
+        """Return blocks that came and went."""
+        return [event for stripe in self._stripes for event in stripe.take_events()]
+
+    def get_stats(self) -> Mapping[str, float]:
+        """Return the sums over the stripes, and how many there are and are up."""
+        sums: dict[str, float] = {}
+        for stripe in self._stripes:
+            for name, value in stripe.get_stats().items():
+                sums[name] = sums.get(name, 0) + value
+        stripes_up = sums.pop("up")
+        return {**sums, "up": float(stripes_up > 0), "stripes": len(self._stripes), "stripes_up": stripes_up}
+
+    def shutdown(self) -> None:
+        """Shut every stripe down, each within its share of the deadline."""
+        self._closed = True
+        self._say_state()
+        for stripe in self._stripes:
+            stripe.shutdown()
+
+    def check_invariants(self) -> None:
+        """Raise InvariantError if a stripe contradicts itself, or parts and jobs each other."""
+        for stripe in self._stripes:
+            stripe.check_invariants()
+        left: dict[int, int] = {}
+        for job, _ in self._parts.values():
+            left[id(job)] = left.get(id(job), 0) + 1
+        if any(job.num_parts != left[id(job)] for job, _ in self._parts.values()):
+            raise InvariantError("a job waits for parts that nobody works on")
+
+
+def _merge(routes: Sequence[Route]) -> list[Route]:
+    """Return one route a stripe."""
+    merged: dict[int, list[int]] = {}
+    for index, positions in routes:
+        merged.setdefault(index, []).extend(positions)
+    return [(index, sorted(positions)) for index, positions in merged.items()]
