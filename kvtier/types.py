@@ -269,3 +269,5 @@ class FailureCause(Enum):
     NO_SPACE = "no_space"
     TIER_DOWN = "tier_down"
     CANCELLED = "cancelled"
+    UNREACHABLE = "unreachable"
+    """A part of the tier is lost (a node of a cluster); the other parts serve."""

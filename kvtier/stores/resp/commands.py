@@ -1,0 +1,174 @@
+"""Batches of commands on one connection: blocks go out sealed, and come back verified, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from kvtier.keys import OffloadKey
+from kvtier.stores.resp.wire import Break, ConnectionBrokenError, Refused, Wire
+from kvtier.stores.seal import HEADER_BYTES, Seal
+from kvtier.types import FailureCause
+
+if TYPE_CHECKING:
+    from kvtier.stores.resp.connections import Server
+
+_SEND_BYTES = 256 * 1024
+"""So much is gathered for one call of the system; a larger block goes alone, right after its checksum."""
+_MOST_SKIPPED = 4
+"""Times the length of a value: a longer reply is not received, the connection is closed instead."""
+_NO_PAYLOAD = memoryview(b"")
+_ASKING = b"*1\r\n$6\r\nASKING\r\n"
+
+
+class Outcome(Enum):
+    """How a command ended that the server did not refuse."""
+
+    DONE = "done"
+    """Stored, verified, deleted, or held."""
+    NOT_HELD = "not held"
+    UNANSWERED = "unanswered"
+    """The connection broke before the reply."""
+
+
+Reply = Outcome | Refused | FailureCause
+"""A FailureCause is of a value that was received and is no block of this key and namespace."""
+
+
+@dataclass(slots=True)
+class Request:
+    """One command about one block, and what became of it.
+
+    Attributes:
+        name: the key on the server.
+        buffer: the payload to send, or where to put it.
+        server: where a server sent us, instead of the one that should have the block.
+        asking: the slot moves right now, and its new owner was named by its old one.
+    """
+
+    key: OffloadKey
+    name: bytes
+    buffer: memoryview = _NO_PAYLOAD
+    server: Server | None = None
+    asking: bool = False
+    reply: Reply = Outcome.UNANSWERED
+
+
+Operation = Callable[[Wire, Sequence[Request]], None]
+"""Sends the commands of a batch and notes each reply as it arrives; a broken connection leaves the rest UNANSWERED."""
+
+
+class Exchanges:
+    """What is said about blocks of one length and namespace."""
+
+    def __init__(self, seal: Seal, block_bytes: int, ttl_milliseconds: int | None) -> None:
+        """Args: ttl_milliseconds: how long the server keeps a block after its last writing; None for ever."""
+        self._seal = seal
+        self._value_bytes = HEADER_BYTES + block_bytes
+        self._value_line = b"$%d\r\n" % self._value_bytes
+        self._head_bytes = len(self._value_line) + HEADER_BYTES
+        if ttl_milliseconds is None:
+            self._set, self._set_end = b"*3\r\n$3\r\nSET\r\n", b"\r\n"
+        else:
+            digits = b"%d" % ttl_milliseconds
+            self._set = b"*5\r\n$3\r\nSET\r\n"
+            self._set_end = b"\r\n$2\r\nPX\r\n$%d\r\n%b\r\n" % (len(digits), digits)
+
+    def write(self, wire: Wire, requests: Sequence[Request]) -> None:
+        """SET every block: header and payload leave from where they are."""
+        pieces: list[bytes | memoryview] = []
+        gathered = 0
+        for request in requests:
+            header = self._seal.seal(request.key, request.buffer)
+            asking = _ASKING if request.asking else b""
+            pieces += (asking + self._set + _bulk(request.name) + self._value_line + header, request.buffer)
+            pieces.append(self._set_end)
+            gathered += self._value_bytes
+            if gathered >= _SEND_BYTES:
+                wire.send(pieces)
+                pieces, gathered = [], 0
+        wire.send(pieces)
+        for request in requests:
+            line = _status(wire, request)
+            request.reply = Refused.parse(line[1:]) if line[:1] == b"-" else _expect(line, b"+OK")
+
+    def read(self, wire: Wire, requests: Sequence[Request]) -> None:
+        """GET every block into its buffer, and verify it there."""
+        wire.send([_packed(b"*2\r\n$3\r\nGET\r\n", requests)])
+        header = memoryview(bytearray(HEADER_BYTES))
+        for number, request in enumerate(requests):
+            most_after = self._head_bytes if number + 1 < len(requests) else 0
+            line = _status(wire, request, self._head_bytes)
+            if line[:1] == b"-":
+                request.reply = Refused.parse(line[1:])
+            elif line == b"$-1":
+                request.reply = Outcome.NOT_HELD
+            elif line == self._value_line[:-2]:
+                wire.fill([header, request.buffer], most_after)
+                request.reply = self._verified(header, request)
+            else:
+                request.reply = FailureCause.CORRUPT
+                self._skip(wire, line, most_after)
+
+    def find(self, wire: Wire, requests: Sequence[Request]) -> None:
+        """Ask whether each block is held."""
+        self._ask(wire, b"*2\r\n$6\r\nEXISTS\r\n", requests)
+
+    def delete(self, wire: Wire, requests: Sequence[Request]) -> None:
+        """Let the server forget the blocks."""
+        self._ask(wire, b"*2\r\n$6\r\nUNLINK\r\n", requests)
+
+    def _ask(self, wire: Wire, command: bytes, requests: Sequence[Request]) -> None:
+        wire.send([_packed(command, requests)])
+        if any(request.asking for request in requests):
+            for request in requests:
+                line = _status(wire, request)
+                request.reply = Refused.parse(line[1:]) if line[:1] == b"-" else _flag(line == b":1")
+        else:
+            for request, flag in zip(requests, wire.flags(len(requests)), strict=True):
+                request.reply = flag if isinstance(flag, Refused) else _flag(flag)
+
+    def _verified(self, header: memoryview, request: Request) -> Reply:
+        cause = self._seal.verify(header, request.key, request.buffer)
+        if cause is None:
+            return Outcome.DONE
+        return FailureCause.CORRUPT if cause is FailureCause.ABSENT else cause
+
+    def _skip(self, wire: Wire, line: bytes, most_after: int) -> None:
+        if line[:1] != b"$" or not line[1:].isdigit():
+            raise ConnectionBrokenError(Break.GARBAGE, "a reply that is no value")
+        if (length := int(line[1:])) > _MOST_SKIPPED * self._value_bytes:
+            raise ConnectionBrokenError(Break.CLOSED, "a value that is far too long")
+        wire.skip(length, most_after)
+
+
+def _bulk(text: bytes) -> bytes:
+    return b"$%d\r\n%b\r\n" % (len(text), text)
+
+
+def _packed(command: bytes, requests: Sequence[Request]) -> bytes:
+    return b"".join(
+        [
+            (_ASKING if request.asking else b"") + b"%b$%d\r\n%b\r\n" % (command, len(request.name), request.name)
+            for request in requests
+        ]
+    )
+
+
+def _status(wire: Wire, request: Request, *most: int) -> bytes:
+    """Return the line that answers a request; what a server says about ASKING is not interesting."""
+    if request.asking:
+        wire.line(*most)
+    return wire.line(*most)
+
+
+def _expect(line: bytes, expected: bytes) -> Reply:
+    if line != expected:
+        raise ConnectionBrokenError(Break.GARBAGE, "a reply that does not answer the command")
+    return Outcome.DONE
+
+
+def _flag(held: bool) -> Reply:
+    return Outcome.DONE if held else Outcome.NOT_HELD

@@ -1,0 +1,148 @@
+"""Connections to one server: redis-py opens them, `Wire` moves the bytes.
+
+What is redis-py's: addresses, TLS, authentication, choosing the database, the pool. A connection class of ours keeps
+the socket that redis-py's own class has connected; that class and the credential provider are its points of extension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from socket import socket
+from typing import Any
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from kvtier.stores.resp.commands import Operation, Request
+from kvtier.stores.resp.settings import RespSettings
+from kvtier.stores.resp.wire import ConnectionBrokenError, Wire
+
+
+class ServerLostError(Exception):
+    """No connection can be made; the message says where to and why."""
+
+
+class _WithWire:
+    """Keeps what is read and written past redis-py, once redis-py has said who we are."""
+
+    wire: Wire
+
+    def _connect(self) -> socket:
+        connected: socket = super()._connect()  # type: ignore[misc] # redis-py's class, which this one is mixed into
+        self.wire = Wire(connected)
+        return connected
+
+
+class _TCPConnection(_WithWire, redis.Connection):
+    """Over TCP."""
+
+
+class _TLSConnection(_WithWire, redis.SSLConnection):
+    """Over TLS."""
+
+
+class _UnixConnection(_WithWire, redis.UnixDomainSocketConnection):
+    """Over a Unix socket."""
+
+
+class Credentials(redis.CredentialProvider):
+    """Reads the password for each new connection, so that it may change while kvtier runs."""
+
+    def __init__(self, settings: RespSettings) -> None:
+        self._settings = settings
+
+    def get_credentials(self) -> tuple[str, ...]:  # type: ignore[override] # redis-py declares two fixed lengths
+        """Return (password,) or (username, password)."""
+        return self._settings.credentials()
+
+
+def client_options(settings: RespSettings) -> dict[str, Any]:
+    """Return what redis-py's connections and its cluster client are told alike."""
+    options: dict[str, Any] = {
+        "socket_timeout": settings.timeout,
+        "socket_connect_timeout": settings.connect_timeout,
+        "protocol": 2,
+    }
+    if settings.password_env is not None or settings.password_file is not None:
+        options["credential_provider"] = Credentials(settings)
+    if settings.tls:
+        options |= {
+            "ssl_ca_certs": settings.tls_ca_file,
+            "ssl_certfile": settings.tls_cert_file,
+            "ssl_keyfile": settings.tls_key_file,
+            "ssl_cert_reqs": "required" if settings.tls_verify else "none",
+            "ssl_check_hostname": settings.tls_verify,
+        }
+    return options
+
+
+class Server:
+    """One server and its connections, as many as there are threads that use it at once."""
+
+    def __init__(self, settings: RespSettings, host: str | None = None, port: int = 0) -> None:
+        """Args: host, port: None for the server, or the Unix socket, of the settings."""
+        options = client_options(settings)
+        if settings.unix_path is not None:
+            kind: type = _UnixConnection
+            options["path"], self.address = settings.unix_path, settings.unix_path
+        else:
+            if host is None:
+                host, port = settings.servers[0]
+            kind = _TLSConnection if settings.tls else _TCPConnection
+            options |= {"host": host, "port": port}
+            self.address = f"{host}:{port}"
+        if settings.database:
+            options["db"] = settings.database
+        self._pool = redis.ConnectionPool(connection_class=kind, retry=Retry(NoBackoff(), 0), **options)
+
+    def check(self) -> None:
+        """Ask the server for a sign of life.
+
+        Raises:
+            ServerLostError: there is none, or it does not let us in.
+        """
+        connection = self._connection()
+        try:
+            connection.send_command("PING")
+            connection.read_response()
+        except redis.RedisError as error:
+            connection.disconnect()
+            raise ServerLostError(self._why(error)) from error
+        finally:
+            self._pool.release(connection)
+
+    def exchange(self, operation: Operation, requests: Sequence[Request], deadline: float) -> None:
+        """Run one batch on a connection, until `deadline` of `time.monotonic`.
+
+        Raises:
+            ServerLostError: nothing was sent, there is no connection.
+            ConnectionBrokenError: it broke; requests say which of them were answered.
+        """
+        connection = self._connection()
+        whole = False
+        try:
+            connection.wire.begin(deadline)
+            operation(connection.wire, requests)
+            whole = True
+        except ConnectionBrokenError as error:
+            raise ConnectionBrokenError(error.kind, f"{self.address}: {error}") from error
+        finally:
+            if not whole:
+                connection.disconnect()
+            self._pool.release(connection)
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._pool.disconnect()
+
+    def _connection(self) -> Any:
+        try:
+            return self._pool.get_connection()
+        except (redis.RedisError, OSError) as error:
+            raise ServerLostError(self._why(error)) from error
+
+    def _why(self, error: Exception) -> str:
+        """Return why there is no connection, in one line; redis-py's messages hold no credentials."""
+        what = " ".join(str(error).split()) or type(error).__name__
+        return what if self.address in what else f"{self.address}: {what}"

@@ -1,0 +1,55 @@
+"""Servers without memory: they get no payload for a moment, and a line says when that begins and ends."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+
+from kvtier.stores.resp.commands import Outcome, Request
+from kvtier.stores.resp.connections import Server
+from kvtier.stores.resp.wire import Refused
+from kvtier.types import FailureCause
+
+logger = logging.getLogger("kvtier")
+
+_PAUSE_SECONDS = 1.0
+"""A server reads a whole block before it refuses it: one is tried a second, at most."""
+_CALM_SECONDS = 10.0
+"""Without a refusal, before a server counts as having room again."""
+
+
+class Fullness:
+    """Which servers have said that `maxmemory` is reached. Threads share it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._refused_at: dict[Server, float] = {}
+        self._said: set[Server] = set()
+
+    def refuse(self, server: Server, share: Sequence[Request]) -> bool:
+        """Answer blocks without sending them, if the server refused some a moment ago; return whether it did."""
+        if time.monotonic() - self._refused_at.get(server, -_PAUSE_SECONDS) >= _PAUSE_SECONDS:
+            return False
+        for request in share:
+            request.reply = FailureCause.NO_SPACE
+        return True
+
+    def learn(self, server: Server, share: Sequence[Request], refusals: Sequence[Refused]) -> None:
+        """Note what a server said to a batch of blocks to be stored."""
+        full = next((refused for refused in refusals if refused.code == "OOM"), None)
+        if full is None and server not in self._said:
+            return
+        with self._lock:
+            now = time.monotonic()
+            if full is not None:
+                self._refused_at[server] = now
+                if server not in self._said:
+                    self._said.add(server)
+                    logger.warning("resp: %s takes no blocks: %s; what it holds is served", server.address, full)
+            elif now - self._refused_at[server] >= _CALM_SECONDS and any(
+                request.reply is Outcome.DONE for request in share
+            ):
+                self._said.discard(server)
+                logger.warning("resp: %s takes blocks again", server.address)

@@ -1,0 +1,227 @@
+"""Blocks as values of a Valkey or Redis: one key a block, named by prefix, namespace and the block's own key."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+from kvtier.abc import BlockStore, StoreContext
+from kvtier.errors import StoreError, StoreUnavailableError
+from kvtier.keys import OffloadKey
+from kvtier.stores.resp.commands import Exchanges, Operation, Outcome, Request
+from kvtier.stores.resp.connections import Server, ServerLostError
+from kvtier.stores.resp.fullness import Fullness
+from kvtier.stores.resp.settings import RespSettings
+from kvtier.stores.resp.topology import Topology, open_topology
+from kvtier.stores.resp.wire import Break, ConnectionBrokenError, Refused
+from kvtier.stores.seal import Seal
+from kvtier.types import FailureCause
+
+logger = logging.getLogger("kvtier")
+
+_ATTEMPTS = 3
+"""Once more after a connection that the server closed, or a slot that has moved; and once more after both."""
+_LONGEST_PAUSE = 0.02
+"""Seconds before a new connection, drawn at random: all engines lose theirs at the same moment."""
+_BREAKS_TO_LOSE = 3
+"""Connections that break one after the other, before the server is taken for lost."""
+_UNREADABLE = frozenset({FailureCause.CORRUPT, FailureCause.FOREIGN, FailureCause.OLD_FORMAT})
+_REDIRECTIONS = frozenset({"MOVED", "ASK"})
+_UNUSABLE = frozenset({"LOADING", "MASTERDOWN", "NOAUTH", "CLUSTERDOWN"})
+"""What a server says that can do nothing for anybody at the moment."""
+_CAUSES = {"OOM": FailureCause.NO_SPACE, "WRONGTYPE": FailureCause.CORRUPT}
+
+
+class RespStore(BlockStore):
+    """Sealed blocks in a server that engines share.
+
+    A value is header and payload, sent from where they are and received where they belong. What does not verify is
+    counted and deleted. Threads share the store, each call uses a connection of its own.
+    """
+
+    seals_itself = True
+
+    def __init__(self, topology: Topology, settings: RespSettings, context: StoreContext) -> None:
+        """Args: topology: connected; this store closes it."""
+        self._topology = topology
+        self._timeout = settings.timeout
+        self._failures = context.failures
+        self._block_bytes = context.block_bytes
+        seal = Seal(context.namespace)
+        self._name_prefix = f"{settings.prefix}:{seal.fingerprint.hex()}:"
+        ttl = None if settings.ttl is None else int(settings.ttl * 1000)
+        self._exchanges = Exchanges(seal, context.block_bytes, ttl)
+        self._fullness = Fullness()
+        self._breaks: Counter[Server] = Counter()
+        self._complained = False
+
+    @classmethod
+    def open(cls, options: Mapping[str, Any], context: StoreContext) -> Self:
+        """Connect; options: those of `RespSettings`.
+
+        Raises:
+            StoreUnavailableError: nobody answers, or nobody lets us in.
+        """
+        settings = RespSettings.from_options(options)
+        return cls(open_topology(settings), settings, context)
+
+    def name(self, key: OffloadKey) -> bytes:
+        """Return the name of a block's value on the server."""
+        return (self._name_prefix + key.hex()).encode()
+
+    def contains(self, keys: Sequence[OffloadKey]) -> list[bool]:
+        """Return what the servers say; blocks of a cluster's lost node are not held."""
+        requests = [Request(key, self.name(key)) for key in keys]
+        self._carry_out(self._exchanges.find, requests)
+        if requests and all(_failed(request) for request in requests):
+            raise StoreError(f"existence: {_explain(requests[0])}")
+        return [request.reply is Outcome.DONE for request in requests]
+
+    def write(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
+        """Store header and payload; False for a buffer that is not `block_bytes` long, too."""
+        requests = self._requests(keys, buffers)
+        self._carry_out(self._exchanges.write, [request for request in requests if request is not None])
+        return self._results(requests)
+
+    def read_into(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
+        """Fill buffers and verify them; one whose result is False may hold anything."""
+        requests = self._requests(keys, buffers)
+        self._carry_out(self._exchanges.read, [request for request in requests if request is not None])
+        results = self._results(requests)
+        self._discard([request.key for request in requests if request is not None and _cause(request) in _UNREADABLE])
+        return results
+
+    def delete(self, keys: Sequence[OffloadKey]) -> None:
+        """Forget `keys`."""
+        requests = [Request(key, self.name(key)) for key in keys]
+        self._carry_out(self._exchanges.delete, requests)
+        refusals = [request.reply for request in requests if isinstance(request.reply, Refused)]
+        if refusals:
+            raise StoreError(f"deleting: {refusals[0]}")
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._topology.close()
+
+    def _requests(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[Request | None]:
+        """Return a request a block; None for one that is not as long as blocks are."""
+        if len(keys) != len(buffers):
+            raise StoreError(f"{len(keys)} keys and {len(buffers)} buffers")
+        return [
+            Request(key, self.name(key), buffer) if buffer.nbytes == self._block_bytes else None
+            for key, buffer in zip(keys, buffers, strict=True)
+        ]
+
+    def _carry_out(self, operation: Operation, requests: Sequence[Request]) -> None:
+        """Let the servers answer the requests, as far as they can within the timeout.
+
+        Raises:
+            StoreUnavailableError: no server can be used.
+        """
+        deadline = time.monotonic() + self._timeout
+        left = requests
+        for attempt in range(_ATTEMPTS):
+            repeat: list[Request] = []
+            for server, share in self._topology.share_out(left):
+                if operation == self._exchanges.write and self._fullness.refuse(server, share):
+                    continue
+                repeat += self._run(operation, server, share, deadline, attempt + 1 < _ATTEMPTS)
+            if not repeat:
+                return
+            left = repeat
+
+    def _run(
+        self, operation: Operation, server: Server, share: list[Request], deadline: float, may_repeat: bool
+    ) -> list[Request]:
+        """Run a batch on one server; return the requests that are worth another attempt."""
+        closed = False
+        try:
+            server.exchange(operation, share, deadline)
+        except ServerLostError as error:
+            self._topology.lose(server, str(error))
+            return []
+        except ConnectionBrokenError as error:
+            closed = error.kind is Break.CLOSED and may_repeat
+            if closed:
+                time.sleep(random.uniform(0, _LONGEST_PAUSE))
+            else:
+                self._note_break(server, error)
+                for request in share:
+                    if request.reply is Outcome.UNANSWERED:
+                        request.reply = FailureCause.IO_ERROR
+        else:
+            self._breaks.pop(server, None)
+            self._note_replies(server, share, is_write=operation == self._exchanges.write)
+        repeat = [request for request in share if closed and request.reply is Outcome.UNANSWERED]
+        return repeat + (self._redirected(share) if may_repeat else [])
+
+    def _note_break(self, server: Server, error: ConnectionBrokenError) -> None:
+        self._breaks[server] += 1
+        if self._breaks[server] >= _BREAKS_TO_LOSE:
+            self._breaks.pop(server, None)
+            self._topology.lose(server, str(error))
+
+    def _note_replies(self, server: Server, share: Sequence[Request], is_write: bool) -> None:
+        """Learn of the server what its replies say about it."""
+        refusals = [request.reply for request in share if isinstance(request.reply, Refused)]
+        unusable = next((refused for refused in refusals if refused.code in _UNUSABLE), None)
+        if unusable is not None:
+            self._topology.lose(server, f"{server.address}: {unusable}")
+        else:
+            self._topology.regain(server)
+            if is_write:
+                self._fullness.learn(server, share, refusals)
+
+    def _redirected(self, share: Sequence[Request]) -> list[Request]:
+        redirected = []
+        for request in share:
+            refused = request.reply
+            if not isinstance(refused, Refused) or refused.code not in _REDIRECTIONS:
+                continue
+            if self._topology.redirect(request, refused):
+                request.reply = Outcome.UNANSWERED
+                redirected.append(request)
+        return redirected
+
+    def _results(self, requests: Sequence[Request | None]) -> list[bool]:
+        """Return which blocks moved, and count the others by cause."""
+        causes = [FailureCause.IO_ERROR if request is None else _cause(request) for request in requests]
+        for cause, blocks in Counter(filter(None, causes)).items():
+            self._failures.count(cause, blocks)
+        return [cause is None for cause in causes]
+
+    def _discard(self, keys: Sequence[OffloadKey]) -> None:
+        """Delete what did not verify. What did stays good: an error here is logged once, not raised."""
+        try:
+            if keys:
+                self.delete(keys)
+        except StoreUnavailableError:
+            raise
+        except StoreError as error:
+            if not self._complained:
+                self._complained = True
+                logger.warning("blocks that failed verification could not be deleted: %s", error)
+
+
+def _cause(request: Request) -> FailureCause | None:
+    """Return why a block was not moved; None if it was."""
+    reply = request.reply
+    if reply is Outcome.DONE:
+        return None
+    if isinstance(reply, FailureCause):
+        return reply
+    if isinstance(reply, Refused):
+        return _CAUSES.get(reply.code, FailureCause.IO_ERROR)
+    return FailureCause.ABSENT if reply is Outcome.NOT_HELD else FailureCause.UNREACHABLE
+
+
+def _failed(request: Request) -> bool:
+    return isinstance(request.reply, Refused | FailureCause)
+
+
+def _explain(request: Request) -> str:
+    return "no answer" if isinstance(request.reply, FailureCause) else str(request.reply)

@@ -1,0 +1,242 @@
+"""Which server has which block: one that has all of them, or a cluster that shares them out by slots."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import redis
+from redis.backoff import NoBackoff
+from redis.cluster import ClusterNode, RedisCluster
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
+from redis.retry import Retry
+
+from kvtier.errors import StoreUnavailableError
+from kvtier.stores.resp.commands import Request
+from kvtier.stores.resp.connections import Server, ServerLostError, client_options
+from kvtier.stores.resp.settings import RespSettings
+from kvtier.stores.resp.wire import Refused
+
+logger = logging.getLogger("kvtier")
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
+"""Seconds before a lost node is tried again, doubled every time, and half as much more or less."""
+_REFRESH_SECONDS = 0.5
+"""Between two looks at who has which slot."""
+
+
+class Topology(ABC):
+    """Servers, and the way to them. Threads share it."""
+
+    @abstractmethod
+    def share_out(self, requests: Sequence[Request]) -> list[tuple[Server, list[Request]]]:
+        """Return each server with its requests; those of a server that is lost are left out."""
+
+    @abstractmethod
+    def redirect(self, request: Request, refused: Refused) -> bool:
+        """Note where the server sent us instead; return whether asking again can help."""
+
+    @abstractmethod
+    def lose(self, server: Server, reason: str) -> None:
+        """Note that a server cannot be used.
+
+        Raises:
+            StoreUnavailableError: none is left.
+        """
+
+    def regain(self, server: Server) -> None:
+        """Note that a server answered."""
+        return
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close every connection."""
+
+
+class SingleServer(Topology):
+    """One server has everything."""
+
+    def __init__(self, settings: RespSettings) -> None:
+        """Raises: StoreUnavailableError: it does not answer, or does not let us in."""
+        self._server = Server(settings)
+        try:
+            self._server.check()
+        except ServerLostError as error:
+            self._server.close()
+            raise StoreUnavailableError(str(error)) from error
+
+    def share_out(self, requests: Sequence[Request]) -> list[tuple[Server, list[Request]]]:
+        """Return the server with all requests."""
+        return [(self._server, list(requests))] if requests else []
+
+    def redirect(self, request: Request, refused: Refused) -> bool:
+        """Return False: a single server that names another one is part of a cluster, and not configured so.
+
+        Raises:
+            StoreUnavailableError: that.
+        """
+        raise StoreUnavailableError(f"{self._server.address} is a node of a cluster: set cluster: true")
+
+    def lose(self, server: Server, reason: str) -> None:
+        """Give up: the tier tries again."""
+        raise StoreUnavailableError(reason)
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._server.close()
+
+
+class _Absence:
+    """A node that was lost: when it is tried again, and how patiently."""
+
+    def __init__(self) -> None:
+        self.pause = _FIRST_PAUSE
+        self.retry_at = 0.0
+        self.postpone()
+
+    def postpone(self) -> None:
+        self.retry_at = time.monotonic() + self.pause * random.uniform(0.5, 1.5)
+        self.pause = min(2 * self.pause, _LONGEST_PAUSE)
+
+
+class Cluster(Topology):
+    """Primaries share the slots; redis-py knows which has which, and we keep its answer in a table."""
+
+    def __init__(self, settings: RespSettings) -> None:
+        """Raises: StoreUnavailableError: no node answers, or none lets us in."""
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._refreshing = threading.Lock()
+        self._refreshed_at = 0.0
+        self._servers: dict[tuple[str, int], Server] = {}
+        self._table: list[Server | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
+        self._absent: dict[Server, _Absence] = {}
+        make_node: Any = ClusterNode  # redis-py gives its constructor no types
+        nodes = [make_node(host, port) for host, port in settings.servers]
+        try:
+            self._client: Any = RedisCluster(
+                startup_nodes=nodes,
+                require_full_coverage=False,
+                retry=Retry(NoBackoff(), 0),
+                **client_options(settings),
+            )
+        except (redis.RedisError, OSError) as error:
+            raise StoreUnavailableError(f"{settings.where}: {' '.join(str(error).split())}") from error
+        self._read_slots()
+
+    def share_out(self, requests: Sequence[Request]) -> list[tuple[Server, list[Request]]]:
+        """Return each node with its requests; those of lost nodes, and of slots that nobody has, are left out."""
+        shares: dict[Server, list[Request]] = {}
+        if self._absent or None in self._table:
+            self._refresh()  # somebody may have taken over
+        table = self._table
+        for request in requests:
+            server = request.server or table[key_slot(request.name)]
+            if server is not None:
+                shares.setdefault(server, []).append(request)
+        return [(server, share) for server, share in shares.items() if self._may_try(server)]
+
+    def redirect(self, request: Request, refused: Refused) -> bool:
+        """Follow MOVED and ASK to where they point; after MOVED, the whole table is read anew."""
+        slot, _, address = refused.text.partition(" ")
+        host, _, port = address.rpartition(":")
+        if not slot.isdigit() or int(slot) >= REDIS_CLUSTER_HASH_SLOTS or not port.isdigit():
+            return False
+        former = self._table[int(slot)]
+        host = host.strip("[]") or (former.address.rpartition(":")[0] if former else "")
+        request.server = self._server_at(host, int(port))
+        request.asking = refused.code == "ASK"
+        if not request.asking:
+            self._table[int(slot)] = request.server
+            self._refresh()
+        return True
+
+    def lose(self, server: Server, reason: str) -> None:
+        """Leave a node alone for a while; a line says so, once."""
+        with self._lock:
+            absence = self._absent.get(server)
+            if absence is None:
+                self._absent[server] = _Absence()
+            else:
+                absence.postpone()
+            owners = {owner for owner in self._table if owner is not None}
+            all_lost = owners <= self._absent.keys()
+        if absence is None:
+            logger.warning("resp: lost a node of the cluster: %s; its blocks are misses, the others serve", reason)
+        if all_lost:
+            raise StoreUnavailableError(f"no node of the cluster can be used: {reason}")
+
+    def regain(self, server: Server) -> None:
+        """Use a node as before; a line says so, if it was lost."""
+        if server in self._absent:
+            with self._lock:
+                absence = self._absent.pop(server, None)
+            if absence is not None:
+                logger.warning("resp: node %s of the cluster serves again", server.address)
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._client.close()
+        for server in self._servers.values():
+            server.close()
+
+    def _may_try(self, server: Server) -> bool:
+        """Return whether a node is there, or it is time for one thread to see whether it is there again."""
+        if server not in self._absent:
+            return True
+        with self._lock:
+            absence = self._absent.get(server)
+            if absence is None:
+                return True
+            if time.monotonic() < absence.retry_at:
+                return False
+            absence.postpone()
+            return True
+
+    def _server_at(self, host: str, port: int) -> Server:
+        with self._lock:
+            server = self._servers.get((host, port))
+            if server is None:
+                server = self._servers[host, port] = Server(self._settings, host, port)
+            return server
+
+    def _refresh(self) -> None:
+        """Ask the cluster who has which slot, unless somebody did a moment ago."""
+        if time.monotonic() - self._refreshed_at < _REFRESH_SECONDS or not self._refreshing.acquire(blocking=False):
+            return
+        try:
+            self._refreshed_at = time.monotonic()
+            self._client.nodes_manager.initialize()
+            self._read_slots()
+        except (redis.RedisError, OSError) as error:
+            logger.debug("resp: slots not read: %s", error)  # the table of before serves on; MOVED mends it
+        finally:
+            self._refreshing.release()
+
+    def _read_slots(self) -> None:
+        slots = self._client.nodes_manager.slots_cache
+        table: list[Server | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
+        for slot, nodes in slots.items():
+            table[slot] = self._server_at(nodes[0].host, int(nodes[0].port))
+        self._table = table
+        self._forget_absent(set(filter(None, table)))
+
+    def _forget_absent(self, owners: Iterable[Server]) -> None:
+        """A node that has no slots any more is not missed."""
+        with self._lock:
+            for server in self._absent.keys() - set(owners):
+                del self._absent[server]
+
+
+def open_topology(settings: RespSettings) -> Topology:
+    """Connect, as the settings say.
+
+    Raises:
+        StoreUnavailableError: nobody answers, or nobody lets us in.
+    """
+    return Cluster(settings) if settings.cluster else SingleServer(settings)

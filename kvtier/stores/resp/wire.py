@@ -1,0 +1,218 @@
+"""Bytes on one connection: commands go out and replies come in, and no payload is copied on the way.
+
+The protocol is RESP2 (https://valkey.io/topics/protocol/), as far as GET, SET, EXISTS and UNLINK need it.
+"""
+
+from __future__ import annotations
+
+import ssl
+import time
+from collections.abc import Sequence
+from enum import Enum
+from socket import socket
+from typing import NamedTuple
+
+from kvtier.errors import StoreError
+
+BUFFER_BYTES = 64 * 1024
+"""Of replies other than payloads, received at once."""
+_MOST_LINE_BYTES = 8 * 1024
+_MOST_PIECES = 512
+"""In one sendmsg; Linux takes 1,024."""
+
+
+class Break(Enum):
+    """What ended a connection."""
+
+    CLOSED = "closed"
+    """The other side: another connection may work at once."""
+    TIMED_OUT = "timed out"
+    GARBAGE = "garbage"
+    """The replies make no sense (any more)."""
+
+
+class ConnectionBrokenError(StoreError):
+    """The connection is of no more use; replies that had arrived stand."""
+
+    def __init__(self, kind: Break, what: str) -> None:
+        super().__init__(what)
+        self.kind = kind
+
+
+class Refused(NamedTuple):
+    """An error reply: its first word, such as "OOM" or "MOVED", and the rest."""
+
+    code: str
+    text: str
+
+    @classmethod
+    def parse(cls, line: bytes) -> Refused:
+        """Return what an error line (without its "-") says."""
+        code, _, text = line.decode("utf-8", "replace").partition(" ")
+        return cls(code, text)
+
+    def __str__(self) -> str:
+        return f"{self.code} {self.text}".strip()
+
+
+class Wire:
+    """One connected socket, plain or TLS, between two calls of a store.
+
+    Every method may raise ConnectionBrokenError; the connection must then be closed. The socket has a timeout of its
+    own, which ends a single wait; `begin` sets the deadline of a whole exchange, which ends trickles, too.
+    """
+
+    def __init__(self, connected: socket) -> None:
+        self._socket = connected
+        self._scatters = not isinstance(connected, ssl.SSLSocket)
+        self._buffer = bytearray(BUFFER_BYTES)
+        self._memory = memoryview(self._buffer)
+        self._start = self._end = 0
+        self._deadline = 0.0
+
+    def begin(self, deadline: float) -> None:
+        """Start an exchange that ends at `deadline` (of `time.monotonic`), come what may."""
+        if self._start != self._end:
+            raise ConnectionBrokenError(Break.GARBAGE, "replies that nobody asked for")
+        self._deadline = deadline
+
+    def send(self, pieces: Sequence[bytes | memoryview]) -> None:
+        """Send the pieces one after the other."""
+        if not self._scatters:
+            for piece in pieces:
+                self._check_deadline()
+                try:
+                    self._socket.sendall(piece)
+                except OSError as error:
+                    raise _broken(error) from error
+            return
+        left = [memoryview(piece) for piece in pieces]
+        while left:
+            self._check_deadline()
+            try:
+                sent = self._socket.sendmsg(left[:_MOST_PIECES])
+            except OSError as error:
+                raise _broken(error) from error
+            done = 0
+            while done < len(left) and sent >= left[done].nbytes:
+                sent -= left[done].nbytes
+                done += 1
+            del left[:done]
+            if sent:
+                left[0] = left[0][sent:]
+
+    def line(self, most: int = BUFFER_BYTES) -> bytes:
+        """Return the next line without its end.
+
+        Args:
+            most: bytes that may be held when it has been received, so that no payload is received with it.
+        """
+        while (end := self._buffer.find(b"\r\n", self._start, self._end)) < 0:
+            held = self._end - self._start
+            if held >= _MOST_LINE_BYTES:
+                raise ConnectionBrokenError(Break.GARBAGE, "a line without an end")
+            self._receive_line(max(1, most - held))
+        line = bytes(self._memory[self._start : end])
+        self._start = end + 2
+        return line
+
+    def flags(self, count: int) -> list[bool | Refused]:
+        """Return the next `count` replies, each of them 0, 1 or an error."""
+        answers: list[bool | Refused] = []
+        while len(answers) < count:
+            whole = min((self._end - self._start) // 4, count - len(answers))
+            replies = bytes(self._memory[self._start : self._start + 4 * whole])
+            if (
+                whole
+                and replies[0::4] == b":" * whole
+                and replies[2::4] + replies[3::4] == b"\r" * whole + b"\n" * whole
+            ):
+                answers += [digit != 0x30 for digit in replies[1::4]]
+                self._start += 4 * whole
+            else:
+                answers.append(self._flag(self.line()))
+        return answers
+
+    def fill(self, views: Sequence[memoryview], most_after: int) -> None:
+        """Fill the views with the next bytes, and drop the end of line behind them.
+
+        Args:
+            most_after: bytes that may be received behind that: the head of the next reply, not its payload.
+        """
+        self._fill(views, 2 + most_after)
+        while self._end - self._start < 2:
+            self._receive_line(2 + most_after - (self._end - self._start))
+        if self._buffer[self._start : self._start + 2] != b"\r\n":
+            raise ConnectionBrokenError(Break.GARBAGE, "a value that is longer than it said")
+        self._start += 2
+
+    def skip(self, count: int, most_after: int) -> None:
+        """Receive `count` bytes and an end of line, and forget them."""
+        scratch = memoryview(bytearray(min(count, BUFFER_BYTES)))
+        while count > len(scratch):
+            self._fill([scratch], 0)
+            count -= len(scratch)
+        self.fill([scratch[:count]], most_after)
+
+    def _fill(self, views: Sequence[memoryview], most_after: int) -> None:
+        left = self._take(views)
+        while left:
+            self._start = self._end = 0
+            received = self._receive([*left, self._memory[:most_after]])
+            while left and received >= left[0].nbytes:
+                received -= left.pop(0).nbytes
+            if left:
+                left[0] = left[0][received:]
+            else:
+                self._end = received
+
+    def _flag(self, line: bytes) -> bool | Refused:
+        if line in (b":0", b":1"):
+            return line == b":1"
+        if line[:1] == b"-":
+            return Refused.parse(line[1:])
+        raise ConnectionBrokenError(Break.GARBAGE, "a reply that is neither 0 nor 1")
+
+    def _take(self, views: Sequence[memoryview]) -> list[memoryview]:
+        """Fill views with what is held; return what is left of them."""
+        left = []
+        for view in views:
+            held = min(view.nbytes, self._end - self._start)
+            view[:held] = self._memory[self._start : self._start + held]
+            self._start += held
+            if held < view.nbytes:
+                left.append(view[held:])
+        return left
+
+    def _receive_line(self, most: int) -> None:
+        if self._start == self._end:
+            self._start = self._end = 0
+        elif self._end + most > BUFFER_BYTES:
+            held = self._end - self._start
+            self._memory[:held] = bytes(self._memory[self._start : self._end])
+            self._start, self._end = 0, held
+        self._end += self._receive([self._memory[self._end : self._end + most]])
+
+    def _receive(self, views: Sequence[memoryview]) -> int:
+        """Receive at least one byte into the views, in their order; TLS fills the first one only."""
+        self._check_deadline()
+        try:
+            if self._scatters and len(views) > 1:
+                received = self._socket.recvmsg_into(views)[0]
+            else:
+                received = self._socket.recv_into(views[0])
+        except OSError as error:
+            raise _broken(error) from error
+        if not received:
+            raise ConnectionBrokenError(Break.CLOSED, "the server closed the connection")
+        return received
+
+    def _check_deadline(self) -> None:
+        if time.monotonic() >= self._deadline:
+            raise ConnectionBrokenError(Break.TIMED_OUT, "not done in time")
+
+
+def _broken(error: OSError) -> ConnectionBrokenError:
+    if isinstance(error, TimeoutError):
+        return ConnectionBrokenError(Break.TIMED_OUT, "no answer in time")
+    return ConnectionBrokenError(Break.CLOSED, f"connection lost: {error}")

@@ -1,0 +1,133 @@
+"""The shipped suite on a real server, over each way to reach one."""
+
+import pytest
+
+from kvtier.stores.resp.settings import RespSettings
+from kvtier.stores.resp.store import RespStore
+from kvtier.testing.stores import StoreSuite, make_key
+from kvtier.types import FailureCause
+
+
+def open_store(context, url, **options):
+    return RespStore.open(RespSettings.checked(url, **options).to_options(), context)
+
+
+class OnServer(StoreSuite):
+    keeps_failed_buffers = False  # a payload is verified where it belongs
+
+    @pytest.fixture(autouse=True)
+    def _server(self, valkey):
+        self.server = valkey
+        self.connect()
+        yield
+        self.disconnect()
+
+    def setup_method(self, method=None):
+        """The server comes as a fixture, after this."""
+
+    def teardown_method(self, method=None):
+        pass
+
+    def connect(self):
+        self.client = self.server.client()
+        super().setup_method()
+
+    def disconnect(self):
+        super().teardown_method()
+        self.client.close()
+
+    def open_store(self, medium, context):
+        return open_store(context, self.server.url)
+
+    def plant(self, store, key, raw):
+        self.client.set(store.name(key), raw)
+
+    def peek(self, store, key):
+        return self.client.get(store.name(key))
+
+
+class TestSingle(OnServer):
+    def test_what_is_held_is_named_by_prefix_namespace_and_key(self):
+        self._write([1])
+        assert self.client.keys() == [self.store.name(make_key(1))]
+        prefix, namespace, key = self.client.keys()[0].decode().split(":")
+        assert (prefix, namespace, key) == ("kvtier", self.context.namespace.fingerprint.hex(), make_key(1).hex())
+
+    def test_a_block_lives_as_long_as_configured(self):
+        store = open_store(self.context, self.server.url, ttl=90)
+        self._write([1], store)
+        assert 60_000 < self.client.pttl(store.name(make_key(1))) <= 90_000
+        store.close()
+
+    def test_prefixes_keep_engines_apart(self):
+        store = open_store(self.context, self.server.url, prefix="another")
+        self._write([1], store)
+        assert self._read([1]) == [None]
+        assert list(store.contains([make_key(1)])) == [True]
+        store.close()
+
+    def test_a_value_far_too_long_costs_only_itself(self):
+        self._write(range(6))
+        self.plant(self.store, make_key(2), bytes(1 << 20))
+        assert self._read(range(6)) == [None if number == 2 else self.payload(number) for number in range(6)]
+        assert self.context.failures.take() == {FailureCause.CORRUPT: 1}
+        assert self.peek(self.store, make_key(2)) is None
+
+    def test_another_kind_of_value_is_corrupt(self):
+        self._write([1, 3])
+        self.client.lpush(self.store.name(make_key(2)), "what", "is", "this")
+        assert self._read([1, 2, 3]) == [self.payload(1), None, self.payload(3)]
+        assert self.context.failures.take() == {FailureCause.CORRUPT: 1}
+        assert not self.client.exists(self.store.name(make_key(2)))
+
+
+class TestDatabase(OnServer):
+    def open_store(self, medium, context):
+        return open_store(context, self.server.url + "/3")
+
+    def connect(self):
+        super().connect()
+        self.client.close()
+        self.client = self.server.client(db=3)
+
+
+class TestUnixSocket(OnServer):
+    def open_store(self, medium, context):
+        return open_store(context, f"unix://{self.server.unix_path}")
+
+
+class TestLargeBlocks(OnServer):
+    """Larger than a socket's buffers."""
+
+    block_bytes = 1 << 20
+
+    def test_a_flipped_bit_is_a_miss(self):
+        raw = self._raw(1)
+        for bit in (0, 8 * 64, 8 * 200, 4 * len(raw), 8 * len(raw) - 1):
+            changed = bytearray(raw)
+            changed[bit // 8] ^= 1
+            self.plant(self.store, make_key(1), bytes(changed))
+            self._assert_lost(1, f"flipped at bit {bit}")
+
+
+class TestCluster(OnServer):
+    @pytest.fixture(autouse=True)
+    def _server(self, valkey_cluster):
+        self.cluster = valkey_cluster
+        self.connect()
+        yield
+        self.disconnect()
+
+    def connect(self):
+        from redis.cluster import ClusterNode, RedisCluster
+
+        nodes = [ClusterNode(*node.address) for node in self.cluster.nodes]
+        self.client = RedisCluster(startup_nodes=nodes)
+        StoreSuite.setup_method(self)
+
+    def open_store(self, medium, context):
+        return open_store(context, self.cluster.urls[0], cluster=True)
+
+    def test_every_node_has_its_share(self):
+        self._write(range(60))
+        assert all(node.command("DBSIZE") >= 5 for node in self.cluster.nodes)
