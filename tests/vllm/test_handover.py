@@ -10,11 +10,13 @@ import uuid
 import pytest
 from vllm_engine import wait_for
 
+from kvtier.adapters.vllm import handover
 from kvtier.adapters.vllm.handover import Announcement, ArenaHost, attach_arena, lineage, socket_name
 from kvtier.primary.arena import Arena
 
 CHILD = """
 import sys
+from kvtier.adapters.vllm import handover
 from kvtier.adapters.vllm.handover import Announcement, attach_arena
 taken = []
 def take(arena):
@@ -85,6 +87,25 @@ def test_before_the_core_listens_and_after_it_has_ended(engine_id, serve):
     attach(engine_id)[1][0].close()
     wait_for(lambda: complete and not any(thread.name == "kvtier-arena-host" for thread in threading.enumerate()))
     assert attach(engine_id)[0] == "no engine core listens"
+
+
+def test_a_worker_may_take_long_and_keeps_nobody_waiting(engine_id, serve, monkeypatch):
+    monkeypatch.setattr(handover, "_REPLY_SECONDS", 0.2)
+    complete, taken, may_go_on = serve(world_size=2), [], threading.Event()
+
+    def take(arena):
+        taken.append(arena)
+        may_go_on.wait(60)
+
+    slow = threading.Thread(target=attach_arena, args=(engine_id, Announcement(0, 4, 4096, {}), take))
+    slow.start()
+    wait_for(lambda: taken)
+    assert attach(engine_id, rank=1)[0] == ""
+    assert not threading.Event().wait(0.3), "longer than any reply takes"
+    assert not complete
+    may_go_on.set()
+    slow.join()
+    wait_for(lambda: complete)
 
 
 def test_a_worker_with_another_layout_is_refused(engine_id, serve):

@@ -65,7 +65,11 @@ def socket_name(engine_id: str) -> str:
 
 
 class ArenaHost:
-    """The core's side: a thread that serves every worker once, then calls back and ends."""
+    """The core's side: a thread that serves every worker once, then calls back and ends.
+
+    Each worker is waited for on a thread of its own, as long as it lives: where mapping the arena means to register it
+    with a device, that takes a second for some GiB.
+    """
 
     def __init__(
         self, engine_id: str, arena: Arena, world_size: int, on_complete: Callable[[list[Announcement]], None]
@@ -115,24 +119,34 @@ class ArenaHost:
                     connection, _ = self._listener.accept()
                 except TimeoutError:
                     continue
-                with connection:
-                    self._serve(connection)
+                threading.Thread(target=self._serve, args=(connection,), name="kvtier-arena-guest", daemon=True).start()
         self._on_complete([self._served[rank] for rank in range(self._world_size)])
 
     def _serve(self, connection: socket.socket) -> None:
-        try:
-            connection.settimeout(_REPLY_SECONDS)
-            pid, uid = peer_of(connection)
-            if uid != os.getuid() or os.getpid() not in lineage(pid):
-                raise ValueError(f"process {pid} of user {uid} is no worker of this engine")
-            announcement = Announcement(**_receive(connection))
-            self._check(announcement)
-            socket.send_fds(connection, [_packed({"error": ""})], [self._arena.fd])
-            if _receive(connection).get("attached") is True:
-                self._served[announcement.rank] = announcement
-        except (OSError, ValueError, TypeError) as error:
-            logger.warning("a worker could not be given the arena: %s", error)
-            _try_to_send(connection, {"error": str(error)})
+        with connection:
+            try:
+                connection.settimeout(_REPLY_SECONDS)
+                pid, uid = peer_of(connection)
+                if uid != os.getuid() or os.getpid() not in lineage(pid):
+                    raise ValueError(f"process {pid} of user {uid} is no worker of this engine")
+                announcement = Announcement(**_receive(connection))
+                self._check(announcement)
+                socket.send_fds(connection, [_packed({"error": ""})], [self._arena.fd])
+                if self._has_attached(connection):
+                    self._served[announcement.rank] = announcement
+            except (OSError, ValueError, TypeError) as error:
+                logger.warning("a worker could not be given the arena: %s", error)
+                _try_to_send(connection, {"error": str(error)})
+
+    def _has_attached(self, connection: socket.socket) -> bool:
+        """Wait until the worker says so, ends, or the host stops."""
+        connection.settimeout(_STEP_SECONDS)
+        while not self._stop.is_set():
+            try:
+                return _receive(connection).get("attached") is True
+            except TimeoutError:
+                continue
+        return False
 
     def _check(self, announcement: Announcement) -> None:
         shape, wanted = (announcement.num_blocks, announcement.block_bytes), self._arena.view.shape
