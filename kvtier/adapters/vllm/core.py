@@ -6,7 +6,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -15,6 +15,7 @@ from vllm.logger import init_logger
 from kvtier.adapters.vllm.compat import hash_seed_is_random
 from kvtier.adapters.vllm.handover import Announcement, ArenaHost
 from kvtier.config import OffloadingConfig
+from kvtier.errors import ConfigError
 from kvtier.namespace import Namespace
 from kvtier.primary.arena import ControlPage
 from kvtier.registry import load_tier_class
@@ -32,10 +33,16 @@ class CoreHalf:
         manager: None until all workers have attached to the arena; set on another thread, once.
     """
 
-    def __init__(self, spec: TieringOffloadingSpec) -> None:
-        """Args: spec: the configuration, checked, without a namespace; its arena is made by `start`."""
+    def __init__(self, spec: TieringOffloadingSpec, on_attached: Callable[[], None] = lambda: None) -> None:
+        """Set up; nothing is allocated.
+
+        Args:
+            spec: the configuration, checked, without a namespace; its arena is made by `start`.
+            on_attached: called on another thread when all workers have attached.
+        """
         self.manager: TieringOffloadingManager | None = None
         self._first = spec
+        self._on_attached = on_attached
         self._spec: TieringOffloadingSpec | None = None
         self._ready = threading.Event()
         self._lock = threading.Lock()
@@ -59,7 +66,12 @@ class CoreHalf:
         """
         deadline = time.monotonic() + timeout
         config = self._first.config
-        self._host = ArenaHost(config.engine_id, self._first.arena, config.world_size, self._open)
+        try:
+            arena = self._first.arena
+        except ConfigError as error:
+            logger.error("kvtier is off: %s", error)
+            return
+        self._host = ArenaHost(config.engine_id, arena, config.world_size, self._open)
         try:
             self._host.start()
         except OSError as error:
@@ -85,6 +97,7 @@ class CoreHalf:
     def _open(self, announcements: list[Announcement]) -> None:
         """Make the manager, on the host's thread."""
         try:
+            self._on_attached()
             spec = self._identified(announcements)
             with self._lock:
                 if not self._closed:
@@ -103,7 +116,7 @@ class CoreHalf:
         unfit = self._reason_against_persistence(config, announcements)
         if unfit:
             config = self._without_persistent_tiers(config, unfit)
-        return TieringOffloadingSpec(config, arena=first.arena, observers=(first.observers,))
+        return type(first)(config, arena=first.arena, observers=(first.observers,))
 
     def _reason_against_persistence(self, config: OffloadingConfig, announcements: Sequence[Announcement]) -> str:
         """Return why blocks must not outlive this engine; "" if they may."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from vllm.config import get_current_vllm_config
+from vllm.platforms import current_platform
 from vllm.v1.kv_offload import base
 
 from kvtier.adapters.vllm.compat import kv_bytes_per_block
@@ -16,10 +19,43 @@ from kvtier.adapters.vllm.manager import KVTierOffloadingManager
 from kvtier.adapters.vllm.metrics import metric_definitions
 from kvtier.adapters.vllm.translation import engine_config, kv_caches_of
 from kvtier.adapters.vllm.worker import KVTierOffloadingWorker
+from kvtier.config import OffloadingConfig
+from kvtier.errors import ConfigError
 from kvtier.spec.tiering import TieringOffloadingSpec
 
 START_SECONDS = 15.0
 """Longest the engine's start waits for workers and tiers; what is late then joins while it serves."""
+
+
+@dataclass(frozen=True)
+class DevicePath:
+    """How blocks get from the device to the arena and back.
+
+    Attributes:
+        spec: makes arena and workers.
+        on_attached: called in the core when all workers have mapped the arena.
+        kv_caches_of: returns vLLM's KV caches as the spec's workers take them.
+    """
+
+    spec: TieringOffloadingSpec
+    on_attached: Callable[[], None]
+    kv_caches_of: Callable[[Any], Any]
+
+
+def path_of_platform(config: OffloadingConfig) -> DevicePath:
+    """Choose: on CPUs kvtier's own memory and worker, on CUDA, ROCm and XPU vLLM's.
+
+    Raises:
+        ConfigError: another platform, or a wrong configuration.
+    """
+    if current_platform.is_cpu():
+        return DevicePath(TieringOffloadingSpec(config), lambda: None, kv_caches_of)
+    if current_platform.is_cuda_alike() or current_platform.is_xpu():
+        from kvtier.adapters.vllm.device import RegionTieringSpec  # loads vLLM's kernels
+
+        spec = RegionTieringSpec(config)
+        return DevicePath(spec, spec.forget_name, lambda kv_caches: kv_caches)
+    raise ConfigError("platform", current_platform.device_type, "kvtier runs on vLLM's cpu, cuda, rocm and xpu")
 
 
 class KVTierOffloadingSpec(base.OffloadingSpec):  # type: ignore[misc]  # vLLM is not there when types are checked
@@ -34,11 +70,12 @@ class KVTierOffloadingSpec(base.OffloadingSpec):  # type: ignore[misc]  # vLLM i
         """Check the configuration; nothing is allocated.
 
         Raises:
-            ConfigError: a key holds what it may not; the message names it.
+            ConfigError: a key holds what it may not, the message names it; or kvtier does not know the platform.
         """
         _log_like_vllm()
         super().__init__(config)
-        self._spec = TieringOffloadingSpec(engine_config(config, kv_bytes_per_block(config)))
+        self._path = path_of_platform(engine_config(config, kv_bytes_per_block(config)))
+        self._spec = self._path.spec
         self.offload_prompt_only = self._spec.offload_prompt_only
         self._manager: KVTierOffloadingManager | None = None
         self._worker: KVTierOffloadingWorker | None = None
@@ -50,7 +87,7 @@ class KVTierOffloadingSpec(base.OffloadingSpec):  # type: ignore[misc]  # vLLM i
             CapacityError: the machine cannot hold the arena.
         """
         if self._manager is None:
-            core = CoreHalf(self._spec)
+            core = CoreHalf(self._spec, self._path.on_attached)
             core.start(START_SECONDS)
             self._manager = KVTierOffloadingManager(core)
         return self._manager
@@ -61,7 +98,7 @@ class KVTierOffloadingSpec(base.OffloadingSpec):  # type: ignore[misc]  # vLLM i
             vllm_config = get_current_vllm_config()
             identify = partial(worker_identity, vllm_config, self.config, kv_caches)
             lora = vllm_config.lora_config is not None
-            self._worker = KVTierOffloadingWorker(self._spec, kv_caches_of(kv_caches), identify, lora)
+            self._worker = KVTierOffloadingWorker(self._spec, self._path.kv_caches_of(kv_caches), identify, lora)
         return self._worker
 
 

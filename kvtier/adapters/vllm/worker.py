@@ -15,8 +15,8 @@ from kvtier.abc import OffloadingWorker
 from kvtier.adapters.vllm.handover import Announcement, attach_arena
 from kvtier.adapters.vllm.identity import UnknownWeightsError
 from kvtier.adapters.vllm.translation import engine_blocks
+from kvtier.errors import ConfigError
 from kvtier.primary.arena import Arena
-from kvtier.primary.copies import KVCaches
 from kvtier.spec.tiering import TieringOffloadingSpec
 
 logger = init_logger("vllm.kvtier")
@@ -40,13 +40,12 @@ class KVTierOffloadingWorker(base.OffloadingWorker):  # type: ignore[misc]  # vL
     way to take back the tokens, and wrong ones are worse than none. Neither happens unless kvtier has a defect.
     """
 
-    def __init__(
-        self, spec: TieringOffloadingSpec, kv_caches: KVCaches, identify: Callable[[], Any], lora: bool
-    ) -> None:
+    def __init__(self, spec: TieringOffloadingSpec, kv_caches: Any, identify: Callable[[], Any], lora: bool) -> None:
         """Start to attach, on a thread.
 
         Args:
             spec: the configuration, checked; of this rank.
+            kv_caches: the engine's KV caches, as `spec` takes them.
             identify: returns the worker's identity; called on the thread, since it reads files.
             lora: the model serves adapters.
         """
@@ -128,6 +127,8 @@ class KVTierOffloadingWorker(base.OffloadingWorker):  # type: ignore[misc]  # vL
                 if not reason or self._stop.wait(_PAUSE_SECONDS):
                     return
             logger.error("kvtier is off: no arena within %.0f s: %s", _ATTACH_SECONDS, reason)
+        except ConfigError as error:
+            logger.error("kvtier is off: this worker cannot use the arena: %s", error)
         except Exception:
             logger.exception("kvtier is off: this worker cannot use the arena")
 
@@ -143,7 +144,7 @@ class KVTierOffloadingWorker(base.OffloadingWorker):  # type: ignore[misc]  # vL
     def _take(self, arena: Arena) -> None:
         """Make the worker over the arena; on failure it is given back."""
         try:
-            spec = TieringOffloadingSpec(self._spec.config, arena=arena)
+            spec = type(self._spec)(self._spec.config, arena=arena)
             self._attached = _Attached(spec.get_worker(self._kv_caches), spec)
         except BaseException:
             arena.close()

@@ -1,0 +1,220 @@
+"""CUDA and XPU: vLLM's own shared region is the arena, and vLLM's own worker copies. Untested on a device.
+
+vLLM's region (`vllm/v1/kv_offload/cpu/shared_offload_region.py`, the same from 0.28 to 0.32) is a file in /dev/shm that
+the core and every worker map: one row a block, without gaps; in a row every rank has its share, in the order of ranks.
+That is kvtier's (num_blocks, block_bytes). kvtier's control page is appended to the file, behind what vLLM maps. The
+file loses its name when all workers have mapped it: what is killed from then on leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.v1.kv_offload import base
+from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
+from vllm.v1.kv_offload.cpu.gpu_worker import CPUOffloadingWorker
+from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+
+from kvtier import types
+from kvtier.abc import OffloadingWorker
+from kvtier.errors import CapacityError, ConfigError
+from kvtier.primary.arena import CONTROL_BYTES, Arena, ControlPage
+from kvtier.primary.memory_limit import check_memory
+from kvtier.primary.worker import TransferBook, sequence_of
+from kvtier.sizes import format_size
+from kvtier.spec.tiering import TieringOffloadingSpec
+
+logger = init_logger("vllm.kvtier")
+
+REGION_FOLDER = Path("/dev/shm")
+_REGION_NAMES = "vllm_offload_*.mmap"
+
+
+class RegionTieringSpec(TieringOffloadingSpec):
+    """A spec whose arena is vLLM's region, and whose workers are vLLM's."""
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        """Check the configuration; arguments and errors as `TieringOffloadingSpec`."""
+        super().__init__(*args, **keywords)
+        self._region: Any = None
+
+    @property
+    def arena(self) -> Arena:
+        """The region as an arena, made at the first use; leftovers of killed engines are removed before.
+
+        Raises:
+            CapacityError: the machine cannot hold it.
+            ConfigError: a running engine has this id, or vLLM's region is laid out in another way.
+        """
+        if self._arena is None and not self._closed:
+            self._arena = self._make_arena()
+        return super().arena
+
+    def forget_name(self) -> None:
+        """Let the region have no name any more, once all workers have mapped it; idempotent."""
+        if self._region is not None:
+            self._region.cleanup()
+
+    def shutdown(self) -> None:
+        """Release everything; idempotent."""
+        super().shutdown()
+        self.forget_name()
+
+    @property
+    def _share(self) -> int:
+        """Bytes of a block that one worker fills."""
+        return self.config.engine_block_bytes * self.engine_blocks_per_block // self.config.world_size
+
+    def _make_arena(self) -> Arena:
+        engine_id, shape = self.config.engine_id, (self.num_blocks, self.block_bytes)
+        sweep_leftovers()
+        path, num_bytes = region_path(engine_id), self.num_blocks * self.block_bytes
+        if path.exists():
+            raise ConfigError(
+                "engine_id", engine_id, f"one that no running engine of this machine has; {path} is in use"
+            )
+        check_memory(num_bytes + CONTROL_BYTES)
+        try:
+            self._region = SharedOffloadRegion(engine_id, self.num_blocks, None, self.block_bytes, self._share)
+            if Path(self._region.mmap_path) != path or self._region.create_kv_memoryview().shape != shape:
+                raise ConfigError("vLLM's region", self._region.mmap_path, f"{path} with rows of shape {shape} wanted")
+            os.posix_fallocate(self._region.fd, num_bytes, CONTROL_BYTES)
+            return Arena.attach(self._region.fd, *shape)
+        except (OSError, RuntimeError) as error:
+            self.forget_name()
+            raise CapacityError(f"no shared region of {format_size(num_bytes)} in {REGION_FOLDER}: {error}") from error
+        except BaseException:
+            self.forget_name()
+            raise
+
+    def _make_worker(self, kv_caches: Any) -> OffloadingWorker:
+        """Return vLLM's worker over the core's region.
+
+        Called when the core has made the arena, which vLLM does after the graphs were captured: capturing would not
+        bear another thread that registers memory.
+
+        Args:
+            kv_caches: vLLM's `CanonicalKVCaches`.
+        """
+        rank, path = self.config.rank, region_path(self.config.engine_id)
+        needed = self.engine_blocks_per_block * sum(tensor.page_size_bytes for tensor in kv_caches.tensors)
+        if needed > self._share:
+            raise ConfigError("kv_caches", f"{needed} bytes a block", f"at most the {self._share} that a rank has")
+        if not os.path.samestat(path.stat(), os.fstat(self.arena.fd)):
+            raise ConfigError("engine_id", self.config.engine_id, f"{path} is not the engine core's")
+        device = kv_caches.tensors[0].tensor.device
+        if device.type != "cpu":
+            current_platform.set_device(device)  # threads start on the first one
+        region = SharedOffloadRegion(self.config.engine_id, self.num_blocks, rank, self.block_bytes, self._share)
+        try:
+            theirs = CPUOffloadingWorker(kv_caches, self.engine_blocks_per_block, self.num_blocks, region)
+        except BaseException:
+            region.cleanup()
+            raise
+        return RegionWorker(theirs, self.arena.control, rank)
+
+
+class RegionWorker(OffloadingWorker):
+    """vLLM's worker with kvtier's sequences: publishes which transfers have ended.
+
+    A transfer that vLLM's worker does not start, by False or by an exception, ends with a result without success.
+    """
+
+    def __init__(self, theirs: Any, control: ControlPage, rank: int) -> None:
+        """Args: theirs: vLLM's worker, owned from now on, its region included."""
+        self._theirs = theirs
+        self._book = TransferBook(control, rank)
+        self._sequences: dict[int, int] = {}
+
+    def submit_store(self, job_id: int, src_spec: types.GPULoadStoreSpec, dst_spec: types.LoadStoreSpec) -> bool:
+        """Start copying engine blocks into slots."""
+        self._start(self._theirs.submit_store, job_id, sequence_of(dst_spec), src_spec, dst_spec)
+        return True
+
+    def submit_load(self, job_id: int, src_spec: types.LoadStoreSpec, dst_spec: types.GPULoadStoreSpec) -> bool:
+        """Start copying slots into engine blocks."""
+        self._start(self._theirs.submit_load, job_id, sequence_of(src_spec), src_spec, dst_spec)
+        return True
+
+    def get_finished(self) -> list[types.TransferResult]:
+        """Return the transfers that ended since the last call."""
+        for result in self._theirs.get_finished():
+            ours = types.TransferResult(result.job_id, result.success, result.transfer_size, result.transfer_time)
+            self._book.end(ours, self._sequences.pop(result.job_id, 0))
+        return self._book.take()
+
+    def wait(self, job_ids: set[int]) -> None:
+        """Block until the named transfers have ended."""
+        self._theirs.wait(job_ids)
+
+    def shutdown(self) -> None:
+        """Wait for running copies; let go of region and tensors."""
+        self._theirs.shutdown()
+
+    def _start(self, submit: Callable[..., bool], job_id: int, sequence: int, *specs: types.LoadStoreSpec) -> None:
+        self._book.begin(sequence)
+        try:
+            if not submit(job_id, *map(_in_their_words, specs)):
+                raise RuntimeError("vLLM's worker did not start it")
+        except Exception as error:  # noqa: BLE001 - nothing may stop the engine: reported, and a result without success
+            self._book.report(job_id, error)
+            self._book.end(types.TransferResult(job_id, success=False), sequence)
+        else:
+            self._sequences[job_id] = sequence
+
+
+def _in_their_words(spec: types.LoadStoreSpec) -> Any:
+    """Return engine blocks or slots as vLLM's worker takes them."""
+    if isinstance(spec, types.GPULoadStoreSpec):
+        return base.GPULoadStoreSpec(spec.block_ids, spec.group_sizes, spec.block_indices)
+    if isinstance(spec, types.BlockIDsLoadStoreSpec):
+        return CPULoadStoreSpec(spec.block_ids)
+    raise ValueError(f"a GPULoadStoreSpec or a CPULoadStoreSpec is wanted, not {spec!r}")
+
+
+def region_path(engine_id: str) -> Path:
+    """Return where vLLM keeps the region of an engine."""
+    return REGION_FOLDER / _REGION_NAMES.replace("*", engine_id)
+
+
+def sweep_leftovers() -> list[Path]:
+    """Remove this user's regions that no process has open or mapped any more; return them.
+
+    What other containers use is not touched either, although /proc does not show their processes: the kernel is asked.
+    """
+    removed = []
+    for path in REGION_FOLDER.glob(_REGION_NAMES):
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            continue  # another user's, or another engine is sweeping it
+        try:
+            if os.fstat(fd).st_uid == os.getuid() and _is_held_by_nobody_else(fd):
+                path.unlink(missing_ok=True)
+                removed.append(path)
+        finally:
+            os.close(fd)
+    if removed:
+        logger.warning("kvtier removed what killed engines had left: %s", ", ".join(map(str, removed)))
+    return removed
+
+
+def _is_held_by_nobody_else(fd: int) -> bool:
+    """Return whether no other open description of the file exists, mappings included; False if that cannot be told.
+
+    A write lease (fcntl(2)) is granted then only, and goes with the descriptor. Who opens the file meanwhile waits, and
+    the kernel tells this process by a signal: by one that is ignored, where SIGIO would end the process.
+    """
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    except OSError:
+        return False
+    return True
