@@ -23,6 +23,9 @@ class BreakerState(Enum):
     """Is being tried: one success closes it, one failure opens it for twice as long."""
 
 
+_OPEN = BreakerState.OPEN
+
+
 class Breaker:
     """Counts failures in a row and spaces the attempts after them: 0.5 s, doubled up to 30 s."""
 
@@ -65,7 +68,7 @@ class Breaker:
 
     def try_again(self) -> bool:
         """Go from open to half open if the backoff is over; return whether it did."""
-        if self.state is not BreakerState.OPEN or self._clock() < self.retry_at:
+        if self.state is not _OPEN or self._clock() < self.retry_at:
             return False
         self.state = BreakerState.HALF_OPEN
         return True

@@ -147,11 +147,14 @@ class IOProcess(IOExecutor):
 
     def poll(self) -> list[Report]:
         """Send what is queued, return what arrived."""
-        reports: list[Report] = list(self._local)
-        self._local.clear()
+        reports: list[Report] = []
+        if self._local:
+            reports += self._local
+            self._local.clear()
         if self._socket is None:
             return reports
-        self._send_queued()
+        if self._first or self._loads or self._stores:
+            self._send_queued()
         num_index = 0
         for _ in range(_MOST_PACKETS):
             packet = self._receive()

@@ -165,8 +165,7 @@ class StoreTierManager(SecondaryTierManager):
         return self._supervisor.takes_stores and (not waiting or waiting + num_blocks <= self._most_store_blocks)
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
-        """Push what is queued and look at the executor's health."""
-        self._pump()
+        """Nothing: jobs are sent when they are submitted, and `get_finished_jobs` looks at the executor every step."""
 
     def drain_jobs(self) -> None:
         """Cancel what waits, let what runs end within `deadlines.drain`, kill what does not."""

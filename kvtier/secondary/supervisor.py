@@ -51,6 +51,11 @@ class _Phase(Enum):
     CLOSED = "closed"
 
 
+# An enum's members are bound once for what runs every step: looking them up costs 0.1 us each.
+_OPENING, _WORKING, _ENDING, _WAITING = _Phase.OPENING, _Phase.WORKING, _Phase.ENDING, _Phase.WAITING
+_OPEN = BreakerState.OPEN
+
+
 class Supervisor:
     """One executor after the other.
 
@@ -94,12 +99,12 @@ class Supervisor:
     @property
     def works(self) -> bool:
         """Whether jobs and probes are taken now."""
-        return self._phase is _Phase.WORKING and self._breaker.state is not BreakerState.OPEN
+        return self._phase is _WORKING and self._breaker.state is not _OPEN
 
     @property
     def takes_stores(self) -> bool:
         """Whether store jobs are taken now."""
-        return self.works and self._store_breaker.state is not BreakerState.OPEN
+        return self.works and self._store_breaker.state is not _OPEN
 
     @property
     def is_idle(self) -> bool:
@@ -120,22 +125,23 @@ class Supervisor:
         """Take one look at everything; return what the tier must handle, never waiting."""
         now = self._clock()
         self._gap, self._watched_at = now - self._watched_at, now
-        if self._phase is _Phase.ENDING:
+        if self._phase is _ENDING:
             self._check_end()
-        if self._phase is _Phase.WAITING and self._breaker.try_again():
+        if self._phase is _WAITING and self._breaker.try_again():
             self._begin()
-        elif self._phase is _Phase.WORKING and self._breaker.try_again():
+        elif self._phase is _WORKING and self._breaker.try_again():
             self._health.change(TierState.UP, "trying again")
         self._store_breaker.try_again()
-        if self._phase not in (_Phase.OPENING, _Phase.WORKING) or self.executor is None:
+        if (self._phase is not _WORKING and self._phase is not _OPENING) or self.executor is None:
             return []
         try:
             reports = self.executor.poll()
         except ProtocolError as error:
             self.fail(f"I/O process sent garbage: {error}")
             return []
-        if reports:
-            self._progress_at = self._clock()
+        if not reports:
+            return reports
+        self._progress_at = self._clock()
         return self._filter(reports)
 
     def fail(self, reason: str) -> None:
@@ -232,6 +238,9 @@ class Supervisor:
         An engine that looked away for long may find what is neither sent nor read, and no hang: what is too late at
         the first look gets a little longer.
         """
+        if self._phase is _WORKING and not self._ledger.num_jobs:
+            self._suspected_at = None
+            return
         now = self._clock()
         reason, grace = self._find_hang(now)
         if reason is None:
@@ -246,9 +255,9 @@ class Supervisor:
         """Return what is too late, if anything, and how much longer it gets after a look away, in seconds."""
         deadlines = self._deadlines
         grace = min(1.0, deadlines.job / 4)
-        if self._phase is _Phase.OPENING and now - self._progress_at > deadlines.start:
+        if self._phase is _OPENING and now - self._progress_at > deadlines.start:
             return "its store did not open in time", grace
-        oldest = self._ledger.oldest_submission if self._phase is _Phase.WORKING else None
+        oldest = self._ledger.oldest_submission if self._phase is _WORKING else None
         if oldest is not None and now - max(self._progress_at, oldest) > deadlines.job:
             return "no progress of its jobs", grace
         if oldest is not None and now - oldest > deadlines.oldest_job:

@@ -37,6 +37,7 @@ logger = logging.getLogger("kvtier")
 FIRST_BACKOFF = 1.0
 MAX_BACKOFF = 30.0
 STORE_SHARE = 0.5
+_UP = TierState.UP
 
 T = TypeVar("T")
 
@@ -182,7 +183,10 @@ class TierGuard:
         if self._ledger is not None:
             self._collect_hashes(self._ledger, answers)
         results: list[JobResult] = []  # those that came before a fault count
-        self.call("get_finished_jobs", None, read=results.extend)
+        try:
+            results.extend(self.tier.get_finished_jobs())
+        except Exception as fault:  # noqa: BLE001 - a tier's fault never reaches the engine: it is reported
+            self._fault("get_finished_jobs", fault)
         for result in results:
             self._take_result(result, answers)
         self._draining = False
@@ -234,7 +238,8 @@ class TierGuard:
 
     def _refresh(self) -> None:
         now = self._clock()
-        if any(now - job.submitted > self._job_deadline for job in self.jobs.values()):
+        oldest = next(iter(self.jobs.values()), None)  # jobs stand in the order of their submission
+        if oldest is not None and now - oldest.submitted > self._job_deadline:
             self._down("a job is overdue")
         elif self._down_reason is not None and now >= self._retry_at and self._pending_epoch is None:
             if self._on_trial:  # it got through a whole backoff without a fault
@@ -242,12 +247,16 @@ class TierGuard:
                 self._say(TierState.UP, "works again")
             else:
                 self._on_trial, self._retry_at = True, now + self._backoff
-        self.usable = (self._down_reason is None or self._on_trial) and self.state is TierState.UP
+        self.usable = (self._down_reason is None or self._on_trial) and self.state is _UP
 
     @property
     def state(self) -> TierState:
         """The tier's own state; DOWN if asking for it raises."""
-        return self._guarded("state", lambda: self.tier.state, TierState.DOWN)
+        try:
+            return self.tier.state
+        except Exception as fault:  # noqa: BLE001 - a tier's fault never reaches the engine: it is reported
+            self._fault("state", fault)
+            return TierState.DOWN
 
     # -- faults -------------------------------------------------------------------------------------------
 
