@@ -1,14 +1,16 @@
 """Time to the first token inside vLLM: cold, device prefix hit, host-memory hit, disk hit in a new process.
 
 Run with the Python of an environment that has vLLM and kvtier (`make test-vllm` makes one). The model has random
-weights of Qwen2.5-0.5B's shape in bf16. Every figure is the median of several prompts that share nothing; the control
-is the same engine without any connector. A hit is measured by its raw limit: the device hit and a copy of the same
+weights of Qwen2.5-0.5B's shape in bf16. Every figure is the median of several prompts that share nothing. The control
+is the same engine without any connector, in a process beside; cold prompts alternate between the two, and their ratio
+is the median of the pairs. A hit is measured by its raw limit: the device hit of the same prompt and a copy of the same
 bytes at memory speed; for the disk the host hit and reading those bytes at the speed measured in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -44,6 +46,8 @@ SHAPE = {
 TOKEN_BYTES = 24 * 2 * 2 * 64 * 2
 """Layers, key and value, heads, head size, bytes of a bf16."""
 
+HITS_A_ROUND = 3
+
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "2",
     "HF_HUB_OFFLINE": "1",
@@ -61,14 +65,14 @@ def prompt(seed: int, length: int) -> list[int]:
     return [tokens.randrange(3, SHAPE["vocab_size"]) for _ in range(length)]
 
 
-def child(task: dict[str, Any]) -> None:
-    """Run one engine and print its figures as JSON, in the last line."""
-    from vllm import LLM, SamplingParams
+def make_engine(task: dict[str, Any]) -> Any:
+    """Return vLLM's engine, with kvtier or without any connector."""
+    from vllm import LLM
 
     extra: dict[str, Any] = {"spec_name": "KVTierOffloadingSpec", "cpu_bytes_to_use": "2GiB"}
     extra["secondary_tiers"] = [{"type": "disk", "path": task["disk"], "capacity": "4GiB"}]
     connector = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
-    engine = LLM(
+    return LLM(
         model=task["model"],
         load_format="dummy",
         skip_tokenizer_init=True,
@@ -80,6 +84,14 @@ def child(task: dict[str, Any]) -> None:
         disable_log_stats=False,
         kv_transfer_config=connector if task["kvtier"] else None,
     )
+
+
+def child(task: dict[str, Any]) -> None:
+    """Run one engine: a JSON line on standard input is a command, its answer a line on descriptor `replies`."""
+    from vllm import SamplingParams
+
+    replies = os.fdopen(task["replies"], "w", buffering=1)
+    engine = make_engine(task)
     sampling = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
 
     def first_token(tokens: list[int]) -> float:
@@ -87,40 +99,114 @@ def child(task: dict[str, Any]) -> None:
         engine.generate([{"prompt_token_ids": tokens}], sampling, use_tqdm=False)
         return time.perf_counter() - started
 
+    def metric(name: str) -> float:
+        return sum(metric.value for metric in engine.get_metrics() if metric.name == name)
+
     first_token(prompt(0, 300))
-    figures: dict[str, dict[int, list[float]]] = {}
-    for length in task["lengths"]:
-        prompts = [prompt(1000 * length + index, length) for index in range(task["rounds"])]
-        for name in task["measure"]:
-            if name == "host":
-                engine.generate(
-                    [{"prompt_token_ids": prompt(1, 40)}], sampling, use_tqdm=False
-                )  # stores go a step later
-                engine.reset_prefix_cache()
-            figures.setdefault(name, {})[length] = [first_token(tokens) for tokens in prompts]
-    if task["kvtier"] and "cold" in task["measure"]:
-        _let_writes_end(engine, first_token)
-    hits = [metric.value for metric in engine.get_metrics() if metric.name == "vllm:external_prefix_cache_hits"]
-    print(json.dumps({"figures": figures, "hits": sum(hits)}))
+    print(json.dumps("started"), file=replies)
+    for line in sys.stdin:
+        command, *arguments = json.loads(line)
+        answer: Any = None
+        if command == "first_token":
+            answer = first_token(prompt(*arguments))
+        elif command == "forget":  # stores go out a step later than their request
+            first_token(prompt(1, 40))
+            engine.reset_prefix_cache()
+        elif command == "flush":
+            deadline = time.monotonic() + 60
+            while metric("vllm:kvtier_jobs") and time.monotonic() < deadline:
+                first_token(prompt(2, 30))
+        elif command == "hits":
+            answer = metric("vllm:external_prefix_cache_hits")
+        print(json.dumps(answer), file=replies)
 
 
-def _let_writes_end(engine: Any, first_token: Any) -> None:
-    """Step until the disk's jobs are answered."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        first_token(prompt(2, 30))
-        jobs = [metric.value for metric in engine.get_metrics() if metric.name == "vllm:kvtier_jobs"]
-        if not sum(jobs):
-            return
+class Engine:
+    """An engine in a process of its own."""
+
+    def __init__(self, **task: Any) -> None:
+        reading, writing = os.pipe()
+        command = [sys.executable, __file__, "--child", json.dumps(task | {"replies": writing})]
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `stop`
+        self._process = subprocess.Popen(
+            command,
+            env=os.environ | ENVIRONMENT,
+            stdin=subprocess.PIPE,
+            stdout=self._log,
+            stderr=self._log,
+            text=True,
+            pass_fds=(writing,),
+        )
+        os.close(writing)
+        self._replies = os.fdopen(reading)
+        self._receive()
+
+    def ask(self, *command: Any) -> Any:
+        """Send a command, wait for its answer."""
+        assert self._process.stdin is not None  # it was opened as a pipe
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+        return self._receive()
+
+    def first_token(self, seed: int, length: int) -> float:
+        """Return the seconds to the first token of a prompt."""
+        return float(self.ask("first_token", seed, length))
+
+    def stop(self) -> None:
+        """End it."""
+        assert self._process.stdin is not None  # it was opened as a pipe
+        self._process.stdin.close()
+        self._process.wait(120)
+        self._log.close()
+
+    def _receive(self) -> Any:
+        line = self._replies.readline()
+        if not line:
+            self._log.seek(0)
+            raise SystemExit("the engine has ended:\n" + self._log.read()[-3000:])
+        return json.loads(line)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
 
-def run_engine(**task: Any) -> dict[str, Any]:
-    """Run one engine in a process of its own; return its figures."""
-    command = [sys.executable, __file__, "--child", json.dumps(task)]
-    done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr[-3000:])
-    return json.loads(done.stdout.strip().splitlines()[-1])
+Figures = dict[int, dict[str, list[float]]]
+"""Seconds by prompt length and kind, one a round."""
+
+
+def measure(task: dict[str, Any], rounds: int) -> Figures:
+    """Take every figure, cold prompts in pairs."""
+    lengths = task["lengths"]
+    figures: Figures = {length: {} for length in lengths}
+
+    def note(kind: str, length: int, seconds: float) -> None:
+        figures[length].setdefault(kind, []).append(seconds)
+
+    with contextlib.ExitStack() as stack:
+        control = stack.enter_context(Engine(**task, kvtier=False))
+        engine = stack.enter_context(Engine(**task, kvtier=True))
+        for length in lengths:
+            for index in range(rounds):
+                seed = 1000 * length + index
+                order = [("control", control), ("cold", engine)]
+                for kind, which in order if index % 2 else order[::-1]:
+                    note(kind, length, which.first_token(seed, length))
+                for _ in range(HITS_A_ROUND):
+                    note("device", length, engine.first_token(seed, length))
+                    engine.ask("forget")
+                    note("host", length, engine.first_token(seed, length))
+        engine.ask("flush")
+    with Engine(**task, kvtier=True) as engine:
+        for length in lengths:
+            for index in range(rounds):
+                note("disk", length, engine.first_token(1000 * length + index, length))
+        hits, prompts = engine.ask("hits"), rounds * sum(lengths)
+        if hits < 0.9 * prompts:
+            raise SystemExit(f"only {hits} of {prompts} tokens came from the disk")
+    return figures
 
 
 def memory_speed() -> float:
@@ -131,33 +217,65 @@ def memory_speed() -> float:
         started = time.perf_counter()
         target[:] = source
         seconds.append(time.perf_counter() - started)
-    return source.nbytes / min(seconds)
+    return source.nbytes / statistics.median(seconds)
 
 
 def disk_speed(folder: Path) -> float:
-    """Return bytes a second of direct sequential reads of 4 MiB, the best of two."""
+    """Return bytes a second of direct sequential reads of 4 MiB, the median of three."""
     import mmap
 
-    path, size, best = folder / "raw", 512 << 20, 0.0
+    path, size, speeds = folder / "raw", 512 << 20, []
     path.write_bytes(os.urandom(1 << 20) * (size >> 20))
     buffer = mmap.mmap(-1, 4 << 20)
-    for _ in range(2):
+    for _ in range(3):
         fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
         os.fsync(fd)
         started = time.perf_counter()
         while os.readv(fd, [buffer]):
             pass
-        best = max(best, size / (time.perf_counter() - started))
+        speeds.append(size / (time.perf_counter() - started))
         os.close(fd)
     path.unlink()
-    return best
+    return statistics.median(speeds)
+
+
+def table(figures: Figures, memory: float, disk: float) -> list[dict[str, float]]:
+    """Return one row a prompt length: milliseconds, and ratios to what each is to be measured by."""
+    rows = []
+    for length, kinds in figures.items():
+        value = {name: statistics.median(runs) for name, runs in kinds.items()}
+        num_bytes = length * TOKEN_BYTES
+        pairs = [cold / control for cold, control in zip(kinds["cold"], kinds["control"], strict=True)]
+        row = {name: value[name] * 1e3 for name in ("control", "cold", "device", "host", "disk")}
+        row |= {
+            "cold / control": statistics.median(pairs),
+            "host / limit": value["host"] / (value["device"] + num_bytes / memory),
+            "disk / limit": value["disk"] / (value["host"] + num_bytes / disk),
+            "cold / host": value["cold"] / value["host"],
+            "cold / disk": value["cold"] / value["disk"],
+        }
+        rows.append({"prompt tokens": length} | row)
+    return rows
+
+
+def report(rows: list[dict[str, float]], memory: float, disk: float) -> None:
+    """Print the table."""
+    print(f"memory copy {memory / 1e9:.1f} GB/s, disk read {disk / 1e9:.2f} GB/s; medians, times in milliseconds\n")
+    names = list(rows[0])
+    print("| " + " | ".join(names) + " |")
+    print("|" + "---|" * len(names))
+    for row in rows:
+        cells = [f"{value:,.2f}" if "/" in name else f"{value:,.0f}" for name, value in row.items()]
+        print("| " + " | ".join(cells) + " |")
 
 
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="short prompts, two rounds")
+    parser.add_argument("--json", type=Path, default=None, help="write the figures there")
     parser.add_argument("--folder", type=Path, default=None, help="where the disk tier lives")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -167,40 +285,19 @@ def main() -> None:
     if importlib.util.find_spec("vllm") is None:
         print("VLLM IS NOT INSTALLED: nothing was measured; run this with an environment's Python that has it")
         return
+    lengths, rounds = ([512, 1024], 2) if options.quick else (options.lengths, options.rounds)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         (folder / "model").mkdir()
         (folder / "model" / "config.json").write_text(json.dumps(SHAPE))
-        task = {
-            "model": str(folder / "model"),
-            "disk": str(folder / "disk"),
-            "lengths": options.lengths,
-            "rounds": options.rounds,
-        }
-        control = run_engine(**task, kvtier=False, measure=["control"])["figures"]
-        first = run_engine(**task, kvtier=True, measure=["cold", "device", "host"])["figures"]
-        second = run_engine(**task, kvtier=True, measure=["disk"])
-        if second["hits"] < 0.9 * options.rounds * sum(options.lengths):
-            raise SystemExit(f"only {second['hits']} tokens came from the disk")
-        report(control | first | second["figures"], options.lengths, memory_speed(), disk_speed(folder))
-
-
-def report(figures: dict[str, dict[str, list[float]]], lengths: list[int], memory: float, disk: float) -> None:
-    """Print milliseconds, and ratios to what each is to be measured by."""
-    print(f"memory copy {memory / 1e9:.1f} GB/s, disk read {disk / 1e9:.2f} GB/s; medians in milliseconds\n")
-    print("| prompt tokens | control | cold | device hit | host hit | disk hit | cold / control | host / limit |"
-          " disk / limit | cold / host |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    for length in lengths:
-        value = {name: statistics.median(runs[str(length)]) for name, runs in figures.items()}
-        num_bytes = length * TOKEN_BYTES
-        host_limit = value["device"] + num_bytes / memory
-        disk_limit = value["host"] + num_bytes / disk
-        times = [value[name] * 1e3 for name in ("control", "cold", "device", "host", "disk")]
-        ratios = [value["cold"] / value["control"], value["host"] / host_limit, value["disk"] / disk_limit]
-        ratios.append(value["cold"] / value["host"])
-        cells = [f"{time_:.0f}" for time_ in times] + [f"{ratio:.2f}" for ratio in ratios]
-        print(f"| {length:,} | " + " | ".join(cells) + " |")
+        task = {"model": str(folder / "model"), "disk": str(folder / "disk"), "lengths": lengths}
+        figures = measure(task, rounds)
+        memory, disk = memory_speed(), disk_speed(folder)
+    rows = table(figures, memory, disk)
+    report(rows, memory, disk)
+    if options.json is not None:
+        figures_json = {"rows": rows, "seconds": figures, "memory": memory, "disk": disk}
+        options.json.write_text(json.dumps(figures_json, indent=2))
 
 
 if __name__ == "__main__":
