@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import itertools
 import struct
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import xxhash
@@ -78,9 +78,16 @@ def header_checksum(header: bytes | memoryview) -> int:
     return xxhash.xxh3_64_intdigest(header[:CHECKED_BYTES])
 
 
-def _payload_checksum(payload: bytes | bytearray | memoryview) -> bytes:
-    """Return the 16 bytes that vouch for a payload: the one place where a keyed digest would come in."""
-    return xxhash.xxh3_128_digest(payload)
+class PayloadChecksum(Protocol):
+    """The 16 bytes that vouch for a payload, computed while its pieces pass by."""
+
+    def update(self, piece: bytes | bytearray | memoryview, /) -> None:
+        """Take the next piece into account."""
+        ...
+
+    def digest(self) -> bytes:
+        """Return the checksum of the pieces so far."""
+        ...
 
 
 class Seal:
@@ -108,8 +115,19 @@ class Seal:
         """Number the next seals above `sequence`; called before the first seal, by who recovers."""
         self._sequence = itertools.count(sequence + 1)
 
+    def checksum(self) -> PayloadChecksum:
+        """Return the checksum of nothing yet, for payloads that are summed while the processor's cache has them.
+
+        This and `_checksum_of` are the one place where a keyed digest would come in.
+        """
+        return xxhash.xxh3_128()
+
     def seal(self, key: OffloadKey, payload: bytes | bytearray | memoryview, slot: int = 0) -> bytes:
-        """Return the 128-byte header of `payload` stored under `key` at `slot`.
+        """Return the 128-byte header of `payload` stored under `key` at `slot`; errors as `seal_summed`."""
+        return self.seal_summed(key, len(payload), self._checksum_of(payload), slot)
+
+    def seal_summed(self, key: OffloadKey, payload_bytes: int, checksum: bytes, slot: int = 0) -> bytes:
+        """Return the 128-byte header of a payload whose checksum is known, stored under `key` at `slot`.
 
         Raises:
             KeyFormatError: the key has a length that no key has.
@@ -117,17 +135,17 @@ class Seal:
         """
         if not MIN_KEY_BYTES <= len(key) <= MAX_KEY_BYTES:
             raise KeyFormatError(f"key of {len(key)} bytes: {MIN_KEY_BYTES} to {MAX_KEY_BYTES} allowed")
-        if not 0 <= slot <= MAX_SLOT or len(payload) > MAX_PAYLOAD_BYTES:
-            raise ValueError(f"slot={slot}, payload of {len(payload)} bytes: both up to 2**32 - 1 allowed")
+        if not 0 <= slot <= MAX_SLOT or payload_bytes > MAX_PAYLOAD_BYTES:
+            raise ValueError(f"slot={slot}, payload of {payload_bytes} bytes: both up to 2**32 - 1 allowed")
         body = _BODY.pack(
             MAGIC,
             FORMAT_VERSION,
             len(key),
             next(self._sequence).to_bytes(6, "little"),
             slot,
-            len(payload),
+            payload_bytes,
             self.fingerprint,
-            _payload_checksum(payload),
+            checksum,
             key,
         )
         return body + _HEADER_CHECKSUM.pack(header_checksum(body))
@@ -166,11 +184,30 @@ class Seal:
         Returns:
             As `parse`; also FOREIGN for a block of another key or slot, CORRUPT for another payload.
         """
-        record = self.parse(header)
+        record = self._record_of(header, key, slot)
         if isinstance(record, FailureCause):
             return record
-        if record.key != key or record.slot != slot:
-            return FailureCause.FOREIGN
-        if record.payload_bytes != len(payload) or record.payload_checksum != _payload_checksum(payload):
+        if record.payload_bytes != len(payload) or record.payload_checksum != self._checksum_of(payload):
             return FailureCause.CORRUPT
         return None
+
+    def verify_summed(
+        self, header: bytes | bytearray | memoryview, key: OffloadKey, payload_bytes: int, checksum: bytes
+    ) -> FailureCause | None:
+        """Return what `verify` does, for a payload whose checksum is known."""
+        record = self._record_of(header, key, 0)
+        if isinstance(record, FailureCause):
+            return record
+        if record.payload_bytes != payload_bytes or record.payload_checksum != checksum:
+            return FailureCause.CORRUPT
+        return None
+
+    def _record_of(self, header: bytes | bytearray | memoryview, key: OffloadKey, slot: int) -> Record | FailureCause:
+        record = self.parse(header)
+        if isinstance(record, Record) and (record.key != key or record.slot != slot):
+            return FailureCause.FOREIGN
+        return record
+
+    def _checksum_of(self, payload: bytes | bytearray | memoryview) -> bytes:
+        """Return what `checksum` gives for all of a payload at once."""
+        return xxhash.xxh3_128_digest(payload)

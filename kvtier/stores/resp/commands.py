@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+from binascii import hexlify
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
 from kvtier.keys import OffloadKey
-from kvtier.stores.resp.wire import Break, ConnectionBrokenError, Refused, Wire
+from kvtier.stores.resp.wire import PIECE_BYTES, Break, ConnectionBrokenError, Refused, Wire
 from kvtier.stores.seal import HEADER_BYTES, Seal
 from kvtier.types import FailureCause
 
 if TYPE_CHECKING:
     from kvtier.stores.resp.connections import Server
 
-_SEND_BYTES = 256 * 1024
-"""So much is gathered for one call of the system; a larger block goes alone, right after its checksum."""
 _MOST_SKIPPED = 4
 """Times the length of a value: a longer reply is not received, the connection is closed instead."""
 _NO_PAYLOAD = memoryview(b"")
@@ -63,12 +62,13 @@ Operation = Callable[[Wire, Sequence[Request]], None]
 class Exchanges:
     """What is said about blocks of one length and namespace."""
 
-    def __init__(self, seal: Seal, block_bytes: int, ttl_milliseconds: int | None) -> None:
+    def __init__(self, seal: Seal, block_bytes: int, prefix: str, ttl_milliseconds: int | None) -> None:
         """Args: ttl_milliseconds: how long the server keeps a block after its last writing; None for ever."""
         self._seal = seal
+        self._name_prefix = f"{prefix}:{seal.fingerprint.hex()}:".encode()
+        self._block_bytes = block_bytes
         self._value_bytes = HEADER_BYTES + block_bytes
         self._value_line = b"$%d\r\n" % self._value_bytes
-        self._head_bytes = len(self._value_line) + HEADER_BYTES
         if ttl_milliseconds is None:
             self._set, self._set_end = b"*3\r\n$3\r\nSET\r\n", b"\r\n"
         else:
@@ -76,20 +76,29 @@ class Exchanges:
             self._set = b"*5\r\n$3\r\nSET\r\n"
             self._set_end = b"\r\n$2\r\nPX\r\n$%d\r\n%b\r\n" % (len(digits), digits)
 
+    def name(self, key: OffloadKey) -> bytes:
+        """Return the name of a block's value on the server."""
+        return self._name_prefix + hexlify(key)
+
     def write(self, wire: Wire, requests: Sequence[Request]) -> None:
-        """SET every block: header and payload leave from where they are."""
+        """SET every block: its payload leaves from where it is, summed piece by piece, and its seal follows."""
         pieces: list[bytes | memoryview] = []
         gathered = 0
+        end = b""
         for request in requests:
-            header = self._seal.seal(request.key, request.buffer)
             asking = _ASKING if request.asking else b""
-            pieces += (asking + self._set + _bulk(request.name) + self._value_line + header, request.buffer)
-            pieces.append(self._set_end)
-            gathered += self._value_bytes
-            if gathered >= _SEND_BYTES:
-                wire.send(pieces)
-                pieces, gathered = [], 0
-        wire.send(pieces)
+            pieces.append(end + asking + self._set + _bulk(request.name) + self._value_line)
+            checksum = self._seal.checksum()
+            for start in range(0, self._block_bytes, PIECE_BYTES):
+                piece = request.buffer[start : start + PIECE_BYTES]
+                checksum.update(piece)
+                pieces.append(piece)
+                gathered += piece.nbytes
+                if gathered >= PIECE_BYTES:
+                    wire.send(pieces)
+                    pieces, gathered = [], 0
+            end = self._seal.seal_summed(request.key, self._block_bytes, checksum.digest()) + self._set_end
+        wire.send([*pieces, end])
         for request in requests:
             line = _status(wire, request)
             request.reply = Refused.parse(line[1:]) if line[:1] == b"-" else _expect(line, b"+OK")
@@ -97,24 +106,34 @@ class Exchanges:
     def read(self, wire: Wire, requests: Sequence[Request]) -> None:
         """GET every block into its buffer, and verify it there."""
         wire.send([_packed(b"*2\r\n$3\r\nGET\r\n", requests)])
-        header = memoryview(bytearray(HEADER_BYTES))
+        most = len(self._value_line)
         for number, request in enumerate(requests):
-            most_after = self._head_bytes if number + 1 < len(requests) else 0
-            line = _status(wire, request, self._head_bytes)
+            line = _status(wire, request, most)
             if line[:1] == b"-":
                 request.reply = Refused.parse(line[1:])
             elif line == b"$-1":
                 request.reply = Outcome.NOT_HELD
             elif line == self._value_line[:-2]:
-                wire.fill([header, request.buffer], most_after)
-                request.reply = self._verified(header, request)
+                checksum = self._seal.checksum()
+                behind = most if number + 1 < len(requests) else 0
+                wire.fill(request.buffer, checksum.update, HEADER_BYTES + 2 + behind)
+                header = wire.take(HEADER_BYTES, behind)
+                request.reply = self._verified(header, request.key, checksum.digest())
             else:
                 request.reply = FailureCause.CORRUPT
-                self._skip(wire, line, most_after)
+                self._skip(wire, line)
 
     def find(self, wire: Wire, requests: Sequence[Request]) -> None:
         """Ask whether each block is held."""
         self._ask(wire, b"*2\r\n$6\r\nEXISTS\r\n", requests)
+
+    def count(self, wire: Wire, groups: Sequence[Sequence[OffloadKey]]) -> list[int | Refused]:
+        """Return how many of each group are held: far cheaper for a server than one question a block.
+
+        The keys of a group are of one length, and may be in any slot: this is for single servers.
+        """
+        wire.send([self._counting(keys) for keys in groups])
+        return wire.integers(len(groups))
 
     def delete(self, wire: Wire, requests: Sequence[Request]) -> None:
         """Let the server forget the blocks."""
@@ -130,18 +149,25 @@ class Exchanges:
             for request, flag in zip(requests, wire.flags(len(requests)), strict=True):
                 request.reply = flag if isinstance(flag, Refused) else _flag(flag)
 
-    def _verified(self, header: memoryview, request: Request) -> Reply:
-        cause = self._seal.verify(header, request.key, request.buffer)
+    def _counting(self, keys: Sequence[OffloadKey]) -> bytes:
+        """Return the command that counts which of `keys` are held."""
+        length = len(keys[0])
+        before = b"\r\n$%d\r\n%b" % (len(self._name_prefix) + 2 * length, self._name_prefix)
+        names = hexlify(b"".join(keys), b"|", -length).replace(b"|", before)
+        return b"*%d\r\n$6\r\nEXISTS%b%b\r\n" % (1 + len(keys), before, names)
+
+    def _verified(self, header: bytes, key: OffloadKey, checksum: bytes) -> Reply:
+        cause = self._seal.verify_summed(header, key, self._block_bytes, checksum)
         if cause is None:
             return Outcome.DONE
         return FailureCause.CORRUPT if cause is FailureCause.ABSENT else cause
 
-    def _skip(self, wire: Wire, line: bytes, most_after: int) -> None:
+    def _skip(self, wire: Wire, line: bytes) -> None:
         if line[:1] != b"$" or not line[1:].isdigit():
             raise ConnectionBrokenError(Break.GARBAGE, "a reply that is no value")
         if (length := int(line[1:])) > _MOST_SKIPPED * self._value_bytes:
             raise ConnectionBrokenError(Break.CLOSED, "a value that is far too long")
-        wire.skip(length, most_after)
+        wire.skip(length)
 
 
 def _bulk(text: bytes) -> bytes:

@@ -17,7 +17,7 @@ from kvtier.stores.resp.connections import Server, ServerLostError
 from kvtier.stores.resp.fullness import Fullness
 from kvtier.stores.resp.settings import RespSettings
 from kvtier.stores.resp.topology import Topology, open_topology
-from kvtier.stores.resp.wire import Break, ConnectionBrokenError, Refused
+from kvtier.stores.resp.wire import Break, ConnectionBrokenError, Refused, Wire
 from kvtier.stores.seal import Seal
 from kvtier.types import FailureCause
 
@@ -29,6 +29,8 @@ _LONGEST_PAUSE = 0.02
 """Seconds before a new connection, drawn at random: all engines lose theirs at the same moment."""
 _BREAKS_TO_LOSE = 3
 """Connections that break one after the other, before the server is taken for lost."""
+_GROUP = 32
+"""Blocks whose existence is counted at once: a prefix is held up to some block and not behind it."""
 _UNREADABLE = frozenset({FailureCause.CORRUPT, FailureCause.FOREIGN, FailureCause.OLD_FORMAT})
 _REDIRECTIONS = frozenset({"MOVED", "ASK"})
 _UNUSABLE = frozenset({"LOADING", "MASTERDOWN", "NOAUTH", "CLUSTERDOWN"})
@@ -51,10 +53,8 @@ class RespStore(BlockStore):
         self._timeout = settings.timeout
         self._failures = context.failures
         self._block_bytes = context.block_bytes
-        seal = Seal(context.namespace)
-        self._name_prefix = f"{settings.prefix}:{seal.fingerprint.hex()}:"
         ttl = None if settings.ttl is None else int(settings.ttl * 1000)
-        self._exchanges = Exchanges(seal, context.block_bytes, ttl)
+        self._exchanges = Exchanges(Seal(context.namespace), context.block_bytes, settings.prefix, ttl)
         self._fullness = Fullness()
         self._breaks: Counter[Server] = Counter()
         self._complained = False
@@ -71,15 +71,37 @@ class RespStore(BlockStore):
 
     def name(self, key: OffloadKey) -> bytes:
         """Return the name of a block's value on the server."""
-        return (self._name_prefix + key.hex()).encode()
+        return self._exchanges.name(key)
 
     def contains(self, keys: Sequence[OffloadKey]) -> list[bool]:
         """Return what the servers say; blocks of a cluster's lost node are not held."""
-        requests = [Request(key, self.name(key)) for key in keys]
+        counted = self._count(keys)
+        requests = [Request(key, self.name(key)) for key, held in zip(keys, counted, strict=True) if held is None]
         self._carry_out(self._exchanges.find, requests)
         if requests and all(_failed(request) for request in requests):
             raise StoreError(f"existence: {_explain(requests[0])}")
-        return [request.reply is Outcome.DONE for request in requests]
+        found = iter(requests)
+        return [next(found).reply is Outcome.DONE if held is None else held for held in counted]
+
+    def _count(self, keys: Sequence[OffloadKey]) -> list[bool | None]:
+        """Return what counting groups of neighbours says: all of them are held, or none; None if that is not enough."""
+        server = self._topology.only_server
+        if server is None or len(set(map(len, keys))) != 1:
+            return [None] * len(keys)
+        groups = [keys[start : start + _GROUP] for start in range(0, len(keys), _GROUP)]
+        counts: list[int | Refused] = []
+
+        def count(wire: Wire, requests: Sequence[Request]) -> None:
+            counts.extend(self._exchanges.count(wire, groups))
+
+        try:
+            server.exchange(count, (), time.monotonic() + self._timeout)
+        except (ServerLostError, ConnectionBrokenError):
+            return [None] * len(keys)  # asked once more, one by one, and then it matters
+        held: list[bool | None] = []
+        for group, number in zip(groups, counts, strict=True):
+            held += [None if number not in (0, len(group)) else number != 0] * len(group)
+        return held
 
     def write(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
         """Store header and payload; False for a buffer that is not `block_bytes` long, too."""

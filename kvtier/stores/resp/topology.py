@@ -37,6 +37,11 @@ class Topology(ABC):
     def share_out(self, requests: Sequence[Request]) -> list[tuple[Server, list[Request]]]:
         """Return each server with its requests; those of a server that is lost are left out."""
 
+    @property
+    def only_server(self) -> Server | None:
+        """The server that has everything, if one has."""
+        return None
+
     @abstractmethod
     def redirect(self, request: Request, refused: Refused) -> bool:
         """Note where the server sent us instead; return whether asking again can help."""
@@ -69,6 +74,11 @@ class SingleServer(Topology):
         except ServerLostError as error:
             self._server.close()
             raise StoreUnavailableError(str(error)) from error
+
+    @property
+    def only_server(self) -> Server:
+        """The one."""
+        return self._server
 
     def share_out(self, requests: Sequence[Request]) -> list[tuple[Server, list[Request]]]:
         """Return the server with all requests."""

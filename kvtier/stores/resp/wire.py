@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from socket import socket
 from typing import NamedTuple
@@ -16,6 +16,8 @@ from kvtier.errors import StoreError
 
 BUFFER_BYTES = 64 * 1024
 """Of replies other than payloads, received at once."""
+PIECE_BYTES = 256 * 1024
+"""Of a payload, received or sent at once: it is summed while the processor's second cache still has it."""
 _MOST_LINE_BYTES = 8 * 1024
 _MOST_PIECES = 512
 """In one sendmsg; Linux takes 1,024."""
@@ -133,38 +135,57 @@ class Wire:
                 answers.append(self._flag(self.line()))
         return answers
 
-    def fill(self, views: Sequence[memoryview], most_after: int) -> None:
-        """Fill the views with the next bytes, and drop the end of line behind them.
+    def fill(self, view: memoryview, note: Callable[[memoryview], None], most_after: int) -> None:
+        """Fill the view with the next bytes.
 
         Args:
-            most_after: bytes that may be received behind that: the head of the next reply, not its payload.
+            note: called with each piece of the view as it arrives, while the processor's cache has it.
+            most_after: bytes that may be received behind that: what follows a payload, not the next payload.
         """
-        self._fill(views, 2 + most_after)
-        while self._end - self._start < 2:
-            self._receive_line(2 + most_after - (self._end - self._start))
-        if self._buffer[self._start : self._start + 2] != b"\r\n":
-            raise ConnectionBrokenError(Break.GARBAGE, "a value that is longer than it said")
-        self._start += 2
-
-    def skip(self, count: int, most_after: int) -> None:
-        """Receive `count` bytes and an end of line, and forget them."""
-        scratch = memoryview(bytearray(min(count, BUFFER_BYTES)))
-        while count > len(scratch):
-            self._fill([scratch], 0)
-            count -= len(scratch)
-        self.fill([scratch[:count]], most_after)
-
-    def _fill(self, views: Sequence[memoryview], most_after: int) -> None:
-        left = self._take(views)
-        while left:
+        done = min(view.nbytes, self._end - self._start)
+        view[:done] = self._memory[self._start : self._start + done]
+        self._start += done
+        note(view[:done])
+        while done < view.nbytes:
             self._start = self._end = 0
-            received = self._receive([*left, self._memory[:most_after]])
-            while left and received >= left[0].nbytes:
-                received -= left.pop(0).nbytes
-            if left:
-                left[0] = left[0][received:]
-            else:
-                self._end = received
+            received = self._receive([view[done : done + PIECE_BYTES], *self._tail(view.nbytes - done, most_after)])
+            piece = view[done : done + min(received, PIECE_BYTES)]
+            done += piece.nbytes
+            self._end = received - piece.nbytes
+            note(piece)
+
+    def take(self, count: int, most_after: int) -> bytes:
+        """Return the next `count` bytes and drop the end of line behind them.
+
+        Args: most_after: bytes that may be received behind that: the head of the next reply, not its payload.
+        """
+        while (held := self._end - self._start) < count + 2:
+            self._receive_line(count + 2 + most_after - held)
+        taken = bytes(self._memory[self._start : self._start + count])
+        self._start += count
+        self._drop_end_of_line()
+        return taken
+
+    def skip(self, count: int) -> None:
+        """Receive `count` bytes and an end of line, and forget them."""
+        while count:
+            if self._start == self._end:
+                self._receive_line(min(count, BUFFER_BYTES))
+            dropped = min(count, self._end - self._start)
+            self._start += dropped
+            count -= dropped
+        self.take(0, 0)
+
+    def integers(self, count: int) -> list[int | Refused]:
+        """Return the next `count` replies, each of them a number or an error."""
+        return [self._integer(self.line()) for _ in range(count)]
+
+    def _integer(self, line: bytes) -> int | Refused:
+        if line[:1] == b":" and line[1:].isdigit():
+            return int(line[1:])
+        if line[:1] == b"-":
+            return Refused.parse(line[1:])
+        raise ConnectionBrokenError(Break.GARBAGE, "a reply that is no number")
 
     def _flag(self, line: bytes) -> bool | Refused:
         if line in (b":0", b":1"):
@@ -173,16 +194,14 @@ class Wire:
             return Refused.parse(line[1:])
         raise ConnectionBrokenError(Break.GARBAGE, "a reply that is neither 0 nor 1")
 
-    def _take(self, views: Sequence[memoryview]) -> list[memoryview]:
-        """Fill views with what is held; return what is left of them."""
-        left = []
-        for view in views:
-            held = min(view.nbytes, self._end - self._start)
-            view[:held] = self._memory[self._start : self._start + held]
-            self._start += held
-            if held < view.nbytes:
-                left.append(view[held:])
-        return left
+    def _tail(self, left: int, most_after: int) -> list[memoryview]:
+        """Return where what follows the last piece of a payload may go."""
+        return [self._memory[:most_after]] if left <= PIECE_BYTES else []
+
+    def _drop_end_of_line(self) -> None:
+        if self._buffer[self._start : self._start + 2] != b"\r\n":
+            raise ConnectionBrokenError(Break.GARBAGE, "a value that is longer than it said")
+        self._start += 2
 
     def _receive_line(self, most: int) -> None:
         if self._start == self._end:
