@@ -13,7 +13,8 @@ CORE_STAMP := $(CORE_VENV)/.complete
 BIN := $(VENV)/bin
 CORE_BIN := $(CORE_VENV)/bin
 PIP_OPTIONS := --quiet --disable-pip-version-check -c constraints.txt
-TORCH_TESTS := tests/adapters tests/cli tests/spec/test_worker_choice.py
+NEED_TORCH := tests/adapters tests/cli/test_demo.py tests/cli/test_packaged_model.py
+TORCH_TESTS := $(NEED_TORCH) tests/spec/test_worker_choice.py
 PIP_QUIET := --quiet --disable-pip-version-check
 VLLM ?= 0.32.0
 VLLM_VENV := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/kvtier/vllm-$(VLLM)
@@ -38,7 +39,7 @@ lint: $(STAMP)
 # The core's tests, where torch and transformers cannot be imported because they are not there.
 test-core: $(CORE_STAMP)
 	! $(CORE_BIN)/python -c "import torch" 2>/dev/null
-	$(CORE_BIN)/python -m pytest --ignore=tests/adapters --ignore=tests/cli --durations=10 -m "not soak"
+	$(CORE_BIN)/python -m pytest $(addprefix --ignore=,$(NEED_TORCH)) --durations=10 -m "not soak"
 
 # What needs torch, in an environment that has it.
 test-torch: $(STAMP)

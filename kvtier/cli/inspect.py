@@ -59,7 +59,7 @@ def slab_as_json(survey: SlabSurvey) -> dict[str, Any]:
 def show(console: Console, survey: SlabSurvey) -> None:
     """Print one directory for a person."""
     use = "not in use" if survey.holder is None else f"in use by {describe_holder(survey.holder)}"
-    console.print(Text(f"{survey.path}: {use}"))
+    console.print(Text(f"{survey.path}: {use}"), soft_wrap=True)
     sizes = f"{format_size(survey.disk_bytes)} on disk; {format_size(survey.free_bytes)} of the filesystem are free"
     console.print(Text(sizes))
     if not survey.namespaces:

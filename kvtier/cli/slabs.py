@@ -128,4 +128,5 @@ def _text_of(error: Exception) -> str:
 
 
 def _shortened(command: str) -> str:
+    command = " ".join(command.split())
     return command if len(command) <= _LONGEST_COMMAND else command[: _LONGEST_COMMAND - 4] + " ..."

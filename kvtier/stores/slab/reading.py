@@ -101,6 +101,8 @@ def read_records(folder: Path, description: Description | None) -> Records:
         block_bytes = _block_bytes(descriptor, seal) or _described_block_bytes(description)
         for first, raw in _raw_records(descriptor):
             add_records(inventory, raw, first, seal, block_bytes)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder / HEADERS_NAME)) from error
     finally:
         os.close(descriptor)
     inventory.sort()

@@ -65,7 +65,7 @@ class Pace:
         threads: calls to the disk at the same time.
         bytes_per_second: most that is read; None for as much as the disk gives.
         on_bytes: told of payload bytes that were dealt with, by any thread.
-        stopped: set by who wants an early end.
+        stopped: set by who wants an early end, and after an error.
         settle_seconds: how long a block in a used directory may stay unmatched.
     """
 
@@ -110,7 +110,8 @@ class _Verifier:
         self._lock = threading.Lock()
         self._inventory = records.inventory
         self._block_bytes = reader.geometry.block_bytes
-        self._per_read = max(1, READ_BYTES // self._block_bytes)
+        at_once = READ_BYTES if pace.bytes_per_second is None else min(READ_BYTES, pace.bytes_per_second // 4)
+        self._per_read = max(1, at_once // self._block_bytes)
         self._spans = self._neighbours(reader.geometry)
         self._doubtful: dict[int, tuple[FailureCause, bytes]] = {}
 
@@ -129,7 +130,7 @@ class _Verifier:
                 for future in done:
                     future.result()
             except BaseException:
-                self._spans = iter(())  # the other threads end, too
+                self._pace.stopped.set()  # the other threads end, too
                 raise
         if self._pace.stopped.is_set():
             raise StoreError("stopped before the end")

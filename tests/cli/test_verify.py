@@ -1,0 +1,91 @@
+"""`kvtier verify` as a process."""
+
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+from slab_rigs import BLOCK, as_json, at_a_terminal, flip, kvtier, make_slab, refused, used_by_an_engine
+
+
+@pytest.fixture(name="slab")
+def _slab(tmp_path):
+    make_slab(tmp_path / "slab")
+    return tmp_path / "slab"
+
+
+def test_everything_right(slab):
+    done = kvtier("verify", slab)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "10 blocks good (640.0 KiB in" in done.stdout
+    report = as_json("verify", slab)
+    assert report["ok"] is True
+    (namespace,) = report["directories"][0]["namespaces"]
+    assert (namespace["good"], namespace["bad"], namespace["bytes"]) == (10, {}, 10 * BLOCK)
+
+
+def test_corrupt_blocks_are_found_and_emptied(slab, tmp_path):
+    folder = next(path for path in slab.iterdir() if path.is_dir())
+    flip(folder, 2)
+    flip(folder, 7)
+    done = kvtier("verify", slab)
+    assert done.returncode == 1
+    assert "wrong: 2 corrupt" in done.stdout
+    report = as_json("verify", slab, "--repair", code=1)
+    (namespace,) = report["directories"][0]["namespaces"]
+    assert (report["ok"], namespace["good"], namespace["bad"], namespace["emptied"]) == (False, 8, {"corrupt": 2}, 2)
+    assert as_json("verify", slab)["directories"][0]["namespaces"][0]["good"] == 8
+    assert as_json("inspect", slab)["directories"][0]["namespaces"][0]["blocks"] == 8
+
+
+def test_a_directory_in_use_is_verified_and_not_repaired(slab):
+    folder = next(path for path in slab.iterdir() if path.is_dir())
+    flip(folder, 2)
+    with used_by_an_engine(slab) as pid:
+        report = as_json("verify", slab, code=1)
+        assert report["directories"][0]["namespaces"][0]["bad"] == {"corrupt": 1}
+        assert f"held by another process (pid {pid})" in refused("verify", "--repair", slab)
+        assert f"pid {pid}" in as_json("verify", "--repair", slab, code=2)["error"]
+    assert kvtier("verify", "--repair", slab).returncode == 1
+    assert kvtier("verify", "--repair", slab).returncode == 0
+
+
+def test_a_namespace_that_says_nothing_readable_is_wrong(slab):
+    next(slab.glob("*/namespace.json")).write_text("{")
+    done = kvtier("verify", slab)
+    assert done.returncode == 1
+    assert "no readable namespace.json" in done.stdout
+
+
+def test_a_terminal_shows_a_bar_and_the_time_that_is_left(tmp_path):
+    make_slab(tmp_path / "slab", blocks=30)
+    code, shown = at_a_terminal("verify", tmp_path / "slab", "--rate", "1MiB", "--threads", "1")
+    assert code == 0
+    assert "━" in shown
+    assert re.search(r"\d:\d\d:\d\d.{0,20}left", shown)
+    assert "30 blocks good" in shown
+
+
+def test_interrupted(tmp_path):
+    make_slab(tmp_path / "slab", blocks=100)
+    command = [sys.executable, "-m", "kvtier", "verify", str(tmp_path / "slab"), "--rate", "16KiB", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(timeout=3)
+            process.send_signal(signal.SIGINT)
+            shown, said = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert "interrupted" in said
+    assert "interrupted" in shown
+    assert "Traceback" not in said
+
+
+def test_nothing_to_verify_and_wrong_options(tmp_path, slab):
+    (tmp_path / "empty").mkdir()
+    assert as_json("verify", tmp_path / "empty") == {"ok": True, "directories": []}
+    assert "rate='fast'" in refused("verify", slab, "--rate", "fast")
+    assert "No such file" in refused("verify", tmp_path / "nothing")
