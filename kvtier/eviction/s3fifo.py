@@ -1,0 +1,177 @@
+"""S3-FIFO: a small queue filters what is used once, a main queue keeps the rest, ghosts correct the filter.
+
+J. Yang, Y. Zhang, Z. Qiu, Y. Yue and K. V. Rashmi, "FIFO Queues Are All You Need for Cache Eviction", SOSP 2023,
+algorithm 1; a key leaves the small queue for the main one if it was used again at all, as in the authors' own code.
+
+Its weakness: the small queue is a tenth of the cache, and a session that comes back later than that queue turns
+over pays for its prefix once more. A large cache therefore loses to LRU on conversations.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
+
+from kvtier.abc import EvictionPolicy
+from kvtier.errors import InvariantError
+from kvtier.keys import OffloadKey
+
+MOST_USES = 3
+"""Uses beyond the first are counted up to this: two bits in the paper."""
+
+SMALL_SHARE = 10
+"""The small queue is to hold one key in this many."""
+
+
+class S3FIFOPolicy(EvictionPolicy):
+    """Three FIFO queues, tail-first within one call.
+
+    Held keys are in the small or the main queue, each from its oldest to its newest entry, with the number of
+    later uses. Moving between queues, which the paper does while it looks for a victim, happens when a victim is
+    evicted: `candidates` walks a copy of what it passes, and `evict` repeats the walk as far as the last victim.
+
+    With one key a call (`candidates([x])`, `evict`, `insert([x])`) every decision is the paper's. In a batch the
+    keys arrive from its tail, after all victims have left.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self._small: OrderedDict[OffloadKey, int] = OrderedDict()
+        self._main: OrderedDict[OffloadKey, int] = OrderedDict()
+        self._ghosts: OrderedDict[OffloadKey, None] = OrderedDict()
+        self._most_small = max(1, capacity // SMALL_SHARE)
+        self._most_ghosts = max(1, capacity - self._most_small)
+
+    def insert(self, keys: Sequence[OffloadKey]) -> None:
+        """Append `keys` to the main queue if a ghost remembers them, to the small one if not."""
+        small, main, ghosts = self._small, self._main, self._ghosts
+        if ghosts.keys().isdisjoint(keys):
+            small.update(dict.fromkeys(reversed(keys), 0))
+            return
+        for key in reversed(keys):
+            if key in ghosts:
+                del ghosts[key]
+                main[key] = 0
+            else:
+                small[key] = 0
+
+    def touch(self, keys: Sequence[OffloadKey]) -> None:
+        """Count one more use of the held ones of `keys`; nothing moves."""
+        for queue in (self._small, self._main):
+            if not queue.keys().isdisjoint(keys):
+                for key in keys:
+                    if queue.get(key, MOST_USES) < MOST_USES:
+                        queue[key] += 1
+
+    def candidates(self, incoming: Sequence[OffloadKey] = ()) -> Iterator[OffloadKey]:
+        """Yield every held key in the order in which the queues give them up while `incoming` arrives.
+
+        The n-th victim is chosen with the n - 1 last of `incoming` in the queues already.
+        """
+        ghosts, most_small = self._ghosts, self._most_small
+        joins_small = iter([key not in ghosts for key in reversed(incoming)])
+        small, left_small = iter(self._small.items()), len(self._small)
+        main, moved = iter(self._main.items()), deque[tuple[OffloadKey, int]]()
+        left_main, arrived = len(self._main), 0
+        while left_small or left_main:
+            in_small = left_small + arrived >= most_small or not left_main
+            while True:
+                if in_small and left_small:
+                    left_small -= 1
+                    key, uses = next(small)
+                    if not uses:
+                        break
+                    moved.append((key, 0))
+                    left_main += 1
+                else:
+                    key, uses = next(main, None) or moved.popleft()
+                    if not uses:
+                        left_main -= 1
+                        break
+                    moved.append((key, uses - 1))
+            yield key
+            arrived += next(joins_small, False)
+
+    def evict(self, keys: Sequence[OffloadKey]) -> None:
+        """Stop holding `keys`, remember those of the small queue, and move what was passed on the way to them."""
+        victims = set(keys)
+        self._evict_from_small(victims)
+        self._evict_from_main(victims)
+
+    def _evict_from_small(self, victims: set[OffloadKey]) -> None:
+        """Walk the small queue as far as its last victim, or through if the main queue had to give a key instead."""
+        small, main, ghosts = self._small, self._main, self._ghosts
+        left = len(small.keys() & victims)
+        all_pass = left < len(victims) and len(small) >= self._most_small and 0 not in small.values()
+        skipped: list[OffloadKey] = []
+        while small and (left or all_pass):
+            key, uses = small.popitem(last=False)
+            if uses:
+                main[key] = 0
+                if key in victims:
+                    left -= 1
+                    all_pass = True
+            elif key in victims:
+                victims.discard(key)
+                left -= 1
+                ghosts[key] = None
+            else:
+                skipped.append(key)
+        for key in list(islice(ghosts, max(0, len(ghosts) - self._most_ghosts))):
+            del ghosts[key]
+        _put_back(small, skipped)
+
+    def _evict_from_main(self, victims: set[OffloadKey]) -> None:
+        main, skipped = self._main, list[OffloadKey]()
+        while victims:
+            key, uses = main.popitem(last=False)
+            if uses:
+                main[key] = uses - 1
+            elif key in victims:
+                victims.discard(key)
+            else:
+                skipped.append(key)
+        _put_back(main, skipped)
+
+    def remove(self, keys: Sequence[OffloadKey]) -> None:
+        """Forget `keys`, as held keys and as ghosts."""
+        for key in keys:
+            for queue in (self._small, self._main, self._ghosts):
+                queue.pop(key, None)
+
+    def settle(self, keys: Sequence[OffloadKey]) -> None:
+        """Put the held ones of `keys` in tail-first order at the new end of the queue each is in."""
+        for key in reversed(keys):
+            if key in self._small:
+                self._small.move_to_end(key)
+            elif key in self._main:
+                self._main.move_to_end(key)
+
+    def clear(self) -> None:
+        """Forget everything, ghosts included."""
+        for queue in (self._small, self._main, self._ghosts):
+            queue.clear()
+
+    def __len__(self) -> int:
+        return len(self._small) + len(self._main)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._small or key in self._main
+
+    def check_invariants(self) -> None:
+        """Raise InvariantError if queues overlap or outgrow their bounds, or a count leaves its range."""
+        small, main, ghosts = self._small, self._main, self._ghosts
+        if len({*small, *main, *ghosts}) != len(small) + len(main) + len(ghosts):
+            raise InvariantError("S3-FIFO: a key is in two queues")
+        if len(self) > self.capacity or len(ghosts) > self._most_ghosts:
+            raise InvariantError(f"S3-FIFO: {len(self)} keys and {len(ghosts)} ghosts, capacity {self.capacity}")
+        if not all(0 <= uses <= MOST_USES for uses in chain(small.values(), main.values())):
+            raise InvariantError("S3-FIFO: a use count is out of its range")
+
+
+def _put_back(queue: OrderedDict[OffloadKey, int], unused_keys: Sequence[OffloadKey]) -> None:
+    """Put keys that a walk passed, and that are still in use elsewhere, back to the old end, in their order."""
+    for key in reversed(unused_keys):
+        queue[key] = 0
+        queue.move_to_end(key, last=False)
