@@ -62,7 +62,8 @@ class OffloadingConfig:
         engine_id: unique among the engines of one machine.
         world_size: workers that share the arena.
         rank: this process's place among them.
-        data_parallel_index, data_parallel_size: this engine among equal ones that share a configuration.
+        data_parallel_index, data_parallel_size: this engine among equal ones that share a configuration; a size of
+            None is a number that the engine does not know.
         uses_lora: block hashes carry the names of adapters, not their contents.
         enable_kv_cache_events: the engine asks for `take_events`.
     """
@@ -75,7 +76,7 @@ class OffloadingConfig:
     world_size: int = 1
     rank: int = 0
     data_parallel_index: int = 0
-    data_parallel_size: int = 1
+    data_parallel_size: int | None = 1
     uses_lora: bool = False
     enable_kv_cache_events: bool = False
 
@@ -94,11 +95,13 @@ class OffloadingConfig:
         if self.engine_block_bytes % self.world_size:
             allowed = f"a multiple of world_size={self.world_size}: each worker has an equal share of a block"
             raise ConfigError("engine_block_bytes", self.engine_block_bytes, allowed)
-        _check_count("data_parallel_size", self.data_parallel_size)
         if not 0 <= self.rank < self.world_size:
             raise ConfigError("rank", self.rank, f"0 to {self.world_size - 1}, for world_size={self.world_size}")
-        if not 0 <= self.data_parallel_index < self.data_parallel_size:
-            allowed = f"0 to {self.data_parallel_size - 1}, for data_parallel_size={self.data_parallel_size}"
+        size = self.data_parallel_size
+        if size is not None:
+            _check_count("data_parallel_size", size)
+        if self.data_parallel_index < 0 or (size is not None and self.data_parallel_index >= size):
+            allowed = "an int, at least 0" if size is None else f"0 to {size - 1}, for data_parallel_size={size}"
             raise ConfigError("data_parallel_index", self.data_parallel_index, allowed)
 
 

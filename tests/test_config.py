@@ -159,6 +159,7 @@ def test_the_primary_holds_at_least_one_block():
             {"data_parallel_index": 2, "data_parallel_size": 2},
             "data_parallel_index=2: 0 to 1, for data_parallel_size=2",
         ),
+        ({"data_parallel_index": -1, "data_parallel_size": None}, "data_parallel_index=-1: an int, at least 0"),
     ],
 )
 def test_what_an_engine_says_is_checked(keys, message):

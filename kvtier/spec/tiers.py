@@ -93,14 +93,17 @@ def outlives_engine(tier_class: type) -> bool:
 
 
 def _for_data_parallel(tier: TierConfig, config: OffloadingConfig) -> TierConfig:
-    """Return the tier as this engine's rank uses it: a directory of its own, and its share of the capacity."""
+    """Return the tier as this engine's rank uses it: a directory of its own, and its share of the capacity.
+
+    An engine that does not know of how many it is one takes the whole capacity for itself.
+    """
     path = tier.options.get("path")
     if config.data_parallel_size == 1 or not _directories(tier):
         return tier
     folder = f"dp{config.data_parallel_index}"
     own = [os.path.join(one, folder) for one, _ in _directories(tier)]
     mine = {**tier.options, "path": own if isinstance(path, list | tuple) else own[0]}
-    if "capacity" in mine:
+    if "capacity" in mine and config.data_parallel_size is not None:
         capacity = parse_size(join_key(tier.where, "capacity"), mine["capacity"])
         mine["capacity"] = capacity // config.data_parallel_size
     return replace(tier, options=mine)

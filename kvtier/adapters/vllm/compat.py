@@ -46,6 +46,18 @@ def make_known(kind: type, **values: Any) -> Any:
     return kind(**{name: value for name, value in values.items() if name in names})
 
 
+def data_parallel_size(config: Any) -> int | None:
+    """Return how many data-parallel engines there are; None if vLLM has not told this one.
+
+    Ranks of models without experts are told, in every version, that they are alone; their engine's id still ends with
+    their rank, the first one's, too.
+    """
+    index, size = config.parallel.data_parallel_index, config.parallel.data_parallel_size
+    if size == 1 and (index > 0 or config.engine_id.endswith(f"_dp{index}")):
+        return None
+    return int(size)
+
+
 def slots_of_job(job: Any) -> Any:
     """Return the int32 array of slots of a job of vLLM's tiers; `chunk_ids` in 0.32, `block_ids` in 0.28."""
     return job.chunk_ids if hasattr(job, "chunk_ids") else job.block_ids

@@ -8,7 +8,7 @@ import numpy as np
 from vllm.v1.kv_offload import base
 
 from kvtier import types
-from kvtier.adapters.vllm.compat import make_known
+from kvtier.adapters.vllm.compat import data_parallel_size, make_known
 from kvtier.config import KVCacheGroup, OffloadingConfig
 from kvtier.keys import OffloadKey
 from kvtier.primary.copies import KVCaches
@@ -107,6 +107,6 @@ def engine_config(config: Any, kv_bytes_per_block: int) -> OffloadingConfig:
         world_size=parallel.world_size,
         rank=parallel.rank,
         data_parallel_index=parallel.data_parallel_index,
-        data_parallel_size=parallel.data_parallel_size,
+        data_parallel_size=data_parallel_size(config),
         enable_kv_cache_events=config.enable_kv_cache_events,
     )
