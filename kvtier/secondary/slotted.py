@@ -88,6 +88,12 @@ class SlottedTierManager(StoreTierManager):
         if self._table is not None:
             self._table.policy.touch(list(dict.fromkeys(keys)))
 
+    def start_epoch(self, epoch: bytes) -> None:
+        """Go on without any block; those that were here are said to be gone."""
+        if self._table is not None:
+            self._note(list(self._table.ready_keys()), removed=True)
+        super().start_epoch(epoch)
+
     def take_events(self) -> Iterable[OffloadingEvent]:
         """Return blocks that came and went; the oldest are lost if nobody asks for long."""
         events = list(self._events)

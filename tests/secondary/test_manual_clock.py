@@ -68,6 +68,10 @@ def test_the_policy_chooses_who_goes_and_it_is_said(rig, tmp_path):
     events = list(tier.take_events())
     assert [event.removed for event in events] == [False, True, False]
     assert list(tier.take_events()) == []
+    left = {make_key(number) for number in (*range(capacity), 100, 101)} - set(evicted.keys)
+    tier.start_epoch(b"other weights")
+    (gone,) = tier.take_events()
+    assert (gone.removed, set(gone.keys)) == (True, left)
 
 
 def test_more_blocks_than_slots_store_the_head(rig, tmp_path):
