@@ -11,6 +11,9 @@ import time
 ARENAS = []
 """The arenas of this process."""
 
+BEGUN = {}
+"""vLLM's own name and the answer so far of every request that was begun, by its name here."""
+
 
 def remember_arenas():
     from kvtier.primary.arena import Arena
@@ -42,16 +45,41 @@ def make_engine(options):
     return LLM(**(defaults | options))
 
 
-def generate(engine, prompts, max_tokens=12, **parameters):
+def generate(engine, prompts, max_tokens=12, adapter=None, **parameters):
+    """Args:
+    adapter: (name, number, path, load in place) of a LoRA adapter.
+    """
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, **parameters)
+    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
     started = time.perf_counter()
-    outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+    outputs = engine.generate(asked, sampling, use_tqdm=False, lora_request=adapter_request(adapter))
     return {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "seconds": time.perf_counter() - started,
     }
+
+
+def adapter_request(adapter):
+    from vllm.lora.request import LoRARequest
+
+    if adapter is None:
+        return None
+    name, number, path, in_place = adapter
+    return LoRARequest(name, number, path, load_inplace=in_place)
+
+
+def call_workers(engine, name, **arguments):
+    """Call a method of every worker of vLLM's."""
+    engine.collective_rpc(name, kwargs=arguments)
+
+
+def call(engine, method, **arguments):
+    """Call a method of vLLM's `LLM`, for which there is no command of its own."""
+    started = time.perf_counter()
+    answer = getattr(engine, method)(**arguments)
+    return {"answer": repr(answer), "seconds": time.perf_counter() - started}
 
 
 def abort_midway(engine, prompt, steps):
@@ -66,6 +94,36 @@ def abort_midway(engine, prompt, steps):
     running = inner.get_num_unfinished_requests()
     inner.abort_request([request_id], internal=True)
     return {"running": running, "left": inner.get_num_unfinished_requests()}
+
+
+def begin(engine, prompt, max_tokens=12, steps=1):
+    """Start a request, do some steps of an engine in this process, and return the request's name."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+    name = f"begun-{time.monotonic_ns()}"
+    BEGUN[name] = engine.llm_engine.add_request(name, {"prompt_token_ids": prompt}, sampling), []
+    step(engine, steps)
+    return name
+
+
+def step(engine, steps):
+    """Do some steps of an engine in this process, and note what requests that were begun have answered."""
+    for _ in range(steps):
+        for output in engine.llm_engine.step():
+            if output.request_id in BEGUN:
+                BEGUN[output.request_id][1][:] = output.outputs[0].token_ids
+    return engine.llm_engine.get_num_unfinished_requests()
+
+
+def end(engine, name, abort):
+    """Abort a request that was begun, or step until nothing is left to do; return its answer so far."""
+    inner = engine.llm_engine
+    if abort:
+        inner.abort_request([BEGUN[name][0]], internal=True)
+    while inner.has_unfinished_requests():
+        step(engine, 1)
+    return BEGUN.pop(name)[1]
 
 
 def zero_host_memory():
@@ -91,6 +149,12 @@ def obey(engine, command, arguments):
         return generate(engine, **arguments)
     if command == "abort":
         return abort_midway(engine, **arguments)
+    if command == "rpc":
+        return call_workers(engine, **arguments)
+    if command == "call":
+        return call(engine, **arguments)
+    if command in ("begin", "step", "end"):
+        return {"begin": begin, "step": step, "end": end}[command](engine, **arguments)
     if command == "reset":
         return engine.reset_prefix_cache(**arguments)
     if command == "zero":

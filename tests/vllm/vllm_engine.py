@@ -37,12 +37,21 @@ def transfer_config(**keys):
     return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
 
 
+def environment_of(*changes):
+    """Return the environment of an engine's process; None takes a variable out."""
+    merged = os.environ | ENVIRONMENT
+    for change in changes:
+        merged |= change
+    return {name: value for name, value in merged.items() if value is not None}
+
+
 class Engine:
     """A vLLM engine in a process of its own."""
 
     def __init__(self, model: Path, log: Path, *, processes=False, environment=None, kvtier=None, **options):
         """Args:
         processes: vLLM runs its core and its workers in processes of their own.
+        environment: variables to set; None takes one out.
         kvtier: keys of kvtier's configuration; None runs without a connector.
         """
         self.log_path = log
@@ -56,10 +65,10 @@ class Engine:
             stderr=subprocess.STDOUT,
             pass_fds=(writing,),
             start_new_session=True,
-            env=os.environ
-            | ENVIRONMENT
-            | {"KVTIER_TEST_REPLIES": str(writing), "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(processes))}
-            | (environment or {}),
+            env=environment_of(
+                {"KVTIER_TEST_REPLIES": str(writing), "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(processes))},
+                environment or {},
+            ),
         )
         os.close(writing)
         self._replies = os.fdopen(reading)
@@ -139,6 +148,12 @@ class Engine:
 
     def __exit__(self, *_):
         self.stop()
+
+
+def written(engine, tier="disk") -> int:
+    """Return how many blocks a tier has taken; an idle engine does a step for it."""
+    engine.generate(prompt(1, 20))
+    return int(engine.metrics().get(f"kvtier_written_blocks.{tier}", 0))
 
 
 def wait_for(condition, timeout=60.0, what="the condition"):

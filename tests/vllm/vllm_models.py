@@ -103,3 +103,28 @@ def save(folder, config, weights):
     (folder / "config.json").write_text(json.dumps(config))
     save_file(weights, folder / "model.safetensors")
     return folder
+
+
+def save_adapter(folder: Path, seed: int, rank: int = 8, scale: float = 0.5, **changes) -> Path:
+    """Write a LoRA adapter of random weights for `save_llama`'s model, as PEFT writes them."""
+    config = llama_config(**changes)
+    hidden, head = config["hidden_size"], config["head_dim"]
+    wide, narrow = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    shapes = {
+        "q_proj": (wide, hidden),
+        "k_proj": (narrow, hidden),
+        "v_proj": (narrow, hidden),
+        "o_proj": (hidden, wide),
+    }
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for index in range(config["num_hidden_layers"]):
+        for name, (outputs, inputs) in shapes.items():
+            layer = f"base_model.model.model.layers.{index}.self_attn.{name}"
+            weights[f"{layer}.lora_A.weight"] = torch.randn((rank, inputs), generator=generator) / inputs**0.5
+            weights[f"{layer}.lora_B.weight"] = torch.randn((outputs, rank), generator=generator) * scale
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": sorted(shapes), "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    save_file(weights, folder / "adapter_model.safetensors")
+    return folder

@@ -1,0 +1,49 @@
+"""Block hashes that start from a random seed: kvtier says that the next process will not find this one's blocks."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+from vllm_engine import Engine, prompt
+
+from kvtier.adapters.vllm import compat, core
+from kvtier.config import parse_tier
+
+pytestmark = pytest.mark.timeout(900)
+
+SAID = "Set PYTHONHASHSEED to any fixed number"
+
+
+@pytest.mark.parametrize(
+    ("reproducible", "algorithm", "seed", "said"),
+    [
+        (False, "sha256", None, True),
+        (False, "sha256", "0", False),
+        (True, "sha256", None, False),
+        (True, "xxhash", None, True),
+        (True, "xxhash_cbor", "0", False),
+    ],
+)
+def test_the_log_says_so_where_it_is_so(monkeypatch, caplog, reproducible, algorithm, seed, said):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    monkeypatch.setattr(compat, "HAS_REPRODUCIBLE_SEED", reproducible)
+    if seed is None:
+        monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    else:
+        monkeypatch.setenv("PYTHONHASHSEED", seed)
+    tier = parse_tier({"type": "disk", "path": "/nowhere", "capacity": "1MiB"}, "secondary_tiers[0]")
+    core.warn_of_random_seed(SimpleNamespace(tiers=[tier]), algorithm)
+    assert (SAID in caplog.text) == said
+
+
+def test_an_engine_without_a_seed_says_so_and_serves(model, baseline, tmp_path):
+    if compat.HAS_REPRODUCIBLE_SEED:
+        pytest.skip("NO RANDOM SEED IN THIS VERSION OF VLLM: run this with VLLM=0.28.0")
+    keys = {"secondary_tiers": [{"type": "disk", "path": str(tmp_path / "disk"), "capacity": "64MiB"}]}
+    asked = prompt(1300, 700)
+    with Engine(model, tmp_path / "log", kvtier=keys, environment={"PYTHONHASHSEED": None}) as engine:
+        assert engine.generate(asked) == baseline(asked)
+        engine.reset()
+        assert engine.generate(asked) == baseline(asked)
+        assert engine.external_hits() == 5 * 128
+        assert SAID in engine.log()
