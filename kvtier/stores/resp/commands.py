@@ -115,9 +115,8 @@ class Exchanges:
                 request.reply = Outcome.NOT_HELD
             elif line == self._value_line[:-2]:
                 checksum = self._seal.checksum()
-                behind = most if number + 1 < len(requests) else 0
-                wire.fill(request.buffer, checksum.update, HEADER_BYTES + 2 + behind)
-                header = wire.take(HEADER_BYTES, behind)
+                wire.fill(request.buffer, checksum.update)
+                header = wire.take(HEADER_BYTES, most if number + 1 < len(requests) else 0)
                 request.reply = self._verified(header, request.key, checksum.digest())
             else:
                 request.reply = FailureCause.CORRUPT

@@ -6,6 +6,7 @@ the socket that redis-py's own class has connected; that class and the credentia
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from socket import socket
 from typing import Any
@@ -24,14 +25,14 @@ class ServerLostError(Exception):
 
 
 class _WithWire:
-    """Keeps what is read and written past redis-py, once redis-py has said who we are."""
+    """Keeps the socket, so that redis-py can be passed by once it has said who we are."""
 
+    connected: socket
     wire: Wire
 
     def _connect(self) -> socket:
-        connected: socket = super()._connect()  # type: ignore[misc] # redis-py's class, which this one is mixed into
-        self.wire = Wire(connected)
-        return connected
+        self.connected = super()._connect()  # type: ignore[misc] # redis-py's class, which this one is mixed into
+        return self.connected
 
 
 class _TCPConnection(_WithWire, redis.Connection):
@@ -94,6 +95,9 @@ class Server:
             self.address = f"{host}:{port}"
         if settings.database:
             options["db"] = settings.database
+        self._timeout = settings.timeout
+        self._idle: list[Any] = []
+        """Connected, and kept out of the pool: its book-keeping costs more than the exchange of a small block."""
         self._pool = redis.ConnectionPool(connection_class=kind, retry=Retry(NoBackoff(), 0), **options)
 
     def check(self) -> None:
@@ -119,7 +123,11 @@ class Server:
             ServerLostError: nothing was sent, there is no connection.
             ConnectionBrokenError: it broke; requests say which of them were answered.
         """
-        connection = self._connection()
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            connection = self._connection()
+            connection.wire = Wire(connection.connected, self._timeout)
         whole = False
         try:
             connection.wire.begin(deadline)
@@ -128,13 +136,27 @@ class Server:
         except ConnectionBrokenError as error:
             raise ConnectionBrokenError(error.kind, f"{self.address}: {error}") from error
         finally:
-            if not whole:
-                connection.disconnect()
-            self._pool.release(connection)
+            if whole:
+                self._idle.append(connection)
+            else:
+                self._give_back([connection, *self._take_idle()])  # what broke one has often broken all
 
     def close(self) -> None:
         """Close every connection."""
+        self._idle.clear()
         self._pool.disconnect()
+
+    def _take_idle(self) -> list[Any]:
+        taken = []
+        while self._idle:
+            with contextlib.suppress(IndexError):
+                taken.append(self._idle.pop())
+        return taken
+
+    def _give_back(self, connections: Sequence[Any]) -> None:
+        for connection in connections:
+            connection.disconnect()
+            self._pool.release(connection)
 
     def _connection(self) -> Any:
         try:

@@ -6,10 +6,11 @@ The protocol is RESP2 (https://valkey.io/topics/protocol/), as far as GET, SET, 
 from __future__ import annotations
 
 import ssl
+import struct
 import time
 from collections.abc import Callable, Sequence
 from enum import Enum
-from socket import socket
+from socket import MSG_WAITALL, SO_RCVTIMEO, SO_SNDTIMEO, SOL_SOCKET, socket
 from typing import NamedTuple
 
 from kvtier.errors import StoreError
@@ -18,6 +19,7 @@ BUFFER_BYTES = 64 * 1024
 """Of replies other than payloads, received at once."""
 PIECE_BYTES = 256 * 1024
 """Of a payload, received or sent at once: it is summed while the processor's second cache still has it."""
+_TIMEVAL = struct.Struct("@ll")
 _MOST_LINE_BYTES = 8 * 1024
 _MOST_PIECES = 512
 """In one sendmsg; Linux takes 1,024."""
@@ -60,13 +62,26 @@ class Refused(NamedTuple):
 class Wire:
     """One connected socket, plain or TLS, between two calls of a store.
 
-    Every method may raise ConnectionBrokenError; the connection must then be closed. The socket has a timeout of its
-    own, which ends a single wait; `begin` sets the deadline of a whole exchange, which ends trickles, too.
+    Every method may raise ConnectionBrokenError; the connection must then be closed. A timeout ends a single wait;
+    `begin` sets the deadline of a whole exchange, which ends trickles, too.
     """
 
-    def __init__(self, connected: socket) -> None:
+    def __init__(self, connected: socket, timeout: float) -> None:
+        """Args: timeout: seconds for a single wait."""
         self._socket = connected
         self._scatters = not isinstance(connected, ssl.SSLSocket)
+        self._whole = 0
+        if self._scatters:
+            # The kernel keeps the time: it then fills a whole piece in one call, where Python would look at the clock,
+            # and wake up, for every packet.
+            connected.settimeout(None)
+            seconds, rest = divmod(timeout, 1)
+            limit = _TIMEVAL.pack(int(seconds), int(rest * 1e6))
+            connected.setsockopt(SOL_SOCKET, SO_RCVTIMEO, limit)
+            connected.setsockopt(SOL_SOCKET, SO_SNDTIMEO, limit)
+            self._whole = MSG_WAITALL
+        else:
+            connected.settimeout(timeout)
         self._buffer = bytearray(BUFFER_BYTES)
         self._memory = memoryview(self._buffer)
         self._start = self._end = 0
@@ -135,24 +150,19 @@ class Wire:
                 answers.append(self._flag(self.line()))
         return answers
 
-    def fill(self, view: memoryview, note: Callable[[memoryview], None], most_after: int) -> None:
+    def fill(self, view: memoryview, note: Callable[[memoryview], None]) -> None:
         """Fill the view with the next bytes.
 
-        Args:
-            note: called with each piece of the view as it arrives, while the processor's cache has it.
-            most_after: bytes that may be received behind that: what follows a payload, not the next payload.
+        Args: note: called with each piece of the view as it arrives, while the processor's cache has it.
         """
         done = min(view.nbytes, self._end - self._start)
         view[:done] = self._memory[self._start : self._start + done]
         self._start += done
         note(view[:done])
         while done < view.nbytes:
-            self._start = self._end = 0
-            received = self._receive([view[done : done + PIECE_BYTES], *self._tail(view.nbytes - done, most_after)])
-            piece = view[done : done + min(received, PIECE_BYTES)]
-            done += piece.nbytes
-            self._end = received - piece.nbytes
-            note(piece)
+            received = self._receive(view[done : done + PIECE_BYTES], self._whole)
+            note(view[done : done + received])
+            done += received
 
     def take(self, count: int, most_after: int) -> bytes:
         """Return the next `count` bytes and drop the end of line behind them.
@@ -194,10 +204,6 @@ class Wire:
             return Refused.parse(line[1:])
         raise ConnectionBrokenError(Break.GARBAGE, "a reply that is neither 0 nor 1")
 
-    def _tail(self, left: int, most_after: int) -> list[memoryview]:
-        """Return where what follows the last piece of a payload may go."""
-        return [self._memory[:most_after]] if left <= PIECE_BYTES else []
-
     def _drop_end_of_line(self) -> None:
         if self._buffer[self._start : self._start + 2] != b"\r\n":
             raise ConnectionBrokenError(Break.GARBAGE, "a value that is longer than it said")
@@ -210,16 +216,13 @@ class Wire:
             held = self._end - self._start
             self._memory[:held] = bytes(self._memory[self._start : self._end])
             self._start, self._end = 0, held
-        self._end += self._receive([self._memory[self._end : self._end + most]])
+        self._end += self._receive(self._memory[self._end : self._end + most])
 
-    def _receive(self, views: Sequence[memoryview]) -> int:
-        """Receive at least one byte into the views, in their order; TLS fills the first one only."""
+    def _receive(self, view: memoryview, flags: int = 0) -> int:
+        """Receive at least one byte into the view."""
         self._check_deadline()
         try:
-            if self._scatters and len(views) > 1:
-                received = self._socket.recvmsg_into(views)[0]
-            else:
-                received = self._socket.recv_into(views[0])
+            received = self._socket.recv_into(view, 0, flags)
         except OSError as error:
             raise _broken(error) from error
         if not received:
@@ -232,6 +235,6 @@ class Wire:
 
 
 def _broken(error: OSError) -> ConnectionBrokenError:
-    if isinstance(error, TimeoutError):
+    if isinstance(error, TimeoutError | BlockingIOError):
         return ConnectionBrokenError(Break.TIMED_OUT, "no answer in time")
     return ConnectionBrokenError(Break.CLOSED, f"connection lost: {error}")
