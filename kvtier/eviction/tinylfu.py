@@ -1,0 +1,193 @@
+"""W-TinyLFU: a key enters the main part only if it was used more often than the key it would replace.
+
+G. Einziger, R. Friedman and B. Manes, "TinyLFU: A Highly Efficient Cache Admission Policy", ACM Transactions on
+Storage 13(4), 2017: a window of 1%, a main part of segmented LRU of which 80% is protected, and counts that are
+halved after ten uses for each key of the capacity. Counts are exact here, one for each key held or lately evicted,
+where the paper has a sketch: equal histories must give equal orders, and a batch must be able to look ahead.
+
+Its weakness: a new session loses against whatever was used twice. While sessions grow turn by turn, and large
+caches fill with the used-up heads of ended ones, it stays far below LRU.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+from kvtier.abc import EvictionPolicy
+from kvtier.errors import InvariantError
+from kvtier.keys import OffloadKey
+
+WINDOW_SHARE = 100
+"""The window is to hold one key in this many."""
+
+PROTECTED_PERCENT = 80
+"""Share of the main part that is protected."""
+
+MOST_USES = 15
+"""Counts stop here: four bits in the paper."""
+
+USES_PER_AGE = 10
+"""Counts are halved after this many uses for each key of the capacity."""
+
+COUNT_BITS = 4
+
+GHOSTS_PER_KEY = 2
+"""Counts are kept of this many evicted keys for each key of the capacity."""
+
+
+class TinyLFUPolicy(EvictionPolicy):
+    """A window before a segmented LRU, tail-first within one call.
+
+    Keys arrive in the window. What the window is too small for goes on to probation, and what is used there is
+    protected. A full cache gives the rarer of the two up: the oldest of probation, or the newcomer from the window.
+
+    With one key a call (`candidates([x])`, `evict`, `insert([x])`) every decision is the paper's. A batch is larger
+    than the window, and none of its keys is a victim of its own batch: those that have not met a rival yet stay in the
+    window, which is over its share until the next batch comes.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self._window: OrderedDict[OffloadKey, None] = OrderedDict()
+        self._probation: OrderedDict[OffloadKey, None] = OrderedDict()
+        self._protected: OrderedDict[OffloadKey, None] = OrderedDict()
+        self._uses: dict[OffloadKey, int] = {}
+        self._ghosts: OrderedDict[OffloadKey, None] = OrderedDict()
+        self._most_window = max(1, capacity // WINDOW_SHARE)
+        self._most_protected = (capacity - self._most_window) * PROTECTED_PERCENT // 100
+        # A key's count, and in the bits above COUNT_BITS the epoch it was counted in: halving all is one addition.
+        self._epoch = 0
+        self._uses_in_epoch = 0
+
+    def insert(self, keys: Sequence[OffloadKey]) -> None:
+        """Append `keys` to the window; what it is too small for goes on to vacant places of the main part."""
+        window, probation, ghosts = self._window, self._probation, self._ghosts
+        if not ghosts.keys().isdisjoint(keys):
+            for key in keys:
+                ghosts.pop(key, None)
+        window.update(dict.fromkeys(reversed(keys)))
+        self._count(keys)
+        vacant = self.capacity - self._most_window - len(probation) - len(self._protected)
+        for key in list(islice(window, max(0, min(vacant, len(window) - self._most_window)))):
+            del window[key]
+            probation[key] = None
+
+    def touch(self, keys: Sequence[OffloadKey]) -> None:
+        """Count a use of the held ones of `keys`, and make them the most recent of the window or the protected."""
+        window, probation, protected = self._window, self._probation, self._protected
+        held = [key for key in keys if key in self]
+        for key in reversed(held):
+            if key in protected:
+                protected.move_to_end(key)
+            elif key in window:
+                window.move_to_end(key)
+            else:
+                del probation[key]
+                protected[key] = None
+        for key in list(islice(protected, max(0, len(protected) - self._most_protected))):
+            del protected[key]
+            probation[key] = None
+        self._count(held)
+
+    def _count(self, keys: Sequence[OffloadKey]) -> None:
+        uses, base = self._uses, self._epoch << COUNT_BITS
+        for key in keys:
+            uses[key] = base + min(MOST_USES, self._uses_of(key) + 1)
+        self._uses_in_epoch += len(keys)
+        if self._uses_in_epoch >= USES_PER_AGE * self.capacity:
+            self._epoch += 1
+            self._uses_in_epoch -= USES_PER_AGE * self.capacity
+
+    def _uses_of(self, key: OffloadKey) -> int:
+        value = self._uses.get(key, 0)
+        return (value & MOST_USES) >> (self._epoch - (value >> COUNT_BITS) if value else 0)
+
+    def candidates(self, incoming: Sequence[OffloadKey] = ()) -> Iterator[OffloadKey]:
+        """Yield every held key; while `incoming` arrives, the rarer of the oldest in window and probation."""
+        window, left_window = iter(self._window), len(self._window)
+        probation, protected, promoted = iter(self._probation), iter(self._protected), deque[OffloadKey]()
+
+        def next_of_main() -> OffloadKey | None:
+            return next(probation, None) or (promoted.popleft() if promoted else next(protected, None))
+
+        rival = next_of_main()
+        for arrived in range(1, len(incoming) + 1):
+            if left_window and left_window + arrived > self._most_window:
+                newcomer = next(window)
+                left_window -= 1
+                if rival is None or self._uses_of(newcomer) <= self._uses_of(rival):
+                    yield newcomer
+                    continue
+                promoted.append(newcomer)
+            if rival is None:
+                break
+            yield rival
+            rival = next_of_main()
+        while rival is not None:
+            yield rival
+            rival = next_of_main()
+        yield from window
+
+    def evict(self, keys: Sequence[OffloadKey]) -> None:
+        """Stop holding `keys`; their counts stay until as many again were evicted as the ghosts allow."""
+        ghosts, uses = self._ghosts, self._uses
+        for key in keys:
+            self._drop(key)
+            ghosts[key] = None
+        for key in list(islice(ghosts, max(0, len(ghosts) - GHOSTS_PER_KEY * self.capacity))):
+            del ghosts[key]
+            del uses[key]
+
+    def _drop(self, key: OffloadKey) -> None:
+        for queue in (self._window, self._probation, self._protected):
+            if key in queue:
+                del queue[key]
+                return
+
+    def remove(self, keys: Sequence[OffloadKey]) -> None:
+        """Forget `keys` and their counts."""
+        for key in keys:
+            self._drop(key)
+            self._ghosts.pop(key, None)
+            self._uses.pop(key, None)
+
+    def settle(self, keys: Sequence[OffloadKey]) -> None:
+        """Make the held ones of `keys` the most recent, tail-first; the heads get the places in the window."""
+        window, probation, protected = self._window, self._probation, self._protected
+        loose: list[OffloadKey] = []
+        num_window = 0
+        for key in reversed(keys):
+            if key in protected:
+                protected.move_to_end(key)
+            elif key in window or key in probation:
+                num_window += key in window
+                self._drop(key)
+                loose.append(key)
+        border = len(loose) - num_window
+        probation.update(dict.fromkeys(loose[:border]))
+        window.update(dict.fromkeys(loose[border:]))
+
+    def clear(self) -> None:
+        """Forget everything, counts included."""
+        for queue in (self._window, self._probation, self._protected, self._ghosts):
+            queue.clear()
+        self._uses.clear()
+        self._epoch = self._uses_in_epoch = 0
+
+    def __len__(self) -> int:
+        return len(self._window) + len(self._probation) + len(self._protected)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._probation or key in self._protected or key in self._window
+
+    def check_invariants(self) -> None:
+        """Raise InvariantError if queues overlap or outgrow their bounds, or counts and keys differ."""
+        queues = (self._window, self._probation, self._protected, self._ghosts)
+        if len(set().union(*queues)) != sum(map(len, queues)) or set().union(*queues) != self._uses.keys():
+            raise InvariantError("TinyLFU: a key is in two queues, or has no count")
+        if len(self) > self.capacity or len(self._ghosts) > GHOSTS_PER_KEY * self.capacity:
+            raise InvariantError(f"TinyLFU: {len(self)} keys, {len(self._ghosts)} ghosts, capacity {self.capacity}")
+        if len(self._protected) > self._most_protected:
+            raise InvariantError("TinyLFU: the protected part is over its share")
