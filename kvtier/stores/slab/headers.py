@@ -36,8 +36,12 @@ class HeaderFile:
 
     def read(self, slot: int, count: int) -> bytes:
         """Return `count` records from `slot` on; what lies beyond the end of the file reads as zeros."""
-        length = count * HEADER_BYTES
-        return os.pread(self._descriptor, length, slot * HEADER_BYTES).ljust(length, b"\0")
+        length, parts = count * HEADER_BYTES, []
+        done = 0
+        while done < length and (part := os.pread(self._descriptor, length - done, slot * HEADER_BYTES + done)):
+            parts.append(part)
+            done += len(part)
+        return b"".join(parts).ljust(length, b"\0")
 
     def write(self, slot: int, records: bytes) -> None:
         """Write side by side records from `slot` on."""
