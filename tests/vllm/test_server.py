@@ -12,29 +12,32 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from vllm_engine import ENVIRONMENT, START_SECONDS, prompt, wait_for
+from vllm_engine import ENVIRONMENT, START_SECONDS, prompt, transfer_config, wait_for
 
 pytestmark = pytest.mark.timeout(900)
 
 
 class Server:
-    def __init__(self, model, log):
+    def __init__(self, model, log, kvtier=None, more=()):
+        """Args:
+        kvtier: keys of kvtier's configuration; None takes what `kvtier vllm-config` prints.
+        more: further options of the server.
+        """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        printed = subprocess.run(
-            [sys.executable, "-m", "kvtier", "vllm-config", "--cpu", "64MiB"],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
+        if kvtier is None:
+            printing = [sys.executable, "-m", "kvtier", "vllm-config", "--cpu", "64MiB"]
+            printed = subprocess.run(printing, check=True, capture_output=True, text=True).stdout
+        else:
+            printed = shlex.join(["--kv-transfer-config", json.dumps(transfer_config(**kvtier))])
         options = "--skip-tokenizer-init --enforce-eager --dtype float32 --max-model-len 2048 --max-num-seqs 4"
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--num-gpu-blocks-override", "48"]
         self.model, self.log_path = str(model), log
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                [*command, *options.split(), *shlex.split(printed)],
+                [*command, *options.split(), *shlex.split(printed), *more],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -48,18 +51,18 @@ class Server:
         except OSError:
             return False
 
-    def open(self, path, body=None):
+    def open(self, path, body=None, **headers):
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}", data, {"content-type": "application/json"}
-        )
+        headers = {"content-type": "application/json"} | headers
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, headers)
         return urllib.request.urlopen(request, timeout=120)
 
-    def stream(self, tokens):
-        """Return the answer's tokens, as they came in a stream of events."""
+    def stream(self, tokens, rank=None):
+        """Return the answer's tokens, as they came in a stream of events; of one engine, if there are several."""
+        headers = {} if rank is None else {"X-data-parallel-rank": str(rank)}
         body = {"model": self.model, "prompt": tokens, "max_tokens": 12, "temperature": 0, "stream": True}
         received = []
-        with self.open("/v1/completions", body | {"return_token_ids": True, "ignore_eos": True}) as reply:
+        with self.open("/v1/completions", body | {"return_token_ids": True, "ignore_eos": True}, **headers) as reply:
             for line in reply:
                 if line.startswith(b"data: {"):
                     received += json.loads(line[6:])["choices"][0].get("token_ids") or []
@@ -69,9 +72,13 @@ class Server:
         with ThreadPoolExecutor(len(prompts)) as threads:
             return list(threads.map(self.stream, prompts))
 
-    def metric(self, name):
+    def metrics(self, name, label=""):
+        """Return the values of a metric, of the series that have a label."""
         lines = self.open("/metrics").read().decode().splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+        return [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name) and label in line]
+
+    def metric(self, name):
+        return sum(self.metrics(name))
 
     def stop(self):
         self.process.send_signal(signal.SIGTERM)
