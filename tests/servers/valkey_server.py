@@ -188,6 +188,10 @@ class ValkeyCluster:
     def move_slot(self, slot: int, target: int) -> None:
         """Give a slot, without its keys, to another node."""
         new_owner = self.node_id(target)
+        for index, node in enumerate(self.nodes):
+            keys = node.command("CLUSTER", "GETKEYSINSLOT", slot, 1000)
+            if keys and index != target:
+                node.command("DEL", *keys)
         for node in [self.nodes[target], *self.nodes]:
             node.command("CLUSTER", "SETSLOT", slot, "NODE", new_owner)
 

@@ -35,7 +35,11 @@ _UNREADABLE = frozenset({FailureCause.CORRUPT, FailureCause.FOREIGN, FailureCaus
 _REDIRECTIONS = frozenset({"MOVED", "ASK"})
 _UNUSABLE = frozenset({"LOADING", "MASTERDOWN", "NOAUTH", "CLUSTERDOWN"})
 """What a server says that can do nothing for anybody at the moment."""
-_CAUSES = {"OOM": FailureCause.NO_SPACE, "WRONGTYPE": FailureCause.CORRUPT}
+_CAUSES = {
+    "OOM": FailureCause.NO_SPACE,
+    "WRONGTYPE": FailureCause.CORRUPT,
+    **dict.fromkeys(_UNUSABLE, FailureCause.UNREACHABLE),
+}
 
 
 class RespStore(BlockStore):

@@ -1,0 +1,258 @@
+"""How fast the resp tier's store moves blocks, beside a raw socket and redis-py, on one server of this machine.
+
+Every figure is the median of several rounds; a round of every case is taken before the next round begins. The raw
+socket asks the same server for the same sizes with `sendall` and `recv_into`, checks nothing and parses nothing:
+what it moves is the most that this server gives one connection. The plain socket talks to a thread of its own
+instead of a server, and says what loopback itself would do. Ours seals, verifies and moves batches of some 2 MiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import socket
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import redis
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from kvtier.abc import StoreContext
+from kvtier.namespace import Namespace
+from kvtier.primary.arena import Arena
+from kvtier.stores.resp.settings import RespSettings
+from kvtier.stores.resp.store import RespStore
+from kvtier.testing.stores import make_key
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "servers"))
+from valkey_server import ValkeyServer
+
+TARGET_RATIO = 0.8
+TARGET_FROM_BYTES = 512 * 1024
+TARGET_PROBE_MILLISECONDS = 30.0
+PROBED_KEYS = 8192
+BATCH_BYTES = 2 << 20
+Sample = dict[str, float]
+
+
+class Case:
+    """Blocks of one size, in an arena, and everybody who moves them."""
+
+    def __init__(self, server: ValkeyServer, block_bytes: int, total_bytes: int) -> None:
+        self.block_bytes = block_bytes
+        self.count = max(2, total_bytes // block_bytes)
+        self.arena = Arena.create(self.count, block_bytes)
+        random = np.random.default_rng(block_bytes)
+        np.asarray(self.arena.view)[:] = random.integers(0, 256, (self.count, block_bytes), dtype=np.uint8)
+        self.rows = [self.arena.row(slot) for slot in range(self.count)]
+        self.keys = [make_key(number) for number in range(self.count)]
+        self.store = RespStore.open(
+            RespSettings.checked(server.url).to_options(), StoreContext(Namespace({"model": "bench"}), block_bytes)
+        )
+        self.client = redis.Redis(host=server.host, port=server.port)
+        self.raw = socket.create_connection(server.address)
+        self.raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.step = max(1, BATCH_BYTES // block_bytes)
+        self._small = memoryview(bytearray(64))
+
+    def close(self) -> None:
+        """Close all connections and release the arena."""
+        self.store.close()
+        self.client.close()
+        self.raw.close()
+        self.rows.clear()
+        self.arena.close()
+
+    def round(self) -> Sample:
+        """Move every block once each way; return GB/s by who did it and which way."""
+        sample: Sample = {}
+        movers: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+            "plain": (self._plain_write, self._plain_read),
+            "raw": (self._raw_write, self._raw_read),
+            "kvtier": (self._our_write, self._our_read),
+            "redis-py": (self._client_write, self._client_read),
+        }
+        for name, (write, read) in movers.items():
+            sample[f"{name} write"] = self._rate(write)
+            sample[f"{name} read"] = self._rate(read)
+        return sample
+
+    def _rate(self, move: Callable[[], Any]) -> float:
+        started = time.perf_counter()
+        move()
+        return self.count * self.block_bytes / 1e9 / (time.perf_counter() - started)
+
+    def _our_write(self) -> None:
+        for start in range(0, self.count, self.step):
+            stop = start + self.step
+            if not all(self.store.write(self.keys[start:stop], self.rows[start:stop])):
+                raise RuntimeError("a block was not stored")
+
+    def _our_read(self) -> None:
+        for start in range(0, self.count, self.step):
+            stop = start + self.step
+            if not all(self.store.read_into(self.keys[start:stop], self.rows[start:stop])):
+                raise RuntimeError("a block was not loaded")
+
+    def _client_write(self) -> None:
+        for number, row in enumerate(self.rows):
+            self.client.set(b"raw%06d" % number, row)
+
+    def _client_read(self) -> None:
+        for number, row in enumerate(self.rows):
+            row[:] = self.client.get(b"raw%06d" % number)
+
+    def _raw_write(self) -> None:
+        for number, row in enumerate(self.rows):
+            self.raw.sendall(b"*3\r\n$3\r\nSET\r\n$9\r\nraw%06d\r\n$%d\r\n" % (number, self.block_bytes))
+            self.raw.sendall(row)
+            self.raw.sendall(b"\r\n")
+            receive(self.raw, self._small[:5])
+
+    def _raw_read(self) -> None:
+        head = self._small[: len(b"$%d\r\n" % self.block_bytes)]
+        for number, row in enumerate(self.rows):
+            self.raw.sendall(b"*2\r\n$3\r\nGET\r\n$9\r\nraw%06d\r\n" % number)
+            receive(self.raw, head)
+            receive(self.raw, row)
+            receive(self.raw, self._small[:2])
+
+    def _plain_write(self) -> None:
+        with peer(self._swallow) as connection:
+            for row in self.rows:
+                connection.sendall(row)
+            receive(connection, self._small[:1])
+
+    def _plain_read(self) -> None:
+        with peer(self._pour) as connection:
+            for row in self.rows:
+                receive(connection, row)
+
+    def _swallow(self, connection: socket.socket) -> None:
+        memory = memoryview(bytearray(self.block_bytes))
+        for _ in range(self.count):
+            receive(connection, memory)
+        connection.sendall(b"!")
+
+    def _pour(self, connection: socket.socket) -> None:
+        memory = bytes(self.block_bytes)
+        for _ in range(self.count):
+            connection.sendall(memory)
+
+
+def receive(connection: socket.socket, view: memoryview) -> None:
+    """Fill the view."""
+    done = 0
+    while done < len(view):
+        received = connection.recv_into(view[done:])
+        if not received:
+            raise ConnectionError("the other side is gone")
+        done += received
+
+
+@contextlib.contextmanager
+def peer(serve: Callable[[socket.socket], None]) -> Iterator[socket.socket]:
+    """Give a loopback connection whose other end a thread serves."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        connection = socket.create_connection(listener.getsockname())
+        served, _ = listener.accept()
+    thread = threading.Thread(target=serve, args=(served,))
+    thread.start()
+    with connection, served:
+        yield connection
+        thread.join()
+
+
+def probe_milliseconds(server: ValkeyServer, rounds: int) -> dict[str, float]:
+    """Return what the existence of `PROBED_KEYS` keys costs: none held, a prefix held, every other one held."""
+    store = RespStore.open(
+        RespSettings.checked(server.url).to_options(), StoreContext(Namespace({"model": "probe"}), 64)
+    )
+    keys = [make_key(1_000_000 + number) for number in range(PROBED_KEYS)]
+    half = PROBED_KEYS // 2 - 7
+    cases = {"none held": [], "a prefix held": keys[:half], "every other one held": keys[::2]}
+    figures = {}
+    for name, held in cases.items():
+        store.delete(keys)
+        store.write(held, [memoryview(bytes(64))] * len(held))
+        times = []
+        for _ in range(rounds):
+            started = time.perf_counter()
+            found = store.contains(keys)
+            times.append((time.perf_counter() - started) * 1e3)
+            if sum(found) != len(held):
+                raise RuntimeError("a wrong answer")
+        figures[name] = statistics.median(times)
+    store.close()
+    return figures
+
+
+def measure(sizes: list[int], total_bytes: int, rounds: int) -> dict[str, Any]:
+    """Return the figures of all sizes, and of probes."""
+    server = ValkeyServer().start()
+    try:
+        cases = [Case(server, size, total_bytes) for size in sizes]
+        samples: dict[int, list[Sample]] = {case.block_bytes: [] for case in cases}
+        for case in cases:
+            case.round()  # the server's memory, and ours, is touched for the first time
+        for case in track([case for _ in range(rounds) for case in cases], description="measuring", transient=True):
+            samples[case.block_bytes].append(case.round())
+        probes = probe_milliseconds(server, rounds)
+        for case in cases:
+            case.close()
+    finally:
+        server.close()
+    rows = []
+    for size, taken in samples.items():
+        row: dict[str, float] = {name: statistics.median(s[name] for s in taken) for name in taken[0]}
+        for way in ("write", "read"):
+            row[f"ratio {way}"] = statistics.median(s[f"kvtier {way}"] / s[f"raw {way}"] for s in taken)
+        rows.append({"block_bytes": size, **row})
+    targets = {"ratio": TARGET_RATIO, "from_bytes": TARGET_FROM_BYTES, "probe_ms": TARGET_PROBE_MILLISECONDS}
+    return {"rows": rows, "probes_ms": probes, "probed_keys": PROBED_KEYS, "targets": targets}
+
+
+def report(figures: dict[str, Any]) -> None:
+    """Print the tables; what misses its target is marked."""
+    table = Table(title="GB/s, write / read; ratio: kvtier to the raw socket on the same server, paired by round")
+    for column in ("block", "plain socket", "raw socket", "kvtier", "redis-py", f"ratio, >= {TARGET_RATIO}"):
+        table.add_column(column, justify="right")
+    for row in figures["rows"]:
+        cells = [f"{row[f'{name} write']:.2f} / {row[f'{name} read']:.2f}" for name in ("plain", "raw", "kvtier")]
+        cells.append(f"{row['redis-py write']:.2f} / {row['redis-py read']:.2f}")
+        counts = row["block_bytes"] >= TARGET_FROM_BYTES
+        marks = ["!" if counts and row[f"ratio {way}"] < TARGET_RATIO else "" for way in ("write", "read")]
+        cells.append(f"{row['ratio write']:.2f}{marks[0]} / {row['ratio read']:.2f}{marks[1]}")
+        table.add_row(f"{row['block_bytes'] // 1024} KiB", *cells)
+    console = Console(width=120)
+    console.print(table)
+    for name, milliseconds in figures["probes_ms"].items():
+        mark = "" if milliseconds < TARGET_PROBE_MILLISECONDS else " !"
+        console.print(f"existence of {PROBED_KEYS:,} keys, {name}: {milliseconds:.1f} ms{mark}")
+
+
+def main() -> None:
+    """Measure, print, and write JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one round of less data")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    sizes = [size * 1024 for size in (128, 512, 2048, 8192)]
+    figures = measure(sizes, (16 if options.quick else 128) << 20, 1 if options.quick else options.rounds)
+    report(figures)
+    if options.json is not None:
+        options.json.write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()

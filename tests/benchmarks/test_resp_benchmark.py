@@ -1,0 +1,22 @@
+"""The benchmark runs, and says what it should; its figures are judged by people, on a quiet machine."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_quick_run_prints_a_table_and_writes_json(tmp_path):
+    path = tmp_path / "figures.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "resp.py"), "--quick", "--json", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    assert "redis-py" in done.stdout
+    assert "existence of 8,192 keys" in done.stdout
+    figures = json.loads(path.read_text())
+    assert [row["block_bytes"] // 1024 for row in figures["rows"]] == [128, 512, 2048, 8192]
+    for row in figures["rows"]:
+        # A tenth of the target is no figure of a busy machine any more: something became slow.
+        assert min(row["ratio write"], row["ratio read"]) > figures["targets"]["ratio"] / 10, row
+    assert figures["probes_ms"]["a prefix held"] < 10 * figures["targets"]["probe_ms"]
