@@ -67,7 +67,7 @@ class TestRespInline(TestResp):
         return super().make_tier(SuiteSpec(replace(offloading_spec.tier_context, inline_io=True)), primary_kv_view)
 
 
-class TestRespCluster(TestResp):
+class TestRespCluster(TestRespOnThreads):
     @pytest.fixture(autouse=True)
     def _server(self, valkey_cluster):
         from redis.cluster import ClusterNode, RedisCluster
@@ -86,9 +86,11 @@ def make_rig(valkey):
     """Makes engines that share the server; `identity` is whose blocks they take for theirs."""
     rigs = []
 
-    def make(identity=None, **options):
+    def make(identity=None, *, process=False, **options):
         context = TierContext(namespace=Namespace(identity or {"model": "shared", "rank": 0}))
         rig = TierRig(context)
+        if not process:
+            rig.spec = SuiteSpec(replace(rig.spec.tier_context, arena_fd=None))
         rig.attach(RespTierManager(rig.spec, rig.arena.view, "resp", **{"url": valkey.url, **options}))
         rig.tier.start()
         rigs.append(rig)
@@ -110,7 +112,7 @@ def test_what_one_engine_stores_another_loads_in_both_directions(make_rig):
 
 def test_two_engines_at_the_same_time(make_rig):
     """Both store the same blocks, and load what the other stores, with all jobs in flight at once."""
-    rigs = [make_rig(), make_rig()]
+    rigs = [make_rig(process=True), make_rig(process=True)]
     rounds = 8
     for turn in range(rounds):
         numbers = [turn * 8 + index for index in range(8)]

@@ -1,0 +1,190 @@
+"""Ways to the server that need something of their own: certificates, a network to cut, a salt."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from proxy import Proxy
+from valkey_server import ValkeyServer, wait_until
+
+from kvtier.abc import TierContext
+from kvtier.adapters.token_blocks import chain_keys, chain_root
+from kvtier.events import TierState
+from kvtier.namespace import Namespace
+from kvtier.secondary.resp import RespTierManager
+from kvtier.testing.tier_rig import SuiteSpec, TierRig
+from kvtier.types import LookupResult
+
+NAMESPACE = Namespace({"model": "reach"})
+
+
+def make_rig(url, **options):
+    rig = TierRig(TierContext(namespace=NAMESPACE))
+    rig.spec = SuiteSpec(replace(rig.spec.tier_context, arena_fd=None))
+    rig.attach(RespTierManager(rig.spec, rig.arena.view, "resp", url=url, **options))
+    rig.tier.start()
+    return rig
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """A certificate for localhost that signs itself."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed: no certificate for a TLS server")
+    folder = tmp_path_factory.mktemp("tls")
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject]
+    subprocess.run([*command, "-keyout", str(key), "-out", str(cert)], check=True, capture_output=True)
+    return str(cert), str(key)
+
+
+@pytest.fixture
+def tls_proxy(valkey, certificate):
+    proxy = Proxy(valkey.address, certificate)
+    yield proxy
+    proxy.close()
+
+
+def test_blocks_over_tls(tls_proxy, certificate):
+    rig = make_rig(tls_proxy.url, tls_ca_file=certificate[0])
+    rig.wait_up()
+    assert rig.store(range(16)).success
+    assert rig.load(range(16))[1] == list(range(16))
+    rig.close()
+
+
+def test_a_server_that_cannot_prove_who_it_is_gets_nothing(tls_proxy, valkey):
+    rig = make_rig(tls_proxy.url)
+    rig.wait(lambda: rig.tier.state is TierState.DOWN, "the tier is down")
+    assert "certificate" in rig.tier.state_reason.lower()
+    assert not rig.store([1]).success
+    assert valkey.command("DBSIZE") == 0
+    rig.close()
+    trusting = make_rig(tls_proxy.url, tls_verify=False)
+    trusting.wait_up()
+    assert trusting.store([1]).success
+    trusting.close()
+
+
+def test_prompts_of_different_salts_never_meet(valkey):
+    rig = make_rig(valkey.url)
+    rig.wait_up()
+    tokens = list(range(64))
+    ours, theirs = (chain_keys(tokens, 16, chain_root(NAMESPACE, salt)) for salt in ("tenant a", "tenant b"))
+    assert not set(ours) & set(theirs)
+    rig.finish(rig.submit(ours, range(4), load=False))
+
+    def answers(keys):
+        found = [rig.tier.lookup(key, rig.request) for key in keys]
+        return None if LookupResult.RETRY in found else found
+
+    for keys, expected in ((ours, LookupResult.HIT), (theirs, LookupResult.MISS)):
+        rig.wait(lambda keys=keys: answers(keys), "the lookups are answered")
+        assert answers(keys) == [expected] * 4
+    assert not rig.finish(rig.submit(theirs, range(8, 12), load=True)).successful_keys
+    rig.close()
+
+
+class Networks:
+    """Two network namespaces and a cable between them; nothing else is on it."""
+
+    def __init__(self):
+        self.near, self.far = f"kvt-near-{os.getpid()}", f"kvt-far-{os.getpid()}"
+        self.address = "198.18.77.2"
+        try:
+            for name in (self.near, self.far):
+                self._ip("netns", "add", name)
+            peer = ("peer", "name", "cable", "netns", self.far)
+            self._ip("link", "add", "cable", "netns", self.near, "type", "veth", *peer)
+            for name, address in ((self.near, "198.18.77.1"), (self.far, self.address)):
+                self.inside(name, "addr", "add", f"{address}/30", "dev", "cable")
+                self.inside(name, "link", "set", "cable", "up")
+                self.inside(name, "link", "set", "lo", "up")
+        except (OSError, subprocess.CalledProcessError) as error:
+            self.close()
+            raise RuntimeError(f"no network namespaces here: {error}") from error
+
+    def inside(self, name, *words):
+        self._ip("-n", name, *words)
+
+    def partition(self, cut):
+        self.inside(self.far, "link", "set", "cable", "down" if cut else "up")
+
+    def reject(self, on):
+        self.inside(self.near, "route", "add" if on else "del", "prohibit", f"{self.address}/32")
+
+    def close(self):
+        for name in (self.near, self.far):
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+    def _ip(self, *words):
+        subprocess.run(["ip", *words], check=True, capture_output=True, timeout=10)
+
+
+@pytest.fixture
+def networks():
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("needs root and iproute2, for network namespaces")
+    try:
+        made = Networks()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    yield made
+    made.close()
+
+
+ENGINE = """
+import json, sys
+from kvtier.abc import TierContext
+from kvtier.namespace import Namespace
+from kvtier.secondary.resp import RespTierManager
+from kvtier.testing.tier_rig import TierRig
+
+rig = TierRig(TierContext(namespace=Namespace({"model": "partition"})))
+rig.attach(RespTierManager(rig.spec, rig.arena.view, "resp", url=sys.argv[1], timeout=0.4, connect_timeout=0.4))
+rig.tier.start()
+for order in sys.stdin:
+    state, numbers = order.split()[0], [int(word) for word in order.split()[1:]]
+    def reached():
+        rig.lookup(99)
+        return rig.tier.state.value == state
+    rig.wait(reached, state, 30)
+    stored = rig.store(numbers).success
+    loaded = rig.load(numbers)[1]
+    print(json.dumps([rig.tier.state.value, rig.tier.state_reason, stored, loaded]), flush=True)
+rig.close()
+"""
+
+
+@pytest.mark.root
+def test_a_partition_and_a_rejection_between_networks(networks):
+    """The engine in one network, the server in another: packets vanish, later they are refused at once."""
+    server = ValkeyServer(host=networks.address, namespace=networks.far, protected_mode="no").start()
+    command = ["ip", "netns", "exec", networks.near, sys.executable, "-c", ENGINE, server.url]
+    engine = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path.cwd())
+
+    def order(state):
+        engine.stdin.write(f"{state} 1 2 3\n")
+        engine.stdin.flush()
+        return json.loads(engine.stdout.readline())
+
+    try:
+        assert order("up")[2:] == [True, [1, 2, 3]]
+        for cut in (networks.partition, networks.reject):
+            cut(True)
+            _, reason, stored, loaded = order("down")
+            assert (stored, loaded) == (False, [])
+            assert reason
+            cut(False)
+            assert order("up")[2:] == [True, [1, 2, 3]]
+    finally:
+        engine.stdin.close()
+        wait_until(lambda: engine.poll() is not None, "the engine's end")
+        engine.stdout.close()
+        server.close()
