@@ -12,6 +12,10 @@ from kvtier.events import Observer, TierState, TierStateChanged
 logger = logging.getLogger("kvtier")
 
 
+_CALM = 4
+"""Pauses without a failure after which the next one is short again."""
+
+
 class BreakerState(Enum):
     """Whether a tier may be used."""
 
@@ -27,7 +31,11 @@ _OPEN = BreakerState.OPEN
 
 
 class Breaker:
-    """Counts failures in a row and spaces the attempts after them: 0.5 s, doubled up to 30 s."""
+    """Counts failures in a row and spaces the attempts after them: 0.5 s, doubled up to 30 s.
+
+    The spacing starts anew only after a calm as long as a few of the last pauses: a job that kills its process every
+    time, among others that succeed, must not restart it twice a second.
+    """
 
     def __init__(
         self, clock: Clock, failures_to_open: int = 3, first_backoff: float = 0.5, longest_backoff: float = 30.0
@@ -43,11 +51,12 @@ class Breaker:
         self.retry_at = 0.0
 
     def succeed(self) -> None:
-        """Note a success of the thing itself: all is forgiven."""
+        """Note a success of the thing itself; after a calm, all is forgiven."""
         if self.state is not BreakerState.OPEN:
             self.state = BreakerState.CLOSED
             self._failures = 0
-            self._backoff = self._first_backoff
+            if self._clock() - self.retry_at >= _CALM * self._backoff:
+                self._backoff = self._first_backoff
 
     def fail(self) -> bool:
         """Note a failed job; return whether that opened the breaker."""

@@ -124,6 +124,18 @@ def test_a_disk_that_cannot_be_written_is_still_read(rig, faulty_disk):
     assert rig.store([30]).success
 
 
+def test_a_disk_that_became_read_only_under_open_files_is_still_read(rig, faulty_disk):
+    tier = start(rig, faulty_disk.path / "tier")
+    rig.store(ALL)
+    faulty_disk.fail(error="EROFS", on=["write", "create"])
+    for number in range(30, 36):
+        assert not rig.store([number]).success
+        assert rig.load(ALL)[1] == ALL
+    assert tier.state is TierState.UP
+    faulty_disk.heal()
+    rig.wait(lambda: rig.store([30]).success, "it is tried again")
+
+
 @pytest.mark.parametrize("files", ["headers", "data-"])
 def test_half_written_blocks_are_misses(rig, faulty_disk, files):
     """Payload without record, or record without payload: neither is served, now or after a restart."""

@@ -267,8 +267,15 @@ def test_the_breaker_opens_half_opens_and_closes():
     breaker.succeed()
     assert breaker.state is BreakerState.CLOSED
     assert [breaker.fail() for _ in range(3)] == [False, False, True]
-    clock.advance(0.5)
+    clock.advance(1.9)
+    assert not breaker.try_again(), "a success at once does not make the pauses short again"
+    clock.advance(0.1)
     assert breaker.try_again()
+    clock.advance(16)
+    breaker.succeed()
+    assert [breaker.fail() for _ in range(3)] == [False, False, True]
+    clock.advance(0.5)
+    assert breaker.try_again(), "one after a calm does"
     breaker.check_invariants()
 
 

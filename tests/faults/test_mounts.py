@@ -1,0 +1,130 @@
+"""Filesystems that fill up, become read-only, go away and come back, under a tier that works; real mounts, by root."""
+
+import os
+from pathlib import Path
+
+import pytest
+from disk_rigs import disk_tier, make_rig, start, striped_tier
+
+from kvtier.errors import StoreUnavailableError
+from kvtier.events import BlocksFailed, TierState
+from kvtier.stores.slab import mounts
+from kvtier.stores.slab.mounts import check_mounted, mount_point_of
+from kvtier.types import FailureCause, LookupResult
+
+ALL = list(range(20))
+
+
+@pytest.fixture
+def rig():
+    rig = make_rig()
+    yield rig
+    rig.close()
+
+
+@pytest.mark.root
+def test_a_full_disk_goes_on_with_what_fits(small_disk, rig):
+    disk = small_disk("size=400k")
+    start(rig, disk.path / "tier", capacity=4 << 20)
+    for first in range(0, 200, 20):
+        rig.store(range(first, first + 20))
+    assert FailureCause.NO_SPACE in {event.cause for event in rig.recorder.of(BlocksFailed)}
+    held = [number for number in range(200) if rig.lookup(number) is LookupResult.HIT]
+    assert len(held) >= 20
+    assert rig.load(held[:30])[1] == held[:30]
+    rig.tier.shutdown()
+    start(rig, disk.path / "tier", capacity=4 << 20)
+    assert rig.load(held[:30])[1] == held[:30]
+
+
+@pytest.mark.root
+def test_a_filesystem_that_became_read_only_is_left_alone_until_it_is_written_again(small_disk, rig, caplog):
+    disk = small_disk()
+    tier = start(rig, disk.path / "tier")
+    rig.store(ALL)
+    tier._supervisor._breaker._backoff = 1.0  # no process has files open meanwhile: the system would refuse
+    tier._supervisor._breaker._longest_backoff = 1.0
+    os.kill(tier.io_pid, 9)
+    rig.wait(lambda: tier.io_pid is None, "it is down")
+    disk.remount("ro,size=32m")
+    rig.wait(lambda: "Read-only" in tier.state_reason, "it says why")
+    assert not rig.store([50]).success
+    assert not rig.load([1])[1]
+    disk.remount("rw,size=32m")
+    rig.wait_up()
+    assert rig.load(ALL)[1] == ALL
+    assert rig.store([50]).success
+    assert sum("Read-only" in message for message in caplog.messages) == 1
+
+
+@pytest.mark.root
+def test_an_unmounted_disk_is_not_replaced_by_the_one_below(small_disk, rig):
+    disk = small_disk()
+    place = disk.path / "tier"
+    tier = start(rig, place)
+    rig.store(ALL)
+    os.kill(tier.io_pid, 9)
+    disk.unmount()
+    rig.wait(lambda: tier.state is TierState.DOWN and "not mounted" in tier.state_reason, "it says why")
+    assert str(disk.path) in tier.state_reason
+    assert not place.exists(), "a slab was made on the disk below"
+    disk.mount_again()
+    rig.wait_up()
+    assert rig.store(ALL).success
+    assert rig.load(ALL)[1] == ALL
+
+
+@pytest.mark.root
+def test_an_unmounted_stripe_is_dropped_and_used_again(small_disk, rig, tmp_path):
+    disk = small_disk()
+    tier = striped_tier(rig, [tmp_path / "good", disk.path], job_deadline=3.0)
+    tier._least_run = 1
+    tier.start()
+    rig.wait(lambda: tier.get_stats()["stripes_up"] == 2, "both are up")
+    assert rig.store(ALL).success
+    os.kill(tier.io_pids[1], 9)
+    disk.unmount()
+    rig.wait(lambda: "not mounted" in tier.state_reason, "it is dropped")
+    assert tier.state is TierState.UP
+    assert os.listdir(disk.path) == []
+    assert rig.load(ALL)[1] == ALL[:10]
+    assert rig.store(ALL).success
+    disk.mount_again()
+    rig.wait(lambda: tier.get_stats()["stripes_up"] == 2, "it is used again", 20)
+    assert rig.load(ALL)[1] == ALL
+
+
+def test_a_mount_point_of_the_systems_table_must_be_mounted(tmp_path, monkeypatch):
+    table = tmp_path / "fstab"
+    place = tmp_path / "with space"
+    place.mkdir()
+    escaped = str(place).replace(" ", "\\040")
+    table.write_text(f"# comment\n\nUUID=1 / ext4 defaults 0 1\nUUID=2 {escaped} xfs nofail 0 2\nshort\n")
+    monkeypatch.setattr(mounts, "FSTAB", table)
+    for path in (place, place / "kv", place / "a" / "b"):
+        with pytest.raises(StoreUnavailableError, match="not mounted now"):
+            check_mounted(path)
+    check_mounted(tmp_path / "elsewhere")
+    monkeypatch.setattr(mounts, "FSTAB", tmp_path / "none")
+    check_mounted(place)
+
+
+def test_mount_points_are_found(tmp_path):
+    assert os.path.ismount(mount_point_of(str(tmp_path / "not" / "yet")))
+    assert mount_point_of("/proc/self") == "/proc"
+
+
+def test_only_the_last_directory_is_made(rig, tmp_path):
+    tier = disk_tier(rig, tmp_path / "missing" / "tier")
+    tier.start()
+    rig.wait(lambda: tier.state is TierState.DOWN, "it is down")
+    assert "does not exist" in tier.state_reason
+    assert not (tmp_path / "missing").exists()
+    (tmp_path / "missing").mkdir()
+    rig.wait_up()
+
+
+def test_a_share_of_a_missing_directory_is_made(rig, tmp_path):
+    start(rig, tmp_path / "tier" / "dp1")
+    assert rig.store(ALL).success
+    assert Path(tmp_path / "tier").stat().st_mode & 0o777 == 0o700
