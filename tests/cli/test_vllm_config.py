@@ -31,6 +31,21 @@ def test_prints_the_option_that_vllm_takes():
     }
 
 
+def test_a_shared_server_stands_behind_the_disks():
+    result = run("--cpu", "8GiB", "--disk", "/cache:200GiB", "--resp", "redis://host:6379")
+    assert result.exit_code == 0
+    tiers = json.loads(shlex.split(result.stdout)[1])["kv_connector_extra_config"]["secondary_tiers"]
+    assert [tier["type"] for tier in tiers] == ["disk", "resp"]
+    assert tiers[1]["url"] == "redis://host:6379"
+
+
+def test_a_password_in_a_url_is_not_repeated():
+    result = run("--cpu", "8GiB", "--resp", "redis://:hunter2@host")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "password_env" in result.stderr
+    assert "hunter2" not in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
