@@ -53,6 +53,13 @@ class TestSingle(OnServer):
         prefix, namespace, key = self.client.keys()[0].decode().split(":")
         assert (prefix, namespace, key) == ("kvtier", self.context.namespace.fingerprint.hex(), make_key(1).hex())
 
+    @pytest.mark.parametrize("step", [1, 3, 50, 1000])
+    def test_existence_of_many(self, step):
+        keys = [make_key(number) for number in range(203)]
+        for key in keys[::step]:
+            self.client.set(self.store.name(key), b"anything")
+        assert self.store.contains(keys) == [number % step == 0 for number in range(203)]
+
     def test_a_block_lives_as_long_as_configured(self):
         store = open_store(self.context, self.server.url, ttl=90)
         self._write([1], store)

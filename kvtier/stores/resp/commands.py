@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _MOST_SKIPPED = 4
 """Times the length of a value: a longer reply is not received, the connection is closed instead."""
 _NO_PAYLOAD = memoryview(b"")
+_GROUP = 32
+"""Blocks whose existence is counted at once."""
 _ASKING = b"*1\r\n$6\r\nASKING\r\n"
 
 
@@ -126,13 +128,23 @@ class Exchanges:
         """Ask whether each block is held."""
         self._ask(wire, b"*2\r\n$6\r\nEXISTS\r\n", requests)
 
-    def count(self, wire: Wire, groups: Sequence[Sequence[OffloadKey]]) -> list[int | Refused]:
-        """Return how many of each group are held: far cheaper for a server than one question a block.
+    def look(self, wire: Wire, keys: Sequence[OffloadKey]) -> list[bool | None]:
+        """Return which of `keys`, all of one length, a single server holds; None where it refused to say.
 
-        The keys of a group are of one length, and may be in any slot: this is for single servers.
+        Groups are counted first, which is far cheaper than one question a block: of a prefix, all groups but one are
+        held whole or not at all. The blocks of the others are asked for one by one.
         """
-        wire.send([self._counting(keys) for keys in groups])
-        return wire.integers(len(groups))
+        groups = [keys[start : start + _GROUP] for start in range(0, len(keys), _GROUP)]
+        wire.send([self._counting(group) for group in groups])
+        held: list[bool | None] = []
+        for group, count in zip(groups, wire.integers(len(groups)), strict=True):
+            held += [None if count not in (0, len(group)) else count != 0] * len(group)
+        unclear = [index for index, answer in enumerate(held) if answer is None]
+        if unclear:
+            wire.send([self._asking_each([keys[index] for index in unclear])])
+            for index, flag in zip(unclear, wire.flags(len(unclear)), strict=True):
+                held[index] = None if isinstance(flag, Refused) else flag
+        return held
 
     def delete(self, wire: Wire, requests: Sequence[Request]) -> None:
         """Let the server forget the blocks."""
@@ -150,10 +162,17 @@ class Exchanges:
 
     def _counting(self, keys: Sequence[OffloadKey]) -> bytes:
         """Return the command that counts which of `keys` are held."""
+        return b"*%d\r\n$6\r\nEXISTS%b\r\n" % (1 + len(keys), self._names(b"", keys))
+
+    def _asking_each(self, keys: Sequence[OffloadKey]) -> bytes:
+        """Return the commands that ask for each of `keys`."""
+        return self._names(b"\r\n*2\r\n$6\r\nEXISTS", keys)[2:] + b"\r\n"
+
+    def _names(self, command: bytes, keys: Sequence[OffloadKey]) -> bytes:
+        """Return `command` and a name, for each of `keys`."""
         length = len(keys[0])
-        before = b"\r\n$%d\r\n%b" % (len(self._name_prefix) + 2 * length, self._name_prefix)
-        names = hexlify(b"".join(keys), b"|", -length).replace(b"|", before)
-        return b"*%d\r\n$6\r\nEXISTS%b%b\r\n" % (1 + len(keys), before, names)
+        before = b"%b\r\n$%d\r\n%b" % (command, len(self._name_prefix) + 2 * length, self._name_prefix)
+        return before + hexlify(b"".join(keys), b"|", -length).replace(b"|", before)
 
     def _verified(self, header: bytes, key: OffloadKey, checksum: bytes) -> Reply:
         cause = self._seal.verify_summed(header, key, self._block_bytes, checksum)

@@ -29,8 +29,6 @@ _LONGEST_PAUSE = 0.02
 """Seconds before a new connection, drawn at random: all engines lose theirs at the same moment."""
 _BREAKS_TO_LOSE = 3
 """Connections that break one after the other, before the server is taken for lost."""
-_GROUP = 32
-"""Blocks whose existence is counted at once: a prefix is held up to some block and not behind it."""
 _UNREADABLE = frozenset({FailureCause.CORRUPT, FailureCause.FOREIGN, FailureCause.OLD_FORMAT})
 _REDIRECTIONS = frozenset({"MOVED", "ASK"})
 _UNUSABLE = frozenset({"LOADING", "MASTERDOWN", "NOAUTH", "CLUSTERDOWN"})
@@ -79,32 +77,29 @@ class RespStore(BlockStore):
 
     def contains(self, keys: Sequence[OffloadKey]) -> list[bool]:
         """Return what the servers say; blocks of a cluster's lost node are not held."""
-        counted = self._count(keys)
-        requests = [Request(key, self.name(key)) for key, held in zip(keys, counted, strict=True) if held is None]
+        known = self._look(keys)
+        requests = [Request(key, self.name(key)) for key, held in zip(keys, known, strict=True) if held is None]
         self._carry_out(self._exchanges.find, requests)
         if requests and all(_failed(request) for request in requests):
             raise StoreError(f"existence: {_explain(requests[0])}")
         found = iter(requests)
-        return [next(found).reply is Outcome.DONE if held is None else held for held in counted]
+        return [next(found).reply is Outcome.DONE if held is None else held for held in known]
 
-    def _count(self, keys: Sequence[OffloadKey]) -> list[bool | None]:
-        """Return what counting groups of neighbours says: all of them are held, or none; None if that is not enough."""
+    def _look(self, keys: Sequence[OffloadKey]) -> list[bool | None]:
+        """Return what a single server says in the short way; None for what has to be asked in the long one."""
         server = self._topology.only_server
+        unknown: list[bool | None] = [None] * len(keys)
         if server is None or len(set(map(len, keys))) != 1:
-            return [None] * len(keys)
-        groups = [keys[start : start + _GROUP] for start in range(0, len(keys), _GROUP)]
-        counts: list[int | Refused] = []
+            return unknown
+        held: list[bool | None] = []
 
-        def count(wire: Wire, requests: Sequence[Request]) -> None:
-            counts.extend(self._exchanges.count(wire, groups))
+        def look(wire: Wire, requests: Sequence[Request]) -> None:
+            held.extend(self._exchanges.look(wire, keys))
 
         try:
-            server.exchange(count, (), time.monotonic() + self._timeout)
+            server.exchange(look, (), time.monotonic() + self._timeout)
         except (ServerLostError, ConnectionBrokenError):
-            return [None] * len(keys)  # asked once more, one by one, and then it matters
-        held: list[bool | None] = []
-        for group, number in zip(groups, counts, strict=True):
-            held += [None if number not in (0, len(group)) else number != 0] * len(group)
+            return unknown  # and then it matters why
         return held
 
     def write(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
