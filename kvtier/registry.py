@@ -99,6 +99,9 @@ TIERS.register("example", "kvtier.secondary.example", "ExampleSecondaryTierManag
 POLICIES: Registry[type[EvictionPolicy]] = Registry("eviction_policy", EvictionPolicy)
 POLICIES.register("lru", "kvtier.eviction.lru", "LRUPolicy")
 POLICIES.register("arc", "kvtier.eviction.arc", "ARCPolicy")
+POLICIES.register("s3fifo", "kvtier.eviction.s3fifo", "S3FIFOPolicy")
+POLICIES.register("tinylfu", "kvtier.eviction.tinylfu", "TinyLFUPolicy")
+POLICIES.register("prefix", "kvtier.eviction.prefix", "PrefixPolicy")
 
 WORKERS: Registry[Callable[..., OffloadingWorker]] = Registry("device")
 WORKERS.register("cpu-numpy", "kvtier.primary.worker", "NumpyOffloadingWorker")
@@ -106,7 +109,7 @@ WORKERS.register("torch", "kvtier.adapters.torch", "make_worker")
 
 
 class EvictionPolicyFactory:
-    """Makes eviction policies by name; "lru" and "arc" are built in."""
+    """Makes eviction policies by name; "lru", "arc", "s3fifo", "tinylfu" and "prefix" are built in."""
 
     @classmethod
     def register_policy(cls, name: str, module_path: str, class_name: str) -> None:

@@ -234,6 +234,11 @@ class PrefixPolicy(EvictionPolicy):
         for part in reversed(blocks):
             self._add(part)
 
+    def uses_of(self, key: OffloadKey) -> int:
+        """Return how often a block is known to have been used; 0 if it is not held."""
+        part = self._part_of.get(key)
+        return part.uses if part is not None else 0
+
     def clear(self) -> None:
         """Forget everything, what was learned included."""
         self._part_of.clear()

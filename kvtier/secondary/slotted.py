@@ -13,6 +13,9 @@ from kvtier.errors import ConfigError, KeyFormatError, ProtocolError
 from kvtier.events import BlocksEvicted, TierState
 from kvtier.eviction.arc import ARCPolicy
 from kvtier.eviction.lru import LRUPolicy
+from kvtier.eviction.prefix import PrefixPolicy
+from kvtier.eviction.s3fifo import S3FIFOPolicy
+from kvtier.eviction.tinylfu import TinyLFUPolicy
 from kvtier.keys import OffloadKey
 from kvtier.primary.table import BlockTable
 from kvtier.secondary.executor import Report
@@ -26,7 +29,13 @@ _SECONDS_FULL = 5.0
 """How long a medium without space is not asked for more of it."""
 _HIT, _MISS, _UP = LookupResult.HIT, LookupResult.MISS, TierState.UP
 
-BUILT_IN_POLICIES: Mapping[str, type[EvictionPolicy]] = {"lru": LRUPolicy, "arc": ARCPolicy}
+BUILT_IN_POLICIES: Mapping[str, type[EvictionPolicy]] = {
+    "lru": LRUPolicy,
+    "arc": ARCPolicy,
+    "s3fifo": S3FIFOPolicy,
+    "tinylfu": TinyLFUPolicy,
+    "prefix": PrefixPolicy,
+}
 
 
 def find_policy(name: object, more: Mapping[str, type[EvictionPolicy]]) -> type[EvictionPolicy]:

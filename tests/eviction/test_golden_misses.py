@@ -7,9 +7,14 @@ import pytest
 from kvtier.abc import EvictionPolicy
 from kvtier.eviction.arc import ARCPolicy
 from kvtier.eviction.lru import LRUPolicy
+from kvtier.eviction.prefix import PrefixPolicy
+from kvtier.eviction.s3fifo import S3FIFOPolicy
+from kvtier.eviction.tinylfu import TinyLFUPolicy
 
+from .one_by_one import use
 from .replay import Counts, Requests, held_prefix, read_extract, read_requests, replay
-from .textbook import TextbookLRU
+from .textbook import TextbookARC, TextbookLRU
+from .textbook_filters import TextbookS3FIFO, TextbookTinyLFU
 
 GOLDEN = {
     (LRUPolicy, 300): 40_147,
@@ -18,6 +23,15 @@ GOLDEN = {
     (ARCPolicy, 300): 40_051,
     (ARCPolicy, 1500): 39_613,
     (ARCPolicy, 6000): 35_785,
+    (S3FIFOPolicy, 300): 40_051,
+    (S3FIFOPolicy, 1500): 39_372,
+    (S3FIFOPolicy, 6000): 36_082,
+    (TinyLFUPolicy, 300): 40_203,
+    (TinyLFUPolicy, 1500): 39_766,
+    (TinyLFUPolicy, 6000): 36_064,
+    (PrefixPolicy, 300): 40_147,
+    (PrefixPolicy, 1500): 39_389,
+    (PrefixPolicy, 6000): 35_779,
 }
 
 FULL_TRACE = Path(__file__).parents[3] / "shared" / "traces" / "conversation_trace.jsonl"
@@ -79,3 +93,23 @@ def test_only_a_leading_run_counts_as_hits(extract: Requests) -> None:
     keys = extract[0][:4]
     policy.insert([*keys[:2], keys[3]])
     assert held_prefix(policy, keys) == 2
+
+
+@pytest.mark.parametrize(
+    ("policy_class", "textbook_class"),
+    [
+        (LRUPolicy, TextbookLRU),
+        (ARCPolicy, TextbookARC),
+        (S3FIFOPolicy, TextbookS3FIFO),
+        (TinyLFUPolicy, TextbookTinyLFU),
+    ],
+)
+def test_misses_equal_those_of_the_textbook(policy_class, textbook_class, extract: Requests) -> None:
+    policy, textbook = policy_class(200), textbook_class(200)
+    misses = textbook_misses = 0
+    for key in [key for keys in extract[1000:1200] for key in reversed(keys)]:
+        misses += key not in policy
+        textbook_misses += key not in textbook
+        use(policy, key)
+        textbook.request(key)
+    assert misses == textbook_misses

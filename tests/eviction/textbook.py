@@ -8,6 +8,9 @@ class TextbookLRU:
         self.capacity = capacity
         self.stack: dict[Hashable, None] = {}
 
+    def __contains__(self, x: Hashable) -> bool:
+        return x in self.stack
+
     def request(self, key: Hashable) -> Hashable | None:
         """Use `key`; return what it evicted."""
         victim = None
@@ -30,6 +33,9 @@ class TextbookARC:
         self.t2: list[Hashable] = []
         self.b1: list[Hashable] = []
         self.b2: list[Hashable] = []
+
+    def __contains__(self, x: Hashable) -> bool:
+        return x in self.t1 or x in self.t2
 
     def request(self, x: Hashable) -> Hashable | None:
         """Use `x`; return what it evicted."""
