@@ -92,8 +92,6 @@ def _verify_slab(
             progress.update(task, total=len(records.inventory.keys) * (survey.block_bytes or 0))
             found = verify_namespace(survey.folder, records, lambda: not repair and find_holder(slab) is not None, pace)
         except FileNotFoundError:
-            if survey.folder.exists():
-                raise
             continue
         if repair and found.bad:
             empty_records(survey.folder, records.num_slots, found.bad)

@@ -239,6 +239,26 @@ def test_nothing_is_called_corrupt_while_a_process_rewrites_everything(tmp_path)
             writer.kill()
 
 
+def test_namespaces_come_and_go_while_it_looks(slab, context):
+    done = threading.Event()
+
+    def come_and_go():
+        while not done.is_set():
+            shutil.copytree(folder_of(slab, context), slab / ("a" * 32))
+            shutil.rmtree(slab / ("a" * 32))
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        for _ in range(100):
+            namespaces = {survey.folder: survey.num_blocks for survey in survey_slab(slab).namespaces}
+            assert namespaces.pop(folder_of(slab, context)) == BLOCKS
+            assert set(namespaces) <= {slab / ("a" * 32)}
+    finally:
+        done.set()
+        thread.join()
+
+
 def test_an_unreadable_block_is_an_io_error_and_costs_no_other(slab, context, monkeypatch):
     real = os.preadv
 

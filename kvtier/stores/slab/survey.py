@@ -29,6 +29,7 @@ from kvtier.stores.slab.reading import Description, read_description, read_recor
 from kvtier.types import FailureCause
 
 _RANK_FOLDER = re.compile(r"dp(\d+)")
+_ATTEMPTS = 3
 _LOCK_CONTENT = re.compile(rb"\d{0,20}\n?")
 
 
@@ -132,7 +133,7 @@ def find_holder(path: Path) -> Holder | None:
 
 def namespace_folders(path: Path) -> list[Path]:
     """Return the folders of a slab's namespaces, latest use first."""
-    return sorted(filter(is_namespace, path.iterdir()), key=last_use, reverse=True)
+    return sorted(filter(_is_namespace_now, path.iterdir()), key=last_use, reverse=True)
 
 
 def survey_slab(path: Path) -> SlabSurvey:
@@ -141,17 +142,11 @@ def survey_slab(path: Path) -> SlabSurvey:
     Raises:
         OSError: it cannot be read.
     """
-    surveys = []
-    for folder in namespace_folders(path):
-        try:
-            surveys.append(survey_namespace(folder))
-        except FileNotFoundError:
-            if folder.exists():
-                raise
+    surveys = [survey for folder in namespace_folders(path) if (survey := _survey_if_there(folder)) is not None]
     system = os.statvfs(path)
-    others = [entry.lstat() for entry in path.iterdir() if not is_namespace(entry)]
-    disk_bytes = sum(survey.disk_bytes for survey in surveys)
-    disk_bytes += sum(status.st_blocks * 512 for status in [path.stat(), *others])
+    folders = {survey.folder for survey in surveys}
+    others = [path, *(entry for entry in path.iterdir() if entry not in folders)]
+    disk_bytes = sum(map(_own_bytes, others)) + sum(survey.disk_bytes for survey in surveys)
     return SlabSurvey(path, find_holder(path), surveys, disk_bytes, system.f_bavail * system.f_frsize)
 
 
@@ -178,6 +173,31 @@ def survey_namespace(folder: Path) -> NamespaceSurvey:
     )
 
 
+def _survey_if_there(folder: Path) -> NamespaceSurvey | None:
+    """Look at a namespace, anew if an engine deletes some of it meanwhile; return None if it deletes all."""
+    for _ in range(_ATTEMPTS):
+        try:
+            return survey_namespace(folder)
+        except FileNotFoundError:
+            continue
+    return None
+
+
+def _is_namespace_now(folder: Path) -> bool:
+    try:
+        return is_namespace(folder)
+    except FileNotFoundError:
+        return False
+
+
+def _own_bytes(path: Path) -> int:
+    """Return the bytes of a file, or of a folder without what is in it; 0 if it is gone."""
+    try:
+        return path.lstat().st_blocks * 512
+    except FileNotFoundError:
+        return 0
+
+
 def _is_slab(path: Path) -> bool:
     """Return whether `path` has the lock of a slab: a small file that is empty or holds a pid."""
     try:
@@ -202,10 +222,13 @@ def _describe_holder(content: bytes) -> Holder:
 
 
 def _command_of(pid: int) -> str:
+    """Return the command line of a process, its program without the folder."""
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").replace(b"\0", b" ").decode(errors="replace")
+        program, _, arguments = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").partition(b"\0")
     except OSError:
         return ""
+    words = [program.rpartition(b"/")[2], *arguments.split(b"\0")]
+    return b" ".join(words).decode(errors="replace").rstrip()
 
 
 def _parent_of(pid: int) -> int | None:
