@@ -21,6 +21,8 @@ _MOST_SKIPPED = 4
 _NO_PAYLOAD = memoryview(b"")
 _GROUP = 32
 """Blocks whose existence is counted at once."""
+_AHEAD_BYTES = 512 * 1024
+"""Asked for before they are received: enough to keep a connection busy, and no pile in the server's memory."""
 _ASKING = b"*1\r\n$6\r\nASKING\r\n"
 
 
@@ -107,9 +109,13 @@ class Exchanges:
 
     def read(self, wire: Wire, requests: Sequence[Request]) -> None:
         """GET every block into its buffer, and verify it there."""
-        wire.send([_packed(b"*2\r\n$3\r\nGET\r\n", requests)])
+        get = b"*2\r\n$3\r\nGET\r\n"
+        ahead = max(1, _AHEAD_BYTES // self._block_bytes)
+        wire.send([_packed(get, requests[:ahead])])
         most = len(self._value_line)
         for number, request in enumerate(requests):
+            if number + ahead < len(requests):
+                wire.send([_packed(get, requests[number + ahead : number + ahead + 1])])
             line = _status(wire, request, most)
             if line[:1] == b"-":
                 request.reply = Refused.parse(line[1:])
