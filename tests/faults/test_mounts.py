@@ -24,7 +24,8 @@ def rig():
 
 @pytest.mark.root
 def test_a_full_disk_goes_on_with_what_fits(small_disk, rig):
-    disk = small_disk("size=400k")
+    disk = small_disk("size=4200k")
+    (disk.path / "filler").write_bytes(bytes(3800 * 1024))
     start(rig, disk.path / "tier", capacity=4 << 20)
     for first in range(0, 200, 20):
         rig.store(range(first, first + 20))

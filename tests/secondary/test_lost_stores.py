@@ -188,7 +188,7 @@ def test_many_lives_leave_nothing_behind():
 def test_a_disk_that_others_filled_goes_on_with_the_space_it_has(tmp_path):
     if os.geteuid() != 0 or shutil.which("mount") is None:
         pytest.skip("needs root and mount(8)")
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "kvtier-test", str(tmp_path)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=5m", "kvtier-test", str(tmp_path)]
     if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("may not mount here")
     clock = ManualClock()
@@ -197,7 +197,7 @@ def test_a_disk_that_others_filled_goes_on_with_the_space_it_has(tmp_path):
         rig.attach(DiskTierManager(rig.spec, rig.arena.view, "disk", path=str(tmp_path / "t"), capacity="4MiB"))
         rig.tier.start()
         with open(tmp_path / "filler", "wb") as filler:
-            filler.write(bytes(500 << 10))
+            filler.write(bytes((4 << 20) + (500 << 10)))
         while rig.store([rig.answers.total()]).success:
             pass
         held = rig.tier.get_stats()["blocks"]
@@ -206,7 +206,7 @@ def test_a_disk_that_others_filled_goes_on_with_the_space_it_has(tmp_path):
             assert rig.store([number]).success, "it evicts, and learns"
         assert rig.load(range(124, 140))[1] == list(range(124, 140))
         assert rig.tier.get_stats()["blocks"] == held
-        os.truncate(tmp_path / "filler", 0)
+        os.truncate(tmp_path / "filler", 4 << 20)
         clock.advance(5)
         for number in range(200, 230):
             assert rig.store([number]).success

@@ -278,8 +278,8 @@ def test_a_file_size_limit_is_no_space(slab, context):
 
 
 def test_min_free_is_left_free(slab, context):
-    free = os.statvfs(slab.parent).f_bavail * os.statvfs(slab.parent).f_frsize
-    store = open_slab(slab, context, min_free=free * 2)
+    status = os.statvfs(slab.parent)
+    store = open_slab(slab, context, min_free=status.f_blocks * status.f_frsize - (1 << 20))
     assert not any(write(store, ALL))
     assert context.failures.take() == {FailureCause.NO_SPACE: 20}
     store.close()
@@ -311,7 +311,8 @@ def mount():
 
 @pytest.mark.root
 def test_a_full_disk(mount, context):
-    disk = mount("size=256k")
+    disk = mount("size=1100k")
+    (disk / "filler").write_bytes(bytes(844 * 1024))
     store = open_slab(disk / "slab", context, capacity=1 << 20)
     results = write(store, range(100))
     held = [number for number, result in enumerate(results) if result]
@@ -327,9 +328,19 @@ def test_a_full_disk(mount, context):
 
 
 @pytest.mark.root
+def test_a_filesystem_that_can_never_hold_it(mount, context):
+    disk = mount("size=800k")
+    with pytest.raises(StoreUnavailableError, match=r"its filesystem has 800.0 KiB, too small for 1.0 MiB"):
+        open_slab(disk / "slab", context, capacity=1 << 20)
+    with pytest.raises(StoreUnavailableError, match=r"600\.0 KiB to stay free"):
+        open_slab(disk / "slab", context, capacity=300_000, min_free=600 << 10)
+    open_slab(disk / "slab", context, capacity=700 << 10).close()
+
+
+@pytest.mark.root
 def test_a_disk_too_full_to_start(mount, context):
-    disk = mount("size=64k")
-    (disk / "filler").write_bytes(bytes(56 * 1024))
+    disk = mount("size=1100k")
+    (disk / "filler").write_bytes(bytes(1092 * 1024))
     with pytest.raises(StoreUnavailableError, match="No space"):
         open_slab(disk / "slab", context)
     (disk / "filler").unlink()

@@ -8,6 +8,7 @@ Nothing is synchronised to the device; a power cut may cost the last seconds, ne
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +16,7 @@ from typing import Any, Self
 from kvtier.abc import SlotStore, StoreContext
 from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.keys import OffloadKey
+from kvtier.sizes import format_size
 from kvtier.stores.seal import HEADER_BYTES, Seal
 from kvtier.stores.slab.directory import SlabDirectory
 from kvtier.stores.slab.geometry import SlabGeometry
@@ -61,12 +63,14 @@ class SlabStore(SlotStore):
 
         Raises:
             ConfigError: the capacity does not hold one block.
-            StoreUnavailableError: the directory is held by another process, foreign, or not writable.
+            StoreUnavailableError: the directory is held by another process, foreign, or not writable, or its
+                filesystem is smaller than the capacity.
         """
         geometry = SlabGeometry.of(options["capacity"], context.block_bytes)
         path = Path(options["path"])
         directory = SlabDirectory.open(path, context.namespace, options.get("mount_point", "/"))
         try:
+            _check_size(directory, options["capacity"], options.get("min_free", 0))
             return cls(directory, geometry, options["capacity"], options.get("min_free", 0), context)
         except OSError as error:
             raise StoreUnavailableError(f"{path}: {error.strerror}") from error
@@ -238,3 +242,20 @@ class SlabStore(SlotStore):
         if error.errno not in self._logged:
             self._logged.add(error.errno)
             logger.warning("%s: %s", self._directory.path, error.strerror)
+
+
+def _check_size(directory: SlabDirectory, capacity: int, min_free: int) -> None:
+    """Raise StoreUnavailableError, and close, if a filesystem could not hold so much even if nobody else used it.
+
+    Space that others take comes and goes: it fails stores, not the start.
+    """
+    try:
+        status = os.statvfs(directory.path)
+    except OSError:
+        directory.close()
+        raise
+    size = status.f_blocks * status.f_frsize
+    if 0 < size < capacity + min_free:
+        directory.close()
+        wanted = format_size(capacity) + (f" and {format_size(min_free)} to stay free" if min_free else "")
+        raise StoreUnavailableError(f"{directory.path}: its filesystem has {format_size(size)}, too small for {wanted}")
