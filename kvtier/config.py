@@ -16,6 +16,7 @@ from kvtier.tiering.settings import ResetPolicy, TieringSettings
 from kvtier.types import Admission
 
 DEFAULT_SPEC = "CPUOffloadingSpec"
+DEFAULT_RECORD_LIMIT = "1GiB"
 
 _Text = Annotated[str, msgspec.Meta(min_length=1)]
 _Count = Annotated[int, msgspec.Meta(ge=1)]
@@ -120,6 +121,8 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         load_deadline, probe_deadline, lease_timeout, drain_timeout, job_deadline, promotion_budget, prefill_rate,
             on_reset: see `TieringSettings`.
         allow_lora: trust the names of LoRA adapters across restarts.
+        record: path of a new file that gets a recording of the requests, for `kvtier simulate`; record_limit: most
+            bytes of it.
     """
 
     cpu_bytes_to_use: int | str
@@ -140,6 +143,8 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     prefill_rate: _Seconds | None = TieringSettings.prefill_rate
     on_reset: ResetPolicy = TieringSettings.on_reset
     allow_lora: bool = False
+    record: _Text | None = None
+    record_limit: int | str = DEFAULT_RECORD_LIMIT
 
     def settings(self, tokens_per_block: int, kv_events: bool) -> TieringSettings:
         """Return the part that the tiering manager reads."""
@@ -188,6 +193,7 @@ def parse_config(extra_config: Mapping[str, Any], kind: type[C]) -> C:
         raise ConfigError("secondary_tiers", value, 'spec_name "TieringOffloadingSpec" has tiers, this one has none')
     check_known(extra_config, fields)
     parse_size("cpu_bytes_to_use", extra_config.get("cpu_bytes_to_use"))
+    parse_size("record_limit", extra_config.get("record_limit", DEFAULT_RECORD_LIMIT))
     values = {key: convert_option(value, fields[key].type, key) for key, value in extra_config.items()}
     if values.get("canonical_layout"):
         allowed = "false only: kvtier stores each rank's own layout, and the namespace keeps ranks apart"

@@ -6,7 +6,9 @@ import typer
 
 from kvtier.cli.demo import demo
 from kvtier.cli.inspect import inspect
+from kvtier.cli.plan import plan
 from kvtier.cli.purge import purge
+from kvtier.cli.simulate import simulate
 from kvtier.cli.verify import verify
 from kvtier.cli.vllm_config import vllm_config
 
@@ -28,6 +30,8 @@ app.command()(inspect)
 app.command()(verify)
 app.command()(purge)
 app.command()(vllm_config)
+app.command()(simulate)
+app.command()(plan)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from kvtier.primary.arena import Arena
 from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
 from kvtier.spec.base import ArenaSpec
+from kvtier.spec.recorded import make_manager
 from kvtier.tiering.manager import TieringOffloadingManager
 
 
@@ -12,12 +13,7 @@ class CPUOffloadingSpec(ArenaSpec):
     """KV blocks go to host memory, and nowhere else. The keys are those of `kvtier.config.CPUConfig`."""
 
     def _make_manager(self, arena: Arena) -> TieringOffloadingManager:
-        return TieringOffloadingManager(
-            self._make_primary(arena),
-            settings=self.settings,
-            clock=self.tier_context.clock,
-            observer=self.observers,
-        )
+        return make_manager(self, self._make_primary(arena))
 
     def _make_primary(self, arena: Arena) -> CPUPrimaryTierOffloadingManager:
         return CPUPrimaryTierOffloadingManager(

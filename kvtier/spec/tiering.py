@@ -18,9 +18,9 @@ from kvtier.options import join_key
 from kvtier.primary.arena import Arena
 from kvtier.registry import POLICIES, construct_tier
 from kvtier.spec.cpu import CPUOffloadingSpec
+from kvtier.spec.recorded import make_manager
 from kvtier.spec.tiers import parse_tiers, prompts_only
 from kvtier.tiering.manager import TieringOffloadingManager
-from kvtier.types import Admission
 
 logger = logging.getLogger("kvtier")
 
@@ -66,15 +66,7 @@ class TieringOffloadingSpec(CPUOffloadingSpec):
     def _make_manager(self, arena: Arena) -> TieringOffloadingManager:
         primary = self._make_primary(arena)
         made = self._make_tiers(arena.view)
-        return TieringOffloadingManager(
-            primary,
-            [tier for _, tier in made],
-            names=[config.name for config, _ in made],
-            admissions=[config.admission or Admission.ALWAYS for config, _ in made],
-            settings=self.settings,
-            clock=self.tier_context.clock,
-            observer=self.observers,
-        )
+        return make_manager(self, primary, made)
 
     def _make_tiers(self, view: memoryview) -> list[tuple[TierConfig, SecondaryTierManager]]:
         """Make all tiers, then start them; a wrong option stops, any other fault leaves that tier out."""

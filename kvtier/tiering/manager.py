@@ -25,6 +25,7 @@ from kvtier.tiering.promoter import PRIMARY, Promoter
 from kvtier.tiering.requests import Requests, RequestState
 from kvtier.tiering.settings import ResetPolicy, TieringSettings
 from kvtier.tiering.stats import StatsObserver
+from kvtier.tiering.tier_jobs import Answer
 from kvtier.tiering.tiers import SecondaryTiers
 from kvtier.tiering.transfers import DeviceTransfers
 from kvtier.types import (
@@ -295,12 +296,16 @@ class TieringOffloadingManager(OffloadingManager):
     def _poll(self) -> None:
         self._polled = True
         for guard, answer in self._tiers.poll():
-            if answer.job.is_promotion:
-                self._promoter.land(guard, answer.job, answer.successful)
-            else:
-                self._table.unpin(answer.job.slots)
+            self._take(guard, answer)
         if self._transfers.stale.pending:
             self._sweep_stale()
+
+    def _take(self, guard: TierGuard, answer: Answer) -> None:
+        """Take in the end of one job of a tier."""
+        if answer.job.is_promotion:
+            self._promoter.land(guard, answer.job, answer.successful)
+        else:
+            self._table.unpin(answer.job.slots)
 
     def _sweep_stale(self) -> None:
         """Release what a reset left running and workers ended, lest it take the completion of a newer copy."""

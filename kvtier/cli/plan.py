@@ -1,0 +1,190 @@
+"""`kvtier plan`: the cheapest memory and disk that reach a target on a trace, and the option that configures them."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kvtier.cli.simulate import (
+    GapOption,
+    HostOption,
+    JsonOption,
+    KvDtypeOption,
+    LatencyOption,
+    PlotOption,
+    ProcessesOption,
+    RateOption,
+    ReadOption,
+    TokensOption,
+    TraceArgument,
+    WriteOption,
+    block_bytes_of,
+    make_machine,
+    policies_of,
+)
+from kvtier.cli.simulate_progress import tracked
+from kvtier.cli.vllm_config import check, extra_config, transfer_config
+from kvtier.errors import ConfigError, KVTierError
+from kvtier.simulator import planner
+from kvtier.simulator.formats import load_trace
+from kvtier.simulator.planner import Offer, Prices, Target
+from kvtier.simulator.report import facts
+from kvtier.simulator.runs import replay_all
+from kvtier.simulator.setup import Machine, Setup
+from kvtier.simulator.sizes import size_in_blocks, split_list
+from kvtier.simulator.trace import Trace
+from kvtier.types import Admission
+
+EXIT_MISSED = 1
+EXIT_UNUSABLE = 2
+
+
+def plan(
+    trace: TraceArgument,
+    model: Annotated[str, typer.Option(help="A config.json, its folder, or a known model.")],
+    gpu_rate: Annotated[float, typer.Option(help="Dollars an hour of the accelerators behind --prefill-rate.")],
+    dram_price: Annotated[float, typer.Option(help="Dollars for a GiB of memory, bought.")],
+    disk_price: Annotated[float, typer.Option(help="Dollars for a GiB of disk, bought.")],
+    target_hit_rate: Annotated[
+        float | None, typer.Option(help="Share of the blocks that must be found, 0 to 1.")
+    ] = None,
+    target_ttft_p95: Annotated[
+        float | None, typer.Option(help="Seconds within which 95% of the first tokens must come.")
+    ] = None,
+    max_drive_writes: Annotated[float | None, typer.Option(help="Most whole writes of the disk a day.")] = None,
+    months: Annotated[float, typer.Option(help="Over which memory and disks are written off.")] = Prices.months,
+    dram: Annotated[
+        str | None, typer.Option(help="Sizes to try, with commas; chosen from the trace if absent.")
+    ] = None,
+    disk: Annotated[str | None, typer.Option(help="Likewise; 0 for none.")] = None,
+    policy: Annotated[str, typer.Option(help="Eviction policies to try, with commas, or all.")] = "lru",
+    admission: Annotated[Admission, typer.Option(help="Which blocks may enter the disk.")] = Admission.ALWAYS,
+    path: Annotated[str, typer.Option(help="Directory of the disk tier, for the option that is printed.")] = "/cache",
+    kv_dtype: KvDtypeOption = "auto",
+    prefill_rate: RateOption = Machine.prefill_rate,
+    host_bandwidth: HostOption = "20GB",
+    disk_read: ReadOption = "6GB",
+    disk_write: WriteOption = "3GB",
+    disk_latency: LatencyOption = Machine.disk_latency,
+    tokens_per_block: TokensOption = None,
+    conversation_gap: GapOption = 60.0,
+    processes: ProcessesOption = None,
+    plot: PlotOption = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Find the cheapest configuration that meets a target, and print the option that makes vLLM use it.
+
+    Exit code 0: there is one. 1: none of those tried meets the target. 2: a trace, a model, a price or a size cannot
+    be used; one line says why.
+    """
+    try:
+        prices = Prices(gpu_rate, dram_price, disk_price, months)
+        target = make_target(target_hit_rate, target_ttft_p95, max_drive_writes)
+        machine = make_machine(prefill_rate, host_bandwidth, disk_read, disk_write, disk_latency)
+        loaded = load_trace(trace, tokens_per_block, conversation_gap)
+        block_bytes = block_bytes_of(loaded, model, kv_dtype)
+        setups = setups_to_try(loaded, block_bytes, dram, disk, policies_of(policy), admission)
+        with tracked(f"replaying {len(setups)} configurations") as progress:
+            results = replay_all(loaded, setups, machine, processes=processes, progress=progress)
+        offers = [planner.price(result, machine, prices) for result in results]
+        chosen = planner.cheapest(offers, target)
+        nothing = planner.price_of_nothing(results[0], machine, prices)
+        option = "" if chosen is None else vllm_option(chosen.result.setup, path)
+        show(loaded, machine, block_bytes, offers, chosen, target, nothing, option)
+        if plot is not None:
+            text = planner.plan_page(loaded, machine, block_bytes, offers, chosen, target, option)
+            plot.write_text(text, encoding="utf-8")
+        if json_path is not None:
+            values = planner.plan_json(offers, chosen, nothing) | {"vllm": option}
+            json_path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    except (KVTierError, OSError) as error:
+        typer.echo(f"kvtier plan: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(EXIT_UNUSABLE) from None
+    if chosen is None:
+        raise typer.Exit(EXIT_MISSED)
+
+
+def make_target(hit_rate: float | None, first_token_p95: float | None, drive_writes: float | None) -> Target:
+    """Return the target that the options give.
+
+    Raises:
+        ConfigError: one is out of range.
+    """
+    if hit_rate is not None and not 0 < hit_rate <= 1:
+        raise ConfigError("target_hit_rate", hit_rate, "above 0 and at most 1")
+    if first_token_p95 is not None and not first_token_p95 > 0:
+        raise ConfigError("target_ttft_p95", first_token_p95, "seconds, above 0")
+    if drive_writes is not None and not drive_writes > 0:
+        raise ConfigError("max_drive_writes", drive_writes, "above 0")
+    return Target(hit_rate, first_token_p95, drive_writes)
+
+
+def setups_to_try(
+    trace: Trace, block_bytes: int, dram: str | None, disk: str | None, policies: list[str], admission: Admission
+) -> list[Setup]:
+    """Return the configurations to simulate.
+
+    Raises:
+        ConfigError: a size that holds no block.
+    """
+    drams, disks = planner.candidate_sizes(trace, block_bytes)
+    dram_blocks = [size // block_bytes for size in drams]
+    disk_blocks = [size // block_bytes for size in disks]
+    if dram is not None:
+        dram_blocks = [size_in_blocks("dram", text, trace, block_bytes) for text in split_list("dram", dram)]
+    if disk is not None:
+        disk_blocks = [size_in_blocks("disk", text, trace, block_bytes, least=0) for text in split_list("disk", disk)]
+    return planner.candidates(dram_blocks, disk_blocks, policies, block_bytes, admission)
+
+
+def vllm_option(setup: Setup, path: str) -> str:
+    """Return the option for `vllm serve` that configures what was simulated.
+
+    Raises:
+        ConfigError: kvtier would not start so.
+    """
+    disks = [f"{path}:{setup.disk_bytes}"] if setup.disk_blocks else []
+    extra: dict[str, Any] = extra_config(str(setup.dram_bytes), disks, [f"eviction_policy={setup.policy}"])
+    for tier in extra.get("secondary_tiers", ()):
+        tier["eviction_policy"] = setup.policy
+        if setup.admission is not Admission.ALWAYS:
+            tier["admission"] = setup.admission.value
+    check(extra)
+    return f"--kv-transfer-config {shlex.quote(transfer_config(extra))}"
+
+
+def show(
+    trace: Trace,
+    machine: Machine,
+    block_bytes: int,
+    offers: list[Offer],
+    chosen: Offer | None,
+    target: Target,
+    nothing: float,
+    option: str,
+) -> None:
+    """Print the frontier, the choice and the option."""
+    console = Console()
+    for line in facts(trace, block_bytes, machine):
+        console.print(line, highlight=False, soft_wrap=True)
+    table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
+    for index, name in enumerate(planner.HEADER):
+        table.add_column(name, justify="left" if index in (0, len(planner.HEADER) - 1) else "right")
+    shown = planner.frontier(offers, lambda result: result.hit_rate)
+    if chosen is not None and not any(offer is chosen for offer in shown):
+        shown = sorted([*shown, chosen], key=lambda offer: offer.total)
+    for offer in shown:
+        table.add_row(*planner.offer_row(offer, chosen))
+    table.add_row("no offloading", *["-"] * 6, *[f"${nothing:,.0f}"] * 2, "-", "", style="dim")
+    console.print(f"\nof {len(offers)} configurations, those that no other beats in cost and hit rate:\n")
+    Console(width=max(console.width, 130)).print(table)
+    if chosen is None:
+        console.print(f"\nnone of them reaches {target.describe()}", highlight=False)
+        return
+    console.print(f"\nfor {target.describe()}, add to vllm serve:\n", highlight=False)
+    console.print(option, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,179 @@
+"""`kvtier simulate`: what caches of several sizes and policies would have made of a trace."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kvtier.cli.simulate_progress import tracked
+from kvtier.errors import KVTierError
+from kvtier.registry import POLICIES
+from kvtier.simulator import report
+from kvtier.simulator.formats import load_trace
+from kvtier.simulator.geometry import find_geometry
+from kvtier.simulator.results import Result
+from kvtier.simulator.runs import replay_all
+from kvtier.simulator.setup import Machine, Setup
+from kvtier.simulator.sizes import around, size_in_blocks, split_list
+from kvtier.simulator.trace import Trace
+from kvtier.sizes import parse_size
+from kvtier.types import Admission
+
+EXIT_UNUSABLE = 2
+DEFAULT_MODEL = "meta-llama/Llama-3.1-8B"
+
+TraceArgument = Annotated[
+    Path, typer.Argument(help="Mooncake's or Qwen-Bailian's lines, WEKA's file or folder, or a recording of kvtier.")
+]
+ModelOption = Annotated[
+    str | None, typer.Option(help=f"A config.json, its folder, or a known model; {DEFAULT_MODEL} if absent.")
+]
+KvDtypeOption = Annotated[str, typer.Option(help="Data type of the KV cache; auto is the model's own.")]
+RateOption = Annotated[float, typer.Option(help="Tokens a second that the accelerator computes.")]
+HostOption = Annotated[str, typer.Option(help="Bytes a second between accelerator and host memory.")]
+ReadOption = Annotated[str, typer.Option(help="Bytes a second read from the disk.")]
+WriteOption = Annotated[str, typer.Option(help="Bytes a second written to the disk.")]
+LatencyOption = Annotated[float, typer.Option(help="Seconds that a disk job takes beside its bytes.")]
+TokensOption = Annotated[int | None, typer.Option(min=1, help="Tokens in one block of the trace, if it does not say.")]
+GapOption = Annotated[float, typer.Option(min=0.0, help="Seconds between the starts of two conversations of WEKA.")]
+ProcessesOption = Annotated[
+    int | None, typer.Option(min=1, help="Replays at the same time; one a processor if absent.")
+]
+PlotOption = Annotated[Path | None, typer.Option(help="Write a page with figures to this file.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
+
+
+def simulate(
+    trace: TraceArgument,
+    dram: Annotated[
+        str, typer.Option(help='Sizes of host memory with commas: 8GiB, 5% (of all blocks) or "unlimited".')
+    ] = "8GiB",
+    disk: Annotated[str, typer.Option(help="Sizes of the disk, likewise; 0 for none.")] = "0",
+    policy: Annotated[str, typer.Option(help="Eviction policies with commas, or all.")] = "lru",
+    admission: Annotated[Admission, typer.Option(help="Which blocks may enter the disk.")] = Admission.ALWAYS,
+    model: ModelOption = None,
+    kv_dtype: KvDtypeOption = "auto",
+    prefill_rate: RateOption = Machine.prefill_rate,
+    host_bandwidth: HostOption = "20GB",
+    disk_read: ReadOption = "6GB",
+    disk_write: WriteOption = "3GB",
+    disk_latency: LatencyOption = Machine.disk_latency,
+    tokens_per_block: TokensOption = None,
+    conversation_gap: GapOption = 60.0,
+    processes: ProcessesOption = None,
+    plot: PlotOption = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Replay a trace through kvtier's own manager, policies and admission, in simulated time.
+
+    Exit code 0: the table is printed. 2: a trace, a size, a policy or a speed cannot be used; one line says why.
+    """
+    try:
+        machine = make_machine(prefill_rate, host_bandwidth, disk_read, disk_write, disk_latency)
+        loaded = load_trace(trace, tokens_per_block, conversation_gap)
+        block_bytes = block_bytes_of(loaded, model, kv_dtype)
+        setups = make_setups(loaded, block_bytes, dram, disk, policy, admission)
+        more = curve_setups(loaded, setups) if plot is not None else []
+        with tracked(f"replaying {len(setups) + len(more)} configurations") as progress:
+            results = replay_all(loaded, setups + more, machine, processes=processes, progress=progress)
+        results, curve = results[: len(setups)], results[len(setups) :]
+        show(loaded, machine, block_bytes, results)
+        if plot is not None:
+            plot.write_text(report.as_page(loaded, machine, block_bytes, results, curve), encoding="utf-8")
+        if json_path is not None:
+            values = report.as_json(loaded, machine, results, curve)
+            json_path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    except (KVTierError, OSError) as error:
+        typer.echo(f"kvtier simulate: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(EXIT_UNUSABLE) from None
+
+
+def make_machine(
+    prefill_rate: float, host_bandwidth: str, disk_read: str, disk_write: str, disk_latency: float
+) -> Machine:
+    """Return the speeds that the options give.
+
+    Raises:
+        ConfigError: one of them is none.
+    """
+    return Machine(
+        prefill_rate=prefill_rate,
+        host_bandwidth=float(parse_size("host_bandwidth", host_bandwidth)),
+        disk_read=float(parse_size("disk_read", disk_read)),
+        disk_write=float(parse_size("disk_write", disk_write)),
+        disk_latency=disk_latency,
+    )
+
+
+def block_bytes_of(trace: Trace, model: str | None, kv_dtype: str) -> int:
+    """Return the bytes of one block: the trace's own if it says so and no model is named.
+
+    Raises:
+        ConfigError: no such model.
+    """
+    if model is None and trace.block_bytes is not None:
+        return trace.block_bytes
+    return find_geometry(model or DEFAULT_MODEL, kv_dtype).token_bytes * trace.tokens_per_block
+
+
+def policies_of(text: str) -> list[str]:
+    """Return the policies that an option names.
+
+    Raises:
+        ConfigError: one is not registered.
+    """
+    names = list(POLICIES.names()) if text.strip() == "all" else split_list("policy", text)
+    for name in names:
+        POLICIES.load(name, "policy")
+    return names
+
+
+def make_setups(trace: Trace, block_bytes: int, dram: str, disk: str, policy: str, admission: Admission) -> list[Setup]:
+    """Return every combination of sizes and policies.
+
+    Raises:
+        ConfigError: a size that holds no block, or an unknown policy.
+    """
+    sizes = [size_in_blocks("dram", text, trace, block_bytes) for text in split_list("dram", dram)]
+    disks = [size_in_blocks("disk", text, trace, block_bytes, least=0) for text in split_list("disk", disk)]
+    return [
+        Setup(name, memory, storage, block_bytes, admission)
+        for memory in sizes
+        for storage in disks
+        for name in policies_of(policy)
+    ]
+
+
+def curve_setups(trace: Trace, setups: list[Setup]) -> list[Setup]:
+    """Return further setups, so that the page can show the hit rate over the size of the primary tier."""
+    first = setups[0]
+    asked = {(setup.policy, setup.dram_blocks, setup.disk_blocks) for setup in setups}
+    sizes = around([setup.dram_blocks for setup in setups], trace.num_unique)
+    return [
+        Setup(policy, size, disk, first.block_bytes, first.admission)
+        for policy in dict.fromkeys(setup.policy for setup in setups)
+        for disk in dict.fromkeys(setup.disk_blocks for setup in setups)
+        for size in sizes
+        if (policy, size, disk) not in asked
+    ]
+
+
+def show(trace: Trace, machine: Machine, block_bytes: int, results: list[Result]) -> None:
+    """Print the table."""
+    console = Console()
+    for line in report.facts(trace, block_bytes, machine):
+        console.print(line, highlight=False, soft_wrap=True)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, name in enumerate(report.HEADER):
+        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+    for result in results:
+        table.add_row(*report.result_row(result))
+    if results:
+        table.add_row(*report.recompute_row(results[0]), style="dim")
+    console.print()
+    Console(width=max(console.width, 150)).print(table)

@@ -1,0 +1,241 @@
+"""Replays a recording call by call: the same manager, the same answers of tiers at the same moments.
+
+The primary tier, its policy and every decision are made anew; what a recording fixes is what tiers said: which blocks
+they had, when their jobs ended and which blocks of them succeeded. So the hits are those that the engine had.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvtier.abc import SecondaryTierManager
+from kvtier.errors import BlockNotReadyError
+from kvtier.events import BlocksLoaded, Event, Observers, TierState
+from kvtier.keys import OffloadKey
+from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
+from kvtier.registry import POLICIES
+from kvtier.simulator.devices import SimulatedClock
+from kvtier.simulator.recording import Header, Record, read_recording
+from kvtier.simulator.trace import TraceError
+from kvtier.tiering.manager import TieringOffloadingManager
+from kvtier.tiering.recording import JOB, NOT_SURE, PROMPT, TIER
+from kvtier.tiering.settings import TieringSettings
+from kvtier.types import (
+    Admission,
+    JobMetadata,
+    JobResult,
+    Locality,
+    LookupResult,
+    Medium,
+    ReqContext,
+    ScheduleEndContext,
+)
+
+
+@dataclass
+class Repeated:
+    """What came of a recording, the second time.
+
+    Attributes:
+        loads: (request, blocks by the tier they came from) of every load, in order.
+        num_records: calls and answers replayed; num_diverged: those that the replayed manager could not follow.
+    """
+
+    loads: list[tuple[str, dict[str, int]]] = field(default_factory=list)
+    num_records: int = 0
+    num_diverged: int = 0
+
+    @property
+    def hits(self) -> dict[str, int]:
+        """Blocks loaded, by the tier they came from."""
+        total: Counter[str] = Counter()
+        for _, by_source in self.loads:
+            total.update(by_source)
+        return dict(total)
+
+
+class RecordedTierManager(SecondaryTierManager):
+    """A tier that answers what a recorded one answered, when it did.
+
+    Attributes:
+        used: whether the recorded engine used it; refuses: whether it took no store in the next call.
+        has, unsure: keys that it has, and that it does not say yet, as far as the next calls ask.
+    """
+
+    medium = Medium.STORAGE
+    locality = Locality.LOCAL
+    verifies_payloads = True
+
+    def __init__(self, name: str, view: memoryview) -> None:
+        """Args: view: as for every tier; nobody reads it."""
+        super().__init__(None, view, name)
+        self.used = False
+        self.refuses = False
+        self.has: set[OffloadKey] = set()
+        self.unsure: set[OffloadKey] = set()
+        self._jobs: set[int] = set()
+        self._ended: list[JobResult] = []
+
+    @property
+    def state(self) -> TierState:
+        """UP while the engine used the tier."""
+        return TierState.UP if self.used else TierState.DOWN
+
+    def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
+        """Answer as the recorded tier."""
+        if key in self.has:
+            return LookupResult.HIT
+        return LookupResult.RETRY if key in self.unsure else LookupResult.MISS
+
+    def can_store(self, num_blocks: int) -> bool:
+        """Answer as the recorded tier."""
+        return not self.refuses
+
+    def submit_store(self, job_metadata: JobMetadata) -> None:
+        """Wait for the recording to end the job."""
+        self._jobs.add(job_metadata.job_id)
+
+    def submit_load(self, job_metadata: JobMetadata) -> None:
+        """Wait for the recording to end the job."""
+        self._jobs.add(job_metadata.job_id)
+
+    def end(self, job_id: int, successful: Sequence[OffloadKey] | None) -> None:
+        """Report this job at the next poll; None: all of it succeeded."""
+        self._ended.append(JobResult(job_id, successful is None, successful, 0.0, 0))
+
+    def get_finished_jobs(self) -> Iterable[JobResult]:
+        """Return the results that the recorded tier gave by now."""
+        ended, self._ended = self._ended, []
+        known = [result for result in ended if result.job_id in self._jobs]
+        self._jobs.difference_update(result.job_id for result in known)
+        return known
+
+    def drain_jobs(self) -> None:
+        """Do nothing: the recording says how its jobs ended."""
+
+
+class Repeater:
+    """Drives a manager through the calls of a recording."""
+
+    def __init__(self, header: Header) -> None:
+        """Make the manager.
+
+        Raises:
+            ConfigError: a policy that is not registered.
+        """
+        self.found = Repeated()
+        self._clock = SimulatedClock()
+        observers = Observers([self])
+        view = memoryview(bytearray(header.primary_blocks)).cast("B", (header.primary_blocks, 1))
+        self._tiers = [RecordedTierManager(tier.name, view) for tier in header.tiers]
+        policy = POLICIES.load(header.policy)(header.primary_blocks)
+        self._manager = TieringOffloadingManager(
+            CPUPrimaryTierOffloadingManager(header.primary_blocks, view, policy),
+            self._tiers,
+            names=[tier.name for tier in header.tiers],
+            admissions=[Admission(tier.admission) for tier in header.tiers],
+            settings=TieringSettings(
+                load_deadline=header.load_deadline,
+                probe_deadline=header.probe_deadline,
+                lease_timeout=header.lease_timeout,
+                promotion_budget=header.promotion_budget,
+                prefill_rate=header.prefill_rate,
+                tokens_per_block=header.tokens_per_block,
+            ),
+            clock=self._clock,
+            observer=observers,
+        )
+        self._contexts: dict[int, ReqContext] = {}
+        self._scans: dict[int, list[OffloadKey]] = {}
+
+    def on_event(self, event: Event) -> None:
+        """Note every load."""
+        if isinstance(event, BlocksLoaded):
+            self.found.loads.append((event.req_id, dict(event.by_source)))
+
+    def take(self, record: Record) -> None:
+        """Do what one record says."""
+        self.found.num_records += 1
+        self._clock.advance_to(record.time)
+        if record.kind in b"JUB":
+            self._stage(record)
+            return
+        try:
+            self._call(record)
+        except BlockNotReadyError:
+            self.found.num_diverged += 1
+        if record.kind not in b"LRN":
+            for tier in self._tiers:
+                tier.refuses = False
+
+    def _stage(self, record: Record) -> None:
+        """Note what a tier is going to say."""
+        if record.kind == b"J":
+            index, job_id, complete = JOB.unpack(record.extra)
+            self._tiers[index].end(job_id, None if complete else record.keys)
+        elif record.kind == b"U":
+            index, used = TIER.unpack(record.extra)
+            self._tiers[index].used = used
+        else:
+            self._tiers[record.extra[0]].refuses = True
+
+    def _call(self, record: Record) -> None:
+        manager, kind, keys = self._manager, record.kind, record.keys
+        if kind == b"Z":
+            preempted = struct.unpack(f"<{len(record.extra) // 4}I", record.extra)
+            manager.on_schedule_end(ScheduleEndContext(preempted_req_ids=[str(number) for number in preempted]))
+            return
+        if kind == b"X":
+            manager.reset_cache()
+            return
+        if kind == b"N":
+            tokens = PROMPT.unpack(record.extra)[0]
+            context = ReqContext(str(record.request), num_prompt_tokens=None if tokens < 0 else tokens)
+            self._contexts[record.request] = context
+            manager.on_new_request(context)
+            return
+        context = self._contexts.setdefault(record.request, ReqContext(str(record.request)))
+        if kind in b"LR":
+            self._scans[record.request] = keys = keys or self._scans.get(record.request, [])
+            self._scan(keys, context, record.extra)
+        elif kind == b"P":
+            manager.prepare_load(keys, context)
+        elif kind == b"C":
+            manager.complete_load(keys, context)
+        elif kind == b"T":
+            manager.touch(keys, context)
+        elif kind == b"S":
+            manager.prepare_store(keys, context)
+        elif kind in b"DF":
+            manager.complete_store(keys, context, kind == b"D")
+        elif kind == b"E":
+            self._scans.pop(record.request, None)
+            manager.on_request_finished(context)
+
+    def _scan(self, keys: Sequence[OffloadKey], context: ReqContext, answers: bytes) -> None:
+        for index, tier in enumerate(self._tiers):
+            tier.has = {key for key, answer in zip(keys, answers, strict=False) if answer == index}
+            tier.unsure = {key for key, answer in zip(keys, answers, strict=False) if answer == NOT_SURE + index}
+        for key in keys:
+            self._manager.lookup(key, context)
+
+
+def repeat(path: Path) -> Repeated:
+    """Replay a recording call by call; return what it loaded.
+
+    Raises:
+        TraceError: no recording, or one that is damaged.
+        ConfigError: a policy that is not registered here.
+    """
+    header, records = read_recording(path)
+    repeater = Repeater(header)
+    try:
+        for record in records:
+            repeater.take(record)
+    except (struct.error, IndexError) as error:
+        raise TraceError(f"{path}: a damaged recording ({error})") from None
+    return repeater.found

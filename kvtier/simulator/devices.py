@@ -1,0 +1,82 @@
+"""Devices without bytes: they only say when a transfer would have ended."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from kvtier.clock import Clock
+
+T = TypeVar("T")
+
+
+class SimulatedClock:
+    """A `Clock` that the replay moves; it never goes back."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+
+    def __call__(self) -> float:
+        """Return the simulated seconds since the start of the trace."""
+        return self._now
+
+    def advance_to(self, now: float) -> None:
+        """Let it be `now`, if that is later."""
+        if now > self._now:
+            self._now = now
+
+
+@dataclass(frozen=True)
+class DeviceSpeed:
+    """How fast a medium is.
+
+    Attributes:
+        read_bandwidth, write_bandwidth: bytes a second, above 0; reads and writes do not slow each other down.
+        latency: seconds that every job takes beside its bytes, however many are under way.
+    """
+
+    read_bandwidth: float
+    write_bandwidth: float
+    latency: float
+
+
+class Device(Generic[T]):
+    """One queue of reads and one of writes, each first in, first out, at the speed of the medium."""
+
+    def __init__(self, speed: DeviceSpeed, clock: Clock) -> None:
+        self._speed = speed
+        self._clock = clock
+        self._reading_until = self._writing_until = 0.0
+        self._reads: deque[tuple[float, T]] = deque()
+        self._writes: deque[tuple[float, T]] = deque()
+
+    def read(self, job: T, num_bytes: int) -> None:
+        """Queue a read."""
+        begin = max(self._clock(), self._reading_until)
+        self._reading_until = end = begin + num_bytes / self._speed.read_bandwidth
+        self._reads.append((end + self._speed.latency, job))
+
+    def write(self, job: T, num_bytes: int) -> None:
+        """Queue a write."""
+        begin = max(self._clock(), self._writing_until)
+        self._writing_until = end = begin + num_bytes / self._speed.write_bandwidth
+        self._writes.append((end + self._speed.latency, job))
+
+    def next_read(self) -> float | None:
+        """Return when the first read ends that `finished` has not returned; None if there is none."""
+        return self._reads[0][0] if self._reads else None
+
+    def has_finished(self) -> bool:
+        """Return whether `finished` would return anything now."""
+        now, reads, writes = self._clock(), self._reads, self._writes
+        return bool((reads and reads[0][0] <= now) or (writes and writes[0][0] <= now))
+
+    def finished(self, everything: bool = False) -> list[T]:
+        """Return what has ended by now, reads first; `everything`: as if all of it had."""
+        now = self._clock()
+        ended: list[T] = []
+        for queue in (self._reads, self._writes):
+            while queue and (everything or queue[0][0] <= now):
+                ended.append(queue.popleft()[1])
+        return ended

@@ -1,0 +1,164 @@
+"""Reads kvtier's own recordings: as records, for a replay call by call, or as a trace of requests."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import msgspec
+
+from kvtier.keys import OffloadKey, make_offload_key
+from kvtier.simulator.trace import Trace, TraceError, TraceRequest
+from kvtier.tiering.record_writer import HASH_BYTES, LENGTH, MAGIC, RECORD
+from kvtier.tiering.recording import PROMPT
+
+_GZIP = b"\x1f\x8b"
+_MOST_BYTES = 1 << 30
+
+_Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class RecordedTier(msgspec.Struct, frozen=True):
+    """One secondary tier of the engine that was recorded."""
+
+    name: str
+    admission: str
+    policy: str
+
+
+class Header(msgspec.Struct, frozen=True):
+    """What a recording says of the engine; see `kvtier.spec.recorded.describe`."""
+
+    tokens_per_block: _Count
+    block_bytes: _Count
+    primary_blocks: _Count
+    policy: str
+    load_deadline: float
+    probe_deadline: float
+    lease_timeout: float
+    promotion_budget: float
+    prefill_rate: float | None = None
+    tiers: tuple[RecordedTier, ...] = ()
+
+
+class Record(NamedTuple):
+    """One call or answer; kinds and extra bytes as `kvtier.tiering.recording` writes them."""
+
+    kind: bytes
+    request: int
+    time: float
+    extra: bytes
+    keys: list[OffloadKey]
+
+
+@dataclass
+class _Request:
+    """What is known of a recorded request."""
+
+    time: float
+    num_prompt_tokens: int
+    asked: bool = False
+    keys: dict[OffloadKey, None] = field(default_factory=dict)
+
+
+def is_recording(path: Path) -> bool:
+    """Return whether a file begins as a recording does."""
+    try:
+        with path.open("rb") as file:
+            if file.read(2) != _GZIP:
+                return False
+        with gzip.open(path, "rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except (OSError, EOFError, zlib.error):
+        return False
+
+
+def read_recording(path: Path) -> tuple[Header, Iterator[Record]]:
+    """Return the header, and the records up to the file's end or to where it was cut.
+
+    Raises:
+        TraceError: no recording, or one whose header cannot be read.
+    """
+    file = gzip.open(path, "rb")  # noqa: SIM115 - the iterator closes it
+    try:
+        if file.read(len(MAGIC)) != MAGIC:
+            raise TraceError(f"{path}: no recording of kvtier")
+        header = msgspec.json.decode(file.read(LENGTH.unpack(file.read(LENGTH.size))[0]), type=Header)
+    except (OSError, EOFError, zlib.error, msgspec.DecodeError, ValueError) as error:
+        file.close()
+        raise TraceError(f"{path}: a recording whose beginning cannot be read ({error})") from None
+    return header, _records(file)
+
+
+def _records(file: gzip.GzipFile) -> Iterator[Record]:
+    known: dict[bytes, OffloadKey] = {}
+    with file:
+        while True:
+            try:
+                head = file.read(RECORD.size)
+                if len(head) < RECORD.size:
+                    return
+                kind, request, time, num_extra, num_keys, has_groups = RECORD.unpack(head)
+                size = num_extra + num_keys * (HASH_BYTES + 2 * has_groups)
+                body = file.read(size) if size < _MOST_BYTES else b""
+            except (OSError, EOFError, zlib.error):  # the engine was killed, or the limit reached
+                return
+            if len(body) < size:
+                return
+            yield Record(kind, request, time, body[:num_extra], _keys(body[num_extra:], num_keys, known))
+
+
+def _keys(body: bytes, count: int, known: dict[bytes, OffloadKey]) -> list[OffloadKey]:
+    groups = body[count * HASH_BYTES :]
+    keys = []
+    for index in range(count):
+        part = body[index * HASH_BYTES : (index + 1) * HASH_BYTES]
+        group = groups[2 * index : 2 * index + 2]
+        key = known.get(part + group)
+        if key is None:
+            key = known[part + group] = make_offload_key(part, int.from_bytes(group, "big"))
+        keys.append(key)
+    return keys
+
+
+def read_recorded_trace(path: Path) -> Trace:
+    """Return a recording as requests: the blocks of each prompt in order, and those of its answer behind them.
+
+    Of a model with several KV groups only the first group's blocks are taken.
+
+    Raises:
+        TraceError: as `read_recording`, or no request in it.
+    """
+    header, records = read_recording(path)
+    live: dict[int, _Request] = {}
+    order: list[_Request] = []
+    for record in records:
+        if record.kind == b"N":
+            tokens = PROMPT.unpack(record.extra)[0]
+            live[record.request] = request = _Request(record.time, tokens)
+            order.append(request)
+        elif record.kind in b"LS" and record.request in live:
+            found = live[record.request]
+            if not found.asked:
+                found.asked, found.time = True, record.time
+            found.keys.update(dict.fromkeys(key for key in record.keys if not any(key[-4:])))
+        elif record.kind == b"E":
+            live.pop(record.request, None)
+    requests = [_as_trace_request(request, header.tokens_per_block) for request in order if request.keys]
+    if not requests:
+        raise TraceError(f"{path}: a recording without requests")
+    requests.sort(key=lambda request: request.time)
+    first = requests[0].time
+    shifted = [request._replace(time=request.time - first) for request in requests]
+    return Trace(path.name, "kvtier recording", header.tokens_per_block, shifted, header.block_bytes)
+
+
+def _as_trace_request(request: _Request, tokens_per_block: int) -> TraceRequest:
+    keys = list(request.keys)
+    tokens = request.num_prompt_tokens if request.num_prompt_tokens >= 0 else len(keys) * tokens_per_block
+    of_prompt = -(-tokens // tokens_per_block)
+    return TraceRequest(request.time, keys[:of_prompt], tokens, 0, keys[of_prompt:])

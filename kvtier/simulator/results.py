@@ -1,0 +1,179 @@
+"""What a replay found out: counts, times and their distributions; plain values that travel between processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kvtier.simulator.setup import DISK, Machine, Setup
+from kvtier.simulator.trace import Trace
+
+PRIMARY = "primary"
+NUM_QUANTILES = 101
+NUM_INTERVALS = 60
+_DAY = 86_400.0
+
+
+class Outcome(NamedTuple):
+    """What one request got.
+
+    Attributes:
+        time: of its arrival, seconds.
+        num_blocks: blocks it asked for; by_source: those it loaded, by the tier they came from.
+        input_tokens: its prompt; saved_tokens: those of them that it did not compute.
+        first_token: seconds until its first token.
+    """
+
+    time: float
+    num_blocks: int
+    by_source: Mapping[str, int]
+    input_tokens: int
+    saved_tokens: int
+    first_token: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one configuration made of a trace.
+
+    Attributes:
+        setup: the configuration.
+        num_requests, num_accesses: requests, and blocks they asked for.
+        hits: blocks loaded, by the tier they came from.
+        input_tokens, saved_tokens: of all prompts.
+        first_token, recompute: seconds to the first token, with kvtier and without; `NUM_QUANTILES` evenly spaced
+            quantiles, least first.
+        loaded_bytes, stored_bytes: between accelerator and host memory.
+        promoted_bytes, cascaded_bytes: from and to the disk.
+        refused_blocks: not written to the disk, by reason; gave_up: requests that stopped waiting, by reason.
+        evicted_blocks: by tier.
+        timeline: `NUM_INTERVALS` rows of (primary hits, disk hits, misses), blocks, over `seconds`.
+        seconds: span of the trace; replay_seconds: what the replay took.
+    """
+
+    setup: Setup
+    num_requests: int
+    num_accesses: int
+    hits: Mapping[str, int]
+    input_tokens: int
+    saved_tokens: int
+    first_token: Sequence[float]
+    recompute: Sequence[float]
+    loaded_bytes: int
+    stored_bytes: int
+    promoted_bytes: int
+    cascaded_bytes: int
+    refused_blocks: Mapping[str, int]
+    gave_up: Mapping[str, int]
+    evicted_blocks: Mapping[str, int]
+    timeline: Sequence[tuple[int, int, int]]
+    seconds: float
+    replay_seconds: float
+
+    @classmethod
+    def of(
+        cls,
+        trace: Trace,
+        setup: Setup,
+        machine: Machine,
+        outcomes: Sequence[Outcome],
+        stats: Mapping[str, float],
+        replay_seconds: float,
+    ) -> Result:
+        """Sum up what requests got, and what the manager counted."""
+        hits = {PRIMARY: 0, DISK: 0} if setup.disk_blocks else {PRIMARY: 0}
+        for outcome in outcomes:
+            for source, count in outcome.by_source.items():
+                hits[source] = hits.get(source, 0) + count
+        input_tokens = [outcome.input_tokens for outcome in outcomes]
+        return cls(
+            setup=setup,
+            num_requests=len(outcomes),
+            num_accesses=sum(outcome.num_blocks for outcome in outcomes),
+            hits=hits,
+            input_tokens=sum(input_tokens),
+            saved_tokens=sum(outcome.saved_tokens for outcome in outcomes),
+            first_token=_quantiles([outcome.first_token for outcome in outcomes]),
+            recompute=_quantiles([tokens / machine.prefill_rate for tokens in input_tokens]),
+            loaded_bytes=sum(hits.values()) * setup.block_bytes,
+            stored_bytes=int(stats.get("stored_blocks.device", 0)) * setup.block_bytes,
+            promoted_bytes=int(stats.get(f"promoted_bytes.{DISK}", 0)),
+            cascaded_bytes=int(stats.get(f"cascaded_bytes.{DISK}", 0)),
+            refused_blocks=_named(stats, f"refused_blocks.{DISK}."),
+            gave_up=_named(stats, "gave_up."),
+            evicted_blocks=_named(stats, "evicted_blocks."),
+            timeline=_timeline(outcomes, trace.seconds),
+            seconds=trace.seconds,
+            replay_seconds=replay_seconds,
+        )
+
+    @property
+    def num_hits(self) -> int:
+        """Blocks loaded, wherever from."""
+        return sum(self.hits.values())
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the blocks asked for that were loaded, 0 to 1."""
+        return self.num_hits / max(1, self.num_accesses)
+
+    def share(self, source: str) -> float:
+        """Return the share of the blocks asked for that came from one tier, 0 to 1."""
+        return self.hits.get(source, 0) / max(1, self.num_accesses)
+
+    @property
+    def drive_writes_a_day(self) -> float | None:
+        """How often a day the disk is written whole, if the trace is what every day looks like; None without a disk."""
+        if not self.setup.disk_bytes:
+            return None
+        return self.cascaded_bytes / self.setup.disk_bytes * _DAY / self.seconds
+
+    def first_token_at(self, percent: int) -> float:
+        """Return a percentile of the seconds to the first token."""
+        return self.first_token[percent]
+
+    def recompute_at(self, percent: int) -> float:
+        """Return a percentile of the seconds to the first token where everything is computed."""
+        return self.recompute[percent]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values: all of the above."""
+        values = asdict(self)
+        values["setup"] |= {
+            "admission": self.setup.admission.value,
+            "dram_bytes": self.setup.dram_bytes,
+            "disk_bytes": self.setup.disk_bytes,
+        }
+        percentiles = (50, 95, 99)
+        return values | {
+            "hit_rate": self.hit_rate,
+            "drive_writes_a_day": self.drive_writes_a_day,
+            "first_token_seconds": {f"p{p}": self.first_token_at(p) for p in percentiles},
+            "recompute_seconds": {f"p{p}": self.recompute_at(p) for p in percentiles},
+        }
+
+
+def _quantiles(values: Sequence[float]) -> list[float]:
+    if not values:
+        return [0.0] * NUM_QUANTILES
+    found: list[float] = np.quantile(np.asarray(values), np.linspace(0.0, 1.0, NUM_QUANTILES)).tolist()
+    return found
+
+
+def _named(stats: Mapping[str, float], prefix: str) -> dict[str, int]:
+    return {name.removeprefix(prefix): int(count) for name, count in stats.items() if name.startswith(prefix)}
+
+
+def _timeline(outcomes: Sequence[Outcome], seconds: float) -> list[tuple[int, int, int]]:
+    rows = [[0, 0, 0] for _ in range(NUM_INTERVALS)]
+    for outcome in outcomes:
+        row = rows[min(NUM_INTERVALS - 1, int(outcome.time / seconds * NUM_INTERVALS))]
+        loaded = sum(outcome.by_source.values())
+        primary = outcome.by_source.get(PRIMARY, 0)
+        row[0] += primary
+        row[1] += loaded - primary
+        row[2] += outcome.num_blocks - loaded
+    return [(primary, disk, missed) for primary, disk, missed in rows]

@@ -1,0 +1,130 @@
+"""What is simulated: sizes, policies and speeds, already checked; and the production manager made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvtier.errors import ConfigError
+from kvtier.events import Observer, Observers
+from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
+from kvtier.registry import POLICIES
+from kvtier.simulator.devices import DeviceSpeed, SimulatedClock
+from kvtier.simulator.tiers import SimulatedTierManager
+from kvtier.tiering.manager import TieringOffloadingManager
+from kvtier.tiering.settings import TieringSettings
+from kvtier.types import Admission
+
+DISK = "disk"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Speeds of the machine; bytes and tokens a second, seconds.
+
+    Attributes:
+        prefill_rate: tokens that the accelerator computes.
+        host_bandwidth: copies between the accelerator and host memory.
+        disk_read, disk_write, disk_latency: of the drive.
+    """
+
+    prefill_rate: float = 10_000.0
+    host_bandwidth: float = 20e9
+    disk_read: float = 6e9
+    disk_write: float = 3e9
+    disk_latency: float = 100e-6
+
+    def __post_init__(self) -> None:
+        """Check the speeds.
+
+        Raises:
+            ConfigError: one is not above 0 (the latency: below 0).
+        """
+        for name in ("prefill_rate", "host_bandwidth", "disk_read", "disk_write"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(name, getattr(self, name), "above 0")
+        if not self.disk_latency >= 0:
+            raise ConfigError("disk_latency", self.disk_latency, "0 seconds or more")
+
+    @property
+    def disk(self) -> DeviceSpeed:
+        """The drive's part."""
+        return DeviceSpeed(self.disk_read, self.disk_write, self.disk_latency)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One configuration to simulate.
+
+    Attributes:
+        policy: registered name of the eviction policy of both tiers.
+        dram_blocks: slots of the primary tier, at least 1; disk_blocks: of the disk, 0 for none.
+        block_bytes: bytes of one block.
+        admission: of the disk.
+        load_deadline: see `TieringSettings`, seconds; promotion_budget: likewise.
+    """
+
+    policy: str
+    dram_blocks: int
+    disk_blocks: int
+    block_bytes: int
+    admission: Admission = Admission.ALWAYS
+    load_deadline: float = TieringSettings.load_deadline
+    promotion_budget: float = TieringSettings.promotion_budget
+
+    @property
+    def dram_bytes(self) -> int:
+        """Size of the primary tier."""
+        return self.dram_blocks * self.block_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """Size of the disk."""
+        return self.disk_blocks * self.block_bytes
+
+
+class SimulatedEngine:
+    """The production manager over simulated tiers.
+
+    Attributes:
+        manager: as an engine would have it.
+        clock: its time.
+        tiers: the secondary ones.
+    """
+
+    def __init__(self, setup: Setup, machine: Machine, tokens_per_block: int, observer: Observer | None = None) -> None:
+        """Make and start everything.
+
+        Raises:
+            ConfigError: no such policy.
+        """
+        self.clock = SimulatedClock()
+        policy = POLICIES.load(setup.policy)
+        observers = Observers([observer] if observer is not None else [])
+        view = memoryview(bytearray(setup.dram_blocks)).cast("B", (setup.dram_blocks, 1))
+        primary = CPUPrimaryTierOffloadingManager(setup.dram_blocks, view, policy(setup.dram_blocks))
+        self.tiers: list[SimulatedTierManager] = []
+        if setup.disk_blocks:
+            disk = SimulatedTierManager(
+                DISK,
+                view,
+                policy=policy(setup.disk_blocks),
+                block_bytes=setup.block_bytes,
+                speed=machine.disk,
+                clock=self.clock,
+                observer=observers,
+            )
+            self.tiers.append(disk)
+        self.manager = TieringOffloadingManager(
+            primary,
+            self.tiers,
+            names=[tier.tier_type for tier in self.tiers],
+            admissions=[setup.admission] * len(self.tiers),
+            settings=TieringSettings(
+                load_deadline=setup.load_deadline,
+                promotion_budget=setup.promotion_budget,
+                prefill_rate=machine.prefill_rate,
+                tokens_per_block=tokens_per_block,
+            ),
+            clock=self.clock,
+            observer=observers,
+        )

@@ -1,0 +1,164 @@
+"""A secondary tier of a simulation: the production table and policy over a device that has no bytes.
+
+It decides what `SlottedTierManager` decides, and leaves out what only real bytes need: processes, messages, breakers.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from kvtier.abc import EvictionPolicy, SecondaryTierManager
+from kvtier.clock import Clock
+from kvtier.events import BlocksEvicted, Observer
+from kvtier.keys import OffloadKey
+from kvtier.primary.table import BlockTable
+from kvtier.secondary.store_tier import TierSettings
+from kvtier.simulator.devices import Device, DeviceSpeed
+from kvtier.types import JobMetadata, JobResult, Locality, LookupResult, Medium, ReqContext
+
+_HIT, _MISS = LookupResult.HIT, LookupResult.MISS
+
+
+@dataclass(slots=True)
+class SimulatedJob:
+    """A job that is not answered yet.
+
+    Attributes:
+        metadata: as it was submitted.
+        keys, slots: the blocks that move, and their slots on the device.
+        here: keys of the job that need no move.
+        submitted: when, in seconds of the clock.
+    """
+
+    metadata: JobMetadata
+    keys: Sequence[OffloadKey]
+    slots: Sequence[int]
+    here: Sequence[OffloadKey]
+    submitted: float
+
+
+class SimulatedTierManager(SecondaryTierManager):
+    """Blocks in the slots of a device without bytes."""
+
+    medium = Medium.STORAGE
+    locality = Locality.LOCAL
+    verifies_payloads = True
+
+    def __init__(
+        self,
+        name: str,
+        primary_kv_view: memoryview,
+        *,
+        policy: EvictionPolicy,
+        block_bytes: int,
+        speed: DeviceSpeed,
+        clock: Clock,
+        observer: Observer,
+    ) -> None:
+        """Args:
+        policy: empty; its capacity is the tier's, in blocks.
+        block_bytes: what a block would have; back-pressure counts these, not the rows of `primary_kv_view`.
+        """
+        super().__init__(None, primary_kv_view, name)
+        self.table = BlockTable(policy.capacity, policy)
+        self.device: Device[SimulatedJob] = Device(speed, clock)
+        self._block_bytes = block_bytes
+        self._clock, self._observer = clock, observer
+        self._most_stores = max(1, TierSettings.most_store_bytes // block_bytes)
+        self._num_storing = 0
+        self._unmoved: deque[SimulatedJob] = deque()
+
+    def has_news(self) -> bool:
+        """Return whether a job has ended that was not collected."""
+        return bool(self._unmoved) or self.device.has_finished()
+
+    def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
+        """Return HIT for a block that can be loaded now, MISS for any other."""
+        slot = self.table.slot_of.get(key)
+        return _MISS if slot is None or slot in self.table.filling else _HIT
+
+    def can_store(self, num_blocks: int) -> bool:
+        """Return whether the blocks fit the queue; an empty queue takes any job."""
+        return not self._num_storing or self._num_storing + num_blocks <= self._most_stores
+
+    def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
+        """Count one use of the keys that are here, given in prefix order."""
+        self.table.policy.touch(list(dict.fromkeys(keys)))
+
+    def submit_store(self, job_metadata: JobMetadata) -> None:
+        """Take slots for what is not here, and write it."""
+        table, keys = self.table, job_metadata.keys
+        placement = table.plan(keys)
+        here: list[OffloadKey] = []
+        if len(placement.keys) + placement.num_left_out < len(keys):
+            here = [key for key in keys if table.is_ready(key)]
+            table.policy.touch(list(dict.fromkeys(here)))
+        slots = list(table.apply(placement).values())
+        if placement.victims:
+            self._observer.on_event(BlocksEvicted(self.tier_type, placement.victims))
+        job = SimulatedJob(job_metadata, placement.keys, slots, here, self._clock())
+        self._num_storing += len(slots)
+        if slots:
+            self._write(job)
+        else:
+            self._unmoved.append(job)
+
+    def submit_load(self, job_metadata: JobMetadata) -> None:
+        """Pin what is here, and read it."""
+        table, keys = self.table, job_metadata.keys
+        slots = table.ready_slots(keys)
+        if slots is None:
+            keys = [key for key in keys if table.is_ready(key)]
+            slots = [table.slot_of[key] for key in keys]
+        table.pin(slots)
+        table.policy.touch(list(dict.fromkeys(keys)))
+        job = SimulatedJob(job_metadata, keys, slots, (), self._clock())
+        if slots:
+            self._read(job)
+        else:
+            self._unmoved.append(job)
+
+    def _write(self, job: SimulatedJob) -> None:
+        self.device.write(job, len(job.slots) * self._block_bytes)
+
+    def _read(self, job: SimulatedJob) -> None:
+        self.device.read(job, len(job.slots) * self._block_bytes)
+
+    def get_finished_jobs(self) -> Iterable[JobResult]:
+        """Return the results of the jobs that have ended by now."""
+        return [self._end(job) for job in self._take_ended(everything=False)]
+
+    def _take_ended(self, everything: bool) -> list[SimulatedJob]:
+        ended = list(self._unmoved)
+        self._unmoved.clear()
+        return ended + self.device.finished(everything)
+
+    def _end(self, job: SimulatedJob) -> JobResult:
+        metadata, slots = job.metadata, job.slots
+        if metadata.is_promotion:
+            self.table.unpin(slots)
+        else:
+            self.table.publish(slots)
+            self._num_storing -= len(slots)
+        success = len(job.keys) + len(job.here) >= len(metadata.keys)
+        successful = None if success else {*job.keys, *job.here}
+        num_bytes, seconds = len(slots) * self._block_bytes, self._clock() - job.submitted
+        return JobResult(metadata.job_id, success, successful, seconds, num_bytes)
+
+    def drain_jobs(self) -> None:
+        """End every job now; the results stay to be collected."""
+        self._unmoved.extend(self._take_ended(everything=True))
+
+    def start_epoch(self, epoch: bytes) -> None:
+        """Forget every block."""
+        self.table.clear()
+
+    def get_stats(self) -> Mapping[str, float]:
+        """Return blocks and capacity."""
+        return {"blocks": len(self.table), "capacity_blocks": self.table.num_slots}
+
+    def check_invariants(self) -> None:
+        """Raise InvariantError if the table contradicts itself."""
+        self.table.check_invariants()

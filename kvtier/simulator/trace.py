@@ -1,0 +1,117 @@
+"""A trace: what requests asked for, when, in blocks whose keys say which prefixes are equal."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
+
+from kvtier.errors import KVTierError
+from kvtier.keys import OffloadKey, make_offload_key
+
+
+class TraceError(KVTierError):
+    """A trace that cannot be read; the message is one line and names the place."""
+
+
+class TraceRequest(NamedTuple):
+    """One request.
+
+    Attributes:
+        time: of its arrival, seconds since the first one's.
+        keys: the blocks of its prompt, first block first; the last one may be filled in part.
+        input_tokens, output_tokens: lengths of prompt and answer.
+        answer_keys: blocks that the answer filled, where the trace knows them.
+    """
+
+    time: float
+    keys: Sequence[OffloadKey]
+    input_tokens: int
+    output_tokens: int
+    answer_keys: Sequence[OffloadKey] = ()
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Requests in the order of their arrival.
+
+    Attributes:
+        name: for people.
+        format: name of the format that it was read from.
+        tokens_per_block: tokens in one block.
+        block_bytes: bytes of one block, where the trace says so, else None.
+    """
+
+    name: str
+    format: str
+    tokens_per_block: int
+    requests: Sequence[TraceRequest]
+    block_bytes: int | None = None
+
+    @cached_property
+    def num_accesses(self) -> int:
+        """Blocks asked for, over all requests."""
+        return sum(len(request.keys) for request in self.requests)
+
+    @cached_property
+    def num_unique(self) -> int:
+        """Different blocks."""
+        return len({key for request in self.requests for key in request.keys})
+
+    @cached_property
+    def num_ideal_hits(self) -> int:
+        """Blocks that a prefix cache without limit has when they are asked for: those that came before, in a row."""
+        seen: set[OffloadKey] = set()
+        hits = 0
+        for request in self.requests:
+            keys = request.keys
+            hits += next((index for index, key in enumerate(keys) if key not in seen), len(keys))
+            seen.update(keys)
+            seen.update(request.answer_keys)
+        return hits
+
+    @property
+    def seconds(self) -> float:
+        """Time from the first arrival to the last, at least a microsecond."""
+        return max(1e-6, self.requests[-1].time - self.requests[0].time) if self.requests else 1e-6
+
+
+class KeyMaker:
+    """Gives every id of a trace a key: equal ids, equal keys."""
+
+    def __init__(self) -> None:
+        self._keys: dict[Hashable, OffloadKey] = {}
+
+    def keys(self, ids: Iterable[Hashable]) -> list[OffloadKey]:
+        """Return the keys of `ids`, in order."""
+        known, made = self._keys, []
+        for number in ids:
+            key = known.get(number)
+            if key is None:
+                key = known[number] = make_offload_key(len(known).to_bytes(8, "big"), 0)
+            made.append(key)
+        return made
+
+
+def in_order(requests: Iterable[TraceRequest]) -> list[TraceRequest]:
+    """Return requests by time, the first at 0; arrivals at one instant are spread until the clock would tick again.
+
+    A log whose clock ticks every three seconds holds bursts that never were. The tick is the smallest step between
+    two times of the log.
+    """
+    ordered = sorted(requests, key=lambda request: request.time)
+    times = sorted({request.time for request in ordered})
+    tick = min((later - earlier for earlier, later in pairwise(times)), default=0.0)
+    counts: dict[float, int] = {}
+    for request in ordered:
+        counts[request.time] = counts.get(request.time, 0) + 1
+    spread: list[TraceRequest] = []
+    position, last = 0, -1.0
+    for request in ordered:
+        position = position + 1 if request.time == last else 0
+        last = request.time
+        offset = tick * position / counts[last]
+        spread.append(request._replace(time=last - times[0] + offset))
+    return spread

@@ -1,0 +1,71 @@
+"""WEKA's traces of coding sessions: a conversation a document, sub-agents nested in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated
+
+import msgspec
+
+from kvtier.simulator.trace import KeyMaker, TraceError, TraceRequest
+
+_Time = Annotated[float, msgspec.Meta(ge=0)]
+
+
+class WekaRequest(msgspec.Struct, rename={"input_tokens": "in", "output_tokens": "out"}):
+    """A request (`in`, `out`, `hash_ids`), or a sub-agent (`requests`) that began at `t`; t in seconds."""
+
+    t: _Time
+    input_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
+    output_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
+    hash_ids: list[int] | None = None
+    requests: list[WekaRequest] | None = None
+
+
+class WekaConversation(msgspec.Struct):
+    """One document; ids are its own unless `hash_id_scope` is "global"."""
+
+    requests: list[WekaRequest]
+    block_size: Annotated[int, msgspec.Meta(ge=1)] = 64
+    hash_id_scope: str = "local"
+
+
+def weka_requests(conversations: Sequence[tuple[str, WekaConversation]], gap: float) -> list[TraceRequest]:
+    """Return the requests of all conversations; number n starts n * `gap` seconds after the first.
+
+    Sub-agents' times count from the conversation's start or from the sub-agent's, depending on who wrote the trace:
+    from the sub-agent's if any request of one would otherwise come before it.
+
+    Raises:
+        TraceError: an entry that is neither a request nor a sub-agent.
+    """
+    relative = any(_has_earlier(one.requests) for _, one in conversations)
+    maker = KeyMaker()
+    made: list[TraceRequest] = []
+    for index, (place, one) in enumerate(conversations):
+        scope = "" if one.hash_id_scope == "global" else str(index)
+        for start, request in _flat(one.requests, 0.0, relative):
+            if request.hash_ids is None:
+                raise TraceError(f"{place}: an entry at t={request.t:g} has neither hash_ids nor requests")
+            keys = maker.keys([(scope, number) for number in request.hash_ids])
+            time = index * gap + start
+            made.append(TraceRequest(time, keys, request.input_tokens, request.output_tokens))
+    return made
+
+
+def _has_earlier(requests: Sequence[WekaRequest]) -> bool:
+    return any(
+        nested.t < request.t or _has_earlier(request.requests or ())
+        for request in requests
+        for nested in request.requests or ()
+    )
+
+
+def _flat(requests: Sequence[WekaRequest], origin: float, relative: bool) -> Iterator[tuple[float, WekaRequest]]:
+    """Yield (seconds since the conversation's start, request), sub-agents' included."""
+    for request in requests:
+        start = origin + request.t
+        if request.requests is None:
+            yield start, request
+        else:
+            yield from _flat(request.requests, start if relative else origin, relative)

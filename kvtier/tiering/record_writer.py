@@ -1,0 +1,92 @@
+"""The process that writes a recording: hashes keys with a salt that nobody keeps, compresses, and stops at a limit.
+
+Run as `python -m kvtier.tiering.record_writer PATH LIMIT`; frames come on standard input (see `recording`).
+
+The file is a gzip stream: the magic, a JSON header of u32 length, then records. A record is `RECORD` (kind, number of
+the request, seconds, numbers of extra bytes and of keys, whether groups follow), the extra bytes, 8 bytes a key
+(BLAKE2b of key and salt) and, if any group is not 0, 2 bytes a key. A file that ends early is a recording that ended
+early.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import secrets
+import struct
+import sys
+import time
+from typing import BinaryIO
+
+from kvtier.keys import GROUP_BYTES
+
+MAGIC = b"kvtier recording 1\n"
+FRAME = struct.Struct("<cIdIIH")
+"""Kind, request, seconds, extra bytes, keys, bytes of a key; then the extra bytes and the keys."""
+RECORD = struct.Struct("<cIdII?")
+LENGTH = struct.Struct("<I")
+HASH_BYTES = 8
+_FLUSH_SECONDS = 1.0
+_MOST_NAMES = 1000
+
+
+def open_new(path: str) -> BinaryIO:
+    """Return a new file for writing, readable by its owner only; a name that is taken gets a number appended.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    for number in range(_MOST_NAMES):
+        name = path if not number else f"{path}.{number}"
+        try:
+            return os.fdopen(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb")
+        except FileExistsError:
+            continue
+    raise FileExistsError(f"{path} and {_MOST_NAMES - 1} numbered names are taken")
+
+
+def write_recording(source: BinaryIO, target: BinaryIO, limit: int) -> None:
+    """Copy frames from `source` to `target` until the source ends or the file has `limit` bytes."""
+    salt = secrets.token_bytes(32)
+    with gzip.GzipFile(fileobj=target, mode="wb", compresslevel=1, mtime=0) as file:
+        file.write(MAGIC)
+        header = source.read(LENGTH.unpack(source.read(LENGTH.size))[0])
+        file.write(LENGTH.pack(len(header)) + header)
+        flushed = time.monotonic()
+        while len(head := source.read(FRAME.size)) == FRAME.size:
+            kind, request, seconds, num_extra, num_keys, key_bytes = FRAME.unpack(head)
+            body = source.read(num_extra + num_keys * key_bytes)
+            if len(body) < num_extra + num_keys * key_bytes:
+                return
+            hashes, groups = _hide(body[num_extra:], key_bytes, salt)
+            file.write(RECORD.pack(kind, request, seconds, num_extra, num_keys, bool(groups)))
+            file.write(body[:num_extra] + hashes + groups)
+            if time.monotonic() - flushed > _FLUSH_SECONDS:
+                file.flush()
+                target.flush()
+                flushed = time.monotonic()
+            if target.tell() >= limit:
+                return
+
+
+def _hide(keys: bytes, key_bytes: int, salt: bytes) -> tuple[bytes, bytes]:
+    """Return salted hashes of the keys, and their groups (2 bytes each) if any is not 0."""
+    if not keys:
+        return b"", b""
+    parts = [keys[start : start + key_bytes] for start in range(0, len(keys), key_bytes)]
+    hashes = b"".join(hashlib.blake2b(part, digest_size=HASH_BYTES, key=salt).digest() for part in parts)
+    groups = b"".join(part[-2:] for part in parts)
+    nothing = not any(groups) and not any(any(part[-GROUP_BYTES:-2]) for part in parts)
+    return hashes, b"" if nothing else groups
+
+
+def main() -> None:
+    """Write the recording that the command line names."""
+    path, limit = sys.argv[1], int(sys.argv[2])
+    with open_new(path) as target:
+        write_recording(sys.stdin.buffer, target, limit)
+
+
+if __name__ == "__main__":
+    main()

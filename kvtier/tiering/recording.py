@@ -1,0 +1,300 @@
+"""Records what an engine asks of its manager, so that the simulator can replay it.
+
+On the scheduler's thread a call costs one copy of its keys into a buffer, a lookup nothing; a process of its own hashes
+and writes (`record_writer`). A recording that cannot go on ends, and the engine never notices.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import select
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from kvtier.clock import Clock
+from kvtier.events import CascadeRefused, Event
+from kvtier.keys import OffloadKey
+from kvtier.tiering.guard import TierGuard
+from kvtier.tiering.manager import TieringOffloadingManager
+from kvtier.tiering.record_writer import FRAME, LENGTH
+from kvtier.tiering.tier_jobs import Answer
+from kvtier.types import (
+    CPULoadStoreSpec,
+    PrepareStoreOutput,
+    ReqContext,
+    RequestOffloadingContext,
+    ScheduleEndContext,
+)
+
+logger = logging.getLogger("kvtier")
+
+DEFAULT_LIMIT = 1 << 30
+JOB = struct.Struct("<BQ?")
+"""Extra bytes of "J": tier, job, whether all of it succeeded (else the record's keys did)."""
+TIER = struct.Struct("<B?")
+"""Extra bytes of "U": tier, whether it is used from now on."""
+NOT_SURE, NOT_FOUND = 128, 127
+"""Extra bytes of "L" and "R", one a key: the tier that has it, `NOT_SURE` + the tier that did not say, `NOT_FOUND`."""
+PROMPT = struct.Struct("<q")
+"""Extra bytes of "N": tokens of the prompt, -1 if unknown."""
+
+_PIPE_BYTES = 1 << 20
+_FLUSH_BYTES = 32 << 10
+_FLUSH_SECONDS = 0.25
+_MOST_BUFFERED = 64 << 20
+_CLOSE_SECONDS = 2.0
+_MOST_REQUESTS = 100_000
+
+
+class Recorder:
+    """Sends frames to the writing process; drops everything from the first thing that goes wrong on."""
+
+    def __init__(self, path: str, header: Mapping[str, Any], clock: Clock, limit: int = DEFAULT_LIMIT) -> None:
+        """Args: path: of a new file; header: JSON values; limit: bytes on disk after which the recording ends."""
+        self._path, self._limit, self._clock = path, limit, clock
+        text = json.dumps(dict(header)).encode()
+        self._buffer = bytearray(LENGTH.pack(len(text)) + text)
+        self._writer: subprocess.Popen[bytes] | None = None
+        self._pipe = -1
+        self._started = clock()
+        self._flushed = 0.0
+        self.active = False
+
+    def start(self) -> None:
+        """Start the writing process, without waiting for it."""
+        command = [sys.executable, "-m", "kvtier.tiering.record_writer", os.path.abspath(self._path), str(self._limit)]
+        try:
+            self._writer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+            pipe = self._writer.stdin
+            if pipe is None:
+                raise OSError("no pipe")
+            self._pipe = pipe.fileno()
+            os.set_blocking(self._pipe, False)
+            fcntl.fcntl(self._pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        except OSError as error:
+            if self._pipe < 0:
+                self._give_up(f"{error}")
+                return
+        self.active = True
+
+    def note(self, kind: bytes, request: int, extra: bytes = b"", keys: Collection[OffloadKey] = ()) -> None:
+        """Add a record; keys all have one length."""
+        if self.active:
+            body = b"".join(keys)
+            count = len(keys)
+            size = len(body) // count if count else 0
+            self._buffer += FRAME.pack(kind, request, self._clock() - self._started, len(extra), count, size)
+            self._buffer += extra
+            self._buffer += body
+
+    def flush(self) -> None:
+        """Hand over what the pipe takes, if there is much of it or a while has passed; never waits."""
+        if not self.active or not self._buffer:
+            return
+        now = self._clock()
+        if len(self._buffer) < _FLUSH_BYTES and 0 <= now - self._flushed < _FLUSH_SECONDS:
+            return
+        self._flushed = now
+        try:
+            sent = os.write(self._pipe, self._buffer)
+            del self._buffer[:sent]
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._give_up("its limit is reached" if isinstance(error, BrokenPipeError) else str(error))
+        if len(self._buffer) > _MOST_BUFFERED:
+            self._give_up("the process that writes it does not keep up")
+
+    def close(self) -> None:
+        """Hand over the rest and end the process, within two seconds; idempotent."""
+        deadline = time.monotonic() + _CLOSE_SECONDS
+        while self.active and self._buffer and (left := deadline - time.monotonic()) > 0:
+            select.select([], [self._pipe], [], left)
+            self._flushed = -1e9
+            self.flush()
+        self._end()
+        if self._writer is not None:
+            try:
+                self._writer.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                self._writer.kill()
+                self._writer.wait()
+            self._writer = None
+
+    def _give_up(self, reason: str) -> None:
+        logger.warning("the recording %s ends here: %s", self._path, reason)
+        self._end()
+
+    def _end(self) -> None:
+        self.active = False
+        self._buffer.clear()
+        if self._writer is not None and self._writer.stdin is not None:
+            self._writer.stdin.close()
+
+
+class RecordedManager(TieringOffloadingManager):
+    """The manager, with its calls, its tiers' answers and nothing else written down.
+
+    A record follows what it stands for, but for a tier's answers, refusals and states, which come before the call that
+    learnt of them.
+    """
+
+    def __init__(self, *args: Any, recorder: Recorder, **keywords: Any) -> None:
+        """Args: as `TieringOffloadingManager`; recorder: started with the first call, closed at `shutdown`."""
+        super().__init__(*args, **keywords)
+        self._recorder = recorder
+        self._numbers: dict[str, int] = {}
+        self._num_requests = 0
+        self._noted_scan: tuple[int, int] | None = None
+        self._last_scans: dict[int, tuple[int, OffloadKey, OffloadKey]] = {}
+        self._usable = [False] * len(self._tiers)
+        self._observer.add(self)
+        recorder.start()
+
+    def on_event(self, event: Event) -> None:
+        """Note that a tier took no cascade."""
+        if isinstance(event, CascadeRefused) and event.reason != "admission":
+            self._note_scan()
+            index = next(guard.index for guard in self._tiers if guard.name == event.tier)
+            self._recorder.note(b"B", 0, bytes([index]))
+
+    def _number(self, req_context: ReqContext) -> int:
+        number = self._numbers.get(req_context.req_id)
+        if number is None:
+            self._num_requests += 1
+            number = self._numbers[req_context.req_id] = self._num_requests
+            prompt = req_context.num_prompt_tokens
+            self._recorder.note(b"N", number, PROMPT.pack(-1 if prompt is None else prompt))
+            if len(self._numbers) > _MOST_REQUESTS:
+                del self._numbers[next(iter(self._numbers))]
+        return number
+
+    def _note(self, kind: bytes, req_context: ReqContext, keys: Collection[OffloadKey] = ()) -> None:
+        if self._recorder.active:
+            self._note_scan()
+            self._recorder.note(kind, self._number(req_context), keys=keys)
+
+    def _note_scan(self) -> None:
+        """Note what has been looked up since the last record, in short if it is what the request looked up before."""
+        if self._noted_scan is None:
+            return
+        number, start = self._noted_scan
+        scan = self._state.scan
+        keys = scan[start:]
+        if not keys:
+            return
+        self._noted_scan = (number, len(scan))
+        shape, answers = (len(keys), keys[0], keys[-1]), self._answers(keys)
+        if self._last_scans.get(number) == shape:
+            self._recorder.note(b"R", number, answers)
+        else:
+            self._last_scans[number] = shape
+            self._recorder.note(b"L", number, answers, keys)
+
+    def _answers(self, keys: list[OffloadKey]) -> bytes:
+        """Return what tiers answered for the keys of a scan, a byte each; nothing if no tier had any."""
+        found, unresolved = self._state.found, self._state.unresolved
+        if not found and not unresolved:
+            return b""
+        asked = NOT_SURE + min(self._state.probing, default=0)
+        return bytes([asked if key in unresolved else found.get(key, NOT_FOUND) for key in keys])
+
+    # -- calls --------------------------------------------------------------------------------------------
+
+    def _enter(self, req_context: ReqContext) -> None:
+        if self._recorder.active:
+            self._note_scan()
+        super()._enter(req_context)
+        if self._recorder.active:
+            self._noted_scan = (self._number(req_context), len(self._state.scan))
+
+    def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        """As the manager's."""
+        answer = super().on_new_request(req_context)
+        if self._recorder.active:
+            self._note_scan()
+            self._numbers.pop(req_context.req_id, None)
+            self._number(req_context)
+        return answer
+
+    def prepare_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> CPULoadStoreSpec:
+        """As the manager's."""
+        spec = super().prepare_load(keys, req_context)
+        self._note(b"P", req_context, keys)
+        return spec
+
+    def complete_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
+        """As the manager's."""
+        super().complete_load(keys, req_context)
+        self._note(b"C", req_context, keys)
+
+    def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
+        """As the manager's."""
+        super().touch(keys, req_context)
+        self._note(b"T", req_context, keys)
+
+    def prepare_store(self, keys: Collection[OffloadKey], req_context: ReqContext) -> PrepareStoreOutput | None:
+        """As the manager's."""
+        output = super().prepare_store(keys, req_context)
+        self._note(b"S", req_context, keys)
+        return output
+
+    def complete_store(self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True) -> None:
+        """As the manager's."""
+        super().complete_store(keys, req_context, success)
+        self._note(b"D" if success else b"F", req_context, keys)
+
+    def on_request_finished(self, req_context: ReqContext) -> None:
+        """As the manager's."""
+        if self._recorder.active:
+            self._note_scan()
+            self._noted_scan = None  # the manager forgets the scan
+        super().on_request_finished(req_context)
+        if self._recorder.active:
+            number = self._number(req_context)
+            self._last_scans.pop(number, None)
+            self._recorder.note(b"E", number)
+
+    def on_schedule_end(self, context: ScheduleEndContext) -> None:
+        """As the manager's."""
+        if self._recorder.active:
+            self._note_scan()
+            self._noted_scan = None
+        super().on_schedule_end(context)
+        if self._recorder.active:
+            numbers = [self._numbers.get(req_id, 0) for req_id in context.preempted_req_ids]
+            self._recorder.note(b"Z", 0, struct.pack(f"<{len(numbers)}I", *numbers))
+            self._recorder.flush()
+
+    def reset_cache(self) -> None:
+        """As the manager's."""
+        self._noted_scan = None
+        super().reset_cache()
+        self._recorder.note(b"X", 0)
+
+    def shutdown(self) -> None:
+        """As the manager's; the recording ends, too."""
+        self._recorder.close()
+        super().shutdown()
+
+    # -- what tiers say -----------------------------------------------------------------------------------
+
+    def _poll(self) -> None:
+        super()._poll()
+        for guard in self._tiers:
+            if guard.usable != self._usable[guard.index]:
+                self._usable[guard.index] = guard.usable
+                self._recorder.note(b"U", 0, TIER.pack(guard.index, guard.usable))
+
+    def _take(self, guard: TierGuard, answer: Answer) -> None:
+        job, successful = answer.job, answer.successful
+        complete = len(successful) == len(job.keys)
+        self._recorder.note(b"J", 0, JOB.pack(guard.index, job.job_id, complete), () if complete else list(successful))
+        super()._take(guard, answer)

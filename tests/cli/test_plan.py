@@ -1,0 +1,97 @@
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kvtier.cli import app
+from kvtier.cli.vllm_config import check
+
+EXTRACT = Path(__file__).parents[1] / "data" / "conversation_prefixes.jsonl"
+PRICES = ("--model", "Llama-3.1-8B", "--gpu-rate", 4, "--dram-price", 4, "--disk-price", 0.1, "--processes", 1)
+SIZES = ("--dram", "16GiB,64GiB", "--disk", "0,512GiB")
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["plan", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory):
+    path = tmp_path_factory.mktemp("trace") / "part.jsonl"
+    lines = [json.loads(line) for line in EXTRACT.read_text().splitlines()[:200]]
+    records = [{"timestamp": 500 * n, "input_length": 512 * len(ids), "hash_ids": ids} for n, ids in enumerate(lines)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture(scope="module")
+def everything(trace):
+    path = trace.with_name("all.json")
+    assert run(trace, *PRICES, *SIZES, "--json", path).exit_code == 0
+    return json.loads(path.read_text())
+
+
+def test_without_a_target_the_cheapest_is_chosen(everything):
+    assert len(everything["offers"]) == 4
+    totals = [offer["cost_a_month"]["total"] for offer in everything["offers"]]
+    assert everything["chosen"]["cost_a_month"]["total"] == min(totals)
+    assert everything["cost_a_month_without"] > 0
+
+
+def test_costs_are_what_the_prices_say(everything):
+    for offer in everything["offers"]:
+        cost, setup = offer["cost_a_month"], offer["setup"]
+        assert cost["dram"] == pytest.approx(setup["dram_bytes"] / 2**30 * 4 / 36)
+        assert cost["disk"] == pytest.approx(setup["disk_bytes"] / 2**30 * 0.1 / 36)
+        busy = (offer["input_tokens"] - offer["saved_tokens"]) / 10_000 / offer["seconds"]
+        assert cost["gpu"] == pytest.approx(busy * 730 * 4)
+        assert cost["total"] == pytest.approx(cost["dram"] + cost["disk"] + cost["gpu"])
+
+
+def test_the_cheapest_that_meets_the_target_is_chosen(trace, everything, tmp_path):
+    rates = sorted(offer["hit_rate"] for offer in everything["offers"])
+    path, page = tmp_path / "plan.json", tmp_path / "plan.html"
+    result = run(trace, *PRICES, *SIZES, "--target-hit-rate", rates[-1], "--json", path, "--plot", page)
+    assert result.exit_code == 0, result.output
+    chosen = json.loads(path.read_text())["chosen"]
+    good = [offer for offer in everything["offers"] if offer["hit_rate"] >= rates[-1]]
+    assert chosen["cost_a_month"]["total"] == min(offer["cost_a_month"]["total"] for offer in good)
+    text = page.read_text()
+    assert text.count("<svg") == 2
+    assert "src=" not in text
+    assert "href=" not in text
+
+
+def test_the_option_is_one_that_the_engine_takes(trace):
+    result = run(trace, *PRICES, *SIZES, "--path", "/mnt/kv", "--target-hit-rate", 0.001, "--admission", "second_touch")
+    assert result.exit_code == 0
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("--kv-transfer-config")]
+    extra = json.loads(shlex.split(line)[1])["kv_connector_extra_config"]
+    check(extra)
+    assert extra["eviction_policy"] == "lru"
+
+
+def test_says_when_nothing_reaches_the_target(trace):
+    result = run(trace, *PRICES, *SIZES, "--target-hit-rate", 0.99, "--target-ttft-p95", 0.001)
+    assert result.exit_code == 1
+    assert "none of them reaches a hit rate of 99.0% and a first token within 1 ms" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--gpu-rate", -1), "gpu_hour=-1.0: 0 or more"),
+        (("--months", 0), "months=0.0: above 0"),
+        (("--target-hit-rate", 36), "target_hit_rate=36.0: above 0 and at most 1"),
+        (("--target-ttft-p95", 0), "target_ttft_p95=0.0"),
+        (("--model", "unknown"), "model='unknown'"),
+        (("--dram", "1KiB"), "dram='1KiB'"),
+    ],
+)
+def test_refuses_what_cannot_be_planned(trace, arguments, complaint):
+    result = run(trace, *PRICES, *SIZES, *arguments)
+    assert result.exit_code == 2
+    assert complaint in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1

@@ -1,0 +1,145 @@
+import json
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kvtier.cli import app
+
+EXTRACT = Path(__file__).parents[1] / "data" / "conversation_prefixes.jsonl"
+BROWSER = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["simulate", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory):
+    path = tmp_path_factory.mktemp("trace") / "part.jsonl"
+    lines = [json.loads(line) for line in EXTRACT.read_text().splitlines()[:250]]
+    records = [{"timestamp": 500 * n, "input_length": 512 * len(ids), "hash_ids": ids} for n, ids in enumerate(lines)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture(scope="module")
+def report(trace):
+    page, values = trace.with_name("report.html"), trace.with_name("report.json")
+    sizes = ("--dram", "16GiB,64GiB", "--disk", "0,5%", "--policy", "lru,arc", "--processes", 1)
+    result = run(trace, *sizes, "--plot", page, "--json", values)
+    assert result.exit_code == 0, result.output
+    return result.stdout, page, json.loads(values.read_text())
+
+
+def test_prints_a_row_for_every_configuration(report):
+    rows = [line.split() for line in report[0].splitlines() if line.startswith(("lru", "arc", "no offloading"))]
+    assert [row[0] for row in rows] == ["lru", "arc"] * 4 + ["no"]
+    assert "a cache without limit would hit" in report[0]
+
+
+def test_the_figures_add_up(report):
+    values = report[2]
+    for result in values["results"]:
+        assert 0 <= sum(result["hits"].values()) <= result["num_accesses"] == values["trace"]["block_accesses"]
+        assert result["hit_rate"] <= values["trace"]["ideal_hit_rate"] + 1e-9
+        counted = [sum(column) for column in zip(*result["timeline"], strict=True)]
+        assert counted[0] == result["hits"]["primary"]
+        assert sum(counted) == result["num_accesses"]
+        assert result["first_token_seconds"]["p50"] <= result["first_token_seconds"]["p95"]
+        assert (result["drive_writes_a_day"] is None) == (not result["setup"]["disk_blocks"])
+
+
+class Outside(HTMLParser):
+    """Collects what a page would load, and checks that its tags close."""
+
+    def __init__(self):
+        super().__init__()
+        self.loads, self.open, self.charts = [], [], 0
+
+    def handle_starttag(self, tag, attributes):
+        self.loads += [value for name, value in attributes if name in ("src", "href", "srcset", "xlink:href")]
+        self.charts += tag == "svg"
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_loads_nothing(report):
+    text = report[1].read_text()
+    parser = Outside()
+    parser.feed(text)
+    assert (parser.loads, parser.open) == ([], [])
+    assert parser.charts >= 4
+    assert "url(" not in text
+    assert "nan" not in text.lower().replace("finance", "")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="NO CHROMIUM: the report page was not opened in a browser")
+def test_a_browser_shows_the_page(report, tmp_path):
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    picture = tmp_path / "page.png"
+    url = report[1].as_uri()
+    shot = [BROWSER, *flags, "--window-size=1200,2000", f"--screenshot={picture}", url]
+    done = subprocess.run(shot, capture_output=True, text=True, timeout=100)
+    assert picture.is_file(), done.stderr[-2000:]
+    assert picture.stat().st_size > 50_000, "the page is all but empty"
+    dumped = subprocess.run([BROWSER, *flags, "--dump-dom", url], capture_output=True, text=True, timeout=100).stdout
+    assert dumped.count("<svg") >= 4
+    assert "Hit rate over cache size" in dumped
+    assert "<polyline" in dumped
+
+
+def test_processes_give_the_same_as_one(trace, tmp_path):
+    values = []
+    for count in (1, 2):
+        path = tmp_path / f"{count}.json"
+        assert run(trace, "--dram", "16GiB,32GiB", "--processes", count, "--json", path).exit_code == 0
+        read = json.loads(path.read_text())["results"]
+        values.append([{**result, "replay_seconds": 0} for result in read])
+    assert values[0] == values[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--dram", "1MiB"), "dram='1MiB': at least 67,108,864 bytes, one block"),
+        (("--dram", "lots"), "dram='lots'"),
+        (("--dram", "0%"), "dram='0%'"),
+        (("--dram", ","), "at least one"),
+        (("--disk", "1KiB"), "disk='1KiB'"),
+        (("--policy", "best"), "policy='best': supported are"),
+        (("--model", "no-such"), "model='no-such'"),
+        (("--prefill-rate", "0"), "prefill_rate=0.0: above 0"),
+        (("--disk-read", "slow"), "disk_read='slow'"),
+    ],
+)
+def test_refuses_what_cannot_be_simulated(trace, arguments, complaint):
+    result = run(trace, *arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert complaint in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_names_the_broken_line(tmp_path):
+    path = tmp_path / "broken.jsonl"
+    path.write_text('{"timestamp":0,"input_length":5,"hash_ids":[1]}\n{"timestamp":\n')
+    result = run(path)
+    assert result.exit_code == 2
+    assert "broken.jsonl:2:" in result.stderr

@@ -1,0 +1,224 @@
+"""A live run, recorded with its completions and replayed, gives the same hits."""
+
+import gzip
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+
+from kvtier import KVCacheGroup, Namespace, OffloadingConfig, create_spec, make_offload_key
+from kvtier.errors import ConfigError
+from kvtier.events import BlocksLoaded, RequestGaveUp, TierState
+from kvtier.keys import MAX_KEY_BYTES
+from kvtier.simulator.again import repeat
+from kvtier.simulator.formats import load_trace
+from kvtier.simulator.recording import is_recording, read_recording
+from kvtier.simulator.trace import TraceError
+from kvtier.spec.tiering import TieringOffloadingSpec
+from kvtier.tiering.record_writer import FRAME, LENGTH
+from kvtier.types import LookupResult, ReqContext, ScheduleEndContext
+
+BLOCK_BYTES = 4096
+STEP = ScheduleEndContext()
+
+
+class LoadLog:
+    def __init__(self):
+        self.loads, self.gave_up = [], []
+
+    def on_event(self, event):
+        if isinstance(event, BlocksLoaded):
+            self.loads.append(dict(event.by_source))
+        elif isinstance(event, RequestGaveUp) and event.reason == "deadline":
+            self.gave_up.append(event)
+
+
+class LiveEngine:
+    """An engine over real memory and a real disk tier, with several requests under way at once."""
+
+    def __init__(self, path, log, disks=1, **config):
+        tiers = [
+            {"type": "disk", "path": str(path / f"disk{index}"), "capacity": "256KiB", "name": f"disk{index}"}
+            for index in range(disks)
+        ]
+        extra = {
+            "cpu_bytes_to_use": 40 * BLOCK_BYTES,
+            "secondary_tiers": tiers,
+            "record": str(path / "live.rec"),
+            "load_deadline": 60.0,
+            **config,
+        }
+        engine = OffloadingConfig(extra, (KVCacheGroup(16),), BLOCK_BYTES, Namespace({"model": "recorded"}))
+        self.spec = TieringOffloadingSpec(engine, observers=[log])
+        states = self.spec.wait_for_tiers(30.0)
+        assert set(states.values()) <= {TierState.UP}
+        self.manager = self.spec.get_manager()
+
+    def serve(self, prompts, width=3):
+        """Serve prompts, `width` at a time, a step after the other, as a scheduler does."""
+        waiting = [(ReqContext(f"r{number}", num_prompt_tokens=16 * len(keys)), keys) for number, keys in prompts]
+        live = []
+        while waiting or live:
+            while waiting and len(live) < width:
+                live.append(waiting.pop(0))
+                self.manager.on_new_request(live[-1][0])
+            live = [entry for entry in live if not self.try_to_serve(*entry)]
+            self.manager.on_schedule_end(STEP)
+
+    def try_to_serve(self, context, keys):
+        answers = []
+        for key in keys:
+            answers.append(self.manager.lookup(key, context))
+            if answers[-1] is LookupResult.MISS:
+                break
+        if any(answer in (LookupResult.HIT_PENDING, LookupResult.RETRY) for answer in answers):
+            return False
+        hits = sum(answer is LookupResult.HIT for answer in answers)
+        if hits:
+            self.manager.prepare_load(keys[:hits], context)
+            self.manager.complete_load(set(keys[:hits]), context)
+        output = self.manager.prepare_store(keys[hits:], context)
+        if output is not None and output.keys_to_store:
+            self.manager.complete_store(set(output.keys_to_store), context)
+        self.manager.on_request_finished(context)
+        return True
+
+    def close(self):
+        self.spec.shutdown()
+
+
+def prompts(count, seed=7):
+    """Return (number, keys) of prompts that share heads, as conversations do."""
+    chance = random.Random(seed)
+    made = []
+    for number in range(count):
+        family, length = chance.randrange(12), chance.randrange(2, 14)
+        keys = [make_offload_key(f"{family}/{index}".encode().ljust(32, b"."), 0) for index in range(length)]
+        made.append((number, keys))
+    return made
+
+
+@pytest.mark.parametrize("disks", [0, 1, 2])
+@pytest.mark.parametrize("policy", ["lru", "arc"])
+def test_a_recorded_live_run_replays_to_the_same_hits(tmp_path, disks, policy):
+    log = LoadLog()
+    engine = LiveEngine(tmp_path, log, disks, eviction_policy=policy)
+    engine.serve(prompts(250))
+    engine.close()
+    assert not log.gave_up, "the test wants a run without expired deadlines"
+    again = repeat(tmp_path / "live.rec")
+    assert again.num_diverged == 0
+    assert [by_source for _, by_source in again.loads] == log.loads
+    assert sum(again.hits.values()) > 200
+    assert not disks or again.hits["disk0"] > 0
+
+
+def test_a_recording_is_a_trace_too(tmp_path):
+    engine = LiveEngine(tmp_path, LoadLog())
+    served = prompts(60)
+    engine.serve(served)
+    engine.close()
+    trace = load_trace(tmp_path / "live.rec")
+    assert (trace.tokens_per_block, trace.block_bytes, len(trace.requests)) == (16, BLOCK_BYTES, 60)
+    assert [len(request.keys) for request in trace.requests] == [len(keys) for _, keys in served]
+    assert trace.num_unique == len({key for _, keys in served for key in keys})
+
+
+def test_a_recording_shows_no_key(tmp_path):
+    engine = LiveEngine(tmp_path, LoadLog())
+    engine.serve(prompts(20))
+    engine.close()
+    path = tmp_path / "live.rec"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert all(keys[0][:8] not in gzip.decompress(path.read_bytes()) for _, keys in prompts(20))
+
+
+def test_a_second_engine_takes_another_name_and_hides_keys_differently(tmp_path):
+    for _ in range(2):
+        engine = LiveEngine(tmp_path, LoadLog(), disks=0)
+        engine.serve(prompts(5))
+        engine.close()
+    first, second = (read_recording(tmp_path / name)[1] for name in ("live.rec", "live.rec.1"))
+    keys = [{key for record in records for key in record.keys} for records in (first, second)]
+    assert len(keys[0]) == len(keys[1])
+    assert not keys[0] & keys[1]
+
+
+def test_the_engine_does_not_notice_that_a_recording_fails(tmp_path):
+    log = LoadLog()
+    engine = LiveEngine(tmp_path, log, disks=0, record=str(tmp_path / "missing" / "live.rec"))
+    engine.serve(prompts(100))
+    engine.close()
+    assert log.loads
+
+
+def test_a_recording_ends_at_its_limit_and_stays_readable(tmp_path):
+    log = LoadLog()
+    engine = LiveEngine(tmp_path, log, disks=0, record_limit="4KiB")
+    engine.serve(prompts(2000))
+    engine.close()
+    path = tmp_path / "live.rec"
+    assert is_recording(path)
+    assert path.stat().st_size < 512 * 1024
+    assert load_trace(path).requests
+    assert len(log.loads) > 500
+
+
+def test_a_cut_recording_is_read_up_to_the_cut(tmp_path):
+    engine = LiveEngine(tmp_path, LoadLog(), disks=0)
+    engine.serve(prompts(200))
+    engine.close()
+    path = tmp_path / "live.rec"
+    whole = len(load_trace(path).requests)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert 0 < len(load_trace(path).requests) < whole
+
+
+def test_groups_and_long_keys_survive(tmp_path):
+    path = tmp_path / "frames.rec"
+    header = b'{"tokens_per_block":16,"block_bytes":4096,"primary_blocks":4,"policy":"lru","load_deadline":2.0,' + (
+        b'"probe_deadline":0.1,"lease_timeout":1.0,"promotion_budget":0.8}'
+    )
+    keys = [make_offload_key(bytes([group % 256]) * (MAX_KEY_BYTES - 4), group) for group in (0, 1, 300)]
+    frame = FRAME.pack(b"L", 1, 0.5, 0, len(keys), MAX_KEY_BYTES) + b"".join(keys)
+    command = [sys.executable, "-m", "kvtier.tiering.record_writer", str(path), "1000000"]
+    subprocess.run(command, input=LENGTH.pack(len(header)) + header + frame, check=True, timeout=60)
+    (record,) = read_recording(path)[1]
+    assert (record.kind, record.request, record.time) == (b"L", 1, 0.5)
+    assert [int.from_bytes(key[-4:], "big") for key in record.keys] == [0, 1, 300]
+
+
+def test_refuses_what_is_no_recording(tmp_path):
+    path = tmp_path / "other.gz"
+    path.write_bytes(gzip.compress(b"something else"))
+    with pytest.raises(TraceError, match="no recording"):
+        repeat(path)
+
+
+def test_the_options_are_checked():
+    for key, value in (("record", ""), ("record_limit", "much")):
+        with pytest.raises(ConfigError, match=key):
+            create_spec(
+                OffloadingConfig(
+                    {"spec_name": "TieringOffloadingSpec", "cpu_bytes_to_use": "1MiB", key: value},
+                    (KVCacheGroup(16),),
+                    BLOCK_BYTES,
+                )
+            )
+
+
+def test_recording_adds_little_to_a_step(tmp_path):
+    """A bound far above what it costs, so that only something like a copy a lookup would fail it."""
+    engine = LiveEngine(tmp_path, LoadLog(), disks=0, record=str(tmp_path / "cost.rec"))
+    (_, keys), context = prompts(1)[0], ReqContext("cost")
+    engine.manager.on_new_request(context)
+    assert type(engine.manager).lookup is type(engine.manager).__mro__[1].lookup
+    started = time.thread_time()
+    for _ in range(1000):
+        for key in keys:
+            engine.manager.lookup(key, context)
+        engine.manager.on_schedule_end(STEP)
+    assert (time.thread_time() - started) / 1000 < 0.005
+    engine.close()
