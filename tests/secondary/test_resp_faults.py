@@ -260,6 +260,33 @@ def test_a_user_with_a_password_from_the_environment(servers, monkeypatch):
         rig.close()
 
 
+def test_a_command_that_the_user_may_not_use_is_told_once(servers, monkeypatch, caplog):
+    server = servers()
+    server.command("ACL", "SETUSER", "kv", "on", ">letmein", "~kvtier:*", "+get", "+exists", "+unlink", "+ping")
+    monkeypatch.setenv("KVTIER_TEST_PASSWORD", "letmein")
+    rig = Rig(server.url, username="kv", password_env="KVTIER_TEST_PASSWORD")
+    try:
+        rig.wait_up()
+        for number in range(3):
+            assert not rig.store([number]).success
+        assert rig.causes.take() == {FailureCause.IO_ERROR: 3}
+        assert len(lines(caplog, "refuses: NOPERM", "set")) == 1
+    finally:
+        rig.close()
+
+
+def test_a_cluster_that_asks_for_a_password(tmp_path):
+    secret = tmp_path / "password"
+    secret.write_text("open-sesame")
+    cluster = ValkeyCluster(requirepass="open-sesame", masterauth="open-sesame")
+    try:
+        rig = Rig(cluster.start().urls[1:], cluster=True, block_bytes=8192, password_file=str(secret))
+        rig.wait_works(range(16))
+        rig.close()
+    finally:
+        cluster.close()
+
+
 def test_memory_that_is_full(rigs, servers, caplog):
     """The server refuses what is new and serves what it holds; with more memory it takes blocks again."""
     server = servers(maxmemory="8mb", maxmemory_policy="noeviction")

@@ -15,12 +15,13 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from kvtier.errors import StoreError
 from kvtier.stores.resp.commands import Operation, Request
 from kvtier.stores.resp.settings import RespSettings
 from kvtier.stores.resp.wire import ConnectionBrokenError, Wire
 
 
-class ServerLostError(Exception):
+class ServerLostError(StoreError):
     """No connection can be made; the message says where to and why."""
 
 

@@ -60,6 +60,7 @@ class RespStore(BlockStore):
         self._fullness = Fullness()
         self._breaks: Counter[Server] = Counter()
         self._complained = False
+        self._told: set[str] = set()
 
     @classmethod
     def open(cls, options: Mapping[str, Any], context: StoreContext) -> Self:
@@ -194,8 +195,16 @@ class RespStore(BlockStore):
             self._topology.lose(server, f"{server.address}: {unusable}")
         else:
             self._topology.regain(server)
+            self._tell(server, refusals)
             if is_write:
                 self._fullness.learn(server, share, refusals)
+
+    def _tell(self, server: Server, refusals: Sequence[Refused]) -> None:
+        """Log a refusal that nothing here deals with, such as a command that the user may not use; each kind once."""
+        for refused in refusals:
+            if refused.code not in _CAUSES and refused.code not in _REDIRECTIONS and refused.code not in self._told:
+                self._told.add(refused.code)
+                logger.warning("resp: %s refuses: %s", server.address, refused)
 
     def _redirected(self, share: Sequence[Request]) -> list[Request]:
         redirected = []

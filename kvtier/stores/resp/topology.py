@@ -133,6 +133,7 @@ class Cluster(Topology):
                 startup_nodes=nodes,
                 require_full_coverage=False,
                 retry=Retry(NoBackoff(), 0),
+                ssl=settings.tls,
                 **client_options(settings),
             )
         except (redis.RedisError, OSError) as error:
