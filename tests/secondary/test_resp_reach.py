@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from proxy import Proxy
-from valkey_server import ValkeyServer, wait_until
+from valkey_server import ValkeyCluster, ValkeyServer, wait_until
 
 from kvtier.abc import TierContext
 from kvtier.adapters.token_blocks import chain_keys, chain_root
@@ -70,6 +70,33 @@ def test_a_server_that_cannot_prove_who_it_is_gets_nothing(tls_proxy, valkey):
     trusting.wait_up()
     assert trusting.store([1]).success
     trusting.close()
+
+
+def test_a_cluster_over_tls(certificate):
+    """Each node behind a proxy that speaks TLS, and announced as that."""
+    cluster = ValkeyCluster()
+    proxies = []
+    try:
+        cluster.start()
+        for node in cluster.nodes:
+            proxies.append(Proxy(node.address, certificate))
+            node.configure("cluster-announce-port", proxies[-1].address[1])
+        ports = {proxy.address[1] for proxy in proxies}
+
+        def announced(node):
+            return {int(shard[2][1]) for shard in node.command("CLUSTER SLOTS")} == ports
+
+        wait_until(lambda: all(map(announced, cluster.nodes)), "every node knows the others' proxies")
+        rig = make_rig(proxies[0].url, cluster=True, tls_ca_file=certificate[0])
+        rig.wait_up()
+        assert rig.store(range(16)).success
+        assert rig.load(range(16))[1] == list(range(16))
+        assert all(proxy.num_connections for proxy in proxies)
+        rig.close()
+    finally:
+        for proxy in proxies:
+            proxy.close()
+        cluster.close()
 
 
 def test_prompts_of_different_salts_never_meet(valkey):
