@@ -177,11 +177,13 @@ def show(
         table.add_column(name, justify="left" if index in (0, len(planner.HEADER) - 1) else "right")
     shown = planner.frontier(offers, lambda result: result.hit_rate)
     if chosen is not None and not any(offer is chosen for offer in shown):
-        shown = sorted([*shown, chosen], key=lambda offer: offer.total)
+        shown = sorted([*shown, chosen], key=lambda offer: offer.hardware)
     for offer in shown:
         table.add_row(*planner.offer_row(offer, chosen))
     table.add_row("no offloading", *["-"] * 6, *[f"${nothing:,.0f}"] * 2, "-", "", style="dim")
-    console.print(f"\nof {len(offers)} configurations, those that no other beats in cost and hit rate:\n")
+    console.print(
+        f"\nof {len(offers)} configurations, those that find more than any other for what memory and disk cost:\n"
+    )
     Console(width=max(console.width, 130)).print(table)
     if chosen is None:
         console.print(f"\nnone of them reaches {target.describe()}", highlight=False)

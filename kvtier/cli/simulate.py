@@ -14,6 +14,7 @@ from kvtier.cli.simulate_progress import tracked
 from kvtier.errors import KVTierError
 from kvtier.registry import POLICIES
 from kvtier.simulator import report
+from kvtier.simulator.again import repeat
 from kvtier.simulator.formats import load_trace
 from kvtier.simulator.geometry import find_geometry
 from kvtier.simulator.results import Result
@@ -68,12 +69,18 @@ def simulate(
     processes: ProcessesOption = None,
     plot: PlotOption = None,
     json_path: JsonOption = None,
+    as_recorded: Annotated[
+        bool, typer.Option(help="Repeat a recording of kvtier call by call, as it was configured; nothing else counts.")
+    ] = False,
 ) -> None:
     """Replay a trace through kvtier's own manager, policies and admission, in simulated time.
 
     Exit code 0: the table is printed. 2: a trace, a size, a policy or a speed cannot be used; one line says why.
     """
     try:
+        if as_recorded:
+            show_repeated(trace)
+            return
         machine = make_machine(prefill_rate, host_bandwidth, disk_read, disk_write, disk_latency)
         loaded = load_trace(trace, tokens_per_block, conversation_gap)
         block_bytes = block_bytes_of(loaded, model, kv_dtype)
@@ -91,6 +98,18 @@ def simulate(
     except (KVTierError, OSError) as error:
         typer.echo(f"kvtier simulate: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(EXIT_UNUSABLE) from None
+
+
+def show_repeated(recording: Path) -> None:
+    """Print what a recorded engine loaded, found by repeating every call that it made.
+
+    Raises:
+        KVTierError: no recording, or one that cannot be repeated here.
+    """
+    again = repeat(recording)
+    blocks = ", ".join(f"{count:,} from {source}" for source, count in sorted(again.hits.items())) or "none"
+    typer.echo(f"{again.num_records:,} calls and answers repeated, {again.num_diverged:,} could not be followed")
+    typer.echo(f"blocks loaded: {blocks}")
 
 
 def make_machine(

@@ -31,7 +31,8 @@ th, td { padding: .3rem .5rem; border-bottom: 1px solid var(--line); text-align:
 th { color: var(--faint); font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
 tr.best td { font-weight: 700; background: var(--card); }
-pre { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .75rem; overflow-x: auto; }
+pre { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .75rem;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 
 

@@ -107,9 +107,14 @@ class Offer:
     gpu: float
 
     @property
+    def hardware(self) -> float:
+        """What is bought: memory and disk."""
+        return self.dram + self.disk
+
+    @property
     def total(self) -> float:
         """All of it."""
-        return self.dram + self.disk + self.gpu
+        return self.hardware + self.gpu
 
 
 def price(result: Result, machine: Machine, prices: Prices) -> Offer:
@@ -136,9 +141,9 @@ def cheapest(offers: Sequence[Offer], target: Target) -> Offer | None:
 
 
 def frontier(offers: Sequence[Offer], worth: Callable[[Result], float]) -> list[Offer]:
-    """Return the offers that no other beats in both cost and `worth` (more is better), cheapest first."""
+    """Return the offers that no other beats in both `hardware` and `worth` (more is better), cheapest first."""
     kept: list[Offer] = []
-    for offer in sorted(offers, key=lambda offer: (offer.total, -worth(offer.result))):
+    for offer in sorted(offers, key=lambda offer: (offer.hardware, -worth(offer.result))):
         if not kept or worth(offer.result) > worth(kept[-1].result):
             kept.append(offer)
     return kept
@@ -233,7 +238,11 @@ def plan_page(
                     )
                 ],
             ),
-            section("The frontier", "Dollars a month.", [table(HEADER, rows, best)]),
+            section(
+                "The frontier",
+                "Configurations that no other beats in hit rate for the money; dollars a month.",
+                [table(HEADER, rows, best)],
+            ),
         ],
     )
 
@@ -246,16 +255,16 @@ def _cost_chart(
     write: Callable[[float], str],
     what: str,
 ) -> str:
-    totals, values = [offer.total for offer in offers], [worth(offer.result) for offer in offers]
-    x = Axis("dollars a month", lambda value: f"${value:,.0f}", min(totals) * 0.98, max(totals) * 1.02)
+    costs, values = [offer.hardware for offer in offers], [worth(offer.result) for offer in offers]
+    x = Axis("memory and disk, dollars a month", lambda value: f"${value:,.0f}", 0.0, max(costs) * 1.02 or 1.0)
     y = Axis(what, write, 0.0, max(values) * 1.08 or 1.0)
-    frontier_points = [(offer.total, worth(offer.result)) for offer in best]
+    frontier_points = [(offer.hardware, worth(offer.result)) for offer in best]
     return line_chart(
         title,
         x,
         y,
         [
+            Series("tried", list(zip(costs, values, strict=True)), line=False),
             Series("not beaten", frontier_points),
-            Series("tried", list(zip(totals, values, strict=True)), line=False),
         ],
     )

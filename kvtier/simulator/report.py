@@ -36,6 +36,8 @@ def percent(share: float) -> str:
 
 def seconds(value: float) -> str:
     """Return seconds as a short text."""
+    if not value:
+        return "0 s"
     if value < 0.001:
         return f"{1e6 * value:.0f} µs"
     if value < 1:

@@ -222,3 +222,15 @@ def test_recording_adds_little_to_a_step(tmp_path):
         engine.manager.on_schedule_end(STEP)
     assert (time.thread_time() - started) / 1000 < 0.005
     engine.close()
+
+
+def test_the_command_line_repeats_a_recording(tmp_path):
+    log = LoadLog()
+    engine = LiveEngine(tmp_path, log)
+    engine.serve(prompts(80))
+    engine.close()
+    command = [sys.executable, "-m", "kvtier", "simulate", str(tmp_path / "live.rec"), "--as-recorded"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    primary = sum(by_source.get("primary", 0) for by_source in log.loads)
+    assert f"{primary:,} from primary" in printed
+    assert "0 could not be followed" in printed
