@@ -5,8 +5,8 @@ Storage 13(4), 2017: a window of 1%, a main part of segmented LRU of which 80% i
 halved after ten uses for each key of the capacity. Counts are exact here, one for each key held or lately evicted,
 where the paper has a sketch: equal histories must give equal orders, and a batch must be able to look ahead.
 
-Its weakness: a new session loses against whatever was used twice. While sessions grow turn by turn, and large
-caches fill with the used-up heads of ended ones, it stays far below LRU.
+Its weakness: a new session loses against whatever was used twice. While sessions grow turn by turn, and
+heads of ended ones that were used often fill a large cache, it stays far below LRU.
 """
 
 from __future__ import annotations
