@@ -6,8 +6,9 @@ workload, which is learned while it runs.
 
 Sources: hit density, and ranking by what is expected within the best horizon: N. Beckmann, H. Chen and A. Cidon, "LHD:
 Improving Cache Hit Rate by Maximizing Hit Density", NSDI 2018. Reuse probability by class and age of KV blocks:
-J. Wang et al., "KVCache Cache in the Wild", USENIX ATC 2025. Predicting whether a conversation goes on: "LPC", NeurIPS
-2025; its learned predictor is not used here.
+J. Wang et al., "KVCache Cache in the Wild", USENIX ATC 2025. Whether a conversation goes on is the question of D. Yang,
+A. Li, K. Li and W. Lloyd, "Learned Prefix Caching for Efficient LLM Inference" (LPC), NeurIPS 2025, whose predictor
+reads what the user wrote; this policy sees keys only.
 
 Its weakness: it must learn. On a trace whose reuse follows no class it is LRU with some noise, and a cache so large
 that little is evicted has nothing to choose.
