@@ -15,7 +15,9 @@ from kvtier.keys import MAX_KEY_BYTES
 from kvtier.simulator.again import repeat
 from kvtier.simulator.formats import load_trace
 from kvtier.simulator.recording import is_recording, read_recording
-from kvtier.simulator.trace import TraceError
+from kvtier.simulator.replay import Replay
+from kvtier.simulator.setup import Machine, Setup
+from kvtier.simulator.trace import Trace, TraceError, TraceRequest
 from kvtier.spec.tiering import TieringOffloadingSpec
 from kvtier.tiering.record_writer import FRAME, LENGTH
 from kvtier.types import LookupResult, ReqContext, ScheduleEndContext
@@ -38,11 +40,10 @@ class LoadLog:
 class LiveEngine:
     """An engine over real memory and a real disk tier, with several requests under way at once."""
 
-    def __init__(self, path, log, disks=1, **config):
-        tiers = [
-            {"type": "disk", "path": str(path / f"disk{index}"), "capacity": "256KiB", "name": f"disk{index}"}
-            for index in range(disks)
-        ]
+    def __init__(self, path, log, disks=1, inline_io=False, **config):
+        policy = config.get("eviction_policy", "lru")
+        common = {"type": "disk", "capacity": "256KiB", "eviction_policy": policy}
+        tiers = [{**common, "path": str(path / f"disk{index}"), "name": f"disk{index}"} for index in range(disks)]
         extra = {
             "cpu_bytes_to_use": 40 * BLOCK_BYTES,
             "secondary_tiers": tiers,
@@ -51,7 +52,7 @@ class LiveEngine:
             **config,
         }
         engine = OffloadingConfig(extra, (KVCacheGroup(16),), BLOCK_BYTES, Namespace({"model": "recorded"}))
-        self.spec = TieringOffloadingSpec(engine, observers=[log])
+        self.spec = TieringOffloadingSpec(engine, observers=[log], inline_io=inline_io)
         states = self.spec.wait_for_tiers(30.0)
         assert set(states.values()) <= {TierState.UP}
         self.manager = self.spec.get_manager()
@@ -234,3 +235,23 @@ def test_the_command_line_repeats_a_recording(tmp_path):
     primary = sum(by_source.get("primary", 0) for by_source in log.loads)
     assert f"{primary:,} from primary" in printed
     assert "0 could not be followed" in printed
+
+
+@pytest.mark.parametrize("policy", ["lru", "arc"])
+def test_a_simulated_disk_holds_what_a_real_one_holds(tmp_path, policy):
+    """The same requests, one after the other, through the production disk tier over real files, and in simulation."""
+    log, served = LoadLog(), prompts(400, seed=11)
+    engine = LiveEngine(tmp_path, log, inline_io=True, eviction_policy=policy)
+    slots = int(engine.manager.get_stats()["disk0.capacity_blocks"])
+    engine.serve(served, width=1)
+    engine.close()
+    requests = [TraceRequest(float(number), keys, 16 * len(keys), 1) for number, keys in served]
+    setup = Setup(policy, 40, slots, BLOCK_BYTES)
+    fast = Machine(disk_read=1e15, disk_write=1e15, disk_latency=0.0, prefill_rate=1e-3)
+    result = Replay(Trace("live", "test", 16, requests), setup, fast).run()
+    live = {"primary": 0, "disk": 0}
+    for by_source in log.loads:
+        for source, count in by_source.items():
+            live[source.rstrip("0")] += count
+    assert result.hits == live
+    assert live["disk"] > 100
