@@ -1,0 +1,144 @@
+"""Replies in every kind of pieces, over a real socket."""
+
+import random
+import socket
+import threading
+import time
+
+import pytest
+
+from kvtier.stores.resp.wire import PIECE_BYTES, Break, ConnectionBrokenError, Refused, Wire
+
+
+@pytest.fixture
+def ends():
+    ours, theirs = socket.socketpair()
+    yield ours, theirs
+    ours.close()
+    theirs.close()
+
+
+def make_wire(ours, timeout=5.0):
+    wire = Wire(ours, timeout)
+    wire.begin(time.monotonic() + timeout)
+    return wire
+
+
+def say(theirs, pieces):
+    """Send pieces from a thread, each as a packet of its own as far as the kernel lets that be."""
+
+    def work():
+        for piece in pieces:
+            theirs.sendall(piece)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+def cut(stream, number):
+    """Return the stream in pieces, cut at places that depend on the number."""
+    places = sorted(random.Random(number).sample(range(1, len(stream)), 12))
+    return [stream[start:stop] for start, stop in zip([0, *places], [*places, None], strict=True)]
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_a_stream_means_the_same_however_it_is_cut(ends, number):
+    payload = random.Random(number).randbytes(PIECE_BYTES * 2 + 77)
+    flags = b":1\r\n:0\r\n-MOVED 7 host:1\r\n:1\r\n"
+    stream = (
+        b"+OK\r\n"
+        + flags
+        + b":12\r\n"
+        + b"$5\r\n"
+        + payload
+        + b"seal!"
+        + b"\r\n"
+        + b"-OOM no\r\n"
+        + b"x" * 9
+        + b"\r\n:3\r\n"
+    )
+    thread = say(ends[1], cut(stream, number))
+    wire = make_wire(ends[0])
+    assert wire.line() == b"+OK"
+    assert wire.flags(4) == [True, False, Refused("MOVED", "7 host:1"), True]
+    assert wire.integers(1) == [12]
+    assert wire.line(4) == b"$5"
+    buffer, noted = memoryview(bytearray(len(payload))), []
+    wire.fill(buffer, lambda piece: noted.append(bytes(piece)))
+    assert bytes(buffer) == payload == b"".join(noted)
+    assert wire.take(5, 0) == b"seal!"
+    assert Refused.parse(wire.line()[1:]) == ("OOM", "no")
+    wire.skip(9)
+    assert wire.integers(1) == [3]
+    thread.join()
+    wire.begin(time.monotonic() + 1)  # nothing is left over
+
+
+def test_pieces_leave_in_order_whatever_the_socket_takes(ends):
+    pieces = [random.Random(number).randbytes(size) for number, size in enumerate([3, 0, 1 << 20, 7] * 200)][:600]
+    received = bytearray()
+
+    def listen():
+        while piece := ends[1].recv(1 << 16):
+            received.extend(piece)
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    make_wire(ends[0], 60).send([memoryview(piece) for piece in pieces])
+    ends[0].shutdown(socket.SHUT_WR)
+    thread.join()
+    assert received == b"".join(pieces)
+
+
+@pytest.mark.parametrize(
+    ("said", "ask"),
+    [
+        (b"what\r\n", lambda wire: wire.flags(1)),
+        (b":x\r\n", lambda wire: wire.integers(1)),
+        (b"a" * 100_000, lambda wire: wire.line()),
+        (b"12345", lambda wire: wire.take(3, 0)),
+    ],
+)
+def test_garbage_is_called_that(ends, said, ask):
+    thread = say(ends[1], [said])
+    with pytest.raises(ConnectionBrokenError) as caught:
+        ask(make_wire(ends[0]))
+    assert caught.value.kind is Break.GARBAGE
+    ends[0].close()
+    thread.join()
+
+
+def test_what_nobody_asked_for_is_garbage(ends):
+    ends[1].sendall(b"+OK\r\n+MORE\r\n")
+    wire = make_wire(ends[0])
+    wire.line()
+    with pytest.raises(ConnectionBrokenError) as caught:
+        wire.begin(time.monotonic() + 1)
+    assert caught.value.kind is Break.GARBAGE
+
+
+def test_an_end_is_an_end(ends):
+    ends[1].sendall(b"$3\r\nab")
+    ends[1].close()
+    wire = make_wire(ends[0])
+    wire.line()
+    with pytest.raises(ConnectionBrokenError) as caught:
+        wire.fill(memoryview(bytearray(3)), lambda piece: None)
+    assert caught.value.kind is Break.CLOSED
+
+
+@pytest.mark.parametrize("fragment", [b"", b"$12\r\nabc"])
+def test_silence_ends_with_the_timeout(ends, fragment):
+    ends[1].sendall(fragment)
+    wire = make_wire(ends[0], 0.2)
+
+    def listen():
+        wire.line()
+        wire.fill(memoryview(bytearray(12)), lambda piece: None)
+
+    started = time.monotonic()
+    with pytest.raises(ConnectionBrokenError) as caught:
+        listen()
+    assert caught.value.kind is Break.TIMED_OUT
+    assert time.monotonic() - started < 2
