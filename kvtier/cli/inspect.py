@@ -35,7 +35,7 @@ def inspect(directories: Directories, as_json: AsJson = False) -> None:
     Reads the records of the blocks, not the blocks: `kvtier verify` does that. Exit code 0: shown. 2: a directory
     cannot be read, or is none of a disk tier; one line says why.
     """
-    with refusing("inspect", as_json):
+    with refusing(as_json):
         surveys = [survey_slab(slab) for slabs in find_all(directories).values() for slab in slabs]
     if as_json:
         print_json({"directories": [slab_as_json(survey) for survey in surveys]})

@@ -47,7 +47,7 @@ def purge(
     Exit code 0: deleted, or nothing to delete. 1: not deleted, the answer was no. 2: a directory cannot be read, is
     none of a disk tier, or is used by an engine, or a namespace is unknown; then nothing was deleted.
     """
-    with refusing("purge", as_json):
+    with refusing(as_json):
         least_age = 0.0 if older_than is None else parse_age("older_than", older_than)
         slabs = [slab for found in find_all(directories).values() for slab in found]
         with ExitStack() as held:

@@ -32,15 +32,15 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")
 
 
 @contextmanager
-def refusing(command: str, as_json: bool) -> Iterator[None]:
+def refusing(as_json: bool) -> Iterator[None]:
     """Turn what cannot be done into one line on stderr, `{"error": ...}` on stdout for JSON, and exit code 2."""
     try:
         yield
     except (KVTierError, OSError) as error:
-        _refuse(command, as_json, _text_of(error))
+        _refuse(as_json, _text_of(error))
         raise typer.Exit(EXIT_UNUSABLE) from None
     except KeyboardInterrupt:
-        _refuse(command, as_json, "interrupted")
+        _refuse(as_json, "interrupted")
         raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
@@ -114,11 +114,11 @@ def describe_identity(survey: NamespaceSurvey) -> str:
     return ", ".join(pairs) or "nothing in particular"
 
 
-def _refuse(command: str, as_json: bool, text: str) -> None:
+def _refuse(as_json: bool, text: str) -> None:
     if as_json:
         print_json({"error": text})
     sys.stdout.flush()
-    typer.echo(f"kvtier {command}: {text}", err=True)
+    typer.echo(f"kvtier: {text}", err=True)
 
 
 def _text_of(error: Exception) -> str:

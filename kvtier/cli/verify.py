@@ -62,7 +62,7 @@ def verify(
     Exit code 0: every block is what was stored. 1: something is wrong, or was and is repaired. 2: a directory cannot
     be read, is none of a disk tier, or is in use where that is in the way; one line says why.
     """
-    with refusing("verify", as_json):
+    with refusing(as_json):
         bytes_per_second = None if rate is None else parse_size("rate", rate)
         slabs = [slab for found in find_all(directories).values() for slab in found]
         with ExitStack() as held:
