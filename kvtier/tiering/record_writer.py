@@ -84,8 +84,11 @@ def _hide(keys: bytes, key_bytes: int, salt: bytes) -> tuple[bytes, bytes]:
 def main() -> None:
     """Write the recording that the command line names."""
     path, limit = sys.argv[1], int(sys.argv[2])
-    with open_new(path) as target:
-        write_recording(sys.stdin.buffer, target, limit)
+    try:
+        with open_new(path) as target:
+            write_recording(sys.stdin.buffer, target, limit)
+    except OSError as error:
+        sys.exit(f"kvtier: the recording {path} cannot be written: {error}")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,9 @@ class Recorder:
         """Start the writing process, without waiting for it."""
         command = [sys.executable, "-m", "kvtier.tiering.record_writer", os.path.abspath(self._path), str(self._limit)]
         try:
-            self._writer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+            self._writer = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+            )
             pipe = self._writer.stdin
             if pipe is None:
                 raise OSError("no pipe")
@@ -108,7 +110,8 @@ class Recorder:
         except BlockingIOError:
             pass
         except OSError as error:
-            self._give_up("its limit is reached" if isinstance(error, BrokenPipeError) else str(error))
+            ended = isinstance(error, BrokenPipeError)
+            self._give_up("its limit is reached, or it cannot be written" if ended else str(error))
         if len(self._buffer) > _MOST_BUFFERED:
             self._give_up("the process that writes it does not keep up")
 
