@@ -46,7 +46,7 @@ def test_old_ones(slab):
 def test_what_cannot_be_done_deletes_nothing(slab, tmp_path):
     assert "unknown; there are: " in refused("purge", slab, "--yes", "--namespace", "0123")
     assert "unknown; there are: " in refused("purge", slab, "--yes", "--namespace", "")
-    for text in ("soon", "7", "0d", "-3d", "7 years", ""):
+    for text in ("soon", "0d"):
         assert "older_than=" in refused("purge", slab, "--yes", f"--older-than={text}")
     assert "No such file" in refused("purge", tmp_path / "nothing", slab, "--yes")
     assert len(list(slab.iterdir())) == 3
@@ -78,7 +78,8 @@ def test_it_asks(slab):
 
 def test_times():
     assert [parse_age("x", text) for text in ("90s", "1.5h", "2 w")] == [90, 5400, 14 * 86400]
-    with pytest.raises(ConfigError):
-        parse_age("x", "d")
+    for text in ("soon", "7", "0d", "-3d", "7 years", "d", ""):
+        with pytest.raises(ConfigError):
+            parse_age("x", text)
     ages = [format_age(seconds) for seconds in (-3600, 5, 60, 7300, 86400 * 400)]
     assert ages == ["in the future", "just now", "1 minute ago", "2 hours ago", "400 days ago"]
