@@ -93,6 +93,7 @@ SPECS.register("TieringOffloadingSpec", "kvtier.spec.tiering", "TieringOffloadin
 TIERS: Registry[type] = Registry("type", object)
 TIERS.register("disk", "kvtier.secondary.disk", "DiskTierManager")
 TIERS.register("resp", "kvtier.secondary.resp", "RespTierManager")
+TIERS.register("object", "kvtier.secondary.object", "ObjectTierManager")
 TIERS.register("memory", "kvtier.secondary.memory_tier", "MemoryTierManager")
 TIERS.register("example", "kvtier.secondary.example", "ExampleSecondaryTierManager")
 

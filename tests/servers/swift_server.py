@@ -23,6 +23,7 @@ from valkey_server import free_port, wait_until
 
 ACCESS_KEY, SECRET_KEY = "test:tester", "testing"
 KINDS = ("account", "container", "object")
+MODULES = {"object": "obj"}
 
 SWIFT_CONF = """
 [swift-hash]
@@ -135,7 +136,7 @@ class SwiftServer:
             (self.folder / f"{kind}.conf").write_text(text)
 
     def _start(self, kind: str) -> subprocess.Popen[bytes]:
-        code = f"import sys; from swift.{'proxy' if kind == 'proxy' else kind}.server import main; sys.exit(main())"
+        code = f"import sys; from swift.{MODULES.get(kind, kind)}.server import main; sys.exit(main())"
         with (self.folder / f"{kind}.log").open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-W", "ignore", "-c", code, str(self.folder / f"{kind}.conf")],

@@ -1,0 +1,183 @@
+"""What is in the store, as far as this instance knows: packs, where each block is, and how much they take."""
+
+from __future__ import annotations
+
+import heapq
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+from kvtier.errors import InvariantError
+from kvtier.stores.object.names import PackName, TakenBack, parse, places_of, writer_of
+
+_MOST_GONE = 100_000
+
+
+class Pack:
+    """An object of kvtier's; several digests share it.
+
+    Attributes:
+        path: its name.
+        size: bytes.
+        stamp: orders packs by time.
+        dead: bits of the values that count no more.
+    """
+
+    __slots__ = ("dead", "path", "size", "stamp")
+
+    def __init__(self, path: str, size: int, stamp: str) -> None:
+        self.path, self.size, self.stamp = path, size, stamp
+        self.dead = 0
+
+
+class Place:
+    """Where a block is.
+
+    Attributes:
+        pack: the object.
+        place: which of its values.
+        num_values: how many values it has.
+    """
+
+    __slots__ = ("num_values", "pack", "place")
+
+    def __init__(self, pack: Pack, place: int, num_values: int) -> None:
+        self.pack, self.place, self.num_values = pack, place, num_values
+
+
+class Catalogue:
+    """Packs by stamp, blocks of one namespace by digest. Threads share it."""
+
+    def __init__(self, root: str, fingerprint: str, value_bytes: int) -> None:
+        """Args: root: what all names begin with; value_bytes: of each value of this namespace."""
+        self._root = root
+        self._fingerprint = fingerprint
+        self._value_bytes = value_bytes
+        self._lock = threading.Lock()
+        self._packs: dict[str, Pack] = {}
+        self._pack_of: dict[int, Pack] = {}
+        self._gone: OrderedDict[str, None] = OrderedDict()
+        """Stamps that a listing, begun before they went, must not bring back."""
+        self.total_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._pack_of)
+
+    @property
+    def num_packs(self) -> int:
+        """Objects of all namespaces."""
+        return len(self._packs)
+
+    def holds(self, digests: Iterable[int]) -> list[bool]:
+        """Return, per digest, whether a block is known."""
+        pack_of = self._pack_of
+        return [digest in pack_of for digest in digests]
+
+    def find(self, digest: int) -> Place | None:
+        """Return where a block is."""
+        pack = self._pack_of.get(digest)
+        if pack is None:
+            return None
+        digests = self._digests(pack)
+        return Place(pack, digests.index(digest), len(digests))
+
+    def add(self, path: str, size: int) -> str | None:
+        """Learn of an object, in any order, any number of times; return its stamp, None if it is none of kvtier's."""
+        name = parse(path, self._root)
+        if name is None:
+            return None
+        with self._lock:
+            if name.stamp not in self._packs and name.stamp not in self._gone:
+                self._packs[name.stamp] = pack = Pack(path, size, name.stamp)
+                self.total_bytes += size
+                if name.fingerprint == self._fingerprint:
+                    self._index(name, pack)
+        return name.stamp
+
+    def forget(self, stamps: Iterable[str]) -> None:
+        """Learn that objects are gone for good."""
+        with self._lock:
+            for stamp in stamps:
+                self._gone[stamp] = None
+                pack = self._packs.pop(stamp, None)
+                if pack is not None:
+                    self.total_bytes -= pack.size
+                    for digest in self._digests(pack):
+                        if self._pack_of.get(digest) is pack:
+                            del self._pack_of[digest]
+            while len(self._gone) > _MOST_GONE:
+                self._gone.popitem(last=False)
+
+    def take_back(self, digests: Iterable[int]) -> list[tuple[Pack, int, bool]]:
+        """Forget blocks; return their packs, their places as bits, and whether nothing else is left there."""
+        places: dict[str, list[int]] = {}
+        with self._lock:
+            for digest in digests:
+                pack = self._pack_of.pop(digest, None)
+                if pack is not None:
+                    places.setdefault(pack.stamp, []).append(self._digests(pack).index(digest))
+            taken = []
+            for stamp, those in places.items():
+                pack = self._packs[stamp]
+                bits = places_of(those)
+                pack.dead |= bits
+                taken.append((pack, bits, pack.dead == (1 << len(self._digests(pack))) - 1))
+            return taken
+
+    def oldest(self, until_bytes: int, before: str = "") -> list[Pack]:
+        """Return the oldest packs whose end leaves at most `until_bytes`, and all with stamps below `before`."""
+        with self._lock:
+            count = sum(stamp < before for stamp in self._packs) if before else 0
+            victims = heapq.nsmallest(count, self._packs) if count else []
+            left = self.total_bytes - sum(self._packs[stamp].size for stamp in victims)
+            if left > until_bytes:
+                victims = []
+                left = self.total_bytes
+                for number, stamp in enumerate(sorted(self._packs)):
+                    if left <= until_bytes and number >= count:
+                        break
+                    victims.append(stamp)
+                    left -= self._packs[stamp].size
+            return [self._packs[stamp] for stamp in victims]
+
+    def stamps(self, since: str = "", before: str = "~") -> list[str]:
+        """Return the stamps of known objects from `since` on and below `before`."""
+        with self._lock:
+            return [stamp for stamp in self._packs if since <= stamp < before]
+
+    def writers(self, since: str) -> set[str]:
+        """Return who wrote from `since` on."""
+        return {writer_of(stamp) for stamp in self.stamps(since)}
+
+    def check_invariants(self) -> None:
+        """Raise InvariantError if sizes, packs and blocks contradict each other."""
+        with self._lock:
+            if self.total_bytes != sum(pack.size for pack in self._packs.values()):
+                raise InvariantError(f"{self.total_bytes} bytes, and packs of another sum")
+            for digest, pack in self._pack_of.items():
+                if self._packs.get(pack.stamp) is not pack or digest not in self._digests(pack):
+                    raise InvariantError("a block in a pack that is not known to hold it")
+
+    def _index(self, name: PackName | TakenBack, pack: Pack) -> None:
+        if isinstance(name, TakenBack):
+            target = self._packs.get(name.target)
+            if target is not None:
+                target.dead |= name.places
+                for place, digest in enumerate(self._digests(target)):
+                    if name.places >> place & 1 and self._pack_of.get(digest) is target:
+                        del self._pack_of[digest]
+            return
+        if pack.size != len(name.digests) * self._value_bytes:
+            return  # not what the name says: it is counted, and leaves with its age
+        for place, digest in enumerate(name.digests):
+            former = self._pack_of.get(digest)
+            if former is None or former.stamp < pack.stamp:
+                if former is not None:
+                    former.dead |= 1 << self._digests(former).index(digest)
+                self._pack_of[digest] = pack
+            elif former is not pack:
+                pack.dead |= 1 << place
+
+    def _digests(self, pack: Pack) -> Sequence[int]:
+        name = parse(pack.path, self._root)
+        return name.digests if isinstance(name, PackName) else ()

@@ -1,0 +1,207 @@
+"""One bucket, through obstore's synchronous calls; its errors are translated here, and requests are counted."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar
+
+import obstore
+from obstore import exceptions
+from obstore.store import AzureStore, GCSStore, S3Store
+
+from kvtier.errors import StoreUnavailableError
+from kvtier.stores.object.settings import ObjectSettings
+
+_STATUS = re.compile(r"status code: (\d{3})")
+_CODE = re.compile(r"<Code>(\w{1,64})</Code>")
+_RETRIES = 2
+_FIRST_RETRY_SECONDS = 0.05
+_MOST_DELETED = 1000
+_FOREIGN = (exceptions.BaseError, OSError, ValueError)
+"""What obstore raises: its own family, FileNotFoundError, and ValueError for a configuration it does not take."""
+
+_Answer = TypeVar("_Answer")
+
+
+class Trouble(Enum):
+    """What went wrong with a request, as far as it matters what to do next."""
+
+    ABSENT = "absent"
+    """No such object."""
+    SHORT = "short"
+    """The object ends before the range begins."""
+    THROTTLED = "throttled"
+    """429, 503, SlowDown: later, less."""
+    REFUSED = "refused"
+    """No such bucket, no such user, not allowed: nothing helps but another configuration."""
+    FAILED = "failed"
+    """Anything else: no connection, too late, cut, an error of the server's."""
+
+
+class RequestError(Exception):
+    """A request failed; the message is one line and shows no credential."""
+
+    def __init__(self, trouble: Trouble, message: str) -> None:
+        super().__init__(message)
+        self.trouble = trouble
+
+
+def connect(settings: ObjectSettings) -> Any:
+    """Return obstore's client of the bucket; nothing is sent.
+
+    Raises:
+        StoreUnavailableError: obstore does not take the configuration, or a file of it cannot be read.
+    """
+    options: dict[str, Any] = {
+        "allow_http": settings.allow_http,
+        "timeout": timedelta(seconds=settings.timeout),
+        "connect_timeout": timedelta(seconds=settings.connect_timeout),
+    }
+    retries = {
+        "max_retries": _RETRIES,
+        "retry_timeout": timedelta(seconds=settings.timeout),
+        "backoff": {
+            "init_backoff": timedelta(seconds=_FIRST_RETRY_SECONDS),
+            "max_backoff": timedelta(seconds=1),
+            "base": 2,
+        },
+    }
+    try:
+        if settings.tls_ca_file is not None:
+            options["root_certificate"] = Path(settings.tls_ca_file).read_bytes()
+        common: dict[str, Any] = {"client_options": options, "retry_config": retries}
+        if settings.endpoint is not None:
+            common["endpoint"] = settings.endpoint
+        if settings.provider == "gs":
+            return GCSStore(settings.bucket, **common)
+        if settings.provider == "az":
+            return AzureStore(settings.bucket, **common)
+        return S3Store(settings.bucket, **common, **_s3_options(settings))
+    except _FOREIGN as error:
+        raise StoreUnavailableError(f"{settings.where}: {_explain(error)}") from None
+
+
+def _s3_options(settings: ObjectSettings) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if settings.region is not None:
+        options["region"] = settings.region
+    if settings.path_style is not None:
+        options["virtual_hosted_style_request"] = not settings.path_style
+    if settings.profile is not None:
+        from boto3.session import Session
+        from obstore.auth.boto3 import Boto3CredentialProvider
+
+        options["credential_provider"] = Boto3CredentialProvider(Session(profile_name=settings.profile))
+    return options
+
+
+class Client:
+    """The four things asked of a bucket. Threads share it.
+
+    Attributes:
+        requests: how many of each kind were made, retries by obstore not counted.
+        moved_bytes: of bodies, by kind.
+    """
+
+    def __init__(self, bucket: Any, where: str) -> None:
+        """Args: bucket: as `connect` returns it; where: its place, for messages."""
+        self._bucket = bucket
+        self.where = where
+        self.requests: Counter[str] = Counter()
+        self.moved_bytes: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def put(self, path: str, value: bytes | memoryview) -> None:
+        """Write an object in one request.
+
+        Raises:
+            RequestError: it may or may not be there now.
+        """
+        self._ask("put", len(value), lambda: obstore.put(self._bucket, path, value, use_multipart=False))
+
+    def get(self, path: str, start: int, length: int, size: int) -> memoryview:
+        """Return `length` bytes from `start` on of an object of `size` bytes.
+
+        Raises:
+            RequestError: SHORT for an object of another size, too.
+        """
+
+        def ask() -> Any:
+            found = obstore.get(self._bucket, path, options={"range": (start, start + length)})
+            return found.meta["size"], found.buffer()
+
+        whole, body = self._ask("get", length, ask)
+        if whole != size or len(body) != length:
+            raise RequestError(Trouble.SHORT, f"{self.where}: an object of {whole} bytes instead of {size}")
+        return memoryview(body)
+
+    def list(self, root: str, after: str | None = None) -> Iterator[tuple[str, int]]:
+        """Yield names and sizes below `root`, in order, from names above `after` on; a request for each 1,000.
+
+        Raises:
+            RequestError: the listing could not be continued.
+        """
+        pages = self._ask("list", 0, lambda: iter(obstore.list(self._bucket, root, offset=after, chunk_size=1000)))
+        first = True
+        while True:
+            page = self._ask(None if first else "list", 0, lambda: next(pages, None))
+            if page is None:
+                return
+            first = False
+            yield from ((entry["path"], entry["size"]) for entry in page)
+
+    def delete(self, paths: Sequence[str]) -> None:
+        """Delete objects; absent ones are ignored.
+
+        Raises:
+            RequestError: some may be there still.
+        """
+        for start in range(0, len(paths), _MOST_DELETED):
+            some = list(paths[start : start + _MOST_DELETED])
+            try:
+                self._ask("delete", 0, lambda some=some: obstore.delete(self._bucket, some))  # type: ignore[misc] # mypy cannot infer a lambda's default
+            except RequestError as error:
+                if error.trouble is not Trouble.ABSENT:
+                    raise
+
+    def _ask(self, kind: str | None, moved: int, call: Callable[[], _Answer]) -> _Answer:
+        if kind is not None:
+            with self._lock:
+                self.requests[kind] += 1
+                self.moved_bytes[kind] += moved
+        try:
+            return call()
+        except _FOREIGN as error:
+            raise RequestError(_trouble(error), f"{self.where}: {_explain(error)}") from None
+
+
+def _trouble(error: Exception) -> Trouble:
+    text = str(error)
+    status, code = _STATUS.search(text), _CODE.search(text)
+    number = int(status[1]) if status else 0
+    if code is not None and code[1] in ("NoSuchBucket", "ContainerNotFound"):
+        return Trouble.REFUSED
+    if number in (429, 503) or (code is not None and code[1] == "SlowDown"):
+        return Trouble.THROTTLED
+    denied = isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError)
+    if denied or number in (401, 403):
+        return Trouble.REFUSED
+    if isinstance(error, FileNotFoundError | exceptions.NotFoundError) or number == 404:
+        return Trouble.ABSENT
+    return Trouble.SHORT if number == 416 or "range starting at" in text else Trouble.FAILED
+
+
+def _explain(error: Exception) -> str:
+    """Return one line of what obstore says, without addresses of requests and without its dump of the response."""
+    text = str(error)
+    status, code = _STATUS.search(text), _CODE.search(text)
+    if status is not None:
+        return f"the server answered {status[1]}{f' {code[1]}' if code is not None else ''}"
+    line = text.split("Debug source")[0].split("\n")[0]
+    return re.sub(r"https?://\S+", "...", line)[:200] or type(error).__name__

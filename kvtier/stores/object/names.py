@@ -1,0 +1,134 @@
+"""The names of packs and of what takes blocks back; the package's docstring says why they are the index."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import itertools
+import re
+import secrets
+import struct
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import xxhash
+
+from kvtier.keys import OffloadKey
+
+LAYOUT = "v1"
+MOST_BLOCKS = 64
+"""Blocks of a pack: their digests take 683 of a name's 1,024 bytes."""
+MOST_PREFIX_BYTES = 200
+_SEGMENT = 200
+"""Characters between two slashes: some servers keep each part of a name as a file."""
+_STAMP = re.compile(r"[0-9a-f]{12}-[0-9a-f]{8}-[0-9a-f]{6}")
+_FINGERPRINT = re.compile(r"[0-9a-f]{32}")
+_TAKEN_BACK = "x"
+
+
+def digest_of(key: OffloadKey) -> int:
+    """Return the eight bytes that stand for a key in a name. Two keys with one digest are a miss, not a wrong byte."""
+    return xxhash.xxh3_64_intdigest(key)
+
+
+@dataclass(frozen=True, slots=True)
+class PackName:
+    """A pack, as its name tells.
+
+    Attributes:
+        stamp: when, by whom, which; sorts by time.
+        fingerprint: of the namespace, hex.
+        digests: of the keys, in the order of the values.
+    """
+
+    stamp: str
+    fingerprint: str
+    digests: tuple[int, ...]
+
+    def path(self, root: str) -> str:
+        """Return the object's name below `root`."""
+        packed = base64.urlsafe_b64encode(struct.pack(f"<{len(self.digests)}Q", *self.digests)).decode().rstrip("=")
+        parts = [packed[start : start + _SEGMENT] for start in range(0, len(packed), _SEGMENT)]
+        return "/".join((root, self.stamp, self.fingerprint, *parts))
+
+
+@dataclass(frozen=True, slots=True)
+class TakenBack:
+    """Blocks of a pack that count no more.
+
+    Attributes:
+        stamp, fingerprint: as of a pack.
+        target: stamp of the pack.
+        places: bit i for the value at place i.
+    """
+
+    stamp: str
+    fingerprint: str
+    target: str
+    places: int
+
+    def path(self, root: str) -> str:
+        """Return the object's name below `root`."""
+        return "/".join((root, self.stamp, self.fingerprint, _TAKEN_BACK, self.target, f"{self.places:016x}"))
+
+
+def parse(path: str, root: str) -> PackName | TakenBack | None:
+    """Return what an object's name says; None if kvtier did not make it."""
+    if not path.startswith(root + "/"):
+        return None
+    stamp, _, rest = path[len(root) + 1 :].partition("/")
+    fingerprint, _, rest = rest.partition("/")
+    if not (_STAMP.fullmatch(stamp) and _FINGERPRINT.fullmatch(fingerprint)):
+        return None
+    parts = rest.split("/")
+    if parts[0] == _TAKEN_BACK:
+        if len(parts) != 3 or not _STAMP.fullmatch(parts[1]) or not re.fullmatch(r"[0-9a-f]{16}", parts[2]):
+            return None
+        return TakenBack(stamp, fingerprint, parts[1], int(parts[2], 16))
+    packed = "".join(parts)
+    try:
+        raw = base64.b64decode(packed + "=" * (-len(packed) % 4), altchars=b"-_", validate=True)
+    except (binascii.Error, ValueError):
+        return None
+    if not raw or len(raw) % 8 or len(raw) > 8 * MOST_BLOCKS:
+        return None
+    return PackName(stamp, fingerprint, struct.unpack(f"<{len(raw) // 8}Q", raw))
+
+
+def stamp_at(seconds: float) -> str:
+    """Return what stamps of that time (`time.time`) and later are not below."""
+    return f"{max(0, int(seconds * 1000)):012x}"
+
+
+def writer_of(stamp: str) -> str:
+    """Return who wrote."""
+    return stamp[13:21]
+
+
+class Stamps:
+    """Makes stamps, each above the one before. Threads may share it."""
+
+    def __init__(self) -> None:
+        self.writer = secrets.token_hex(4)
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+        self._last = 0
+
+    def make(self) -> str:
+        """Return a new stamp."""
+        with self._lock:
+            self._last = max(self._last, int(time.time() * 1000))
+            return f"{self._last:012x}-{self.writer}-{next(self._numbers) % 16**6:06x}"
+
+
+def split(count: int, most: int) -> list[range]:
+    """Return runs of indexes below `count`, none longer than `most`."""
+    step = max(1, most)
+    return [range(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def places_of(places: Sequence[int]) -> int:
+    """Return the bits of `places`."""
+    return sum(1 << place for place in set(places))

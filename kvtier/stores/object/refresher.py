@@ -1,0 +1,235 @@
+"""What others wrote and deleted: read in the background, in the order of time; and the deleting of what is too much."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Sequence
+
+import xxhash
+
+from kvtier.stores.object.catalogue import Catalogue, Pack
+from kvtier.stores.object.client import Client, RequestError, Trouble
+from kvtier.stores.object.names import Stamps, stamp_at
+from kvtier.stores.object.settings import ObjectSettings
+
+logger = logging.getLogger("kvtier")
+
+OVERLAP_SECONDS = 10.0
+"""How far clocks may differ and a write may take, so that its pack is seen at the next look."""
+RESCAN_SECONDS = 600.0
+"""Between two listings of everything, which find what all others missed; more if they take many requests."""
+_RECENT_SECONDS = 600.0
+_START_SECONDS = 5.0
+"""How long a start waits for the listing of everything; a longer one goes on in the background."""
+_PAGE = 1000
+_HEAD_SECONDS = 30.0
+"""Between two looks at which packs are the oldest that are left."""
+_HIGH, _LOW, _URGENT = 15 / 16, 7 / 8, 31 / 32
+_TURN_SECONDS = 10.0
+_FAILURES_TO_LOSE = 3
+_JOIN_SECONDS = 2.0
+
+
+class Room:
+    """How many bytes this instance may write before the next look. Threads share it."""
+
+    def __init__(self, capacity: int, pack_bytes: int) -> None:
+        self._capacity = capacity
+        self._pack_bytes = pack_bytes
+        self._lock = threading.Lock()
+        self._left = 0
+        self.refused = False
+
+    def take(self, size: int) -> bool:
+        """Reserve `size` bytes; return whether there is room for them."""
+        with self._lock:
+            if size > self._left:
+                self.refused = True
+                return False
+            self._left -= size
+            return True
+
+    def renew(self, total_bytes: int, num_writers: int) -> None:
+        """Learn what all packs take, and by how many writers the free room is shared."""
+        free = max(0, self._capacity - total_bytes)
+        share = free // (2 * num_writers + 2)
+        if share < self._pack_bytes <= free // (num_writers + 1):
+            share = self._pack_bytes
+        with self._lock:
+            self._left = share
+            self.refused = False
+
+
+class Refresher:
+    """A thread that keeps a catalogue up to date and the bucket below its capacity.
+
+    Attributes:
+        lost: why the bucket cannot be used, once that is certain.
+    """
+
+    def __init__(
+        self, client: Client, catalogue: Catalogue, stamps: Stamps, settings: ObjectSettings, pack_bytes: int
+    ) -> None:
+        """Args: pack_bytes: of a full pack."""
+        self._client = client
+        self._catalogue = catalogue
+        self._stamps = stamps
+        self._settings = settings
+        self.room = Room(settings.capacity, pack_bytes)
+        self.lost: str | None = None
+        self._wake, self._closing = threading.Event(), threading.Event()
+        self._busy = threading.Lock()
+        self._failures = 0
+        self._looked_at = self._rescan_at = self._head_at = 0.0
+        self._scanned = False
+        self._tried = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="kvtier-object", daemon=True)
+
+    def start(self) -> None:
+        """Read what is recent, and all the rest if that is quick; go on in the background.
+
+        Nothing may be written before everything was read: who does not know what there is, knows no room.
+
+        Raises:
+            RequestError: the bucket cannot be listed.
+        """
+        self._looked_at = time.time() - _RECENT_SECONDS
+        with self._busy:
+            self._look()
+        self._wake.set()
+        self._thread.start()
+        self._tried.wait(_START_SECONDS)
+
+    def refresh(self) -> None:
+        """Read now what others wrote since the last look.
+
+        Raises:
+            RequestError: it cannot be read.
+        """
+        with self._busy:
+            self._look()
+            self._renew()
+
+    def hurry(self) -> None:
+        """Let the next look come at once."""
+        self._wake.set()
+
+    def note(self, error: RequestError) -> None:
+        """Learn of a failed request, anybody's; too many in a row, or a refusal, and the bucket is lost."""
+        if error.trouble in (Trouble.ABSENT, Trouble.SHORT):
+            return
+        self._failures += 1
+        if error.trouble is Trouble.REFUSED or self._failures >= _FAILURES_TO_LOSE:
+            self.lost = str(error)
+
+    def note_success(self) -> None:
+        """Learn of a request that succeeded."""
+        self._failures = 0
+
+    def close(self) -> None:
+        """Stop; a request under way is waited for, briefly."""
+        self._closing.set()
+        self._wake.set()
+        if self._thread.ident is not None:
+            self._thread.join(max(_JOIN_SECONDS, self._settings.timeout))
+
+    def _run(self) -> None:
+        while not self._closing.is_set() and self.lost is None:
+            woken = self._wake.wait(self._settings.refresh)
+            self._wake.clear()
+            if woken and self._scanned and not self._closing.is_set():
+                self._closing.wait(min(0.2, self._settings.refresh))  # all that is refused now gets one look
+            if self._closing.is_set():
+                return
+            self._step()
+
+    def _step(self) -> None:
+        try:
+            with self._busy:
+                now = time.time()
+                if now >= self._rescan_at:
+                    self._rescan()
+                else:
+                    self._look()
+                    if now - self._head_at >= _HEAD_SECONDS or self._is_above(_URGENT):
+                        self._look_at_head()
+                self._make_room()
+                self._renew()
+            self.note_success()
+        except RequestError as error:
+            self.note(error)
+        except Exception as error:  # noqa: BLE001 - a thread's defect: reported, and the store is opened anew
+            self.lost = f"{type(error).__name__}: {error}"
+        finally:
+            self._tried.set()
+
+    def _look(self) -> None:
+        """Learn of the packs written since the last look, and a little before it."""
+        started = time.time()
+        after = f"{self._settings.root}/{stamp_at(self._looked_at - OVERLAP_SECONDS)}"
+        for path, size in self._client.list(self._settings.root, after):
+            self._catalogue.add(path, size)
+        self._looked_at = started
+
+    def _rescan(self) -> None:
+        """Learn of all packs, and that those which are not listed are gone."""
+        started = time.time()
+        seen: set[str] = set()
+        for path, size in self._client.list(self._settings.root):
+            stamp = self._catalogue.add(path, size)
+            if stamp is not None:
+                seen.add(stamp)
+            if time.time() - self._looked_at >= self._settings.refresh:
+                if self._closing.is_set():
+                    return
+                self._look()
+        known = self._catalogue.stamps(before=stamp_at(started - OVERLAP_SECONDS))
+        self._catalogue.forget(stamp for stamp in known if stamp not in seen)
+        self._head_at = started
+        self._rescan_at = time.time() + max(RESCAN_SECONDS, len(seen) / _PAGE)  # a request a second at most
+        self._scanned = True
+
+    def _look_at_head(self) -> None:
+        """Learn from the first names of a listing that what was older is gone."""
+        self._head_at = started = time.time()
+        stamps = (self._catalogue.add(*entry) for entry in self._client.list(self._settings.root))
+        first = next((stamp for stamp in itertools.islice(stamps, _PAGE) if stamp is not None), None)
+        limit = stamp_at(started - OVERLAP_SECONDS)
+        self._catalogue.forget(self._catalogue.stamps(before=limit if first is None else min(first, limit)))
+
+    def _make_room(self) -> None:
+        """Delete the oldest packs, if there are too many, or they are too old, and it is this instance's turn."""
+        ttl = self._settings.ttl
+        before = "" if ttl is None else stamp_at(time.time() - ttl)
+        above = self._is_above(_HIGH) or (self.room.refused and self._is_above(_LOW))
+        if not (above or (before and self._catalogue.stamps(before=before))):
+            return
+        if not self._is_above(_URGENT) and not self._is_my_turn():
+            return
+        until = int(self._settings.capacity * _LOW) if above else self._settings.capacity
+        self._delete(self._catalogue.oldest(until, before))
+
+    def _delete(self, packs: Sequence[Pack]) -> None:
+        self._client.delete([pack.path for pack in packs])
+        self._catalogue.forget([pack.stamp for pack in packs])
+
+    def _is_above(self, share: float) -> bool:
+        return self._catalogue.total_bytes > share * self._settings.capacity
+
+    def _is_my_turn(self) -> bool:
+        """Return whether, of all that wrote lately, this instance deletes; another one every few seconds."""
+        now = time.time()
+        turn = str(int(now / _TURN_SECONDS))
+        writers = self._catalogue.writers(stamp_at(now - 60.0)) | {self._stamps.writer}
+        return (
+            max(writers, key=lambda writer: xxhash.xxh3_64_intdigest((turn + writer).encode())) == self._stamps.writer
+        )
+
+    def _renew(self) -> None:
+        if not self._scanned:
+            return
+        writers = self._catalogue.writers(stamp_at(time.time() - 60.0)) | {self._stamps.writer}
+        self.room.renew(self._catalogue.total_bytes, len(writers))

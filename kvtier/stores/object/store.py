@@ -1,0 +1,306 @@
+"""A BlockStore over a bucket: packs written whole, read by range, found in memory."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+
+from kvtier.abc import BlockStore, StoreContext
+from kvtier.errors import StoreError, StoreUnavailableError
+from kvtier.keys import OffloadKey
+from kvtier.stores.object.catalogue import Catalogue, Pack
+from kvtier.stores.object.client import Client, RequestError, Trouble, connect
+from kvtier.stores.object.names import MOST_BLOCKS, PackName, Stamps, TakenBack, digest_of, split
+from kvtier.stores.object.refresher import Refresher
+from kvtier.stores.object.settings import ObjectSettings
+from kvtier.stores.seal import HEADER_BYTES, Seal
+from kvtier.types import FailureCause
+
+logger = logging.getLogger("kvtier")
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
+_CALM_SECONDS = 10.0
+_UNREADABLE = frozenset({FailureCause.CORRUPT, FailureCause.FOREIGN, FailureCause.OLD_FORMAT})
+_CAUSES = {
+    Trouble.ABSENT: FailureCause.ABSENT,
+    Trouble.SHORT: FailureCause.CORRUPT,
+    Trouble.THROTTLED: FailureCause.UNREACHABLE,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A block to be read: the caller's index, and its place in a pack of `num_values` values."""
+
+    index: int
+    place: int
+    num_values: int
+
+
+class Throttle:
+    """Stops stores for a while when the server asks for less; loads go on. Threads share it."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._lock = threading.Lock()
+        self._pause = _FIRST_PAUSE
+        self._until = self._asked_at = 0.0
+        self._said = False
+
+    @property
+    def is_on(self) -> bool:
+        """Whether nothing should be stored now."""
+        return time.monotonic() < self._until
+
+    def learn(self, error: RequestError | None) -> None:
+        """Note how a request ended."""
+        if error is None and not self._said:
+            return
+        now = time.monotonic()
+        with self._lock:
+            if error is not None and error.trouble is Trouble.THROTTLED:
+                if now >= self._until:
+                    self._until = now + self._pause
+                    self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+                self._asked_at = now
+                if not self._said:
+                    self._said = True
+                    logger.warning("object: %s; stores pause, loads go on", error)
+            elif error is None and self._said and now - self._asked_at >= _CALM_SECONDS:
+                self._said, self._pause = False, _FIRST_PAUSE
+                logger.warning("object: %s takes blocks again", self._where)
+
+
+class ObjectStore(BlockStore):
+    """Sealed blocks in packs; a buffer is written only with a payload that verified. Threads share the store.
+
+    Attributes:
+        client: the bucket; it counts requests.
+        catalogue: what is known to be there.
+    """
+
+    seals_itself = True
+
+    def __init__(self, client: Client, settings: ObjectSettings, context: StoreContext) -> None:
+        """Args: client: of the bucket that the settings name. Nothing is sent before `start`."""
+        self.client = client
+        self._settings = settings
+        self._failures = context.failures
+        self._block_bytes = context.block_bytes
+        self._value_bytes = HEADER_BYTES + context.block_bytes
+        self._seal = Seal(context.namespace)
+        self._fingerprint = context.namespace.fingerprint.hex()
+        self._stamps = Stamps()
+        self.catalogue = Catalogue(settings.root, self._fingerprint, self._value_bytes)
+        self._values_per_pack = max(1, min(settings.pack_bytes // context.block_bytes, MOST_BLOCKS))
+        pack_bytes = self._values_per_pack * self._value_bytes
+        self._refresher = Refresher(client, self.catalogue, self._stamps, settings, pack_bytes)
+        self._throttle = Throttle(client.where)
+        self._pool = ThreadPoolExecutor(settings.requests, thread_name_prefix="kvtier-object")
+        self._complained = False
+
+    @classmethod
+    def open(cls, options: Mapping[str, Any], context: StoreContext) -> Self:
+        """Read the index; options: those of `ObjectSettings`.
+
+        Raises:
+            StoreUnavailableError: the bucket is missing, refuses us, or nobody answers.
+        """
+        settings = ObjectSettings.from_options(options)
+        store = cls(Client(connect(settings), settings.where), settings, context)
+        store.start()
+        return store
+
+    def start(self) -> None:
+        """Read the index and keep it up to date from now on.
+
+        Raises:
+            StoreUnavailableError: it cannot be read.
+        """
+        try:
+            self._refresher.start()
+        except RequestError as error:
+            self._pool.shutdown()
+            raise StoreUnavailableError(str(error)) from None
+
+    def refresh(self) -> None:
+        """Learn now of what others wrote, which otherwise takes up to `refresh` seconds.
+
+        Raises:
+            StoreError: the bucket cannot be listed.
+        """
+        try:
+            self._refresher.refresh()
+        except RequestError as error:
+            raise StoreError(str(error)) from None
+
+    def contains(self, keys: Sequence[OffloadKey]) -> list[bool]:
+        """Return what the index in memory says; no request is made."""
+        self._check()
+        return self.catalogue.holds(map(digest_of, keys))
+
+    def write(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
+        """Store the blocks, as few packs; False for a buffer that is not `block_bytes` long, too."""
+        fitting = self._fitting(keys, buffers)
+        results = [False] * len(keys)
+        for run in split(len(fitting), self._values_per_pack):
+            indexes = fitting[run.start : run.stop]
+            written = self._write_pack([keys[index] for index in indexes], [buffers[index] for index in indexes])
+            for index in indexes:
+                results[index] = written
+        return results
+
+    def read_into(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
+        """Fill buffers with verified payloads; one whose result is False is untouched."""
+        fitting = self._fitting(keys, buffers)
+        causes: dict[int, FailureCause] = {}
+        wanted: dict[str, tuple[Pack, list[Wanted]]] = {}
+        for index in fitting:
+            found = self.catalogue.find(digest_of(keys[index]))
+            if found is None:
+                causes[index] = FailureCause.ABSENT
+            else:
+                group = wanted.setdefault(found.pack.stamp, (found.pack, []))
+                group[1].append(Wanted(index, found.place, found.num_values))
+        runs = [(pack, run) for pack, blocks in wanted.values() for run in _runs(blocks)]
+        if len(runs) == 1:
+            causes |= self._read_run(*runs[0], keys, buffers)
+        else:
+            for some in self._pool.map(lambda run: self._read_run(run[0], run[1], keys, buffers), runs):
+                causes |= some
+        for cause in causes.values():
+            self._failures.count(cause)
+        self._discard([keys[index] for index, cause in causes.items() if cause in _UNREADABLE])
+        self._check()
+        good = set(fitting) - causes.keys()
+        return [index in good for index in range(len(keys))]
+
+    def delete(self, keys: Sequence[OffloadKey]) -> None:
+        """Forget `keys`, here and for all others."""
+        self._check()
+        try:
+            whole = []
+            for pack, places, is_empty in self.catalogue.take_back(map(digest_of, keys)):
+                if is_empty:
+                    whole.append(pack)
+                else:
+                    note = TakenBack(self._stamps.make(), self._fingerprint, pack.stamp, places)
+                    self.client.put(note.path(self._settings.root), b"")
+            self.catalogue.forget([pack.stamp for pack in whole])
+            self.client.delete([pack.path for pack in whole])
+        except RequestError as error:
+            self._learn(error)
+            raise StoreError(str(error)) from None
+
+    def close(self) -> None:
+        """End the background thread and the others."""
+        self._refresher.close()
+        self._pool.shutdown()
+
+    def _check(self) -> None:
+        if self._refresher.lost is not None:
+            raise StoreUnavailableError(self._refresher.lost)
+
+    def _fitting(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[int]:
+        """Return the indexes of the buffers that are as long as blocks are; the others are counted."""
+        self._check()
+        if len(keys) != len(buffers):
+            raise StoreError(f"{len(keys)} keys and {len(buffers)} buffers")
+        fitting = [index for index, buffer in enumerate(buffers) if buffer.nbytes == self._block_bytes]
+        if len(fitting) < len(keys):
+            self._failures.count(FailureCause.IO_ERROR, len(keys) - len(fitting))
+        return fitting
+
+    def _write_pack(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> bool:
+        size = len(keys) * self._value_bytes
+        if self._throttle.is_on:
+            self._failures.count(FailureCause.UNREACHABLE, len(keys))
+            return False
+        if not self._refresher.room.take(size):
+            self._refresher.hurry()
+            self._failures.count(FailureCause.NO_SPACE, len(keys))
+            return False
+        name = PackName(self._stamps.make(), self._fingerprint, tuple(map(digest_of, keys)))
+        path = name.path(self._settings.root)
+        try:
+            self.client.put(path, self._pack(keys, buffers))
+        except RequestError as error:
+            self._failures.count(_CAUSES.get(error.trouble, FailureCause.IO_ERROR), len(keys))
+            self._learn(error)
+            self._check()
+            return False
+        self._learn(None)
+        self.catalogue.add(path, size)
+        return True
+
+    def _pack(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> memoryview:
+        """Return sealed values in private memory: a request that fails may go on reading it for a moment."""
+        memory = np.empty(len(keys) * self._value_bytes, np.uint8).data
+        for number, (key, buffer) in enumerate(zip(keys, buffers, strict=True)):
+            start = number * self._value_bytes
+            payload = memory[start + HEADER_BYTES : start + self._value_bytes]
+            payload[:] = buffer
+            memory[start : start + HEADER_BYTES] = self._seal.seal(key, payload)
+        return memory
+
+    def _read_run(
+        self, pack: Pack, run: Sequence[Wanted], keys: Sequence[OffloadKey], buffers: Sequence[memoryview]
+    ) -> dict[int, FailureCause]:
+        """Read neighbours with one request; return which failed, and why."""
+        first, last = run[0].place, run[-1].place
+        size = run[0].num_values * self._value_bytes
+        try:
+            body = self.client.get(pack.path, first * self._value_bytes, (last - first + 1) * self._value_bytes, size)
+        except RequestError as error:
+            if error.trouble is Trouble.ABSENT:
+                self.catalogue.forget([pack.stamp])
+            self._learn(error)
+            return dict.fromkeys((wanted.index for wanted in run), _CAUSES.get(error.trouble, FailureCause.IO_ERROR))
+        self._learn(None)
+        causes: dict[int, FailureCause] = {}
+        for wanted in run:
+            start = (wanted.place - first) * self._value_bytes
+            payload = body[start + HEADER_BYTES : start + self._value_bytes]
+            cause = self._seal.verify(body[start : start + HEADER_BYTES], keys[wanted.index], payload)
+            if cause is None:
+                buffers[wanted.index][:] = payload
+            else:
+                causes[wanted.index] = FailureCause.CORRUPT if cause is FailureCause.ABSENT else cause
+        return causes
+
+    def _discard(self, keys: Sequence[OffloadKey]) -> None:
+        """Delete what did not verify. What did stays good: an error here is logged once, not raised."""
+        try:
+            if keys:
+                self.delete(keys)
+        except StoreUnavailableError:
+            raise
+        except StoreError as error:
+            if not self._complained:
+                self._complained = True
+                logger.warning("blocks that failed verification could not be deleted: %s", error)
+
+    def _learn(self, error: RequestError | None) -> None:
+        self._throttle.learn(error)
+        if error is None:
+            self._refresher.note_success()
+        else:
+            self._refresher.note(error)
+
+
+def _runs(blocks: list[Wanted]) -> list[list[Wanted]]:
+    """Return the blocks of one pack as runs that one request reads: a gap of one value is cheaper than a request."""
+    blocks.sort(key=lambda wanted: wanted.place)
+    runs: list[list[Wanted]] = [[]]
+    for wanted in blocks:
+        if runs[-1] and wanted.place - runs[-1][-1].place > 2:
+            runs.append([])
+        runs[-1].append(wanted)
+    return runs

@@ -1,0 +1,70 @@
+"""Session fixtures: real S3 servers, an empty prefix for each test that uses them, credentials in the environment."""
+
+import itertools
+
+import pytest
+
+BUCKET = "kvtier"
+_numbers = itertools.count(1)
+
+
+class S3Place:
+    """A prefix of its own on a server: options of the tier, without a capacity."""
+
+    def __init__(self, server):
+        self.server = server
+        self.prefix = f"test-{next(_numbers)}"
+        self.url = f"s3://{BUCKET}/{self.prefix}"
+        self.options = {
+            "url": self.url,
+            "endpoint": server.endpoint,
+            "region": "us-east-1",
+            "allow_http": True,
+            "path_style": True,
+        }
+
+
+@pytest.fixture(scope="session")
+def _swift():
+    pytest.importorskip("swift", reason="swift, from PyPI, is not installed")
+    from swift_server import SwiftServer
+
+    server = SwiftServer()
+    try:
+        server.start().make_bucket(BUCKET)
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def swift_s3(_swift, monkeypatch):
+    """OpenStack Swift's S3, which a test neither stops nor configures."""
+    from swift_server import ACCESS_KEY, SECRET_KEY
+
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+    return S3Place(_swift)
+
+
+@pytest.fixture(scope="session")
+def _moto():
+    pytest.importorskip("moto", reason="moto, from PyPI, is not installed")
+    from moto_server import MotoServer
+
+    server = MotoServer()
+    try:
+        server.start().make_bucket(BUCKET)
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def moto_s3(_moto, monkeypatch):
+    """moto's S3, which a test neither stops nor configures."""
+    from moto_server import ACCESS_KEY, SECRET_KEY
+
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+    return S3Place(_moto)

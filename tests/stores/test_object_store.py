@@ -1,0 +1,222 @@
+"""The shipped suite over obstore's own bucket in memory, all of it; over servers in `test_object_servers.py`."""
+
+import pytest
+from object_buckets import Raw, open_over
+from obstore.store import MemoryStore
+
+from kvtier.stores.object import refresher
+from kvtier.stores.object.names import PackName, TakenBack, digest_of, parse
+from kvtier.testing.stores import StoreSuite, make_key
+from kvtier.types import FailureCause
+
+
+class OnBucket(StoreSuite):
+    """Over any bucket; `make_bucket` and `open_over` say which."""
+
+    def setup_method(self, method=None):
+        self.raw = self.make_raw()
+        super().setup_method(method)
+
+    def make_raw(self):
+        return Raw(MemoryStore())
+
+    def open_store(self, medium, context):
+        return open_over(self.raw.bucket, context)
+
+    def plant(self, store, key, raw):
+        if self.raw.plant(store.catalogue, key, raw, store._fingerprint, self.block_bytes):
+            store.refresh()
+
+    def peek(self, store, key):
+        return self.raw.peek(store.catalogue, key, self.block_bytes)
+
+
+class TestInMemory(OnBucket):
+    def teardown_method(self, method=None):
+        self.store.catalogue.check_invariants()
+        super().teardown_method(method)
+
+    def test_blocks_of_a_write_are_one_object(self):
+        self._write(range(40))
+        assert len(self.raw.paths()) == 1
+        name = parse(self.raw.paths()[0], "suite/v1")
+        assert name.digests == tuple(digest_of(make_key(number)) for number in range(40))
+        assert self.store.client.requests["put"] == 1
+        self.store.client.requests.clear()
+        assert self._read(range(5, 35)) == [self.payload(number) for number in range(5, 35)]
+        assert self.store.client.requests["get"] == 1
+
+    def test_scattered_blocks_are_read_with_a_request_a_run(self):
+        self._write(range(40))
+        self.store.client.requests.clear()
+        numbers = [0, 1, 3, 10, 11, 30]  # 3 is near enough to 1
+        assert self._read(numbers) == [self.payload(number) for number in numbers]
+        assert self.store.client.requests["get"] == 3
+
+    def test_a_lookup_is_no_request(self):
+        self._write(range(10))
+        self.store.client.requests.clear()
+        assert list(self.store.contains([make_key(number) for number in range(1000)])).count(True) == 10
+        assert not self.store.client.requests["get"] + self.store.client.requests["put"]
+
+    def test_another_instance_finds_what_was_written(self):
+        self._write(range(10))
+        other = self.open_store(self.medium, self.make_context())
+        assert all(other.contains([make_key(number) for number in range(10)]))
+        self._write(range(10, 20))
+        other.refresh()
+        assert all(other.contains([make_key(number) for number in range(20)]))
+        other.close()
+
+    def test_what_another_instance_deleted_is_gone(self):
+        self._write(range(4))
+        other = self.open_store(self.medium, self.make_context())
+        other.delete([make_key(1)])
+        assert [isinstance(parse(path, "suite/v1"), TakenBack) for path in self.raw.paths()] == [False, True]
+        self.store.refresh()
+        assert list(self.store.contains([make_key(number) for number in range(4)])) == [True, False, True, True]
+        other.delete([make_key(number) for number in range(4)])
+        assert not [path for path in self.raw.paths() if isinstance(parse(path, "suite/v1"), PackName)]
+        assert self._read(range(4)) == [None] * 4  # nobody told this one: a miss, and known from now on
+        assert not any(self.store.contains([make_key(number) for number in range(4)]))
+        other.close()
+
+    def test_both_write_the_same_block_at_once(self):
+        other = self.open_store(self.medium, self.make_context())
+        self._write(range(5))
+        self._write(range(5), other)
+        for store in (self.store, other):
+            store.refresh()
+            store.catalogue.check_invariants()
+            buffers = self.buffers(5)
+            assert all(store.read_into([make_key(number) for number in range(5)], buffers))
+        other.close()
+
+    def test_garbage_in_the_bucket_is_left_alone(self):
+        paths = ["suite/v1/what", "suite/v1/0/1/2", f"suite/v1/{'0' * 12}-{'1' * 8}-{'2' * 6}/{'a' * 32}/!!"]
+        for path in paths:
+            self.raw.write(path, b"x" * 100)
+        self._write([1])
+        self.store.refresh()
+        assert self._read([1]) == [self.payload(1)]
+        assert self.store.catalogue.num_packs == 1
+        assert set(paths) < set(self.raw.paths())
+
+    def test_a_pack_of_another_size_than_its_name_says_is_not_offered(self):
+        name = PackName("0" * 12 + "-" + "1" * 8 + "-" + "2" * 6, self.store._fingerprint, (digest_of(make_key(1)),))
+        self.raw.write(name.path("suite/v1"), b"short")
+        other = self.open_store(self.medium, self.make_context())
+        assert list(other.contains([make_key(1)])) == [False]
+        assert other.catalogue.total_bytes == 5
+        other.close()
+
+    def test_an_object_that_vanished_is_absent_and_forgotten(self):
+        self._write(range(3))
+        self.raw.remove()
+        assert self._read(range(3)) == [None] * 3
+        assert self.context.failures.take() == {FailureCause.ABSENT: 3}
+        assert not any(self.store.contains([make_key(number) for number in range(3)]))
+
+    def test_names_fit_every_store(self):
+        self._write(range(64))
+        (path,) = self.raw.paths()
+        assert len(path) <= 1024 - 200
+        assert max(map(len, path.split("/"))) <= 200
+
+
+class TestSmallPacks(OnBucket):
+    """A pack for a block."""
+
+    def open_store(self, medium, context):
+        return open_over(self.raw.bucket, context, pack_size=8192)
+
+    def test_a_block_larger_than_a_pack_has_its_own(self):
+        self._write(range(3))
+        assert len(self.raw.paths()) == 3
+
+
+class TestCapacity:
+    """Several instances over one bucket, never above its capacity."""
+
+    @pytest.fixture
+    def suite(self):
+        suite = OnBucket()
+        suite.raw = Raw(MemoryStore())
+        return suite
+
+    def open(self, suite, capacity, **options):
+        return open_over(suite.raw.bucket, suite.make_context(), capacity=capacity, refresh=3600, **options)
+
+    def write(self, suite, store, numbers):
+        payloads = [memoryview(suite.payload(number)) for number in numbers]
+        return store.write([make_key(number) for number in numbers], payloads)
+
+    @pytest.mark.parametrize("instances", [1, 3])
+    def test_the_sum_of_all_writers_stays_below_the_capacity(self, suite, instances, monkeypatch):
+        monkeypatch.setattr(refresher, "OVERLAP_SECONDS", 0.0)  # one clock, and a listing that is never late
+        capacity = 1 << 20
+        stores = [self.open(suite, capacity, pack_size=8192) for _ in range(instances)]
+        written = 0
+        for turn in range(120):
+            for index, store in enumerate(stores):
+                first = (turn * instances + index) * 4
+                written += sum(self.write(suite, store, range(first, first + 4)))
+                assert sum(suite.raw.sizes().values()) <= capacity
+            for store in stores:
+                store._refresher._step()
+        assert written * 8320 > 2 * capacity
+        total = sum(suite.raw.sizes().values())
+        assert total > capacity // 2
+        for store in stores:
+            store.refresh()
+            store._refresher._rescan()
+            assert store.catalogue.total_bytes == total
+            store.catalogue.check_invariants()
+            store.close()
+
+    def test_the_oldest_leave(self, suite):
+        store = self.open(suite, 1 << 20, pack_size=8192)
+        for first in range(0, 400, 2):
+            self.write(suite, store, [first, first + 1])
+            store._refresher._step()
+        held = store.contains([make_key(number) for number in range(400)])
+        assert not any(held[:200])
+        assert all(held[-90:])
+        store.close()
+
+    def test_two_that_delete_at_once_leave_as_much_as_one(self, suite):
+        stores = [self.open(suite, 1 << 20, pack_size=8192) for _ in range(2)]
+        first = 0
+        while all(self.write(suite, stores[0], [first, first + 1])) or stores[0].catalogue.total_bytes < 1_000_000:
+            first += 2
+            stores[0]._refresher.refresh()
+        stores[1].refresh()
+        victims = [store.catalogue.oldest(int((1 << 20) * 7 / 8)) for store in stores]
+        assert [pack.path for pack in victims[0]] == [pack.path for pack in victims[1]]
+        for store, packs in zip(stores, victims, strict=True):
+            store._refresher._delete(packs)
+        total = sum(suite.raw.sizes().values())
+        assert (1 << 20) * 7 / 8 - 3 * 8320 < total <= (1 << 20) * 7 / 8
+        for store in stores:
+            store.close()
+
+    def test_a_full_store_refuses_and_says_why(self, suite):
+        store = self.open(suite, 1 << 20, pack_size=8192)
+        context_failures = store._failures
+        while self.write(suite, store, [1, 2]) == [True, True]:
+            pass
+        assert FailureCause.NO_SPACE in context_failures.take()
+        store.close()
+
+    def test_what_is_too_old_is_deleted(self, suite):
+        store = self.open(suite, 1 << 20, ttl=60)
+        old = PackName("0" * 12 + "-" + "1" * 8 + "-" + "2" * 6, "a" * 32, (1,)).path("suite/v1")
+        suite.raw.write(old, b"x" * 100)
+        self.write(suite, store, [1])
+        store._refresher._rescan()
+        store._refresher._make_room() if store._refresher._is_my_turn() else store._refresher._delete(
+            store.catalogue.oldest(1 << 20, "0" * 11 + "1")
+        )
+        assert old not in suite.raw.paths()
+        assert len(suite.raw.paths()) == 1
+        store.close()
