@@ -1,0 +1,249 @@
+"""The tier on a bad network and on bad servers, all of them real: misses, counted by cause, and recovery by itself."""
+
+import logging
+import signal
+from collections import Counter
+
+import pytest
+from object_buckets import settings_for
+from proxy import Faults, Proxy
+from swift_server import ACCESS_KEY, SECRET_KEY, SwiftServer
+from valkey_server import wait_until
+
+from kvtier.abc import StoreContext, TierContext
+from kvtier.events import BlocksFailed, TierState
+from kvtier.namespace import Namespace
+from kvtier.secondary.object import ObjectTierManager
+from kvtier.stores.object.client import Client, RequestError, Trouble, connect
+from kvtier.stores.object.store import ObjectStore
+from kvtier.testing.stores import make_key
+from kvtier.testing.tier_rig import TierRig
+from kvtier.types import FailureCause
+
+BLOCK_BYTES = 64 * 1024
+DOWN, UP = TierState.DOWN, TierState.UP
+QUICK = {"capacity": "256MiB", "timeout": 2.0, "connect_timeout": 1.0, "job_deadline": 8.0, "refresh": 0.5}
+
+
+class Causes:
+    """Counts failed blocks by cause."""
+
+    def __init__(self):
+        self.counts = Counter()
+
+    def on_event(self, event):
+        if isinstance(event, BlocksFailed):
+            self.counts[event.cause] += event.num_blocks
+
+    def take(self):
+        counts, self.counts = dict(self.counts), Counter()
+        return counts
+
+
+class Rig(TierRig):
+    """A tier of quick deadlines."""
+
+    def __init__(self, options):
+        self.causes = Causes()
+        context = TierContext(namespace=Namespace({"model": "faults"}), observer=self.causes)
+        super().__init__(context, num_blocks=48, block_bytes=BLOCK_BYTES)
+        self.attach(ObjectTierManager(self.spec, self.arena.view, "object", **{**options, **QUICK}))
+        self.tier.start()
+
+    def wait_state(self, state, seconds=30):
+        def reached():
+            self.tier.lookup(make_key(999_999), self.request)  # a request keeps coming
+            return self.tier.state is state
+
+        self.wait(reached, f"the tier is {state}", seconds)
+
+    def wait_works(self, numbers):
+        """Wait until the tier stores and loads again."""
+
+        def works():
+            self.wait_state(UP, 45)
+            return self.store(numbers).success and self.load(numbers)[1] == list(numbers)
+
+        self.wait(works, "the tier works again", 60)
+
+
+@pytest.fixture
+def rigs():
+    made = []
+
+    def make(options):
+        made.append(Rig(options))
+        made[-1].wait_state(UP)
+        return made[-1]
+
+    yield make
+    for rig in made:
+        rig.close()
+
+
+@pytest.fixture
+def through_proxy(moto_s3):
+    """Options that lead through a proxy, and the proxy."""
+    proxy = Proxy(("127.0.0.1", moto_s3.server.port))
+    host, port = proxy.address
+    yield {**moto_s3.options, "endpoint": f"http://{host}:{port}"}, proxy
+    proxy.close()
+
+
+@pytest.fixture(scope="module")
+def own_swift():
+    """A Swift that tests may stop."""
+    pytest.importorskip("swift", reason="swift, from PyPI, is not installed")
+    server = SwiftServer()
+    try:
+        server.start().make_bucket("faults")
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def swift_options(own_swift, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+    own_swift.start()
+    options = {"endpoint": own_swift.endpoint, "region": "us-east-1", "allow_http": True, "path_style": True}
+    return {"url": "s3://faults/here", **options}
+
+
+def lines(caplog, *words):
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "kvtier" and all(word in record.getMessage() for word in words)
+    ]
+
+
+def answer(status, code, *headers):
+    body = f"<?xml version='1.0'?><Error><Code>{code}</Code></Error>".encode()
+    head = "".join(f"{header}\r\n" for header in (*headers, f"Content-Length: {len(body)}"))
+    return f"HTTP/1.1 {status} No\r\n{head}\r\n".encode() + body
+
+
+def test_servers_killed_in_mid_transfer_and_started_again(rigs, own_swift, swift_options, caplog):
+    caplog.set_level(logging.INFO, "kvtier")
+    rig = rigs(swift_options)
+    assert rig.store(range(16)).success
+    jobs = [rig.submit([make_key(number) for number in range(16)], range(16, 32), load=True)]
+    own_swift.kill()
+    jobs += [rig.submit([make_key(100 + number)], [number], load=False) for number in range(4)]
+    for job in jobs:
+        rig.finish(job, 30)
+    rig.wait_state(DOWN)
+    assert rig.causes.take().keys() & {FailureCause.IO_ERROR, FailureCause.TIER_DOWN}
+    assert len(lines(caplog, "is down")) == 1
+    own_swift.start()
+    rig.wait_works(range(8))
+    assert rig.load(range(8, 16))[1] == list(range(8, 16))  # they outlived the servers
+    rig.assert_each_job_answered_once()
+
+
+def test_a_server_that_hangs_is_given_up_and_taken_back(rigs, own_swift, swift_options, caplog):
+    rig = rigs(swift_options)
+    assert rig.store(range(4)).success
+    own_swift.signal(signal.SIGSTOP, "proxy")
+    try:
+        rig.wait_state(DOWN)
+        assert not rig.load(range(4))[1]
+        assert rig.causes.take()
+    finally:
+        own_swift.signal(signal.SIGCONT, "proxy")
+    rig.wait_works(range(4))
+    assert len(lines(caplog, "is down")) == 1
+
+
+def test_a_bucket_that_is_missing_is_named_and_used_when_it_is_there(own_swift, swift_options, caplog):
+    rig = Rig({**swift_options, "url": "s3://missing/here"})
+    rig.wait_state(DOWN)
+    assert "404 NoSuchBucket" in rig.tier.state_reason
+    own_swift.make_bucket("missing")
+    rig.wait_works(range(4))
+    assert len(lines(caplog, "is down")) == 1
+    rig.close()
+
+
+def test_permission_taken_away(rigs, through_proxy, caplog):
+    options, proxy = through_proxy
+    rig = rigs(options)
+    assert rig.store(range(4)).success
+    proxy.faults = Faults(change=lambda reply: answer(403, "AccessDenied"))
+    rig.wait_state(DOWN)
+    assert "403 AccessDenied" in rig.tier.state_reason
+    proxy.heal()
+    rig.wait_works(range(4))
+    assert len(lines(caplog, "is down")) == 1
+
+
+@pytest.mark.parametrize(("status", "code"), [(503, "SlowDown"), (429, "TooManyRequests")])
+def test_a_server_that_asks_for_less(through_proxy, status, code):
+    options, proxy = through_proxy
+    settings = settings_for(**{**options, "timeout": 2.0})
+    client = Client(connect(settings), settings.where)
+    client.put("some/thing", b"x" * 100)
+    proxy.faults = Faults(change=lambda reply: answer(status, code, "Retry-After: 1"))
+    with pytest.raises(RequestError) as caught:
+        client.get("some/thing", 0, 100, 100)
+    assert caught.value.trouble is Trouble.THROTTLED
+    assert f"{status} {code}" in str(caught.value)
+    proxy.heal()
+    assert bytes(client.get("some/thing", 0, 100, 100)) == b"x" * 100
+
+
+def test_a_refused_precondition_is_a_failed_store_and_no_more(through_proxy):
+    options, proxy = through_proxy
+    settings = settings_for(**options)
+    client = Client(connect(settings), settings.where)
+    proxy.faults = Faults(change=lambda reply: answer(412, "PreconditionFailed"))
+    with pytest.raises(RequestError) as caught:
+        client.put("some/thing", b"x")
+    assert caught.value.trouble is Trouble.FAILED
+    assert "412 PreconditionFailed" in str(caught.value)
+
+
+def test_connections_cut_half_way_through_a_pack(rigs, through_proxy):
+    options, proxy = through_proxy
+    rig = rigs(options)
+    assert rig.store(range(16)).success
+    proxy.faults = Faults(cut_after=300_000)
+    result, loaded = rig.load(range(16))
+    assert not result.success
+    assert loaded == []
+    assert FailureCause.IO_ERROR in rig.causes.take()
+    proxy.heal()
+    rig.wait_works(range(16))
+    rig.assert_each_job_answered_once()
+
+
+def test_slow_replies_are_replies(rigs, through_proxy):
+    options, proxy = through_proxy
+    rig = rigs(options)
+    assert rig.store(range(4)).success
+    proxy.faults = Faults(delay=0.05)
+    assert rig.load(range(4))[1] == list(range(4))
+    proxy.heal()
+
+
+def test_stores_pause_when_the_server_asks_for_less_and_loads_go_on(through_proxy, caplog):
+    options, proxy = through_proxy
+    context = StoreContext(Namespace({"model": "faults"}), BLOCK_BYTES)
+    settings = settings_for(**{**options, "timeout": 2.0, "refresh": 3600.0})
+    store = ObjectStore.open(settings.to_options(), context)
+    keys, blocks = [make_key(number) for number in range(4)], [memoryview(bytes(BLOCK_BYTES))] * 4
+    assert all(store.write(keys, blocks))
+    proxy.faults = Faults(change=lambda reply: answer(503, "SlowDown", "Retry-After: 1"))
+    assert not any(store.write(keys, blocks))
+    proxy.heal()
+    asked = store.client.requests["put"]
+    assert not any(store.write(keys, blocks)), "nothing is stored for a moment"
+    assert store.client.requests["put"] == asked, "and nobody is asked"
+    assert context.failures.take() == {FailureCause.UNREACHABLE: 8}
+    buffers = [memoryview(bytearray(BLOCK_BYTES)) for _ in keys]
+    assert all(store.read_into(keys, buffers)), "loads go on"
+    wait_until(lambda: all(store.write(keys, blocks)), "stores are taken again")
+    assert len(lines(caplog, "503 SlowDown", "stores pause")) == 1
+    store.close()
