@@ -247,3 +247,17 @@ def test_stores_pause_when_the_server_asks_for_less_and_loads_go_on(through_prox
     wait_until(lambda: all(store.write(keys, blocks)), "stores are taken again")
     assert len(lines(caplog, "503 SlowDown", "stores pause")) == 1
     store.close()
+
+
+def test_who_may_not_write_still_reads(through_proxy):
+    options, proxy = through_proxy
+    context = StoreContext(Namespace({"model": "faults"}), BLOCK_BYTES)
+    store = ObjectStore.open(settings_for(**{**options, "refresh": 3600.0}).to_options(), context)
+    keys, blocks = [make_key(number) for number in range(4)], [memoryview(bytes(BLOCK_BYTES))] * 4
+    assert all(store.write(keys, blocks))
+    proxy.faults = Faults(change=lambda reply: answer(403, "AccessDenied"))
+    assert not any(store.write(keys, blocks))
+    assert context.failures.take() == {FailureCause.IO_ERROR: 4}
+    proxy.heal()
+    assert all(store.read_into(keys, [memoryview(bytearray(BLOCK_BYTES)) for _ in keys]))
+    store.close()

@@ -86,6 +86,7 @@ class Refresher:
         self._looked_at = self._rescan_at = self._head_at = 0.0
         self._scanned = False
         self._tried = threading.Event()
+        self._complained = False
         self._thread = threading.Thread(target=self._run, name="kvtier-object", daemon=True)
 
     def start(self) -> None:
@@ -213,7 +214,15 @@ class Refresher:
         self._delete(self._catalogue.oldest(until, before))
 
     def _delete(self, packs: Sequence[Pack]) -> None:
-        self._client.delete([pack.path for pack in packs])
+        try:
+            self._client.delete([pack.path for pack in packs])
+        except RequestError as error:
+            if error.trouble is not Trouble.REFUSED:
+                raise
+            if not self._complained:
+                self._complained = True
+                logger.warning("object: old packs stay, deleting is not allowed: %s", error)
+            return
         self._catalogue.forget([pack.stamp for pack in packs])
 
     def _is_above(self, share: float) -> bool:

@@ -288,10 +288,11 @@ class ObjectStore(BlockStore):
                 logger.warning("blocks that failed verification could not be deleted: %s", error)
 
     def _learn(self, error: RequestError | None) -> None:
+        """Note how a request ended; who may not write may read still, and listing says who may do nothing."""
         self._throttle.learn(error)
         if error is None:
             self._refresher.note_success()
-        else:
+        elif error.trouble is not Trouble.REFUSED:
             self._refresher.note(error)
 
 
