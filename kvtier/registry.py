@@ -94,6 +94,7 @@ TIERS: Registry[type] = Registry("type", object)
 TIERS.register("disk", "kvtier.secondary.disk", "DiskTierManager")
 TIERS.register("resp", "kvtier.secondary.resp", "RespTierManager")
 TIERS.register("object", "kvtier.secondary.object", "ObjectTierManager")
+TIERS.register("filesystem", "kvtier.secondary.filesystem", "FilesystemTierManager")
 TIERS.register("memory", "kvtier.secondary.memory_tier", "MemoryTierManager")
 TIERS.register("example", "kvtier.secondary.example", "ExampleSecondaryTierManager")
 

@@ -1,0 +1,1 @@
+"""One file a block, on a filesystem that any number of hosts share."""

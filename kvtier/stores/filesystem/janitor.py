@@ -1,0 +1,207 @@
+"""Holds a shared directory within its capacity, without a lock, a leader or an index.
+
+The shards are dealt into groups, each with an equal share of the capacity: keys are hashed, so groups fill alike. Who
+looks into a group lists its files, of all namespaces, and deletes the oldest until the group keeps to its share. Two
+hosts that look at once choose the same files, and one of them finds them gone: nothing else happens.
+
+A writer looks into a group that it wrote to, with a probability that grows with what it wrote, and for certain after
+part of the group's room: a thousand writers together look about as often as one that writes as much. Besides, every
+group is looked into once an hour, by whichever host notices first that nobody did: for leftovers, and for a capacity
+that has become smaller.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from kvtier.stores.filesystem.directory import SHARD_DIGITS, SharedDirectory, is_block, is_unfinished, shards_in
+
+logger = logging.getLogger("kvtier")
+
+LEAST_GROUP_BLOCKS = 64
+_USUAL_BLOCK_BYTES = 2 << 20
+_KEEP = 7 / 8
+"""Of its share, what a group keeps that had grown beyond that; the rest is for what is written until the next look."""
+_LOOK_EACH = 32
+"""Looks while a full group's share is written once."""
+SECONDS_TO_LEAVE = 600.0
+"""After which a file that nobody finished is a leftover."""
+SWEEP_SECONDS = 3600.0
+_BETWEEN_SWEEPS = (30.0, 60.0)
+_RELIEF = 1 / 16
+"""Of a group, what is deleted at once because the filesystem is full."""
+
+
+class Held(NamedTuple):
+    """A file; the order of these is that in which they go."""
+
+    changed: int
+    path: str
+    size: int
+
+
+@dataclass
+class _Group:
+    """What this process knows of a group: bytes it wrote since it looked, and how much room there was then."""
+
+    written: int = 0
+    room: float = 0.0
+
+
+def group_digits(capacity: int, block_bytes: int) -> int:
+    """Return how many digits of a shard name its group: at most all, as long as a group holds blocks enough."""
+    least = LEAST_GROUP_BLOCKS * max(block_bytes, _USUAL_BLOCK_BYTES)
+    return next((digits for digits in range(SHARD_DIGITS, 0, -1) if capacity >> 4 * digits >= least), 0)
+
+
+class Janitor:
+    """Looks after a directory. Threads may share it; any number of processes run one over the same directory."""
+
+    def __init__(self, directory: SharedDirectory, capacity: int, min_free: int, block_bytes: int) -> None:
+        """Args: capacity: most bytes of all files; min_free: bytes of the filesystem that stay free."""
+        self._directory = directory
+        self._min_free = min_free
+        self._digits = group_digits(capacity, block_bytes)
+        self.num_groups = 1 << 4 * self._digits
+        self._share = capacity / self.num_groups
+        self._groups: dict[str, _Group] = {}
+        self._lock = threading.Lock()
+        self._ending = threading.Event()
+        self._complained = False
+        self._thread = threading.Thread(target=self._run, name="kvtier-janitor", daemon=True)
+
+    def start(self) -> None:
+        """Begin to sweep, now and then."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop; a filesystem that hangs is not waited for."""
+        self._ending.set()
+        if self._thread.ident is not None:
+            self._thread.join(1.0)
+
+    def wrote(self, shard: str, num_bytes: int) -> None:
+        """Take note of a block that was written, and look into its group when it is time."""
+        name = shard[: self._digits]
+        with self._lock:
+            group = self._groups.setdefault(name, _Group())
+            group.written += num_bytes
+            enough = max(self._share / _LOOK_EACH, group.room / 4)
+            due = group.written >= enough or random.random() * enough < num_bytes
+            if due:
+                group.written = 0
+        if due:
+            self._guarded(lambda: self.look(name))
+
+    def relieve(self, shard: str) -> None:
+        """Delete a few of the oldest blocks of a group: the filesystem is full, or a quota used up."""
+        self._guarded(lambda: self.look(shard[: self._digits], give_up=_RELIEF))
+
+    def look(self, group: str, give_up: float = 0.0) -> None:
+        """Reap leftovers in a group, and delete its oldest blocks if they are too many.
+
+        Args:
+            give_up: part of the group that goes in any case.
+
+        Raises:
+            OSError: the directory cannot be read.
+        """
+        held: list[Held] = []
+        oldest = int((self._directory.now() - SECONDS_TO_LEAVE) * 1e9)
+        for namespace_path in self._directory.namespaces():
+            for folder in shards_in(namespace_path, group):
+                found = list(self._reaped(folder, oldest))
+                held += found
+                if not found and namespace_path != self._directory.namespace_path:
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
+        used = sum(file.size for file in held)
+        share = max(0.0, self._share - self._shortage())
+        most = used * (1 - give_up) if give_up else share * (_KEEP if used > share * (_KEEP + 1) / 2 else 1)
+        for file in sorted(held):
+            if used <= most:
+                break
+            if _delete(file.path):
+                used -= file.size
+        with self._lock:
+            self._groups.setdefault(group, _Group()).room = max(0.0, share - used)
+
+    def sweep(self) -> int:
+        """Look into the groups whose turn it is; return how many, 0 if another host has done so."""
+        now = self._directory.now()
+        step = SWEEP_SECONDS / self.num_groups
+        turn = int(now / step)
+        count = min(self.num_groups, turn - int(self._directory.last_swept() / step))
+        if count <= 0:
+            return 0
+        self._directory.note_sweep()
+        for number in range(turn - count, turn):
+            if self._ending.is_set():
+                break
+            digits = self._digits
+            self.look(f"{number % self.num_groups:0{digits}x}" if digits else "")
+        for namespace_path in self._directory.namespaces():
+            if namespace_path != self._directory.namespace_path:
+                with contextlib.suppress(OSError):
+                    namespace_path.rmdir()  # succeeds if no shard is left
+        return count
+
+    def _reaped(self, folder: Path, oldest: int) -> Iterator[Held]:
+        """Yield the files of a shard; leftovers are deleted, what somebody else put there is left alone."""
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    unfinished = is_unfinished(entry.name)
+                    if not unfinished and not is_block(entry.name):
+                        continue
+                    try:
+                        status = entry.stat(follow_symlinks=False)
+                    except FileNotFoundError:
+                        continue
+                    if unfinished and status.st_mtime_ns < oldest and _delete(entry.path):
+                        continue
+                    yield Held(status.st_mtime_ns, entry.path, max(status.st_size, status.st_blocks * 512))
+        except FileNotFoundError:
+            return
+
+    def _shortage(self) -> float:
+        """Return a group's part of what is missing to `min_free`: others need the space more than a cache does."""
+        if not self._min_free:
+            return 0.0
+        status = os.statvfs(self._directory.path)
+        missing = self._min_free - status.f_bavail * status.f_frsize if status.f_blocks else 0
+        return max(0, missing) / self.num_groups
+
+    def _run(self) -> None:
+        pause = 0.0
+        while not self._ending.wait(pause):
+            self._guarded(self.sweep)
+            pause = random.uniform(*_BETWEEN_SWEEPS)
+
+    def _guarded(self, work: Callable[[], object]) -> None:
+        """Do `work`; what the filesystem refuses is said once, and tried again at the next turn."""
+        try:
+            work()
+        except OSError as error:
+            if not self._complained:
+                self._complained = True
+                logger.warning("%s: cannot tidy up: %s", self._directory.path, error.strerror)
+
+
+def _delete(path: str) -> bool:
+    """Delete a file; return whether it is gone, by us or by somebody else."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True

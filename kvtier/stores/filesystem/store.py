@@ -1,0 +1,271 @@
+"""Blocks as files: the payload, and behind it the seal of 128 bytes.
+
+A file appears whole, by a rename, and never changes; what a reader opened stays readable when it is deleted.
+Nothing is synchronised: a host that crashes may leave a file with a hole, which does not verify.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Self
+
+from kvtier.abc import BlockStore, StoreContext
+from kvtier.errors import StoreError, StoreUnavailableError
+from kvtier.keys import OffloadKey
+from kvtier.sizes import format_size
+from kvtier.stores.filesystem.directory import FILE_MODE, SharedDirectory, shard_of
+from kvtier.stores.filesystem.janitor import Janitor
+from kvtier.stores.seal import HEADER_BYTES, Seal
+from kvtier.stores.slab.segments import NO_SPACE_ERRORS
+from kvtier.stores.slab.vectored import read_fully, write_fully
+from kvtier.types import FailureCause
+
+logger = logging.getLogger("kvtier")
+
+_ABSENT_ERRORS = frozenset({errno.ENOENT, errno.ESTALE, errno.ENOTDIR})
+"""ESTALE: another host deleted the file while we looked at it."""
+_STRANGE_ERRORS = frozenset({errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ESPIPE})
+"""What opening or reading a symbolic link, a directory or a pipe gives instead of a block."""
+_UNREADABLE = frozenset({FailureCause.CORRUPT, FailureCause.FOREIGN, FailureCause.OLD_FORMAT})
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+_OLD_FILE = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+_SECONDS_FRESH = 300.0
+"""A block that is read has its time of change renewed, at most so often: the janitor deletes the oldest."""
+_PROBES_FIRST = 32
+"""Asked one after the other, to see how quick the filesystem is."""
+_SLOW_PROBE = 0.0001
+"""Seconds for one question above which it is better to ask many at once."""
+_PROBES_AT_ONCE = 16
+_SECONDS_BETWEEN_STATFS = 0.5
+_SECONDS_BETWEEN_RELIEFS = 1.0
+
+
+class FilesystemStore(BlockStore):
+    """Sealed blocks of one namespace in a directory that hosts share. What does not verify is counted and deleted."""
+
+    seals_itself = True
+
+    def __init__(self, directory: SharedDirectory, janitor: Janitor, min_free: int, context: StoreContext) -> None:
+        """Args: min_free: bytes of the filesystem that stay free."""
+        self._directory = directory
+        self._janitor = janitor
+        self._min_free = min_free
+        self._failures = context.failures
+        self._block_bytes = context.block_bytes
+        self._seal = Seal(context.namespace)
+        self._lock = threading.Lock()
+        self._free = (0.0, 0)
+        self._relieved_at = -_SECONDS_BETWEEN_RELIEFS
+        self._logged: set[int | None] = set()
+        self._askers = ThreadPoolExecutor(_PROBES_AT_ONCE, "kvtier-probe")
+
+    @classmethod
+    def open(cls, options: Mapping[str, Any], context: StoreContext) -> Self:
+        """Open a directory.
+
+        Args:
+            options: `path`; `capacity`, bytes that the blocks of all hosts and namespaces take together, at most;
+                `min_free`, bytes that stay free on the filesystem (default 0); `mount_point`, what must be
+                mounted for `path` to be the right directory (default "/").
+
+        Raises:
+            StoreUnavailableError: the directory is foreign, or not usable, or its filesystem smaller than the capacity.
+        """
+        path, capacity, min_free = Path(options["path"]), options["capacity"], options.get("min_free", 0)
+        directory = SharedDirectory.open(path, context.namespace, options.get("mount_point", "/"))
+        try:
+            status = os.statvfs(path)
+        except OSError as error:
+            raise StoreUnavailableError(f"{path}: {error.strerror}") from error
+        size = status.f_blocks * status.f_frsize
+        if 0 < size < capacity + min_free:
+            raise StoreUnavailableError(
+                f"{path}: its filesystem has {format_size(size)}, too small for {format_size(capacity + min_free)}"
+            )
+        janitor = Janitor(directory, capacity, min_free, context.block_bytes)
+        janitor.start()
+        return cls(directory, janitor, min_free, context)
+
+    def path_of(self, key: OffloadKey) -> Path:
+        """Return where the file of a block is."""
+        return Path(self._directory.block_path(key, shard_of(key)))
+
+    def contains(self, keys: Sequence[OffloadKey]) -> list[bool]:
+        """Return which files there are; on a slow filesystem many are asked for at once.
+
+        Raises:
+            StoreError: it answers nothing at all.
+        """
+        started = time.perf_counter()
+        answers = [self._exists(key) for key in keys[:_PROBES_FIRST]]
+        rest = keys[_PROBES_FIRST:]
+        if time.perf_counter() - started < _SLOW_PROBE * len(answers):
+            answers += [self._exists(key) for key in rest]
+        else:
+            answers += self._askers.map(self._exists, rest)
+        broken = [answer for answer in answers if isinstance(answer, OSError)]
+        if broken and len(broken) == len(answers):
+            raise StoreError(f"{self._directory.path}: {broken[0].strerror}") from broken[0]
+        return [answer is True for answer in answers]
+
+    def write(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
+        """Store the blocks, the last one first: of a prefix, the head is the newest, and goes last.
+
+        Raises:
+            StoreUnavailableError: the directory is gone.
+        """
+        fitting = self._fitting(keys, buffers)
+        results = [False] * len(keys)
+        for done, index in enumerate(reversed(fitting)):
+            shard = shard_of(keys[index])
+            try:
+                self._check_free()
+                self._write_one(keys[index], shard, buffers[index])
+            except OSError as error:
+                if error.errno not in NO_SPACE_ERRORS:
+                    self._fail(error)
+                    continue
+                self._fail(error, len(fitting) - done)
+                self._relieve(shard)
+                break
+            results[index] = True
+            self._janitor.wrote(shard, self._block_bytes + HEADER_BYTES)
+        return results
+
+    def read_into(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
+        """Fill buffers and verify them; one whose result is False may hold anything."""
+        results = [False] * len(keys)
+        for index in reversed(self._fitting(keys, buffers)):
+            path = self._directory.block_path(keys[index], shard_of(keys[index]))
+            try:
+                cause = self._read_one(keys[index], path, buffers[index])
+            except OSError as error:
+                if error.errno not in _ABSENT_ERRORS | _STRANGE_ERRORS:
+                    self._fail(error)
+                    continue
+                cause = FailureCause.ABSENT if error.errno in _ABSENT_ERRORS else FailureCause.CORRUPT
+            results[index] = cause is None
+            if cause is not None:
+                self._failures.count(cause)
+            if cause in _UNREADABLE:
+                self._remove(path)
+        return results
+
+    def delete(self, keys: Sequence[OffloadKey]) -> None:
+        """Forget `keys`."""
+        for key in keys:
+            self._remove(self._directory.block_path(key, shard_of(key)))
+
+    def close(self) -> None:
+        """Stop tidying up."""
+        self._janitor.close()
+        self._askers.shutdown(wait=False, cancel_futures=True)
+
+    def _fitting(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[int]:
+        """Return which of the buffers are as long as a block; count the others."""
+        if len(keys) != len(buffers):
+            raise StoreError(f"{len(keys)} keys and {len(buffers)} buffers")
+        fitting = [index for index, buffer in enumerate(buffers) if buffer.nbytes == self._block_bytes]
+        if len(fitting) < len(keys):
+            self._failures.count(FailureCause.IO_ERROR, len(keys) - len(fitting))
+        return fitting
+
+    def _exists(self, key: OffloadKey) -> bool | OSError:
+        try:
+            os.stat(self._directory.block_path(key, shard_of(key)), follow_symlinks=False)
+        except OSError as error:
+            return False if error.errno in _ABSENT_ERRORS else error
+        return True
+
+    def _write_one(self, key: OffloadKey, shard: str, buffer: memoryview) -> None:
+        unfinished = self._directory.unfinished_path(shard)
+        descriptor = self._create(unfinished, shard)
+        try:
+            try:
+                pieces = [buffer, memoryview(self._seal.seal(key, buffer))]
+                written = write_fully(descriptor, pieces, 0)
+            finally:
+                os.close(descriptor)  # a network filesystem may say only here that there is no space
+            if written < self._block_bytes + HEADER_BYTES:
+                raise OSError(errno.EIO, "only a part was written")
+            os.rename(unfinished, self._directory.block_path(key, shard))
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(unfinished)
+            raise
+
+    def _create(self, path: str, shard: str) -> int:
+        try:
+            return os.open(path, _NEW_FILE, FILE_MODE)
+        except FileNotFoundError:
+            self._directory.make_shard(shard)
+            return os.open(path, _NEW_FILE, FILE_MODE)
+
+    def _read_one(self, key: OffloadKey, path: str, buffer: memoryview) -> FailureCause | None:
+        descriptor = os.open(path, _OLD_FILE)
+        try:
+            tail = memoryview(bytearray(HEADER_BYTES + 1))  # a file that is too long fills it
+            length = read_fully(descriptor, [buffer, tail], 0)
+            if length != self._block_bytes + HEADER_BYTES:
+                return FailureCause.CORRUPT
+            cause = self._seal.verify(tail[:HEADER_BYTES], key, buffer)
+            if cause is FailureCause.ABSENT:
+                return FailureCause.CORRUPT
+            status = os.fstat(descriptor)
+            if status.st_uid != os.geteuid():
+                return FailureCause.FOREIGN
+            if cause is None and status.st_mtime < self._directory.roughly_now() - _SECONDS_FRESH:
+                with contextlib.suppress(OSError):
+                    os.utime(descriptor)
+            return cause
+        finally:
+            os.close(descriptor)
+
+    def _check_free(self) -> None:
+        """Raise OSError if a block more would leave less than `min_free`."""
+        if not self._min_free:
+            return
+        with self._lock:
+            asked_at, free = self._free
+            if (now := time.monotonic()) - asked_at > _SECONDS_BETWEEN_STATFS:
+                status = os.statvfs(self._directory.path)
+                asked_at, free = now, status.f_bavail * status.f_frsize if status.f_blocks else 1 << 62
+            free -= self._block_bytes + HEADER_BYTES
+            self._free = (asked_at, free)
+        if free < self._min_free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _relieve(self, shard: str) -> None:
+        """Let a full filesystem have some space back, so that new blocks replace old ones."""
+        with self._lock:
+            if (now := time.monotonic()) - self._relieved_at < _SECONDS_BETWEEN_RELIEFS:
+                return
+            self._relieved_at = now
+        self._janitor.relieve(shard)
+
+    def _remove(self, path: str) -> None:
+        try:
+            os.unlink(path)
+        except OSError as error:
+            if error.errno not in _ABSENT_ERRORS:
+                self._log(error)
+
+    def _fail(self, error: OSError, blocks: int = 1) -> None:
+        """Count blocks that an error of the system cost."""
+        cause = FailureCause.NO_SPACE if error.errno in NO_SPACE_ERRORS else FailureCause.IO_ERROR
+        self._failures.count(cause, blocks)
+        self._log(error)
+
+    def _log(self, error: OSError) -> None:
+        """Say once what went wrong."""
+        if error.errno not in self._logged:
+            self._logged.add(error.errno)
+            logger.warning("%s: %s", self._directory.path, error.strerror)
