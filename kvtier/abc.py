@@ -237,6 +237,16 @@ class SlotStore(ABC):
         A slot that fails verification is invalidated, so that `recover` never reports it again.
         """
 
+    def prepare(self) -> tuple[int, int] | None:
+        """Do a few milliseconds of work that will make later calls quicker; None when there is nothing to do any more.
+
+        Called again and again, by one thread, while others read and write.
+
+        Returns:
+            (bytes prepared so far, bytes in total).
+        """
+        return None
+
     @abstractmethod
     def close(self) -> None:
         """Release everything; no call follows."""

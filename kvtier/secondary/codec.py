@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Any
 
-import numpy as np
-
 from kvtier.errors import ProtocolError
-from kvtier.keys import MAX_KEY_BYTES, MIN_KEY_BYTES, OffloadKey
+from kvtier.secondary.columns import join_keys, pack_bits, pack_slots, split_keys, unpack_bits, unpack_slots
 from kvtier.secondary.messages import (
     MAX_REASON_CHARACTERS,
     CancelWaiting,
@@ -26,9 +25,11 @@ from kvtier.secondary.messages import (
     Options,
     Part,
     PartResult,
+    Prepared,
     Probe,
     ProbeAnswer,
     Ready,
+    Several,
     Unavailable,
 )
 from kvtier.types import FailureCause
@@ -36,10 +37,14 @@ from kvtier.types import FailureCause
 MAX_MESSAGE_BYTES = 64 * 1024
 """Longest packet: sockets refuse more than about 200 KiB, and small ones keep both queues moving."""
 
+_MOST_TOGETHER = 256
+"""Messages in one packet."""
+
 _CAUSES = tuple(FailureCause)
 _CAUSE_INDEX = {cause: index for index, cause in enumerate(_CAUSES)}
 
 _OPTIONS, _READY, _UNAVAILABLE, _INDEX, _INDEX_END, _PART, _RESULT, _PROBE, _ANSWER, _DELETE, _CANCEL = range(1, 12)
+_PREPARED, _SEVERAL = 12, 13
 
 
 _PART_HEAD = struct.Struct("<BBBBIQI")
@@ -49,6 +54,8 @@ _PROBE_HEAD = struct.Struct("<BBIQ")
 _ANSWER_HEAD = struct.Struct("<BBIQ")
 _KEYS_HEAD = struct.Struct("<BBI")
 _READY_BODY = struct.Struct("<BI")
+_PREPARED_BODY = struct.Struct("<BQQ")
+_LENGTH = struct.Struct("<I")
 
 
 def blocks_per_message(key_bytes: int) -> int:
@@ -71,6 +78,23 @@ def encode(message: Message) -> bytes:
     return packet
 
 
+def encode_head(messages: Iterable[Message]) -> tuple[bytes, int]:
+    """Return one packet with the first of `messages`, as many as fit, and how many these are.
+
+    Raises:
+        ProtocolError: as `encode`.
+    """
+    packets: list[bytes] = []
+    length = 1
+    for message in islice(messages, _MOST_TOGETHER):
+        packet = encode(message)
+        length += _LENGTH.size + len(packet)
+        if packets and length > MAX_MESSAGE_BYTES:
+            break
+        packets.append(packet)
+    return (packets[0] if len(packets) == 1 else _join_packets(packets)), len(packets)
+
+
 def decode(packet: bytes) -> Message:
     """Return the message in a packet.
 
@@ -86,46 +110,6 @@ def decode(packet: bytes) -> Message:
         return decoder(packet)
     except (struct.error, ValueError, IndexError, RecursionError) as error:
         raise ProtocolError(f"malformed message of type {packet[0]}: {error}") from error
-
-
-def _join_keys(keys: Sequence[OffloadKey]) -> tuple[int, bytes]:
-    joined = b"".join(keys)
-    key_bytes = len(keys[0]) if keys else MIN_KEY_BYTES
-    if len(set(map(len, keys))) > 1:
-        raise ValueError("keys of different lengths")
-    return key_bytes, joined
-
-
-def _split_keys(packet: bytes, offset: int, count: int, key_bytes: int) -> list[OffloadKey]:
-    if not MIN_KEY_BYTES <= key_bytes <= MAX_KEY_BYTES:
-        raise ValueError(f"keys of {key_bytes} bytes")
-    if not count or len(packet) != offset + count * key_bytes:
-        raise ValueError(f"{len(packet)} bytes do not hold {count} keys of {key_bytes} bytes")
-    return [OffloadKey(packet[at : at + key_bytes]) for at in range(offset, len(packet), key_bytes)]
-
-
-def _pack_slots(slots: Sequence[int]) -> bytes:
-    return struct.pack(f"<{len(slots)}I", *slots)
-
-
-def _unpack_slots(packet: bytes, offset: int, count: int) -> list[int]:
-    return list(struct.unpack_from(f"<{count}I", packet, offset))
-
-
-def _pack_bits(bits: Sequence[bool]) -> bytes:
-    return np.packbits(np.asarray(bits, dtype=np.bool_), bitorder="little").tobytes()
-
-
-def _unpack_bits(packet: bytes, offset: int, count: int) -> list[bool]:
-    length = (count + 7) // 8
-    if not count or len(packet) < offset + length:
-        raise ValueError(f"no room for {count} bits")
-    value = int.from_bytes(packet[offset : offset + length], "little")
-    if value >> count:
-        raise ValueError("stray bits")
-    if value == (1 << count) - 1:
-        return [True] * count
-    return [bool(value >> index & 1) for index in range(count)]
 
 
 def _flag(value: int) -> bool:
@@ -170,34 +154,34 @@ def _decode_unavailable(packet: bytes) -> Unavailable:
 
 
 def _encode_index(message: IndexBatch) -> bytes:
-    key_bytes, joined = _join_keys(message.keys)
+    key_bytes, joined = join_keys(message.keys)
     if len(message.slots) != len(message.keys):
         raise ValueError("slots and keys differ in number")
-    return _KEYS_HEAD.pack(_INDEX, key_bytes, len(message.keys)) + _pack_slots(message.slots) + joined
+    return _KEYS_HEAD.pack(_INDEX, key_bytes, len(message.keys)) + pack_slots(message.slots) + joined
 
 
 def _decode_index(packet: bytes) -> IndexBatch:
     _, key_bytes, count = _KEYS_HEAD.unpack_from(packet)
     offset = _KEYS_HEAD.size
-    keys = _split_keys(packet, offset + 4 * count, count, key_bytes)
-    return IndexBatch(_unpack_slots(packet, offset, count), keys)
+    keys = split_keys(packet, offset + 4 * count, count, key_bytes)
+    return IndexBatch(unpack_slots(packet, offset, count), keys)
 
 
 def _encode_part(message: Part) -> bytes:
-    key_bytes, joined = _join_keys(message.keys)
+    key_bytes, joined = join_keys(message.keys)
     count, slots = len(message.keys), message.store_slots
     if len(message.arena_slots) != count or (slots is not None and len(slots) != count):
         raise ValueError("slots and keys differ in number")
     head = _PART_HEAD.pack(_PART, message.is_load, slots is not None, key_bytes, count, message.serial, message.first)
-    return b"".join((head, _pack_slots(message.arena_slots), b"" if slots is None else _pack_slots(slots), joined))
+    return b"".join((head, pack_slots(message.arena_slots), b"" if slots is None else pack_slots(slots), joined))
 
 
 def _decode_part(packet: bytes) -> Part:
     _, is_load, has_slots, key_bytes, count, serial, first = _PART_HEAD.unpack_from(packet)
     offset, columns = _PART_HEAD.size, 2 if _flag(has_slots) else 1
-    keys = _split_keys(packet, offset + 4 * count * columns, count, key_bytes)
-    arena_slots = _unpack_slots(packet, offset, count)
-    store_slots = _unpack_slots(packet, offset + 4 * count, count) if has_slots else None
+    keys = split_keys(packet, offset + 4 * count * columns, count, key_bytes)
+    arena_slots = unpack_slots(packet, offset, count)
+    store_slots = unpack_slots(packet, offset + 4 * count, count) if has_slots else None
     return Part(serial, first, _flag(is_load), keys, arena_slots, store_slots)
 
 
@@ -212,12 +196,12 @@ def _encode_result(message: PartResult) -> bytes:
         message.seconds,
     )
     causes = [_FAILURE.pack(_CAUSE_INDEX[cause], count) for cause, count in message.failures.items()]
-    return b"".join((head, _pack_bits(message.successes), *causes))
+    return b"".join((head, pack_bits(message.successes), *causes))
 
 
 def _decode_result(packet: bytes) -> PartResult:
     _, num_causes, count, serial, first, num_bytes, seconds = _RESULT_HEAD.unpack_from(packet)
-    successes = _unpack_bits(packet, _RESULT_HEAD.size, count)
+    successes = unpack_bits(packet, _RESULT_HEAD.size, count)
     offset = _RESULT_HEAD.size + (count + 7) // 8
     _exact(packet, offset + num_causes * _FAILURE.size)
     if not 0 <= seconds < float("inf"):
@@ -227,40 +211,64 @@ def _decode_result(packet: bytes) -> PartResult:
 
 
 def _encode_probe(message: Probe) -> bytes:
-    key_bytes, joined = _join_keys(message.keys)
+    key_bytes, joined = join_keys(message.keys)
     return _PROBE_HEAD.pack(_PROBE, key_bytes, len(message.keys), message.probe_id) + joined
 
 
 def _decode_probe(packet: bytes) -> Probe:
     _, key_bytes, count, probe_id = _PROBE_HEAD.unpack_from(packet)
-    return Probe(probe_id, _split_keys(packet, _PROBE_HEAD.size, count, key_bytes))
+    return Probe(probe_id, split_keys(packet, _PROBE_HEAD.size, count, key_bytes))
 
 
 def _encode_answer(message: ProbeAnswer) -> bytes:
     head = _ANSWER_HEAD.pack(_ANSWER, message.failed, len(message.found), message.probe_id)
-    return head + _pack_bits(message.found)
+    return head + pack_bits(message.found)
 
 
 def _decode_answer(packet: bytes) -> ProbeAnswer:
     _, failed, count, probe_id = _ANSWER_HEAD.unpack_from(packet)
-    found = _unpack_bits(packet, _ANSWER_HEAD.size, count)
+    found = unpack_bits(packet, _ANSWER_HEAD.size, count)
     _exact(packet, _ANSWER_HEAD.size + (count + 7) // 8)
     return ProbeAnswer(probe_id, found, _flag(failed))
 
 
 def _encode_delete(message: Delete) -> bytes:
-    key_bytes, joined = _join_keys(message.keys)
+    key_bytes, joined = join_keys(message.keys)
     return _KEYS_HEAD.pack(_DELETE, key_bytes, len(message.keys)) + joined
 
 
 def _decode_delete(packet: bytes) -> Delete:
     _, key_bytes, count = _KEYS_HEAD.unpack_from(packet)
-    return Delete(_split_keys(packet, _KEYS_HEAD.size, count, key_bytes))
+    return Delete(split_keys(packet, _KEYS_HEAD.size, count, key_bytes))
 
 
 def _decode_bare(packet: bytes) -> IndexEnd | CancelWaiting:
     _exact(packet, 1)
     return IndexEnd() if packet[0] == _INDEX_END else CancelWaiting()
+
+
+def _decode_prepared(packet: bytes) -> Prepared:
+    _, done, total = _PREPARED_BODY.unpack(packet)
+    return Prepared(done, total)
+
+
+def _join_packets(packets: Sequence[bytes]) -> bytes:
+    return bytes([_SEVERAL]) + b"".join([part for packet in packets for part in (_LENGTH.pack(len(packet)), packet)])
+
+
+def _decode_several(packet: bytes) -> Several:
+    messages, offset = [], 1
+    while offset < len(packet):
+        (length,) = _LENGTH.unpack_from(packet, offset)
+        offset += _LENGTH.size
+        inner = packet[offset : offset + length]
+        if len(inner) != length or not length or inner[0] == _SEVERAL:
+            raise ValueError("a packet within a packet")
+        messages.append(decode(inner))
+        offset += length
+    if len(messages) < 2:
+        raise ValueError(f"several are {len(messages)}")
+    return Several(messages)
 
 
 _ENCODERS: dict[type, Callable[[Any], bytes]] = {
@@ -275,6 +283,8 @@ _ENCODERS: dict[type, Callable[[Any], bytes]] = {
     ProbeAnswer: _encode_answer,
     Delete: _encode_delete,
     CancelWaiting: lambda _: bytes([_CANCEL]),
+    Prepared: lambda message: _PREPARED_BODY.pack(_PREPARED, message.done, message.total),
+    Several: lambda message: _join_packets([encode(inner) for inner in message.messages]),
 }
 
 _DECODERS: dict[int, Callable[[bytes], Message]] = {
@@ -289,4 +299,6 @@ _DECODERS: dict[int, Callable[[bytes], Message]] = {
     _ANSWER: _decode_answer,
     _DELETE: _decode_delete,
     _CANCEL: _decode_bare,
+    _PREPARED: _decode_prepared,
+    _SEVERAL: _decode_several,
 }

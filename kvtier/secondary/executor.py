@@ -18,6 +18,7 @@ from kvtier.secondary.messages import (
     IndexEnd,
     Part,
     PartResult,
+    Prepared,
     ProbeAnswer,
     Ready,
     Unavailable,
@@ -31,7 +32,7 @@ class Ended:
     reason: str
 
 
-Report = Ready | Unavailable | IndexBatch | IndexEnd | PartResult | ProbeAnswer | Ended
+Report = Ready | Unavailable | IndexBatch | IndexEnd | PartResult | ProbeAnswer | Prepared | Ended
 """What `IOExecutor.poll` returns."""
 
 
@@ -118,6 +119,10 @@ class IOExecutor(ABC):
         Raises:
             ProtocolError: the other side sent what nobody can have meant.
         """
+
+    def flush(self) -> None:
+        """Push what is queued; what arrived waits for `poll`."""
+        return
 
     @abstractmethod
     def cancel_waiting(self) -> None:

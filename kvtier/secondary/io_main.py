@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import resource
 import select
@@ -16,11 +17,13 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 
 from kvtier.errors import ConfigError, ProtocolError, StoreUnavailableError
 from kvtier.primary.arena import Arena, Rows, arena_rows
-from kvtier.secondary.codec import MAX_MESSAGE_BYTES, decode, encode
+from kvtier.secondary.codec import MAX_MESSAGE_BYTES, decode, encode_head
 from kvtier.secondary.executor import StoreDescription
+from kvtier.secondary.gathering import Gathering
 from kvtier.secondary.inline import run_task
 from kvtier.secondary.messages import (
     CancelWaiting,
@@ -29,15 +32,21 @@ from kvtier.secondary.messages import (
     Message,
     Options,
     Part,
+    PartResult,
     Probe,
     Ready,
+    Several,
     Unavailable,
 )
-from kvtier.secondary.part_queue import PartQueue
+from kvtier.secondary.part_queue import PartQueue, Task
 from kvtier.secondary.store_runner import StoreRunner, blocks_per_call, cancelled
 
 _MOST_SECONDS_AFTER_END = 60.0
 """How long running calls may take after the end; a longer one is cut short, its block fails its checksum."""
+
+_SECONDS_QUIET = 0.5
+"""After the last job, until the store may work ahead more often."""
+_SECONDS_BETWEEN_REPORTS = 0.5
 
 EXIT_GARBAGE, EXIT_UNAVAILABLE, EXIT_CUT_SHORT = 3, 4, 5
 
@@ -83,13 +92,19 @@ class Channel:
                 raise ProtocolError("a packet that is too long")
             return decode(packet)
 
-    def send(self, message: Message) -> None:
-        """Send a message, waiting as long as the parent is busy.
+    def send(self, *messages: Message) -> None:
+        """Send messages, in as few packets as they fit, waiting as long as the parent is busy.
 
         Raises:
-            _EndOfParent: nobody will read it.
+            _EndOfParent: nobody will read them.
         """
-        packet = encode(message)
+        sent = 0
+        while sent < len(messages):
+            packet, count = encode_head(messages[sent:])
+            self._send_packet(packet)
+            sent += count
+
+    def _send_packet(self, packet: bytes) -> None:
         with self._send_lock:
             while True:
                 try:
@@ -119,10 +134,14 @@ class Server:
         self._num_blocks = description.num_blocks
         self._blocks_per_call = blocks_per_call(description.block_bytes)
         self._queue = PartQueue()
+        self._gathering = Gathering()
+        self._busy_at = time.monotonic()
+        self._ending = threading.Event()
         self._threads = [
             threading.Thread(target=self._work, name=f"kvtier-io-{index}", daemon=True)
             for index in range(description.threads)
         ]
+        self._threads.append(threading.Thread(target=self._prepare, name="kvtier-io-ahead", daemon=True))
 
     def serve(self) -> None:
         """Report the index, then work until the parent ends.
@@ -139,7 +158,9 @@ class Server:
             for thread in self._threads:
                 thread.start()
             while True:
-                self._accept(self._channel.receive())
+                message = self._channel.receive()
+                for inner in message.messages if isinstance(message, Several) else (message,):
+                    self._accept(inner)
         except _EndOfParent:
             return
         finally:
@@ -147,6 +168,7 @@ class Server:
 
     def _finish(self) -> None:
         """Start no new call and wait for the running ones, as long as the watchdog lets them."""
+        self._ending.set()
         self._queue.close()
         for thread in self._threads:
             if thread.ident is not None:
@@ -156,24 +178,54 @@ class Server:
         if isinstance(message, Part):
             if max(message.arena_slots) >= self._num_blocks:
                 raise ProtocolError("a slot outside the arena")
-            for start in range(0, len(message.keys), self._blocks_per_call):
-                self._queue.put(message.slice(start, start + self._blocks_per_call))
+            step = self._blocks_per_call
+            pieces = [message]
+            if len(message.keys) > step:
+                pieces = [message.slice(start, start + step) for start in range(0, len(message.keys), step)]
+            self._gathering.expect(pieces)
+            for piece in pieces:
+                self._queue.put(piece)
         elif isinstance(message, Probe | Delete):
             self._queue.put(message)
         elif isinstance(message, CancelWaiting):
-            for part in self._queue.cancel():
-                self._channel.send(cancelled(part))
+            self._channel.send(*self._gathering.add(map(cancelled, self._queue.cancel())))
         else:
             raise ProtocolError(f"{type(message).__name__} from a tier")
 
     def _work(self) -> None:
         with contextlib.suppress(_EndOfParent):
-            while (task := self._queue.take()) is not None:
-                report = run_task(self._runner, self._rows, task)
-                if report is not None:
-                    self._channel.send(report)
+            while tasks := self._queue.take_many(self._blocks_per_call):
+                self._busy_at = time.monotonic()
+                self._channel.send(*self._run(tasks))
                 if self._runner.lost is not None:
                     self._channel.send(Unavailable(self._runner.lost))
+
+    def _prepare(self) -> None:
+        """Let the store work ahead: half of the time while there are no jobs, a tenth of it beside them."""
+        reported_at = -math.inf
+        with contextlib.suppress(_EndOfParent):
+            while not self._ending.is_set():
+                started = time.monotonic()
+                progress = self._runner.prepare()
+                if progress is None:
+                    return
+                now = time.monotonic()
+                if now - reported_at > _SECONDS_BETWEEN_REPORTS or progress.done >= progress.total:
+                    self._channel.send(progress)
+                    reported_at = now
+                share = 1 if started - self._busy_at > _SECONDS_QUIET else 9
+                self._ending.wait(share * (now - started))
+
+    def _run(self, tasks: Sequence[Task]) -> Sequence[Message]:
+        """Do tasks that the queue gave together; return what to report."""
+        parts = [task for task in tasks if isinstance(task, Part)]
+        if len(parts) > 1:
+            buffers = [self._rows[slot] for part in parts for slot in part.arena_slots]
+            return self._gathering.add(self._runner.run_together(parts, buffers))
+        report = run_task(self._runner, self._rows, tasks[0])
+        if isinstance(report, PartResult):
+            return self._gathering.add((report,))
+        return () if report is None else (report,)
 
 
 class Watchdog:

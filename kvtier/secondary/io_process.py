@@ -12,10 +12,11 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 from kvtier.errors import ProtocolError, StoreUnavailableError
 from kvtier.keys import OffloadKey
-from kvtier.secondary.codec import MAX_MESSAGE_BYTES, blocks_per_message, decode, encode
+from kvtier.secondary.codec import MAX_MESSAGE_BYTES, blocks_per_message, decode, encode, encode_head
 from kvtier.secondary.executor import Ended, IOExecutor, Report, StoreDescription
 from kvtier.secondary.messages import (
     CancelWaiting,
@@ -26,21 +27,23 @@ from kvtier.secondary.messages import (
     Options,
     Part,
     PartResult,
+    Prepared,
     Probe,
     ProbeAnswer,
     Ready,
+    Several,
     Unavailable,
 )
 from kvtier.secondary.store_runner import cancelled
 
 _MOST_PACKETS = 512
-_MOST_INDEX_BATCHES = 8
+_MOST_INDEX_BATCHES = 2
 """Received in one poll, so that a large index does not hold up a scheduler step."""
 
 _SECONDS_TO_EXIT = 0.2
 """From the end of the socket to the end of the process, before it is killed for staying."""
 
-_REPORTS = Ready | Unavailable | IndexBatch | IndexEnd | PartResult | ProbeAnswer
+_REPORTS = Ready | Unavailable | IndexBatch | IndexEnd | PartResult | ProbeAnswer | Prepared
 
 
 def _environment() -> dict[str, str]:
@@ -74,6 +77,8 @@ class IOProcess(IOExecutor):
         self._loads: deque[Part] = deque()
         self._stores: deque[Part | Delete] = deque()
         self._local: deque[Report] = deque()
+        self._packet: tuple[bytes, int, deque[Any]] | None = None
+        self._submitted = False
         self._buffer = memoryview(bytearray(MAX_MESSAGE_BYTES + 1))
         self._ended_at: float | None = None
 
@@ -124,14 +129,19 @@ class IOProcess(IOExecutor):
         self._send_queued()
 
     def submit(self, part: Part) -> None:
-        """Queue blocks, in parts that fit a packet each; send what the socket takes."""
+        """Queue blocks, in parts that fit a packet each.
+
+        The first ones after a poll are sent at once; what follows waits for the next poll and travels together.
+        """
         step = blocks_per_message(len(part.keys[0]))
         queue = self._loads if part.is_load else self._stores
         if len(part.keys) <= step:
             queue.append(part)
         else:
             queue.extend(part.slice(start, start + step) for start in range(0, len(part.keys), step))
-        self._send_queued()
+        if not self._submitted:
+            self._submitted = True
+            self._send_queued()
 
     def probe(self, probe_id: int, keys: Sequence[OffloadKey]) -> None:
         """Queue a question and send it."""
@@ -153,6 +163,7 @@ class IOProcess(IOExecutor):
             self._local.clear()
         if self._socket is None:
             return reports
+        self._submitted = False
         if self._first or self._loads or self._stores:
             self._send_queued()
         num_index = 0
@@ -164,16 +175,22 @@ class IOProcess(IOExecutor):
                 reports += [] if reports else self._ended()  # what it did before its end is heard first
                 break
             message = decode(packet)
-            if not isinstance(message, _REPORTS):
-                raise ProtocolError(f"{type(message).__name__} from an I/O process")
-            reports.append(message)
+            for report in message.messages if isinstance(message, Several) else (message,):
+                if not isinstance(report, _REPORTS):
+                    raise ProtocolError(f"{type(report).__name__} from an I/O process")
+                reports.append(report)
             num_index += isinstance(message, IndexBatch)
             if num_index >= _MOST_INDEX_BATCHES:
                 break
         return reports
 
+    def flush(self) -> None:
+        """Send what is queued, as far as the socket takes it."""
+        self._send_queued()
+
     def cancel_waiting(self) -> None:
         """Answer what was not sent as cancelled, and ask the process to do so with what has not started."""
+        self._packet = None  # whose messages are queued until it is sent
         parts = [*self._loads, *(task for task in self._stores if isinstance(task, Part))]
         self._loads.clear()
         self._stores = deque(task for task in self._stores if isinstance(task, Delete))
@@ -188,6 +205,7 @@ class IOProcess(IOExecutor):
                 self._socket.shutdown(socket.SHUT_RDWR)  # a forked copy of this process may hold the socket, too
             self._socket.close()
             self._socket = None
+        self._packet = None
         for queue in (self._first, self._loads, self._stores, self._local):
             queue.clear()
 
@@ -221,17 +239,21 @@ class IOProcess(IOExecutor):
     def _send_queued(self) -> None:
         """Send questions, loads and stores, in this order, until the queue of the socket is full."""
         while self._socket is not None:
-            queue: deque[Message] | deque[Part] | deque[Part | Delete]
-            queue = self._first or self._loads or self._stores
-            if not queue:
-                return
+            if self._packet is None:
+                queue: deque[Any] = self._first or self._loads or self._stores
+                if not queue:
+                    return
+                self._packet = (*encode_head(queue), queue)
+            packet, count, queue = self._packet
             try:
-                self._socket.send(encode(queue[0]), socket.MSG_NOSIGNAL)
+                self._socket.send(packet, socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 return
             except OSError:
                 return  # the process is gone: `poll` finds that out, and why
-            queue.popleft()
+            self._packet = None
+            for _ in range(count):
+                queue.popleft()
 
     def _receive(self) -> bytes | None:
         """Return a packet, b"" at the end, None if there is none now."""

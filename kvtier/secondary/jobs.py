@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -31,7 +30,7 @@ class Job:
     store_slots: Sequence[int] | None
     submitted: float
     successful: list[OffloadKey]
-    failures: Counter[FailureCause] = field(default_factory=Counter)
+    failures: dict[FailureCause, int] = field(default_factory=dict)
     num_bytes: int = 0
     answered: bytearray = field(init=False)
     num_left: int = field(init=False)
@@ -39,6 +38,12 @@ class Job:
     def __post_init__(self) -> None:
         self.answered = bytearray(len(self.keys))
         self.num_left = len(self.keys)
+
+    def count_failures(self, failures: Mapping[FailureCause, int]) -> None:
+        """Add failed blocks by cause."""
+        for cause, count in failures.items():
+            if count:
+                self.failures[cause] = self.failures.get(cause, 0) + count
 
     def as_part(self) -> Part:
         """Return everything that moves as one part."""
@@ -102,7 +107,7 @@ class JobLedger:
             failures: those of its keys that cannot be moved, by cause.
         """
         job = Job(self._next_serial, metadata, keys, arena_slots, store_slots, self._clock(), successful)
-        job.failures.update(failures)
+        job.count_failures(failures)
         self._next_serial += 1
         if not keys:
             self._finish(job)
@@ -131,7 +136,7 @@ class JobLedger:
         job.num_left -= count
         self._count(job, -count)
         job.num_bytes += result.num_bytes
-        job.failures.update(result.failures)
+        job.count_failures(result.failures)
         moved: Sequence[int]
         failed: Sequence[int] = ()
         if False not in result.successes:
@@ -151,7 +156,7 @@ class JobLedger:
         jobs, self._jobs = self._jobs, {}
         for job in jobs.values():
             self._count(job, -job.num_left)
-            job.failures[cause] += job.num_left
+            job.count_failures({cause: job.num_left})
             self._finish(job)
 
     def take_results(self) -> list[JobResult]:
@@ -176,8 +181,7 @@ class JobLedger:
         partial = successful if successful and not success else None
         self._results.append(JobResult(metadata.job_id, success, partial, seconds, job.num_bytes))
         for cause, count in job.failures.items():
-            if count:
-                self._observer.on_event(BlocksFailed(self._tier_type, cause, count))
+            self._observer.on_event(BlocksFailed(self._tier_type, cause, count))
 
     def check_invariants(self) -> None:
         """Raise InvariantError unless the counts agree with the jobs."""

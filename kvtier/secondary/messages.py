@@ -119,6 +119,21 @@ class CancelWaiting:
     """Answer every part that waits for a thread as cancelled."""
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """How much of its medium a store has written beforehand, in bytes, and of how much."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Several:
+    """Messages that travel in one packet, in their order."""
+
+    messages: Sequence[Message]
+
+
 Message = (
     Options
     | Ready
@@ -131,4 +146,6 @@ Message = (
     | ProbeAnswer
     | Delete
     | CancelWaiting
+    | Prepared
+    | Several
 )

@@ -47,6 +47,26 @@ class PartQueue:
                 self._changed.wait()
             return None
 
+    def take_many(self, most_blocks: int) -> list[Task]:
+        """Wait for the next task, and take with it parts of the same kind that wait behind it; none when closed.
+
+        Only parts with slots of a store are taken together, up to `most_blocks` blocks: one call into the store
+        then serves them all.
+        """
+        first = self.take()
+        if not isinstance(first, Part) or first.store_slots is None:
+            return [] if first is None else [first]
+        tasks: list[Task] = [first]
+        left = most_blocks - len(first.keys)
+        with self._changed:
+            queue = self._loads if first.is_load else self._stores
+            while queue and isinstance(part := queue[0], Part) and part.store_slots is not None:
+                left -= len(part.keys)
+                if left < 0:
+                    break
+                tasks.append(queue.popleft())
+        return tasks
+
     def take_now(self) -> Task | None:
         """Return the next task, or None if there is none."""
         with self._changed:

@@ -14,11 +14,12 @@ from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.keys import OffloadKey
 from kvtier.secondary.codec import blocks_per_message
 from kvtier.secondary.executor import StoreDescription
-from kvtier.secondary.messages import IndexBatch, Part, PartResult
+from kvtier.secondary.gathering import split_result
+from kvtier.secondary.messages import IndexBatch, Part, PartResult, Prepared
 from kvtier.stores.sealed import SealedStore
 from kvtier.types import FailureCause
 
-_TARGET_BYTES = 2 << 20
+_TARGET_BYTES = 4 << 20
 _MOST_BLOCKS = 64
 
 logger = logging.getLogger("kvtier")
@@ -56,7 +57,7 @@ class ThreadFailures(FailureCounter):
 
 
 def blocks_per_call(block_bytes: int) -> int:
-    """Return how many blocks one call into a store moves: some 2 MiB, so that threads share a job."""
+    """Return how many blocks one call into a store moves: some 4 MiB, so that threads share a job."""
     return max(1, min(_MOST_BLOCKS, _TARGET_BYTES // block_bytes))
 
 
@@ -140,6 +141,23 @@ class StoreRunner:
         num_bytes = (len(successes) - failed) * self._block_bytes
         return PartResult(part.serial, part.first, successes, num_bytes, time.perf_counter() - started, failures)
 
+    def run_together(self, parts: Sequence[Part], buffers: Sequence[memoryview]) -> list[PartResult]:
+        """Move parts of one kind, all of them with slots of the store, in one call; never raises.
+
+        Args:
+            buffers: of all parts, one part after the other.
+        """
+        store_slots = [slot for part in parts for slot in part.store_slots or ()]
+        if len(set(store_slots)) < len(store_slots):  # a call names a slot once
+            results, start = [], 0
+            for part in parts:
+                results.append(self.run(part, buffers[start : start + len(part.keys)]))
+                start += len(part.keys)
+            return results
+        keys = [key for part in parts for key in part.keys]
+        whole = self.run(Part(0, 0, parts[0].is_load, keys, (), store_slots), buffers)
+        return split_result(whole, parts, self._block_bytes)
+
     def contains(self, keys: Sequence[OffloadKey]) -> list[bool] | None:
         """Return which keys the store holds, or None if it could not say."""
         if not isinstance(self.store, BlockStore):
@@ -167,6 +185,17 @@ class StoreRunner:
                 return ()
 
             self._guarded(0, forget)
+
+    def prepare(self) -> Prepared | None:
+        """Let a store of slots work ahead for a few milliseconds; None when it has nothing to do, or failed at it."""
+        if not isinstance(self.store, SlotStore):
+            return None
+        try:
+            progress = self.store.prepare()
+            return None if progress is None else Prepared(*progress)
+        except Exception as error:  # noqa: BLE001 - a plug-in may raise anything; reported, and it is not asked again
+            self._complain(f"{type(error).__name__}: {error}")
+            return None
 
     def close(self) -> None:
         """Close the store; never raises."""

@@ -19,11 +19,12 @@ from kvtier.secondary.health import Breaker, TierHealth
 from kvtier.secondary.inline import InlineExecutor
 from kvtier.secondary.io_process import IOProcess
 from kvtier.secondary.jobs import Job, JobLedger, Outcome
-from kvtier.secondary.messages import PartResult
+from kvtier.secondary.messages import PartResult, Prepared
 from kvtier.secondary.supervisor import Deadlines, Supervisor
 from kvtier.secondary.threads import ThreadExecutor
 from kvtier.types import FailureCause, JobMetadata, JobResult, ScheduleEndContext
 
+_BYTES = frozenset({bytes})
 _BREAKING = frozenset({FailureCause.IO_ERROR, FailureCause.TIER_DOWN})
 
 
@@ -121,6 +122,7 @@ class StoreTierManager(SecondaryTierManager):
         self._supervisor = Supervisor(
             self._make_executor, self._ledger, self._health, breaker, store_breaker, clock, deadlines, self._end_life
         )
+        self._prepared: Prepared | None = None
         self._most_store_blocks = max(1, self.settings.most_store_bytes // self.block_bytes)
 
     @property
@@ -165,7 +167,10 @@ class StoreTierManager(SecondaryTierManager):
         return self._supervisor.takes_stores and (not waiting or waiting + num_blocks <= self._most_store_blocks)
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
-        """Nothing: jobs are sent when they are submitted, and `get_finished_jobs` looks at the executor every step."""
+        """Send what was submitted in this step, together; `get_finished_jobs` looks at the executor every step."""
+        executor = self._supervisor.executor
+        if executor is not None:
+            executor.flush()
 
     def drain_jobs(self) -> None:
         """Cancel what waits, let what runs end within `deadlines.drain`, kill what does not."""
@@ -196,9 +201,11 @@ class StoreTierManager(SecondaryTierManager):
             self._wait(self.settings.deadlines.kill, lambda: self._supervisor.has_executor)
 
     def get_stats(self) -> Mapping[str, float]:
-        """Return jobs and blocks in flight."""
-        ledger = self._ledger
+        """Return jobs and blocks in flight, and which share of the store is prepared, if it prepares itself."""
+        ledger, prepared = self._ledger, self._prepared
+        ahead = {} if prepared is None else {"prepared_share": prepared.done / max(1, prepared.total)}
         return {
+            **ahead,
             "jobs": ledger.num_jobs,
             "store_blocks_in_flight": ledger.num_store_blocks,
             "load_blocks_in_flight": ledger.num_load_blocks,
@@ -253,15 +260,18 @@ class StoreTierManager(SecondaryTierManager):
     def _is_sound(self, metadata: JobMetadata) -> bool:
         """Return whether a job names one slot of the arena per key, and keys that are some."""
         slots, keys = metadata.block_ids, metadata.keys
-        if len(slots) != len(keys) or not set(map(type, keys)) <= {bytes}:
+        if len(slots) != len(keys) or not _BYTES.issuperset(map(type, keys)):
             return False
-        return not len(keys) or bool(slots.min() >= 0 and slots.max() < self.num_blocks)
+        numbers = slots.tolist()
+        return not numbers or (min(numbers) >= 0 and max(numbers) < self.num_blocks)
 
     def _pump(self) -> None:
         for report in self._supervisor.pump():
             try:
                 if isinstance(report, PartResult):
                     self._apply_result(report)
+                elif isinstance(report, Prepared):
+                    self._prepared = report
                 else:
                     self._handle(report)
             except ProtocolError as error:

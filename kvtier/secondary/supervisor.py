@@ -17,7 +17,7 @@ from kvtier.events import TierState
 from kvtier.secondary.executor import Ended, IOExecutor, Report
 from kvtier.secondary.health import Breaker, BreakerState, TierHealth
 from kvtier.secondary.jobs import JobLedger
-from kvtier.secondary.messages import IndexEnd, PartResult, ProbeAnswer, Unavailable
+from kvtier.secondary.messages import IndexEnd, PartResult, Prepared, ProbeAnswer, Unavailable
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ class Supervisor:
             if isinstance(report, Ended):
                 self.fail(report.reason)
                 break
-            opening = not isinstance(report, PartResult | ProbeAnswer)
+            opening = not isinstance(report, PartResult | ProbeAnswer | Prepared)
             if opening is not (self._phase is _Phase.OPENING):
                 self.fail(f"I/O process sent garbage: {type(report).__name__} out of turn")
                 break

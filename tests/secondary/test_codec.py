@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtier.errors import ProtocolError
-from kvtier.secondary.codec import MAX_MESSAGE_BYTES, blocks_per_message, decode, encode
+from kvtier.secondary.codec import MAX_MESSAGE_BYTES, blocks_per_message, decode, encode, encode_head
 from kvtier.secondary.messages import (
     MAX_REASON_CHARACTERS,
     CancelWaiting,
@@ -17,9 +17,11 @@ from kvtier.secondary.messages import (
     Options,
     Part,
     PartResult,
+    Prepared,
     Probe,
     ProbeAnswer,
     Ready,
+    Several,
     Unavailable,
 )
 from kvtier.types import FailureCause
@@ -68,12 +70,36 @@ MESSAGES = st.one_of(
     st.builds(ProbeAnswer, U64, BITS, st.booleans()),
     blocks(0).map(lambda drawn: Delete(drawn[0])),
     st.just(CancelWaiting()),
+    st.builds(Prepared, U64, U64),
 )
 
 
 @given(MESSAGES)
 def test_every_message_survives_the_wire(message):
     assert decode(encode(message)) == message
+
+
+@given(st.lists(MESSAGES, min_size=1, max_size=8))
+def test_messages_travel_together_in_their_order(messages):
+    packet, count = encode_head(messages)
+    message = decode(packet)
+    assert len(packet) <= MAX_MESSAGE_BYTES
+    assert list(message.messages if isinstance(message, Several) else [message]) == messages[:count]
+    assert count == len(messages) or len(encode(Several(messages[: count + 1]))) > MAX_MESSAGE_BYTES
+
+
+def test_what_does_not_fit_waits_for_the_next_packet():
+    big = Part(1, 0, True, [bytes([number]) * 68 for number in range(200)] * 2, range(400), range(400))
+    packet, count = encode_head([big] * 5)
+    assert (count, decode(packet)) == (2, Several([decode(encode(big))] * 2))
+
+
+def test_packets_do_not_nest():
+    inner = encode(Several([IndexEnd(), CancelWaiting()]))
+    packet = inner[:1] + 2 * (len(inner).to_bytes(4, "little") + inner)
+    for garbage in (packet, inner[:1], inner[:-1], inner + b"\0", inner[:6]):
+        with pytest.raises(ProtocolError):
+            decode(garbage)
 
 
 @given(st.binary(max_size=300))

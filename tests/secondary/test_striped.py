@@ -269,7 +269,7 @@ def test_an_engine_killed_while_it_stores_leaves_nothing_wrong(rig, paths):
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as engine:
         assert engine.stdout.readline() == b"writing\n"
         held = [paths[0] / name for name in os.listdir(paths[0]) if len(name) == 32]
-        while not (held[0] / "data-00000").exists():
+        while not any((held[0] / "headers").read_bytes()):
             os.sched_yield()
         engine.kill()
     striped(rig, paths)

@@ -19,24 +19,22 @@ from kvtier.types import FailureCause
 BLOCK = 8192
 
 
-@given(st.lists(st.integers(0, 5000), unique=True, max_size=60), st.data())
-def test_runs_hold_every_slot_once_and_stay_in_their_segment(slots, data):
+@given(st.lists(st.integers(0, 5000), unique=True, max_size=60))
+def test_runs_hold_every_slot_once_and_stay_in_their_segment(slots):
     geometry = SlabGeometry.of(8 << 30, 1 << 20)
-    aligned = data.draw(st.lists(st.booleans(), min_size=len(slots), max_size=len(slots)))
-    runs = coalesce(slots, range(len(slots)), aligned, geometry)
+    runs = coalesce(slots, range(len(slots)), geometry)
     assert sorted(position for run in runs for position in run.positions) == list(range(len(slots)))
     for run in runs:
         for index, position in enumerate(run.positions):
             assert slots[position] == run.slot + index
             assert geometry.locate(slots[position]) == (run.segment, run.offset + index * geometry.block_bytes)
-            assert aligned[position] == run.aligned
         assert [single.slot for single in run.split(1 << 20)] == [slots[position] for position in run.positions]
 
 
 def test_adjacent_slots_are_one_run_up_to_the_limit():
     geometry = SlabGeometry.of(64 << 20, 4096)
     slots = list(range(2000))
-    runs = coalesce(slots[::-1], range(2000), [True] * 2000, geometry)
+    runs = coalesce(slots[::-1], range(2000), geometry)
     assert [(run.slot, len(run.positions)) for run in runs] == [(0, 1024), (1024, 976)]
 
 
@@ -167,6 +165,20 @@ def test_without_direct_io_it_uses_the_page_cache_and_says_so_once(tmp_path, mon
         assert all(store.read_into([slot], [keys[slot]], [buffers[slot]]))
     assert not store.direct
     assert len(caplog.records) == 1
+    store.close()
+
+
+def test_unaligned_buffers_take_the_page_cache_and_do_not_end_direct_io(tmp_path):
+    store = open_slab(tmp_path / "slab", make_context())
+    keys = [make_key(number) for number in range(3)]
+    crooked = memoryview(mmap.mmap(-1, 2 * BLOCK))[24 : 24 + BLOCK]
+    crooked[:] = make_payload(1, BLOCK)
+    straight = page_aligned(2)
+    direct = store.direct
+    assert store.write(range(3), keys, [straight[0], crooked, straight[1]]) == [True] * 3
+    assert store.read_into(range(3), keys, [straight[1], crooked, straight[0]]) == [True] * 3
+    assert bytes(crooked) == make_payload(1, BLOCK)
+    assert store.direct == direct
     store.close()
 
 

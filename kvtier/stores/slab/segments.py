@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import logging
+import mmap
 import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kvtier.stores.slab.directory import open_private
+from kvtier.stores.slab.filesystems import TELLS_UNWRITTEN, filesystem_type
 from kvtier.stores.slab.geometry import SlabGeometry
-from kvtier.stores.slab.vectored import PAGE_BYTES, read_fully, write_fully
+from kvtier.stores.slab.vectored import PAGE_BYTES, is_page_aligned, read_fully, write_fully
 
 logger = logging.getLogger(__name__)
 
 NO_SPACE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _NO_FALLOCATE = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV})
 _PREFIX = "data-"
+AHEAD_BYTES = 4 << 20
+"""Written ahead at once: a store that needs to grow the slab waits for no more."""
 
 
 class Segments:
@@ -41,6 +47,7 @@ class Segments:
         self._lock = threading.Lock()
         self._descriptors: dict[tuple[int, bool], int] = {}
         self._direct = geometry.block_bytes % PAGE_BYTES == 0
+        self._ahead = filesystem_type(folder) in TELLS_UNWRITTEN
         self.lengths = [0] * geometry.num_segments
         """Bytes of each data file that are backed."""
 
@@ -81,15 +88,50 @@ class Segments:
                     raise
                 self._grow(segment, length, end)
 
-    def write(self, segment: int, offset: int, buffers: Sequence[memoryview], aligned: bool) -> int:
-        """Write payloads side by side; return the bytes written."""
-        return self._transfer(write_fully, segment, offset, buffers, aligned)
+    def write_ahead(self) -> tuple[int, int] | None:
+        """Back the next bytes of the slab and write zeros there, so that stores find written extents.
 
-    def read(self, segment: int, offset: int, buffers: Sequence[memoryview], aligned: bool) -> int:
+        Extents that were allocated and never written make the first store into them 1.4 to 2.1 times as slow, on
+        filesystems that tell them apart. The bytes belong to the slab when they are written: no store is there before.
+
+        Returns:
+            (bytes backed, bytes of a full slab); None when there is nothing to do any more, or no space for it.
+        """
+        if not self._ahead or not self._direct:
+            return None
+        with self._lock:
+            segment = next((number for number in range(len(self.lengths)) if self._missing(number)), None)
+            if segment is None:
+                self._ahead = False
+                return None
+            length = self.lengths[segment]
+            start = -(-length // PAGE_BYTES) * PAGE_BYTES
+            end = min(length + AHEAD_BYTES, self._geometry.segment_bytes(segment))
+            try:
+                self._back(segment, length, end)
+                descriptor = self._open(segment, direct=True)
+                write_fully(descriptor, [_zeros()[: end - start]], start, PAGE_BYTES)
+            except OSError as error:
+                self._ahead = False
+                logger.info("%s: not written ahead any further: %s", self._folder, error.strerror)
+                self._cut(segment, length)
+                return None
+            self.lengths[segment] = end
+            return sum(self.lengths), sum(map(self._geometry.segment_bytes, range(len(self.lengths))))
+
+    def _missing(self, segment: int) -> int:
+        """Return how many bytes of a segment are not backed yet."""
+        return self._geometry.segment_bytes(segment) - self.lengths[segment]
+
+    def write(self, segment: int, offset: int, buffers: Sequence[memoryview]) -> int:
+        """Write payloads side by side; return the bytes written."""
+        return self._transfer(write_fully, segment, offset, buffers)
+
+    def read(self, segment: int, offset: int, buffers: Sequence[memoryview]) -> int:
         """Read payloads side by side; return the bytes read, fewer at the end of the file."""
         if not self.lengths[segment]:
             return 0
-        return self._transfer(read_fully, segment, offset, buffers, aligned)
+        return self._transfer(read_fully, segment, offset, buffers)
 
     def close(self) -> None:
         """Close the files."""
@@ -104,15 +146,16 @@ class Segments:
         segment: int,
         offset: int,
         buffers: Sequence[memoryview],
-        aligned: bool,
     ) -> int:
-        if aligned and self._direct:
+        """Move the bytes directly; the kernel sees for itself whether the buffers are aligned, at no cost."""
+        if self._direct:
             try:
                 return call(self._descriptor(segment, direct=True), buffers, offset, PAGE_BYTES)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-                self._stop_direct(error)
+                if all(map(is_page_aligned, buffers)):
+                    self._stop_direct(error)
         return call(self._descriptor(segment, direct=False), buffers, offset, 1)
 
     def _stop_direct(self, error: OSError) -> None:
@@ -138,6 +181,16 @@ class Segments:
         return descriptor
 
     def _grow(self, segment: int, length: int, grown: int) -> None:
+        """Make a data file longer, from `length` to `grown` bytes; after an error it is as long as before."""
+        self._back(segment, length, grown)
+        self.lengths[segment] = grown
+
+    def _cut(self, segment: int, length: int) -> None:
+        """Give back what lies beyond `length`, if the system lets us."""
+        with contextlib.suppress(OSError):
+            os.truncate(self._path(segment), length)
+
+    def _back(self, segment: int, length: int, grown: int) -> None:
         """Back a data file from `length` to `grown` bytes; after an error it is as long as before."""
         lengths = [*self.lengths[:segment], grown, *self.lengths[segment + 1 :]]
         self._make_room(lengths)
@@ -152,10 +205,15 @@ class Segments:
             raise
         finally:
             os.close(descriptor)
-        self.lengths[segment] = grown
 
     def _path(self, segment: int) -> Path:
         return self._folder / f"{_PREFIX}{segment:05d}"
+
+
+@functools.cache
+def _zeros() -> memoryview:
+    """Return `AHEAD_BYTES` zeros on a page boundary; no page of it is ever written."""
+    return memoryview(mmap.mmap(-1, AHEAD_BYTES, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ))
 
 
 def allocate(descriptor: int, start: int, end: int) -> None:

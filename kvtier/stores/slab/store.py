@@ -23,7 +23,6 @@ from kvtier.stores.slab.geometry import SlabGeometry
 from kvtier.stores.slab.headers import HeaderFile
 from kvtier.stores.slab.runs import Run, coalesce
 from kvtier.stores.slab.segments import NO_SPACE_ERRORS, Segments
-from kvtier.stores.slab.vectored import is_page_aligned
 from kvtier.types import FailureCause
 
 logger = logging.getLogger(__name__)
@@ -128,6 +127,10 @@ class SlabStore(SlotStore):
             self._read_run(run, keys, buffers, results)
         return results
 
+    def prepare(self) -> tuple[int, int] | None:
+        """Write with zeros what the next blocks will take, unless another namespace may have the space."""
+        return None if self._directory.others() else self._segments.write_ahead()
+
     def close(self) -> None:
         """Close the files and release the directory."""
         self._segments.close()
@@ -152,10 +155,7 @@ class SlabStore(SlotStore):
         ]
         if len(usable) < len(slots):
             self._failures.count(FailureCause.IO_ERROR, len(slots) - len(usable))
-        aligned = [False] * len(slots)
-        for position in usable:
-            aligned[position] = is_page_aligned(buffers[position])
-        return coalesce(slots, usable, aligned, self._geometry)
+        return coalesce(slots, usable, self._geometry)
 
     def _write_run(
         self, run: Run, keys: Sequence[OffloadKey], buffers: Sequence[memoryview], results: list[bool]
@@ -168,7 +168,7 @@ class SlabStore(SlotStore):
         ]
         try:
             self._segments.reserve(run.segment, run.offset + len(payloads) * block_bytes)
-            written = self._segments.write(run.segment, run.offset, payloads, run.aligned) // block_bytes
+            written = self._segments.write(run.segment, run.offset, payloads) // block_bytes
             self._headers.write(run.slot, b"".join(records[:written]))
         except OSError as error:
             self._write_singly(run, keys, buffers, results, error)
@@ -202,7 +202,7 @@ class SlabStore(SlotStore):
         block_bytes = self._geometry.block_bytes
         payloads = [buffers[position] for position in run.positions]
         try:
-            filled = self._segments.read(run.segment, run.offset, payloads, run.aligned) // block_bytes
+            filled = self._segments.read(run.segment, run.offset, payloads) // block_bytes
             records = self._headers.read(run.slot, len(payloads))
         except OSError as error:
             if len(payloads) == 1:

@@ -1,0 +1,109 @@
+"""Written ahead: space and zeros before blocks come, never beyond what the slab may take, never over a block."""
+
+import errno
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from slab_files import make_context, open_slab, real_bytes, segment_file
+
+from kvtier.stores.slab import segments as segments_module
+from kvtier.stores.slab.filesystems import filesystem_type
+from kvtier.stores.slab.geometry import SlabGeometry
+from kvtier.testing.stores import make_key, make_payload
+
+BLOCK = 8192
+CAPACITY = 24 << 20
+
+
+@pytest.fixture(autouse=True)
+def any_filesystem(monkeypatch):
+    monkeypatch.setattr(segments_module, "filesystem_type", lambda folder: "ext4")
+
+
+def prepare_all(store):
+    last = (0, 0)
+    while (progress := store.prepare()) is not None:
+        assert progress > last
+        last = progress
+    return last
+
+
+def buffers_of(numbers):
+    return [memoryview(make_payload(number, BLOCK)) for number in numbers]
+
+
+def test_a_whole_slab_is_backed_and_keeps_to_its_capacity(tmp_path):
+    store = open_slab(tmp_path / "slab", make_context(), capacity=CAPACITY)
+    geometry = SlabGeometry.of(CAPACITY, BLOCK)
+    assert prepare_all(store) == (geometry.segment_bytes(0), geometry.segment_bytes(0))
+    data = segment_file(tmp_path / "slab", make_context())
+    assert data.stat().st_size == geometry.segment_bytes(0)
+    assert data.stat().st_blocks * 512 >= geometry.segment_bytes(0)
+    assert real_bytes(tmp_path / "slab") <= CAPACITY
+    assert not any(data.read_bytes())
+    store.close()
+
+
+def test_blocks_stored_meanwhile_are_never_overwritten(tmp_path):
+    store = open_slab(tmp_path / "slab", make_context(), capacity=CAPACITY)
+    keys = [make_key(number) for number in range(store.num_slots)]
+    ahead = threading.Thread(target=prepare_all, args=(store,))
+    ahead.start()
+    for first in range(0, store.num_slots, 64):
+        slots = range(first, min(first + 64, store.num_slots))
+        assert all(store.write(slots, [keys[slot] for slot in slots], buffers_of(slots)))
+    ahead.join()
+    for slot in range(store.num_slots):
+        buffer = memoryview(bytearray(BLOCK))
+        assert store.read_into([slot], [keys[slot]], [buffer]) == [True]
+        assert buffer == make_payload(slot, BLOCK)
+    store.close()
+
+
+def test_a_full_disk_ends_it_quietly_and_is_not_taken(tmp_path, monkeypatch, caplog):
+    store = open_slab(tmp_path / "slab", make_context(), capacity=CAPACITY)
+    assert store.prepare() is not None
+    data = segment_file(tmp_path / "slab", make_context())
+    length = data.stat().st_size
+
+    def full(descriptor, start, count):
+        os.ftruncate(descriptor, start + count // 2)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        assert store.prepare() is None
+    assert data.stat().st_size == length
+    assert store.prepare() is None
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    assert store.write([0], [make_key(0)], buffers_of([0])) == [True]
+    store.close()
+
+
+def test_what_must_stay_free_stays_free(tmp_path):
+    store = open_slab(tmp_path / "slab", make_context(), capacity=CAPACITY, min_free=1 << 60)
+    assert store.prepare() is None
+    store.close()
+
+
+def test_another_namespace_keeps_its_space(tmp_path):
+    first = open_slab(tmp_path / "slab", make_context(), capacity=CAPACITY)
+    assert first.write([0], [make_key(0)], buffers_of([0])) == [True]
+    first.close()
+    second = open_slab(tmp_path / "slab", make_context("another"), capacity=CAPACITY)
+    assert second.prepare() is None
+    second.close()
+
+
+def test_filesystems_that_gain_nothing_are_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(segments_module, "filesystem_type", lambda folder: "tmpfs")
+    store = open_slab(tmp_path / "slab", make_context(), capacity=CAPACITY)
+    assert store.prepare() is None
+    store.close()
+
+
+def test_the_kind_of_a_filesystem_is_known():
+    assert filesystem_type(Path("/proc")) == "proc"
+    assert filesystem_type(Path("/no/such/folder")) == ""
