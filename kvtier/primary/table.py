@@ -15,6 +15,8 @@ from enum import Enum
 from itertools import islice
 from typing import NamedTuple
 
+import numpy as np
+
 from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
 from kvtier.keys import OffloadKey, common_key_bytes
@@ -63,7 +65,7 @@ class BlockTable:
         self.policy = policy
         self.slot_of: dict[OffloadKey, int] = {}
         self.filling: set[int] = set()
-        self._pins: list[int] = [0] * num_slots
+        self._pins: dict[int, int] = {}
         self._quarantine: set[int] = set()
         self._free: list[int] = list(range(num_slots - 1, -1, -1))
         self._key_bytes: int | None = None
@@ -142,7 +144,7 @@ class BlockTable:
                 break
             if filling or protected:
                 batch = [key for key in batch if slot_of[key] not in filling and key not in protected]
-            victims += [key for key in batch if not pins[slot_of[key]]]
+            victims += [key for key in batch if slot_of[key] not in pins] if pins else batch
         return victims
 
     def apply(self, placement: Placement) -> dict[OffloadKey, int]:
@@ -193,12 +195,10 @@ class BlockTable:
         """All former blocks are known: the slots without one may be used."""
         self._adopting = False
         self._adopted = bytearray()
-        taken = bytearray(self.num_slots)
-        for slot in self.slot_of.values():
-            taken[slot] = 1
-        for slot in self._quarantine:
-            taken[slot] = 1
-        self._free = [slot for slot in range(self.num_slots - 1, -1, -1) if not taken[slot]]
+        taken = np.zeros(self.num_slots, np.bool_)
+        for slots in (self.slot_of.values(), self._quarantine):
+            taken[np.fromiter(slots, np.intp, len(slots))] = True
+        self._free = np.flatnonzero(~taken)[::-1].tolist()
 
     # -- filling, pins and ends ---------------------------------------------------------------------------
 
@@ -220,7 +220,7 @@ class BlockTable:
         """Forbid eviction and reuse of `slots`, which are READY, once more each."""
         pins = self._pins
         for slot in slots:
-            pins[slot] += 1
+            pins[slot] = pins.get(slot, 0) + 1
 
     def unpin(self, slots: Iterable[int]) -> None:
         """Drop one pin of each of `slots`; a quarantined slot without pins becomes free."""
@@ -231,16 +231,20 @@ class BlockTable:
             self._unpin_quarantined(quarantined)
         pins = self._pins
         for slot in slots:
-            pins[slot] -= 1
+            left = pins.pop(slot, 0) - 1
+            if left:
+                pins[slot] = left
 
     def is_pinned(self, slot: int) -> bool:
         """Return whether anybody reads or writes the slot."""
-        return bool(self._pins[slot]) or slot in self.filling
+        return slot in self._pins or slot in self.filling
 
     def _unpin_quarantined(self, slots: Iterable[int]) -> None:
         for slot in slots:
-            self._pins[slot] -= 1
-            if not self._pins[slot]:
+            left = self._pins.pop(slot, 0) - 1
+            if left:
+                self._pins[slot] = left
+            else:
                 self._quarantine.discard(slot)
                 self._free.append(slot)
 
@@ -257,8 +261,8 @@ class BlockTable:
         """Keep the slot away from everybody while it is used; the writer's pin becomes a counted one."""
         if slot in self.filling:
             self.filling.discard(slot)
-            self._pins[slot] += 1
-        if self._pins[slot]:
+            self._pins[slot] = self._pins.get(slot, 0) + 1
+        if slot in self._pins:
             self._quarantine.add(slot)
             return True
         return False
@@ -287,9 +291,9 @@ class BlockTable:
             wrong.append(f"{len(used)} used + {len(free)} free + {len(quarantined)} quarantined of {self.num_slots}")
         if not self.filling <= used:
             wrong.append("a slot is filling without a key")
-        if any(self._pins[slot] for slot in free) or min(self._pins) < 0:
+        if not free.isdisjoint(self._pins) or min(self._pins.values(), default=1) < 1:
             wrong.append("a free slot is pinned, or a slot has less than no pins")
-        if not all(self._pins[slot] for slot in quarantined):
+        if not quarantined <= self._pins.keys():
             wrong.append("a quarantined slot has no pin")
         if len(self.policy) != len(self.slot_of) or any(key not in self.policy for key in self.slot_of):
             wrong.append("policy and table hold different keys")
