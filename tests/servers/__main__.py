@@ -38,6 +38,7 @@ def main() -> None:
         print("Ctrl-C ends them; what they hold is lost then.", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             signal.pause()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not leave servers behind
 
 
 if __name__ == "__main__":

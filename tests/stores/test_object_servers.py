@@ -91,3 +91,19 @@ def test_capacity_counts_what_the_server_holds(moto_s3):
         assert sum(raw.sizes().values()) <= 1 << 20
         store._refresher._step()
     store.close()
+
+
+def test_a_profile_says_who_we_are(swift_s3, monkeypatch, tmp_path):
+    from swift_server import ACCESS_KEY, SECRET_KEY
+
+    pytest.importorskip("boto3", reason="boto3, which reads profiles, is not installed")
+    path = tmp_path / "credentials"
+    path.write_text(f"[mine]\naws_access_key_id = {ACCESS_KEY}\naws_secret_access_key = {SECRET_KEY}\n")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(path))
+    context = OnBucket().make_context()
+    ObjectStore.open(settings_for(**swift_s3.options, profile="mine").to_options(), context).close()
+    with pytest.raises(StoreUnavailableError) as caught:
+        ObjectStore.open(settings_for(**swift_s3.options, profile="nobody").to_options(), context)
+    assert SECRET_KEY not in str(caught.value)

@@ -95,9 +95,13 @@ def _s3_options(settings: ObjectSettings) -> dict[str, Any]:
         options["virtual_hosted_style_request"] = not settings.path_style
     if settings.profile is not None:
         from boto3.session import Session
+        from botocore.exceptions import BotoCoreError
         from obstore.auth.boto3 import Boto3CredentialProvider
 
-        options["credential_provider"] = Boto3CredentialProvider(Session(profile_name=settings.profile))
+        try:
+            options["credential_provider"] = Boto3CredentialProvider(Session(profile_name=settings.profile))
+        except BotoCoreError as error:
+            raise StoreUnavailableError(f"{settings.where}: profile {settings.profile}: {error}") from None
     return options
 
 
