@@ -11,6 +11,7 @@ from kvtier.secondary.store_tier import TierSettings
 from kvtier.sizes import parse_size
 from kvtier.stores.filesystem.janitor import LEAST_GROUP_BLOCKS
 from kvtier.stores.seal import HEADER_BYTES
+from kvtier.stores.secrets import SecretPlace
 from kvtier.stores.slab.mounts import mount_point_of
 from kvtier.types import Locality, Medium
 
@@ -32,6 +33,8 @@ class FilesystemTierManager(KeyedTierManager):
         path: str,
         capacity: int | str,
         min_free: int | str = 0,
+        secret_env: str | None = None,
+        secret_file: str | None = None,
         threads: int = 8,
         job_deadline: float = 10.0,
     ) -> None:
@@ -39,6 +42,8 @@ class FilesystemTierManager(KeyedTierManager):
             path: directory, made if it is missing and its parent exists; the same for all engines.
             capacity: most bytes that the blocks of all engines take together; the same for all engines.
             min_free: bytes of the filesystem that stay free.
+            secret_env, secret_file: name of an environment variable, or path of a file, with a secret that vouches for
+                blocks: what somebody stored who does not know it is never loaded.
             threads: calls to the filesystem at the same time.
             job_deadline: seconds without progress after which the I/O process is killed.
 
@@ -49,12 +54,15 @@ class FilesystemTierManager(KeyedTierManager):
             raise ConfigError("path", path, "a directory")
         absolute = str(Path(path).absolute())
         size = parse_size("capacity", capacity)
-        options = {
+        place = SecretPlace.checked(secret_env, secret_file)
+        options: dict[str, Any] = {
             "path": absolute,
             "capacity": size,
             "min_free": parse_size("min_free", min_free, minimum=0),
             "mount_point": mount_point_of(absolute),
         }
+        if place is not None:
+            options |= place.to_options()
         super().__init__(
             offloading_spec,
             primary_kv_view,

@@ -11,7 +11,8 @@ Layout, little endian, no padding:
 | 12     | 4     | slot             | place of the block in a slot store; 0 where the key is the place   |
 | 16     | 4     | payload length   | bytes                                                              |
 | 20     | 16    | fingerprint      | of the namespace                                                   |
-| 36     | 16    | payload checksum | XXH3-128, big endian as `digest()` gives it                        |
+| 36     | 16    | payload checksum | XXH3-128, big endian as `digest()` gives it; with a secret, keyed  |
+|        |       |                  | BLAKE3 over the 120 bytes, zeros here, and the payload's own digest |
 | 52     | 68    | key              | padded with zeros                                                  |
 | 120    | 8     | header checksum  | XXH3-64 over the 120 bytes before it                               |
 
@@ -22,6 +23,7 @@ XXH3: https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md
 
 from __future__ import annotations
 
+import hmac
 import itertools
 import struct
 from typing import NamedTuple, Protocol, Self
@@ -32,6 +34,7 @@ import xxhash
 from kvtier.errors import KeyFormatError
 from kvtier.keys import MAX_KEY_BYTES, MIN_KEY_BYTES, OffloadKey
 from kvtier.namespace import FORMAT_VERSION, Namespace
+from kvtier.stores.secrets import Authenticator
 from kvtier.types import FailureCause
 
 MAGIC = b"KVTB"
@@ -44,6 +47,8 @@ MAX_PAYLOAD_BYTES = 2**32 - 1
 _BODY = struct.Struct("<4sBB6sII16s16s68s")
 _HEADER_CHECKSUM = struct.Struct("<Q")
 _NOTHING = bytes(HEADER_BYTES)
+_CHECKSUM = slice(36, 52)
+_UNSIGNED = bytes(16)
 
 HEADER_DTYPE = np.dtype(
     [
@@ -97,8 +102,10 @@ class Seal:
     caller on the way out and a corrupt block on the way in.
     """
 
-    def __init__(self, namespace: Namespace) -> None:
-        self.fingerprint = namespace.fingerprint
+    def __init__(self, namespace: Namespace, authenticator: Authenticator | None = None) -> None:
+        """Args: authenticator: of a secret; its namespace, made of `namespace`, is the one that counts then."""
+        self._authenticator = authenticator
+        self.fingerprint = (namespace if authenticator is None else authenticator.namespace).fingerprint
         self._sequence = itertools.count(1)
 
     @classmethod
@@ -116,10 +123,10 @@ class Seal:
         self._sequence = itertools.count(sequence + 1)
 
     def checksum(self) -> PayloadChecksum:
-        """Return the checksum of nothing yet, for payloads that are summed while the processor's cache has them.
-
-        This and `_checksum_of` are the one place where a keyed digest would come in.
-        """
+        """Return the checksum of nothing yet, for payloads that are summed while the processor's cache has them."""
+        if self._authenticator is not None:
+            keyed: PayloadChecksum = self._authenticator.checksum()
+            return keyed
         return xxhash.xxh3_128()
 
     def seal(self, key: OffloadKey, payload: bytes | bytearray | memoryview, slot: int = 0) -> bytes:
@@ -145,9 +152,12 @@ class Seal:
             slot,
             payload_bytes,
             self.fingerprint,
-            checksum,
+            checksum if self._authenticator is None else _UNSIGNED,
             key,
         )
+        if self._authenticator is not None:
+            signature = self._authenticator.sign(body, checksum)
+            body = body[: _CHECKSUM.start] + signature + body[_CHECKSUM.stop :]
         return body + _HEADER_CHECKSUM.pack(header_checksum(body))
 
     def parse(self, header: bytes | bytearray | memoryview) -> Record | FailureCause:
@@ -187,7 +197,7 @@ class Seal:
         record = self._record_of(header, key, slot)
         if isinstance(record, FailureCause):
             return record
-        if record.payload_bytes != len(payload) or record.payload_checksum != self._checksum_of(payload):
+        if record.payload_bytes != len(payload) or not self._vouches(header, record, self._checksum_of(payload)):
             return FailureCause.CORRUPT
         return None
 
@@ -198,7 +208,7 @@ class Seal:
         record = self._record_of(header, key, 0)
         if isinstance(record, FailureCause):
             return record
-        if record.payload_bytes != payload_bytes or record.payload_checksum != checksum:
+        if record.payload_bytes != payload_bytes or not self._vouches(header, record, checksum):
             return FailureCause.CORRUPT
         return None
 
@@ -208,6 +218,15 @@ class Seal:
             return FailureCause.FOREIGN
         return record
 
+    def _vouches(self, header: bytes | bytearray | memoryview, record: Record, checksum: bytes) -> bool:
+        """Return whether a header was made for the payload with this checksum."""
+        if self._authenticator is None:
+            return record.payload_checksum == checksum
+        unsigned = bytes(header[: _CHECKSUM.start]) + _UNSIGNED + bytes(header[_CHECKSUM.stop : CHECKED_BYTES])
+        return hmac.compare_digest(record.payload_checksum, self._authenticator.sign(unsigned, checksum))
+
     def _checksum_of(self, payload: bytes | bytearray | memoryview) -> bytes:
         """Return what `checksum` gives for all of a payload at once."""
+        if self._authenticator is not None:
+            return self._authenticator.checksum_of(payload)
         return xxhash.xxh3_128_digest(payload)

@@ -24,6 +24,7 @@ from kvtier.sizes import format_size
 from kvtier.stores.filesystem.directory import FILE_MODE, SharedDirectory, shard_of
 from kvtier.stores.filesystem.janitor import Janitor
 from kvtier.stores.seal import HEADER_BYTES, Seal
+from kvtier.stores.secrets import Authenticator, SecretPlace
 from kvtier.stores.slab.segments import NO_SPACE_ERRORS
 from kvtier.stores.slab.vectored import read_fully, write_fully
 from kvtier.types import FailureCause
@@ -53,14 +54,16 @@ class FilesystemStore(BlockStore):
 
     seals_itself = True
 
-    def __init__(self, directory: SharedDirectory, janitor: Janitor, min_free: int, context: StoreContext) -> None:
+    def __init__(
+        self, directory: SharedDirectory, janitor: Janitor, seal: Seal, min_free: int, context: StoreContext
+    ) -> None:
         """Args: min_free: bytes of the filesystem that stay free."""
         self._directory = directory
         self._janitor = janitor
         self._min_free = min_free
         self._failures = context.failures
         self._block_bytes = context.block_bytes
-        self._seal = Seal(context.namespace)
+        self._seal = seal
         self._lock = threading.Lock()
         self._free = (0.0, 0)
         self._relieved_at = -_SECONDS_BETWEEN_RELIEFS
@@ -74,13 +77,18 @@ class FilesystemStore(BlockStore):
         Args:
             options: `path`; `capacity`, bytes that the blocks of all hosts and namespaces take together, at most;
                 `min_free`, bytes that stay free on the filesystem (default 0); `mount_point`, what must be
-                mounted for `path` to be the right directory (default "/").
+                mounted for `path` to be the right directory (default "/"); those of `SecretPlace`.
 
         Raises:
-            StoreUnavailableError: the directory is foreign, or not usable, or its filesystem smaller than the capacity.
+            StoreUnavailableError: the secret is gone, the directory is foreign or not usable, or its filesystem is
+                smaller than the capacity.
         """
         path, capacity, min_free = Path(options["path"]), options["capacity"], options.get("min_free", 0)
-        directory = SharedDirectory.open(path, context.namespace, options.get("mount_point", "/"))
+        namespace, authenticator = context.namespace, None
+        if (place := SecretPlace.from_options(options)) is not None:
+            authenticator = Authenticator(place.read(), namespace)
+            namespace = authenticator.namespace
+        directory = SharedDirectory.open(path, namespace, options.get("mount_point", "/"))
         try:
             status = os.statvfs(path)
         except OSError as error:
@@ -92,7 +100,7 @@ class FilesystemStore(BlockStore):
             )
         janitor = Janitor(directory, capacity, min_free, context.block_bytes)
         janitor.start()
-        return cls(directory, janitor, min_free, context)
+        return cls(directory, janitor, Seal(namespace, authenticator), min_free, context)
 
     def path_of(self, key: OffloadKey) -> Path:
         """Return where the file of a block is."""

@@ -1,0 +1,156 @@
+"""Blocks that a secret vouches for: who lacks it can cause misses, not hits."""
+
+import traceback
+
+import pytest
+
+from kvtier.abc import StoreContext, TierContext
+from kvtier.errors import ConfigError, StoreUnavailableError
+from kvtier.namespace import Namespace
+from kvtier.secondary.filesystem import FilesystemTierManager
+from kvtier.stores.filesystem.store import FilesystemStore
+from kvtier.stores.seal import HEADER_BYTES, Record, Seal, header_checksum
+from kvtier.stores.secrets import Authenticator, SecretPlace
+from kvtier.testing.stores import StoreSuite, flip_bit, make_key, make_payload
+from kvtier.testing.tier_rig import TierRig
+from kvtier.types import FailureCause
+
+SECRET = "correct horse battery staple"
+NAMESPACE = Namespace({"model": "secret"})
+KEY = make_key(1)
+PAYLOAD = make_payload(1, 8192)
+
+
+@pytest.fixture
+def secret_file(tmp_path):
+    path = tmp_path / "secret"
+    path.write_text(SECRET + "\n")
+    return path
+
+
+@pytest.fixture
+def seal():
+    return Seal(NAMESPACE, Authenticator(SECRET.encode(), NAMESPACE))
+
+
+def test_what_was_sealed_verifies_at_once_and_in_pieces(seal):
+    header = seal.seal(KEY, PAYLOAD, 7)
+    assert len(header) == HEADER_BYTES
+    assert isinstance(seal.parse(header), Record)
+    assert seal.verify(header, KEY, PAYLOAD, 7) is None
+    checksum = seal.checksum()
+    for start in range(0, len(PAYLOAD), 3000):
+        checksum.update(PAYLOAD[start : start + 3000])
+    in_pieces = seal.seal_summed(KEY, len(PAYLOAD), checksum.digest())
+    assert seal.verify(in_pieces, KEY, PAYLOAD) is None
+    assert seal.verify_summed(in_pieces, KEY, len(PAYLOAD), checksum.digest()) is None
+
+
+def test_every_bit_counts_even_if_the_headers_own_checksum_is_made_anew(seal):
+    header = seal.seal(KEY, PAYLOAD)
+    for bit in range(120 * 8):
+        changed = flip_bit(header, bit)
+        changed = changed[:120] + header_checksum(changed).to_bytes(8, "little")
+        assert seal.verify(changed, KEY, PAYLOAD) is not None, bit
+    for bit in (0, 4000, 8 * len(PAYLOAD) - 1):
+        assert seal.verify(header, KEY, flip_bit(PAYLOAD, bit)) is FailureCause.CORRUPT
+
+
+@pytest.mark.parametrize("secret", [None, b"another secret of some length"])
+def test_who_lacks_the_secret_forges_nothing(seal, secret):
+    """The forger knows everything but the secret: namespace, format, a real block."""
+    forger = Seal(NAMESPACE, None if secret is None else Authenticator(secret, NAMESPACE))
+    assert forger.fingerprint != seal.fingerprint
+    forger.fingerprint = seal.fingerprint
+    evil = make_payload(666, 8192)
+    forged = forger.seal(KEY, evil)
+    assert isinstance(seal.parse(forged), Record)
+    assert seal.verify(forged, KEY, evil) is FailureCause.CORRUPT
+    real = seal.seal(make_key(2), evil)
+    moved = real[:5] + forged[5:36] + real[36:52] + forged[52:120]
+    moved += header_checksum(moved).to_bytes(8, "little")
+    assert seal.verify(moved, KEY, evil) is FailureCause.CORRUPT, "a real block under another key"
+
+
+class TestFilesWithSecret(StoreSuite):
+    keeps_failed_buffers = False  # a payload is verified where it belongs
+
+    def open_store(self, medium, context):
+        (medium / "secret").write_text(SECRET)
+        options = {"path": str(medium / "shared"), "capacity": 64 << 20, "secret_file": str(medium / "secret")}
+        return FilesystemStore.open(options, context)
+
+    def plant(self, store, key, raw):
+        path = store.path_of(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(raw)
+
+    def peek(self, store, key):
+        path = store.path_of(key)
+        return path.read_bytes() if path.exists() else None
+
+    def test_a_forged_block_is_a_miss(self):
+        raw = self._raw(1)
+        forger = Seal(self.context.namespace)
+        forger.fingerprint = raw[-HEADER_BYTES:][20:36]
+        evil = self.payload(666)
+        self.plant(self.store, make_key(1), evil + forger.seal(make_key(1), evil))
+        self._assert_lost(1, "forged")
+
+    def test_another_secret_or_none_sees_nothing_and_spoils_nothing(self):
+        self._write([1])
+        (self.medium / "other").write_text("another secret of some length")
+        for more in ({}, {"secret_file": str(self.medium / "other")}):
+            options = {"path": str(self.medium / "shared"), "capacity": 64 << 20, **more}
+            context = StoreContext(self.context.namespace, self.block_bytes)
+            other = FilesystemStore.open(options, context)
+            assert other.contains([make_key(1)]) == [False]
+            assert other.read_into([make_key(1)], self.buffers(1)) == [False]
+            assert context.failures.take() == {FailureCause.ABSENT: 1}
+            other.close()
+        assert self._read([1]) == [self.payload(1)]
+
+
+def test_a_tier_reads_the_secret_in_its_own_process_and_shows_it_nowhere(tmp_path, secret_file, caplog):
+    caplog.set_level(0)
+    rig = TierRig(TierContext(namespace=NAMESPACE))
+    options = {"path": str(tmp_path / "shared"), "capacity": "16MiB", "secret_file": str(secret_file)}
+    tier = FilesystemTierManager(rig.spec, rig.arena.view, "filesystem", **options)
+    rig.attach(tier)
+    tier.start()
+    rig.wait_up()
+    assert rig.store([1, 2]).success
+    assert rig.load([1, 2])[1] == [1, 2]
+    for name in ("cmdline", "environ"):
+        with open(f"/proc/{tier.io_pid}/{name}", "rb") as file:
+            assert SECRET.encode() not in file.read()
+    assert SECRET not in caplog.text + repr(vars(tier)) + repr(tier._options)
+    rig.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"secret_env": "KVTIER_NO_SUCH_VARIABLE"}, "secret_env"),
+        ({"secret_env": "KVTIER_SHORT"}, "secret_env"),
+        ({"secret_file": "/no/such/file"}, "secret_file"),
+        ({"secret_env": "KVTIER_SHORT", "secret_file": "/no/such/file"}, "secret_file"),
+    ],
+)
+def test_a_secret_that_is_none_is_named_and_not_shown(tmp_path, monkeypatch, options, key):
+    monkeypatch.setenv("KVTIER_SHORT", "hunter2")
+    rig = TierRig(TierContext(namespace=NAMESPACE))
+    with pytest.raises(ConfigError) as caught:
+        FilesystemTierManager(rig.spec, rig.arena.view, "files", path=str(tmp_path), capacity="1GiB", **options)
+    assert caught.value.key == key
+    assert "hunter2" not in "".join(traceback.format_exception(caught.value)) + repr(vars(caught.value))
+    rig.close()
+
+
+def test_a_secret_that_goes_away_leaves_the_store_closed(secret_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("KVTIER_SECRET", SECRET)
+    assert SecretPlace(env="KVTIER_SECRET").read() == SecretPlace(file=str(secret_file)).read() == SECRET.encode()
+    secret_file.unlink()
+    options = {"path": str(tmp_path / "shared"), "capacity": 1 << 20, "secret_file": str(secret_file)}
+    with pytest.raises(StoreUnavailableError, match="cannot be read"):
+        FilesystemStore.open(options, StoreContext(NAMESPACE, 8192))
