@@ -10,6 +10,7 @@ from kvtier.errors import ConfigError
 from kvtier.secondary.keyed import KeyedTierManager
 from kvtier.secondary.store_tier import TierSettings
 from kvtier.stores.resp.settings import RespSettings
+from kvtier.stores.secrets import SecretPlace
 from kvtier.types import Locality, Medium
 
 
@@ -36,6 +37,8 @@ class RespTierManager(KeyedTierManager):
         tls_cert_file: str | None = None,
         tls_key_file: str | None = None,
         tls_verify: bool = True,
+        secret_env: str | None = None,
+        secret_file: str | None = None,
         prefix: str = "kvtier",
         ttl: float | None = None,
         connections: int = 4,
@@ -51,6 +54,8 @@ class RespTierManager(KeyedTierManager):
             tls_ca_file, tls_cert_file, tls_key_file: PEM files: who signed the server's certificate, if the system's
                 authorities did not, and a certificate of our own.
             tls_verify: whether the server must prove who it is.
+            secret_env, secret_file: name of an environment variable, or path of a file, with a secret that vouches for
+                blocks: what somebody stored who does not know it is never loaded.
             prefix: how the names of the keys begin.
             ttl: seconds that the server keeps a block after it was written; without it, the server decides.
             connections: to each server, used at the same time.
@@ -78,6 +83,9 @@ class RespTierManager(KeyedTierManager):
             connect_timeout=connect_timeout,
             timeout=timeout,
         )
+        options = settings.to_options()
+        if (place := SecretPlace.checked(secret_env, secret_file)) is not None:
+            options |= place.to_options()
         try:
             tier_settings = TierSettings.checked(connections, job_deadline)
         except ConfigError as error:
@@ -88,6 +96,6 @@ class RespTierManager(KeyedTierManager):
             primary_kv_view,
             tier_type,
             store="kvtier.stores.resp.store:RespStore",
-            options=settings.to_options(),
+            options=options,
             settings=tier_settings,
         )

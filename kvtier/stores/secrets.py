@@ -61,6 +61,17 @@ class SecretPlace:
         """Return options for the store: names only."""
         return {"secret_env": self.env, "secret_file": self.file}
 
+    @classmethod
+    def split(cls, options: Mapping[str, Any], namespace: Namespace) -> tuple[dict[str, Any], Authenticator | None]:
+        """Return a store's options without those of this class, and who vouches for its blocks, if a secret does.
+
+        Raises:
+            StoreUnavailableError: as `read`.
+        """
+        place = cls.from_options(options)
+        others = {name: value for name, value in options.items() if name not in ("secret_env", "secret_file")}
+        return others, None if place is None else Authenticator(place.read(), namespace)
+
     def read(self) -> bytes:
         """Return the secret; what ends a file's last line does not belong to it.
 

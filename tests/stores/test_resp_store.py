@@ -4,6 +4,7 @@ import pytest
 
 from kvtier.stores.resp.settings import RespSettings
 from kvtier.stores.resp.store import RespStore
+from kvtier.stores.seal import HEADER_BYTES, Seal
 from kvtier.testing.stores import StoreSuite, make_key
 from kvtier.types import FailureCause
 
@@ -86,6 +87,29 @@ class TestSingle(OnServer):
         assert self._read([1, 2, 3]) == [self.payload(1), None, self.payload(3)]
         assert self.context.failures.take() == {FailureCause.CORRUPT: 1}
         assert not self.client.exists(self.store.name(make_key(2)))
+
+
+class TestWithSecret(OnServer):
+    def open_store(self, medium, context):
+        (medium / "secret").write_text("correct horse battery staple")
+        options = RespSettings.checked(self.server.url).to_options()
+        return RespStore.open({**options, "secret_file": str(medium / "secret")}, context)
+
+    def test_a_forged_block_is_a_miss(self):
+        raw = self._raw(1)
+        forger = Seal(self.context.namespace)
+        forger.fingerprint = raw[-HEADER_BYTES:][20:36]
+        evil = self.payload(666)
+        self.plant(self.store, make_key(1), evil + forger.seal(make_key(1), evil))
+        self._assert_lost(1, "forged")
+
+    def test_without_the_secret_nothing_is_seen_and_nothing_spoilt(self):
+        self._write([1])
+        other = open_store(self.context, self.server.url)
+        assert other.contains([make_key(1)]) == [False]
+        assert other.read_into([make_key(1)], self.buffers(1)) == [False]
+        other.close()
+        assert self._read([1]) == [self.payload(1)]
 
 
 class TestDatabase(OnServer):

@@ -24,7 +24,7 @@ from kvtier.sizes import format_size
 from kvtier.stores.filesystem.directory import FILE_MODE, SharedDirectory, shard_of
 from kvtier.stores.filesystem.janitor import Janitor
 from kvtier.stores.seal import HEADER_BYTES, Seal
-from kvtier.stores.secrets import Authenticator, SecretPlace
+from kvtier.stores.secrets import SecretPlace
 from kvtier.stores.slab.segments import NO_SPACE_ERRORS
 from kvtier.stores.slab.vectored import read_fully, write_fully
 from kvtier.types import FailureCause
@@ -84,10 +84,8 @@ class FilesystemStore(BlockStore):
                 smaller than the capacity.
         """
         path, capacity, min_free = Path(options["path"]), options["capacity"], options.get("min_free", 0)
-        namespace, authenticator = context.namespace, None
-        if (place := SecretPlace.from_options(options)) is not None:
-            authenticator = Authenticator(place.read(), namespace)
-            namespace = authenticator.namespace
+        _, authenticator = SecretPlace.split(options, context.namespace)
+        namespace = context.namespace if authenticator is None else authenticator.namespace
         directory = SharedDirectory.open(path, namespace, options.get("mount_point", "/"))
         try:
             status = os.statvfs(path)

@@ -19,6 +19,7 @@ from kvtier.stores.resp.settings import RespSettings
 from kvtier.stores.resp.topology import Topology, open_topology
 from kvtier.stores.resp.wire import Break, ConnectionBrokenError, Refused, Wire
 from kvtier.stores.seal import Seal
+from kvtier.stores.secrets import SecretPlace
 from kvtier.types import FailureCause
 
 logger = logging.getLogger("kvtier")
@@ -49,14 +50,14 @@ class RespStore(BlockStore):
 
     seals_itself = True
 
-    def __init__(self, topology: Topology, settings: RespSettings, context: StoreContext) -> None:
+    def __init__(self, topology: Topology, settings: RespSettings, seal: Seal, context: StoreContext) -> None:
         """Args: topology: connected; this store closes it."""
         self._topology = topology
         self._timeout = settings.timeout
         self._failures = context.failures
         self._block_bytes = context.block_bytes
         ttl = None if settings.ttl is None else int(settings.ttl * 1000)
-        self._exchanges = Exchanges(Seal(context.namespace), context.block_bytes, settings.prefix, ttl)
+        self._exchanges = Exchanges(seal, context.block_bytes, settings.prefix, ttl)
         self._fullness = Fullness()
         self._breaks: Counter[Server] = Counter()
         self._complained = False
@@ -64,13 +65,14 @@ class RespStore(BlockStore):
 
     @classmethod
     def open(cls, options: Mapping[str, Any], context: StoreContext) -> Self:
-        """Connect; options: those of `RespSettings`.
+        """Connect; options: those of `RespSettings` and of `SecretPlace`.
 
         Raises:
             StoreUnavailableError: nobody answers, or nobody lets us in.
         """
-        settings = RespSettings.from_options(options)
-        return cls(open_topology(settings), settings, context)
+        others, authenticator = SecretPlace.split(options, context.namespace)
+        settings = RespSettings.from_options(others)
+        return cls(open_topology(settings), settings, Seal(context.namespace, authenticator), context)
 
     def name(self, key: OffloadKey) -> bytes:
         """Return the name of a block's value on the server."""
