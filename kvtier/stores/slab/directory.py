@@ -23,6 +23,7 @@ from pathlib import Path
 from kvtier.errors import StoreUnavailableError
 from kvtier.namespace import Namespace
 from kvtier.stores.slab.mounts import check_mounted
+from kvtier.stores.slab.spare import cut_spare
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class SlabDirectory:
         self._lock_descriptor = lock_descriptor
         self.namespace_path = path / namespace.fingerprint.hex()
         self._description = namespace.describe()
+        self._shortened: set[Path] = set()
 
     @classmethod
     def open(cls, path: Path, namespace: Namespace, mount_point: str = "/") -> SlabDirectory:
@@ -100,10 +102,17 @@ class SlabDirectory:
         return sorted(self._other_folders(), key=last_use)
 
     def give_way(self, own_bytes: int, capacity: int) -> None:
-        """Delete other namespaces, least recently used first, until they and `own_bytes` keep to `capacity`."""
+        """Shorten, then delete other namespaces, least recently used first, until all keep to `capacity`."""
         others = self.others()
         sizes = {folder: used_bytes(folder) for folder in others}
         total = own_bytes + sum(sizes.values())
+        for folder in others:
+            if total > capacity and folder not in self._shortened:
+                self._shortened.add(folder)
+                cut_spare(folder)
+                total -= sizes[folder]
+                sizes[folder] = used_bytes(folder)
+                total += sizes[folder]
         for folder in others:
             if total <= capacity:
                 return

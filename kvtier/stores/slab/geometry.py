@@ -24,6 +24,11 @@ FILESYSTEM_BYTES_PER_SEGMENT = 8 << 10
 """Allowance for the roots of those records."""
 
 
+def slots_of_segment(block_bytes: int) -> int:
+    """Return how many blocks a full data file holds."""
+    return SEGMENT_BYTES // block_bytes
+
+
 @dataclass(frozen=True)
 class SlabGeometry:
     """Slots, segments and offsets, in bytes.
@@ -50,7 +55,7 @@ class SlabGeometry:
         """
         if not 1 <= block_bytes <= min(SEGMENT_BYTES, MAX_PAYLOAD_BYTES):
             raise ConfigError("block_bytes", block_bytes, f"1 to {SEGMENT_BYTES} bytes")
-        slots_per_segment = SEGMENT_BYTES // block_bytes
+        slots_per_segment = slots_of_segment(block_bytes)
         slot_cost = block_bytes + HEADER_BYTES + FILESYSTEM_BYTES_PER_SLOT
         segment_cost = slots_per_segment * slot_cost + FILESYSTEM_BYTES_PER_SEGMENT
         full_segments, rest = divmod(max(0, capacity - FIXED_BYTES), segment_cost)
