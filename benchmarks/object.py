@@ -48,6 +48,7 @@ class Case:
     def __init__(self, endpoint: str, block_bytes: int, total_bytes: int) -> None:
         self.block_bytes = block_bytes
         self.count = max(2, total_bytes // block_bytes)
+        self.few = min(self.count, 32)
         self.step = max(1, min(CALL_BLOCKS, CALL_BYTES // block_bytes))
         self.arena = Arena.create(self.count, block_bytes)
         random = np.random.default_rng(block_bytes)
@@ -72,25 +73,26 @@ class Case:
             "raw write": self._rate(lambda: obstore.put(self.bucket, "raw/big", self.whole, use_multipart=False)),
             "raw read": self._rate(lambda: obstore.get(self.bucket, "raw/big").bytes()),
         }
-        for name, store in (("packed", self.packed), ("single", self.single)):
+        for name, store, count in (("packed", self.packed, self.count), ("single", self.single, self.few)):
             for way, move in (("write", store.write), ("read", store.read_into)):
                 store.client.requests.clear()
                 store.client.moved_bytes.clear()
-                sample[f"{name} {way}"] = self._rate(lambda move=move: self._move(move))  # type: ignore[misc] # mypy cannot infer a lambda's default
+                sample[f"{name} {way}"] = self._rate(lambda move=move, count=count: self._move(move, count), count)  # type: ignore[misc] # mypy cannot infer a lambda's default
                 kind = "put" if way == "write" else "get"
-                sample[f"{name} {way} requests"] = store.client.requests[kind] / self.count
-                sample[f"{name} {way} bytes"] = store.client.moved_bytes[kind] / self.count
+                sample[f"{name} {way} requests"] = store.client.requests[kind] / count
+                sample[f"{name} {way} bytes"] = store.client.moved_bytes[kind] / count
         return sample
 
-    def _move(self, move: Callable[..., list[bool]]) -> None:
-        for start in range(0, self.count, self.step):
-            if not all(move(self.keys[start : start + self.step], self.rows[start : start + self.step])):
+    def _move(self, move: Callable[..., list[bool]], count: int) -> None:
+        for start in range(0, count, self.step):
+            stop = min(count, start + self.step)
+            if not all(move(self.keys[start:stop], self.rows[start:stop])):
                 raise RuntimeError("a block was not moved")
 
-    def _rate(self, move: Callable[[], Any]) -> float:
+    def _rate(self, move: Callable[[], Any], count: int | None = None) -> float:
         started = time.perf_counter()
         move()
-        return self.count * self.block_bytes / 1e9 / (time.perf_counter() - started)
+        return (self.count if count is None else count) * self.block_bytes / 1e9 / (time.perf_counter() - started)
 
     def _settings(self, endpoint: str, name: str, pack_bytes: int) -> ObjectSettings:
         return ObjectSettings.checked(

@@ -9,10 +9,11 @@ names the pack and the places in it; a pack of which nothing is left is deleted.
 **Why the names.** Keys are hashes: the neighbours of a prompt fall into every bucket of any partition of the key
 space, so an index by key means a request a block, or a record in every bucket a pack. An index by chain finds nothing
 for the engine that holds the first half of a prefix itself. And any index that must be asked answers in tens of
-milliseconds, when an engine waits five. So every instance holds the whole index in memory, some 100 bytes a block, and
-a lookup is no request at all, hit or miss. A pack and its index entry are one request and appear and vanish together.
-What others wrote comes by a background listing in the order of time, from where the last one ended: one request for up
-to 1,000 packs, every `refresh` seconds, whatever number of engines writes. Listing is never on the path of a lookup.
+milliseconds, when an engine waits five. So every instance holds the whole index in memory, 90 to 240 bytes a block,
+and a lookup is no request at all, hit or miss. A pack and its index entry are one request and appear and vanish
+together. What others wrote comes by a background listing in the order of time, from where the last one ended: one
+request for up to 1,000 packs, every `refresh` seconds, whatever number of engines writes. Listing is never on the path
+of a lookup.
 
 **Who deletes.** Any instance, the oldest packs first, when the packs of all namespaces under the prefix reach 15/16 of
 the capacity, down to 7/8. Two that delete at once choose the same victims in the same order, and deleting what is gone
