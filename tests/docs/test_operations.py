@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -67,6 +68,7 @@ def damage(path):
 
 @contextlib.contextmanager
 def engine(path):
+    pause = threading.Event()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(REPOSITORY)])}
     (path.parent / "engine.py").write_text(ENGINE)
     with subprocess.Popen(
@@ -80,8 +82,9 @@ def engine(path):
         try:
             assert process.stdout.readline() == "started\n"
             deadline = time.monotonic() + 30
-            while find_holder(path) is None:
+            while find_holder(path) is None:  # asking takes the lock for a moment: not all the time
                 assert time.monotonic() < deadline
+                pause.wait(0.1)
             yield
         finally:
             process.stdin.close()
@@ -89,6 +92,7 @@ def engine(path):
     deadline = time.monotonic() + 30
     while find_holder(path) is not None:
         assert time.monotonic() < deadline
+        pause.wait(0.1)
 
 
 @contextlib.contextmanager
