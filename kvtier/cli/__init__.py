@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from kvtier.cli.bench import bench
 from kvtier.cli.demo import demo
 from kvtier.cli.inspect import inspect
 from kvtier.cli.plan import plan
@@ -32,6 +33,7 @@ app.command()(purge)
 app.command()(vllm_config)
 app.command()(simulate)
 app.command()(plan)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

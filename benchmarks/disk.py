@@ -1,0 +1,87 @@
+"""The disk tier beside the raw limit of its device, interleaved in one run.
+
+The raw limit is direct I/O in requests of 1 MiB on 4 threads, over a file that was preallocated and written before.
+The tier's bytes go through `submit_store` and `submit_load` of a real DiskTierManager with its I/O process, while the
+scheduler's thread does 2 ms of pure Python work between two looks at the tier; the raw limit is measured beside the
+same busy thread. Every round's ratio is to the raw limit just before and just after it. Loads run in a new process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from kvtier.cli.disk_speed.index import NUM_BLOCKS, IndexFigures
+from kvtier.cli.disk_speed.measure import BLOCK_SIZES, JOB_SIZES, ROUND_BYTES, Figures, measure_case
+from kvtier.cli.disk_speed.tables import index_table, scheduler_table, speed_table
+from kvtier.sizes import parse_size
+
+QUICK_BYTES = 64 << 20
+QUICK_INDEX = 50_000
+
+
+def main() -> None:
+    """Measure, print, and write JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one short round of two sizes: is everything alive?")
+    parser.add_argument("--json", type=Path, help="write the figures to this file; an existing one's are kept")
+    parser.add_argument("--folder", type=Path, help="where to write, on the device in question")
+    parser.add_argument("--blocks", nargs="*", help="bytes of a block, for example 128KiB")
+    parser.add_argument("--jobs", nargs="*", type=int, default=JOB_SIZES, help="blocks of a job")
+    parser.add_argument("--bytes", help="what a round moves, at least, for example 1GiB")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--index", type=int, help="blocks in the index of the start that is measured; 0: none")
+    options = parser.parse_args()
+    console = Console(width=140)
+    default = [128 << 10, 2 << 20] if options.quick else list(BLOCK_SIZES)
+    sizes = default if options.blocks is None else [parse_size("blocks", text) for text in options.blocks]
+    num_bytes = parse_size("bytes", options.bytes or (QUICK_BYTES if options.quick else ROUND_BYTES))
+    rounds = options.rounds or (1 if options.quick else 5)
+    num_index = options.index if options.index is not None else (QUICK_INDEX if options.quick else NUM_BLOCKS)
+    folder = Path(tempfile.mkdtemp(prefix="kvtier-disk-", dir=options.folder))
+    try:
+        figures, index = measure(folder, sizes, options.jobs, num_bytes, rounds, num_index, console)
+    finally:
+        shutil.rmtree(folder)
+    report(figures, index, options.json, console)
+
+
+def measure(
+    folder: Path, sizes: list[int], jobs: list[int], num_bytes: int, rounds: int, num_index: int, console: Console
+) -> tuple[list[Figures], IndexFigures | None]:
+    """Measure every case, with a line that says where it is."""
+    figures: list[Figures] = []
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("starting", total=None)
+        for size in sizes:
+            for job in jobs:
+                tell = lambda what: progress.update(task, description=what)  # noqa: E731 - used once, below
+                figures += measure_case(folder, size, job, num_bytes, rounds, tell)
+        progress.update(task, description="a large index")
+        index = IndexFigures.measure(folder, num_index) if num_index else None
+    return figures, index
+
+
+def report(figures: list[Figures], index: IndexFigures | None, path: Path | None, console: Console) -> None:
+    """Print the tables; put the figures beside those that the file has already, so that a run may come in pieces."""
+    if figures and not all(row.direct for row in figures):
+        console.print("no direct I/O on this filesystem: both sides go through the page cache")
+    if figures:
+        console.print(speed_table(figures), scheduler_table(figures))
+    if index is not None:
+        console.print(index_table(index))
+    if path is not None:
+        known = json.loads(path.read_text()) if path.exists() else {"rows": [], "index": None}
+        rows = [*known["rows"], *(row.to_json() for row in figures)]
+        path.write_text(json.dumps({"rows": rows, "index": index.__dict__ if index else known["index"]}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

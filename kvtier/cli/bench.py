@@ -1,0 +1,117 @@
+"""`kvtier bench disk`: the disk tier on the user's own device, beside what the device gives."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from kvtier.cli.disk_speed.measure import BLOCK_SIZES, ROUND_BYTES, Figures, measure_case
+from kvtier.cli.disk_speed.tables import scheduler_table, speed_table
+from kvtier.cli.slabs import AsJson, make_console, print_json, refusing
+from kvtier.errors import ConfigError
+from kvtier.sizes import format_size, parse_size
+from kvtier.stores.slab.directory import LOCK_NAME
+
+GOOD_SHARE = 0.9
+"""Of the device's speed: a block size that reaches it is recommended."""
+_JOB_BLOCKS = 16
+_QUICK_BYTES = 256 << 20
+_SPACE_NEEDED = 4
+"""Times the bytes of a round: the raw limit's file, the tier's, and room to breathe."""
+
+bench = typer.Typer(no_args_is_help=True, help="Measure what kvtier gets out of this machine.")
+
+
+@bench.command()
+def disk(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write, on the device in question.")],
+    block: Annotated[
+        list[str] | None, typer.Option(help="Bytes of a block, for example 2MiB; may be repeated.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One round of 256 MiB a size, not five of 1 GiB.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write and read blocks through a disk tier, beside the raw limit of the device, and say what to set.
+
+    What is written lies in a folder of its own below DIR, and is removed. Exit code 2: DIR cannot be used; one line
+    says why.
+    """
+    with refusing(as_json):
+        sizes = [parse_size("block", text) for text in block] if block else list(BLOCK_SIZES)
+        num_bytes, rounds = (_QUICK_BYTES, 1) if quick else (ROUND_BYTES, 5)
+        _check(directory, _SPACE_NEEDED * max(num_bytes, *sizes))
+        folder = Path(tempfile.mkdtemp(prefix="kvtier-bench-", dir=directory))
+        try:
+            figures = _measure(folder, sizes, num_bytes, rounds)
+        finally:
+            shutil.rmtree(folder)
+    advice = advise(figures)
+    if as_json:
+        print_json({"rows": [row.to_json() for row in figures], "advice": advice})
+    else:
+        _show(make_console(), figures, advice)
+
+
+def _check(directory: Path, needed: int) -> None:
+    """Refuse what cannot be measured, or should not be written to."""
+    if not directory.is_dir():
+        raise ConfigError("DIR", str(directory), "a directory that exists")
+    if (directory / LOCK_NAME).exists():
+        raise ConfigError("DIR", str(directory), "a directory beside it: this one is a disk tier's")
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise ConfigError("DIR", f"{format_size(free)} free", f"at least {format_size(needed)} for the measurement")
+
+
+def _measure(folder: Path, sizes: Sequence[int], num_bytes: int, rounds: int) -> list[Figures]:
+    figures: list[Figures] = []
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("starting", total=None)
+
+        def tell(what: str) -> None:
+            progress.update(task, description=what)
+
+        for size in sizes:
+            figures += measure_case(folder, size, _JOB_BLOCKS, num_bytes, rounds, tell)
+    return figures
+
+
+def advise(figures: Sequence[Figures]) -> dict[str, Any]:
+    """Return what the figures mean for a configuration; sizes in bytes, speeds in GB/s.
+
+    `block_bytes` is the smallest size of a block that reaches `GOOD_SHARE` of the device both ways, else the one that
+    comes closest.
+    """
+    worst: dict[int, float] = {}
+    for row in figures:
+        worst[row.block_bytes] = min(worst.get(row.block_bytes, row.ratio), row.ratio)
+    good = [size for size, ratio in sorted(worst.items()) if ratio >= GOOD_SHARE]
+    block_bytes = good[0] if good else max(worst, key=lambda size: worst[size])
+    speeds = {"load" if row.load else "store": row.tier for row in figures if row.block_bytes == block_bytes}
+    return {
+        "block_bytes": block_bytes,
+        "share_of_the_device": worst[block_bytes],
+        "store_gb_per_second": speeds["store"],
+        "load_gb_per_second": speeds["load"],
+        "direct": all(row.direct for row in figures),
+    }
+
+
+def _show(console: Console, figures: Sequence[Figures], advice: dict[str, Any]) -> None:
+    console.print(speed_table(figures), scheduler_table(figures))
+    size, share = format_size(advice["block_bytes"]), advice["share_of_the_device"]
+    console.print(
+        f"Blocks of {size} or more: {advice['store_gb_per_second']:.2f} GB/s stored, {advice['load_gb_per_second']:.2f}"
+        f" GB/s loaded, {share:.0%} of the device at least. Set block_size so that a block has as many bytes: tokens ="
+        f" {size} / bytes of KV cache a token."
+    )
+    if not advice["direct"]:
+        console.print("No direct I/O on this filesystem: the figures include its page cache, of the raw limit as well.")

@@ -1,0 +1,153 @@
+"""How a disk tier starts that holds very many blocks: answers meanwhile, records a second, bytes on disk and in memory.
+
+`python -m kvtier.cli.disk_speed.index FOLDER BLOCKS` measures in a process of its own, and prints a line of JSON. The
+records are real and sealed; the payloads beside them are holes of the file, since a start does not look at them.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import mmap
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from kvtier.abc import StoreContext, TierContext
+from kvtier.cli.disk_speed.session import MeasuringSpec
+from kvtier.errors import KVTierError
+from kvtier.events import TierState
+from kvtier.keys import OffloadKey, make_offload_key
+from kvtier.namespace import Namespace
+from kvtier.primary.arena import Arena
+from kvtier.secondary.disk import DiskTierManager
+from kvtier.stores.seal import HEADER_BYTES, Seal
+from kvtier.stores.slab.geometry import (
+    FILESYSTEM_BYTES_PER_SEGMENT,
+    FILESYSTEM_BYTES_PER_SLOT,
+    FIXED_BYTES,
+    SEGMENT_BYTES,
+    SlabGeometry,
+)
+from kvtier.stores.slab.store import SlabStore
+from kvtier.types import LookupResult, ReqContext
+
+NUM_BLOCKS = 1_000_000
+_BLOCK_BYTES = mmap.PAGESIZE
+_NAMESPACE = Namespace({"model": "speed"})
+_BATCH = 10_000
+_SECONDS_TO_START = 120.0
+
+
+@dataclass(frozen=True)
+class IndexFigures:
+    """What a start took.
+
+    Attributes:
+        seconds: from `start` to a tier that is UP.
+        longest_call_ms: of all lookups and polls until then.
+        disk_bytes: bytes a block that the directory takes beside payloads.
+        memory_bytes: bytes a block by which the scheduler's process grew, once the tier is UP.
+    """
+
+    num_blocks: int
+    seconds: float
+    longest_call_ms: float
+    disk_bytes: float
+    memory_bytes: float
+
+    @property
+    def records_per_second(self) -> float:
+        """Records a second, the start of the I/O process included."""
+        return self.num_blocks / self.seconds
+
+    @classmethod
+    def measure(cls, folder: Path, num_blocks: int = NUM_BLOCKS) -> Self:
+        """Measure in a new process.
+
+        Raises:
+            KVTierError: it failed.
+        """
+        command = [sys.executable, "-m", __name__, str(folder), str(num_blocks)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            raise KVTierError(f"the measuring process failed with exit code {done.returncode}")
+        return cls(**json.loads(done.stdout))
+
+
+def _key(number: int) -> OffloadKey:
+    return make_offload_key(hashlib.sha256(number.to_bytes(8, "big")).digest(), 0)
+
+
+def _capacity(num_blocks: int) -> int:
+    per_slot = _BLOCK_BYTES + HEADER_BYTES + FILESYSTEM_BYTES_PER_SLOT
+    segments = -(-num_blocks * _BLOCK_BYTES // SEGMENT_BYTES)
+    return num_blocks * per_slot + (segments + 1) * FILESYSTEM_BYTES_PER_SEGMENT + FIXED_BYTES
+
+
+def prepare(path: Path, num_blocks: int) -> None:
+    """Make the directory of a slab whose every slot has a record, and files of holes for the payloads."""
+    capacity = _capacity(num_blocks)
+    options = {"path": str(path), "capacity": capacity}
+    SlabStore.open(options, StoreContext(_NAMESPACE, _BLOCK_BYTES)).close()
+    geometry = SlabGeometry.of(capacity, _BLOCK_BYTES)
+    folder = path / _NAMESPACE.fingerprint.hex()
+    for segment in range(geometry.num_segments):
+        with open(folder / f"data-{segment:05d}", "ab") as file:
+            os.truncate(file.fileno(), geometry.segment_bytes(segment))
+    seal, payload = Seal(_NAMESPACE), bytes(_BLOCK_BYTES)
+    with open(folder / "headers", "r+b") as file:
+        for first in range(0, num_blocks, _BATCH):
+            numbers = range(first, min(first + _BATCH, num_blocks))
+            file.write(b"".join(seal.seal(_key(number), payload, number) for number in numbers))
+
+
+def measure_start(path: Path, num_blocks: int) -> IndexFigures:
+    """Start a tier over the directory, ask it all the while, and weigh it."""
+    headers = path / _NAMESPACE.fingerprint.hex()
+    taken = sum(file.lstat().st_blocks * 512 for file in (path, *path.rglob("*")) if not file.name.startswith("data-"))
+    if not headers.is_dir():
+        raise KVTierError(f"{headers} is missing")
+    with Arena.create(16, _BLOCK_BYTES) as arena:
+        spec = MeasuringSpec(TierContext(namespace=_NAMESPACE, arena_fd=arena.fd))
+        tier = DiskTierManager(spec, arena.view, "disk", path=str(path), capacity=_capacity(num_blocks))
+        context, key = ReqContext("speed"), _key(num_blocks // 2)
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        before, longest, began = _resident_bytes(), 0.0, time.perf_counter()
+        tier.start()
+        while tier.state is not TierState.UP:
+            start = time.perf_counter()
+            tier.lookup(key, context)
+            list(tier.get_finished_jobs())
+            longest = max(longest, time.perf_counter() - start)
+            if start - began > _SECONDS_TO_START or tier.state is TierState.DOWN:
+                raise KVTierError(f"the tier did not start: {tier.state_reason}")
+            time.sleep(0.0005)
+        seconds = time.perf_counter() - began
+        memory = _resident_bytes() - before
+        if tier.lookup(key, context) is not LookupResult.HIT or tier.get_stats()["blocks"] != num_blocks:
+            raise KVTierError("the tier does not hold what was prepared")
+        tier.shutdown()
+    return IndexFigures(num_blocks, seconds, longest * 1e3, taken / num_blocks, memory / num_blocks)
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+def main() -> None:
+    """Be the process."""
+    folder, num_blocks = Path(sys.argv[1]) / "index", int(sys.argv[2])
+    prepare(folder, num_blocks)
+    print(json.dumps(measure_start(folder, num_blocks).__dict__))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""A scheduler's thread for measurements: steps of pure Python work, as engines have them, and a tier between them."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kvtier.keys import OffloadKey
+from kvtier.secondary.slotted import SlottedTierManager
+from kvtier.types import JobMetadata, ReqContext, ScheduleEndContext
+
+STEP_SECONDS = 0.002
+"""Python work of one step, as long as nothing else uses the processor."""
+
+
+@dataclass
+class Steps:
+    """What the scheduler's thread spent, in seconds.
+
+    Attributes:
+        steps: each whole step.
+        polls: the tier's part of each step, submissions excluded.
+        polls_a_job: of each step that ended jobs, the same divided by the jobs.
+        submits: each submission of a job.
+    """
+
+    steps: list[float] = field(default_factory=list)
+    polls: list[float] = field(default_factory=list)
+    polls_a_job: list[float] = field(default_factory=list)
+    submits: list[float] = field(default_factory=list)
+
+    def job_seconds(self) -> float:
+        """Return what a job costs: the median submission and the median share of the poll that brings its result."""
+        return float(np.median(self.submits) + np.median(self.polls_a_job))
+
+
+class BusyScheduler:
+    """Drives a tier as the tiering manager does, between pieces of pure Python work."""
+
+    def __init__(self, tier: SlottedTierManager, num_slots: int, most_bytes: int) -> None:
+        """Args: num_slots: of the arena; most_bytes: of load jobs in flight (stores have the tier's own limit)."""
+        self._tier = tier
+        self._num_slots = num_slots
+        self._most_blocks = max(1, most_bytes // tier.block_bytes)
+        self._context = ReqContext("speed")
+        self._job_id = 0
+        self._turns = _turns_for(STEP_SECONDS)
+        self.num_failed = 0
+        """Jobs that did not succeed whole."""
+
+    def idle(self, done: Callable[[], bool]) -> Steps:
+        """Step, without jobs, until `done()`."""
+        steps = Steps()
+        while not done():
+            start = time.perf_counter()
+            work(self._turns)
+            polled = time.perf_counter()
+            list(self._tier.get_finished_jobs())
+            self._tier.on_schedule_end(ScheduleEndContext())
+            end = time.perf_counter()
+            steps.steps.append(end - start)
+            steps.polls.append(end - polled)
+        return steps
+
+    def run(self, keys: Sequence[OffloadKey], job_blocks: int, load: bool) -> tuple[float, Steps]:
+        """Move the blocks in jobs of `job_blocks`; return the seconds it took and what the thread spent."""
+        waiting = deque(keys[start : start + job_blocks] for start in range(0, len(keys), job_blocks))
+        in_flight: dict[int, int] = {}
+        slots, num_in_flight, steps = self._slots(job_blocks), 0, Steps()
+        began = start = time.perf_counter()
+        while waiting or in_flight:
+            work(self._turns)
+            polled = time.perf_counter()
+            results = list(self._tier.get_finished_jobs())
+            poll = time.perf_counter() - polled
+            for result in results:
+                num_in_flight -= in_flight.pop(result.job_id)
+                self.num_failed += not result.success
+            while waiting and self._takes(len(waiting[0]), num_in_flight, load):
+                job = self._job(waiting.popleft(), next(slots), load)
+                submitted = time.perf_counter()
+                (self._tier.submit_load if load else self._tier.submit_store)(job)
+                steps.submits.append(time.perf_counter() - submitted)
+                in_flight[job.job_id] = len(job.keys)
+                num_in_flight += len(job.keys)
+            flushed = time.perf_counter()
+            self._tier.on_schedule_end(ScheduleEndContext())
+            end = time.perf_counter()
+            poll += end - flushed
+            steps.steps.append(end - start)
+            steps.polls.append(poll)
+            if results:
+                steps.polls_a_job.append(poll / len(results))
+            start = end
+        return end - began, steps
+
+    def _takes(self, num_blocks: int, num_in_flight: int, load: bool) -> bool:
+        """Return whether a job's blocks have slots and the tier takes them; a job alone is always taken."""
+        if not num_in_flight:
+            return True
+        if num_in_flight + num_blocks > min(self._num_slots - num_blocks, self._most_blocks):
+            return False
+        return load or self._tier.can_store(num_blocks)
+
+    def _slots(self, job_blocks: int) -> Iterator[np.ndarray]:
+        """Yield neighbouring slots of the arena, around and around; those of jobs in flight do not come again."""
+        first = 0
+        while True:
+            if first + job_blocks > self._num_slots:
+                first = 0
+            yield np.arange(first, first + job_blocks, dtype=np.int32)
+            first += job_blocks
+
+    def _job(self, keys: Sequence[OffloadKey], slots: np.ndarray, load: bool) -> JobMetadata:
+        self._job_id += 1
+        return JobMetadata(self._job_id, keys, slots[: len(keys)], load, self._context)
+
+
+def work(turns: int) -> int:
+    """Be busy: `turns` turns of a loop in pure Python."""
+    total = 0
+    for turn in range(turns):
+        total += turn * turn % 7
+    return total
+
+
+def _turns_for(seconds: float) -> int:
+    """Return the turns of `work` that take `seconds` when nothing disturbs them."""
+    turns = 10_000
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        work(turns)
+        times.append(time.perf_counter() - start)
+    return max(1, int(turns * seconds / min(times)))

@@ -1,0 +1,249 @@
+"""One process that measures: a tier's stores or loads of one size, interleaved with the raw limit.
+
+`python -m kvtier.cli.disk_speed.session` reads an `Order` as JSON and answers with a line of JSON a round, then one
+with what was measured once. Loads are ordered from a new process, whose tier has read its index from the disk.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvtier.abc import TierContext
+from kvtier.cli.disk_speed.raw import RawLimit
+from kvtier.cli.disk_speed.scheduler import BusyScheduler, Steps
+from kvtier.errors import KVTierError
+from kvtier.events import TierState
+from kvtier.keys import OffloadKey, make_offload_key
+from kvtier.namespace import Namespace
+from kvtier.primary.arena import Arena
+from kvtier.secondary.disk import DiskTierManager
+from kvtier.types import LookupResult, ReqContext
+
+IN_FLIGHT_BYTES = 256 << 20
+_SECONDS_TO_START = 60.0
+_SECONDS_TO_PREPARE = 60.0
+_IDLE_STEPS = 300
+_LOOKUPS = 20_000
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to measure.
+
+    Attributes:
+        folder: on the filesystem in question; holds the tier's directory and the raw limit's file.
+        num_bytes: what a round moves, at least.
+        load: True loads what the last round of stores left.
+    """
+
+    folder: str
+    block_bytes: int
+    job_blocks: int
+    num_bytes: int
+    rounds: int
+    load: bool
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of a round: whole jobs."""
+        return -(-self.num_bytes // (self.block_bytes * self.job_blocks)) * self.job_blocks
+
+    @property
+    def tier_folder(self) -> Path:
+        """The directory of the tier."""
+        return Path(self.folder) / f"tier-{self.block_bytes}-{self.job_blocks}"
+
+    def keys(self, round_number: int) -> list[OffloadKey]:
+        """Return the keys of a round."""
+        name = f"{self.block_bytes}-{self.job_blocks}-{round_number}"
+        return [
+            make_offload_key(hashlib.sha256(f"{name}-{number}".encode()).digest(), 0)
+            for number in range(self.num_blocks)
+        ]
+
+
+class MeasuringSpec:
+    """The engine's spec, as far as a tier needs one."""
+
+    def __init__(self, tier_context: TierContext) -> None:
+        self.tier_context = tier_context
+
+
+class Session:
+    """The tier, its arena, and the scheduler's thread."""
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        num_slots = max(order.job_blocks, IN_FLIGHT_BYTES // order.block_bytes)
+        self._arena = Arena.create(num_slots, order.block_bytes)
+        self._fill()
+        spec = MeasuringSpec(TierContext(namespace=Namespace({"model": "speed"}), arena_fd=self._arena.fd))
+        # A slot more than a round stores: what a round needs is always there, and the slab is written whole.
+        capacity = (order.num_blocks + 1) * (order.block_bytes + 256) + (1 << 20)
+        path = str(order.tier_folder)
+        self.tier = DiskTierManager(spec, self._arena.view, "disk", path=path, capacity=capacity)
+        self.tier.start()
+        self._wait_up()
+        self.scheduler = BusyScheduler(self.tier, num_slots, IN_FLIGHT_BYTES)
+
+    def prepare(self) -> None:
+        """Wait until the slab is written ahead, and store once: as a tier is after a while."""
+        deadline = time.monotonic() + _SECONDS_TO_PREPARE
+        while self.tier.get_stats().get("prepared_share", 1.0) < 1.0 and time.monotonic() < deadline:
+            time.sleep(0.002)
+            list(self.tier.get_finished_jobs())
+        if not self._order.load:
+            self.scheduler.run(self._order.keys(-1), self._order.job_blocks, load=False)
+
+    def move(self, round_number: int) -> dict[str, Any]:
+        """Move a round's blocks; return what that took."""
+        order = self._order
+        keys = order.keys(order.rounds - 1 if order.load else round_number)
+        cpu = self._io_cpu_seconds()
+        seconds, steps = self.scheduler.run(keys, order.job_blocks, order.load)
+        num_bytes = len(keys) * order.block_bytes
+        return {
+            "gb_per_second": num_bytes / seconds / 1e9,
+            "cpu_per_gb": (self._io_cpu_seconds() - cpu) / (num_bytes / 1e9),
+            "steps": steps,
+        }
+
+    def raw(self, limit: RawLimit, summed: bool = False) -> dict[str, Any]:
+        """Let the raw limit move its bytes while this thread is as busy as it is with the tier."""
+        limit.begin(not self._order.load, summed)
+        steps = self.scheduler.idle(limit.ended)
+        answer = limit.take()
+        return {
+            "gb_per_second": limit.num_bytes / answer["seconds"] / 1e9,
+            "cpu_per_gb": answer["cpu_seconds"] / (limit.num_bytes / 1e9),
+            "steps": steps,
+        }
+
+    def idle(self) -> Steps:
+        """Step with a tier that has nothing to do."""
+        left = iter(range(_IDLE_STEPS))
+        return self.scheduler.idle(lambda: next(left, None) is None)
+
+    def lookups(self) -> dict[str, float]:
+        """Return lookups a second, of present and of absent blocks."""
+        present = self._order.keys(self._order.rounds - 1)[:_LOOKUPS]
+        absent = self._order.keys(self._order.rounds)[:_LOOKUPS]
+        return {
+            "present": self._lookups(present, LookupResult.HIT),
+            "absent": self._lookups(absent, LookupResult.MISS),
+        }
+
+    def close(self) -> None:
+        """End the tier."""
+        self.tier.shutdown()
+        self._arena.close()
+
+    def _lookups(self, keys: list[OffloadKey], expected: LookupResult) -> float:
+        context, lookup = ReqContext("speed"), self.tier.lookup
+        times = []
+        for _ in range(max(3, _LOOKUPS // len(keys))):
+            start = time.perf_counter()
+            for key in keys:
+                answer = lookup(key, context)
+            times.append(time.perf_counter() - start)
+            if answer is not expected:
+                raise KVTierError(f"a lookup answered {answer}, not {expected}")
+        return len(keys) / float(np.median(times))
+
+    def _fill(self) -> None:
+        view = np.frombuffer(self._arena.view.cast("B"), np.uint64)
+        pattern = np.random.default_rng(1).integers(0, 1 << 63, 1 << 17, dtype=np.uint64)
+        for index, start in enumerate(range(0, len(view), len(pattern))):
+            piece = view[start : start + len(pattern)]
+            piece[:] = pattern[: len(piece)] + np.uint64(index)
+
+    def _wait_up(self) -> None:
+        deadline = time.monotonic() + _SECONDS_TO_START
+        while self.tier.state is not TierState.UP:
+            if time.monotonic() > deadline or self.tier.state is TierState.DOWN:
+                raise KVTierError(f"the tier did not start: {self.tier.state.value} {self.tier.state_reason}")
+            time.sleep(0.002)
+            list(self.tier.get_finished_jobs())
+
+    def _io_cpu_seconds(self) -> float:
+        """Return the CPU seconds of the tier's I/O process so far (its CPU clock: clock_getcpuclockid(3))."""
+        pid = self.tier.io_pid
+        if pid is None:
+            raise KVTierError("the tier's I/O process is gone")
+        return time.clock_gettime((~pid << 3) | 2)
+
+
+def measure(order: Order) -> Iterator[dict[str, Any]]:
+    """Yield what each round measured, raw beside tier, then what was measured once."""
+    session = Session(order)
+    with RawLimit(Path(order.folder) / "raw", order.num_bytes) as limit:
+        session.prepare()
+        gc.collect()
+        gc.freeze()
+        gc.disable()  # an engine freezes its heap; the collector's pauses are not the tier's
+        idle = session.idle()
+        idle_poll = float(np.median(idle.polls))
+        before = session.raw(limit)
+        raw_steps, tier_steps = before["steps"].steps, []
+        for number in range(order.rounds):
+            tier = session.move(number)
+            after = session.raw(limit)
+            summed = session.raw(limit, summed=True)
+            raw = (before["gb_per_second"] + after["gb_per_second"]) / 2
+            raw_steps += after["steps"].steps
+            tier_steps += tier["steps"].steps
+            yield {
+                "raw": raw,
+                "tier": tier["gb_per_second"],
+                "ratio": tier["gb_per_second"] / raw,
+                "summed": summed["gb_per_second"],
+                "summed_ratio": tier["gb_per_second"] / summed["gb_per_second"],
+                "summed_cpu": summed["cpu_per_gb"],
+                "cpu": tier["cpu_per_gb"],
+                "raw_cpu": after["cpu_per_gb"],
+                "job_us": tier["steps"].job_seconds() * 1e6,
+            }
+            before = after
+        idle.steps += session.idle().steps
+        direct = limit.direct
+    if session.scheduler.num_failed:
+        raise KVTierError(f"{session.scheduler.num_failed} jobs failed: the figures mean nothing")
+    steps = {"idle": idle.steps, "raw": raw_steps, "tier": tier_steps}
+    yield {
+        "direct": direct,
+        "idle_poll_us": idle_poll * 1e6,
+        "lookups": session.lookups(),
+        "steps_ms": {name: _percentiles(times) for name, times in steps.items()},
+    }
+    session.close()
+
+
+def _percentiles(times: list[float]) -> dict[str, float]:
+    """Return p50, p99 and the maximum, in milliseconds."""
+    p50, p99, most = np.percentile(np.asarray(times) * 1e3, [50, 99, 100]).tolist()
+    return {"p50": p50, "p99": p99, "max": most}
+
+
+def order_json(order: Order) -> str:
+    """Return the JSON that `main` reads."""
+    return json.dumps(asdict(order))
+
+
+def main() -> None:
+    """Be the process."""
+    for figures in measure(Order(**json.load(sys.stdin))):
+        print(json.dumps(figures), flush=True)
+
+
+if __name__ == "__main__":
+    main()

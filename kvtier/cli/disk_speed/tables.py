@@ -1,0 +1,81 @@
+"""The figures as tables for people; what misses its target is marked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from kvtier.cli.disk_speed.index import IndexFigures
+from kvtier.cli.disk_speed.measure import CPU_BLOCK_BYTES, CPU_TARGET, STEP_TARGET_MS, Figures
+from kvtier.sizes import format_size
+
+
+def speed_table(figures: Sequence[Figures]) -> Table:
+    """Return throughput and CPU, a row a case."""
+    table = Table(title="blocks to and from the disk, the scheduler's thread busy (medians; ! misses its target)")
+    columns = ("block", "job", "", "raw GB/s", "tier GB/s", "ratio", "target", "CPU s/GB", "raw CPU")
+    for column in (*columns, "raw summed GB/s", "ratio", "CPU"):
+        table.add_column(column, justify="right" if column else "left")
+    for row in figures:
+        cpu_late = row.block_bytes >= CPU_BLOCK_BYTES and row.cpu > CPU_TARGET
+        table.add_row(
+            format_size(row.block_bytes),
+            str(row.job_blocks),
+            "load" if row.load else "store",
+            f"{row.raw:.2f}",
+            f"{row.tier:.2f}",
+            _marked(f"{row.ratio:.2f}", row.target is not None and row.ratio < row.target),
+            "" if row.target is None else f"{row.target:.2f}",
+            _marked(f"{row.cpu:.3f}", cpu_late),
+            f"{row.raw_cpu:.3f}",
+            f"{row.summed:.2f}",
+            f"{row.summed_ratio:.2f}",
+            f"{row.summed_cpu:.3f}",
+        )
+    return table
+
+
+def scheduler_table(figures: Sequence[Figures]) -> Table:
+    """Return what the scheduler's thread sees, a row a case."""
+    table = Table(title="the scheduler's thread (p50 / p99 / max of a step in ms; microseconds; lookups a second)")
+    columns = ("block", "job", "", "tier idle", "raw at work", "tier at work", "job us", "target", "hits/s", "misses/s")
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left")
+    for row in figures:
+        grown = row.steps_ms["tier"]["p99"] - row.steps_ms["idle"]["p99"]
+        idle, raw, tier = (" / ".join(f"{value:.2f}" for value in row.steps_ms[name].values()) for name in row.steps_ms)
+        table.add_row(
+            format_size(row.block_bytes),
+            str(row.job_blocks),
+            "load" if row.load else "store",
+            idle,
+            raw,
+            _marked(tier, grown > STEP_TARGET_MS),
+            _marked(f"{row.job_us:.0f}", row.job_us > row.job_target_us),
+            f"{row.job_target_us:.0f}",
+            f"{row.lookups['present'] / 1e6:.1f}M",
+            f"{row.lookups['absent'] / 1e6:.1f}M",
+        )
+    return table
+
+
+def index_table(figures: IndexFigures) -> Table:
+    """Return what a start with a large index takes."""
+    table = Table(title=f"a start with {figures.num_blocks:,} blocks in the index")
+    for column in ("", "measured", "target"):
+        table.add_column(column, justify="right" if column else "left")
+    rows = [
+        ("records a second, process start included", f"{figures.records_per_second:,.0f}", "500,000", 500_000, -1),
+        ("longest call meanwhile, ms", f"{figures.longest_call_ms:.1f}", "", 0, 0),
+        ("bytes a block on disk beside the payload", f"{figures.disk_bytes:.1f}", "150", 150, 1),
+        ("bytes a block in the scheduler's memory", f"{figures.memory_bytes:.0f}", "250", 250, 1),
+    ]
+    values = (figures.records_per_second, 0.0, figures.disk_bytes, figures.memory_bytes)
+    for (name, shown, target, limit, sign), value in zip(rows, values, strict=True):
+        table.add_row(name, _marked(shown, sign * value > sign * limit), target)
+    return table
+
+
+def _marked(text: str, late: bool) -> str:
+    return f"{text} !" if late else text
