@@ -161,10 +161,11 @@ class StoreTierManager(SecondaryTierManager):
         return self._ledger.take_results()
 
     def can_store(self, num_blocks: int) -> bool:
-        """Return whether stores work and the blocks fit the queue; an empty queue takes any job."""
+        """Return whether stores work and the blocks fit the queue; a queue that is nearly empty takes any job."""
         self.start()
         waiting = self._ledger.num_store_blocks
-        return self._supervisor.takes_stores and (not waiting or waiting + num_blocks <= self._most_store_blocks)
+        room = waiting <= self._most_store_blocks // 4 or waiting + num_blocks <= self._most_store_blocks
+        return self._supervisor.takes_stores and (not waiting or room)
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         """Send what was submitted in this step, together; `get_finished_jobs` looks at the executor every step."""

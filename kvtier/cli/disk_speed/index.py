@@ -1,7 +1,7 @@
 """How a disk tier starts that holds very many blocks: answers meanwhile, records a second, bytes on disk and in memory.
 
-`python -m kvtier.cli.disk_speed.index FOLDER BLOCKS` measures in a process of its own, and prints a line of JSON. The
-records are real and sealed; the payloads beside them are holes of the file, since a start does not look at them.
+A process of its own measures, and prints a line of JSON. The records are real and sealed; the payloads beside them are
+holes of the file, since a start does not look at them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Self
 
 from kvtier.abc import StoreContext, TierContext
+from kvtier.cli.disk_speed.processes import command
 from kvtier.cli.disk_speed.session import MeasuringSpec
 from kvtier.errors import KVTierError
 from kvtier.events import TierState
@@ -73,8 +74,8 @@ class IndexFigures:
         Raises:
             KVTierError: it failed.
         """
-        command = [sys.executable, "-m", __name__, str(folder), str(num_blocks)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        start = command(__name__, str(folder), str(num_blocks))
+        done = subprocess.run(start, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             raise KVTierError(f"the measuring process failed with exit code {done.returncode}")
         return cls(**json.loads(done.stdout))

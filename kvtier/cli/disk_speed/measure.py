@@ -6,12 +6,12 @@ import json
 import shutil
 import statistics
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from kvtier.cli.disk_speed.processes import command
 from kvtier.cli.disk_speed.session import Order, order_json
 from kvtier.errors import KVTierError
 
@@ -108,7 +108,7 @@ def measure_case(
 def _session(order: Order) -> Iterator[dict[str, Any]]:
     """Yield what a new process measures."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "kvtier.cli.disk_speed.session"],
+        command("kvtier.cli.disk_speed.session"),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

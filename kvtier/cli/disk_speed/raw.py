@@ -3,7 +3,7 @@
 Beside it, the same with checksums: every request's bytes summed by XXH3-128 before they are written or after they are
 read, in as much memory as an arena has. No store that knows its bytes can be quicker on the machine.
 
-`python -m kvtier.cli.disk_speed.raw PATH BYTES` prepares the file, prints a line, then obeys lines on its standard
+Its process, given a path and a number of bytes, prepares the file, prints a line, then obeys lines on its standard
 input: "write" and "read", "write summed" and "read summed" move the whole file once and answer with a line of JSON,
 {"seconds", "cpu_seconds"}.
 """
@@ -26,6 +26,7 @@ from typing import Any, Self
 
 import xxhash
 
+from kvtier.cli.disk_speed.processes import command
 from kvtier.errors import KVTierError
 
 REQUEST_BYTES = 1 << 20
@@ -98,7 +99,7 @@ class RawLimit:
         """
         self.num_bytes = num_bytes
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(path), str(num_bytes)],
+            command(__name__, str(path), str(num_bytes)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

@@ -99,19 +99,18 @@ class BusyScheduler:
         return end - began, steps
 
     def _takes(self, num_blocks: int, num_in_flight: int, load: bool) -> bool:
-        """Return whether a job's blocks have slots and the tier takes them; a job alone is always taken."""
+        """Return whether a job's blocks have slots and the tier takes them; two jobs are never too many."""
         if not num_in_flight:
             return True
-        if num_in_flight + num_blocks > min(self._num_slots - num_blocks, self._most_blocks):
+        if num_in_flight + num_blocks > min(self._num_slots, max(2 * num_blocks, self._most_blocks)):
             return False
         return load or self._tier.can_store(num_blocks)
 
     def _slots(self, job_blocks: int) -> Iterator[np.ndarray]:
         """Yield neighbouring slots of the arena, around and around; those of jobs in flight do not come again."""
-        first = 0
+        first, end = 0, self._num_slots // job_blocks * job_blocks
         while True:
-            if first + job_blocks > self._num_slots:
-                first = 0
+            first %= end
             yield np.arange(first, first + job_blocks, dtype=np.int32)
             first += job_blocks
 

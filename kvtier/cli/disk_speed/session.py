@@ -1,6 +1,6 @@
 """One process that measures: a tier's stores or loads of one size, interleaved with the raw limit.
 
-`python -m kvtier.cli.disk_speed.session` reads an `Order` as JSON and answers with a line of JSON a round, then one
+It reads an `Order` as JSON and answers with a line of JSON a round, then one
 with what was measured once. Loads are ordered from a new process, whose tier has read its index from the disk.
 """
 
@@ -29,7 +29,9 @@ from kvtier.primary.arena import Arena
 from kvtier.secondary.disk import DiskTierManager
 from kvtier.types import LookupResult, ReqContext
 
-IN_FLIGHT_BYTES = 256 << 20
+IN_FLIGHT_BYTES = 64 << 20
+"""What is in flight at most, unless two jobs are more."""
+_ARENA_BYTES = 256 << 20
 _SECONDS_TO_START = 60.0
 _SECONDS_TO_PREPARE = 60.0
 _IDLE_STEPS = 300
@@ -84,7 +86,7 @@ class Session:
 
     def __init__(self, order: Order) -> None:
         self._order = order
-        num_slots = max(order.job_blocks, IN_FLIGHT_BYTES // order.block_bytes)
+        num_slots = max(2 * order.job_blocks, _ARENA_BYTES // order.block_bytes)
         self._arena = Arena.create(num_slots, order.block_bytes)
         self._fill()
         spec = MeasuringSpec(TierContext(namespace=Namespace({"model": "speed"}), arena_fd=self._arena.fd))
