@@ -1,9 +1,14 @@
 """`kvtier verify` as a process."""
 
+import functools
+import os
 import re
 import signal
 import subprocess
 import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
 from slab_rigs import BLOCK, as_json, at_a_terminal, flip, kvtier, make_slab, refused, used_by_an_engine
@@ -67,13 +72,26 @@ def test_a_terminal_shows_a_bar_and_the_time_that_is_left(tmp_path):
     assert "30 blocks good" in shown
 
 
+def reads_payloads(pid):
+    """Whether a process has a slab's data file open."""
+    try:
+        return any("/data-" in os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir())
+    except FileNotFoundError:
+        return False
+
+
 def test_interrupted(tmp_path):
     make_slab(tmp_path / "slab", blocks=100)
     command = [sys.executable, "-m", "kvtier", "verify", str(tmp_path / "slab"), "--rate", "16KiB", "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # Started in the background, this process may ignore the signal, and its children would, too.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, preexec_fn=heed, **pipes) as process:
         try:
-            with pytest.raises(subprocess.TimeoutExpired):
-                process.wait(timeout=3)
+            deadline, pause = time.monotonic() + 30, threading.Event()
+            while not reads_payloads(process.pid):
+                assert time.monotonic() < deadline
+                pause.wait(0.05)
             process.send_signal(signal.SIGINT)
             shown, said = process.communicate(timeout=30)
         finally:

@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from fault_rigs import PATIENT, QUICK, Recorder, faulty_tier, make_rig, wait_for
@@ -167,10 +168,15 @@ def test_an_io_process_may_open_as_many_files_as_the_system_allows(rig):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+def children_of_this():
+    """Processes that are not reaped yet; servers of other tests may be among them."""
+    return {pid for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()}
+
+
 def test_many_lives_leave_nothing_behind():
     with Arena.create(2, 4096) as arena:
         description = StoreDescription("no.such:Store", {}, Namespace({}), 2, 4096)
-        before = len(os.listdir("/proc/self/fd"))
+        before, children = len(os.listdir("/proc/self/fd")), children_of_this()
         for number in range(10):
             executor = IOProcess(description, arena.fd)
             executor.start()
@@ -180,8 +186,7 @@ def test_many_lives_leave_nothing_behind():
                 executor.retire()
             wait_for(executor.has_ended, "it is gone")
         assert len(os.listdir("/proc/self/fd")) <= before
-        with pytest.raises(ChildProcessError):
-            os.waitpid(-1, os.WNOHANG)
+        assert children_of_this() <= children
 
 
 @pytest.mark.root

@@ -289,8 +289,8 @@ def test_a_sweep_covers_every_group_once_an_hour_whoever_runs_it(shared, opened,
     assert sorted(looked) == [f"{number:03x}" for number in range(4096)]
     half_an_hour_ago = many[0]._directory.now() - janitor_module.SWEEP_SECONDS / 2
     os.utime(shared / "swept", (half_an_hour_ago, half_an_hour_ago))
-    assert many[1].sweep() in (2047, 2048, 2049)
-    assert many[0].sweep() <= 1
+    assert 2047 <= many[1].sweep() < 2100  # a group falls due every 0.44 s meanwhile
+    assert many[0].sweep() < 50
 
 
 def test_a_sweep_removes_what_is_empty_and_holds_a_smaller_capacity(shared, opened):
