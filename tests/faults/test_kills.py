@@ -82,8 +82,8 @@ def test_killed_at_random_under_load(rig, tmp_path):
         rig.wait(lambda victim=victim: (load.step(), tier.io_pid not in (None, victim))[1], "the next life")
         if load.chance.random() < 0.8:
             rig.wait(lambda: (load.step(), tier.state is TierState.UP)[1], "it is up")
+    rig.wait(lambda: (load.step(), load.loaded > 10)[1], "blocks have come back")
     load.finish()
-    assert load.loaded > 10
     rig.wait_up()
     held = [number for number in range(NUMBERS) if rig.lookup(number) is LookupResult.HIT]
     for first in range(0, len(held), 30):
