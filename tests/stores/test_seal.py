@@ -36,6 +36,17 @@ def test_what_was_sealed_verifies_and_parses(seal):
     assert record.sequence == seal.parse(first).sequence + 1
 
 
+def test_payloads_may_be_summed_first(seal):
+    payloads = [PAYLOAD, memoryview(PAYLOAD[::-1]), b""]
+    checksums = seal.checksums(payloads)
+    for payload, checksum in zip(payloads, checksums, strict=True):
+        header = seal.seal_summed(KEY, len(payload), checksum, 7)
+        assert seal.verify(header, KEY, payload, 7) is None
+        assert seal.verify_summed(header, KEY, len(payload), checksum, 7) is None
+        assert seal.verify_summed(header, KEY, len(payload), checksum, 8) is FailureCause.FOREIGN
+        assert seal.verify_summed(header, KEY, len(payload), checksum[::-1], 7) is FailureCause.CORRUPT
+
+
 def test_sequences_go_on_above_what_was_recovered(seal):
     seal.continue_after(2**40)
     assert seal.parse(seal.seal(KEY, PAYLOAD)).sequence == 2**40 + 1

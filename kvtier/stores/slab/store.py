@@ -162,9 +162,10 @@ class SlabStore(SlotStore):
     ) -> None:
         block_bytes = self._geometry.block_bytes
         payloads = [buffers[position] for position in run.positions]
+        checksums = self._seal.checksums(payloads)
         records = [
-            self._seal.seal(keys[position], payload, run.slot + index)
-            for index, (position, payload) in enumerate(zip(run.positions, payloads, strict=True))
+            self._seal.seal_summed(keys[position], block_bytes, checksum, run.slot + index)
+            for index, (position, checksum) in enumerate(zip(run.positions, checksums, strict=True))
         ]
         try:
             self._segments.reserve(run.segment, run.offset + len(payloads) * block_bytes)
@@ -212,9 +213,10 @@ class SlabStore(SlotStore):
                 self._read_run(single, keys, buffers, results)
             return
         broken = []
-        for index, (position, payload) in enumerate(zip(run.positions, payloads, strict=True)):
+        checksums = self._seal.checksums(payloads)
+        for index, (position, checksum) in enumerate(zip(run.positions, checksums, strict=True)):
             record = records[index * HEADER_BYTES : (index + 1) * HEADER_BYTES]
-            cause = self._seal.verify(record, keys[position], payload, run.slot + index)
+            cause = self._seal.verify_summed(record, keys[position], block_bytes, checksum, run.slot + index)
             if cause is None and index >= filled:
                 cause = FailureCause.CORRUPT
             results[position] = cause is None
