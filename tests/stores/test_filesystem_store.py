@@ -296,7 +296,10 @@ def test_a_sweep_covers_every_group_once_an_hour_whoever_runs_it(shared, opened,
 def test_a_sweep_removes_what_is_empty_and_holds_a_smaller_capacity(shared, opened):
     store = opened(shared)
     for number in range(100):
+        before = set(blocks_in(shared))
         write(store, [number])
+        (written,) = set(blocks_in(shared)) - before
+        os.utime(written, (1_500_000_000 + number,) * 2)  # a filesystem's own times have steps of milliseconds
     empty = shared / ("0" * 32) / "123"
     empty.mkdir(parents=True)
     smaller = janitor(shared, 70 * ON_DISK)
