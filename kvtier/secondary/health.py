@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import random
+from collections.abc import Callable
 from enum import Enum
 
 from kvtier.clock import Clock
@@ -14,6 +16,8 @@ logger = logging.getLogger("kvtier")
 
 _CALM = 4
 """Pauses without a failure after which the next one is short again."""
+_JITTER = 0.5
+"""Of a pause, how much may be left out: engines that lost a shared server together come back one after the other."""
 
 
 class BreakerState(Enum):
@@ -33,18 +37,25 @@ _OPEN = BreakerState.OPEN
 class Breaker:
     """Counts failures in a row and spaces the attempts after them: 0.5 s, doubled up to 30 s.
 
-    The spacing starts anew only after a calm as long as a few of the last pauses: a job that kills its process every
-    time, among others that succeed, must not restart it twice a second.
+    Each pause is cut short at random, by up to half. The spacing starts anew only after a calm as long as a few of
+    the last pauses: a job that kills its process every time, among others that succeed, must not restart it twice a
+    second.
     """
 
     def __init__(
-        self, clock: Clock, failures_to_open: int = 3, first_backoff: float = 0.5, longest_backoff: float = 30.0
+        self,
+        clock: Clock,
+        failures_to_open: int = 3,
+        first_backoff: float = 0.5,
+        longest_backoff: float = 30.0,
+        draw: Callable[[], float] = random.random,
     ) -> None:
-        """Args: failures_to_open: failed jobs in a row; first_backoff, longest_backoff: seconds."""
+        """Args: failures_to_open: failed jobs in a row; first_backoff, longest_backoff: seconds; draw: of [0, 1)."""
         self._clock = clock
         self._failures_to_open = failures_to_open
         self._first_backoff = first_backoff
         self._longest_backoff = longest_backoff
+        self._draw = draw
         self._backoff = first_backoff
         self._failures = 0
         self.state = BreakerState.CLOSED
@@ -72,7 +83,7 @@ class Breaker:
         """Open, for the next backoff (the process died, or could not start)."""
         self.state = BreakerState.OPEN
         self._failures = 0
-        self.retry_at = self._clock() + self._backoff
+        self.retry_at = self._clock() + self._backoff * (1 - _JITTER * self._draw())
         self._backoff = min(2 * self._backoff, self._longest_backoff)
 
     def try_again(self) -> bool:

@@ -1,5 +1,6 @@
 """Lives of executors on a clock that stands still, with executors that obey, die, hang, and cannot be killed."""
 
+import itertools
 import logging
 
 import numpy as np
@@ -70,7 +71,7 @@ class Rig:
         self.recorder = Recorder()
         self.ledger = JobLedger("puppet", self.clock, self.recorder)
         self.health = TierHealth("puppet", self.recorder)
-        self.breaker, self.store_breaker = Breaker(self.clock), Breaker(self.clock)
+        self.breaker, self.store_breaker = (Breaker(self.clock, draw=lambda: 0.0) for _ in range(2))
         self.lives = []
         self.start_error = None
         self.supervisor = Supervisor(
@@ -254,7 +255,7 @@ def test_an_epoch_starts_a_new_life_only_when_the_old_one_is_gone(rig):
 
 def test_the_breaker_opens_half_opens_and_closes():
     clock = ManualClock()
-    breaker = Breaker(clock, failures_to_open=3)
+    breaker = Breaker(clock, failures_to_open=3, draw=lambda: 0.0)
     assert [breaker.fail() for _ in range(3)] == [False, False, True]
     assert not breaker.try_again()
     clock.advance(0.5)
@@ -277,6 +278,19 @@ def test_the_breaker_opens_half_opens_and_closes():
     clock.advance(0.5)
     assert breaker.try_again(), "one after a calm does"
     breaker.check_invariants()
+
+
+def test_engines_that_lost_a_server_together_try_again_one_after_the_other():
+    clock = ManualClock()
+    breakers = [Breaker(clock) for _ in range(50)]
+    for backoff in (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0):
+        for breaker in breakers:
+            breaker.open()
+        pauses = sorted(breaker.retry_at - clock() for breaker in breakers)
+        assert backoff / 2 < pauses[0] < pauses[-1] <= backoff
+        assert max(later - sooner for sooner, later in itertools.pairwise(pauses)) < backoff / 5
+        clock.advance(backoff)
+        assert all(breaker.try_again() for breaker in breakers)
 
 
 def test_failed_stores_end_stores_and_not_loads(rig, caplog):

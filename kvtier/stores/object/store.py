@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -67,7 +68,7 @@ class Throttle:
         with self._lock:
             if error is not None and error.trouble is Trouble.THROTTLED:
                 if now >= self._until:
-                    self._until = now + self._pause
+                    self._until = now + self._pause * random.uniform(1.0, 1.5)  # all engines were told at once
                     self._pause = min(2 * self._pause, _LONGEST_PAUSE)
                 self._asked_at = now
                 if not self._said:
