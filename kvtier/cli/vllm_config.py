@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -23,9 +24,19 @@ EXIT_UNUSABLE = 2
 def vllm_config(
     cpu: Annotated[str, typer.Option(help="Host memory for each engine, for example 8GiB.")],
     disk: Annotated[
-        list[str] | None, typer.Option(help="A disk tier as PATH:SIZE, for example /cache:200GiB; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="A disk tier as PATH:SIZE, for example /cache:200GiB, or striped over devices of their own as"
+            " PATH,PATH:SIZE; may be repeated."
+        ),
     ] = None,
-    resp: Annotated[str | None, typer.Option(help="A shared Valkey or Redis, for example redis://host:6379;")] = None,
+    resp: Annotated[str | None, typer.Option(help="A shared Valkey or Redis, for example redis://host:6379.")] = None,
+    filesystem: Annotated[
+        str | None, typer.Option(help="A directory that hosts share as PATH:SIZE, for example /mnt/shared/kvtier:2TiB.")
+    ] = None,
+    bucket: Annotated[
+        str | None, typer.Option(help="A bucket that engines share as URL:SIZE, for example s3://bucket/kvtier:20TB.")
+    ] = None,
     option: Annotated[
         list[str] | None, typer.Option(help="Any other key as KEY=VALUE, for example load_deadline=1.5.")
     ] = None,
@@ -35,7 +46,8 @@ def vllm_config(
     Exit code 0: the line is printed, and vLLM will accept it. 2: a value is wrong; one line says which.
     """
     try:
-        extra = extra_config(cpu, disk or [], option or [], resp)
+        shared = [*_shared("resp", resp), *_shared("filesystem", filesystem), *_shared("object", bucket)]
+        extra = extra_config(cpu, disk or [], option or [], shared)
         check(extra)
     except ConfigError as error:
         typer.echo(f"kvtier: {error}", err=True)
@@ -43,21 +55,21 @@ def vllm_config(
     typer.echo(f"--kv-transfer-config {shlex.quote(transfer_config(extra))}")
 
 
-def extra_config(cpu: str, disks: list[str], options: list[str], resp: str | None = None) -> dict[str, Any]:
+def extra_config(
+    cpu: str, disks: list[str], options: list[str], shared: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
     """Return kvtier's configuration in vLLM.
 
     Args:
-        disks: each PATH:SIZE.
+        disks: each PATH:SIZE, or PATH,PATH:SIZE.
         options: each KEY=VALUE; a value that is no JSON is a string.
-        resp: url of a server, behind the disks.
+        shared: tiers behind the disks.
 
     Raises:
         ConfigError: one of them has another form.
     """
     extra: dict[str, Any] = {"spec_name": SPEC_NAME, "cpu_bytes_to_use": cpu}
-    tiers: list[dict[str, str]] = [_disk_tier(disk) for disk in disks]
-    if resp is not None:
-        tiers.append({"type": "resp", "url": resp})
+    tiers = [*map(_disk_tier, disks), *shared]
     if tiers:
         extra["secondary_tiers"] = tiers
     for item in options:
@@ -88,11 +100,32 @@ def transfer_config(extra: dict[str, Any]) -> str:
     return json.dumps(config, separators=(",", ":"))
 
 
-def _disk_tier(text: str) -> dict[str, str]:
-    path, colon, size = text.rpartition(":")
-    if not colon or not path:
-        raise ConfigError("disk", text, "PATH:SIZE expected, for example /cache:200GiB")
-    return {"type": "disk", "path": path, "capacity": size}
+def _disk_tier(text: str) -> dict[str, Any]:
+    place, size = _place_and_size("disk", text, "PATH:SIZE expected, for example /cache:200GiB")
+    paths = place.split(",")
+    return {"type": "disk", "path": paths if len(paths) > 1 else place, "capacity": size}
+
+
+def _shared(kind: str, text: str | None) -> list[dict[str, Any]]:
+    """Return the tier that an option names, if it is given."""
+    if text is None:
+        return []
+    if kind == "resp":
+        return [{"type": kind, "url": text}]
+    if kind == "filesystem":
+        path, size = _place_and_size(kind, text, "PATH:SIZE expected, for example /mnt/shared/kvtier:2TiB")
+        return [{"type": kind, "path": path, "capacity": size}]
+    if "@" in text:
+        raise ConfigError("bucket", "***", "no credentials here: the environment or a profile has them")
+    url, size = _place_and_size("bucket", text, "URL:SIZE expected, for example s3://bucket/kvtier:20TB")
+    return [{"type": kind, "url": url, "capacity": size}]
+
+
+def _place_and_size(option: str, text: str, form: str) -> tuple[str, str]:
+    place, colon, size = text.rpartition(":")
+    if not colon or not place or "/" in size:
+        raise ConfigError(option, text, form)
+    return place, size
 
 
 def _json_or_text(value: str) -> Any:

@@ -31,12 +31,26 @@ def test_prints_the_option_that_vllm_takes():
     }
 
 
-def test_a_shared_server_stands_behind_the_disks():
-    result = run("--cpu", "8GiB", "--disk", "/cache:200GiB", "--resp", "redis://host:6379")
-    assert result.exit_code == 0
-    tiers = json.loads(shlex.split(result.stdout)[1])["kv_connector_extra_config"]["secondary_tiers"]
-    assert [tier["type"] for tier in tiers] == ["disk", "resp"]
-    assert tiers[1]["url"] == "redis://host:6379"
+def tiers_of(*arguments):
+    result = run("--cpu", "8GiB", *arguments)
+    assert result.exit_code == 0, result.stderr
+    return json.loads(shlex.split(result.stdout)[1])["kv_connector_extra_config"]["secondary_tiers"]
+
+
+def test_what_is_shared_stands_behind_the_disks():
+    shared = ("--filesystem", "/mnt/kvtier:2TiB", "--resp", "redis://host:6379", "--bucket", "s3://bucket/kvtier:20TB")
+    assert tiers_of(*shared, "--disk", "/cache:200GiB") == [
+        {"type": "disk", "path": "/cache", "capacity": "200GiB"},
+        {"type": "resp", "url": "redis://host:6379"},
+        {"type": "filesystem", "path": "/mnt/kvtier", "capacity": "2TiB"},
+        {"type": "object", "url": "s3://bucket/kvtier", "capacity": "20TB"},
+    ]
+
+
+def test_a_disk_may_be_several_directories():
+    assert tiers_of("--disk", "/nvme0/kv,/nvme1/kv:2TiB") == [
+        {"type": "disk", "path": ["/nvme0/kv", "/nvme1/kv"], "capacity": "2TiB"}
+    ]
 
 
 def test_a_password_in_a_url_is_not_repeated():
@@ -52,6 +66,12 @@ def test_a_password_in_a_url_is_not_repeated():
         (("--cpu", "lots"), "cpu_bytes_to_use='lots'"),
         (("--cpu", "1GiB", "--disk", "/cache"), "disk='/cache': PATH:SIZE expected"),
         (("--cpu", "1GiB", "--disk", "/cache:many"), "capacity='many'"),
+        (("--cpu", "1GiB", "--disk", "/cache,/cache/sub:1GiB"), "a directory of its own"),
+        (("--cpu", "1GiB", "--disk", "/cache,:1GiB"), "a directory, or a list of directories"),
+        (("--cpu", "1GiB", "--filesystem", "/mnt/kvtier"), "filesystem='/mnt/kvtier': PATH:SIZE expected"),
+        (("--cpu", "1GiB", "--filesystem", "/mnt/kvtier:1KiB"), "64 blocks"),
+        (("--cpu", "1GiB", "--bucket", "s3://bucket"), "bucket='s3://bucket': URL:SIZE expected"),
+        (("--cpu", "1GiB", "--bucket", "ftp://bucket/kv:1TB"), "s3://BUCKET/PREFIX"),
         (("--cpu", "1GiB", "--disk", "/cache:1GiB", "--disk", "/cache/sub:1GiB"), "a directory of its own"),
         (("--cpu", "1GiB", "--option", "load_dedline=2"), 'did you mean "load_deadline"?'),
         (("--cpu", "1GiB", "--option", "load_deadline"), "KEY=VALUE expected"),
