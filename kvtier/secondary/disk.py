@@ -13,6 +13,7 @@ from kvtier.secondary.slotted import SlottedTierManager
 from kvtier.secondary.store_tier import TierSettings
 from kvtier.secondary.striped import StripedTierManager, StripeSpec, share_settings
 from kvtier.sizes import parse_size
+from kvtier.stores.secrets import SecretPlace
 from kvtier.stores.slab.geometry import SlabGeometry
 from kvtier.stores.slab.mounts import mount_point_of
 from kvtier.types import Locality, Medium
@@ -35,13 +36,21 @@ class DirectoryTier(SlottedTierManager):
         min_free: int,
         eviction_policy: str,
         settings: TierSettings,
+        place: SecretPlace | None = None,
     ) -> None:
-        """Args: as `DiskTierManager`; path: absolute; capacity, min_free: bytes.
+        """Args: as `DiskTierManager`; path: absolute; capacity, min_free: bytes; place: of a secret.
 
         Raises:
             ConfigError: a value is not allowed; the error names its key.
         """
-        options = {"path": path, "capacity": capacity, "min_free": min_free, "mount_point": mount_point_of(path)}
+        options: dict[str, Any] = {
+            "path": path,
+            "capacity": capacity,
+            "min_free": min_free,
+            "mount_point": mount_point_of(path),
+        }
+        if place is not None:
+            options |= place.to_options()
         super().__init__(
             offloading_spec,
             primary_kv_view,
@@ -77,6 +86,9 @@ class DiskTierManager(DirectoryTier):
         threads: int = 4,
         job_deadline: float = 10.0,
         min_free: int | str = 0,
+        secret_env: str | None = None,
+        secret_file: str | None = None,
+        encrypt: bool = False,
     ) -> None:
         """Args:
             path: directory, made if it is missing and its parent exists; alone for this tier.
@@ -85,6 +97,9 @@ class DiskTierManager(DirectoryTier):
             threads: calls to the disk at the same time.
             job_deadline: seconds without progress after which the I/O process is killed.
             min_free: bytes of the filesystem that stay free.
+            secret_env, secret_file: name of an environment variable, or path of a file, with a secret that vouches for
+                blocks: what somebody stored who does not know it is never loaded.
+            encrypt: whether blocks are encrypted with the secret, too.
 
         Raises:
             ConfigError: a value is not allowed; the error names its key.
@@ -100,6 +115,7 @@ class DiskTierManager(DirectoryTier):
             min_free=parse_size("min_free", min_free, minimum=0),
             eviction_policy=eviction_policy,
             settings=TierSettings.checked(threads, job_deadline),
+            place=SecretPlace.checked(secret_env, secret_file, encrypt),
         )
 
 
@@ -122,6 +138,9 @@ class StripedDiskTierManager(StripedTierManager):
         threads: int = 4,
         job_deadline: float = 10.0,
         min_free: int | str = 0,
+        secret_env: str | None = None,
+        secret_file: str | None = None,
+        encrypt: bool = False,
     ) -> None:
         """Args:
             path: directories, as for `DiskTierManager`, none within or the same as another.
@@ -129,6 +148,7 @@ class StripedDiskTierManager(StripedTierManager):
             threads: calls to each disk at the same time.
             min_free: bytes that stay free on each filesystem.
             eviction_policy, job_deadline: as for `DiskTierManager`, in each directory.
+            secret_env, secret_file, encrypt: as for `DiskTierManager`, the same for all.
 
         Raises:
             ConfigError: a value is not allowed; the error names its key.
@@ -136,6 +156,7 @@ class StripedDiskTierManager(StripedTierManager):
         directories = check_directories(path)
         size = parse_size("capacity", capacity)
         free = parse_size("min_free", min_free, minimum=0)
+        place = SecretPlace.checked(secret_env, secret_file, encrypt)
         settings = share_settings(TierSettings.checked(threads, job_deadline), len(directories))
 
         def make_stripe(spec: StripeSpec, name: str, index: int) -> DirectoryTier:
@@ -148,6 +169,7 @@ class StripedDiskTierManager(StripedTierManager):
                 min_free=free,
                 eviction_policy=eviction_policy,
                 settings=settings,
+                place=place,
             )
 
         super().__init__(offloading_spec, primary_kv_view, tier_type, names=directories, make_stripe=make_stripe)

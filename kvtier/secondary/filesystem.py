@@ -35,6 +35,7 @@ class FilesystemTierManager(KeyedTierManager):
         min_free: int | str = 0,
         secret_env: str | None = None,
         secret_file: str | None = None,
+        encrypt: bool = False,
         threads: int = 8,
         job_deadline: float = 10.0,
     ) -> None:
@@ -44,6 +45,7 @@ class FilesystemTierManager(KeyedTierManager):
             min_free: bytes of the filesystem that stay free.
             secret_env, secret_file: name of an environment variable, or path of a file, with a secret that vouches for
                 blocks: what somebody stored who does not know it is never loaded.
+            encrypt: whether blocks are encrypted with the secret, too.
             threads: calls to the filesystem at the same time.
             job_deadline: seconds without progress after which the I/O process is killed.
 
@@ -54,7 +56,7 @@ class FilesystemTierManager(KeyedTierManager):
             raise ConfigError("path", path, "a directory")
         absolute = str(Path(path).absolute())
         size = parse_size("capacity", capacity)
-        place = SecretPlace.checked(secret_env, secret_file)
+        place = SecretPlace.checked(secret_env, secret_file, encrypt)
         options: dict[str, Any] = {
             "path": absolute,
             "capacity": size,

@@ -11,6 +11,7 @@ from kvtier.secondary.store_tier import TierSettings
 from kvtier.stores.object.names import MOST_BLOCKS
 from kvtier.stores.object.settings import LEAST_PACKS, ObjectSettings
 from kvtier.stores.seal import HEADER_BYTES
+from kvtier.stores.secrets import SecretPlace
 from kvtier.types import Locality, Medium
 
 
@@ -36,6 +37,9 @@ class ObjectTierManager(KeyedTierManager):
         path_style: bool | None = None,
         allow_http: bool = False,
         tls_ca_file: str | None = None,
+        secret_env: str | None = None,
+        secret_file: str | None = None,
+        encrypt: bool = False,
         pack_size: int | str = "4MiB",
         ttl: float | None = None,
         refresh: float = 2.0,
@@ -53,6 +57,9 @@ class ObjectTierManager(KeyedTierManager):
             path_style: whether the bucket stands in the path (S3), not in the name of the host.
             allow_http: whether blocks may travel in the clear.
             tls_ca_file: PEM file: who signed the server's certificate, if the system's authorities did not.
+            secret_env, secret_file: name of an environment variable, or path of a file, with a secret that vouches for
+                blocks: what somebody stored who does not know it is never loaded.
+            encrypt: whether blocks are encrypted with the secret, too.
             pack_size: most bytes of blocks in an object that holds several.
             ttl: seconds after which a pack is deleted by whichever engine comes by; without it, only for room.
             refresh: seconds between two looks at what others wrote.
@@ -82,12 +89,15 @@ class ObjectTierManager(KeyedTierManager):
             connect_timeout=connect_timeout,
             timeout=timeout,
         )
+        options = settings.to_options()
+        if (place := SecretPlace.checked(secret_env, secret_file, encrypt)) is not None:
+            options |= place.to_options()
         super().__init__(
             offloading_spec,
             primary_kv_view,
             tier_type,
             store="kvtier.stores.object.store:ObjectStore",
-            options=settings.to_options(),
+            options=options,
             settings=TierSettings.checked(threads, job_deadline),
         )
         value = self.block_bytes + HEADER_BYTES

@@ -99,9 +99,11 @@ class StoreRunner:
         self.lost: str | None = None
         context = StoreContext(description.namespace, description.block_bytes, self._failures)
         try:
-            store = store_class.open(description.options, context)
-            if isinstance(store, BlockStore) and not store.seals_itself:
-                store = SealedStore(store, context)
+            store: SlotStore | BlockStore
+            if issubclass(store_class, BlockStore) and not store_class.seals_itself:
+                store = SealedStore.over(store_class, description.options, context)
+            else:
+                store = store_class.open(description.options, context)
             self.num_slots = store.num_slots if isinstance(store, SlotStore) else 0
         except StoreUnavailableError:
             raise

@@ -17,7 +17,8 @@ Layout, little endian, no padding:
 | 120    | 8     | header checksum  | XXH3-64 over the 120 bytes before it                               |
 
 A header of zeros only means "nothing here". Magic and version keep their place in every version; the header
-checksum is looked at after them, since another version may compute it otherwise.
+checksum is looked at after them, since another version may compute it otherwise. Encrypted payloads have headers of
+this layout, too; `encrypted_seal.py` says what is different.
 XXH3: https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md
 """
 
@@ -27,14 +28,14 @@ import hmac
 import itertools
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, Self
+from typing import ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
 import xxhash
 
 from kvtier.errors import KeyFormatError
 from kvtier.keys import MAX_KEY_BYTES, MIN_KEY_BYTES, OffloadKey
-from kvtier.namespace import FORMAT_VERSION, Namespace
+from kvtier.namespace import FINGERPRINT_BYTES, FORMAT_VERSION, Namespace
 from kvtier.stores.secrets import Authenticator
 from kvtier.types import FailureCause
 
@@ -49,7 +50,8 @@ _BODY = struct.Struct("<4sBB6sII16s16s68s")
 _HEADER_CHECKSUM = struct.Struct("<Q")
 _NOTHING = bytes(HEADER_BYTES)
 _CHECKSUM = slice(36, 52)
-_UNSIGNED = bytes(16)
+UNSIGNED = bytes(16)
+_MOST_SEQUENCES = 1 << 48
 
 HEADER_DTYPE = np.dtype(
     [
@@ -84,6 +86,21 @@ def header_checksum(header: bytes | memoryview) -> int:
     return xxhash.xxh3_64_intdigest(header[:CHECKED_BYTES])
 
 
+def finished(body: bytes) -> bytes:
+    """Return the header whose first 120 bytes are `body`."""
+    return body + _HEADER_CHECKSUM.pack(header_checksum(body))
+
+
+def with_checksum(body: bytes, checksum: bytes) -> bytes:
+    """Return the first 120 bytes of a header with another payload checksum."""
+    return body[: _CHECKSUM.start] + checksum + body[_CHECKSUM.stop : CHECKED_BYTES]
+
+
+def unsigned_body(header: bytes | bytearray | memoryview) -> bytes:
+    """Return the first 120 bytes of a header with zeros for the payload checksum."""
+    return with_checksum(bytes(header), UNSIGNED)
+
+
 class PayloadChecksum(Protocol):
     """The 16 bytes that vouch for a payload, computed while its pieces pass by."""
 
@@ -96,8 +113,77 @@ class PayloadChecksum(Protocol):
         ...
 
 
-class Seal:
-    """Makes and checks the headers of one namespace. Threads may share it.
+class BlockHeaders:
+    """Headers of the blocks of one namespace, without the payloads; the base of the seals. Threads may share it.
+
+    Attributes:
+        fingerprint: of the namespace, 16 bytes.
+        version: what the headers carry as the version of the format.
+        marked_bytes: how many bytes of the fingerprint they carry.
+    """
+
+    version: ClassVar[int] = FORMAT_VERSION
+    marked_bytes: ClassVar[int] = FINGERPRINT_BYTES
+
+    def __init__(self, fingerprint: bytes) -> None:
+        self.fingerprint = fingerprint
+        self._sequence = itertools.count(1)
+
+    def continue_after(self, sequence: int) -> None:
+        """Number the next headers above `sequence`; called before the first one, by who recovers."""
+        self._sequence = itertools.count(sequence + 1)
+
+    def body(self, key: OffloadKey, payload_bytes: int, slot: int, fingerprint: bytes, checksum: bytes) -> bytes:
+        """Return the 120 bytes of a new header that its own checksum covers; errors as `Seal.seal_summed`."""
+        if not MIN_KEY_BYTES <= len(key) <= MAX_KEY_BYTES:
+            raise KeyFormatError(f"key of {len(key)} bytes: {MIN_KEY_BYTES} to {MAX_KEY_BYTES} allowed")
+        if not 0 <= slot <= MAX_SLOT or payload_bytes > MAX_PAYLOAD_BYTES:
+            raise ValueError(f"slot={slot}, payload of {payload_bytes} bytes: both up to 2**32 - 1 allowed")
+        sequence = next(self._sequence) % _MOST_SEQUENCES  # a forged header may have been the last one
+        return _BODY.pack(
+            MAGIC,
+            self.version,
+            len(key),
+            sequence.to_bytes(6, "little"),
+            slot,
+            payload_bytes,
+            fingerprint,
+            checksum,
+            key,
+        )
+
+    def parse(self, header: bytes | bytearray | memoryview) -> Record | FailureCause:
+        """Return what a header says, without its payload, or why it says nothing to this namespace.
+
+        Returns:
+            ABSENT (zeros only), OLD_FORMAT (another version), CORRUPT or FOREIGN (another namespace) on failure.
+        """
+        header = bytes(header)
+        if header == _NOTHING:
+            return FailureCause.ABSENT
+        if len(header) != HEADER_BYTES or header[:4] != MAGIC:
+            return FailureCause.CORRUPT
+        if header[4] != self.version:
+            return FailureCause.OLD_FORMAT
+        if _HEADER_CHECKSUM.unpack_from(header, CHECKED_BYTES)[0] != header_checksum(header):
+            return FailureCause.CORRUPT
+        _, _, key_length, sequence, slot, length, fingerprint, checksum, key = _BODY.unpack_from(header)
+        if fingerprint[: self.marked_bytes] != self.fingerprint[: self.marked_bytes]:
+            return FailureCause.FOREIGN
+        if not MIN_KEY_BYTES <= key_length <= MAX_KEY_BYTES:
+            return FailureCause.CORRUPT
+        return Record(OffloadKey(key[:key_length]), slot, length, int.from_bytes(sequence, "little"), checksum)
+
+    def record_of(self, header: bytes | bytearray | memoryview, key: OffloadKey, slot: int) -> Record | FailureCause:
+        """Return what `parse` does; FOREIGN for a header of another key or slot."""
+        record = self.parse(header)
+        if isinstance(record, Record) and (record.key != key or record.slot != slot):
+            return FailureCause.FOREIGN
+        return record
+
+
+class Seal(BlockHeaders):
+    """Makes and checks the headers of payloads that are stored as they are. Threads may share it.
 
     A key, or a header of another length than 128 bytes, that cannot belong to any block is an error of the
     caller on the way out and a corrupt block on the way in.
@@ -105,9 +191,8 @@ class Seal:
 
     def __init__(self, namespace: Namespace, authenticator: Authenticator | None = None) -> None:
         """Args: authenticator: of a secret; its namespace, made of `namespace`, is the one that counts then."""
+        super().__init__((namespace if authenticator is None else authenticator.namespace).fingerprint)
         self._authenticator = authenticator
-        self.fingerprint = (namespace if authenticator is None else authenticator.namespace).fingerprint
-        self._sequence = itertools.count(1)
 
     @classmethod
     def for_reading(cls, fingerprint: bytes) -> Self:
@@ -118,10 +203,6 @@ class Seal:
         seal = cls(Namespace())
         seal.fingerprint = fingerprint
         return seal
-
-    def continue_after(self, sequence: int) -> None:
-        """Number the next seals above `sequence`; called before the first seal, by who recovers."""
-        self._sequence = itertools.count(sequence + 1)
 
     def checksum(self) -> PayloadChecksum:
         """Return the checksum of nothing yet, for payloads that are summed while the processor's cache has them."""
@@ -148,47 +229,11 @@ class Seal:
             KeyFormatError: the key has a length that no key has.
             ValueError: slot or payload length above 2**32 - 1.
         """
-        if not MIN_KEY_BYTES <= len(key) <= MAX_KEY_BYTES:
-            raise KeyFormatError(f"key of {len(key)} bytes: {MIN_KEY_BYTES} to {MAX_KEY_BYTES} allowed")
-        if not 0 <= slot <= MAX_SLOT or payload_bytes > MAX_PAYLOAD_BYTES:
-            raise ValueError(f"slot={slot}, payload of {payload_bytes} bytes: both up to 2**32 - 1 allowed")
-        body = _BODY.pack(
-            MAGIC,
-            FORMAT_VERSION,
-            len(key),
-            next(self._sequence).to_bytes(6, "little"),
-            slot,
-            payload_bytes,
-            self.fingerprint,
-            checksum if self._authenticator is None else _UNSIGNED,
-            key,
-        )
+        unsigned = self._authenticator is not None
+        body = self.body(key, payload_bytes, slot, self.fingerprint, UNSIGNED if unsigned else checksum)
         if self._authenticator is not None:
-            signature = self._authenticator.sign(body, checksum)
-            body = body[: _CHECKSUM.start] + signature + body[_CHECKSUM.stop :]
-        return body + _HEADER_CHECKSUM.pack(header_checksum(body))
-
-    def parse(self, header: bytes | bytearray | memoryview) -> Record | FailureCause:
-        """Return what a header says, without its payload, or why it says nothing to this namespace.
-
-        Returns:
-            ABSENT (zeros only), OLD_FORMAT (another version), CORRUPT or FOREIGN (another namespace) on failure.
-        """
-        header = bytes(header)
-        if header == _NOTHING:
-            return FailureCause.ABSENT
-        if len(header) != HEADER_BYTES or header[:4] != MAGIC:
-            return FailureCause.CORRUPT
-        if header[4] != FORMAT_VERSION:
-            return FailureCause.OLD_FORMAT
-        if _HEADER_CHECKSUM.unpack_from(header, CHECKED_BYTES)[0] != header_checksum(header):
-            return FailureCause.CORRUPT
-        _, _, key_length, sequence, slot, length, fingerprint, checksum, key = _BODY.unpack_from(header)
-        if fingerprint != self.fingerprint:
-            return FailureCause.FOREIGN
-        if not MIN_KEY_BYTES <= key_length <= MAX_KEY_BYTES:
-            return FailureCause.CORRUPT
-        return Record(OffloadKey(key[:key_length]), slot, length, int.from_bytes(sequence, "little"), checksum)
+            body = with_checksum(body, self._authenticator.sign(body, checksum))
+        return finished(body)
 
     def verify(
         self,
@@ -202,7 +247,7 @@ class Seal:
         Returns:
             As `parse`; also FOREIGN for a block of another key or slot, CORRUPT for another payload.
         """
-        record = self._record_of(header, key, slot)
+        record = self.record_of(header, key, slot)
         if isinstance(record, FailureCause):
             return record
         if record.payload_bytes != len(payload) or not self._vouches(header, record, self._checksum_of(payload)):
@@ -218,25 +263,19 @@ class Seal:
         slot: int = 0,
     ) -> FailureCause | None:
         """Return what `verify` does, for a payload whose checksum is known."""
-        record = self._record_of(header, key, slot)
+        record = self.record_of(header, key, slot)
         if isinstance(record, FailureCause):
             return record
         if record.payload_bytes != payload_bytes or not self._vouches(header, record, checksum):
             return FailureCause.CORRUPT
         return None
 
-    def _record_of(self, header: bytes | bytearray | memoryview, key: OffloadKey, slot: int) -> Record | FailureCause:
-        record = self.parse(header)
-        if isinstance(record, Record) and (record.key != key or record.slot != slot):
-            return FailureCause.FOREIGN
-        return record
-
     def _vouches(self, header: bytes | bytearray | memoryview, record: Record, checksum: bytes) -> bool:
         """Return whether a header was made for the payload with this checksum."""
         if self._authenticator is None:
             return record.payload_checksum == checksum
-        unsigned = bytes(header[: _CHECKSUM.start]) + _UNSIGNED + bytes(header[_CHECKSUM.stop : CHECKED_BYTES])
-        return hmac.compare_digest(record.payload_checksum, self._authenticator.sign(unsigned, checksum))
+        signature = self._authenticator.sign(unsigned_body(header), checksum)
+        return hmac.compare_digest(record.payload_checksum, signature)
 
     def _checksum_of(self, payload: bytes | bytearray | memoryview) -> bytes:
         """Return what `checksum` gives for all of a payload at once."""

@@ -5,18 +5,17 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self, TypeVar
 
 from kvtier.abc import BlockStore, StoreContext
 from kvtier.errors import StoreError
 from kvtier.keys import OffloadKey
-from kvtier.stores.seal import HEADER_BYTES, Seal
+from kvtier.stores.envelope import BOUNCE_BYTES, Envelope
+from kvtier.stores.seal import HEADER_BYTES
 from kvtier.types import FailureCause
 
 logger = logging.getLogger(__name__)
-
-BOUNCE_BYTES = 16 << 20
-"""Most bytes of private memory one thread uses; a larger batch goes through it in parts."""
 
 _Answer = TypeVar("_Answer")
 
@@ -33,26 +32,42 @@ class SealedStore(BlockStore):
 
     Values pass through private memory: a caller's buffer is written only after its value has verified.
     A value that fails is counted in `context.failures` and deleted. Whatever the inner store raises, or answers
-    against its contract, becomes a StoreError here.
+    against its contract, becomes a StoreError here. A thread's private memory is `BOUNCE_BYTES`, and as much again
+    where payloads are encrypted, or that of one block; a larger batch goes through it in parts.
     """
 
     seals_itself = True
 
-    def __init__(self, inner: BlockStore, context: StoreContext) -> None:
-        """Args: inner: a store of opaque values; this one closes it."""
+    def __init__(self, inner: BlockStore, context: StoreContext, envelope: Envelope | None = None) -> None:
+        """Args:
+        inner: a store of opaque values; this one closes it.
+        envelope: what payloads are put into; the inner store was opened with its namespace.
+        """
         self.inner = inner
         self._failures = context.failures
         self._block_bytes = context.block_bytes
         self._value_bytes = HEADER_BYTES + context.block_bytes
-        self._seal = Seal(context.namespace)
+        self._envelope = Envelope.of(None, context.namespace) if envelope is None else envelope
         self._bounce = _Bounce()
         self._complained = False
 
     @classmethod
     def open(cls, options: Mapping[str, Any], context: StoreContext) -> Self:
-        """Open `options["store"]`, a BlockStore class, with the remaining options, and seal it."""
-        inner_options = {name: value for name, value in options.items() if name != "store"}
-        return cls(options["store"].open(inner_options, context), context)
+        """Open `options["store"]`, a BlockStore class, with the remaining options, and seal it; as `over`."""
+        return cls.over(options["store"], {name: value for name, value in options.items() if name != "store"}, context)
+
+    @classmethod
+    def over(cls, store_class: type[BlockStore], options: Mapping[str, Any], context: StoreContext) -> Self:
+        """Open a store of opaque values, and seal it.
+
+        Args:
+            options: for the store; those of `SecretPlace` may be among them, and are for the seal.
+
+        Raises:
+            StoreUnavailableError: the store cannot be opened, or the secret is gone.
+        """
+        others, envelope = Envelope.open(options, context.namespace)
+        return cls(store_class.open(others, replace(context, namespace=envelope.namespace)), context, envelope)
 
     def contains(self, keys: Sequence[OffloadKey]) -> list[bool]:
         """Return what the inner store says; nothing is verified before it is read."""
@@ -98,8 +113,7 @@ class SealedStore(BlockStore):
     def _write_part(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
         values = self._values(len(keys))
         for key, buffer, value in zip(keys, buffers, values, strict=True):
-            value[HEADER_BYTES:] = buffer
-            value[:HEADER_BYTES] = self._seal.seal(key, value[HEADER_BYTES:])
+            value[:HEADER_BYTES] = self._envelope.wrap_into(key, buffer, value[HEADER_BYTES:])
         return self._answers(keys, lambda: self.inner.write(keys, values))
 
     def _read_part(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
@@ -108,11 +122,9 @@ class SealedStore(BlockStore):
         results = []
         broken: dict[OffloadKey, FailureCause] = {}
         for key, buffer, value, filled in zip(keys, buffers, values, found, strict=True):
-            payload = value[HEADER_BYTES:]
-            cause = self._seal.verify(value[:HEADER_BYTES], key, payload) if filled else FailureCause.ABSENT
-            if cause is None:
-                buffer[:] = payload
-            else:
+            header, stored = value[:HEADER_BYTES], value[HEADER_BYTES:]
+            cause = self._envelope.unwrap_apart(header, key, stored, buffer) if filled else FailureCause.ABSENT
+            if cause is not None:
                 broken[key] = cause
             results.append(cause is None)
         if broken:

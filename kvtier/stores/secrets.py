@@ -1,7 +1,8 @@
 """Where a secret is, and what is derived from it: the secret itself is in no option, no message and no log.
 
 Keys are derived with HKDF-SHA256 (RFC 5869). Payloads are authenticated with BLAKE3 in its keyed mode
-(https://github.com/BLAKE3-team/BLAKE3-specs); the package `blake3` is loaded when a secret is used.
+(https://github.com/BLAKE3-team/BLAKE3-specs), or encrypted and authenticated with AES-256-GCM (NIST SP 800-38D). The
+packages `blake3` and `cryptography` are loaded when a store is opened that needs them.
 """
 
 from __future__ import annotations
@@ -17,34 +18,51 @@ from pathlib import Path
 from typing import Any, Self
 
 from kvtier.errors import ConfigError, StoreUnavailableError
+from kvtier.keys import OffloadKey
 from kvtier.namespace import Namespace
 
 LEAST_SECRET_BYTES = 16
+NONCE_BYTES = 12
+ENCRYPTION = "AES-256-GCM"
+SECRET_NAME, ENCRYPTION_NAME = "secret", "encryption"
+"""What says in the identity of a namespace that a secret guards its blocks, and how they are encrypted."""
 _KEY_BYTES = 32
+_SCRATCH_BYTES = 64 << 10
+_OPTIONS = ("secret_env", "secret_file", "encrypt")
+
+Bytes = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True)
 class SecretPlace:
-    """Where a secret stands: in an environment variable, or in a file."""
+    """Where a secret stands: in an environment variable, or in a file; and whether it encrypts blocks, too."""
 
     env: str | None = None
     file: str | None = None
+    encrypt: bool = False
 
     @classmethod
-    def checked(cls, env: str | None, file: str | None) -> Self | None:
+    def checked(cls, env: str | None, file: str | None, encrypt: bool = False) -> Self | None:
         """Return the place that a user configured, None for none.
 
         Raises:
-            ConfigError: both are set, or no usable secret is there; the error names the key, never the secret.
+            ConfigError: both are set, no usable secret is there, or none to encrypt with; the error names the key,
+                never the secret.
         """
+        if not isinstance(encrypt, bool):
+            raise ConfigError("encrypt", encrypt, "true or false")
         if env is None and file is None:
+            if encrypt:
+                raise ConfigError("encrypt", encrypt, "secret_env or secret_file to go with it")
             return None
         key, value = ("secret_file", file) if env is None else ("secret_env", env)
         if env is not None and file is not None:
             raise ConfigError("secret_file", file, "not together with secret_env")
-        if find_spec("blake3") is None:
-            raise ConfigError(key, value, "needs blake3: pip install 'kvtier[secure]'")
-        place = cls(env, file)
+        package = "cryptography" if encrypt else "blake3"
+        if find_spec(package) is None:
+            needs = f"needs {package}: pip install 'kvtier[secure]'"
+            raise ConfigError("encrypt", encrypt, needs) if encrypt else ConfigError(key, value, needs)
+        place = cls(env, file, encrypt)
         try:
             place.read()
         except StoreUnavailableError as error:
@@ -53,24 +71,40 @@ class SecretPlace:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self | None:
-        """Return what `to_options` of `checked` was given; None if there is no secret."""
-        env, file = options.get("secret_env"), options.get("secret_file")
-        return None if env is None and file is None else cls(env, file)
+        """Return the place that `to_options` described; None if there is no secret.
 
-    def to_options(self) -> dict[str, str | None]:
+        Raises:
+            StoreUnavailableError: encryption without a secret: blocks must not be stored in the clear instead.
+        """
+        env, file, encrypt = map(options.get, _OPTIONS)
+        if env is None and file is None:
+            if encrypt:
+                raise StoreUnavailableError("encrypt: no secret_env and no secret_file to go with it")
+            return None
+        return cls(env, file, encrypt is True)
+
+    def to_options(self) -> dict[str, str | bool | None]:
         """Return options for the store: names only."""
-        return {"secret_env": self.env, "secret_file": self.file}
+        return dict(zip(_OPTIONS, (self.env, self.file, self.encrypt), strict=True))
 
     @classmethod
-    def split(cls, options: Mapping[str, Any], namespace: Namespace) -> tuple[dict[str, Any], Authenticator | None]:
-        """Return a store's options without those of this class, and who vouches for its blocks, if a secret does.
+    def split(cls, options: Mapping[str, Any], namespace: Namespace) -> tuple[dict[str, Any], Guard | None]:
+        """Return a store's options without those of this class, and who guards its blocks, if a secret does.
+
+        Raises:
+            StoreUnavailableError: as `read` and `from_options`.
+        """
+        place = cls.from_options(options)
+        others = {name: value for name, value in options.items() if name not in _OPTIONS}
+        return others, None if place is None else place.guard(namespace)
+
+    def guard(self, namespace: Namespace) -> Guard:
+        """Return who vouches for blocks of a namespace, or encrypts them, too.
 
         Raises:
             StoreUnavailableError: as `read`.
         """
-        place = cls.from_options(options)
-        others = {name: value for name, value in options.items() if name not in ("secret_env", "secret_file")}
-        return others, None if place is None else Authenticator(place.read(), namespace)
+        return guard_with(self.read(), namespace, self.encrypt)
 
     def read(self) -> bytes:
         """Return the secret; what ends a file's last line does not belong to it.
@@ -94,12 +128,10 @@ class Authenticator:
     """Vouches for blocks of one namespace with a key; shows nothing of it."""
 
     def __init__(self, secret: bytes, namespace: Namespace) -> None:
-        self.namespace = Namespace(
-            {**namespace.identity, "secret": _derive(secret, b"identity").hex()[:32]}, namespace.epoch
-        )
+        self.namespace = Namespace({**namespace.identity, SECRET_NAME: name_of(secret)}, namespace.epoch)
         """Where its blocks are: engines with another secret, or none, do not even see them."""
         self._key = _derive(secret, b"seal" + self.namespace.fingerprint)
-        self._blake3 = import_module("blake3").blake3
+        self._blake3 = _load("blake3").blake3
 
     def checksum(self) -> Any:
         """Return the keyed digest of nothing yet, with `update` and `digest` (32 bytes)."""
@@ -114,6 +146,94 @@ class Authenticator:
         """Return 16 bytes that vouch for a header and the payload with this checksum."""
         signature: bytes = self._blake3(header + checksum, key=self._key).digest(length=16)
         return signature
+
+
+class PayloadCipher:
+    """Encrypts blocks of one namespace and vouches for them; shows nothing of its keys. Threads may share it.
+
+    Every block has a key of its own, derived from the block's, so that random nonces of 96 bits are safe for
+    2**32 writes of one and the same block, not of all.
+    """
+
+    def __init__(self, secret: bytes, namespace: Namespace) -> None:
+        identity = {**namespace.identity, SECRET_NAME: name_of(secret), ENCRYPTION_NAME: ENCRYPTION}
+        self.namespace = Namespace(identity, namespace.epoch)
+        """Where its blocks are: apart from those of engines that do not encrypt."""
+        self._key = _derive(secret, b"encrypt" + self.namespace.fingerprint)
+        ciphers = _load("cryptography.hazmat.primitives.ciphers")
+        self._cipher, self._aes, self._gcm = ciphers.Cipher, ciphers.algorithms.AES, ciphers.modes.GCM
+        self._invalid_tag: type[Exception] = _load("cryptography.exceptions").InvalidTag
+
+    def encryptor(self, key: OffloadKey, nonce: bytes, header: bytes) -> Any:
+        """Return what encrypts one payload in pieces, with `update_into(piece, target)`; `tag_of` ends it.
+
+        Args:
+            key: of the block.
+            nonce: 12 bytes, drawn for this payload.
+            header: what the tag vouches for beside the payload, in the clear.
+        """
+        context = self._cipher(self._aes(self._key_of(key)), self._gcm(nonce)).encryptor()
+        context.authenticate_additional_data(header)
+        return context
+
+    def decrypt(
+        self, key: OffloadKey, nonce: bytes, header: bytes, tag: bytes, payload: Bytes, target: memoryview | None
+    ) -> bool:
+        """Decrypt `payload` into `target`, of the same length and elsewhere; return whether it is what was encrypted.
+
+        If not, whatever `target` holds must not be used. Without a target the payload is only checked.
+        """
+        context = self._cipher(self._aes(self._key_of(key)), self._gcm(nonce, tag)).decryptor()
+        context.authenticate_additional_data(header)
+        if target is not None:
+            context.update_into(payload, target)
+        else:
+            scratch, source = bytearray(_SCRATCH_BYTES), memoryview(payload)
+            for start in range(0, len(source), _SCRATCH_BYTES):
+                context.update_into(source[start : start + _SCRATCH_BYTES], scratch)
+        try:
+            context.finalize()
+        except self._invalid_tag:
+            return False
+        return True
+
+    def _key_of(self, key: OffloadKey) -> bytes:
+        """Return the key of one block: the second half of HKDF, whose first half made `self._key`."""
+        return hmac.digest(self._key, b"block" + key + b"\x01", "sha256")
+
+
+Guard = Authenticator | PayloadCipher
+"""Vouches for blocks, or encrypts them and vouches for them; its `namespace` is where they are."""
+
+
+def tag_of(encryptor: Any) -> bytes:
+    """Return the 16 bytes that vouch for what went through an encryptor, and end it."""
+    encryptor.finalize()
+    tag: bytes = encryptor.tag
+    return tag
+
+
+def guard_with(secret: bytes, namespace: Namespace, encrypt: bool) -> Guard:
+    """Return who guards blocks of a namespace with a secret."""
+    return PayloadCipher(secret, namespace) if encrypt else Authenticator(secret, namespace)
+
+
+def name_of(secret: bytes) -> str:
+    """Return what stands for a secret in the identity of a namespace; it does not help to find the secret."""
+    return _derive(secret, b"identity").hex()[:32]
+
+
+def _load(name: str) -> Any:
+    """Return a module of a package that only secrets need.
+
+    Raises:
+        StoreUnavailableError: it is not installed.
+    """
+    try:
+        return import_module(name)
+    except ImportError:
+        package = name.partition(".")[0]
+        raise StoreUnavailableError(f"needs {package}: pip install 'kvtier[secure]'") from None
 
 
 def _derive(secret: bytes, purpose: bytes) -> bytes:

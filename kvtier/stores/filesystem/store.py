@@ -21,10 +21,10 @@ from kvtier.abc import BlockStore, StoreContext
 from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.keys import OffloadKey
 from kvtier.sizes import format_size
+from kvtier.stores.envelope import Envelope
 from kvtier.stores.filesystem.directory import FILE_MODE, SharedDirectory, shard_of
 from kvtier.stores.filesystem.janitor import Janitor
-from kvtier.stores.seal import HEADER_BYTES, Seal
-from kvtier.stores.secrets import SecretPlace
+from kvtier.stores.seal import HEADER_BYTES
 from kvtier.stores.slab.segments import NO_SPACE_ERRORS
 from kvtier.stores.slab.vectored import read_fully, write_fully
 from kvtier.types import FailureCause
@@ -55,7 +55,7 @@ class FilesystemStore(BlockStore):
     seals_itself = True
 
     def __init__(
-        self, directory: SharedDirectory, janitor: Janitor, seal: Seal, min_free: int, context: StoreContext
+        self, directory: SharedDirectory, janitor: Janitor, envelope: Envelope, min_free: int, context: StoreContext
     ) -> None:
         """Args: min_free: bytes of the filesystem that stay free."""
         self._directory = directory
@@ -63,7 +63,7 @@ class FilesystemStore(BlockStore):
         self._min_free = min_free
         self._failures = context.failures
         self._block_bytes = context.block_bytes
-        self._seal = seal
+        self._envelope = envelope
         self._lock = threading.Lock()
         self._free = (0.0, 0)
         self._relieved_at = -_SECONDS_BETWEEN_RELIEFS
@@ -84,9 +84,8 @@ class FilesystemStore(BlockStore):
                 smaller than the capacity.
         """
         path, capacity, min_free = Path(options["path"]), options["capacity"], options.get("min_free", 0)
-        _, authenticator = SecretPlace.split(options, context.namespace)
-        namespace = context.namespace if authenticator is None else authenticator.namespace
-        directory = SharedDirectory.open(path, namespace, options.get("mount_point", "/"))
+        _, envelope = Envelope.open(options, context.namespace)
+        directory = SharedDirectory.open(path, envelope.namespace, options.get("mount_point", "/"))
         try:
             status = os.statvfs(path)
         except OSError as error:
@@ -98,7 +97,7 @@ class FilesystemStore(BlockStore):
             )
         janitor = Janitor(directory, capacity, min_free, context.block_bytes)
         janitor.start()
-        return cls(directory, janitor, Seal(namespace, authenticator), min_free, context)
+        return cls(directory, janitor, envelope, min_free, context)
 
     def path_of(self, key: OffloadKey) -> Path:
         """Return where the file of a block is."""
@@ -196,8 +195,8 @@ class FilesystemStore(BlockStore):
         descriptor = self._create(unfinished, shard)
         try:
             try:
-                pieces = [buffer, memoryview(self._seal.seal(key, buffer))]
-                written = write_fully(descriptor, pieces, 0)
+                (stored,), (header,) = self._envelope.wrap([key], [buffer])
+                written = write_fully(descriptor, [stored, memoryview(header)], 0)
             finally:
                 os.close(descriptor)  # a network filesystem may say only here that there is no space
             if written < self._block_bytes + HEADER_BYTES:
@@ -219,10 +218,11 @@ class FilesystemStore(BlockStore):
         descriptor = os.open(path, _OLD_FILE)
         try:
             tail = memoryview(bytearray(HEADER_BYTES + 1))  # a file that is too long fills it
-            length = read_fully(descriptor, [buffer, tail], 0)
+            (place,) = self._envelope.places([buffer])
+            length = read_fully(descriptor, [place, tail], 0)
             if length != self._block_bytes + HEADER_BYTES:
                 return FailureCause.CORRUPT
-            cause = self._seal.verify(tail[:HEADER_BYTES], key, buffer)
+            (cause,) = self._envelope.unwrap([tail[:HEADER_BYTES]], [key], [place], [buffer])
             if cause is FailureCause.ABSENT:
                 return FailureCause.CORRUPT
             status = os.fstat(descriptor)

@@ -16,12 +16,13 @@ import numpy as np
 from kvtier.abc import BlockStore, StoreContext
 from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.keys import OffloadKey
+from kvtier.stores.envelope import Envelope
 from kvtier.stores.object.catalogue import Catalogue, Pack
 from kvtier.stores.object.client import Client, RequestError, Trouble, connect
 from kvtier.stores.object.names import MOST_BLOCKS, PackName, Stamps, TakenBack, digest_of, split
 from kvtier.stores.object.refresher import Refresher
 from kvtier.stores.object.settings import ObjectSettings
-from kvtier.stores.seal import HEADER_BYTES, Seal
+from kvtier.stores.seal import HEADER_BYTES
 from kvtier.types import FailureCause
 
 logger = logging.getLogger("kvtier")
@@ -89,15 +90,20 @@ class ObjectStore(BlockStore):
 
     seals_itself = True
 
-    def __init__(self, client: Client, settings: ObjectSettings, context: StoreContext) -> None:
-        """Args: client: of the bucket that the settings name. Nothing is sent before `start`."""
+    def __init__(
+        self, client: Client, settings: ObjectSettings, context: StoreContext, envelope: Envelope | None = None
+    ) -> None:
+        """Args:
+        client: of the bucket that the settings name. Nothing is sent before `start`.
+        envelope: what payloads are put into; its namespace is where they are.
+        """
         self.client = client
         self._settings = settings
         self._failures = context.failures
         self._block_bytes = context.block_bytes
         self._value_bytes = HEADER_BYTES + context.block_bytes
-        self._seal = Seal(context.namespace)
-        self._fingerprint = context.namespace.fingerprint.hex()
+        self._envelope = Envelope.of(None, context.namespace) if envelope is None else envelope
+        self._fingerprint = self._envelope.namespace.fingerprint.hex()
         self._stamps = Stamps()
         self.catalogue = Catalogue(settings.root, self._fingerprint, self._value_bytes)
         self._values_per_pack = max(1, min(settings.pack_bytes // context.block_bytes, MOST_BLOCKS))
@@ -109,13 +115,14 @@ class ObjectStore(BlockStore):
 
     @classmethod
     def open(cls, options: Mapping[str, Any], context: StoreContext) -> Self:
-        """Read the index; options: those of `ObjectSettings`.
+        """Read the index; options: those of `ObjectSettings` and of `SecretPlace`.
 
         Raises:
-            StoreUnavailableError: the bucket is missing, refuses us, or nobody answers.
+            StoreUnavailableError: the bucket is missing, refuses us, or nobody answers; or the secret is gone.
         """
-        settings = ObjectSettings.from_options(options)
-        store = cls(Client(connect(settings), settings.where), settings, context)
+        others, envelope = Envelope.open(options, context.namespace)
+        settings = ObjectSettings.from_options(others)
+        store = cls(Client(connect(settings), settings.where), settings, context, envelope)
         store.start()
         return store
 
@@ -246,9 +253,8 @@ class ObjectStore(BlockStore):
         memory = np.empty(len(keys) * self._value_bytes, np.uint8).data
         for number, (key, buffer) in enumerate(zip(keys, buffers, strict=True)):
             start = number * self._value_bytes
-            payload = memory[start + HEADER_BYTES : start + self._value_bytes]
-            payload[:] = buffer
-            memory[start : start + HEADER_BYTES] = self._seal.seal(key, payload)
+            target = memory[start + HEADER_BYTES : start + self._value_bytes]
+            memory[start : start + HEADER_BYTES] = self._envelope.wrap_into(key, buffer, target)
         return memory
 
     def _read_run(
@@ -268,11 +274,9 @@ class ObjectStore(BlockStore):
         causes: dict[int, FailureCause] = {}
         for wanted in run:
             start = (wanted.place - first) * self._value_bytes
-            payload = body[start + HEADER_BYTES : start + self._value_bytes]
-            cause = self._seal.verify(body[start : start + HEADER_BYTES], keys[wanted.index], payload)
-            if cause is None:
-                buffers[wanted.index][:] = payload
-            else:
+            header, stored = body[start : start + HEADER_BYTES], body[start + HEADER_BYTES : start + self._value_bytes]
+            cause = self._envelope.unwrap_apart(header, keys[wanted.index], stored, buffers[wanted.index])
+            if cause is not None:
                 causes[wanted.index] = FailureCause.CORRUPT if cause is FailureCause.ABSENT else cause
         return causes
 

@@ -19,7 +19,7 @@ from kvtier.stores.resp.settings import RespSettings
 from kvtier.stores.resp.topology import Topology, open_topology
 from kvtier.stores.resp.wire import Break, ConnectionBrokenError, Refused, Wire
 from kvtier.stores.seal import Seal
-from kvtier.stores.secrets import SecretPlace
+from kvtier.stores.secrets import PayloadCipher, SecretPlace
 from kvtier.types import FailureCause
 
 logger = logging.getLogger("kvtier")
@@ -72,6 +72,8 @@ class RespStore(BlockStore):
         """
         others, authenticator = SecretPlace.split(options, context.namespace)
         settings = RespSettings.from_options(others)
+        if isinstance(authenticator, PayloadCipher):
+            raise StoreUnavailableError("encrypt: not for this store")
         return cls(open_topology(settings), settings, Seal(context.namespace, authenticator), context)
 
     def name(self, key: OffloadKey) -> bytes:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from kvtier.stores.seal import HEADER_BYTES, Seal
+from kvtier.stores.seal import HEADER_BYTES, BlockHeaders
 from kvtier.stores.slab.directory import open_private
 from kvtier.stores.slab.geometry import SlabGeometry
 from kvtier.stores.slab.inventory import RECORDS_PER_READ, Inventory, add_records
@@ -59,7 +59,7 @@ class HeaderFile:
         """Close the file."""
         os.close(self._descriptor)
 
-    def take_inventory(self, seal: Seal) -> Inventory:
+    def take_inventory(self, seal: BlockHeaders) -> Inventory:
         """Read every record; payloads are not looked at. The inventory comes sorted."""
         inventory = Inventory()
         for first in range(0, self._geometry.num_slots, RECORDS_PER_READ):

@@ -12,8 +12,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from kvtier.keys import MAX_KEY_BYTES, MIN_KEY_BYTES, OffloadKey
-from kvtier.namespace import FORMAT_VERSION
-from kvtier.stores.seal import CHECKED_BYTES, HEADER_BYTES, HEADER_DTYPE, MAGIC, Seal
+from kvtier.stores.seal import CHECKED_BYTES, HEADER_BYTES, HEADER_DTYPE, MAGIC, BlockHeaders
 from kvtier.stores.slab.geometry import SlabGeometry
 from kvtier.types import FailureCause
 
@@ -91,7 +90,7 @@ class Inventory:
             yield self.slots[start : start + size].tolist(), self.keys[start : start + size]
 
 
-def add_records(inventory: Inventory, raw: bytes, first: int, seal: Seal, block_bytes: int) -> None:
+def add_records(inventory: Inventory, raw: bytes, first: int, seal: BlockHeaders, block_bytes: int) -> None:
     """Sort the records in `raw`, which start at slot `first`, into the inventory, in the order of slots."""
     used = np.flatnonzero(np.frombuffer(raw, "<u8").reshape(-1, HEADER_BYTES // 8).any(axis=1))
     if not len(used):
@@ -122,12 +121,21 @@ def add_records(inventory: Inventory, raw: bytes, first: int, seal: Seal, block_
         inventory.reject(index + first, parsed if isinstance(parsed, FailureCause) else FailureCause.FOREIGN)
 
 
-def _plausible(records: NDArray[np.void], slots: NDArray[np.int64], seal: Seal, block_bytes: int) -> NDArray[np.bool_]:
+def marked_by(seal: BlockHeaders, records: NDArray[np.void]) -> NDArray[np.bool_]:
+    """Return which records say that they are of this kind and namespace."""
+    marked = np.frombuffer(seal.fingerprint[: seal.marked_bytes], "<u4")
+    words = records.view("<u4").reshape(-1, HEADER_BYTES // 4)[:, _FINGERPRINT_WORDS][:, : len(marked)]
+    ours: NDArray[np.bool_] = (words == marked).all(axis=1)
+    ours &= (records["magic"] == MAGIC) & (records["version"] == seal.version)
+    return ours
+
+
+def _plausible(
+    records: NDArray[np.void], slots: NDArray[np.int64], seal: BlockHeaders, block_bytes: int
+) -> NDArray[np.bool_]:
     """Return which records would be valid if their checksum is right."""
-    words = records.view("<u4").reshape(-1, HEADER_BYTES // 4)[:, _FINGERPRINT_WORDS]
-    ours: NDArray[np.bool_] = (words == np.frombuffer(seal.fingerprint, "<u4")).all(axis=1)
+    ours = marked_by(seal, records)
     key_length = records["key_length"]
-    ours &= (records["magic"] == MAGIC) & (records["version"] == FORMAT_VERSION)
     ours &= (records["slot"] == slots) & (records["payload_length"] == block_bytes)
     ours &= (key_length >= MIN_KEY_BYTES) & (key_length <= MAX_KEY_BYTES)
     return ours

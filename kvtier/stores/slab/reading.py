@@ -15,10 +15,12 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from kvtier.namespace import FORMAT_VERSION, Namespace
-from kvtier.stores.seal import HEADER_BYTES, HEADER_DTYPE, MAGIC, Seal
+from kvtier.stores.encrypted_seal import EncryptedSeal
+from kvtier.stores.seal import HEADER_BYTES, HEADER_DTYPE, BlockHeaders, Seal
+from kvtier.stores.secrets import ENCRYPTION_NAME, SECRET_NAME, PayloadCipher, guard_with
 from kvtier.stores.slab.directory import DESCRIPTION_NAME, open_private
 from kvtier.stores.slab.geometry import SEGMENT_BYTES, SlabGeometry
-from kvtier.stores.slab.inventory import RECORDS_PER_READ, Inventory, add_records
+from kvtier.stores.slab.inventory import RECORDS_PER_READ, Inventory, add_records, marked_by
 from kvtier.stores.slab.vectored import PAGE_BYTES, read_fully
 from kvtier.types import FailureCause
 
@@ -39,6 +41,16 @@ class Description(NamedTuple):
     epoch: str
     format_version: int
     is_ours: bool
+
+    @property
+    def needs_secret(self) -> bool:
+        """Whether a secret guards the blocks."""
+        return SECRET_NAME in self.identity
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether the blocks are encrypted."""
+        return ENCRYPTION_NAME in self.identity
 
 
 @dataclass
@@ -65,11 +77,13 @@ class Records(NamedTuple):
         geometry: None while no record says how long a block is.
         inventory: the valid records, sorted, and the others.
         num_slots: records that fit the file.
+        seal: what holds payloads to their records; None if a secret guards them that was not given.
     """
 
     geometry: SlabGeometry | None
     inventory: DetailedInventory
     num_slots: int
+    seal: Seal | EncryptedSeal | None
 
 
 def read_description(folder: Path) -> Description | None:
@@ -83,36 +97,41 @@ def read_description(folder: Path) -> Description | None:
         return None
 
 
-def read_records(folder: Path, description: Description | None) -> Records:
+def read_records(folder: Path, description: Description | None, secret: bytes | None = None) -> Records:
     """Read every record of a namespace and judge it as a start would; none if the file of records is missing.
+
+    Args:
+        description: what `read_description` returned.
+        secret: what may guard the blocks; records can be read without it.
 
     Raises:
         OSError: the records cannot be read; FileNotFoundError if the namespace was deleted.
     """
-    seal = Seal.for_reading(bytes.fromhex(folder.name))
+    seal = _seal_of(folder, description, secret)
+    headers = seal or _headers_of(folder, description)
     inventory = DetailedInventory()
     try:
         descriptor = open_private(folder / HEADERS_NAME, os.O_RDONLY)
     except FileNotFoundError:
         folder.stat()
-        return Records(None, inventory, 0)
+        return Records(None, inventory, 0, seal)
     try:
         num_slots = os.fstat(descriptor).st_size // HEADER_BYTES
-        block_bytes = _block_bytes(descriptor, seal) or _described_block_bytes(description)
+        block_bytes = _block_bytes(descriptor, headers) or _described_block_bytes(description)
         for first, raw in _raw_records(descriptor):
-            add_records(inventory, raw, first, seal, block_bytes)
+            add_records(inventory, raw, first, headers, block_bytes)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder / HEADERS_NAME)) from error
     finally:
         os.close(descriptor)
     inventory.sort()
     if not 0 < block_bytes <= SEGMENT_BYTES:
-        return Records(None, inventory, num_slots)
+        return Records(None, inventory, num_slots, seal)
     geometry = SlabGeometry(block_bytes, num_slots, SEGMENT_BYTES // block_bytes, slots_per_growth=1)
     inventory.drop_odd_keys()
     inventory.drop_unbacked(geometry, data_lengths(folder, geometry))
     inventory.drop_superseded()
-    return Records(geometry, inventory, num_slots)
+    return Records(geometry, inventory, num_slots, seal)
 
 
 def data_file(folder: Path, segment: int) -> Path:
@@ -134,9 +153,10 @@ def data_lengths(folder: Path, geometry: SlabGeometry) -> list[int]:
 class NamespaceReader:
     """The files of one namespace, for reading; a context. Threads may share it."""
 
-    def __init__(self, folder: Path, geometry: SlabGeometry) -> None:
+    def __init__(self, folder: Path, geometry: SlabGeometry, seal: Seal | EncryptedSeal) -> None:
+        """Args: seal: what holds payloads to their records."""
         self.geometry = geometry
-        self.seal = Seal.for_reading(bytes.fromhex(folder.name))
+        self.seal = seal
         self.direct = geometry.block_bytes % PAGE_BYTES == 0
         self._folder = folder
         self._lock = threading.Lock()
@@ -184,6 +204,26 @@ class NamespaceReader:
         return descriptor
 
 
+def _seal_of(folder: Path, description: Description | None, secret: bytes | None) -> Seal | EncryptedSeal | None:
+    """Return what holds payloads to their records; None if a secret guards them and it is not this one."""
+    if description is None or not description.needs_secret:
+        return Seal.for_reading(bytes.fromhex(folder.name))
+    if secret is None or not description.is_ours:
+        return None
+    namespace = Namespace(description.identity, bytes.fromhex(description.epoch))
+    guard = guard_with(secret, namespace, description.is_encrypted)
+    if guard.namespace.fingerprint.hex() != folder.name:
+        return None
+    return EncryptedSeal.of(guard) if isinstance(guard, PayloadCipher) else Seal(namespace, guard)
+
+
+def _headers_of(folder: Path, description: Description | None) -> BlockHeaders:
+    """Return what reads the records of a namespace, but vouches for no payload."""
+    fingerprint = bytes.fromhex(folder.name)
+    encrypted = description is not None and description.is_encrypted
+    return EncryptedSeal(None, fingerprint) if encrypted else BlockHeaders(fingerprint)
+
+
 def _raw_records(descriptor: int) -> Iterator[tuple[int, bytes]]:
     """Yield (first slot, whole records) from a file of records."""
     first = 0
@@ -196,12 +236,11 @@ def _raw_records(descriptor: int) -> Iterator[tuple[int, bytes]]:
         first += count
 
 
-def _block_bytes(descriptor: int, seal: Seal) -> int:
+def _block_bytes(descriptor: int, headers: BlockHeaders) -> int:
     """Return the payload length that most records of this namespace name; 0 if there is none."""
     for _, raw in _raw_records(descriptor):
         records = np.frombuffer(raw, HEADER_DTYPE)
-        ours = (records["magic"] == MAGIC) & (records["version"] == FORMAT_VERSION)
-        ours &= records["fingerprint"] == np.void(seal.fingerprint)
+        ours = marked_by(headers, records)
         lengths, counts = np.unique(records["payload_length"][ours], return_counts=True)
         if len(lengths):
             return int(lengths[np.argmax(counts)])

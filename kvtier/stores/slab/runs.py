@@ -30,14 +30,17 @@ class Run(NamedTuple):
             yield Run(self.segment, self.offset + index * block_bytes, self.slot + index, [position])
 
 
-def coalesce(slots: Sequence[int], positions: Sequence[int], geometry: SlabGeometry) -> list[Run]:
-    """Return runs over `slots[p]` for p in `positions`, in the order of the slots."""
+def coalesce(
+    slots: Sequence[int], positions: Sequence[int], geometry: SlabGeometry, most: int | None = None
+) -> list[Run]:
+    """Return runs over `slots[p]` for p in `positions`, in the order of the slots; none longer than `most`."""
+    longest = MAX_BUFFERS if most is None else min(most, MAX_BUFFERS)
     runs: list[Run] = []
     run: list[int] = []
     end = -1
     for position in sorted(positions, key=slots.__getitem__):
         slot = slots[position]
-        if slot == end and slot % geometry.slots_per_segment and len(run) < MAX_BUFFERS:
+        if slot == end and slot % geometry.slots_per_segment and len(run) < longest:
             run.append(position)
         else:
             run = [position]

@@ -17,7 +17,8 @@ from kvtier.abc import SlotStore, StoreContext
 from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.keys import OffloadKey
 from kvtier.sizes import format_size
-from kvtier.stores.seal import HEADER_BYTES, Seal
+from kvtier.stores.envelope import Envelope
+from kvtier.stores.seal import HEADER_BYTES
 from kvtier.stores.slab.directory import SlabDirectory
 from kvtier.stores.slab.geometry import SlabGeometry
 from kvtier.stores.slab.headers import HeaderFile
@@ -32,13 +33,23 @@ class SlabStore(SlotStore):
     """Blocks of one namespace in a directory that this process alone uses."""
 
     def __init__(
-        self, directory: SlabDirectory, geometry: SlabGeometry, capacity: int, min_free: int, context: StoreContext
+        self,
+        directory: SlabDirectory,
+        geometry: SlabGeometry,
+        capacity: int,
+        min_free: int,
+        context: StoreContext,
+        envelope: Envelope,
     ) -> None:
-        """Args: directory: taken; the store closes it, also when this raises OSError."""
+        """Args:
+        directory: taken, for the envelope's namespace; the store closes it, also when this raises OSError.
+        envelope: what payloads are put into.
+        """
         self._directory = directory
         self._geometry = geometry
         self._capacity = capacity
-        self._seal = Seal(context.namespace)
+        self._envelope = envelope
+        self._most_blocks = envelope.most_blocks(geometry.block_bytes)
         self._failures = context.failures
         self._logged: set[int | None] = set()
         folder = directory.namespace_path
@@ -58,19 +69,20 @@ class SlabStore(SlotStore):
         Args:
             options: `path`; `capacity`, bytes that everything in the directory takes together, at most;
                 `min_free`, bytes that stay free on the filesystem (default 0); `mount_point`, what must be
-                mounted for `path` to be the right directory (default "/").
+                mounted for `path` to be the right directory (default "/"); those of `SecretPlace`.
 
         Raises:
             ConfigError: the capacity does not hold one block.
-            StoreUnavailableError: the directory is held by another process, foreign, or not writable, or its
-                filesystem is smaller than the capacity.
+            StoreUnavailableError: the secret is gone, the directory is held by another process, foreign, or not
+                writable, or its filesystem is smaller than the capacity.
         """
         geometry = SlabGeometry.of(options["capacity"], context.block_bytes)
         path = Path(options["path"])
-        directory = SlabDirectory.open(path, context.namespace, options.get("mount_point", "/"))
+        _, envelope = Envelope.open(options, context.namespace)
+        directory = SlabDirectory.open(path, envelope.namespace, options.get("mount_point", "/"))
         try:
             _check_size(directory, options["capacity"], options.get("min_free", 0))
-            return cls(directory, geometry, options["capacity"], options.get("min_free", 0), context)
+            return cls(directory, geometry, options["capacity"], options.get("min_free", 0), context, envelope)
         except OSError as error:
             raise StoreUnavailableError(f"{path}: {error.strerror}") from error
 
@@ -93,8 +105,8 @@ class SlabStore(SlotStore):
             StoreError: the records cannot be read.
         """
         try:
-            inventory = self._headers.take_inventory(self._seal)
-            self._seal.continue_after(inventory.last_sequence)
+            inventory = self._headers.take_inventory(self._envelope.headers)
+            self._envelope.headers.continue_after(inventory.last_sequence)
             inventory.drop_odd_keys()
             inventory.drop_unbacked(self._geometry, self._segments.lengths)
             inventory.drop_superseded()
@@ -155,18 +167,17 @@ class SlabStore(SlotStore):
         ]
         if len(usable) < len(slots):
             self._failures.count(FailureCause.IO_ERROR, len(slots) - len(usable))
-        return coalesce(slots, usable, self._geometry)
+        return coalesce(slots, usable, self._geometry, self._most_blocks)
 
     def _write_run(
         self, run: Run, keys: Sequence[OffloadKey], buffers: Sequence[memoryview], results: list[bool]
     ) -> None:
         block_bytes = self._geometry.block_bytes
-        payloads = [buffers[position] for position in run.positions]
-        checksums = self._seal.checksums(payloads)
-        records = [
-            self._seal.seal_summed(keys[position], block_bytes, checksum, run.slot + index)
-            for index, (position, checksum) in enumerate(zip(run.positions, checksums, strict=True))
-        ]
+        payloads, records = self._envelope.wrap(
+            [keys[position] for position in run.positions],
+            [buffers[position] for position in run.positions],
+            range(run.slot, run.slot + len(run.positions)),
+        )
         try:
             self._segments.reserve(run.segment, run.offset + len(payloads) * block_bytes)
             written = self._segments.write(run.segment, run.offset, payloads) // block_bytes
@@ -202,8 +213,9 @@ class SlabStore(SlotStore):
     ) -> None:
         block_bytes = self._geometry.block_bytes
         payloads = [buffers[position] for position in run.positions]
+        places = self._envelope.places(payloads)
         try:
-            filled = self._segments.read(run.segment, run.offset, payloads) // block_bytes
+            filled = self._segments.read(run.segment, run.offset, places) // block_bytes
             records = self._headers.read(run.slot, len(payloads))
         except OSError as error:
             if len(payloads) == 1:
@@ -213,10 +225,14 @@ class SlabStore(SlotStore):
                 self._read_run(single, keys, buffers, results)
             return
         broken = []
-        checksums = self._seal.checksums(payloads)
-        for index, (position, checksum) in enumerate(zip(run.positions, checksums, strict=True)):
-            record = records[index * HEADER_BYTES : (index + 1) * HEADER_BYTES]
-            cause = self._seal.verify_summed(record, keys[position], block_bytes, checksum, run.slot + index)
+        causes = self._envelope.unwrap(
+            [records[start : start + HEADER_BYTES] for start in range(0, len(records), HEADER_BYTES)],
+            [keys[position] for position in run.positions],
+            places,
+            payloads,
+            range(run.slot, run.slot + len(payloads)),
+        )
+        for index, (position, cause) in enumerate(zip(run.positions, causes, strict=True)):
             if cause is None and index >= filled:
                 cause = FailureCause.CORRUPT
             results[position] = cause is None

@@ -158,7 +158,7 @@ def survey_namespace(folder: Path) -> NamespaceSurvey:
     """
     description = read_description(folder)
     problems, remarks = _assess(folder, description)
-    geometry, inventory, num_slots = read_records(folder, description)
+    geometry, inventory, num_slots, _ = read_records(folder, description)
     return NamespaceSurvey(
         folder=folder,
         description=description,

@@ -84,13 +84,15 @@ def verify_namespace(folder: Path, records: Records, is_used: Callable[[], bool]
         is_used: whether an engine may be writing.
 
     Raises:
-        StoreError: stopped before the end.
+        StoreError: stopped before the end, or a secret guards the blocks that `read_records` was not given.
         OSError: the records cannot be read.
     """
     started = time.monotonic()
     if records.geometry is None:
         return Verification(bad=dict(records.inventory.cause_of))
-    with NamespaceReader(folder, records.geometry) as reader:
+    if records.seal is None:
+        raise StoreError(f"{folder}: a secret guards its blocks, and it was not given")
+    with NamespaceReader(folder, records.geometry, records.seal) as reader:
         verifier = _Verifier(reader, records, pace)
         was_used = is_used()
         verifier.read_all(started)

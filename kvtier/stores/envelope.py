@@ -1,0 +1,221 @@
+"""How payloads lie in a store: as they are, or encrypted; each with a header that vouches for it.
+
+A store moves what it is given and asks here what that is, so that one code serves both. Payloads are never encrypted
+where they are, since others read the arena at the same time, and never decrypted where others look before they have
+verified.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from kvtier.keys import OffloadKey
+from kvtier.namespace import Namespace
+from kvtier.stores.encrypted_seal import EncryptedSeal
+from kvtier.stores.seal import BlockHeaders, Seal
+from kvtier.stores.secrets import Authenticator, Bytes, Guard, PayloadCipher, SecretPlace
+from kvtier.types import FailureCause
+
+BOUNCE_BYTES = 16 << 20
+"""Most private memory that a thread keeps, or one block."""
+NO_SLOTS: Iterable[int] = itertools.repeat(0)
+"""For stores in which the key is the place."""
+_PAGE_BYTES = mmap.PAGESIZE
+
+
+class Wrapped(NamedTuple):
+    """What is to be stored: payloads as long as they were, and a header for each."""
+
+    payloads: Sequence[memoryview]
+    headers: list[bytes]
+
+
+class Envelope(ABC):
+    """What one namespace's payloads are put into. Threads may share it; memory that it hands out is the thread's own.
+
+    Attributes:
+        namespace: where the blocks are; it decides about names and paths.
+        headers: what reads headers.
+    """
+
+    def __init__(self, namespace: Namespace, headers: BlockHeaders) -> None:
+        self.namespace = namespace
+        self.headers = headers
+
+    @staticmethod
+    def open(options: Mapping[str, Any], namespace: Namespace) -> tuple[dict[str, Any], Envelope]:
+        """Return a store's options without those of `SecretPlace`, and the envelope that these ask for.
+
+        Raises:
+            StoreUnavailableError: the secret cannot be read.
+        """
+        others, guard = SecretPlace.split(options, namespace)
+        return others, Envelope.of(guard, namespace)
+
+    @staticmethod
+    def of(guard: Guard | None, namespace: Namespace) -> Envelope:
+        """Return the envelope of a namespace, or of the one that who guards it makes of it."""
+        if isinstance(guard, PayloadCipher):
+            return EncryptedEnvelope(guard)
+        return PlainEnvelope(namespace, guard)
+
+    def most_blocks(self, block_bytes: int) -> int | None:
+        """Return how many blocks one call of `wrap` or `places` takes; None for any number."""
+        return None
+
+    @abstractmethod
+    def wrap(
+        self, keys: Sequence[OffloadKey], payloads: Sequence[memoryview], slots: Iterable[int] = NO_SLOTS
+    ) -> Wrapped:
+        """Return what is to be stored of payloads; good until this thread's next call."""
+
+    @abstractmethod
+    def places(self, buffers: Sequence[memoryview]) -> Sequence[memoryview]:
+        """Return where a store should put what it reads for `buffers`; good until this thread's next call."""
+
+    @abstractmethod
+    def unwrap(
+        self,
+        headers: Sequence[Bytes],
+        keys: Sequence[OffloadKey],
+        places: Sequence[memoryview],
+        buffers: Sequence[memoryview],
+        slots: Iterable[int] = NO_SLOTS,
+    ) -> list[FailureCause | None]:
+        """Leave the payloads read into `places` in `buffers`; return, each, None if it verified, else the cause.
+
+        A buffer whose payload did not verify may hold anything.
+        """
+
+    @abstractmethod
+    def wrap_into(self, key: OffloadKey, payload: memoryview, target: memoryview) -> bytes:
+        """Put what is to be stored of a payload into `target`, of the same length and elsewhere; return the header."""
+
+    @abstractmethod
+    def unwrap_apart(
+        self, header: Bytes, key: OffloadKey, stored: memoryview, buffer: memoryview
+    ) -> FailureCause | None:
+        """Do as `unwrap` for one block in memory of its own; a buffer whose payload did not verify is untouched."""
+
+
+class PlainEnvelope(Envelope):
+    """Payloads as they are; nothing is copied."""
+
+    def __init__(self, namespace: Namespace, authenticator: Authenticator | None = None) -> None:
+        self.seal = Seal(namespace, authenticator)
+        super().__init__(namespace if authenticator is None else authenticator.namespace, self.seal)
+
+    def wrap(
+        self, keys: Sequence[OffloadKey], payloads: Sequence[memoryview], slots: Iterable[int] = NO_SLOTS
+    ) -> Wrapped:
+        """Return the payloads themselves."""
+        summed = zip(keys, payloads, self.seal.checksums(payloads), slots, strict=False)
+        seal = self.seal.seal_summed
+        return Wrapped(payloads, [seal(key, payload.nbytes, sum_, slot) for key, payload, sum_, slot in summed])
+
+    def places(self, buffers: Sequence[memoryview]) -> Sequence[memoryview]:
+        """Return the buffers themselves."""
+        return buffers
+
+    def unwrap(
+        self,
+        headers: Sequence[Bytes],
+        keys: Sequence[OffloadKey],
+        places: Sequence[memoryview],
+        buffers: Sequence[memoryview],
+        slots: Iterable[int] = NO_SLOTS,
+    ) -> list[FailureCause | None]:
+        """Verify the payloads where they are."""
+        summed = zip(headers, keys, places, self.seal.checksums(places), slots, strict=False)
+        verify = self.seal.verify_summed
+        return [verify(header, key, place.nbytes, sum_, slot) for header, key, place, sum_, slot in summed]
+
+    def wrap_into(self, key: OffloadKey, payload: memoryview, target: memoryview) -> bytes:
+        """Copy the payload, and seal the copy."""
+        target[:] = payload
+        return self.seal.seal(key, target)
+
+    def unwrap_apart(
+        self, header: Bytes, key: OffloadKey, stored: memoryview, buffer: memoryview
+    ) -> FailureCause | None:
+        """Verify, and copy."""
+        cause = self.seal.verify(header, key, stored)
+        if cause is None:
+            buffer[:] = stored
+        return cause
+
+
+class EncryptedEnvelope(Envelope):
+    """Payloads encrypted on their way through private memory."""
+
+    def __init__(self, cipher: PayloadCipher) -> None:
+        self.seal = EncryptedSeal.of(cipher)
+        super().__init__(cipher.namespace, self.seal)
+        self._bounce = _Bounce()
+
+    def most_blocks(self, block_bytes: int) -> int | None:
+        """Return how many blocks the private memory of a thread holds."""
+        return max(1, BOUNCE_BYTES // _whole_pages(block_bytes))
+
+    def wrap(
+        self, keys: Sequence[OffloadKey], payloads: Sequence[memoryview], slots: Iterable[int] = NO_SLOTS
+    ) -> Wrapped:
+        """Encrypt the payloads into private memory, on a page boundary each."""
+        targets = self._bounce.like(payloads)
+        blocks = zip(keys, payloads, targets, slots, strict=False)
+        return Wrapped(targets, [self.seal.encrypt(key, load, target, slot) for key, load, target, slot in blocks])
+
+    def places(self, buffers: Sequence[memoryview]) -> Sequence[memoryview]:
+        """Return private memory, on a page boundary for each buffer."""
+        return self._bounce.like(buffers)
+
+    def unwrap(
+        self,
+        headers: Sequence[Bytes],
+        keys: Sequence[OffloadKey],
+        places: Sequence[memoryview],
+        buffers: Sequence[memoryview],
+        slots: Iterable[int] = NO_SLOTS,
+    ) -> list[FailureCause | None]:
+        """Decrypt from the places into the buffers."""
+        blocks = zip(headers, keys, places, buffers, slots, strict=False)
+        return [self.seal.decrypt(header, key, place, buffer, slot) for header, key, place, buffer, slot in blocks]
+
+    def wrap_into(self, key: OffloadKey, payload: memoryview, target: memoryview) -> bytes:
+        """Encrypt the payload."""
+        return self.seal.encrypt(key, payload, target)
+
+    def unwrap_apart(
+        self, header: Bytes, key: OffloadKey, stored: memoryview, buffer: memoryview
+    ) -> FailureCause | None:
+        """Decrypt into private memory, and copy if it verified."""
+        (decrypted,) = self._bounce.like([buffer])
+        cause = self.seal.decrypt(header, key, stored, decrypted)
+        if cause is None:
+            buffer[:] = decrypted
+        return cause
+
+
+class _Bounce(threading.local):
+    """One thread's private memory, page-aligned, used again and again."""
+
+    def __init__(self) -> None:
+        self._memory = memoryview(b"")
+
+    def like(self, buffers: Sequence[memoryview]) -> list[memoryview]:
+        """Return memory as long as each of `buffers`, on a page boundary each; the former memory is good no more."""
+        starts = [0, *itertools.accumulate(_whole_pages(buffer.nbytes) for buffer in buffers)]
+        if len(self._memory) < starts[-1]:
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            self._memory = memoryview(mmap.mmap(-1, starts[-1], flags=flags))
+        memory = self._memory
+        return [memory[start : start + buffer.nbytes] for start, buffer in zip(starts, buffers, strict=False)]
+
+
+def _whole_pages(num_bytes: int) -> int:
+    return -(-num_bytes // _PAGE_BYTES) * _PAGE_BYTES
