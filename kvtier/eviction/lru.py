@@ -26,9 +26,7 @@ class LRUPolicy(EvictionPolicy):
 
     def insert(self, keys: Sequence[OffloadKey]) -> None:
         """Append `keys`, the head of the call as the most recent."""
-        queue = self._queue
-        for key in reversed(keys):
-            queue[key] = None
+        self._queue.update(dict.fromkeys(reversed(keys)))
 
     def touch(self, keys: Sequence[OffloadKey]) -> None:
         """Make the held ones of `keys` the most recent, the head of the call last."""
@@ -38,9 +36,7 @@ class LRUPolicy(EvictionPolicy):
 
     def evict(self, keys: Sequence[OffloadKey]) -> None:
         """Stop holding `keys`; nothing is remembered."""
-        queue = self._queue
-        for key in keys:
-            del queue[key]
+        deque(map(self._queue.__delitem__, keys), maxlen=0)
 
     def remove(self, keys: Sequence[OffloadKey]) -> None:
         """Stop holding `keys`."""

@@ -10,9 +10,9 @@ whole request moves from state to state in a few calls of set and dict: this run
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
-from itertools import islice
+from itertools import compress, filterfalse, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -122,29 +122,34 @@ class BlockTable:
         unique = dict.fromkeys(keys)
         slot_of = self.slot_of
         all_new = slot_of.keys().isdisjoint(unique)
-        missing = list(unique) if all_new else [key for key in unique if key not in slot_of]
+        missing = list(unique if all_new else filterfalse(slot_of.__contains__, unique))
         needed = len(missing) - len(self._free)
         if needed <= 0:
             return Placement(missing, [], 0)
         if self._adopting:
             return Placement([], [], len(missing))
-        victims = self._pick_victims(needed, missing, () if all_new else unique)
+        victims = self._pick_victims(needed, missing, {} if all_new else unique)
         placed = missing[: len(self._free) + len(victims)]
         return Placement(placed, victims, len(missing) - len(placed))
 
     def _pick_victims(
-        self, count: int, incoming: Sequence[OffloadKey], protected: Collection[OffloadKey]
+        self, count: int, incoming: Sequence[OffloadKey], protected: Mapping[OffloadKey, None]
     ) -> list[OffloadKey]:
-        slot_of, pins, filling = self.slot_of, self._pins, self.filling
+        get_slot, pins, filling = self.slot_of.__getitem__, self._pins, self.filling
         candidates = islice(self.policy.candidates(incoming), MAX_SKIPPED + 4 * count)
         victims: list[OffloadKey] = []
         while len(victims) < count:
             batch = list(islice(candidates, count - len(victims)))
             if not batch:
                 break
-            if filling or protected:
-                batch = [key for key in batch if slot_of[key] not in filling and key not in protected]
-            victims += [key for key in batch if slot_of[key] not in pins] if pins else batch
+            if filling or pins or protected:
+                slots = list(map(get_slot, batch))
+                if not (filling.isdisjoint(slots) and pins.keys().isdisjoint(slots)):
+                    idle = [slot not in filling and slot not in pins for slot in slots]
+                    batch = list(compress(batch, idle))
+                if not protected.keys().isdisjoint(batch):
+                    batch = [key for key in batch if key not in protected]
+            victims += batch
         return victims
 
     def apply(self, placement: Placement) -> dict[OffloadKey, int]:
@@ -158,7 +163,7 @@ class BlockTable:
         if self._key_bytes is None:
             self._key_bytes = len(keys[0])
         if placement.victims:
-            freed = [slot_of.pop(key) for key in placement.victims]
+            freed = list(map(slot_of.pop, placement.victims))
             self.policy.evict(placement.victims)
             freed.reverse()
             free += freed
@@ -295,7 +300,7 @@ class BlockTable:
             wrong.append("a free slot is pinned, or a slot has less than no pins")
         if not quarantined <= self._pins.keys():
             wrong.append("a quarantined slot has no pin")
-        if len(self.policy) != len(self.slot_of) or any(key not in self.policy for key in self.slot_of):
+        if len(self.policy) != len(self.slot_of) or not all(map(self.policy.__contains__, self.slot_of)):
             wrong.append("policy and table hold different keys")
         self.policy.check_invariants()
         if wrong:

@@ -69,7 +69,10 @@ class Device(Generic[T]):
 
     def has_finished(self) -> bool:
         """Return whether `finished` would return anything now."""
-        now, reads, writes = self._clock(), self._reads, self._writes
+        reads, writes = self._reads, self._writes
+        if not reads and not writes:
+            return False
+        now = self._clock()
         return bool((reads and reads[0][0] <= now) or (writes and writes[0][0] <= now))
 
     def finished(self, everything: bool = False) -> list[T]:

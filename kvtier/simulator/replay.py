@@ -10,21 +10,19 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from kvtier.events import BlocksLoaded, Event
-from kvtier.keys import OffloadKey
 from kvtier.simulator.results import Outcome, Result
 from kvtier.simulator.setup import Machine, Setup, SimulatedEngine
 from kvtier.simulator.trace import Trace, TraceRequest
-from kvtier.types import LookupResult, ReqContext, ScheduleEndContext
+from kvtier.types import ReqContext, ScheduleEndContext
 
 Progress = Callable[[float], None]
 """Told which share of a trace has been replayed, 0 to 1."""
 
 _STEP = ScheduleEndContext()
-_HIT, _MISS = LookupResult.HIT, LookupResult.MISS
 _STEP_EVERY = 64
 """Requests between two steps where nothing waits: what an engine's step would do then is nothing, but not for free."""
 _MOMENT = 1e-6
@@ -104,12 +102,15 @@ class Replay:
         return Result.of(self._trace, self._setup, self._machine, self.outcomes, stats, seconds)
 
     def _has_news(self) -> bool:
-        return any(tier.has_news() for tier in self._engine.tiers)
+        for tier in self._engine.tiers:  # noqa: SIM110 - a generator would cost as much as the questions
+            if tier.has_news():
+                return True
+        return False
 
     def _arrive(self, number: int, request: TraceRequest) -> None:
         context = ReqContext(str(number), num_prompt_tokens=request.input_tokens)
         self._manager.on_new_request(context)
-        num_hits, num_pending = self._scan(request.keys, context)
+        num_hits, num_pending = self._manager.lookup_prefix(request.keys, context)
         if not num_pending:
             self._serve(request, context, num_hits, 0.0)
             return
@@ -121,19 +122,6 @@ class Replay:
         """Return when the manager lets a request that waits for so many blocks give up, or earlier."""
         computing = num_pending * self._trace.tokens_per_block / self._machine.prefill_rate
         return min(self._setup.load_deadline, computing) + _MOMENT
-
-    def _scan(self, keys: Sequence[OffloadKey], context: ReqContext) -> tuple[int, int]:
-        """Look a prefix up to its first miss; return how many of its blocks are ready, and how many are on the way."""
-        lookup, ready, pending = self._manager.lookup, 0, 0
-        for key in keys:
-            answer = lookup(key, context)
-            if answer is _HIT:
-                ready += 1
-            elif answer is _MISS:
-                break
-            else:
-                pending += 1
-        return ready, pending
 
     def _serve(self, request: TraceRequest, context: ReqContext, num_hits: int, waited: float) -> None:
         """Load the hits, store the rest, and note what the request got."""
@@ -174,7 +162,7 @@ class Replay:
             if now < one.look_at and self._manager.is_still_deferred(keys[0], one.context):
                 self._waiting.append(one)
                 continue
-            num_hits, num_pending = self._scan(keys, one.context)
+            num_hits, num_pending = self._manager.lookup_prefix(keys, one.context)
             if not num_pending:
                 self._serve(one.request, one.context, num_hits, now - one.since)
                 continue

@@ -128,7 +128,7 @@ class SimulatedTierManager(SecondaryTierManager):
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
         """Return the results of the jobs that have ended by now."""
-        return [self._end(job) for job in self._take_ended(everything=False)]
+        return () if not self.has_news() else [self._end(job) for job in self._take_ended(everything=False)]
 
     def _take_ended(self, everything: bool) -> list[SimulatedJob]:
         ended = list(self._unmoved)

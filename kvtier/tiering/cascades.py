@@ -11,6 +11,7 @@ from kvtier.tiering.guard import TierGuard
 from kvtier.types import Admission, ReqContext
 
 MAX_SEEN = 1_000_000
+_ALWAYS = Admission.ALWAYS
 
 
 class AdmissionRule:
@@ -23,16 +24,14 @@ class AdmissionRule:
 
     def on_store(self, keys: Sequence[OffloadKey], req_context: ReqContext) -> Sequence[OffloadKey]:
         """Return those of the freshly stored `keys` that may enter."""
-        match self._admission:
-            case Admission.ALWAYS:
-                return keys
-            case Admission.PROMPT_ONLY:
-                return [key for key in keys if _is_prompt(key, req_context)]
-            case Admission.SECOND_TOUCH:
-                again = self._take_seen(keys)
-                admitted = set(again)
-                self.see([key for key in keys if key not in admitted])
-                return again
+        if self._admission is _ALWAYS:
+            return keys
+        if self._admission is Admission.PROMPT_ONLY:
+            return [key for key in keys if _is_prompt(key, req_context)]
+        again = self._take_seen(keys)
+        admitted = set(again)
+        self.see([key for key in keys if key not in admitted])
+        return again
 
     def on_use(self, keys: Sequence[OffloadKey]) -> Sequence[OffloadKey]:
         """Return those of the loaded or touched `keys` that may enter now and could not before."""

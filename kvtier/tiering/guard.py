@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -48,7 +48,7 @@ class _Hashing:
 
     job: TierJob
     digests: Future[list[bytes]]
-    claimed: frozenset[OffloadKey]
+    claimed: Collection[OffloadKey]
 
 
 class TierGuard:
@@ -69,6 +69,7 @@ class TierGuard:
         self.name = name
         self.admission = admission
         self.jobs: dict[int, TierJob] = {}
+        self._num_storing = 0
         self.usable = False
         self._clock = clock
         self._observer = observer
@@ -106,8 +107,7 @@ class TierGuard:
         """
         if not self.usable:
             return False
-        pinned = sum(len(job.slots) for job in self.jobs.values() if not job.is_promotion)
-        if pinned and pinned + num_blocks > self._most_pinned:
+        if self._num_storing and self._num_storing + num_blocks > self._most_pinned:
             return False
         return self.call("can_store", False, num_blocks, read=bool)
 
@@ -115,6 +115,8 @@ class TierGuard:
         """Hand a job over; False if the tier did not take it. The slots must be pinned already."""
         job = make_tier_job(metadata, slots, self._clock())
         self.jobs[job.job_id] = job
+        if not job.is_promotion:
+            self._num_storing += len(job.slots)
         if self._ledger is not None and not job.is_promotion:
             self._hashing.append(_Hashing(job, self._ledger.hash(slots), frozenset()))
             return True
@@ -122,10 +124,15 @@ class TierGuard:
 
     def _hand_over(self, job: TierJob) -> bool:
         submit = "submit_load" if job.is_promotion else "submit_store"
-        taken = self.call(submit, False, job.metadata, read=lambda nothing: True)  # one that raises has not taken it
+        taken = self.call(submit, False, job.metadata, read=_taken)  # one that raises has not taken it
         if not taken:
-            del self.jobs[job.job_id]
+            self._forget(job)
         return taken
+
+    def _forget(self, job: TierJob) -> None:
+        del self.jobs[job.job_id]
+        if not job.is_promotion:
+            self._num_storing -= len(job.slots)
 
     def end_step(self, context: ScheduleEndContext) -> None:
         """Tell the tier that a step is over."""
@@ -145,7 +152,12 @@ class TierGuard:
         """Return the tier's state, seen from outside, and the reason for it."""
         if self._down_reason is not None:
             return TierState.DOWN, self._down_reason
-        return self.state, self._guarded("state_reason", lambda: self.tier.state_reason, "")
+        state = self.state
+        try:
+            return state, self.tier.state_reason
+        except Exception as fault:  # noqa: BLE001 - a tier's fault never reaches the engine: it is reported
+            self._fault("state_reason", fault)
+            return state, ""
 
     def call(self, method: str, default: T, *args: object, read: Callable[[Any], T] | None = None) -> T:
         """Call a method of the tier and `read` its answer; a fault of either is reported and `default` returned.
@@ -154,18 +166,11 @@ class TierGuard:
         """
         if self._busy is not None:
             return default
-
-        def called() -> T:
+        try:
             answer: T = getattr(self.tier, method)(*args)
             return answer if read is None else read(answer)
-
-        return self._guarded(method, called, default)
-
-    def _guarded(self, name: str, action: Callable[[], T], default: T) -> T:
-        try:
-            return action()
         except Exception as fault:  # noqa: BLE001 - a tier's fault never reaches the engine: it is reported
-            self._fault(name, fault)
+            self._fault(method, fault)
             return default
 
     # -- once a step --------------------------------------------------------------------------------------
@@ -194,13 +199,18 @@ class TierGuard:
         return answers
 
     def _take_result(self, result: JobResult, answers: list[Answer]) -> None:
-        job = self._guarded("get_finished_jobs", lambda: self.jobs.get(result.job_id), None)
-        if job is None or any(hashing.job is job for hashing in self._hashing):
+        now, job = self._clock(), None
+        try:
+            job = self.jobs.get(result.job_id)
+            claim = None if job is None else read_result(job, result, now)
+        except Exception as fault:  # noqa: BLE001 - a tier's fault never reaches the engine: it is reported
+            self._fault("get_finished_jobs", fault)
+            claim = None
+        if job is None or (self._hashing and any(hashing.job is job for hashing in self._hashing)):
             self._observer.on_event(UnexpectedCall(f"result of tier {self.name}", 1))
             return
-        now = self._clock()
-        failed = Claim(frozenset(), 0, now - job.submitted)
-        claim = self._guarded("get_finished_jobs", lambda: read_result(job, result, now), failed)
+        if claim is None:
+            claim = Claim((), 0, now - job.submitted)
         self._observer.on_event(
             JobFinished(self.name, job.is_promotion, len(job.keys), len(claim.keys), claim.num_bytes, claim.seconds)
         )
@@ -211,8 +221,8 @@ class TierGuard:
         else:
             self._hashing.append(_Hashing(job, self._ledger.hash(job.slots), claim.keys))
 
-    def _answer(self, job: TierJob, successful: frozenset[OffloadKey], answers: list[Answer]) -> None:
-        del self.jobs[job.job_id]
+    def _answer(self, job: TierJob, successful: Collection[OffloadKey], answers: list[Answer]) -> None:
+        self._forget(job)
         answers.append(Answer(job, successful))
 
     def _collect_hashes(self, ledger: DigestLedger, answers: list[Answer]) -> None:
@@ -223,7 +233,7 @@ class TierGuard:
         for hashing in done:
             job, keys, digests = hashing.job, hashing.job.keys, hashing.digests.result()
             if job.is_promotion:
-                good = hashing.claimed.intersection(ledger.matching(keys, digests))
+                good = frozenset(hashing.claimed).intersection(ledger.matching(keys, digests))
                 if len(good) < len(hashing.claimed):
                     wrong = len(hashing.claimed) - len(good)
                     self._observer.on_event(BlocksFailed(self.name, FailureCause.CORRUPT, wrong))
@@ -332,4 +342,10 @@ class TierGuard:
         """Raise InvariantError if a hashing job is not an unanswered job; then ask the tier."""
         if any(hashing.job.job_id not in self.jobs for hashing in self._hashing):
             raise InvariantError(f"tier {self.name} hashes a job that was answered")
+        if self._num_storing != sum(len(job.slots) for job in self.jobs.values() if not job.is_promotion):
+            raise InvariantError(f"tier {self.name} miscounts the blocks of its stores")
         self.tier.check_invariants()
+
+
+def _taken(nothing: object) -> bool:
+    return True

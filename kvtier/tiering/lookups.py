@@ -44,6 +44,11 @@ class Lookups:
         Args:
             filling: it is on its way into the primary tier, from the device or a tier.
         """
+        answer = self.find(state, key, filling)
+        return answer if answer is not _MISS and self.may_wait(state) else _MISS
+
+    def find(self, state: RequestState, key: OffloadKey, filling: bool) -> LookupResult:
+        """Answer as `resolve`, were there no deadline."""
         if filling:
             answer = _MISS if key in self._promotions.late else _PENDING
             if key not in self._promotions.flights:
@@ -52,11 +57,14 @@ class Lookups:
             answer = self._ask_tiers(state, key)
         else:
             return _MISS
-        if answer is _MISS or state.wait is _GAVE_UP or key in state.denied:
-            return _MISS
+        return _MISS if state.wait is _GAVE_UP or key in state.denied else answer
+
+    def may_wait(self, state: RequestState) -> bool:
+        """The request is deferred now, if its deadline has not passed; return whether it is."""
         now = self._clock()
-        state.start_waiting(now)
-        return _MISS if self.expire(state, now) else answer
+        if state.deferred_since is None:
+            state.deferred_since = now
+        return state.waited + (now - state.deferred_since) <= state.deadline or not self.expire(state, now)
 
     def _ask_tiers(self, state: RequestState, key: OffloadKey) -> LookupResult:
         """The first tier that has the block wins; one that does not know yet delays nobody else's hit."""
@@ -69,7 +77,8 @@ class Lookups:
             answer = self._guards[index].lookup(key, state.context)
             if answer is _HIT:
                 state.found[key] = index
-                state.unresolved.discard(key)
+                if state.unresolved:
+                    state.unresolved.discard(key)
                 return _PENDING
             if answer is _RETRY or answer is _PENDING:
                 retry = self._may_probe(state, index) or retry

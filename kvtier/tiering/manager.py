@@ -111,6 +111,27 @@ class TieringOffloadingManager(OffloadingManager):
             return _HIT
         return self._resolve(state, key, slot is not None)
 
+    def lookup_prefix(self, keys: Sequence[OffloadKey], req_context: ReqContext) -> tuple[int, int]:
+        """Look up `keys` one after the other up to the first `MISS`, as `lookup` does, in one call.
+
+        Returns:
+            Blocks that are ready, and blocks that are not yet (`HIT_PENDING` or `RETRY`).
+        """
+        if req_context is not self._current:
+            self._enter(req_context)
+        state, get_slot, filling, lookups = self._state, self._get_slot, self._filling, self._promoter.lookups
+        num_pending, num_found = 0, len(keys)
+        for index, key in enumerate(keys):
+            slot = get_slot(key)
+            if slot is None or slot in filling:
+                answer = lookups.find(state, key, slot is not None)
+                if answer is _MISS or not (num_pending or lookups.may_wait(state)):
+                    num_found = index
+                    break
+                num_pending += 1
+        state.scan += keys[: num_found + 1]
+        return num_found - num_pending, num_pending
+
     def is_still_deferred(self, first_key: OffloadKey, req_context: ReqContext, shortest: int = 1) -> bool:
         """Return whether a scan of this request that starts at `first_key` would find what its last one found.
 
@@ -162,7 +183,9 @@ class TieringOffloadingManager(OffloadingManager):
             state.stop_waiting(self._clock())
         self._use(ordered, req_context)
         sources = state.sources
-        by_source = {PRIMARY: len(ordered)} if not sources else Counter(sources.get(key, PRIMARY) for key in ordered)
+        by_source = (
+            {PRIMARY: len(ordered)} if not sources else Counter(map(sources.get, ordered, itertools.repeat(PRIMARY)))
+        )
         self._observer.on_event(BlocksLoaded(req_context.req_id, by_source))
         return self._make_spec(slots)
 
@@ -234,7 +257,7 @@ class TieringOffloadingManager(OffloadingManager):
     def _cascade(self, guard: TierGuard, keys: list[OffloadKey], req_context: ReqContext) -> None:
         if not keys:
             return
-        slots = [self._table.slot_of[key] for key in keys]
+        slots = list(map(self._table.slot_of.__getitem__, keys))
         self._table.pin(slots)
         if not guard.submit(self._make_job(keys, slots, False, req_context), slots):
             self._table.unpin(slots)
@@ -277,9 +300,10 @@ class TieringOffloadingManager(OffloadingManager):
             state = self._requests.get(req_id)
             if state is not None:
                 state.new_attempt(self._settings.load_deadline)
-        now = self._clock()
-        for state in self._requests:
-            self._promoter.expire(state, now)
+        if self._requests:
+            now = self._clock()
+            for state in self._requests:
+                self._promoter.expire(state, now)
         for state in sorted(self._scanned, key=_arrival):
             if state.may_wait and (state.found or state.deferred_since is not None):
                 self._promoter.promote(state)

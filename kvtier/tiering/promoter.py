@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from kvtier.clock import Clock
 from kvtier.errors import KeyFormatError
@@ -83,7 +83,7 @@ class Promoter:
         if not guard.submit(job, slots):
             self._fail(guard, placement.keys, slots)
 
-    def land(self, guard: TierGuard, job: TierJob, successful: frozenset[OffloadKey]) -> None:
+    def land(self, guard: TierGuard, job: TierJob, successful: Collection[OffloadKey]) -> None:
         """Take in the end of a promotion job: good blocks become ready, the rest misses for those who waited."""
         table = self._table
         keys: Sequence[OffloadKey] = job.keys
@@ -96,14 +96,16 @@ class Promoter:
             bad_keys, bad_slots = [key for key, _ in bad], [slot for _, slot in bad]
             keys, slots = [key for key, _ in good], [slot for _, slot in good]
         table.publish(slots)
-        arrived = [key for key, slot in zip(keys, slots, strict=True) if table.slot_of.get(key) == slot]
+        get_slot = table.slot_of.get
+        arrived = [key for key, slot in zip(keys, slots, strict=True) if get_slot(key) == slot]
         for state, theirs in self.promotions.land(keys, slots).items():
             self.leases.hold(state, theirs)
             state.sources.update(dict.fromkeys(theirs, guard.name))
             self._end_wait(state)
         if arrived:
             self._observer.on_event(BlocksStored(arrived, guard.name))
-        self._fail(guard, bad_keys, bad_slots)
+        if bad_keys:
+            self._fail(guard, bad_keys, bad_slots)
 
     def _fail(self, guard: TierGuard, keys: Sequence[OffloadKey], slots: Sequence[int]) -> None:
         for state, theirs in self.promotions.land(keys, slots).items():
@@ -134,5 +136,7 @@ class Promoter:
 
     def let_go(self, state: RequestState) -> None:
         """The request waits for nothing and holds nothing any more."""
-        self.promotions.leave(state)
-        self.leases.release(state)
+        if state.awaiting:
+            self.promotions.leave(state)
+        if state.lease or state.lease_expires is not None:
+            self.leases.release(state)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
-from typing import NamedTuple
+from itertools import repeat, zip_longest
 
 from kvtier.errors import InvariantError
 from kvtier.keys import OffloadKey
@@ -93,11 +92,8 @@ def _certain_head(state: RequestState, keys: Sequence[OffloadKey]) -> Sequence[O
     return keys
 
 
-class Flight(NamedTuple):
-    """One block on its way: its slot and who waits for it."""
-
-    slot: int
-    waiters: tuple[RequestState, ...]
+Flight = tuple[int, tuple[RequestState, ...]]
+"""One block on its way: its slot and who waits for it."""
 
 
 class Promotions:
@@ -110,8 +106,7 @@ class Promotions:
 
     def depart(self, keys: Sequence[OffloadKey], slots: Sequence[int], waiter: RequestState) -> None:
         """A job fills `slots` with `keys`, for `waiter`."""
-        waiters = (waiter,)
-        self.flights.update({key: Flight(slot, waiters) for key, slot in zip(keys, slots, strict=True)})
+        self.flights.update(zip(keys, zip(slots, repeat((waiter,)), strict=False), strict=True))
         waiter.awaiting.update(keys)
 
     def join(self, keys: Iterable[OffloadKey], waiter: RequestState) -> None:
@@ -119,7 +114,8 @@ class Promotions:
         for key in keys:
             flight = self.flights.get(key)
             if flight is not None and key not in waiter.awaiting:
-                self.flights[key] = Flight(flight.slot, (*flight.waiters, waiter))
+                slot, waiters = flight
+                self.flights[key] = slot, (*waiters, waiter)
                 waiter.awaiting.add(key)
 
     def leave(self, waiter: RequestState, late: bool = False) -> None:
@@ -128,25 +124,27 @@ class Promotions:
             self.late |= waiter.awaiting
         for key in waiter.awaiting:
             slot, waiters = self.flights[key]
-            self.flights[key] = Flight(slot, tuple([other for other in waiters if other is not waiter]))
+            self.flights[key] = slot, tuple([other for other in waiters if other is not waiter])
         waiter.awaiting.clear()
 
     def land(self, keys: Iterable[OffloadKey], slots: Iterable[int]) -> dict[RequestState, list[OffloadKey]]:
         """The flights of `keys` into `slots` are over; return who waited for which. Abandoned ones had nobody."""
         flights, late = self.flights, self.late
         awaited: dict[RequestState, list[OffloadKey]] = {}
+        group: tuple[RequestState, ...] | None = None
+        lists: list[list[OffloadKey]] = []
         for key, slot in zip(keys, slots, strict=True):
             flight = flights.get(key)
-            if flight is None or flight.slot != slot:
+            if flight is None or flight[0] != slot:
                 continue
             del flights[key]
             if late:
                 late.discard(key)
-            for waiter in flight.waiters:
-                if waiter in awaited:
-                    awaited[waiter].append(key)
-                else:
-                    awaited[waiter] = [key]
+            if flight[1] is not group:  # neighbours mostly have the same ones
+                group = flight[1]
+                lists = [awaited.setdefault(waiter, []) for waiter in group]
+            for theirs in lists:
+                theirs.append(key)
         for waiter, theirs in awaited.items():
             waiter.awaiting.difference_update(theirs)
         return awaited
@@ -154,14 +152,14 @@ class Promotions:
     def abandoned(self, keys: Iterable[OffloadKey]) -> list[OffloadKey]:
         """Return those of `keys` that are late or on their way to nobody; a store may take them over."""
         flights, late = self.flights, self.late
-        return [key for key in keys if key in flights and (key in late or not flights[key].waiters)]
+        return [key for key in keys if key in flights and (key in late or not flights[key][1])]
 
     def abandon(self, keys: Iterable[OffloadKey]) -> None:
         """Forget these flights: whatever arrives finds its slot in quarantine."""
         for key in keys:
             self.late.discard(key)
             flight = self.flights.pop(key, None)
-            for waiter in flight.waiters if flight is not None else ():
+            for waiter in flight[1] if flight is not None else ():
                 waiter.awaiting.discard(key)
 
     def clear(self) -> None:
@@ -176,14 +174,14 @@ class Promotions:
     @property
     def has_live(self) -> bool:
         """Whether any request waits for a flight."""
-        return any(flight.waiters for flight in self.flights.values())
+        return any(waiters for _, waiters in self.flights.values())
 
     def check_invariants(self, table: BlockTable) -> None:
         """Raise InvariantError unless every flight has a filling slot and its waiters know of it."""
-        for key, flight in self.flights.items():
-            if table.slot_of.get(key) != flight.slot or flight.slot not in table.filling:
-                raise InvariantError(f"a flight has slot {flight.slot}, which is not filling")
-            if any(key not in waiter.awaiting for waiter in flight.waiters):
+        for key, (slot, waiters) in self.flights.items():
+            if table.slot_of.get(key) != slot or slot not in table.filling:
+                raise InvariantError(f"a flight has slot {slot}, which is not filling")
+            if any(key not in waiter.awaiting for waiter in waiters):
                 raise InvariantError("a flight counts a waiter that does not wait")
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import groupby
+from operator import itemgetter
 
 from kvtier.errors import InvariantError
 from kvtier.keys import GROUP_BYTES, OffloadKey
 from kvtier.types import ReqContext
+
+_group_of = itemgetter(slice(-GROUP_BYTES, None))
 
 
 class Wait(Enum):
@@ -99,11 +102,6 @@ class RequestState:
         running = now - self.deferred_since if self.deferred_since is not None else 0.0
         return self.waited + running
 
-    def start_waiting(self, now: float) -> None:
-        """The clock of the deadline runs from now, if it did not already."""
-        if self.deferred_since is None:
-            self.deferred_since = now
-
     def stop_waiting(self, now: float) -> None:
         """The clock stops: no tier causes the wait any more."""
         self.waited = self.time_waited(now)
@@ -120,8 +118,8 @@ class RequestState:
         certain = self.scan and not self.unresolved
         self.planned_for = (self.scan[0], len(self.awaiting)) if certain else None
         if certain and self.awaiting:
-            groups = groupby(self.scan, key=lambda key: key[-GROUP_BYTES:])
-            self.shortest_group = min(sum(1 for _ in keys) for _, keys in groups)
+            groups = groupby(map(_group_of, self.scan))
+            self.shortest_group = min(len(list(keys)) for _, keys in groups)
 
     def forget_scan(self) -> None:
         """The step is over; the next scan replaces this one."""
@@ -129,8 +127,9 @@ class RequestState:
         self.found.clear()
         self.unresolved.clear()
         self.stores.clear()
-        for index in self.probing_since.keys() - self.probing:
-            del self.probing_since[index]
+        if self.probing_since:
+            for index in self.probing_since.keys() - self.probing:
+                del self.probing_since[index]
         self.probing.clear()
 
     def note_stored(self, keys: list[OffloadKey]) -> None:
@@ -165,6 +164,8 @@ class Requests:
 
     def __init__(self) -> None:
         self._by_id: dict[str, RequestState] = {}
+        self.get: Callable[[str], RequestState | None] = self._by_id.get
+        """Return the state of a request, or None. The dict's own method: it is called many times a request."""
         self._arrivals = 0
 
     def __len__(self) -> int:
@@ -172,10 +173,6 @@ class Requests:
 
     def __iter__(self) -> Iterator[RequestState]:
         return iter(list(self._by_id.values()))
-
-    def get(self, req_id: str) -> RequestState | None:
-        """Return the state of a request, or None."""
-        return self._by_id.get(req_id)
 
     def open(self, context: ReqContext, tiers: tuple[int, ...], deadline: float) -> RequestState:
         """Return the state of a request, made if it is new or comes again after its end.
@@ -211,11 +208,13 @@ class Requests:
                 raise InvariantError(f"request {state.context.req_id} is over and was not dropped")
 
 
-def split_scan(scan: Iterable[OffloadKey]) -> list[list[OffloadKey]]:
+def split_scan(scan: Collection[OffloadKey]) -> list[list[OffloadKey]]:
     """Return what was looked up, by KV group, in the engine's order.
 
     A group whose scan comes to a key again has started over: the later scan replaces the earlier.
     """
+    if len(set(map(_group_of, scan))) == 1 and len(set(scan)) == len(scan):
+        return [list(scan)]
     groups: dict[bytes, dict[OffloadKey, None]] = {}
     group: dict[OffloadKey, None] = {}
     last = b""

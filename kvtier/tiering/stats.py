@@ -35,21 +35,21 @@ class StatsObserver:
                 counts[f"loaded_blocks.{source}"] += num_blocks
         elif isinstance(event, BlocksEvicted):
             counts[f"evicted_blocks.{event.tier}"] += len(event.keys)
+        elif isinstance(event, JobFinished):
+            tier, direction = event.tier, "promoted" if event.is_promotion else "cascaded"
+            counts[f"{direction}_blocks.{tier}"] += event.num_successful
+            counts[f"{direction}_bytes.{tier}"] += event.num_bytes
+            counts[f"{direction}_seconds.{tier}"] += event.seconds
+        elif isinstance(event, CascadeRefused):
+            counts[f"refused_blocks.{event.tier}.{event.reason}"] += event.num_blocks
         else:
             self._count_rare(event)
 
     def _count_rare(self, event: Event) -> None:
         counts = self._counts
         match event:
-            case JobFinished():
-                direction = "promoted" if event.is_promotion else "cascaded"
-                counts[f"{direction}_blocks.{event.tier}"] += event.num_successful
-                counts[f"{direction}_bytes.{event.tier}"] += event.num_bytes
-                counts[f"{direction}_seconds.{event.tier}"] += event.seconds
             case BlocksFailed(tier, cause, num_blocks):
                 counts[f"failed_blocks.{tier}.{cause.value}"] += num_blocks
-            case CascadeRefused(tier, num_blocks, reason):
-                counts[f"refused_blocks.{tier}.{reason}"] += num_blocks
             case TierStateChanged(tier, state, _):
                 counts[f"times_{state.value}.{tier}"] += 1
             case RequestGaveUp(_, reason, num_blocks):

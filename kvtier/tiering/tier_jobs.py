@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kvtier.keys import OffloadKey
 from kvtier.types import JobMetadata, JobResult
@@ -27,19 +28,17 @@ class TierJob:
     submitted: float
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """The end of a job: the keys that succeeded, verified if the tier does not verify by itself."""
 
     job: TierJob
-    successful: frozenset[OffloadKey]
+    successful: Collection[OffloadKey]
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """What a result says: the keys that succeeded, bytes moved, seconds."""
+class Claim(NamedTuple):
+    """What a result says: the keys that succeeded (the job's own, if all did), bytes moved, seconds."""
 
-    keys: frozenset[OffloadKey]
+    keys: Collection[OffloadKey]
     num_bytes: int
     seconds: float
 
@@ -55,8 +54,8 @@ def read_result(job: TierJob, result: JobResult, now: float) -> Claim:
     Raises:
         Exception: the result's fields are not what they should be; the tier decides of what kind.
     """
-    succeeded = frozenset(job.keys)
+    succeeded: Collection[OffloadKey] = job.keys
     if not result.success:
-        succeeded = succeeded.intersection(result.successful_keys or ())
+        succeeded = frozenset(job.keys).intersection(result.successful_keys or ())
     seconds = float(result.transfer_time) if result.transfer_time is not None else now - job.submitted
     return Claim(succeeded, int(result.transfer_bytes or 0), seconds)

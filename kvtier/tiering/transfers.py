@@ -90,10 +90,11 @@ class DeviceTransfers:
 
 def _take(pending: dict[OffloadKey, int], keys: Collection[OffloadKey]) -> tuple[list[OffloadKey], list[int]]:
     """Remove `keys` from what is pending; return those that were, and their slots, in the order of `pending`."""
-    wanted = keys if isinstance(keys, set | frozenset) else set(keys)
-    if pending.keys() == wanted:
-        done, slots = list(pending), list(pending.values())
+    done = list(pending)
+    if keys == done or pending.keys() == keys:  # all of them, as a list or as a set
+        slots = list(pending.values())
         pending.clear()
         return done, slots
+    wanted = keys if isinstance(keys, set | frozenset) else set(keys)
     done = [key for key in pending if key in wanted]
     return done, [pending.pop(key) for key in done]

@@ -4,7 +4,7 @@ from engine import make_keys
 
 from kvtier.events import RequestGaveUp, TierState
 from kvtier.tiering.requests import split_scan
-from kvtier.types import LookupResult, Medium, TierFilter, TierMatcher
+from kvtier.types import LookupResult, Medium, ScheduleEndContext, TierFilter, TierMatcher
 
 HIT, MISS, PENDING, RETRY = LookupResult.HIT, LookupResult.MISS, LookupResult.HIT_PENDING, LookupResult.RETRY
 
@@ -180,3 +180,36 @@ def test_a_scan_with_an_unanswered_probe_is_repeated(make_engine):
     engine.step()
     assert engine.tier.loads
     assert not engine.manager.is_still_deferred(keys[0], context)
+
+
+def test_a_prefix_in_one_call_gets_what_its_keys_get_one_by_one(make_engine):
+    keys = make_keys(8)
+
+    def look(ready, planted, unknown, *, at_once):
+        engine = make_engine(load_deadline=2.0)
+        engine.store(ready, engine.request("before"))
+        engine.plant(planted)
+        engine.tier.unknown.update(unknown)
+        context, found = engine.request(), []
+        for passed in (0.0, 0.001, 3.0):
+            engine.clock.advance(passed)
+            if at_once:
+                found.append(engine.manager.lookup_prefix(keys, context))
+            else:
+                answers = engine.scan(keys, context)
+                head = answers[: answers.index(MISS)] if MISS in answers else answers
+                found.append((head.count(HIT), len(head) - head.count(HIT)))
+            engine.manager.on_schedule_end(ScheduleEndContext())
+        engine.manager.check_invariants()
+        return found
+
+    cases = [
+        (keys, [], []),
+        (keys[:3], [], []),
+        (keys[:3], keys[3:], []),
+        (keys[:2], keys[2:5], [keys[5]]),
+        ([], [], keys[:2]),
+        (keys[1:], [], []),
+    ]
+    for case in cases:
+        assert look(*case, at_once=True) == look(*case, at_once=False)
