@@ -23,6 +23,8 @@ _GROUP = 32
 """Blocks whose existence is counted at once."""
 _AHEAD_BYTES = 512 * 1024
 """Asked for before they are received: enough to keep a connection busy, and no pile in the server's memory."""
+_LATE_BYTES = 256 * 1024
+"""Of a large block, still to be received when the next one is asked for: the server copies it out meanwhile."""
 _ASKING = b"*1\r\n$6\r\nASKING\r\n"
 
 
@@ -73,6 +75,7 @@ class Exchanges:
         self._block_bytes = block_bytes
         self._value_bytes = HEADER_BYTES + block_bytes
         self._value_line = b"$%d\r\n" % self._value_bytes
+        self._ahead = max(1, _AHEAD_BYTES // block_bytes)
         if ttl_milliseconds is None:
             self._set, self._set_end = b"*3\r\n$3\r\nSET\r\n", b"\r\n"
         else:
@@ -85,24 +88,26 @@ class Exchanges:
         return self._name_prefix + hexlify(key)
 
     def write(self, wire: Wire, requests: Sequence[Request]) -> None:
-        """SET every block: its payload leaves from where it is, summed piece by piece, and its seal follows."""
+        """SET every block: its payload leaves from where it is, and its seal follows.
+
+        A large piece is summed when it has been sent: the processor's cache has it by then, and the server works.
+        """
         pieces: list[bytes | memoryview] = []
         gathered = 0
-        end = b""
         for request in requests:
             asking = _ASKING if request.asking else b""
-            pieces.append(end + asking + self._set + _bulk(request.name) + self._value_line)
+            pieces.append(asking + self._set + _bulk(request.name) + self._value_line)
             checksum = self._seal.checksum()
             for start in range(0, self._block_bytes, PIECE_BYTES):
                 piece = request.buffer[start : start + PIECE_BYTES]
-                checksum.update(piece)
                 pieces.append(piece)
                 gathered += piece.nbytes
                 if gathered >= PIECE_BYTES:
                     wire.send(pieces)
                     pieces, gathered = [], 0
-            end = self._seal.seal_summed(request.key, self._block_bytes, checksum.digest()) + self._set_end
-        wire.send([*pieces, end])
+                checksum.update(piece)
+            pieces.append(self._seal.seal_summed(request.key, self._block_bytes, checksum.digest()) + self._set_end)
+        wire.send(pieces)
         for request in requests:
             line = _status(wire, request)
             request.reply = Refused.parse(line[1:]) if line[:1] == b"-" else _expect(line, b"+OK")
@@ -110,22 +115,25 @@ class Exchanges:
     def read(self, wire: Wire, requests: Sequence[Request]) -> None:
         """GET every block into its buffer, and verify it there."""
         get = b"*2\r\n$3\r\nGET\r\n"
-        ahead = max(1, _AHEAD_BYTES // self._block_bytes)
-        wire.send([_packed(get, requests[:ahead])])
+        wire.send([_packed(get, requests[: self._ahead])])
         most = len(self._value_line)
+        late = max(0, self._block_bytes - _LATE_BYTES)
         for number, request in enumerate(requests):
-            if number + ahead < len(requests):
-                wire.send([_packed(get, requests[number + ahead : number + ahead + 1])])
             line = _status(wire, request, most)
-            if line[:1] == b"-":
+            checksum = self._seal.checksum()
+            is_value = line == self._value_line[:-2]
+            if is_value and late:
+                wire.fill(request.buffer[:late], checksum.update)
+            if number + self._ahead < len(requests):
+                wire.send([_packed(get, requests[number + self._ahead : number + self._ahead + 1])])
+            if is_value:
+                wire.fill(request.buffer[late:], checksum.update)
+                header = wire.take(HEADER_BYTES, most if number + 1 < len(requests) else 0)
+                request.reply = self._verified(header, request.key, checksum.digest())
+            elif line[:1] == b"-":
                 request.reply = Refused.parse(line[1:])
             elif line == b"$-1":
                 request.reply = Outcome.NOT_HELD
-            elif line == self._value_line[:-2]:
-                checksum = self._seal.checksum()
-                wire.fill(request.buffer, checksum.update)
-                header = wire.take(HEADER_BYTES, most if number + 1 < len(requests) else 0)
-                request.reply = self._verified(header, request.key, checksum.digest())
             else:
                 request.reply = FailureCause.CORRUPT
                 self._skip(wire, line)

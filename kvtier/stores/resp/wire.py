@@ -17,8 +17,8 @@ from kvtier.errors import StoreError
 
 BUFFER_BYTES = 64 * 1024
 """Of replies other than payloads, received at once."""
-PIECE_BYTES = 256 * 1024
-"""Of a payload, received or sent at once: it is summed while the processor's second cache still has it."""
+PIECE_BYTES = 512 * 1024
+"""Of a payload, received or sent at once, and then summed: the processor's second cache still has it."""
 _TIMEVAL = struct.Struct("@ll")
 _MOST_LINE_BYTES = 8 * 1024
 _MOST_PIECES = 512
@@ -103,7 +103,7 @@ class Wire:
                 except OSError as error:
                     raise _broken(error) from error
             return
-        left = [memoryview(piece) for piece in pieces]
+        left = [memoryview(piece) for piece in pieces if piece]
         while left:
             self._check_deadline()
             try:
