@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.text import Text
 
 from kvtier.cli.slabs import (
+    EXIT_UNUSABLE,
     EXIT_WRONG,
     SHORT_ID,
     AsJson,
@@ -25,25 +26,43 @@ from kvtier.cli.slabs import (
     refusing,
 )
 from kvtier.sizes import format_size, parse_size
+from kvtier.stores.secrets import SecretPlace
 from kvtier.stores.slab.reading import read_records
 from kvtier.stores.slab.survey import NamespaceSurvey, find_holder, survey_slab
 from kvtier.stores.slab.upkeep import empty_records, hold
 from kvtier.stores.slab.verification import Pace, Verification, causes_of, verify_namespace
 
+_LOCKED = "a secret guards them, name it with --secret-env or --secret-file"
+_LOCKED_TO_IT = "another secret than this one guards them"
+
 
 @dataclass(frozen=True)
 class Finding:
-    """One namespace, verified; `emptied` counts the bad records that are misses from now on."""
+    """One namespace, verified; `emptied` counts the bad records that are misses from now on.
+
+    `locked` says why no block was looked at: a secret guards them that was not given; empty if they were.
+    """
 
     survey: NamespaceSurvey
     verification: Verification
     num_superseded: int
     emptied: int
+    locked: str = ""
 
     @property
     def is_wrong(self) -> bool:
         """Whether a block, or the namespace itself, is not as it should be."""
         return bool(self.verification.bad or self.survey.problems)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What was asked for; the secret is shown nowhere."""
+
+    repair: bool
+    threads: int
+    bytes_per_second: int | None
+    secret: bytes | None = field(repr=False)
 
 
 def verify(
@@ -55,49 +74,65 @@ def verify(
     rate: Annotated[
         str | None, typer.Option(help="Most bytes a second, for example 200MiB; all that the disk gives if absent.")
     ] = None,
+    secret_env: Annotated[
+        str | None, typer.Option(help="Environment variable with the secret that guards the blocks.")
+    ] = None,
+    secret_file: Annotated[str | None, typer.Option(help="File with the secret that guards the blocks.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Read every block and compare it with its checksum, also while an engine uses the directory.
 
     Exit code 0: every block is what was stored. 1: something is wrong, or was and is repaired. 2: a directory cannot
-    be read, is none of a disk tier, or is in use where that is in the way; one line says why.
+    be read, is none of a disk tier, or is in use where that is in the way, or a secret guards blocks and is not this
+    one; one line says why.
     """
     with refusing(as_json):
-        bytes_per_second = None if rate is None else parse_size("rate", rate)
+        place = SecretPlace.checked(secret_env, secret_file)
+        secret = None if place is None else place.read()
+        job = _Job(repair, threads, None if rate is None else parse_size("rate", rate), secret)
         slabs = [slab for found in find_all(directories).values() for slab in found]
         with ExitStack() as held:
             for slab in slabs if repair else ():
                 held.enter_context(hold(slab))
             with _progress() as progress:
-                findings = {slab: _verify_slab(slab, repair, threads, bytes_per_second, progress) for slab in slabs}
+                findings = {slab: _verify_slab(slab, job, progress) for slab in slabs}
     wrong = any(finding.is_wrong for found in findings.values() for finding in found)
+    locked = any(finding.locked for found in findings.values() for finding in found)
     if as_json:
-        print_json({"ok": not wrong, "directories": [_slab_as_json(*item) for item in findings.items()]})
+        ok = not (wrong or locked)
+        print_json({"ok": ok, "directories": [_slab_as_json(*item) for item in findings.items()]})
     else:
         _show(make_console(), findings)
-    if wrong:
-        raise typer.Exit(EXIT_WRONG)
+    if wrong or locked:
+        raise typer.Exit(EXIT_WRONG if wrong else EXIT_UNUSABLE)
 
 
-def _verify_slab(
-    slab: Path, repair: bool, threads: int, bytes_per_second: int | None, progress: Progress
-) -> list[Finding]:
+def _verify_slab(slab: Path, job: _Job, progress: Progress) -> list[Finding]:
     """Verify every namespace of one slab; one that an engine deletes meanwhile is left out."""
     findings = []
     for survey in survey_slab(slab).namespaces:
         task = progress.add_task(survey.folder.name[:SHORT_ID], total=None)
-        pace = Pace(threads, bytes_per_second, on_bytes=partial(progress.advance, task))
+        pace = Pace(job.threads, job.bytes_per_second, on_bytes=partial(progress.advance, task))
         try:
-            records = read_records(survey.folder, survey.description)
+            records = read_records(survey.folder, survey.description, job.secret)
+            if records.seal is None:
+                findings.append(Finding(survey, Verification(), 0, 0, _LOCKED if job.secret is None else _LOCKED_TO_IT))
+                continue
             progress.update(task, total=len(records.inventory.keys) * (survey.block_bytes or 0))
-            found = verify_namespace(survey.folder, records, lambda: not repair and find_holder(slab) is not None, pace)
+            is_used = partial(_is_used, slab, job)
+            found = verify_namespace(survey.folder, records, is_used, pace)
         except FileNotFoundError:
             continue
-        if repair and found.bad:
+        if job.repair and found.bad:
             empty_records(survey.folder, records.num_slots, found.bad)
-        emptied = len(found.bad) if repair else 0
+        emptied = len(found.bad) if job.repair else 0
         findings.append(Finding(survey, found, records.inventory.num_superseded, emptied))
     return findings
+
+
+def _is_used(slab: Path, job: _Job) -> bool:
+    """Return whether an engine may be writing; while a slab is repaired, none is."""
+    return not job.repair and find_holder(slab) is not None
 
 
 def _progress() -> Progress:
@@ -127,6 +162,7 @@ def _finding_as_json(finding: Finding) -> dict[str, Any]:
         "good": found.num_good,
         "bad": causes_of(found.bad),
         "changed_while_reading": found.num_changed,
+        "unverified": finding.survey.num_blocks if finding.locked else 0,
         "superseded": finding.num_superseded,
         "emptied": finding.emptied,
         "problems": list(finding.survey.problems),
@@ -148,9 +184,13 @@ def _show(console: Console, findings: Mapping[Path, Sequence[Finding]]) -> None:
 def _lines_of(slab: Path, finding: Finding) -> list[Text]:
     """Return what was found out about one namespace, for a person."""
     found = finding.verification
+    name = f"{slab} {finding.survey.folder.name[:SHORT_ID]}"
+    if finding.locked:
+        lines = [Text(f"{name}: {finding.survey.num_blocks:,} blocks not verified: {finding.locked}", style="yellow")]
+        return lines + [Text(f"  wrong: {problem}", style="red") for problem in finding.survey.problems]
     speed = found.num_bytes / found.seconds if found.seconds else 0.0
     size = f"{format_size(found.num_bytes)} in {found.seconds:.1f} s, {format_size(speed)}/s"
-    lines = [Text(f"{slab} {finding.survey.folder.name[:SHORT_ID]}: {found.num_good:,} blocks good ({size})")]
+    lines = [Text(f"{name}: {found.num_good:,} blocks good ({size})")]
     for cause, count in causes_of(found.bad).items():
         lines.append(Text(f"  wrong: {count:,} {cause}", style="red"))
     lines += [Text(f"  wrong: {problem}", style="red") for problem in finding.survey.problems]

@@ -36,11 +36,10 @@ def folder_of(slab, model="model"):
     return slab / Namespace({"model": model}).fingerprint.hex()
 
 
-def make_slab(slab, blocks=10, model="model", days_old=0):
+def make_slab(slab, blocks=10, model="model", days_old=0, **options):
     """Store blocks 0, 1, ... in the slots of their numbers; the slab is not in use afterwards."""
-    store = SlabStore.open(
-        {"path": str(slab), "capacity": 8 << 20}, StoreContext(Namespace({"model": model}), block_bytes=BLOCK)
-    )
+    context = StoreContext(Namespace({"model": model}), block_bytes=BLOCK)
+    store = SlabStore.open({"path": str(slab), "capacity": 8 << 20, **options}, context)
     payloads = [memoryview(make_payload(number, BLOCK)) for number in range(blocks)]
     assert all(store.write(range(blocks), [make_key(number) for number in range(blocks)], payloads))
     store.close()

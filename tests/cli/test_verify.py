@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from slab_rigs import BLOCK, as_json, at_a_terminal, flip, kvtier, make_slab, refused, used_by_an_engine
 
+from kvtier.stores.slab.survey import survey_namespace
+
 
 @pytest.fixture(name="slab")
 def _slab(tmp_path):
@@ -102,8 +104,38 @@ def test_interrupted(tmp_path):
     assert "Traceback" not in said
 
 
+def test_blocks_that_a_secret_guards(tmp_path):
+    secret, other, slab = tmp_path / "secret", tmp_path / "other", tmp_path / "slab"
+    secret.write_text("correct horse battery staple")
+    other.write_text("another secret of some length")
+    folders = []
+    for blocks, options in ((10, {}), (11, {"secret_file": str(secret)}), (12, {"encrypt": True})):
+        make_slab(slab, blocks=blocks, **({"secret_file": str(secret), **options} if options else {}))
+        folders += [path for path in slab.iterdir() if path.is_dir() and path not in folders]
+    before = [(folder / "headers").read_bytes() for folder in folders]
+    done = kvtier("verify", slab, "--repair")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "10 blocks good" in done.stdout
+    for blocks in (11, 12):
+        assert f"{blocks} blocks not verified: a secret guards them, name it with --secret-env" in done.stdout
+    report = as_json("verify", slab, "--repair", "--secret-file", other, code=2)
+    assert report["ok"] is False
+    assert sorted(entry["unverified"] for entry in report["directories"][0]["namespaces"]) == [0, 11, 12]
+    assert [(folder / "headers").read_bytes() for folder in folders] == before
+    for folder in folders:
+        flip(folder, 3)
+    environment = {**os.environ, "KVTIER_SECRET": secret.read_text()}
+    report = as_json("verify", slab, "--repair", "--secret-env", "KVTIER_SECRET", code=1, env=environment)
+    found = {entry["id"]: entry for entry in report["directories"][0]["namespaces"]}
+    assert [(found[folder.name]["good"], found[folder.name]["bad"]) for folder in folders] == [
+        (good, {"corrupt": 1}) for good in (9, 10, 11)
+    ]
+    assert [survey_namespace(folder).num_blocks for folder in folders] == [9, 10, 11]
+
+
 def test_nothing_to_verify_and_wrong_options(tmp_path, slab):
     (tmp_path / "empty").mkdir()
     assert as_json("verify", tmp_path / "empty") == {"ok": True, "directories": []}
     assert "rate='fast'" in refused("verify", slab, "--rate", "fast")
     assert "No such file" in refused("verify", tmp_path / "nothing")
+    assert "secret_file='nowhere'" in refused("verify", slab, "--secret-file", "nowhere")
