@@ -39,6 +39,7 @@ class RespTierManager(KeyedTierManager):
         tls_verify: bool = True,
         secret_env: str | None = None,
         secret_file: str | None = None,
+        encrypt: bool = False,
         prefix: str = "kvtier",
         ttl: float | None = None,
         connections: int = 4,
@@ -56,6 +57,7 @@ class RespTierManager(KeyedTierManager):
             tls_verify: whether the server must prove who it is.
             secret_env, secret_file: name of an environment variable, or path of a file, with a secret that vouches for
                 blocks: what somebody stored who does not know it is never loaded.
+            encrypt: whether blocks are encrypted with the secret, too.
             prefix: how the names of the keys begin.
             ttl: seconds that the server keeps a block after it was written; without it, the server decides.
             connections: to each server, used at the same time.
@@ -84,7 +86,7 @@ class RespTierManager(KeyedTierManager):
             timeout=timeout,
         )
         options = settings.to_options()
-        if (place := SecretPlace.checked(secret_env, secret_file)) is not None:
+        if (place := SecretPlace.checked(secret_env, secret_file, encrypt)) is not None:
             options |= place.to_options()
         try:
             tier_settings = TierSettings.checked(connections, job_deadline)

@@ -17,12 +17,22 @@ from typing import Any, NamedTuple
 from kvtier.keys import OffloadKey
 from kvtier.namespace import Namespace
 from kvtier.stores.encrypted_seal import EncryptedSeal
+from kvtier.stores.passing import (
+    EncryptedIncoming,
+    EncryptedOutgoing,
+    Incoming,
+    Outgoing,
+    PlainIncoming,
+    PlainOutgoing,
+)
 from kvtier.stores.seal import BlockHeaders, Seal
 from kvtier.stores.secrets import Authenticator, Bytes, Guard, PayloadCipher, SecretPlace
 from kvtier.types import FailureCause
 
 BOUNCE_BYTES = 16 << 20
 """Most private memory that a thread keeps, or one block."""
+RING_BYTES = 1 << 20
+"""Of pieces on their way out of a thread; a piece has a quarter of it at most."""
 NO_SLOTS: Iterable[int] = itertools.repeat(0)
 """For stores in which the key is the place."""
 _PAGE_BYTES = mmap.PAGESIZE
@@ -102,6 +112,14 @@ class Envelope(ABC):
     ) -> FailureCause | None:
         """Do as `unwrap` for one block in memory of its own; a buffer whose payload did not verify is untouched."""
 
+    @abstractmethod
+    def outgoing(self, key: OffloadKey, payload_bytes: int) -> Outgoing:
+        """Return what takes a payload in pieces of at most `RING_BYTES / 4`, for a header that follows it."""
+
+    @abstractmethod
+    def incoming(self, key: OffloadKey, buffer: memoryview) -> Incoming:
+        """Return what receives a payload for `buffer`, and then its header; one at a time for a thread."""
+
 
 class PlainEnvelope(Envelope):
     """Payloads as they are; nothing is copied."""
@@ -148,6 +166,14 @@ class PlainEnvelope(Envelope):
         if cause is None:
             buffer[:] = stored
         return cause
+
+    def outgoing(self, key: OffloadKey, payload_bytes: int) -> Outgoing:
+        """Return what sums the pieces."""
+        return PlainOutgoing(self.seal, key, payload_bytes)
+
+    def incoming(self, key: OffloadKey, buffer: memoryview) -> Incoming:
+        """Return what sums the pieces."""
+        return PlainIncoming(self.seal, key, buffer)
 
 
 class EncryptedEnvelope(Envelope):
@@ -200,21 +226,42 @@ class EncryptedEnvelope(Envelope):
             buffer[:] = decrypted
         return cause
 
+    def outgoing(self, key: OffloadKey, payload_bytes: int) -> Outgoing:
+        """Return what encrypts the pieces."""
+        return EncryptedOutgoing(self.seal, key, payload_bytes, self._bounce.next_piece)
+
+    def incoming(self, key: OffloadKey, buffer: memoryview) -> Incoming:
+        """Return what collects the pieces."""
+        return EncryptedIncoming(self.seal, key, buffer, *self._bounce.like([buffer]))
+
 
 class _Bounce(threading.local):
     """One thread's private memory, page-aligned, used again and again."""
 
     def __init__(self) -> None:
-        self._memory = memoryview(b"")
+        self._memory = self._ring = memoryview(b"")
+        self._next = 0
 
     def like(self, buffers: Sequence[memoryview]) -> list[memoryview]:
         """Return memory as long as each of `buffers`, on a page boundary each; the former memory is good no more."""
         starts = [0, *itertools.accumulate(_whole_pages(buffer.nbytes) for buffer in buffers)]
         if len(self._memory) < starts[-1]:
-            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-            self._memory = memoryview(mmap.mmap(-1, starts[-1], flags=flags))
+            self._memory = _private_memory(starts[-1])
         memory = self._memory
         return [memory[start : start + buffer.nbytes] for start, buffer in zip(starts, buffers, strict=False)]
+
+    def next_piece(self, num_bytes: int) -> memoryview:
+        """Return memory for a piece of at most `RING_BYTES / 4`; good until half of `RING_BYTES` more are asked for."""
+        if not self._ring:
+            self._ring = _private_memory(RING_BYTES)
+        if self._next + num_bytes > RING_BYTES:
+            self._next = 0
+        start, self._next = self._next, self._next + num_bytes
+        return self._ring[start : self._next]
+
+
+def _private_memory(num_bytes: int) -> memoryview:
+    return memoryview(mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 def _whole_pages(num_bytes: int) -> int:

@@ -1,11 +1,11 @@
 """The shipped suite on a real server, over each way to reach one."""
 
 import pytest
+from guarded_stores import Guarded
 
 from kvtier.stores.resp.settings import RespSettings
 from kvtier.stores.resp.store import RespStore
-from kvtier.stores.seal import HEADER_BYTES, Seal
-from kvtier.testing.stores import StoreSuite, make_key
+from kvtier.testing.stores import StoreSuite, flip_bit, make_key
 from kvtier.types import FailureCause
 
 
@@ -89,27 +89,31 @@ class TestSingle(OnServer):
         assert not self.client.exists(self.store.name(make_key(2)))
 
 
-class TestWithSecret(OnServer):
-    def open_store(self, medium, context):
-        (medium / "secret").write_text("correct horse battery staple")
-        options = RespSettings.checked(self.server.url).to_options()
-        return RespStore.open({**options, "secret_file": str(medium / "secret")}, context)
+class TestWithSecret(Guarded, OnServer):
+    def open_with(self, medium, context, options):
+        return RespStore.open({**RespSettings.checked(self.server.url).to_options(), **options}, context)
 
-    def test_a_forged_block_is_a_miss(self):
+
+class TestEncrypted(TestWithSecret):
+    encrypt = True
+
+
+class TestEncryptedOverUnixSocket(TestWithSecret):
+    """And of blocks that are larger than the pieces in which they pass."""
+
+    encrypt = True
+    block_bytes = 300_000
+
+    def open_with(self, medium, context, options):
+        return RespStore.open(
+            {**RespSettings.checked(f"unix://{self.server.unix_path}").to_options(), **options}, context
+        )
+
+    def test_a_flipped_bit_is_a_miss(self):
         raw = self._raw(1)
-        forger = Seal(self.context.namespace)
-        forger.fingerprint = raw[-HEADER_BYTES:][20:36]
-        evil = self.payload(666)
-        self.plant(self.store, make_key(1), evil + forger.seal(make_key(1), evil))
-        self._assert_lost(1, "forged")
-
-    def test_without_the_secret_nothing_is_seen_and_nothing_spoilt(self):
-        self._write([1])
-        other = open_store(self.context, self.server.url)
-        assert other.contains([make_key(1)]) == [False]
-        assert other.read_into([make_key(1)], self.buffers(1)) == [False]
-        other.close()
-        assert self._read([1]) == [self.payload(1)]
+        for bit in (0, 8 * 64, 4 * len(raw), 8 * len(raw) - 1):
+            self.plant(self.store, make_key(1), flip_bit(raw, bit))
+            self._assert_lost(1, f"flipped at bit {bit}")
 
 
 class TestDatabase(OnServer):

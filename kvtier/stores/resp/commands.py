@@ -9,8 +9,9 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from kvtier.keys import OffloadKey
+from kvtier.stores.envelope import Envelope
 from kvtier.stores.resp.wire import PIECE_BYTES, Break, ConnectionBrokenError, Refused, Wire
-from kvtier.stores.seal import HEADER_BYTES, Seal
+from kvtier.stores.seal import HEADER_BYTES
 from kvtier.types import FailureCause
 
 if TYPE_CHECKING:
@@ -68,10 +69,10 @@ Operation = Callable[[Wire, Sequence[Request]], None]
 class Exchanges:
     """What is said about blocks of one length and namespace."""
 
-    def __init__(self, seal: Seal, block_bytes: int, prefix: str, ttl_milliseconds: int | None) -> None:
+    def __init__(self, envelope: Envelope, block_bytes: int, prefix: str, ttl_milliseconds: int | None) -> None:
         """Args: ttl_milliseconds: how long the server keeps a block after its last writing; None for ever."""
-        self._seal = seal
-        self._name_prefix = f"{prefix}:{seal.fingerprint.hex()}:".encode()
+        self._envelope = envelope
+        self._name_prefix = f"{prefix}:{envelope.namespace.fingerprint.hex()}:".encode()
         self._block_bytes = block_bytes
         self._value_bytes = HEADER_BYTES + block_bytes
         self._value_line = b"$%d\r\n" % self._value_bytes
@@ -88,7 +89,7 @@ class Exchanges:
         return self._name_prefix + hexlify(key)
 
     def write(self, wire: Wire, requests: Sequence[Request]) -> None:
-        """SET every block: its payload leaves from where it is, and its seal follows.
+        """SET every block: its payload leaves from where it is, or encrypted, and its header follows.
 
         A large piece is summed when it has been sent: the processor's cache has it by then, and the server works.
         """
@@ -97,16 +98,16 @@ class Exchanges:
         for request in requests:
             asking = _ASKING if request.asking else b""
             pieces.append(asking + self._set + _bulk(request.name) + self._value_line)
-            checksum = self._seal.checksum()
+            outgoing = self._envelope.outgoing(request.key, self._block_bytes)
             for start in range(0, self._block_bytes, PIECE_BYTES):
                 piece = request.buffer[start : start + PIECE_BYTES]
-                pieces.append(piece)
+                pieces.append(outgoing.take(piece))
                 gathered += piece.nbytes
                 if gathered >= PIECE_BYTES:
                     wire.send(pieces)
                     pieces, gathered = [], 0
-                checksum.update(piece)
-            pieces.append(self._seal.seal_summed(request.key, self._block_bytes, checksum.digest()) + self._set_end)
+                outgoing.note(piece)
+            pieces.append(outgoing.header() + self._set_end)
         wire.send(pieces)
         for request in requests:
             line = _status(wire, request)
@@ -120,16 +121,16 @@ class Exchanges:
         late = max(0, self._block_bytes - _LATE_BYTES)
         for number, request in enumerate(requests):
             line = _status(wire, request, most)
-            checksum = self._seal.checksum()
+            incoming = self._envelope.incoming(request.key, request.buffer)
             is_value = line == self._value_line[:-2]
             if is_value and late:
-                wire.fill(request.buffer[:late], checksum.update)
+                wire.fill(incoming.place[:late], incoming.note)
             if number + self._ahead < len(requests):
                 wire.send([_packed(get, requests[number + self._ahead : number + self._ahead + 1])])
             if is_value:
-                wire.fill(request.buffer[late:], checksum.update)
+                wire.fill(incoming.place[late:], incoming.note)
                 header = wire.take(HEADER_BYTES, most if number + 1 < len(requests) else 0)
-                request.reply = self._verified(header, request.key, checksum.digest())
+                request.reply = _verified(incoming.verify(header))
             elif line[:1] == b"-":
                 request.reply = Refused.parse(line[1:])
             elif line == b"$-1":
@@ -188,18 +189,18 @@ class Exchanges:
         before = b"%b\r\n$%d\r\n%b" % (command, len(self._name_prefix) + 2 * length, self._name_prefix)
         return before + hexlify(b"".join(keys), b"|", -length).replace(b"|", before)
 
-    def _verified(self, header: bytes, key: OffloadKey, checksum: bytes) -> Reply:
-        cause = self._seal.verify_summed(header, key, self._block_bytes, checksum)
-        if cause is None:
-            return Outcome.DONE
-        return FailureCause.CORRUPT if cause is FailureCause.ABSENT else cause
-
     def _skip(self, wire: Wire, line: bytes) -> None:
         if line[:1] != b"$" or not line[1:].isdigit():
             raise ConnectionBrokenError(Break.GARBAGE, "a reply that is no value")
         if (length := int(line[1:])) > _MOST_SKIPPED * self._value_bytes:
             raise ConnectionBrokenError(Break.CLOSED, "a value that is far too long")
         wire.skip(length)
+
+
+def _verified(cause: FailureCause | None) -> Reply:
+    if cause is None:
+        return Outcome.DONE
+    return FailureCause.CORRUPT if cause is FailureCause.ABSENT else cause
 
 
 def _bulk(text: bytes) -> bytes:

@@ -12,14 +12,13 @@ from typing import Any, Self
 from kvtier.abc import BlockStore, StoreContext
 from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.keys import OffloadKey
+from kvtier.stores.envelope import Envelope
 from kvtier.stores.resp.commands import Exchanges, Operation, Outcome, Request
 from kvtier.stores.resp.connections import Server, ServerLostError
 from kvtier.stores.resp.fullness import Fullness
 from kvtier.stores.resp.settings import RespSettings
 from kvtier.stores.resp.topology import Topology, open_topology
 from kvtier.stores.resp.wire import Break, ConnectionBrokenError, Refused, Wire
-from kvtier.stores.seal import Seal
-from kvtier.stores.secrets import PayloadCipher, SecretPlace
 from kvtier.types import FailureCause
 
 logger = logging.getLogger("kvtier")
@@ -50,14 +49,17 @@ class RespStore(BlockStore):
 
     seals_itself = True
 
-    def __init__(self, topology: Topology, settings: RespSettings, seal: Seal, context: StoreContext) -> None:
-        """Args: topology: connected; this store closes it."""
+    def __init__(self, topology: Topology, settings: RespSettings, envelope: Envelope, context: StoreContext) -> None:
+        """Args:
+        topology: connected; this store closes it.
+        envelope: what payloads are put into.
+        """
         self._topology = topology
         self._timeout = settings.timeout
         self._failures = context.failures
         self._block_bytes = context.block_bytes
         ttl = None if settings.ttl is None else int(settings.ttl * 1000)
-        self._exchanges = Exchanges(seal, context.block_bytes, settings.prefix, ttl)
+        self._exchanges = Exchanges(envelope, context.block_bytes, settings.prefix, ttl)
         self._fullness = Fullness()
         self._breaks: Counter[Server] = Counter()
         self._complained = False
@@ -70,11 +72,9 @@ class RespStore(BlockStore):
         Raises:
             StoreUnavailableError: nobody answers, or nobody lets us in.
         """
-        others, authenticator = SecretPlace.split(options, context.namespace)
+        others, envelope = Envelope.open(options, context.namespace)
         settings = RespSettings.from_options(others)
-        if isinstance(authenticator, PayloadCipher):
-            raise StoreUnavailableError("encrypt: not for this store")
-        return cls(open_topology(settings), settings, Seal(context.namespace, authenticator), context)
+        return cls(open_topology(settings), settings, envelope, context)
 
     def name(self, key: OffloadKey) -> bytes:
         """Return the name of a block's value on the server."""

@@ -1,0 +1,92 @@
+"""Stores by key whose blocks a secret guards, and forgers who have everything but it; shared by their tests."""
+
+from pathlib import Path
+
+from kvtier.abc import StoreContext
+from kvtier.stores.encrypted_seal import ENCRYPTED_VERSION, EncryptedSeal
+from kvtier.stores.envelope import Envelope
+from kvtier.stores.seal import HEADER_BYTES, Seal, header_checksum
+from kvtier.stores.secrets import Authenticator, PayloadCipher
+from kvtier.testing.stores import make_key
+from kvtier.types import FailureCause
+
+SECRET, ANOTHER = "correct horse battery staple", "another secret of some length"
+
+
+def secret_options(folder, encrypt, secret=SECRET):
+    path = Path(folder, secret.split()[0])
+    path.write_text(secret)
+    return {"secret_file": str(path), "encrypt": encrypt}
+
+
+def forgeries(namespace, key, evil, real_header, slot=0):
+    """Yield (payload, header) that somebody makes who knows all but the secret: a right checksum, or another's key."""
+    plain = Seal(namespace)
+    plain.fingerprint = namespace.fingerprint
+    vouched = Seal(namespace, Authenticator(ANOTHER.encode(), namespace))
+    vouched.fingerprint = namespace.fingerprint
+    cipher = EncryptedSeal(PayloadCipher(ANOTHER.encode(), namespace), namespace.fingerprint)
+    encrypted = memoryview(bytearray(evil))
+    header = cipher.encrypt(key, evil, encrypted, slot)
+    yield evil, plain.seal(key, evil, slot)
+    yield evil, vouched.seal(key, evil, slot)
+    yield bytes(encrypted), header
+    for forged in (plain.seal(key, evil, slot), header):  # and with what the real one says of itself
+        mixed = real_header[:36] + forged[36:52] + real_header[52:120]
+        yield evil, mixed + header_checksum(mixed).to_bytes(8, "little")
+
+
+class Guarded:
+    """Tests for stores by key; a class says how to `split` and `join` header and payload, and `open_with` a secret."""
+
+    encrypt = False
+    header_first = False
+
+    def open_store(self, medium, context):
+        return self.open_with(medium, context, secret_options(medium, self.encrypt))
+
+    def _split(self, raw):
+        header, payload = (raw[:HEADER_BYTES], raw[HEADER_BYTES:]), (raw[-HEADER_BYTES:], raw[:-HEADER_BYTES])
+        return header if self.header_first else payload
+
+    def _join(self, header, payload):
+        return header + payload if self.header_first else payload + header
+
+    def test_what_is_stored_is_as_long_as_ever_and_shows_what_it_may(self):
+        header, payload = self._split(self._raw(1))
+        assert len(header) == HEADER_BYTES
+        assert (payload == self.payload(1)) is not self.encrypt
+        assert header[4] == (ENCRYPTED_VERSION if self.encrypt else 1)
+
+    def test_who_lacks_the_secret_forges_nothing(self):
+        header, _ = self._split(self._raw(1))
+        namespace = Envelope.open(secret_options(self.medium, self.encrypt), self.context.namespace)[1].namespace
+        for number, (payload, forged) in enumerate(forgeries(namespace, make_key(1), self.payload(666), header)):
+            self.plant(self.store, make_key(1), self._join(forged, payload))
+            self._assert_lost(1, f"forgery {number}")
+        self._write([1])
+        assert self._read([1]) == [self.payload(1)]
+
+    def test_a_block_moved_to_another_key_is_a_miss_and_an_old_one_of_its_own_a_hit(self):
+        old = self._raw(1)
+        header, payload = self._split(self._raw(2))
+        moved = header[:52] + make_key(1).ljust(68, b"\0")
+        self.plant(self.store, make_key(1), self._join(moved + header_checksum(moved).to_bytes(8, "little"), payload))
+        self._assert_lost(1, "another block under its own name")
+        self.plant(self.store, make_key(1), old)
+        assert self._read([1]) == [self.payload(1)]
+
+    def test_another_secret_or_none_sees_nothing_and_spoils_nothing(self):
+        self._write([1])
+        for more in (
+            {},
+            secret_options(self.medium, self.encrypt, ANOTHER),
+            secret_options(self.medium, not self.encrypt),
+        ):
+            context = StoreContext(self.context.namespace, self.block_bytes)
+            other = self.open_with(self.medium, context, more)
+            assert list(other.contains([make_key(1)])) == [False]
+            assert list(other.read_into([make_key(1)], self.buffers(1))) == [False]
+            assert context.failures.take() == {FailureCause.ABSENT: 1}
+            other.close()
+        assert self._read([1]) == [self.payload(1)]
