@@ -1,11 +1,13 @@
 """How fast the resp tier's store moves blocks, beside a raw socket and redis-py, on one server of this machine.
 
-Every figure is the median of several rounds; a round of every case is taken before the next round begins. The raw
+Every figure is the median of several rounds; a round of every case is taken before the next round begins. Within a
+round everybody moves the same 8 MiB, each time beginning with another one, before the next 8 MiB are moved: what else
+the machine does meanwhile hits all of them. The raw
 socket asks the same server for the same sizes with `sendall` and `recv_into`, checks nothing and parses nothing:
 what it moves is the most that this server gives one connection. "Summed" is the raw socket with an XXH3-128 of each
 payload, as it was received or while the server takes it: what no checksummed value can exceed in that shape. The plain
 socket talks to a thread of its own instead of a server, and says what loopback itself would do. Ours seals, verifies
-and moves batches of some 2 MiB.
+and moves batches as the I/O process does, of some 4 MiB.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from rich.table import Table
 from kvtier.abc import StoreContext
 from kvtier.namespace import Namespace
 from kvtier.primary.arena import Arena
+from kvtier.secondary.store_runner import blocks_per_call
 from kvtier.stores.resp.settings import RespSettings
 from kvtier.stores.resp.store import RespStore
 from kvtier.testing.stores import make_key
@@ -43,8 +46,10 @@ TARGET_RATIO = 0.8
 TARGET_FROM_BYTES = 512 * 1024
 TARGET_PROBE_MILLISECONDS = 30.0
 PROBED_KEYS = 8192
-BATCH_BYTES = 2 << 20
+SLICE_BYTES = 8 << 20
 Sample = dict[str, float]
+Move = Callable[[range], Any]
+"""Moves the blocks of these numbers."""
 
 
 class Case:
@@ -64,7 +69,7 @@ class Case:
         self.client = redis.Redis(host=server.host, port=server.port)
         self.raw = socket.create_connection(server.address)
         self.raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.step = max(1, BATCH_BYTES // block_bytes)
+        self.step = blocks_per_call(block_bytes)
         self._small = memoryview(bytearray(64))
 
     def close(self) -> None:
@@ -77,46 +82,53 @@ class Case:
 
     def round(self) -> Sample:
         """Move every block once each way; return GB/s by who did it and which way."""
-        sample: Sample = {}
-        movers: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
-            "plain": (self._plain_write, self._plain_read),
+        movers: dict[str, tuple[Move, Move]] = {
             "raw": (self._raw_write, self._raw_read),
-            "summed": (lambda: self._raw_write(xxhash.xxh3_128_digest), lambda: self._raw_read(xxhash.xxh3_128_digest)),
+            "summed": (self._summed_write, self._summed_read),
             "kvtier": (self._our_write, self._our_read),
             "redis-py": (self._client_write, self._client_read),
         }
-        for name, (write, read) in movers.items():
-            sample[f"{name} write"] = self._rate(write)
-            sample[f"{name} read"] = self._rate(read)
-        return sample
+        seconds = dict.fromkeys((f"{name} {way}" for name in movers for way in ("write", "read")), 0.0)
+        per_slice = max(1, SLICE_BYTES // self.block_bytes)
+        for start in range(0, self.count, per_slice):
+            numbers = range(start, min(start + per_slice, self.count))
+            first = start // per_slice % len(movers)
+            order = [*movers.items()][first:] + [*movers.items()][:first]
+            for name, (write, read) in order:
+                seconds[f"{name} write"] += elapsed(lambda write=write, numbers=numbers: write(numbers))
+                seconds[f"{name} read"] += elapsed(lambda read=read, numbers=numbers: read(numbers))
+        seconds["plain write"], seconds["plain read"] = elapsed(self._plain_write), elapsed(self._plain_read)
+        return {name: self.count * self.block_bytes / 1e9 / taken for name, taken in seconds.items()}
 
-    def _rate(self, move: Callable[[], Any]) -> float:
-        started = time.perf_counter()
-        move()
-        return self.count * self.block_bytes / 1e9 / (time.perf_counter() - started)
-
-    def _our_write(self) -> None:
-        for start in range(0, self.count, self.step):
-            stop = start + self.step
+    def _our_write(self, numbers: range) -> None:
+        for start in range(numbers.start, numbers.stop, self.step):
+            stop = min(start + self.step, numbers.stop)
             if not all(self.store.write(self.keys[start:stop], self.rows[start:stop])):
                 raise RuntimeError("a block was not stored")
 
-    def _our_read(self) -> None:
-        for start in range(0, self.count, self.step):
-            stop = start + self.step
+    def _our_read(self, numbers: range) -> None:
+        for start in range(numbers.start, numbers.stop, self.step):
+            stop = min(start + self.step, numbers.stop)
             if not all(self.store.read_into(self.keys[start:stop], self.rows[start:stop])):
                 raise RuntimeError("a block was not loaded")
 
-    def _client_write(self) -> None:
-        for number, row in enumerate(self.rows):
-            self.client.set(b"raw%06d" % number, row)
+    def _client_write(self, numbers: range) -> None:
+        for number in numbers:
+            self.client.set(b"raw%06d" % number, self.rows[number])
 
-    def _client_read(self) -> None:
-        for number, row in enumerate(self.rows):
-            row[:] = self.client.get(b"raw%06d" % number)
+    def _client_read(self, numbers: range) -> None:
+        for number in numbers:
+            self.rows[number][:] = self.client.get(b"raw%06d" % number)
 
-    def _raw_write(self, note: Callable[[memoryview], Any] | None = None) -> None:
-        for number, row in enumerate(self.rows):
+    def _summed_write(self, numbers: range) -> None:
+        self._raw_write(numbers, xxhash.xxh3_128_digest)
+
+    def _summed_read(self, numbers: range) -> None:
+        self._raw_read(numbers, xxhash.xxh3_128_digest)
+
+    def _raw_write(self, numbers: range, note: Callable[[memoryview], Any] | None = None) -> None:
+        for number in numbers:
+            row = self.rows[number]
             self.raw.sendall(b"*3\r\n$3\r\nSET\r\n$9\r\nraw%06d\r\n$%d\r\n" % (number, self.block_bytes))
             self.raw.sendall(row)
             if note is not None:
@@ -124,15 +136,15 @@ class Case:
             self.raw.sendall(b"\r\n")
             receive(self.raw, self._small[:5])
 
-    def _raw_read(self, note: Callable[[memoryview], Any] | None = None) -> None:
+    def _raw_read(self, numbers: range, note: Callable[[memoryview], Any] | None = None) -> None:
         head = self._small[: len(b"$%d\r\n" % self.block_bytes)]
-        for number, row in enumerate(self.rows):
+        for number in numbers:
             self.raw.sendall(b"*2\r\n$3\r\nGET\r\n$9\r\nraw%06d\r\n" % number)
             receive(self.raw, head)
-            receive(self.raw, row)
+            receive(self.raw, self.rows[number])
             receive(self.raw, self._small[:2])
             if note is not None:
-                note(row)
+                note(self.rows[number])
 
     def _plain_write(self) -> None:
         with peer(self._swallow) as connection:
@@ -155,6 +167,13 @@ class Case:
         memory = bytes(self.block_bytes)
         for _ in range(self.count):
             connection.sendall(memory)
+
+
+def elapsed(work: Callable[[], Any]) -> float:
+    """Return the seconds that `work` takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 def receive(connection: socket.socket, view: memoryview) -> None:

@@ -93,11 +93,11 @@ class Exchanges:
 
         A large piece is summed when it has been sent: the processor's cache has it by then, and the server works.
         """
+        heads = [self._set_head(request) for request in requests]  # before payloads have emptied the caches
         pieces: list[bytes | memoryview] = []
         gathered = 0
-        for request in requests:
-            asking = _ASKING if request.asking else b""
-            pieces.append(asking + self._set + _bulk(request.name) + self._value_line)
+        for head, request in zip(heads, requests, strict=True):
+            pieces.append(head)
             outgoing = self._envelope.outgoing(request.key, self._block_bytes)
             for start in range(0, self._block_bytes, PIECE_BYTES):
                 piece = request.buffer[start : start + PIECE_BYTES]
@@ -115,8 +115,8 @@ class Exchanges:
 
     def read(self, wire: Wire, requests: Sequence[Request]) -> None:
         """GET every block into its buffer, and verify it there."""
-        get = b"*2\r\n$3\r\nGET\r\n"
-        wire.send([_packed(get, requests[: self._ahead])])
+        gets = [_packed(b"*2\r\n$3\r\nGET\r\n", [request]) for request in requests]
+        wire.send([b"".join(gets[: self._ahead])])
         most = len(self._value_line)
         late = max(0, self._block_bytes - _LATE_BYTES)
         for number, request in enumerate(requests):
@@ -126,18 +126,12 @@ class Exchanges:
             if is_value and late:
                 wire.fill(incoming.place[:late], incoming.note)
             if number + self._ahead < len(requests):
-                wire.send([_packed(get, requests[number + self._ahead : number + self._ahead + 1])])
+                wire.send([gets[number + self._ahead]])
             if is_value:
-                wire.fill(incoming.place[late:], incoming.note)
-                header = wire.take(HEADER_BYTES, most if number + 1 < len(requests) else 0)
-                request.reply = _verified(incoming.verify(header))
-            elif line[:1] == b"-":
-                request.reply = Refused.parse(line[1:])
-            elif line == b"$-1":
-                request.reply = Outcome.NOT_HELD
+                wire.fill(incoming.place[late:], incoming.note, HEADER_BYTES + 2)
+                request.reply = _verified(incoming.verify(wire.take(HEADER_BYTES, 0)))
             else:
-                request.reply = FailureCause.CORRUPT
-                self._skip(wire, line)
+                self._note_no_value(wire, request, line)
 
     def find(self, wire: Wire, requests: Sequence[Request]) -> None:
         """Ask whether each block is held."""
@@ -188,6 +182,20 @@ class Exchanges:
         length = len(keys[0])
         before = b"%b\r\n$%d\r\n%b" % (command, len(self._name_prefix) + 2 * length, self._name_prefix)
         return before + hexlify(b"".join(keys), b"|", -length).replace(b"|", before)
+
+    def _set_head(self, request: Request) -> bytes:
+        """Return what is sent before a payload."""
+        return (_ASKING if request.asking else b"") + self._set + _bulk(request.name) + self._value_line
+
+    def _note_no_value(self, wire: Wire, request: Request, line: bytes) -> None:
+        """Note what a line says that announces no value of the right length; a value of another is skipped."""
+        if line[:1] == b"-":
+            request.reply = Refused.parse(line[1:])
+        elif line == b"$-1":
+            request.reply = Outcome.NOT_HELD
+        else:
+            request.reply = FailureCause.CORRUPT
+            self._skip(wire, line)
 
     def _skip(self, wire: Wire, line: bytes) -> None:
         if line[:1] != b"$" or not line[1:].isdigit():

@@ -150,18 +150,25 @@ class Wire:
                 answers.append(self._flag(self.line()))
         return answers
 
-    def fill(self, view: memoryview, note: Callable[[memoryview], None]) -> None:
+    def fill(self, view: memoryview, note: Callable[[memoryview], None], behind: int = 0) -> None:
         """Fill the view with the next bytes.
 
-        Args: note: called with each piece of the view as it arrives, while the processor's cache has it.
+        Args:
+            note: called with each piece of the view as it arrives, while the processor's cache has it.
+            behind: bytes that are certain to follow, for `take`: they are received along with the end of the view.
         """
         done = min(view.nbytes, self._end - self._start)
-        view[:done] = self._memory[self._start : self._start + done]
-        self._start += done
-        note(view[:done])
+        if done:
+            view[:done] = self._memory[self._start : self._start + done]
+            self._start += done
+            note(view[:done])
         while done < view.nbytes:
-            received = self._receive(view[done : done + PIECE_BYTES], self._whole)
-            note(view[done : done + received])
+            piece = view[done : done + PIECE_BYTES]
+            if behind and self._scatters and done + piece.nbytes == view.nbytes:
+                received = self._receive_with_line(piece, behind)
+            else:
+                received = self._receive(piece, self._whole)
+            note(piece[:received])
             done += received
 
     def take(self, count: int, most_after: int) -> bytes:
@@ -208,6 +215,18 @@ class Wire:
         if self._buffer[self._start : self._start + 2] != b"\r\n":
             raise ConnectionBrokenError(Break.GARBAGE, "a value that is longer than it said")
         self._start += 2
+
+    def _receive_with_line(self, view: memoryview, behind: int) -> int:
+        """Receive at least one byte into the view, and into the buffer, which is empty, only what is behind it."""
+        self._check_deadline()
+        try:
+            received: int = self._socket.recvmsg_into([view, self._memory[:behind]], 0, self._whole)[0]
+        except OSError as error:
+            raise _broken(error) from error
+        if not received:
+            raise ConnectionBrokenError(Break.CLOSED, "the server closed the connection")
+        self._start, self._end = 0, max(0, received - view.nbytes)
+        return min(received, view.nbytes)
 
     def _receive_line(self, most: int) -> None:
         if self._start == self._end:
