@@ -12,7 +12,7 @@ from kvtier.stores import secrets
 from kvtier.stores.encrypted_seal import ENCRYPTED_VERSION, EncryptedSeal
 from kvtier.stores.envelope import RING_BYTES, EncryptedEnvelope, Envelope, PlainEnvelope
 from kvtier.stores.seal import HEADER_BYTES, BlockHeaders, Record, Seal, header_checksum
-from kvtier.stores.secrets import Authenticator, PayloadCipher, SecretPlace
+from kvtier.stores.secrets import TAG_BYTES, Authenticator, PayloadCipher, SecretPlace
 from kvtier.testing.stores import flip_bit, make_key, make_payload
 from kvtier.types import FailureCause
 
@@ -83,6 +83,24 @@ def test_every_bit_counts_even_if_the_headers_own_checksum_is_made_anew(seal):
         assert decrypted(seal, header, flip_bit(stored, bit)) is FailureCause.CORRUPT
     for other in (stored[:-1], stored + b"\0", b""):
         assert decrypted(seal, header, other) is FailureCause.CORRUPT
+
+
+def test_whole_or_in_pieces_makes_no_difference(seal):
+    room = memoryview(bytearray(len(PAYLOAD) + TAG_BYTES))
+    header = seal.encrypt_whole(KEY, PAYLOAD, room, 7)
+    assert decrypted(seal, header, bytes(room[:-TAG_BYTES]), slot=7) == PAYLOAD
+    header, stored = encrypted(seal, slot=7)
+    target = memoryview(bytearray(len(PAYLOAD)))
+
+    def decrypt_whole(header, stored, slot=7):
+        return seal.decrypt_whole(header, KEY, memoryview(bytearray(stored) + bytes(TAG_BYTES)), target, slot)
+
+    assert decrypt_whole(header, stored) is None
+    assert target == PAYLOAD
+    assert decrypt_whole(header, stored, 8) is FailureCause.FOREIGN
+    assert decrypt_whole(header, flip_bit(stored, 99)) is FailureCause.CORRUPT
+    assert decrypt_whole(resigned(flip_bit(header, 8 * 40)), stored) is FailureCause.CORRUPT
+    assert decrypt_whole(header, stored[:-1]) is FailureCause.CORRUPT
 
 
 def test_no_writing_is_like_another(seal):
@@ -205,7 +223,7 @@ def test_a_namespace_for_each_way_to_guard_blocks():
     namespaces = [NAMESPACE, Authenticator(SECRET, NAMESPACE).namespace, PayloadCipher(SECRET, NAMESPACE).namespace]
     assert len({namespace.fingerprint for namespace in namespaces}) == 3
     assert {namespace.epoch for namespace in namespaces} == {b"epoch"}
-    assert PlainEnvelope(NAMESPACE).namespace is NAMESPACE
+    assert PlainEnvelope.under(None, NAMESPACE).namespace is NAMESPACE
 
 
 def test_encrypting_needs_a_secret_and_the_package(monkeypatch, tmp_path):
