@@ -48,12 +48,13 @@ class SlabStore(SlotStore):
         self._directory = directory
         self._geometry = geometry
         self._capacity = capacity
-        self._envelope = envelope
-        self._most_blocks = envelope.most_blocks(geometry.block_bytes)
         self._failures = context.failures
         self._logged: set[int | None] = set()
         folder = directory.namespace_path
         self._segments = Segments(folder, geometry, self._make_room, min_free)
+        self._envelope = envelope.apart() if self._segments.direct else envelope
+        self._most_written = self._envelope.most_blocks(geometry.block_bytes)
+        self._most_read = self._envelope.most_places(geometry.block_bytes)
         try:
             self._segments.fit()
             self._make_room(self._segments.lengths)
@@ -124,7 +125,7 @@ class SlabStore(SlotStore):
             StoreUnavailableError: the directory was removed.
         """
         results = [False] * len(slots)
-        for run in self._runs([int(slot) for slot in slots], buffers):
+        for run in self._runs([int(slot) for slot in slots], buffers, self._most_written):
             self._write_run(run, keys, buffers, results)
         return results
 
@@ -135,7 +136,7 @@ class SlabStore(SlotStore):
             StoreUnavailableError: the directory was removed.
         """
         results = [False] * len(slots)
-        for run in self._runs([int(slot) for slot in slots], buffers):
+        for run in self._runs([int(slot) for slot in slots], buffers, self._most_read):
             self._read_run(run, keys, buffers, results)
         return results
 
@@ -153,7 +154,7 @@ class SlabStore(SlotStore):
         """Let other namespaces give way to data files of these lengths."""
         self._directory.give_way(self._geometry.cost_bytes(lengths), self._capacity)
 
-    def _runs(self, slots: Sequence[int], buffers: Sequence[memoryview]) -> list[Run]:
+    def _runs(self, slots: Sequence[int], buffers: Sequence[memoryview], most: int | None) -> list[Run]:
         """Return the runs over the slots and buffers that can be served at all; count the others."""
         self._directory.check_present()
         if not self._headers.present:
@@ -167,7 +168,7 @@ class SlabStore(SlotStore):
         ]
         if len(usable) < len(slots):
             self._failures.count(FailureCause.IO_ERROR, len(slots) - len(usable))
-        return coalesce(slots, usable, self._geometry, self._most_blocks)
+        return coalesce(slots, usable, self._geometry, most)
 
     def _write_run(
         self, run: Run, keys: Sequence[OffloadKey], buffers: Sequence[memoryview], results: list[bool]
