@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from kvtier.abc import TierContext
+from kvtier.cli.disk_speed.echo import Echo
 from kvtier.cli.disk_speed.raw import RawLimit
 from kvtier.cli.disk_speed.scheduler import BusyScheduler, Steps
 from kvtier.errors import KVTierError
@@ -120,10 +121,10 @@ class Session:
             "steps": steps,
         }
 
-    def raw(self, limit: RawLimit, summed: bool = False) -> dict[str, Any]:
+    def raw(self, limit: RawLimit, summed: bool = False, echo: Echo | None = None) -> dict[str, Any]:
         """Let the raw limit move its bytes while this thread is as busy as it is with the tier."""
         limit.begin(not self._order.load, summed)
-        steps = self.scheduler.idle(limit.ended)
+        steps = self.scheduler.idle(limit.ended, echo)
         answer = limit.take()
         return {
             "gb_per_second": limit.num_bytes / answer["seconds"] / 1e9,
@@ -188,7 +189,7 @@ class Session:
 def measure(order: Order) -> Iterator[dict[str, Any]]:
     """Yield what each round measured, raw beside tier, then what was measured once."""
     session = Session(order)
-    with RawLimit(Path(order.folder) / "raw", order.num_bytes) as limit:
+    with RawLimit(Path(order.folder) / "raw", order.num_bytes) as limit, Echo(order.job_blocks) as echo:
         session.prepare()
         gc.collect()
         gc.freeze()
@@ -200,7 +201,7 @@ def measure(order: Order) -> Iterator[dict[str, Any]]:
         for number in range(order.rounds):
             tier = session.move(number)
             after = session.raw(limit)
-            summed = session.raw(limit, summed=True)
+            summed = session.raw(limit, summed=True, echo=echo)
             raw = (before["gb_per_second"] + after["gb_per_second"]) / 2
             raw_steps += after["steps"].steps
             tier_steps += tier["steps"].steps
@@ -217,13 +218,14 @@ def measure(order: Order) -> Iterator[dict[str, Any]]:
             }
             before = after
         idle.steps += session.idle().steps
-        direct = limit.direct
+        direct, packet_seconds = limit.direct, float(np.median(echo.seconds or [0.0]))
     if session.scheduler.num_failed:
         raise KVTierError(f"{session.scheduler.num_failed} jobs failed: the figures mean nothing")
     steps = {"idle": idle.steps, "raw": raw_steps, "tier": tier_steps}
     yield {
         "direct": direct,
         "idle_poll_us": idle_poll * 1e6,
+        "packet_us": packet_seconds * 1e6,
         "lookups": session.lookups(),
         "steps_ms": {name: _percentiles(times) for name, times in steps.items()},
     }

@@ -39,7 +39,19 @@ def speed_table(figures: Sequence[Figures]) -> Table:
 def scheduler_table(figures: Sequence[Figures]) -> Table:
     """Return what the scheduler's thread sees, a row a case."""
     table = Table(title="the scheduler's thread (p50 / p99 / max of a step in ms; microseconds; lookups a second)")
-    columns = ("block", "job", "", "tier idle", "raw at work", "tier at work", "job us", "target", "hits/s", "misses/s")
+    columns = (
+        "block",
+        "job",
+        "",
+        "tier idle",
+        "raw at work",
+        "tier at work",
+        "job us",
+        "target",
+        "packet us",
+        "hits/s",
+        "misses/s",
+    )
     for column in columns:
         table.add_column(column, justify="right" if column else "left")
     for row in figures:
@@ -54,6 +66,7 @@ def scheduler_table(figures: Sequence[Figures]) -> Table:
             _marked(tier, grown > STEP_TARGET_MS),
             _marked(f"{row.job_us:.0f}", row.job_us > row.job_target_us),
             f"{row.job_target_us:.0f}",
+            f"{row.packet_us:.0f}",
             f"{row.lookups['present'] / 1e6:.1f}M",
             f"{row.lookups['absent'] / 1e6:.1f}M",
         )
