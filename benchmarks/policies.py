@@ -20,6 +20,7 @@ from rich.table import Table
 
 from kvtier.abc import EvictionPolicy
 from kvtier.eviction.arc import ARCPolicy
+from kvtier.eviction.auto import AutoPolicy
 from kvtier.eviction.lru import LRUPolicy
 from kvtier.eviction.prefix import PrefixPolicy
 from kvtier.eviction.s3fifo import S3FIFOPolicy
@@ -32,6 +33,7 @@ POLICIES: dict[str, type[EvictionPolicy]] = {
     "s3fifo": S3FIFOPolicy,
     "tinylfu": TinyLFUPolicy,
     "prefix": PrefixPolicy,
+    "auto": AutoPolicy,
 }
 SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 NEVER = 1 << 60

@@ -64,6 +64,14 @@ class EvictionPolicy(ABC):
         """Args: capacity: most keys that will be held at once, at least 1."""
         self.capacity = capacity
 
+    @classmethod
+    def for_sample(cls, capacity: int, share: float) -> Self:
+        """Return a policy that will be shown a share, in (0, 1], of the keys only: a shadow.
+
+        Policies with constants that count uses, and not uses for each key held, scale them.
+        """
+        return cls(capacity)
+
     @abstractmethod
     def insert(self, keys: Sequence[OffloadKey]) -> None:
         """Start holding `keys`: one use of each."""

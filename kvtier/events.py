@@ -90,6 +90,16 @@ class CacheReset(NamedTuple):
     epoch: bytes
 
 
+class PolicySwitched(NamedTuple):
+    """`eviction_policy: auto` chose another policy; the rates are what shadows of both hit of a sample, 0 to 1."""
+
+    tier: str
+    former: str
+    chosen: str
+    former_rate: float
+    chosen_rate: float
+
+
 class UnexpectedCall(NamedTuple):
     """A completion, or a tier's result, that nothing waited for: counted, never raised."""
 
@@ -107,6 +117,7 @@ Event = (
     | TierStateChanged
     | RequestGaveUp
     | CacheReset
+    | PolicySwitched
     | UnexpectedCall
 )
 

@@ -104,6 +104,7 @@ POLICIES.register("arc", "kvtier.eviction.arc", "ARCPolicy")
 POLICIES.register("s3fifo", "kvtier.eviction.s3fifo", "S3FIFOPolicy")
 POLICIES.register("tinylfu", "kvtier.eviction.tinylfu", "TinyLFUPolicy")
 POLICIES.register("prefix", "kvtier.eviction.prefix", "PrefixPolicy")
+POLICIES.register("auto", "kvtier.eviction.auto", "AutoPolicy")
 
 WORKERS: Registry[Callable[..., OffloadingWorker]] = Registry("device")
 WORKERS.register("cpu-numpy", "kvtier.primary.worker", "NumpyOffloadingWorker")
@@ -111,7 +112,7 @@ WORKERS.register("torch", "kvtier.adapters.torch", "make_worker")
 
 
 class EvictionPolicyFactory:
-    """Makes eviction policies by name; "lru", "arc", "s3fifo", "tinylfu" and "prefix" are built in."""
+    """Makes eviction policies by name; "lru", "arc", "s3fifo", "tinylfu", "prefix" and "auto" are built in."""
 
     @classmethod
     def register_policy(cls, name: str, module_path: str, class_name: str) -> None:

@@ -82,7 +82,7 @@ def test_what_is_loaded_must_be_what_was_asked_for():
     assert error_of(calls.load, "value") == "call='not_a_class': a callable expected"
 
 
-@pytest.mark.parametrize("name", ["lru", "arc", "s3fifo", "tinylfu", "prefix"])
+@pytest.mark.parametrize("name", ["lru", "arc", "s3fifo", "tinylfu", "prefix", "auto"])
 def test_policies_by_name(name):
     policy = EvictionPolicyFactory.create_policy(name, 3)
     assert isinstance(policy, EvictionPolicy)

@@ -21,6 +21,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from heapq import heapify, heappop, heapreplace
 from itertools import groupby, islice
+from typing import Self
 
 from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
@@ -34,6 +35,11 @@ LEARN_AFTER = 2048
 """Uses of blocks between two computations of the ranks; the first ones come earlier."""
 
 _FIRST_LEARNING = 256
+_ONCE_USED = (NEW, NEW_BRANCH, NEW_TURN)
+_LEAST_BETWEEN_LEARNINGS = 128
+"""A shadow learns more often than its share of the uses says, but no more often than this: learning is not cheap."""
+
+_LEAST_FIRST_LEARNING = 32
 
 
 class Part:
@@ -61,17 +67,25 @@ class PrefixPolicy(EvictionPolicy):
     A request is what comes up to and with one insert: a `touch` of what it found, then its new blocks.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, share: float = 1.0) -> None:
+        """Args: capacity: as for every policy; share: of all keys that it is shown, see `for_sample`."""
         super().__init__(capacity)
-        self._table = ReuseTable(capacity)
+        self._table = ReuseTable(capacity, share)
+        self._learn_after = max(_LEAST_BETWEEN_LEARNINGS, int(LEARN_AFTER * share))
+        self._first_learning = max(_LEAST_FIRST_LEARNING, int(_FIRST_LEARNING * share))
         self._part_of: dict[OffloadKey, Part] = {}
         self._ghosts: OrderedDict[OffloadKey, Part] = OrderedDict()
         self._queues: list[OrderedDict[Part, None]] = [OrderedDict() for _ in range(NUM_CLASSES)]
         # Parts by the bin of age they are in, oldest first; those without a block leave at the next border.
         self._ageing: list[deque[Part]] = [deque() for _ in range(len(self._table.edges) + 1)]
         self._now = 0
-        self._learn_at = _FIRST_LEARNING
+        self._learn_at = self._first_learning
         self._num_found = 0
+
+    @classmethod
+    def for_sample(cls, capacity: int, share: float) -> Self:
+        """Return a policy that learns from as many uses of all keys as it would if it were shown them all."""
+        return cls(capacity, share)
 
     def touch(self, keys: Sequence[OffloadKey]) -> None:
         """Count a use of the held ones of `keys`; a use at once after another by the same keys is the same use."""
@@ -100,32 +114,40 @@ class PrefixPolicy(EvictionPolicy):
         self._use(keys, parts, kind)
 
     def _use(self, keys: Sequence[OffloadKey], parts: Sequence[Part | None], kind_of_new: int) -> None:
-        """Move `keys` from `parts` into new ones: from the tail, lest a block seem less used than those behind it."""
-        now = self._now
-        groups = [(part, len(list(same))) for part, same in groupby(parts)]
-        end, most_uses = len(keys), 0
-        fresh: list[tuple[list[OffloadKey], int, int]] = []
-        for part, size in reversed(groups):
-            uses = 1
-            if part is not None:
-                is_again = part.time == now
-                uses = part.uses + (not is_again)
-                if not is_again:
-                    self._table.note_used(part.kind, now - part.time, size)
-            most_uses = max(uses, most_uses)
-            kind = class_of(most_uses) if most_uses > 1 else kind_of_new if part is None else part.kind
-            block = list(keys[end - size : end])
-            end -= size
-            if fresh and fresh[-1][1] == kind:
-                fresh[-1] = (block + fresh[-1][0], kind, most_uses)
-            else:
-                fresh.append((block, kind, most_uses))
-            if part is not None:
-                self._leave(part, block)
-        self._now = now = now + len(keys)
-        for block, kind, uses in fresh:
-            self._add(Part(block, kind, uses, now))
+        """Move `keys` from `parts` into new ones."""
+        now, begin = self._now, 0
+        groups: list[tuple[list[OffloadKey], int, int]] = []
+        for part, same in groupby(parts):
+            end = begin + len(list(same))
+            block, begin = list(keys[begin:end]), end
+            if part is None:
+                groups.append((block, 1, kind_of_new))
+                continue
+            is_again = part.time == now
+            if not is_again:
+                self._table.note_used(part.kind, now - part.time, len(block))
+            groups.append((block, part.uses + (not is_again), part.kind))
+            self._leave(part, block)
+        self._now = now + len(keys)
+        self._add_all(groups)
         self._age()
+
+    def _add_all(self, groups: list[tuple[list[OffloadKey], int, int]]) -> None:
+        """Make parts of the present of (blocks, uses, class if that is one), in prefix order.
+
+        From the tail, lest a block seem less used than those behind it.
+        """
+        fresh: list[Part] = []
+        most_uses = 0
+        for block, uses, kind_of_one in reversed(groups):
+            most_uses = max(uses, most_uses)
+            kind = class_of(most_uses) if most_uses > 1 else kind_of_one
+            if fresh and fresh[-1].kind == kind:
+                former = fresh.pop()
+                block = block + former.keys
+            fresh.append(Part(block, kind, most_uses, self._now))
+        for part in fresh:
+            self._add(part)
 
     def _leave(self, part: Part, keys: Sequence[OffloadKey]) -> None:
         """Blocks of `part` go elsewhere: all of them are held, or all of them were ghosts."""
@@ -165,7 +187,7 @@ class PrefixPolicy(EvictionPolicy):
             last.popleft()
         if now >= self._learn_at:
             self._table.learn()
-            self._learn_at = now + min(LEARN_AFTER, now)
+            self._learn_at = now + min(self._learn_after, now)
 
     def candidates(self, incoming: Sequence[OffloadKey] = ()) -> Iterator[OffloadKey]:
         """Yield the held keys, lowest rank first, among equals oldest first; `incoming` does not matter."""
@@ -219,21 +241,16 @@ class PrefixPolicy(EvictionPolicy):
             self.clear()
 
     def settle(self, keys: Sequence[OffloadKey]) -> None:
-        """Join the held ones of `keys` to parts of the present, by their classes; no use is counted."""
-        part_of = self._part_of
-        held = [key for key in keys if key in part_of]
-        blocks: list[Part] = []
-        for part, same in groupby(held, key=part_of.__getitem__):
-            block = list(same)
+        """Join the held ones of `keys` to parts of the present, as if one call had brought them; no use is counted."""
+        held = [key for key in keys if key in self._part_of]
+        groups = [(part, list(same)) for part, same in groupby(held, key=self._part_of.__getitem__)]
+        kind_of_new = _kind_of_new_in(groups)
+        for part, block in groups:
+            if len(block) == len(part.keys) and self._now - part.time < self._table.edges[0]:
+                self._table.take_back(part.kind, len(block))
             part.held -= len(block)
-            if blocks and blocks[-1].kind == part.kind:
-                blocks[-1].keys += block
-                blocks[-1].held += len(block)
-            else:
-                blocks.append(Part(block, part.kind, part.uses, self._now))
             self._tidy(part)
-        for part in reversed(blocks):
-            self._add(part)
+        self._add_all([(block, part.uses, kind_of_new) for part, block in groups])
 
     def uses_of(self, key: OffloadKey) -> int:
         """Return how often a block is known to have been used; 0 if it is not held."""
@@ -250,7 +267,7 @@ class PrefixPolicy(EvictionPolicy):
             parts.clear()
         self._table.clear()
         self._now = self._num_found = 0
-        self._learn_at = _FIRST_LEARNING
+        self._learn_at = self._first_learning
 
     def __len__(self) -> int:
         return len(self._part_of)
@@ -270,3 +287,18 @@ class PrefixPolicy(EvictionPolicy):
         for part in held:
             if part.held != sum(self._part_of.get(key) is part for key in part.keys):
                 raise InvariantError("prefix: a part miscounts its keys")
+
+
+def _kind_of_new_in(groups: Sequence[tuple[Part, Sequence[OffloadKey]]]) -> int:
+    """Return the class of the blocks used once in one request: the first call knew what it had found before them."""
+    num_known, num_new, first_kind = 0, 0, NEW
+    for part, block in groups:
+        if part.kind not in _ONCE_USED:
+            num_known += len(block) if not num_new else 0
+            continue
+        if not num_new:
+            first_kind = part.kind
+        num_new += len(block)
+    if first_kind == NEW and num_known <= 1:
+        return NEW
+    return NEW_TURN if num_new <= MOST_TURN_BLOCKS else NEW_BRANCH

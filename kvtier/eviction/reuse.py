@@ -51,7 +51,9 @@ class ReuseTable:
             for more uses or for less age, so that no block ranks below one that needs it.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, share: float = 1.0) -> None:
+        """Args: share: of all uses that this table is told, for the prior."""
+        self._prior = PRIOR_BLOCKS * share
         self.edges = [capacity * FIRST_EDGE * EDGE_GROWTH**index for index in range(NUM_BINS - 1)]
         self._widths = [end - start for start, end in pairwise([0.0, *self.edges])]
         self.clear()
@@ -66,6 +68,10 @@ class ReuseTable:
         """Blocks of class `kind` have reached bin `index` of age without a use."""
         self.reached[kind][index] += min(num_blocks, MOST_WEIGHT)
 
+    def take_back(self, kind: int, num_blocks: int) -> None:
+        """Blocks that were new in the first bin go on as part of more."""
+        self.reached[kind][0] -= min(num_blocks, MOST_WEIGHT)
+
     def note_used(self, kind: int, age: int, num_blocks: int) -> None:
         """Blocks of class `kind` were used again at this age."""
         self.used[kind][bisect_right(self.edges, age)] += min(num_blocks, MOST_WEIGHT)
@@ -76,13 +82,13 @@ class ReuseTable:
             (sum(row[index] for row in self.used) + 0.01) / (sum(row[index] for row in self.reached) + 1.0)
             for index in range(NUM_BINS)
         ]
+        prior = self._prior
         best_below = [0.0] * NUM_BINS
         floor = best_below
         for kind in range(NUM_CLASSES):
             used, reached = self.used[kind], self.reached[kind]
             chances = [
-                min(0.999, (used[i] + PRIOR_BLOCKS * min(every[i], 0.999)) / (reached[i] + PRIOR_BLOCKS))
-                for i in range(NUM_BINS)
+                min(0.999, (used[i] + prior * min(every[i], 0.999)) / (reached[i] + prior)) for i in range(NUM_BINS)
             ]
             ranks = self._densities(chances)
             for index in range(NUM_BINS - 2, -1, -1):

@@ -13,6 +13,7 @@ from kvtier.events import (
     CascadeRefused,
     Event,
     JobFinished,
+    PolicySwitched,
     RequestGaveUp,
     TierStateChanged,
     UnexpectedCall,
@@ -57,6 +58,8 @@ class StatsObserver:
                 counts[f"gave_up_blocks.{reason}"] += num_blocks
             case UnexpectedCall(what, times):
                 counts[f"unexpected.{what}"] += times
+            case PolicySwitched(tier, former, chosen, _, _):
+                counts[f"policy_switches.{tier}.{former}.{chosen}"] += 1
             case CacheReset():
                 counts["resets"] += 1
             case _:

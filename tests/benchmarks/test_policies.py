@@ -20,7 +20,7 @@ def test_the_quick_run_prints_a_table_and_writes_json(tmp_path):
     trace.write_text("".join(json.dumps(BLOCKS | {"hash_ids": json.loads(line)}) + "\n" for line in lines))
     assert "belady" in run("--quick", "--json", str(figures), str(trace))
     rows = json.loads(figures.read_text())["trace.jsonl"]
-    assert set(rows) == {"lru", "arc", "s3fifo", "tinylfu", "prefix", "belady"}
+    assert set(rows) == {"lru", "arc", "s3fifo", "tinylfu", "prefix", "auto", "belady"}
     for share in ("1.0%", "5.0%", "20.0%"):
         assert all(0 < row[share] <= rows["belady"][share] for row in rows.values())
 
