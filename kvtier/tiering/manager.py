@@ -24,6 +24,7 @@ from kvtier.tiering.kv_events import KVEventLog
 from kvtier.tiering.promoter import PRIMARY, Promoter
 from kvtier.tiering.requests import Requests, RequestState
 from kvtier.tiering.settings import ResetPolicy, TieringSettings
+from kvtier.tiering.shadowing import ShadowReport
 from kvtier.tiering.stats import StatsObserver
 from kvtier.tiering.tier_jobs import Answer
 from kvtier.tiering.tiers import SecondaryTiers
@@ -78,6 +79,7 @@ class TieringOffloadingManager(OffloadingManager):
             self._observer.add(self._kv_events)
         self._settings, self._clock = settings, clock
         self._primary, self._table = primary_tier, primary_tier.table
+        self._shadows = ShadowReport(PRIMARY, self._table.policy, self._observer)
         self._tiers = SecondaryTiers(list(secondary_tiers or ()), names, admissions, settings, clock, self._observer)
         self._requests = Requests()
         self._transfers = DeviceTransfers(self._table, self._observer)
@@ -181,7 +183,7 @@ class TieringOffloadingManager(OffloadingManager):
             self._promoter.let_go(state)
         if state.deferred_since is not None:
             state.stop_waiting(self._clock())
-        self._use(ordered, req_context)
+        self._use(ordered, req_context, state)
         sources = state.sources
         by_source = (
             {PRIMARY: len(ordered)} if not sources else Counter(map(sources.get, ordered, itertools.repeat(PRIMARY)))
@@ -199,18 +201,24 @@ class TieringOffloadingManager(OffloadingManager):
             self._finalize(state)
 
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
-        """Count one use of `keys`, given in prefix order, in every tier."""
-        self._use(keys if isinstance(keys, list) else list(keys), req_context)
+        """Count one use of `keys`, given in prefix order, in every tier; of each block one for a request."""
+        ordered = keys if isinstance(keys, list) else list(keys)
+        self._use(ordered, req_context, self._requests.get(req_context.req_id))
 
-    def _use(self, keys: list[OffloadKey], req_context: ReqContext) -> None:
-        self._table.policy.touch(keys)
-        if self._tiers.guards:
-            self._tiers.touch(keys, req_context)
+    def _use(self, keys: list[OffloadKey], req_context: ReqContext, state: RequestState | None) -> None:
+        fresh = keys
+        if state is not None:
+            keys, fresh = state.uses.count(keys, self._table.slot_of)
+        if keys:
+            self._table.policy.touch(keys)
+        if keys and self._tiers.guards:
+            if fresh:
+                self._tiers.touch(fresh, req_context)
             for guard, admitted in self._cascades.on_use(keys, self._table.is_ready):
                 self._cascade(guard, admitted, req_context)
 
     def prepare_store(self, keys: Collection[OffloadKey], req_context: ReqContext) -> PrepareStoreOutput | None:
-        """Choose slots for what is not held; see `OffloadingManager.prepare_store`.
+        """Choose slots for what is not held; see `OffloadingManager.prepare_store`. What is held has been used.
 
         A key on its way from a tier for a request that gave up is stored anew, in another slot.
         """
@@ -219,10 +227,14 @@ class TieringOffloadingManager(OffloadingManager):
         ordered = keys if isinstance(keys, list) else list(keys)
         if self._promoter.promotions.flights:
             self._promoter.take_over_abandoned(ordered)
+        slot_of = self._table.slot_of
+        if not slot_of.keys().isdisjoint(ordered):
+            self._use([key for key in ordered if key in slot_of], req_context, state)
         placement = self._table.plan(ordered)
         if placement.num_left_out and not placement.keys:
             return None
         slots = self._transfers.begin_store(state, placement)
+        state.uses.note_stored(placement.keys)
         if placement.victims:
             self._observer.on_event(BlocksEvicted(PRIMARY, placement.victims))
         for index in state.request_level_tiers:
@@ -352,7 +364,7 @@ class TieringOffloadingManager(OffloadingManager):
         stats["primary.blocks"] = len(table)
         stats["primary.capacity_blocks"] = table.num_slots
         stats["primary.quarantined_blocks"] = table.num_quarantined
-        return stats | self._tiers.stats()
+        return stats | self._shadows.stats() | self._tiers.stats()
 
     def tier_states(self) -> dict[str, tuple[TierState, str]]:
         """Return state and reason of every secondary tier, by name."""

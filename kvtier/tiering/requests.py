@@ -10,6 +10,7 @@ from operator import itemgetter
 
 from kvtier.errors import InvariantError
 from kvtier.keys import GROUP_BYTES, OffloadKey
+from kvtier.tiering.uses import RequestUses
 from kvtier.types import ReqContext
 
 _group_of = itemgetter(slice(-GROUP_BYTES, None))
@@ -49,6 +50,7 @@ class RequestState:
         storing, loading: slots under a device copy, by key, in prepared order.
         loading_again: further loads of keys that are already being loaded.
         stored: keys stored so far, in prefix order; num_stores: in how many calls.
+        uses: blocks it has used, which count once.
         request_level_tiers: indices of tiers that want every block of the request, prefix hits included.
     """
 
@@ -80,6 +82,7 @@ class RequestState:
     loading_again: list[tuple[OffloadKey, int]] = field(default_factory=list)
     stored: list[OffloadKey] = field(default_factory=list)
     num_stores: int = 0
+    uses: RequestUses = field(default_factory=RequestUses)
     request_level_tiers: tuple[int, ...] = ()
     finished: bool = False
 
@@ -143,6 +146,7 @@ class RequestState:
         self.forget_scan()
         self.sources.clear()
         self.stored.clear()
+        self.uses.clear()
         self.num_stores = 0
 
     def new_attempt(self, deadline: float) -> None:

@@ -38,9 +38,13 @@ class LoadLog:
 
 
 class LiveEngine:
-    """An engine over real memory and a real disk tier, with several requests under way at once."""
+    """An engine over real memory and a real disk tier, with several requests under way at once.
 
-    def __init__(self, path, log, disks=1, inline_io=False, **config):
+    `touches`: as vLLM up to 0.30, it touches all blocks of a request after every lookup and every store.
+    """
+
+    def __init__(self, path, log, disks=1, inline_io=False, touches=False, **config):
+        self.touches = touches
         policy = config.get("eviction_policy", "lru")
         common = {"type": "disk", "capacity": "256KiB", "eviction_policy": policy}
         tiers = [{**common, "path": str(path / f"disk{index}"), "name": f"disk{index}"} for index in range(disks)]
@@ -74,6 +78,8 @@ class LiveEngine:
             answers.append(self.manager.lookup(key, context))
             if answers[-1] is LookupResult.MISS:
                 break
+        if self.touches:
+            self.manager.touch(keys, context)
         if any(answer in (LookupResult.HIT_PENDING, LookupResult.RETRY) for answer in answers):
             return False
         hits = sum(answer is LookupResult.HIT for answer in answers)
@@ -81,6 +87,8 @@ class LiveEngine:
             self.manager.prepare_load(keys[:hits], context)
             self.manager.complete_load(set(keys[:hits]), context)
         output = self.manager.prepare_store(keys[hits:], context)
+        if self.touches:
+            self.manager.touch(keys, context)
         if output is not None and output.keys_to_store:
             self.manager.complete_store(set(output.keys_to_store), context)
         self.manager.on_request_finished(context)
@@ -125,6 +133,21 @@ def test_a_recording_is_a_trace_too(tmp_path):
     assert (trace.tokens_per_block, trace.block_bytes, len(trace.requests)) == (16, BLOCK_BYTES, 60)
     assert [len(request.keys) for request in trace.requests] == [len(keys) for _, keys in served]
     assert trace.num_unique == len({key for _, keys in served for key in keys})
+
+
+@pytest.mark.parametrize("policy", ["lru", "arc", "s3fifo", "tinylfu", "prefix"])
+def test_an_engine_that_touches_at_every_step_hits_what_the_replay_of_its_trace_hits(tmp_path, policy):
+    log = LoadLog()
+    engine = LiveEngine(tmp_path, log, disks=0, touches=True, eviction_policy=policy)
+    engine.serve(prompts(400, seed=3), width=1)
+    engine.close()
+    live = [sum(by_source.values()) for by_source in log.loads]
+    assert [sum(by_source.values()) for _, by_source in repeat(tmp_path / "live.rec").loads] == live
+    replay = Replay(load_trace(tmp_path / "live.rec"), Setup(policy, 40, 0, BLOCK_BYTES), Machine())
+    # Touched together, or first what is loaded and then what is held behind a gap: these two tell the orders apart.
+    slack = 0.03 if policy in ("arc", "tinylfu") else 0.0
+    assert replay.run().num_hits == pytest.approx(sum(live), rel=slack, abs=0)
+    assert sum(live) > 500
 
 
 def test_a_recording_shows_no_key(tmp_path):

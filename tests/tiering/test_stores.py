@@ -176,9 +176,10 @@ def test_second_touch_admits_what_comes_again(make_engine):
     engine, keys = make_engine(admissions=[Admission.SECOND_TOUCH]), make_keys(3)
     context = engine.request()
     engine.store(keys, context)
+    engine.manager.touch(keys, context)  # vLLM did so after every store: the same use
     assert not engine.tier.stores
-    engine.load(keys[:1], context)
-    engine.manager.touch(keys[1:2], context)
+    engine.load(keys[:1], engine.request("b"))
+    engine.manager.touch(keys[1:2], engine.request("c"))
     assert [list(job.keys) for job in engine.tier.stores] == [keys[:1], keys[1:2]]
     engine.step()
     engine.store(make_keys(8, "pressure"), context)
@@ -244,18 +245,44 @@ def test_a_store_a_load_and_a_touch_are_uses(make_engine):
     for name in "abc":
         engine.store(make_keys(2, name), context)
     assert order(engine) == [*make_keys(2, "a")[::-1], *make_keys(2, "b")[::-1], *make_keys(2, "c")[::-1]]
-    engine.load(make_keys(2, "a"), context)
-    engine.manager.touch([*make_keys(2, "b"), *make_keys(2, "never stored")], context)
+    engine.load(make_keys(2, "a"), engine.request("loads"))
+    engine.manager.touch([*make_keys(2, "b"), *make_keys(2, "never stored")], engine.request("touches"))
     assert order(engine) == [*make_keys(2, "c")[::-1], *make_keys(2, "a")[::-1], *make_keys(2, "b")[::-1]]
 
 
 def test_uses_are_passed_on_to_tiers(make_engine):
     engine, keys = make_engine(), make_keys(2)
-    context = engine.request()
-    engine.store(keys, context)
-    engine.manager.touch(keys, context)
-    engine.load(keys, context)
+    engine.store(keys, engine.request("stores"))
+    engine.manager.touch(keys, engine.request("touches"))
+    engine.load(keys, engine.request("loads"))
     assert engine.tier.touched == keys * 2
+
+
+def test_a_request_uses_a_block_once_however_often_the_engine_says_so(make_engine):
+    engine, keys, more = make_engine(num_blocks=8), make_keys(3), make_keys(2, "more")
+    engine.store(keys[:2], engine.request("before"))
+    used = []
+    engine.table.policy.touch = lambda keys: used.append([key for key in keys if key in engine.table])
+    context = engine.request()
+    for _ in range(3):  # a wait: all blocks of the request at every step, held or not
+        engine.manager.touch(keys, context)
+    engine.load(keys[:2], context)
+    engine.store([keys[2], *more], context)
+    engine.manager.touch([*keys, *more], context)
+    assert [key for some in used for key in some] == keys[:2]
+    assert engine.tier.touched == keys
+    engine.manager.touch([*keys, *more], engine.request("after"))
+    assert used[-1] == [*keys, *more]
+
+
+def test_a_block_that_came_during_a_wait_is_used_when_it_is_loaded(make_engine):
+    engine, keys = make_engine(num_tiers=0), make_keys(2)
+    waiting = engine.request("waits")
+    engine.manager.touch(keys, waiting)
+    engine.store(keys, engine.request("computes them meanwhile"))
+    engine.store(make_keys(2, "others"), engine.request("others"))
+    engine.load(keys, waiting)
+    assert order(engine)[-2:] == keys[::-1]
 
 
 def test_kv_events_tell_what_entered_and_left_host_memory(make_engine):
@@ -316,10 +343,10 @@ def test_a_second_touch_counts_though_a_key_comes_twice_and_only_once_it_can_be_
     context = engine.request()
     engine.store(keys, context)
     engine.tier.full = True
-    engine.manager.touch(keys[:1] * 2, context)
+    engine.manager.touch(keys[:1] * 2, engine.request("b"))
     assert engine.log.of(CascadeRefused)[-1] == CascadeRefused("tier0", 1, "throttled")
     engine.tier.full = False
-    engine.manager.touch(keys[:1] * 2, context)
+    engine.manager.touch(keys[:1] * 2, engine.request("c"))
     assert [list(job.keys) for job in engine.tier.stores] == [keys[:1]]
     engine.step()
     engine.store(make_keys(8, "pressure"), context)

@@ -1,0 +1,50 @@
+"""What one request has used: a block counts once a request, however often an engine says so.
+
+Engines differ. vLLM up to 0.30 touches all blocks of a request whenever it looks them up, at every step of a wait, and
+after every store; later ones touch nothing. A policy that counts uses would take a long wait for popularity, and a
+trace, in which a request asks once, would foretell other hits than the engine has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+from kvtier.keys import OffloadKey
+
+Keys = list[OffloadKey]
+
+
+class RequestUses:
+    """The blocks that a request has used, and whether the primary tier held them at that time."""
+
+    __slots__ = ("_held",)
+
+    def __init__(self) -> None:
+        self._held: dict[OffloadKey, bool] = {}
+
+    def count(
+        self, keys: list[OffloadKey], primary: Container[OffloadKey]
+    ) -> tuple[list[OffloadKey], list[OffloadKey]]:
+        """Take note of a use.
+
+        Args:
+            primary: what the primary tier holds.
+
+        Returns:
+            Those of `keys`, in order, whose use counts in the primary tier (none that it held at an earlier use), and
+            those that were not used before at all, whose use counts in the other tiers.
+        """
+        uses, fresh = self._held, keys
+        if uses and not uses.keys().isdisjoint(keys):
+            fresh = [key for key in keys if key not in uses]
+            keys = [key for key in keys if not uses.get(key, False)]
+        uses.update(zip(keys, map(primary.__contains__, keys), strict=True))
+        return keys, fresh
+
+    def note_stored(self, keys: list[OffloadKey]) -> None:
+        """The request brings these blocks itself, which is a use in every tier."""
+        self._held.update(dict.fromkeys(keys, True))
+
+    def clear(self) -> None:
+        """The cache was reset."""
+        self._held.clear()
