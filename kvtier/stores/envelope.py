@@ -7,18 +7,14 @@ verified.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import mmap
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
-import numpy as np
-
 from kvtier.keys import OffloadKey
 from kvtier.namespace import Namespace
+from kvtier.stores.bounce import Bounce, whole_pages
 from kvtier.stores.encrypted_seal import EncryptedSeal
 from kvtier.stores.passing import (
     EncryptedIncoming,
@@ -36,12 +32,8 @@ BOUNCE_BYTES = 16 << 20
 """Most private memory that a thread keeps, or one block."""
 PORTION_BYTES = 1 << 20
 """Of what is read at once into private memory and then copied: less than a processor's own cache has."""
-RING_BYTES = 1 << 20
-"""Of pieces on their way out of a thread; a piece has a quarter of it at most."""
 NO_SLOTS: Iterable[int] = itertools.repeat(0)
 """For stores in which the key is the place."""
-_PAGE_BYTES = mmap.PAGESIZE
-_HUGE_PAGE_BYTES = 2 << 20
 
 
 class Wrapped(NamedTuple):
@@ -214,11 +206,11 @@ class ApartEnvelope(PlainEnvelope):
 
     def __init__(self, namespace: Namespace, seal: Seal) -> None:
         super().__init__(namespace, seal)
-        self._bounce = _Bounce()
+        self._bounce = Bounce()
 
     def most_places(self, block_bytes: int) -> int | None:
         """Return how many blocks stay in the cache until they are copied."""
-        return max(1, PORTION_BYTES // _whole_pages(block_bytes))
+        return max(1, PORTION_BYTES // whole_pages(block_bytes))
 
     def places(self, buffers: Sequence[memoryview]) -> Sequence[memoryview]:
         """Return private memory, on a page boundary for each buffer."""
@@ -246,15 +238,15 @@ class EncryptedEnvelope(Envelope):
     def __init__(self, cipher: PayloadCipher) -> None:
         self.seal = EncryptedSeal.of(cipher)
         super().__init__(cipher.namespace, self.seal)
-        self._bounce = _Bounce(TAG_BYTES)
+        self._bounce = Bounce(TAG_BYTES)
 
     def most_blocks(self, block_bytes: int) -> int | None:
         """Return how many blocks the private memory of a thread holds."""
-        return max(1, BOUNCE_BYTES // _whole_pages(block_bytes + TAG_BYTES))
+        return max(1, BOUNCE_BYTES // whole_pages(block_bytes + TAG_BYTES))
 
     def most_places(self, block_bytes: int) -> int | None:
         """Return how many blocks stay in the cache until they are decrypted."""
-        return max(1, PORTION_BYTES // _whole_pages(block_bytes + TAG_BYTES))
+        return max(1, PORTION_BYTES // whole_pages(block_bytes + TAG_BYTES))
 
     def wrap(
         self, keys: Sequence[OffloadKey], payloads: Sequence[memoryview], slots: Iterable[int] = NO_SLOTS
@@ -302,53 +294,3 @@ class EncryptedEnvelope(Envelope):
     def incoming(self, key: OffloadKey, buffer: memoryview) -> Incoming:
         """Return what collects the pieces."""
         return EncryptedIncoming(self.seal, key, buffer, *self._bounce.like([buffer]))
-
-
-class _Bounce(threading.local):
-    """One thread's private memory, page-aligned, used again and again.
-
-    Attributes:
-        rooms: what `like` returned last, each with the spare bytes behind it.
-    """
-
-    def __init__(self, spare_bytes: int = 0) -> None:
-        """Args: spare_bytes: behind each piece."""
-        self._spare_bytes = spare_bytes
-        self._memory = self._ring = memoryview(b"")
-        self._next = 0
-        self.rooms: list[memoryview] = []
-
-    def like(self, buffers: Sequence[memoryview]) -> list[memoryview]:
-        """Return memory as long as each of `buffers`, on a page boundary each; the former memory is good no more."""
-        spare = self._spare_bytes
-        starts = [0, *itertools.accumulate(_whole_pages(buffer.nbytes + spare) for buffer in buffers)]
-        if len(self._memory) < starts[-1]:
-            self._memory = _private_memory(starts[-1])
-        lengths = [buffer.nbytes for buffer in buffers]
-        memory = self._memory
-        self.rooms = [memory[start : start + length + spare] for start, length in zip(starts, lengths, strict=False)]
-        return [room[:length] for room, length in zip(self.rooms, lengths, strict=True)]
-
-    def next_piece(self, num_bytes: int) -> memoryview:
-        """Return memory for a piece of at most `RING_BYTES / 4`; good until half of `RING_BYTES` more are asked for."""
-        if not self._ring:
-            self._ring = _private_memory(RING_BYTES)
-        if self._next + num_bytes > RING_BYTES:
-            self._next = 0
-        start, self._next = self._next, self._next + num_bytes
-        return self._ring[start : self._next]
-
-
-def _private_memory(num_bytes: int) -> memoryview:
-    """Return so many bytes at least, in huge pages if the system has them for who asks (madvise(2))."""
-    length = -(-num_bytes // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
-    mapping = mmap.mmap(-1, length + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):
-        mapping.madvise(mmap.MADV_HUGEPAGE)
-    address: int = np.frombuffer(mapping, np.uint8).__array_interface__["data"][0]
-    start = -address % _HUGE_PAGE_BYTES
-    return memoryview(mapping)[start : start + length]
-
-
-def _whole_pages(num_bytes: int) -> int:
-    return -(-num_bytes // _PAGE_BYTES) * _PAGE_BYTES

@@ -159,7 +159,8 @@ class PayloadCipher:
         identity = {**namespace.identity, SECRET_NAME: name_of(secret), ENCRYPTION_NAME: ENCRYPTION}
         self.namespace = Namespace(identity, namespace.epoch)
         """Where its blocks are: apart from those of engines that do not encrypt."""
-        self._key = _derive(secret, b"encrypt" + self.namespace.fingerprint)
+        key = _derive(secret, b"encrypt" + self.namespace.fingerprint)
+        self._expansion = hmac.new(key, b"block", hashlib.sha256)
         ciphers = _load("cryptography.hazmat.primitives.ciphers")
         self._cipher, self._aes, self._gcm = ciphers.Cipher, ciphers.algorithms.AES, ciphers.modes.GCM
         self._whole = _load("cryptography.hazmat.primitives.ciphers.aead").AESGCM
@@ -211,8 +212,10 @@ class PayloadCipher:
         return True
 
     def _key_of(self, key: OffloadKey) -> bytes:
-        """Return the key of one block: the second half of HKDF, whose first half made `self._key`."""
-        return hmac.digest(self._key, b"block" + key + b"\x01", "sha256")
+        """Return the key of one block: the second half of HKDF, of which the first made the namespace's key."""
+        expansion = self._expansion.copy()
+        expansion.update(key + b"\x01")
+        return expansion.digest()
 
 
 Guard = Authenticator | PayloadCipher

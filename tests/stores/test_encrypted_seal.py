@@ -9,8 +9,9 @@ import pytest
 from kvtier.errors import ConfigError, KeyFormatError, StoreUnavailableError
 from kvtier.namespace import Namespace
 from kvtier.stores import secrets
+from kvtier.stores.bounce import RING_BYTES
 from kvtier.stores.encrypted_seal import ENCRYPTED_VERSION, EncryptedSeal
-from kvtier.stores.envelope import RING_BYTES, EncryptedEnvelope, Envelope, PlainEnvelope
+from kvtier.stores.envelope import EncryptedEnvelope, Envelope, PlainEnvelope
 from kvtier.stores.seal import HEADER_BYTES, BlockHeaders, Record, Seal, header_checksum
 from kvtier.stores.secrets import TAG_BYTES, Authenticator, PayloadCipher, SecretPlace
 from kvtier.testing.stores import flip_bit, make_key, make_payload
@@ -216,7 +217,8 @@ def test_a_payload_is_left_as_it_is_and_nothing_shows_the_secret():
     assert payload == PAYLOAD
     shown = repr(cipher) + repr(envelope) + repr(vars(envelope)) + envelope.namespace.describe()
     assert SECRET.decode() not in shown
-    assert cipher._key.hex() not in shown + repr(vars(envelope.seal))
+    key = cipher._key_of(KEY)
+    assert key.hex() not in shown + repr(vars(cipher)) + repr(vars(envelope.seal))
 
 
 def test_a_namespace_for_each_way_to_guard_blocks():
