@@ -113,7 +113,8 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         cpu_bytes_to_use: size of the primary tier of one engine: bytes, or a string like "10GiB".
         block_size: tokens in one offloaded block, a multiple of the engine block (the default).
         blocks_per_chunk: the same in engine blocks, as vLLM spells it.
-        eviction_policy: "lru", "arc" or any registered name.
+        eviction_policy: "lru", "arc" or any registered name; "auto" changes it while the engine runs.
+        shadow_caches: count what other policies, and half and twice the size, would have hit; "auto" always does.
         offload_prompt_only: engines offer only blocks of prompts. Given, it is the admission of tiers that do not
             say; absent, it is true if there are secondary tiers and each admits prompts only.
         self_describing_kv_events: engines attach token ids to KV events.
@@ -131,6 +132,7 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     block_size: _Count | None = None
     blocks_per_chunk: _Count | None = None
     eviction_policy: _Text = "lru"
+    shadow_caches: bool = False
     offload_prompt_only: bool | None = None
     self_describing_kv_events: bool = False
     canonical_layout: bool = False

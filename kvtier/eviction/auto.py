@@ -161,6 +161,18 @@ class ShadowedPolicy(EvictionPolicy):
             raise InvariantError(f"auto holds {len(self)} keys, capacity {self.capacity}")
 
 
+def with_shadows(name: str, kind: type[EvictionPolicy]) -> Callable[[int], EvictionPolicy]:
+    """Return what makes a policy of this kind, for a capacity, with shadows beside it; it stays in charge."""
+    if issubclass(kind, ShadowedPolicy):
+        return kind
+    kinds = {**FOLLOWED, name: kind}
+
+    def make(capacity: int) -> EvictionPolicy:
+        return ShadowedPolicy(capacity, name, kinds)
+
+    return make
+
+
 class AutoPolicy(ShadowedPolicy):
     """The best of the built-in policies for what the cache is used for."""
 

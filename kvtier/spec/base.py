@@ -17,6 +17,7 @@ from kvtier.clock import Clock, monotonic_clock
 from kvtier.config import CPUConfig, OffloadingConfig, engine_blocks_per_block, parse_config, primary_blocks
 from kvtier.errors import ConfigError
 from kvtier.events import Observer, Observers
+from kvtier.eviction.auto import with_shadows
 from kvtier.namespace import Namespace
 from kvtier.primary.arena import Arena, Progress, align_block_bytes
 from kvtier.primary.copies import KVCaches
@@ -90,7 +91,9 @@ class ArenaSpec(OffloadingSpec):
             tokens_per_block=self.tokens_per_block,
             inline_io=inline_io,
         )
-        self._policy = POLICIES.load(self.user_config.eviction_policy)
+        name = self.user_config.eviction_policy
+        policy = POLICIES.load(name)
+        self._policy = with_shadows(name, policy) if self.user_config.shadow_caches else policy
         self._progress = progress
         self._arena = arena
         if arena is not None:

@@ -39,6 +39,15 @@ _COUNTERS = {
         "vllm:kvtier_refused_blocks", "Blocks that were not offered to a tier, by reason", ("tier", "reason")
     ),
     "gave_up": _Metric("vllm:kvtier_requests_gave_up", "Requests that stopped waiting, by reason", ("reason",)),
+    "shadow_hits": _Metric(
+        "vllm:kvtier_shadow_hit_blocks", "Sampled blocks that another policy or size would have had", ("shadow",)
+    ),
+    "shadow_blocks": _Metric(
+        "vllm:kvtier_shadow_blocks", "Sampled blocks that another policy or size was asked for", ("shadow",)
+    ),
+    "policy_switches": _Metric(
+        "vllm:kvtier_policy_switches", "Times that another policy took over", ("tier", "former", "chosen")
+    ),
     "unexpected": _Metric("vllm:kvtier_unexpected_calls", "Completions that nothing waited for", ("call",)),
     "resets": _Metric("vllm:kvtier_resets", "Times the cache was reset"),
 }
