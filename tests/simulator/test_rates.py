@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from eviction.textbook_filters import TextbookS3FIFO, TextbookTinyLFU
+from eviction.textbook_prefix import TextbookPrefix
 
 from kvtier.keys import make_offload_key
 from kvtier.registry import POLICIES
@@ -128,6 +130,27 @@ def test_misses_equal_the_textbook_block_by_block(extract, policy, plain, capaci
     blocks = [key for request in extract.requests[:700] for key in request.keys]
     cache = plain(capacity)
     hits = sum(cache.use(block) for block in blocks)
+    single = Trace("single", "test", 512, [TraceRequest(float(n), [block], 512, 1) for n, block in enumerate(blocks)])
+    assert run(single, capacity, policy=policy).num_hits == hits
+
+
+@pytest.mark.parametrize(
+    ("policy", "textbook", "capacity", "length"),
+    [
+        ("s3fifo", TextbookS3FIFO, 50, 4_000),
+        ("s3fifo", TextbookS3FIFO, 400, 5_000),
+        ("tinylfu", TextbookTinyLFU, 50, 4_000),
+        ("tinylfu", TextbookTinyLFU, 400, 5_000),
+        ("prefix", TextbookPrefix, 30, 1_500),
+    ],
+)
+def test_misses_of_the_newer_policies_equal_their_textbooks(extract, policy, textbook, capacity, length):
+    blocks = [key for request in extract.requests for key in request.keys][:length]
+    cache, hits = textbook(capacity), 0
+    for block in blocks:
+        hits += block in cache
+        cache.request(block)
+    assert hits > 50
     single = Trace("single", "test", 512, [TraceRequest(float(n), [block], 512, 1) for n, block in enumerate(blocks)])
     assert run(single, capacity, policy=policy).num_hits == hits
 
