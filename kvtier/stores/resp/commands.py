@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from kvtier.keys import OffloadKey
 from kvtier.stores.envelope import Envelope
-from kvtier.stores.resp.wire import PIECE_BYTES, Break, ConnectionBrokenError, Refused, Wire
+from kvtier.stores.resp.wire import Break, ConnectionBrokenError, Refused, Wire
 from kvtier.stores.seal import HEADER_BYTES
 from kvtier.types import FailureCause
 
@@ -24,6 +24,8 @@ _GROUP = 32
 """Blocks whose existence is counted at once."""
 _AHEAD_BYTES = 512 * 1024
 """Asked for before they are received: enough to keep a connection busy, and no pile in the server's memory."""
+_SENT_BYTES = 256 * 1024
+"""Of payloads, sent at once."""
 _LATE_BYTES = 256 * 1024
 """Of a large block, still to be received when the next one is asked for: the server copies it out meanwhile."""
 _ASKING = b"*1\r\n$6\r\nASKING\r\n"
@@ -91,19 +93,23 @@ class Exchanges:
     def write(self, wire: Wire, requests: Sequence[Request]) -> None:
         """SET every block: its payload leaves from where it is, or encrypted, and its header follows.
 
-        A large piece is summed when it has been sent: the processor's cache has it by then, and the server works.
+        A large piece is summed when it has been sent: the processor's cache has it by then, and the server works. What
+        stands before a large payload goes ahead of it: the server finds room for it while the first piece is sent.
         """
         heads = [self._set_head(request) for request in requests]  # before payloads have emptied the caches
         pieces: list[bytes | memoryview] = []
         gathered = 0
         for head, request in zip(heads, requests, strict=True):
             pieces.append(head)
+            if self._block_bytes >= _SENT_BYTES:
+                wire.send(pieces)
+                pieces, gathered = [], 0
             outgoing = self._envelope.outgoing(request.key, self._block_bytes)
-            for start in range(0, self._block_bytes, PIECE_BYTES):
-                piece = request.buffer[start : start + PIECE_BYTES]
+            for start in range(0, self._block_bytes, _SENT_BYTES):
+                piece = request.buffer[start : start + _SENT_BYTES]
                 pieces.append(outgoing.take(piece))
                 gathered += piece.nbytes
-                if gathered >= PIECE_BYTES:
+                if gathered >= _SENT_BYTES:
                     wire.send(pieces)
                     pieces, gathered = [], 0
                 outgoing.note(piece)

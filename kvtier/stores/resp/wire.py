@@ -18,7 +18,7 @@ from kvtier.errors import StoreError
 BUFFER_BYTES = 64 * 1024
 """Of replies other than payloads, received at once."""
 PIECE_BYTES = 512 * 1024
-"""Of a payload, received or sent at once, and then summed: the processor's second cache still has it."""
+"""Of a payload, received at once, and then summed: the processor's second cache still has it."""
 _TIMEVAL = struct.Struct("@ll")
 _MOST_LINE_BYTES = 8 * 1024
 _MOST_PIECES = 512
