@@ -11,7 +11,7 @@ from typing import Annotated, NamedTuple
 
 import msgspec
 
-from kvtier.keys import OffloadKey, make_offload_key
+from kvtier.keys import GROUP_BYTES, OffloadKey, make_offload_key
 from kvtier.simulator.trace import Trace, TraceError, TraceRequest
 from kvtier.tiering.record_writer import HASH_BYTES, LENGTH, MAGIC, RECORD
 from kvtier.tiering.recording import PROMPT
@@ -128,7 +128,8 @@ def _keys(body: bytes, count: int, known: dict[bytes, OffloadKey]) -> list[Offlo
 def read_recorded_trace(path: Path) -> Trace:
     """Return a recording as requests: the blocks of each prompt in order, and those of its answer behind them.
 
-    Of a model with several KV groups only the first group's blocks are taken.
+    Of a model with several KV groups only the first group's blocks are taken, and the trace's note says so: what of
+    the other groups an engine needs, its attention decides, and no record tells.
 
     Raises:
         TraceError: as `read_recording`, or no request in it.
@@ -136,6 +137,7 @@ def read_recorded_trace(path: Path) -> Trace:
     header, records = read_recording(path)
     live: dict[int, _Request] = {}
     order: list[_Request] = []
+    others: set[bytes] = set()
     for record in records:
         if record.kind == b"N":
             tokens = PROMPT.unpack(record.extra)[0]
@@ -145,7 +147,8 @@ def read_recorded_trace(path: Path) -> Trace:
             found = live[record.request]
             if not found.asked:
                 found.asked, found.time = True, record.time
-            found.keys.update(dict.fromkeys(key for key in record.keys if not any(key[-4:])))
+            others.update(key[-GROUP_BYTES:] for key in record.keys if any(key[-GROUP_BYTES:]))
+            found.keys.update(dict.fromkeys(key for key in record.keys if not any(key[-GROUP_BYTES:])))
         elif record.kind == b"E":
             live.pop(record.request, None)
     requests = [_as_trace_request(request, header.tokens_per_block) for request in order if request.keys]
@@ -154,7 +157,9 @@ def read_recorded_trace(path: Path) -> Trace:
     requests.sort(key=lambda request: request.time)
     first = requests[0].time
     shifted = [request._replace(time=request.time - first) for request in requests]
-    return Trace(path.name, "kvtier recording", header.tokens_per_block, shifted, header.block_bytes)
+    note = f"of {1 + len(others)} KV groups only the first is replayed: neither hits nor bytes count the others"
+    name, tokens = "kvtier recording", header.tokens_per_block
+    return Trace(path.name, name, tokens, shifted, header.block_bytes, note if others else "")
 
 
 def _as_trace_request(request: _Request, tokens_per_block: int) -> TraceRequest:

@@ -82,6 +82,7 @@ def facts(trace: Trace, block_bytes: int, machine: Machine) -> list[str]:
         f"computes {machine.prefill_rate:,.0f} tokens/s, copies {machine.host_bandwidth / 1e9:g} GB/s; disk reads "
         f"{machine.disk_read / 1e9:g} GB/s, writes {machine.disk_write / 1e9:g} GB/s, "
         f"takes {seconds(machine.disk_latency)} a job",
+        *([trace.note] if trace.note else []),
     ]
 
 

@@ -42,6 +42,7 @@ class Trace:
         format: name of the format that it was read from.
         tokens_per_block: tokens in one block.
         block_bytes: bytes of one block, where the trace says so, else None.
+        note: what of the log is left out, a line for people; else empty.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Trace:
     tokens_per_block: int
     requests: Sequence[TraceRequest]
     block_bytes: int | None = None
+    note: str = ""
 
     @cached_property
     def num_accesses(self) -> int:

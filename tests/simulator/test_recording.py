@@ -16,6 +16,7 @@ from kvtier.simulator.again import repeat
 from kvtier.simulator.formats import load_trace
 from kvtier.simulator.recording import is_recording, read_recording
 from kvtier.simulator.replay import Replay
+from kvtier.simulator.report import facts
 from kvtier.simulator.setup import Machine, Setup
 from kvtier.simulator.trace import Trace, TraceError, TraceRequest
 from kvtier.spec.tiering import TieringOffloadingSpec
@@ -212,6 +213,16 @@ def test_groups_and_long_keys_survive(tmp_path):
     (record,) = read_recording(path)[1]
     assert (record.kind, record.request, record.time) == (b"L", 1, 0.5)
     assert [int.from_bytes(key[-4:], "big") for key in record.keys] == [0, 1, 300]
+
+
+def test_a_trace_of_several_groups_says_that_it_has_the_first_one_only(tmp_path):
+    engine = LiveEngine(tmp_path, LoadLog(), disks=0)
+    keys = [make_offload_key(bytes([index]) * 32, index % 2) for index in range(6)]
+    engine.serve([(0, keys)])
+    engine.close()
+    trace = load_trace(tmp_path / "live.rec")
+    assert len(trace.requests[0].keys) == 3
+    assert "of 2 KV groups only the first is replayed" in facts(trace, BLOCK_BYTES, Machine())[-1]
 
 
 def test_refuses_what_is_no_recording(tmp_path):
