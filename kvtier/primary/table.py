@@ -184,17 +184,34 @@ class BlockTable:
             self._adopting = True
             self._free = []
             self._adopted = bytearray(self.num_slots)
-        adopted, slot_of = self._adopted, self.slot_of
-        fresh: list[OffloadKey] = []
-        for slot, key in zip(slots, keys, strict=True):
-            if 0 <= slot < self.num_slots and not adopted[slot] and key not in slot_of:
-                adopted[slot] = 1
-                slot_of[key] = slot
-                fresh.append(key)
+        fresh = dict(zip(keys, slots, strict=True))
+        if not self._is_new(fresh, len(keys)):
+            fresh = self._only_new(slots, keys)
         if fresh:
             self._key_bytes = common_key_bytes(fresh, self._key_bytes)
-            fresh.reverse()
-            self.policy.insert(fresh)
+            self.slot_of.update(fresh)
+            np.frombuffer(self._adopted, np.uint8)[list(fresh.values())] = 1
+            self.policy.insert(list(reversed(fresh)))
+
+    def _is_new(self, fresh: dict[OffloadKey, int], count: int) -> bool:
+        """Return whether these are `count` keys and slots that nothing was adopted for, as is the rule."""
+        slots = fresh.values()
+        if len(fresh) < count or not self.slot_of.keys().isdisjoint(fresh) or len(set(slots)) < count:
+            return False
+        if not fresh or min(slots) < 0 or max(slots) >= self.num_slots:
+            return False
+        return not np.frombuffer(self._adopted, np.uint8)[list(slots)].any()
+
+    def _only_new(self, slots: Sequence[int], keys: Sequence[OffloadKey]) -> dict[OffloadKey, int]:
+        """Return those keys and slots that exist and come for the first time."""
+        fresh: dict[OffloadKey, int] = {}
+        taken = set()
+        for slot, key in zip(slots, keys, strict=True):
+            known = key in self.slot_of or key in fresh or slot in taken
+            if 0 <= slot < self.num_slots and not self._adopted[slot] and not known:
+                fresh[key] = slot
+                taken.add(slot)
+        return fresh
 
     def end_adoption(self) -> None:
         """All former blocks are known: the slots without one may be used."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import xxhash
@@ -78,8 +78,8 @@ class Inventory:
 
     def drop_superseded(self) -> None:
         """Of records with one key, keep the latest; the others are no failures."""
-        latest = dict(zip(self.keys, range(len(self.keys)), strict=True))
-        if len(latest) < len(self.keys):
+        if len(set(self.keys)) < len(self.keys):
+            latest = dict(zip(self.keys, range(len(self.keys)), strict=True))
             kept = np.sort(np.fromiter(latest.values(), np.int64, len(latest)))
             self.broken += np.delete(self.slots, kept).tolist()
             self.keep(kept)
@@ -98,27 +98,35 @@ def add_records(inventory: Inventory, raw: bytes, first: int, seal: BlockHeaders
     records = np.frombuffer(raw, HEADER_DTYPE)[used]
     plausible = _plausible(records, used + first, seal, block_bytes)
     candidates = records[plausible]
-    bodies: list[bytes] = (
-        candidates.view("u1")
-        .reshape(-1, HEADER_BYTES)[:, :CHECKED_BYTES]
-        .copy()
-        .view(f"V{CHECKED_BYTES}")[:, 0]
-        .tolist()
-    )
+    matrix = candidates.view("u1").reshape(-1, HEADER_BYTES)
+    bodies = _rows(matrix[:, :CHECKED_BYTES])
     found = np.fromiter(map(xxhash.xxh3_64_intdigest, bodies), np.uint64, len(bodies))
     intact = found == candidates["header_checksum"]
     sequences = candidates["sequence_low"].astype(np.int64) | (candidates["sequence_high"].astype(np.int64) << 32)
-    key_ends = candidates["key_length"].astype(np.int64) + _KEY_OFFSET
     inventory.slots = np.concatenate([inventory.slots, candidates["slot"][intact]])
     inventory.sequences = np.concatenate([inventory.sequences, sequences[intact]])
-    inventory.keys += [
-        OffloadKey(body[_KEY_OFFSET:end])
-        for body, end in zip(itertools.compress(bodies, intact), key_ends[intact].tolist(), strict=True)
-    ]
+    inventory.keys += _keys(matrix[intact], candidates["key_length"][intact])
     plausible[plausible] = intact
     for index in used[~plausible].tolist():
         parsed = seal.parse(raw[index * HEADER_BYTES : (index + 1) * HEADER_BYTES])
         inventory.reject(index + first, parsed if isinstance(parsed, FailureCause) else FailureCause.FOREIGN)
+
+
+def _rows(matrix: NDArray[np.uint8]) -> list[bytes]:
+    """Return the rows of a matrix of bytes."""
+    rows: list[bytes] = np.ascontiguousarray(matrix).view(f"V{matrix.shape[1]}")[:, 0].tolist()
+    return rows
+
+
+def _keys(records: NDArray[np.uint8], lengths: NDArray[np.uint8]) -> list[OffloadKey]:
+    """Return the keys of records, a row of bytes each; as a rule all have one length."""
+    if not len(lengths):
+        return []
+    longest = int(lengths.max())
+    keys = _rows(records[:, _KEY_OFFSET : _KEY_OFFSET + longest])
+    if (lengths != longest).any():
+        keys = [key[:length] for key, length in zip(keys, lengths.tolist(), strict=True)]
+    return cast(list[OffloadKey], keys)
 
 
 def marked_by(seal: BlockHeaders, records: NDArray[np.void]) -> NDArray[np.bool_]:
