@@ -9,6 +9,9 @@ import numpy as np
 
 from kvtier.keys import MAX_KEY_BYTES, MIN_KEY_BYTES, OffloadKey
 
+_MANY = 16
+"""Keys from which on an array is quicker than a loop."""
+
 
 def join_keys(keys: Sequence[OffloadKey]) -> tuple[int, bytes]:
     """Return the one length of the keys, and the keys side by side."""
@@ -25,7 +28,10 @@ def split_keys(packet: bytes, offset: int, count: int, key_bytes: int) -> list[O
         raise ValueError(f"keys of {key_bytes} bytes")
     if not count or len(packet) != offset + count * key_bytes:
         raise ValueError(f"{len(packet)} bytes do not hold {count} keys of {key_bytes} bytes")
-    return [OffloadKey(packet[at : at + key_bytes]) for at in range(offset, len(packet), key_bytes)]
+    if count < _MANY:
+        return [OffloadKey(packet[at : at + key_bytes]) for at in range(offset, len(packet), key_bytes)]
+    keys: list[OffloadKey] = np.frombuffer(packet, f"V{key_bytes}", count, offset).tolist()
+    return keys
 
 
 def pack_slots(slots: Sequence[int]) -> bytes:
