@@ -233,12 +233,14 @@ def test_a_password_in_the_url_is_refused_and_not_shown(url):
     rig.close()
 
 
-def test_a_tier_without_a_server_starts_down_and_says_why(caplog):
+@pytest.mark.parametrize("cluster", [False, True])
+def test_a_tier_without_a_server_starts_down_and_says_why(caplog, cluster):
     rig = TierRig(TierContext(namespace=Namespace({"model": "m"})))
-    rig.attach(RespTierManager(rig.spec, rig.arena.view, "resp", url="redis://127.0.0.1:1"))
+    rig.attach(RespTierManager(rig.spec, rig.arena.view, "resp", url="redis://127.0.0.1:1", cluster=cluster))
     rig.tier.start()
     rig.wait(lambda: rig.tier.state is TierState.DOWN, "the tier is down")
     assert "127.0.0.1:1" in rig.tier.state_reason
     assert "refused" in rig.tier.state_reason
+    assert "Exception" not in rig.tier.state_reason
     assert rig.lookup(1) is MISS
     rig.close()

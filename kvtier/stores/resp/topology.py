@@ -14,6 +14,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.cluster import ClusterNode, RedisCluster
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
+from redis.exceptions import RedisClusterException
 from redis.retry import Retry
 
 from kvtier.errors import StoreUnavailableError
@@ -26,6 +27,8 @@ logger = logging.getLogger("kvtier")
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
 """Seconds before a lost node is tried again, doubled every time, and half as much more or less."""
+_FOREIGN = (redis.RedisError, RedisClusterException, OSError)
+"""What redis-py raises for a cluster; the second is no child of the first."""
 _REFRESH_SECONDS = 0.5
 """Between two looks at who has which slot."""
 
@@ -136,7 +139,7 @@ class Cluster(Topology):
                 ssl=settings.tls,
                 **client_options(settings),
             )
-        except (redis.RedisError, OSError) as error:
+        except _FOREIGN as error:
             raise StoreUnavailableError(f"{settings.where}: {' '.join(str(error).split())}") from error
         self._read_slots()
 
@@ -224,7 +227,7 @@ class Cluster(Topology):
             self._refreshed_at = time.monotonic()
             self._client.nodes_manager.initialize()
             self._read_slots()
-        except (redis.RedisError, OSError) as error:
+        except _FOREIGN as error:
             logger.debug("resp: slots not read: %s", error)  # the table of before serves on; MOVED mends it
         finally:
             self._refreshing.release()
