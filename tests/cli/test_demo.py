@@ -52,6 +52,18 @@ def test_the_whole_demonstration(model_folder, tmp_path):
     assert all(turn["answer"]["restored_tokens"] > 1000 for turn in report["turns"][1:])
 
 
+@pytest.mark.soak
+def test_one_process_fills_a_server_and_another_answers_from_it(model_folder, tmp_path, valkey):
+    report_path = tmp_path / "report.json"
+    tiers = {"cpu_bytes_to_use": "64MiB", "secondary_tiers": [{"type": "resp", "url": valkey.url}]}
+    done = demo("--model", model_folder, *QUICK, "--tiers", json.dumps(tiers), "--json", report_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    turns = json.loads(report_path.read_text())["turns"]
+    assert [list(turn["answer"]["sources"]) for turn in turns] == [[], ["primary"], ["resp"], ["resp"]]
+    assert turns[-1]["answer"]["restored_tokens"] > 1000
+    assert valkey.info("db0")["keys"] >= turns[-1]["answer"]["restored_tokens"] // 32
+
+
 def test_memory_alone_is_a_demonstration_too(model_folder):
     done = demo("--model", model_folder, *QUICK, "--tiers", '{"cpu_bytes_to_use": "64MiB"}')
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,9 +1,10 @@
-"""`make servers`: real servers to play with, until Ctrl-C; prints the tier configuration to paste."""
+"""`make servers`: real servers to play with, until Ctrl-C; prints the configuration to paste, and what to try."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import signal
 from typing import Any
 
@@ -13,8 +14,16 @@ from valkey_server import ValkeyCluster, ValkeyServer
 BUCKET = "kvtier"
 
 
-def tier_of(options: dict[str, Any], kind: str = "resp") -> str:
-    return json.dumps({"secondary_tiers": [{"type": kind, **options}]}, indent=2)
+def configuration(options: dict[str, Any], kind: str = "resp") -> dict[str, Any]:
+    return {"cpu_bytes_to_use": "512MiB", "secondary_tiers": [{"type": kind, **options}]}
+
+
+def show(title: str, config: dict[str, Any]) -> None:
+    print(f"{title}:\n{json.dumps(config, indent=2)}\n")
+
+
+def demonstration(config: dict[str, Any]) -> str:
+    return f"kvtier demo --tiers {shlex.quote(json.dumps(config))}"
 
 
 def main() -> None:
@@ -26,14 +35,16 @@ def main() -> None:
         cluster = ValkeyCluster()
         stack.callback(cluster.close)
         cluster.start()
-        print(f"One Valkey on {server.url}:\n{tier_of({'url': server.url})}\n")
-        print(f"A cluster of three:\n{tier_of({'url': cluster.urls, 'cluster': True})}\n")
+        show(f"One Valkey on {server.url}", configuration({"url": server.url}))
+        show("A cluster of three", configuration({"url": cluster.urls, "cluster": True}))
         swift = SwiftServer()
         stack.callback(swift.close)
         swift.start().make_bucket(BUCKET)
         place = {"url": f"s3://{BUCKET}", "endpoint": swift.endpoint, "region": "us-east-1", "path_style": True}
         print(f"An S3, OpenStack Swift's:\nexport AWS_ACCESS_KEY_ID={ACCESS_KEY} AWS_SECRET_ACCESS_KEY={SECRET_KEY}")
-        print(f"{tier_of({**place, 'allow_http': True, 'capacity': '4GiB'}, 'object')}\n")
+        show("and", configuration({**place, "allow_http": True, "capacity": "4GiB"}, "object"))
+        print("One process fills the Valkey, another answers from it:")
+        print(f"{demonstration(configuration({'url': server.url}))}\n")
         print(f"For vLLM:\nkvtier vllm-config --cpu 8GiB --resp {server.url}\n")
         print("Ctrl-C ends them; what they hold is lost then.", flush=True)
         with contextlib.suppress(KeyboardInterrupt):

@@ -12,6 +12,9 @@ from kvtier.adapters.transformers import PrefixCache
 from kvtier.errors import StoreUnavailableError
 from kvtier.events import TierState
 
+PATIENCE = {"probe_deadline": 0.5, "load_deadline": 15.0}
+"""What a demonstration waits for shared tiers, where the configuration does not say: engines on a busy machine give up
+sooner and compute, and here it is to be seen that blocks come back. The table shows what the waiting cost."""
 VOLATILE_TIERS = frozenset({"memory", "example"})
 """Tiers whose blocks end with the process that stored them."""
 
@@ -29,13 +32,13 @@ def outlives_process(tiers: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def open_cache(model: Any, tiers: Mapping[str, Any]) -> Iterator[PrefixCache]:
-    """Open a prefix cache whose tiers are all up.
+    """Open a prefix cache whose tiers are all up, and which has `PATIENCE` with them.
 
     Raises:
         StoreUnavailableError: a tier is not; the message says which and why.
         KVTierError: as `PrefixCache` and `PrefixCache.open`.
     """
-    cache = PrefixCache(model, tiers)
+    cache = PrefixCache(model, tiers if "spec_name" in tiers else {**PATIENCE, **tiers})
     with ExitStack() as stack:
         with _said_once():
             stack.enter_context(cache)

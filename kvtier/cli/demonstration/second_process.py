@@ -1,4 +1,4 @@
-"""The second process: another interpreter, an empty primary, the same directory."""
+"""The second process: another interpreter, an empty primary, the same directory, server or bucket."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class Show:
         return checks
 
     def second_process(self, folder: Path) -> list[Check]:
-        """Let another interpreter answer from what is on disk; return what it restored."""
+        """Let another interpreter answer from what the tiers keep; return what it restored."""
         settings = self._settings
         question, prompt = self._next()
         order = Order(
