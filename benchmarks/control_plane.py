@@ -13,7 +13,7 @@ import json
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +21,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from kvtier.abc import EvictionPolicy
-from kvtier.eviction.arc import ARCPolicy
-from kvtier.eviction.lru import LRUPolicy
 from kvtier.keys import OffloadKey, make_offload_key
 from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
+from kvtier.registry import POLICIES
 from kvtier.tiering.manager import TieringOffloadingManager
 from kvtier.types import LookupResult, ReqContext, ScheduleEndContext
 
 BLOCK_BYTES = 4096
-POLICIES: dict[str, Callable[[int], EvictionPolicy]] = {"lru": LRUPolicy, "arc": ARCPolicy}
 TARGETS = {
     "lookup hit": 400,
     "lookup miss": 400,
@@ -58,7 +55,7 @@ class Bench:
 
     def __init__(self, num_blocks: int, policy: str, keys: Keys) -> None:
         view = memoryview(np.zeros((num_blocks, 1), dtype=np.uint8))  # the control plane reads no bytes
-        primary = CPUPrimaryTierOffloadingManager(num_blocks, view, POLICIES[policy](num_blocks))
+        primary = CPUPrimaryTierOffloadingManager(num_blocks, view, POLICIES.load(policy)(num_blocks))
         self.manager = TieringOffloadingManager(primary)
         self.num_blocks = num_blocks
         self.keys = keys
@@ -161,10 +158,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one round of 10k blocks only")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--policies", default="lru,arc", help="names with commas, or all that are registered")
     options = parser.parse_args()
+    policies = list(POLICIES.names()) if options.policies == "all" else options.policies.split(",")
     capacities = [10_000] if options.quick else [10_000, 200_000]
     rounds = 1 if options.quick else options.rounds
-    cases = [(n, size, policy) for n in capacities for size in (64, 512, 8192) for policy in POLICIES]
+    cases = [(n, size, policy) for n in capacities for size in (64, 512, 8192) for policy in policies]
     collected: dict[tuple[int, int, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     keys = Keys()
     gc.disable()  # an engine freezes its heap; the collector's pauses are not the operations'

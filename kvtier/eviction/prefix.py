@@ -204,9 +204,10 @@ class PrefixPolicy(EvictionPolicy):
         heapify(heap)
         while heap:
             *_, part, parts = heap[0]
-            for key in reversed(part.keys):
-                if part_of.get(key) is part:
-                    yield key
+            if part.held == len(part.keys):
+                yield from reversed(part.keys)
+            else:
+                yield from [key for key in reversed(part.keys) if part_of.get(key) is part]
             following = entry(parts)
             if following is None:
                 heappop(heap)
@@ -218,7 +219,8 @@ class PrefixPolicy(EvictionPolicy):
         part_of, ghosts = self._part_of, self._ghosts
         for part, same in groupby(keys, key=part_of.pop):
             block = list(same)
-            ghosts.update(dict.fromkeys(block, part))
+            for key in block:
+                ghosts[key] = part
             part.held -= len(block)
             part.ghosts += len(block)
             while part.keys and part_of.get(part.keys[-1]) is not part:

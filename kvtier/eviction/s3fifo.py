@@ -47,7 +47,8 @@ class S3FIFOPolicy(EvictionPolicy):
         """Append `keys` to the main queue if a ghost remembers them, to the small one if not."""
         small, main, ghosts = self._small, self._main, self._ghosts
         if ghosts.keys().isdisjoint(keys):
-            small.update(dict.fromkeys(reversed(keys), 0))
+            for key in reversed(keys):
+                small[key] = 0
             return
         for key in reversed(keys):
             if key in ghosts:

@@ -67,7 +67,8 @@ class TinyLFUPolicy(EvictionPolicy):
         if not ghosts.keys().isdisjoint(keys):
             for key in keys:
                 ghosts.pop(key, None)
-        window.update(dict.fromkeys(reversed(keys)))
+        for key in reversed(keys):
+            window[key] = None
         self._count(keys)
         vacant = self.capacity - self._most_window - len(probation) - len(self._protected)
         for key in list(islice(window, max(0, min(vacant, len(window) - self._most_window)))):
@@ -77,7 +78,7 @@ class TinyLFUPolicy(EvictionPolicy):
     def touch(self, keys: Sequence[OffloadKey]) -> None:
         """Count a use of the held ones of `keys`, and make them the most recent of the window or the protected."""
         window, probation, protected = self._window, self._probation, self._protected
-        held = [key for key in keys if key in self]
+        held = [key for key in keys if key in probation or key in protected or key in window]
         for key in reversed(held):
             if key in protected:
                 protected.move_to_end(key)
@@ -92,9 +93,12 @@ class TinyLFUPolicy(EvictionPolicy):
         self._count(held)
 
     def _count(self, keys: Sequence[OffloadKey]) -> None:
-        uses, base = self._uses, self._epoch << COUNT_BITS
+        uses, epoch = self._uses, self._epoch
+        base = epoch << COUNT_BITS
         for key in keys:
-            uses[key] = base + min(MOST_USES, self._uses_of(key) + 1)
+            value = uses.get(key, 0)
+            count = (value & MOST_USES) >> (epoch - (value >> COUNT_BITS)) if value else 0
+            uses[key] = base + (count + 1 if count < MOST_USES else MOST_USES)
         self._uses_in_epoch += len(keys)
         if self._uses_in_epoch >= USES_PER_AGE * self.capacity:
             self._epoch += 1

@@ -183,7 +183,7 @@ class TieringOffloadingManager(OffloadingManager):
             self._promoter.let_go(state)
         if state.deferred_since is not None:
             state.stop_waiting(self._clock())
-        self._use(ordered, req_context, state)
+        self._use(ordered, req_context, state, all_held=True)
         sources = state.sources
         by_source = (
             {PRIMARY: len(ordered)} if not sources else Counter(map(sources.get, ordered, itertools.repeat(PRIMARY)))
@@ -205,10 +205,12 @@ class TieringOffloadingManager(OffloadingManager):
         ordered = keys if isinstance(keys, list) else list(keys)
         self._use(ordered, req_context, self._requests.get(req_context.req_id))
 
-    def _use(self, keys: list[OffloadKey], req_context: ReqContext, state: RequestState | None) -> None:
+    def _use(
+        self, keys: list[OffloadKey], req_context: ReqContext, state: RequestState | None, all_held: bool = False
+    ) -> None:
         fresh = keys
         if state is not None:
-            keys, fresh = state.uses.count(keys, self._table.slot_of)
+            keys, fresh = state.uses.count(keys, None if all_held else self._table.slot_of)
         if keys:
             self._table.policy.touch(keys)
         if keys and self._tiers.guards:
@@ -229,7 +231,7 @@ class TieringOffloadingManager(OffloadingManager):
             self._promoter.take_over_abandoned(ordered)
         slot_of = self._table.slot_of
         if not slot_of.keys().isdisjoint(ordered):
-            self._use([key for key in ordered if key in slot_of], req_context, state)
+            self._use([key for key in ordered if key in slot_of], req_context, state, all_held=True)
         placement = self._table.plan(ordered)
         if placement.num_left_out and not placement.keys:
             return None

@@ -22,13 +22,11 @@ class RequestUses:
     def __init__(self) -> None:
         self._held: dict[OffloadKey, bool] = {}
 
-    def count(
-        self, keys: list[OffloadKey], primary: Container[OffloadKey]
-    ) -> tuple[list[OffloadKey], list[OffloadKey]]:
+    def count(self, keys: Keys, primary: Container[OffloadKey] | None) -> tuple[Keys, Keys]:
         """Take note of a use.
 
         Args:
-            primary: what the primary tier holds.
+            primary: what the primary tier holds; None: all of `keys`.
 
         Returns:
             Those of `keys`, in order, whose use counts in the primary tier (none that it held at an earlier use), and
@@ -38,10 +36,13 @@ class RequestUses:
         if uses and not uses.keys().isdisjoint(keys):
             fresh = [key for key in keys if key not in uses]
             keys = [key for key in keys if not uses.get(key, False)]
-        uses.update(zip(keys, map(primary.__contains__, keys), strict=True))
+        if primary is None:
+            uses.update(dict.fromkeys(keys, True))
+        else:
+            uses.update(zip(keys, map(primary.__contains__, keys), strict=True))
         return keys, fresh
 
-    def note_stored(self, keys: list[OffloadKey]) -> None:
+    def note_stored(self, keys: Keys) -> None:
         """The request brings these blocks itself, which is a use in every tier."""
         self._held.update(dict.fromkeys(keys, True))
 
