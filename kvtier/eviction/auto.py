@@ -35,15 +35,19 @@ FOLLOWED: Mapping[str, type[EvictionPolicy]] = {
 FIRST = "prefix"
 """In charge at the beginning: of all tables in docs/policies.md the one that is never far from the best."""
 
-_MOST_STEPS = len(FOLLOWED) + 2
-_BATCHES_A_STEP = 4
+_MOST_STEPS = 3
+_MOST_STEPS_OF_SMALL = 28
+_SMALL = 1024
+"""Of a cache with fewer keys, shadows see one in eight or more: they would fall behind."""
+
+_STEPS_A_BATCH = 2
 
 
 class ShadowedPolicy(EvictionPolicy):
     """A policy, with shadows of all others and of other sizes beside it.
 
     The shadows see what the policy sees. Replaying costs an insert some microseconds, whatever it brings: one batch in
-    one shadow, more only while many batches wait.
+    one shadow, up to three while many batches wait (more in small caches).
 
     Attributes:
         on_switch: called when another policy takes over, at the end of an insert; set it to learn of that.
@@ -69,7 +73,10 @@ class ShadowedPolicy(EvictionPolicy):
         self._first, self._kinds, self._may_switch = name, dict(kinds), may_switch
         self._name = name
         self._policy: EvictionPolicy = self._kinds[name](capacity)
+        self._most_steps = _MOST_STEPS if capacity >= _SMALL else _MOST_STEPS_OF_SMALL
+        self._succession: Succession | None = None
         self._shadows = Shadows(capacity, self._kinds, name)
+        self._uses = self._shadows.uses
         self._contest = Contest(self._kinds)
 
     @property
@@ -80,7 +87,7 @@ class ShadowedPolicy(EvictionPolicy):
     @property
     def is_moving(self) -> bool:
         """Whether the former policy still holds keys."""
-        return isinstance(self._policy, Succession)
+        return self._succession is not None
 
     def stats(self) -> dict[str, float]:
         """Return what the shadows hit of what they saw since they were warm, in blocks, by name; counts only rise."""
@@ -92,14 +99,14 @@ class ShadowedPolicy(EvictionPolicy):
 
     def insert(self, keys: Sequence[OffloadKey]) -> None:
         """Start holding `keys`: the end of a request's use, after which there is time for the shadows."""
-        policy = self._policy
-        policy.insert(keys)
-        if isinstance(policy, Succession) and policy.is_over:
-            self._policy = policy.new
-        uses = self._shadows.uses
+        self._policy.insert(keys)
+        succession = self._succession
+        if succession is not None and succession.is_over:
+            self._policy, self._succession = succession.new, None
+        uses = self._uses
         uses.note_new(keys)
-        if uses.batches or self._shadows.is_busy:
-            self._follow(min(_MOST_STEPS, 1 + len(uses.batches) // _BATCHES_A_STEP))
+        if not uses.resting or uses.batches:
+            self._follow(min(self._most_steps, max(1, _STEPS_A_BATCH * len(uses.batches) - 1)))
 
     def _follow(self, num_steps: int) -> None:
         for _ in range(num_steps):
@@ -113,7 +120,7 @@ class ShadowedPolicy(EvictionPolicy):
 
     def _put_in_charge(self, switch: PolicySwitch) -> None:
         self._name = switch.chosen
-        self._policy = Succession(self._policy, self._kinds[switch.chosen](self.capacity))
+        self._policy = self._succession = Succession(self._policy, self._kinds[switch.chosen](self.capacity))
         self._shadows.put_in_charge(switch.chosen)
         if self.on_switch is not None:
             self.on_switch(switch)
@@ -121,7 +128,7 @@ class ShadowedPolicy(EvictionPolicy):
     def touch(self, keys: Sequence[OffloadKey]) -> None:
         """Count one more use of each of `keys`."""
         self._policy.touch(keys)
-        self._shadows.uses.note_found(keys)
+        self._uses.note_found(keys)
 
     def evict(self, keys: Sequence[OffloadKey]) -> None:
         """Stop holding `keys`."""
@@ -142,7 +149,7 @@ class ShadowedPolicy(EvictionPolicy):
     def clear(self) -> None:
         """Forget everything, what the shadows taught included: the first policy is in charge again."""
         self._name = self._first
-        self._policy = self._kinds[self._first](self.capacity)
+        self._policy, self._succession = self._kinds[self._first](self.capacity), None
         self._shadows.clear()
         self._shadows.put_in_charge(self._first)
         self._contest.clear()

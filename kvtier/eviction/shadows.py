@@ -13,7 +13,7 @@ All shadows see the same sample; their differences are what to look at.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain, islice
 from typing import NamedTuple
 
@@ -42,7 +42,7 @@ BATCH_KEYS = 8
 MOST_RUN_KEYS = 32
 """Sampled keys of one request that are followed, its first ones: it bounds what a step of work takes."""
 
-MOST_WAITING = 64
+MOST_WAITING = 16
 """Batches that may wait for being replayed; what comes beyond is not followed."""
 
 WARM_CAPACITIES = 2
@@ -177,8 +177,9 @@ class SampledUses:
     def __init__(self, capacity: int) -> None:
         """Args: capacity: of the cache."""
         self.sampler = Sampler(capacity)
-        self._batch_keys = max(1, min(BATCH_KEYS, self.sampler.capacity // 16))
-        self._most_run = max(1, min(MOST_RUN_KEYS, self.sampler.capacity // 2))
+        # Together less than half of the capacity, which is what the smallest shadow has.
+        self._batch_keys = max(1, min(BATCH_KEYS, self.sampler.capacity // 8))
+        self._most_run = max(1, min(MOST_RUN_KEYS, self.sampler.capacity // 4))
         self._round = float(2 * WARM_CAPACITIES * self.sampler.capacity + COUNTED_IN_ROUND)
         self._credit = max(float(FIRST_CREDIT), self._round)
         self.resting = False
@@ -194,6 +195,9 @@ class SampledUses:
 
     def note_found(self, keys: Sequence[OffloadKey]) -> None:
         """A request uses `keys`, which the cache holds: the beginning of its run."""
+        if self.resting:
+            self._credit += len(keys) * EARNED_PER_USE
+            return
         if self._run:
             self._end_run()
         if self._earns(len(keys)):
@@ -253,7 +257,7 @@ class Shadows:
         self._share = self.size / capacity
         self.caches = {name: self._make(kind, self.size) for name, kind in self._kinds.items()}
         self._batch: Batch | None = None
-        self._left: Iterator[tuple[str, ShadowCache]] = iter(())
+        self._left: list[str] = []
         self._hits: dict[str, int] = {}
         self._counts = False
         self._num_rests = 0
@@ -291,12 +295,12 @@ class Shadows:
         """
         if self._batch is None and not self._begin():
             return None
-        batch, following = self._batch, next(self._left, None)
-        if batch is None or following is None:
+        batch = self._batch
+        if batch is None:
             return None
-        name, cache = following
-        self._hits[name] = cache.replay(batch.runs, batch.keys)
-        if len(self._hits) < len(self.caches):
+        name = self._left.pop()
+        self._hits[name] = self.caches[name].replay(batch.runs, batch.keys)
+        if self._left:
             return None
         self._batch = None
         return (len(batch.keys), self._hits) if self._counts else None
@@ -310,7 +314,7 @@ class Shadows:
             for cache in self.caches.values():
                 cache.rest()
         self._batch = uses.batches.popleft()
-        self._left = iter(list(self.caches.items()))
+        self._left = list(self.caches)
         self._hits, self._counts = {}, self.is_warm
         return True
 

@@ -114,7 +114,7 @@ def test_what_one_request_brings_is_bounded():
 
 
 def test_a_run_begins_with_what_was_found_and_ends_with_what_was_new():
-    uses, keys = SampledUses(16), chain("a", 6)
+    uses, keys = SampledUses(32), chain("a", 6)
     uses.note_found(keys[:4])
     uses.note_new(keys[4:])
     assert [batch.runs for batch in uses.batches] == [[keys]]
