@@ -33,7 +33,7 @@ def causes(rig):
     return {event.cause for event in rig.recorder.of(BlocksFailed)}
 
 
-def test_a_filesystem_that_fails(rig, faulty_disk):
+def test_a_filesystem_that_fails(rig, faulty_disk, caplog):
     faulty_disk.fail(error="EIO")
     numbers = itertools.cycle(ALL)
 
@@ -43,6 +43,7 @@ def test_a_filesystem_that_fails(rig, faulty_disk):
 
     rig.wait(is_down, "it is down")
     assert FailureCause.IO_ERROR in causes(rig)
+    assert caplog.text.count("is down") == 1
     assert rig.lookup(3) is LookupResult.MISS
     faulty_disk.heal()
     rig.wait(lambda: rig.store(ALL).success, "it works again")
@@ -60,7 +61,7 @@ def test_half_written_files_are_never_seen(rig, faulty_disk):
     assert not list(faulty_disk.backing.rglob("*.new"))
 
 
-def test_a_filesystem_that_hangs_costs_misses_and_is_used_again(rig, faulty_disk):
+def test_a_filesystem_that_hangs_costs_misses_and_is_used_again(rig, faulty_disk, caplog):
     faulty_disk._process.send_signal(signal.SIGSTOP)
     longest = 0.0
     jobs = [rig.submit([make_key(number)], [40 + number], load=True) for number in range(4)]
@@ -74,6 +75,7 @@ def test_a_filesystem_that_hangs_costs_misses_and_is_used_again(rig, faulty_disk
     assert longest < 0.5, "the scheduler waited for the filesystem"
     assert rig.tier.lookup(make_key(7), rig.request) is LookupResult.MISS
     assert not rig.tier.can_store(1)
+    assert caplog.text.count("is down") == 1
     faulty_disk._process.send_signal(signal.SIGCONT)
     assert not any(rig.finish(job).success for job in jobs)
     rig.wait(lambda: rig.tier.state is TierState.UP, "it is up again", 40)

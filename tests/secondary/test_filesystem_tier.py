@@ -113,7 +113,7 @@ def test_two_engines_share_in_both_directions_and_the_same_block_at_once(make_ri
 def test_blocks_of_another_identity_are_invisible(make_rig):
     ours = make_rig()
     assert ours.store([1, 2]).success
-    for other in ({"model": "another"}, {"rank": 1}, {"dtype": "float16"}):
+    for other in ({"model": "another"}, {"revision": "2"}, {"dtype": "float16"}, {"layout": "other"}, {"rank": 1}):
         theirs = make_rig(**other)
         assert theirs.lookup(1) is LookupResult.MISS
         assert theirs.load([1, 2])[1] == []
@@ -146,6 +146,19 @@ def test_whatever_stands_in_a_blocks_place_is_a_miss_counted_by_cause(make_rig, 
     assert not any(file.exists() for file in files)
     assert ours.store(range(8)).success
     assert ours.load(range(8))[1] == list(range(8))
+
+
+def test_an_old_file_is_a_miss_after_a_reset(make_rig, tmp_path):
+    """The file that was stored before the weights changed, put back where the new one belongs."""
+    rig = make_rig()
+    assert rig.store([1]).success
+    old = file_of(tmp_path / "shared", rig.tier, make_key(1)).read_bytes()
+    rig.tier.drain_jobs()
+    rig.tier.start_epoch(b"new weights" * 2)
+    rig.wait_up()
+    assert rig.store([1]).success
+    file_of(tmp_path / "shared", rig.tier, make_key(1)).write_bytes(old)
+    assert rig.load([1])[1] == []
 
 
 def test_the_option_that_is_wrong_is_named(tmp_path):

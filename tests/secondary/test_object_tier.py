@@ -154,10 +154,10 @@ def test_both_store_the_same_blocks_at_once(make_rig):
 
 
 def test_blocks_of_another_identity_are_invisible(make_rig):
-    identity = {"model": "m", "revision": "1", "dtype": "bfloat16", "rank": 0}
+    identity = {"model": "m", "revision": "1", "dtype": "bfloat16", "layout": "a", "rank": 0}
     ours = make_rig(identity)
     assert ours.store([1, 2]).success
-    for key, value in {"model": "n", "dtype": "float16", "rank": 1}.items():
+    for key, value in {"model": "n", "revision": "2", "dtype": "float16", "layout": "b", "rank": 1}.items():
         other = make_rig({**identity, key: value})
         assert other.lookup(1) is MISS, key
         assert other.load([1, 2])[1] == [], key
