@@ -15,12 +15,16 @@ Keys = list[OffloadKey]
 
 
 class RequestUses:
-    """The blocks that a request has used, and whether the primary tier held them at that time."""
+    """The blocks that a request has used, and whether the primary tier held them at that time.
 
-    __slots__ = ("_held",)
+    Most requests load once and store, and are never asked again: what they use is only put aside until somebody asks.
+    """
+
+    __slots__ = ("_aside", "_held")
 
     def __init__(self) -> None:
         self._held: dict[OffloadKey, bool] = {}
+        self._aside: list[Keys] = []
 
     def count(self, keys: Keys, primary: Container[OffloadKey] | None) -> tuple[Keys, Keys]:
         """Take note of a use.
@@ -32,20 +36,29 @@ class RequestUses:
             Those of `keys`, in order, whose use counts in the primary tier (none that it held at an earlier use), and
             those that were not used before at all, whose use counts in the other tiers.
         """
-        uses, fresh = self._held, keys
-        if uses and not uses.keys().isdisjoint(keys):
-            fresh = [key for key in keys if key not in uses]
-            keys = [key for key in keys if not uses.get(key, False)]
-        if primary is None:
-            uses.update(dict.fromkeys(keys, True))
+        fresh = keys
+        if self._held or self._aside:
+            uses = self._known()
+            if not uses.keys().isdisjoint(keys):
+                fresh = [key for key in keys if key not in uses]
+                keys = [key for key in keys if not uses.get(key, False)]
+        if primary is None or all(map(primary.__contains__, keys)):
+            self._aside.append(keys.copy())
         else:
-            uses.update(zip(keys, map(primary.__contains__, keys), strict=True))
+            self._held.update(zip(keys, map(primary.__contains__, keys), strict=True))
         return keys, fresh
 
     def note_stored(self, keys: Keys) -> None:
         """The request brings these blocks itself, which is a use in every tier."""
-        self._held.update(dict.fromkeys(keys, True))
+        self._aside.append(keys.copy())
+
+    def _known(self) -> dict[OffloadKey, bool]:
+        for keys in self._aside:
+            self._held.update(dict.fromkeys(keys, True))
+        self._aside.clear()
+        return self._held
 
     def clear(self) -> None:
         """The cache was reset."""
         self._held.clear()
+        self._aside.clear()
