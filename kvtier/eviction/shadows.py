@@ -27,7 +27,7 @@ FEWEST_KEYS = 128
 MOST_KEYS = 512
 """Most capacity of a shadow: what is beyond costs warmth and brings no better order of policies."""
 
-EARNED_PER_USE = 1 / 2048
+EARNED_PER_USE = 1 / 4096
 """Sampled uses that every use of a block pays for: replaying one costs about 30 times as much as storing a block."""
 
 FIRST_CREDIT = 4096
