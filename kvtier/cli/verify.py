@@ -116,7 +116,9 @@ def _verify_slab(slab: Path, job: _Job, progress: Progress) -> list[Finding]:
         try:
             records = read_records(survey.folder, survey.description, job.secret)
             if records.seal is None:
-                findings.append(Finding(survey, Verification(), 0, 0, _LOCKED if job.secret is None else _LOCKED_TO_IT))
+                locked = _LOCKED if job.secret is None else _LOCKED_TO_IT
+                is_empty = not (survey.num_blocks or survey.broken)
+                findings.append(Finding(survey, Verification(), 0, 0, "" if is_empty else locked))
                 continue
             progress.update(task, total=len(records.inventory.keys) * (survey.block_bytes or 0))
             is_used = partial(_is_used, slab, job)

@@ -58,6 +58,8 @@ class SecretPlace:
         key, value = ("secret_file", file) if env is None else ("secret_env", env)
         if env is not None and file is not None:
             raise ConfigError("secret_file", file, "not together with secret_env")
+        if not isinstance(value, str):
+            raise ConfigError(key, value, "a string")
         package = "cryptography" if encrypt else "blake3"
         if find_spec(package) is None:
             needs = f"needs {package}: pip install 'kvtier[secure]'"
@@ -74,14 +76,17 @@ class SecretPlace:
         """Return the place that `to_options` described; None if there is no secret.
 
         Raises:
-            StoreUnavailableError: encryption without a secret: blocks must not be stored in the clear instead.
+            StoreUnavailableError: encryption without a secret, or neither asked for nor not: blocks must not be stored
+                in the clear instead.
         """
         env, file, encrypt = map(options.get, _OPTIONS)
+        if not isinstance(encrypt, bool | None):
+            raise StoreUnavailableError(f"encrypt={encrypt!r}: true or false")
         if env is None and file is None:
             if encrypt:
                 raise StoreUnavailableError("encrypt: no secret_env and no secret_file to go with it")
             return None
-        return cls(env, file, encrypt is True)
+        return cls(env, file, bool(encrypt))
 
     def to_options(self) -> dict[str, str | bool | None]:
         """Return options for the store: names only."""
@@ -113,12 +118,14 @@ class SecretPlace:
             StoreUnavailableError: it is not there, or too short to be one.
         """
         if self.env is not None:
-            secret = os.environ.get(self.env, "").encode()
+            secret = os.environb.get(os.fsencode(self.env), b"")  # any bytes: a secret need not be text
         else:
             try:
                 secret = Path(self.file or "").read_bytes().rstrip(b"\r\n")
             except OSError as error:
                 raise StoreUnavailableError(f"the secret's file cannot be read: {error.strerror}") from error
+            except ValueError:
+                raise StoreUnavailableError("the secret's file cannot be read: no file has this name") from None
         if len(secret) < LEAST_SECRET_BYTES:
             raise StoreUnavailableError(f"a secret of at least {LEAST_SECRET_BYTES} bytes")
         return secret

@@ -133,6 +133,14 @@ def test_blocks_that_a_secret_guards(tmp_path):
     assert [survey_namespace(folder).num_blocks for folder in folders] == [9, 10, 11]
 
 
+def test_a_namespace_without_blocks_needs_no_secret(tmp_path):
+    secret, slab = tmp_path / "secret", tmp_path / "slab"
+    secret.write_text("correct horse battery staple")
+    make_slab(slab)
+    make_slab(slab, blocks=0, secret_file=str(secret))
+    assert [entry["unverified"] for entry in as_json("verify", slab)["directories"][0]["namespaces"]] == [0, 0]
+
+
 def test_nothing_to_verify_and_wrong_options(tmp_path, slab):
     (tmp_path / "empty").mkdir()
     assert as_json("verify", tmp_path / "empty") == {"ok": True, "directories": []}

@@ -1,5 +1,6 @@
 """Blocks that a secret vouches for: who lacks it can cause misses, not hits."""
 
+import os
 import traceback
 
 import pytest
@@ -145,6 +146,27 @@ def test_a_secret_that_is_none_is_named_and_not_shown(tmp_path, monkeypatch, opt
     assert caught.value.key == key
     assert "hunter2" not in "".join(traceback.format_exception(caught.value)) + repr(vars(caught.value))
     rig.close()
+
+
+def test_a_secret_need_not_be_text(monkeypatch, secret_file):
+    raw = bytes(range(255, 200, -1))
+    monkeypatch.setitem(os.environb, b"KVTIER_SECRET", raw)
+    secret_file.write_bytes(raw + b"\n")
+    assert SecretPlace(env="KVTIER_SECRET").read() == SecretPlace(file=str(secret_file)).read() == raw
+
+
+@pytest.mark.parametrize("value", [5, ["a"], "a\0b"])
+def test_a_place_that_is_none_is_an_error_of_the_configuration(value):
+    for key, place in (("secret_env", (value, None)), ("secret_file", (None, value))):
+        with pytest.raises(ConfigError) as caught:
+            SecretPlace.checked(*place)
+        assert caught.value.key == key
+
+
+def test_what_is_not_plainly_asked_for_is_not_stored_in_the_clear(secret_file):
+    for encrypt in ("yes", 1):
+        with pytest.raises(StoreUnavailableError, match="true or false"):
+            SecretPlace.from_options({"secret_file": str(secret_file), "encrypt": encrypt})
 
 
 def test_a_secret_that_goes_away_leaves_the_store_closed(secret_file, tmp_path, monkeypatch):
