@@ -128,7 +128,7 @@ class ShadowedPolicy(EvictionPolicy):
     def touch(self, keys: Sequence[OffloadKey]) -> None:
         """Count one more use of each of `keys`."""
         self._policy.touch(keys)
-        self._uses.note_found(keys)
+        self._uses.note_found(keys, self._policy)
 
     def evict(self, keys: Sequence[OffloadKey]) -> None:
         """Stop holding `keys`."""

@@ -13,7 +13,7 @@ All shadows see the same sample; their differences are what to look at.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from itertools import chain, islice
 from typing import NamedTuple
 
@@ -193,15 +193,18 @@ class SampledUses:
         self._run: list[OffloadKey] = []
         self._known: set[OffloadKey] = set()
 
-    def note_found(self, keys: Sequence[OffloadKey]) -> None:
-        """A request uses `keys`, which the cache holds: the beginning of its run."""
+    def note_found(self, keys: Sequence[OffloadKey], held: Container[OffloadKey]) -> None:
+        """A request uses those of `keys` that are `held`: the beginning of its run.
+
+        What the cache does not hold is no use of it: a request that waits may name its missing blocks at every step.
+        """
         if self.resting:
             self._credit += len(keys) * EARNED_PER_USE
             return
         if self._run:
             self._end_run()
         if self._earns(len(keys)):
-            self._run = self.sampler.pick(keys)
+            self._run = [key for key in self.sampler.pick(keys) if key in held]
 
     def note_new(self, keys: Sequence[OffloadKey]) -> None:
         """A request uses `keys`, which the cache did not hold: the end of its run."""
@@ -222,7 +225,7 @@ class SampledUses:
     def _end_run(self) -> None:
         """Add the run to the batch; a key comes once in a batch, whatever used it again."""
         known = self._known
-        run = [key for key in self._run if key not in known][: self._most_run]
+        run = [key for key in dict.fromkeys(self._run) if key not in known][: self._most_run]
         self._run = []
         if not run:
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from kvtier.events import CascadeRefused, Observer
 from kvtier.keys import OffloadKey
@@ -50,11 +50,6 @@ class AdmissionRule:
             while len(self._seen_once) > self._max_seen:
                 self._seen_once.popitem(last=False)
 
-    @property
-    def waits_for_use(self) -> bool:
-        """Whether the use of any key could admit it."""
-        return bool(self._seen_once)
-
 
 def _is_prompt(key: OffloadKey, req_context: ReqContext) -> bool:
     if req_context.num_prompt_tokens is None:
@@ -71,12 +66,17 @@ def refuse_reason(guard: TierGuard, num_blocks: int) -> str | None:
 
 
 class Cascades:
-    """Offers blocks to tiers, each with its own rule; a refusal is counted."""
+    """Offers blocks to tiers, each with its own rule; a refusal is counted.
+
+    Attributes:
+        count_uses: whether the use of a block may admit it to any tier.
+    """
 
     def __init__(self, guards: Sequence[TierGuard], observer: Observer) -> None:
         self._guards = guards
         self._rules = [AdmissionRule(guard.admission) for guard in guards]
         self._observer = observer
+        self.count_uses = any(guard.admission is Admission.SECOND_TOUCH for guard in guards)
 
     def on_store(self, keys: Sequence[OffloadKey], req_context: ReqContext) -> list[tuple[TierGuard, list[OffloadKey]]]:
         """Return which tier gets which of the freshly stored `keys`, in prefix order."""
@@ -88,15 +88,10 @@ class Cascades:
             offers.append((guard, list(admitted)))
         return self._taken(offers)
 
-    def on_use(
-        self, keys: Sequence[OffloadKey], is_ready: Callable[[OffloadKey], bool]
-    ) -> list[tuple[TierGuard, list[OffloadKey]]]:
-        """Return which tier gets which of the used `keys`: those that waited for a second touch and are ready."""
-        if not any(rule.waits_for_use for rule in self._rules):
-            return []
-        ready = [key for key in keys if is_ready(key)]
+    def on_use(self, keys: Sequence[OffloadKey]) -> list[tuple[TierGuard, list[OffloadKey]]]:
+        """Return which tier gets which of the used `keys`, which are ready: those that waited for a second touch."""
         return self._taken(
-            [(guard, list(rule.on_use(ready))) for guard, rule in zip(self._guards, self._rules, strict=True)]
+            [(guard, list(rule.on_use(keys))) for guard, rule in zip(self._guards, self._rules, strict=True)]
         )
 
     def _taken(self, offers: list[tuple[TierGuard, list[OffloadKey]]]) -> list[tuple[TierGuard, list[OffloadKey]]]:

@@ -29,6 +29,7 @@ from kvtier.tiering.stats import StatsObserver
 from kvtier.tiering.tier_jobs import Answer
 from kvtier.tiering.tiers import SecondaryTiers
 from kvtier.tiering.transfers import DeviceTransfers
+from kvtier.tiering.uses import RequestUses
 from kvtier.types import (
     Admission,
     CPULoadStoreSpec,
@@ -208,15 +209,14 @@ class TieringOffloadingManager(OffloadingManager):
     def _use(
         self, keys: list[OffloadKey], req_context: ReqContext, state: RequestState | None, all_held: bool = False
     ) -> None:
-        fresh = keys
-        if state is not None:
-            keys, fresh = state.uses.count(keys, None if all_held else self._table.slot_of)
-        if keys:
-            self._table.policy.touch(keys)
-        if keys and self._tiers.guards:
-            if fresh:
-                self._tiers.touch(fresh, req_context)
-            for guard, admitted in self._cascades.on_use(keys, self._table.is_ready):
+        uses = state.uses if state is not None else RequestUses()
+        counted, fresh = uses.count(keys, None if all_held else self._table.slot_of)
+        if counted:
+            self._table.policy.touch(counted)
+        if fresh:
+            self._tiers.touch(fresh, req_context)
+        if self._cascades.count_uses:
+            for guard, admitted in self._cascades.on_use(uses.admissible(keys, counted, self._table)):
                 self._cascade(guard, admitted, req_context)
 
     def prepare_store(self, keys: Collection[OffloadKey], req_context: ReqContext) -> PrepareStoreOutput | None:
@@ -300,7 +300,7 @@ class TieringOffloadingManager(OffloadingManager):
         self._promoter.let_go(state)
         state.forget_scan()
         if state.num_stores > 1:
-            self._table.policy.settle(state.stored)
+            self._table.policy.settle(list(dict.fromkeys(state.stored)))  # some were evicted and stored again
         self._finalize(state)
 
     def _finalize(self, state: RequestState) -> None:

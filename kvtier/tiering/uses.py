@@ -10,51 +10,75 @@ from __future__ import annotations
 from collections.abc import Container
 
 from kvtier.keys import OffloadKey
+from kvtier.primary.table import BlockTable
 
 Keys = list[OffloadKey]
 
 
 class RequestUses:
-    """The blocks that a request has used, and whether the primary tier held them at that time.
+    """The blocks that a request has used, whether the primary tier held them then, and which were not ready yet.
 
     Most requests load once and store, and are never asked again: what they use is only put aside until somebody asks.
     """
 
-    __slots__ = ("_aside", "_held")
+    __slots__ = ("_aside", "_early", "_held")
 
     def __init__(self) -> None:
         self._held: dict[OffloadKey, bool] = {}
-        self._aside: list[Keys] = []
+        self._aside: list[dict[OffloadKey, bool]] = []
+        self._early: set[OffloadKey] = set()
 
     def count(self, keys: Keys, primary: Container[OffloadKey] | None) -> tuple[Keys, Keys]:
         """Take note of a use.
 
         Args:
+            keys: one that comes twice counts once.
             primary: what the primary tier holds; None: all of `keys`.
 
         Returns:
             Those of `keys`, in order, whose use counts in the primary tier (none that it held at an earlier use), and
             those that were not used before at all, whose use counts in the other tiers.
         """
-        fresh = keys
+        used = dict.fromkeys(keys, True)
+        fresh = keys = keys if len(used) == len(keys) else list(used)
         if self._held or self._aside:
-            uses = self._known()
-            if not uses.keys().isdisjoint(keys):
-                fresh = [key for key in keys if key not in uses]
-                keys = [key for key in keys if not uses.get(key, False)]
+            known = self._known()
+            if not known.keys().isdisjoint(used):
+                fresh = [key for key in keys if key not in known]
+                keys = [key for key in keys if not known.get(key, False)]
+                used = dict.fromkeys(keys, True)
         if primary is None or all(map(primary.__contains__, keys)):
-            self._aside.append(keys.copy())
+            self._put_aside(used)
         else:
             self._held.update(zip(keys, map(primary.__contains__, keys), strict=True))
         return keys, fresh
 
+    def admissible(self, named: Keys, counted: Keys, table: BlockTable) -> Keys:
+        """Return those of `named` whose use may admit them to another tier: at the first time that they can be read.
+
+        Args:
+            counted: what `count` said of `named` for the primary tier.
+            table: of the primary tier.
+        """
+        early, is_ready = self._early, table.is_ready
+        due = [key for key in dict.fromkeys(named) if key in early and is_ready(key)] if early else []
+        for key in due:
+            early.remove(key)
+        early.update(key for key in counted if key in table and not is_ready(key))
+        return [*due, *filter(is_ready, counted)]
+
     def note_stored(self, keys: Keys) -> None:
         """The request brings these blocks itself, which is a use in every tier."""
-        self._aside.append(keys.copy())
+        self._early.difference_update(keys)
+        self._put_aside(dict.fromkeys(keys, True))
+
+    def _put_aside(self, used: dict[OffloadKey, bool]) -> None:
+        if used:
+            self._aside.append(used)
 
     def _known(self) -> dict[OffloadKey, bool]:
-        for keys in self._aside:
-            self._held.update(dict.fromkeys(keys, True))
+        for used in self._aside:
+            self._held.update(used)
         self._aside.clear()
         return self._held
 
@@ -62,3 +86,4 @@ class RequestUses:
         """The cache was reset."""
         self._held.clear()
         self._aside.clear()
+        self._early.clear()

@@ -52,6 +52,20 @@ def test_it_changes_with_the_traffic_and_beats_each_policy_alone(unlimited):
     assert found.hit_percent > best + 1
 
 
+def test_an_engine_may_name_all_blocks_of_a_request_before_it_stores_some(unlimited):
+    policy, rng = AutoPolicy(64), random.Random(2)
+    for number in range(300):
+        keys = chain(rng.randrange(30) if rng.random() < 0.5 else f"once {number}", 6)
+        policy.touch(keys)
+        missing = [key for key in keys if key not in policy]
+        victims = (key for key in policy.candidates(missing) if key not in keys)
+        policy.evict(list(islice(victims, max(0, len(policy) + len(missing) - 64))))
+        policy.insert(missing)
+        policy.check_invariants()
+    stats = policy.stats()
+    assert stats["shadow_blocks.prefix"] == pytest.approx(stats["shadow_blocks.lru"], abs=16) != 0
+
+
 def test_it_ends_near_the_best_of_all(unlimited):
     requests = changing(scans, sessions)
 

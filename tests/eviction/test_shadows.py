@@ -115,7 +115,7 @@ def test_what_one_request_brings_is_bounded():
 
 def test_a_run_begins_with_what_was_found_and_ends_with_what_was_new():
     uses, keys = SampledUses(32), chain("a", 6)
-    uses.note_found(keys[:4])
+    uses.note_found(keys[:4], keys[:4])
     uses.note_new(keys[4:])
     assert [batch.runs for batch in uses.batches] == [[keys]]
 
@@ -123,18 +123,28 @@ def test_a_run_begins_with_what_was_found_and_ends_with_what_was_new():
 def test_the_same_use_told_twice_counts_once():
     uses, keys = SampledUses(200), chain("a", 6)
     uses.note_new(keys)
-    uses.note_found(keys)
-    uses.note_found(chain("b", 6))
+    uses.note_found(keys, keys)
+    uses.note_found(chain("b", 6), chain("b", 6))
     uses.note_new([])
     (batch,) = uses.batches
     assert sorted(batch.keys) == sorted(set(batch.keys))
+
+
+def test_what_an_engine_names_before_it_stores_it_is_no_use_yet_and_one_then():
+    uses, keys = SampledUses(32), chain("a", 6)
+    for _ in range(3):  # a wait
+        uses.note_found(keys, keys[:2])
+    uses.note_found(keys, keys[:3])
+    uses.note_new(keys[2:])  # what was there has been replaced
+    assert [batch.runs for batch in uses.batches][-1][-1] == keys[2:]
+    assert sum(len(batch.keys) for batch in uses.batches) == len(keys)
 
 
 def follow(made: Shadows, requests) -> None:
     seen = set[OffloadKey]()
     for keys in requests:
         found = next((index for index, key in enumerate(keys) if key not in seen), len(keys))
-        made.uses.note_found(keys[:found])
+        made.uses.note_found(keys[:found], seen)
         made.uses.note_new(keys[found:])
         seen.update(keys)
         while made.uses.batches or made.is_busy:

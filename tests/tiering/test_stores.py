@@ -7,8 +7,9 @@ from kvtier.errors import KeyFormatError
 from kvtier.events import BlocksEvicted, CascadeRefused, UnexpectedCall
 from kvtier.eviction.arc import ARCPolicy
 from kvtier.eviction.lru import LRUPolicy
+from kvtier.eviction.prefix import PrefixPolicy
 from kvtier.keys import OffloadKey, make_offload_key
-from kvtier.types import Admission, LookupResult, OffloadPolicy, RequestOffloadingContext, TierFilter
+from kvtier.types import Admission, LookupResult, OffloadPolicy, ReqContext, RequestOffloadingContext, TierFilter
 
 HIT, MISS, PENDING = LookupResult.HIT, LookupResult.MISS, LookupResult.HIT_PENDING
 
@@ -283,6 +284,35 @@ def test_a_block_that_came_during_a_wait_is_used_when_it_is_loaded(make_engine):
     engine.store(make_keys(2, "others"), engine.request("others"))
     engine.load(keys, waiting)
     assert order(engine)[-2:] == keys[::-1]
+
+
+def test_a_policy_is_told_of_a_key_once_a_call(make_engine):
+    engine, keys = make_engine(num_tiers=0, num_blocks=4, policy=PrefixPolicy), make_keys(3)
+    context = engine.request()
+    engine.store(keys, context)
+    engine.manager.touch(keys[:1] * 2, engine.request("twice"))
+    engine.manager.touch(keys[:1] * 2, ReqContext("nobody"))
+    engine.step()
+    engine.store(make_keys(4, "others"), engine.request("others"))
+    engine.step()
+    engine.store(keys, context)  # preempted and computed again
+    engine.finish(context)
+    engine.step()
+
+
+def test_a_use_of_a_block_that_is_being_written_admits_it_once_it_is_ready(make_engine):
+    engine, keys = make_engine(admissions=[Admission.SECOND_TOUCH]), make_keys(2)
+    context, other = engine.request("stores"), engine.request("waits")
+    output = engine.manager.prepare_store(keys, context)
+    for _ in range(3):
+        engine.manager.touch(keys, other)
+        engine.manager.touch(keys, context)
+    engine.fill(output.store_spec.block_ids.tolist(), keys)
+    engine.manager.complete_store(set(keys), context)
+    engine.manager.touch(keys, context)
+    assert not engine.tier.stores
+    engine.load(keys, other)
+    assert [list(job.keys) for job in engine.tier.stores] == [keys]
 
 
 def test_kv_events_tell_what_entered_and_left_host_memory(make_engine):
