@@ -69,8 +69,9 @@ class ReuseTable:
         self.reached[kind][index] += min(num_blocks, MOST_WEIGHT)
 
     def take_back(self, kind: int, num_blocks: int) -> None:
-        """Blocks that were new in the first bin go on as part of more."""
-        self.reached[kind][0] -= min(num_blocks, MOST_WEIGHT)
+        """Blocks that were new in the first bin go on as part of more; what has faded since is not owed."""
+        reached = self.reached[kind]
+        reached[0] = max(0.0, reached[0] - min(num_blocks, MOST_WEIGHT))
 
     def note_used(self, kind: int, age: int, num_blocks: int) -> None:
         """Blocks of class `kind` were used again at this age."""

@@ -99,6 +99,18 @@ def test_ghosts_remember_uses() -> None:
     assert [policy.uses_of(key) for key in keys_of(0, 1, 2)] == [3, 3, 1]
 
 
+def test_what_is_taken_back_late_leaves_no_debt():
+    table = ReuseTable(100)
+    for _ in range(200):
+        table.note_reached(NEW, 0, 20)
+        for _ in range(100):
+            table.learn()
+        table.take_back(NEW, 20)
+    assert table.reached[NEW][0] == 0
+    table.learn()
+    assert all(0 <= rank < 1 for rank in table.ranks[NEW])
+
+
 def test_ranks_never_rise_with_age_nor_fall_with_uses() -> None:
     random, table = Random(3), ReuseTable(100)
     for _ in range(3000):

@@ -6,7 +6,7 @@ import pytest
 from vllm.v1.kv_offload import base
 
 from kvtier.adapters.vllm.manager import KVTierOffloadingManager
-from kvtier.adapters.vllm.metrics import metric_definitions
+from kvtier.adapters.vllm.metrics import StatsReporter, metric_definitions
 from kvtier.config import KVCacheGroup, OffloadingConfig
 from kvtier.spec.tiering import TieringOffloadingSpec
 from kvtier.tiering.manager import TieringOffloadingManager
@@ -153,6 +153,26 @@ def test_every_reported_metric_is_declared(manager):
     assert stats.data["data"]["vllm:kvtier_blocks"][("primary",)] == 0
     later = manager.get_stats().data["data"]
     assert "vllm:kvtier_stored_blocks" not in later  # counters are since the last report
+
+
+def test_auto_is_accepted_and_its_metrics_are_declared():
+    core = Core(eviction_policy="auto", cpu_bytes_to_use="64KiB")
+    manager = KVTierOffloadingManager(core)
+    for turn in range(8):
+        context = request(manager, f"r{turn}")
+        keys = [base.make_offload_key(bytes([turn, index]) * 16, 0) for index in range(4)]
+        manager.touch(keys, context)  # all blocks of a request, before they are stored, as vLLM up to 0.30 does
+        assert store(manager, keys, context) == keys
+        step(manager)
+        manager.on_request_finished(context)
+        core.manager.check_invariants()
+    assert not manager._stats.errors
+    reported = core.manager.get_stats() | {"policy_switches.primary.prefix.lru": 1, "shadow_hits.lru": 1}
+    stats, declared = StatsReporter().report(reported), metric_definitions()
+    for name in ("vllm:kvtier_shadow_blocks", "vllm:kvtier_shadow_hit_blocks", "vllm:kvtier_policy_switches"):
+        for labels in stats.data["data"][name]:
+            assert len(labels) == len(declared[name].labelnames), name
+    core.shutdown()
 
 
 def test_load_tier_filters_are_respected(manager):
