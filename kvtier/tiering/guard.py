@@ -6,7 +6,6 @@ knows its unanswered jobs, stops using it while it misbehaves, and says so once 
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
@@ -16,10 +15,11 @@ from typing import Any, TypeVar
 from kvtier.abc import SecondaryTierManager
 from kvtier.clock import Clock
 from kvtier.errors import InvariantError
-from kvtier.events import BlocksFailed, JobFinished, Observer, TierState, TierStateChanged, UnexpectedCall
+from kvtier.events import BlocksFailed, JobFinished, Observer, TierState, UnexpectedCall
 from kvtier.keys import OffloadKey
 from kvtier.primary.arena import arena_rows
 from kvtier.tiering.ledger import DigestLedger
+from kvtier.tiering.standing import Standing
 from kvtier.tiering.tier_jobs import Answer, Claim, TierJob, make_tier_job, read_result
 from kvtier.types import (
     Admission,
@@ -32,10 +32,6 @@ from kvtier.types import (
     ScheduleEndContext,
 )
 
-logger = logging.getLogger("kvtier")
-
-FIRST_BACKOFF = 1.0
-MAX_BACKOFF = 30.0
 STORE_SHARE = 0.5
 _UP = TierState.UP
 
@@ -74,10 +70,7 @@ class TierGuard:
         self._clock = clock
         self._observer = observer
         self._job_deadline = job_deadline
-        self._down_reason: str | None = None
-        self._retry_at = 0.0
-        self._on_trial = False
-        self._backoff = FIRST_BACKOFF
+        self._standing = Standing(name, clock, observer)
         self._ledger = None if tier.verifies_payloads else DigestLedger(arena_rows(tier.primary_kv_view))
         self._most_pinned = int(len(tier.primary_kv_view) * STORE_SHARE)
         self._hashing: list[_Hashing] = []
@@ -150,8 +143,8 @@ class TierGuard:
 
     def describe(self) -> tuple[TierState, str]:
         """Return the tier's state, seen from outside, and the reason for it."""
-        if self._down_reason is not None:
-            return TierState.DOWN, self._down_reason
+        if self._standing.reason is not None:
+            return TierState.DOWN, self._standing.reason
         state = self.state
         try:
             return state, self.tier.state_reason
@@ -251,13 +244,9 @@ class TierGuard:
         oldest = next(iter(self.jobs.values()), None)  # jobs stand in the order of their submission
         if oldest is not None and now - oldest.submitted > self._job_deadline:
             self._down("a job is overdue")
-        elif self._down_reason is not None and now >= self._retry_at and self._pending_epoch is None:
-            if self._on_trial:  # it got through a whole backoff without a fault
-                self._on_trial, self._down_reason, self._backoff = False, None, FIRST_BACKOFF
-                self._say(TierState.UP, "works again")
-            else:
-                self._on_trial, self._retry_at = True, now + self._backoff
-        self.usable = (self._down_reason is None or self._on_trial) and self.state is _UP
+        elif self._pending_epoch is None:
+            self._standing.reconsider(now)
+        self.usable = self._standing.is_trusted and self.state is _UP
 
     @property
     def state(self) -> TierState:
@@ -274,17 +263,9 @@ class TierGuard:
         self._down(f"{where} raised {type(fault).__name__}: {fault}")
 
     def _down(self, reason: str) -> None:
-        """Leave the tier alone for a while; said once until it works again."""
-        if self._down_reason is None:
-            self._say(TierState.DOWN, reason)
-        self.usable, self._on_trial, self._down_reason = False, False, reason
-        self._retry_at = self._clock() + self._backoff
-        self._backoff = min(self._backoff * 2, MAX_BACKOFF)
-
-    def _say(self, state: TierState, reason: str) -> None:
-        level = logging.INFO if state is TierState.UP else logging.WARNING
-        logger.log(level, "tier %s is %s: %s", self.name, state.value, reason)
-        self._observer.on_event(TierStateChanged(self.name, state, reason))
+        """Leave the tier alone for a while."""
+        self.usable = False
+        self._standing.lose(reason)
 
     # -- reset and end ------------------------------------------------------------------------------------
 
@@ -304,7 +285,7 @@ class TierGuard:
             if self._ledger is not None:
                 self._ledger.clear()
         else:
-            self._epoch_retry_at = self._retry_at
+            self._epoch_retry_at = self._standing.retry_at
 
     def resume_epoch(self) -> None:
         """Start the epoch that had to wait, once every job has been answered; again later if the tier fails."""

@@ -101,9 +101,9 @@ def test_ghosts_remember_uses() -> None:
 
 def test_what_is_taken_back_late_leaves_no_debt():
     table = ReuseTable(100)
-    for _ in range(200):
+    for _ in range(3):
         table.note_reached(NEW, 0, 20)
-        for _ in range(100):
+        for _ in range(20):
             table.learn()
         table.take_back(NEW, 20)
     assert table.reached[NEW][0] == 0

@@ -1,0 +1,58 @@
+"""Whether a tier that misbehaved is trusted again: after a backoff, first on trial."""
+
+from __future__ import annotations
+
+import logging
+
+from kvtier.clock import Clock
+from kvtier.events import Observer, TierState, TierStateChanged
+
+logger = logging.getLogger("kvtier")
+
+FIRST_BACKOFF = 1.0
+MAX_BACKOFF = 30.0
+
+
+class Standing:
+    """What one tier's behaviour has earned it; every change is said once.
+
+    Attributes:
+        reason: why the tier is not in good standing; None if it is.
+        retry_at: when it may be tried again, in seconds of the clock.
+    """
+
+    def __init__(self, name: str, clock: Clock, observer: Observer) -> None:
+        """Args: name: of the tier, for events and the log."""
+        self._name, self._clock, self._observer = name, clock, observer
+        self.reason: str | None = None
+        self.retry_at = 0.0
+        self._on_trial = False
+        self._backoff = FIRST_BACKOFF
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether the tier may be used: in good standing, or on trial."""
+        return self.reason is None or self._on_trial
+
+    def lose(self, reason: str) -> None:
+        """Leave the tier alone for a while; said once until it works again."""
+        if self.reason is None:
+            self._say(TierState.DOWN, reason)
+        self._on_trial, self.reason = False, reason
+        self.retry_at = self._clock() + self._backoff
+        self._backoff = min(self._backoff * 2, MAX_BACKOFF)
+
+    def reconsider(self, now: float) -> None:
+        """Let a backoff that is over be followed by a trial, and a trial without a fault by good standing."""
+        if self.reason is None or now < self.retry_at:
+            return
+        if self._on_trial:  # it got through a whole backoff without a fault
+            self._on_trial, self.reason, self._backoff = False, None, FIRST_BACKOFF
+            self._say(TierState.UP, "works again")
+        else:
+            self._on_trial, self.retry_at = True, now + self._backoff
+
+    def _say(self, state: TierState, reason: str) -> None:
+        level = logging.INFO if state is TierState.UP else logging.WARNING
+        logger.log(level, "tier %s is %s: %s", self._name, state.value, reason)
+        self._observer.on_event(TierStateChanged(self._name, state, reason))
