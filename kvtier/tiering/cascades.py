@@ -7,7 +7,9 @@ from collections.abc import Iterable, Sequence
 
 from kvtier.events import CascadeRefused, Observer
 from kvtier.keys import OffloadKey
+from kvtier.primary.table import BlockTable
 from kvtier.tiering.guard import TierGuard
+from kvtier.tiering.tier_jobs import JobMaker
 from kvtier.types import Admission, ReqContext
 
 MAX_SEEN = 1_000_000
@@ -66,33 +68,45 @@ def refuse_reason(guard: TierGuard, num_blocks: int) -> str | None:
 
 
 class Cascades:
-    """Offers blocks to tiers, each with its own rule; a refusal is counted.
+    """Offers blocks to tiers, each with its own rule, and hands over what they take; a refusal is counted.
 
     Attributes:
         count_uses: whether the use of a block may admit it to any tier.
     """
 
-    def __init__(self, guards: Sequence[TierGuard], observer: Observer) -> None:
+    def __init__(self, table: BlockTable, guards: Sequence[TierGuard], observer: Observer, jobs: JobMaker) -> None:
+        self._table = table
+        self._jobs = jobs
         self._guards = guards
         self._rules = [AdmissionRule(guard.admission) for guard in guards]
         self._observer = observer
         self.count_uses = any(guard.admission is Admission.SECOND_TOUCH for guard in guards)
 
-    def on_store(self, keys: Sequence[OffloadKey], req_context: ReqContext) -> list[tuple[TierGuard, list[OffloadKey]]]:
-        """Return which tier gets which of the freshly stored `keys`, in prefix order."""
+    def on_store(self, keys: Sequence[OffloadKey], req_context: ReqContext) -> None:
+        """Give every tier those of the freshly stored `keys` that may enter it, in prefix order."""
         offers = []
         for guard, rule in zip(self._guards, self._rules, strict=True):
             admitted = rule.on_store(keys, req_context)
             if len(admitted) < len(keys):
                 self._observer.on_event(CascadeRefused(guard.name, len(keys) - len(admitted), "admission"))
             offers.append((guard, list(admitted)))
-        return self._taken(offers)
+        self._start_all(offers, req_context)
 
-    def on_use(self, keys: Sequence[OffloadKey]) -> list[tuple[TierGuard, list[OffloadKey]]]:
-        """Return which tier gets which of the used `keys`, which are ready: those that waited for a second touch."""
-        return self._taken(
-            [(guard, list(rule.on_use(keys))) for guard, rule in zip(self._guards, self._rules, strict=True)]
-        )
+    def on_use(self, keys: Sequence[OffloadKey], req_context: ReqContext) -> None:
+        """Give every tier those of the used `keys`, which are ready, that waited for a second touch."""
+        offers = [(guard, list(rule.on_use(keys))) for guard, rule in zip(self._guards, self._rules, strict=True)]
+        self._start_all(offers, req_context)
+
+    def _start_all(self, offers: list[tuple[TierGuard, list[OffloadKey]]], req_context: ReqContext) -> None:
+        for guard, keys in self._taken(offers):
+            self.start(guard, keys, req_context)
+
+    def start(self, guard: TierGuard, keys: list[OffloadKey], req_context: ReqContext) -> None:
+        """Hand `keys`, at least one and all ready, to a tier; they stay pinned until it has answered."""
+        slots = list(map(self._table.slot_of.__getitem__, keys))
+        self._table.pin(slots)
+        if not guard.submit(self._jobs.make(keys, slots, False, req_context), slots):
+            self._table.unpin(slots)
 
     def _taken(self, offers: list[tuple[TierGuard, list[OffloadKey]]]) -> list[tuple[TierGuard, list[OffloadKey]]]:
         taken = []

@@ -59,6 +59,21 @@ class Lookups:
             return _MISS
         return _MISS if state.wait is _GAVE_UP or key in state.denied else answer
 
+    def find_prefix(self, state: RequestState, keys: Sequence[OffloadKey]) -> tuple[int, int]:
+        """Return how many of `keys` are ready, and how many are not yet, up to the first miss; they join the scan."""
+        get_slot, filling = self._table.slot_of.get, self._table.filling
+        num_pending, num_found = 0, len(keys)
+        for index, key in enumerate(keys):
+            slot = get_slot(key)
+            if slot is None or slot in filling:
+                answer = self.find(state, key, slot is not None)
+                if answer is _MISS or not (num_pending or self.may_wait(state)):
+                    num_found = index
+                    break
+                num_pending += 1
+        state.scan += keys[: num_found + 1]
+        return num_found - num_pending, num_pending
+
     def may_wait(self, state: RequestState) -> bool:
         """The request is deferred now, if its deadline has not passed; return whether it is."""
         now = self._clock()

@@ -26,14 +26,13 @@ from kvtier.tiering.requests import Requests, RequestState
 from kvtier.tiering.settings import ResetPolicy, TieringSettings
 from kvtier.tiering.shadowing import ShadowReport
 from kvtier.tiering.stats import StatsObserver
-from kvtier.tiering.tier_jobs import Answer
+from kvtier.tiering.tier_jobs import Answer, JobMaker
 from kvtier.tiering.tiers import SecondaryTiers
 from kvtier.tiering.transfers import DeviceTransfers
-from kvtier.tiering.uses import RequestUses
+from kvtier.tiering.usage import Usage
 from kvtier.types import (
     Admission,
     CPULoadStoreSpec,
-    JobMetadata,
     LookupResult,
     OffloadingEvent,
     OffloadPolicy,
@@ -82,11 +81,12 @@ class TieringOffloadingManager(OffloadingManager):
         self._primary, self._table = primary_tier, primary_tier.table
         self._shadows = ShadowReport(PRIMARY, self._table.policy, self._observer)
         self._tiers = SecondaryTiers(list(secondary_tiers or ()), names, admissions, settings, clock, self._observer)
-        self._requests = Requests()
-        self._transfers = DeviceTransfers(self._table, self._observer)
-        self._promoter = Promoter(self._table, self._tiers.guards, settings, clock, self._observer, self._make_job)
-        self._cascades = Cascades(self._tiers.guards, self._observer)
-        self._job_ids = itertools.count()
+        self._requests = Requests(self._tiers, settings.load_deadline)
+        self._transfers = DeviceTransfers(self._table, self._observer, primary_tier.finished_sequence)
+        jobs = JobMaker()
+        self._promoter = Promoter(self._table, self._tiers.guards, settings, clock, self._observer, jobs)
+        self._cascades = Cascades(self._table, self._tiers.guards, self._observer, jobs)
+        self._note_use = Usage(self._table, self._tiers, self._cascades).note
         self._scanned: list[RequestState] = []
         self._polled = False
         self._closed = False
@@ -122,18 +122,7 @@ class TieringOffloadingManager(OffloadingManager):
         """
         if req_context is not self._current:
             self._enter(req_context)
-        state, get_slot, filling, lookups = self._state, self._get_slot, self._filling, self._promoter.lookups
-        num_pending, num_found = 0, len(keys)
-        for index, key in enumerate(keys):
-            slot = get_slot(key)
-            if slot is None or slot in filling:
-                answer = lookups.find(state, key, slot is not None)
-                if answer is _MISS or not (num_pending or lookups.may_wait(state)):
-                    num_found = index
-                    break
-                num_pending += 1
-        state.scan += keys[: num_found + 1]
-        return num_found - num_pending, num_pending
+        return self._promoter.lookups.find_prefix(self._state, keys)
 
     def is_still_deferred(self, first_key: OffloadKey, req_context: ReqContext, shortest: int = 1) -> bool:
         """Return whether a scan of this request that starts at `first_key` would find what its last one found.
@@ -150,19 +139,10 @@ class TieringOffloadingManager(OffloadingManager):
 
     def _enter(self, req_context: ReqContext) -> None:
         self._poll_once()
-        self._state = self._open(req_context)
+        self._state = self._requests.open(req_context)
         self._current = req_context
         if not self._state.scan:
             self._scanned.append(self._state)
-
-    def _open(self, req_context: ReqContext) -> RequestState:
-        state = self._requests.get(req_context.req_id)
-        if state is not None:
-            if not state.finished:
-                return state
-            self._tiers.forget(state.context)  # its last copies go on under another request of that name
-        tiers = self._tiers.allowed(req_context.load_tier_filter)
-        return self._requests.open(req_context, tiers, self._settings.load_deadline)
 
     def get_load_source(self, key: OffloadKey, req_context: ReqContext) -> str:
         """Return the tier that a HIT of this request came from: "primary", or the name of a secondary tier."""
@@ -177,14 +157,14 @@ class TieringOffloadingManager(OffloadingManager):
         Raises:
             BlockNotReadyError: a key is not ready; nothing was pinned.
         """
-        state = self._open(req_context)
+        state = self._requests.open(req_context)
         ordered = keys if isinstance(keys, list) else list(keys)
         slots = self._transfers.begin_load(state, ordered)
         if state.lease or state.awaiting:
             self._promoter.let_go(state)
         if state.deferred_since is not None:
             state.stop_waiting(self._clock())
-        self._use(ordered, req_context, state, all_held=True)
+        self._note_use(ordered, req_context, state, all_held=True)
         sources = state.sources
         by_source = (
             {PRIMARY: len(ordered)} if not sources else Counter(map(sources.get, ordered, itertools.repeat(PRIMARY)))
@@ -194,30 +174,15 @@ class TieringOffloadingManager(OffloadingManager):
 
     def complete_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         """Unpin `keys`; see `OffloadingManager.complete_load`."""
-        if self._transfers.stale.pending:
-            self._sweep_stale()
         state = self._requests.get(req_context.req_id)
         self._transfers.end_load(req_context.req_id, state, keys)
         if state is not None and state.finished:
-            self._finalize(state)
+            self._requests.close(state)
 
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         """Count one use of `keys`, given in prefix order, in every tier; of each block one for a request."""
         ordered = keys if isinstance(keys, list) else list(keys)
-        self._use(ordered, req_context, self._requests.get(req_context.req_id))
-
-    def _use(
-        self, keys: list[OffloadKey], req_context: ReqContext, state: RequestState | None, all_held: bool = False
-    ) -> None:
-        uses = state.uses if state is not None else RequestUses()
-        counted, fresh = uses.count(keys, None if all_held else self._table.slot_of)
-        if counted:
-            self._table.policy.touch(counted)
-        if fresh:
-            self._tiers.touch(fresh, req_context)
-        if self._cascades.count_uses:
-            for guard, admitted in self._cascades.on_use(uses.admissible(keys, counted, self._table)):
-                self._cascade(guard, admitted, req_context)
+        self._note_use(ordered, req_context, self._requests.get(req_context.req_id))
 
     def prepare_store(self, keys: Collection[OffloadKey], req_context: ReqContext) -> PrepareStoreOutput | None:
         """Choose slots for what is not held; see `OffloadingManager.prepare_store`. What is held has been used.
@@ -225,13 +190,13 @@ class TieringOffloadingManager(OffloadingManager):
         A key on its way from a tier for a request that gave up is stored anew, in another slot.
         """
         self._poll_once()
-        state = self._open(req_context)
+        state = self._requests.open(req_context)
         ordered = keys if isinstance(keys, list) else list(keys)
         if self._promoter.promotions.flights:
             self._promoter.take_over_abandoned(ordered)
         slot_of = self._table.slot_of
         if not slot_of.keys().isdisjoint(ordered):
-            self._use([key for key in ordered if key in slot_of], req_context, state, all_held=True)
+            self._note_use([key for key in ordered if key in slot_of], req_context, state, all_held=True)
         placement = self._table.plan(ordered)
         if placement.num_left_out and not placement.keys:
             return None
@@ -242,7 +207,7 @@ class TieringOffloadingManager(OffloadingManager):
         for index in state.request_level_tiers:
             held = [key for key in dict.fromkeys(ordered) if self._table.is_ready(key)]
             if held and self._tiers[index].can_store(len(held)):
-                self._cascade(self._tiers[index], held, req_context)
+                self._cascades.start(self._tiers[index], held, req_context)
         return PrepareStoreOutput(placement.keys, self._make_spec(slots), placement.victims)
 
     def _make_spec(self, slots: list[int]) -> CPULoadStoreSpec:
@@ -251,8 +216,6 @@ class TieringOffloadingManager(OffloadingManager):
 
     def complete_store(self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True) -> None:
         """Make stored blocks loadable and offer them to every tier; see `OffloadingManager.complete_store`."""
-        if self._transfers.stale.pending:
-            self._sweep_stale()
         state = self._requests.get(req_context.req_id)
         ready = self._transfers.end_store(req_context.req_id, state, keys, success)
         if self._promoter.promotions.late:
@@ -263,29 +226,15 @@ class TieringOffloadingManager(OffloadingManager):
             state.note_stored(ready)
             self._observer.on_event(BlocksStored(ready))
             if self._tiers.guards:
-                for guard, admitted in self._cascades.on_store(ready, state.context):
-                    self._cascade(guard, admitted, state.context)
+                self._cascades.on_store(ready, state.context)
         if state.finished:
-            self._finalize(state)
-
-    def _cascade(self, guard: TierGuard, keys: list[OffloadKey], req_context: ReqContext) -> None:
-        if not keys:
-            return
-        slots = list(map(self._table.slot_of.__getitem__, keys))
-        self._table.pin(slots)
-        if not guard.submit(self._make_job(keys, slots, False, req_context), slots):
-            self._table.unpin(slots)
-
-    def _make_job(
-        self, keys: Sequence[OffloadKey], slots: list[int], promotion: bool, context: ReqContext
-    ) -> JobMetadata:
-        return JobMetadata(next(self._job_ids), list(keys), np.array(slots, dtype=np.int32), promotion, context)
+            self._requests.close(state)
 
     # -- requests and steps -------------------------------------------------------------------------------
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         """Learn of a request; REQUEST_LEVEL if any tier wants all of its blocks."""
-        state = self._open(req_context)
+        state = self._requests.open(req_context)
         state.request_level_tiers = self._tiers.announce(req_context)
         wanted = OffloadPolicy.REQUEST_LEVEL if state.request_level_tiers else OffloadPolicy.BLOCK_LEVEL
         return RequestOffloadingContext(wanted)
@@ -301,11 +250,7 @@ class TieringOffloadingManager(OffloadingManager):
         state.forget_scan()
         if state.num_stores > 1:
             self._table.policy.settle(list(dict.fromkeys(state.stored)))  # some were evicted and stored again
-        self._finalize(state)
-
-    def _finalize(self, state: RequestState) -> None:
-        if self._requests.close(state):
-            self._tiers.forget(state.context)
+        self._requests.close(state)
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         """Collect results, end what is over time, and plan this step's promotions, oldest request first."""
@@ -318,11 +263,7 @@ class TieringOffloadingManager(OffloadingManager):
             now = self._clock()
             for state in self._requests:
                 self._promoter.expire(state, now)
-        for state in sorted(self._scanned, key=_arrival):
-            if state.may_wait and (state.found or state.deferred_since is not None):
-                self._promoter.promote(state)
-                state.note_plan()
-            state.forget_scan()
+        self._promoter.plan_step(self._scanned)
         self._scanned.clear()
         self._tiers.end_step(context)
         self._polled, self._current = False, None
@@ -336,7 +277,7 @@ class TieringOffloadingManager(OffloadingManager):
         for guard, answer in self._tiers.poll():
             self._take(guard, answer)
         if self._transfers.stale.pending:
-            self._sweep_stale()
+            self._transfers.stale.sweep()
 
     def _take(self, guard: TierGuard, answer: Answer) -> None:
         """Take in the end of one job of a tier."""
@@ -344,10 +285,6 @@ class TieringOffloadingManager(OffloadingManager):
             self._promoter.land(guard, answer.job, answer.successful)
         else:
             self._table.unpin(answer.job.slots)
-
-    def _sweep_stale(self) -> None:
-        """Release what a reset left running and workers ended, lest it take the completion of a newer copy."""
-        self._transfers.stale.sweep(self._primary.finished_sequence())
 
     def has_pending_work(self) -> bool:
         """True only for a live request's promotion or a cascade within its deadline."""
@@ -362,10 +299,8 @@ class TieringOffloadingManager(OffloadingManager):
     def get_stats(self) -> Mapping[str, float]:
         """Return counters since the beginning and gauges of now, by name."""
         table = self._table
-        stats = self._stats.snapshot()
-        stats["primary.blocks"] = len(table)
-        stats["primary.capacity_blocks"] = table.num_slots
-        stats["primary.quarantined_blocks"] = table.num_quarantined
+        held = {"blocks": len(table), "capacity_blocks": table.num_slots, "quarantined_blocks": table.num_quarantined}
+        stats = self._stats.snapshot() | {f"{PRIMARY}.{name}": value for name, value in held.items()}
         return stats | self._shadows.stats() | self._tiers.stats()
 
     def tier_states(self) -> dict[str, tuple[TierState, str]]:
@@ -390,14 +325,12 @@ class TieringOffloadingManager(OffloadingManager):
         if self._settings.kv_events:
             self._kv_events.cleared(list(self._table.ready_keys()))
         self._table.clear()
-        epoch = b""
-        if self._settings.on_reset is ResetPolicy.NEW_EPOCH:
-            epoch = os.urandom(EPOCH_BYTES)
+        epoch = os.urandom(EPOCH_BYTES) if self._settings.on_reset is ResetPolicy.NEW_EPOCH else b""
+        if epoch:
             self._tiers.start_epoch(epoch)
         self._observer.on_event(CacheReset(self._table.num_quarantined, epoch))
         for state in self._requests:
-            if state.finished:
-                self._finalize(state)
+            self._requests.close(state)
         self._scanned.clear()
         self._polled, self._current = False, None
 
@@ -414,7 +347,3 @@ class TieringOffloadingManager(OffloadingManager):
         self._promoter.promotions.check_invariants(self._table)
         self._promoter.leases.check_invariants(self._requests)
         self._tiers.check_invariants()
-
-
-def _arrival(state: RequestState) -> int:
-    return state.arrival

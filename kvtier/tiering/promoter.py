@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 from kvtier.clock import Clock
 from kvtier.errors import KeyFormatError
@@ -14,12 +14,9 @@ from kvtier.tiering.lookups import Lookups
 from kvtier.tiering.promotions import Leases, Promotions, plan_promotions
 from kvtier.tiering.requests import RequestState
 from kvtier.tiering.settings import TieringSettings
-from kvtier.tiering.tier_jobs import TierJob
-from kvtier.types import JobMetadata, ReqContext
+from kvtier.tiering.tier_jobs import JobMaker, TierJob
 
 PRIMARY = "primary"
-
-MakeJob = Callable[[Sequence[OffloadKey], list[int], bool, ReqContext], JobMetadata]
 
 
 class Promoter:
@@ -32,17 +29,25 @@ class Promoter:
         settings: TieringSettings,
         clock: Clock,
         observer: Observer,
-        make_job: MakeJob,
+        jobs: JobMaker,
     ) -> None:
         self._table = table
         self._guards = guards
         self._settings = settings
         self._clock = clock
         self._observer = observer
-        self._make_job = make_job
+        self._jobs = jobs
         self.promotions = Promotions()
         self.leases = Leases(table, max(1, int(table.num_slots * settings.promotion_budget)))
         self.lookups = Lookups(table, guards, self.promotions, settings, clock, observer)
+
+    def plan_step(self, scanned: Sequence[RequestState]) -> None:
+        """Plan for the requests that looked blocks up in this step, oldest first; their scans are over."""
+        for state in sorted(scanned, key=_arrival):
+            if state.may_wait and (state.found or state.deferred_since is not None):
+                self.promote(state)
+                state.note_plan()
+            state.forget_scan()
 
     def promote(self, state: RequestState) -> None:
         """Plan for one request at the end of a step, and start what the plan says."""
@@ -78,7 +83,7 @@ class Promoter:
         slots = list(self._table.apply(placement).values())
         if placement.victims:
             self._observer.on_event(BlocksEvicted(PRIMARY, placement.victims))
-        job = self._make_job(placement.keys, slots, True, state.context)
+        job = self._jobs.make(placement.keys, slots, True, state.context)
         self.promotions.depart(placement.keys, slots, state)
         if not guard.submit(job, slots):
             self._fail(guard, placement.keys, slots)
@@ -140,3 +145,7 @@ class Promoter:
             self.promotions.leave(state)
         if state.lease or state.lease_expires is not None:
             self.leases.release(state)
+
+
+def _arrival(state: RequestState) -> int:
+    return state.arrival

@@ -10,6 +10,7 @@ from operator import itemgetter
 
 from kvtier.errors import InvariantError
 from kvtier.keys import GROUP_BYTES, OffloadKey
+from kvtier.tiering.tiers import SecondaryTiers
 from kvtier.tiering.uses import RequestUses
 from kvtier.types import ReqContext
 
@@ -166,7 +167,9 @@ class RequestState:
 class Requests:
     """The requests that are live, or whose transfers are not over."""
 
-    def __init__(self) -> None:
+    def __init__(self, tiers: SecondaryTiers, load_deadline: float) -> None:
+        """Args: tiers: they are told who is gone; load_deadline: longest wait of an attempt, seconds."""
+        self._tiers, self._load_deadline = tiers, load_deadline
         self._by_id: dict[str, RequestState] = {}
         self.get: Callable[[str], RequestState | None] = self._by_id.get
         """Return the state of a request, or None. The dict's own method: it is called many times a request."""
@@ -178,30 +181,29 @@ class Requests:
     def __iter__(self) -> Iterator[RequestState]:
         return iter(list(self._by_id.values()))
 
-    def open(self, context: ReqContext, tiers: tuple[int, ...], deadline: float) -> RequestState:
+    def open(self, context: ReqContext) -> RequestState:
         """Return the state of a request, made if it is new or comes again after its end.
 
         Another request of an ended one's name starts afresh, but for copies of the ended one that are unfinished.
-
-        Args:
-            tiers: indices of the tiers it may load from.
-            deadline: longest wait of an attempt, seconds.
         """
         former = self._by_id.get(context.req_id)
-        if former is not None and not former.finished:
-            return former
+        if former is not None:
+            if not former.finished:
+                return former
+            self._tiers.forget(former.context)  # its last copies go on under another request of that name
         self._arrivals += 1
-        state = self._by_id[context.req_id] = RequestState(context, self._arrivals, tiers, deadline=deadline)
+        tiers = self._tiers.allowed(context.load_tier_filter)
+        state = RequestState(context, self._arrivals, tiers, deadline=self._load_deadline)
         if former is not None:
             state.storing, state.loading, state.loading_again = former.storing, former.loading, former.loading_again
+        self._by_id[context.req_id] = state
         return state
 
-    def close(self, state: RequestState) -> bool:
-        """Drop a finished request without transfers; return whether it is gone."""
-        if not state.finished or state.has_transfers:
-            return False
-        self._by_id.pop(state.context.req_id, None)
-        return True
+    def close(self, state: RequestState) -> None:
+        """Drop the request if it is finished and without transfers."""
+        if state.finished and not state.has_transfers:
+            self._by_id.pop(state.context.req_id, None)
+            self._tiers.forget(state.context)
 
     def check_invariants(self) -> None:
         """Raise InvariantError if a request's parts contradict each other."""

@@ -5,7 +5,7 @@ The end is learnt from a late completion or from what workers publish, whichever
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from kvtier.keys import OffloadKey
@@ -27,8 +27,9 @@ class StaleTransfers:
         pending: whether any such copy may still be running.
     """
 
-    def __init__(self, table: BlockTable) -> None:
-        self._table = table
+    def __init__(self, table: BlockTable, finished: Callable[[], int]) -> None:
+        """Args: finished: returns the highest number such that workers have ended all transfers up to it."""
+        self._table, self._finished = table, finished
         self._stores: list[_Stale] = []
         self._loads: list[_Stale] = []
         self.pending = False
@@ -71,8 +72,9 @@ class StaleTransfers:
         self.pending = bool(self._stores or self._loads)
         return left
 
-    def sweep(self, finished: int) -> None:
-        """Release every copy of a transfer numbered up to `finished`, which all workers have ended."""
+    def sweep(self) -> None:
+        """Release what workers have ended, lest it take the completion of a newer copy."""
+        finished = self._finished()
         for stale in (self._stores, self._loads):
             for entry in stale:
                 if entry.sequence <= finished:

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from kvtier.keys import OffloadKey
-from kvtier.types import JobMetadata, JobResult
+from kvtier.types import JobMetadata, JobResult, ReqContext
+
+
+class JobMaker:
+    """Makes what tiers are handed, each job with a number of its own."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count()
+
+    def make(
+        self, keys: Sequence[OffloadKey], slots: Sequence[int], is_promotion: bool, context: ReqContext
+    ) -> JobMetadata:
+        """Return the next job: `keys` between a tier and the primary's `slots`."""
+        return JobMetadata(next(self._numbers), list(keys), np.array(slots, dtype=np.int32), is_promotion, context)
 
 
 @dataclass(slots=True, eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from kvtier.errors import BlockNotReadyError
 from kvtier.events import Observer, UnexpectedCall
@@ -19,10 +19,11 @@ class DeviceTransfers:
     from before a reset ends the old copy and not a newer one of the same key.
     """
 
-    def __init__(self, table: BlockTable, observer: Observer) -> None:
+    def __init__(self, table: BlockTable, observer: Observer, finished: Callable[[], int]) -> None:
+        """Args: finished: as for `StaleTransfers`."""
         self._table = table
         self._observer = observer
-        self.stale = StaleTransfers(table)
+        self.stale = StaleTransfers(table, finished)
 
     def begin_load(self, state: RequestState, keys: Sequence[OffloadKey]) -> list[int]:
         """Pin the slots of `keys`, once each though a key comes twice, and return them, one per key given.
@@ -49,7 +50,10 @@ class DeviceTransfers:
 
     def end_load(self, req_id: str, state: RequestState | None, keys: Collection[OffloadKey]) -> None:
         """Unpin what the request was loading under `keys`."""
-        left = self.stale.complete_loads(req_id, keys) if self.stale.pending else keys
+        left = keys
+        if self.stale.pending:
+            self.stale.sweep()
+            left = self.stale.complete_loads(req_id, keys)
         done, slots = _take(state.loading, left) if state is not None else ([], [])
         self._count_unexpected("complete_load", left, done)
         self._table.unpin(slots)
@@ -74,7 +78,10 @@ class DeviceTransfers:
         self, req_id: str, state: RequestState | None, keys: Collection[OffloadKey], success: bool
     ) -> list[OffloadKey]:
         """End the request's stores of `keys`; return those that are ready now, in the order they were prepared."""
-        left = self.stale.complete_stores(req_id, keys) if self.stale.pending else keys
+        left = keys
+        if self.stale.pending:
+            self.stale.sweep()
+            left = self.stale.complete_stores(req_id, keys)
         done, slots = _take(state.storing, left) if state is not None else ([], [])
         self._count_unexpected("complete_store", left, done)
         if success:
