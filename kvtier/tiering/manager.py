@@ -164,7 +164,8 @@ class TieringOffloadingManager(OffloadingManager):
             self._promoter.let_go(state)
         if state.deferred_since is not None:
             state.stop_waiting(self._clock())
-        self._note_use(ordered, req_context, state, all_held=True)
+        once = ordered if len(set(slots)) == len(slots) else list(dict.fromkeys(ordered))
+        self._note_use(once, req_context, state, all_held=True)
         sources = state.sources
         by_source = (
             {PRIMARY: len(ordered)} if not sources else Counter(map(sources.get, ordered, itertools.repeat(PRIMARY)))
@@ -181,8 +182,8 @@ class TieringOffloadingManager(OffloadingManager):
 
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         """Count one use of `keys`, given in prefix order, in every tier; of each block one for a request."""
-        ordered = keys if isinstance(keys, list) else list(keys)
-        self._note_use(ordered, req_context, self._requests.get(req_context.req_id))
+        once = keys if isinstance(keys, list) and len(set(keys)) == len(keys) else list(dict.fromkeys(keys))
+        self._note_use(once, req_context, self._requests.get(req_context.req_id))
 
     def prepare_store(self, keys: Collection[OffloadKey], req_context: ReqContext) -> PrepareStoreOutput | None:
         """Choose slots for what is not held; see `OffloadingManager.prepare_store`. What is held has been used.
@@ -196,7 +197,7 @@ class TieringOffloadingManager(OffloadingManager):
             self._promoter.take_over_abandoned(ordered)
         slot_of = self._table.slot_of
         if not slot_of.keys().isdisjoint(ordered):
-            self._note_use([key for key in ordered if key in slot_of], req_context, state, all_held=True)
+            self._note_use([key for key in dict.fromkeys(ordered) if key in slot_of], req_context, state, all_held=True)
         placement = self._table.plan(ordered)
         if placement.num_left_out and not placement.keys:
             return None

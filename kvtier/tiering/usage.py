@@ -21,7 +21,7 @@ class Usage:
     def note(
         self, keys: list[OffloadKey], req_context: ReqContext, state: RequestState | None, all_held: bool = False
     ) -> None:
-        """Count one use of `keys`, in prefix order.
+        """Count one use of `keys`, in prefix order, each of them once.
 
         Args:
             state: of the request; None if nothing is known of it: then every use counts.

@@ -25,30 +25,28 @@ class RequestUses:
 
     def __init__(self) -> None:
         self._held: dict[OffloadKey, bool] = {}
-        self._aside: list[dict[OffloadKey, bool]] = []
+        self._aside: list[Keys] = []
         self._early: set[OffloadKey] = set()
 
     def count(self, keys: Keys, primary: Container[OffloadKey] | None) -> tuple[Keys, Keys]:
         """Take note of a use.
 
         Args:
-            keys: one that comes twice counts once.
+            keys: each once.
             primary: what the primary tier holds; None: all of `keys`.
 
         Returns:
             Those of `keys`, in order, whose use counts in the primary tier (none that it held at an earlier use), and
             those that were not used before at all, whose use counts in the other tiers.
         """
-        used = dict.fromkeys(keys, True)
-        fresh = keys = keys if len(used) == len(keys) else list(used)
+        fresh = keys
         if self._held or self._aside:
             known = self._known()
-            if not known.keys().isdisjoint(used):
+            if not known.keys().isdisjoint(keys):
                 fresh = [key for key in keys if key not in known]
                 keys = [key for key in keys if not known.get(key, False)]
-                used = dict.fromkeys(keys, True)
         if primary is None or all(map(primary.__contains__, keys)):
-            self._put_aside(used)
+            self._put_aside(keys)
         else:
             self._held.update(zip(keys, map(primary.__contains__, keys), strict=True))
         return keys, fresh
@@ -61,7 +59,7 @@ class RequestUses:
             table: of the primary tier.
         """
         early, is_ready = self._early, table.is_ready
-        due = [key for key in dict.fromkeys(named) if key in early and is_ready(key)] if early else []
+        due = [key for key in named if key in early and is_ready(key)] if early else []
         for key in due:
             early.remove(key)
         early.update(key for key in counted if key in table and not is_ready(key))
@@ -70,15 +68,15 @@ class RequestUses:
     def note_stored(self, keys: Keys) -> None:
         """The request brings these blocks itself, which is a use in every tier."""
         self._early.difference_update(keys)
-        self._put_aside(dict.fromkeys(keys, True))
+        self._put_aside(keys)
 
-    def _put_aside(self, used: dict[OffloadKey, bool]) -> None:
-        if used:
-            self._aside.append(used)
+    def _put_aside(self, keys: Keys) -> None:
+        if keys:
+            self._aside.append(keys.copy())
 
     def _known(self) -> dict[OffloadKey, bool]:
-        for used in self._aside:
-            self._held.update(used)
+        for keys in self._aside:
+            self._held.update(dict.fromkeys(keys, True))
         self._aside.clear()
         return self._held
 
