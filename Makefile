@@ -17,6 +17,8 @@ PIP_OPTIONS := --quiet --disable-pip-version-check -c constraints.txt
 NEED_TORCH := tests/adapters tests/cli/test_demo.py tests/cli/test_packaged_model.py
 TORCH_TESTS := $(NEED_TORCH) tests/spec/test_worker_choice.py
 PIP_QUIET := --quiet --disable-pip-version-check
+# Most tests wait for processes and servers most of the time. The tests of a file stay together, in their order.
+TWO_AT_ONCE := -n 2 --dist loadfile
 VLLM ?= 0.32.0
 VLLM_VENV := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/kvtier/vllm-$(VLLM)
 VLLM_STAMP := $(VLLM_VENV)/.complete
@@ -40,7 +42,7 @@ lint: $(STAMP)
 # The core's tests, where torch and transformers cannot be imported because they are not there.
 test-core: $(CORE_STAMP)
 	! $(CORE_BIN)/python -c "import torch" 2>/dev/null
-	$(CORE_BIN)/python -m pytest $(addprefix --ignore=,$(NEED_TORCH)) --durations=10 -m "not soak"
+	$(CORE_BIN)/python -m pytest $(addprefix --ignore=,$(NEED_TORCH)) $(TWO_AT_ONCE) --durations=10 -m "not soak"
 
 # What needs torch, in an environment that has it.
 test-torch: $(STAMP)
