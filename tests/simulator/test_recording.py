@@ -122,7 +122,7 @@ def test_a_recorded_live_run_replays_to_the_same_hits(tmp_path, disks, policy):
     assert again.num_diverged == 0
     assert [by_source for _, by_source in again.loads] == log.loads
     assert sum(again.hits.values()) > 200
-    assert not disks or again.hits["disk0"] > 0
+    assert not disks or any(again.hits[source] for source in again.hits if source.startswith("disk"))
 
 
 def test_a_recording_is_a_trace_too(tmp_path):
