@@ -137,7 +137,10 @@ _GIVEN_TO_EVERY_TIER = ("offloading_spec", "vllm_config", "primary_kv_view", "ti
 
 
 class SecondaryTierFactory:
-    """Makes secondary tiers from their configuration; "disk", "memory" and "example" are built in."""
+    """Makes secondary tiers from their configuration.
+
+    "disk", "resp", "object", "filesystem", "memory" and "example" are built in.
+    """
 
     @classmethod
     def register_tier(cls, tier_type: str, module_path: str, class_name: str) -> None:

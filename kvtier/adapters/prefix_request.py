@@ -57,7 +57,7 @@ class Machinery:
         while self.manager.has_pending_work():
             if time.monotonic() > deadline:
                 return False
-            time.sleep(POLL_SECONDS)
+            time.sleep(POLL_SECONDS)  # whoever settles asked to wait, until the deadline
             self.step()
         return True
 
@@ -123,7 +123,7 @@ class PrefixRequest:
             self._machinery.step()
             if not waiting:
                 return keys
-            time.sleep(POLL_SECONDS)
+            time.sleep(POLL_SECONDS)  # a caller of generate() waits for its prefix, as it would for a prefill
 
     def _load(self, keys: list[OffloadKey], builder: CacheBuilder) -> int:
         """Copy blocks to the builder, a window at a time; return how many arrived before the first that failed."""

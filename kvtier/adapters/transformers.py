@@ -139,7 +139,7 @@ class PrefixCache:
         while any(state is TierState.STARTING for state, _ in self.tier_states().values()):
             if time.monotonic() > deadline:
                 break
-            time.sleep(POLL_SECONDS)
+            time.sleep(POLL_SECONDS)  # who opens a cache waits for its tiers, until the deadline
             self._machinery.step()
         return self
 

@@ -170,7 +170,7 @@ class FirstInterfaceTier(SecondaryTierManager):
         deadline = time.monotonic() + DRAIN_SECONDS
         self._answers += self._collect()
         while (self._open_loads or self._open_stores) and time.monotonic() < deadline:
-            time.sleep(_POLL_SECONDS)
+            time.sleep(_POLL_SECONDS)  # a drain waits, at most so long; the interface has nothing to wait on
             self._answers += self._collect()
 
     def start_epoch(self, epoch: bytes) -> None:

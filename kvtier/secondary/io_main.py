@@ -239,7 +239,7 @@ class Watchdog:
     def _watch(self) -> None:
         self._channel.wait_for_end()
         if self.open.is_set():
-            time.sleep(_MOST_SECONDS_AFTER_END)
+            time.sleep(_MOST_SECONDS_AFTER_END)  # a thread of its own; the process mostly ends before
         os._exit(EXIT_CUT_SHORT)
 
 

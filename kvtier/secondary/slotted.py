@@ -11,11 +11,8 @@ from typing import Any
 from kvtier.abc import BlockStore, EvictionPolicy, SlotStore
 from kvtier.errors import ConfigError, KeyFormatError, ProtocolError
 from kvtier.events import BlocksEvicted, TierState
-from kvtier.eviction.arc import ARCPolicy
-from kvtier.eviction.lru import LRUPolicy
-from kvtier.eviction.prefix import PrefixPolicy
-from kvtier.eviction.s3fifo import S3FIFOPolicy
-from kvtier.eviction.tinylfu import TinyLFUPolicy
+from kvtier.eviction.auto import FOLLOWED, AutoPolicy
+from kvtier.eviction.shadow_report import ShadowReport
 from kvtier.keys import OffloadKey
 from kvtier.primary.table import BlockTable
 from kvtier.secondary.executor import Report
@@ -29,13 +26,7 @@ _SECONDS_FULL = 5.0
 """How long a medium without space is not asked for more of it."""
 _HIT, _MISS, _UP = LookupResult.HIT, LookupResult.MISS, TierState.UP
 
-BUILT_IN_POLICIES: Mapping[str, type[EvictionPolicy]] = {
-    "lru": LRUPolicy,
-    "arc": ARCPolicy,
-    "s3fifo": S3FIFOPolicy,
-    "tinylfu": TinyLFUPolicy,
-    "prefix": PrefixPolicy,
-}
+BUILT_IN_POLICIES: Mapping[str, type[EvictionPolicy]] = {**FOLLOWED, "auto": AutoPolicy}
 
 
 def find_policy(name: object, more: Mapping[str, type[EvictionPolicy]]) -> type[EvictionPolicy]:
@@ -214,7 +205,9 @@ class SlottedTierManager(StoreTierManager):
         if isinstance(report, Ready):
             if not report.num_slots:
                 raise ProtocolError("a store without slots")
-            self._table = BlockTable(report.num_slots, self._policy(report.num_slots))
+            policy = self._policy(report.num_slots)
+            ShadowReport(self.tier_type, policy, self.context.observer)
+            self._table = BlockTable(report.num_slots, policy)
         elif isinstance(report, IndexBatch) and table is not None:
             try:
                 table.adopt(report.slots, report.keys)

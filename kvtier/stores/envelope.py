@@ -200,8 +200,8 @@ class ApartEnvelope(PlainEnvelope):
     """Payloads received in private memory, and copied from there once they have verified.
 
     A device moves its bytes into few large pages much faster than into many small ones, and an arena that several
-    processes share has small ones on most systems. What is summed and copied in portions that stay in the
-    processor's cache costs little more than what is summed where it lies; and no wrong byte reaches the arena.
+    processes share has small ones on most systems. The copy costs processor time (docs/performance.md has both), least
+    in portions that stay in the processor's cache; and no wrong byte reaches the arena.
     """
 
     def __init__(self, namespace: Namespace, seal: Seal) -> None:

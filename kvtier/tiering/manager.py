@@ -16,6 +16,7 @@ import numpy as np
 from kvtier.abc import OffloadingManager, SecondaryTierManager
 from kvtier.clock import Clock, monotonic_clock
 from kvtier.events import BlocksEvicted, BlocksLoaded, BlocksStored, CacheReset, Observer, Observers, TierState
+from kvtier.eviction.shadow_report import ShadowReport
 from kvtier.keys import OffloadKey
 from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
 from kvtier.tiering.cascades import Cascades
@@ -24,7 +25,6 @@ from kvtier.tiering.kv_events import KVEventLog
 from kvtier.tiering.promoter import PRIMARY, Promoter
 from kvtier.tiering.requests import Requests, RequestState
 from kvtier.tiering.settings import ResetPolicy, TieringSettings
-from kvtier.tiering.shadowing import ShadowReport
 from kvtier.tiering.stats import StatsObserver
 from kvtier.tiering.tier_jobs import Answer, JobMaker
 from kvtier.tiering.tiers import SecondaryTiers

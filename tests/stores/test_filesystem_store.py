@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from file_blocks import FileBlocks
 
 from kvtier.abc import StoreContext
 from kvtier.errors import StoreUnavailableError
@@ -55,20 +56,11 @@ def bytes_in(path):
     return sum(file.stat().st_blocks * 512 for file in Path(path).glob("*/*/*"))
 
 
-class TestFiles(StoreSuite):
+class TestFiles(FileBlocks, StoreSuite):
     keeps_failed_buffers = False  # a payload is verified where it belongs
 
     def open_store(self, medium, context):
         return open_store(medium / "shared", context)
-
-    def plant(self, store, key, raw):
-        path = store.path_of(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(raw)
-
-    def peek(self, store, key):
-        path = store.path_of(key)
-        return path.read_bytes() if path.exists() else None
 
 
 class TestOddLength(TestFiles):

@@ -5,6 +5,7 @@ Servers are in `test_resp_store.py`; files that are vouched for and not encrypte
 
 import pytest
 import slab_files
+from file_blocks import FileBlocks
 from guarded_stores import ANOTHER, Guarded, forgeries, secret_options
 from object_buckets import Raw, settings_for
 from obstore.store import MemoryStore as Bucket
@@ -25,20 +26,11 @@ from kvtier.testing.slot_stores import SlotStoreSuite
 from kvtier.testing.stores import StoreSuite, make_key, make_payload
 
 
-class OnFiles(Guarded, StoreSuite):
+class OnFiles(FileBlocks, Guarded, StoreSuite):
     keeps_failed_buffers = False
 
     def open_with(self, medium, context, options):
         return FilesystemStore.open({"path": str(medium / "shared"), "capacity": 64 << 20, **options}, context)
-
-    def plant(self, store, key, raw):
-        path = store.path_of(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(raw)
-
-    def peek(self, store, key):
-        path = store.path_of(key)
-        return path.read_bytes() if path.exists() else None
 
 
 class TestEncryptedFiles(OnFiles):

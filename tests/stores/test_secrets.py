@@ -4,6 +4,7 @@ import os
 import traceback
 
 import pytest
+from file_blocks import FileBlocks
 
 from kvtier.abc import StoreContext, TierContext
 from kvtier.errors import ConfigError, StoreUnavailableError
@@ -73,22 +74,13 @@ def test_who_lacks_the_secret_forges_nothing(seal, secret):
     assert seal.verify(moved, KEY, evil) is FailureCause.CORRUPT, "a real block under another key"
 
 
-class TestFilesWithSecret(StoreSuite):
+class TestFilesWithSecret(FileBlocks, StoreSuite):
     keeps_failed_buffers = False  # a payload is verified where it belongs
 
     def open_store(self, medium, context):
         (medium / "secret").write_text(SECRET)
         options = {"path": str(medium / "shared"), "capacity": 64 << 20, "secret_file": str(medium / "secret")}
         return FilesystemStore.open(options, context)
-
-    def plant(self, store, key, raw):
-        path = store.path_of(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(raw)
-
-    def peek(self, store, key):
-        path = store.path_of(key)
-        return path.read_bytes() if path.exists() else None
 
     def test_a_forged_block_is_a_miss(self):
         raw = self._raw(1)

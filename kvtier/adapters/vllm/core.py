@@ -103,7 +103,7 @@ class CoreHalf:
                 if not self._closed:
                     self._spec = spec
                     self.manager = spec.get_manager()
-        except Exception:
+        except Exception:  # on its own thread: nothing may stop the engine, which goes on without a cache; reported
             logger.exception("kvtier is off: its manager could not be made")
         finally:
             self._ready.set()

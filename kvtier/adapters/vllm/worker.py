@@ -129,7 +129,7 @@ class KVTierOffloadingWorker(base.OffloadingWorker):  # type: ignore[misc]  # vL
             logger.error("kvtier is off: no arena within %.0f s: %s", _ATTACH_SECONDS, reason)
         except ConfigError as error:
             logger.error("kvtier is off: this worker cannot use the arena: %s", error)
-        except Exception:
+        except Exception:  # on its own thread: nothing may stop the worker, which copies nothing then; reported
             logger.exception("kvtier is off: this worker cannot use the arena")
 
     def _announcement(self) -> Announcement:

@@ -7,8 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-from types import TracebackType
-from typing import Self
 
 from kvtier.cli.disk_speed.processes import command
 
@@ -42,12 +40,8 @@ class Echo:
             self.seconds.append(time.perf_counter() - start)
         self._waits = True
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """End the process."""
         self._socket.close()
         self._process.wait()
 

@@ -130,7 +130,7 @@ def measure_start(path: Path, num_blocks: int) -> IndexFigures:
             longest = max(longest, time.perf_counter() - start)
             if start - began > _SECONDS_TO_START or tier.state is TierState.DOWN:
                 raise KVTierError(f"the tier did not start: {tier.state_reason}")
-            time.sleep(0.0005)
+            time.sleep(0.0005)  # between two steps of a scheduler that has nothing else to do
         seconds = time.perf_counter() - began
         memory = _resident_bytes() - before
         if tier.lookup(key, context) is not LookupResult.HIT or tier.get_stats()["blocks"] != num_blocks:

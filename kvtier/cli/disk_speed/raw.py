@@ -21,8 +21,7 @@ import threading
 import time
 from pathlib import Path
 from select import select
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import xxhash
 
@@ -125,14 +124,6 @@ class RawLimit:
         if self._process.stdin is not None:
             self._process.stdin.close()
         self._process.wait()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _answer(self) -> dict[str, Any]:
         line = b"" if self._process.stdout is None else self._process.stdout.readline()

@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ IN_FLIGHT_BYTES = 64 << 20
 _ARENA_BYTES = 256 << 20
 _SECONDS_TO_START = 60.0
 _SECONDS_TO_PREPARE = 60.0
+_STEP_SECONDS = 0.002
 _IDLE_STEPS = 300
 _LOOKUPS = 20_000
 
@@ -103,7 +105,7 @@ class Session:
         """Wait until the slab is written ahead, and store once: as a tier is after a while."""
         deadline = time.monotonic() + _SECONDS_TO_PREPARE
         while self.tier.get_stats().get("prepared_share", 1.0) < 1.0 and time.monotonic() < deadline:
-            time.sleep(0.002)
+            time.sleep(_STEP_SECONDS)  # a step of a scheduler that has nothing else to do
             list(self.tier.get_finished_jobs())
         if not self._order.load:
             self.scheduler.run(self._order.keys(-1), self._order.job_blocks, load=False)
@@ -175,7 +177,7 @@ class Session:
         while self.tier.state is not TierState.UP:
             if time.monotonic() > deadline or self.tier.state is TierState.DOWN:
                 raise KVTierError(f"the tier did not start: {self.tier.state.value} {self.tier.state_reason}")
-            time.sleep(0.002)
+            time.sleep(_STEP_SECONDS)  # a step of a scheduler that has nothing else to do
             list(self.tier.get_finished_jobs())
 
     def _io_cpu_seconds(self) -> float:
@@ -189,7 +191,8 @@ class Session:
 def measure(order: Order) -> Iterator[dict[str, Any]]:
     """Yield what each round measured, raw beside tier, then what was measured once."""
     session = Session(order)
-    with RawLimit(Path(order.folder) / "raw", order.num_bytes) as limit, Echo(order.job_blocks) as echo:
+    limit, echo = RawLimit(Path(order.folder) / "raw", order.num_bytes), Echo(order.job_blocks)
+    with closing(limit), closing(echo):
         session.prepare()
         gc.collect()
         gc.freeze()

@@ -1,4 +1,4 @@
-"""Tells of the primary tier's shadow caches, if its policy has some: events of switches, and counters."""
+"""Tells of the shadow caches of a tier, if its policy has some: events of switches, and counters."""
 
 from __future__ import annotations
 
