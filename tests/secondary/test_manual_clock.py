@@ -178,7 +178,7 @@ def test_a_wrong_value_is_an_error_that_names_it(rig, tmp_path, options, key):
 
 
 def test_an_unknown_policy_is_answered_with_those_that_exist(rig, tmp_path):
-    with pytest.raises(ConfigError, match="arc, lru"):
+    with pytest.raises(ConfigError, match="arc, auto, lru"):
         disk(rig, tmp_path, capacity="1MiB", eviction_policy="fifo")
 
 
