@@ -70,7 +70,7 @@ class BlockTable:
         self._free: list[int] = list(range(num_slots - 1, -1, -1))
         self._key_bytes: int | None = None
         self._adopting = False
-        self._adopted = bytearray()
+        self._adopted = np.zeros(0, np.bool_)
 
     def __len__(self) -> int:
         return len(self.slot_of)
@@ -178,45 +178,41 @@ class BlockTable:
     def adopt(self, slots: Sequence[int], keys: Sequence[OffloadKey]) -> None:
         """Take over blocks that a former process left in an empty table, as READY; oldest first, batch after batch.
 
-        Nothing can be placed until `end_adoption`. A slot or key that comes twice is skipped.
+        Nothing can be placed until `end_adoption`. A slot that is none or was adopted before is skipped; of a key
+        that comes twice the later slot counts.
+
+        Raises:
+            KeyFormatError: a key's length or type is wrong.
         """
         if not self._adopting:
             self._adopting = True
             self._free = []
-            self._adopted = bytearray(self.num_slots)
-        fresh = dict(zip(keys, slots, strict=True))
-        if not self._is_new(fresh, len(keys)):
-            fresh = self._only_new(slots, keys)
-        if fresh:
-            self._key_bytes = common_key_bytes(fresh, self._key_bytes)
-            self.slot_of.update(fresh)
-            np.frombuffer(self._adopted, np.uint8)[list(fresh.values())] = 1
-            self.policy.insert(list(reversed(fresh)))
+            self._adopted = np.zeros(self.num_slots, np.bool_)
+        if not self._are_new(slots):
+            pairs = {slot: key for slot, key in zip(slots, keys, strict=True) if self._are_new((slot,))}
+            slots, keys = list(pairs), list(pairs.values())
+        if not keys:
+            return
+        self._key_bytes = common_key_bytes(keys, self._key_bytes)
+        self._adopted[slots] = True
+        slot_of, held = self.slot_of, len(self.slot_of)
+        slot_of.update(zip(keys, slots, strict=True))
+        if len(slot_of) < held + len(keys):
+            keys = [key for key in dict.fromkeys(keys) if key not in self.policy]
+        self.policy.insert(keys[::-1])
 
-    def _is_new(self, fresh: dict[OffloadKey, int], count: int) -> bool:
-        """Return whether these are `count` keys and slots that nothing was adopted for, as is the rule."""
-        slots = fresh.values()
-        if len(fresh) < count or not self.slot_of.keys().isdisjoint(fresh) or len(set(slots)) < count:
+    def _are_new(self, slots: Sequence[int]) -> bool:
+        """Return whether these are slots, each of them once, and nothing was adopted for them."""
+        if not slots:
+            return True
+        if min(slots) < 0 or max(slots) >= self.num_slots or len(set(slots)) < len(slots):
             return False
-        if not fresh or min(slots) < 0 or max(slots) >= self.num_slots:
-            return False
-        return not np.frombuffer(self._adopted, np.uint8)[list(slots)].any()
-
-    def _only_new(self, slots: Sequence[int], keys: Sequence[OffloadKey]) -> dict[OffloadKey, int]:
-        """Return those keys and slots that exist and come for the first time."""
-        fresh: dict[OffloadKey, int] = {}
-        taken = set()
-        for slot, key in zip(slots, keys, strict=True):
-            known = key in self.slot_of or key in fresh or slot in taken
-            if 0 <= slot < self.num_slots and not self._adopted[slot] and not known:
-                fresh[key] = slot
-                taken.add(slot)
-        return fresh
+        return not self._adopted[list(slots)].any()
 
     def end_adoption(self) -> None:
         """All former blocks are known: the slots without one may be used."""
         self._adopting = False
-        self._adopted = bytearray()
+        self._adopted = np.zeros(0, np.bool_)
         taken = np.zeros(self.num_slots, np.bool_)
         for slots in (self.slot_of.values(), self._quarantine):
             taken[np.fromiter(slots, np.intp, len(slots))] = True

@@ -122,9 +122,10 @@ def test_blocks_of_a_former_process_are_adopted_oldest_first():
     assert table.plan([d]).keys == []
     table.end_adoption()
     table.check_invariants()
-    assert table.slot_of == {a: 5, b: 1, c: 3}
+    assert table.slot_of == {a: 2, b: 1, c: 3}
     assert list(table.policy.candidates()) == [a, b, c]
     assert list(insert(table, [d]).values()) == [0]
+    assert table.num_free == 2
 
 
 def test_keys_of_another_length_are_refused_before_anything_changes():

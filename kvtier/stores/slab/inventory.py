@@ -95,21 +95,27 @@ def add_records(inventory: Inventory, raw: bytes, first: int, seal: BlockHeaders
     used = np.flatnonzero(np.frombuffer(raw, "<u8").reshape(-1, HEADER_BYTES // 8).any(axis=1))
     if not len(used):
         return
-    records = np.frombuffer(raw, HEADER_DTYPE)[used]
+    records = _those(np.frombuffer(raw, HEADER_DTYPE), used)
     plausible = _plausible(records, used + first, seal, block_bytes)
-    candidates = records[plausible]
+    candidates = _those(records, np.flatnonzero(plausible))
     matrix = candidates.view("u1").reshape(-1, HEADER_BYTES)
     bodies = _rows(matrix[:, :CHECKED_BYTES])
     found = np.fromiter(map(xxhash.xxh3_64_intdigest, bodies), np.uint64, len(bodies))
     intact = found == candidates["header_checksum"]
-    sequences = candidates["sequence_low"].astype(np.int64) | (candidates["sequence_high"].astype(np.int64) << 32)
-    inventory.slots = np.concatenate([inventory.slots, candidates["slot"][intact]])
-    inventory.sequences = np.concatenate([inventory.sequences, sequences[intact]])
-    inventory.keys += _keys(matrix[intact], candidates["key_length"][intact])
+    valid = _those(candidates, np.flatnonzero(intact))
+    sequences = valid["sequence_low"].astype(np.int64) | (valid["sequence_high"].astype(np.int64) << 32)
+    inventory.slots = np.concatenate([inventory.slots, valid["slot"]])
+    inventory.sequences = np.concatenate([inventory.sequences, sequences])
+    inventory.keys += _keys(valid.view("u1").reshape(-1, HEADER_BYTES), valid["key_length"])
     plausible[plausible] = intact
     for index in used[~plausible].tolist():
         parsed = seal.parse(raw[index * HEADER_BYTES : (index + 1) * HEADER_BYTES])
         inventory.reject(index + first, parsed if isinstance(parsed, FailureCause) else FailureCause.FOREIGN)
+
+
+def _those(records: NDArray[np.void], positions: NDArray[np.intp]) -> NDArray[np.void]:
+    """Return the records at `positions`, which rise; as a rule that is all of them, and no copy."""
+    return records if len(positions) == len(records) else records[positions]
 
 
 def _rows(matrix: NDArray[np.uint8]) -> list[bytes]:
