@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -51,6 +52,7 @@ class IndexFigures:
 
     Attributes:
         seconds: from `start` to a tier that is UP.
+        bare_seconds: what it takes to enter the same keys, already in memory, in a dict and an `OrderedDict`.
         longest_call_ms: of all lookups and polls until then.
         disk_bytes: bytes a block that the directory takes beside payloads.
         memory_bytes: bytes a block by which the scheduler's process grew, once the tier is UP.
@@ -58,6 +60,7 @@ class IndexFigures:
 
     num_blocks: int
     seconds: float
+    bare_seconds: float
     longest_call_ms: float
     disk_bytes: float
     memory_bytes: float
@@ -66,6 +69,11 @@ class IndexFigures:
     def records_per_second(self) -> float:
         """Records a second, the start of the I/O process included."""
         return self.num_blocks / self.seconds
+
+    @property
+    def bare_per_second(self) -> float:
+        """Keys a second that two dictionaries take, with no disk, no records, no process."""
+        return self.num_blocks / self.bare_seconds
 
     @classmethod
     def measure(cls, folder: Path, num_blocks: int = NUM_BLOCKS) -> Self:
@@ -136,7 +144,18 @@ def measure_start(path: Path, num_blocks: int) -> IndexFigures:
         if tier.lookup(key, context) is not LookupResult.HIT or tier.get_stats()["blocks"] != num_blocks:
             raise KVTierError("the tier does not hold what was prepared")
         tier.shutdown()
-    return IndexFigures(num_blocks, seconds, longest * 1e3, taken / num_blocks, memory / num_blocks)
+    del tier
+    bare = _bare_seconds([_key(number) for number in range(num_blocks)])
+    return IndexFigures(num_blocks, seconds, bare, longest * 1e3, taken / num_blocks, memory / num_blocks)
+
+
+def _bare_seconds(keys: list[OffloadKey]) -> float:
+    began = time.perf_counter()
+    slot_of, queue = {}, OrderedDict[OffloadKey, None]()
+    for slot, key in enumerate(keys):
+        slot_of[key] = slot
+        queue[key] = None
+    return time.perf_counter() - began
 
 
 def _resident_bytes() -> int:

@@ -44,8 +44,7 @@ class Figures:
         cpu, raw_cpu, summed_cpu: CPU seconds a GB, of the tier's I/O process and of the raw limit's process.
         job_us: what a job costs the scheduler's thread, submission and poll, in microseconds.
         idle_poll_us: what a poll costs that brings nothing.
-        packet_us: what it costs to send a job's packet to a process that only answers, and to take the answer: the
-            raw limit of `job_us`, taken beside the raw limit with checksums.
+        least_us: what `LeastJob` costs: the raw limit of `job_us`, taken beside the raw limit with checksums.
         steps_ms: p50, p99 and max of a step with the tier idle, beside the raw limit, and with the tier at work.
         lookups: a second, of present and of absent blocks.
         direct: whether direct I/O was possible.
@@ -65,7 +64,7 @@ class Figures:
     summed_cpu: float
     job_us: float
     idle_poll_us: float
-    packet_us: float
+    least_us: float
     steps_ms: dict[str, dict[str, float]]
     lookups: dict[str, float]
     direct: bool
@@ -148,7 +147,7 @@ def _summary(order: Order, lines: Sequence[dict[str, Any]]) -> Figures:
         summed_cpu=median("summed_cpu"),
         job_us=median("job_us"),
         idle_poll_us=once["idle_poll_us"],
-        packet_us=once["packet_us"],
+        least_us=once["least_us"],
         steps_ms=once["steps_ms"],
         lookups=once["lookups"],
         direct=once["direct"],

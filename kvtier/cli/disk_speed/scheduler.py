@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvtier.cli.disk_speed.echo import Echo
+from kvtier.cli.disk_speed.least_job import LeastJob
 from kvtier.keys import OffloadKey
 from kvtier.secondary.slotted import SlottedTierManager
 from kvtier.types import JobMetadata, ReqContext, ScheduleEndContext
@@ -53,16 +53,16 @@ class BusyScheduler:
         self.num_failed = 0
         """Jobs that did not succeed whole."""
 
-    def idle(self, done: Callable[[], bool], echo: Echo | None = None) -> Steps:
-        """Step, without jobs, until `done()`; once a step exchange a packet with `echo`, outside of the step's time."""
+    def idle(self, done: Callable[[], bool], least: LeastJob | None = None) -> Steps:
+        """Step, without jobs, until `done()`; once a step run `least`, outside of the step's time."""
         steps = Steps()
         while not done():
             start = time.perf_counter()
             work(self._turns)
-            if echo is not None:
-                exchanged = time.perf_counter()
-                echo.exchange()
-                start += time.perf_counter() - exchanged
+            if least is not None:
+                ran = time.perf_counter()
+                least.run()
+                start += time.perf_counter() - ran
             polled = time.perf_counter()
             list(self._tier.get_finished_jobs())
             self._tier.on_schedule_end(ScheduleEndContext())

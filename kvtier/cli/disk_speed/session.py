@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from kvtier.abc import TierContext
-from kvtier.cli.disk_speed.echo import Echo
+from kvtier.cli.disk_speed.least_job import LeastJob
 from kvtier.cli.disk_speed.raw import RawLimit
 from kvtier.cli.disk_speed.scheduler import BusyScheduler, Steps
 from kvtier.errors import KVTierError
@@ -123,10 +123,10 @@ class Session:
             "steps": steps,
         }
 
-    def raw(self, limit: RawLimit, summed: bool = False, echo: Echo | None = None) -> dict[str, Any]:
+    def raw(self, limit: RawLimit, summed: bool = False, least: LeastJob | None = None) -> dict[str, Any]:
         """Let the raw limit move its bytes while this thread is as busy as it is with the tier."""
         limit.begin(not self._order.load, summed)
-        steps = self.scheduler.idle(limit.ended, echo)
+        steps = self.scheduler.idle(limit.ended, least)
         answer = limit.take()
         return {
             "gb_per_second": limit.num_bytes / answer["seconds"] / 1e9,
@@ -191,8 +191,9 @@ class Session:
 def measure(order: Order) -> Iterator[dict[str, Any]]:
     """Yield what each round measured, raw beside tier, then what was measured once."""
     session = Session(order)
-    limit, echo = RawLimit(Path(order.folder) / "raw", order.num_bytes), Echo(order.job_blocks)
-    with closing(limit), closing(echo):
+    limit = RawLimit(Path(order.folder) / "raw", order.num_bytes)
+    least = LeastJob(order.job_blocks, order.keys(-2), order.keys(-3))
+    with closing(limit), closing(least):
         session.prepare()
         gc.collect()
         gc.freeze()
@@ -204,7 +205,7 @@ def measure(order: Order) -> Iterator[dict[str, Any]]:
         for number in range(order.rounds):
             tier = session.move(number)
             after = session.raw(limit)
-            summed = session.raw(limit, summed=True, echo=echo)
+            summed = session.raw(limit, summed=True, least=least)
             raw = (before["gb_per_second"] + after["gb_per_second"]) / 2
             raw_steps += after["steps"].steps
             tier_steps += tier["steps"].steps
@@ -221,14 +222,14 @@ def measure(order: Order) -> Iterator[dict[str, Any]]:
             }
             before = after
         idle.steps += session.idle().steps
-        direct, packet_seconds = limit.direct, float(np.median(echo.seconds or [0.0]))
+        direct, least_seconds = limit.direct, float(np.median(least.seconds or [0.0]))
     if session.scheduler.num_failed:
         raise KVTierError(f"{session.scheduler.num_failed} jobs failed: the figures mean nothing")
     steps = {"idle": idle.steps, "raw": raw_steps, "tier": tier_steps}
     yield {
         "direct": direct,
         "idle_poll_us": idle_poll * 1e6,
-        "packet_us": packet_seconds * 1e6,
+        "least_us": least_seconds * 1e6,
         "lookups": session.lookups(),
         "steps_ms": {name: _percentiles(times) for name, times in steps.items()},
     }

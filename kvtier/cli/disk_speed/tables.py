@@ -48,7 +48,7 @@ def scheduler_table(figures: Sequence[Figures]) -> Table:
         "tier at work",
         "job us",
         "target",
-        "packet us",
+        "least us",
         "hits/s",
         "misses/s",
     )
@@ -66,7 +66,7 @@ def scheduler_table(figures: Sequence[Figures]) -> Table:
             _marked(tier, grown > STEP_TARGET_MS),
             _marked(f"{row.job_us:.0f}", row.job_us > row.job_target_us),
             f"{row.job_target_us:.0f}",
-            f"{row.packet_us:.0f}",
+            f"{row.least_us:.0f}",
             f"{row.lookups['present'] / 1e6:.1f}M",
             f"{row.lookups['absent'] / 1e6:.1f}M",
         )
@@ -80,11 +80,12 @@ def index_table(figures: IndexFigures) -> Table:
         table.add_column(column, justify="right" if column else "left")
     rows = [
         ("records a second, process start included", f"{figures.records_per_second:,.0f}", "500,000", 500_000, -1),
+        ("keys a second of two bare dictionaries", f"{figures.bare_per_second:,.0f}", "", 0, 0),
         ("longest call meanwhile, ms", f"{figures.longest_call_ms:.1f}", "", 0, 0),
         ("bytes a block on disk beside the payload", f"{figures.disk_bytes:.1f}", "150", 150, 1),
         ("bytes a block in the scheduler's memory", f"{figures.memory_bytes:.0f}", "250", 250, 1),
     ]
-    values = (figures.records_per_second, 0.0, figures.disk_bytes, figures.memory_bytes)
+    values = (figures.records_per_second, 0.0, 0.0, figures.disk_bytes, figures.memory_bytes)
     for (name, shown, target, limit, sign), value in zip(rows, values, strict=True):
         table.add_row(name, _marked(shown, sign * value > sign * limit), target)
     return table
