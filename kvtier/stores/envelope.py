@@ -80,6 +80,13 @@ class Envelope(ABC):
         """Return how many blocks one call of `places` takes; None for any number."""
         return self.most_blocks(block_bytes)
 
+    def has_portions(self, block_bytes: int) -> bool:
+        """Return whether a payload is better read in portions of `PORTION_BYTES`, each into its own `places`.
+
+        Each portion is noted by what `incoming` returned and copied to its buffer before the next one is read.
+        """
+        return False
+
     def apart(self) -> Envelope:
         """Return an envelope for the same blocks that receives payloads in private memory, for direct I/O."""
         return self
@@ -126,7 +133,7 @@ class Envelope(ABC):
         """Return what takes a payload in pieces of at most `RING_BYTES / 4`, for a header that follows it."""
 
     @abstractmethod
-    def incoming(self, key: OffloadKey, buffer: memoryview) -> Incoming:
+    def incoming(self, key: OffloadKey, buffer: memoryview, slot: int = 0) -> Incoming:
         """Return what receives a payload for `buffer`, and then its header; one at a time for a thread."""
 
 
@@ -191,17 +198,17 @@ class PlainEnvelope(Envelope):
         """Return what sums the pieces."""
         return PlainOutgoing(self.seal, key, payload_bytes)
 
-    def incoming(self, key: OffloadKey, buffer: memoryview) -> Incoming:
+    def incoming(self, key: OffloadKey, buffer: memoryview, slot: int = 0) -> Incoming:
         """Return what sums the pieces."""
-        return PlainIncoming(self.seal, key, buffer)
+        return PlainIncoming(self.seal, key, buffer, slot)
 
 
 class ApartEnvelope(PlainEnvelope):
-    """Payloads received in private memory, and copied from there once they have verified.
+    """Payloads received in private memory, and copied from there.
 
     A device moves its bytes into few large pages much faster than into many small ones, and an arena that several
     processes share has small ones on most systems. The copy costs processor time (docs/performance.md has both), least
-    in portions that stay in the processor's cache; and no wrong byte reaches the arena.
+    in portions that stay in the processor's cache: several small blocks, or a piece of a large one.
     """
 
     def __init__(self, namespace: Namespace, seal: Seal) -> None:
@@ -211,6 +218,10 @@ class ApartEnvelope(PlainEnvelope):
     def most_places(self, block_bytes: int) -> int | None:
         """Return how many blocks stay in the cache until they are copied."""
         return max(1, PORTION_BYTES // whole_pages(block_bytes))
+
+    def has_portions(self, block_bytes: int) -> bool:
+        """Return whether a block would not stay in the cache."""
+        return block_bytes > PORTION_BYTES
 
     def places(self, buffers: Sequence[memoryview]) -> Sequence[memoryview]:
         """Return private memory, on a page boundary for each buffer."""
@@ -291,6 +302,6 @@ class EncryptedEnvelope(Envelope):
         """Return what encrypts the pieces."""
         return EncryptedOutgoing(self.seal, key, payload_bytes, self._bounce.next_piece)
 
-    def incoming(self, key: OffloadKey, buffer: memoryview) -> Incoming:
+    def incoming(self, key: OffloadKey, buffer: memoryview, slot: int = 0) -> Incoming:
         """Return what collects the pieces."""
-        return EncryptedIncoming(self.seal, key, buffer, *self._bounce.like([buffer]))
+        return EncryptedIncoming(self.seal, key, buffer, slot, *self._bounce.like([buffer]))

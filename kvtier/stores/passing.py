@@ -66,15 +66,15 @@ class PlainOutgoing:
 class PlainIncoming:
     """Summed on its way, and put where it belongs."""
 
-    def __init__(self, seal: Seal, key: OffloadKey, buffer: memoryview) -> None:
-        self._seal, self._key = seal, key
+    def __init__(self, seal: Seal, key: OffloadKey, buffer: memoryview, slot: int) -> None:
+        self._seal, self._key, self._slot = seal, key, slot
         self._checksum = seal.checksum()
         self.place = buffer
         self.note = self._checksum.update
 
     def verify(self, header: Bytes) -> FailureCause | None:
         """Return whether the payload in its buffer is what was sealed."""
-        return self._seal.verify_summed(header, self._key, self.place.nbytes, self._checksum.digest())
+        return self._seal.verify_summed(header, self._key, self.place.nbytes, self._checksum.digest(), self._slot)
 
 
 class EncryptedOutgoing:
@@ -101,9 +101,9 @@ class EncryptedOutgoing:
 class EncryptedIncoming:
     """Collected in private memory; what it is decrypted with stands in the header."""
 
-    def __init__(self, seal: EncryptedSeal, key: OffloadKey, buffer: memoryview, place: memoryview) -> None:
+    def __init__(self, seal: EncryptedSeal, key: OffloadKey, buffer: memoryview, slot: int, place: memoryview) -> None:
         """Args: place: private memory as long as the buffer."""
-        self._seal, self._key, self._buffer = seal, key, buffer
+        self._seal, self._key, self._buffer, self._slot = seal, key, buffer, slot
         self.place = place
 
     def note(self, piece: memoryview, /) -> None:
@@ -111,4 +111,4 @@ class EncryptedIncoming:
 
     def verify(self, header: Bytes) -> FailureCause | None:
         """Decrypt the payload into its buffer, if it is what was encrypted."""
-        return self._seal.decrypt(header, self._key, self.place, self._buffer)
+        return self._seal.decrypt(header, self._key, self.place, self._buffer, self._slot)

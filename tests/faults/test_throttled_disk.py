@@ -1,4 +1,4 @@
-"""A device that the kernel makes slow (cgroup v1, blkio throttling): slowness is felt by whoever waits, by nobody else."""
+"""A device that the kernel makes slow (cgroup v1, blkio throttling): whoever waits for it feels it, nobody else."""
 
 import os
 import time

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from slab_files import make_context, open_slab, segment_file
+from slab_files import make_context, open_slab, read_at, segment_file, write_at
 
+from kvtier.stores.envelope import PORTION_BYTES
 from kvtier.stores.slab import vectored
 from kvtier.stores.slab.geometry import SlabGeometry
 from kvtier.stores.slab.runs import coalesce
+from kvtier.stores.slab.vectored import PAGE_BYTES
 from kvtier.testing.stores import make_key, make_payload
 from kvtier.types import FailureCause
 
@@ -38,9 +40,9 @@ def test_adjacent_slots_are_one_run_up_to_the_limit():
     assert [(run.slot, len(run.positions)) for run in runs] == [(0, 1024), (1024, 976)]
 
 
-def page_aligned(count):
-    memory = memoryview(mmap.mmap(-1, count * BLOCK))
-    return [memory[index * BLOCK : (index + 1) * BLOCK] for index in range(count)]
+def page_aligned(count, block=BLOCK):
+    memory = memoryview(mmap.mmap(-1, count * block))
+    return [memory[index * block : (index + 1) * block] for index in range(count)]
 
 
 @pytest.fixture
@@ -111,6 +113,47 @@ def test_slots_may_be_numpy_integers(tmp_path):
     assert store.read_into(slots, keys, buffers) == [True] * 3
     assert [bytes(buffer) for buffer in buffers] == [bytes(payload) for payload in payloads]
     store.close()
+
+
+KEYS = [make_key(number) for number in range(3)]
+LARGE = 2 * PORTION_BYTES + 3 * PAGE_BYTES
+"""A block of three portions, the last one smaller."""
+
+
+@pytest.fixture
+def large(tmp_path):
+    """A slab with three large blocks, and their payloads."""
+    context = make_context(block_bytes=LARGE)
+    store = open_slab(tmp_path / "slab", context, capacity=32 << 20)
+    payloads = page_aligned(3, LARGE)
+    for number, payload in enumerate(payloads):
+        payload[:] = make_payload(number, LARGE)
+    assert store.write([2, 3, 5], KEYS, payloads) == [True] * 3
+    yield store, segment_file(tmp_path / "slab", context), [bytes(payload) for payload in payloads]
+    store.close()
+
+
+def test_a_large_block_comes_back_whole_through_portions(large):
+    store, _, payloads = large
+    buffers = page_aligned(3, LARGE)
+    assert store.read_into([2, 3, 5], KEYS, buffers) == [True] * 3
+    assert [bytes(buffer) for buffer in buffers] == payloads
+    assert store.read_into([3, 2], [KEYS[0], KEYS[1]], buffers[:2]) == [False, False], "another slot's block"
+
+
+@pytest.mark.parametrize("at", [0, PORTION_BYTES - 1, PORTION_BYTES, LARGE - 1])
+def test_a_flipped_bit_in_any_portion_is_a_miss(large, at):
+    store, data, _ = large
+    (byte,) = read_at(data, 3 * LARGE + at, 1)
+    write_at(data, 3 * LARGE + at, bytes([byte ^ 4]))
+    assert store.read_into([2, 3, 5], KEYS, page_aligned(3, LARGE)) == [True, False, True]
+    assert store.read_into([3], [KEYS[1]], page_aligned(1, LARGE)) == [False]
+
+
+def test_a_file_that_ends_in_the_middle_of_a_large_block(large):
+    store, data, _ = large
+    os.truncate(data, 5 * LARGE + PORTION_BYTES + 100)
+    assert store.read_into([2, 3, 5], KEYS, page_aligned(3, LARGE)) == [True, True, False]
 
 
 def failing_at(monkeypatch, name, bad_offset, code):

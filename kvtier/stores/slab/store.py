@@ -17,7 +17,7 @@ from kvtier.abc import SlotStore, StoreContext
 from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.keys import OffloadKey
 from kvtier.sizes import format_size
-from kvtier.stores.envelope import Envelope
+from kvtier.stores.envelope import PORTION_BYTES, Envelope
 from kvtier.stores.seal import HEADER_BYTES
 from kvtier.stores.slab.directory import SlabDirectory
 from kvtier.stores.slab.geometry import SlabGeometry
@@ -55,6 +55,7 @@ class SlabStore(SlotStore):
         self._envelope = envelope.apart() if self._segments.direct else envelope
         self._most_written = self._envelope.most_blocks(geometry.block_bytes)
         self._most_read = self._envelope.most_places(geometry.block_bytes)
+        self._in_portions = self._envelope.has_portions(geometry.block_bytes)
         try:
             self._segments.fit()
             self._make_room(self._segments.lengths)
@@ -212,35 +213,55 @@ class SlabStore(SlotStore):
     def _read_run(
         self, run: Run, keys: Sequence[OffloadKey], buffers: Sequence[memoryview], results: list[bool]
     ) -> None:
-        block_bytes = self._geometry.block_bytes
         payloads = [buffers[position] for position in run.positions]
-        places = self._envelope.places(payloads)
+        receive = self._receive_in_portions if self._in_portions else self._receive
         try:
-            filled = self._segments.read(run.segment, run.offset, places) // block_bytes
-            records = self._headers.read(run.slot, len(payloads))
+            causes = receive(run, [keys[position] for position in run.positions], payloads)
         except OSError as error:
             if len(payloads) == 1:
                 self._fail(error)
                 return
-            for single in run.split(block_bytes):
+            for single in run.split(self._geometry.block_bytes):
                 self._read_run(single, keys, buffers, results)
             return
         broken = []
-        causes = self._envelope.unwrap(
-            [records[start : start + HEADER_BYTES] for start in range(0, len(records), HEADER_BYTES)],
-            [keys[position] for position in run.positions],
-            places,
-            payloads,
-            range(run.slot, run.slot + len(payloads)),
-        )
         for index, (position, cause) in enumerate(zip(run.positions, causes, strict=True)):
-            if cause is None and index >= filled:
-                cause = FailureCause.CORRUPT
             results[position] = cause is None
             if cause is not None:
                 self._failures.count(cause)
                 broken.append(run.slot + index)
         self._empty(broken)
+
+    def _receive(
+        self, run: Run, keys: Sequence[OffloadKey], payloads: Sequence[memoryview]
+    ) -> list[FailureCause | None]:
+        """Fill the payloads of a run; return, each, None if it verified, else why not."""
+        places = self._envelope.places(payloads)
+        filled = self._segments.read(run.segment, run.offset, places) // self._geometry.block_bytes
+        records = self._headers.read(run.slot, len(payloads))
+        causes = self._envelope.unwrap(
+            [records[start : start + HEADER_BYTES] for start in range(0, len(records), HEADER_BYTES)],
+            keys,
+            places,
+            payloads,
+            range(run.slot, run.slot + len(payloads)),
+        )
+        return [cause or (FailureCause.CORRUPT if index >= filled else None) for index, cause in enumerate(causes)]
+
+    def _receive_in_portions(
+        self, run: Run, keys: Sequence[OffloadKey], payloads: Sequence[memoryview]
+    ) -> list[FailureCause | None]:
+        """Do as `_receive`, portion by portion, for the one block of a run."""
+        (key,), (payload,) = keys, payloads
+        incoming = self._envelope.incoming(key, payload, run.slot)
+        for start in range(0, payload.nbytes, PORTION_BYTES):
+            portion = payload[start : start + PORTION_BYTES]
+            (place,) = self._envelope.places([portion])
+            if self._segments.read(run.segment, run.offset + start, [place]) < place.nbytes:
+                return [FailureCause.CORRUPT]
+            incoming.note(place)
+            portion[:] = place
+        return [incoming.verify(self._headers.read(run.slot, 1))]
 
     def _empty(self, slots: Sequence[int]) -> None:
         """Empty the records of slots that failed verification."""
