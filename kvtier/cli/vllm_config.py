@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -19,6 +19,7 @@ from kvtier.spec.tiering import TieringOffloadingSpec
 
 SPEC_NAME = "KVTierOffloadingSpec"
 EXIT_UNUSABLE = 2
+_NO_GUARD: Mapping[str, Any] = {}
 
 
 def vllm_config(
@@ -37,6 +38,13 @@ def vllm_config(
     bucket: Annotated[
         str | None, typer.Option(help="A bucket that engines share as URL:SIZE, for example s3://bucket/kvtier:20TB.")
     ] = None,
+    secret_file: Annotated[
+        str | None, typer.Option(help="A file with the secret that guards the blocks of every tier named here.")
+    ] = None,
+    secret_env: Annotated[
+        str | None, typer.Option(help="The same, from this variable of the engine's environment.")
+    ] = None,
+    encrypt: Annotated[bool, typer.Option(help="Encrypt the blocks, too, with that secret.")] = False,
     option: Annotated[
         list[str] | None, typer.Option(help="Any other key as KEY=VALUE, for example load_deadline=1.5.")
     ] = None,
@@ -47,7 +55,7 @@ def vllm_config(
     """
     try:
         shared = [*_shared("resp", resp), *_shared("filesystem", filesystem), *_shared("object", bucket)]
-        extra = extra_config(cpu, disk or [], option or [], shared)
+        extra = extra_config(cpu, disk or [], option or [], shared, _guard(secret_file, secret_env, encrypt))
         check(extra)
     except ConfigError as error:
         typer.echo(f"kvtier: {error}", err=True)
@@ -56,7 +64,11 @@ def vllm_config(
 
 
 def extra_config(
-    cpu: str, disks: list[str], options: list[str], shared: Sequence[dict[str, Any]] = ()
+    cpu: str,
+    disks: list[str],
+    options: list[str],
+    shared: Sequence[dict[str, Any]] = (),
+    guard: Mapping[str, Any] = _NO_GUARD,
 ) -> dict[str, Any]:
     """Return kvtier's configuration in vLLM.
 
@@ -64,12 +76,15 @@ def extra_config(
         disks: each PATH:SIZE, or PATH,PATH:SIZE.
         options: each KEY=VALUE; a value that is no JSON is a string.
         shared: tiers behind the disks.
+        guard: options of every tier.
 
     Raises:
         ConfigError: one of them has another form.
     """
     extra: dict[str, Any] = {"spec_name": SPEC_NAME, "cpu_bytes_to_use": cpu}
-    tiers = [*map(_disk_tier, disks), *shared]
+    tiers = [{**tier, **guard} for tier in (*map(_disk_tier, disks), *shared)]
+    if guard and not tiers:
+        raise ConfigError("secret", None, "a tier that it guards: host memory needs no secret")
     if tiers:
         extra["secondary_tiers"] = tiers
     for item in options:
@@ -119,6 +134,12 @@ def _shared(kind: str, text: str | None) -> list[dict[str, Any]]:
         raise ConfigError("bucket", "***", "no credentials here: the environment or a profile has them")
     url, size = _place_and_size("bucket", text, "URL:SIZE expected, for example s3://bucket/kvtier:20TB")
     return [{"type": kind, "url": url, "capacity": size}]
+
+
+def _guard(secret_file: str | None, secret_env: str | None, encrypt: bool) -> dict[str, Any]:
+    """Return what the options about secrets come to; whether they fit together, the tiers know."""
+    given = {"secret_file": secret_file, "secret_env": secret_env, "encrypt": encrypt or None}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _place_and_size(option: str, text: str, form: str) -> tuple[str, str]:

@@ -47,6 +47,13 @@ def test_what_is_shared_stands_behind_the_disks():
     ]
 
 
+def test_a_secret_guards_every_tier():
+    tiers = ("--disk", "/cache:200GiB", "--resp", "redis://host:6379")
+    guarded = tiers_of(*tiers, "--secret-file", "/etc/kvtier/secret", "--encrypt")
+    assert [(tier["secret_file"], tier["encrypt"]) for tier in guarded] == [("/etc/kvtier/secret", True)] * 2
+    assert [tier["secret_env"] for tier in tiers_of(*tiers, "--secret-env", "KVTIER_SECRET")] == ["KVTIER_SECRET"] * 2
+
+
 def test_a_disk_may_be_several_directories():
     assert tiers_of("--disk", "/nvme0/kv,/nvme1/kv:2TiB") == [
         {"type": "disk", "path": ["/nvme0/kv", "/nvme1/kv"], "capacity": "2TiB"}
@@ -73,6 +80,9 @@ def test_a_password_in_a_url_is_not_repeated():
         (("--cpu", "1GiB", "--bucket", "s3://bucket"), "bucket='s3://bucket': URL:SIZE expected"),
         (("--cpu", "1GiB", "--bucket", "ftp://bucket/kv:1TB"), "s3://BUCKET/PREFIX"),
         (("--cpu", "1GiB", "--disk", "/cache:1GiB", "--disk", "/cache/sub:1GiB"), "a directory of its own"),
+        (("--cpu", "1GiB", "--secret-file", "/secret"), "a tier that it guards"),
+        (("--cpu", "1GiB", "--disk", "/cache:1GiB", "--encrypt"), "encrypt="),
+        (("--cpu", "1GiB", "--disk", "/cache:1GiB", "--secret-env", "A", "--secret-file", "/b"), "secret_"),
         (("--cpu", "1GiB", "--option", "load_dedline=2"), 'did you mean "load_deadline"?'),
         (("--cpu", "1GiB", "--option", "load_deadline"), "KEY=VALUE expected"),
     ],
