@@ -47,11 +47,15 @@ def test_what_is_shared_stands_behind_the_disks():
     ]
 
 
-def test_a_secret_guards_every_tier():
+def test_a_secret_guards_every_tier(tmp_path, monkeypatch):
+    secret = "a secret that is long enough"
+    (tmp_path / "secret").write_text(secret)
+    monkeypatch.setenv("KVTIER_TEST_SECRET", secret)
     tiers = ("--disk", "/cache:200GiB", "--resp", "redis://host:6379")
-    guarded = tiers_of(*tiers, "--secret-file", "/etc/kvtier/secret", "--encrypt")
-    assert [(tier["secret_file"], tier["encrypt"]) for tier in guarded] == [("/etc/kvtier/secret", True)] * 2
-    assert [tier["secret_env"] for tier in tiers_of(*tiers, "--secret-env", "KVTIER_SECRET")] == ["KVTIER_SECRET"] * 2
+    guarded = tiers_of(*tiers, "--secret-file", str(tmp_path / "secret"), "--encrypt")
+    assert [(tier["secret_file"], tier["encrypt"]) for tier in guarded] == [(str(tmp_path / "secret"), True)] * 2
+    guarded = tiers_of(*tiers, "--secret-env", "KVTIER_TEST_SECRET")
+    assert [tier["secret_env"] for tier in guarded] == ["KVTIER_TEST_SECRET"] * 2
 
 
 def test_a_disk_may_be_several_directories():
@@ -83,6 +87,7 @@ def test_a_password_in_a_url_is_not_repeated():
         (("--cpu", "1GiB", "--secret-file", "/secret"), "a tier that it guards"),
         (("--cpu", "1GiB", "--disk", "/cache:1GiB", "--encrypt"), "encrypt="),
         (("--cpu", "1GiB", "--disk", "/cache:1GiB", "--secret-env", "A", "--secret-file", "/b"), "secret_"),
+        (("--cpu", "1GiB", "--disk", "/cache:1GiB", "--secret-file", "/no/such/file"), "cannot be read"),
         (("--cpu", "1GiB", "--option", "load_dedline=2"), 'did you mean "load_deadline"?'),
         (("--cpu", "1GiB", "--option", "load_deadline"), "KEY=VALUE expected"),
     ],
