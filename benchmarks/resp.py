@@ -2,8 +2,8 @@
 
 Every figure is the median of several rounds; a round of every case is taken before the next round begins. Within a
 round everybody moves the same 8 MiB, each time beginning with another one, before the next 8 MiB are moved: what else
-the machine does meanwhile hits all of them. The raw
-socket asks the same server for the same sizes with `sendall` and `recv_into`, checks nothing and parses nothing:
+the machine does meanwhile hits all of them. Each has keys of its own on the server, so that
+what a write replaces is as old for all. The raw socket asks the same server for the same sizes with `sendall` and `recv_into`, checks nothing and parses nothing:
 what it moves is the most that this server gives one connection. "Summed" is the raw socket with an XXH3-128 of each
 payload, as it was received or while the server takes it: what no checksummed value can exceed in that shape. The plain
 socket talks to a thread of its own instead of a server, and says what loopback itself would do. Ours seals, verifies
@@ -114,32 +114,32 @@ class Case:
 
     def _client_write(self, numbers: range) -> None:
         for number in numbers:
-            self.client.set(b"raw%06d" % number, self.rows[number])
+            self.client.set(b"pyc%06d" % number, self.rows[number])
 
     def _client_read(self, numbers: range) -> None:
         for number in numbers:
-            self.rows[number][:] = self.client.get(b"raw%06d" % number)
+            self.rows[number][:] = self.client.get(b"pyc%06d" % number)
 
     def _summed_write(self, numbers: range) -> None:
-        self._raw_write(numbers, xxhash.xxh3_128_digest)
+        self._raw_write(numbers, b"sum", xxhash.xxh3_128_digest)
 
     def _summed_read(self, numbers: range) -> None:
-        self._raw_read(numbers, xxhash.xxh3_128_digest)
+        self._raw_read(numbers, b"sum", xxhash.xxh3_128_digest)
 
-    def _raw_write(self, numbers: range, note: Callable[[memoryview], Any] | None = None) -> None:
+    def _raw_write(self, numbers: range, name: bytes = b"raw", note: Callable[[memoryview], Any] | None = None) -> None:
         for number in numbers:
             row = self.rows[number]
-            self.raw.sendall(b"*3\r\n$3\r\nSET\r\n$9\r\nraw%06d\r\n$%d\r\n" % (number, self.block_bytes))
+            self.raw.sendall(b"*3\r\n$3\r\nSET\r\n$9\r\n%b%06d\r\n$%d\r\n" % (name, number, self.block_bytes))
             self.raw.sendall(row)
             if note is not None:
                 note(row)
             self.raw.sendall(b"\r\n")
             receive(self.raw, self._small[:5])
 
-    def _raw_read(self, numbers: range, note: Callable[[memoryview], Any] | None = None) -> None:
+    def _raw_read(self, numbers: range, name: bytes = b"raw", note: Callable[[memoryview], Any] | None = None) -> None:
         head = self._small[: len(b"$%d\r\n" % self.block_bytes)]
         for number in numbers:
-            self.raw.sendall(b"*2\r\n$3\r\nGET\r\n$9\r\nraw%06d\r\n" % number)
+            self.raw.sendall(b"*2\r\n$3\r\nGET\r\n$9\r\n%b%06d\r\n" % (name, number))
             receive(self.raw, head)
             receive(self.raw, self.rows[number])
             receive(self.raw, self._small[:2])
