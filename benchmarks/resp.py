@@ -2,12 +2,12 @@
 
 Every figure is the median of several rounds; a round of every case is taken before the next round begins. Within a
 round everybody moves the same 8 MiB, each time beginning with another one, before the next 8 MiB are moved: what else
-the machine does meanwhile hits all of them. Each has keys of its own on the server, so that
-what a write replaces is as old for all. The raw socket asks the same server for the same sizes with `sendall` and `recv_into`, checks nothing and parses nothing:
-what it moves is the most that this server gives one connection. "Summed" is the raw socket with an XXH3-128 of each
-payload, as it was received or while the server takes it: what no checksummed value can exceed in that shape. The plain
-socket talks to a thread of its own instead of a server, and says what loopback itself would do. Ours seals, verifies
-and moves batches as the I/O process does, of some 4 MiB.
+the machine does meanwhile hits all of them. Each has keys of its own on the server, so that what a write replaces is as
+old for all. The raw socket asks the same server for the same sizes with `sendall` and `recv_into`, checks nothing and
+parses nothing: what it moves is the most that this server gives one connection. "Summed" is the raw socket with an
+XXH3-128 of each payload, as it was received or while the server takes it: what no checksummed value can exceed in that
+shape. The plain socket talks to a thread of its own instead of a server, and says what loopback itself would do. Ours
+seals, verifies and moves batches as the I/O process does, of some 4 MiB.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Session fixtures: real S3 servers, an empty prefix for each test that uses them, credentials in the environment."""
+"""Session fixtures: real servers of objects, an empty prefix for each test, credentials in the environment."""
 
 import itertools
+import shutil
 
 import pytest
 
@@ -68,3 +69,38 @@ def moto_s3(_moto, monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
     return S3Place(_moto)
+
+
+class AzurePlace:
+    """A prefix of its own in Azurite: options of the tier, without a capacity."""
+
+    def __init__(self, server):
+        self.options = {
+            "url": f"az://{BUCKET}/test-{next(_numbers)}",
+            "endpoint": server.endpoint,
+            "allow_http": True,
+        }
+
+
+@pytest.fixture(scope="session")
+def _azurite():
+    from azurite_server import PROGRAM, AzuriteServer
+
+    if shutil.which(PROGRAM) is None:
+        pytest.skip(f"{PROGRAM}, an emulator of Azure Blob Storage, is not installed: npm install -g azurite")
+    server = AzuriteServer()
+    try:
+        server.start().make_bucket(BUCKET)
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def azure(_azurite, monkeypatch):
+    """Azure's blobs, emulated, which a test neither stops nor configures."""
+    from azurite_server import ACCOUNT, KEY
+
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", ACCOUNT)
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", KEY)
+    return AzurePlace(_azurite)

@@ -1,4 +1,4 @@
-"""The shipped suite on real servers: OpenStack Swift's S3, and moto's as a second opinion."""
+"""The shipped suite on real servers: OpenStack Swift's S3, moto's as a second opinion, and Azure's emulator."""
 
 import pytest
 from object_buckets import Raw, open_over, settings_for
@@ -46,6 +46,14 @@ class TestMoto(OnServer):
     @pytest.fixture(autouse=True)
     def _server(self, moto_s3):
         self.begin(moto_s3)
+        yield
+        StoreSuite.teardown_method(self)
+
+
+class TestAzure(OnServer):
+    @pytest.fixture(autouse=True)
+    def _server(self, azure):
+        self.begin(azure)
         yield
         StoreSuite.teardown_method(self)
 

@@ -1,0 +1,70 @@
+"""Azurite, Microsoft's emulator of Azure Blob Storage: a process with everything in memory (npm install -g azurite)."""
+
+from __future__ import annotations
+
+import base64
+import hmac
+import subprocess
+import urllib.error
+import urllib.request
+from email.utils import formatdate
+
+from valkey_server import free_port, wait_until
+
+PROGRAM = "azurite-blob"
+ACCOUNT = "devstoreaccount1"
+KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+"""The emulator's account and key, the same for everybody: https://learn.microsoft.com/azure/storage/common/storage-use-azurite"""
+
+
+class AzuriteServer:
+    """One process; `endpoint` is where its one account is."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}/{ACCOUNT}"
+
+    def start(self) -> AzuriteServer:
+        self.process = subprocess.Popen(
+            [PROGRAM, "--silent", "--inMemoryPersistence", "--disableTelemetry", "--blobPort", str(self.port)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        wait_until(self._answers, f"{PROGRAM} on {self.endpoint}", 60.0)
+        return self
+
+    def make_bucket(self, name: str) -> None:
+        """Create a container, with a request signed by the shared key.
+
+        Source: https://learn.microsoft.com/rest/api/storageservices/authorize-with-shared-key
+        """
+        headers = {"x-ms-date": formatdate(usegmt=True), "x-ms-version": "2021-08-06"}
+        lines = "".join(f"{header}:{value}\n" for header, value in headers.items())
+        text = "PUT" + 12 * "\n" + lines + f"/{ACCOUNT}/{ACCOUNT}/{name}\nrestype:container"
+        signature = base64.b64encode(hmac.digest(base64.b64decode(KEY), text.encode(), "sha256")).decode()
+        headers |= {"Authorization": f"SharedKey {ACCOUNT}:{signature}", "Content-Length": "0"}
+        call = urllib.request.Request(f"{self.endpoint}/{name}?restype=container", method="PUT", headers=headers)
+        urllib.request.urlopen(call, timeout=10).close()
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.terminate()
+            self.process.wait()
+            self.process = None
+
+    def _answers(self) -> bool:
+        assert self.process is not None
+        if self.process.poll() is not None:
+            raise AssertionError(f"{PROGRAM} ended")
+        try:
+            urllib.request.urlopen(self.endpoint, timeout=2).close()
+        except urllib.error.HTTPError:
+            return True
+        except OSError:
+            return False
+        return True
