@@ -159,12 +159,11 @@ class TieringOffloadingManager(OffloadingManager):
         """
         state = self._requests.open(req_context)
         ordered = keys if isinstance(keys, list) else list(keys)
-        slots = self._transfers.begin_load(state, ordered)
+        slots, once = self._transfers.begin_load(state, ordered)
         if state.lease or state.awaiting:
             self._promoter.let_go(state)
         if state.deferred_since is not None:
             state.stop_waiting(self._clock())
-        once = ordered if len(set(slots)) == len(slots) else list(dict.fromkeys(ordered))
         self._note_use(once, req_context, state, all_held=True)
         sources = state.sources
         by_source = (

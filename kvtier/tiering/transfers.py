@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 
 from kvtier.errors import BlockNotReadyError
 from kvtier.events import Observer, UnexpectedCall
@@ -25,8 +25,11 @@ class DeviceTransfers:
         self._observer = observer
         self.stale = StaleTransfers(table, finished)
 
-    def begin_load(self, state: RequestState, keys: Sequence[OffloadKey]) -> list[int]:
-        """Pin the slots of `keys`, once each though a key comes twice, and return them, one per key given.
+    def begin_load(self, state: RequestState, keys: list[OffloadKey]) -> tuple[list[int], list[OffloadKey]]:
+        """Pin the slots of `keys`, once each though a key comes twice.
+
+        Returns:
+            The slots, one per key given, and the keys, each once.
 
         Raises:
             BlockNotReadyError: a key is not ready; nothing was pinned.
@@ -39,14 +42,15 @@ class DeviceTransfers:
         if not loading:
             loading.update(zip(keys, slots, strict=True))
             self._table.pin(loading.values())
-            return slots
-        for key, slot in dict(zip(keys, slots, strict=True)).items():
+            return slots, keys if len(loading) == len(keys) else list(loading)
+        once = dict(zip(keys, slots, strict=True))
+        for key, slot in once.items():
             self._table.pin((slot,))
             if key in loading:
                 state.loading_again.append((key, slot))
             else:
                 loading[key] = slot
-        return slots
+        return slots, list(once)
 
     def end_load(self, req_id: str, state: RequestState | None, keys: Collection[OffloadKey]) -> None:
         """Unpin what the request was loading under `keys`."""
