@@ -15,9 +15,10 @@ import subprocess
 import sys
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from kvtier.abc import StoreContext, TierContext
 from kvtier.cli.disk_speed.processes import command
@@ -52,18 +53,19 @@ class IndexFigures:
 
     Attributes:
         seconds: from `start` to a tier that is UP.
-        bare_seconds: what it takes to enter the same keys, already in memory, in a dict and an `OrderedDict`.
         longest_call_ms: of all lookups and polls until then.
         disk_bytes: bytes a block that the directory takes beside payloads.
         memory_bytes: bytes a block by which the scheduler's process grew, once the tier is UP.
+        bare_seconds, bare_bytes: what it takes to enter as many keys in a dict and an `OrderedDict`, and bytes a key.
     """
 
     num_blocks: int
     seconds: float
-    bare_seconds: float
     longest_call_ms: float
     disk_bytes: float
     memory_bytes: float
+    bare_seconds: float
+    bare_bytes: float
 
     @property
     def records_per_second(self) -> float:
@@ -77,16 +79,19 @@ class IndexFigures:
 
     @classmethod
     def measure(cls, folder: Path, num_blocks: int = NUM_BLOCKS) -> Self:
-        """Measure in a new process.
+        """Measure, in new processes.
 
         Raises:
             KVTierError: it failed.
         """
-        start = command(__name__, str(folder), str(num_blocks))
-        done = subprocess.run(start, stdout=subprocess.PIPE, text=True, check=False)
-        if done.returncode:
-            raise KVTierError(f"the measuring process failed with exit code {done.returncode}")
-        return cls(**json.loads(done.stdout))
+        figures: dict[str, Any] = {}
+        for what in _MEASUREMENTS:
+            start = command(__name__, what, str(folder), str(num_blocks))
+            done = subprocess.run(start, stdout=subprocess.PIPE, text=True, check=False)
+            if done.returncode:
+                raise KVTierError(f"the measuring process failed with exit code {done.returncode}")
+            figures |= json.loads(done.stdout)
+        return cls(num_blocks, **figures)
 
 
 def _key(number: int) -> OffloadKey:
@@ -116,8 +121,10 @@ def prepare(path: Path, num_blocks: int) -> None:
             file.write(b"".join(seal.seal(_key(number), payload, number) for number in numbers))
 
 
-def measure_start(path: Path, num_blocks: int) -> IndexFigures:
-    """Start a tier over the directory, ask it all the while, and weigh it."""
+def measure_start(folder: Path, num_blocks: int) -> dict[str, float]:
+    """Start a tier over a directory, ask it all the while, and weigh it."""
+    path = folder / "index"
+    prepare(path, num_blocks)
     headers = path / _NAMESPACE.fingerprint.hex()
     taken = sum(file.lstat().st_blocks * 512 for file in (path, *path.rglob("*")) if not file.name.startswith("data-"))
     if not headers.is_dir():
@@ -144,29 +151,40 @@ def measure_start(path: Path, num_blocks: int) -> IndexFigures:
         if tier.lookup(key, context) is not LookupResult.HIT or tier.get_stats()["blocks"] != num_blocks:
             raise KVTierError("the tier does not hold what was prepared")
         tier.shutdown()
-    del tier
-    bare = _bare_seconds([_key(number) for number in range(num_blocks)])
-    return IndexFigures(num_blocks, seconds, bare, longest * 1e3, taken / num_blocks, memory / num_blocks)
+    return {
+        "seconds": seconds,
+        "longest_call_ms": longest * 1e3,
+        "disk_bytes": taken / num_blocks,
+        "memory_bytes": memory / num_blocks,
+    }
 
 
-def _bare_seconds(keys: list[OffloadKey]) -> float:
-    began = time.perf_counter()
-    slot_of, queue = {}, OrderedDict[OffloadKey, None]()
-    for slot, key in enumerate(keys):
-        slot_of[key] = slot
-        queue[key] = None
-    return time.perf_counter() - began
+def measure_bare(folder: Path, num_blocks: int) -> dict[str, float]:
+    """Enter keys in what an index with an order of eviction needs at least, and weigh that."""
+    gc.disable()
+    _key(0)
+    before, seconds = _resident_bytes(), 0.0
+    slot_of, queue = dict[OffloadKey, int](), OrderedDict[OffloadKey, None]()
+    for first in range(0, num_blocks, _BATCH):
+        keys = [_key(number) for number in range(first, min(first + _BATCH, num_blocks))]
+        began = time.perf_counter()
+        for slot, key in enumerate(keys, first):
+            slot_of[key] = slot
+            queue[key] = None
+        seconds += time.perf_counter() - began
+    return {"bare_seconds": seconds, "bare_bytes": (_resident_bytes() - before) / num_blocks}
 
 
 def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
+_MEASUREMENTS: dict[str, Callable[[Path, int], dict[str, float]]] = {"start": measure_start, "bare": measure_bare}
+
+
 def main() -> None:
-    """Be the process."""
-    folder, num_blocks = Path(sys.argv[1]) / "index", int(sys.argv[2])
-    prepare(folder, num_blocks)
-    print(json.dumps(measure_start(folder, num_blocks).__dict__))
+    """Be a process that measures one of the two."""
+    print(json.dumps(_MEASUREMENTS[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]))))
 
 
 if __name__ == "__main__":
