@@ -25,17 +25,21 @@ class S3Place:
         }
 
 
-@pytest.fixture(scope="session")
-def _swift():
-    pytest.importorskip("swift", reason="swift, from PyPI, is not installed")
-    from swift_server import SwiftServer
-
-    server = SwiftServer()
+def _running(server):
+    """Yield the server, started, with its bucket; end it after the session."""
     try:
         server.start().make_bucket(BUCKET)
         yield server
     finally:
         server.close()
+
+
+@pytest.fixture(scope="session")
+def _swift():
+    pytest.importorskip("swift", reason="swift, from PyPI, is not installed")
+    from swift_server import SwiftServer
+
+    yield from _running(SwiftServer())
 
 
 @pytest.fixture
@@ -53,12 +57,7 @@ def _moto():
     pytest.importorskip("moto", reason="moto, from PyPI, is not installed")
     from moto_server import MotoServer
 
-    server = MotoServer()
-    try:
-        server.start().make_bucket(BUCKET)
-        yield server
-    finally:
-        server.close()
+    yield from _running(MotoServer())
 
 
 @pytest.fixture
@@ -88,12 +87,7 @@ def _azurite():
 
     if shutil.which(PROGRAM) is None:
         pytest.skip(f"{PROGRAM}, an emulator of Azure Blob Storage, is not installed: npm install -g azurite")
-    server = AzuriteServer()
-    try:
-        server.start().make_bucket(BUCKET)
-        yield server
-    finally:
-        server.close()
+    yield from _running(AzuriteServer())
 
 
 @pytest.fixture
