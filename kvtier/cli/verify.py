@@ -120,7 +120,7 @@ def _verify_slab(slab: Path, job: _Job, progress: Progress) -> list[Finding]:
                 is_empty = not (survey.num_blocks or survey.broken)
                 findings.append(Finding(survey, Verification(), 0, 0, "" if is_empty else locked))
                 continue
-            progress.update(task, total=len(records.inventory.keys) * (survey.block_bytes or 0))
+            progress.update(task, total=len(records.inventory) * (survey.block_bytes or 0))
             is_used = partial(_is_used, slab, job)
             found = verify_namespace(survey.folder, records, is_used, pace)
         except FileNotFoundError:

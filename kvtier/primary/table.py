@@ -16,6 +16,7 @@ from itertools import compress, filterfalse, islice
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
@@ -188,26 +189,28 @@ class BlockTable:
             self._adopting = True
             self._free = []
             self._adopted = np.zeros(self.num_slots, np.bool_)
-        if not self._are_new(slots):
-            pairs = {slot: key for slot, key in zip(slots, keys, strict=True) if self._are_new((slot,))}
-            slots, keys = list(pairs), list(pairs.values())
+        places = np.asarray(slots, np.intp)
+        if not self._are_new(places):
+            pairs = {slot: key for slot, key in zip(slots, keys, strict=True) if self._are_new(np.asarray([slot]))}
+            slots, keys, places = list(pairs), list(pairs.values()), np.fromiter(pairs, np.intp, len(pairs))
         if not keys:
             return
         self._key_bytes = common_key_bytes(keys, self._key_bytes)
-        self._adopted[slots] = True
+        self._adopted[places] = True
         slot_of, held = self.slot_of, len(self.slot_of)
         slot_of.update(zip(keys, slots, strict=True))
         if len(slot_of) < held + len(keys):
             keys = [key for key in dict.fromkeys(keys) if key not in self.policy]
         self.policy.insert(keys[::-1])
 
-    def _are_new(self, slots: Sequence[int]) -> bool:
+    def _are_new(self, slots: NDArray[np.intp]) -> bool:
         """Return whether these are slots, each of them once, and nothing was adopted for them."""
-        if not slots:
+        ordered = np.sort(slots)
+        if not len(ordered):
             return True
-        if min(slots) < 0 or max(slots) >= self.num_slots or len(set(slots)) < len(slots):
+        if ordered[0] < 0 or ordered[-1] >= self.num_slots or (ordered[1:] == ordered[:-1]).any():
             return False
-        return not self._adopted[list(slots)].any()
+        return not self._adopted[ordered].any()
 
     def end_adoption(self) -> None:
         """All former blocks are known: the slots without one may be used."""

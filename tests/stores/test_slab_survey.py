@@ -337,7 +337,7 @@ def test_it_keeps_to_a_rate_and_stops_when_told(slab, context, monkeypatch):
 def test_superseded_records_are_no_failures(slab, context):
     plant_record(slab, context, 0, Seal(context.namespace).seal(make_key(5), make_payload(5, BLOCK), 0))
     records = read_records(folder_of(slab, context), None)
-    assert (len(records.inventory.keys), records.inventory.num_superseded) == (BLOCKS - 1, 1)
+    assert (len(records.inventory), records.inventory.num_superseded) == (BLOCKS - 1, 1)
     found = verify(slab, context)
     assert (found.num_good, found.bad) == (BLOCKS - 1, {})
 

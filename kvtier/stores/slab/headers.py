@@ -10,7 +10,7 @@ from pathlib import Path
 from kvtier.stores.seal import HEADER_BYTES, BlockHeaders
 from kvtier.stores.slab.directory import open_private
 from kvtier.stores.slab.geometry import SlabGeometry
-from kvtier.stores.slab.inventory import RECORDS_PER_READ, Inventory, add_records
+from kvtier.stores.slab.inventory import RECORDS_PER_READ, Inventory
 from kvtier.stores.slab.segments import allocate
 
 
@@ -60,10 +60,10 @@ class HeaderFile:
         os.close(self._descriptor)
 
     def take_inventory(self, seal: BlockHeaders) -> Inventory:
-        """Read every record; payloads are not looked at. The inventory comes sorted."""
-        inventory = Inventory()
-        for first in range(0, self._geometry.num_slots, RECORDS_PER_READ):
-            count = min(RECORDS_PER_READ, self._geometry.num_slots - first)
-            add_records(inventory, self.read(first, count), first, seal, self._geometry.block_bytes)
+        """Read every record; payloads are not looked at, checksums not yet. The inventory comes sorted."""
+        num_slots = self._geometry.num_slots
+        inventory = Inventory(seal, self._geometry.block_bytes, num_slots)
+        for first in range(0, num_slots, RECORDS_PER_READ):
+            inventory.add(self.read(first, min(RECORDS_PER_READ, num_slots - first)), first)
         inventory.sort()
         return inventory

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import cast
 
 import numpy as np
@@ -16,106 +15,169 @@ from kvtier.stores.seal import CHECKED_BYTES, HEADER_BYTES, HEADER_DTYPE, MAGIC,
 from kvtier.stores.slab.geometry import SlabGeometry
 from kvtier.types import FailureCause
 
-RECORDS_PER_READ = 1 << 16
+RECORDS_PER_READ = 1 << 14
+_RECORDS_PER_BATCH = 1 << 14
 _KEY_OFFSET = HEADER_DTYPE.fields["key"][1] if HEADER_DTYPE.fields else 0
 _FINGERPRINT_WORDS = slice(5, 9)
 """Where the fingerprint is in a record seen as 4-byte words."""
+_KEY_WORDS = slice(6, 15)
+"""Where the key is in a record seen as 8-byte words; it begins in the middle of the first."""
+_MULTIPLIERS = np.random.default_rng().integers(0, 2**64, 9, np.uint64) | np.uint64(1)
 
 
-@dataclass
 class Inventory:
-    """What the records say.
+    """What records say: first which ones to keep, in what order, then those, batch after batch.
+
+    A record is of use if its checksum is right, too. That is found out batch by batch, so that who takes the first
+    ones need not wait for the last, unless records contradict one another: then all checksums come first.
 
     Attributes:
-        slots, sequences, keys: the valid records, side by side; oldest first after `sort`.
-        broken: slots whose record is neither empty nor valid.
-        causes: how many of those, by cause.
+        broken: slots whose record is neither empty nor of use.
+        causes: how many of those, by cause; superseded ones have none.
+        last_sequence: the highest sequence of a record that was verified; 0 if there is none.
     """
 
-    slots: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    sequences: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    keys: list[OffloadKey] = field(default_factory=list)
-    broken: list[int] = field(default_factory=list)
-    causes: Counter[FailureCause] = field(default_factory=Counter)
+    def __init__(self, seal: BlockHeaders, block_bytes: int, num_slots: int) -> None:
+        self.broken: list[int] = []
+        self.causes: Counter[FailureCause] = Counter()
+        self.last_sequence = 0
+        self._seal = seal
+        self._block_bytes = block_bytes
+        self._read = np.empty(num_slots, HEADER_DTYPE)
+        self._num_read = 0
+        self._is_verified = False
+        self._mixed = [np.empty(0, np.uint64)]
+        self._kept: NDArray[np.intp] = np.empty(0, np.intp)
+
+    def __len__(self) -> int:
+        """Return how many records are kept."""
+        return len(self._kept)
 
     @property
-    def last_sequence(self) -> int:
-        """The highest sequence of a valid record; 0 if there is none."""
-        return int(self.sequences.max(initial=0))
+    def slots(self) -> NDArray[np.int64]:
+        """The slots of the records that are kept."""
+        return self._read["slot"][self._kept].astype(np.int64)
 
     def reject(self, slot: int, cause: FailureCause) -> None:
         """Note a record that must go."""
         self.broken.append(slot)
         self.causes[cause] += 1
 
-    def sort(self) -> None:
-        """Put the valid records in the order in which they were written."""
-        if (np.diff(self.sequences) < 0).any():
-            self.keep(np.argsort(self.sequences, kind="stable"))
+    def add(self, raw: bytes, first: int) -> None:
+        """Take the records in `raw`, which start at slot `first`."""
+        used = np.flatnonzero(np.frombuffer(raw, "<u8").reshape(-1, HEADER_BYTES // 8).any(axis=1))
+        if not len(used):
+            return
+        records = _those(np.frombuffer(raw, HEADER_DTYPE), used)
+        plausible = _plausible(records, used + first, self._seal, self._block_bytes)
+        for index in used[~plausible].tolist():
+            self._reject_raw(raw[index * HEADER_BYTES : (index + 1) * HEADER_BYTES], index + first)
+        records = _those(records, np.flatnonzero(plausible))
+        self._read[self._num_read : self._num_read + len(records)] = records
+        self._num_read += len(records)
+        self._mixed.append(_mixed_keys(records))
 
-    def keep(self, positions: NDArray[np.int64]) -> None:
-        """Keep the valid records at `positions` only, in their order."""
-        self.slots, self.sequences = self.slots[positions], self.sequences[positions]
-        self.keys = [self.keys[position] for position in positions.tolist()]
+    def sort(self) -> None:
+        """Put what was added in the order in which it was written; all of it is kept so far."""
+        records = self._read[: self._num_read]
+        sequences = _sequences(records)
+        in_order = not (np.diff(sequences) < 0).any()
+        self._kept = np.arange(len(records)) if in_order else np.argsort(sequences, kind="stable")
+
+    def drop_odd_keys(self) -> None:
+        """Reject records whose keys have another length than the latest one's: one index holds one length."""
+        if len(np.bincount(self._lengths()).nonzero()[0]) > 1:
+            self.verify()
+            lengths = self._lengths()
+            self._keep(lengths == lengths[-1:], FailureCause.FOREIGN)
 
     def drop_unbacked(self, geometry: SlabGeometry, lengths: Sequence[int]) -> None:
         """Reject records whose payload lies beyond the end of its data file; `lengths` are those of the files."""
         segments, indices = np.divmod(self.slots, geometry.slots_per_segment)
         backed = (indices + 1) * geometry.block_bytes <= np.asarray(lengths, np.int64)[segments]
-        for slot in self.slots[~backed].tolist():
-            self.reject(slot, FailureCause.CORRUPT)
-        if not backed.all():
-            self.keep(np.flatnonzero(backed))
-
-    def drop_odd_keys(self) -> None:
-        """Reject records whose keys have another length than the latest one's: one index holds one length."""
-        lengths = np.fromiter(map(len, self.keys), np.int64, len(self.keys))
-        odd = lengths != lengths[-1:]
-        for slot in self.slots[odd].tolist():
-            self.reject(slot, FailureCause.FOREIGN)
-        if odd.any():
-            self.keep(np.flatnonzero(~odd))
+        self._keep(backed, FailureCause.CORRUPT)
 
     def drop_superseded(self) -> None:
         """Of records with one key, keep the latest; the others are no failures."""
-        if len(set(self.keys)) < len(self.keys):
-            latest = dict(zip(self.keys, range(len(self.keys)), strict=True))
-            kept = np.sort(np.fromiter(latest.values(), np.int64, len(latest)))
-            self.broken += np.delete(self.slots, kept).tolist()
-            self.keep(kept)
+        if not _has_equals(np.concatenate(self._mixed)[self._kept]):
+            return
+        self.verify()
+        keys = _keys(self._read[self._kept])
+        latest = dict(zip(keys, range(len(keys)), strict=True))
+        stays = np.zeros(len(keys), np.bool_)
+        stays[list(latest.values())] = True
+        self._keep(stays, None)
 
-    def batches(self, size: int = RECORDS_PER_READ) -> Iterator[tuple[list[int], list[OffloadKey]]]:
-        """Yield (slots, keys) of the valid records, `size` at a time."""
-        for start in range(0, len(self.keys), size):
-            yield self.slots[start : start + size].tolist(), self.keys[start : start + size]
+    def verify(self) -> None:
+        """Reject records whose checksum is wrong, all at once."""
+        if not self._is_verified:
+            self._keep(self._verified(self._read[self._kept]), FailureCause.CORRUPT)
+            self._is_verified = True
 
+    def batches(self) -> Iterator[tuple[list[int], list[OffloadKey]]]:
+        """Yield (slots, keys) of the records of use; after the last ones, all that must go is known."""
+        kept = self._kept
+        for start in range(0, len(kept), _RECORDS_PER_BATCH):
+            records = self._read[kept[start : start + _RECORDS_PER_BATCH]]
+            if not self._is_verified:
+                intact = self._verified(records)
+                for slot in records["slot"][~intact].tolist():
+                    self.reject(slot, FailureCause.CORRUPT)
+                records = _those(records, np.flatnonzero(intact))
+            yield records["slot"].tolist(), _keys(records)
 
-def add_records(inventory: Inventory, raw: bytes, first: int, seal: BlockHeaders, block_bytes: int) -> None:
-    """Sort the records in `raw`, which start at slot `first`, into the inventory, in the order of slots."""
-    used = np.flatnonzero(np.frombuffer(raw, "<u8").reshape(-1, HEADER_BYTES // 8).any(axis=1))
-    if not len(used):
-        return
-    records = _those(np.frombuffer(raw, HEADER_DTYPE), used)
-    plausible = _plausible(records, used + first, seal, block_bytes)
-    candidates = _those(records, np.flatnonzero(plausible))
-    matrix = candidates.view("u1").reshape(-1, HEADER_BYTES)
-    bodies = _rows(matrix[:, :CHECKED_BYTES])
-    found = np.fromiter(map(xxhash.xxh3_64_intdigest, bodies), np.uint64, len(bodies))
-    intact = found == candidates["header_checksum"]
-    valid = _those(candidates, np.flatnonzero(intact))
-    sequences = valid["sequence_low"].astype(np.int64) | (valid["sequence_high"].astype(np.int64) << 32)
-    inventory.slots = np.concatenate([inventory.slots, valid["slot"]])
-    inventory.sequences = np.concatenate([inventory.sequences, sequences])
-    inventory.keys += _keys(valid.view("u1").reshape(-1, HEADER_BYTES), valid["key_length"])
-    plausible[plausible] = intact
-    for index in used[~plausible].tolist():
-        parsed = seal.parse(raw[index * HEADER_BYTES : (index + 1) * HEADER_BYTES])
-        inventory.reject(index + first, parsed if isinstance(parsed, FailureCause) else FailureCause.FOREIGN)
+    def _lengths(self) -> NDArray[np.uint8]:
+        lengths: NDArray[np.uint8] = self._read["key_length"][self._kept]
+        return lengths
+
+    def _keep(self, mask: NDArray[np.bool_], cause: FailureCause | None) -> None:
+        """Keep the records where `mask` is set; the others must go, for a cause unless they are superseded."""
+        if mask.all():
+            return
+        for slot in self.slots[~mask].tolist():
+            if cause is None:
+                self.broken.append(slot)
+            else:
+                self.reject(slot, cause)
+        self._kept = self._kept[mask]
+
+    def _verified(self, records: NDArray[np.void]) -> NDArray[np.bool_]:
+        """Return which records have the right checksum; note their highest sequence."""
+        bodies = _rows(records.view("u1").reshape(-1, HEADER_BYTES)[:, :CHECKED_BYTES])
+        found = np.fromiter(map(xxhash.xxh3_64_intdigest, bodies), np.uint64, len(bodies))
+        intact: NDArray[np.bool_] = found == records["header_checksum"]
+        self.last_sequence = max(self.last_sequence, int(_sequences(records)[intact].max(initial=0)))
+        return intact
+
+    def _reject_raw(self, record: bytes, slot: int) -> None:
+        parsed = self._seal.parse(record)
+        self.reject(slot, parsed if isinstance(parsed, FailureCause) else FailureCause.FOREIGN)
 
 
 def _those(records: NDArray[np.void], positions: NDArray[np.intp]) -> NDArray[np.void]:
     """Return the records at `positions`, which rise; as a rule that is all of them, and no copy."""
     return records if len(positions) == len(records) else records[positions]
+
+
+def _has_equals(values: NDArray[np.uint64]) -> bool:
+    """Return whether a value comes twice. Sorting takes a twentieth of what a set does."""
+    ordered = np.sort(values)
+    return bool((ordered[1:] == ordered[:-1]).any())
+
+
+def _mixed_keys(records: NDArray[np.void]) -> NDArray[np.uint64]:
+    """Return a number for each key, the same for the same key: others share one by a rare accident only."""
+    words = records.view("<u8").reshape(-1, HEADER_BYTES // 8)[:, _KEY_WORDS]
+    mixed: NDArray[np.uint64] = np.einsum("rw,w->r", words[:, 1:], _MULTIPLIERS[1:])
+    mixed += (words[:, 0] >> np.uint64(32)) * _MULTIPLIERS[0]  # the other half is no key
+    return mixed
+
+
+def _sequences(records: NDArray[np.void]) -> NDArray[np.int64]:
+    sequences: NDArray[np.int64] = records["sequence_high"].astype(np.int64)
+    sequences <<= 32
+    sequences |= records["sequence_low"]
+    return sequences
 
 
 def _rows(matrix: NDArray[np.uint8]) -> list[bytes]:
@@ -124,12 +186,14 @@ def _rows(matrix: NDArray[np.uint8]) -> list[bytes]:
     return rows
 
 
-def _keys(records: NDArray[np.uint8], lengths: NDArray[np.uint8]) -> list[OffloadKey]:
-    """Return the keys of records, a row of bytes each; as a rule all have one length."""
-    if not len(lengths):
+def _keys(records: NDArray[np.void]) -> list[OffloadKey]:
+    """Return the keys of records; as a rule all have one length."""
+    if not len(records):
         return []
+    lengths = records["key_length"]
     longest = int(lengths.max())
-    keys = _rows(records[:, _KEY_OFFSET : _KEY_OFFSET + longest])
+    matrix = records.view("u1").reshape(-1, HEADER_BYTES)
+    keys = _rows(matrix[:, _KEY_OFFSET : _KEY_OFFSET + longest])
     if (lengths != longest).any():
         keys = [key[:length] for key, length in zip(keys, lengths.tolist(), strict=True)]
     return cast(list[OffloadKey], keys)

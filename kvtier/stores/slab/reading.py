@@ -8,7 +8,6 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -20,7 +19,7 @@ from kvtier.stores.seal import HEADER_BYTES, HEADER_DTYPE, BlockHeaders, Seal
 from kvtier.stores.secrets import ENCRYPTION_NAME, SECRET_NAME, PayloadCipher, guard_with
 from kvtier.stores.slab.directory import DESCRIPTION_NAME, open_private
 from kvtier.stores.slab.geometry import SEGMENT_BYTES, SlabGeometry
-from kvtier.stores.slab.inventory import RECORDS_PER_READ, Inventory, add_records, marked_by
+from kvtier.stores.slab.inventory import RECORDS_PER_READ, Inventory, marked_by
 from kvtier.stores.slab.vectored import PAGE_BYTES, read_fully
 from kvtier.types import FailureCause
 
@@ -53,11 +52,12 @@ class Description(NamedTuple):
         return ENCRYPTION_NAME in self.identity
 
 
-@dataclass
 class DetailedInventory(Inventory):
     """An inventory that remembers which record was rejected for which cause."""
 
-    cause_of: dict[int, FailureCause] = field(default_factory=dict)
+    def __init__(self, seal: BlockHeaders, block_bytes: int, num_slots: int) -> None:
+        super().__init__(seal, block_bytes, num_slots)
+        self.cause_of: dict[int, FailureCause] = {}
 
     def reject(self, slot: int, cause: FailureCause) -> None:
         """Note a record that must go."""
@@ -109,22 +109,24 @@ def read_records(folder: Path, description: Description | None, secret: bytes | 
     """
     seal = _seal_of(folder, description, secret)
     headers = seal or _headers_of(folder, description)
-    inventory = DetailedInventory()
     try:
         descriptor = open_private(folder / HEADERS_NAME, os.O_RDONLY)
     except FileNotFoundError:
         folder.stat()
-        return Records(None, inventory, 0, seal)
+        return Records(None, DetailedInventory(headers, 0, 0), 0, seal)
     try:
         num_slots = os.fstat(descriptor).st_size // HEADER_BYTES
         block_bytes = _block_bytes(descriptor, headers) or _described_block_bytes(description)
+        inventory = DetailedInventory(headers, block_bytes, num_slots)
         for first, raw in _raw_records(descriptor):
-            add_records(inventory, raw, first, headers, block_bytes)
+            if first < num_slots:  # it may grow meanwhile
+                inventory.add(raw[: (num_slots - first) * HEADER_BYTES], first)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder / HEADERS_NAME)) from error
     finally:
         os.close(descriptor)
     inventory.sort()
+    inventory.verify()
     if not 0 < block_bytes <= SEGMENT_BYTES:
         return Records(None, inventory, num_slots, seal)
     geometry = SlabGeometry(block_bytes, num_slots, SEGMENT_BYTES // block_bytes, slots_per_growth=1)

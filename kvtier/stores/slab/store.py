@@ -99,25 +99,25 @@ class SlabStore(SlotStore):
         return self._segments.direct
 
     def recover(self) -> Iterator[tuple[Sequence[int], Sequence[OffloadKey]]]:
-        """Read the records; return batches of (slots, keys), oldest first.
+        """Read the records; yield batches of (slots, keys), oldest first.
 
-        Records that are broken, foreign, superseded, or without payload are emptied.
+        Records that are broken, foreign, superseded, or without payload are emptied after the last batch.
 
         Raises:
             StoreError: the records cannot be read.
         """
         try:
             inventory = self._headers.take_inventory(self._envelope.headers)
-            self._envelope.headers.continue_after(inventory.last_sequence)
             inventory.drop_odd_keys()
             inventory.drop_unbacked(self._geometry, self._segments.lengths)
             inventory.drop_superseded()
+            yield from inventory.batches()
             self._headers.clear(inventory.broken)
         except OSError as error:
             raise StoreError(f"{self._directory.path}: {error.strerror}") from error
+        self._envelope.headers.continue_after(inventory.last_sequence)
         for cause, count in inventory.causes.items():
             self._failures.count(cause, count)
-        return inventory.batches()
 
     def write(self, slots: Sequence[int], keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
         """Replace what the slots hold; False with the cause counted where that failed.

@@ -163,7 +163,7 @@ def survey_namespace(folder: Path) -> NamespaceSurvey:
         folder=folder,
         description=description,
         block_bytes=None if geometry is None else geometry.block_bytes,
-        num_blocks=len(inventory.keys),
+        num_blocks=len(inventory),
         num_slots=num_slots,
         disk_bytes=used_bytes(folder),
         last_use=_last_change(folder),
