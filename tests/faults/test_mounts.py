@@ -1,6 +1,8 @@
 """Filesystems that fill up, become read-only, go away and come back, under a tier that works; real mounts, by root."""
 
 import os
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,10 @@ from disk_rigs import disk_tier, make_rig, start, striped_tier
 
 from kvtier.errors import StoreUnavailableError
 from kvtier.events import BlocksFailed, TierState
+from kvtier.secondary.filesystem import FilesystemTierManager
 from kvtier.stores.slab import mounts
 from kvtier.stores.slab.mounts import check_mounted, mount_point_of
+from kvtier.testing.stores import make_key
 from kvtier.types import FailureCause, LookupResult
 
 ALL = list(range(20))
@@ -113,6 +117,34 @@ def test_a_mount_point_of_the_systems_table_must_be_mounted(tmp_path, monkeypatc
 def test_mount_points_are_found(tmp_path):
     assert os.path.ismount(mount_point_of(str(tmp_path / "not" / "yet")))
     assert mount_point_of("/proc/self") == "/proc"
+    assert mount_point_of("/proc/../proc/./self/../..") == "/"
+    for name, target in (("away", "/proc/self"), ("near", "away/fd"), ("circle", "circle")):
+        (tmp_path / name).symlink_to(target)
+    assert mount_point_of(str(tmp_path / "away" / "fd")) == "/proc"
+    assert mount_point_of(str(tmp_path / "near")) == "/proc"
+    assert os.path.ismount(mount_point_of(str(tmp_path / "circle" / "tier")))
+
+
+def test_a_mount_that_hangs_does_not_hold_up_the_start(faulty_disk, rig, tmp_path):
+    """The filesystem of a server that is gone; whoever looks at it waits, which only an I/O process may do."""
+    (tmp_path / "link").symlink_to(faulty_disk.path)
+    faulty_disk._process.send_signal(signal.SIGSTOP)
+    found = []
+
+    def construct():
+        path = str(tmp_path / "link" / "tier")
+        tier = FilesystemTierManager(rig.spec, rig.arena.view, "filesystem", path=path, capacity="16MiB")
+        tier.start()
+        found.append((tier, mount_point_of(path), tier.lookup(make_key(1), rig.request)))
+
+    thread = threading.Thread(target=construct, daemon=True)
+    thread.start()
+    thread.join(10)
+    faulty_disk._process.send_signal(signal.SIGCONT)
+    assert found, "it waits for the filesystem"
+    ((tier, mount_point, result),) = found
+    assert (mount_point, result) == (str(faulty_disk.path), LookupResult.MISS)
+    tier.shutdown()
 
 
 def test_only_the_last_directory_is_made(rig, tmp_path):
