@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import mmap
 import shutil
+import signal
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +19,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from kvtier.cli.disk_speed.measure import BLOCK_SIZES, ROUND_BYTES, Figures, measure_case
 from kvtier.cli.disk_speed.tables import scheduler_table, speed_table
 from kvtier.cli.slabs import AsJson, make_console, print_json, refusing
-from kvtier.errors import ConfigError
+from kvtier.errors import ConfigError, KVTierError
 from kvtier.sizes import format_size, parse_size
 from kvtier.stores.slab.directory import LOCK_NAME
 
@@ -23,6 +27,10 @@ GOOD_SHARE = 0.9
 """Of the device's speed: a block size that reaches it is recommended."""
 _JOB_BLOCKS = 16
 _QUICK_BYTES = 256 << 20
+_LARGEST_BLOCK = 256 << 20
+_COLUMNS = 160
+"""Of the tables: a narrow terminal wraps them, which can be read, where cells cut short cannot."""
+_SECONDS_TO_END = 10.0
 _SPACE_NEEDED = 4
 """Times the bytes of a round: the raw limit's file, the tier's, and room to breathe."""
 
@@ -43,28 +51,64 @@ def disk(
     What is written lies in a folder of its own below DIR, and is removed. Exit code 2: DIR cannot be used; one line
     says why.
     """
-    with refusing(as_json):
-        sizes = [parse_size("block", text) for text in block] if block else list(BLOCK_SIZES)
+    with refusing(as_json), ended_by_sigterm():
+        sizes = [_block_size(text) for text in block] if block else list(BLOCK_SIZES)
         num_bytes, rounds = (_QUICK_BYTES, 1) if quick else (ROUND_BYTES, 5)
         _check(directory, _SPACE_NEEDED * max(num_bytes, *sizes))
         folder = Path(tempfile.mkdtemp(prefix="kvtier-bench-", dir=directory))
         try:
             figures = _measure(folder, sizes, num_bytes, rounds)
         finally:
-            shutil.rmtree(folder)
+            _remove(folder)
     advice = advise(figures)
     if as_json:
         print_json({"rows": [row.to_json() for row in figures], "advice": advice})
     else:
-        _show(make_console(), figures, advice)
+        _show(Console(highlight=False, width=max(make_console().width, _COLUMNS)), figures, advice)
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the command as Ctrl-C does, so that nothing of it is left on the device."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def _remove(folder: Path) -> None:
+    """Remove what was written; an I/O process whose parent was ended may be at work for a moment."""
+    deadline = time.monotonic() + _SECONDS_TO_END
+    while folder.exists() and time.monotonic() < deadline:
+        shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        raise KVTierError(f"{folder}: not removed, something is still written there")
+
+
+def _block_size(text: str) -> int:
+    """Return the bytes of a block that can be measured.
+
+    Raises:
+        ConfigError: too small to say anything, no whole pages, or too large for a round.
+    """
+    size = parse_size("block", text)
+    if size % mmap.PAGESIZE or not 0 < size <= _LARGEST_BLOCK:
+        allowed = f"a multiple of {mmap.PAGESIZE} bytes, up to {format_size(_LARGEST_BLOCK)}"
+        raise ConfigError("block", text, allowed)
+    return size
 
 
 def _check(directory: Path, needed: int) -> None:
     """Refuse what cannot be measured, or should not be written to."""
     if not directory.is_dir():
         raise ConfigError("DIR", str(directory), "a directory that exists")
-    if (directory / LOCK_NAME).exists():
-        raise ConfigError("DIR", str(directory), "a directory beside it: this one is a disk tier's")
+    if (directory / LOCK_NAME).exists() or (directory.parent / LOCK_NAME).exists():
+        raise ConfigError("DIR", str(directory), "a directory beside it: this one is of a disk tier")
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise ConfigError("DIR", f"{format_size(free)} free", f"at least {format_size(needed)} for the measurement")

@@ -45,17 +45,20 @@ def refusing(as_json: bool) -> Iterator[None]:
 
 
 def find_all(directories: Sequence[Path]) -> dict[Path, list[Path]]:
-    """Return the slabs of each directory; none for an empty one, of which a line on stderr speaks.
+    """Return the slabs of each directory, each slab once; none for an empty one, of which a line on stderr speaks.
 
     Raises:
         StoreUnavailableError: one of them is not what the commands are for.
     """
-    found = {}
+    found: dict[Path, list[Path]] = {}
+    seen: set[str] = set()
     for directory in directories:
         path = Path(os.path.abspath(directory))
-        found[path] = find_slabs(path)
-        if not found[path]:
+        slabs = find_slabs(path)
+        if not slabs:
             typer.echo(f"{path}: empty, nothing was ever stored here", err=True)
+        found[path] = [slab for slab in slabs if os.path.realpath(slab) not in seen]
+        seen.update(map(os.path.realpath, slabs))
     return found
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,13 +35,14 @@ from kvtier.stores.slab.verification import Pace, Verification, causes_of, verif
 
 _LOCKED = "a secret guards them, name it with --secret-env or --secret-file"
 _LOCKED_TO_IT = "another secret than this one guards them"
+_UNKNOWN = "nothing says whether a secret guards them"
 
 
 @dataclass(frozen=True)
 class Finding:
     """One namespace, verified; `emptied` counts the bad records that are misses from now on.
 
-    `locked` says why no block was looked at: a secret guards them that was not given; empty if they were.
+    `locked` says why no block was judged: a secret guards them, or may, that was not given; empty if they were.
     """
 
     survey: NamespaceSurvey
@@ -91,6 +93,7 @@ def verify(
         secret = None if place is None else place.read()
         job = _Job(repair, threads, None if rate is None else parse_size("rate", rate), secret)
         slabs = [slab for found in find_all(directories).values() for slab in found]
+        _allow_many_files()
         with ExitStack() as held:
             for slab in slabs if repair else ():
                 held.enter_context(hold(slab))
@@ -111,6 +114,9 @@ def _verify_slab(slab: Path, job: _Job, progress: Progress) -> list[Finding]:
     """Verify every namespace of one slab; one that an engine deletes meanwhile is left out."""
     findings = []
     for survey in survey_slab(slab).namespaces:
+        if not survey.is_readable:
+            findings.append(Finding(survey, Verification(), 0, 0))
+            continue
         task = progress.add_task(survey.folder.name[:SHORT_ID], total=None)
         pace = Pace(job.threads, job.bytes_per_second, on_bytes=partial(progress.advance, task))
         try:
@@ -125,11 +131,21 @@ def _verify_slab(slab: Path, job: _Job, progress: Progress) -> list[Finding]:
             found = verify_namespace(survey.folder, records, is_used, pace)
         except FileNotFoundError:
             continue
+        if survey.description is None and found.bad and not found.num_good:
+            findings.append(Finding(survey, Verification(), 0, 0, _UNKNOWN))
+            continue
         if job.repair and found.bad:
             empty_records(survey.folder, records.num_slots, found.bad)
         emptied = len(found.bad) if job.repair else 0
         findings.append(Finding(survey, found, records.inventory.num_superseded, emptied))
     return findings
+
+
+def _allow_many_files() -> None:
+    """Let this process open as many files as it may: a slab has one for each GiB."""
+    with suppress(OSError, ValueError):
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _is_used(slab: Path, job: _Job) -> bool:

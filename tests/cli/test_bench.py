@@ -1,8 +1,12 @@
 """`kvtier bench disk` as a process."""
 
+import functools
 import json
+import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import fields
 
 import pytest
@@ -36,17 +40,37 @@ def test_it_measures_says_what_to_set_and_leaves_nothing(tmp_path):
     [
         (("missing",), "a directory that exists"),
         ((".", "--block", "nonsense"), "block="),
-        (("taken",), "is a disk tier's"),
+        ((".", "--block", "1000"), "a multiple of 4096 bytes"),
+        ((".", "--block", "2GiB"), "up to 256.0 MiB"),
+        (("taken/0123456789abcdef0123456789abcdef",), "is of a disk tier"),
+        (("taken",), "is of a disk tier"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path, monkeypatch, arguments, said):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "0123456789abcdef0123456789abcdef").mkdir(parents=True)
     (tmp_path / "taken" / "lock").touch()
     done = run(*arguments)
     assert done.returncode == 2
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_ended_early_it_leaves_nothing(tmp_path, number):
+    command = [sys.executable, "-m", "kvtier", "bench", "disk", str(tmp_path), "--block", "2MiB"]
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # in the background it may be ignored
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, preexec_fn=heed, **pipes) as process:
+        deadline, pause = time.monotonic() + 60, threading.Event()
+        while not list(tmp_path.glob("kvtier-bench-*/*")):
+            assert time.monotonic() < deadline
+            pause.wait(0.05)
+        process.send_signal(number)
+        shown, said = process.communicate(timeout=60)
+    assert (process.returncode, shown) == (130, "")
+    assert said.strip() == "kvtier: interrupted"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_smallest_block_that_is_fast_enough_is_recommended():

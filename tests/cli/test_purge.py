@@ -1,5 +1,8 @@
 """`kvtier purge` as a process."""
 
+import os
+import re
+
 import pytest
 from slab_rigs import as_json, at_a_terminal, folder_of, kvtier, make_slab, refused, used_by_an_engine
 
@@ -83,3 +86,32 @@ def test_times():
             parse_age("x", text)
     ages = [format_age(seconds) for seconds in (-3600, 5, 60, 7300, 86400 * 400)]
     assert ages == ["in the future", "just now", "1 minute ago", "2 hours ago", "400 days ago"]
+
+
+def test_what_cannot_be_read_is_shown_and_can_be_purged(slab):
+    """A folder in place of a file, a length that nothing has, text that nobody can print: the others do not suffer."""
+    folders = [make_slab(slab, model=model) for model in ("folder", "long", "odd", "infinite")]
+    (folders[0] / "headers").unlink()
+    (folders[0] / "headers").mkdir()
+    os.truncate(folders[1] / "headers", 8 << 40)
+    text = (folders[2] / "namespace.json").read_text()
+    (folders[2] / "namespace.json").write_text(text.replace("odd", "\\ud800"))
+    (folders[3] / "namespace.json").write_text(re.sub(r'"format": ?\d+', '"format": 1e999', text))
+    report = as_json("inspect", slab)
+    found = {entry["id"]: entry for entry in report["directories"][0]["namespaces"]}
+    assert found[folders[0].name]["problems"] == ["cannot be read: headers: Is a directory"]
+    assert found[folders[1].name]["blocks"] == 10
+    assert as_json("verify", slab, code=1)["ok"] is False
+    for folder in folders:
+        assert kvtier("purge", "--yes", "--namespace", folder.name, slab).returncode == 0
+        assert not folder.exists()
+    assert as_json("inspect", slab)["directories"][0]["namespaces"]
+
+
+def test_strangers_files_stay(slab, caplog):
+    folder = next(path for path in slab.iterdir() if path.is_dir())
+    (folder / "headers.bak").write_bytes(b"mine")
+    assert as_json("inspect", slab)["directories"][0]["namespaces"][0]["blocks"] == 10
+    assert kvtier("purge", "--yes", slab).returncode == 0
+    assert [path.name for path in folder.iterdir()] == ["headers.bak"]
+    assert not as_json("inspect", slab)["directories"][0]["namespaces"]

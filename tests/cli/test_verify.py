@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -13,6 +14,9 @@ from pathlib import Path
 import pytest
 from slab_rigs import BLOCK, as_json, at_a_terminal, flip, kvtier, make_slab, refused, used_by_an_engine
 
+from kvtier.abc import StoreContext
+from kvtier.namespace import Namespace
+from kvtier.stores.slab import SlabStore
 from kvtier.stores.slab.survey import survey_namespace
 
 
@@ -147,3 +151,65 @@ def test_nothing_to_verify_and_wrong_options(tmp_path, slab):
     assert "rate='fast'" in refused("verify", slab, "--rate", "fast")
     assert "No such file" in refused("verify", tmp_path / "nothing")
     assert "secret_file='nowhere'" in refused("verify", slab, "--secret-file", "nowhere")
+
+
+def test_a_namespace_without_a_good_block(tmp_path):
+    """One that stored nothing yet, one whose data are gone; the others are verified all the same."""
+    slab, capacity = tmp_path / "roomy", 1 << 30
+    folder = make_slab(slab, capacity=capacity)
+    make_slab(slab, blocks=4, model="good", capacity=capacity)
+    (folder / "data-00000").unlink()
+    context = StoreContext(Namespace({"model": "new", "kvtier.block_bytes": BLOCK}), block_bytes=BLOCK)
+    SlabStore.open({"path": str(slab), "capacity": capacity}, context).close()
+    report = as_json("verify", slab, "--repair", code=1)
+    found = {entry["id"]: entry for entry in report["directories"][0]["namespaces"]}
+    assert found[folder.name]["bad"] == {"corrupt": 10}
+    assert sorted((entry["good"], entry["emptied"]) for entry in found.values()) == [(0, 0), (0, 10), (4, 0)]
+    assert kvtier("verify", slab).returncode == 0
+
+
+def test_what_may_not_be_opened_is_not_emptied(slab):
+    """A limit on open files, or a data file that is a link now, says nothing of the blocks."""
+    folder = next(path for path in slab.iterdir() if path.is_dir())
+    elsewhere = slab.parent / "elsewhere"
+    (folder / "data-00000").rename(elsewhere)
+    (folder / "data-00000").symlink_to(elsewhere)
+    before = (folder / "headers").read_bytes()
+    assert "symbolic links" in refused("verify", "--repair", slab)
+    assert (folder / "headers").read_bytes() == before
+    (folder / "data-00000").unlink()
+    elsewhere.rename(folder / "data-00000")
+    assert as_json("verify", slab)["directories"][0]["namespaces"][0]["good"] == 10
+
+
+def test_more_data_files_than_a_process_may_open_at_first(slab, monkeypatch):
+    few = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (8, 4096))
+    done = kvtier("verify", slab, preexec_fn=few)
+    assert "10 blocks good" in done.stdout, done.stderr
+
+
+def test_blocks_that_a_secret_may_guard_are_not_emptied(tmp_path):
+    """Without the description nothing says so: they would look corrupt, all of them."""
+    secret, slab = tmp_path / "secret", tmp_path / "slab"
+    secret.write_text("correct horse battery staple")
+    plain = make_slab(slab, blocks=0)
+    for options in ({}, {"encrypt": True}):
+        make_slab(slab, secret_file=str(secret), **options)
+    for folder in slab.glob("*/"):
+        if folder != plain:
+            (folder / "namespace.json").write_text("")
+    before = {path: path.read_bytes() for path in slab.glob("*/headers")}
+    for arguments in ((), ("--secret-file", secret)):
+        done = kvtier("verify", "--repair", *arguments, slab)
+        assert done.returncode == 1
+        assert done.stdout.count("blocks not verified: nothing says whether a secret guards them") == 2, done.stdout
+    assert {path: path.read_bytes() for path in slab.glob("*/headers")} == before
+    make_slab(slab, blocks=0, secret_file=str(secret))
+    report = as_json("verify", "--secret-file", secret, slab)
+    assert sorted(entry["good"] for entry in report["directories"][0]["namespaces"]) == [0, 10]
+
+
+def test_a_directory_named_twice_is_verified_once(slab, tmp_path):
+    (tmp_path / "link").symlink_to(slab)
+    report = as_json("verify", "--repair", slab, tmp_path / "link")
+    assert [len(directory["namespaces"]) for directory in report["directories"]] == [1]

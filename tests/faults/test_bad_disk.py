@@ -12,6 +12,7 @@ from disk_rigs import QUICK, disk_tier, make_rig, start, striped_tier, submit_st
 
 from kvtier.events import BlocksFailed, TierState
 from kvtier.secondary.supervisor import Deadlines
+from kvtier.stores.slab.survey import survey_slab
 from kvtier.testing.stores import make_key, make_payload
 from kvtier.testing.tier_rig import succeeded
 from kvtier.types import FailureCause, LookupResult
@@ -108,6 +109,28 @@ def test_a_bad_sector_costs_its_block(rig, faulty_disk):
     assert rig.store(range(20, 40), 0).success or rig.tier.state is TierState.UP
     faulty_disk.heal()
     assert set(rig.load(ALL)[1]) >= set(ALL) - {7}
+
+
+def test_a_bad_sector_of_the_records_costs_its_records(rig, faulty_disk):
+    """32 records are in a sector of 4 KiB. The start writes it anew, as a whole."""
+    numbers = list(range(50))
+    start(rig, faulty_disk.path / "tier")
+    assert rig.store(numbers).success
+    rig.tier.shutdown()
+    faulty_disk.fail(error="EIO", on=["read"], files="headers", range=[4096, 8191])
+    (namespace,) = survey_slab(faulty_disk.path / "tier").namespaces
+    assert (namespace.num_blocks, namespace.broken) == (32, {FailureCause.IO_ERROR: 32})
+    start(rig, faulty_disk.path / "tier")
+    held = [number for number in numbers if rig.lookup(number) is LookupResult.HIT]
+    assert len(held) == 32
+    assert rig.load(held[:30])[1] == held[:30]
+    assert FailureCause.IO_ERROR in causes(rig)
+    faulty_disk.heal()
+    assert rig.store(numbers).success
+    rig.tier.shutdown()
+    start(rig, faulty_disk.path / "tier")
+    assert rig.load(numbers[:25])[1] == numbers[:25]
+    assert rig.load(numbers[25:])[1] == numbers[25:]
 
 
 def test_a_disk_that_cannot_be_written_is_still_read(rig, faulty_disk):

@@ -1,5 +1,6 @@
 """What files, filesystems and other processes do to a slab: misses and clear errors, never a wrong byte."""
 
+import dataclasses
 import os
 import resource
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import slab_files
-from slab_files import folder_of, headers_file, make_context, open_slab, recovered, segment_file
+from slab_files import folder_of, headers_file, make_context, open_slab, real_bytes, recovered, segment_file
 
 from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.namespace import FORMAT_VERSION
@@ -372,3 +373,45 @@ def test_a_foreign_owner(slab, context):
     os.chown(slab, 12345, -1)
     with pytest.raises(StoreUnavailableError, match="belongs to user 12345"):
         open_slab(slab, context)
+
+
+@pytest.mark.root
+def test_min_free_is_left_free_by_the_records_too(mount, context):
+    """Space for all records is taken at once, unless there is too little: then with the records."""
+    disk = mount("size=64m")
+    (disk / "filler").write_bytes(bytes(46 << 20))
+    small = dataclasses.replace(context, block_bytes=512)
+    store = open_slab(disk / "slab", small, capacity=40 << 20, min_free=16 << 20)
+    assert shutil.disk_usage(disk).free >= 16 << 20
+    payload = memoryview(make_payload(0, 512))
+    stored = [store.write([slot], [make_key(slot)], [payload])[0] for slot in range(40)]
+    store.close()
+    assert any(stored)
+    assert shutil.disk_usage(disk).free >= (16 << 20) - (64 << 10)
+    store = open_slab(disk / "slab", small, capacity=40 << 20, min_free=16 << 20)
+    assert len(recovered(store)) == sum(stored)
+    assert shutil.disk_usage(disk).free >= (16 << 20) - (64 << 10)
+    store.close()
+
+
+def test_a_data_file_that_is_a_link_is_not_cut(filled, context, tmp_path):
+    victim = tmp_path / "victim"
+    segment_file(filled, context).rename(victim)
+    segment_file(filled, context).symlink_to(victim)
+    before = victim.read_bytes()
+    with pytest.raises(StoreUnavailableError, match="symbolic links"):
+        open_slab(filled, context)
+    assert victim.read_bytes() == before
+
+
+def test_a_strangers_file_in_a_namespaces_folder_costs_no_capacity(filled, context):
+    """Its folder still counts, and gives way; the file stays."""
+    other = make_context(model="other")
+    (folder_of(filled, context) / "headers.bak").write_bytes(b"mine")
+    store = open_slab(filled, other)
+    payloads = [memoryview(make_payload(number, other.block_bytes)) for number in range(store.num_slots)]
+    keys = [make_key(number) for number in range(store.num_slots)]
+    assert all(store.write(list(range(store.num_slots)), keys, payloads))
+    assert real_bytes(filled) <= (1 << 20) + 8192
+    assert os.listdir(folder_of(filled, context)) == ["headers.bak"]
+    store.close()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import statistics
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -114,14 +116,19 @@ def _session(order: Order) -> Iterator[dict[str, Any]]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        start_new_session=True,  # Ctrl-C is for the command, which ends this process and those that it started
     )
     if process.stdin is None or process.stdout is None:
         raise KVTierError("the measuring process has no pipes")
     with process:
-        process.stdin.write(order_json(order))
-        process.stdin.close()
-        for line in process.stdout:
-            yield json.loads(line)
+        try:
+            process.stdin.write(order_json(order))
+            process.stdin.close()
+            for line in process.stdout:
+                yield json.loads(line)
+        except BaseException:  # the command ends early
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
     if process.returncode:
         raise KVTierError(f"the measuring process failed with exit code {process.returncode}")
 

@@ -109,14 +109,15 @@ class SlabDirectory:
         for folder in others:
             if total > capacity and folder not in self._shortened:
                 self._shortened.add(folder)
-                cut_spare(folder)
+                with contextlib.suppress(OSError):  # it may be damaged: it is deleted then
+                    cut_spare(folder)
                 total -= sizes[folder]
                 sizes[folder] = used_bytes(folder)
                 total += sizes[folder]
         for folder in others:
             if total <= capacity:
                 return
-            shutil.rmtree(folder)
+            delete_folder(folder)
             total -= sizes[folder]
             logger.info("%s: deleted, another namespace needs its space", folder)
 
@@ -124,7 +125,7 @@ class SlabDirectory:
         """Make this namespace's folder, and delete folders that no engine can use again."""
         for folder in self._other_folders():
             if is_past(folder):
-                shutil.rmtree(folder)
+                delete_folder(folder)
                 logger.info("%s: deleted, it can never be used again", folder)
         self.namespace_path.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
         descriptor = open_private(self.namespace_path / DESCRIPTION_NAME)
@@ -198,7 +199,28 @@ def is_namespace(folder: Path) -> bool:
     """Return whether a folder holds a slab, a part of one, or nothing; a stranger's folder is never touched."""
     if not _FINGERPRINT.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
         return False
-    return all(_SLAB_FILE.fullmatch(name) for name in os.listdir(folder))
+    names = os.listdir(folder)
+    return not names or any(map(_SLAB_FILE.fullmatch, names))
+
+
+def delete_folder(folder: Path) -> None:
+    """Delete a namespace; what somebody else put into its folder stays there.
+
+    Raises:
+        OSError: it cannot be deleted, or not all of it.
+    """
+    strangers = False
+    for path in list(folder.iterdir()):
+        if not _SLAB_FILE.fullmatch(path.name):
+            strangers = True
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    if strangers:
+        logger.warning("%s: its folder stays, there are files in it that are not kvtier's", folder)
+    else:
+        folder.rmdir()
 
 
 def last_use(folder: Path) -> float:
@@ -210,9 +232,13 @@ def last_use(folder: Path) -> float:
 
 
 def is_past(folder: Path) -> bool:
-    """Return whether a folder is of an epoch that has ended, or an unfinished one."""
+    """Return whether a folder is of an epoch that has ended, or an unfinished one; not one that cannot be read."""
     try:
         description = json.loads((folder / DESCRIPTION_NAME).read_bytes())
         return bool(description["epoch"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return True

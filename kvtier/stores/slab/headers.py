@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 from collections.abc import Iterable
@@ -10,21 +11,24 @@ from pathlib import Path
 from kvtier.stores.seal import HEADER_BYTES, BlockHeaders
 from kvtier.stores.slab.directory import open_private
 from kvtier.stores.slab.geometry import SlabGeometry
-from kvtier.stores.slab.inventory import RECORDS_PER_READ, Inventory
-from kvtier.stores.slab.segments import allocate
+from kvtier.stores.slab.inventory import Inventory
+from kvtier.stores.slab.raw_records import MOST_UNREADABLE, RECORDS_PER_READ, read_raw
+from kvtier.stores.slab.segments import allocate, has_space
 
 
 class HeaderFile:
     """Reads and writes records by slot. Threads may share it. Every error of the system is an OSError."""
 
-    def __init__(self, path: Path, geometry: SlabGeometry) -> None:
+    def __init__(self, path: Path, geometry: SlabGeometry, min_free: int = 0) -> None:
+        """Args: min_free: bytes of the filesystem that stay free: else space is taken with the records only."""
         self._geometry = geometry
         self._descriptor = open_private(path)
         try:
-            size = os.fstat(self._descriptor).st_size
-            if size > geometry.headers_bytes:
-                os.ftruncate(self._descriptor, geometry.headers_bytes)
-            allocate(self._descriptor, 0, geometry.headers_bytes)
+            os.ftruncate(self._descriptor, geometry.headers_bytes)
+            missing = geometry.headers_bytes - os.fstat(self._descriptor).st_blocks * 512
+            only_with_records = missing > 0 and min_free and not has_space(path.parent, missing + min_free)
+            if not only_with_records:
+                allocate(self._descriptor, 0, geometry.headers_bytes)
         except OSError:
             os.close(self._descriptor)
             raise
@@ -36,12 +40,10 @@ class HeaderFile:
 
     def read(self, slot: int, count: int) -> bytes:
         """Return `count` records from `slot` on; what lies beyond the end of the file reads as zeros."""
-        length, parts = count * HEADER_BYTES, []
-        done = 0
-        while done < length and (part := os.pread(self._descriptor, length - done, slot * HEADER_BYTES + done)):
-            parts.append(part)
-            done += len(part)
-        return b"".join(parts).ljust(length, b"\0")
+        found = read_raw(self._descriptor, slot, count)
+        if found.unreadable:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return found.raw.ljust(count * HEADER_BYTES, b"\0")
 
     def write(self, slot: int, records: bytes) -> None:
         """Write side by side records from `slot` on."""
@@ -60,10 +62,22 @@ class HeaderFile:
         os.close(self._descriptor)
 
     def take_inventory(self, seal: BlockHeaders) -> Inventory:
-        """Read every record; payloads are not looked at, checksums not yet. The inventory comes sorted."""
+        """Read every record; payloads are not looked at, checksums not yet. The inventory comes sorted.
+
+        A sector that cannot be read costs its own records: who clears them writes it anew as a whole. Of a device
+        that fails in many places nothing is given up: it may be back tomorrow.
+
+        Raises:
+            OSError: the records cannot be read.
+        """
         num_slots = self._geometry.num_slots
         inventory = Inventory(seal, self._geometry.block_bytes, num_slots)
+        num_unreadable = 0
         for first in range(0, num_slots, RECORDS_PER_READ):
-            inventory.add(self.read(first, min(RECORDS_PER_READ, num_slots - first)), first)
+            found = read_raw(self._descriptor, first, min(RECORDS_PER_READ, num_slots - first))
+            num_unreadable += len(found.unreadable)
+            if num_unreadable > min(MOST_UNREADABLE, num_slots // 2):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            inventory.add(found)
         inventory.sort()
         return inventory

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from kvtier.keys import MAX_KEY_BYTES, MIN_KEY_BYTES, OffloadKey
 from kvtier.stores.seal import CHECKED_BYTES, HEADER_BYTES, HEADER_DTYPE, MAGIC, BlockHeaders
 from kvtier.stores.slab.geometry import SlabGeometry
+from kvtier.stores.slab.raw_records import RawRecords
 from kvtier.types import FailureCause
 
-RECORDS_PER_READ = 1 << 14
 _RECORDS_PER_BATCH = 1 << 14
+_LEAST_RECORDS = 1 << 20
 _KEY_OFFSET = HEADER_DTYPE.fields["key"][1] if HEADER_DTYPE.fields else 0
 _FINGERPRINT_WORDS = slice(5, 9)
 """Where the fingerprint is in a record seen as 4-byte words."""
@@ -43,7 +44,7 @@ class Inventory:
         self.last_sequence = 0
         self._seal = seal
         self._block_bytes = block_bytes
-        self._read = np.empty(num_slots, HEADER_DTYPE)
+        self._read = np.empty(min(num_slots, _LEAST_RECORDS), HEADER_DTYPE)  # memory is taken when it is written to
         self._num_read = 0
         self._is_verified = False
         self._mixed = [np.empty(0, np.uint64)]
@@ -63,8 +64,11 @@ class Inventory:
         self.broken.append(slot)
         self.causes[cause] += 1
 
-    def add(self, raw: bytes, first: int) -> None:
-        """Take the records in `raw`, which start at slot `first`."""
+    def add(self, found: RawRecords) -> None:
+        """Take records; those that cannot be read must go."""
+        raw, first = found.raw, found.first
+        for slot in found.unreadable:
+            self.reject(slot, FailureCause.IO_ERROR)
         used = np.flatnonzero(np.frombuffer(raw, "<u8").reshape(-1, HEADER_BYTES // 8).any(axis=1))
         if not len(used):
             return
@@ -73,8 +77,11 @@ class Inventory:
         for index in used[~plausible].tolist():
             self._reject_raw(raw[index * HEADER_BYTES : (index + 1) * HEADER_BYTES], index + first)
         records = _those(records, np.flatnonzero(plausible))
-        self._read[self._num_read : self._num_read + len(records)] = records
-        self._num_read += len(records)
+        end = self._num_read + len(records)
+        if end > len(self._read):
+            self._read.resize(end + end // 4, refcheck=False)  # in place; there are no views of it here
+        self._read[self._num_read : end] = records
+        self._num_read = end
         self._mixed.append(_mixed_keys(records))
 
     def sort(self) -> None:
@@ -111,20 +118,26 @@ class Inventory:
     def verify(self) -> None:
         """Reject records whose checksum is wrong, all at once."""
         if not self._is_verified:
-            self._keep(self._verified(self._read[self._kept]), FailureCause.CORRUPT)
+            masks = [self._verified(self._read[batch]) for batch in self._batches()]
+            self._keep(np.concatenate([*masks, np.empty(0, np.bool_)]), FailureCause.CORRUPT)
             self._is_verified = True
 
     def batches(self) -> Iterator[tuple[list[int], list[OffloadKey]]]:
         """Yield (slots, keys) of the records of use; after the last ones, all that must go is known."""
-        kept = self._kept
-        for start in range(0, len(kept), _RECORDS_PER_BATCH):
-            records = self._read[kept[start : start + _RECORDS_PER_BATCH]]
+        for batch in self._batches():
+            records = self._read[batch]
             if not self._is_verified:
                 intact = self._verified(records)
                 for slot in records["slot"][~intact].tolist():
                     self.reject(slot, FailureCause.CORRUPT)
                 records = _those(records, np.flatnonzero(intact))
             yield records["slot"].tolist(), _keys(records)
+
+    def _batches(self) -> Iterator[NDArray[np.intp]]:
+        """Yield the positions of the records that are kept, so many that they fit the processor's cache."""
+        kept = self._kept
+        for start in range(0, len(kept), _RECORDS_PER_BATCH):
+            yield kept[start : start + _RECORDS_PER_BATCH]
 
     def _lengths(self) -> NDArray[np.uint8]:
         lengths: NDArray[np.uint8] = self._read["key_length"][self._kept]

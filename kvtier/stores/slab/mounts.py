@@ -87,6 +87,12 @@ def check_mounted(path: Path, mount_point: str = "/") -> None:
     """
     real = Path(os.path.realpath(path))
     for place, why in [(mount_point, "was mounted when the engine started"), *_expected_above(real)]:
+        try:
+            os.lstat(place)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise StoreUnavailableError(f"{path}: {place}: {error.strerror}") from error
         if not os.path.ismount(place):
             raise StoreUnavailableError(f"{path}: its filesystem is not there: {place} {why}, and is not mounted now")
 

@@ -6,8 +6,8 @@ import errno
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -15,11 +15,12 @@ import numpy as np
 
 from kvtier.namespace import FORMAT_VERSION, Namespace
 from kvtier.stores.encrypted_seal import EncryptedSeal
-from kvtier.stores.seal import HEADER_BYTES, HEADER_DTYPE, BlockHeaders, Seal
+from kvtier.stores.seal import HEADER_BYTES, HEADER_DTYPE, MAX_SLOT, BlockHeaders, Seal
 from kvtier.stores.secrets import ENCRYPTION_NAME, SECRET_NAME, PayloadCipher, guard_with
 from kvtier.stores.slab.directory import DESCRIPTION_NAME, open_private
 from kvtier.stores.slab.geometry import SEGMENT_BYTES, SlabGeometry
-from kvtier.stores.slab.inventory import RECORDS_PER_READ, Inventory, marked_by
+from kvtier.stores.slab.inventory import Inventory, marked_by
+from kvtier.stores.slab.raw_records import all_records
 from kvtier.stores.slab.vectored import PAGE_BYTES, read_fully
 from kvtier.types import FailureCause
 
@@ -92,8 +93,9 @@ def read_description(folder: Path) -> Description | None:
         content = json.loads((folder / DESCRIPTION_NAME).read_bytes())
         identity, epoch, version = content["identity"], bytes.fromhex(content["epoch"]), int(content["format"])
         is_ours = version != FORMAT_VERSION or Namespace(identity, epoch).fingerprint.hex() == folder.name
+        json.dumps(identity, ensure_ascii=False).encode()  # raises a ValueError for what nobody could print
         return Description(dict(identity), epoch.hex(), version, is_ours)
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 
@@ -115,12 +117,12 @@ def read_records(folder: Path, description: Description | None, secret: bytes | 
         folder.stat()
         return Records(None, DetailedInventory(headers, 0, 0), 0, seal)
     try:
-        num_slots = os.fstat(descriptor).st_size // HEADER_BYTES
-        block_bytes = _block_bytes(descriptor, headers) or _described_block_bytes(description)
+        num_slots = min(os.fstat(descriptor).st_size // HEADER_BYTES, MAX_SLOT + 1)
+        block_bytes = _described_block_bytes(description) or _block_bytes(descriptor, headers)
         inventory = DetailedInventory(headers, block_bytes, num_slots)
-        for first, raw in _raw_records(descriptor):
-            if first < num_slots:  # it may grow meanwhile
-                inventory.add(raw[: (num_slots - first) * HEADER_BYTES], first)
+        for found in all_records(descriptor):
+            if found.first < num_slots:  # it may grow meanwhile
+                inventory.add(found._replace(raw=found.raw[: (num_slots - found.first) * HEADER_BYTES]))
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder / HEADERS_NAME)) from error
     finally:
@@ -143,12 +145,12 @@ def data_file(folder: Path, segment: int) -> Path:
 
 def data_lengths(folder: Path, geometry: SlabGeometry) -> list[int]:
     """Return the length of every data file, 0 for those that are not there."""
-    lengths = []
-    for segment in range(geometry.num_segments):
-        try:
-            lengths.append(data_file(folder, segment).lstat().st_size)
-        except FileNotFoundError:
-            lengths.append(0)
+    lengths = [0] * geometry.num_segments
+    for path in folder.glob("data-*"):
+        segment = int(path.name[5:]) if path.name[5:].isdecimal() else len(lengths)
+        if segment < len(lengths) and path.name == data_file(folder, segment).name:
+            with suppress(FileNotFoundError):
+                lengths[segment] = path.lstat().st_size
     return lengths
 
 
@@ -184,8 +186,14 @@ class NamespaceReader:
         return os.pread(self._headers, length, slot * HEADER_BYTES).ljust(length, b"\0")
 
     def payloads(self, slot: int, buffer: memoryview) -> int:
-        """Fill `buffer` from the place of `slot` on; return the bytes read, fewer at the end of the file."""
+        """Fill `buffer` from the place of `slot` on; return the bytes read, fewer where the file ends or is gone."""
         segment, offset = self.geometry.locate(slot)
+        try:
+            return self._read(segment, offset, buffer)
+        except FileNotFoundError:
+            return 0
+
+    def _read(self, segment: int, offset: int, buffer: memoryview) -> int:
         if self.direct:
             try:
                 return read_fully(self._descriptor(segment, direct=True), [buffer], offset, PAGE_BYTES)
@@ -226,22 +234,10 @@ def _headers_of(folder: Path, description: Description | None) -> BlockHeaders:
     return EncryptedSeal(None, fingerprint) if encrypted else BlockHeaders(fingerprint)
 
 
-def _raw_records(descriptor: int) -> Iterator[tuple[int, bytes]]:
-    """Yield (first slot, whole records) from a file of records."""
-    first = 0
-    while raw := os.pread(descriptor, RECORDS_PER_READ * HEADER_BYTES, first * HEADER_BYTES):
-        count = len(raw) // HEADER_BYTES
-        if count:
-            yield first, raw[: count * HEADER_BYTES]
-        if len(raw) % HEADER_BYTES:
-            return
-        first += count
-
-
 def _block_bytes(descriptor: int, headers: BlockHeaders) -> int:
     """Return the payload length that most records of this namespace name; 0 if there is none."""
-    for _, raw in _raw_records(descriptor):
-        records = np.frombuffer(raw, HEADER_DTYPE)
+    for found in all_records(descriptor):
+        records = np.frombuffer(found.raw, HEADER_DTYPE)
         ours = marked_by(headers, records)
         lengths, counts = np.unique(records["payload_length"][ours], return_counts=True)
         if len(lengths):

@@ -59,9 +59,7 @@ class Segments:
             if not length:
                 path.unlink()
                 continue
-            if path.lstat().st_size > length:
-                os.truncate(path, length)
-            self.lengths[int(number)] = path.lstat().st_size
+            self.lengths[int(number)] = _cut_to(path, length)
 
     @property
     def direct(self) -> bool:
@@ -188,14 +186,13 @@ class Segments:
     def _cut(self, segment: int, length: int) -> None:
         """Give back what lies beyond `length`, if the system lets us."""
         with contextlib.suppress(OSError):
-            os.truncate(self._path(segment), length)
+            _cut_to(self._path(segment), length)
 
     def _back(self, segment: int, length: int, grown: int) -> None:
         """Back a data file from `length` to `grown` bytes; after an error it is as long as before."""
         lengths = [*self.lengths[:segment], grown, *self.lengths[segment + 1 :]]
         self._make_room(lengths)
-        status = os.statvfs(self._folder)
-        if status.f_blocks and status.f_bavail * status.f_frsize < grown - length + self._min_free:
+        if not has_space(self._folder, grown - length + self._min_free):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         descriptor = open_private(self._path(segment))
         try:
@@ -214,6 +211,24 @@ class Segments:
 def _zeros() -> memoryview:
     """Return `AHEAD_BYTES` zeros on a page boundary; no page of it is ever written."""
     return memoryview(mmap.mmap(-1, AHEAD_BYTES, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ))
+
+
+def _cut_to(path: Path, length: int) -> int:
+    """Cut a file that is longer than `length`; return how long it is. A symbolic link is an OSError."""
+    descriptor = open_private(path, os.O_RDWR)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size > length:
+            os.ftruncate(descriptor, length)
+        return min(size, length)
+    finally:
+        os.close(descriptor)
+
+
+def has_space(folder: Path, num_bytes: int) -> bool:
+    """Return whether so many bytes of a filesystem are free, as far as it says."""
+    status = os.statvfs(folder)
+    return not status.f_blocks or status.f_bavail * status.f_frsize >= num_bytes
 
 
 def allocate(descriptor: int, start: int, end: int) -> None:

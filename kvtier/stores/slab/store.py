@@ -59,7 +59,7 @@ class SlabStore(SlotStore):
         try:
             self._segments.fit()
             self._make_room(self._segments.lengths)
-            self._headers = HeaderFile(folder / "headers", geometry)
+            self._headers = HeaderFile(folder / "headers", geometry, min_free)
         except OSError:
             directory.close()
             raise

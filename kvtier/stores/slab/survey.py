@@ -62,6 +62,7 @@ class NamespaceSurvey:
         broken: records that are no valid ones, by cause.
         problems: what else is wrong with it, in words.
         remarks: what is not wrong and good to know, in words.
+        is_readable: False if nothing but its size is known.
     """
 
     folder: Path
@@ -74,6 +75,7 @@ class NamespaceSurvey:
     broken: Mapping[FailureCause, int]
     problems: Sequence[str] = ()
     remarks: Sequence[str] = ()
+    is_readable: bool = True
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,10 @@ def _survey_if_there(folder: Path) -> NamespaceSurvey | None:
             return survey_namespace(folder)
         except FileNotFoundError:
             continue
+        except OSError as error:  # the others are still looked at, and this one can be purged
+            problem = f"cannot be read: {Path(error.filename or folder).name}: {error.strerror}"
+            taken, latest = used_bytes(folder), last_use(folder)
+            return NamespaceSurvey(folder, None, None, 0, 0, taken, latest, {}, [problem], is_readable=False)
     return None
 
 
@@ -242,7 +248,7 @@ def _parent_of(pid: int) -> int | None:
 def _assess(folder: Path, description: Description | None) -> tuple[list[str], list[str]]:
     """Return (problems, remarks) of a namespace, as far as its description goes."""
     if description is None:
-        return [f"no readable {DESCRIPTION_NAME}: the next start deletes it"], []
+        return [f"no readable {DESCRIPTION_NAME}: the next start of another model deletes it"], []
     if description.format_version != FORMAT_VERSION:
         return [], [f"format {description.format_version}, this kvtier reads {FORMAT_VERSION}: it gives way first"]
     if not description.is_ours:

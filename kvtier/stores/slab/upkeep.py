@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from kvtier.errors import StoreUnavailableError
-from kvtier.stores.slab.directory import LOCK_NAME, open_private, take_lock
+from kvtier.stores.slab.directory import LOCK_NAME, delete_folder, open_private, take_lock
 from kvtier.stores.slab.geometry import SEGMENT_BYTES, SlabGeometry
 from kvtier.stores.slab.headers import HeaderFile
 from kvtier.stores.slab.reading import HEADERS_NAME
@@ -51,9 +50,9 @@ def empty_records(folder: Path, num_slots: int, slots: Iterable[int]) -> None:
 
 
 def delete_namespace(folder: Path) -> None:
-    """Delete a namespace with everything in it. The slab is held.
+    """Delete a namespace with everything of it. The slab is held.
 
     Raises:
         OSError: it cannot be deleted, or not all of it.
     """
-    shutil.rmtree(folder)
+    delete_folder(folder)

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,6 +23,7 @@ import numpy as np
 from kvtier.errors import StoreError
 from kvtier.stores.seal import HEADER_BYTES
 from kvtier.stores.slab.geometry import SlabGeometry
+from kvtier.stores.slab.raw_records import MEDIUM_ERRORS
 from kvtier.stores.slab.reading import NamespaceReader, Records
 from kvtier.stores.slab.vectored import PAGE_BYTES
 from kvtier.types import FailureCause
@@ -176,7 +178,7 @@ class _Verifier:
         """Yield (first slot, blocks): neighbours in one data file, in the order of the disk."""
         slots = np.sort(self._inventory.slots)
         starts = np.flatnonzero((np.diff(slots, prepend=-2) != 1) | (slots % geometry.slots_per_segment == 0))
-        for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(slots)], strict=True):
+        for start, end in pairwise([*starts.tolist(), len(slots)]):
             for position in range(start, end, self._per_read):
                 yield int(slots[position]), min(self._per_read, end - position)
 
@@ -210,7 +212,8 @@ class _Verifier:
                 else FailureCause.CORRUPT
                 for index in range(count)
             ]
-        except OSError:
+        except OSError as error:
+            _check_is_of_the_medium(error)
             slots = range(first, first + count)
             causes = [self._judge_single(slot, _item(headers, slot - first, HEADER_BYTES), memory) for slot in slots]
         with self._lock:
@@ -226,7 +229,8 @@ class _Verifier:
         payload = memory[: self._block_bytes]
         try:
             filled = self._reader.payloads(slot, payload)
-        except OSError:
+        except OSError as error:
+            _check_is_of_the_medium(error)
             return FailureCause.IO_ERROR
         return self._judge(header, payload, slot) if filled == self._block_bytes else FailureCause.CORRUPT
 
@@ -236,6 +240,12 @@ class _Verifier:
         if isinstance(record, FailureCause):
             return record
         return self._reader.seal.verify(header, record.key, payload, slot)
+
+
+def _check_is_of_the_medium(error: OSError) -> None:
+    """Raise the error again unless the block itself cannot be read: what may not be opened may be whole."""
+    if error.errno not in MEDIUM_ERRORS:
+        raise error
 
 
 def _item(raw: _Raw, index: int, length: int) -> _Raw:
