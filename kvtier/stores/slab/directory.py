@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +35,8 @@ FILE_MODE = 0o600
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 _SHARE = re.compile(r"dp\d+")
 """A data-parallel engine's directory, made within the one that users name."""
+_SECONDS_OF_A_LOOK = 0.1
+"""Tools that ask who uses a directory hold its lock for a moment."""
 _SLAB_FILE = re.compile(r"namespace\.json|headers|data-\d+")
 
 
@@ -175,15 +178,20 @@ def take_lock(path: Path, descriptor: int) -> None:
     Raises:
         StoreUnavailableError: another process holds it.
     """
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            raise
-        holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
-        raise StoreUnavailableError(
-            f"{path}: held by another process" + (f" (pid {holder})" if holder else "")
-        ) from error
+    deadline = time.monotonic() + _SECONDS_OF_A_LOOK
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            if time.monotonic() > deadline:
+                holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+                raise StoreUnavailableError(
+                    f"{path}: held by another process" + (f" (pid {holder})" if holder else "")
+                ) from error
+        time.sleep(0.01)
     with contextlib.suppress(OSError):  # a full disk costs the name of the holder, not the lock
         _put(descriptor, f"{os.getpid()}\n".encode())
 
