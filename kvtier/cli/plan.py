@@ -30,9 +30,9 @@ from kvtier.cli.simulate import (
 from kvtier.cli.simulate_progress import tracked
 from kvtier.cli.vllm_config import check, extra_config, transfer_config
 from kvtier.errors import ConfigError, KVTierError
-from kvtier.simulator import planner
+from kvtier.simulator import plan_report, planner
 from kvtier.simulator.formats import load_trace
-from kvtier.simulator.planner import Offer, Prices, Target
+from kvtier.simulator.planner import Plan, Prices, Target
 from kvtier.simulator.report import facts
 from kvtier.simulator.runs import replay_all
 from kvtier.simulator.setup import Machine, Setup
@@ -79,6 +79,8 @@ def plan(
 ) -> None:
     """Find the cheapest configuration that meets a target, and print the option that makes vLLM use it.
 
+    To buy nothing is an offer like the others, and then there is no option to print.
+
     Exit code 0: there is one. 1: none of those tried meets the target. 2: a trace, a model, a price or a size cannot
     be used; one line says why.
     """
@@ -91,17 +93,15 @@ def plan(
         setups = setups_to_try(loaded, block_bytes, dram, disk, policies_of(policy), admission)
         with tracked(f"replaying {len(setups)} configurations") as progress:
             results = replay_all(loaded, setups, machine, processes=processes, progress=progress)
-        offers = [planner.price(result, machine, prices) for result in results]
+        offers = planner.price_all(results, machine, prices)
         chosen = planner.cheapest(offers, target)
-        nothing = planner.price_of_nothing(results[0], machine, prices)
-        option = "" if chosen is None else vllm_option(chosen.result.setup, path)
-        show(loaded, machine, block_bytes, offers, chosen, target, nothing, option)
+        option = vllm_option(chosen.result.setup, path) if chosen is not None and chosen.buys else ""
+        found = Plan(loaded, machine, block_bytes, target, offers, chosen, option)
+        show(found)
         if plot is not None:
-            text = planner.plan_page(loaded, machine, block_bytes, offers, chosen, target, option)
-            plot.write_text(text, encoding="utf-8")
+            plot.write_text(plan_report.plan_page(found), encoding="utf-8")
         if json_path is not None:
-            values = planner.plan_json(offers, chosen, nothing) | {"vllm": option}
-            json_path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+            json_path.write_text(json.dumps(plan_report.plan_json(found), indent=1) + "\n", encoding="utf-8")
     except (KVTierError, OSError) as error:
         typer.echo(f"kvtier plan: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(EXIT_UNUSABLE) from None
@@ -158,35 +158,20 @@ def vllm_option(setup: Setup, path: str) -> str:
     return f"--kv-transfer-config {shlex.quote(transfer_config(extra))}"
 
 
-def show(
-    trace: Trace,
-    machine: Machine,
-    block_bytes: int,
-    offers: list[Offer],
-    chosen: Offer | None,
-    target: Target,
-    nothing: float,
-    option: str,
-) -> None:
+def show(found: Plan) -> None:
     """Print the frontier, the choice and the option."""
     console = Console()
-    for line in facts(trace, block_bytes, machine):
+    for line in facts(found.trace, found.block_bytes, found.machine):
         console.print(line, highlight=False, soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
-    for index, name in enumerate(planner.HEADER):
-        table.add_column(name, justify="left" if index in (0, len(planner.HEADER) - 1) else "right")
-    shown = planner.frontier(offers, lambda result: result.hit_rate)
-    if chosen is not None and not any(offer is chosen for offer in shown):
-        shown = sorted([*shown, chosen], key=lambda offer: offer.hardware)
-    for offer in shown:
-        table.add_row(*planner.offer_row(offer, chosen))
-    table.add_row("no offloading", *["-"] * 6, *[f"${nothing:,.0f}"] * 2, "-", "", style="dim")
-    console.print(
-        f"\nof {len(offers)} configurations, those that find more than any other for what memory and disk cost:\n"
-    )
-    Console(width=max(console.width, 130)).print(table)
-    if chosen is None:
-        console.print(f"\nnone of them reaches {target.describe()}", highlight=False)
-        return
-    console.print(f"\nfor {target.describe()}, add to vllm serve:\n", highlight=False)
-    console.print(option, highlight=False, markup=False, soft_wrap=True)
+    for index, name in enumerate(plan_report.HEADER):
+        table.add_column(name, justify="left" if index in (0, len(plan_report.HEADER) - 1) else "right")
+    for offer in plan_report.best_offers(found):
+        table.add_row(*plan_report.offer_row(offer, found.chosen), style=None if offer.buys else "dim")
+    count = len(found.offers) - 1
+    console.print(f"\nof {count} configurations, those that find more than any other for what memory and disk cost:\n")
+    Console(width=max(console.width, 140)).print(table)
+    console.print(f"\n{plan_report.advice(found)}", highlight=False, soft_wrap=True)
+    if found.option:
+        console.print()
+        console.print(found.option, highlight=False, markup=False, soft_wrap=True)

@@ -4,34 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from kvtier.errors import ConfigError
-from kvtier.simulator.charts import Axis, Series, line_chart
-from kvtier.simulator.page import code, figures, page, section, table
-from kvtier.simulator.report import facts, percent, seconds
+from kvtier.simulator.report import percent, seconds
 from kvtier.simulator.results import Result
 from kvtier.simulator.setup import Machine, Setup
 from kvtier.simulator.trace import Trace
-from kvtier.sizes import format_size
 from kvtier.types import Admission
 
 HOURS_A_MONTH = 730.0
 _GIB = 1 << 30
-
-HEADER = (
-    "policy",
-    "DRAM",
-    "disk",
-    "hit rate",
-    "TTFT p95",
-    "DRAM a month",
-    "disk a month",
-    "accelerator a month",
-    "all a month",
-    "writes a day",
-    "",
-)
 
 
 @dataclass(frozen=True)
@@ -107,6 +89,11 @@ class Offer:
     gpu: float
 
     @property
+    def buys(self) -> bool:
+        """Whether it is anything at all: an offer without memory has no disk either."""
+        return bool(self.result.setup.dram_blocks)
+
+    @property
     def hardware(self) -> float:
         """What is bought: memory and disk."""
         return self.dram + self.disk
@@ -115,6 +102,31 @@ class Offer:
     def total(self) -> float:
         """All of it."""
         return self.hardware + self.gpu
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was asked, what was found, and what to do.
+
+    Attributes:
+        trace, machine, block_bytes, target: what was asked; bytes of one block.
+        offers: all of them, the one that buys nothing first.
+        chosen: the cheapest that meets the target, None if none does.
+        option: what to add to `vllm serve`; empty if nothing is to be bought or nothing meets the target.
+    """
+
+    trace: Trace
+    machine: Machine
+    block_bytes: int
+    target: Target
+    offers: Sequence[Offer]
+    chosen: Offer | None
+    option: str
+
+    @property
+    def nothing(self) -> Offer:
+        """The offer that buys nothing: the accelerator computes every prompt."""
+        return self.offers[0]
 
 
 def price(result: Result, machine: Machine, prices: Prices) -> Offer:
@@ -129,15 +141,18 @@ def price(result: Result, machine: Machine, prices: Prices) -> Offer:
     )
 
 
-def price_of_nothing(result: Result, machine: Machine, prices: Prices) -> float:
-    """Return what a month costs without any offloading: the accelerator computes every prompt."""
-    return result.input_tokens / machine.prefill_rate / result.seconds * HOURS_A_MONTH * prices.gpu_hour
+def price_all(results: Sequence[Result], machine: Machine, prices: Prices) -> list[Offer]:
+    """Return the prices of at least one result, and before them that of buying nothing for the same requests."""
+    return [price(result, machine, prices) for result in (results[0].without_offloading(), *results)]
 
 
 def cheapest(offers: Sequence[Offer], target: Target) -> Offer | None:
-    """Return the cheapest offer that meets the target, of equal ones the one with the best hit rate; None if none."""
+    """Return the cheapest offer that meets the target; None if none does.
+
+    Of equal ones the one that buys nothing, else the one with the best hit rate.
+    """
     good = [offer for offer in offers if target.is_met_by(offer.result)]
-    return min(good, key=lambda offer: (offer.total, -offer.result.hit_rate)) if good else None
+    return min(good, key=lambda offer: (offer.total, offer.buys, -offer.result.hit_rate)) if good else None
 
 
 def frontier(offers: Sequence[Offer], worth: Callable[[Result], float]) -> list[Offer]:
@@ -166,105 +181,3 @@ def candidates(
     return [
         Setup(policy, dram, disk, block_bytes, admission) for policy in policies for dram in drams for disk in disks
     ]
-
-
-def offer_row(offer: Offer, chosen: Offer | None) -> list[str]:
-    """Return an offer's cells, as `HEADER` names them."""
-    result, setup = offer.result, offer.result.setup
-    writes = result.drive_writes_a_day
-    return [
-        setup.policy,
-        format_size(setup.dram_bytes),
-        format_size(setup.disk_bytes) if setup.disk_blocks else "-",
-        percent(result.hit_rate),
-        seconds(result.first_token_at(95)),
-        *(f"${amount:,.0f}" for amount in (offer.dram, offer.disk, offer.gpu, offer.total)),
-        "-" if writes is None else f"{writes:.1f}x",
-        "<- buy" if offer is chosen else "",
-    ]
-
-
-def plan_json(offers: Sequence[Offer], chosen: Offer | None, nothing: float) -> dict[str, Any]:
-    """Return the plan as JSON values."""
-
-    def values(offer: Offer) -> dict[str, Any]:
-        costs = {"dram": offer.dram, "disk": offer.disk, "gpu": offer.gpu, "total": offer.total}
-        return {"cost_a_month": costs, **offer.result.to_json()}
-
-    return {
-        "cost_a_month_without": nothing,
-        "chosen": None if chosen is None else values(chosen),
-        "offers": [values(offer) for offer in offers],
-    }
-
-
-def plan_page(
-    trace: Trace,
-    machine: Machine,
-    block_bytes: int,
-    offers: Sequence[Offer],
-    chosen: Offer | None,
-    target: Target,
-    option: str,
-) -> str:
-    """Return the plan as one HTML document."""
-    notes = facts(trace, block_bytes, machine)
-    by_rate, by_time = (
-        frontier(offers, lambda result: result.hit_rate),
-        frontier(offers, lambda result: -result.first_token_at(95)),
-    )
-    rows = [offer_row(offer, chosen) for offer in by_rate]
-    best = next((index for index, offer in enumerate(by_rate) if offer is chosen), None)
-    return page(
-        f"kvtier plan for {trace.name}",
-        notes[0],
-        [
-            f'<p class="faint">{notes[1]}.<br>{notes[2]}.</p>',
-            section(
-                "What to buy",
-                f"Target: {target.describe()}."
-                + ("" if chosen is not None else " No configuration that was tried reaches it."),
-                [code(option)] if option else [],
-            ),
-            section(
-                "What money buys",
-                "Every point is a configuration, replayed; the line joins those that no other beats.",
-                [
-                    figures(
-                        [
-                            _cost_chart("Hit rate", offers, by_rate, lambda r: r.hit_rate, percent, "blocks found"),
-                            _cost_chart("First token", offers, by_time, lambda r: r.first_token_at(95), seconds, "p95"),
-                        ]
-                    )
-                ],
-            ),
-            section(
-                "The frontier",
-                "Configurations that no other beats in hit rate for the money; dollars a month.",
-                [table(HEADER, rows, best)],
-            ),
-        ],
-    )
-
-
-def _cost_chart(
-    title: str,
-    offers: Sequence[Offer],
-    best: Sequence[Offer],
-    worth: Callable[[Result], float],
-    write: Callable[[float], str],
-    what: str,
-) -> str:
-    costs, values = [offer.hardware for offer in offers], [worth(offer.result) for offer in offers]
-    x = Axis("memory and disk, dollars a month", lambda value: f"${value:,.0f}", 0.0, max(costs) * 1.02 or 1.0)
-    y = Axis(what, write, 0.0, max(values) * 1.08 or 1.0)
-    frontier_points = [(offer.hardware, worth(offer.result)) for offer in best]
-    return line_chart(
-        title,
-        x,
-        y,
-        [
-            Series("tried", list(zip(costs, values, strict=True)), line=False),
-            Series("not beaten", frontier_points),
-        ],
-    )

@@ -12,6 +12,7 @@ from kvtier.simulator.setup import DISK, Machine
 from kvtier.simulator.trace import Trace
 from kvtier.sizes import format_size
 
+NO_OFFLOADING = "no offloading"
 HEADER = (
     "policy",
     "DRAM",
@@ -68,7 +69,7 @@ def result_row(result: Result) -> list[str]:
 def recompute_row(result: Result) -> list[str]:
     """Return the cells of the same requests without kvtier."""
     times = [seconds(result.recompute_at(p)) for p in (50, 95, 99)]
-    return ["no offloading", "-", "-", percent(0.0), "-", "-", "0.0 M", "-", "-", "-", *times]
+    return [NO_OFFLOADING, "-", "-", percent(0.0), "-", "-", "0.0 M", "-", "-", "-", *times]
 
 
 def facts(trace: Trace, block_bytes: int, machine: Machine) -> list[str]:
@@ -186,7 +187,7 @@ def _size_chart(trace: Trace, results: Sequence[Result]) -> str:
 def _time_chart(shown: Sequence[Result], results: Sequence[Result]) -> str:
     """Return the share of requests whose first token came within a time."""
     series = [Series(label(result, results), _cumulated(result.first_token)) for result in shown]
-    series.append(Series("no offloading", _cumulated(results[0].recompute), dashed=True))
+    series.append(Series(NO_OFFLOADING, _cumulated(results[0].recompute), dashed=True))
     values = [value for one in series for value, _ in one.points]
     high = max(values)
     low = max(high / 10_000, min(value for value in values if value > 0) if high > 0 else 1e-3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ from kvtier.simulator.setup import DISK, Machine, Setup
 from kvtier.simulator.trace import Trace
 
 PRIMARY = "primary"
+NO_POLICY = "none"
 NUM_QUANTILES = 101
 NUM_INTERVALS = 60
 _DAY = 86_400.0
@@ -108,6 +109,25 @@ class Result:
             timeline=_timeline(outcomes, trace.seconds),
             seconds=trace.seconds,
             replay_seconds=replay_seconds,
+        )
+
+    def without_offloading(self) -> Result:
+        """Return what the same requests get where nothing is kept: no memory, no disk, every prompt computed."""
+        return replace(
+            self,
+            setup=replace(self.setup, policy=NO_POLICY, dram_blocks=0, disk_blocks=0),
+            hits={PRIMARY: 0},
+            saved_tokens=0,
+            first_token=self.recompute,
+            loaded_bytes=0,
+            stored_bytes=0,
+            promoted_bytes=0,
+            cascaded_bytes=0,
+            refused_blocks={},
+            gave_up={},
+            evicted_blocks={},
+            timeline=[(0, 0, sum(row)) for row in self.timeline],
+            replay_seconds=0.0,
         )
 
     @property

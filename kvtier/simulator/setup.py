@@ -57,7 +57,8 @@ class Setup:
 
     Attributes:
         policy: registered name of the eviction policy of both tiers.
-        dram_blocks: slots of the primary tier, at least 1; disk_blocks: of the disk, 0 for none.
+        dram_blocks: slots of the primary tier, at least 1 (0, without a disk, is no offloading: nothing to simulate);
+            disk_blocks: of the disk, 0 for none.
         block_bytes: bytes of one block.
         admission: of the disk.
         load_deadline: see `TieringSettings`, seconds; promotion_budget: likewise.

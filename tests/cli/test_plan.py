@@ -34,10 +34,10 @@ def everything(trace):
 
 
 def test_without_a_target_the_cheapest_is_chosen(everything):
-    assert len(everything["offers"]) == 4
+    assert len(everything["offers"]) == 5
     totals = [offer["cost_a_month"]["total"] for offer in everything["offers"]]
     assert everything["chosen"]["cost_a_month"]["total"] == min(totals)
-    assert everything["cost_a_month_without"] > 0
+    assert everything["cost_a_month_without"] == totals[0] > 0
 
 
 def test_costs_are_what_the_prices_say(everything):
@@ -48,6 +48,37 @@ def test_costs_are_what_the_prices_say(everything):
         busy = (offer["input_tokens"] - offer["saved_tokens"]) / 10_000 / offer["seconds"]
         assert cost["gpu"] == pytest.approx(busy * 730 * 4)
         assert cost["total"] == pytest.approx(cost["dram"] + cost["disk"] + cost["gpu"])
+
+
+def test_to_buy_nothing_is_an_offer(everything):
+    nothing, other = everything["offers"][:2]
+    setup, cost = nothing["setup"], nothing["cost_a_month"]
+    assert (setup["dram_blocks"], setup["disk_blocks"], nothing["hit_rate"]) == (0, 0, 0.0)
+    assert (cost["dram"], cost["disk"]) == (0.0, 0.0)
+    assert nothing["first_token"] == nothing["recompute"] == other["recompute"]
+    assert nothing["timeline"] == [[0, 0, sum(row)] for row in other["timeline"]]
+    assert not any(nothing[name] for name in nothing if name.endswith("_bytes") or name == "saved_tokens")
+
+
+@pytest.mark.parametrize("prices", [("--dram-price", 1e6), ("--gpu-rate", 0, "--dram-price", 0, "--disk-price", 0)])
+def test_says_to_buy_nothing_where_that_is_cheapest_or_as_cheap(trace, tmp_path, prices):
+    path, page = tmp_path / "plan.json", tmp_path / "plan.html"
+    result = run(trace, *PRICES, *SIZES, *prices, "--json", path, "--plot", page)
+    assert result.exit_code == 0, result.output
+    assert "for the least cost, buy nothing" in result.stdout
+    assert "<- buy nothing" in result.stdout
+    assert "--kv-transfer-config" not in result.stdout + page.read_text()
+    assert "buy nothing" in page.read_text()
+    values = json.loads(path.read_text())
+    assert values["vllm"] == ""
+    assert values["chosen"] == values["offers"][0]
+
+
+def test_buys_where_nothing_misses_the_target(trace):
+    result = run(trace, *PRICES, *SIZES, "--dram-price", 1e6, "--target-hit-rate", 0.001)
+    assert result.exit_code == 0
+    assert "--kv-transfer-config" in result.stdout
+    assert "no offloading" in result.stdout
 
 
 def test_the_cheapest_that_meets_the_target_is_chosen(trace, everything, tmp_path):
