@@ -95,7 +95,9 @@ def plan(
             results = replay_all(loaded, setups, machine, processes=processes, progress=progress)
         offers = planner.price_all(results, machine, prices)
         chosen = planner.cheapest(offers, target)
-        option = vllm_option(chosen.result.setup, path) if chosen is not None and chosen.buys else ""
+        option = ""
+        if chosen is not None and chosen.buys:
+            option = vllm_option(chosen.result.setup, machine, loaded.tokens_per_block, path)
         found = Plan(loaded, machine, block_bytes, target, offers, chosen, option)
         show(found)
         if plot is not None:
@@ -142,19 +144,22 @@ def setups_to_try(
     return planner.candidates(dram_blocks, disk_blocks, policies, block_bytes, admission)
 
 
-def vllm_option(setup: Setup, path: str) -> str:
+def vllm_option(setup: Setup, machine: Machine, tokens_per_block: int, path: str) -> str:
     """Return the option for `vllm serve` that configures what was simulated.
+
+    The block size goes with it: smaller blocks would find more of each prompt, in other transfers, than was replayed.
 
     Raises:
         ConfigError: kvtier would not start so.
     """
     disks = [f"{path}:{setup.disk_bytes}"] if setup.disk_blocks else []
     extra: dict[str, Any] = extra_config(str(setup.dram_bytes), disks, [f"eviction_policy={setup.policy}"])
+    extra |= {"block_size": tokens_per_block, "prefill_rate": machine.prefill_rate}
     for tier in extra.get("secondary_tiers", ()):
         tier["eviction_policy"] = setup.policy
         if setup.admission is not Admission.ALWAYS:
             tier["admission"] = setup.admission.value
-    check(extra)
+    check(extra, tokens_per_block)
     return f"--kv-transfer-config {shlex.quote(transfer_config(extra))}"
 
 
@@ -169,7 +174,8 @@ def show(found: Plan) -> None:
     for offer in plan_report.best_offers(found):
         table.add_row(*plan_report.offer_row(offer, found.chosen), style=None if offer.buys else "dim")
     count = len(found.offers) - 1
-    console.print(f"\nof {count} configurations, those that find more than any other for what memory and disk cost:\n")
+    heading = f"of {count} configurations, those that find more than any other for what memory and disk cost:"
+    console.print(f"\n{heading}\n", highlight=False, soft_wrap=True)
     Console(width=max(console.width, 140)).print(table)
     console.print(f"\n{plan_report.advice(found)}", highlight=False, soft_wrap=True)
     if found.option:

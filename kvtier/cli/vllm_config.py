@@ -95,14 +95,18 @@ def extra_config(
     return extra
 
 
-def check(extra: dict[str, Any]) -> None:
+def check(extra: dict[str, Any], tokens_per_block: int = 1) -> None:
     """Refuse what the engine would refuse, as far as it does not depend on the model.
+
+    Args:
+        tokens_per_block: of the engine's blocks.
 
     Raises:
         ConfigError: a key is unknown or holds what it may not.
     """
     block_bytes = min(parse_size("cpu_bytes_to_use", extra["cpu_bytes_to_use"]), align_block_bytes(1))
-    config = OffloadingConfig(extra, (KVCacheGroup(1),), engine_block_bytes=block_bytes, namespace=Namespace())
+    groups = (KVCacheGroup(tokens_per_block),)
+    config = OffloadingConfig(extra, groups, engine_block_bytes=block_bytes, namespace=Namespace())
     spec = TieringOffloadingSpec(config)
     view = memoryview(bytearray(spec.block_bytes)).cast("B", (1, spec.block_bytes))
     for tier in spec.tiers:

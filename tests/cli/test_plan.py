@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from kvtier import KVCacheGroup, Namespace, OffloadingConfig
 from kvtier.cli import app
-from kvtier.cli.vllm_config import check
+from kvtier.spec.tiering import TieringOffloadingSpec
 
 EXTRACT = Path(__file__).parents[1] / "data" / "conversation_prefixes.jsonl"
 PRICES = ("--model", "Llama-3.1-8B", "--gpu-rate", 4, "--dram-price", 4, "--disk-price", 0.1, "--processes", 1)
@@ -95,13 +96,28 @@ def test_the_cheapest_that_meets_the_target_is_chosen(trace, everything, tmp_pat
     assert "href=" not in text
 
 
-def test_the_option_is_one_that_the_engine_takes(trace):
-    result = run(trace, *PRICES, *SIZES, "--path", "/mnt/kv", "--target-hit-rate", 0.001, "--admission", "second_touch")
-    assert result.exit_code == 0
+def test_the_option_configures_what_was_simulated(trace, tmp_path):
+    path = tmp_path / "plan.json"
+    chosen = ("--target-hit-rate", 0.01, "--admission", "second_touch", "--prefill-rate", 2500, "--policy", "arc")
+    sizes = ("--dram", "2GiB", "--disk", "512GiB")
+    result = run(trace, *PRICES, *sizes, *chosen, "--path", "/mnt/kv", "--json", path)
+    assert result.exit_code == 0, result.output
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("--kv-transfer-config")]
     extra = json.loads(shlex.split(line)[1])["kv_connector_extra_config"]
-    check(extra)
-    assert extra["eviction_policy"] == "lru"
+    setup, token_bytes = json.loads(path.read_text())["chosen"]["setup"], 128 * 1024
+    engine = OffloadingConfig(extra, (KVCacheGroup(16),), 16 * token_bytes, Namespace({"model": "planned"}))
+    spec = TieringOffloadingSpec(engine)
+    (tier,) = spec.tiers
+    settings = spec.settings
+    assert spec.block_bytes == setup["block_bytes"] == 512 * token_bytes
+    assert spec.num_blocks == setup["dram_blocks"]
+    assert (spec.user_config.block_size, spec.user_config.eviction_policy) == (512, "arc")
+    assert (settings.prefill_rate, settings.tokens_per_block) == (2500.0, 512)
+    assert settings.load_deadline == setup["load_deadline"]
+    assert settings.promotion_budget == setup["promotion_budget"]
+    assert tier.admission.value == setup["admission"] == "second_touch"
+    assert (int(tier.options["capacity"]), tier.options["path"]) == (setup["disk_bytes"], "/mnt/kv")
+    assert tier.options["eviction_policy"] == setup["policy"] == "arc"
 
 
 def test_says_when_nothing_reaches_the_target(trace):
