@@ -32,7 +32,7 @@ from kvtier.cli.vllm_config import check, extra_config, transfer_config
 from kvtier.errors import ConfigError, KVTierError
 from kvtier.simulator import plan_report, planner
 from kvtier.simulator.formats import load_trace
-from kvtier.simulator.planner import Plan, Prices, Target
+from kvtier.simulator.planner import Plan, Prices, Target, worth_trying
 from kvtier.simulator.report import facts
 from kvtier.simulator.runs import replay_all
 from kvtier.simulator.setup import Machine, Setup
@@ -98,7 +98,8 @@ def plan(
         option = ""
         if chosen is not None and chosen.buys:
             option = vllm_option(chosen.result.setup, machine, loaded.tokens_per_block, path)
-        found = Plan(loaded, machine, block_bytes, target, offers, chosen, option)
+        edge = planner.edge_note(offers, chosen, loaded) if chosen is not None else ""
+        found = Plan(loaded, machine, block_bytes, target, offers, chosen, option, edge)
         show(found)
         if plot is not None:
             plot.write_text(plan_report.plan_page(found), encoding="utf-8")
@@ -141,7 +142,8 @@ def setups_to_try(
         dram_blocks = [size_in_blocks("dram", text, trace, block_bytes) for text in split_list("dram", dram)]
     if disk is not None:
         disk_blocks = [size_in_blocks("disk", text, trace, block_bytes, least=0) for text in split_list("disk", disk)]
-    return planner.candidates(dram_blocks, disk_blocks, policies, block_bytes, admission)
+    setups = planner.candidates(dram_blocks, disk_blocks, policies, block_bytes, admission)
+    return setups if dram is not None or disk is not None else [setup for setup in setups if worth_trying(setup)]
 
 
 def vllm_option(setup: Setup, machine: Machine, tokens_per_block: int, path: str) -> str:
@@ -181,3 +183,5 @@ def show(found: Plan) -> None:
     if found.option:
         console.print()
         console.print(found.option, highlight=False, markup=False, soft_wrap=True)
+    if found.edge:
+        console.print(f"\n{found.edge}", highlight=False, soft_wrap=True)

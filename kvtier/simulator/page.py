@@ -51,6 +51,11 @@ def section(title: str, text: str, parts: Sequence[str]) -> str:
     return f'<h2>{escape(title)}</h2><p class="faint">{escape(text)}</p>' + "".join(parts)
 
 
+def paragraph(text: str) -> str:
+    """Return a paragraph."""
+    return f"<p>{escape(text)}</p>"
+
+
 def figures(parts: Sequence[str]) -> str:
     """Return figures side by side, where there is room."""
     return '<div class="figures">' + "".join(parts) + "</div>"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvtier.simulator.charts import Axis, Series, line_chart
-from kvtier.simulator.page import code, figures, page, section, table
+from kvtier.simulator.page import code, figures, page, paragraph, section, table
 from kvtier.simulator.planner import Offer, Plan, frontier
 from kvtier.simulator.report import NO_OFFLOADING, facts, percent, seconds
 from kvtier.simulator.results import Result
@@ -74,6 +74,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "cost_a_month_without": plan.nothing.total,
         "chosen": None if plan.chosen is None else values(plan.chosen),
         "offers": [values(offer) for offer in plan.offers],
+        "edge": plan.edge,
         "vllm": plan.option,
     }
 
@@ -91,7 +92,7 @@ def plan_page(plan: Plan) -> str:
             section(
                 "What to buy",
                 said[0].upper() + said[1:] + ("" if plan.option else "."),
-                [code(plan.option)] if plan.option else [],
+                [*([code(plan.option)] if plan.option else []), *([paragraph(plan.edge)] if plan.edge else [])],
             ),
             section(
                 "What money buys",

@@ -113,6 +113,7 @@ class Plan:
         offers: all of them, the one that buys nothing first.
         chosen: the cheapest that meets the target, None if none does.
         option: what to add to `vllm serve`; empty if nothing is to be bought or nothing meets the target.
+        edge: a line for people if the choice lies at the edge of what was tried; else empty.
     """
 
     trace: Trace
@@ -122,6 +123,7 @@ class Plan:
     offers: Sequence[Offer]
     chosen: Offer | None
     option: str
+    edge: str = ""
 
     @property
     def nothing(self) -> Offer:
@@ -165,13 +167,21 @@ def frontier(offers: Sequence[Offer], worth: Callable[[Result], float]) -> list[
 
 
 def candidate_sizes(trace: Trace, block_bytes: int) -> tuple[list[int], list[int]]:
-    """Return sizes of memory and of the disk to try, in bytes: powers of two up to all that the trace asks for."""
+    """Return sizes of memory and of the disk to try, in bytes: shares of the power of two that holds the whole trace.
+
+    Memory is tried from 1/128 of it to all of it, at least 4 blocks; the disk at none and from 1/8 to all.
+    """
     everything = trace.num_unique * block_bytes
     largest = 1 << max(0, everything - 1).bit_length()
     least = 1 << max(0, 4 * block_bytes - 1).bit_length()
-    dram = [size for size in (largest >> shift for shift in (7, 6, 5, 4, 3)) if size >= least] or [least]
+    dram = [size for size in (largest >> shift for shift in (7, 5, 4, 3, 2, 1, 0)) if size >= least] or [least]
     disk = [0, *(size for size in (largest >> shift for shift in (3, 2, 1, 0)) if size >= 2 * dram[0])]
     return dram, disk
+
+
+def worth_trying(setup: Setup) -> bool:
+    """Return whether the disk, if there is one, is so much larger than the memory that it can hold much more."""
+    return not setup.disk_blocks or setup.disk_blocks >= 2 * setup.dram_blocks
 
 
 def candidates(
@@ -181,3 +191,27 @@ def candidates(
     return [
         Setup(policy, dram, disk, block_bytes, admission) for policy in policies for dram in drams for disk in disks
     ]
+
+
+def edge_note(offers: Sequence[Offer], chosen: Offer, trace: Trace) -> str:
+    """Return a line if other sizes than those tried might be cheaper than what was chosen; else nothing."""
+    setup, tried = chosen.result.setup, [offer.result.setup for offer in offers if offer.buys]
+    if not chosen.buys:
+        return ""
+    memory = _edge(setup.dram_blocks, [other.dram_blocks for other in tried], 1, trace.num_unique)
+    disk = _edge(setup.disk_blocks, [other.disk_blocks for other in tried], 0, trace.num_unique)
+    edges = [("--dram", f"the {memory} memory"), ("--disk", f"the {disk} disk")]
+    found = [edge for edge, name in zip(edges, (memory, disk), strict=True) if name]
+    if not found:
+        return ""
+    options, what = (" and ".join(parts) for parts in zip(*found, strict=True))
+    return f"this is {what} that was tried, other sizes may be cheaper: name more with {options}"
+
+
+def _edge(chosen: int, tried: Sequence[int], least: int, most: int) -> str:
+    """Return "largest" or "smallest" if the chosen size is that of all tried, and one beyond it could matter."""
+    if not any(tried):
+        return ""  # no disk was wanted
+    if chosen == max(tried) and chosen < most:
+        return "largest"
+    return "smallest" if chosen == min(tried) and chosen > least else ""

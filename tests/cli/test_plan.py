@@ -18,6 +18,10 @@ def run(*arguments):
     return CliRunner().invoke(app, ["plan", *map(str, arguments)])
 
 
+def read(path):
+    return json.loads(path.read_text())
+
+
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory):
     path = tmp_path_factory.mktemp("trace") / "part.jsonl"
@@ -31,7 +35,7 @@ def trace(tmp_path_factory):
 def everything(trace):
     path = trace.with_name("all.json")
     assert run(trace, *PRICES, *SIZES, "--json", path).exit_code == 0
-    return json.loads(path.read_text())
+    return read(path)
 
 
 def test_without_a_target_the_cheapest_is_chosen(everything):
@@ -70,7 +74,7 @@ def test_says_to_buy_nothing_where_that_is_cheapest_or_as_cheap(trace, tmp_path,
     assert "<- buy nothing" in result.stdout
     assert "--kv-transfer-config" not in result.stdout + page.read_text()
     assert "buy nothing" in page.read_text()
-    values = json.loads(path.read_text())
+    values = read(path)
     assert values["vllm"] == ""
     assert values["chosen"] == values["offers"][0]
 
@@ -87,7 +91,7 @@ def test_the_cheapest_that_meets_the_target_is_chosen(trace, everything, tmp_pat
     path, page = tmp_path / "plan.json", tmp_path / "plan.html"
     result = run(trace, *PRICES, *SIZES, "--target-hit-rate", rates[-1], "--json", path, "--plot", page)
     assert result.exit_code == 0, result.output
-    chosen = json.loads(path.read_text())["chosen"]
+    chosen = read(path)["chosen"]
     good = [offer for offer in everything["offers"] if offer["hit_rate"] >= rates[-1]]
     assert chosen["cost_a_month"]["total"] == min(offer["cost_a_month"]["total"] for offer in good)
     text = page.read_text()
@@ -104,7 +108,7 @@ def test_the_option_configures_what_was_simulated(trace, tmp_path):
     assert result.exit_code == 0, result.output
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("--kv-transfer-config")]
     extra = json.loads(shlex.split(line)[1])["kv_connector_extra_config"]
-    setup, token_bytes = json.loads(path.read_text())["chosen"]["setup"], 128 * 1024
+    setup, token_bytes = read(path)["chosen"]["setup"], 128 * 1024
     engine = OffloadingConfig(extra, (KVCacheGroup(16),), 16 * token_bytes, Namespace({"model": "planned"}))
     spec = TieringOffloadingSpec(engine)
     (tier,) = spec.tiers
@@ -118,6 +122,40 @@ def test_the_option_configures_what_was_simulated(trace, tmp_path):
     assert tier.admission.value == setup["admission"] == "second_touch"
     assert (int(tier.options["capacity"]), tier.options["path"]) == (setup["disk_bytes"], "/mnt/kv")
     assert tier.options["eviction_policy"] == setup["policy"] == "arc"
+
+
+def test_the_sizes_tried_reach_all_of_the_trace(trace, tmp_path):
+    path = tmp_path / "plan.json"
+    assert run(trace, *PRICES, "--json", path).exit_code == 0
+    tried = {(o["setup"]["dram_bytes"] >> 30, o["setup"]["disk_bytes"] >> 30) for o in read(path)["offers"][1:]}
+    assert {dram for dram, _ in tried} == {4, 16, 32, 64, 128, 256, 512}
+    assert {disk for dram, disk in tried if dram == 4} == {0, 64, 128, 256, 512}
+    assert {disk for dram, disk in tried if dram == 128} == {0, 256, 512}
+    assert {disk for dram, disk in tried if dram == 512} == {0}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "edge"),
+    [
+        (
+            ("--dram", "1GiB,2GiB", "--disk", 0),
+            "this is the largest memory that was tried, other sizes may be",
+        ),
+        (("--dram", "2GiB", "--disk", "8GiB"), "the largest memory and the largest disk that was tried"),
+        (("--dram", "64GiB,128GiB", "--disk", "0,512GiB", "--dram-price", 1e4), "this is the smallest memory that was"),
+        (("--dram", "64GiB,unlimited", "--disk", 0), ""),
+    ],
+)
+def test_says_that_the_choice_lies_at_the_edge_of_what_was_tried(trace, tmp_path, sizes, edge):
+    path, page = tmp_path / "plan.json", tmp_path / "plan.html"
+    target = ("--target-hit-rate", 0.001, "--gpu-rate", 400)
+    result = run(trace, *PRICES, *target, *sizes, "--json", path, "--plot", page)
+    assert result.exit_code == 0, result.output
+    said = read(path)["edge"]
+    assert edge in said
+    assert bool(edge) == bool(said)
+    assert said in result.stdout
+    assert said in page.read_text()
 
 
 def test_says_when_nothing_reaches_the_target(trace):
