@@ -20,7 +20,7 @@ from kvtier.simulator.trace import Trace, TraceRequest
 from kvtier.types import ReqContext, ScheduleEndContext
 
 Progress = Callable[[float], None]
-"""Told which share of a trace has been replayed, 0 to 1."""
+"""Told which share of a trace has been replayed, 0 to 1; what it raises ends the replay."""
 
 _STEP = ScheduleEndContext()
 _STEP_EVERY = 64
@@ -86,7 +86,7 @@ class Replay:
                 self._clock.advance_to(request.time)
                 if number % _STEP_EVERY == 0 or self._has_news():
                     self._manager.on_schedule_end(_STEP)
-                    if progress is not None and number % 256 == 0:
+                    if progress is not None and number % _STEP_EVERY == 0:
                         progress(number / len(requests))
                 self._arrive(number, request)
             self._serve_until(float("inf"))

@@ -1,0 +1,94 @@
+"""Replays in several processes end when their parent ends, however it does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+EXTRACT = Path(__file__).parents[1] / "data" / "conversation_prefixes.jsonl"
+PATIENCE = 30.0
+
+
+def until(condition):
+    """Wait until a condition gives something true, and return that."""
+    deadline, pause = time.monotonic() + PATIENCE, threading.Event()
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it never came to be"
+        pause.wait(0.02)
+    return found
+
+
+def stat_of(pid):
+    """Return (parent, seconds computed) of a process, None if it has ended."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = text.rpartition(")")[2].split()
+    if fields[0] in "ZX":
+        return None
+    return int(fields[1]), int(fields[11]) / os.sysconf("SC_CLK_TCK")
+
+
+def children_of(pid):
+    """Return the children of a process: seconds computed, by their ids."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and (stat := stat_of(entry.name)) is not None and stat[0] == pid:
+            found[int(entry.name)] = stat[1]
+    return found
+
+
+@pytest.fixture(scope="module")
+def long_trace(tmp_path_factory):
+    path = tmp_path_factory.mktemp("trace") / "long.jsonl"
+    lines = [json.loads(line) for line in EXTRACT.read_text().splitlines()] * 4
+    records = [{"timestamp": 500 * n, "input_length": 512 * len(ids), "hash_ids": ids} for n, ids in enumerate(lines)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture
+def command(long_trace):
+    """A command with two workers that are computing, in a session of its own; (process, ids of all its children)."""
+    sizes = ",".join(f"{size}GiB" for size in range(64, 104))
+    words = [sys.executable, "-m", "kvtier", "simulate", str(long_trace), "--dram", sizes, "--policy", "prefix"]
+    process = subprocess.Popen([*words, "--processes", "2"], stderr=subprocess.PIPE, start_new_session=True, text=True)
+
+    def computing():
+        assert process.poll() is None, process.stderr.read()
+        seconds = sorted(children_of(process.pid).values())
+        return len(seconds) >= 2 and seconds[-2] > 1.5
+
+    until(computing)
+    children = list(children_of(process.pid))
+    yield process, children
+    for left in (process.pid, *children):
+        if stat_of(left) is not None:
+            os.kill(left, signal.SIGKILL)
+    process.communicate()
+
+
+def test_an_interrupt_ends_everything_at_once(command):
+    process, children = command
+    started = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert time.monotonic() - started < 3.0
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    until(lambda: all(stat_of(child) is None for child in children))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_outlives_its_parent(command, number):
+    process, children = command
+    process.send_signal(number)
+    process.wait(PATIENCE)
+    until(lambda: all(stat_of(child) is None for child in children))
