@@ -126,7 +126,7 @@ def _keys(body: bytes, count: int, known: dict[bytes, OffloadKey]) -> list[Offlo
 
 
 def read_recorded_trace(path: Path) -> Trace:
-    """Return a recording as requests: the blocks of each prompt in order, and those of its answer behind them.
+    """Return a recording as requests: the whole blocks of each prompt in order, those of its answer behind them.
 
     Of a model with several KV groups only the first group's blocks are taken, and the trace's note says so: what of
     the other groups an engine needs, its attention decides, and no record tells.
@@ -165,5 +165,5 @@ def read_recorded_trace(path: Path) -> Trace:
 def _as_trace_request(request: _Request, tokens_per_block: int) -> TraceRequest:
     keys = list(request.keys)
     tokens = request.num_prompt_tokens if request.num_prompt_tokens >= 0 else len(keys) * tokens_per_block
-    of_prompt = -(-tokens // tokens_per_block)
+    of_prompt = tokens // tokens_per_block  # an engine looks up whole blocks; the next one the answer filled
     return TraceRequest(request.time, keys[:of_prompt], tokens, 0, keys[of_prompt:])

@@ -21,7 +21,7 @@ class TraceRequest(NamedTuple):
 
     Attributes:
         time: of its arrival, seconds since the first one's.
-        keys: the blocks of its prompt, first block first; the last one may be filled in part.
+        keys: the blocks of its prompt, first block first; the last one may be filled in part (not in recordings).
         input_tokens, output_tokens: lengths of prompt and answer.
         answer_keys: blocks that the answer filled, where the trace knows them.
     """

@@ -62,9 +62,11 @@ class LiveEngine:
         assert set(states.values()) <= {TierState.UP}
         self.manager = self.spec.get_manager()
 
-    def serve(self, prompts, width=3):
-        """Serve prompts, `width` at a time, a step after the other, as a scheduler does."""
-        waiting = [(ReqContext(f"r{number}", num_prompt_tokens=16 * len(keys)), keys) for number, keys in prompts]
+    def serve(self, prompts, width=3, tokens=None):
+        """Serve prompts, `width` at a time, a step after the other, as a scheduler does; `tokens`: of each prompt."""
+        waiting = [
+            (ReqContext(f"r{number}", num_prompt_tokens=tokens or 16 * len(keys)), keys) for number, keys in prompts
+        ]
         live = []
         while waiting or live:
             while waiting and len(live) < width:
@@ -134,6 +136,21 @@ def test_a_recording_is_a_trace_too(tmp_path):
     assert (trace.tokens_per_block, trace.block_bytes, len(trace.requests)) == (16, BLOCK_BYTES, 60)
     assert [len(request.keys) for request in trace.requests] == [len(keys) for _, keys in served]
     assert trace.num_unique == len({key for _, keys in served for key in keys})
+
+
+@pytest.mark.parametrize(("tokens", "of_prompt"), [(40, 2), (48, 3), (10, 0)])
+def test_a_block_that_the_answer_filled_is_none_of_the_prompt(tmp_path, tokens, of_prompt):
+    engine = LiveEngine(tmp_path, LoadLog(), disks=0)
+    blocks = [make_offload_key(bytes([index]) * 32, 0) for index in range(5)]
+    engine.serve([(number, blocks) for number in range(3)], tokens=tokens)
+    engine.serve([(9, blocks)])
+    engine.close()
+    trace = load_trace(tmp_path / "live.rec")
+    assert [len(request.keys) for request in trace.requests] == [of_prompt] * 3 + [5]
+    assert [len(request.answer_keys) for request in trace.requests] == [5 - of_prompt] * 3 + [0]
+    assert [request.input_tokens for request in trace.requests] == [tokens] * 3 + [80]
+    result = Replay(trace, Setup("lru", 40, 0, BLOCK_BYTES), Machine()).run()
+    assert (result.num_accesses, result.num_hits) == (3 * of_prompt + 5, 2 * of_prompt + 5)
 
 
 @pytest.mark.parametrize("policy", ["lru", "arc", "s3fifo", "tinylfu", "prefix"])
