@@ -1,4 +1,9 @@
-"""How many bytes of KV cache one token takes, from a model's `config.json`: MHA, GQA and MLA."""
+"""How many bytes of KV cache one token takes, from a model's `config.json`: MHA, GQA, MQA and MLA.
+
+Layers with a sliding window or with chunks are counted like those with full attention: kvtier stores their blocks, too.
+Layers that keep a state instead of a cache a token (Mamba, linear attention) have no bytes a token; models with such
+are refused.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,25 @@ from typing import Any
 from kvtier.errors import ConfigError
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "fp8": 1, "int8": 1}
+
+_MOST = 1 << 31
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+_HEADS = ("num_attention_heads", "n_head")
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
+_HEAD_DIM = ("head_dim", "kv_channels")
+_CACHING_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
+_STATE_KEYS = frozenset(
+    (
+        "full_attention_interval",
+        "attn_layer_period",
+        "layers_block_type",
+        "block_types",
+        "hybrid_override_pattern",
+        "linear_attn_config",
+        "ssm_cfg",
+    )
+)
+_STATE = "layers that keep a state instead of a cache a token are not understood, no size follows for this model"
 
 
 def _gqa(layers: int, heads: int, dim: int) -> dict[str, Any]:
@@ -47,7 +71,7 @@ class Geometry:
 
     Attributes:
         name: of the model, for people.
-        kind: "MHA", "GQA" or "MLA".
+        kind: "MHA", "GQA", "MQA" or "MLA".
         num_layers: layers that keep a cache.
         layer_elements: numbers that one layer keeps of one token.
         element_bytes: bytes of each.
@@ -81,7 +105,7 @@ def find_geometry(model: str, kv_dtype: str = "auto") -> Geometry:
     if path.is_file():
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise ConfigError("model", model, f"no readable config.json: {error}") from None
         if not isinstance(config, dict):
             raise ConfigError("model", model, "a JSON object expected")
@@ -101,28 +125,67 @@ def geometry_of(name: str, config: Mapping[str, Any], kv_dtype: str = "auto") ->
     text = config.get("text_config")
     if isinstance(text, Mapping):
         config = {**config, **text}
-    layers = _count(config, "num_hidden_layers", "n_layer")
+    _check_every_layer_caches(config)
+    layers = _count(config, *_LAYERS)
     dtype = kv_dtype if kv_dtype != "auto" else str(config.get("torch_dtype") or config.get("dtype") or "bfloat16")
     if dtype not in DTYPE_BYTES:
         raise ConfigError("kv_dtype", dtype, f"one of {', '.join(DTYPE_BYTES)}")
     if config.get("kv_lora_rank"):
         elements = _count(config, "kv_lora_rank") + _count(config, "qk_rope_head_dim")
         return Geometry(name, "MLA", layers, elements, DTYPE_BYTES[dtype])
-    if config.get("num_key_value_heads") and config.get("head_dim"):
-        kv_heads = _count(config, "num_key_value_heads")
-        heads = int(config.get("num_attention_heads") or 0)
-        kind = "MHA" if kv_heads == heads else "GQA"
-        return Geometry(name, kind, layers, 2 * kv_heads * _count(config, "head_dim"), DTYPE_BYTES[dtype])
-    heads = _count(config, "num_attention_heads", "n_head")
-    kv_heads = int(config.get("num_key_value_heads") or heads)
-    dim = int(config.get("head_dim") or _count(config, "hidden_size", "n_embd") // heads)
-    kind = "MHA" if kv_heads == heads else "GQA"
+    heads, kv_heads = _heads(config)
+    dim = _optional_count(config, *_HEAD_DIM)
+    if dim is None:
+        dim = _quotient("hidden_size", _count(config, "hidden_size", "n_embd"), heads or _count(config, *_HEADS))
+    kind = "MHA" if kv_heads == heads else "MQA" if kv_heads == 1 else "GQA"
     return Geometry(name, kind, layers, 2 * kv_heads * dim, DTYPE_BYTES[dtype])
 
 
-def _count(config: Mapping[str, Any], *names: str) -> int:
+def _heads(config: Mapping[str, Any]) -> tuple[int | None, int]:
+    """Return the numbers of query heads, None if the config does not say, and of KV heads."""
+    heads = _optional_count(config, *_HEADS)
+    if config.get("multi_query") and not config.get("new_decoder_architecture"):
+        return heads, 1  # Falcon and GPT-BigCode, whatever else they say
+    groups = _optional_count(config, "multi_query_group_num") if config.get("multi_query_attention") else None
+    kv_heads = groups or _optional_count(config, *_KV_HEADS) or heads or _count(config, *_HEADS)
+    if heads is not None:
+        _quotient("num_attention_heads", heads, kv_heads)
+    return heads, kv_heads
+
+
+def _check_every_layer_caches(config: Mapping[str, Any]) -> None:
+    """Refuse models some of whose layers keep a state and no cache a token.
+
+    Raises:
+        ConfigError: the first key that says so.
+    """
+    for key, value in config.items():
+        if value and (key in _STATE_KEYS or key.startswith("mamba_")):
+            raise ConfigError(key, value, _STATE)
+    types = config.get("layer_types") or []
+    if not isinstance(types, list) or any(kind not in _CACHING_LAYERS for kind in types):
+        raise ConfigError("layer_types", types, f"a list of {', '.join(_CACHING_LAYERS)}; {_STATE}")
+
+
+def _quotient(name: str, value: int, divisor: int) -> int:
+    if value % divisor:
+        raise ConfigError(name, value, f"a multiple of {divisor}, since heads are equal")
+    return value // divisor
+
+
+def _optional_count(config: Mapping[str, Any], *names: str) -> int | None:
     for name in names:
         value = config.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
-    raise ConfigError(names[0], None, "the model's config.json must say it, an int above 0")
+        if value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _MOST:
+            raise ConfigError(name, value, "in the model's config.json: an int above 0 expected")
+        return value
+    return None
+
+
+def _count(config: Mapping[str, Any], *names: str) -> int:
+    value = _optional_count(config, *names)
+    if value is None:
+        raise ConfigError(names[0], None, "the model's config.json must say it, an int above 0")
+    return value
