@@ -167,9 +167,9 @@ def vllm_option(setup: Setup, machine: Machine, tokens_per_block: int, path: str
 
 def show(found: Plan) -> None:
     """Print the frontier, the choice and the option."""
-    console = Console()
+    console = Console(markup=False, emoji=False, highlight=False)
     for line in facts(found.trace, found.block_bytes, found.machine):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
     for index, name in enumerate(plan_report.HEADER):
         table.add_column(name, justify="left" if index in (0, len(plan_report.HEADER) - 1) else "right")
@@ -177,11 +177,11 @@ def show(found: Plan) -> None:
         table.add_row(*plan_report.offer_row(offer, found.chosen), style=None if offer.buys else "dim")
     count = len(found.offers) - 1
     heading = f"of {count} configurations, those that find more than any other for what memory and disk cost:"
-    console.print(f"\n{heading}\n", highlight=False, soft_wrap=True)
+    console.print(f"\n{heading}\n", soft_wrap=True)
     Console(width=max(console.width, 140)).print(table)
-    console.print(f"\n{plan_report.advice(found)}", highlight=False, soft_wrap=True)
+    console.print(f"\n{plan_report.advice(found)}", soft_wrap=True)
     if found.option:
         console.print()
-        console.print(found.option, highlight=False, markup=False, soft_wrap=True)
+        console.print(found.option, soft_wrap=True)
     if found.edge:
-        console.print(f"\n{found.edge}", highlight=False, soft_wrap=True)
+        console.print(f"\n{found.edge}", soft_wrap=True)

@@ -184,9 +184,9 @@ def curve_setups(trace: Trace, setups: list[Setup]) -> list[Setup]:
 
 def show(trace: Trace, machine: Machine, block_bytes: int, results: list[Result]) -> None:
     """Print the table."""
-    console = Console()
+    console = Console(markup=False, emoji=False, highlight=False)
     for line in report.facts(trace, block_bytes, machine):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, name in enumerate(report.HEADER):
         table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvtier.abc import SecondaryTierManager
-from kvtier.errors import BlockNotReadyError
+from kvtier.errors import BlockNotReadyError, KVTierError
 from kvtier.events import BlocksLoaded, Event, Observers, TierState
 from kvtier.keys import OffloadKey
 from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
@@ -232,10 +232,12 @@ def repeat(path: Path) -> Repeated:
         ConfigError: a policy that is not registered here.
     """
     header, records = read_recording(path)
-    repeater = Repeater(header)
     try:
+        repeater = Repeater(header)
         for record in records:
             repeater.take(record)
-    except (struct.error, IndexError) as error:
+    except KVTierError:
+        raise
+    except (struct.error, IndexError, ValueError, MemoryError) as error:
         raise TraceError(f"{path}: a damaged recording ({error})") from None
     return repeater.found

@@ -7,6 +7,7 @@ alibaba-edu/qwen-bailian-usagetraces-anon (16 tokens a block, seconds); callanjf
 from __future__ import annotations
 
 import math
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
+from kvtier.errors import ConfigError
 from kvtier.simulator.recording import is_recording, read_recorded_trace
 from kvtier.simulator.trace import KeyMaker, Trace, TraceError, TraceRequest, in_order
 from kvtier.simulator.weka import WekaConversation, weka_requests
@@ -54,9 +56,15 @@ def load_trace(path: Path, tokens_per_block: int | None = None, conversation_gap
         conversation_gap: seconds between the starts of two WEKA conversations, whose times are their own.
 
     Raises:
+        ConfigError: a gap below 0, or without end.
         TraceError: no such file, nothing in it, an unknown format, or a line that is none; the message names it.
     """
-    trace = _load(path, conversation_gap)
+    if not 0 <= conversation_gap < math.inf:
+        raise ConfigError("conversation_gap", conversation_gap, "0 seconds or more, a finite number")
+    try:
+        trace = _load(path, conversation_gap)
+    except RecursionError:
+        raise TraceError(f"{path}: nested too deep") from None
     if not any(request.keys for request in trace.requests):
         raise TraceError(f"{path}: no request in it asks for a block")
     return trace if tokens_per_block is None else replace(trace, tokens_per_block=tokens_per_block)
@@ -97,14 +105,16 @@ def _numbered_documents(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield (number of its line, JSON text): a document a line or, where the first line is none, the whole file."""
     try:
         with path.open("rb") as file:
+            begin = len(BOM_UTF8) if file.read(len(BOM_UTF8)) == BOM_UTF8 else 0
+            file.seek(begin)
             first = next((line for line in file if line.strip()), b"")
-            file.seek(0)
+            file.seek(begin)
             if not _is_json(first):
                 whole = file.read()
                 if _is_json(whole):
                     yield 1, whole
                     return
-                file.seek(0)
+                file.seek(begin)
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield number, line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -35,13 +36,13 @@ class Prices:
         """Check the prices.
 
         Raises:
-            ConfigError: one is below 0, or the months are not above 0.
+            ConfigError: one is below 0, the months are not above 0, or one is without end.
         """
         for name in ("gpu_hour", "dram_gib", "disk_gib"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(name, getattr(self, name), "0 or more")
-        if not self.months > 0:
-            raise ConfigError("months", self.months, "above 0")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(name, getattr(self, name), "0 or more, a finite number")
+        if not 0 < self.months < math.inf:
+            raise ConfigError("months", self.months, "above 0, a finite number")
 
 
 @dataclass(frozen=True)

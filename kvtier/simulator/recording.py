@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import math
+import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -66,15 +68,25 @@ class _Request:
 
 
 def is_recording(path: Path) -> bool:
-    """Return whether a file begins as a recording does."""
+    """Return whether a file begins as a recording does, or as one that was cut or damaged there."""
     try:
-        with path.open("rb") as file:
-            if file.read(2) != _GZIP:
-                return False
-        with gzip.open(path, "rb") as file:
-            return file.read(len(MAGIC)) == MAGIC
-    except (OSError, EOFError, zlib.error):
+        with path.open("rb") as raw:
+            begin = raw.read(len(_GZIP))
+            if begin != _GZIP:
+                return begin == _GZIP[:1]
+            raw.seek(0)
+            with gzip.GzipFile(fileobj=raw) as file:
+                return MAGIC.startswith(_readable(file, len(MAGIC)))
+    except OSError:
         return False
+
+
+def _readable(file: gzip.GzipFile, size: int) -> bytes:
+    """Return at most `size` bytes, fewer where the file is cut or damaged."""
+    try:
+        return file.read(size)
+    except (OSError, EOFError, zlib.error):
+        return b""
 
 
 def read_recording(path: Path) -> tuple[Header, Iterator[Record]]:
@@ -85,10 +97,13 @@ def read_recording(path: Path) -> tuple[Header, Iterator[Record]]:
     """
     file = gzip.open(path, "rb")  # noqa: SIM115 - the iterator closes it
     try:
-        if file.read(len(MAGIC)) != MAGIC:
+        begin = file.read(len(MAGIC))
+        if not MAGIC.startswith(begin):
             raise TraceError(f"{path}: no recording of kvtier")
+        if begin != MAGIC:
+            raise EOFError("it was cut")
         header = msgspec.json.decode(file.read(LENGTH.unpack(file.read(LENGTH.size))[0]), type=Header)
-    except (OSError, EOFError, zlib.error, msgspec.DecodeError, ValueError) as error:
+    except (OSError, EOFError, zlib.error, struct.error, msgspec.DecodeError, ValueError) as error:
         file.close()
         raise TraceError(f"{path}: a recording whose beginning cannot be read ({error})") from None
     return header, _records(file)
@@ -132,9 +147,32 @@ def read_recorded_trace(path: Path) -> Trace:
     the other groups an engine needs, its attention decides, and no record tells.
 
     Raises:
-        TraceError: as `read_recording`, or no request in it.
+        TraceError: as `read_recording`, a damaged record, or no request in it.
     """
     header, records = read_recording(path)
+    try:
+        order, num_groups = _requests_in(records)
+    except struct.error as error:
+        raise TraceError(f"{path}: a damaged recording ({error})") from None
+    requests = [_as_trace_request(request, header.tokens_per_block) for request in order if request.keys]
+    if not requests:
+        raise TraceError(f"{path}: a recording without requests")
+    if not all(math.isfinite(request.time) for request in requests):
+        raise TraceError(f"{path}: a damaged recording (a time that is none)")
+    requests.sort(key=lambda request: request.time)
+    first = requests[0].time
+    shifted = [request._replace(time=request.time - first) for request in requests]
+    note = f"of {num_groups} KV groups only the first is replayed: neither hits nor bytes count the others"
+    name, tokens = "kvtier recording", header.tokens_per_block
+    return Trace(path.name, name, tokens, shifted, header.block_bytes, note if num_groups > 1 else "")
+
+
+def _requests_in(records: Iterable[Record]) -> tuple[list[_Request], int]:
+    """Return the requests in the order of their arrival, with the first group's blocks, and the number of groups.
+
+    Raises:
+        struct.error: a damaged record.
+    """
     live: dict[int, _Request] = {}
     order: list[_Request] = []
     others: set[bytes] = set()
@@ -151,15 +189,7 @@ def read_recorded_trace(path: Path) -> Trace:
             found.keys.update(dict.fromkeys(key for key in record.keys if not any(key[-GROUP_BYTES:])))
         elif record.kind == b"E":
             live.pop(record.request, None)
-    requests = [_as_trace_request(request, header.tokens_per_block) for request in order if request.keys]
-    if not requests:
-        raise TraceError(f"{path}: a recording without requests")
-    requests.sort(key=lambda request: request.time)
-    first = requests[0].time
-    shifted = [request._replace(time=request.time - first) for request in requests]
-    note = f"of {1 + len(others)} KV groups only the first is replayed: neither hits nor bytes count the others"
-    name, tokens = "kvtier recording", header.tokens_per_block
-    return Trace(path.name, name, tokens, shifted, header.block_bytes, note if others else "")
+    return order, 1 + len(others)
 
 
 def _as_trace_request(request: _Request, tokens_per_block: int) -> TraceRequest:

@@ -67,7 +67,7 @@ class Replay:
         self.outcomes: list[Outcome] = []
         self._trace, self._setup, self._machine = trace, setup, machine
         self._loads = LoadLog()
-        self._engine = SimulatedEngine(setup, machine, trace.tokens_per_block, self._loads)
+        self._engine = SimulatedEngine(setup.limited_to(trace.num_kept), machine, trace.tokens_per_block, self._loads)
         self._manager, self._clock = self._engine.manager, self._engine.clock
         self._waiting: list[_Waiting] = []
         self._load_seconds = setup.block_bytes / machine.host_bandwidth

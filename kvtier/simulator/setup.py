@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from kvtier.errors import ConfigError
 from kvtier.events import Observer, Observers
@@ -37,13 +38,13 @@ class Machine:
         """Check the speeds.
 
         Raises:
-            ConfigError: one is not above 0 (the latency: below 0).
+            ConfigError: one is not above 0 (the latency: below 0), or without end.
         """
         for name in ("prefill_rate", "host_bandwidth", "disk_read", "disk_write"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(name, getattr(self, name), "above 0")
-        if not self.disk_latency >= 0:
-            raise ConfigError("disk_latency", self.disk_latency, "0 seconds or more")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(name, getattr(self, name), "above 0, a finite number")
+        if not 0 <= self.disk_latency < math.inf:
+            raise ConfigError("disk_latency", self.disk_latency, "0 seconds or more, a finite number")
 
     @property
     def disk(self) -> DeviceSpeed:
@@ -71,6 +72,11 @@ class Setup:
     admission: Admission = Admission.ALWAYS
     load_deadline: float = TieringSettings.load_deadline
     promotion_budget: float = TieringSettings.promotion_budget
+
+    def limited_to(self, num_blocks: int) -> Setup:
+        """Return the setup with at most so many slots a tier: a tier that holds all blocks of a trace never evicts."""
+        most = max(1, num_blocks)
+        return replace(self, dram_blocks=min(self.dram_blocks, most), disk_blocks=min(self.disk_blocks, most))
 
     @property
     def dram_bytes(self) -> int:

@@ -16,7 +16,8 @@ def size_in_blocks(name: str, text: str, trace: Trace, block_bytes: int, least: 
 
     Args:
         name: of the option, for the error.
-        text: bytes ("8GiB"), a share of the trace's different blocks ("5%"), "unlimited", or "0" if `least` is 0.
+        text: bytes ("8GiB"), a share of the trace's different blocks ("5%"), "unlimited", or, if `least` is 0, none
+            ("0", "0GiB", "0%", "none").
 
     Raises:
         ConfigError: not a size, or one that does not hold `least` blocks.
@@ -24,23 +25,27 @@ def size_in_blocks(name: str, text: str, trace: Trace, block_bytes: int, least: 
     text = text.strip()
     if text.lower() == UNLIMITED:
         return max(1, trace.num_unique)
-    if text in ("0", "none") and not least:
+    if text.lower() == "none" and not least:
         return 0
     if text.endswith("%"):
-        blocks = int(trace.num_unique * _percent(name, text) / 100)
+        size: float = _percent(name, text, least)
+        blocks = int(trace.num_unique * size / 100)
     else:
-        blocks = parse_size(name, int(text) if text.isdigit() else text) // block_bytes
+        size = parse_size(name, text, least)
+        blocks = size // block_bytes
+    if not size and not least:
+        return 0
     if blocks < max(1, least):
         raise ConfigError(name, text, f"at least {block_bytes:,} bytes, one block of {trace.tokens_per_block} tokens")
     return blocks
 
 
-def _percent(name: str, text: str) -> float:
+def _percent(name: str, text: str, least: int) -> float:
     try:
         percent = float(text[:-1])
     except ValueError:
         percent = -1.0
-    if not 0 < percent <= 100:
+    if not 0 <= percent <= 100 or (least and not percent):
         raise ConfigError(name, text, "a share of the trace's blocks: above 0% and at most 100%")
     return percent
 

@@ -63,6 +63,11 @@ class Trace:
         return len({key for request in self.requests for key in request.keys})
 
     @cached_property
+    def num_kept(self) -> int:
+        """Different blocks, those of answers included: what a cache without limit holds at the end."""
+        return len({key for request in self.requests for key in (*request.keys, *request.answer_keys)})
+
+    @cached_property
     def num_ideal_hits(self) -> int:
         """Blocks that a prefix cache without limit has when they are asked for: those that came before, in a row."""
         seen: set[OffloadKey] = set()

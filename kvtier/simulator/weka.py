@@ -55,9 +55,9 @@ def weka_requests(conversations: Sequence[tuple[str, WekaConversation]], gap: fl
 
 def _has_earlier(requests: Sequence[WekaRequest]) -> bool:
     return any(
-        nested.t < request.t or _has_earlier(request.requests or ())
+        any(nested.t < request.t for nested in request.requests) or _has_earlier(request.requests)
         for request in requests
-        for nested in request.requests or ()
+        if request.requests
     )
 
 

@@ -168,6 +168,9 @@ def test_says_when_nothing_reaches_the_target(trace):
     ("arguments", "complaint"),
     [
         (("--gpu-rate", -1), "gpu_hour=-1.0: 0 or more"),
+        (("--gpu-rate", "inf"), "gpu_hour=inf: 0 or more, a finite number"),
+        (("--gpu-rate", "nan"), "gpu_hour=nan"),
+        (("--prefill-rate", "inf"), "prefill_rate=inf"),
         (("--months", 0), "months=0.0: above 0"),
         (("--target-hit-rate", 36), "target_hit_rate=36.0: above 0 and at most 1"),
         (("--target-ttft-p95", 0), "target_ttft_p95=0.0"),

@@ -128,6 +128,13 @@ def test_processes_give_the_same_as_one(trace, tmp_path):
         (("--model", "no-such"), "model='no-such'"),
         (("--prefill-rate", "0"), "prefill_rate=0.0: above 0"),
         (("--disk-read", "slow"), "disk_read='slow'"),
+        (("--dram", "²"), "dram='²'"),
+        (("--dram", "9" * 5000), "an int or a string like"),
+        (("--dram", "0"), "dram='0'"),
+        (("--prefill-rate", "inf"), "prefill_rate=inf: above 0, a finite number"),
+        (("--prefill-rate", "nan"), "prefill_rate=nan"),
+        (("--disk-latency", "inf"), "disk_latency=inf"),
+        (("--conversation-gap", "inf"), "conversation_gap=inf"),
     ],
 )
 def test_refuses_what_cannot_be_simulated(trace, arguments, complaint):
@@ -135,6 +142,32 @@ def test_refuses_what_cannot_be_simulated(trace, arguments, complaint):
     assert (result.exit_code, result.stdout) == (2, "")
     assert complaint in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("disk", ["0", "none", "0GiB", "0%", "0B", "0.0%"])
+def test_no_disk_by_every_name(trace, tmp_path, disk):
+    path = tmp_path / "values.json"
+    result = run(trace, "--disk", disk, "--json", path)
+    assert result.exit_code == 0, result.output
+    assert json.loads(path.read_text())["results"][0]["setup"]["disk_blocks"] == 0
+
+
+def test_memory_larger_than_any_machine_has(trace, tmp_path):
+    path, found = tmp_path / "values.json", []
+    for size in ("unlimited", "10000000TiB"):
+        result = run(trace, "--dram", size, "--disk", size, "--json", path)
+        assert result.exit_code == 0, result.output
+        found.append(json.loads(path.read_text())["results"][0])
+    assert found[1]["setup"]["dram_bytes"] == found[1]["setup"]["disk_bytes"] == 10_000_000 << 40
+    assert found[0]["hits"] == found[1]["hits"]
+    assert found[0]["first_token"] == found[1]["first_token"]
+
+
+@pytest.mark.parametrize("name", ["[red]trace.jsonl", ":smile:[/]"])
+def test_a_name_prints_whole(trace, tmp_path, name):
+    path = tmp_path / name.replace("/", "-")
+    path.write_bytes(trace.read_bytes())
+    assert path.name in run(path).stdout
 
 
 def test_names_the_broken_line(tmp_path):

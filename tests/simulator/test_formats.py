@@ -120,6 +120,29 @@ def test_what_is_no_trace_is_refused_with_its_place(tmp_path, text, complaint):
     assert "\n" not in str(caught.value)
 
 
+def test_a_byte_order_mark_is_no_part_of_a_trace(tmp_path):
+    for name, text in (("a.jsonl", json.dumps(MOONCAKE[0])), ("b.json", json.dumps(WEKA, indent=1))):
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8-sig")
+        assert load_trace(path).requests
+
+
+def deep(path, depth):
+    inner = '{"t":0,"in":5,"hash_ids":[1]}'
+    path.write_text('{"requests":[' + '{"t":0,"requests":[' * depth + inner + "]}" * depth + "]}")
+    return path
+
+
+def test_sub_agents_nest(tmp_path):
+    assert len(load_trace(deep(tmp_path / "deep.json", 100)).requests) == 1
+
+
+@pytest.mark.parametrize("depth", [900, 100_000])
+def test_sub_agents_nested_too_deep_are_refused(tmp_path, depth):
+    with pytest.raises(TraceError, match=r"deep\.json: nested too deep"):
+        load_trace(deep(tmp_path / "deep.json", depth))
+
+
 def test_missing_files_and_folders_are_refused(tmp_path):
     with pytest.raises(TraceError, match="No such file"):
         load_trace(tmp_path / "none.jsonl")

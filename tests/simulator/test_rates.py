@@ -1,6 +1,7 @@
 """Replays give the rates and the misses that independent code gives."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,19 @@ def test_lru_equals_the_textbook_request_by_request(extract, capacity):
         for key in reversed(missing):
             cache.order[key] = None
     assert run(extract, capacity).num_hits == hits
+
+
+@pytest.mark.parametrize("policy", POLICIES.names())
+def test_slots_that_no_block_can_use_change_nothing(extract, policy, monkeypatch):
+    few = Trace("few", "test", 512, extract.requests[:150])
+    sizes = [(few.num_kept + more, few.num_kept + 7 * more) for more in (1, 5000)] + [(300, 3 * few.num_kept)]
+    limited = [run(few, *size, policy, Machine(disk_read=50e9)) for size in sizes]
+    monkeypatch.setattr(Setup, "limited_to", lambda setup, _: setup)
+    for size, result in zip(sizes, limited, strict=True):
+        assert replace(run(few, *size, policy, Machine(disk_read=50e9)), replay_seconds=0.0) == replace(
+            result, replay_seconds=0.0
+        )
+        assert (result.setup.dram_blocks, result.setup.disk_blocks) == size
 
 
 GOLDEN = {

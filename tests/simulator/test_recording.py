@@ -9,7 +9,7 @@ import time
 import pytest
 
 from kvtier import KVCacheGroup, Namespace, OffloadingConfig, create_spec, make_offload_key
-from kvtier.errors import ConfigError
+from kvtier.errors import ConfigError, KVTierError
 from kvtier.events import BlocksLoaded, RequestGaveUp, TierState
 from kvtier.keys import MAX_KEY_BYTES
 from kvtier.simulator.again import repeat
@@ -20,7 +20,7 @@ from kvtier.simulator.report import facts
 from kvtier.simulator.setup import Machine, Setup
 from kvtier.simulator.trace import Trace, TraceError, TraceRequest
 from kvtier.spec.tiering import TieringOffloadingSpec
-from kvtier.tiering.record_writer import FRAME, LENGTH
+from kvtier.tiering.record_writer import FRAME, HASH_BYTES, LENGTH, MAGIC, RECORD
 from kvtier.types import LookupResult, ReqContext, ScheduleEndContext
 
 BLOCK_BYTES = 4096
@@ -247,6 +247,52 @@ def test_refuses_what_is_no_recording(tmp_path):
     path.write_bytes(gzip.compress(b"something else"))
     with pytest.raises(TraceError, match="no recording"):
         repeat(path)
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    engine = LiveEngine(tmp_path, LoadLog())
+    engine.serve(prompts(12))
+    engine.close()
+    return tmp_path / "live.rec"
+
+
+@pytest.mark.parametrize("size", [1, 2, 9, 12, 20, 30])
+def test_a_recording_cut_in_its_first_bytes_is_said_to_be_one(recorded, size):
+    recorded.write_bytes(recorded.read_bytes()[:size])
+    with pytest.raises(TraceError, match="a recording whose beginning cannot be read"):
+        load_trace(recorded)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_flipped_bit_raises_no_foreign_error(recorded, compressed):
+    whole, chance = recorded.read_bytes(), random.Random(5)
+    whole = whole if compressed else gzip.decompress(whole)
+    complaints = set()
+    for _ in range(250):
+        damaged = bytearray(whole)
+        damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
+        recorded.write_bytes(damaged if compressed else gzip.compress(damaged, 1))
+        for read in (load_trace, repeat):
+            try:
+                read(recorded)
+            except KVTierError as error:
+                complaints.add(str(error).partition(": ")[2])
+    assert any("damaged" in said or "cannot be read" in said or "no recording" in said for said in complaints)
+
+
+def test_a_record_of_another_size_is_damage(recorded):
+    whole = bytearray(gzip.decompress(recorded.read_bytes()))
+    start = len(MAGIC) + LENGTH.size + LENGTH.unpack_from(whole, len(MAGIC))[0]
+    while whole[start : start + 1] != b"N":
+        _, _, _, num_extra, num_keys, has_groups = RECORD.unpack_from(whole, start)
+        start += RECORD.size + num_extra + num_keys * (HASH_BYTES + 2 * has_groups)
+    fields = list(RECORD.unpack_from(whole, start))
+    fields[3] += 1
+    RECORD.pack_into(whole, start, *fields)
+    recorded.write_bytes(gzip.compress(whole))
+    with pytest.raises(TraceError, match="a damaged recording"):
+        load_trace(recorded)
 
 
 def test_the_options_are_checked():
