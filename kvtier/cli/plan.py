@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kvtier.cli.outputs import check_outputs
 from kvtier.cli.simulate import (
     GapOption,
     HostOption,
@@ -81,10 +82,11 @@ def plan(
 
     To buy nothing is an offer like the others, and then there is no option to print.
 
-    Exit code 0: there is one. 1: none of those tried meets the target. 2: a trace, a model, a price or a size cannot
-    be used; one line says why.
+    Exit code 0: there is one. 1: none of those tried meets the target. 2: a trace, a model, a price, a size or a
+    file to write cannot be used; one line says why.
     """
     try:
+        check_outputs(plot, json_path)
         prices = Prices(gpu_rate, dram_price, disk_price, months)
         target = make_target(target_hit_rate, target_ttft_p95, max_drive_writes)
         machine = make_machine(prefill_rate, host_bandwidth, disk_read, disk_write, disk_latency)

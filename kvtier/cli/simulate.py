@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kvtier.cli.outputs import check_outputs
 from kvtier.cli.simulate_progress import tracked
 from kvtier.errors import KVTierError
 from kvtier.registry import POLICIES
@@ -75,12 +76,14 @@ def simulate(
 ) -> None:
     """Replay a trace through kvtier's own manager, policies and admission, in simulated time.
 
-    Exit code 0: the table is printed. 2: a trace, a size, a policy or a speed cannot be used; one line says why.
+    Exit code 0: the table is printed. 2: a trace, a size, a policy, a speed or a file to write cannot be used; one
+    line says why.
     """
     try:
         if as_recorded:
             show_repeated(trace)
             return
+        check_outputs(plot, json_path)
         machine = make_machine(prefill_rate, host_bandwidth, disk_read, disk_write, disk_latency)
         loaded = load_trace(trace, tokens_per_block, conversation_gap)
         block_bytes = block_bytes_of(loaded, model, kv_dtype)
