@@ -11,13 +11,17 @@ _WIDTH, _HEIGHT = 560.0, 320.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66.0, 14.0, 12.0, 44.0
 _NUM_COLOURS = 8
 
+_DASHES = ((), (9.0, 3.0), (2.0, 3.0), (9.0, 3.0, 2.0, 3.0), (14.0, 3.0, 2.0, 3.0, 2.0, 3.0))
+"""Lengths of strokes and gaps: one pattern a round of colours, so that forty lines can be told apart."""
+_REFERENCE = (5.0, 5.0)
+
 Point = tuple[float, float]
 Format = Callable[[float], str]
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart; `dashed` ones are references, `points` only where `line` is False."""
+    """One line of a chart; `dashed` ones are references in the text's colour, `line` False: points only."""
 
     name: str
     points: Sequence[Point]
@@ -76,18 +80,44 @@ def _log_ticks(low: float, high: float) -> list[float]:
 def line_chart(title: str, x: Axis, y: Axis, series: Sequence[Series]) -> str:
     """Return a figure with one line (or cloud of points) a series and a legend."""
     drawn = [_frame(x, y)]
-    for index, one in enumerate(series):
-        colour = f"var(--c{index % _NUM_COLOURS})"
+    looks = [_look(index, one.dashed) for index, one in enumerate(series)]
+    for one, look in zip(series, looks, strict=True):
         spots = [(_x(x, a), _y(y, b)) for a, b in one.points]
         if one.line and len(spots) > 1:
             path = " ".join(f"{a:.1f},{b:.1f}" for a, b in spots)
-            dashes = ' stroke-dasharray="6 4"' if one.dashed else ""
-            drawn.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dashes}/>')
+            dashes = f' stroke-dasharray="{" ".join(f"{length:g}" for length in look.dashes)}"' if look.dashes else ""
+            drawn.append(f'<polyline points="{path}" fill="none" stroke="{look.colour}" stroke-width="2"{dashes}/>')
         if not one.dashed and len(spots) <= 40:
             drawn += [
-                _spot(a, b, colour, one.name, x, y, point) for (a, b), point in zip(spots, one.points, strict=True)
+                _spot(a, b, look.colour, one.name, x, y, point) for (a, b), point in zip(spots, one.points, strict=True)
             ]
-    return _figure(title, drawn, [(one.name, index) for index, one in enumerate(series)])
+    return _figure(title, drawn, [(one.name, look) for one, look in zip(series, looks, strict=True)])
+
+
+@dataclass(frozen=True)
+class _Look:
+    """How a line is drawn, in a chart and in its legend."""
+
+    colour: str
+    dashes: Sequence[float] = ()
+
+    @property
+    def swatch(self) -> str:
+        """A background for the legend: the line's own strokes and gaps."""
+        if not self.dashes:
+            return self.colour
+        stops, at = [], 0.0
+        for index, length in enumerate(self.dashes):
+            colour = "transparent" if index % 2 else self.colour
+            stops.append(f"{colour} {at:g}px {at + length:g}px")
+            at += length
+        return f"repeating-linear-gradient(90deg,{','.join(stops)})"
+
+
+def _look(index: int, is_reference: bool = False) -> _Look:
+    if is_reference:
+        return _Look("var(--text)", _REFERENCE)
+    return _Look(f"var(--c{index % _NUM_COLOURS})", _DASHES[index // _NUM_COLOURS % len(_DASHES)])
 
 
 def area_chart(
@@ -109,7 +139,7 @@ def area_chart(
             f'<polygon points="{path}" fill="var(--c{_AREAS[index]})" fill-opacity="{0.25 if index == 2 else 0.8}"/>'
         )
         below = above
-    return _figure(title, drawn, [(name, _AREAS[index]) for index, name in enumerate(names)])
+    return _figure(title, drawn, [(name, _look(_AREAS[index])) for index, name in enumerate(names)])
 
 
 _AREAS = (0, 2, 7)
@@ -148,11 +178,8 @@ def _frame(x: Axis, y: Axis) -> str:
     return "".join(parts)
 
 
-def _figure(title: str, drawn: Sequence[str], legend: Sequence[tuple[str, int]]) -> str:
-    entries = "".join(
-        f'<span><i style="background:var(--c{colour % _NUM_COLOURS})"></i>{escape(name)}</span>'
-        for name, colour in legend
-    )
+def _figure(title: str, drawn: Sequence[str], legend: Sequence[tuple[str, _Look]]) -> str:
+    entries = "".join(f'<span><i style="background:{look.swatch}"></i>{escape(name)}</span>' for name, look in legend)
     view = f'<svg viewBox="0 0 {_WIDTH:.0f} {_HEIGHT:.0f}" role="img" aria-label="{escape(title)}">'
     caption = f"<figcaption>{escape(title)}</figcaption>"
     return f"<figure>{caption}{view}" + "".join(drawn) + f'</svg><div class="legend">{entries}</div></figure>'

@@ -23,8 +23,8 @@ figcaption { font-weight: 600; padding: 0 .25rem .35rem; }
 svg { display: block; width: 100%; height: auto; } svg text { fill: var(--faint); font-size: 12px; }
 svg .axis { stroke: var(--line); fill: none; } svg .note { fill: var(--text); }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; padding: .35rem .25rem 0; font-size: .85rem; }
-.legend i { display: inline-block; width: .8rem; height: .8rem; border-radius: .2rem; margin-right: .35rem;
-  vertical-align: -.1rem; }
+.legend i { display: inline-block; width: 1.9rem; height: .35rem; border-radius: .1rem; margin-right: .35rem;
+  vertical-align: .15rem; }
 .table { overflow-x: auto; } table { border-collapse: collapse; font-size: .88rem; width: 100%;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .5rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
@@ -54,6 +54,11 @@ def section(title: str, text: str, parts: Sequence[str]) -> str:
 def paragraph(text: str) -> str:
     """Return a paragraph."""
     return f"<p>{escape(text)}</p>"
+
+
+def remarks(lines: Sequence[str]) -> str:
+    """Return lines below each other, faint, each ended like a sentence."""
+    return '<p class="faint">' + "<br>".join(f"{escape(line)}." for line in lines) + "</p>"
 
 
 def figures(parts: Sequence[str]) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvtier.simulator.charts import Axis, Series, line_chart
-from kvtier.simulator.page import code, figures, page, paragraph, section, table
+from kvtier.simulator.page import code, figures, page, paragraph, remarks, section, table
 from kvtier.simulator.planner import Offer, Plan, frontier
-from kvtier.simulator.report import NO_OFFLOADING, facts, percent, seconds
+from kvtier.simulator.report import NO_OFFLOADING, facts, percent, seconds, trace_json
 from kvtier.simulator.results import Result
 from kvtier.sizes import format_size
 
@@ -71,6 +71,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         return {"cost_a_month": costs, **offer.result.to_json()}
 
     return {
+        "trace": trace_json(plan.trace),
         "cost_a_month_without": plan.nothing.total,
         "chosen": None if plan.chosen is None else values(plan.chosen),
         "offers": [values(offer) for offer in plan.offers],
@@ -88,7 +89,7 @@ def plan_page(plan: Plan) -> str:
         f"kvtier plan for {plan.trace.name}",
         notes[0],
         [
-            f'<p class="faint">{notes[1]}.<br>{notes[2]}.</p>',
+            remarks(notes[1:]),
             section(
                 "What to buy",
                 said[0].upper() + said[1:] + ("" if plan.option else "."),

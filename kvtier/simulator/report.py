@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvtier.simulator.charts import Axis, Series, area_chart, line_chart
-from kvtier.simulator.page import figures, page, section, table
+from kvtier.simulator.page import figures, page, remarks, section, table
 from kvtier.simulator.results import NUM_INTERVALS, Result
 from kvtier.simulator.setup import DISK, Machine
 from kvtier.simulator.trace import Trace
@@ -100,19 +100,25 @@ def label(result: Result, others: Sequence[Result]) -> str:
     return " ".join(parts)
 
 
+def trace_json(trace: Trace) -> dict[str, Any]:
+    """Return what is known of a trace as JSON values."""
+    return {
+        "name": trace.name,
+        "format": trace.format,
+        "tokens_per_block": trace.tokens_per_block,
+        "requests": len(trace.requests),
+        "block_accesses": trace.num_accesses,
+        "unique_blocks": trace.num_unique,
+        "ideal_hit_rate": trace.num_ideal_hits / max(1, trace.num_accesses),
+        "seconds": trace.seconds,
+        "note": trace.note,
+    }
+
+
 def as_json(trace: Trace, machine: Machine, results: Sequence[Result], curve: Sequence[Result]) -> dict[str, Any]:
     """Return the whole report as JSON values."""
     return {
-        "trace": {
-            "name": trace.name,
-            "format": trace.format,
-            "tokens_per_block": trace.tokens_per_block,
-            "requests": len(trace.requests),
-            "block_accesses": trace.num_accesses,
-            "unique_blocks": trace.num_unique,
-            "ideal_hit_rate": trace.num_ideal_hits / max(1, trace.num_accesses),
-            "seconds": trace.seconds,
-        },
+        "trace": trace_json(trace),
         "machine": {name: getattr(machine, name) for name in machine.__dataclass_fields__},
         "results": [result.to_json() for result in results],
         "curve": [
@@ -143,7 +149,7 @@ def as_page(
         f"kvtier simulation of {trace.name}",
         notes[0],
         [
-            f'<p class="faint">{notes[1]}.<br>{notes[2]}.</p>',
+            remarks(notes[1:]),
             section("Configurations", "The best hit rate stands out.", [table(HEADER, rows, best)]),
             section(
                 "How much memory",

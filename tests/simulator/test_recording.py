@@ -1,14 +1,17 @@
 """A live run, recorded with its completions and replayed, gives the same hits."""
 
 import gzip
+import json
 import random
 import subprocess
 import sys
 import time
 
 import pytest
+from typer.testing import CliRunner
 
 from kvtier import KVCacheGroup, Namespace, OffloadingConfig, create_spec, make_offload_key
+from kvtier.cli import app
 from kvtier.errors import ConfigError, KVTierError
 from kvtier.events import BlocksLoaded, RequestGaveUp, TierState
 from kvtier.keys import MAX_KEY_BYTES
@@ -239,7 +242,15 @@ def test_a_trace_of_several_groups_says_that_it_has_the_first_one_only(tmp_path)
     engine.close()
     trace = load_trace(tmp_path / "live.rec")
     assert len(trace.requests[0].keys) == 3
-    assert "of 2 KV groups only the first is replayed" in facts(trace, BLOCK_BYTES, Machine())[-1]
+    said = facts(trace, BLOCK_BYTES, Machine())[-1]
+    assert "of 2 KV groups only the first is replayed" in said
+    prices = ["--model", "Llama-3.1-8B", "--gpu-rate", "1", "--dram-price", "1", "--disk-price", "1"]
+    for command in (["simulate", "--dram", "100%"], ["plan", "--dram", "100%", "--disk", "0", *prices]):
+        page, values = tmp_path / "page.html", tmp_path / "values.json"
+        words = [*command, str(tmp_path / "live.rec"), "--plot", str(page), "--json", str(values), "--processes", "1"]
+        assert CliRunner().invoke(app, words).exit_code == 0
+        assert said in page.read_text()
+        assert json.loads(values.read_text())["trace"]["note"] == said
 
 
 def test_refuses_what_is_no_recording(tmp_path):
