@@ -18,8 +18,8 @@ from kvtier.testing.stores import make_key, make_payload
 from kvtier.testing.tier_rig import succeeded
 from kvtier.types import LookupResult
 
-ROUNDS = 8
-"""Each costs the start of a process; `test_slab_kill.py` has the many, below the tier."""
+ROUNDS = 50
+"""Each costs the start of a process; `test_slab_kill.py` has as many below the tier."""
 NUMBERS = 200
 
 
