@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from slab_files import make_context, open_slab, real_bytes, segment_file
+from slab_files import make_context, open_slab, real_bytes, recovered, segment_file
 
 from kvtier.stores.slab import segments as segments_module
 from kvtier.stores.slab.filesystems import filesystem_type
@@ -90,13 +90,39 @@ def test_what_must_stay_free_stays_free(tmp_path):
     store.close()
 
 
-def test_another_namespace_keeps_its_space(tmp_path):
+@pytest.mark.parametrize("held", [1, 1500])
+def test_another_namespace_keeps_its_blocks(tmp_path, held):
+    """What it holds is kept; what it only took ahead gives way."""
     first = open_slab(tmp_path / "slab", make_context(), capacity=CAPACITY)
-    assert first.write([0], [make_key(0)], buffers_of([0])) == [True]
+    for number in range(held):
+        assert first.write([number], [make_key(number)], buffers_of([number])) == [True]
+    prepare_all(first)
+    first.close()
+    second = open_slab(tmp_path / "slab", make_context("another"), capacity=CAPACITY)
+    done, total = prepare_all(second)
+    assert real_bytes(tmp_path / "slab") <= CAPACITY
+    assert done < total
+    assert done >= CAPACITY - held * BLOCK - (6 << 20)
+    second.close()
+    first = open_slab(tmp_path / "slab", make_context(), capacity=CAPACITY)
+    assert len(recovered(first)) == held
+    buffer = memoryview(bytearray(BLOCK))
+    assert first.read_into([held - 1], [make_key(held - 1)], [buffer]) == [True]
+    assert bytes(buffer) == make_payload(held - 1, BLOCK)
+    first.close()
+
+
+def test_a_full_namespace_leaves_nothing_to_take_ahead(tmp_path):
+    first = open_slab(tmp_path / "slab", make_context(), capacity=CAPACITY)
+    slots = range(first.num_slots - 200)  # and the records of the other
+    assert all(first.write(slots, [make_key(slot) for slot in slots], buffers_of(slots)))
     first.close()
     second = open_slab(tmp_path / "slab", make_context("another"), capacity=CAPACITY)
     assert second.prepare() is None
     second.close()
+    first = open_slab(tmp_path / "slab", make_context(), capacity=CAPACITY)
+    assert len(recovered(first)) == len(slots)
+    first.close()
 
 
 def test_filesystems_that_gain_nothing_are_left_alone(tmp_path, monkeypatch):

@@ -110,10 +110,7 @@ class SlabDirectory:
         sizes = {folder: used_bytes(folder) for folder in others}
         total = own_bytes + sum(sizes.values())
         for folder in others:
-            if total > capacity and folder not in self._shortened:
-                self._shortened.add(folder)
-                with contextlib.suppress(OSError):  # it may be damaged: it is deleted then
-                    cut_spare(folder)
+            if total > capacity and self._shorten(folder):
                 total -= sizes[folder]
                 sizes[folder] = used_bytes(folder)
                 total += sizes[folder]
@@ -123,6 +120,26 @@ class SlabDirectory:
             delete_folder(folder)
             total -= sizes[folder]
             logger.info("%s: deleted, another namespace needs its space", folder)
+
+    def has_room(self, own_bytes: int, capacity: int) -> bool:
+        """Return whether so many bytes keep to `capacity` beside the blocks of other namespaces.
+
+        What others took ahead of their blocks gives way, if it has to.
+        """
+        others = self.others()
+        if own_bytes + sum(map(used_bytes, others)) <= capacity:
+            return True
+        shortened = [self._shorten(folder) for folder in others]
+        return any(shortened) and own_bytes + sum(map(used_bytes, others)) <= capacity
+
+    def _shorten(self, folder: Path) -> bool:
+        """Let another namespace give back what lies behind its last block; False if it did so before."""
+        if folder in self._shortened:
+            return False
+        self._shortened.add(folder)
+        with contextlib.suppress(OSError):  # it may be damaged: it is deleted as it is
+            cut_spare(folder)
+        return True
 
     def _enter_namespace(self) -> None:
         """Make this namespace's folder, and delete folders that no engine can use again."""

@@ -86,8 +86,11 @@ class Segments:
                     raise
                 self._grow(segment, length, end)
 
-    def write_ahead(self) -> tuple[int, int] | None:
+    def write_ahead(self, has_room: Callable[[Sequence[int]], bool] = lambda _: True) -> tuple[int, int] | None:
         """Back the next bytes of the slab and write zeros there, so that stores find written extents.
+
+        Args:
+            has_room: whether the files may have these lengths, in bytes, only to be ahead of their blocks.
 
         Extents that were allocated and never written make the first store into them 1.4 to 2.1 times as slow, on
         filesystems that tell them apart. The bytes belong to the slab when they are written: no store is there before.
@@ -105,6 +108,9 @@ class Segments:
             length = self.lengths[segment]
             start = -(-length // PAGE_BYTES) * PAGE_BYTES
             end = min(length + AHEAD_BYTES, self._geometry.segment_bytes(segment))
+            if not has_room(self._with_length(segment, end)):
+                self._ahead = False
+                return None
             try:
                 self._back(segment, length, end)
                 descriptor = self._open(segment, direct=True)
@@ -190,8 +196,7 @@ class Segments:
 
     def _back(self, segment: int, length: int, grown: int) -> None:
         """Back a data file from `length` to `grown` bytes; after an error it is as long as before."""
-        lengths = [*self.lengths[:segment], grown, *self.lengths[segment + 1 :]]
-        self._make_room(lengths)
+        self._make_room(self._with_length(segment, grown))
         if not has_space(self._folder, grown - length + self._min_free):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         descriptor = open_private(self._path(segment))
@@ -202,6 +207,10 @@ class Segments:
             raise
         finally:
             os.close(descriptor)
+
+    def _with_length(self, segment: int, length: int) -> list[int]:
+        """Return the lengths of all data files once one of them has this one."""
+        return [*self.lengths[:segment], length, *self.lengths[segment + 1 :]]
 
     def _path(self, segment: int) -> Path:
         return self._folder / f"{_PREFIX}{segment:05d}"

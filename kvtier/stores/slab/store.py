@@ -142,8 +142,8 @@ class SlabStore(SlotStore):
         return results
 
     def prepare(self) -> tuple[int, int] | None:
-        """Write with zeros what the next blocks will take, unless another namespace may have the space."""
-        return None if self._directory.others() else self._segments.write_ahead()
+        """Write with zeros what the next blocks will take, unless blocks of another namespace have the space."""
+        return self._segments.write_ahead(self._has_room)
 
     def close(self) -> None:
         """Close the files and release the directory."""
@@ -154,6 +154,10 @@ class SlabStore(SlotStore):
     def _make_room(self, lengths: Sequence[int]) -> None:
         """Let other namespaces give way to data files of these lengths."""
         self._directory.give_way(self._geometry.cost_bytes(lengths), self._capacity)
+
+    def _has_room(self, lengths: Sequence[int]) -> bool:
+        """Return whether data files of these lengths fit beside other namespaces' blocks."""
+        return self._directory.has_room(self._geometry.cost_bytes(lengths), self._capacity)
 
     def _runs(self, slots: Sequence[int], buffers: Sequence[memoryview], most: int | None) -> list[Run]:
         """Return the runs over the slots and buffers that can be served at all; count the others."""
