@@ -72,9 +72,9 @@ def load_trace(path: Path, tokens_per_block: int | None = None, conversation_gap
 
 def _load(path: Path, conversation_gap: float) -> Trace:
     if path.is_dir():
-        files = sorted(path.glob("*.json"))
+        files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".jsonl"))
         if not files:
-            raise TraceError(f"{path}: a folder without .json files")
+            raise TraceError(f"{path}: a folder without .json or .jsonl files")
         conversations = [(str(file), one) for file in files for _, one in _parsed(file, WekaConversation)]
         return _weka(path.name, conversations, conversation_gap)
     if is_recording(path):

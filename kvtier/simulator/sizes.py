@@ -24,7 +24,7 @@ def size_in_blocks(name: str, text: str, trace: Trace, block_bytes: int, least: 
     """
     text = text.strip()
     if text.lower() == UNLIMITED:
-        return max(1, trace.num_unique)
+        return max(1, trace.num_kept)
     if text.lower() == "none" and not least:
         return 0
     if text.endswith("%"):

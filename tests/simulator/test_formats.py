@@ -84,7 +84,7 @@ def test_weka_nests_sub_agents_with_times_of_the_conversation(tmp_path):
 
 @pytest.mark.parametrize(("scope", "unique"), [("local", 8), ("global", 4)])
 def test_weka_ids_are_local_to_a_conversation(tmp_path, scope, unique):
-    for name in ("a.json", "b.json"):
+    for name in ("a.json", "b.jsonl"):
         (tmp_path / name).write_text(json.dumps(WEKA | {"hash_id_scope": scope}))
     trace = load_trace(tmp_path, conversation_gap=100.0)
     assert (len(trace.requests), trace.num_unique) == (6, unique)
@@ -146,5 +146,5 @@ def test_sub_agents_nested_too_deep_are_refused(tmp_path, depth):
 def test_missing_files_and_folders_are_refused(tmp_path):
     with pytest.raises(TraceError, match="No such file"):
         load_trace(tmp_path / "none.jsonl")
-    with pytest.raises(TraceError, match=r"without \.json files"):
+    with pytest.raises(TraceError, match=r"without \.json or \.jsonl files"):
         load_trace(tmp_path)

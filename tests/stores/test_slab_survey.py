@@ -375,6 +375,8 @@ def test_which_directories_are_slabs(tmp_path, slab, context):
         store_blocks(parallel / f"dp{rank}", context, count=1).close()
     (parallel / "dpx").mkdir()
     assert find_slabs(parallel) == [parallel / "dp0", parallel / "dp2", parallel / "dp10"]
+    (parallel / "dp2" / "lock").write_bytes(bytes(8))  # as a power cut leaves it
+    assert parallel / "dp2" in find_slabs(parallel)
     empty = tmp_path / "empty"
     empty.mkdir()
     assert find_slabs(empty) == []

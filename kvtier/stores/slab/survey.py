@@ -30,7 +30,7 @@ from kvtier.types import FailureCause
 
 _RANK_FOLDER = re.compile(r"dp(\d+)")
 _ATTEMPTS = 3
-_LOCK_CONTENT = re.compile(rb"\d{0,20}\n?")
+_LOCK_CONTENT = re.compile(rb"\d{0,20}\n?\0*")  # zeros: a power cut came before the pid did
 
 
 class Holder(NamedTuple):
