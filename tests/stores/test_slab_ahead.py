@@ -98,12 +98,15 @@ def test_another_namespace_keeps_its_blocks(tmp_path, held):
         assert first.write([number], [make_key(number)], buffers_of([number])) == [True]
     prepare_all(first)
     first.close()
+    data = segment_file(tmp_path / "slab", make_context())
+    os.utime(data, (1, 1))
     second = open_slab(tmp_path / "slab", make_context("another"), capacity=CAPACITY)
     done, total = prepare_all(second)
     assert real_bytes(tmp_path / "slab") <= CAPACITY
     assert done < total
     assert done >= CAPACITY - held * BLOCK - (6 << 20)
     second.close()
+    assert data.stat().st_mtime == 1, "that was no use of it"
     first = open_slab(tmp_path / "slab", make_context(), capacity=CAPACITY)
     assert len(recovered(first)) == held
     buffer = memoryview(bytearray(BLOCK))

@@ -34,8 +34,10 @@ def cut_spare(folder: Path) -> None:
         if match is None or path.is_symlink() or int(match[1]) < segment:
             continue
         needed = length if int(match[1]) == segment else 0
-        if path.stat().st_size > needed:
+        status = path.stat()
+        if status.st_size > needed:
             os.truncate(path, needed)
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # this was no use of the namespace
 
 
 def _last_record(headers: Path) -> tuple[int, int]:
