@@ -208,7 +208,7 @@ def take_lock(path: Path, descriptor: int) -> None:
                 raise StoreUnavailableError(
                     f"{path}: held by another process" + (f" (pid {holder})" if holder else "")
                 ) from error
-        time.sleep(0.01)
+        time.sleep(0.01)  # in the I/O process or a command, never on the engine's thread
     with contextlib.suppress(OSError):  # a full disk costs the name of the holder, not the lock
         _put(descriptor, f"{os.getpid()}\n".encode())
 
