@@ -51,7 +51,7 @@ test-torch: $(STAMP)
 # vLLM has its own torch, takes minutes and 3.5 GB: its environment lies outside the checkout, one a version.
 test-vllm: $(VLLM_STAMP)
 	$(VLLM_VENV)/bin/pip install $(PIP_QUIET) --no-deps -e .
-	$(VLLM_VENV)/bin/python -m pytest tests/vllm -m "not soak" --timeout=900 $(VLLM_TESTS)
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm -m "not soak" $(VLLM_TESTS)
 
 $(VLLM_STAMP):
 	@echo "making $(VLLM_VENV): vLLM $(VLLM) is large, this takes some minutes"

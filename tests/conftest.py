@@ -1,5 +1,7 @@
-"""Servers that tests share: started once a session, when the first test asks for one."""
+"""What all tests share: their patience, and servers, each started when the first test asks for it."""
 
+import pytest
+from hypothesis import HealthCheck, settings
 from object_fixtures import (  # noqa: F401 - found by their names
     _azurite,
     _moto,
@@ -9,3 +11,15 @@ from object_fixtures import (  # noqa: F401 - found by their names
     swift_s3,
 )
 from server_fixtures import _valkey, _valkey_cluster, valkey, valkey_cluster  # noqa: F401 - found by their names
+
+from kvtier.testing.patience import TEST_SECONDS
+
+# How long an example takes says how busy the machine is, nothing about kvtier.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-timeout reads its option
+def pytest_configure(config):
+    if config.option.timeout is None:
+        config.option.timeout = TEST_SECONDS

@@ -165,7 +165,11 @@ class PolicySuite:
         assert len(policy) == 16
         assert _reachable_keys(policy) <= max(size, 8 * policy.capacity) + policy.capacity
 
-    @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
+    @settings(
+        max_examples=100,
+        deadline=None,
+        suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow],
+    )
     @given(capacity=st.integers(1, 8), steps=_STEPS)
     def test_any_history_agrees_with_a_set(self, capacity: int, steps: Steps) -> None:
         """Random calls: after each, the policy holds what a plain set holds."""

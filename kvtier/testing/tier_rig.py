@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,12 +12,10 @@ from kvtier.abc import SecondaryTierManager, TierContext
 from kvtier.events import TierState
 from kvtier.keys import OffloadKey
 from kvtier.primary.arena import Arena
+from kvtier.testing.patience import wait_for
 from kvtier.testing.stores import make_key, make_payload
 from kvtier.types import JobMetadata, JobResult, LookupResult, ReqContext, ScheduleEndContext
 
-_POLL_SECONDS = 0.001
-PATIENCE_SECONDS = 10.0
-"""How long the suite waits for an answer before it says that there is none."""
 _UNTOUCHED = 0x5A
 
 
@@ -63,21 +60,22 @@ class TierRig:
             self.results[result.job_id] = result
         self.tier.check_invariants()
 
-    def wait(self, condition: Callable[[], bool], what: str, seconds: float | None = None) -> None:
-        """Step until `condition()`; fail with `what` after `seconds`."""
-        seconds = PATIENCE_SECONDS if seconds is None else seconds
-        deadline = time.monotonic() + seconds
-        self.poll()
-        while not condition():
-            assert time.monotonic() < deadline, (
-                f"{what}: not after {seconds} s; {self.tier.state} {self.tier.state_reason}"
-            )
-            time.sleep(_POLL_SECONDS)
-            self.poll()
+    def wait(self, condition: Callable[[], bool], what: str) -> None:
+        """Step until `condition()`; fail with `what` when the suite's patience ends."""
 
-    def wait_up(self, seconds: float | None = None) -> None:
+        def stepped() -> bool:
+            self.poll()
+            return condition()
+
+        try:
+            wait_for(stepped, what)
+        except AssertionError as error:
+            error.add_note(f"the tier is {self.tier.state} {self.tier.state_reason}")
+            raise
+
+    def wait_up(self) -> None:
         """Step until the tier is UP."""
-        self.wait(lambda: self.tier.state is TierState.UP, "the tier is up", seconds)
+        self.wait(lambda: self.tier.state is TierState.UP, "the tier is up")
 
     def fill(self, slot: int, payload: bytes) -> None:
         """Put bytes into a slot."""
@@ -95,9 +93,9 @@ class TierRig:
         (self.tier.submit_load if load else self.tier.submit_store)(job)
         return job_id
 
-    def finish(self, job_id: int, seconds: float | None = None) -> JobResult:
+    def finish(self, job_id: int) -> JobResult:
         """Step until a job is answered; return the answer."""
-        self.wait(lambda: job_id in self.results, f"job {job_id} is answered", seconds)
+        self.wait(lambda: job_id in self.results, f"job {job_id} is answered")
         return self.results[job_id]
 
     def store(self, numbers: Sequence[int], first_slot: int = 0) -> JobResult:
@@ -123,7 +121,7 @@ class TierRig:
                 loaded.append(number)
         return result, loaded
 
-    def lookup(self, number: int, seconds: float | None = None) -> LookupResult:
+    def lookup(self, number: int) -> LookupResult:
         """Ask for a block until the answer is not RETRY; return it."""
         answer = LookupResult.RETRY
 
@@ -133,7 +131,7 @@ class TierRig:
             assert isinstance(answer, LookupResult), f"lookup returned {answer!r}"
             return answer is not LookupResult.RETRY
 
-        self.wait(answered, f"a lookup of block {number} is answered", seconds)
+        self.wait(answered, f"a lookup of block {number} is answered")
         return answer
 
     def assert_each_job_answered_once(self) -> None:

@@ -169,7 +169,7 @@ def test_a_new_process_answers_from_disk(model, tmp_path):
         "print(output.sources, output.first_logits.tolist(), output.new_token_ids)\n"
     )
     command = [sys.executable, str(script), str(Path(__file__).parent), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, env=without_hub())
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=without_hub())
     assert done.stdout.strip() == f"{{'disk': 192}} {here.first_logits.tolist()} {here.new_token_ids}"
 
 

@@ -15,6 +15,7 @@ import time
 from kvtier.abc import StoreContext
 from kvtier.namespace import Namespace
 from kvtier.stores.slab import SlabStore
+from kvtier.testing.patience import PATIENCE_SECONDS
 from kvtier.testing.stores import make_key, make_payload
 
 BLOCK = 64 << 10
@@ -60,7 +61,7 @@ def flip(folder, slot):
 def kvtier(*arguments, **options):
     command = [sys.executable, "-m", "kvtier", *map(str, arguments)]
     options = {"stdin": subprocess.DEVNULL, **options}
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 
 def as_json(*arguments, code=0, **options):
@@ -100,7 +101,7 @@ def at_a_terminal(*arguments, typed=""):
     with subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment) as process:
         os.close(terminal)
         os.write(main, typed.encode())
-        shown, deadline = b"", time.monotonic() + 60
+        shown, deadline = b"", time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < deadline:
             if not select.select([main], [], [], 1.0)[0]:
                 continue
@@ -108,6 +109,6 @@ def at_a_terminal(*arguments, typed=""):
                 shown += os.read(main, 65536)
             except OSError:  # the other side was closed
                 break
-        code = process.wait(timeout=60)
+        code = process.wait()
     os.close(main)
     return code, shown.decode(errors="replace")

@@ -26,7 +26,7 @@ def model_folder(tmp_path_factory):
 
 def demo(*options):
     command = [sys.executable, "-m", "kvtier", "demo", *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=110, env=without_hub(), check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=without_hub(), check=False)
 
 
 def refused(done):
@@ -106,7 +106,7 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path):
 
 def test_help_names_every_option():
     done = subprocess.run(
-        [sys.executable, "-m", "kvtier", "demo", "--help"], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-m", "kvtier", "demo", "--help"], capture_output=True, text=True, check=True
     )
     for option in ("--model", "--tiers", "--dtype", "--turns", "--json", "--work-dir"):
         assert option in done.stdout

@@ -97,10 +97,10 @@ def test_a_browser_shows_the_page(report, tmp_path):
     picture = tmp_path / "page.png"
     url = report[1].as_uri()
     shot = [BROWSER, *flags, "--window-size=1200,2000", f"--screenshot={picture}", url]
-    done = subprocess.run(shot, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(shot, capture_output=True, text=True)
     assert picture.is_file(), done.stderr[-2000:]
     assert picture.stat().st_size > 50_000, "the page is all but empty"
-    dumped = subprocess.run([BROWSER, *flags, "--dump-dom", url], capture_output=True, text=True, timeout=100).stdout
+    dumped = subprocess.run([BROWSER, *flags, "--dump-dom", url], capture_output=True, text=True).stdout
     assert dumped.count("<svg") >= 4
     assert "Hit rate over cache size" in dumped
     assert "<polyline" in dumped

@@ -7,8 +7,6 @@ import resource
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from kvtier.abc import StoreContext
 from kvtier.namespace import Namespace
 from kvtier.stores.slab import SlabStore
 from kvtier.stores.slab.survey import survey_namespace
+from kvtier.testing.patience import wait_for
 
 
 @pytest.fixture(name="slab")
@@ -94,12 +93,9 @@ def test_interrupted(tmp_path):
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(command, preexec_fn=heed, **pipes) as process:
         try:
-            deadline, pause = time.monotonic() + 30, threading.Event()
-            while not reads_payloads(process.pid):
-                assert time.monotonic() < deadline
-                pause.wait(0.05)
+            wait_for(lambda: reads_payloads(process.pid), "it reads payloads")
             process.send_signal(signal.SIGINT)
-            shown, said = process.communicate(timeout=30)
+            shown, said = process.communicate()
         finally:
             process.kill()
     assert process.returncode == 130

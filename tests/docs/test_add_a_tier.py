@@ -29,7 +29,6 @@ def run(directory, *arguments):
         env=environment(directory),
         capture_output=True,
         text=True,
-        timeout=100,
     )
 
 

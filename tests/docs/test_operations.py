@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from kvtier.namespace import Namespace
 from kvtier.stores.slab import SlabStore
 from kvtier.stores.slab.geometry import SlabGeometry
 from kvtier.stores.slab.survey import find_holder
+from kvtier.testing.patience import wait_for
 from kvtier.testing.stores import make_key, make_payload
 
 REPOSITORY = Path(__file__).parents[2]
@@ -68,7 +68,6 @@ def damage(path):
 
 @contextlib.contextmanager
 def engine(path):
-    pause = threading.Event()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(REPOSITORY)])}
     (path.parent / "engine.py").write_text(ENGINE)
     with subprocess.Popen(
@@ -81,18 +80,12 @@ def engine(path):
     ) as process:
         try:
             assert process.stdout.readline() == "started\n"
-            deadline = time.monotonic() + 30
-            while find_holder(path) is None:  # asking takes the lock for a moment: not all the time
-                assert time.monotonic() < deadline
-                pause.wait(0.1)
+            wait_for(lambda: find_holder(path) is not None, "the engine holds the directory")
             yield
         finally:
             process.stdin.close()
-            process.wait(timeout=30)
-    deadline = time.monotonic() + 30
-    while find_holder(path) is not None:
-        assert time.monotonic() < deadline
-        pause.wait(0.1)
+            process.wait()
+    wait_for(lambda: find_holder(path) is None, "the engine has let go")
 
 
 @contextlib.contextmanager
@@ -116,7 +109,6 @@ def run(command, path):
         env={**os.environ, "COLUMNS": "100", "PYTHONPATH": str(REPOSITORY)},
         cwd=path.parent,
         text=True,
-        timeout=60,
         check=False,
     )
     shown = done.stdout.replace(str(path), SHOWN_PATH)

@@ -4,10 +4,11 @@ import time
 
 import pytest
 from proxy import Faults, Proxy
-from whole_engine import BLOCK_BYTES, WholeEngine, make_keys, wait_for
+from whole_engine import BLOCK_BYTES, WholeEngine, make_keys
 
 from kvtier import KVCacheGroup, Namespace, OffloadingConfig, create_spec
 from kvtier.events import TierState
+from kvtier.testing.patience import wait_for
 
 LOAD_DEADLINE = 0.5
 

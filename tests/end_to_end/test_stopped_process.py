@@ -7,9 +7,10 @@ import threading
 from pathlib import Path
 
 import pytest
-from whole_engine import WholeEngine, make_keys, wait_for
+from whole_engine import WholeEngine, make_keys
 
 from kvtier.events import TierState
+from kvtier.testing.patience import wait_for
 
 
 @pytest.fixture

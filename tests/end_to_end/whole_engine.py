@@ -5,24 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
-import threading
-import time
 
 from kvtier import KVCacheGroup, Namespace, OffloadingConfig, create_spec, make_offload_key
 from kvtier.events import TierState
+from kvtier.testing.patience import wait_for
 from kvtier.types import LookupResult, ReqContext, ScheduleEndContext
 
 BLOCK_BYTES = 64 * 1024
 DEFERRED = (LookupResult.HIT_PENDING, LookupResult.RETRY)
-
-
-def wait_for(condition, what: str, seconds: float = 30.0):
-    deadline = time.monotonic() + seconds
-    pause = threading.Event()
-    while not (result := condition()):
-        assert time.monotonic() < deadline, f"{what} did not happen"
-        pause.wait(0.002)
-    return result
 
 
 def make_keys(count: int, prefix: str):

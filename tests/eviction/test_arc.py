@@ -43,7 +43,7 @@ def check_equals_textbook(capacity: int, trace: Sequence[int]) -> None:
     ]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(1, 9), st.lists(st.integers(0, 20), max_size=150))
 def test_single_keys_equal_the_paper(capacity: int, trace: list[int]) -> None:
     check_equals_textbook(capacity, trace)
@@ -56,7 +56,7 @@ def test_a_long_skewed_trace_equals_the_paper(seed: int) -> None:
     check_equals_textbook(50, trace)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 12), st.lists(st.lists(st.integers(0, 40), unique=True, max_size=12), max_size=40))
 def test_batches_keep_the_bounds(capacity: int, batches: list[list[int]]) -> None:
     policy = ARCPolicy(capacity)

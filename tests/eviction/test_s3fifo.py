@@ -18,7 +18,7 @@ class TestS3FIFO(PolicySuite):
         return S3FIFOPolicy(capacity)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(1, 25), st.lists(st.integers(0, 35), max_size=150))
 def test_single_keys_equal_the_paper(capacity: int, trace: list[int]) -> None:
     check_equals(S3FIFOPolicy(capacity), TextbookS3FIFO(capacity), trace)

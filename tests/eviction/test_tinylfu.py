@@ -16,7 +16,7 @@ class TestTinyLFU(PolicySuite):
         return TinyLFUPolicy(capacity)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(1, 12), st.lists(st.integers(0, 25), max_size=200))
 def test_single_keys_equal_the_paper(capacity: int, trace: list[int]) -> None:
     check_equals(TinyLFUPolicy(capacity), TextbookTinyLFU(capacity), trace)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-_SECONDS_TO_MOUNT = 20
+from kvtier.testing.patience import PATIENCE_SECONDS
 
 
 class FaultyDisk:
@@ -30,7 +30,7 @@ class FaultyDisk:
         script = Path(__file__).with_name("faulty_filesystem.py")
         command = [sys.executable, str(script), str(self.path), str(self.backing), str(self._control)]
         self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + _SECONDS_TO_MOUNT
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while not os.path.ismount(self.path):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.close()

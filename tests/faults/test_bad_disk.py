@@ -75,7 +75,7 @@ def test_a_breaker_over_a_disk_that_stays_bad_tries_and_says_so_once(rig, faulty
         rig.store([next(numbers)])
         return rig.recorder.states().count("down") >= 3
 
-    rig.wait(tried_three_times, "it is tried again and again", 30)
+    rig.wait(tried_three_times, "it is tried again and again")
     assert sum("is down" in message for message in caplog.messages) == 1
     faulty_disk.heal()
     rig.wait(lambda: rig.store(ALL).success, "it works again")
@@ -257,7 +257,7 @@ def test_a_call_that_nobody_can_interrupt_keeps_its_slots_until_it_has_ended(rig
         assert not rig.finish(job).success
     before = [rig.read(slot) for slot in range(64)]
     faulty_disk.heal()
-    rig.wait_up(20)
+    rig.wait_up()
     assert before == [rig.read(slot) for slot in range(64)], "a process that was given up wrote"
     assert rig.load(ALL)[1] == ALL
     rig.assert_each_job_answered_once()

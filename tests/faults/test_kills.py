@@ -59,7 +59,7 @@ class Load:
             self.step()
 
     def finish(self):
-        self.rig.wait(lambda: set(self.jobs) <= set(self.rig.results), "every job is answered", 20)
+        self.rig.wait(lambda: set(self.jobs) <= set(self.rig.results), "every job is answered")
         self.rig.assert_each_job_answered_once()
 
 
@@ -159,6 +159,6 @@ def test_stripes_killed_at_random(rig, tmp_path):
         pids = [pid for pid in tier.io_pids if pid is not None]
         if pids:
             os.kill(load.chance.choice(pids), signal.SIGKILL)
-    rig.wait(lambda: (load.step(), tier.get_stats()["stripes_up"] == 3)[1], "all are up", 20)
+    rig.wait(lambda: (load.step(), tier.get_stats()["stripes_up"] == 3)[1], "all are up")
     load.finish()
     assert load.loaded > 0

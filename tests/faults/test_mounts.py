@@ -95,7 +95,7 @@ def test_an_unmounted_stripe_is_dropped_and_used_again(small_disk, rig, tmp_path
     assert rig.load(ALL)[1] == ALL[:10]
     assert rig.store(ALL).success
     disk.mount_again()
-    rig.wait(lambda: tier.get_stats()["stripes_up"] == 2, "it is used again", 20)
+    rig.wait(lambda: tier.get_stats()["stripes_up"] == 2, "it is used again")
     assert rig.load(ALL)[1] == ALL
 
 

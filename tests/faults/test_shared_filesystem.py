@@ -78,7 +78,7 @@ def test_a_filesystem_that_hangs_costs_misses_and_is_used_again(rig, faulty_disk
     assert caplog.text.count("is down") == 1
     faulty_disk._process.send_signal(signal.SIGCONT)
     assert not any(rig.finish(job).success for job in jobs)
-    rig.wait(lambda: rig.tier.state is TierState.UP, "it is up again", 40)
-    rig.wait(lambda: rig.store(ALL).success, "it works again", 20)
+    rig.wait(lambda: rig.tier.state is TierState.UP, "it is up again")
+    rig.wait(lambda: rig.store(ALL).success, "it works again")
     assert rig.load(ALL)[1] == ALL
     rig.assert_each_job_answered_once()

@@ -113,6 +113,6 @@ def test_a_device_slower_than_its_deadline_is_done_without_until_it_is_quick_aga
     assert job not in rig.results, "a slot was released that the device may still write"
     device.limit(0)
     assert not rig.finish(job).success
-    rig.wait_up(20)
+    rig.wait_up()
     assert rig.load(ALL)[1] == ALL
     rig.assert_each_job_answered_once()

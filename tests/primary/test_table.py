@@ -207,4 +207,4 @@ class TableMachine(RuleBasedStateMachine):
 
 
 class TestTable(TableMachine.TestCase):
-    settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+    settings = settings(max_examples=100, stateful_step_count=40)

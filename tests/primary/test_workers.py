@@ -75,7 +75,7 @@ def expected_slots(case: Case, before: np.ndarray) -> np.ndarray:
     return after
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(cases())
 def test_what_is_stored_is_laid_out_as_said_and_comes_back(case: Case) -> None:
     arena = np.full((case.num_slots, case.slot_bytes), 99, dtype=np.uint8)

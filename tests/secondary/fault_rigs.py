@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from pathlib import Path
 
 from kvtier.abc import TierContext
@@ -11,6 +10,7 @@ from kvtier.namespace import Namespace
 from kvtier.secondary.keyed import KeyedTierManager
 from kvtier.secondary.store_tier import TierSettings
 from kvtier.secondary.supervisor import Deadlines
+from kvtier.testing.patience import wait_for
 from kvtier.testing.tier_rig import TierRig
 
 FAULTY = "kvtier.testing.faulty_stores:FaultyBlockStore"
@@ -55,13 +55,6 @@ def is_alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
-
-
-def wait_for(condition, what, seconds=10.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not after {seconds} s"
-        os.sched_yield()
 
 
 def num_descriptors():

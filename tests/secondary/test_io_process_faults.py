@@ -22,7 +22,6 @@ from fault_rigs import (
     make_rig,
     num_descriptors,
     stop,
-    wait_for,
 )
 
 from kvtier.errors import ProtocolError
@@ -30,6 +29,7 @@ from kvtier.events import BlocksFailed, TierState
 from kvtier.secondary.codec import encode
 from kvtier.secondary.disk import DiskTierManager
 from kvtier.secondary.messages import PartResult
+from kvtier.testing.patience import wait_for
 from kvtier.testing.stores import make_key, make_payload
 from kvtier.testing.tier_rig import succeeded
 from kvtier.types import FailureCause, LookupResult
@@ -270,7 +270,7 @@ def test_a_full_queue_never_waits(rig):
         longest = max(longest, time.monotonic() - started)
     assert longest < 2  # a wait would be for ever
     os.kill(pid, signal.SIGCONT)
-    rig.wait(lambda: set(jobs) <= set(rig.results), "all jobs are answered", 30)
+    rig.wait(lambda: set(jobs) <= set(rig.results), "all jobs are answered")
     rig.assert_each_job_answered_once()
 
 
@@ -443,7 +443,7 @@ def disk_tier(rig, tmp_path):
 def test_it_ends_with_a_killed_parent_and_frees_the_directory(rig, engine, tmp_path):
     os.kill(engine.pid, signal.SIGKILL)
     engine.wait()
-    wait_for(lambda: not is_alive(engine.io_pid), "the I/O process ends", 3)
+    wait_for(lambda: not is_alive(engine.io_pid), "the I/O process ends")
     disk_tier(rig, tmp_path)
     rig.wait_up()
     assert rig.load(range(4))[1] == [0, 1, 2, 3]
@@ -462,7 +462,7 @@ def test_it_ends_with_its_parent_even_while_its_store_opens(tmp_path):
         io_pid = int(parent.stdout.readline())
         wait_for(lambda: Path(f"/proc/{io_pid}/comm").read_text() == "kvtier-io\n", "it is on its way")
         parent.kill()
-    wait_for(lambda: not is_alive(io_pid), "the I/O process ends", 3)
+    wait_for(lambda: not is_alive(io_pid), "the I/O process ends")
 
 
 def test_a_forked_copy_of_the_engine_does_not_keep_it(rig):

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from fault_rigs import PATIENT, QUICK, Recorder, faulty_tier, make_rig, wait_for
+from fault_rigs import PATIENT, QUICK, Recorder, faulty_tier, make_rig
 
 from kvtier.abc import SlotStore
 from kvtier.events import TierState
@@ -20,6 +20,7 @@ from kvtier.secondary.io_process import IOProcess
 from kvtier.secondary.messages import Unavailable
 from kvtier.secondary.threads import ThreadExecutor
 from kvtier.testing.clock import ManualClock
+from kvtier.testing.patience import wait_for
 from kvtier.testing.stores import make_key
 from kvtier.types import LookupResult
 

@@ -8,7 +8,6 @@ import pytest
 from object_buckets import settings_for
 from proxy import Faults, Proxy
 from swift_server import ACCESS_KEY, SECRET_KEY, SwiftServer
-from valkey_server import wait_until
 
 from kvtier.abc import StoreContext, TierContext
 from kvtier.events import BlocksFailed, TierState
@@ -16,6 +15,7 @@ from kvtier.namespace import Namespace
 from kvtier.secondary.object import ObjectTierManager
 from kvtier.stores.object.client import Client, RequestError, Trouble, connect
 from kvtier.stores.object.store import ObjectStore
+from kvtier.testing.patience import wait_for
 from kvtier.testing.stores import make_key
 from kvtier.testing.tier_rig import TierRig
 from kvtier.types import FailureCause
@@ -64,7 +64,7 @@ class Rig(TierRig):
             self.wait_state(UP, 45)
             return self.store(numbers).success and self.load(numbers)[1] == list(numbers)
 
-        self.wait(works, "the tier works again", 60)
+        self.wait(works, "the tier works again")
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_servers_killed_in_mid_transfer_and_started_again(rigs, own_swift, swift
     own_swift.kill()
     jobs += [rig.submit([make_key(100 + number)], [number], load=False) for number in range(4)]
     for job in jobs:
-        rig.finish(job, 30)
+        rig.finish(job)
     rig.wait_state(DOWN)
     assert rig.causes.take().keys() & {FailureCause.IO_ERROR, FailureCause.TIER_DOWN}
     assert len(lines(caplog, "is down")) == 1
@@ -244,7 +244,7 @@ def test_stores_pause_when_the_server_asks_for_less_and_loads_go_on(through_prox
     assert context.failures.take() == {FailureCause.UNREACHABLE: 8}
     buffers = [memoryview(bytearray(BLOCK_BYTES)) for _ in keys]
     assert all(store.read_into(keys, buffers)), "loads go on"
-    wait_until(lambda: all(store.write(keys, blocks)), "stores are taken again")
+    wait_for(lambda: all(store.write(keys, blocks)), "stores are taken again")
     assert len(lines(caplog, "503 SlowDown", "stores pause")) == 1
     store.close()
 

@@ -41,7 +41,7 @@ def test_a_store_beside_an_interactive_program_is_found(tmp_path):
     (tmp_path / "own_store.py").write_text(STORE)
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", PROGRAM], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.stdout == "True [1, 2]\n", done.stderr
 
@@ -58,7 +58,6 @@ def test_a_removed_working_directory_stops_no_tier(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
     )
     assert done.stdout == "True [1, 2]\n", done.stderr
 

@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import pytest
 from proxy import Faults, Proxy, split_replies
-from valkey_server import ValkeyCluster, ValkeyServer, wait_until
+from valkey_server import ValkeyCluster, ValkeyServer
 
 from kvtier.abc import TierContext
 from kvtier.events import BlocksFailed, TierState
 from kvtier.namespace import Namespace
 from kvtier.secondary.resp import RespTierManager
+from kvtier.testing.patience import wait_for
 from kvtier.testing.stores import make_key
 from kvtier.testing.tier_rig import SuiteSpec, TierRig
 from kvtier.types import FailureCause, LookupResult
@@ -64,7 +65,7 @@ class Rig(TierRig):
             self.wait_state(UP)
             return self.store(numbers).success and self.load(numbers)[1] == list(numbers)
 
-        self.wait(works, "the tier works again", 15)
+        self.wait(works, "the tier works again")
 
 
 @pytest.fixture
@@ -321,7 +322,7 @@ def test_a_read_only_replica_is_read(rigs, servers, caplog):
     writer = rigs(primary.url)
     assert writer.store(range(4)).success
     replica.command("REPLICAOF", *map(str, primary.address))
-    wait_until(lambda: replica.command("DBSIZE") == 4, "the replica has the blocks")
+    wait_for(lambda: replica.command("DBSIZE") == 4, "the replica has the blocks")
     rig = rigs(replica.url)
     for number in range(10, 14):
         assert not rig.store([number]).success
@@ -330,7 +331,7 @@ def test_a_read_only_replica_is_read(rigs, servers, caplog):
     assert rig.tier.state is UP
     assert len(lines(caplog, "stores failed one after the other")) == 1
     replica.command("REPLICAOF", "NO", "ONE")
-    rig.wait(lambda: rig.store([20]).success, "it stores when it is promoted", 15)
+    rig.wait(lambda: rig.store([20]).success, "it stores when it is promoted")
 
 
 def test_a_server_that_is_still_loading_or_closed_by_a_firewall(rigs, proxy):
@@ -369,8 +370,8 @@ def test_a_lost_node_and_a_moved_slot(rigs, cluster, caplog):
     assert rig.tier.state is UP
     assert len(lines(caplog, "lost a node", str(lost.port))) == 1
     lost.start()
-    wait_until(lambda: cluster._is_complete(cluster.nodes[0]), "the cluster is whole")
-    rig.wait(lambda: rig.store(numbers).success, "every block is stored again", 25)
+    wait_for(lambda: cluster._is_complete(cluster.nodes[0]), "the cluster is whole")
+    rig.wait(lambda: rig.store(numbers).success, "every block is stored again")
     assert rig.load(numbers, first_slot=0)[1] == numbers
     assert len(lines(caplog, "serves again", str(lost.port))) == 1
 

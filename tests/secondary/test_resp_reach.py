@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 from proxy import Proxy
-from valkey_server import ValkeyCluster, ValkeyServer, wait_until
+from valkey_server import ValkeyCluster, ValkeyServer
 
 from kvtier.abc import TierContext
 from kvtier.adapters.token_blocks import chain_keys, chain_root
 from kvtier.events import TierState
 from kvtier.namespace import Namespace
 from kvtier.secondary.resp import RespTierManager
+from kvtier.testing.patience import wait_for
 from kvtier.testing.tier_rig import SuiteSpec, TierRig
 from kvtier.types import LookupResult
 
@@ -86,7 +87,7 @@ def test_a_cluster_over_tls(certificate):
         def announced(node):
             return {int(shard[2][1]) for shard in node.command("CLUSTER SLOTS")} == ports
 
-        wait_until(lambda: all(map(announced, cluster.nodes)), "every node knows the others' proxies")
+        wait_for(lambda: all(map(announced, cluster.nodes)), "every node knows the others' proxies")
         rig = make_rig(proxies[0].url, cluster=True, tls_ca_file=certificate[0])
         rig.wait_up()
         assert rig.store(range(16)).success
@@ -151,7 +152,7 @@ class Networks:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
     def _ip(self, *words):
-        subprocess.run(["ip", *words], check=True, capture_output=True, timeout=10)
+        subprocess.run(["ip", *words], check=True, capture_output=True)
 
 
 @pytest.fixture
@@ -181,7 +182,7 @@ for order in sys.stdin:
     def reached():
         rig.lookup(99)
         return rig.tier.state.value == state
-    rig.wait(reached, state, 30)
+    rig.wait(reached, state)
     stored = rig.store(numbers).success
     loaded = rig.load(numbers)[1]
     print(json.dumps([rig.tier.state.value, rig.tier.state_reason, stored, loaded]), flush=True)
@@ -212,6 +213,6 @@ def test_a_partition_and_a_rejection_between_networks(networks):
             assert order("up")[2:] == [True, [1, 2, 3]]
     finally:
         engine.stdin.close()
-        wait_until(lambda: engine.poll() is not None, "the engine's end")
+        wait_for(lambda: engine.poll() is not None, "the engine's end")
         engine.stdout.close()
         server.close()

@@ -234,7 +234,7 @@ def test_directories_that_vanish_one_after_the_other(rig, paths, least_run):
     for path, away in zip(paths, parked, strict=True):
         path.unlink()
         away.rename(path)
-    rig.wait(lambda: up(tier) == 3, "they are used again", 20)
+    rig.wait(lambda: up(tier) == 3, "they are used again")
     assert rig.load(range(30), 30)[1] == list(range(30)), "with what they held"
     rig.assert_each_job_answered_once()
 

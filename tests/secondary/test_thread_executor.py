@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
-from fault_rigs import FAULTY, wait_for
+from fault_rigs import FAULTY
 
 from kvtier.namespace import Namespace
 from kvtier.primary.arena import arena_rows
 from kvtier.secondary.executor import StoreDescription
 from kvtier.secondary.messages import IndexEnd, Part, PartResult
 from kvtier.secondary.threads import ThreadExecutor
+from kvtier.testing.patience import wait_for
 from kvtier.testing.stores import make_key
 
 BLOCK_BYTES = 4096

@@ -9,7 +9,9 @@ import urllib.error
 import urllib.request
 from email.utils import formatdate
 
-from valkey_server import free_port, wait_until
+from valkey_server import free_port
+
+from kvtier.testing.patience import PATIENCE_SECONDS, wait_for
 
 PROGRAM = "azurite-blob"
 ACCOUNT = "devstoreaccount1"
@@ -35,7 +37,7 @@ class AzuriteServer:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        wait_until(self._answers, f"{PROGRAM} on {self.endpoint}", 60.0)
+        wait_for(self._answers, f"{PROGRAM} on {self.endpoint}")
         return self
 
     def make_bucket(self, name: str) -> None:
@@ -49,7 +51,7 @@ class AzuriteServer:
         signature = base64.b64encode(hmac.digest(base64.b64decode(KEY), text.encode(), "sha256")).decode()
         headers |= {"Authorization": f"SharedKey {ACCOUNT}:{signature}", "Content-Length": "0"}
         call = urllib.request.Request(f"{self.endpoint}/{name}?restype=container", method="PUT", headers=headers)
-        urllib.request.urlopen(call, timeout=10).close()
+        urllib.request.urlopen(call, timeout=PATIENCE_SECONDS).close()
 
     def close(self) -> None:
         if self.process is not None:
@@ -62,7 +64,7 @@ class AzuriteServer:
         if self.process.poll() is not None:
             raise AssertionError(f"{PROGRAM} ended")
         try:
-            urllib.request.urlopen(self.endpoint, timeout=2).close()
+            urllib.request.urlopen(self.endpoint, timeout=PATIENCE_SECONDS).close()
         except urllib.error.HTTPError:
             return True
         except OSError:

@@ -8,7 +8,9 @@ import urllib.error
 import urllib.request
 
 from swift_server import signed
-from valkey_server import free_port, wait_until
+from valkey_server import free_port
+
+from kvtier.testing.patience import PATIENCE_SECONDS, wait_for
 
 ACCESS_KEY, SECRET_KEY = "kvtier", "kvtier-secret"
 CODE = "import sys; from moto.server import main; main(['-H', '127.0.0.1', '-p', sys.argv[1]])"
@@ -32,7 +34,7 @@ class MotoServer:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        wait_until(self._answers, f"moto on {self.endpoint}", 60.0)
+        wait_for(self._answers, f"moto on {self.endpoint}")
         return self
 
     def make_bucket(self, name: str) -> None:
@@ -50,7 +52,7 @@ class MotoServer:
         if self.process.poll() is not None:
             raise AssertionError("moto's server ended")
         try:
-            urllib.request.urlopen(f"{self.endpoint}/moto-api/", timeout=2).close()
+            urllib.request.urlopen(f"{self.endpoint}/moto-api/", timeout=PATIENCE_SECONDS).close()
         except urllib.error.HTTPError:
             return True
         except OSError:

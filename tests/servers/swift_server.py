@@ -19,7 +19,9 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from valkey_server import free_port, wait_until
+from valkey_server import free_port
+
+from kvtier.testing.patience import PATIENCE_SECONDS, wait_for
 
 ACCESS_KEY, SECRET_KEY = "test:tester", "testing"
 KINDS = ("account", "container", "object")
@@ -93,7 +95,7 @@ class SwiftServer:
         for kind in kinds or self.ports:
             if kind not in self.processes:
                 self.processes[kind] = self._start(kind)
-        wait_until(self._answers, f"Swift on {self.endpoint}")
+        wait_for(self._answers, f"Swift on {self.endpoint}")
         return self
 
     def kill(self, *kinds: str) -> None:
@@ -149,12 +151,15 @@ class SwiftServer:
         for kind, process in self.processes.items():
             if process.poll() is not None:
                 raise AssertionError(f"{kind} ended: {(self.folder / f'{kind}.log').read_text()[-2000:]}")
-            with contextlib.suppress(OSError), socket.create_connection((self.host, self.ports[kind]), timeout=1):
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection((self.host, self.ports[kind]), timeout=PATIENCE_SECONDS),
+            ):
                 continue
             return False
         with contextlib.suppress(urllib.error.HTTPError):  # it speaks: a request without a signature is refused
             try:
-                urllib.request.urlopen(self.endpoint, timeout=2).close()
+                urllib.request.urlopen(self.endpoint, timeout=PATIENCE_SECONDS).close()
             except (urllib.error.URLError, OSError) as error:
                 if not isinstance(error, urllib.error.HTTPError):
                     return False
@@ -192,7 +197,7 @@ def signed(endpoint: str, method: str, path: str, access_key: str, secret_key: s
     )
     call = urllib.request.Request(endpoint + path, method=method, headers=headers)
     try:
-        with urllib.request.urlopen(call, timeout=10) as answer:
+        with urllib.request.urlopen(call, timeout=PATIENCE_SECONDS) as answer:
             return answer.status
     except urllib.error.HTTPError as error:
         if method == "PUT" and error.code == 409:

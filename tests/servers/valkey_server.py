@@ -12,26 +12,12 @@ import signal
 import socket
 import subprocess
 import tempfile
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-START_SECONDS = 20.0
-CLUSTER_SECONDS = 30.0
+from kvtier.testing.patience import PATIENCE_SECONDS, wait_for
+
 NUM_SLOTS = 16384
-
-
-def wait_until(condition: Callable[[], Any], what: str, seconds: float = START_SECONDS) -> Any:
-    """Return the first truth that `condition()` gives; fail with `what` after `seconds`."""
-    deadline = time.monotonic() + seconds
-    pause = threading.Event()
-    while not (answer := condition()):
-        if time.monotonic() > deadline:
-            raise AssertionError(f"{what}: not after {seconds} s")
-        pause.wait(0.01)
-    return answer
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -89,14 +75,14 @@ class ValkeyServer:
         log = (self.folder / "log").open("ab")
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         log.close()
-        wait_until(self._answers, f"a server on {self.name}")
+        wait_for(self._answers, f"a server on {self.name}")
         return self
 
     def client(self, **options: Any) -> Any:
         """Return a new client of redis-py."""
         import redis
 
-        return redis.Redis(host=self.host, port=self.port, socket_timeout=5, **options)
+        return redis.Redis(host=self.host, port=self.port, socket_timeout=PATIENCE_SECONDS, **options)
 
     def command(self, *words: str | bytes | int) -> Any:
         """Send one command on a connection of its own."""
@@ -173,7 +159,7 @@ class ValkeyCluster:
             node.command("CLUSTER", "SET-CONFIG-EPOCH", index + 1)
         for node in self.nodes[1:]:
             node.command("CLUSTER", "MEET", *map(str, self.nodes[0].address))
-        wait_until(lambda: all(map(self._is_complete, self.nodes)), "a whole cluster", CLUSTER_SECONDS)
+        wait_for(lambda: all(map(self._is_complete, self.nodes)), "a whole cluster")
         return self
 
     def slots_of(self, index: int) -> tuple[int, int]:

@@ -1,6 +1,4 @@
 import logging
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from kvtier.keys import make_offload_key
 from kvtier.namespace import Namespace
 from kvtier.registry import EvictionPolicyFactory
 from kvtier.spec.tiering import TieringOffloadingSpec
+from kvtier.testing.patience import wait_for
 from kvtier.types import Admission, LookupResult, ReqContext, ScheduleEndContext
 
 KEYS = [make_offload_key(bytes([i]) * 32, 0) for i in range(4)]
@@ -49,14 +48,6 @@ def error_of(*tiers, **keys):
         spec_of(*tiers, **keys)
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-def wait_until(condition, seconds=10.0):
-    deadline = time.monotonic() + seconds
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline, "the condition never came true"
-        pause.wait(0.002)
 
 
 def store(manager, keys):
@@ -144,7 +135,7 @@ def test_blocks_come_back_from_the_disk(tmp_path):
         for slot in range(4):
             spec.arena.row(slot)[:] = bytes([slot]) * spec.block_bytes
         store(manager, KEYS)
-        wait_until(lambda: manager.tier_states() and manager.get_stats().get("disk.blocks") == 4)
+        wait_for(lambda: manager.tier_states() and manager.get_stats().get("disk.blocks") == 4)
     with spec_of(tier) as spec:
         assert spec.wait_for_tiers(30) == {"disk": TierState.UP}
         manager, request = spec.get_manager(), ReqContext("reader")
@@ -155,7 +146,7 @@ def test_blocks_come_back_from_the_disk(tmp_path):
             manager.on_schedule_end(ScheduleEndContext())
             return answers == [LookupResult.HIT] * 4
 
-        wait_until(all_hit)
+        wait_for(all_hit)
         slots = manager.prepare_load(KEYS, request).block_ids
         found = [bytes(spec.arena.row(int(slot))) for slot in slots]
         manager.complete_load(KEYS, request)

@@ -90,4 +90,4 @@ with CPUOffloadingSpec(OffloadingConfig({"cpu_bytes_to_use": "64KiB"}, (KVCacheG
     spec.get_worker(KVCaches([np.zeros((4, 4096), np.int8)], [[(0, 4096)]]))
 assert "torch" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -385,7 +385,7 @@ def start_writer(shared, seed):
 def test_processes_that_write_the_same_blocks_and_tidy_up_at_once(shared):
     writers = [start_writer(shared, seed) for seed in range(3)]
     for writer in writers:
-        out, error = writer.communicate(timeout=60)
+        out, error = writer.communicate()
         assert not writer.returncode, error
         assert int(out.split()[-1]) > 40 * 8
     assert bytes_in(shared) <= 1.05 * 150 * ON_DISK

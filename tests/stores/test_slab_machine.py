@@ -85,4 +85,4 @@ class SlabMachine(RuleBasedStateMachine):
 
 
 TestSlabMachine = SlabMachine.TestCase
-TestSlabMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestSlabMachine.settings = settings(max_examples=60, stateful_step_count=30)

@@ -4,7 +4,7 @@ import pytest
 import xxhash
 
 from kvtier.secondary.example import ExampleSecondaryTierManager
-from kvtier.testing import tier_rig
+from kvtier.testing import patience
 from kvtier.testing.tiers import TierSuite
 from kvtier.types import JobResult, LookupResult
 
@@ -146,7 +146,7 @@ def suite_for(tier_class):
 
 @pytest.mark.parametrize("tier_class", BROKEN, ids=lambda tier_class: tier_class.__name__)
 def test_a_broken_tier_fails_the_suite(tier_class, monkeypatch):
-    monkeypatch.setattr(tier_rig, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(patience, "PATIENCE_SECONDS", 0.1)
     suite = suite_for(tier_class)
     suite.setup_method()
     try:

@@ -1,12 +1,12 @@
 """Whatever a tier does, the engine's thread sees a miss, no slot leaks, and the log says it once."""
 
 import logging
-import threading
 
 import pytest
 from engine import Engine, make_keys, payload
 
 from kvtier.events import BlocksFailed, TierState, TierStateChanged, UnexpectedCall
+from kvtier.testing.patience import wait_for
 from kvtier.testing.scripted_tier import ScriptedTier
 from kvtier.types import FailureCause, JobResult, LookupResult
 
@@ -135,24 +135,18 @@ def unverified(make_engine):
 
 def settle(engine: Engine, context, keys) -> int:
     """Scan until nothing is deferred; the hashing happens on another thread."""
-    pause = threading.Event()
-    for _ in range(500):
+
+    def answered():
         answers = engine.scan(keys, context)
         engine.step()
-        if LookupResult.HIT_PENDING not in answers:
-            return sum(answer is LookupResult.HIT for answer in answers)
-        pause.wait(0.005)
-    raise AssertionError("a key stayed deferred")
+        return None if LookupResult.HIT_PENDING in answers else answers
+
+    return wait_for(answered, "an answer to every key").count(LookupResult.HIT)
 
 
 def store_and_wait(engine: Engine, keys) -> None:
     engine.store(keys, engine.request("storer"))
-    pause = threading.Event()
-    for _ in range(500):
-        engine.step()
-        if set(keys) <= set(engine.tier.blocks):
-            break
-        pause.wait(0.005)
+    wait_for(lambda: (engine.step(), set(keys) <= set(engine.tier.blocks))[1], "the tier has them")
     engine.step()
     engine.finish(engine.request("storer"))
     for number in range(2):  # push them out of the primary
@@ -162,13 +156,7 @@ def store_and_wait(engine: Engine, keys) -> None:
 
 
 def wait_idle(engine: Engine) -> None:
-    pause = threading.Event()
-    for _ in range(500):
-        engine.step()
-        if not engine.manager.has_pending_work():
-            return
-        pause.wait(0.005)
-    raise AssertionError("jobs stayed unanswered")
+    wait_for(lambda: (engine.step(), not engine.manager.has_pending_work())[1], "answers to all jobs")
 
 
 def test_bytes_of_an_unverified_tier_come_back_if_they_are_right(unverified):

@@ -7,6 +7,7 @@ import pytest
 from engine import make_keys, payload
 
 from kvtier.events import CacheReset, TierState, UnexpectedCall
+from kvtier.testing.patience import wait_for
 from kvtier.tiering.settings import ResetPolicy
 from kvtier.types import LookupResult
 
@@ -162,14 +163,6 @@ def test_a_reset_waits_for_a_hung_tier_no_longer_than_its_deadline(make_engine):
         engine.clock.advance(100)
         engine.step()
     assert engine.manager.tier_states()["tier0"][0] is TierState.UP
-
-
-def wait_for(condition, seconds=10.0):
-    deadline = time.monotonic() + seconds
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true"
-        pause.wait(0.01)
 
 
 def test_shutdown_is_bounded_and_idempotent_with_jobs_in_flight(make_engine):

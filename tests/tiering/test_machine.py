@@ -26,7 +26,6 @@ from kvtier.types import JobResult
 QUICK = settings(
     max_examples=60,
     stateful_step_count=50,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 

@@ -7,11 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 from test_server import Server
-from vllm_engine import START_SECONDS, prompt, wait_for
+from vllm_engine import prompt
 
 from kvtier.adapters.vllm.compat import data_parallel_size
-
-pytestmark = pytest.mark.timeout(900)
+from kvtier.testing.patience import wait_for
 
 BLOCK_BYTES = 2 * 2 * 128 * 64 * 4
 """Keys and values of two layers for 128 tokens in float32."""
@@ -34,7 +33,7 @@ def server(model, tmp_path):
     }
     made = Server(model, tmp_path / "log", kvtier, ["--data-parallel-size", "2", "--api-server-count", "1"])
     try:
-        wait_for(made.is_up, START_SECONDS, "the server's start")
+        wait_for(made.is_up, "the server's start")
         yield made
     finally:
         made.stop()

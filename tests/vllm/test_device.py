@@ -15,7 +15,7 @@ import pytest
 import torch
 from vllm.v1.kv_offload import base
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
-from vllm_engine import Engine, prompt, wait_for
+from vllm_engine import Engine, prompt
 
 from kvtier.adapters.vllm import device
 from kvtier.adapters.vllm import spec as spec_module
@@ -29,6 +29,7 @@ from kvtier.errors import CapacityError, ConfigError
 from kvtier.keys import make_offload_key
 from kvtier.primary.arena import Arena
 from kvtier.spec.tiering import TieringOffloadingSpec
+from kvtier.testing.patience import wait_for
 from kvtier.types import CPULoadStoreSpec, GPULoadStoreSpec, ReqContext, TransferResult
 
 PAGE = 1536
@@ -406,7 +407,6 @@ sys.stdin.read()
 """
 
 
-@pytest.mark.timeout(300)
 def test_what_a_killed_engine_left_is_swept_at_the_next_start(engine_id):
     command = [sys.executable, "-c", CHILD, str(Path(__file__).parent), engine_id]
     path = region_path(engine_id)
@@ -462,7 +462,6 @@ def test_vllms_worker_on_a_device(accelerator, engine_id):
 
 
 @pytest.mark.gpu
-@pytest.mark.timeout(900)
 def test_an_engine_on_a_device(accelerator, model, tmp_path):
     asked = prompt(1, 700)
     options = {"processes": True, "gpu_memory_utilization": 0.3}

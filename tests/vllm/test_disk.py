@@ -6,9 +6,9 @@ import signal
 from pathlib import Path
 
 import pytest
-from vllm_engine import Engine, prompt, wait_for
+from vllm_engine import Engine, prompt
 
-pytestmark = pytest.mark.timeout(900)
+from kvtier.testing.patience import wait_for
 
 PROMPTS = [prompt(seed, 700) for seed in (100, 101)]
 TOKENS = 5 * 128

@@ -3,11 +3,10 @@
 from collections import defaultdict
 
 import msgspec
-import pytest
 import zmq
-from vllm_engine import Engine, prompt, wait_for, written
+from vllm_engine import Engine, prompt, written
 
-pytestmark = pytest.mark.timeout(900)
+from kvtier.testing.patience import wait_for
 
 BLOCK = 128
 BLOCK_BYTES = 2 * 2 * BLOCK * 64 * 4

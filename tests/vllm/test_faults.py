@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 from vllm_engine import Engine, prompt
 
-pytestmark = pytest.mark.timeout(900)
-
 HERE = str(Path(__file__).parent)
 
 

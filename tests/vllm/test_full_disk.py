@@ -6,9 +6,11 @@ import shutil
 import subprocess
 
 import pytest
-from vllm_engine import Engine, prompt, wait_for
+from vllm_engine import Engine, prompt
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.root]
+from kvtier.testing.patience import wait_for
+
+pytestmark = pytest.mark.root
 
 BLOCK = 128
 MIB = 1 << 20

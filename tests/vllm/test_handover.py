@@ -8,11 +8,11 @@ import threading
 import uuid
 
 import pytest
-from vllm_engine import wait_for
 
 from kvtier.adapters.vllm import handover
 from kvtier.adapters.vllm.handover import Announcement, ArenaHost, attach_arena, lineage, socket_name
 from kvtier.primary.arena import Arena
+from kvtier.testing.patience import PATIENCE_SECONDS, wait_for
 
 CHILD = """
 import sys
@@ -95,7 +95,7 @@ def test_a_worker_may_take_long_and_keeps_nobody_waiting(engine_id, serve, monke
 
     def take(arena):
         taken.append(arena)
-        may_go_on.wait(60)
+        may_go_on.wait(PATIENCE_SECONDS)
 
     slow = threading.Thread(target=attach_arena, args=(engine_id, Announcement(0, 4, 4096, {}), take))
     slow.start()

@@ -3,8 +3,6 @@
 import pytest
 from vllm_engine import Engine, prompt
 
-pytestmark = pytest.mark.timeout(600)
-
 BLOCK = 128
 """Tokens in an engine block on the CPU platform."""
 

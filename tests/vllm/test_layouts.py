@@ -1,9 +1,9 @@
 """Blocks of several sizes, several KV groups, several workers."""
 
 import pytest
-from vllm_engine import Engine, prompt, wait_for
+from vllm_engine import Engine, prompt
 
-pytestmark = pytest.mark.timeout(900)
+from kvtier.testing.patience import wait_for
 
 BLOCK = 128
 

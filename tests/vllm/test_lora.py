@@ -4,9 +4,9 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-from vllm_engine import Engine, prompt, wait_for, written
+from vllm_engine import Engine, prompt, written
 
-pytestmark = pytest.mark.timeout(900)
+from kvtier.testing.patience import wait_for
 
 TOKENS = 5 * 128
 PROMPT = prompt(500, 700)

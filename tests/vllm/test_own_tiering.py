@@ -17,7 +17,8 @@ from vllm.v1.kv_offload.config import (
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
 from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager, TieringOffloadingManager
-from vllm_engine import wait_for
+
+from kvtier.testing.patience import wait_for
 
 pytestmark = pytest.mark.skipif(
     "num_chunks" not in inspect.signature(SharedOffloadRegion).parameters,

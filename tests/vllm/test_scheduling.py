@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from vllm_engine import Engine, prompt, wait_for
+from vllm_engine import Engine, prompt
 
-pytestmark = pytest.mark.timeout(900)
+from kvtier.testing.patience import wait_for
 
 BLOCK = 128
 LONG = [prompt(seed, 5 * BLOCK) for seed in (700, 701, 702, 703)]

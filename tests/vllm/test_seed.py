@@ -9,8 +9,6 @@ from vllm_engine import Engine, prompt
 from kvtier.adapters.vllm import compat, core
 from kvtier.config import parse_tier
 
-pytestmark = pytest.mark.timeout(900)
-
 SAID = "Set PYTHONHASHSEED to any fixed number"
 
 

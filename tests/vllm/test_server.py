@@ -12,9 +12,9 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from vllm_engine import ENVIRONMENT, START_SECONDS, prompt, transfer_config, wait_for
+from vllm_engine import ENVIRONMENT, prompt, transfer_config
 
-pytestmark = pytest.mark.timeout(900)
+from kvtier.testing.patience import PATIENCE_SECONDS, wait_for
 
 
 class Server:
@@ -55,7 +55,7 @@ class Server:
         data = None if body is None else json.dumps(body).encode()
         headers = {"content-type": "application/json"} | headers
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, headers)
-        return urllib.request.urlopen(request, timeout=120)
+        return urllib.request.urlopen(request, timeout=PATIENCE_SECONDS)
 
     def stream(self, tokens, rank=None):
         """Return the answer's tokens, as they came in a stream of events; of one engine, if there are several."""
@@ -93,7 +93,7 @@ class Server:
 def server(model, tmp_path):
     server = Server(model, tmp_path / "log")
     try:
-        wait_for(server.is_up, START_SECONDS, "the server's start")
+        wait_for(server.is_up, "the server's start")
         yield server
     finally:
         server.stop()

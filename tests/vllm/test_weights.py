@@ -5,9 +5,9 @@ import time
 from pathlib import Path
 
 import pytest
-from vllm_engine import Engine, prompt, wait_for, written
+from vllm_engine import Engine, prompt, written
 
-pytestmark = pytest.mark.timeout(900)
+from kvtier.testing.patience import wait_for
 
 TOKENS = 5 * 128
 PROMPT = prompt(600, 700)

@@ -7,12 +7,11 @@ import select
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+from kvtier.testing.patience import PATIENCE_SECONDS, TEST_SECONDS
+
 VOCABULARY = 512
-START_SECONDS = 400
-REPLY_SECONDS = 200
 
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -77,14 +76,14 @@ class Engine:
 
     def wait_until_started(self):
         if not self._started:
-            self._receive(START_SECONDS)
+            self._receive(TEST_SECONDS)
             self._started = True
         return self
 
     def ask(self, command, **arguments):
         self.wait_until_started()
         self._send([command, arguments])
-        return self._receive(REPLY_SECONDS)["result"]
+        return self._receive(TEST_SECONDS)["result"]
 
     def generate(self, *prompts, **arguments) -> list[list[int]]:
         return self.ask("generate", prompts=prompts, **arguments)["tokens"]
@@ -114,7 +113,7 @@ class Engine:
             left += map(int, children)
         return found
 
-    def stop(self, timeout=60):
+    def stop(self, timeout=PATIENCE_SECONDS):
         """End the engine in peace."""
         try:
             self.process.stdin.close()
@@ -129,7 +128,7 @@ class Engine:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
-        self.process.wait(30)
+        self.process.wait(PATIENCE_SECONDS)
         self._log.close()
 
     def _send(self, message):
@@ -154,12 +153,3 @@ def written(engine, tier="disk") -> int:
     """Return how many blocks a tier has taken; an idle engine does a step for it."""
     engine.generate(prompt(1, 20))
     return int(engine.metrics().get(f"kvtier_written_blocks.{tier}", 0))
-
-
-def wait_for(condition, timeout=60.0, what="the condition"):
-    """Ask `condition` until it holds."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"{what} did not come true in {timeout} s")
-        select.select([], [], [], 0.05)
