@@ -66,7 +66,7 @@ soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak --timeout=3600
 
 bench: $(STAMP)
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+	@for script in benchmarks/*.py benchmarks/*/; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
 
 servers: $(STAMP)
 	@$(BIN)/python tests/servers

@@ -15,9 +15,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from kvtier.cli.disk_speed.measure import BLOCK_SIZES, ROUND_BYTES, Figures, measure_case
-from kvtier.cli.disk_speed.tables import scheduler_table, speed_table
 from kvtier.cli.slabs import AsJson, make_console, print_json, refusing
 from kvtier.errors import ConfigError, KVTierError
 from kvtier.sizes import format_size, parse_size
@@ -28,8 +28,6 @@ GOOD_SHARE = 0.9
 _JOB_BLOCKS = 16
 _QUICK_BYTES = 256 << 20
 _LARGEST_BLOCK = 256 << 20
-_COLUMNS = 160
-"""Of the tables: a narrow terminal wraps them, which can be read, where cells cut short cannot."""
 _SECONDS_TO_END = 10.0
 _SPACE_NEEDED = 4
 """Times the bytes of a round: the raw limit's file, the tier's, and room to breathe."""
@@ -64,7 +62,7 @@ def disk(
     if as_json:
         print_json({"rows": [row.to_json() for row in figures], "advice": advice})
     else:
-        _show(Console(highlight=False, width=max(make_console().width, _COLUMNS)), figures, advice)
+        _show(make_console(), figures, advice)
 
 
 @contextmanager
@@ -150,7 +148,13 @@ def advise(figures: Sequence[Figures]) -> dict[str, Any]:
 
 
 def _show(console: Console, figures: Sequence[Figures], advice: dict[str, Any]) -> None:
-    console.print(speed_table(figures), scheduler_table(figures))
+    table = Table(title="blocks to and from the disk beside a busy scheduler (medians)")
+    for column in ("block", "", "raw GB/s", "tier GB/s", "ratio"):
+        table.add_column(column, justify="right" if column else "left")
+    for row in figures:
+        speeds = (f"{row.raw:.2f}", f"{row.tier:.2f}", f"{row.ratio:.2f}")
+        table.add_row(format_size(row.block_bytes), "load" if row.load else "store", *speeds)
+    console.print(table)
     size, share = format_size(advice["block_bytes"]), advice["share_of_the_device"]
     console.print(
         f"Blocks of {size} or more: {advice['store_gb_per_second']:.2f} GB/s stored, {advice['load_gb_per_second']:.2f}"

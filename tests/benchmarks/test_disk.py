@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_a_tiny_run_prints_tables_and_joins_its_json(tmp_path):
     path = tmp_path / "figures.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "disk.py"), "--quick", "--json", str(path)]
+    command = [sys.executable, str(ROOT / "benchmarks" / "disk"), "--quick", "--json", str(path)]
     command += ["--folder", str(tmp_path), "--bytes", "8MiB", "--rounds", "1", "--jobs", "16"]
     pieces = [["--blocks", "128KiB", "--index", "0"], ["--blocks", "--index", "3000"]]
     for piece in pieces:

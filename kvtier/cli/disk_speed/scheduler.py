@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvtier.cli.disk_speed.least_job import LeastJob
 from kvtier.keys import OffloadKey
 from kvtier.secondary.slotted import SlottedTierManager
 from kvtier.types import JobMetadata, ReqContext, ScheduleEndContext
@@ -53,15 +52,15 @@ class BusyScheduler:
         self.num_failed = 0
         """Jobs that did not succeed whole."""
 
-    def idle(self, done: Callable[[], bool], least: LeastJob | None = None) -> Steps:
-        """Step, without jobs, until `done()`; once a step run `least`, outside of the step's time."""
+    def idle(self, done: Callable[[], bool], beside: Callable[[], None] | None = None) -> Steps:
+        """Step, without jobs, until `done()`; call `beside` once per step, outside of the step's time."""
         steps = Steps()
         while not done():
             start = time.perf_counter()
             work(self._turns)
-            if least is not None:
+            if beside is not None:
                 ran = time.perf_counter()
-                least.run()
+                beside()
                 start += time.perf_counter() - ran
             polled = time.perf_counter()
             list(self._tier.get_finished_jobs())

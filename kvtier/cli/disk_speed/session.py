@@ -1,7 +1,7 @@
 """One process that measures: a tier's stores or loads of one size, interleaved with the raw limit.
 
-It reads an `Order` as JSON and answers with a line of JSON a round, then one
-with what was measured once. Loads are ordered from a new process, whose tier has read its index from the disk.
+It reads an `Order` as JSON and answers with a line of JSON per round. Loads are ordered from a new process, whose tier
+has read its index from the disk.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,16 +20,14 @@ from typing import Any
 import numpy as np
 
 from kvtier.abc import TierContext
-from kvtier.cli.disk_speed.least_job import LeastJob
 from kvtier.cli.disk_speed.raw import RawLimit
-from kvtier.cli.disk_speed.scheduler import BusyScheduler, Steps
+from kvtier.cli.disk_speed.scheduler import BusyScheduler
 from kvtier.errors import KVTierError
 from kvtier.events import TierState
 from kvtier.keys import OffloadKey, make_offload_key
 from kvtier.namespace import Namespace
 from kvtier.primary.arena import Arena
 from kvtier.secondary.disk import DiskTierManager
-from kvtier.types import LookupResult, ReqContext
 
 IN_FLIGHT_BYTES = 64 << 20
 """What is in flight at most, unless two jobs are more."""
@@ -37,8 +35,6 @@ _ARENA_BYTES = 256 << 20
 _SECONDS_TO_START = 60.0
 _SECONDS_TO_PREPARE = 60.0
 _STEP_SECONDS = 0.002
-_IDLE_STEPS = 300
-_LOOKUPS = 20_000
 
 
 @dataclass(frozen=True)
@@ -88,7 +84,7 @@ class Session:
     """The tier, its arena, and the scheduler's thread."""
 
     def __init__(self, order: Order) -> None:
-        self._order = order
+        self.order = order
         num_slots = max(2 * order.job_blocks, _ARENA_BYTES // order.block_bytes)
         self._arena = Arena.create(num_slots, order.block_bytes)
         self._fill()
@@ -107,12 +103,12 @@ class Session:
         while self.tier.get_stats().get("prepared_share", 1.0) < 1.0 and time.monotonic() < deadline:
             time.sleep(_STEP_SECONDS)  # a step of a scheduler that has nothing else to do
             list(self.tier.get_finished_jobs())
-        if not self._order.load:
-            self.scheduler.run(self._order.keys(-1), self._order.job_blocks, load=False)
+        if not self.order.load:
+            self.scheduler.run(self.order.keys(-1), self.order.job_blocks, load=False)
 
     def move(self, round_number: int) -> dict[str, Any]:
         """Move a round's blocks; return what that took."""
-        order = self._order
+        order = self.order
         keys = order.keys(order.rounds - 1 if order.load else round_number)
         cpu = self._io_cpu_seconds()
         seconds, steps = self.scheduler.run(keys, order.job_blocks, order.load)
@@ -123,10 +119,10 @@ class Session:
             "steps": steps,
         }
 
-    def raw(self, limit: RawLimit, summed: bool = False, least: LeastJob | None = None) -> dict[str, Any]:
+    def raw(self, limit: RawLimit, summed: bool = False, beside: Callable[[], None] | None = None) -> dict[str, Any]:
         """Let the raw limit move its bytes while this thread is as busy as it is with the tier."""
-        limit.begin(not self._order.load, summed)
-        steps = self.scheduler.idle(limit.ended, least)
+        limit.begin(not self.order.load, summed)
+        steps = self.scheduler.idle(limit.ended, beside)
         answer = limit.take()
         return {
             "gb_per_second": limit.num_bytes / answer["seconds"] / 1e9,
@@ -134,36 +130,21 @@ class Session:
             "steps": steps,
         }
 
-    def idle(self) -> Steps:
-        """Step with a tier that has nothing to do."""
-        left = iter(range(_IDLE_STEPS))
-        return self.scheduler.idle(lambda: next(left, None) is None)
+    def freeze(self) -> None:
+        """Keep the collector out of what is measured: an engine freezes its heap, too."""
+        gc.collect()
+        gc.freeze()
+        gc.disable()
 
-    def lookups(self) -> dict[str, float]:
-        """Return lookups a second, of present and of absent blocks."""
-        present = self._order.keys(self._order.rounds - 1)[:_LOOKUPS]
-        absent = self._order.keys(self._order.rounds)[:_LOOKUPS]
-        return {
-            "present": self._lookups(present, LookupResult.HIT),
-            "absent": self._lookups(absent, LookupResult.MISS),
-        }
+    def check(self) -> None:
+        """Raise KVTierError if any job failed: the figures would mean nothing."""
+        if self.scheduler.num_failed:
+            raise KVTierError(f"{self.scheduler.num_failed} jobs failed: the figures mean nothing")
 
     def close(self) -> None:
         """End the tier."""
         self.tier.shutdown()
         self._arena.close()
-
-    def _lookups(self, keys: list[OffloadKey], expected: LookupResult) -> float:
-        context, lookup = ReqContext("speed"), self.tier.lookup
-        times = []
-        for _ in range(max(3, _LOOKUPS // len(keys))):
-            start = time.perf_counter()
-            for key in keys:
-                answer = lookup(key, context)
-            times.append(time.perf_counter() - start)
-            if answer is not expected:
-                raise KVTierError(f"a lookup answered {answer}, not {expected}")
-        return len(keys) / float(np.median(times))
 
     def _fill(self) -> None:
         view = np.frombuffer(self._arena.view.cast("B"), np.uint64)
@@ -189,57 +170,20 @@ class Session:
 
 
 def measure(order: Order) -> Iterator[dict[str, Any]]:
-    """Yield what each round measured, raw beside tier, then what was measured once."""
+    """Yield what each round measured: the tier's speed, and the raw limit's just before and just after it."""
     session = Session(order)
     limit = RawLimit(Path(order.folder) / "raw", order.num_bytes)
-    least = LeastJob(order.job_blocks, order.keys(-2), order.keys(-3))
-    with closing(limit), closing(least):
+    with closing(session), closing(limit):
         session.prepare()
-        gc.collect()
-        gc.freeze()
-        gc.disable()  # an engine freezes its heap; the collector's pauses are not the tier's
-        idle = session.idle()
-        idle_poll = float(np.median(idle.polls))
-        before = session.raw(limit)
-        raw_steps, tier_steps = before["steps"].steps, []
+        session.freeze()
+        before = session.raw(limit)["gb_per_second"]
         for number in range(order.rounds):
-            tier = session.move(number)
-            after = session.raw(limit)
-            summed = session.raw(limit, summed=True, least=least)
-            raw = (before["gb_per_second"] + after["gb_per_second"]) / 2
-            raw_steps += after["steps"].steps
-            tier_steps += tier["steps"].steps
-            yield {
-                "raw": raw,
-                "tier": tier["gb_per_second"],
-                "ratio": tier["gb_per_second"] / raw,
-                "summed": summed["gb_per_second"],
-                "summed_ratio": tier["gb_per_second"] / summed["gb_per_second"],
-                "summed_cpu": summed["cpu_per_gb"],
-                "cpu": tier["cpu_per_gb"],
-                "raw_cpu": after["cpu_per_gb"],
-                "job_us": tier["steps"].job_seconds() * 1e6,
-            }
+            tier = session.move(number)["gb_per_second"]
+            after = session.raw(limit)["gb_per_second"]
+            raw = (before + after) / 2
+            yield {"raw": raw, "tier": tier, "ratio": tier / raw, "direct": limit.direct}
             before = after
-        idle.steps += session.idle().steps
-        direct, least_seconds = limit.direct, float(np.median(least.seconds or [0.0]))
-    if session.scheduler.num_failed:
-        raise KVTierError(f"{session.scheduler.num_failed} jobs failed: the figures mean nothing")
-    steps = {"idle": idle.steps, "raw": raw_steps, "tier": tier_steps}
-    yield {
-        "direct": direct,
-        "idle_poll_us": idle_poll * 1e6,
-        "least_us": least_seconds * 1e6,
-        "lookups": session.lookups(),
-        "steps_ms": {name: _percentiles(times) for name, times in steps.items()},
-    }
-    session.close()
-
-
-def _percentiles(times: list[float]) -> dict[str, float]:
-    """Return p50, p99 and the maximum, in milliseconds."""
-    p50, p99, most = np.percentile(np.asarray(times) * 1e3, [50, 99, 100]).tolist()
-    return {"p50": p50, "p99": p99, "max": most}
+        session.check()
 
 
 def order_json(order: Order) -> str:

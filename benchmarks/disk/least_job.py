@@ -15,7 +15,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import cycle, islice
 
-from kvtier.cli.disk_speed.processes import command
 from kvtier.keys import OffloadKey
 
 HEAD_BYTES, BYTES_A_BLOCK, ANSWER_BYTES = 24, 44, 60
@@ -33,7 +32,7 @@ class LeastJob:
         self._coming = cycle((*others, *held))
         self._packet = bytes(min(HEAD_BYTES + BYTES_A_BLOCK * job_blocks, 60_000))
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._process = subprocess.Popen(command(__name__, str(theirs.fileno())), pass_fds=(theirs.fileno(),))
+        self._process = subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], pass_fds=(theirs.fileno(),))
         theirs.close()
         self._waits = False
         self.seconds: list[float] = []
@@ -76,3 +75,7 @@ def main() -> None:
     with contextlib.suppress(OSError):  # the other end closes with an answer unread
         while answers.recv(1 << 16):
             answers.send(bytes(ANSWER_BYTES))
+
+
+if __name__ == "__main__":
+    main()

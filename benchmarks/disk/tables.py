@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cases import CPU_BLOCK_BYTES, CPU_TARGET, STEP_TARGET_MS, CaseFigures
+from index import IndexFigures
 from rich.table import Table
 
-from kvtier.cli.disk_speed.index import IndexFigures
-from kvtier.cli.disk_speed.measure import CPU_BLOCK_BYTES, CPU_TARGET, STEP_TARGET_MS, Figures
 from kvtier.sizes import format_size
 
 
-def speed_table(figures: Sequence[Figures]) -> Table:
+def speed_table(figures: Sequence[CaseFigures]) -> Table:
     """Return throughput and CPU, a row a case."""
     table = Table(title="blocks to and from the disk, the scheduler's thread busy (medians; ! misses its target)")
     columns = ("block", "job", "", "raw GB/s", "tier GB/s", "ratio", "target", "CPU s/GB", "raw CPU")
@@ -36,7 +36,7 @@ def speed_table(figures: Sequence[Figures]) -> Table:
     return table
 
 
-def scheduler_table(figures: Sequence[Figures]) -> Table:
+def scheduler_table(figures: Sequence[CaseFigures]) -> Table:
     """Return what the scheduler's thread sees, a row a case."""
     table = Table(title="the scheduler's thread (p50 / p99 / max of a step in ms; microseconds; lookups a second)")
     columns = (

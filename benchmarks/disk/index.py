@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from kvtier.abc import StoreContext, TierContext
-from kvtier.cli.disk_speed.processes import command
 from kvtier.cli.disk_speed.session import MeasuringSpec
 from kvtier.errors import KVTierError
 from kvtier.events import TierState
@@ -86,7 +85,7 @@ class IndexFigures:
         """
         figures: dict[str, Any] = {}
         for what in _MEASUREMENTS:
-            start = command(__name__, what, str(folder), str(num_blocks))
+            start = [sys.executable, __file__, what, str(folder), str(num_blocks)]
             done = subprocess.run(start, stdout=subprocess.PIPE, text=True, check=False)
             if done.returncode:
                 raise KVTierError(f"the measuring process failed with exit code {done.returncode}")

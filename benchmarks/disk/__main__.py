@@ -14,12 +14,13 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from cases import JOB_SIZES, CaseFigures, measure_cases
+from index import NUM_BLOCKS, IndexFigures
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from tables import index_table, scheduler_table, speed_table
 
-from kvtier.cli.disk_speed.index import NUM_BLOCKS, IndexFigures
-from kvtier.cli.disk_speed.measure import BLOCK_SIZES, JOB_SIZES, ROUND_BYTES, Figures, measure_case
-from kvtier.cli.disk_speed.tables import index_table, scheduler_table, speed_table
+from kvtier.cli.disk_speed.measure import BLOCK_SIZES, ROUND_BYTES
 from kvtier.sizes import parse_size
 
 QUICK_BYTES = 64 << 20
@@ -54,22 +55,22 @@ def main() -> None:
 
 def measure(
     folder: Path, sizes: list[int], jobs: list[int], num_bytes: int, rounds: int, num_index: int, console: Console
-) -> tuple[list[Figures], IndexFigures | None]:
+) -> tuple[list[CaseFigures], IndexFigures | None]:
     """Measure every case, with a line that says where it is."""
-    figures: list[Figures] = []
+    figures: list[CaseFigures] = []
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("starting", total=None)
         for size in sizes:
             for job in jobs:
                 tell = lambda what: progress.update(task, description=what)  # noqa: E731 - used once, below
-                figures += measure_case(folder, size, job, num_bytes, rounds, tell)
+                figures += measure_cases(folder, size, job, num_bytes, rounds, tell)
         progress.update(task, description="a large index")
         index = IndexFigures.measure(folder, num_index) if num_index else None
     return figures, index
 
 
-def report(figures: list[Figures], index: IndexFigures | None, path: Path | None, console: Console) -> None:
+def report(figures: list[CaseFigures], index: IndexFigures | None, path: Path | None, console: Console) -> None:
     """Print the tables; put the figures beside those that the file has already, so that a run may come in pieces."""
     if figures and not all(row.direct for row in figures):
         console.print("no direct I/O on this filesystem: both sides go through the page cache")
