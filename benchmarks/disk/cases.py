@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import statistics
 import sys
 import time
@@ -154,10 +155,9 @@ class FullSession(Session):
 
 def measure(order: Order) -> Iterator[dict[str, Any]]:
     """Yield what each round measured, raw beside tier, then what was measured once."""
-    session = FullSession(order)
-    limit = RawLimit(Path(order.folder) / "raw", order.num_bytes)
     least = LeastJob(order.job_blocks, order.keys(-2), order.keys(-3))
-    with closing(limit), closing(least):
+    raw_limit = RawLimit(Path(order.folder) / "raw", order.num_bytes)
+    with FullSession(order) as session, closing(raw_limit) as limit, closing(least):
         session.prepare()
         session.freeze()
         idle = session.idle()
@@ -184,17 +184,15 @@ def measure(order: Order) -> Iterator[dict[str, Any]]:
             }
             before = after
         idle.steps += session.idle().steps
-        direct, least_seconds = limit.direct, float(np.median(least.seconds or [0.0]))
-    session.check()
-    steps = {"idle": idle.steps, "raw": raw_steps, "tier": tier_steps}
-    yield {
-        "direct": direct,
-        "idle_poll_us": idle_poll * 1e6,
-        "least_us": least_seconds * 1e6,
-        "lookups": session.lookups(),
-        "steps_ms": {name: _percentiles(times) for name, times in steps.items()},
-    }
-    session.close()
+        session.check()
+        steps = {"idle": idle.steps, "raw": raw_steps, "tier": tier_steps}
+        yield {
+            "direct": limit.direct,
+            "idle_poll_us": idle_poll * 1e6,
+            "least_us": float(np.median(least.seconds or [0.0])) * 1e6,
+            "lookups": session.lookups(),
+            "steps_ms": {name: _percentiles(times) for name, times in steps.items()},
+        }
 
 
 def _percentiles(times: list[float]) -> dict[str, float]:
@@ -204,7 +202,8 @@ def _percentiles(times: list[float]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Be the process."""
+    """Be the process; SIGTERM ends it with its tier."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     for figures in measure(Order(**json.load(sys.stdin))):
         print(json.dumps(figures), flush=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -22,6 +23,8 @@ Progress = Callable[[str], None]
 
 BLOCK_SIZES = (128 << 10, 512 << 10, 2 << 20, 8 << 20)
 ROUND_BYTES = 1 << 30
+SECONDS_TO_END = 10.0
+"""Of a measuring process that is asked to end; then it is killed."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,14 @@ def run_session(start: list[str], order: Order) -> Iterator[dict[str, Any]]:
             process.stdin.close()
             for line in process.stdout:
                 yield json.loads(line)
-        except BaseException:  # the command ends early
-            os.killpg(process.pid, signal.SIGKILL)
+        except (
+            BaseException
+        ):  # the command ends early; the process ends its tier first, so that nothing is written after
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(SECONDS_TO_END)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             raise
     if process.returncode:
         raise KVTierError(f"the measuring process failed with exit code {process.returncode}")

@@ -9,13 +9,14 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -93,9 +94,22 @@ class Session:
         capacity = (order.num_blocks + 1) * (order.block_bytes + 256) + (1 << 20)
         path = str(order.tier_folder)
         self.tier = DiskTierManager(spec, self._arena.view, "disk", path=path, capacity=capacity)
+        self.scheduler = BusyScheduler(self.tier, num_slots, IN_FLIGHT_BYTES)
+
+    def __enter__(self) -> Self:
+        """Start the tier.
+
+        Raises:
+            KVTierError: it does not start.
+        """
         self.tier.start()
         self._wait_up()
-        self.scheduler = BusyScheduler(self.tier, num_slots, IN_FLIGHT_BYTES)
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        """End the tier, and its I/O process with it."""
+        self.tier.shutdown()
+        self._arena.close()
 
     def prepare(self) -> None:
         """Wait until the slab is written ahead, and store once: as a tier is after a while."""
@@ -141,11 +155,6 @@ class Session:
         if self.scheduler.num_failed:
             raise KVTierError(f"{self.scheduler.num_failed} jobs failed: the figures mean nothing")
 
-    def close(self) -> None:
-        """End the tier."""
-        self.tier.shutdown()
-        self._arena.close()
-
     def _fill(self) -> None:
         view = np.frombuffer(self._arena.view.cast("B"), np.uint64)
         pattern = np.random.default_rng(1).integers(0, 1 << 63, 1 << 17, dtype=np.uint64)
@@ -171,9 +180,7 @@ class Session:
 
 def measure(order: Order) -> Iterator[dict[str, Any]]:
     """Yield what each round measured: the tier's speed, and the raw limit's just before and just after it."""
-    session = Session(order)
-    limit = RawLimit(Path(order.folder) / "raw", order.num_bytes)
-    with closing(session), closing(limit):
+    with Session(order) as session, closing(RawLimit(Path(order.folder) / "raw", order.num_bytes)) as limit:
         session.prepare()
         session.freeze()
         before = session.raw(limit)["gb_per_second"]
@@ -192,7 +199,8 @@ def order_json(order: Order) -> str:
 
 
 def main() -> None:
-    """Be the process."""
+    """Be the process; SIGTERM ends it with its tier."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     for figures in measure(Order(**json.load(sys.stdin))):
         print(json.dumps(figures), flush=True)
 
