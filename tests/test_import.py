@@ -2,23 +2,10 @@ import json
 import subprocess
 import sys
 
-BUDGET_SECONDS = 0.150
-
 
 def run(code):
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     return json.loads(done.stdout)
-
-
-def test_importing_kvtier_is_cheap():
-    code = """
-import json, time
-started = time.perf_counter()
-import kvtier
-print(json.dumps(time.perf_counter() - started))
-"""
-    best = min(run(code) for _ in range(3))
-    assert best < BUDGET_SECONDS, f"import kvtier took {best * 1000:.0f} ms"
 
 
 def test_importing_kvtier_loads_nothing_else_of_it():

@@ -23,6 +23,7 @@ from kvtier.abc import BlockStore, StoreContext
 from kvtier.errors import StoreError
 from kvtier.keys import MAX_KEY_BYTES, MIN_KEY_BYTES, OffloadKey, make_offload_key
 from kvtier.namespace import Namespace
+from kvtier.testing.patience import PATIENCE_SECONDS
 
 FILLING = 0xA5
 """What fills a buffer before it is read into."""
@@ -60,7 +61,7 @@ def run_threads(work: Callable[[int], None], count: int = NUM_THREADS) -> None:
 
     def guarded(number: int) -> None:
         try:
-            start.wait(10)
+            start.wait(PATIENCE_SECONDS)
             work(number)
         except BaseException as error:  # noqa: BLE001 - handed to the caller below
             errors.append(error)

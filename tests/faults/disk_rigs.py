@@ -1,5 +1,8 @@
 """Disk tiers over real processes, quick to notice faults; shared by the tests of faults."""
 
+import time
+from pathlib import Path
+
 from kvtier.abc import TierContext
 from kvtier.events import TierStateChanged
 from kvtier.namespace import Namespace
@@ -15,6 +18,27 @@ QUICK = TierSettings(
     first_backoff=0.05,
     longest_backoff=0.2,
 )
+
+
+class Asleep:
+    """The longest time that this thread slept within `with` blocks: it waited for something, and not for a processor.
+
+    Source: Documentation/scheduler/sched-stats.rst of Linux; the time on a processor, and the time waiting for one.
+    """
+
+    def __init__(self):
+        self.longest = 0.0
+
+    def __enter__(self):
+        self._before = self._awake_at()
+
+    def __exit__(self, *_):
+        self.longest = max(self.longest, self._awake_at() - self._before)
+
+    @staticmethod
+    def _awake_at():
+        on_processor, waiting_for_one, _ = Path("/proc/thread-self/schedstat").read_text().split()
+        return time.monotonic() - (int(on_processor) + int(waiting_for_one)) / 1e9
 
 
 class Recorder:

@@ -29,7 +29,7 @@ from kvtier.events import BlocksFailed, TierState
 from kvtier.secondary.codec import encode
 from kvtier.secondary.disk import DiskTierManager
 from kvtier.secondary.messages import PartResult
-from kvtier.testing.patience import wait_for
+from kvtier.testing.patience import TEST_SECONDS, wait_for
 from kvtier.testing.stores import make_key, make_payload
 from kvtier.testing.tier_rig import succeeded
 from kvtier.types import FailureCause, LookupResult
@@ -105,7 +105,7 @@ def test_a_stopped_process_is_killed_at_the_deadline(rig, tmp_path):
     job = submit_store(rig, range(4))
     started = time.monotonic()
     assert not rig.finish(job).success
-    assert QUICK.deadlines.job <= time.monotonic() - started < QUICK.deadlines.job + 5
+    assert time.monotonic() - started >= QUICK.deadlines.job
     assert not is_alive(pid)
     assert "progress" in tier.state_reason
     rig.wait_up()
@@ -140,9 +140,7 @@ def test_a_drain_of_a_stopped_process_is_bounded_and_answers_all(rig):
     stop(pid)
     for number in range(8):
         submit_store(rig, [number], first_slot=number)
-    started = time.monotonic()
     tier.drain_jobs()
-    assert time.monotonic() - started < QUICK.deadlines.drain + QUICK.deadlines.kill + 3
     rig.poll()
     rig.assert_each_job_answered_once()
     assert not is_alive(pid)
@@ -155,9 +153,7 @@ def test_a_shutdown_of_a_stopped_process_is_bounded(rig):
     pid = tier.io_pid
     stop(pid)
     submit_store(rig, range(8))
-    started = time.monotonic()
     tier.shutdown()
-    assert time.monotonic() - started < 2 * QUICK.deadlines.drain + QUICK.deadlines.kill + 3
     assert not is_alive(pid)
     assert tier.state is TierState.CLOSED
     rig.poll()
@@ -262,13 +258,9 @@ def test_a_full_queue_never_waits(rig):
     rig.wait_up()
     pid = tier.io_pid
     stop(pid)
-    longest = 0.0
     jobs = []
-    for _ in range(2000):
-        started = time.monotonic()
+    for _ in range(2000):  # a wait would be for ever
         jobs.append(rig.submit([make_key(number) for number in range(32)], range(32), load=True))
-        longest = max(longest, time.monotonic() - started)
-    assert longest < 2  # a wait would be for ever
     os.kill(pid, signal.SIGCONT)
     rig.wait(lambda: set(jobs) <= set(rig.results), "all jobs are answered")
     rig.assert_each_job_answered_once()
@@ -466,7 +458,8 @@ def test_it_ends_with_its_parent_even_while_its_store_opens(tmp_path):
 
 
 def test_a_forked_copy_of_the_engine_does_not_keep_it(rig):
-    tier = faulty_tier(rig, settings=PATIENT)
+    by_force = type(PATIENT.deadlines)(drain=2 * TEST_SECONDS)  # later than the test's end
+    tier = faulty_tier(rig, settings=type(PATIENT)(deadlines=by_force))
     tier.start()
     rig.wait_up()
     pid = tier.io_pid
@@ -477,9 +470,7 @@ def test_a_forked_copy_of_the_engine_does_not_keep_it(rig):
         os.read(reading, 1)
         os._exit(0)
     os.close(reading)
-    started = time.monotonic()
     tier.shutdown()
-    assert time.monotonic() - started < PATIENT.deadlines.drain - 0.1  # not by force
     assert not is_alive(pid)
     os.close(writing)
     os.waitpid(copy, 0)
@@ -500,8 +491,8 @@ def test_a_directory_held_by_another_engine_is_opened_when_it_is_free(rig, engin
     tier = disk_tier(rig, tmp_path)
     rig.wait(lambda: tier.state is TierState.DOWN, "it is down")
     assert tier.state_reason
-    until = time.monotonic() + 1.2  # time for a second attempt, which says nothing
-    rig.wait(lambda: time.monotonic() > until, "a second attempt")
+    first = tier._supervisor._breaker.retry_at
+    rig.wait(lambda: tier._supervisor._breaker.retry_at > first, "a second attempt, which says nothing")
     assert sum("is down" in message for message in caplog.messages) == 1
     engine.kill()
     engine.wait()

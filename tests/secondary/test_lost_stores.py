@@ -20,7 +20,7 @@ from kvtier.secondary.io_process import IOProcess
 from kvtier.secondary.messages import Unavailable
 from kvtier.secondary.threads import ThreadExecutor
 from kvtier.testing.clock import ManualClock
-from kvtier.testing.patience import wait_for
+from kvtier.testing.patience import PATIENCE_SECONDS, wait_for
 from kvtier.testing.stores import make_key
 from kvtier.types import LookupResult
 
@@ -150,7 +150,7 @@ def test_what_a_process_did_before_it_died_counts(rig):
     rig.wait_up()
     job = rig.submit([make_key(1)], [1], load=False)
     executor = tier._supervisor.executor
-    executor.wait(5)  # the answer is in the socket
+    executor.wait(PATIENCE_SECONDS)  # the answer is in the socket
     os.kill(tier.io_pid, 9)
     os.waitid(os.P_PID, tier.io_pid, os.WEXITED | os.WNOWAIT)
     assert rig.finish(job).success

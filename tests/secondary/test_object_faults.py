@@ -50,18 +50,18 @@ class Rig(TierRig):
         self.attach(ObjectTierManager(self.spec, self.arena.view, "object", **{**options, **QUICK}))
         self.tier.start()
 
-    def wait_state(self, state, seconds=30):
+    def wait_state(self, state):
         def reached():
             self.tier.lookup(make_key(999_999), self.request)  # a request keeps coming
             return self.tier.state is state
 
-        self.wait(reached, f"the tier is {state}", seconds)
+        self.wait(reached, f"the tier is {state}")
 
     def wait_works(self, numbers):
         """Wait until the tier stores and loads again."""
 
         def works():
-            self.wait_state(UP, 45)
+            self.wait_state(UP)
             return self.store(numbers).success and self.load(numbers)[1] == list(numbers)
 
         self.wait(works, "the tier works again")

@@ -120,11 +120,10 @@ def make_rig(swift_s3):
         rig.close()
 
 
-def wait_for_hits(rig, numbers, seconds=20.0):
+def wait_for_hits(rig, numbers):
     rig.wait(
         lambda: all(rig.tier.lookup(make_key(number), rig.request) is HIT for number in numbers),
         "what another engine stored is found",
-        seconds,
     )
 
 

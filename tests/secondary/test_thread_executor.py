@@ -9,7 +9,7 @@ from kvtier.primary.arena import arena_rows
 from kvtier.secondary.executor import StoreDescription
 from kvtier.secondary.messages import IndexEnd, Part, PartResult
 from kvtier.secondary.threads import ThreadExecutor
-from kvtier.testing.patience import wait_for
+from kvtier.testing.patience import PATIENCE_SECONDS, wait_for
 from kvtier.testing.stores import make_key
 
 BLOCK_BYTES = 4096
@@ -81,7 +81,7 @@ def test_a_retired_life_ends_when_its_threads_are_home(tmp_path):
     rig.executor.retire()
     assert rig.executor.has_ended() is not rig.executor._opener.is_alive()
     (tmp_path / "hang").unlink()
-    rig.executor.wait(5)
+    rig.executor.wait(PATIENCE_SECONDS)
     assert rig.executor.has_ended()
 
 

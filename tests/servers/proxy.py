@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kvtier.testing.patience import PATIENCE_SECONDS
+
 _PIECE_BYTES = 64 * 1024
 _POLL_SECONDS = 0.02
 
@@ -87,11 +89,11 @@ class Proxy:
         with contextlib.ExitStack() as stack:
             stack.callback(client.close)
             with contextlib.suppress(OSError):
-                client.settimeout(5)
+                client.settimeout(PATIENCE_SECONDS)
                 if self._context is not None:
                     client = self._context.wrap_socket(client, server_side=True)
                     stack.callback(client.close)
-                server = stack.enter_context(socket.create_connection(self.target, timeout=5))
+                server = stack.enter_context(socket.create_connection(self.target, timeout=PATIENCE_SECONDS))
                 requests = threading.Thread(target=self._pass_on, args=(client, server), daemon=True)
                 requests.start()
                 self._pass_back(server, client)

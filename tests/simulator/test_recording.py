@@ -23,6 +23,7 @@ from kvtier.simulator.report import facts
 from kvtier.simulator.setup import Machine, Setup
 from kvtier.simulator.trace import Trace, TraceError, TraceRequest
 from kvtier.spec.tiering import TieringOffloadingSpec
+from kvtier.testing.patience import PATIENCE_SECONDS
 from kvtier.tiering.record_writer import FRAME, HASH_BYTES, LENGTH, MAGIC, RECORD
 from kvtier.types import LookupResult, ReqContext, ScheduleEndContext
 
@@ -61,7 +62,7 @@ class LiveEngine:
         }
         engine = OffloadingConfig(extra, (KVCacheGroup(16),), BLOCK_BYTES, Namespace({"model": "recorded"}))
         self.spec = TieringOffloadingSpec(engine, observers=[log], inline_io=inline_io)
-        states = self.spec.wait_for_tiers(30.0)
+        states = self.spec.wait_for_tiers(PATIENCE_SECONDS)
         assert set(states.values()) <= {TierState.UP}
         self.manager = self.spec.get_manager()
 

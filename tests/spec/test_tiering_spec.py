@@ -10,7 +10,7 @@ from kvtier.keys import make_offload_key
 from kvtier.namespace import Namespace
 from kvtier.registry import EvictionPolicyFactory
 from kvtier.spec.tiering import TieringOffloadingSpec
-from kvtier.testing.patience import wait_for
+from kvtier.testing.patience import PATIENCE_SECONDS, wait_for
 from kvtier.types import Admission, LookupResult, ReqContext, ScheduleEndContext
 
 KEYS = [make_offload_key(bytes([i]) * 32, 0) for i in range(4)]
@@ -123,21 +123,21 @@ def test_a_tier_that_cannot_start_leaves_the_engine_running(broken, reason, capl
 def test_a_tier_over_an_unusable_directory_leaves_the_engine_running(tmp_path):
     (tmp_path / "file").write_text("no directory")
     with spec_of({"type": "disk", "path": str(tmp_path / "file"), "capacity": "16MiB"}) as spec:
-        assert spec.wait_for_tiers(10) == {"disk": TierState.DOWN}
+        assert spec.wait_for_tiers(PATIENCE_SECONDS) == {"disk": TierState.DOWN}
         store(spec.get_manager(), KEYS[:1])
 
 
 def test_blocks_come_back_from_the_disk(tmp_path):
     tier = {"type": "disk", "path": str(tmp_path), "capacity": "64MiB"}
     with spec_of(tier) as spec:
-        assert spec.wait_for_tiers(30) == {"disk": TierState.UP}
+        assert spec.wait_for_tiers(PATIENCE_SECONDS) == {"disk": TierState.UP}
         manager = spec.get_manager()
         for slot in range(4):
             spec.arena.row(slot)[:] = bytes([slot]) * spec.block_bytes
         store(manager, KEYS)
         wait_for(lambda: manager.tier_states() and manager.get_stats().get("disk.blocks") == 4)
     with spec_of(tier) as spec:
-        assert spec.wait_for_tiers(30) == {"disk": TierState.UP}
+        assert spec.wait_for_tiers(PATIENCE_SECONDS) == {"disk": TierState.UP}
         manager, request = spec.get_manager(), ReqContext("reader")
         manager.on_new_request(request)
 

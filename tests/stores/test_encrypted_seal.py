@@ -14,6 +14,7 @@ from kvtier.stores.encrypted_seal import ENCRYPTED_VERSION, EncryptedSeal
 from kvtier.stores.envelope import EncryptedEnvelope, Envelope, PlainEnvelope
 from kvtier.stores.seal import HEADER_BYTES, BlockHeaders, Record, Seal, header_checksum
 from kvtier.stores.secrets import TAG_BYTES, Authenticator, PayloadCipher, SecretPlace
+from kvtier.testing.patience import PATIENCE_SECONDS
 from kvtier.testing.stores import flip_bit, make_key, make_payload
 from kvtier.types import FailureCause
 
@@ -192,7 +193,7 @@ def test_threads_have_memory_of_their_own():
     def work(number):
         payload = memoryview(make_payload(number, 8192))
         buffer = memoryview(bytearray(8192))
-        start.wait(10)
+        start.wait(PATIENCE_SECONDS)
         for _ in range(100):
             (stored,), (header,) = envelope.wrap([KEY], [payload])
             copy = bytes(stored)

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from kvtier.stores.resp.wire import PIECE_BYTES, Break, ConnectionBrokenError, Refused, Wire
+from kvtier.testing.patience import PATIENCE_SECONDS
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def ends():
     theirs.close()
 
 
-def make_wire(ours, timeout=5.0):
+def make_wire(ours, timeout=PATIENCE_SECONDS):
     wire = Wire(ours, timeout)
     wire.begin(time.monotonic() + timeout)
     return wire
@@ -72,7 +73,7 @@ def test_a_stream_means_the_same_however_it_is_cut(ends, number):
     wire.skip(9)
     assert wire.integers(1) == [3]
     thread.join()
-    wire.begin(time.monotonic() + 1)  # nothing is left over
+    wire.begin(time.monotonic() + PATIENCE_SECONDS)  # nothing is left over
 
 
 def test_pieces_leave_in_order_whatever_the_socket_takes(ends):
@@ -114,7 +115,7 @@ def test_what_nobody_asked_for_is_garbage(ends):
     wire = make_wire(ends[0])
     wire.line()
     with pytest.raises(ConnectionBrokenError) as caught:
-        wire.begin(time.monotonic() + 1)
+        wire.begin(time.monotonic() + PATIENCE_SECONDS)
     assert caught.value.kind is Break.GARBAGE
 
 
@@ -137,8 +138,6 @@ def test_silence_ends_with_the_timeout(ends, fragment):
         wire.line()
         wire.fill(memoryview(bytearray(12)), lambda piece: None)
 
-    started = time.monotonic()
     with pytest.raises(ConnectionBrokenError) as caught:
         listen()
     assert caught.value.kind is Break.TIMED_OUT
-    assert time.monotonic() - started < 2
