@@ -295,11 +295,16 @@ class SecondaryTierManager(ABC):
         verifies_payloads: True if a load never succeeds with bytes other than those stored under that key in the
             current namespace and epoch. The manager keeps digests for tiers that do not, and trusts them only
             with blocks whose digest it knows.
+        persistent: blocks of earlier engines may be here: a request waits a moment for such a tier to open.
+        probe_deadline: longest a request waits for this tier while its `lookup` answers RETRY, in seconds; longer
+            before the first answer, shorter when waits were in vain. Configurations may set another.
     """
 
     medium: ClassVar[Medium | None] = None
     locality: ClassVar[Locality | None] = None
     verifies_payloads: ClassVar[bool] = False
+    persistent: ClassVar[bool] = False
+    probe_deadline: ClassVar[float] = 0.25
 
     @classmethod
     def class_for(cls, options: Mapping[str, Any]) -> type[SecondaryTierManager]:

@@ -137,7 +137,7 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     self_describing_kv_events: bool = False
     canonical_layout: bool = False
     load_deadline: _Seconds = TieringSettings.load_deadline
-    probe_deadline: _Seconds = TieringSettings.probe_deadline
+    probe_deadline: _Seconds | None = TieringSettings.probe_deadline
     lease_timeout: _Seconds = TieringSettings.lease_timeout
     drain_timeout: _Seconds = TieringSettings.drain_timeout
     job_deadline: _Seconds = TieringSettings.job_deadline
@@ -168,8 +168,8 @@ class TieringConfig(CPUConfig, frozen=True, forbid_unknown_fields=True, kw_only=
     """What a user may set for `TieringOffloadingSpec`.
 
     Attributes:
-        secondary_tiers: one mapping a tier: `type`, and optionally `module_path`, `name` and `admission`; every
-            other key is an option of the tier.
+        secondary_tiers: one mapping a tier: `type`, and optionally `module_path`, `name`, `admission` and
+            `probe_deadline`; every other key is an option of the tier.
     """
 
     secondary_tiers: list[dict[str, Any]] = []  # msgspec copies the default for every instance
@@ -250,6 +250,7 @@ class TierConfig:
         where: full name of its entry, for errors, for example "secondary_tiers[0]".
         tier_type: registered name, or the class's name in `module_path`.
         name: what events, statistics and logs call it.
+        probe_deadline: longest a request waits for it to say whether it has a block, seconds; None for its own.
         options: keyword arguments of the tier's constructor.
     """
 
@@ -258,10 +259,17 @@ class TierConfig:
     module_path: str | None = None
     name: str = ""
     admission: Admission | None = None
+    probe_deadline: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-_COMMON_TIER_KEYS: dict[str, Any] = {"type": _Text, "module_path": _Text, "name": _Text, "admission": Admission}
+_COMMON_TIER_KEYS: dict[str, Any] = {
+    "type": _Text,
+    "module_path": _Text,
+    "name": _Text,
+    "admission": Admission,
+    "probe_deadline": _Seconds,
+}
 
 
 def parse_tier(tier_config: Mapping[str, Any], where: str = "tier_config") -> TierConfig:
@@ -285,5 +293,6 @@ def parse_tier(tier_config: Mapping[str, Any], where: str = "tier_config") -> Ti
         module_path=common.get("module_path"),
         name=common.get("name", common["type"]),
         admission=common.get("admission"),
+        probe_deadline=common.get("probe_deadline"),
         options={key: value for key, value in tier_config.items() if key not in _COMMON_TIER_KEYS},
     )

@@ -23,6 +23,7 @@ class FilesystemTierManager(KeyedTierManager):
     locality = Locality.REMOTE
     persistent: ClassVar[bool] = True
     """Blocks outlive the engine: with LoRA, only where the user allows it."""
+    probe_deadline: ClassVar[float] = 0.5
 
     def __init__(
         self,

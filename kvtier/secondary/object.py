@@ -22,6 +22,7 @@ class ObjectTierManager(KeyedTierManager):
     locality = Locality.REMOTE
     persistent: ClassVar[bool] = True
     """Blocks outlive the engine: with LoRA, only where the user allows it."""
+    probe_deadline: ClassVar[float] = 1.0
 
     def __init__(
         self,

@@ -21,6 +21,7 @@ class RespTierManager(KeyedTierManager):
     locality = Locality.REMOTE
     persistent: ClassVar[bool] = True
     """Blocks outlive the engine: with LoRA, only where the user allows it."""
+    probe_deadline: ClassVar[float] = 0.5
 
     def __init__(
         self,

@@ -138,6 +138,7 @@ class Repeater:
             self._tiers,
             names=[tier.name for tier in header.tiers],
             admissions=[Admission(tier.admission) for tier in header.tiers],
+            probe_deadlines=[None if header.probe_deadline else tier.probe_deadline for tier in header.tiers],
             settings=TieringSettings(
                 load_deadline=header.load_deadline,
                 probe_deadline=header.probe_deadline,

@@ -30,6 +30,7 @@ class RecordedTier(msgspec.Struct, frozen=True):
     name: str
     admission: str
     policy: str
+    probe_deadline: float | None = None
 
 
 class Header(msgspec.Struct, frozen=True):
@@ -40,7 +41,7 @@ class Header(msgspec.Struct, frozen=True):
     primary_blocks: _Count
     policy: str
     load_deadline: float
-    probe_deadline: float
+    probe_deadline: float | None
     lease_timeout: float
     promotion_budget: float
     prefill_rate: float | None = None

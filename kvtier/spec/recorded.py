@@ -24,6 +24,7 @@ def make_manager(
     keywords: dict[str, Any] = {
         "names": [config.name for config, _ in tiers],
         "admissions": [config.admission or Admission.ALWAYS for config, _ in tiers],
+        "probe_deadlines": [config.probe_deadline for config, _ in tiers],
         "settings": spec.settings,
         "clock": spec.tier_context.clock,
         "observer": spec.observers,
@@ -55,7 +56,8 @@ def describe(spec: ArenaSpec, tiers: MadeTiers) -> dict[str, Any]:
                 "name": config.name,
                 "admission": (config.admission or Admission.ALWAYS).value,
                 "policy": str(config.options.get("eviction_policy", "lru")),
+                "probe_deadline": tier.probe_deadline if config.probe_deadline is None else config.probe_deadline,
             }
-            for config, _ in tiers
+            for config, tier in tiers
         ],
     }

@@ -19,6 +19,7 @@ from kvtier.events import BlocksFailed, JobFinished, Observer, TierState, Unexpe
 from kvtier.keys import OffloadKey
 from kvtier.primary.arena import arena_rows
 from kvtier.tiering.ledger import DigestLedger
+from kvtier.tiering.patience import ProbePatience
 from kvtier.tiering.standing import Standing
 from kvtier.tiering.tier_jobs import Answer, Claim, TierJob, make_tier_job, read_result
 from kvtier.types import (
@@ -33,7 +34,7 @@ from kvtier.types import (
 )
 
 STORE_SHARE = 0.5
-_UP = TierState.UP
+_UP, _STARTING = TierState.UP, TierState.STARTING
 
 T = TypeVar("T")
 
@@ -59,7 +60,9 @@ class TierGuard:
         clock: Clock,
         observer: Observer,
         job_deadline: float,
+        probe_deadline: float | None = None,
     ) -> None:
+        """Args: probe_deadline: longest wait for an answer to a lookup, seconds; None for the tier's own."""
         self.tier = tier
         self.index = index
         self.name = name
@@ -67,6 +70,9 @@ class TierGuard:
         self.jobs: dict[int, TierJob] = {}
         self._num_storing = 0
         self.usable = False
+        self._is_opening = False
+        self._was_usable = False
+        self.patience = ProbePatience(clock, tier.probe_deadline if probe_deadline is None else probe_deadline)
         self._clock = clock
         self._observer = observer
         self._job_deadline = job_deadline
@@ -83,8 +89,13 @@ class TierGuard:
     # -- use, on the scheduler's thread -------------------------------------------------------------------
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
-        """Return the tier's answer; MISS while it is not usable or raises, or for bytes nobody could verify."""
-        if not self.usable or (self._ledger is not None and key not in self._ledger):
+        """Return the tier's answer; MISS while it is not usable or raises, or for bytes nobody could verify.
+
+        RETRY while a tier that may hold blocks of earlier engines opens for the first time.
+        """
+        if not self.usable:
+            return LookupResult.RETRY if self._is_opening else LookupResult.MISS
+        if self._ledger is not None and key not in self._ledger:
             return LookupResult.MISS
         try:
             return self.tier.lookup(key, req_context)
@@ -189,6 +200,8 @@ class TierGuard:
             self._take_result(result, answers)
         self._draining = False
         self._refresh()
+        if self.usable:
+            self.patience.follow(self.lookup)
         return answers
 
     def _take_result(self, result: JobResult, answers: list[Answer]) -> None:
@@ -246,7 +259,12 @@ class TierGuard:
             self._down("a job is overdue")
         elif self._pending_epoch is None:
             self._standing.reconsider(now)
-        self.usable = self._standing.is_trusted and self.state is _UP
+        state, is_trusted = self.state, self._standing.is_trusted
+        if is_trusted and state is _UP and not self.usable:
+            self._was_usable = True
+            self.patience.begin_life()
+        self.usable = is_trusted and state is _UP
+        self._is_opening = is_trusted and state is _STARTING and self.tier.persistent and not self._was_usable
 
     @property
     def state(self) -> TierState:

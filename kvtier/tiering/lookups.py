@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from kvtier.clock import Clock
@@ -87,7 +88,7 @@ class Lookups:
             return _MISS
         retry = False
         for index in state.tiers:
-            if index in state.silent or (state.failed and (index, key) in state.failed):
+            if state.failed and (index, key) in state.failed:
                 continue
             answer = self._guards[index].lookup(key, state.context)
             if answer is _HIT:
@@ -95,29 +96,40 @@ class Lookups:
                 if state.unresolved:
                     state.unresolved.discard(key)
                 return _PENDING
-            if answer is _RETRY or answer is _PENDING:
-                retry = self._may_probe(state, index) or retry
+            if (answer is _RETRY or answer is _PENDING) and index not in state.silent:
+                retry = self._may_probe(state, index, key) or retry
         if not retry:
             return _MISS
         state.unresolved.add(key)
         return _RETRY
 
-    def _may_probe(self, state: RequestState, index: int) -> bool:
-        now = self._clock()
+    def _may_probe(self, state: RequestState, index: int, key: OffloadKey) -> bool:
+        """Return whether the request waits for this tier's answer; if not, only answers count from now on."""
+        now, patience = self._clock(), self._guards[index].patience
         state.probing.add(index)
-        if now - state.probing_since.setdefault(index, now) <= self._settings.probe_deadline:
+        waited = now - state.probing_since.setdefault(index, now)
+        num_unresolved = max(state.num_unresolved, len(state.unresolved) + 1)
+        if waited <= patience.seconds and waited <= self._recomputing(num_unresolved):
+            patience.ask(key, state.context)
             return True
         state.silent.add(index)
+        if waited > patience.seconds:
+            patience.give_up()
         self._observer.on_event(RequestGaveUp(state.context.req_id, "probe", 0))
         return False
 
+    def _recomputing(self, num_blocks: int) -> float:
+        """Return the seconds that computing so many blocks would take; without end if the engine's rate is unknown."""
+        settings = self._settings
+        if not settings.prefill_rate or not settings.tokens_per_block:
+            return math.inf
+        return num_blocks * settings.tokens_per_block / settings.prefill_rate
+
     def shorten_deadline(self, state: RequestState, num_blocks: int) -> None:
         """`num_blocks` more are awaited: wait no longer than recomputing all that this attempt awaited would take."""
-        settings = self._settings
         state.num_awaited += num_blocks
-        if state.num_awaited and settings.prefill_rate and settings.tokens_per_block:
-            recomputing = state.num_awaited * settings.tokens_per_block / settings.prefill_rate
-            state.deadline = min(settings.load_deadline, recomputing)
+        if state.num_awaited:
+            state.deadline = min(self._settings.load_deadline, self._recomputing(state.num_awaited))
 
     def expire(self, state: RequestState, now: float) -> bool:
         """Make a request whose time is over give up; what has arrived stays its hit. Return whether it did."""

@@ -58,6 +58,7 @@ class TieringOffloadingManager(OffloadingManager):
         *,
         names: Sequence[str] | None = None,
         admissions: Sequence[Admission] | None = None,
+        probe_deadlines: Sequence[float | None] | None = None,
         settings: TieringSettings = _DEFAULT_SETTINGS,
         clock: Clock = monotonic_clock,
         observer: Observer | None = None,
@@ -68,6 +69,7 @@ class TieringOffloadingManager(OffloadingManager):
             secondary_tiers: in the order in which they are asked.
             names: one per tier, for events and `get_load_source`; default the tier types, made distinct.
             admissions: one per tier; default ALWAYS.
+            probe_deadlines: one per tier, seconds; None for that of `settings`, or else the tier's own.
             observer: where events go, beside the manager's own counters; given `Observers`, these count what tiers
                 report there, too.
         """
@@ -80,7 +82,9 @@ class TieringOffloadingManager(OffloadingManager):
         self._settings, self._clock = settings, clock
         self._primary, self._table = primary_tier, primary_tier.table
         self._shadows = ShadowReport(PRIMARY, self._table.policy, self._observer)
-        self._tiers = SecondaryTiers(list(secondary_tiers or ()), names, admissions, settings, clock, self._observer)
+        self._tiers = SecondaryTiers(
+            list(secondary_tiers or ()), names, admissions, probe_deadlines, settings, clock, self._observer
+        )
         self._requests = Requests(self._tiers, settings.load_deadline)
         self._transfers = DeviceTransfers(self._table, self._observer, primary_tier.finished_sequence)
         jobs = JobMaker()

@@ -41,8 +41,9 @@ class RequestState:
         denied: keys that no plan could place.
         failed: (tier index, key) pairs whose promotion failed.
         tiers: indices of the tiers this request may load from.
-        silent: tiers that missed the probe deadline.
-        probing: tiers that left a probe of this scan unanswered; probing_since: since when, seconds.
+        silent: tiers that missed the probe deadline; what they answer counts, and nobody waits for it.
+        probing: tiers that left a probe of this scan unanswered; probing_since: since when, seconds;
+            num_unresolved: most keys that one scan of this wait left without an answer.
         deferred_since, waited: the running part and the ended parts of this attempt's wait, seconds.
         deadline: longest wait of this attempt, seconds; num_awaited: blocks it has waited for so far.
         planned_for: first key of the scan that the last plan was made of, and how many keys were awaited then; None
@@ -71,6 +72,7 @@ class RequestState:
     silent: set[int] = field(default_factory=set)
     probing: set[int] = field(default_factory=set)
     probing_since: dict[int, float] = field(default_factory=dict)
+    num_unresolved: int = 0
     deferred_since: float | None = None
     waited: float = 0.0
     deadline: float = 0.0
@@ -129,11 +131,12 @@ class RequestState:
         """The step is over; the next scan replaces this one."""
         self.scan.clear()
         self.found.clear()
-        self.unresolved.clear()
-        self.stores.clear()
         if self.probing_since:
             for index in self.probing_since.keys() - self.probing:
                 del self.probing_since[index]
+            self.num_unresolved = max(self.num_unresolved, len(self.unresolved)) if self.probing_since else 0
+        self.unresolved.clear()
+        self.stores.clear()
         self.probing.clear()
 
     def note_stored(self, keys: list[OffloadKey]) -> None:

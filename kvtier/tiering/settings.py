@@ -21,19 +21,19 @@ class TieringSettings:
 
     Attributes:
         load_deadline: longest a request waits for tiers, per attempt.
-        probe_deadline: longest a request waits for one tier to say whether it has a block.
+        probe_deadline: longest a request waits for one tier to say whether it has a block; None for each tier's own.
         lease_timeout: longest a request holds promoted blocks that it does not load.
         drain_timeout: longest a reset or shutdown waits for tiers.
         job_deadline: a tier with a job older than this is not used until it has answered.
         promotion_budget: share of the primary's slots that promotions and leases may hold, in (0, 1].
-        prefill_rate: tokens a second that the engine computes; shortens `load_deadline` to what recomputing takes.
+        prefill_rate: tokens a second that the engine computes; shortens waits for tiers to what recomputing takes.
         tokens_per_block: tokens in one offloaded block, for that prediction.
         on_reset: whether a reset starts a new epoch.
         kv_events: whether `take_events` collects events.
     """
 
     load_deadline: float = 2.0
-    probe_deadline: float = 0.005
+    probe_deadline: float | None = None
     lease_timeout: float = 30.0
     drain_timeout: float = 5.0
     job_deadline: float = 30.0

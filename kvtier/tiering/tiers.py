@@ -30,15 +30,31 @@ class SecondaryTiers:
         tiers: Sequence[SecondaryTierManager],
         names: Sequence[str] | None,
         admissions: Sequence[Admission] | None,
+        probe_deadlines: Sequence[float | None] | None,
         settings: TieringSettings,
         clock: Clock,
         observer: Observer,
     ) -> None:
-        rules = zip(tiers, names or _distinct(tiers), admissions or [Admission.ALWAYS] * len(tiers), strict=True)
+        rules = zip(
+            tiers,
+            names or _distinct(tiers),
+            admissions or [Admission.ALWAYS] * len(tiers),
+            probe_deadlines or [None] * len(tiers),
+            strict=True,
+        )
         self._settings = settings
         self.guards: list[TierGuard] = [
-            TierGuard(tier, index, name, admission, clock, observer, settings.job_deadline)
-            for index, (tier, name, admission) in enumerate(rules)
+            TierGuard(
+                tier,
+                index,
+                name,
+                admission,
+                clock,
+                observer,
+                settings.job_deadline,
+                settings.probe_deadline if probe_deadline is None else probe_deadline,
+            )
+            for index, (tier, name, admission, probe_deadline) in enumerate(rules)
         ]
         self._all_indices = self._matching(TierFilter.ALL)
 
@@ -70,6 +86,7 @@ class SecondaryTiers:
     def forget(self, req_context: ReqContext) -> None:
         """Tell every tier that a request is over."""
         for guard in self.guards:
+            guard.patience.forget(req_context)
             guard.call("on_request_finished", None, req_context)
 
     def touch(self, keys: list[OffloadKey], req_context: ReqContext) -> None:

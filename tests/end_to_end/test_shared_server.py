@@ -2,38 +2,12 @@
 
 import pytest
 from proxy import Faults, Proxy
-from whole_engine import BLOCK_BYTES, WholeEngine, make_keys
+from whole_engine import WholeEngine, make_keys
 
-from kvtier import KVCacheGroup, Namespace, OffloadingConfig, create_spec
 from kvtier.events import TierState
 from kvtier.testing.patience import wait_for
 
 LOAD_DEADLINE = 0.5
-
-
-class SharingEngine(WholeEngine):
-    """The same engine, its blocks in a server instead of on a disk."""
-
-    def __init__(self, url, num_blocks=16, **tier):
-        extra = {
-            "spec_name": "TieringOffloadingSpec",
-            "cpu_bytes_to_use": num_blocks * BLOCK_BYTES,
-            "secondary_tiers": [{"type": "resp", "url": url, **tier}],
-            "load_deadline": LOAD_DEADLINE,
-            "probe_deadline": 0.2,
-        }
-        config = OffloadingConfig(
-            extra_config=extra,
-            groups=(KVCacheGroup(16, ("layer",)),),
-            engine_block_bytes=BLOCK_BYTES,
-            namespace=Namespace({"model": "whole"}),
-            engine_id="sharing",
-        )
-        self.spec = create_spec(config)
-        self.manager = self.spec.get_manager()
-        self.arena = self.spec.arena
-        self.table = self.manager._primary.table
-        self._requests = 0
 
 
 @pytest.fixture
@@ -41,7 +15,8 @@ def engines():
     made = []
 
     def make(url, **tier):
-        made.append(SharingEngine(url, **tier).start())
+        shared = {"type": "resp", "url": url, **tier}
+        made.append(WholeEngine(None, tier=shared, load_deadline=LOAD_DEADLINE).start())
         return made[-1]
 
     yield make

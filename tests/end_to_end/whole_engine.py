@@ -27,11 +27,13 @@ class WholeEngine:
     """Drives a spec as a scheduler does; every load is compared with what its key must hold."""
 
     def __init__(self, path, num_blocks: int = 16, capacity: str = "64MiB", tier: dict | None = None, **config) -> None:
-        disk = {"type": "disk", "path": str(path), "capacity": capacity, **(tier or {})}
+        """Args: tier: options of the disk tier at `path`, or, with a `type`, another tier in its place."""
+        disk = {"type": "disk", "path": str(path), "capacity": capacity}
+        chosen = tier if tier and "type" in tier else {**disk, **(tier or {})}
         extra = {
             "spec_name": "TieringOffloadingSpec",
             "cpu_bytes_to_use": num_blocks * BLOCK_BYTES,
-            "secondary_tiers": [disk],
+            "secondary_tiers": [chosen],
             **config,
         }
         self.spec = create_spec(

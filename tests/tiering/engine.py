@@ -50,6 +50,7 @@ class Engine:
         policy: Callable = LRUPolicy,
         admissions: Sequence[Admission] | None = None,
         tiers: Callable[[memoryview], Sequence] | None = None,
+        probe_deadlines: Sequence[float | None] | None = None,
         **settings,
     ) -> None:
         self.arena = Arena.create(num_blocks, BLOCK_BYTES)
@@ -65,6 +66,7 @@ class Engine:
             self.primary,
             self.tiers,
             admissions=admissions,
+            probe_deadlines=probe_deadlines,
             settings=TieringSettings(**settings),
             clock=self.clock,
             observer=self.log,
@@ -100,6 +102,18 @@ class Engine:
         """Scan once; return the length of the prefix that is ready."""
         answers = self.scan(keys, context)
         return next((i for i, answer in enumerate(answers) if answer is not LookupResult.HIT), len(answers))
+
+    def let_tiers_answer(self) -> None:
+        """Have every tier answer one question: the first of a life may take longer."""
+        key, context = make_keys(1, "first question"), self.request("first question")
+        for tier in self.tiers:
+            tier.unknown |= set(key)
+        self.scan(key, context)
+        self.step()
+        for tier in self.tiers:
+            tier.unknown -= set(key)
+        self.step()
+        self.finish(context)
 
     def wait_hits(self, keys: Sequence[OffloadKey], context: ReqContext, steps: int = 50) -> int:
         """Scan, a step at a time, until nothing is deferred; return the length of the prefix that is ready."""

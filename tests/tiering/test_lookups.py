@@ -56,6 +56,7 @@ def test_one_tiers_silence_does_not_delay_anothers_hit(make_engine):
 
 def test_a_probe_that_takes_too_long_is_a_miss_for_that_request_only(make_engine):
     engine, keys = make_engine(probe_deadline=0.005), make_keys(1)
+    engine.let_tiers_answer()
     engine.tier.unknown.update(keys)
     slow, fresh = engine.request("slow"), engine.request("fresh")
     assert engine.scan(keys, slow) == [RETRY]
@@ -122,6 +123,7 @@ def test_a_wrong_key_is_a_miss(make_engine):
 
 def test_a_preempted_request_asks_a_tier_again_that_was_too_slow(make_engine):
     engine, keys = make_engine(probe_deadline=0.005), make_keys(1)
+    engine.let_tiers_answer()
     engine.tier.unknown = set(keys)
     context = engine.request()
     assert engine.scan(keys, context) == [RETRY]

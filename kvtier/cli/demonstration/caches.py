@@ -12,9 +12,9 @@ from kvtier.adapters.transformers import PrefixCache
 from kvtier.errors import StoreUnavailableError
 from kvtier.events import TierState
 
-PATIENCE = {"probe_deadline": 0.5, "load_deadline": 15.0}
-"""What a demonstration waits for shared tiers, where the configuration does not say: engines on a busy machine give up
-sooner and compute, and here it is to be seen that blocks come back. The table shows what the waiting cost."""
+PATIENCE = {"load_deadline": 15.0}
+"""How long a demonstration waits for blocks that a tier holds, where the configuration does not say: engines on a busy
+machine give up sooner and compute, and here it is to be seen that blocks come back. The table shows what it cost."""
 VOLATILE_TIERS = frozenset({"memory", "example"})
 """Tiers whose blocks end with the process that stored them."""
 
