@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from kvtier import forks
 from kvtier.abc import OffloadingWorker
 from kvtier.errors import CapacityError, ConfigError
 from kvtier.primary.arena import ControlPage
@@ -112,6 +113,13 @@ class TorchOffloadingWorker(OffloadingWorker):
             if status:
                 raise CapacityError(f"cudaHostRegister of {self._arena.nbytes} bytes failed with status {status}")
             self._stream = torch.cuda.Stream()
+        self._left_to_parent = False
+        forks.register(self)
+
+    def leave_to_parent(self) -> None:
+        """In a forked child, where CUDA does not work, copy nothing and give nothing back."""
+        self._left_to_parent = True
+        self._running.clear()
 
     def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec) -> bool:
         """Queue copies of engine blocks into slots, after all work that is queued on the current stream."""
@@ -138,6 +146,8 @@ class TorchOffloadingWorker(OffloadingWorker):
 
     def shutdown(self) -> None:
         """Wait for the stream, then give the arena's pages back; no call follows."""
+        if self._left_to_parent:
+            return
         self._stream.synchronize()
         for transfer in list(self._running.values()):
             self._end(transfer)
@@ -149,6 +159,8 @@ class TorchOffloadingWorker(OffloadingWorker):
         sequence, started = sequence_of(slots), time.perf_counter()
         self._book.begin(sequence)
         try:
+            if self._left_to_parent:
+                raise ValueError("the worker is the parent process's")
             plan = plan_transfer(self._layout, gpu_spec, slots, len(self._arena))
         except ValueError as error:
             self._book.report(job_id, error)

@@ -13,9 +13,16 @@ from typing import Self
 
 import numpy as np
 
+from kvtier import forks
+from kvtier.descriptors import Descriptor
 from kvtier.errors import CapacityError, ConfigError
 from kvtier.primary.memory_limit import check_memory
 from kvtier.sizes import format_size
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_libc.mmap.restype = ctypes.c_void_p
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in total)."""
@@ -23,6 +30,8 @@ Progress = Callable[[int, int], None]
 CONTROL_BYTES = mmap.PAGESIZE
 MAX_RANKS = 256
 _SLICE_BYTES = 64 * 1024**2
+_MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
+_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
 _MADV_HUGEPAGE = 14
 _MADV_POPULATE_WRITE = 23
 """Linux 5.14: map and touch pages at once, reporting an error where an access would raise SIGBUS (madvise(2))."""
@@ -111,6 +120,38 @@ class ControlPage:
         return int(self._failures.sum())
 
 
+class SharedMapping(mmap.mmap):
+    """The pages of a file, writable; in a forked child private zero pages stand in their place.
+
+    So nothing in a child that still holds a view, a plug-in's included, can read or overwrite the parent's blocks.
+    The object itself maps no file: `mmap` would keep a copy of the descriptor that nothing can close in the child.
+    """
+
+    address: int
+
+    def __new__(cls, fd: int, num_bytes: int) -> Self:
+        """Map the first `num_bytes` of `fd`, which may be closed afterwards.
+
+        Raises:
+            OSError: the system refused.
+        """
+        self = super().__new__(cls, -1, num_bytes, flags=_PRIVATE)
+        self.address = np.frombuffer(self, dtype=np.uint8).ctypes.data
+        self._place(mmap.MAP_SHARED, fd)
+        forks.register(self)
+        return self
+
+    def leave_to_parent(self) -> None:
+        """Put zero pages of this process's own in the place of the file's."""
+        if not self.closed:
+            self._place(_PRIVATE, -1)
+
+    def _place(self, flags: int, fd: int) -> None:
+        access = mmap.PROT_READ | mmap.PROT_WRITE
+        if _libc.mmap(self.address, len(self), access, flags | _MAP_FIXED, fd, 0) != self.address:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
 class Arena:
     """`num_blocks` blocks of `block_bytes` bytes in a memfd, which has no name and leaves nothing behind.
 
@@ -125,12 +166,19 @@ class Arena:
         self.fd = fd
         self.num_blocks = num_blocks
         self.block_bytes = block_bytes
-        self._mapping = mmap.mmap(fd, num_blocks * block_bytes + CONTROL_BYTES)
+        self._descriptor = Descriptor(fd)
+        self._mapping = SharedMapping(fd, num_blocks * block_bytes + CONTROL_BYTES)
         whole = memoryview(self._mapping)
         self.view = whole[: num_blocks * block_bytes].cast("B", (num_blocks, block_bytes))
         self._rows = Rows(self.view)
         self.control = ControlPage(whole[num_blocks * block_bytes :])
         self._closed = False
+        forks.register(self)
+
+    def leave_to_parent(self) -> None:
+        """Close the child's copy of the descriptor; the mapping takes care of itself."""
+        self._descriptor.close()
+        self.fd = -1
 
     @classmethod
     def create(cls, num_blocks: int, block_bytes: int, *, progress: Progress | None = None, threads: int = 2) -> Self:
@@ -196,7 +244,7 @@ class Arena:
         if self._closed:
             return
         self._closed = True
-        os.close(self.fd)
+        self._descriptor.close()
         del self._rows, self.control
         try:
             self.view.release()
@@ -214,15 +262,13 @@ class Arena:
 
     def _back(self, total: int, progress: Progress | None, threads: int) -> None:
         """Allocate and map all pages, slice by slice, on `threads` threads."""
-        start = np.frombuffer(self._mapping, dtype=np.uint8).ctypes.data
-        libc = ctypes.CDLL(None, use_errno=True)  # mmap.madvise would hold the interpreter lock
-        libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-        libc.madvise(start, total, _MADV_HUGEPAGE)  # a wish; most kernels refuse it for shared memory
+        start, madvise = self._mapping.address, _libc.madvise  # mmap.madvise would hold the interpreter lock
+        madvise(start, total, _MADV_HUGEPAGE)  # a wish; most kernels refuse it for shared memory
 
         def back_slice(offset: int) -> int:
             length = min(_SLICE_BYTES, total - offset)
             os.posix_fallocate(self.fd, offset, length)
-            libc.madvise(start + offset, length, _MADV_POPULATE_WRITE)  # without it the first access maps the page
+            madvise(start + offset, length, _MADV_POPULATE_WRITE)  # without it the first access maps the page
             return length
 
         with ThreadPoolExecutor(max(1, threads), "kvtier-arena") as executor:

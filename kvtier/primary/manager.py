@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvtier.abc import EvictionPolicy
 from kvtier.errors import CapacityError
+from kvtier.eviction.lru import LRUPolicy
 from kvtier.primary.arena import ControlPage
 from kvtier.primary.table import BlockTable
 
@@ -45,6 +46,11 @@ class CPUPrimaryTierOffloadingManager:
         self._control = control
         self._world_size = world_size
         self._sequence = 0
+
+    def give_up_slots(self) -> None:
+        """Go on without a single slot: the arena is another process's."""
+        self.table = BlockTable(0, LRUPolicy(1))
+        self._control = None
 
     @property
     def num_blocks(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtier import forks
 from kvtier.abc import OffloadingWorker
 from kvtier.errors import ConfigError
 from kvtier.primary.arena import ControlPage
@@ -147,7 +148,12 @@ class NumpyOffloadingWorker(OffloadingWorker):
         check_slot_bytes(self._layout, view)
         self._num_slots = len(view)
         self._book = TransferBook(control, rank)
+        forks.register(self)
         self._pages = _page_views(self._layout, np.asarray(view).view(np.uint8), kv_caches)
+
+    def leave_to_parent(self) -> None:
+        """In a forked child, copy nothing: the slots that a transfer names are the parent's."""
+        self._pages = []
 
     def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec) -> bool:
         """Copy engine blocks into slots; the result is there when this returns."""
@@ -175,7 +181,7 @@ class NumpyOffloadingWorker(OffloadingWorker):
         self._book.begin(sequence)
         try:
             if not self._pages:
-                raise ValueError("the worker was shut down")
+                raise ValueError("the worker was shut down, or is the parent process's")
             plan = plan_transfer(self._layout, gpu_spec, slots, self._num_slots)
         except ValueError as error:
             self._book.report(job_id, error)

@@ -124,6 +124,10 @@ class TierHealth:
         """Note that the tier, after a failure, served something: what happens next is news again."""
         self._said.clear()
 
+    def leave_to_parent(self) -> None:
+        """Be CLOSED without a word: in a forked child, the tier is its parent's."""
+        self.state, self.reason = TierState.CLOSED, "it belongs to the parent process"
+
     def change(self, state: TierState, reason: str = "", *, warn: bool = False) -> None:
         """Enter a state; the same state for the same reason is no change. Nothing follows CLOSED.
 

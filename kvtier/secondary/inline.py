@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
+from kvtier import forks
 from kvtier.errors import StoreUnavailableError
 from kvtier.keys import OffloadKey
 from kvtier.primary.arena import Rows
@@ -26,6 +27,13 @@ class InlineExecutor(IOExecutor):
         self._runner: StoreRunner | None = None
         self._queue = PartQueue()
         self._reports: deque[Report] = deque()
+        self._left_to_parent: StoreRunner | None = None
+        forks.register(self)
+
+    def leave_to_parent(self) -> None:
+        """In a forked child, run nothing, and leave the store open: closing it might write."""
+        self._queue, self._left_to_parent, self._runner = PartQueue(), self._runner, None
+        self._reports.clear()
 
     def start(self) -> None:
         """Open the store and read its index."""

@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+from kvtier import forks
+from kvtier.descriptors import Descriptor
 from kvtier.errors import ProtocolError, StoreUnavailableError
 from kvtier.keys import OffloadKey
 from kvtier.secondary.codec import MAX_MESSAGE_BYTES, blocks_per_message, decode, encode, encode_head
@@ -71,8 +73,9 @@ class IOProcess(IOExecutor):
         self._description = description
         self._arena_fd = arena_fd
         self._process: subprocess.Popen[bytes] | None = None
-        self._pidfd = -1
+        self._pidfd: Descriptor | None = None
         self._socket: socket.socket | None = None
+        self._descriptor: Descriptor | None = None
         self._first: deque[Message] = deque()
         self._loads: deque[Part] = deque()
         self._stores: deque[Part | Delete] = deque()
@@ -81,6 +84,16 @@ class IOProcess(IOExecutor):
         self._submitted = False
         self._buffer = memoryview(bytearray(MAX_MESSAGE_BYTES + 1))
         self._ended_at: float | None = None
+        forks.register(self)
+
+    def leave_to_parent(self) -> None:
+        """In a forked child, close the copies of socket and pidfd; the process goes on with the parent."""
+        self._let_go()
+        if self._pidfd is not None:
+            self._pidfd.close()
+        if self._process is not None:
+            self._process.returncode = 0  # it is not this process's child: nothing can be learnt of its end
+            self._process = None
 
     @property
     def pid(self) -> int | None:
@@ -113,7 +126,7 @@ class IOProcess(IOExecutor):
                 start_new_session=True,
                 env=_environment(),
             )
-            self._pidfd = os.pidfd_open(self._process.pid)
+            self._pidfd = Descriptor(os.pidfd_open(self._process.pid))
         except OSError as error:
             if ours is not None:
                 ours.close()
@@ -124,7 +137,7 @@ class IOProcess(IOExecutor):
             if parent >= 0:
                 os.close(parent)
         ours.setblocking(False)
-        self._socket = ours
+        self._socket, self._descriptor = ours, Descriptor(ours.fileno())
         self._first.append(options)
         self._send_queued()
 
@@ -200,11 +213,18 @@ class IOProcess(IOExecutor):
 
     def retire(self) -> None:
         """Close the socket: the process ends when its running calls have."""
-        if self._socket is not None:
+        if self._socket is not None and self._descriptor is not None and self._descriptor.is_ours():
             with contextlib.suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)  # a forked copy of this process may hold the socket, too
-            self._socket.close()
+                self._socket.shutdown(socket.SHUT_RDWR)  # a process forked in C may hold the socket, too
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Close what this process holds, and forget what was queued."""
+        if self._socket is not None:
+            self._socket.detach()  # its number may be another file's by now: the descriptor knows
             self._socket = None
+        if self._descriptor is not None:
+            self._descriptor.close()
         self._packet = None
         for queue in (self._first, self._loads, self._stores, self._local):
             queue.clear()
@@ -214,7 +234,10 @@ class IOProcess(IOExecutor):
         self.retire()
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+                if self._pidfd is not None and self._pidfd.is_ours():
+                    signal.pidfd_send_signal(self._pidfd.number, signal.SIGKILL)
+                else:
+                    self._process.kill()  # somebody closed it
 
     def has_ended(self) -> bool:
         """Return whether the process is gone and reaped; its memory is unmapped by then."""
@@ -224,16 +247,16 @@ class IOProcess(IOExecutor):
             return False
         self.retire()
         self._process = None
-        os.close(self._pidfd)
+        if self._pidfd is not None:
+            self._pidfd.close()
         return True
 
     def wait(self, seconds: float) -> None:
         """Wait for a packet or the end of the process."""
         poller = select.poll()
-        if self._process is not None:
-            poller.register(self._pidfd, select.POLLIN)
-        if self._socket is not None:
-            poller.register(self._socket, select.POLLIN)
+        for descriptor in (self._pidfd, self._descriptor):
+            if descriptor is not None and descriptor.is_ours():
+                poller.register(descriptor.number, select.POLLIN)
         poller.poll(seconds * 1000)
 
     def _send_queued(self) -> None:

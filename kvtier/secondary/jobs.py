@@ -159,6 +159,11 @@ class JobLedger:
             job.count_failures({cause: job.num_left})
             self._finish(job)
 
+    def forget(self) -> None:
+        """Drop every job and result unanswered: whoever waits for them is in another process."""
+        self._jobs, self._results = {}, []
+        self.num_store_blocks = self.num_load_blocks = 0
+
     def take_results(self) -> list[JobResult]:
         """Return the results since the last call."""
         results, self._results = self._results, []

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from kvtier import forks
 from kvtier.abc import BlockStore, SecondaryTierManager, SlotStore, TierContext
 from kvtier.errors import ConfigError, KeyFormatError, ProtocolError
 from kvtier.events import TierState
@@ -124,6 +125,12 @@ class StoreTierManager(SecondaryTierManager):
         )
         self._prepared: Prepared | None = None
         self._most_store_blocks = max(1, self.settings.most_store_bytes // self.block_bytes)
+        forks.register(self)
+
+    def leave_to_parent(self) -> None:
+        """In a forked child, hold nothing and take nothing; the parent's executor goes on."""
+        self._supervisor.leave_to_parent()
+        self._forget()
 
     @property
     def state(self) -> TierState:

@@ -192,6 +192,12 @@ class Supervisor:
         elif self._phase is not _Phase.ENDING:
             self._phase = _Phase.CLOSED
 
+    def leave_to_parent(self) -> None:
+        """In a forked child, be closed: the executor is the parent's, and no other one starts."""
+        self._health.leave_to_parent()
+        self._ledger.forget()
+        self._phase, self.executor = _Phase.CLOSED, None
+
     def kill(self) -> None:
         """Kill what was told to end."""
         if self.executor is not None:

@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 
+from kvtier import forks
 from kvtier.errors import StoreUnavailableError
 from kvtier.keys import OffloadKey
 from kvtier.primary.arena import Rows
@@ -34,6 +35,13 @@ class ThreadExecutor(IOExecutor):
         self._reports: deque[Report] = deque()
         self._news = threading.Event()
         self._blocks_per_call = blocks_per_call(description.block_bytes)
+        forks.register(self)
+
+    def leave_to_parent(self) -> None:
+        """In a forked child, where none of the threads is, have ended; they may have held any of the old locks."""
+        self._queue, self._arena_lock, self._news = PartQueue(), threading.Lock(), threading.Event()
+        self._wanted, self._killed = False, True
+        self._reports.clear()
 
     def start(self) -> None:
         """Start the thread that opens the store."""

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from kvtier import forks
 from kvtier.abc import OffloadingSpec, OffloadingWorker, TierContext
 from kvtier.clock import Clock, monotonic_clock
 from kvtier.config import CPUConfig, OffloadingConfig, engine_blocks_per_block, parse_config, primary_blocks
@@ -103,6 +104,11 @@ class ArenaSpec(OffloadingSpec):
         self._worker: OffloadingWorker | None = None
         self._worker_tensors: list[Any] = []
         self._closed = False
+        forks.register(self)
+
+    def leave_to_parent(self) -> None:
+        """In a forked child, make nothing over the parent's arena; a spec that has none yet can still be used."""
+        self._closed = self._closed or self._arena is not None
 
     @property
     def tokens_per_block(self) -> int:
@@ -122,6 +128,7 @@ class ArenaSpec(OffloadingSpec):
             ConfigError: a tier refuses its options.
         """
         if self._manager is None:
+            self._check_open()
             try:
                 self._manager = self._make_manager(self.arena)
             except BaseException:
@@ -141,6 +148,7 @@ class ArenaSpec(OffloadingSpec):
                 of the first call.
         """
         if self._worker is None:
+            self._check_open()
             self._worker = self._make_worker(kv_caches)
             self._worker_tensors = list(kv_caches.tensors)
         elif not _are_same(self._worker_tensors, kv_caches.tensors):
@@ -155,12 +163,15 @@ class ArenaSpec(OffloadingSpec):
             CapacityError: the machine cannot hold it.
             RuntimeError: the spec has been shut down.
         """
-        if self._closed:
-            raise RuntimeError("the spec has been shut down")
         if self._arena is None:
+            self._check_open()
             self._arena = Arena.create(self.num_blocks, self.block_bytes, progress=self._progress)
             self.tier_context = replace(self.tier_context, arena_fd=self._arena.fd)
         return self._arena
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the spec has been shut down, or its arena belongs to the parent process")
 
     def shutdown(self) -> None:
         """Release manager, worker and arena, in this order and whatever each of them raises; idempotent."""

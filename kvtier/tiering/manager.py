@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from kvtier import forks
 from kvtier.abc import OffloadingManager, SecondaryTierManager
 from kvtier.clock import Clock, monotonic_clock
 from kvtier.events import BlocksEvicted, BlocksLoaded, BlocksStored, CacheReset, Observer, Observers, TierState
@@ -80,24 +81,40 @@ class TieringOffloadingManager(OffloadingManager):
         if settings.kv_events:
             self._observer.add(self._kv_events)
         self._settings, self._clock = settings, clock
-        self._primary, self._table = primary_tier, primary_tier.table
-        self._shadows = ShadowReport(PRIMARY, self._table.policy, self._observer)
-        self._tiers = SecondaryTiers(
-            list(secondary_tiers or ()), names, admissions, probe_deadlines, settings, clock, self._observer
+        self._primary = primary_tier
+        self._pid = os.getpid()
+        self._closed = False
+        self._wire(
+            SecondaryTiers(
+                list(secondary_tiers or ()), names, admissions, probe_deadlines, settings, clock, self._observer
+            )
         )
+        forks.register(self)
+
+    def _wire(self, tiers: SecondaryTiers) -> None:
+        """Connect the parts, all of them new but for the primary tier and `tiers`."""
+        settings, clock = self._settings, self._clock
+        self._table, self._tiers = self._primary.table, tiers
+        self._shadows = ShadowReport(PRIMARY, self._table.policy, self._observer)
         self._requests = Requests(self._tiers, settings.load_deadline)
-        self._transfers = DeviceTransfers(self._table, self._observer, primary_tier.finished_sequence)
+        self._transfers = DeviceTransfers(self._table, self._observer, self._primary.finished_sequence)
         jobs = JobMaker()
         self._promoter = Promoter(self._table, self._tiers.guards, settings, clock, self._observer, jobs)
         self._cascades = Cascades(self._table, self._tiers.guards, self._observer, jobs)
         self._note_use = Usage(self._table, self._tiers, self._cascades).note
         self._scanned: list[RequestState] = []
         self._polled = False
-        self._closed = False
         self._current: ReqContext | None = None
         self._state: RequestState
         self._get_slot, self._filling = self._table.slot_of.get, self._table.filling
         self._resolve = self._promoter.lookups.resolve
+
+    def leave_to_parent(self) -> None:
+        """In a forked child, go on with no slot and no tier: every lookup misses, and nothing is stored."""
+        self._kept = self._tiers  # a plug-in's destructor might end what the parent uses
+        self._primary.give_up_slots()
+        self._wire(SecondaryTiers((), None, None, None, self._settings, self._clock, self._observer))
+        self._kv_events.take()
 
     # -- lookups ------------------------------------------------------------------------------------------
 
@@ -278,6 +295,8 @@ class TieringOffloadingManager(OffloadingManager):
 
     def _poll(self) -> None:
         self._polled = True
+        if os.getpid() != self._pid:
+            forks.advise()
         for guard, answer in self._tiers.poll():
             self._take(guard, answer)
         if self._transfers.stale.pending:
@@ -342,6 +361,7 @@ class TieringOffloadingManager(OffloadingManager):
         """End all tiers, within `drain_timeout`; idempotent."""
         if not self._closed:
             self._closed = True
+            forks.notice()
             self._tiers.shutdown()
 
     def check_invariants(self) -> None:

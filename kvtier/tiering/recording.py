@@ -6,6 +6,7 @@ and writes (`record_writer`). A recording that cannot go on ends, and the engine
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -18,7 +19,9 @@ import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from kvtier import forks
 from kvtier.clock import Clock
+from kvtier.descriptors import Descriptor
 from kvtier.events import CascadeRefused, Event
 from kvtier.keys import OffloadKey
 from kvtier.tiering.guard import TierGuard
@@ -62,28 +65,36 @@ class Recorder:
         text = json.dumps(dict(header)).encode()
         self._buffer = bytearray(LENGTH.pack(len(text)) + text)
         self._writer: subprocess.Popen[bytes] | None = None
-        self._pipe = -1
+        self._pipe: Descriptor | None = None
         self._started = clock()
         self._flushed = 0.0
         self.active = False
+        forks.register(self)
+
+    def leave_to_parent(self) -> None:
+        """In a forked child, record nothing; the parent's recording goes on."""
+        self._end()
+        if self._writer is not None:
+            self._writer.returncode = 0  # it is not this process's child: nothing can be learnt of its end
+            self._writer = None
 
     def start(self) -> None:
         """Start the writing process, without waiting for it."""
         command = [sys.executable, "-m", "kvtier.tiering.record_writer", os.path.abspath(self._path), str(self._limit)]
+        theirs = -1
         try:
-            self._writer = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
-            )
-            pipe = self._writer.stdin
-            if pipe is None:
-                raise OSError("no pipe")
-            self._pipe = pipe.fileno()
-            os.set_blocking(self._pipe, False)
-            fcntl.fcntl(self._pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+            theirs, ours = os.pipe()
+            self._pipe = Descriptor(ours)
+            self._writer = subprocess.Popen(command, stdin=theirs, stdout=subprocess.DEVNULL, start_new_session=True)
         except OSError as error:
-            if self._pipe < 0:
-                self._give_up(f"{error}")
-                return
+            self._give_up(f"{error}")
+            return
+        finally:
+            if theirs >= 0:
+                os.close(theirs)
+        os.set_blocking(ours, False)
+        with contextlib.suppress(OSError):  # a user's pipes have a limit together: it stays a short one
+            fcntl.fcntl(ours, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         self.active = True
 
     def note(self, kind: bytes, request: int, extra: bytes = b"", keys: Collection[OffloadKey] = ()) -> None:
@@ -104,8 +115,11 @@ class Recorder:
         if len(self._buffer) < _FLUSH_BYTES and 0 <= now - self._flushed < _FLUSH_SECONDS:
             return
         self._flushed = now
+        if self._pipe is None or not self._pipe.is_ours():
+            self._give_up("its pipe was closed")
+            return
         try:
-            sent = os.write(self._pipe, self._buffer)
+            sent = os.write(self._pipe.number, self._buffer)
             del self._buffer[:sent]
         except BlockingIOError:
             pass
@@ -119,7 +133,8 @@ class Recorder:
         """Hand over the rest and end the process, within two seconds; idempotent."""
         deadline = time.monotonic() + _CLOSE_SECONDS
         while self.active and self._buffer and (left := deadline - time.monotonic()) > 0:
-            select.select([], [self._pipe], [], left)
+            if self._pipe is not None and self._pipe.is_ours():
+                select.select([], [self._pipe.number], [], left)
             self._flushed = -1e9
             self.flush()
         self._end()
@@ -138,8 +153,8 @@ class Recorder:
     def _end(self) -> None:
         self.active = False
         self._buffer.clear()
-        if self._writer is not None and self._writer.stdin is not None:
-            self._writer.stdin.close()
+        if self._pipe is not None:
+            self._pipe.close()
 
 
 class RecordedManager(TieringOffloadingManager):

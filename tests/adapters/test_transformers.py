@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 
 import torch
 from adapters_models import tiers, tiny_llama, tokens, without_hub
+from forked_child import ALL_WAYS, tell
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from kvtier.adapters.decoding import decode_greedily
@@ -290,3 +291,28 @@ def test_layers_of_unlike_shape_are_refused(model):
     odd.model.layers[1].self_attn.num_key_value_groups = 4
     with pytest.raises(ConfigError, match="one shape"):
         PrefixCache(odd, MEMORY_ONLY)
+
+
+@pytest.mark.parametrize("fork", ALL_WAYS)
+def test_a_forked_child_answers_as_without_a_cache(model, tmp_path, fork):
+    prompts = [tokens(150, seed) for seed in (1, 2)]
+    expected = [plain_greedy(model, prompt, 6) for prompt in prompts]
+    with PrefixCache(model, tiers(tmp_path)) as cache:
+        cache.generate(prompts[0], max_new_tokens=6)
+
+        def child():
+            torch.set_num_threads(1)  # the threads that the parent computes with are not there
+            answers = [cache.generate(prompt, max_new_tokens=6) for prompt in [*prompts, *prompts]]
+            cache.close()
+            cache.close()
+            assert [answer.sequences[0].tolist() for answer in answers] == [*expected, *expected]
+            return [[answer.restored_tokens, answer.stored_blocks] for answer in answers]
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # OpenMP's pool does not survive a fork
+        try:
+            assert tell(fork, child) == [[0, 0]] * 4
+        finally:
+            torch.set_num_threads(threads)
+        answer = cache.generate(prompts[0], max_new_tokens=6)
+        assert (answer.restored_tokens, answer.sequences[0].tolist()) == (128, expected[0])

@@ -150,3 +150,22 @@ def test_nonsense_is_survived(engine_id, serve):
 
 def test_lineage_reaches_the_parent():
     assert lineage(os.getpid())[:2] == [os.getpid(), os.getppid()]
+
+
+def test_a_forked_child_ends_no_host_and_leaves_its_name_free(engine_id, arena, serve):
+    """The child lives on when the host has stopped."""
+    complete = serve(2)
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(writer)
+        os.read(reader, 1)
+        os._exit(0)
+    try:
+        os.close(reader)
+        assert attach(engine_id)[0] == attach(engine_id, rank=1)[0] == ""
+        wait_for(lambda: complete)
+        wait_for(lambda: attach(engine_id)[0] == "no engine core listens")
+    finally:
+        os.close(writer)
+        os.waitpid(pid, 0)

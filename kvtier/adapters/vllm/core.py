@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from vllm.logger import init_logger
 
+from kvtier import forks
 from kvtier.adapters.vllm.compat import hash_seed_is_random
 from kvtier.adapters.vllm.handover import Announcement, ArenaHost
 from kvtier.config import OffloadingConfig
@@ -48,6 +49,11 @@ class CoreHalf:
         self._lock = threading.Lock()
         self._closed = False
         self._host: ArenaHost | None = None
+        forks.register(self)
+
+    def leave_to_parent(self) -> None:
+        """In a forked child, where the host's thread is not, wait for nobody and make no manager any more."""
+        self._ready, self._lock, self._closed = threading.Event(), threading.Lock(), True
 
     @property
     def control(self) -> ControlPage:

@@ -22,7 +22,7 @@ from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
 from vllm.v1.kv_offload.cpu.gpu_worker import CPUOffloadingWorker
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 
-from kvtier import types
+from kvtier import forks, types
 from kvtier.abc import OffloadingWorker
 from kvtier.errors import CapacityError, ConfigError
 from kvtier.primary.arena import CONTROL_BYTES, Arena, ControlPage
@@ -44,6 +44,11 @@ class RegionTieringSpec(TieringOffloadingSpec):
         """Check the configuration; arguments and errors as `TieringOffloadingSpec`."""
         super().__init__(*args, **keywords)
         self._region: Any = None
+
+    def leave_to_parent(self) -> None:
+        """In a forked child, leave the region's file its name."""
+        super().leave_to_parent()
+        self._left_to_parent, self._region = self._region, None
 
     @property
     def arena(self) -> Arena:
@@ -132,6 +137,13 @@ class RegionWorker(OffloadingWorker):
         self._theirs = theirs
         self._book = TransferBook(control, rank)
         self._sequences: dict[int, int] = {}
+        self._left_to_parent = False
+        forks.register(self)
+
+    def leave_to_parent(self) -> None:
+        """In a forked child, where the device does not work, copy nothing and give nothing back."""
+        self._left_to_parent = True
+        self._sequences.clear()
 
     def submit_store(self, job_id: int, src_spec: types.GPULoadStoreSpec, dst_spec: types.LoadStoreSpec) -> bool:
         """Start copying engine blocks into slots."""
@@ -145,22 +157,26 @@ class RegionWorker(OffloadingWorker):
 
     def get_finished(self) -> list[types.TransferResult]:
         """Return the transfers that ended since the last call."""
-        for result in self._theirs.get_finished():
+        for result in () if self._left_to_parent else self._theirs.get_finished():
             ours = types.TransferResult(result.job_id, result.success, result.transfer_size, result.transfer_time)
             self._book.end(ours, self._sequences.pop(result.job_id, 0))
         return self._book.take()
 
     def wait(self, job_ids: set[int]) -> None:
         """Block until the named transfers have ended."""
-        self._theirs.wait(job_ids)
+        if not self._left_to_parent:
+            self._theirs.wait(job_ids)
 
     def shutdown(self) -> None:
         """Wait for running copies; let go of region and tensors."""
-        self._theirs.shutdown()
+        if not self._left_to_parent:
+            self._theirs.shutdown()
 
     def _start(self, submit: Callable[..., bool], job_id: int, sequence: int, *specs: types.LoadStoreSpec) -> None:
         self._book.begin(sequence)
         try:
+            if self._left_to_parent:
+                raise RuntimeError("the worker is the parent process's")
             if not submit(job_id, *map(_in_their_words, specs)):
                 raise RuntimeError("vLLM's worker did not start it")
         except Exception as error:  # noqa: BLE001 - nothing may stop the engine: reported, and a result without success

@@ -28,6 +28,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from kvtier import forks
+from kvtier.descriptors import Descriptor
 from kvtier.primary.arena import Arena
 
 logger = logging.getLogger("kvtier")
@@ -87,6 +89,15 @@ class ArenaHost:
         self._served: dict[int, Announcement] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvtier-arena-host", daemon=True)
+        self._listening: Descriptor | None = None
+        forks.register(self)
+
+    def leave_to_parent(self) -> None:
+        """In a forked child, close the copy of the listening socket: the name must be free when the parent ends."""
+        self._stop = threading.Event()
+        if self._listening is not None:
+            self._listener.detach()
+            self._listening.close()
 
     def start(self) -> None:
         """Listen, and serve on a thread.
@@ -99,6 +110,7 @@ class ArenaHost:
             self._listener.bind(self._name)
             self._listener.listen(self._world_size + 8)
             self._listener.settimeout(_STEP_SECONDS)
+            self._listening = Descriptor(self._listener.fileno())
         except BaseException:
             self._listener.close()
             raise

@@ -8,6 +8,7 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.v1.kv_offload import base
 
+from kvtier import forks
 from kvtier.adapters.vllm.compat import NEWLY_COMPUTED_ONLY, cache_hit_source
 from kvtier.adapters.vllm.core import CoreHalf
 from kvtier.adapters.vllm.metrics import StatsReporter
@@ -46,6 +47,11 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         self._off = False
         self._scanned: Any = None
         self._repeated: RepeatedScan | None = None
+        forks.register(self)
+
+    def leave_to_parent(self) -> None:
+        """In a forked child, defer no request; what lies below finds nothing."""
+        self._scanned = self._repeated = None
 
     @property
     def _manager(self) -> TieringOffloadingManager | None:

@@ -11,6 +11,7 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.v1.kv_offload import base
 
+from kvtier import forks
 from kvtier.abc import OffloadingWorker
 from kvtier.adapters.vllm.handover import Announcement, attach_arena
 from kvtier.adapters.vllm.identity import UnknownWeightsError
@@ -59,6 +60,11 @@ class KVTierOffloadingWorker(base.OffloadingWorker):  # type: ignore[misc]  # vL
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._attach, name="kvtier-attach", daemon=True)
         self._thread.start()
+        forks.register(self)
+
+    def leave_to_parent(self) -> None:
+        """In a forked child, where the thread is not, wait for nobody."""
+        self._stop = threading.Event()
 
     def submit_store(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
         """Start copying engine blocks into slots."""
