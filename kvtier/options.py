@@ -55,6 +55,8 @@ def check_known(options: Mapping[Any, Any], known: Collection[str], where: str =
 def convert_option(value: object, hint: Any, key: str) -> Any:
     """Return `value` as the type `hint` says, without guessing (no "1" for 1, no True for 1, no NaN, no infinity).
 
+    A float without a fraction is an int where only an int is allowed: Helm renders large integers as 1.6e+07.
+
     Args:
         hint: a type that msgspec understands; any other type is left to the code that declares it.
         key: full name of the option, for the error.
@@ -65,6 +67,8 @@ def convert_option(value: object, hint: Any, key: str) -> Any:
     try:
         converted = msgspec.convert(value, hint, strict=True)
     except msgspec.ValidationError as error:
+        if isinstance(value, float) and value.is_integer():
+            return convert_option(int(value), hint, key)
         reason, _, path = str(error).partition(" - at `$")
         path = path.rstrip("`")
         raise option_error(key + path, _item_at(value, path), _allowed(reason, hint)) from None

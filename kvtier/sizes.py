@@ -3,41 +3,66 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from kvtier.errors import ConfigError
 
 _UNITS = {"": 1, "b": 1}
-for _power, _letter in enumerate("kmgt", start=1):
-    _UNITS[_letter] = _UNITS[_letter + "ib"] = 1024**_power
-    _UNITS[_letter + "b"] = 1000**_power
-_PATTERN = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-z]*)\s*", re.IGNORECASE)
+for _power, _letter in enumerate("kmgtp", start=1):
+    _UNITS[_letter + "i"] = _UNITS[_letter + "ib"] = 1024**_power
+    _UNITS[_letter] = _UNITS[_letter + "b"] = 1000**_power
+_PATTERN = re.compile(
+    r"\s*(?P<number>\d{1,30}(?:\.\d{1,30})?)(?:[eE](?P<exponent>[+-]?\d{1,2})|\s*(?P<unit>[a-zA-Z]*))\s*", re.ASCII
+)
+_TOO_MANY_BYTES = 2**63
+"""A file's offsets are signed."""
 
 
 def parse_size(name: str, value: object, minimum: int = 1) -> int:
-    """Return a size in bytes.
+    """Return a size in bytes. A text that is a quantity of Kubernetes means what it means there.
+
+    Source: https://kubernetes.io/docs/reference/kubernetes-api/common-definitions/quantity/
 
     Args:
         name: the configuration key, for the error.
-        value: an int, or a string such as "10GiB", "512 MiB", "1.5G" (binary) or "10GB" (decimal).
+        value: an int; a float without a fraction, as Helm renders a large integer; or a string: "10GiB", "10Gi" and
+            "512 MiB" are binary, "10GB", "10G" and "1e9" are decimal, and "5000m" is thousandths of a byte.
         minimum: smallest size allowed, in bytes.
 
     Raises:
-        ConfigError: not a size, or below `minimum`.
+        ConfigError: not a size, no whole number of bytes, below `minimum`, or 8 EiB and more.
     """
     allowed = f'an int or a string like "10GiB", at least {minimum} bytes'
     if isinstance(value, str):
-        match = _PATTERN.fullmatch(value)
-        unit = _UNITS.get(match[2].lower()) if match else None
-        if match is None or unit is None:
-            raise ConfigError(name, value, allowed)
-        size = int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
-    elif isinstance(value, int) and not isinstance(value, bool):
-        size = value
+        size = _parse_text(value)
+    elif isinstance(value, float):
+        size = int(value) if value.is_integer() else None
     else:
+        size = value if isinstance(value, int) and not isinstance(value, bool) else None
+    if size is None and isinstance(value, str) and value.rstrip().endswith("m"):
+        allowed += '; "m" is a thousandth of a byte, as in Kubernetes, and "Mi" is a mebibyte'
+    if size is None or size < minimum:
         raise ConfigError(name, value, allowed)
-    if size < minimum:
-        raise ConfigError(name, value, allowed)
+    if size >= _TOO_MANY_BYTES:
+        raise ConfigError(name, value, f"{allowed}, less than 8 EiB")
     return size
+
+
+def _parse_text(text: str) -> int | None:
+    """Return whole bytes, None if the text is no size."""
+    match = _PATTERN.fullmatch(text)
+    if match is None:
+        return None
+    number, unit = Fraction(match["number"]), match["unit"]
+    if unit is None:
+        number *= Fraction(10) ** int(match["exponent"])
+    elif unit == "m":  # the one unit whose case matters: "M" is a million
+        number /= 1000
+    elif unit.lower() not in _UNITS:
+        return None
+    elif _UNITS[unit.lower()] > 1:
+        return int(number * _UNITS[unit.lower()])  # "0.1GiB" is no whole number of bytes, and nobody minds
+    return int(number) if number.denominator == 1 else None
 
 
 def format_size(size: int | float) -> str:
