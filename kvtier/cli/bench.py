@@ -21,7 +21,7 @@ from kvtier.cli.disk_speed.measure import BLOCK_SIZES, ROUND_BYTES, Figures, mea
 from kvtier.cli.slabs import AsJson, make_console, print_json, refusing
 from kvtier.errors import ConfigError, KVTierError
 from kvtier.sizes import format_size, parse_size
-from kvtier.stores.slab.directory import LOCK_NAME
+from kvtier.stores.slab.layout import LOCK_NAME
 
 GOOD_SHARE = 0.9
 """Of the device's speed: a block size that reaches it is recommended."""

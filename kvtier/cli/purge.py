@@ -25,6 +25,7 @@ from kvtier.cli.slabs import (
 )
 from kvtier.errors import ConfigError, KVTierError
 from kvtier.sizes import format_size
+from kvtier.stores.own_files import shown
 from kvtier.stores.slab.survey import NamespaceSurvey, survey_slab
 from kvtier.stores.slab.upkeep import delete_namespace, hold
 
@@ -58,17 +59,24 @@ def purge(
                 _show(chosen)
             if not yes and any(chosen.values()):
                 _ask(as_json)
-            for survey in _all_of(chosen):
-                delete_namespace(survey.folder)
+            left = {survey.folder: delete_namespace(survey.folder) for survey in _all_of(chosen)}
     freed = sum(survey.disk_bytes for survey in _all_of(chosen))
     if as_json:
         directories_json = [
-            {"path": str(slab), "deleted": [namespace_as_json(survey) for survey in found]}
+            {
+                "path": str(slab),
+                "deleted": [namespace_as_json(survey) | {"left": left[survey.folder]} for survey in found],
+            }
             for slab, found in chosen.items()
         ]
         print_json({"freed_bytes": freed, "directories": directories_json})
     else:
         count = len(_all_of(chosen))
+        for folder, names in left.items():
+            if names:
+                typer.echo(
+                    f"{folder}: the folder stays, in it is not kvtier's: {', '.join(map(shown, names))}", err=True
+                )
         typer.echo(f"deleted {count} namespace{'' if count == 1 else 's'}, {format_size(freed)} are free again")
 
 

@@ -101,12 +101,20 @@ def namespace_as_json(survey: NamespaceSurvey) -> dict[str, Any]:
         "blocks": survey.num_blocks,
         "capacity_blocks": survey.num_slots,
         "disk_bytes": survey.disk_bytes,
-        "last_use": datetime.fromtimestamp(survey.last_use, UTC).isoformat(timespec="seconds"),
+        "last_use": _as_date(survey.last_use),
         "age_seconds": round(time.time() - survey.last_use, 1),
         "broken_records": {cause.value: count for cause, count in survey.broken.items()},
         "problems": list(survey.problems),
         "remarks": list(survey.remarks),
     }
+
+
+def _as_date(seconds: float) -> str | None:
+    """Return a file's time in UTC; None for one that no calendar has."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+    except (ValueError, OverflowError, OSError):
+        return None
 
 
 def describe_identity(survey: NamespaceSurvey) -> str:

@@ -135,7 +135,7 @@ def _verify_slab(slab: Path, job: _Job, progress: Progress) -> list[Finding]:
             findings.append(Finding(survey, Verification(), 0, 0, _UNKNOWN))
             continue
         if job.repair and found.bad:
-            empty_records(survey.folder, records.num_slots, found.bad)
+            empty_records(survey.folder, found.bad)
         emptied = len(found.bad) if job.repair else 0
         findings.append(Finding(survey, found, records.inventory.num_superseded, emptied))
     return findings

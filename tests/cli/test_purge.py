@@ -104,7 +104,8 @@ def test_what_cannot_be_read_is_shown_and_can_be_purged(slab):
     assert as_json("verify", slab, code=1)["ok"] is False
     for folder in folders:
         assert kvtier("purge", "--yes", "--namespace", folder.name, slab).returncode == 0
-        assert not folder.exists()
+    assert [folder.exists() for folder in folders] == [True, False, False, False]
+    assert os.listdir(folders[0]) == ["headers"], "kvtier makes no folders there: it is somebody's"
     assert as_json("inspect", slab)["directories"][0]["namespaces"]
 
 
@@ -112,6 +113,7 @@ def test_strangers_files_stay(slab, caplog):
     folder = next(path for path in slab.iterdir() if path.is_dir())
     (folder / "headers.bak").write_bytes(b"mine")
     assert as_json("inspect", slab)["directories"][0]["namespaces"][0]["blocks"] == 10
-    assert kvtier("purge", "--yes", slab).returncode == 0
+    deleted = as_json("purge", "--yes", slab)["directories"][0]["deleted"]
+    assert [entry["left"] for entry in deleted if entry["id"] == folder.name] == [["headers.bak"]]
     assert [path.name for path in folder.iterdir()] == ["headers.bak"]
     assert not as_json("inspect", slab)["directories"][0]["namespaces"]

@@ -1,7 +1,9 @@
 """Filesystems that fill up, become read-only, go away and come back, under a tier that works; real mounts, by root."""
 
 import os
+import shutil
 import signal
+import subprocess
 import threading
 from pathlib import Path
 
@@ -115,14 +117,137 @@ def test_a_mount_point_of_the_systems_table_must_be_mounted(tmp_path, monkeypatc
 
 
 def test_mount_points_are_found(tmp_path):
-    assert os.path.ismount(mount_point_of(str(tmp_path / "not" / "yet")))
+    assert is_mounted(mount_point_of(str(tmp_path / "not" / "yet")))
     assert mount_point_of("/proc/self") == "/proc"
     assert mount_point_of("/proc/../proc/./self/../..") == "/"
     for name, target in (("away", "/proc/self"), ("near", "away/fd"), ("circle", "circle")):
         (tmp_path / name).symlink_to(target)
     assert mount_point_of(str(tmp_path / "away" / "fd")) == "/proc"
     assert mount_point_of(str(tmp_path / "near")) == "/proc"
-    assert os.path.ismount(mount_point_of(str(tmp_path / "circle" / "tier")))
+    assert is_mounted(mount_point_of(str(tmp_path / "circle" / "tier")))
+
+
+def is_mounted(place):
+    return mounts.MountTable().kind_at(place) is not None
+
+
+LINE = "{number} {parent} 8:1 /root {place} rw,relatime shared:1 - {kind} /dev/sda1 rw\n"
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """Return a function that replaces the kernel's table by (number, parent, place, kind)."""
+
+    def write(*lines):
+        text = "".join(
+            LINE.format(**dict(zip(("number", "parent", "place", "kind"), line, strict=True))) for line in lines
+        )
+        (tmp_path / "mountinfo").write_bytes(os.fsencode(text))
+
+    monkeypatch.setattr(mounts, "MOUNTS", tmp_path / "mountinfo")
+    monkeypatch.setattr(mounts, "FSTAB", tmp_path / "none")
+    return write
+
+
+def test_what_a_path_reaches_is_what_lies_on_top(table):
+    root, lower, upper = (10, 9, "/", "ext4"), (20, 10, "/mnt", "xfs"), (30, 20, "/mnt", "nfs4")
+    inner, hidden = (40, 30, "/mnt/in", "tmpfs"), (50, 20, "/mnt/in", "btrfs")
+    table(root, hidden, inner, upper, lower)
+    assert mount_point_of("/mnt/in/kv") == "/mnt", "nothing is asked of what lies below a server's filesystem"
+    assert mounts.MountTable().kind_at("/mnt/in") == "tmpfs"
+    table(root, lower, upper, hidden)
+    assert mounts.MountTable().kind_at("/mnt/in") is None, "a mount that no path reaches any more"
+    with pytest.raises(StoreUnavailableError, match="not mounted now"):
+        check_mounted(Path("/mnt/in/kv"), "/mnt/in")
+    table(root, lower, (40, 20, "/mnt/in", "tmpfs"))
+    check_mounted(Path("/mnt/in/kv"), "/mnt/in")
+    table((10, 10, "/", "rootfs"), (11, 10, "/", "overlay"), (12, 11, "/var/cache", "ext4"))
+    assert mount_point_of("/var/cache/kv") == "/var/cache"
+    table((12, 11, "/var/cache", "ext4"))  # a chroot whose own root is no mount
+    assert mount_point_of("/var/cache/kv") == "/var/cache"
+    assert mount_point_of("/var/kv") == "/"
+
+
+@pytest.mark.parametrize("name", ["a b", "a\tb", "a\nb", "a\\b", "a\x0bb\x1cb", "a\u2028\xa0b", "a\udcff b", " - x"])
+def test_a_table_has_any_name_of_a_mount_point(table, name):
+    escaped = "".join(f"\\{ord(letter):03o}" if letter in " \t\n\\" else letter for letter in f"/mnt/{name}")
+    table((10, 9, "/", "ext4"), (20, 10, escaped, "xfs"), (30, 10, "/mnt/other", "tmpfs"))
+    assert mount_point_of(f"/mnt/{name}/kv") == f"/mnt/{name}"
+    assert mount_point_of("/mnt/other/kv") == "/mnt/other"
+    check_mounted(Path(f"/mnt/{name}/kv"), f"/mnt/{name}")
+
+
+@pytest.mark.parametrize("text", [None, "", "garbage\n", "1 2 3\n - \n"])
+def test_a_kernel_that_does_not_say_what_is_mounted_is_no_reason_to_stay_down(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(mounts, "MOUNTS", tmp_path / "mountinfo")
+    if text is not None:
+        (tmp_path / "mountinfo").write_text(text)
+    assert mount_point_of(str(tmp_path / "kv")) == "/"
+    check_mounted(tmp_path / "kv", str(tmp_path))
+
+
+@pytest.fixture
+def bind():
+    """Return functions that mount a folder at another place and take it away; needs root and the right to mount."""
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("needs root and mount(8): run the tests with sudo")
+    mounted = []
+
+    def make(source, target):
+        done = subprocess.run(["mount", "--bind", source, target], capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"may not mount here: {done.stderr.strip()}")
+        mounted.append(target)
+
+    def take_away():
+        subprocess.run(["umount", "-l", str(mounted.pop())], check=True)
+
+    yield make, take_away
+    while mounted:
+        take_away()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("kind", ["disk", "filesystem"])
+def test_a_directory_mounted_from_its_own_filesystem_is_used_and_waited_for(tmp_path, rig, bind, kind):
+    """As containers do with volumes of one disk, and systemd with ReadWritePaths= and CacheDirectory=."""
+    make, take_away = bind
+    volume, place = tmp_path / "volume", tmp_path / "a place"
+    volume.mkdir()
+    place.mkdir()
+    make(volume, place)
+    assert mount_point_of(str(place / "kv")) == str(place)
+    if kind == "disk":
+        tier = start(rig, place / "kv")
+    else:
+        tier = FilesystemTierManager(rig.spec, rig.arena.view, "filesystem", path=str(place / "kv"), capacity="16MiB")
+        rig.attach(tier)
+        tier.start()
+        rig.wait_up()
+    os.kill(tier.io_pid, 9)
+    take_away()
+    rig.wait(lambda: tier.state is TierState.DOWN and "not mounted" in tier.state_reason, "it says why")
+    assert os.listdir(place) == []
+    make(volume, place)
+    rig.wait_up()
+
+
+@pytest.mark.root
+def test_a_folder_mounted_onto_itself_and_a_mount_over_another(tmp_path, bind):
+    make, take_away = bind
+    place, other = tmp_path / "place", tmp_path / "other"
+    for folder in (place, other):
+        (folder / "inner").mkdir(parents=True)
+    make(place, place)
+    assert mount_point_of(str(place / "kv")) == str(place)
+    make(other, place / "inner")
+    inner = mount_point_of(str(place / "inner" / "kv"))
+    assert inner == str(place / "inner")
+    make(other, place)
+    with pytest.raises(StoreUnavailableError, match="not mounted now"):
+        check_mounted(place / "inner" / "kv", inner)
+    take_away()
+    check_mounted(place / "inner" / "kv", inner)
 
 
 def test_a_mount_that_hangs_does_not_hold_up_the_start(faulty_disk, rig, tmp_path):

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from slab_files import make_context, open_slab, real_bytes, recovered, segment_file
 
+from kvtier.stores.own_files import Folder
 from kvtier.stores.slab import segments as segments_module
-from kvtier.stores.slab.filesystems import filesystem_type
 from kvtier.stores.slab.geometry import SlabGeometry
+from kvtier.stores.slab.mounts import filesystem_type
 from kvtier.testing.stores import make_key, make_payload
 
 BLOCK = 8192
@@ -136,5 +137,5 @@ def test_filesystems_that_gain_nothing_are_left_alone(tmp_path, monkeypatch):
 
 
 def test_the_kind_of_a_filesystem_is_known():
-    assert filesystem_type(Path("/proc")) == "proc"
-    assert filesystem_type(Path("/no/such/folder")) == ""
+    with Folder.open(Path("/proc")) as folder:
+        assert filesystem_type(folder.descriptor) == "proc"

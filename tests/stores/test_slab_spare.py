@@ -3,6 +3,7 @@
 import pytest
 from slab_files import folder_of, headers_file, make_context, open_slab, real_bytes, recovered, segment_file
 
+from kvtier.stores.own_files import Folder
 from kvtier.stores.slab import segments as segments_module
 from kvtier.stores.slab.spare import cut_spare
 from kvtier.testing.stores import make_key, make_payload
@@ -20,6 +21,11 @@ def store_blocks(store, numbers):
     keys = [make_key(number) for number in numbers]
     buffers = [memoryview(make_payload(number, BLOCK)) for number in numbers]
     assert all(store.write(list(numbers), keys, buffers))
+
+
+def cut(path, context):
+    with Folder.open(folder_of(path, context)) as folder:
+        cut_spare(folder)
 
 
 def fill_ahead(store):
@@ -64,8 +70,8 @@ def test_a_namespace_without_blocks_gives_everything_back(tmp_path):
     store = open_slab(path, context, CAPACITY)
     fill_ahead(store)
     store.close()
-    cut_spare(folder_of(path, context))
+    cut(path, context)
     assert segment_file(path, context).stat().st_size == 0
     headers_file(path, context).write_bytes(b"")
-    cut_spare(folder_of(path, context))
+    cut(path, context)
     assert recovered(open_slab(path, context, CAPACITY)) == {}

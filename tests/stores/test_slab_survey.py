@@ -122,7 +122,7 @@ def test_every_kind_of_wrong_has_its_cause_and_repair_empties_it(slab, context):
     assert causes_of(found.bad) == {"corrupt": 6, "foreign": 2, "old_format": 1}
     assert sorted(found.bad) == [0, 1, 2, 3, 4, 6, 7, BLOCKS - 2, BLOCKS - 1]
     with hold(slab):
-        empty_records(folder_of(slab, context), read_records(folder_of(slab, context), None).num_slots, found.bad)
+        empty_records(folder_of(slab, context), found.bad)
     again = verify(slab, context)
     assert (again.num_good, again.bad) == (BLOCKS - 9, {})
     store = open_slab(slab, context)
@@ -163,7 +163,7 @@ def test_a_namespace_without_a_good_record_is_repaired_too(slab, context):
     found = verify(slab, context)
     assert (found.num_good, causes_of(found.bad)) == (0, {"corrupt": BLOCKS})
     folder = folder_of(slab, context)
-    empty_records(folder, read_records(folder, None).num_slots, found.bad)
+    empty_records(folder, found.bad)
     assert not verify(slab, context).bad
 
 

@@ -1,9 +1,6 @@
 """The directory of a slab: its lock, its owner, the namespaces in it, and the bytes they take together.
 
-DIR/lock                        held (flock) as long as a process uses the directory; names its pid
-DIR/<fingerprint>/              one folder a namespace, 32 hexadecimal digits
-    namespace.json              what the fingerprint stands for; its time of change is the last use
-    headers, data-00000 ...     see `headers.py` and `segments.py`
+`layout.py` has the names in it.
 """
 
 from __future__ import annotations
@@ -15,54 +12,87 @@ import json
 import logging
 import os
 import re
-import shutil
-import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from kvtier.errors import StoreUnavailableError
 from kvtier.namespace import Namespace
+from kvtier.stores.own_files import FOLDER_MODE, Folder, StrangerError, shown
+from kvtier.stores.slab.layout import (
+    DESCRIPTION_NAME,
+    FOUND_BY_FSCK,
+    LOCK_NAME,
+    is_file_of_namespace,
+    is_fingerprint,
+    rank_of,
+)
 from kvtier.stores.slab.mounts import check_mounted
 from kvtier.stores.slab.spare import cut_spare
 
 logger = logging.getLogger(__name__)
 
-LOCK_NAME = "lock"
-DESCRIPTION_NAME = "namespace.json"
-DIRECTORY_MODE = 0o700
-FILE_MODE = 0o600
-_FINGERPRINT = re.compile(r"[0-9a-f]{32}")
-_SHARE = re.compile(r"dp\d+")
-"""A data-parallel engine's directory, made within the one that users name."""
+MOST_DESCRIPTION_BYTES = 256 << 10
+_MOST_LOCK_BYTES = 64
+_SIGN = b" kvtier\n"
+"""What a lock holds behind the pid: it shows that a directory without any namespace is ours, too."""
+_LOCK_CONTENT = re.compile(rb"[0-9]{0,20}( kvtier)?\n?\0*")  # zeros: a power cut came before the pid did
 _SECONDS_OF_A_LOOK = 0.1
 """Tools that ask who uses a directory hold its lock for a moment."""
-_SLAB_FILE = re.compile(r"namespace\.json|headers|data-\d+")
 
 
-def open_private(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
-    """Open a file that only its owner may read; symbolic links are refused. Returns a descriptor."""
-    return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
+def open_slab(path: Path) -> Folder:
+    """Hold the directory of a slab; links in a path that a person configured are followed.
+
+    Raises:
+        StrangerError: the folder of a data-parallel rank is a link.
+        OSError: it cannot be opened.
+    """
+    return Folder.open(path, follow=rank_of(path.name) is None)
 
 
-def used_bytes(folder: Path) -> int:
-    """Return the bytes that a folder and the files in it take from the filesystem."""
-    total = folder.stat().st_blocks * 512
-    for path in folder.iterdir():
-        total += path.lstat().st_blocks * 512
+def open_namespace(folder: Path) -> Folder:
+    """Hold the folder of a namespace; errors as `open_slab` and `Folder.folder`."""
+    with open_slab(folder.parent) as slab:
+        return slab.folder(folder.name)
+
+
+def used_bytes(folder: Folder) -> int:
+    """Return the bytes that a namespace's folder and our files in it take from the filesystem."""
+    total = folder.own_bytes
+    for name in filter(is_file_of_namespace, folder.names()):
+        with contextlib.suppress(FileNotFoundError):
+            total += folder.status(name).st_blocks * 512 if folder.is_own_file(name) else 0
     return total
 
 
 class SlabDirectory:
-    """A directory that this process alone uses, until `close` or its end."""
+    """A directory that this process alone uses, until `close` or its end.
 
-    def __init__(self, path: Path, namespace: Namespace, lock_descriptor: int) -> None:
-        """Args: lock_descriptor: an open file that holds the lock; closed by `close`."""
+    Attributes:
+        path, namespace_path: for messages.
+        namespace: the folder of this namespace, held.
+    """
+
+    def __init__(self, path: Path, namespace: Namespace, folder: Folder, lock_descriptor: int) -> None:
+        """Args: folder: the directory; lock_descriptor: an open file that holds the lock; `close` closes both.
+
+        Raises:
+            OSError: the namespace's folder cannot be made or used; then both are closed.
+        """
         self.path = path
+        self.folder = folder
         self._lock_descriptor = lock_descriptor
-        self.namespace_path = path / namespace.fingerprint.hex()
-        self._description = namespace.describe()
-        self._shortened: set[Path] = set()
+        self._name = namespace.fingerprint.hex()
+        self.namespace_path = path / self._name
+        self._shortened: set[str] = set()
+        try:
+            self._delete_past()
+            self.namespace = self._enter_namespace(namespace.describe())
+        except BaseException:
+            os.close(lock_descriptor)
+            folder.close()
+            raise
 
     @classmethod
     def open(cls, path: Path, namespace: Namespace, mount_point: str = "/") -> SlabDirectory:
@@ -76,117 +106,216 @@ class SlabDirectory:
         """
         check_mounted(path, mount_point)
         try:
-            lock_descriptor = _take(path)
+            return cls(path, namespace, *_take(path))
+        except StrangerError as error:
+            raise StoreUnavailableError(f"{error.filename}: {error.strerror}") from error
         except OSError as error:
             raise StoreUnavailableError(f"{path}: {error.strerror}") from error
-        directory = cls(path, namespace, lock_descriptor)
-        try:
-            directory._enter_namespace()
-        except OSError as error:
-            directory.close()
-            raise StoreUnavailableError(f"{path}: {error.strerror}") from error
-        return directory
 
     def close(self) -> None:
         """Note the time of the last use and release the lock."""
         try:
-            os.utime(self.namespace_path / DESCRIPTION_NAME)
+            descriptor = self.namespace.open_file(DESCRIPTION_NAME, os.O_RDWR)
+            try:
+                os.utime(descriptor)
+            finally:
+                os.close(descriptor)
         except OSError as error:
             logger.warning("%s: cannot note its last use: %s", self.namespace_path, error.strerror)
+        self.namespace.close()
+        self.folder.close()
         os.close(self._lock_descriptor)
 
     def check_present(self) -> None:
-        """Raise StoreUnavailableError if the directory was removed under us: it must be made anew."""
-        if os.fstat(self._lock_descriptor).st_nlink == 0:
-            raise StoreUnavailableError(f"{self.path}: the directory was removed while in use")
-
-    def others(self) -> list[Path]:
-        """Return the folders of other namespaces, least recently used first."""
-        return sorted(self._other_folders(), key=last_use)
+        """Raise StoreUnavailableError if the directory was removed or replaced under us: it must be opened anew."""
+        try:
+            is_held = os.fstat(self._lock_descriptor).st_nlink > 0
+            is_ours = self.folder.holds(self._name, self.namespace)
+        except OSError as error:
+            raise StoreUnavailableError(f"{self.path}: {error.strerror}") from error
+        if not (is_held and is_ours):
+            raise StoreUnavailableError(f"{self.path}: the directory was removed while in use, or some of it replaced")
 
     def give_way(self, own_bytes: int, capacity: int) -> None:
         """Shorten, then delete other namespaces, least recently used first, until all keep to `capacity`."""
-        others = self.others()
-        sizes = {folder: used_bytes(folder) for folder in others}
+        sizes = self._other_sizes()
         total = own_bytes + sum(sizes.values())
-        for folder in others:
-            if total > capacity and self._shorten(folder):
-                total -= sizes[folder]
-                sizes[folder] = used_bytes(folder)
-                total += sizes[folder]
-        for folder in others:
+        for name in sizes:
+            if total > capacity and self._shorten(name):
+                total -= sizes[name]
+                sizes[name] = self._size_of(name)
+                total += sizes[name]
+        for name in sizes:
             if total <= capacity:
                 return
-            delete_folder(folder)
-            total -= sizes[folder]
-            logger.info("%s: deleted, another namespace needs its space", folder)
+            self._delete(name, "another namespace needs its space")
+            total += self._size_of(name) - sizes[name]
 
     def has_room(self, own_bytes: int, capacity: int) -> bool:
         """Return whether so many bytes keep to `capacity` beside the blocks of other namespaces.
 
         What others took ahead of their blocks gives way, if it has to.
         """
-        others = self.others()
-        if own_bytes + sum(map(used_bytes, others)) <= capacity:
+        others = self._other_sizes()
+        if own_bytes + sum(others.values()) <= capacity:
             return True
-        shortened = [self._shorten(folder) for folder in others]
-        return any(shortened) and own_bytes + sum(map(used_bytes, others)) <= capacity
+        shortened = [self._shorten(name) for name in others]
+        return any(shortened) and own_bytes + sum(map(self._size_of, others)) <= capacity
 
-    def _shorten(self, folder: Path) -> bool:
+    def _shorten(self, name: str) -> bool:
         """Let another namespace give back what lies behind its last block; False if it did so before."""
-        if folder in self._shortened:
+        if name in self._shortened:
             return False
-        self._shortened.add(folder)
-        with contextlib.suppress(OSError):  # it may be damaged: it is deleted as it is
-            cut_spare(folder)
+        self._shortened.add(name)
+        with contextlib.suppress(OSError), self.folder.folder(name) as other:  # damaged, it is deleted as it is
+            cut_spare(other)
         return True
 
-    def _enter_namespace(self) -> None:
-        """Make this namespace's folder, and delete folders that no engine can use again."""
-        for folder in self._other_folders():
-            if is_past(folder):
-                delete_folder(folder)
-                logger.info("%s: deleted, it can never be used again", folder)
-        self.namespace_path.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
-        descriptor = open_private(self.namespace_path / DESCRIPTION_NAME)
+    def _delete_past(self) -> None:
+        """Delete namespaces that no engine can use again."""
+        for name in namespaces_in(self.folder):
+            if name == self._name or not is_past(self.folder, name):
+                continue
+            try:
+                self._delete(name, "it can never be used again")
+            except OSError as error:  # it is in nobody's way
+                logger.warning("%s: cannot be deleted: %s", self.path / name, error.strerror)
+
+    def _delete(self, name: str, why: str) -> None:
+        """Delete another namespace and say so."""
+        left = delete_namespace_in(self.folder, name)
+        logger.info("%s: deleted, %s", self.path / name, why)
+        if left:
+            logger.warning("%s: its folder stays, %s in it is not kvtier's", self.path / name, shown(left[0]))
+
+    def _enter_namespace(self, description: str) -> Folder:
+        """Make this namespace's folder, say in it what it is, and hold it."""
+        self.folder.make_folder(self._name)
+        namespace = self.folder.folder(self._name)
         try:
-            _put(descriptor, self._description.encode())
-            os.utime(descriptor)
-        finally:
-            os.close(descriptor)
+            if namespace.mode & 0o077:
+                os.fchmod(namespace.descriptor, FOLDER_MODE)
+            descriptor = namespace.open_file(DESCRIPTION_NAME, os.O_RDWR | os.O_CREAT)
+            try:
+                _put(descriptor, description.encode())
+                os.utime(descriptor)
+            finally:
+                os.close(descriptor)
+        except BaseException:
+            namespace.close()
+            raise
+        return namespace
 
-    def _other_folders(self) -> Iterator[Path]:
-        for path in self.path.iterdir():
-            if path != self.namespace_path and is_namespace(path):
-                yield path
+    def _other_sizes(self) -> dict[str, int]:
+        """Return the other namespaces and their bytes, least recently used first."""
+        names = [name for name in namespaces_in(self.folder) if name != self._name]
+        return {name: self._size_of(name) for name in sorted(names, key=lambda name: last_use(self.folder, name))}
+
+    def _size_of(self, name: str) -> int:
+        """Return the bytes that another namespace takes; 0 if it is gone."""
+        try:
+            with self.folder.folder(name) as other:
+                return used_bytes(other)
+        except (FileNotFoundError, StrangerError):
+            return 0
 
 
-def _take(path: Path) -> int:
-    """Make `path` ours: private and locked. Returns the lock's descriptor."""
-    if _SHARE.fullmatch(path.name) and path.parent.parent.is_dir():
-        path.parent.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
+def _take(path: Path) -> tuple[Folder, int]:
+    """Make `path` ours: private and locked. Returns the directory and the lock's descriptor."""
+    if rank_of(path.name) is not None and path.parent.parent.is_dir() and not os.path.lexists(path):
+        path.parent.mkdir(mode=FOLDER_MODE, exist_ok=True)
+        with Folder.open(path.parent) as shares:
+            _check_ours(shares)
     try:
-        path.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
+        path.mkdir(mode=FOLDER_MODE, exist_ok=True)
     except FileNotFoundError as error:
         raise StoreUnavailableError(
             f"{path}: {path.parent} does not exist; kvtier makes only the last directory of a path, so that it never"
             " fills the disk below a filesystem that is not mounted"
         ) from error
-    status = path.stat()
-    if status.st_uid != os.geteuid():
-        raise StoreUnavailableError(f"{path}: belongs to user {status.st_uid}, not to {os.geteuid()}")
-    if stat.S_IMODE(status.st_mode) & 0o077:
-        names = os.listdir(path)
-        if names and LOCK_NAME not in names:
-            raise StoreUnavailableError(f"{path}: others may open it, and it is neither empty nor a slab")
-        path.chmod(DIRECTORY_MODE)
-    descriptor = open_private(path / LOCK_NAME)
+    folder = open_slab(path)
     try:
-        take_lock(path, descriptor)
+        _check_ours(folder)
+        if folder.mode & 0o077:
+            os.fchmod(folder.descriptor, FOLDER_MODE)
+        descriptor = folder.open_file(LOCK_NAME, os.O_RDWR | os.O_CREAT)
+        try:
+            take_lock(path, descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
     except BaseException:
-        os.close(descriptor)
+        folder.close()
         raise
-    return descriptor
+    return folder, descriptor
+
+
+def _check_ours(folder: Folder) -> None:
+    """Raise StoreUnavailableError for a directory of somebody else, before anything in it is changed."""
+    if folder.owner != os.geteuid():
+        raise StoreUnavailableError(f"{folder.path}: belongs to user {folder.owner}, not to {os.geteuid()}")
+    strange = next(strangers_of(folder), None)
+    if strange is not None:
+        raise StoreUnavailableError(
+            f"{folder.path}: neither empty nor a slab, it holds {shown(strange)}; name a directory of its own"
+        )
+
+
+def strangers_of(folder: Folder) -> Iterator[str]:
+    """Yield names that show a directory to be no slab; none if it is one, or empty, or the parent of ranks' slabs.
+
+    What is in a directory counts, not what it is called: the lock has our sign, a folder holds a slab's files. Others'
+    files are let be where that, or a namespace that describes itself, shows that somebody put them into a slab.
+    """
+    names = [name for name in folder.names() if name != FOUND_BY_FSCK]
+    lock = _lock_of(folder) if LOCK_NAME in names else b""
+    if lock is None:
+        yield LOCK_NAME
+    elif not lock.endswith(_SIGN) and not any(_describes_itself(folder, name) for name in names):
+        yield from (name for name in names if name != LOCK_NAME and not _is_part(folder, name))
+
+
+def _lock_of(folder: Folder) -> bytes | None:
+    """Return what the directory's lock holds; None if it is not one of a slab, which is empty or holds a pid."""
+    try:
+        content = folder.read(LOCK_NAME, _MOST_LOCK_BYTES)
+    except OSError:
+        return None
+    return content if _LOCK_CONTENT.fullmatch(content) else None
+
+
+def pid_in_lock(descriptor: int) -> int | None:
+    """Return whose pid an open lock holds; None if it holds none."""
+    try:
+        return int(os.pread(descriptor, _MOST_LOCK_BYTES, 0).partition(b" ")[0])
+    except ValueError:
+        return None
+
+
+def _describes_itself(folder: Folder, name: str) -> bool:
+    """Return whether a folder is a namespace that says so, or a rank's directory with one."""
+    try:
+        if is_fingerprint(name):
+            with folder.folder(name) as namespace:
+                described = json.loads(namespace.read(DESCRIPTION_NAME, MOST_DESCRIPTION_BYTES))
+                return bool({"epoch", "format", "identity"} <= described.keys())
+        if rank_of(name) is not None:
+            with folder.folder(name, may_be_mounted=True) as share:
+                return any(_describes_itself(share, one) for one in share.names() if is_fingerprint(one))
+    except (OSError, ValueError, AttributeError, RecursionError):
+        pass
+    return False
+
+
+def _is_part(folder: Folder, name: str) -> bool:
+    """Return whether a folder is, or was about to be, a namespace or a rank's directory."""
+    if rank_of(name) is None:
+        return is_namespace(folder, name)
+    try:
+        with folder.folder(name, may_be_mounted=True) as share:
+            return next(strangers_of(share), None) is None
+    except OSError:
+        return False
 
 
 def take_lock(path: Path, descriptor: int) -> None:
@@ -204,13 +333,13 @@ def take_lock(path: Path, descriptor: int) -> None:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
             if time.monotonic() > deadline:
-                holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+                holder = pid_in_lock(descriptor)
                 raise StoreUnavailableError(
-                    f"{path}: held by another process" + (f" (pid {holder})" if holder else "")
+                    f"{path}: held by another process" + ("" if holder is None else f" (pid {holder})")
                 ) from error
         time.sleep(0.01)  # in the I/O process or a command, never on the engine's thread
     with contextlib.suppress(OSError):  # a full disk costs the name of the holder, not the lock
-        _put(descriptor, f"{os.getpid()}\n".encode())
+        _put(descriptor, str(os.getpid()).encode() + _SIGN)
 
 
 def _put(descriptor: int, content: bytes) -> None:
@@ -220,47 +349,50 @@ def _put(descriptor: int, content: bytes) -> None:
         os.ftruncate(descriptor, len(content))
 
 
-def is_namespace(folder: Path) -> bool:
+def namespaces_in(folder: Folder) -> list[str]:
+    """Return the names of a slab's namespaces."""
+    return [name for name in folder.names() if is_namespace(folder, name)]
+
+
+def is_namespace(slab: Folder, name: str) -> bool:
     """Return whether a folder holds a slab, a part of one, or nothing; a stranger's folder is never touched."""
-    if not _FINGERPRINT.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
+    if not is_fingerprint(name):
         return False
-    names = os.listdir(folder)
-    return not names or any(map(_SLAB_FILE.fullmatch, names))
+    try:
+        with slab.folder(name) as folder:
+            names = folder.names()
+            return not names or any(is_file_of_namespace(one) and folder.is_own_file(one) for one in names)
+    except OSError:
+        return False
 
 
-def delete_folder(folder: Path) -> None:
-    """Delete a namespace; what somebody else put into its folder stays there.
+def delete_namespace_in(slab: Folder, name: str) -> list[str]:
+    """Delete a namespace, file by file; return the names in its folder that are not ours and stay, with the folder.
 
     Raises:
         OSError: it cannot be deleted, or not all of it.
     """
-    strangers = False
-    for path in list(folder.iterdir()):
-        if not _SLAB_FILE.fullmatch(path.name):
-            strangers = True
-        elif path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    if strangers:
-        logger.warning("%s: its folder stays, there are files in it that are not kvtier's", folder)
-    else:
-        folder.rmdir()
+    with slab.folder(name) as folder:
+        left = [one for one in folder.names() if not (is_file_of_namespace(one) and folder.unlink(one))]
+    if not left and not slab.remove_empty(name):
+        raise OSError(errno.ENOTEMPTY, "its folder cannot be removed", str(slab.path / name))
+    return left
 
 
-def last_use(folder: Path) -> float:
+def last_use(slab: Folder, name: str) -> float:
     """Return when a namespace was last opened or closed; 0 for one without a description."""
     try:
-        return (folder / DESCRIPTION_NAME).stat().st_mtime
+        with slab.folder(name) as folder:
+            return folder.status(DESCRIPTION_NAME).st_mtime
     except OSError:
         return 0.0
 
 
-def is_past(folder: Path) -> bool:
+def is_past(slab: Folder, name: str) -> bool:
     """Return whether a folder is of an epoch that has ended, or an unfinished one; not one that cannot be read."""
     try:
-        description = json.loads((folder / DESCRIPTION_NAME).read_bytes())
-        return bool(description["epoch"])
+        with slab.folder(name) as folder:
+            return bool(json.loads(folder.read(DESCRIPTION_NAME, MOST_DESCRIPTION_BYTES))["epoch"])
     except FileNotFoundError:
         return True
     except OSError:

@@ -6,12 +6,12 @@ import errno
 import itertools
 import os
 from collections.abc import Iterable
-from pathlib import Path
 
+from kvtier.stores.own_files import Folder
 from kvtier.stores.seal import HEADER_BYTES, BlockHeaders
-from kvtier.stores.slab.directory import open_private
 from kvtier.stores.slab.geometry import SlabGeometry
 from kvtier.stores.slab.inventory import Inventory
+from kvtier.stores.slab.layout import HEADERS_NAME
 from kvtier.stores.slab.raw_records import MOST_UNREADABLE, RECORDS_PER_READ, read_raw
 from kvtier.stores.slab.segments import allocate, has_space
 
@@ -19,14 +19,17 @@ from kvtier.stores.slab.segments import allocate, has_space
 class HeaderFile:
     """Reads and writes records by slot. Threads may share it. Every error of the system is an OSError."""
 
-    def __init__(self, path: Path, geometry: SlabGeometry, min_free: int = 0) -> None:
-        """Args: min_free: bytes of the filesystem that stay free: else space is taken with the records only."""
+    def __init__(self, folder: Folder, geometry: SlabGeometry, min_free: int = 0) -> None:
+        """Args:
+        folder: of the namespace.
+        min_free: bytes of the filesystem that stay free: else space is taken with the records only.
+        """
         self._geometry = geometry
-        self._descriptor = open_private(path)
+        self._descriptor = folder.open_file(HEADERS_NAME, os.O_RDWR | os.O_CREAT)
         try:
             os.ftruncate(self._descriptor, geometry.headers_bytes)
             missing = geometry.headers_bytes - os.fstat(self._descriptor).st_blocks * 512
-            only_with_records = missing > 0 and min_free and not has_space(path.parent, missing + min_free)
+            only_with_records = missing > 0 and min_free and not has_space(self._descriptor, missing + min_free)
             if not only_with_records:
                 allocate(self._descriptor, 0, geometry.headers_bytes)
         except OSError:
@@ -47,15 +50,11 @@ class HeaderFile:
 
     def write(self, slot: int, records: bytes) -> None:
         """Write side by side records from `slot` on."""
-        done = 0
-        while done < len(records):
-            done += os.pwrite(self._descriptor, records[done:], slot * HEADER_BYTES + done)
+        _write(self._descriptor, slot, records)
 
     def clear(self, slots: Iterable[int]) -> None:
         """Empty the records of `slots`."""
-        for _, pairs in itertools.groupby(enumerate(sorted(slots)), lambda pair: pair[1] - pair[0]):
-            run = [slot for _, slot in pairs]
-            self.write(run[0], bytes(len(run) * HEADER_BYTES))
+        clear_records(self._descriptor, slots)
 
     def close(self) -> None:
         """Close the file."""
@@ -81,3 +80,23 @@ class HeaderFile:
             inventory.add(found)
         inventory.sort()
         return inventory
+
+
+def clear_records(descriptor: int, slots: Iterable[int]) -> None:
+    """Empty the records of `slots` in an open file of records; those beyond its end are empty and it does not grow.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    end = os.fstat(descriptor).st_size // HEADER_BYTES
+    there = sorted(slot for slot in slots if slot < end)
+    for _, pairs in itertools.groupby(enumerate(there), lambda pair: pair[1] - pair[0]):
+        run = [slot for _, slot in pairs]
+        _write(descriptor, run[0], bytes(len(run) * HEADER_BYTES))
+
+
+def _write(descriptor: int, slot: int, records: bytes) -> None:
+    """Write side by side records from `slot` on."""
+    done = 0
+    while done < len(records):
+        done += os.pwrite(descriptor, records[done:], slot * HEADER_BYTES + done)

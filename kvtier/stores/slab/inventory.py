@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from typing import cast
 
 import numpy as np
@@ -98,10 +98,14 @@ class Inventory:
             lengths = self._lengths()
             self._keep(lengths == lengths[-1:], FailureCause.FOREIGN)
 
-    def drop_unbacked(self, geometry: SlabGeometry, lengths: Sequence[int]) -> None:
-        """Reject records whose payload lies beyond the end of its data file; `lengths` are those of the files."""
+    def drop_unbacked(self, geometry: SlabGeometry, lengths: Mapping[int, int]) -> None:
+        """Reject records whose payload lies beyond the end of its data file; `lengths` are by its number."""
         segments, indices = np.divmod(self.slots, geometry.slots_per_segment)
-        backed = (indices + 1) * geometry.block_bytes <= np.asarray(lengths, np.int64)[segments]
+        numbers = sorted(lengths)
+        ends = np.asarray([*(lengths[number] for number in numbers), 0], np.int64)
+        places = np.searchsorted(numbers, segments) if numbers else np.zeros(len(segments), np.intp)
+        is_there = np.asarray([*numbers, -1])[places] == segments
+        backed = is_there & ((indices + 1) * geometry.block_bytes <= ends[places])
         self._keep(backed, FailureCause.CORRUPT)
 
     def drop_superseded(self) -> None:

@@ -1,6 +1,8 @@
-"""Whether the filesystem that a directory belongs on is there: an unmounted mount point looks like an empty directory.
+"""Which filesystem a directory belongs on, and whether it is there: an unmounted mount point looks like a folder.
 
-A slab made there would fill the disk below, and hide from everybody when the right filesystem is mounted over it.
+A slab made there would fill the disk below, and hide from everybody when the right filesystem is mounted over it. What
+is mounted where is what the kernel's table says (proc(5), `mountinfo`), when the engine starts and later: a directory
+that is mounted from its own filesystem, as containers and systemd do, differs in nothing else from any folder.
 """
 
 from __future__ import annotations
@@ -8,12 +10,16 @@ from __future__ import annotations
 import os
 import re
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from kvtier.errors import StoreUnavailableError
 
 FSTAB = Path("/etc/fstab")
 MOUNTS = Path("/proc/self/mountinfo")
+TELLS_UNWRITTEN = frozenset({"ext4", "xfs"})
+"""Filesystems that write in place and mark extents that were allocated and never written."""
 _LOCAL = frozenset(
     ("ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "zfs", "bcachefs", "tmpfs", "ramfs", "overlay", "devtmpfs", "proc")
 )
@@ -22,12 +28,54 @@ _MOST_LINKS = 40
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
+class Mount(NamedTuple):
+    """One line of the kernel's table.
+
+    Attributes:
+        number, parent: of this mount, and of the one that its place is in.
+        device: major and minor number, as "8:1".
+        place: where it is mounted.
+        kind: of filesystem.
+    """
+
+    number: str
+    parent: str
+    device: str
+    place: str
+    kind: str
+
+
+class MountTable:
+    """What the kernel says is mounted where, at one moment; nothing if its table may not be read."""
+
+    def __init__(self) -> None:
+        self.mounts = list(_parsed())
+        numbers = {mount.number for mount in self.mounts}
+        self._on = {
+            (mount.parent if mount.parent in numbers and mount.parent != mount.number else "", mount.place): mount
+            for mount in self.mounts
+        }
+
+    def at(self, place: str) -> Mount | None:
+        """Return the mount that a path without links leads to: others may lie over it, or over a folder above it."""
+        found = None
+        for prefix in [*reversed(Path(place).parents), Path(place)]:
+            while (over := self._on.get((found.number if found else "", str(prefix)))) is not None:
+                found = over
+        return found
+
+    def kind_at(self, place: str) -> str | None:
+        """Return the kind of the filesystem that is mounted exactly here; None if there is none."""
+        found = self.at(place)
+        return found.kind if found is not None and found.place == place else None
+
+
 def mount_point_of(path: str) -> str:
     """Return the mount point of the filesystem that `path` is on, or would be made on; "/" if it cannot be told.
 
     Called by the engine's thread as it starts: what is on a filesystem that may hang, such as NFS, is not looked at.
     """
-    kinds = _mounted()
+    table = MountTable()
     place, rest, links = "/", deque(Path(path).absolute().parts[1:]), 0
     while rest:
         name = rest.popleft()
@@ -35,8 +83,9 @@ def mount_point_of(path: str) -> str:
             place = os.path.dirname(place)
             continue
         place = os.path.join(place, name)
-        if place in kinds:
-            if kinds[place] not in _LOCAL:
+        kind = table.kind_at(place)
+        if kind is not None:
+            if kind not in _LOCAL:
                 break
             continue
         target = _target(place)
@@ -48,9 +97,36 @@ def mount_point_of(path: str) -> str:
             rest.extendleft(reversed(target))
             if target[:1] == ("/",):
                 place = rest.popleft()
-    while place not in kinds and place != "/":
-        place = os.path.dirname(place)
-    return place
+    found = table.at(place)
+    return "/" if found is None else found.place
+
+
+def check_mounted(path: Path, mount_point: str = "/") -> None:
+    """Raise StoreUnavailableError if the filesystem for `path` is not mounted.
+
+    Args:
+        mount_point: where a filesystem was mounted when the engine started; "/" is always there.
+    """
+    table = MountTable()
+    if not table.mounts:
+        return  # nobody says what is mounted
+    real = Path(os.path.realpath(path))
+    for place, why in [(mount_point, "was mounted when the engine started"), *_expected_above(real)]:
+        try:
+            os.lstat(place)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise StoreUnavailableError(f"{path}: {place}: {error.strerror}") from error
+        if place != "/" and table.kind_at(place) is None:
+            raise StoreUnavailableError(f"{path}: its filesystem is not there: {place} {why}, and is not mounted now")
+
+
+def filesystem_type(descriptor: int) -> str:
+    """Return the type of the filesystem that an open directory is on, "" if it cannot be told."""
+    device = os.fstat(descriptor).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    return next((mount.kind for mount in _parsed() if mount.device == number), "")
 
 
 def _target(place: str) -> tuple[str, ...] | None:
@@ -61,49 +137,31 @@ def _target(place: str) -> tuple[str, ...] | None:
         return None
 
 
-def _mounted() -> dict[str, str]:
-    """Return the kind of filesystem that is mounted at each mount point; none if the system does not say."""
-    try:
-        lines = MOUNTS.read_text().splitlines()
-    except (OSError, UnicodeDecodeError):
-        return {}
-    kinds = {}
-    for line in lines:
-        fields, _, after = line.partition(" - ")
-        kinds[_plain(fields.split()[4])] = after.split()[0]  # the last one of a place is on top
-    return kinds
-
-
-def _plain(field: str) -> str:
-    """Return a path as it is, from a table of the system's that writes blanks as octal numbers."""
-    return _OCTAL.sub(lambda code: chr(int(code[1], 8)), field)
-
-
-def check_mounted(path: Path, mount_point: str = "/") -> None:
-    """Raise StoreUnavailableError if the filesystem for `path` is not mounted.
-
-    Args:
-        mount_point: where a filesystem was mounted when the engine started.
-    """
-    real = Path(os.path.realpath(path))
-    for place, why in [(mount_point, "was mounted when the engine started"), *_expected_above(real)]:
-        try:
-            os.lstat(place)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise StoreUnavailableError(f"{path}: {place}: {error.strerror}") from error
-        if not os.path.ismount(place):
-            raise StoreUnavailableError(f"{path}: its filesystem is not there: {place} {why}, and is not mounted now")
-
-
 def _expected_above(path: Path) -> list[tuple[str, str]]:
-    """Return the mount points in the system's table that `path` is in or below."""
-    try:
-        lines = FSTAB.read_text().splitlines()
-    except (OSError, UnicodeDecodeError):
-        return []
-    fields = [line.split() for line in lines if not line.lstrip().startswith("#")]
+    """Return the mount points in the system's own table that `path` is in or below."""
+    fields = [line.split() for line in _lines_of(FSTAB) if not line.lstrip().startswith("#")]
     places = [_plain(field[1]) for field in fields if len(field) > 2]
     above = {str(path), *map(str, path.parents)}
     return [(place, f"is in {FSTAB}") for place in map(os.path.normpath, places) if place in above]
+
+
+def _parsed() -> Iterator[Mount]:
+    """Yield the lines of the kernel's table."""
+    for line in _lines_of(MOUNTS):
+        before, _, after = line.partition(" - ")
+        fields = before.split(" ")
+        if len(fields) > 4 and after:
+            yield Mount(fields[0], fields[1], fields[2], _plain(fields[4]), after.split(" ")[0])
+
+
+def _lines_of(table: Path) -> list[str]:
+    """Return the lines of a table, whose paths may hold any bytes but those of a blank or a line's end."""
+    try:
+        return os.fsdecode(table.read_bytes()).split("\n")
+    except OSError:
+        return []
+
+
+def _plain(field: str) -> str:
+    """Return a path as it is, from a table that writes blanks as octal numbers."""
+    return _OCTAL.sub(lambda code: chr(int(code[1], 8)), field)

@@ -58,14 +58,8 @@ def read_raw(descriptor: int, first: int, count: int) -> RawRecords:
 def all_records(descriptor: int) -> Iterator[RawRecords]:
     """Yield the records of a file, slot by slot; what was never written is left out."""
     first = 0
-    while True:
-        try:
-            first = max(first, os.lseek(descriptor, first * HEADER_BYTES, os.SEEK_DATA) // HEADER_BYTES)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return
-            if error.errno != errno.EINVAL:  # of a filesystem that knows no holes
-                raise
+    while (start := _next_data(descriptor, first)) is not None:
+        first = start
         found = read_raw(descriptor, first, RECORDS_PER_READ)
         count = len(found.raw) // HEADER_BYTES
         if count:
@@ -73,6 +67,24 @@ def all_records(descriptor: int) -> Iterator[RawRecords]:
         if count < RECORDS_PER_READ:
             return
         first += count
+
+
+def has_data(descriptor: int, first: int, end: int) -> bool:
+    """Return whether anything was ever written to the records from slot `first` up to `end`."""
+    found = _next_data(descriptor, first)
+    return found is not None and found < end
+
+
+def _next_data(descriptor: int, first: int) -> int | None:
+    """Return the first slot from `first` on that is in no hole; None if there is none."""
+    try:
+        return max(first, os.lseek(descriptor, first * HEADER_BYTES, os.SEEK_DATA) // HEADER_BYTES)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return None
+        if error.errno != errno.EINVAL:  # of a filesystem that knows no holes
+            raise
+        return first
 
 
 def _read(descriptor: int, first: int, count: int) -> bytes:

@@ -15,16 +15,16 @@ import numpy as np
 
 from kvtier.namespace import FORMAT_VERSION, Namespace
 from kvtier.stores.encrypted_seal import EncryptedSeal
+from kvtier.stores.own_files import Folder
 from kvtier.stores.seal import HEADER_BYTES, HEADER_DTYPE, MAX_SLOT, BlockHeaders, Seal
 from kvtier.stores.secrets import ENCRYPTION_NAME, SECRET_NAME, PayloadCipher, guard_with
-from kvtier.stores.slab.directory import DESCRIPTION_NAME, open_private
+from kvtier.stores.slab.directory import MOST_DESCRIPTION_BYTES, open_namespace
 from kvtier.stores.slab.geometry import SEGMENT_BYTES, SlabGeometry
 from kvtier.stores.slab.inventory import Inventory, marked_by
+from kvtier.stores.slab.layout import DESCRIPTION_NAME, HEADERS_NAME, data_name, segment_of
 from kvtier.stores.slab.raw_records import all_records
 from kvtier.stores.slab.vectored import PAGE_BYTES, read_fully
 from kvtier.types import FailureCause
-
-HEADERS_NAME = "headers"
 
 
 class Description(NamedTuple):
@@ -88,9 +88,14 @@ class Records(NamedTuple):
 
 
 def read_description(folder: Path) -> Description | None:
-    """Return what a namespace's folder stands for, or None if nothing readable says so."""
+    """Return what a namespace's folder stands for, or None if nothing readable says so.
+
+    Raises:
+        OSError: the folder, or what says so, is not ours or may not be read.
+    """
     try:
-        content = json.loads((folder / DESCRIPTION_NAME).read_bytes())
+        with open_namespace(folder) as namespace:
+            content = json.loads(namespace.read(DESCRIPTION_NAME, MOST_DESCRIPTION_BYTES))
         identity, epoch, version = content["identity"], bytes.fromhex(content["epoch"]), int(content["format"])
         is_ours = version != FORMAT_VERSION or Namespace(identity, epoch).fingerprint.hex() == folder.name
         json.dumps(identity, ensure_ascii=False).encode()  # raises a ValueError for what nobody could print
@@ -111,11 +116,12 @@ def read_records(folder: Path, description: Description | None, secret: bytes | 
     """
     seal = _seal_of(folder, description, secret)
     headers = seal or _headers_of(folder, description)
-    try:
-        descriptor = open_private(folder / HEADERS_NAME, os.O_RDONLY)
-    except FileNotFoundError:
-        folder.stat()
-        return Records(None, DetailedInventory(headers, 0, 0), 0, seal)
+    with open_namespace(folder) as namespace:
+        try:
+            descriptor = namespace.open_file(HEADERS_NAME)
+        except FileNotFoundError:
+            return Records(None, DetailedInventory(headers, 0, 0), 0, seal)
+        lengths = data_lengths(namespace)
     try:
         num_slots = min(os.fstat(descriptor).st_size // HEADER_BYTES, MAX_SLOT + 1)
         block_bytes = _described_block_bytes(description) or _block_bytes(descriptor, headers)
@@ -133,24 +139,19 @@ def read_records(folder: Path, description: Description | None, secret: bytes | 
         return Records(None, inventory, num_slots, seal)
     geometry = SlabGeometry(block_bytes, num_slots, SEGMENT_BYTES // block_bytes, slots_per_growth=1)
     inventory.drop_odd_keys()
-    inventory.drop_unbacked(geometry, data_lengths(folder, geometry))
+    inventory.drop_unbacked(geometry, lengths)
     inventory.drop_superseded()
     return Records(geometry, inventory, num_slots, seal)
 
 
-def data_file(folder: Path, segment: int) -> Path:
-    """Return the path of a namespace's data file."""
-    return folder / f"data-{segment:05d}"
-
-
-def data_lengths(folder: Path, geometry: SlabGeometry) -> list[int]:
-    """Return the length of every data file, 0 for those that are not there."""
-    lengths = [0] * geometry.num_segments
-    for path in folder.glob("data-*"):
-        segment = int(path.name[5:]) if path.name[5:].isdecimal() else len(lengths)
-        if segment < len(lengths) and path.name == data_file(folder, segment).name:
+def data_lengths(namespace: Folder) -> dict[int, int]:
+    """Return the length of every data file, by its number."""
+    lengths = {}
+    for name in namespace.names():
+        segment = segment_of(name)
+        if segment is not None and namespace.is_own_file(name):
             with suppress(FileNotFoundError):
-                lengths[segment] = path.lstat().st_size
+                lengths[segment] = namespace.status(name).st_size
     return lengths
 
 
@@ -162,11 +163,16 @@ class NamespaceReader:
         self.geometry = geometry
         self.seal = seal
         self.direct = geometry.block_bytes % PAGE_BYTES == 0
-        self._folder = folder
         self._lock = threading.Lock()
         self._descriptors: dict[tuple[int, bool], int] = {}
         self._files = ExitStack()
-        self._headers = open_private(folder / HEADERS_NAME, os.O_RDONLY)
+        self._namespace = open_namespace(folder)
+        self._files.callback(self._namespace.close)
+        try:
+            self._headers = self._namespace.open_file(HEADERS_NAME)
+        except OSError:
+            self._files.close()
+            raise
         self._files.callback(os.close, self._headers)
 
     def __enter__(self) -> Self:
@@ -208,7 +214,7 @@ class NamespaceReader:
             descriptor = self._descriptors.get((segment, direct))
             if descriptor is None:
                 flags = os.O_RDONLY | (os.O_DIRECT if direct else 0)
-                descriptor = open_private(data_file(self._folder, segment), flags)
+                descriptor = self._namespace.open_file(data_name(segment), flags)
                 self._files.callback(os.close, descriptor)
                 self._descriptors[segment, direct] = descriptor
         return descriptor
@@ -248,4 +254,6 @@ def _block_bytes(descriptor: int, headers: BlockHeaders) -> int:
 def _described_block_bytes(description: Description | None) -> int:
     """Return the length of a block that the description names; 0 if it names none."""
     value = None if description is None else description.identity.get("kvtier.block_bytes")
-    return value if isinstance(value, int) else 0
+    if not isinstance(value, int) or isinstance(value, bool):
+        return 0
+    return value if 0 < value <= SEGMENT_BYTES else 0

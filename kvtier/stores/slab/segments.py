@@ -10,18 +10,17 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from kvtier.stores.slab.directory import open_private
-from kvtier.stores.slab.filesystems import TELLS_UNWRITTEN, filesystem_type
+from kvtier.stores.own_files import Folder
 from kvtier.stores.slab.geometry import SlabGeometry
+from kvtier.stores.slab.layout import data_name, segment_of
+from kvtier.stores.slab.mounts import TELLS_UNWRITTEN, filesystem_type
 from kvtier.stores.slab.vectored import PAGE_BYTES, is_page_aligned, read_fully, write_fully
 
 logger = logging.getLogger(__name__)
 
 NO_SPACE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _NO_FALLOCATE = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV})
-_PREFIX = "data-"
 AHEAD_BYTES = 4 << 20
 """Written ahead at once: a store that needs to grow the slab waits for no more."""
 
@@ -34,9 +33,10 @@ class Segments:
     """
 
     def __init__(
-        self, folder: Path, geometry: SlabGeometry, make_room: Callable[[Sequence[int]], None], min_free: int = 0
+        self, folder: Folder, geometry: SlabGeometry, make_room: Callable[[Sequence[int]], None], min_free: int = 0
     ) -> None:
         """Args:
+        folder: of the namespace, held by somebody else.
         make_room: called before the files grow, with the lengths they will have.
         min_free: bytes of the filesystem that stay free.
         """
@@ -47,19 +47,21 @@ class Segments:
         self._lock = threading.Lock()
         self._descriptors: dict[tuple[int, bool], int] = {}
         self._direct = geometry.block_bytes % PAGE_BYTES == 0
-        self._ahead = filesystem_type(folder) in TELLS_UNWRITTEN
+        self._ahead = filesystem_type(folder.descriptor) in TELLS_UNWRITTEN
         self.lengths = [0] * geometry.num_segments
         """Bytes of each data file that are backed."""
 
     def fit(self) -> None:
         """Cut what lies beyond the geometry and learn how long the files are."""
-        for path in self._folder.glob(f"{_PREFIX}*"):
-            number = path.name.removeprefix(_PREFIX)
-            length = self._geometry.segment_bytes(int(number)) if number.isdecimal() else 0
-            if not length:
-                path.unlink()
+        for name in self._folder.names():
+            segment = segment_of(name)
+            if segment is None:
                 continue
-            self.lengths[int(number)] = _cut_to(path, length)
+            length = self._geometry.segment_bytes(segment)
+            if length:
+                self.lengths[segment] = self._cut_to(segment, length)
+            elif not self._folder.unlink(name):
+                logger.warning("%s: %s is not kvtier's and stays", self._folder.path, name)
 
     @property
     def direct(self) -> bool:
@@ -117,7 +119,7 @@ class Segments:
                 write_fully(descriptor, [_zeros()[: end - start]], start, PAGE_BYTES)
             except OSError as error:
                 self._ahead = False
-                logger.info("%s: not written ahead any further: %s", self._folder, error.strerror)
+                logger.info("%s: not written ahead any further: %s", self._folder.path, error.strerror)
                 self._cut(segment, length)
                 return None
             self.lengths[segment] = end
@@ -166,7 +168,7 @@ class Segments:
         with self._lock:
             stopped, self._direct = self._direct, False
         if stopped:
-            logger.warning("%s: no direct I/O here (%s), using the page cache", self._folder, error.strerror)
+            logger.warning("%s: no direct I/O here (%s), using the page cache", self._folder.path, error.strerror)
 
     def _descriptor(self, segment: int, direct: bool) -> int:
         descriptor = self._descriptors.get((segment, direct))
@@ -180,7 +182,7 @@ class Segments:
         descriptor = self._descriptors.get((segment, direct))
         if descriptor is None:
             flags = os.O_RDWR | os.O_CREAT | (os.O_DIRECT if direct else 0)
-            descriptor = open_private(self._path(segment), flags)
+            descriptor = self._folder.open_file(data_name(segment), flags)
             self._descriptors[segment, direct] = descriptor
         return descriptor
 
@@ -192,14 +194,14 @@ class Segments:
     def _cut(self, segment: int, length: int) -> None:
         """Give back what lies beyond `length`, if the system lets us."""
         with contextlib.suppress(OSError):
-            _cut_to(self._path(segment), length)
+            self._cut_to(segment, length)
 
     def _back(self, segment: int, length: int, grown: int) -> None:
         """Back a data file from `length` to `grown` bytes; after an error it is as long as before."""
         self._make_room(self._with_length(segment, grown))
-        if not has_space(self._folder, grown - length + self._min_free):
+        if not has_space(self._folder.descriptor, grown - length + self._min_free):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        descriptor = open_private(self._path(segment))
+        descriptor = self._folder.open_file(data_name(segment), os.O_RDWR | os.O_CREAT)
         try:
             allocate(descriptor, length, grown)
         except OSError:
@@ -212,8 +214,16 @@ class Segments:
         """Return the lengths of all data files once one of them has this one."""
         return [*self.lengths[:segment], length, *self.lengths[segment + 1 :]]
 
-    def _path(self, segment: int) -> Path:
-        return self._folder / f"{_PREFIX}{segment:05d}"
+    def _cut_to(self, segment: int, length: int) -> int:
+        """Cut a data file that is longer than `length`; return how long it is."""
+        descriptor = self._folder.open_file(data_name(segment), os.O_RDWR)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size > length:
+                os.ftruncate(descriptor, length)
+            return min(size, length)
+        finally:
+            os.close(descriptor)
 
 
 @functools.cache
@@ -222,21 +232,9 @@ def _zeros() -> memoryview:
     return memoryview(mmap.mmap(-1, AHEAD_BYTES, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ))
 
 
-def _cut_to(path: Path, length: int) -> int:
-    """Cut a file that is longer than `length`; return how long it is. A symbolic link is an OSError."""
-    descriptor = open_private(path, os.O_RDWR)
-    try:
-        size = os.fstat(descriptor).st_size
-        if size > length:
-            os.ftruncate(descriptor, length)
-        return min(size, length)
-    finally:
-        os.close(descriptor)
-
-
-def has_space(folder: Path, num_bytes: int) -> bool:
-    """Return whether so many bytes of a filesystem are free, as far as it says."""
-    status = os.statvfs(folder)
+def has_space(descriptor: int, num_bytes: int) -> bool:
+    """Return whether so many bytes of the filesystem of an open file are free, as far as it says."""
+    status = os.statvfs(descriptor)
     return not status.f_blocks or status.f_bavail * status.f_frsize >= num_bytes
 
 

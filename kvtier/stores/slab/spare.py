@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-import re
-from pathlib import Path
 
 import numpy as np
 
-from kvtier.stores.seal import HEADER_BYTES, HEADER_DTYPE
+from kvtier.stores.own_files import Folder
+from kvtier.stores.seal import HEADER_BYTES, HEADER_DTYPE, MAX_SLOT
 from kvtier.stores.slab.geometry import slots_of_segment
+from kvtier.stores.slab.layout import HEADERS_NAME, segment_of
+from kvtier.stores.slab.raw_records import has_data
 
 _RECORDS_PER_READ = 1 << 16
-_DATA_FILE = re.compile(r"data-(\d+)")
 
 
-def cut_spare(folder: Path) -> None:
+def cut_spare(folder: Folder) -> None:
     """Shorten the data files of a namespace to its last record, whatever that says; nobody else may use it.
 
     Slabs take space ahead of their blocks. Without this, one with a handful of blocks would have to be deleted whole
@@ -24,33 +24,48 @@ def cut_spare(folder: Path) -> None:
     Raises:
         OSError: the folder cannot be read or written.
     """
-    slot, block_bytes = _last_record(folder / "headers")
-    segment, length = 0, 0
+    slot, block_bytes = _last_record(folder)
+    last, length = 0, 0
     if block_bytes:
-        segment, index = divmod(slot, max(1, slots_of_segment(block_bytes)))
+        last, index = divmod(slot, max(1, slots_of_segment(block_bytes)))
         length = (index + 1) * block_bytes
-    for path in folder.iterdir():
-        match = _DATA_FILE.fullmatch(path.name)
-        if match is None or path.is_symlink() or int(match[1]) < segment:
+    for name in folder.names():
+        segment = segment_of(name)
+        if segment is None or segment < last or not folder.is_own_file(name):
             continue
-        needed = length if int(match[1]) == segment else 0
-        status = path.stat()
-        if status.st_size > needed:
-            os.truncate(path, needed)
-            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # this was no use of the namespace
+        needed = length if segment == last else 0
+        if folder.status(name).st_size > needed:
+            _cut(folder, name, needed)
 
 
-def _last_record(headers: Path) -> tuple[int, int]:
+def _cut(folder: Folder, name: str, length: int) -> None:
+    """Cut a file; this is no use of the namespace, and does not look like one."""
+    descriptor = folder.open_file(name, os.O_RDWR)
+    try:
+        status = os.fstat(descriptor)
+        os.ftruncate(descriptor, length)
+        os.utime(descriptor, ns=(status.st_atime_ns, status.st_mtime_ns))
+    finally:
+        os.close(descriptor)
+
+
+def _last_record(folder: Folder) -> tuple[int, int]:
     """Return slot and payload length of the last record that is not empty; zeros if there is none."""
-    with headers.open("rb") as file:
-        end = os.fstat(file.fileno()).st_size // HEADER_BYTES
+    descriptor = folder.open_file(HEADERS_NAME)
+    try:
+        end = min(os.fstat(descriptor).st_size // HEADER_BYTES, MAX_SLOT + 1)
         while end:
             start = max(0, end - _RECORDS_PER_READ)
-            raw = os.pread(file.fileno(), (end - start) * HEADER_BYTES, start * HEADER_BYTES)
+            if not has_data(descriptor, start, end):
+                end = start
+                continue
+            raw = os.pread(descriptor, (end - start) * HEADER_BYTES, start * HEADER_BYTES)
             rows = np.frombuffer(raw, dtype=np.uint8, count=len(raw) // HEADER_BYTES * HEADER_BYTES)
             used = np.flatnonzero(rows.reshape(-1, HEADER_BYTES).any(axis=1))
             if used.size:
                 record = np.frombuffer(raw, HEADER_DTYPE, count=1, offset=int(used[-1]) * HEADER_BYTES)[0]
                 return start + int(used[-1]), int(record["payload_length"])
             end = start
+    finally:
+        os.close(descriptor)
     return 0, 0

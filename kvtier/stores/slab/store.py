@@ -50,7 +50,7 @@ class SlabStore(SlotStore):
         self._capacity = capacity
         self._failures = context.failures
         self._logged: set[int | None] = set()
-        folder = directory.namespace_path
+        folder = directory.namespace
         self._segments = Segments(folder, geometry, self._make_room, min_free)
         self._envelope = envelope.apart() if self._segments.direct else envelope
         self._most_written = self._envelope.most_blocks(geometry.block_bytes)
@@ -59,7 +59,7 @@ class SlabStore(SlotStore):
         try:
             self._segments.fit()
             self._make_room(self._segments.lengths)
-            self._headers = HeaderFile(folder / "headers", geometry, min_free)
+            self._headers = HeaderFile(folder, geometry, min_free)
         except OSError:
             directory.close()
             raise
@@ -109,7 +109,7 @@ class SlabStore(SlotStore):
         try:
             inventory = self._headers.take_inventory(self._envelope.headers)
             inventory.drop_odd_keys()
-            inventory.drop_unbacked(self._geometry, self._segments.lengths)
+            inventory.drop_unbacked(self._geometry, dict(enumerate(self._segments.lengths)))
             inventory.drop_superseded()
             yield from inventory.batches()
             self._headers.clear(inventory.broken)

@@ -7,30 +7,30 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
-import stat
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from kvtier.errors import StoreUnavailableError
 from kvtier.namespace import FORMAT_VERSION
+from kvtier.stores.own_files import Folder, StrangerError, shown
 from kvtier.stores.slab.directory import (
-    DESCRIPTION_NAME,
-    LOCK_NAME,
-    is_namespace,
     is_past,
     last_use,
-    open_private,
+    namespaces_in,
+    open_slab,
+    pid_in_lock,
+    strangers_of,
     used_bytes,
 )
+from kvtier.stores.slab.layout import DESCRIPTION_NAME, LOCK_NAME, is_file_of_namespace, rank_of
 from kvtier.stores.slab.reading import Description, read_description, read_records
 from kvtier.types import FailureCause
 
-_RANK_FOLDER = re.compile(r"dp(\d+)")
 _ATTEMPTS = 3
-_LOCK_CONTENT = re.compile(rb"\d{0,20}\n?\0*")  # zeros: a power cut came before the pid did
+_MOST_NAMED = 5
 
 
 class Holder(NamedTuple):
@@ -99,17 +99,21 @@ def find_slabs(path: Path) -> list[Path]:
         StoreUnavailableError: missing, no directory, not readable, or the directory of something else.
     """
     try:
-        status = path.stat()
-        if not stat.S_ISDIR(status.st_mode):
-            raise StoreUnavailableError(f"{path}: no directory")
-        names = os.listdir(path)
-        ranks = sorted((int(rank[1]), name) for name in names if (rank := _RANK_FOLDER.fullmatch(name)))
-        found = [path / name for name in ["", *(name for _, name in ranks)] if _is_slab(path / name)]
+        with open_slab(path) as folder:
+            names = folder.names()
+            ranks = sorted((rank, name) for name in names if (rank := rank_of(name)) is not None)
+            found = [path] if _is_slab(folder) else []
+        for _, name in ranks:
+            with suppress(StrangerError, FileNotFoundError), open_slab(path / name) as share:
+                if _is_slab(share):
+                    found.append(path / name)
+    except NotADirectoryError:
+        raise StoreUnavailableError(f"{path}: no directory") from None
     except OSError as error:
         raise StoreUnavailableError(f"{error.filename or path}: {error.strerror}") from error
     if not found and names:
         raise StoreUnavailableError(
-            f"{path}: no directory of a disk tier (it is not empty and has no file {LOCK_NAME!r})"
+            f"{path}: no directory of a disk tier (it is not empty, and no file {LOCK_NAME!r} of kvtier's is in it)"
         )
     return found
 
@@ -121,13 +125,14 @@ def find_holder(path: Path) -> Holder | None:
         OSError: the lock cannot be asked for.
     """
     try:
-        descriptor = open_private(path / LOCK_NAME, os.O_RDONLY)
+        with open_slab(path) as slab:
+            descriptor = slab.open_file(LOCK_NAME)
     except FileNotFoundError:
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return _describe_holder(os.pread(descriptor, 32, 0))
+        return _describe_holder(pid_in_lock(descriptor))
     finally:
         os.close(descriptor)
     return None
@@ -135,7 +140,9 @@ def find_holder(path: Path) -> Holder | None:
 
 def namespace_folders(path: Path) -> list[Path]:
     """Return the folders of a slab's namespaces, latest use first."""
-    return sorted(filter(_is_namespace_now, path.iterdir()), key=last_use, reverse=True)
+    with open_slab(path) as slab:
+        names = sorted(namespaces_in(slab), key=lambda name: last_use(slab, name), reverse=True)
+    return [path / name for name in names]
 
 
 def survey_slab(path: Path) -> SlabSurvey:
@@ -145,10 +152,11 @@ def survey_slab(path: Path) -> SlabSurvey:
         OSError: it cannot be read.
     """
     surveys = [survey for folder in namespace_folders(path) if (survey := _survey_if_there(folder)) is not None]
-    system = os.statvfs(path)
-    folders = {survey.folder for survey in surveys}
-    others = [path, *(entry for entry in path.iterdir() if entry not in folders)]
-    disk_bytes = sum(map(_own_bytes, others)) + sum(survey.disk_bytes for survey in surveys)
+    others = {survey.folder.name for survey in surveys}
+    with open_slab(path) as slab:
+        disk_bytes = slab.own_bytes + sum(_own_bytes(slab, name) for name in slab.names() if name not in others)
+        system = os.statvfs(slab.descriptor)
+    disk_bytes += sum(survey.disk_bytes for survey in surveys)
     return SlabSurvey(path, find_holder(path), surveys, disk_bytes, system.f_bavail * system.f_frsize)
 
 
@@ -159,16 +167,19 @@ def survey_namespace(folder: Path) -> NamespaceSurvey:
         OSError: it cannot be read; FileNotFoundError if it was deleted meanwhile.
     """
     description = read_description(folder)
-    problems, remarks = _assess(folder, description)
     geometry, inventory, num_slots, _ = read_records(folder, description)
+    with open_slab(folder.parent) as slab, slab.folder(folder.name) as namespace:
+        problems, remarks = _assess(slab, folder.name, description)
+        remarks += _said_of_strangers(namespace)
+        disk_bytes, latest = used_bytes(namespace), _last_change(namespace)
     return NamespaceSurvey(
         folder=folder,
         description=description,
         block_bytes=None if geometry is None else geometry.block_bytes,
         num_blocks=len(inventory),
         num_slots=num_slots,
-        disk_bytes=used_bytes(folder),
-        last_use=_last_change(folder),
+        disk_bytes=disk_bytes,
+        last_use=latest,
         broken=dict(inventory.causes),
         problems=problems,
         remarks=remarks,
@@ -184,44 +195,33 @@ def _survey_if_there(folder: Path) -> NamespaceSurvey | None:
             continue
         except OSError as error:  # the others are still looked at, and this one can be purged
             problem = f"cannot be read: {Path(error.filename or folder).name}: {error.strerror}"
-            taken, latest = used_bytes(folder), last_use(folder)
+            with open_slab(folder.parent) as slab, slab.folder(folder.name) as namespace:
+                taken, latest = used_bytes(namespace), last_use(slab, folder.name)
             return NamespaceSurvey(folder, None, None, 0, 0, taken, latest, {}, [problem], is_readable=False)
     return None
 
 
-def _is_namespace_now(folder: Path) -> bool:
-    try:
-        return is_namespace(folder)
-    except FileNotFoundError:
-        return False
-
-
-def _own_bytes(path: Path) -> int:
+def _own_bytes(folder: Folder, name: str) -> int:
     """Return the bytes of a file, or of a folder without what is in it; 0 if it is gone."""
     try:
-        return path.lstat().st_blocks * 512
+        return folder.status(name).st_blocks * 512
     except FileNotFoundError:
         return 0
 
 
-def _is_slab(path: Path) -> bool:
-    """Return whether `path` has the lock of a slab: a small file that is empty or holds a pid."""
-    try:
-        if not path.is_dir() or not stat.S_ISREG((path / LOCK_NAME).lstat().st_mode):
-            return False
-    except FileNotFoundError:
-        return False
-    descriptor = open_private(path / LOCK_NAME, os.O_RDONLY)
-    try:
-        return _LOCK_CONTENT.fullmatch(os.pread(descriptor, 32, 0)) is not None
-    finally:
-        os.close(descriptor)
+def _is_slab(folder: Folder) -> bool:
+    """Return whether a directory has the lock of a slab, and is one."""
+    return folder.is_own_file(LOCK_NAME) and next(strangers_of(folder), None) is None
 
 
-def _describe_holder(content: bytes) -> Holder:
-    try:
-        pid = int(content)
-    except ValueError:
+def _said_of_strangers(namespace: Folder) -> list[str]:
+    """Return what to say of what somebody else put into a namespace's folder; empty if there is nothing."""
+    strangers = [name for name in namespace.names() if not (is_file_of_namespace(name) and namespace.is_own_file(name))]
+    return [f"not kvtier's, and left alone: {shown(name)}" for name in sorted(strangers)[:_MOST_NAMED]]
+
+
+def _describe_holder(pid: int | None) -> Holder:
+    if pid is None:
         return Holder(None)
     parent = _parent_of(pid)
     return Holder(pid, _command_of(pid), parent, "" if parent is None else _command_of(parent))
@@ -245,7 +245,7 @@ def _parent_of(pid: int) -> int | None:
         return None
 
 
-def _assess(folder: Path, description: Description | None) -> tuple[list[str], list[str]]:
+def _assess(slab: Folder, name: str, description: Description | None) -> tuple[list[str], list[str]]:
     """Return (problems, remarks) of a namespace, as far as its description goes."""
     if description is None:
         return [f"no readable {DESCRIPTION_NAME}: the next start of another model deletes it"], []
@@ -253,12 +253,10 @@ def _assess(folder: Path, description: Description | None) -> tuple[list[str], l
         return [], [f"format {description.format_version}, this kvtier reads {FORMAT_VERSION}: it gives way first"]
     if not description.is_ours:
         return [f"{DESCRIPTION_NAME} describes another namespace"], []
-    return [], ["of an epoch: no later engine can use it, the next start deletes it"] if is_past(folder) else []
+    return [], ["of an epoch: no later engine can use it, the next start deletes it"] if is_past(slab, name) else []
 
 
-def _last_change(folder: Path) -> float:
-    """Return when anything in a folder was last written, or its last use noted."""
-    times = [last_use(folder)]
-    for path in folder.iterdir():
-        times.append(path.lstat().st_mtime)
-    return max(times)
+def _last_change(namespace: Folder) -> float:
+    """Return when anything of ours in a folder was last written, or its last use noted; 0 if there is nothing."""
+    names = [name for name in namespace.names() if is_file_of_namespace(name) and namespace.is_own_file(name)]
+    return max((namespace.status(name).st_mtime for name in names), default=0.0)

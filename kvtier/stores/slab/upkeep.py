@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kvtier.errors import StoreUnavailableError
-from kvtier.stores.slab.directory import LOCK_NAME, delete_folder, open_private, take_lock
-from kvtier.stores.slab.geometry import SEGMENT_BYTES, SlabGeometry
-from kvtier.stores.slab.headers import HeaderFile
-from kvtier.stores.slab.reading import HEADERS_NAME
+from kvtier.stores.slab.directory import delete_namespace_in, open_namespace, open_slab, take_lock
+from kvtier.stores.slab.headers import clear_records
+from kvtier.stores.slab.layout import HEADERS_NAME, LOCK_NAME
 
 
 @contextmanager
@@ -22,9 +21,10 @@ def hold(path: Path) -> Iterator[None]:
         StoreUnavailableError: a process uses it; the message names its pid. Or the lock cannot be opened.
     """
     try:
-        descriptor = open_private(path / LOCK_NAME, os.O_RDWR)
+        with open_slab(path) as slab:
+            descriptor = slab.open_file(LOCK_NAME, os.O_RDWR)
     except OSError as error:
-        raise StoreUnavailableError(f"{path}: {error.strerror}") from error
+        raise StoreUnavailableError(f"{error.filename or path}: {error.strerror}") from error
     try:
         take_lock(path, descriptor)
         yield
@@ -32,27 +32,25 @@ def hold(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def empty_records(folder: Path, num_slots: int, slots: Iterable[int]) -> None:
+def empty_records(folder: Path, slots: Iterable[int]) -> None:
     """Empty the records of `slots`: what they held is a miss from now on. The slab is held.
-
-    Args:
-        num_slots: records of the file.
 
     Raises:
         OSError: they cannot be written.
     """
-    records_only = SlabGeometry(1, num_slots, SEGMENT_BYTES, slots_per_growth=1)  # of any blocks: none is touched
-    headers = HeaderFile(folder / HEADERS_NAME, records_only)
+    with open_namespace(folder) as namespace:
+        descriptor = namespace.open_file(HEADERS_NAME, os.O_RDWR)
     try:
-        headers.clear(slots)
+        clear_records(descriptor, slots)
     finally:
-        headers.close()
+        os.close(descriptor)
 
 
-def delete_namespace(folder: Path) -> None:
-    """Delete a namespace with everything of it. The slab is held.
+def delete_namespace(folder: Path) -> list[str]:
+    """Delete a namespace with everything of it; return the names in its folder that are not ours. The slab is held.
 
     Raises:
         OSError: it cannot be deleted, or not all of it.
     """
-    delete_folder(folder)
+    with open_slab(folder.parent) as slab:
+        return delete_namespace_in(slab, folder.name)
