@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple, Protocol
 
 from kvtier.keys import OffloadKey
 from kvtier.types import FailureCause
+
+logger = logging.getLogger("kvtier")
 
 
 class BlocksStored(NamedTuple):
@@ -123,7 +126,7 @@ Event = (
 
 
 class Observer(Protocol):
-    """A sink of events. Called on the engine's thread: return at once, do no I/O, do not raise."""
+    """A sink of events. Called on the engine's thread: return at once, do no I/O, and do not call kvtier."""
 
     def on_event(self, event: Event) -> None:
         """Take note of one event."""
@@ -138,16 +141,32 @@ class NullObserver:
 
 
 class Observers:
-    """Hands each event to several observers, in order."""
+    """Hands each event to several observers, in order. One that raises loses that event, and nobody else notices."""
 
     def __init__(self, observers: Sequence[Observer] = ()) -> None:
         self._observers = list(observers)
+        self._failed: set[tuple[type, type]] = set()
+
+    @classmethod
+    def over(cls, observer: Observer) -> Observers:
+        """Return `observer`, guarded."""
+        return observer if isinstance(observer, Observers) else cls([observer])
 
     def add(self, observer: Observer) -> None:
         """Add a sink; it sees the events from now on."""
         self._observers.append(observer)
 
     def on_event(self, event: Event) -> None:
-        """Pass the event on."""
+        """Pass the event on; what an observer raises is logged, once per observer and kind of event."""
         for observer in self._observers:
-            observer.on_event(event)
+            try:
+                observer.on_event(event)
+            except Exception as fault:  # noqa: BLE001 - it comes in the middle of a change of state: reported
+                self._report(observer, event, fault)
+
+    def _report(self, observer: Observer, event: Event, fault: Exception) -> None:
+        kind = type(observer), type(event)
+        if kind not in self._failed:
+            self._failed.add(kind)
+            names = kind[0].__name__, kind[1].__name__
+            logger.error("kvtier: observer %s failed at %s, and may miss more of them", *names, exc_info=fault)

@@ -10,7 +10,8 @@ whole request moves from state to state in a few calls of set and dict: this run
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from itertools import compress, filterfalse, islice
 from typing import NamedTuple
@@ -20,7 +21,10 @@ from numpy.typing import NDArray
 
 from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
+from kvtier.eviction.lru import LRUPolicy
 from kvtier.keys import OffloadKey, common_key_bytes
+
+logger = logging.getLogger("kvtier")
 
 MAX_SKIPPED = 4096
 """Most blocks in use that a search for victims passes over, beside four for each victim wanted: it must not stall."""
@@ -55,6 +59,8 @@ class Placement(NamedTuple):
 class BlockTable:
     """Keys in slots, with pins, under one eviction policy.
 
+    A policy that raises, or that proposes keys that are not held, is replaced by LRU: no slot may get lost with it.
+
     Attributes (read freely, changed by the methods only; the objects stay the same for life):
         slot_of: slot of every key held, FILLING or READY.
         filling: the slots being written.
@@ -83,6 +89,11 @@ class BlockTable:
     def num_free(self) -> int:
         """Slots that hold nothing and that nobody touches."""
         return len(self._free)
+
+    @property
+    def pins(self) -> Mapping[int, int]:
+        """Pins by slot; a slot that is filling has its writer's besides."""
+        return self._pins
 
     @property
     def num_quarantined(self) -> int:
@@ -136,6 +147,18 @@ class BlockTable:
     def _pick_victims(
         self, count: int, incoming: Sequence[OffloadKey], protected: Mapping[OffloadKey, None]
     ) -> list[OffloadKey]:
+        try:
+            victims = self._proposed(count, incoming, protected)
+            if len(distinct := set(victims)) < len(victims) or not distinct <= self.slot_of.keys():
+                raise InvariantError("candidates that are not held, or twice")
+        except Exception as fault:  # noqa: BLE001 - a plug-in may raise anything; reported, and LRU takes over
+            self._replace_policy(fault)
+            victims = self._proposed(count, incoming, protected)
+        return victims
+
+    def _proposed(
+        self, count: int, incoming: Sequence[OffloadKey], protected: Mapping[OffloadKey, None]
+    ) -> list[OffloadKey]:
         get_slot, pins, filling = self.slot_of.__getitem__, self._pins, self.filling
         candidates = islice(self.policy.candidates(incoming), MAX_SKIPPED + 4 * count)
         victims: list[OffloadKey] = []
@@ -165,7 +188,7 @@ class BlockTable:
             self._key_bytes = len(keys[0])
         if placement.victims:
             freed = list(map(slot_of.pop, placement.victims))
-            self.policy.evict(placement.victims)
+            self._tell(self.policy.evict, placement.victims)
             freed.reverse()
             free += freed
         slots = free[: -len(keys) - 1 : -1]
@@ -173,8 +196,31 @@ class BlockTable:
         placed = dict(zip(keys, slots, strict=True))
         slot_of.update(placed)
         self.filling.update(slots)
-        self.policy.insert(keys)
+        self._tell(self.policy.insert, keys)
         return placed
+
+    # -- the policy ---------------------------------------------------------------------------------------
+
+    def touch(self, keys: Sequence[OffloadKey]) -> None:
+        """Count one more use of each of `keys`, in prefix order; keys not held are ignored."""
+        self._tell(self.policy.touch, keys)
+
+    def settle(self, keys: Sequence[OffloadKey]) -> None:
+        """Put `keys` in the order of one finished use; see `EvictionPolicy.settle`."""
+        self._tell(self.policy.settle, keys)
+
+    def _tell(self, change: Callable[[Sequence[OffloadKey]], None], keys: Sequence[OffloadKey]) -> None:
+        """Call a method of the policy; the table has changed already, and is right whatever the policy does."""
+        try:
+            change(keys)
+        except Exception as fault:  # noqa: BLE001 - a plug-in may raise anything; reported, and LRU takes over
+            self._replace_policy(fault)
+
+    def _replace_policy(self, fault: Exception) -> None:
+        name = type(self.policy).__name__
+        logger.error("kvtier: eviction policy %s failed, LRU takes its place from now on", name, exc_info=fault)
+        self.policy = LRUPolicy(self.num_slots)
+        self.policy.insert(list(self.slot_of))
 
     def adopt(self, slots: Sequence[int], keys: Sequence[OffloadKey]) -> None:
         """Take over blocks that a former process left in an empty table, as READY; oldest first, batch after batch.
@@ -201,7 +247,7 @@ class BlockTable:
         slot_of.update(zip(keys, slots, strict=True))
         if len(slot_of) < held + len(keys):
             keys = [key for key in dict.fromkeys(keys) if key not in self.policy]
-        self.policy.insert(keys[::-1])
+        self._tell(self.policy.insert, keys[::-1])
 
     def _are_new(self, slots: NDArray[np.intp]) -> bool:
         """Return whether these are slots, each of them once, and nothing was adopted for them."""
@@ -275,7 +321,7 @@ class BlockTable:
         for key in held:
             if not self._into_quarantine(slot := self.slot_of.pop(key)):
                 self._free.append(slot)
-        self.policy.remove(held)
+        self._tell(self.policy.remove, held)
         return held
 
     def _into_quarantine(self, slot: int) -> bool:
@@ -293,7 +339,7 @@ class BlockTable:
         for slot in self.slot_of.values():
             self._into_quarantine(slot)
         self.slot_of.clear()
-        self.policy.clear()
+        self._tell(lambda _: self.policy.clear(), ())
         self.end_adoption()
 
     def ready_keys(self) -> Iterator[OffloadKey]:

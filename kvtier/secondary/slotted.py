@@ -86,7 +86,7 @@ class SlottedTierManager(StoreTierManager):
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         """Count one use of the keys that are here, given in prefix order."""
         if self._table is not None:
-            self._table.policy.touch(list(dict.fromkeys(keys)))
+            self._table.touch(list(dict.fromkeys(keys)))
 
     def start_epoch(self, epoch: bytes) -> None:
         """Go on without any block; those that were here are said to be gone."""
@@ -131,7 +131,7 @@ class SlottedTierManager(StoreTierManager):
             keys, arena_slots = [keys[index] for index in held], [arena_slots[index] for index in held]
             slots = [table.slot_of[key] for key in keys]
         table.pin(slots)
-        table.policy.touch(list(dict.fromkeys(keys)))
+        table.touch(list(dict.fromkeys(keys)))
         absent = {FailureCause.ABSENT: len(metadata.keys) - len(keys)}
         return self._ledger.open(metadata, keys, arena_slots, slots, [], absent)
 
@@ -143,7 +143,7 @@ class SlottedTierManager(StoreTierManager):
         here: list[OffloadKey] = []
         if len(placement.keys) + placement.num_left_out < len(metadata.keys):
             here = [key for key in metadata.keys if table.is_ready(key)]
-            table.policy.touch(list(dict.fromkeys(here)))
+            table.touch(list(dict.fromkeys(here)))
         slots = list(table.apply(placement).values())
         if placement.victims:
             self._say_evicted(placement.victims)

@@ -6,13 +6,13 @@ import secrets
 import time
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from kvtier import forks
 from kvtier.abc import BlockStore, SecondaryTierManager, SlotStore, TierContext
 from kvtier.errors import ConfigError, KeyFormatError, ProtocolError
-from kvtier.events import TierState
+from kvtier.events import Observers, TierState
 from kvtier.namespace import Namespace
 from kvtier.primary.arena import arena_rows
 from kvtier.secondary.executor import IOExecutor, Report, StoreDescription
@@ -99,7 +99,8 @@ class StoreTierManager(SecondaryTierManager):
         """
         super().__init__(offloading_spec, primary_kv_view, tier_type)
         context = getattr(offloading_spec, "tier_context", None)
-        self.context: TierContext = context if isinstance(context, TierContext) else TierContext()
+        context = context if isinstance(context, TierContext) else TierContext()
+        self.context: TierContext = replace(context, observer=Observers.over(context.observer))
         self.settings = settings or TierSettings()
         namespace = self.context.namespace
         if namespace is None:

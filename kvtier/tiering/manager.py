@@ -20,6 +20,7 @@ from kvtier.events import BlocksEvicted, BlocksLoaded, BlocksStored, CacheReset,
 from kvtier.eviction.shadow_report import ShadowReport
 from kvtier.keys import OffloadKey
 from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
+from kvtier.tiering.audit import check_slots
 from kvtier.tiering.cascades import Cascades
 from kvtier.tiering.guard import TierGuard
 from kvtier.tiering.kv_events import KVEventLog
@@ -76,7 +77,7 @@ class TieringOffloadingManager(OffloadingManager):
         """
         self._stats = StatsObserver()
         self._kv_events = KVEventLog()
-        self._observer = observer if isinstance(observer, Observers) else Observers([observer] if observer else [])
+        self._observer = Observers() if observer is None else Observers.over(observer)
         self._observer.add(self._stats)
         if settings.kv_events:
             self._observer.add(self._kv_events)
@@ -270,7 +271,7 @@ class TieringOffloadingManager(OffloadingManager):
         self._promoter.let_go(state)
         state.forget_scan()
         if state.num_stores > 1:
-            self._table.policy.settle(list(dict.fromkeys(state.stored)))  # some were evicted and stored again
+            self._table.settle(list(dict.fromkeys(state.stored)))  # some were evicted and stored again
         self._requests.close(state)
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
@@ -367,6 +368,7 @@ class TieringOffloadingManager(OffloadingManager):
     def check_invariants(self) -> None:
         """Raise InvariantError if any part contradicts itself or another."""
         self._table.check_invariants()
+        check_slots(self._table, self._requests, self._transfers.stale.slots(), self._tiers)
         self._requests.check_invariants()
         self._promoter.promotions.check_invariants(self._table)
         self._promoter.leases.check_invariants(self._requests)

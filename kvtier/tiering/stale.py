@@ -49,6 +49,11 @@ class StaleTransfers:
         state.loading.clear()
         state.loading_again.clear()
 
+    def slots(self) -> list[int]:
+        """Return the slots under such copies, once for each copy."""
+        entries = [*self._stores, *self._loads]
+        return [slot for entry in entries for slots in entry.slots.values() for slot in slots]
+
     def complete_stores(self, req_id: str, keys: Iterable[OffloadKey]) -> list[OffloadKey]:
         """Release what these late completions end; return the keys that were not among it."""
         return self._complete(self._stores, req_id, keys)

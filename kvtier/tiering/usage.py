@@ -30,7 +30,7 @@ class Usage:
         uses = state.uses if state is not None else RequestUses()
         counted, fresh = uses.count(keys, None if all_held else self._table.slot_of)
         if counted:
-            self._table.policy.touch(counted)
+            self._table.touch(counted)
         if fresh:
             self._tiers.touch(fresh, req_context)
         if self._cascades.count_uses:
