@@ -311,6 +311,24 @@ class SecondaryTierManager(ABC):
         """Return the class that serves these options, not checked yet: this one, unless they choose another."""
         return cls
 
+    @classmethod
+    def check_options(
+        cls, options: Mapping[str, Any], block_bytes: int, policies: Mapping[str, type[EvictionPolicy]]
+    ) -> None:
+        """Refuse what cannot work here; called where a spec is made, in every process of an engine.
+
+        What is refused here stops the engine's start; what a constructor or `start` refuses leaves the tier out.
+
+        Args:
+            options: the constructor's keyword arguments, of the right names and types.
+            block_bytes: bytes of one block.
+            policies: registered eviction policies that the options name.
+
+        Raises:
+            ConfigError: a value, a package, a file or a variable of the environment is wrong or missing.
+        """
+        return
+
     def __init__(self, offloading_spec: Any, primary_kv_view: memoryview, tier_type: str) -> None:
         """Set up without side effects; threads, processes and connections start in `start`.
 

@@ -219,6 +219,19 @@ def check_tier(tier: TierConfig) -> TierConfig:
     return replace(tier, options=signature)
 
 
+def try_tier(tier: TierConfig, block_bytes: int, policies: Mapping[str, type[EvictionPolicy]]) -> None:
+    """Refuse options, from `check_tier`, with which the tier could not work here.
+
+    Raises:
+        ConfigError: as `SecondaryTierManager.check_options`.
+    """
+    tier_class = load_tier_class(tier)
+    if not issubclass(tier_class, SecondaryTierManager):  # of the layer's first interface, which cannot be asked
+        return
+    with _errors_name(tier.where):
+        tier_class.check_options(tier.options, block_bytes, policies)
+
+
 def construct_tier(tier: TierConfig, primary_kv_view: memoryview, offloading_spec: Any) -> SecondaryTierManager:
     """Return a new tier, not started, from options that `check_tier` returned.
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import xxhash
 
-from kvtier.abc import SecondaryTierManager
+from kvtier.abc import EvictionPolicy, SecondaryTierManager
 from kvtier.errors import ConfigError
 from kvtier.keys import OffloadKey
 from kvtier.primary.arena import arena_rows
+from kvtier.secondary.trial import construct_on_trial
 from kvtier.types import JobMetadata, JobResult, Locality, LookupResult, Medium, ReqContext
 
 
@@ -24,6 +25,13 @@ class ExampleSecondaryTierManager(SecondaryTierManager):
     medium = Medium.CPU
     locality = Locality.LOCAL
     verifies_payloads = True
+
+    @classmethod
+    def check_options(
+        cls, options: Mapping[str, Any], block_bytes: int, policies: Mapping[str, type[EvictionPolicy]]
+    ) -> None:
+        """Let the constructor check them: it has no side effects."""
+        construct_on_trial(cls, options, block_bytes, policies)
 
     def __init__(
         self, offloading_spec: Any, primary_kv_view: memoryview, tier_type: str, *, custom_param: int = 0

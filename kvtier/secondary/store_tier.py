@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from kvtier import forks
-from kvtier.abc import BlockStore, SecondaryTierManager, SlotStore, TierContext
+from kvtier.abc import BlockStore, EvictionPolicy, SecondaryTierManager, SlotStore, TierContext
 from kvtier.errors import ConfigError, KeyFormatError, ProtocolError
 from kvtier.events import Observers, TierState
 from kvtier.namespace import Namespace
@@ -23,6 +23,7 @@ from kvtier.secondary.jobs import Job, JobLedger, Outcome
 from kvtier.secondary.messages import PartResult, Prepared
 from kvtier.secondary.supervisor import Deadlines, Supervisor
 from kvtier.secondary.threads import ThreadExecutor
+from kvtier.secondary.trial import construct_on_trial
 from kvtier.types import FailureCause, JobMetadata, JobResult, ScheduleEndContext
 
 _BYTES = frozenset({bytes})
@@ -81,6 +82,13 @@ class StoreTierManager(SecondaryTierManager):
 
     needs_namespace: ClassVar[bool] = True
     """Whether blocks outlive the process: such a tier refuses to work for an engine that does not say who it is."""
+
+    @classmethod
+    def check_options(
+        cls, options: Mapping[str, Any], block_bytes: int, policies: Mapping[str, type[EvictionPolicy]]
+    ) -> None:
+        """Let the constructor check them: it has no side effects."""
+        construct_on_trial(cls, options, block_bytes, policies)
 
     def __init__(
         self,

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from kvtier.abc import SecondaryTierManager, TierContext
+from kvtier.abc import EvictionPolicy, SecondaryTierManager, TierContext
 from kvtier.errors import InvariantError
 from kvtier.events import BlocksEvicted, BlocksFailed, Event, Observer, TierState, TierStateChanged
 from kvtier.keys import OffloadKey
 from kvtier.secondary.slotted import SlottedTierManager
 from kvtier.secondary.store_tier import TierSettings
+from kvtier.secondary.trial import construct_on_trial
 from kvtier.types import JobMetadata, JobResult, LookupResult, OffloadingEvent, ReqContext, ScheduleEndContext
 
 LEAST_RUN_BYTES = 2 << 20
@@ -90,6 +91,13 @@ class StripedTierManager(SecondaryTierManager):
     """One tier over several stripes; UP while any of them is."""
 
     verifies_payloads = True
+
+    @classmethod
+    def check_options(
+        cls, options: Mapping[str, Any], block_bytes: int, policies: Mapping[str, type[EvictionPolicy]]
+    ) -> None:
+        """Let the constructor check them: it has no side effects."""
+        construct_on_trial(cls, options, block_bytes, policies)
 
     def __init__(
         self,

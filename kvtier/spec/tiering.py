@@ -5,18 +5,19 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any, ClassVar
 
 from kvtier.abc import EvictionPolicy, SecondaryTierManager
 from kvtier.config import CPUConfig, TierConfig, TieringConfig
-from kvtier.errors import ConfigError
+from kvtier.errors import ConfigError, KVTierError
 from kvtier.events import TierState, TierStateChanged
 from kvtier.options import join_key
 from kvtier.primary.arena import Arena
-from kvtier.registry import POLICIES, construct_tier
+from kvtier.registry import POLICIES, construct_tier, try_tier
+from kvtier.secondary.unusable import UnusableTierManager
 from kvtier.spec.cpu import CPUOffloadingSpec
 from kvtier.spec.recorded import make_manager
 from kvtier.spec.tiers import parse_tiers, prompts_only
@@ -25,7 +26,7 @@ from kvtier.tiering.manager import TieringOffloadingManager
 logger = logging.getLogger("kvtier")
 
 _POLL_SECONDS = 0.005
-_LEFT_OUT = "tier %s cannot be used, the engine runs without it"
+_NOTHING: Mapping[str, str] = {}
 
 
 class TieringOffloadingSpec(CPUOffloadingSpec):
@@ -33,21 +34,33 @@ class TieringOffloadingSpec(CPUOffloadingSpec):
 
     Attributes:
         tiers: the configured secondary tiers, checked.
+        left_out: reasons for tiers that stay off, by name.
     """
 
     config_type: ClassVar[type[CPUConfig]] = TieringConfig
 
-    def __init__(self, *args: Any, **keywords: Any) -> None:
-        """Check the configuration, tiers included; arguments and errors as `CPUOffloadingSpec`."""
+    def __init__(self, *args: Any, left_out: Mapping[str, str] = _NOTHING, **keywords: Any) -> None:
+        """Check the configuration, tiers included; other arguments and errors as `CPUOffloadingSpec`.
+
+        With an arena of an earlier spec, what only the environment can make wrong is not checked again: that spec has
+        checked it, and what has changed since costs one tier, not all.
+
+        Args:
+            left_out: reasons for tiers that stay off, by name.
+        """
         super().__init__(*args, **keywords)
         user = self.user_config
         if not isinstance(user, TieringConfig):
             raise TypeError(f"{type(self).__name__}.config_type must be a TieringConfig")
-        self.tiers: tuple[TierConfig, ...] = parse_tiers(user, self.config)
+        self.tiers: tuple[TierConfig, ...] = parse_tiers(user, self.config, left_out)
         self.secondary_tier_configs = list(user.secondary_tiers)
         self.offload_prompt_only = prompts_only(user, self.tiers)
         self.tier_context = replace(self.tier_context, policies=_policies_named_by(self.tiers))
-        self._failed_tiers: set[str] = set()
+        self.left_out: Mapping[str, str] = dict(left_out)
+        if self._arena is None:
+            for tier in self.tiers:
+                if tier.name not in left_out:
+                    try_tier(tier, self.block_bytes, self.tier_context.policies)
 
     def wait_for_tiers(self, timeout: float) -> dict[str, TierState]:
         """Wait until no tier is starting any more, or `timeout` seconds have passed; return their states by name.
@@ -60,7 +73,7 @@ class TieringOffloadingSpec(CPUOffloadingSpec):
         while True:
             states = {name: state for name, (state, _) in manager.tier_states().items()}
             if TierState.STARTING not in states.values() or time.monotonic() >= deadline:
-                return states | dict.fromkeys(self._failed_tiers, TierState.DOWN)
+                return states
             pause.wait(_POLL_SECONDS)
 
     def _make_manager(self, arena: Arena) -> TieringOffloadingManager:
@@ -69,42 +82,64 @@ class TieringOffloadingSpec(CPUOffloadingSpec):
         return make_manager(self, primary, made)
 
     def _make_tiers(self, view: memoryview) -> list[tuple[TierConfig, SecondaryTierManager]]:
-        """Make all tiers, then start them; a wrong option stops, any other fault leaves that tier out."""
-        made = [(config, tier) for config in self.tiers if (tier := self._make_tier(config, view)) is not None]
+        """Make all tiers, then start them; a fault of any kind costs that tier only."""
+        made = [(config, self._make_tier(config, view)) for config in self.tiers]
         with ExitStack() as started:
             running = []
             for config, tier in made:
-                if self._start_tier(config, tier):
-                    started.callback(tier.shutdown)
-                    running.append((config, tier))
+                running.append((config, self._start_tier(config, tier)))
+                started.callback(running[-1][1].shutdown)
             started.pop_all()
         return running
 
-    def _make_tier(self, config: TierConfig, view: memoryview) -> SecondaryTierManager | None:
+    def _make_tier(self, config: TierConfig, view: memoryview) -> SecondaryTierManager:
+        if config.name in self.left_out:
+            return self._leave_out(config, view, self.left_out[config.name])
         try:
-            return construct_tier(config, view, self)
-        except ConfigError:
-            raise
-        except Exception as error:
-            logger.exception(_LEFT_OUT, config.name)
-            self._leave_out(config, error)
-            return None
+            tier = construct_tier(config, view, self)
+            _check_attributes(tier)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it is, it costs this tier only: reported
+            return self._leave_out(config, view, _reason_of(error), error)
+        return tier
 
-    def _start_tier(self, config: TierConfig, tier: SecondaryTierManager) -> bool:
+    def _start_tier(self, config: TierConfig, tier: SecondaryTierManager) -> SecondaryTierManager:
         try:
             tier.start()
-        except ConfigError:
-            raise
-        except Exception as error:
-            logger.exception(_LEFT_OUT, config.name)
-            self._leave_out(config, error)
-            return False
-        return True
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it is, it costs this tier only: reported
+            with suppress(Exception, SystemExit):  # half started, it may not even end
+                tier.shutdown()
+            return self._leave_out(config, tier.primary_kv_view, _reason_of(error), error)
+        return tier
 
-    def _leave_out(self, config: TierConfig, error: Exception) -> None:
-        self._failed_tiers.add(config.name)
-        reason = f"{type(error).__name__}: {error}"
+    def _leave_out(
+        self, config: TierConfig, view: memoryview, reason: str, error: BaseException | None = None
+    ) -> UnusableTierManager:
+        """Return what stands in the tier's place, and say why; with a traceback only where the code is at fault."""
+        known = error is None or isinstance(error, KVTierError)
+        logger.error(
+            "kvtier: tier %s cannot be used, the engine runs without it: %s",
+            config.name,
+            reason,
+            exc_info=None if known else error,
+        )
         self.observers.on_event(TierStateChanged(config.name, TierState.DOWN, reason))
+        return UnusableTierManager(view, config.name, reason)
+
+
+def _reason_of(error: BaseException) -> str:
+    return str(error) if isinstance(error, KVTierError) else f"{type(error).__name__}: {error}"
+
+
+def _check_attributes(tier: SecondaryTierManager) -> None:
+    """Touch what a manager reads of a tier, so that a constructor that never called the base's is found here.
+
+    Raises:
+        Exception: of any kind: the tier is not fit to be used.
+    """
+    len(tier.primary_kv_view)
+    _ = tier.tier_type, tier.medium, tier.locality, tier.verifies_payloads, tier.persistent
+    if not tier.probe_deadline > 0:
+        raise ConfigError("probe_deadline", tier.probe_deadline, "seconds, more than 0")
 
 
 def _policies_named_by(tiers: Sequence[TierConfig]) -> dict[str, type[EvictionPolicy]]:

@@ -53,6 +53,8 @@ class Standing:
             self._on_trial, self.retry_at = True, now + self._backoff
 
     def _say(self, state: TierState, reason: str) -> None:
-        level = logging.INFO if state is TierState.UP else logging.WARNING
-        logger.log(level, "tier %s is %s: %s", self._name, state.value, reason)
+        if state is TierState.UP:
+            logger.info("tier %s is up: %s", self._name, reason)
+        else:
+            logger.warning("tier %s is down: %s; the engine runs without it, kvtier tries again", self._name, reason)
         self._observer.on_event(TierStateChanged(self._name, state, reason))

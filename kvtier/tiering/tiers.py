@@ -133,11 +133,12 @@ class SecondaryTiers:
         return [event for guard in self.guards for event in guard.take_events()]
 
     def stats(self) -> dict[str, float]:
-        """Return the tiers' gauges and their unanswered jobs, named `tier.gauge`."""
+        """Return the tiers' gauges, their unanswered jobs, and whether they are used, named `tier.gauge`."""
         stats: dict[str, float] = {}
         for guard in self.guards:
             stats[f"{guard.name}.jobs"] = len(guard.jobs)
             stats |= {f"{guard.name}.{name}": value for name, value in guard.stats().items()}
+            stats[f"{guard.name}.up"] = float(guard.usable)
         return stats
 
     def states(self) -> dict[str, tuple[TierState, str]]:

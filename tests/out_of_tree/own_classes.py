@@ -3,6 +3,7 @@
 from kvtier.abc import OffloadingSpec, SecondaryTierManager
 from kvtier.errors import ConfigError, StoreUnavailableError
 from kvtier.eviction.lru import LRUPolicy
+from kvtier.secondary.keyed import KeyedTierManager
 from kvtier.types import JobResult, LookupResult
 
 
@@ -115,3 +116,50 @@ class NoSpec:
 
 
 not_a_class = 3
+
+
+class LeavingTier(OpenTier):
+    """Ends the process, or would."""
+
+    def start(self):
+        raise SystemExit(3)
+
+
+class HalfStartedTier(OpenTier):
+    """Fails after it has begun, and again at its end."""
+
+    ends = 0
+
+    def start(self):
+        raise OSError("half way")
+
+    def shutdown(self):
+        type(self).ends += 1
+        raise OSError("never began")
+
+
+class ForgetfulTier(OwnTier):
+    """Its constructor does not call its base's."""
+
+    def __init__(self, offloading_spec, primary_kv_view, tier_type):
+        self._results = []
+
+
+class ImpatientTier(OpenTier):
+    """Says what cannot be."""
+
+    probe_deadline = -1
+
+
+class TierOfNothing(KeyedTierManager):
+    """Its store is in a module that is nowhere."""
+
+    def __init__(self, offloading_spec, primary_kv_view, tier_type):
+        super().__init__(offloading_spec, primary_kv_view, tier_type, store="no_such_module:Store", options={})
+
+
+class ClientlessTier(KeyedTierManager):
+    """Its store's module needs a package that is not there."""
+
+    def __init__(self, offloading_spec, primary_kv_view, tier_type):
+        super().__init__(offloading_spec, primary_kv_view, tier_type, store="clientless:Store", options={})

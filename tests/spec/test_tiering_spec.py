@@ -1,4 +1,6 @@
 import logging
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,39 +87,148 @@ def test_options_are_checked_before_anything_is_made():
     )
 
 
-def test_a_constructor_that_refuses_an_option_stops():
-    spec = spec_of(own("OwnTier", path="p", mood="bad"))
-    with pytest.raises(ConfigError) as caught:
-        spec.get_manager()
-    assert str(caught.value) == "secondary_tiers[0].mood='bad': good only"
-
-
-def test_a_start_that_refuses_an_option_ends_the_tiers_before_it():
-    from own_classes import OpenTier  # found through the path that the fixture adds
-
-    ended = []
-    original, OpenTier.shutdown = OpenTier.shutdown, lambda tier: ended.append(tier)
-    try:
-        with pytest.raises(ConfigError, match="host='x': another host"):
-            spec_of(own("OpenTier"), own("StubbornTier")).get_manager()
-    finally:
-        OpenTier.shutdown = original
-    assert [type(tier).__name__ for tier in ended] == ["OpenTier"]
-
-
-@pytest.mark.parametrize(("broken", "reason"), [("CrashingTier", "a defect"), ("UnavailableTier", "nobody home")])
-def test_a_tier_that_cannot_start_leaves_the_engine_running(broken, reason, caplog):
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ({"type": "CrashingTier"}, "ZeroDivisionError: a defect"),
+        ({"type": "UnavailableTier"}, "nobody home"),
+        ({"type": "OwnTier", "path": "p", "mood": "bad"}, "secondary_tiers[0].mood='bad': good only"),
+        ({"type": "StubbornTier"}, "host='x': another host"),
+        ({"type": "LeavingTier"}, "SystemExit: 3"),
+        ({"type": "HalfStartedTier"}, "OSError: half way"),
+        ({"type": "ForgetfulTier"}, "AttributeError"),
+        ({"type": "ImpatientTier"}, "probe_deadline=-1"),
+    ],
+    ids=lambda value: value["type"] if isinstance(value, dict) else "",
+)
+def test_a_tier_that_cannot_be_used_costs_that_tier_only(broken, reason, caplog):
     recorder = Recorder()
+    name = broken["type"]
+    tier = {**own(name), **broken}
     with (
         caplog.at_level(logging.ERROR),
-        spec_of(own(broken), own("OpenTier"), keywords={"observers": [recorder]}) as spec,
+        spec_of(tier, own("OpenTier"), keywords={"observers": [recorder]}) as spec,
     ):
-        store(spec.get_manager(), KEYS[:1])
-        assert spec.wait_for_tiers(0) == {broken: TierState.DOWN, "OpenTier": TierState.UP}
-    down = [event for event in recorder.events if isinstance(event, TierStateChanged) and event.tier == broken]
+        manager = spec.get_manager()
+        store(manager, KEYS[:1])
+        assert spec.wait_for_tiers(0) == {name: TierState.DOWN, "OpenTier": TierState.UP}
+        state, said = manager.tier_states()[name]
+        assert state is TierState.DOWN
+        assert reason in said
+        stats = manager.get_stats()
+        assert (stats[f"{name}.up"], stats["OpenTier.up"]) == (0.0, 1.0)
+        manager.reset_cache()
+        manager.check_invariants()
+    down = [event for event in recorder.events if isinstance(event, TierStateChanged) and event.tier == name]
     assert [event.state for event in down] == [TierState.DOWN]
     assert reason in down[0].reason
-    assert sum(f"tier {broken} cannot be used" in record.getMessage() for record in caplog.records) == 1
+    lines = [record.getMessage() for record in caplog.records if name in record.getMessage()]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"kvtier: tier {name} cannot be used, the engine runs without it: ")
+
+
+def test_a_tier_that_could_not_start_is_ended():
+    from own_classes import HalfStartedTier  # found through the path that the fixture adds
+
+    HalfStartedTier.ends = 0
+    with spec_of(own("HalfStartedTier")) as spec:
+        spec.get_manager()
+        assert HalfStartedTier.ends == 1
+
+
+WRONG_HERE = [
+    ({"type": "disk", "path": "x", "capacity": "1KiB"}, "capacity"),
+    ({"type": "disk", "path": "x", "capacity": "1GiB", "eviction_policy": "none"}, "eviction_policy"),
+    ({"type": "disk", "path": ["x", "y"], "capacity": "1KiB"}, "capacity"),
+    ({"type": "disk", "path": "x", "capacity": "1GiB", "secret_env": "KVTIER_NOT_SET"}, "secret_env"),
+    ({"type": "disk", "path": "x", "capacity": "1GiB", "secret_file": "/nowhere/secret"}, "secret_file"),
+    ({"type": "disk", "path": "x", "capacity": "1GiB", "encrypt": True}, "encrypt"),
+    ({"type": "filesystem", "path": "x", "capacity": "1KiB"}, "capacity"),
+    ({"type": "filesystem", "path": "x", "capacity": "1GiB", "secret_env": "KVTIER_NOT_SET"}, "secret_env"),
+    ({"type": "memory", "capacity": "1B"}, "capacity"),
+    ({"type": "memory", "capacity": "1GiB", "threads": 0}, "threads"),
+    ({"type": "example", "custom_param": True}, "custom_param"),
+    ({"type": "resp", "url": "http://host"}, "url"),
+    ({"type": "resp", "url": "redis://host", "connections": 0}, "connections"),
+    ({"type": "resp", "url": "redis://host", "password_env": "KVTIER_NOT_SET"}, "password_env"),
+    ({"type": "resp", "url": "redis://host", "password_file": "/nowhere/password"}, "password_file"),
+    ({"type": "resp", "url": "rediss://host", "tls_ca_file": "/nowhere/ca.pem"}, "tls_ca_file"),
+    ({"type": "object", "url": "s3://bucket", "capacity": "1KiB"}, "capacity"),
+    ({"type": "object", "url": "s3://bucket", "capacity": "1GiB", "tls_ca_file": "/nowhere/ca.pem"}, "tls_ca_file"),
+]
+
+
+@pytest.mark.parametrize(("tier", "key"), WRONG_HERE, ids=lambda value: value if isinstance(value, str) else "")
+def test_what_is_wrong_here_is_found_where_the_spec_is_made(tier, key, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("KVTIER_NOT_SET", raising=False)
+    with pytest.raises(ConfigError, match=rf"^secondary_tiers\[0\]\.{key}") as caught:
+        spec_of(tier)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())  # nothing is made by looking
+
+
+@pytest.mark.parametrize(
+    ("tier", "package", "extra"),
+    [
+        ({"type": "resp", "url": "redis://host"}, "redis", "kvtier[redis]"),
+        ({"type": "object", "url": "s3://bucket", "capacity": "1GiB"}, "obstore", "kvtier[object]"),
+        ({"type": "memory", "capacity": "1GiB"}, None, ""),
+        ({"type": "disk", "path": "x", "capacity": "1GiB", "secret_env": "SECRET"}, "blake3", "kvtier[secure]"),
+    ],
+)
+def test_a_missing_package_is_found_where_the_spec_is_made(tier, package, extra, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SECRET", "long enough to be one")
+    if package is None:
+        spec_of(tier)
+        return
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    with pytest.raises(ConfigError, match=re.escape(extra)):
+        spec_of(tier)
+
+
+def test_what_breaks_after_the_check_costs_that_tier_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "long enough to be one")
+    guarded = {"type": "disk", "path": str(tmp_path / "x"), "capacity": "16MiB", "secret_env": "SECRET"}
+    with spec_of(guarded, own("OpenTier")) as spec:
+        monkeypatch.delenv("SECRET")
+        states = spec.get_manager().tier_states()
+        assert {name: state for name, (state, _) in states.items()} == {
+            "disk": TierState.DOWN,
+            "OpenTier": TierState.UP,
+        }
+        assert "secret_env" in states["disk"][1]
+
+
+def test_an_io_process_that_cannot_load_its_store_costs_that_tier_only(caplog):
+    with (
+        caplog.at_level(logging.WARNING),
+        spec_of(own("TierOfNothing"), own("ClientlessTier"), own("OpenTier")) as spec,
+    ):
+        states = spec.wait_for_tiers(PATIENCE_SECONDS)
+        assert [states[name] for name in states] == [TierState.DOWN, TierState.DOWN, TierState.UP]
+        reasons = spec.get_manager().tier_states()
+        assert "no_such_module" in reasons["TierOfNothing"][1]
+        assert "no client here" in reasons["ClientlessTier"][1]
+        store(spec.get_manager(), KEYS[:1])
+    lines = [record.getMessage() for record in caplog.records if "is down" in record.getMessage()]
+    assert len(lines) == 2
+    assert all("kvtier" in line for line in lines)
+
+
+def test_a_tier_of_nobodys_blocks_costs_that_tier_only(tmp_path):
+    disk = {"type": "disk", "path": str(tmp_path / "x"), "capacity": "16MiB"}
+    config = OffloadingConfig(
+        {"cpu_bytes_to_use": 1 << 20, "secondary_tiers": [disk, own("OpenTier")]}, (KVCacheGroup(16),), 4096
+    )
+    with TieringOffloadingSpec(config) as spec:
+        states = spec.get_manager().tier_states()
+        assert {name: state for name, (state, _) in states.items()} == {
+            "disk": TierState.DOWN,
+            "OpenTier": TierState.UP,
+        }
+        assert "namespace" in states["disk"][1]
 
 
 def test_a_tier_over_an_unusable_directory_leaves_the_engine_running(tmp_path):

@@ -7,7 +7,10 @@ import pytest
 from kvtier.adapters.vllm.core import CoreHalf, warn_of_random_seed
 from kvtier.adapters.vllm.handover import Announcement
 from kvtier.adapters.vllm.identity import digest_files
+from kvtier.adapters.vllm.metrics import StatsReporter
 from kvtier.config import KVCacheGroup, OffloadingConfig
+from kvtier.errors import ConfigError
+from kvtier.events import TierState
 from kvtier.spec.tiering import TieringOffloadingSpec
 
 IDENTITY = {"weights": "w", "hash": "sha256", "rank": 0}
@@ -27,8 +30,11 @@ def identified(spec, *announcements):
     try:
         made = core._identified(announcements)
         namespace = made.tier_context.namespace
-        return [tier.name for tier in made.tiers], namespace.fingerprint if namespace else None
+        states = made.get_manager().tier_states()
+        on = [name for name, (state, _) in states.items() if state is not TierState.DOWN]
+        return on, namespace.fingerprint if namespace else None
     finally:
+        made.get_manager().shutdown()
         core.shutdown()
 
 
@@ -52,16 +58,47 @@ def test_every_ranks_identity_counts(tmp_path):
 
 @pytest.fixture
 def log(caplog):
-    logger = logging.getLogger("vllm")
-    before, logger.propagate = logger.propagate, True
+    loggers = [logging.getLogger("vllm"), logging.getLogger("kvtier")]
+    before = [logger.propagate for logger in loggers]
+    for logger in loggers:
+        logger.propagate = True
     yield caplog
-    logger.propagate = before
+    for logger, propagates in zip(loggers, before, strict=True):
+        logger.propagate = propagates
 
 
 def test_without_an_identity_nothing_outlives_the_engine(tmp_path, log):
     names, namespace = identified(first_spec(tmp_path), says(identity=None, problem="no files of weights in /nowhere"))
     assert (names, namespace) == (["memory"], None)
+    assert "kvtier: tier disk cannot be used" in log.text
     assert "no files of weights in /nowhere" in log.text
+
+
+def test_what_breaks_while_the_workers_attach_costs_one_tier_only(tmp_path, log, monkeypatch):
+    monkeypatch.setenv("KVTIER_TEST_SECRET", "long enough to be one")
+    guarded = {"type": "disk", "path": str(tmp_path / "disk"), "capacity": "1MiB", "secret_env": "KVTIER_TEST_SECRET"}
+    spec = first_spec(tmp_path, secondary_tiers=[guarded, {"type": "memory", "capacity": "1MiB"}])
+    monkeypatch.delenv("KVTIER_TEST_SECRET")
+    core = CoreHalf(spec)
+    try:
+        core._open([says()])
+        states = core.manager.tier_states()
+        assert states["disk"][0] is TierState.DOWN
+        assert "secret_env" in states["disk"][1]
+        assert states["memory"][0] is not TierState.DOWN
+        reported = StatsReporter().report(core.manager.get_stats())
+        assert "vllm:kvtier_tier_up" in str(vars(reported))
+    finally:
+        core.shutdown()
+    assert "kvtier: tier disk cannot be used" in log.text
+    assert "kvtier is off" not in log.text
+
+
+def test_a_tier_that_cannot_work_stops_the_engines_start(tmp_path, monkeypatch):
+    monkeypatch.delenv("KVTIER_TEST_SECRET", raising=False)
+    guarded = {"type": "disk", "path": str(tmp_path / "disk"), "capacity": "1MiB", "secret_env": "KVTIER_TEST_SECRET"}
+    with pytest.raises(ConfigError, match="secret_env"):
+        first_spec(tmp_path, secondary_tiers=[guarded])
 
 
 def test_adapters_names_are_not_trusted_unless_asked(tmp_path, log):

@@ -120,9 +120,8 @@ class CoreHalf:
         if config.namespace is not None:
             warn_of_random_seed(first, str(config.namespace.identity["hash"]))
         unfit = self._reason_against_persistence(config, announcements)
-        if unfit:
-            config = self._without_persistent_tiers(config, unfit)
-        return type(first)(config, arena=first.arena, observers=(first.observers,))
+        left_out = {tier.name: unfit for tier in first.tiers if unfit and outlives_engine(load_tier_class(tier))}
+        return type(first)(config, arena=first.arena, observers=(first.observers,), left_out=left_out)
 
     def _reason_against_persistence(self, config: OffloadingConfig, announcements: Sequence[Announcement]) -> str:
         """Return why blocks must not outlive this engine; "" if they may."""
@@ -132,15 +131,6 @@ class CoreHalf:
         if config.uses_lora and not self._first.user_config.allow_lora:
             return "with LoRA, block hashes carry the adapters' names, not their contents; set allow_lora to trust them"
         return ""
-
-    def _without_persistent_tiers(self, config: OffloadingConfig, reason: str) -> OffloadingConfig:
-        kept = []
-        for tier, entry in zip(self._first.tiers, self._first.secondary_tier_configs, strict=True):
-            if outlives_engine(load_tier_class(tier)):
-                logger.error("tier %r stays off: %s", tier.name, reason)
-            else:
-                kept.append({**entry, "name": tier.name})
-        return replace(config, extra_config={**config.extra_config, "secondary_tiers": kept})
 
 
 def _namespace_of(announcements: Sequence[Announcement]) -> Namespace | None:

@@ -55,6 +55,7 @@ _GAUGES = {
     "blocks": _Metric("vllm:kvtier_blocks", "Blocks held", ("tier",)),
     "capacity_blocks": _Metric("vllm:kvtier_capacity_blocks", "Blocks that fit", ("tier",)),
     "quarantined_blocks": _Metric("vllm:kvtier_quarantined_blocks", "Slots a late copy may still touch", ("tier",)),
+    "up": _Metric("vllm:kvtier_tier_up", "Whether a tier is used: 1 or 0", ("tier",)),
     "jobs": _Metric("vllm:kvtier_jobs", "Jobs that a tier has not answered", ("tier",)),
 }
 _ANSWERS = _Metric("vllm:kvtier_lookups", "Answers to lookups of one block; who waits asks often", ("answer",))

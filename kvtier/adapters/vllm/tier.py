@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import vllm
+from vllm.logger import init_logger
 from vllm.v1.kv_offload import base
 from vllm.v1.kv_offload.tiering import base as tiering
 
@@ -24,10 +25,14 @@ from kvtier.abc import SecondaryTierManager, TierContext
 from kvtier.adapters.vllm.compat import NEWLY_COMPUTED_ONLY, make_known, slots_of_job
 from kvtier.adapters.vllm.identity import UnknownWeightsError, digest_files, weight_files
 from kvtier.adapters.vllm.translation import ANSWERS, EngineReqContext, offloading_event
+from kvtier.errors import ConfigError
 from kvtier.keys import OffloadKey
 from kvtier.namespace import Namespace
 from kvtier.registry import create_secondary_tier
+from kvtier.secondary.unusable import UnusableTierManager
 from kvtier.types import JobMetadata, ScheduleEndContext
+
+logger = init_logger("vllm.kvtier")
 
 _EPOCH_BYTES = 16
 
@@ -60,11 +65,17 @@ class KVTierSecondaryTier(tiering.SecondaryTierManager):  # type: ignore[misc]  
         super().__init__(offloading_spec, primary_kv_view, tier_type, *detectors)
         identity = spec_identity(offloading_spec, namespace)
         context = TierContext(namespace=Namespace(identity) if identity is not None else None)
-        self._tier: SecondaryTierManager = create_secondary_tier(
-            tier, primary_kv_view, SimpleNamespace(tier_context=context, config=offloading_spec.config)
-        )
         self._running: set[int] = set()
-        self._tier.start()
+        spec = SimpleNamespace(tier_context=context, config=offloading_spec.config)
+        try:
+            self._tier: SecondaryTierManager = create_secondary_tier(tier, primary_kv_view, spec)
+            self._tier.start()
+        except ConfigError:
+            raise
+        except Exception as error:  # a fault costs this tier only: reported
+            logger.exception("kvtier: tier %s cannot be used, the engine runs without it", tier_type)
+            reason = f"{type(error).__name__}: {error}"
+            self._tier = UnusableTierManager(primary_kv_view, tier_type, reason)
 
     def lookup(self, key: OffloadKey, req_context: Any) -> Any:
         """Return whether the block is here."""
