@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         InvariantError,
         KeyFormatError,
         KVTierError,
+        OverlappingCallError,
         ProtocolError,
         StoreError,
         StoreUnavailableError,
@@ -123,6 +124,7 @@ __all__ = [
     "InvariantError",
     "KVTierError",
     "KeyFormatError",
+    "OverlappingCallError",
     "ProtocolError",
     "StoreError",
     "StoreUnavailableError",
@@ -188,7 +190,7 @@ kvtier.abc: SecondaryTierManager SlotStore StoreContext TierContext
 kvtier.clock: Clock monotonic_clock
 kvtier.config: CPUConfig KVCacheGroup OffloadingConfig TieringConfig json_schema
 kvtier.errors: BlockNotReadyError CapacityError ConfigError InvariantError KVTierError KeyFormatError
-kvtier.errors: ProtocolError StoreError StoreUnavailableError
+kvtier.errors: OverlappingCallError ProtocolError StoreError StoreUnavailableError
 kvtier.events: BlocksEvicted BlocksFailed BlocksLoaded BlocksStored CacheReset CascadeRefused Event
 kvtier.events: JobFinished NullObserver Observer Observers RequestGaveUp TierState TierStateChanged UnexpectedCall
 kvtier.keys: OffloadKey get_offload_block_hash get_offload_group_idx make_offload_key

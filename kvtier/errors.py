@@ -33,6 +33,16 @@ class BlockNotReadyError(KVTierError, KeyError):
     """`prepare_load` named a block that is not ready in the primary tier."""
 
 
+class OverlappingCallError(KVTierError, RuntimeError):
+    """A call would have changed a manager's state while another thread was in a call of it; it did nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "another thread is in a call of this manager, so this call did nothing: calls may come from any thread, "
+            "but one at a time, with one lock around each of them"
+        )
+
+
 class StoreError(KVTierError):
     """A backend failed; the operation counts as a miss, the tier's breaker counts the failure."""
 

@@ -16,7 +16,7 @@ from kvtier import forks
 from kvtier.abc import OffloadingSpec, OffloadingWorker, TierContext
 from kvtier.clock import Clock, monotonic_clock
 from kvtier.config import CPUConfig, OffloadingConfig, engine_blocks_per_block, parse_config, primary_blocks
-from kvtier.errors import ConfigError
+from kvtier.errors import ConfigError, OverlappingCallError
 from kvtier.events import Observer, Observers
 from kvtier.eviction.auto import with_shadows
 from kvtier.namespace import Namespace
@@ -174,16 +174,27 @@ class ArenaSpec(OffloadingSpec):
             raise RuntimeError("the spec has been shut down, or its arena belongs to the parent process")
 
     def shutdown(self) -> None:
-        """Release manager, worker and arena, in this order and whatever each of them raises; idempotent."""
-        self._closed = True
+        """Release manager, worker and arena, in this order and whatever each of them raises; idempotent.
+
+        Raises:
+            OverlappingCallError: another thread is in a call of the manager; nothing was released.
+        """
         with ExitStack() as stack:
             if self._arena is not None:
                 stack.callback(self._arena.close)
             if self._worker is not None:
                 stack.callback(self._worker.shutdown)
-            if self._manager is not None:
-                stack.callback(self._manager.shutdown)
-            self._arena = self._manager = self._worker = None
+            stack.callback(self._forget)
+            try:
+                if self._manager is not None:
+                    self._manager.shutdown()
+            except OverlappingCallError:
+                stack.pop_all()
+                raise
+
+    def _forget(self) -> None:
+        self._closed = True
+        self._arena = self._manager = self._worker = None
 
     def _check_arena(self, arena: Arena) -> None:
         found, wanted = (arena.num_blocks, arena.block_bytes), (self.num_blocks, self.block_bytes)

@@ -1,7 +1,8 @@
 """The tiering manager: thin wiring of the decisions in this package.
 
-Runs on the engine's scheduler thread. A call does no I/O and waits for nobody; the exceptions are
-`reset_cache` and `shutdown`, which wait for tiers at most `drain_timeout`.
+Runs on the engine's scheduler thread, or on any one thread at a time: a call that would change something while another
+thread is in one raises OverlappingCallError. A call does no I/O and waits for nobody; the exceptions are `reset_cache`
+and `shutdown`, which wait for tiers at most `drain_timeout`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from kvtier.tiering.stats import StatsObserver
 from kvtier.tiering.tier_jobs import Answer, JobMaker
 from kvtier.tiering.tiers import SecondaryTiers
 from kvtier.tiering.transfers import DeviceTransfers
+from kvtier.tiering.turns import in_turn
 from kvtier.tiering.usage import Usage
 from kvtier.types import (
     Admission,
@@ -85,6 +87,7 @@ class TieringOffloadingManager(OffloadingManager):
         self._primary = primary_tier
         self._pid = os.getpid()
         self._closed = False
+        self.thread_inside: int | None = None
         self._wire(
             SecondaryTiers(
                 list(secondary_tiers or ()), names, admissions, probe_deadlines, settings, clock, self._observer
@@ -113,6 +116,7 @@ class TieringOffloadingManager(OffloadingManager):
     def leave_to_parent(self) -> None:
         """In a forked child, go on with no slot and no tier: every lookup misses, and nothing is stored."""
         self._kept = self._tiers  # a plug-in's destructor might end what the parent uses
+        self.thread_inside = None
         self._primary.give_up_slots()
         self._wire(SecondaryTiers((), None, None, None, self._settings, self._clock, self._observer))
         self._kv_events.take()
@@ -159,6 +163,7 @@ class TieringOffloadingManager(OffloadingManager):
         state = self._requests.get(req_context.req_id)
         return state is not None and state.is_unchanged_for(first_key) and state.shortest_group >= shortest
 
+    @in_turn
     def _enter(self, req_context: ReqContext) -> None:
         self._poll_once()
         self._state = self._requests.open(req_context)
@@ -173,6 +178,7 @@ class TieringOffloadingManager(OffloadingManager):
 
     # -- transfers between device and primary -------------------------------------------------------------
 
+    @in_turn
     def prepare_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> CPULoadStoreSpec:
         """Pin `keys` and return their slots, in order, and end the request's lease.
 
@@ -194,6 +200,7 @@ class TieringOffloadingManager(OffloadingManager):
         self._observer.on_event(BlocksLoaded(req_context.req_id, by_source))
         return self._make_spec(slots)
 
+    @in_turn
     def complete_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         """Unpin `keys`; see `OffloadingManager.complete_load`."""
         state = self._requests.get(req_context.req_id)
@@ -201,11 +208,13 @@ class TieringOffloadingManager(OffloadingManager):
         if state is not None and state.finished:
             self._requests.close(state)
 
+    @in_turn
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         """Count one use of `keys`, given in prefix order, in every tier; of each block one for a request."""
         once = keys if isinstance(keys, list) and len(set(keys)) == len(keys) else list(dict.fromkeys(keys))
         self._note_use(once, req_context, self._requests.get(req_context.req_id))
 
+    @in_turn
     def prepare_store(self, keys: Collection[OffloadKey], req_context: ReqContext) -> PrepareStoreOutput | None:
         """Choose slots for what is not held; see `OffloadingManager.prepare_store`. What is held has been used.
 
@@ -236,6 +245,7 @@ class TieringOffloadingManager(OffloadingManager):
         """Return the spec of a transfer; one without slots never reaches a worker, and gets no number."""
         return CPULoadStoreSpec(np.array(slots, dtype=np.int32), self._primary.next_sequence() if slots else 0)
 
+    @in_turn
     def complete_store(self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True) -> None:
         """Make stored blocks loadable and offer them to every tier; see `OffloadingManager.complete_store`."""
         state = self._requests.get(req_context.req_id)
@@ -254,6 +264,7 @@ class TieringOffloadingManager(OffloadingManager):
 
     # -- requests and steps -------------------------------------------------------------------------------
 
+    @in_turn
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         """Learn of a request; REQUEST_LEVEL if any tier wants all of its blocks."""
         state = self._requests.open(req_context)
@@ -261,6 +272,7 @@ class TieringOffloadingManager(OffloadingManager):
         wanted = OffloadPolicy.REQUEST_LEVEL if state.request_level_tiers else OffloadPolicy.BLOCK_LEVEL
         return RequestOffloadingContext(wanted)
 
+    @in_turn
     def on_request_finished(self, req_context: ReqContext) -> None:
         """End the request's waits and its lease; its blocks take their places in the order of recency."""
         state = self._requests.get(req_context.req_id)
@@ -274,6 +286,7 @@ class TieringOffloadingManager(OffloadingManager):
             self._table.settle(list(dict.fromkeys(state.stored)))  # some were evicted and stored again
         self._requests.close(state)
 
+    @in_turn
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         """Collect results, end what is over time, and plan this step's promotions, oldest request first."""
         self._poll()
@@ -294,6 +307,7 @@ class TieringOffloadingManager(OffloadingManager):
         if not self._polled:
             self._poll()
 
+    @in_turn
     def _poll(self) -> None:
         self._polled = True
         if os.getpid() != self._pid:
@@ -316,6 +330,7 @@ class TieringOffloadingManager(OffloadingManager):
 
     # -- reports ------------------------------------------------------------------------------------------
 
+    @in_turn
     def take_events(self) -> Iterable[OffloadingEvent]:
         """Return KV events of the primary and of the tiers since the last call."""
         return self._kv_events.take() + self._tiers.take_events()
@@ -334,6 +349,7 @@ class TieringOffloadingManager(OffloadingManager):
 
     # -- ends ---------------------------------------------------------------------------------------------
 
+    @in_turn
     def reset_cache(self) -> None:
         """Forget every block and start a new epoch; waits for tiers at most `drain_timeout`.
 
@@ -358,6 +374,7 @@ class TieringOffloadingManager(OffloadingManager):
         self._scanned.clear()
         self._polled, self._current = False, None
 
+    @in_turn
     def shutdown(self) -> None:
         """End all tiers, within `drain_timeout`; idempotent."""
         if not self._closed:

@@ -28,6 +28,7 @@ from kvtier.tiering.guard import TierGuard
 from kvtier.tiering.manager import TieringOffloadingManager
 from kvtier.tiering.record_writer import FRAME, LENGTH
 from kvtier.tiering.tier_jobs import Answer
+from kvtier.tiering.turns import in_turn
 from kvtier.types import (
     CPULoadStoreSpec,
     PrepareStoreOutput,
@@ -226,6 +227,7 @@ class RecordedManager(TieringOffloadingManager):
 
     # -- calls --------------------------------------------------------------------------------------------
 
+    @in_turn
     def _enter(self, req_context: ReqContext) -> None:
         if self._recorder.active:
             self._note_scan()
@@ -233,6 +235,7 @@ class RecordedManager(TieringOffloadingManager):
         if self._recorder.active:
             self._noted_scan = (self._number(req_context), len(self._state.scan))
 
+    @in_turn
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         """As the manager's."""
         answer = super().on_new_request(req_context)
@@ -242,33 +245,39 @@ class RecordedManager(TieringOffloadingManager):
             self._number(req_context)
         return answer
 
+    @in_turn
     def prepare_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> CPULoadStoreSpec:
         """As the manager's."""
         spec = super().prepare_load(keys, req_context)
         self._note(b"P", req_context, keys)
         return spec
 
+    @in_turn
     def complete_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         """As the manager's."""
         super().complete_load(keys, req_context)
         self._note(b"C", req_context, keys)
 
+    @in_turn
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         """As the manager's."""
         super().touch(keys, req_context)
         self._note(b"T", req_context, keys)
 
+    @in_turn
     def prepare_store(self, keys: Collection[OffloadKey], req_context: ReqContext) -> PrepareStoreOutput | None:
         """As the manager's."""
         output = super().prepare_store(keys, req_context)
         self._note(b"S", req_context, keys)
         return output
 
+    @in_turn
     def complete_store(self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True) -> None:
         """As the manager's."""
         super().complete_store(keys, req_context, success)
         self._note(b"D" if success else b"F", req_context, keys)
 
+    @in_turn
     def on_request_finished(self, req_context: ReqContext) -> None:
         """As the manager's."""
         if self._recorder.active:
@@ -280,6 +289,7 @@ class RecordedManager(TieringOffloadingManager):
             self._last_scans.pop(number, None)
             self._recorder.note(b"E", number)
 
+    @in_turn
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         """As the manager's."""
         if self._recorder.active:
@@ -291,12 +301,14 @@ class RecordedManager(TieringOffloadingManager):
             self._recorder.note(b"Z", 0, struct.pack(f"<{len(numbers)}I", *numbers))
             self._recorder.flush()
 
+    @in_turn
     def reset_cache(self) -> None:
         """As the manager's."""
         self._noted_scan = None
         super().reset_cache()
         self._recorder.note(b"X", 0)
 
+    @in_turn
     def shutdown(self) -> None:
         """As the manager's; the recording ends, too."""
         self._recorder.close()
@@ -304,6 +316,7 @@ class RecordedManager(TieringOffloadingManager):
 
     # -- what tiers say -----------------------------------------------------------------------------------
 
+    @in_turn
     def _poll(self) -> None:
         super()._poll()
         for guard in self._tiers:
