@@ -11,6 +11,7 @@ import msgspec
 from kvtier.errors import ConfigError
 from kvtier.namespace import Namespace
 from kvtier.options import check_known, convert_option, join_key
+from kvtier.redaction import shown_option
 from kvtier.sizes import parse_size
 from kvtier.tiering.settings import ResetPolicy, TieringSettings
 from kvtier.types import Admission
@@ -69,7 +70,7 @@ class OffloadingConfig:
         enable_kv_cache_events: the engine asks for `take_events`.
     """
 
-    extra_config: Mapping[str, Any]
+    extra_config: Mapping[str, Any] = field(repr=False)  # where users put passwords, allowed or not
     groups: tuple[KVCacheGroup, ...]
     engine_block_bytes: int
     namespace: Namespace | None = None
@@ -174,6 +175,10 @@ class TieringConfig(CPUConfig, frozen=True, forbid_unknown_fields=True, kw_only=
 
     secondary_tiers: list[dict[str, Any]] = []  # msgspec copies the default for every instance
 
+    def __repr__(self) -> str:
+        """Show the options without secrets."""
+        return f"{type(self).__name__}({shown_option('', msgspec.structs.asdict(self))})"
+
 
 C = TypeVar("C", bound=CPUConfig)
 
@@ -260,7 +265,7 @@ class TierConfig:
     name: str = ""
     admission: Admission | None = None
     probe_deadline: float | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
 _COMMON_TIER_KEYS: dict[str, Any] = {

@@ -6,18 +6,25 @@ family where they enter, once.
 
 from __future__ import annotations
 
+from kvtier.foreign_text import MOST_QUOTED, one_line
+from kvtier.redaction import shown_option
+
 
 class KVTierError(Exception):
-    """Base of everything kvtier raises on purpose."""
+    """Base of everything kvtier raises on purpose; the message is one line, whatever it quotes."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(one_line(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class ConfigError(KVTierError, ValueError):
-    """A configuration key holds what it may not; the message is one line."""
+    """A configuration key holds what it may not; neither the message nor `value` shows a secret."""
 
     def __init__(self, key: str, value: object, allowed: str) -> None:
-        super().__init__(f"{key}={value!r}: {allowed}")
+        shown = shown_option(key.rpartition(".")[2], value)
+        super().__init__(f"{one_line(key, MOST_QUOTED)}={one_line(repr(shown), MOST_QUOTED)}: {allowed}")
         self.key = key
-        self.value = value
+        self.value = shown
         self.allowed = allowed
 
 

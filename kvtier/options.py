@@ -13,29 +13,15 @@ from typing import Any, get_args, get_type_hints
 import msgspec
 
 from kvtier.errors import ConfigError
+from kvtier.foreign_text import is_utf8
 
 _PYTHON_WORDS = {"object": "mapping", "array": "list", "null": "None"}
 _JSON_WORD = re.compile(r"\b(?:object|array|null)\b")
-_SECRET_WORDS = ("secret", "password", "passwd", "token", "credential", "access_key", "api_key")
 
 
 def join_key(where: str, key: object) -> str:
     """Return the full name of an option, for example "secondary_tiers[0].path"."""
     return f"{where}.{key}" if where else str(key)
-
-
-def option_error(key: str, value: object, allowed: str) -> ConfigError:
-    """Return the error about one option; values whose names speak of a secret are not shown."""
-    return ConfigError(key, _without_secrets(key.rpartition(".")[2], value), allowed)
-
-
-def _without_secrets(name: object, value: object) -> object:
-    if isinstance(value, Mapping):
-        return {key: _without_secrets(key, item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_secrets(name, item) for item in value]
-    secret = value is not None and any(word in str(name).lower() for word in _SECRET_WORDS)
-    return "***" if secret else value
 
 
 def check_known(options: Mapping[Any, Any], known: Collection[str], where: str = "") -> None:
@@ -49,7 +35,7 @@ def check_known(options: Mapping[Any, Any], known: Collection[str], where: str =
             continue
         nearest = difflib.get_close_matches(str(key), list(known), n=1)
         hint = f', did you mean "{nearest[0]}"?' if nearest else ";"
-        raise option_error(join_key(where, key), value, f"unknown key{hint} known are {', '.join(sorted(known))}")
+        raise ConfigError(join_key(where, key), value, f"unknown key{hint} known are {', '.join(sorted(known))}")
 
 
 def convert_option(value: object, hint: Any, key: str) -> Any:
@@ -64,19 +50,41 @@ def convert_option(value: object, hint: Any, key: str) -> Any:
     Raises:
         ConfigError: the value is of another type or out of range.
     """
+    _check_text(value, key)
+    complaint = ""
     try:
         converted = msgspec.convert(value, hint, strict=True)
     except msgspec.ValidationError as error:
         if isinstance(value, float) and value.is_integer():
             return convert_option(int(value), hint, key)
-        reason, _, path = str(error).partition(" - at `$")
-        path = path.rstrip("`")
-        raise option_error(key + path, _item_at(value, path), _allowed(reason, hint)) from None
+        complaint = str(error)  # raised below: msgspec's error quotes the value, and would stay as our error's context
     except TypeError:
         return value
+    if complaint:
+        reason, _, path = complaint.partition(" - at `$")
+        path = path.rstrip("`")
+        raise ConfigError(key + path, _item_at(value, path), _allowed(reason, hint))
     if isinstance(converted, float) and not math.isfinite(converted):
-        raise option_error(key, value, "a finite number expected")
+        raise ConfigError(key, value, "a finite number expected")
     return converted
+
+
+def _check_text(value: object, key: str) -> None:
+    """Refuse, at any depth, what no file's name, no message and no log can hold.
+
+    Raises:
+        ConfigError: half of a surrogate pair (JSON can hold one), bytes that are no UTF-8, or a NUL.
+    """
+    if isinstance(value, str):
+        if not is_utf8(value) or "\0" in value:
+            raise ConfigError(key, value, "a text that UTF-8 can hold expected, without NUL characters")
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            _check_text(name, f"a name in {key}" if key else "a name")
+            _check_text(item, join_key(key, name))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _check_text(item, f"{key}[{index}]")
 
 
 def convert_to_signature(
@@ -102,7 +110,7 @@ def convert_to_signature(
     hints = _type_hints(function)
     for name, parameter in named.items():
         if parameter.default is parameter.empty and name not in options:
-            raise option_error(join_key(where, name), None, f"required, {_name_of(hints.get(name, Any))} expected")
+            raise ConfigError(join_key(where, name), None, f"required, {_name_of(hints.get(name, Any))} expected")
     return {
         name: convert_option(value, hints.get(name, Any) if name in named else Any, join_key(where, name))
         for name, value in options.items()

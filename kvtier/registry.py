@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 from kvtier.abc import EvictionPolicy, OffloadingSpec, OffloadingWorker, SecondaryTierManager
 from kvtier.config import TierConfig, parse_tier
 from kvtier.errors import ConfigError
-from kvtier.options import convert_to_signature, join_key, option_error
+from kvtier.options import convert_to_signature, join_key
 from kvtier.secondary.first_interface import adapt_tier_class
 
 T = TypeVar("T")
@@ -214,7 +214,7 @@ def check_tier(tier: TierConfig) -> TierConfig:
     tier_class = load_tier_class(tier)
     for key in _GIVEN_TO_EVERY_TIER:
         if key in tier.options:
-            raise option_error(join_key(tier.where, key), tier.options[key], "set by kvtier, not by a configuration")
+            raise ConfigError(join_key(tier.where, key), tier.options[key], "set by kvtier, not by a configuration")
     signature = convert_to_signature(tier_class, tier.options, tier.where, given=_GIVEN_TO_EVERY_TIER)
     return replace(tier, options=signature)
 
@@ -254,4 +254,4 @@ def _errors_name(where: str) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise option_error(join_key(where, error.key), error.value, error.allowed) from error
+        raise ConfigError(join_key(where, error.key), error.value, error.allowed) from error

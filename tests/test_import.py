@@ -23,4 +23,4 @@ import json, sys
 from kvtier import make_offload_key
 print(json.dumps(sorted(name for name in sys.modules if name.startswith("kvtier"))))
 """
-    assert run(code) == ["kvtier", "kvtier.errors", "kvtier.keys"]
+    assert run(code) == ["kvtier", "kvtier.errors", "kvtier.foreign_text", "kvtier.keys", "kvtier.redaction"]

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from kvtier.errors import ConfigError
-from kvtier.options import check_known, convert_option, convert_to_signature, option_error
+from kvtier.options import check_known, convert_option, convert_to_signature
 from kvtier.types import Admission
 
 
@@ -56,12 +56,6 @@ def test_values_become_what_the_hint_says():
 
 def test_a_hint_that_cannot_be_checked_is_left_to_its_owner():
     assert convert_option(3, str | os.PathLike[str], "k") == 3
-
-
-def test_secrets_are_not_shown():
-    assert str(option_error("t.password", "hunter2", "no")) == "t.password='***': no"
-    assert "hunter2" not in str(option_error("tiers", [{"auth_token": "hunter2"}], "no"))
-    assert str(option_error("t.password", None, "required")) == "t.password=None: required"
 
 
 def test_signatures_are_checked_before_the_call():

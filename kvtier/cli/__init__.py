@@ -6,6 +6,7 @@ import typer
 
 from kvtier.cli.bench import bench
 from kvtier.cli.demo import demo
+from kvtier.cli.edge import Commands, prepare_streams
 from kvtier.cli.inspect import inspect
 from kvtier.cli.plan import plan
 from kvtier.cli.purge import purge
@@ -14,6 +15,7 @@ from kvtier.cli.verify import verify
 from kvtier.cli.vllm_config import vllm_config
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -38,4 +40,5 @@ app.add_typer(bench, name="bench")
 
 def main() -> None:
     """Run the command line; the console script's entry point."""
+    prepare_streams()
     app()

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 EXIT_FAILED = 1
-EXIT_UNUSABLE = 2
 
 
 def demo(
@@ -46,30 +45,26 @@ def demo(
     or a configuration cannot be used; one line says why.
     """
     console = Console()
-    try:
-        if find_spec("torch") is None or find_spec("transformers") is None:
-            raise KVTierError("the demo needs torch and transformers: pip install 'kvtier[demo]'")
-        if from_disk is not None:
-            from kvtier.cli.demonstration.second_process import obey  # torch is an extra, and slow to import
+    if find_spec("torch") is None or find_spec("transformers") is None:
+        raise KVTierError("the demo needs torch and transformers: pip install 'kvtier[demo]'")
+    if from_disk is not None:
+        from kvtier.cli.demonstration.second_process import obey  # torch is an extra, and slow to import
 
-            obey(from_disk)
-            return
-        chosen = None if tiers is None else read_tiers(tiers)
-        with _folder(work_dir) as folder:
-            with console.status("loading torch and transformers ..."):
-                from kvtier.cli.demonstration import caches, show  # torch is an extra, and slow to import
-            settings = show.Settings(
-                model=model,
-                tiers=caches.default_tiers(folder) if chosen is None else chosen,
-                dtype=dtype,
-                turns=turns,
-                threads=threads or len(os.sched_getaffinity(0)),
-                max_new_tokens=max_new_tokens,
-            )
-            passed = show.run(settings, folder, json_path, console)
-    except (KVTierError, OSError) as error:
-        typer.echo(f"kvtier demo: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(EXIT_UNUSABLE) from None
+        obey(from_disk)
+        return
+    chosen = None if tiers is None else read_tiers(tiers)
+    with _folder(work_dir) as folder:
+        with console.status("loading torch and transformers ..."):
+            from kvtier.cli.demonstration import caches, show  # torch is an extra, and slow to import
+        settings = show.Settings(
+            model=model,
+            tiers=caches.default_tiers(folder) if chosen is None else chosen,
+            dtype=dtype,
+            turns=turns,
+            threads=threads or len(os.sched_getaffinity(0)),
+            max_new_tokens=max_new_tokens,
+        )
+        passed = show.run(settings, folder, json_path, console)
     if not passed:
         raise typer.Exit(EXIT_FAILED)
 

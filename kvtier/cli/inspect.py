@@ -25,6 +25,7 @@ from kvtier.cli.slabs import (
     print_json,
     refusing,
 )
+from kvtier.foreign_text import one_line
 from kvtier.sizes import format_size
 from kvtier.stores.slab.survey import NamespaceSurvey, SlabSurvey, survey_slab
 
@@ -59,7 +60,7 @@ def slab_as_json(survey: SlabSurvey) -> dict[str, Any]:
 def show(console: Console, survey: SlabSurvey) -> None:
     """Print one directory for a person."""
     use = "not in use" if survey.holder is None else f"in use by {describe_holder(survey.holder)}"
-    console.print(Text(f"{survey.path}: {use}"), soft_wrap=True)
+    console.print(Text(one_line(f"{survey.path}: {use}")), soft_wrap=True)
     sizes = f"{format_size(survey.disk_bytes)} on disk; {format_size(survey.free_bytes)} of the filesystem are free"
     console.print(Text(sizes))
     if not survey.namespaces:
@@ -96,6 +97,6 @@ def _show_details(console: Console, namespace: NamespaceSurvey) -> None:
     console.print(Padding(Text(describe_identity(namespace)), (0, 0, 0, 2), expand=False))
     broken = [f"{count:,} records {cause.value}" for cause, count in namespace.broken.items()]
     for problem in [*namespace.problems, *broken]:
-        console.print(Padding(Text(f"wrong: {problem}", style="red"), (0, 0, 0, 2), expand=False))
+        console.print(Padding(Text(one_line(f"wrong: {problem}"), style="red"), (0, 0, 0, 2), expand=False))
     for remark in namespace.remarks:
-        console.print(Padding(Text(remark), (0, 0, 0, 2), expand=False))
+        console.print(Padding(Text(one_line(remark)), (0, 0, 0, 2), expand=False))

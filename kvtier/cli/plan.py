@@ -30,7 +30,7 @@ from kvtier.cli.simulate import (
 )
 from kvtier.cli.simulate_progress import tracked
 from kvtier.cli.vllm_config import check, extra_config, transfer_config
-from kvtier.errors import ConfigError, KVTierError
+from kvtier.errors import ConfigError
 from kvtier.simulator import plan_report, planner
 from kvtier.simulator.formats import load_trace
 from kvtier.simulator.planner import Plan, Prices, Target, worth_trying
@@ -42,7 +42,6 @@ from kvtier.simulator.trace import Trace
 from kvtier.types import Admission
 
 EXIT_MISSED = 1
-EXIT_UNUSABLE = 2
 
 
 def plan(
@@ -85,31 +84,27 @@ def plan(
     Exit code 0: there is one. 1: none of those tried meets the target. 2: a trace, a model, a price, a size or a
     file to write cannot be used; one line says why.
     """
-    try:
-        check_outputs(plot, json_path)
-        prices = Prices(gpu_rate, dram_price, disk_price, months)
-        target = make_target(target_hit_rate, target_ttft_p95, max_drive_writes)
-        machine = make_machine(prefill_rate, host_bandwidth, disk_read, disk_write, disk_latency)
-        loaded = load_trace(trace, tokens_per_block, conversation_gap)
-        block_bytes = block_bytes_of(loaded, model, kv_dtype)
-        setups = setups_to_try(loaded, block_bytes, dram, disk, policies_of(policy), admission)
-        with tracked(f"replaying {len(setups)} configurations") as progress:
-            results = replay_all(loaded, setups, machine, processes=processes, progress=progress)
-        offers = planner.price_all(results, machine, prices)
-        chosen = planner.cheapest(offers, target)
-        option = ""
-        if chosen is not None and chosen.buys:
-            option = vllm_option(chosen.result.setup, machine, loaded.tokens_per_block, path)
-        edge = planner.edge_note(offers, chosen, loaded) if chosen is not None else ""
-        found = Plan(loaded, machine, block_bytes, target, offers, chosen, option, edge)
-        show(found)
-        if plot is not None:
-            plot.write_text(plan_report.plan_page(found), encoding="utf-8")
-        if json_path is not None:
-            json_path.write_text(json.dumps(plan_report.plan_json(found), indent=1) + "\n", encoding="utf-8")
-    except (KVTierError, OSError) as error:
-        typer.echo(f"kvtier plan: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(EXIT_UNUSABLE) from None
+    check_outputs(plot, json_path)
+    prices = Prices(gpu_rate, dram_price, disk_price, months)
+    target = make_target(target_hit_rate, target_ttft_p95, max_drive_writes)
+    machine = make_machine(prefill_rate, host_bandwidth, disk_read, disk_write, disk_latency)
+    loaded = load_trace(trace, tokens_per_block, conversation_gap)
+    block_bytes = block_bytes_of(loaded, model, kv_dtype)
+    setups = setups_to_try(loaded, block_bytes, dram, disk, policies_of(policy), admission)
+    with tracked(f"replaying {len(setups)} configurations") as progress:
+        results = replay_all(loaded, setups, machine, processes=processes, progress=progress)
+    offers = planner.price_all(results, machine, prices)
+    chosen = planner.cheapest(offers, target)
+    option = ""
+    if chosen is not None and chosen.buys:
+        option = vllm_option(chosen.result.setup, machine, loaded.tokens_per_block, path)
+    edge = planner.edge_note(offers, chosen, loaded) if chosen is not None else ""
+    found = Plan(loaded, machine, block_bytes, target, offers, chosen, option, edge)
+    show(found)
+    if plot is not None:
+        plot.write_text(plan_report.plan_page(found), encoding="utf-8")
+    if json_path is not None:
+        json_path.write_text(json.dumps(plan_report.plan_json(found), indent=1) + "\n", encoding="utf-8")
     if chosen is None:
         raise typer.Exit(EXIT_MISSED)
 

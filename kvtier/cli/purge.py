@@ -24,6 +24,7 @@ from kvtier.cli.slabs import (
     refusing,
 )
 from kvtier.errors import ConfigError, KVTierError
+from kvtier.foreign_text import one_line
 from kvtier.sizes import format_size
 from kvtier.stores.own_files import shown
 from kvtier.stores.slab.survey import NamespaceSurvey, survey_slab
@@ -126,4 +127,5 @@ def _show(chosen: _Chosen) -> None:
         for survey in surveys:
             size = f"{survey.num_blocks:,} blocks, {format_size(survey.disk_bytes)}"
             age = format_age(time.time() - survey.last_use)
-            typer.echo(f"{slab} {survey.folder.name[:SHORT_ID]}: {size}, last used {age}: {describe_identity(survey)}")
+            place = one_line(slab)
+            typer.echo(f"{place} {survey.folder.name[:SHORT_ID]}: {size}, last used {age}: {describe_identity(survey)}")

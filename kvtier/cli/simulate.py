@@ -12,7 +12,6 @@ from rich.table import Table
 
 from kvtier.cli.outputs import check_outputs
 from kvtier.cli.simulate_progress import tracked
-from kvtier.errors import KVTierError
 from kvtier.registry import POLICIES
 from kvtier.simulator import report
 from kvtier.simulator.again import repeat
@@ -26,7 +25,6 @@ from kvtier.simulator.trace import Trace
 from kvtier.sizes import parse_size
 from kvtier.types import Admission
 
-EXIT_UNUSABLE = 2
 DEFAULT_MODEL = "meta-llama/Llama-3.1-8B"
 
 TraceArgument = Annotated[
@@ -79,28 +77,24 @@ def simulate(
     Exit code 0: the table is printed. 2: a trace, a size, a policy, a speed or a file to write cannot be used; one
     line says why.
     """
-    try:
-        if as_recorded:
-            show_repeated(trace)
-            return
-        check_outputs(plot, json_path)
-        machine = make_machine(prefill_rate, host_bandwidth, disk_read, disk_write, disk_latency)
-        loaded = load_trace(trace, tokens_per_block, conversation_gap)
-        block_bytes = block_bytes_of(loaded, model, kv_dtype)
-        setups = make_setups(loaded, block_bytes, dram, disk, policy, admission)
-        more = curve_setups(loaded, setups) if plot is not None else []
-        with tracked(f"replaying {len(setups) + len(more)} configurations") as progress:
-            results = replay_all(loaded, setups + more, machine, processes=processes, progress=progress)
-        results, curve = results[: len(setups)], results[len(setups) :]
-        show(loaded, machine, block_bytes, results)
-        if plot is not None:
-            plot.write_text(report.as_page(loaded, machine, block_bytes, results, curve), encoding="utf-8")
-        if json_path is not None:
-            values = report.as_json(loaded, machine, results, curve)
-            json_path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    except (KVTierError, OSError) as error:
-        typer.echo(f"kvtier simulate: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(EXIT_UNUSABLE) from None
+    if as_recorded:
+        show_repeated(trace)
+        return
+    check_outputs(plot, json_path)
+    machine = make_machine(prefill_rate, host_bandwidth, disk_read, disk_write, disk_latency)
+    loaded = load_trace(trace, tokens_per_block, conversation_gap)
+    block_bytes = block_bytes_of(loaded, model, kv_dtype)
+    setups = make_setups(loaded, block_bytes, dram, disk, policy, admission)
+    more = curve_setups(loaded, setups) if plot is not None else []
+    with tracked(f"replaying {len(setups) + len(more)} configurations") as progress:
+        results = replay_all(loaded, setups + more, machine, processes=processes, progress=progress)
+    results, curve = results[: len(setups)], results[len(setups) :]
+    show(loaded, machine, block_bytes, results)
+    if plot is not None:
+        plot.write_text(report.as_page(loaded, machine, block_bytes, results, curve), encoding="utf-8")
+    if json_path is not None:
+        values = report.as_json(loaded, machine, results, curve)
+        json_path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def show_repeated(recording: Path) -> None:

@@ -15,12 +15,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from kvtier.cli.edge import EXIT_INTERRUPTED, EXIT_UNUSABLE, describe
 from kvtier.errors import KVTierError
+from kvtier.foreign_text import one_line
 from kvtier.stores.slab.survey import Holder, NamespaceSurvey, find_slabs
 
 EXIT_WRONG = 1
-EXIT_UNUSABLE = 2
-EXIT_INTERRUPTED = 130
 SHORT_ID = 12
 """Digits of a namespace's fingerprint that people see; any beginning that is unique names it."""
 _LONGEST_COMMAND = 60
@@ -37,7 +37,7 @@ def refusing(as_json: bool) -> Iterator[None]:
     try:
         yield
     except (KVTierError, OSError) as error:
-        _refuse(as_json, _text_of(error))
+        _refuse(as_json, describe(error))
         raise typer.Exit(EXIT_UNUSABLE) from None
     except KeyboardInterrupt:
         _refuse(as_json, "interrupted")
@@ -56,7 +56,7 @@ def find_all(directories: Sequence[Path]) -> dict[Path, list[Path]]:
         path = Path(os.path.abspath(directory))
         slabs = find_slabs(path)
         if not slabs:
-            typer.echo(f"{path}: empty, nothing was ever stored here", err=True)
+            typer.echo(one_line(f"{path}: empty, nothing was ever stored here"), err=True)
         found[path] = [slab for slab in slabs if os.path.realpath(slab) not in seen]
         seen.update(map(os.path.realpath, slabs))
     return found
@@ -122,7 +122,7 @@ def describe_identity(survey: NamespaceSurvey) -> str:
     if survey.description is None:
         return "unknown"
     pairs = [f"{key} {value}" for key, value in sorted(survey.description.identity.items()) if value != ""]
-    return ", ".join(pairs) or "nothing in particular"
+    return one_line(", ".join(pairs)) or "nothing in particular"
 
 
 def _refuse(as_json: bool, text: str) -> None:
@@ -132,12 +132,5 @@ def _refuse(as_json: bool, text: str) -> None:
     typer.echo(f"kvtier: {text}", err=True)
 
 
-def _text_of(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split())
-
-
 def _shortened(command: str) -> str:
-    command = " ".join(command.split())
-    return command if len(command) <= _LONGEST_COMMAND else command[: _LONGEST_COMMAND - 4] + " ..."
+    return one_line(" ".join(command.split()), _LONGEST_COMMAND)

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.text import Text
 
+from kvtier.cli.edge import EXIT_UNUSABLE
 from kvtier.cli.slabs import (
-    EXIT_UNUSABLE,
     EXIT_WRONG,
     SHORT_ID,
     AsJson,
@@ -26,6 +26,7 @@ from kvtier.cli.slabs import (
     print_json,
     refusing,
 )
+from kvtier.foreign_text import one_line
 from kvtier.sizes import format_size, parse_size
 from kvtier.stores.secrets import SecretPlace
 from kvtier.stores.slab.reading import read_records
@@ -193,7 +194,7 @@ def _finding_as_json(finding: Finding) -> dict[str, Any]:
 def _show(console: Console, findings: Mapping[Path, Sequence[Finding]]) -> None:
     for slab, found in findings.items():
         if not found:
-            console.print(Text(f"{slab}: no namespaces"))
+            console.print(_said(f"{slab}: no namespaces"))
         for finding in found:
             for line in _lines_of(slab, finding):
                 console.print(line, soft_wrap=True)
@@ -204,16 +205,21 @@ def _lines_of(slab: Path, finding: Finding) -> list[Text]:
     found = finding.verification
     name = f"{slab} {finding.survey.folder.name[:SHORT_ID]}"
     if finding.locked:
-        lines = [Text(f"{name}: {finding.survey.num_blocks:,} blocks not verified: {finding.locked}", style="yellow")]
-        return lines + [Text(f"  wrong: {problem}", style="red") for problem in finding.survey.problems]
+        lines = [_said(f"{name}: {finding.survey.num_blocks:,} blocks not verified: {finding.locked}", style="yellow")]
+        return lines + [_said(f"  wrong: {problem}", style="red") for problem in finding.survey.problems]
     speed = found.num_bytes / found.seconds if found.seconds else 0.0
     size = f"{format_size(found.num_bytes)} in {found.seconds:.1f} s, {format_size(speed)}/s"
-    lines = [Text(f"{name}: {found.num_good:,} blocks good ({size})")]
+    lines = [_said(f"{name}: {found.num_good:,} blocks good ({size})")]
     for cause, count in causes_of(found.bad).items():
-        lines.append(Text(f"  wrong: {count:,} {cause}", style="red"))
-    lines += [Text(f"  wrong: {problem}", style="red") for problem in finding.survey.problems]
+        lines.append(_said(f"  wrong: {count:,} {cause}", style="red"))
+    lines += [_said(f"  wrong: {problem}", style="red") for problem in finding.survey.problems]
     if finding.emptied:
-        lines.append(Text(f"  repaired: {finding.emptied:,} emptied, a miss from now on"))
+        lines.append(_said(f"  repaired: {finding.emptied:,} emptied, a miss from now on"))
     if found.num_changed:
-        lines.append(Text(f"  {found.num_changed:,} changed while reading: an engine replaced them"))
-    return lines + [Text(f"  {remark}") for remark in finding.survey.remarks]
+        lines.append(_said(f"  {found.num_changed:,} changed while reading: an engine replaced them"))
+    return lines + [_said(f"  {remark}") for remark in finding.survey.remarks]
+
+
+def _said(text: str, style: str = "") -> Text:
+    """Return a line for a person, which no file's words break out of."""
+    return Text(one_line(text), style)

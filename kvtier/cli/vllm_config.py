@@ -13,12 +13,12 @@ from kvtier.config import KVCacheGroup, OffloadingConfig
 from kvtier.errors import ConfigError
 from kvtier.namespace import Namespace
 from kvtier.primary.arena import align_block_bytes
+from kvtier.redaction import HIDDEN
 from kvtier.registry import construct_tier
 from kvtier.sizes import parse_size
 from kvtier.spec.tiering import TieringOffloadingSpec
 
 SPEC_NAME = "KVTierOffloadingSpec"
-EXIT_UNUSABLE = 2
 _NO_GUARD: Mapping[str, Any] = {}
 
 
@@ -53,13 +53,9 @@ def vllm_config(
 
     Exit code 0: the line is printed, and vLLM will accept it. 2: a value is wrong; one line says which.
     """
-    try:
-        shared = [*_shared("resp", resp), *_shared("filesystem", filesystem), *_shared("object", bucket)]
-        extra = extra_config(cpu, disk or [], option or [], shared, _guard(secret_file, secret_env, encrypt))
-        check(extra)
-    except ConfigError as error:
-        typer.echo(f"kvtier: {error}", err=True)
-        raise typer.Exit(EXIT_UNUSABLE) from None
+    shared = [*_shared("resp", resp), *_shared("filesystem", filesystem), *_shared("object", bucket)]
+    extra = extra_config(cpu, disk or [], option or [], shared, _guard(secret_file, secret_env, encrypt))
+    check(extra)
     typer.echo(f"--kv-transfer-config {shlex.quote(transfer_config(extra))}")
 
 
@@ -135,7 +131,7 @@ def _shared(kind: str, text: str | None) -> list[dict[str, Any]]:
         path, size = _place_and_size(kind, text, "PATH:SIZE expected, for example /mnt/shared/kvtier:2TiB")
         return [{"type": kind, "path": path, "capacity": size}]
     if "@" in text:
-        raise ConfigError("bucket", "***", "no credentials here: the environment or a profile has them")
+        raise ConfigError("bucket", HIDDEN, "no credentials here: the environment or a profile has them")
     url, size = _place_and_size("bucket", text, "URL:SIZE expected, for example s3://bucket/kvtier:20TB")
     return [{"type": kind, "url": url, "capacity": size}]
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from kvtier import forks
 from kvtier.abc import OffloadingWorker
 from kvtier.errors import ConfigError
+from kvtier.log import logger
 from kvtier.primary.arena import ControlPage
 from kvtier.primary.copies import BlockLayout, CopyPlan, KVCaches, plan_copies
 from kvtier.types import (
@@ -22,8 +23,6 @@ from kvtier.types import (
     LoadStoreSpec,
     TransferResult,
 )
-
-logger = logging.getLogger(__name__)
 
 ByteArray = NDArray[np.uint8]
 

@@ -104,7 +104,7 @@ class DiskTierManager(DirectoryTier):
         Raises:
             ConfigError: a value is not allowed; the error names its key.
         """
-        if not isinstance(path, str) or not path:
+        if not _is_path(path):
             raise ConfigError("path", path, "a directory")
         super().__init__(
             offloading_spec,
@@ -182,13 +182,17 @@ def check_directories(path: object) -> list[str]:
         ConfigError: not a list of directories, or two of them are one, or one lies within another.
     """
     listed = [path] if isinstance(path, str) else path
-    if not isinstance(listed, Sequence) or not listed or not all(isinstance(one, str) and one for one in listed):
+    if not isinstance(listed, Sequence) or not listed or not all(map(_is_path, listed)):
         raise ConfigError("path", path, "a directory, or a list of directories on devices of their own")
     for index, one in enumerate(listed):
         for other in listed[:index]:
             if are_entangled(one, other):
                 raise ConfigError("path", path, f"{one!r} and {other!r} must be apart, neither in nor around the other")
     return [str(Path(one).absolute()) for one in listed]
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str) and bool(value) and "://" not in value
 
 
 def are_entangled(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:

@@ -53,7 +53,7 @@ class FilesystemTierManager(KeyedTierManager):
         Raises:
             ConfigError: a value is not allowed; the error names its key.
         """
-        if not isinstance(path, str) or not path:
+        if not isinstance(path, str) or not path or "://" in path:
             raise ConfigError("path", path, "a directory")
         absolute = str(Path(path).absolute())
         size = parse_size("capacity", capacity)

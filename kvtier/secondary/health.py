@@ -10,10 +10,12 @@ from enum import Enum
 from kvtier.clock import Clock
 from kvtier.errors import InvariantError
 from kvtier.events import Observer, TierState, TierStateChanged
+from kvtier.foreign_text import MOST_QUOTED, one_line
+from kvtier.log import logger
 
-logger = logging.getLogger("kvtier")
-
-
+_MOST_SAID = 8
+"""Different reasons that are logged before the tier has proved that it works: a server may word each refusal anew."""
+_ANOTHER_REASON = "another reason"
 _CALM = 4
 """Pauses without a failure after which the next one is short again."""
 _JITTER = 0.5
@@ -110,7 +112,7 @@ class TierHealth:
     """State and reason of a tier; every change is emitted, and logged once.
 
     A tier that comes and goes for one reason says so once: the log starts afresh when the tier has proved that it
-    works, and not when it is only tried again.
+    works, and not when it is only tried again. Of reasons that differ every time, a few are logged.
     """
 
     def __init__(self, tier_type: str, observer: Observer) -> None:
@@ -133,17 +135,21 @@ class TierHealth:
 
         Args: warn: users should know, though the tier is not DOWN.
         """
+        reason = one_line(reason, MOST_QUOTED)
         if (state, reason) == (self.state, self.reason) or self.state is TierState.CLOSED:
             return
         self.state, self.reason = state, reason
-        if (state, reason) in self._said:
-            pass
-        elif state is TierState.DOWN:
+        said = (state, reason if len(self._said) < _MOST_SAID else _ANOTHER_REASON)
+        if (state, reason) not in self._said and said not in self._said:
+            self._said.add(said)
+            self._say(state, reason, warn)
+        self._observer.on_event(TierStateChanged(self._tier_type, state, reason))
+
+    def _say(self, state: TierState, reason: str, warn: bool) -> None:
+        if state is TierState.DOWN:
             logger.warning(
                 "tier %s is down: %s; the engine runs without it, kvtier tries again", self._tier_type, reason
             )
         else:
             level = logging.WARNING if warn else logging.INFO
             logger.log(level, "tier %s is %s%s", self._tier_type, state.value, f": {reason}" if reason else "")
-        self._said.add((state, reason))
-        self._observer.on_event(TierStateChanged(self._tier_type, state, reason))

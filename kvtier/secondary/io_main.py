@@ -7,7 +7,6 @@ socket or the parent ends. Then it starts no new call, and exits when the runnin
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import os
 import resource
@@ -20,6 +19,7 @@ import time
 from collections.abc import Sequence
 
 from kvtier.errors import ConfigError, ProtocolError, StoreUnavailableError
+from kvtier.log import logger
 from kvtier.primary.arena import Arena, Rows, arena_rows
 from kvtier.secondary.codec import MAX_MESSAGE_BYTES, decode, encode_head
 from kvtier.secondary.executor import StoreDescription
@@ -272,7 +272,7 @@ def serve(socket_fd: int, arena_fd: int, parent_fd: int) -> int:
     except _EndOfParent:
         return 0
     except ProtocolError as error:
-        logging.getLogger("kvtier").error("I/O process received garbage: %s", error)
+        logger.error("I/O process received garbage: %s", error)
         return EXIT_GARBAGE
     except (StoreUnavailableError, ConfigError, OSError) as error:
         with contextlib.suppress(_EndOfParent):

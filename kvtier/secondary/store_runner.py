@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 from kvtier.abc import BlockStore, FailureCounter, SlotStore, StoreContext
 from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.keys import OffloadKey
+from kvtier.log import logger
 from kvtier.secondary.codec import blocks_per_message
 from kvtier.secondary.executor import StoreDescription
 from kvtier.secondary.gathering import split_result
@@ -21,8 +21,6 @@ from kvtier.types import FailureCause
 
 _TARGET_BYTES = 4 << 20
 _MOST_BLOCKS = 64
-
-logger = logging.getLogger("kvtier")
 
 
 class ThreadFailures(FailureCounter):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,8 @@ from kvtier.abc import EvictionPolicy, SecondaryTierManager
 from kvtier.config import CPUConfig, TierConfig, TieringConfig
 from kvtier.errors import ConfigError, KVTierError
 from kvtier.events import TierState, TierStateChanged
+from kvtier.foreign_text import MOST_QUOTED, one_line
+from kvtier.log import logger
 from kvtier.options import join_key
 from kvtier.primary.arena import Arena
 from kvtier.registry import POLICIES, construct_tier, try_tier
@@ -22,8 +23,6 @@ from kvtier.spec.cpu import CPUOffloadingSpec
 from kvtier.spec.recorded import make_manager
 from kvtier.spec.tiers import parse_tiers, prompts_only
 from kvtier.tiering.manager import TieringOffloadingManager
-
-logger = logging.getLogger("kvtier")
 
 _POLL_SECONDS = 0.005
 _NOTHING: Mapping[str, str] = {}
@@ -127,7 +126,7 @@ class TieringOffloadingSpec(CPUOffloadingSpec):
 
 
 def _reason_of(error: BaseException) -> str:
-    return str(error) if isinstance(error, KVTierError) else f"{type(error).__name__}: {error}"
+    return one_line(str(error) if isinstance(error, KVTierError) else f"{type(error).__name__}: {error}", MOST_QUOTED)
 
 
 def _check_attributes(tier: SecondaryTierManager) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -11,11 +10,10 @@ from typing import Any, Self, TypeVar
 from kvtier.abc import BlockStore, StoreContext
 from kvtier.errors import StoreError
 from kvtier.keys import OffloadKey
+from kvtier.log import logger
 from kvtier.stores.envelope import BOUNCE_BYTES, Envelope
 from kvtier.stores.seal import HEADER_BYTES
 from kvtier.types import FailureCause
-
-logger = logging.getLogger(__name__)
 
 _Answer = TypeVar("_Answer")
 

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Self
 
 from kvtier.errors import ConfigError, StoreUnavailableError
@@ -22,6 +21,7 @@ from kvtier.keys import OffloadKey
 from kvtier.namespace import Namespace
 
 LEAST_SECRET_BYTES = 16
+_MOST_SECRET_BYTES = 64 << 10
 NONCE_BYTES, TAG_BYTES = 12, 16
 ENCRYPTION = "AES-256-GCM"
 SECRET_NAME, ENCRYPTION_NAME = "secret", "encryption"
@@ -120,15 +120,29 @@ class SecretPlace:
         if self.env is not None:
             secret = os.environb.get(os.fsencode(self.env), b"")  # any bytes: a secret need not be text
         else:
-            try:
-                secret = Path(self.file or "").read_bytes().rstrip(b"\r\n")
-            except OSError as error:
-                raise StoreUnavailableError(f"the secret's file cannot be read: {error.strerror}") from error
-            except ValueError:
-                raise StoreUnavailableError("the secret's file cannot be read: no file has this name") from None
+            secret, why = read_place(self.file or "")
+            if why:
+                raise StoreUnavailableError(f"the secret's file cannot be read: {why}")
         if len(secret) < LEAST_SECRET_BYTES:
             raise StoreUnavailableError(f"a secret of at least {LEAST_SECRET_BYTES} bytes")
         return secret
+
+
+def read_place(path: str) -> tuple[bytes, str]:
+    """Return what a file holds, its last end of line left out, and "", or why it cannot be read.
+
+    Nothing is raised: an exception would carry the path into logs, and people put the secret itself there.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(_MOST_SECRET_BYTES + 1)
+    except OSError as error:
+        return b"", error.strerror or type(error).__name__
+    except ValueError:
+        return b"", "no file has this name"
+    if len(content) > _MOST_SECRET_BYTES:
+        return b"", f"it holds more than {_MOST_SECRET_BYTES} bytes"
+    return content.rstrip(b"\r\n"), ""
 
 
 class Authenticator:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 
-logger = logging.getLogger("kvtier")
+from kvtier.log import logger
 
 
 def run_bounded(calls: Sequence[tuple[str, Callable[[], object]]], timeout: float) -> list[threading.Thread | None]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import logging
 import os
 import select
 import struct
@@ -24,6 +23,7 @@ from kvtier.clock import Clock
 from kvtier.descriptors import Descriptor
 from kvtier.events import CascadeRefused, Event
 from kvtier.keys import OffloadKey
+from kvtier.log import logger
 from kvtier.tiering.guard import TierGuard
 from kvtier.tiering.manager import TieringOffloadingManager
 from kvtier.tiering.record_writer import FRAME, LENGTH
@@ -36,8 +36,6 @@ from kvtier.types import (
     RequestOffloadingContext,
     ScheduleEndContext,
 )
-
-logger = logging.getLogger("kvtier")
 
 DEFAULT_LIMIT = 1 << 30
 JOB = struct.Struct("<BQ?")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-
 from kvtier.clock import Clock
 from kvtier.events import Observer, TierState, TierStateChanged
-
-logger = logging.getLogger("kvtier")
+from kvtier.foreign_text import MOST_QUOTED, one_line
+from kvtier.log import logger
 
 FIRST_BACKOFF = 1.0
 MAX_BACKOFF = 30.0
@@ -36,6 +34,7 @@ class Standing:
 
     def lose(self, reason: str) -> None:
         """Leave the tier alone for a while; said once until it works again."""
+        reason = one_line(reason, MOST_QUOTED)
         if self.reason is None:
             self._say(TierState.DOWN, reason)
         self._on_trial, self.reason = False, reason

@@ -146,7 +146,7 @@ def test_nothing_to_verify_and_wrong_options(tmp_path, slab):
     assert as_json("verify", tmp_path / "empty") == {"ok": True, "directories": []}
     assert "rate='fast'" in refused("verify", slab, "--rate", "fast")
     assert "No such file" in refused("verify", tmp_path / "nothing")
-    assert "secret_file='nowhere'" in refused("verify", slab, "--secret-file", "nowhere")
+    assert "secret_file='***'" in refused("verify", slab, "--secret-file", "nowhere")
 
 
 def test_a_namespace_without_a_good_block(tmp_path):

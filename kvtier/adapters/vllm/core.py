@@ -17,6 +17,7 @@ from kvtier.adapters.vllm.compat import hash_seed_is_random
 from kvtier.adapters.vllm.handover import Announcement, ArenaHost
 from kvtier.config import OffloadingConfig
 from kvtier.errors import ConfigError
+from kvtier.log import cleaned
 from kvtier.namespace import Namespace
 from kvtier.primary.arena import ControlPage
 from kvtier.registry import load_tier_class
@@ -24,7 +25,7 @@ from kvtier.spec.tiering import TieringOffloadingSpec
 from kvtier.spec.tiers import outlives_engine
 from kvtier.tiering.manager import TieringOffloadingManager
 
-logger = init_logger("vllm.kvtier")
+logger = cleaned(init_logger("vllm.kvtier"))
 
 
 class CoreHalf:

@@ -25,13 +25,14 @@ from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from kvtier import forks, types
 from kvtier.abc import OffloadingWorker
 from kvtier.errors import CapacityError, ConfigError
+from kvtier.log import cleaned
 from kvtier.primary.arena import CONTROL_BYTES, Arena, ControlPage
 from kvtier.primary.memory_limit import check_memory
 from kvtier.primary.worker import TransferBook, sequence_of
 from kvtier.sizes import format_size
 from kvtier.spec.tiering import TieringOffloadingSpec
 
-logger = init_logger("vllm.kvtier")
+logger = cleaned(init_logger("vllm.kvtier"))
 
 REGION_FOLDER = Path("/dev/shm")
 _REGION_NAMES = "vllm_offload_*.mmap"

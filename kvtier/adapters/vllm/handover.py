@@ -18,7 +18,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import logging
 import os
 import socket
 import struct
@@ -30,9 +29,8 @@ from typing import Any
 
 from kvtier import forks
 from kvtier.descriptors import Descriptor
+from kvtier.log import logger
 from kvtier.primary.arena import Arena
-
-logger = logging.getLogger("kvtier")
 
 MAX_MESSAGE_BYTES = 64 * 1024
 _STEP_SECONDS = 0.02

@@ -21,10 +21,11 @@ from kvtier.adapters.vllm.translation import (
     offloading_event,
 )
 from kvtier.keys import OffloadKey
+from kvtier.log import cleaned
 from kvtier.tiering.manager import TieringOffloadingManager
 from kvtier.types import OffloadPolicy, ScheduleEndContext
 
-logger = init_logger("vllm.kvtier")
+logger = cleaned(init_logger("vllm.kvtier"))
 
 _MISS = base.LookupResult.MISS
 

@@ -17,10 +17,11 @@ from kvtier.adapters.vllm.handover import Announcement, attach_arena
 from kvtier.adapters.vllm.identity import UnknownWeightsError
 from kvtier.adapters.vllm.translation import engine_blocks
 from kvtier.errors import ConfigError
+from kvtier.log import cleaned
 from kvtier.primary.arena import Arena
 from kvtier.spec.tiering import TieringOffloadingSpec
 
-logger = init_logger("vllm.kvtier")
+logger = cleaned(init_logger("vllm.kvtier"))
 
 _PAUSE_SECONDS = 0.02
 _ATTACH_SECONDS = 3600.0

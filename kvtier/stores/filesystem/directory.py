@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import logging
 import os
 import re
 import secrets
@@ -26,8 +25,6 @@ from kvtier.errors import StoreUnavailableError
 from kvtier.keys import OffloadKey
 from kvtier.namespace import Namespace
 from kvtier.stores.slab.mounts import check_mounted
-
-logger = logging.getLogger("kvtier")
 
 SHARD_DIGITS = 3
 MARKER_NAME = "kvtier.json"

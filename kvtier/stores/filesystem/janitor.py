@@ -13,7 +13,6 @@ that has become smaller.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import random
 import threading
@@ -22,9 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from kvtier.log import logger
 from kvtier.stores.filesystem.directory import SHARD_DIGITS, SharedDirectory, is_block, is_unfinished, shards_in
-
-logger = logging.getLogger("kvtier")
 
 LEAST_GROUP_BLOCKS = 64
 _USUAL_BLOCK_BYTES = 2 << 20

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import threading
 import time
@@ -20,6 +19,7 @@ from typing import Any, Self
 from kvtier.abc import BlockStore, StoreContext
 from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.keys import OffloadKey
+from kvtier.log import logger
 from kvtier.sizes import format_size
 from kvtier.stores.envelope import Envelope
 from kvtier.stores.filesystem.directory import FILE_MODE, SharedDirectory, shard_of
@@ -28,8 +28,6 @@ from kvtier.stores.seal import HEADER_BYTES
 from kvtier.stores.slab.segments import NO_SPACE_ERRORS
 from kvtier.stores.slab.vectored import read_fully, write_fully
 from kvtier.types import FailureCause
-
-logger = logging.getLogger("kvtier")
 
 _ABSENT_ERRORS = frozenset({errno.ENOENT, errno.ESTALE, errno.ENOTDIR})
 """ESTALE: another host deleted the file while we looked at it."""

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import threading
 import time
 from collections.abc import Sequence
 
 import xxhash
 
+from kvtier.log import logger
 from kvtier.stores.object.catalogue import Catalogue, Pack
 from kvtier.stores.object.client import Client, RequestError, Trouble
 from kvtier.stores.object.names import Stamps, stamp_at
 from kvtier.stores.object.settings import ObjectSettings
-
-logger = logging.getLogger("kvtier")
 
 OVERLAP_SECONDS = 10.0
 """How far clocks may differ and a write may take, so that its pack is seen at the next look."""

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Any, Self
-from urllib.parse import urlsplit
 
 from kvtier.errors import ConfigError
+from kvtier.redaction import split_address
 from kvtier.sizes import parse_size
 from kvtier.stores.object.names import LAYOUT, MOST_PREFIX_BYTES
 
@@ -94,11 +94,12 @@ class ObjectSettings:
 
     def _check_place(self) -> None:
         if self.endpoint is not None:
-            parts = urlsplit(self.endpoint)
-            if "@" in self.endpoint:
-                raise ConfigError("endpoint", "***", "no credentials here: the environment or a profile has them")
-            if parts.scheme not in ("http", "https") or not parts.hostname or self.provider == "gs":
+            parts = split_address(self.endpoint)
+            if parts is None or parts.scheme not in ("http", "https") or not parts.hostname or self.provider == "gs":
                 raise ConfigError("endpoint", self.endpoint, '"https://HOST:PORT", for s3:// and az://')
+            if "@" in self.endpoint or parts.query or parts.fragment:
+                allowed = "no credentials here: the environment or a profile has them"
+                raise ConfigError("endpoint", self.endpoint, allowed)
             if parts.scheme == "http" and not self.allow_http:
                 raise ConfigError("endpoint", self.endpoint, "https, or allow_http: true to go with it")
         for key in ("region", "profile", "path_style"):
@@ -121,12 +122,11 @@ class ObjectSettings:
 
 
 def _parse(url: str) -> tuple[str, str, str]:
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        raise ConfigError("url", "***", f"{_URL} expected") from None
+    parts = split_address(url)
+    if parts is None:
+        raise ConfigError("url", url, f"{_URL} expected")
     if "@" in parts.netloc or parts.query or parts.fragment:
-        raise ConfigError("url", f"{parts.scheme}://***", "no credentials here: the environment or a profile has them")
+        raise ConfigError("url", url, "no credentials here: the environment or a profile has them")
     if parts.scheme not in _SCHEMES or not parts.netloc:
         raise ConfigError("url", url, f"{_URL} expected")
     prefix = parts.path.strip("/") or "kvtier"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import threading
 import time
@@ -16,6 +15,7 @@ import numpy as np
 from kvtier.abc import BlockStore, StoreContext
 from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.keys import OffloadKey
+from kvtier.log import logger
 from kvtier.stores.envelope import Envelope
 from kvtier.stores.object.catalogue import Catalogue, Pack
 from kvtier.stores.object.client import Client, RequestError, Trouble, connect
@@ -24,8 +24,6 @@ from kvtier.stores.object.refresher import Refresher
 from kvtier.stores.object.settings import ObjectSettings
 from kvtier.stores.seal import HEADER_BYTES
 from kvtier.types import FailureCause
-
-logger = logging.getLogger("kvtier")
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 _CALM_SECONDS = 10.0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from kvtier.keys import OffloadKey
 from kvtier.stores.envelope import Envelope
-from kvtier.stores.resp.wire import Break, ConnectionBrokenError, Refused, Wire
+from kvtier.stores.resp.wire import Break, ConnectionBrokenError, Refused, Wire, parse_count
 from kvtier.stores.seal import HEADER_BYTES
 from kvtier.types import FailureCause
 
@@ -204,9 +204,10 @@ class Exchanges:
             self._skip(wire, line)
 
     def _skip(self, wire: Wire, line: bytes) -> None:
-        if line[:1] != b"$" or not line[1:].isdigit():
+        length = parse_count(line[1:])
+        if line[:1] != b"$" or length is None:
             raise ConnectionBrokenError(Break.GARBAGE, "a reply that is no value")
-        if (length := int(line[1:])) > _MOST_SKIPPED * self._value_bytes:
+        if length > _MOST_SKIPPED * self._value_bytes:
             raise ConnectionBrokenError(Break.CLOSED, "a value that is far too long")
         wire.skip(length)
 

@@ -16,7 +16,9 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from kvtier.errors import StoreError
+from kvtier.foreign_text import first_line
 from kvtier.stores.resp.commands import Operation, Request
+from kvtier.stores.resp.handshake import HandshakeSocket
 from kvtier.stores.resp.settings import RespSettings
 from kvtier.stores.resp.wire import ConnectionBrokenError, Wire
 
@@ -30,10 +32,11 @@ class _WithWire:
 
     connected: socket
     wire: Wire
+    socket_timeout: Any
 
-    def _connect(self) -> socket:
+    def _connect(self) -> HandshakeSocket:
         self.connected = super()._connect()  # type: ignore[misc] # redis-py's class, which this one is mixed into
-        return self.connected
+        return HandshakeSocket(self.connected, self.socket_timeout)
 
 
 class _TCPConnection(_WithWire, redis.Connection):
@@ -59,8 +62,8 @@ class Credentials(redis.CredentialProvider):
         return self._settings.credentials()
 
 
-def client_options(settings: RespSettings) -> dict[str, Any]:
-    """Return what redis-py's connections and its cluster client are told alike."""
+def _client_options(settings: RespSettings) -> dict[str, Any]:
+    """Return what redis-py's connections are told."""
     options: dict[str, Any] = {
         "socket_timeout": settings.timeout,
         "socket_connect_timeout": settings.connect_timeout,
@@ -84,7 +87,8 @@ class Server:
 
     def __init__(self, settings: RespSettings, host: str | None = None, port: int = 0) -> None:
         """Args: host, port: None for the server, or the Unix socket, of the settings."""
-        options = client_options(settings)
+        options = _client_options(settings)
+        self.host = ""
         if settings.unix_path is not None:
             kind: type = _UnixConnection
             options["path"], self.address = settings.unix_path, settings.unix_path
@@ -93,9 +97,11 @@ class Server:
                 host, port = settings.servers[0]
             kind = _TLSConnection if settings.tls else _TCPConnection
             options |= {"host": host, "port": port}
+            self.host = host
             self.address = f"{host}:{port}"
         if settings.database:
             options["db"] = settings.database
+        self._settings = settings
         self._timeout = settings.timeout
         self._idle: list[Any] = []
         """Connected, and kept out of the pool: its book-keeping costs more than the exchange of a small block."""
@@ -113,7 +119,7 @@ class Server:
             connection.read_response()
         except redis.RedisError as error:
             connection.disconnect()
-            raise ServerLostError(self._why(error)) from error
+            raise ServerLostError(self._why(error)) from None  # redis-py's error has the server's words as they came
         finally:
             self._pool.release(connection)
 
@@ -163,9 +169,9 @@ class Server:
         try:
             return self._pool.get_connection()
         except (redis.RedisError, OSError) as error:
-            raise ServerLostError(self._why(error)) from error
+            raise ServerLostError(self._why(error)) from None
 
     def _why(self, error: Exception) -> str:
-        """Return why there is no connection, in one line; redis-py's messages hold no credentials."""
-        what = " ".join(str(error).split()) or type(error).__name__
+        """Return why there is no connection; whatever the server says, it does not show the password."""
+        what = first_line(self._settings.without_password(str(error))) or type(error).__name__
         return what if self.address in what else f"{self.address}: {what}"

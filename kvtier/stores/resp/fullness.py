@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Sequence
 
+from kvtier.log import logger
 from kvtier.stores.resp.commands import Outcome, Request
 from kvtier.stores.resp.connections import Server
 from kvtier.stores.resp.wire import Refused
 from kvtier.types import FailureCause
-
-logger = logging.getLogger("kvtier")
 
 _PAUSE_SECONDS = 1.0
 """A server reads a whole block before it refuses it: one is tried a second, at most."""

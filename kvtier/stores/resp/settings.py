@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Self
-from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.parse import SplitResult, unquote
 
 from kvtier.errors import ConfigError, StoreUnavailableError
+from kvtier.foreign_text import is_utf8
+from kvtier.redaction import HIDDEN, split_address
+from kvtier.stores.secrets import read_place
 
 _SCHEMES = {"redis": False, "valkey": False, "rediss": True, "valkeys": True}
 _URL = '"redis://HOST:PORT/DATABASE", "rediss://..." for TLS, or "unix:///PATH"'
+_DATABASE = re.compile(r"[0-9]{1,9}")
 _PREFIX = re.compile(r"[!-z|~]{1,64}")
 """Printable, and without the braces that would put every block into one slot of a cluster."""
 
@@ -60,7 +64,7 @@ class RespSettings:
             raise ConfigError("url", url, f"at least one of {_URL}")
         first = parts[0]
         if any((part.scheme, part.path) != (first.scheme, first.path) for part in parts):
-            raise ConfigError("url", list(map(_shown, urls)), "the same scheme and database in each")
+            raise ConfigError("url", urls, "the same scheme and database in each")
         is_unix = first.scheme == "unix"
         settings = cls(
             servers=() if is_unix else tuple((part.hostname or "localhost", part.port or 6379) for part in parts),
@@ -95,19 +99,28 @@ class RespSettings:
             ConfigError: its place is empty or cannot be read; the error names the key and the place.
         """
         if self.password_env is not None:
-            password = os.environ.get(self.password_env)
-            if not password:
-                raise ConfigError("password_env", self.password_env, "the name of an environment variable that is set")
+            password = os.environ.get(self.password_env, "")
+            if not password or not is_utf8(password):
+                allowed = "the name of an environment variable that is set, to a text in UTF-8"
+                raise ConfigError("password_env", self.password_env, allowed)
             return password
-        if self.password_file is not None:
-            try:
-                password = Path(self.password_file).read_text(encoding="utf-8").rstrip("\r\n")
-            except (OSError, UnicodeDecodeError) as error:
-                raise ConfigError("password_file", self.password_file, f"a readable file ({error})") from None
-            if not password:
-                raise ConfigError("password_file", self.password_file, "a file that holds a password")
-            return password
-        return None
+        if self.password_file is None:
+            return None
+        content, why = read_place(self.password_file)
+        password = content.decode("utf-8", "surrogateescape")
+        if not why and not (password and is_utf8(password)):
+            why = "it is no UTF-8" if password else "it is empty"
+        if why:
+            raise ConfigError("password_file", self.password_file, f"a readable file that holds a password; {why}")
+        return password
+
+    def without_password(self, text: str) -> str:
+        """Return a server's words; one that does not know a command repeats it, the password of AUTH included."""
+        for place in (self.password_env, self.password_file):
+            if place is not None:
+                with contextlib.suppress(ConfigError):
+                    text = text.replace(self.read_password() or HIDDEN, HIDDEN)
+        return text
 
     def credentials(self) -> tuple[str, ...]:
         """Return (password,) or (username, password) for a new connection.
@@ -125,9 +138,9 @@ class RespSettings:
         if self.cluster and self.unix_path is not None:
             raise ConfigError("cluster", True, "a cluster is reached over TCP")
         if self.cluster and self.database:
-            raise ConfigError("url", _shown(urls[0]), "no database: a cluster has one only")
+            raise ConfigError("url", urls[0], "no database: a cluster has one only")
         if len(urls) > 1 and not self.cluster:
-            raise ConfigError("url", list(map(_shown, urls)), "one server; several need cluster: true")
+            raise ConfigError("url", urls, "one server; several need cluster: true")
         if not self.tls:
             for key in ("tls_ca_file", "tls_cert_file", "tls_key_file"):
                 if getattr(self, key) is not None:
@@ -152,30 +165,19 @@ class RespSettings:
                 raise ConfigError(key, path, "a readable file")
 
 
-def _shown(url: str) -> str:
-    """Return a url as it may be shown: whatever stands where a password would is hidden."""
-    head, at, tail = url.rpartition("@")
-    scheme, slashes, _ = head.partition("://")
-    return f"{scheme if slashes else ''}{slashes}***@{tail}" if at else url
-
-
 def _parse(url: str) -> SplitResult:
-    try:
-        parts = urlsplit(url)
-        _ = parts.port  # checked when it is asked for
-    except ValueError:
-        raise ConfigError("url", _shown(url), f"{_URL} expected") from None
-    if parts.scheme not in (*_SCHEMES, "unix") or parts.query or parts.fragment:
-        raise ConfigError("url", _shown(url), f"{_URL} expected")
+    parts = split_address(url)
+    if parts is None or parts.scheme not in (*_SCHEMES, "unix") or parts.query or parts.fragment:
+        raise ConfigError("url", url, f"{_URL} expected")
     if "@" in parts.netloc:
-        raise ConfigError("url", _shown(url), "no user and no password here: username, password_env, password_file")
+        raise ConfigError("url", url, "no user and no password here: username, password_env, password_file")
     if parts.scheme == "unix" and (parts.netloc or not parts.path.strip("/")):
-        raise ConfigError("url", _shown(url), '"unix:///PATH" expected')
+        raise ConfigError("url", url, '"unix:///PATH" expected')
     return parts
 
 
 def _database(parts: SplitResult, url: str) -> int:
     text = parts.path.strip("/")
-    if text and not text.isdigit():
-        raise ConfigError("url", _shown(url), "a number after the last slash, the database")
+    if text and not _DATABASE.fullmatch(text):
+        raise ConfigError("url", url, "a number after the last slash, the database")
     return int(text or 0)

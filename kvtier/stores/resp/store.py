@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import time
 from collections import Counter
@@ -12,6 +11,7 @@ from typing import Any, Self
 from kvtier.abc import BlockStore, StoreContext
 from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.keys import OffloadKey
+from kvtier.log import logger
 from kvtier.stores.envelope import Envelope
 from kvtier.stores.resp.commands import Exchanges, Operation, Outcome, Request
 from kvtier.stores.resp.connections import Server, ServerLostError
@@ -20,8 +20,6 @@ from kvtier.stores.resp.settings import RespSettings
 from kvtier.stores.resp.topology import Topology, open_topology
 from kvtier.stores.resp.wire import Break, ConnectionBrokenError, Refused, Wire
 from kvtier.types import FailureCause
-
-logger = logging.getLogger("kvtier")
 
 _ATTEMPTS = 3
 """Once more after a connection that the server closed, or a slot that has moved; and once more after both."""
@@ -33,6 +31,8 @@ _UNREADABLE = frozenset({FailureCause.CORRUPT, FailureCause.FOREIGN, FailureCaus
 _REDIRECTIONS = frozenset({"MOVED", "ASK"})
 _UNUSABLE = frozenset({"LOADING", "MASTERDOWN", "NOAUTH", "CLUSTERDOWN"})
 """What a server says that can do nothing for anybody at the moment."""
+_KNOWN_REFUSALS = frozenset({"ERR", "NOPERM", "READONLY", "MISCONF", "BUSY", "NOREPLICAS", "NOPROTO", "CROSSSLOT"})
+"""Kinds of refusals that are logged, each once; any other word is of one kind more."""
 _CAUSES = {
     "OOM": FailureCause.NO_SPACE,
     "WRONGTYPE": FailureCause.CORRUPT,
@@ -206,8 +206,9 @@ class RespStore(BlockStore):
     def _tell(self, server: Server, refusals: Sequence[Refused]) -> None:
         """Log a refusal that nothing here deals with, such as a command that the user may not use; each kind once."""
         for refused in refusals:
-            if refused.code not in _CAUSES and refused.code not in _REDIRECTIONS and refused.code not in self._told:
-                self._told.add(refused.code)
+            kind = refused.code if refused.code in _KNOWN_REFUSALS else ""
+            if refused.code not in _CAUSES and refused.code not in _REDIRECTIONS and kind not in self._told:
+                self._told.add(kind)
                 logger.warning("resp: %s refuses: %s", server.address, refused)
 
     def _redirected(self, share: Sequence[Request]) -> list[Request]:

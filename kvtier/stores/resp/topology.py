@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any
 
-import redis
-from redis.backoff import NoBackoff
-from redis.cluster import ClusterNode, RedisCluster
-from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
-from redis.exceptions import RedisClusterException
-from redis.retry import Retry
+from redis.crc import key_slot
 
 from kvtier.errors import StoreUnavailableError
+from kvtier.log import logger
 from kvtier.stores.resp.commands import Request
-from kvtier.stores.resp.connections import Server, ServerLostError, client_options
+from kvtier.stores.resp.connections import Server, ServerLostError
 from kvtier.stores.resp.settings import RespSettings
-from kvtier.stores.resp.wire import Refused
-
-logger = logging.getLogger("kvtier")
+from kvtier.stores.resp.slots import NUM_SLOTS, SlotRange, ask_slots, parse_port
+from kvtier.stores.resp.wire import ConnectionBrokenError, Refused, Wire, parse_count
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
 """Seconds before a lost node is tried again, doubled every time, and half as much more or less."""
-_FOREIGN = (redis.RedisError, RedisClusterException, OSError)
-"""What redis-py raises for a cluster; the second is no child of the first."""
+_MOST_SERVERS = 1024
+"""Named by a cluster, all together: Valkey's own bound is some 1,000 nodes."""
 _REFRESH_SECONDS = 0.5
 """Between two looks at who has which slot."""
 
@@ -118,7 +111,7 @@ class _Absence:
 
 
 class Cluster(Topology):
-    """Primaries share the slots; redis-py knows which has which, and we keep its answer in a table."""
+    """Primaries share the slots; any of them says which has which, and we keep its answer in a table."""
 
     def __init__(self, settings: RespSettings) -> None:
         """Raises: StoreUnavailableError: no node answers, or none lets us in."""
@@ -127,21 +120,13 @@ class Cluster(Topology):
         self._refreshing = threading.Lock()
         self._refreshed_at = 0.0
         self._servers: dict[tuple[str, int], Server] = {}
-        self._table: list[Server | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
+        self._table: list[Server | None] = [None] * NUM_SLOTS
         self._absent: dict[Server, _Absence] = {}
-        make_node: Any = ClusterNode  # redis-py gives its constructor no types
-        nodes = [make_node(host, port) for host, port in settings.servers]
         try:
-            self._client: Any = RedisCluster(
-                startup_nodes=nodes,
-                require_full_coverage=False,
-                retry=Retry(NoBackoff(), 0),
-                ssl=settings.tls,
-                **client_options(settings),
-            )
-        except _FOREIGN as error:
-            raise StoreUnavailableError(f"{settings.where}: {' '.join(str(error).split())}") from error
-        self._read_slots()
+            self._read_slots([self._server_at(host, port) for host, port in settings.servers])
+        except (ServerLostError, ConnectionBrokenError) as error:
+            self.close()
+            raise StoreUnavailableError(str(error)) from None
 
     def share_out(self, requests: Sequence[Request]) -> list[tuple[Server, list[Request]]]:
         """Return each node with its requests; those of lost nodes, and of slots that nobody has, are left out."""
@@ -159,14 +144,17 @@ class Cluster(Topology):
         """Follow MOVED and ASK to where they point; after MOVED, the whole table is read anew."""
         slot, _, address = refused.text.partition(" ")
         host, _, port = address.rpartition(":")
-        if not slot.isdigit() or int(slot) >= REDIS_CLUSTER_HASH_SLOTS or not port.isdigit():
+        slot_number, port_number = parse_count(slot.encode()), parse_port(port)
+        if slot_number is None or slot_number >= NUM_SLOTS or port_number is None:
             return False
-        former = self._table[int(slot)]
-        host = host.strip("[]") or (former.address.rpartition(":")[0] if former else "")
-        request.server = self._server_at(host, int(port))
+        former = self._table[slot_number]
+        host = host.strip("[]") or (former.host if former else "")
+        if (host, port_number) not in self._servers and len(self._servers) >= _MOST_SERVERS:
+            return False
+        request.server = self._server_at(host, port_number)
         request.asking = refused.code == "ASK"
         if not request.asking:
-            self._table[int(slot)] = request.server
+            self._table[slot_number] = request.server
             self._refresh()
         return True
 
@@ -195,7 +183,6 @@ class Cluster(Topology):
 
     def close(self) -> None:
         """Close every connection."""
-        self._client.close()
         for server in self._servers.values():
             server.close()
 
@@ -225,18 +212,43 @@ class Cluster(Topology):
             return
         try:
             self._refreshed_at = time.monotonic()
-            self._client.nodes_manager.initialize()
-            self._read_slots()
-        except _FOREIGN as error:
+            owners = {owner for owner in self._table if owner is not None}
+            seeds = [self._server_at(host, port) for host, port in self._settings.servers]
+            # lost ones last: each costs the time to connect
+            self._read_slots(sorted({*owners, *seeds}, key=lambda server: server in self._absent))
+        except (ServerLostError, ConnectionBrokenError) as error:
             logger.debug("resp: slots not read: %s", error)  # the table of before serves on; MOVED mends it
         finally:
             self._refreshing.release()
 
-    def _read_slots(self) -> None:
-        slots = self._client.nodes_manager.slots_cache
-        table: list[Server | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
-        for slot, nodes in slots.items():
-            table[slot] = self._server_at(nodes[0].host, int(nodes[0].port))
+    def _read_slots(self, servers: Sequence[Server]) -> None:
+        """Take the table of the first server that has one.
+
+        Raises:
+            ServerLostError, ConnectionBrokenError: none has, the last one's reason.
+        """
+        deadline = time.monotonic() + self._settings.timeout
+        for number, server in enumerate(servers, start=1):
+            ranges: list[SlotRange] = []
+
+            def ask(wire: Wire, requests: Sequence[Request], found: list[SlotRange] = ranges) -> None:
+                found.extend(ask_slots(wire))
+
+            try:
+                server.exchange(ask, (), deadline)
+            except (ServerLostError, ConnectionBrokenError):
+                if number == len(servers):
+                    raise
+                continue
+            self._take_table(server, ranges)
+            return
+
+    def _take_table(self, asked: Server, ranges: Sequence[SlotRange]) -> None:
+        table: list[Server | None] = [None] * NUM_SLOTS
+        for first, last, host, port in ranges:
+            if ((host or asked.host), port) in self._servers or len(self._servers) < _MOST_SERVERS:
+                owner = self._server_at(host or asked.host, port)
+                table[first : last + 1] = [owner] * (last + 1 - first)
         self._table = table
         self._forget_absent(set(filter(None, table)))
 

@@ -14,6 +14,7 @@ from socket import MSG_WAITALL, SO_RCVTIMEO, SO_SNDTIMEO, SOL_SOCKET, socket
 from typing import NamedTuple
 
 from kvtier.errors import StoreError
+from kvtier.foreign_text import first_line
 
 BUFFER_BYTES = 64 * 1024
 """Of replies other than payloads, received at once."""
@@ -21,6 +22,7 @@ PIECE_BYTES = 512 * 1024
 """Of a payload, received at once, and then summed: the processor's second cache still has it."""
 _TIMEVAL = struct.Struct("@ll")
 _MOST_LINE_BYTES = 8 * 1024
+_MOST_DIGITS = 20
 _MOST_PIECES = 512
 """In one sendmsg; Linux takes 1,024."""
 
@@ -31,6 +33,8 @@ class Break(Enum):
     CLOSED = "closed"
     """The other side: another connection may work at once."""
     TIMED_OUT = "timed out"
+    REFUSED = "refused"
+    """The server does not do what everything else depends on."""
     GARBAGE = "garbage"
     """The replies make no sense (any more)."""
 
@@ -52,7 +56,7 @@ class Refused(NamedTuple):
     @classmethod
     def parse(cls, line: bytes) -> Refused:
         """Return what an error line (without its "-") says."""
-        code, _, text = line.decode("utf-8", "replace").partition(" ")
+        code, _, text = first_line(line.decode("utf-8", "replace")).partition(" ")
         return cls(code, text)
 
     def __str__(self) -> str:
@@ -198,8 +202,8 @@ class Wire:
         return [self._integer(self.line()) for _ in range(count)]
 
     def _integer(self, line: bytes) -> int | Refused:
-        if line[:1] == b":" and line[1:].isdigit():
-            return int(line[1:])
+        if line[:1] == b":" and (number := parse_count(line[1:])) is not None:
+            return number
         if line[:1] == b"-":
             return Refused.parse(line[1:])
         raise ConnectionBrokenError(Break.GARBAGE, "a reply that is no number")
@@ -251,6 +255,11 @@ class Wire:
     def _check_deadline(self) -> None:
         if time.monotonic() >= self._deadline:
             raise ConnectionBrokenError(Break.TIMED_OUT, "not done in time")
+
+
+def parse_count(digits: bytes) -> int | None:
+    """Return a number of the protocol, which has 64 bits; None for anything else."""
+    return int(digits) if digits.isdigit() and len(digits) < _MOST_DIGITS else None
 
 
 def _broken(error: OSError) -> ConnectionBrokenError:

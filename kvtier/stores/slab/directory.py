@@ -9,7 +9,6 @@ import contextlib
 import errno
 import fcntl
 import json
-import logging
 import os
 import re
 import time
@@ -17,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvtier.errors import StoreUnavailableError
+from kvtier.log import logger
 from kvtier.namespace import Namespace
 from kvtier.stores.own_files import FOLDER_MODE, Folder, StrangerError, shown
 from kvtier.stores.slab.layout import (
@@ -29,8 +29,6 @@ from kvtier.stores.slab.layout import (
 )
 from kvtier.stores.slab.mounts import check_mounted
 from kvtier.stores.slab.spare import cut_spare
-
-logger = logging.getLogger(__name__)
 
 MOST_DESCRIPTION_BYTES = 256 << 10
 _MOST_LOCK_BYTES = 64

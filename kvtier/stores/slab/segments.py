@@ -5,19 +5,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import logging
 import mmap
 import os
 import threading
 from collections.abc import Callable, Sequence
 
+from kvtier.log import logger
 from kvtier.stores.own_files import Folder
 from kvtier.stores.slab.geometry import SlabGeometry
 from kvtier.stores.slab.layout import data_name, segment_of
 from kvtier.stores.slab.mounts import TELLS_UNWRITTEN, filesystem_type
 from kvtier.stores.slab.vectored import PAGE_BYTES, is_page_aligned, read_fully, write_fully
-
-logger = logging.getLogger(__name__)
 
 NO_SPACE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _NO_FALLOCATE = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV})

@@ -7,7 +7,6 @@ Nothing is synchronised to the device; a power cut may cost the last seconds, ne
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Self
 from kvtier.abc import SlotStore, StoreContext
 from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.keys import OffloadKey
+from kvtier.log import logger
 from kvtier.sizes import format_size
 from kvtier.stores.envelope import PORTION_BYTES, Envelope
 from kvtier.stores.seal import HEADER_BYTES
@@ -25,8 +25,6 @@ from kvtier.stores.slab.headers import HeaderFile
 from kvtier.stores.slab.runs import Run, coalesce
 from kvtier.stores.slab.segments import NO_SPACE_ERRORS, Segments
 from kvtier.types import FailureCause
-
-logger = logging.getLogger(__name__)
 
 
 class SlabStore(SlotStore):

@@ -1,0 +1,46 @@
+"""Text of others (servers, files, plug-ins, users), made fit for one line of a log, an error or a terminal.
+
+A line break forges a line of a log. An escape sequence moves a terminal's cursor. A bidirectional control changes what
+a reader sees. A megabyte of either hides everything else. Whoever shows text that is not kvtier's own calls `one_line`.
+"""
+
+from __future__ import annotations
+
+MOST_QUOTED = 200
+"""Characters of a quotation."""
+MOST_IN_A_LINE = 2000
+"""Characters of a whole message, quotations included."""
+_CUT = " ..."
+
+
+def one_line(text: object, most: int = MOST_IN_A_LINE) -> str:
+    """Return `text` as one line of printable characters; all others stand as Python's escapes of them.
+
+    Args:
+        text: anything; bytes are taken for UTF-8.
+        most: characters of it that are shown; what is cut shows as " ...".
+    """
+    if isinstance(text, bytes | bytearray | memoryview):
+        shown = bytes(text[: 4 * most]).decode("utf-8", "backslashreplace")  # a character has four bytes at most
+    else:
+        shown = str(text)
+    is_cut = len(shown) > most
+    shown = shown[:most].rstrip()
+    if not shown.isprintable():
+        shown = "".join(map(_escaped, shown))
+    return shown + _CUT if is_cut else shown
+
+
+def first_line(text: object, most: int = MOST_QUOTED) -> str:
+    """Return what stands before the first line break: where a protocol has none, the rest is somebody's forgery."""
+    return one_line(next(iter(str(text).lstrip()[: most + 1].splitlines()), ""), most)
+
+
+def is_utf8(text: str) -> bool:
+    """Return whether a text can leave Python: not if it holds half of a surrogate pair, or bytes that are no UTF-8."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _escaped(character: str) -> str:
+    # printable are neither controls nor format characters (bidirectional ones, joiners), surrogates, or separators
+    return character if character.isprintable() else character.encode("unicode_escape").decode("ascii")

@@ -1,0 +1,67 @@
+"""What may be shown of an option: never a secret, whoever put it there.
+
+A value is hidden by its option's name, also where the option wants the *place* of a secret: people put the secret
+itself there. Of an address only scheme, host and port are shown: passwords stand in front of the host, in the path, the
+query and the fragment.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from urllib.parse import SplitResult, urlsplit
+
+HIDDEN = "***"
+_SECRET_PARTS = ("secret", "passw", "passphrase", "credential", "apikey", "connection_string")
+_SECRET_WORDS = frozenset({"token", "key", "pwd", "pw", "pass", "auth", "authorization", "sas", "dsn", "signature"})
+_ADDRESS_WORDS = frozenset({"url", "urls", "uri", "endpoint"})
+_ADDRESS = re.compile(r"://(\S*)")
+_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.%]+\]|[\w.-]+)(?::\d{0,5})?")
+_HOST_AND_PORT = re.compile(r"(?:\[[0-9A-Fa-f:.%]+\]|[\w.-]+):\d{1,5}")
+
+
+def shown_option(name: str, value: object) -> object:
+    """Return what may be shown of the option `name`, items of lists and mappings included."""
+    if isinstance(value, Mapping):
+        return {key: shown_option(str(key), item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [shown_option(name, item) for item in value]
+        return tuple(items) if isinstance(value, tuple) else items
+    if value is None or isinstance(value, bool):
+        return value
+    if is_secret(name):
+        return HIDDEN
+    if isinstance(value, bytes | bytearray | memoryview):
+        return f"{len(value)} bytes"
+    if not isinstance(value, str):
+        return value
+    if not _words(name).isdisjoint(_ADDRESS_WORDS) and "://" not in value:
+        return value if _HOST_AND_PORT.fullmatch(value) else HIDDEN
+    return _ADDRESS.sub(_shown_address, value)
+
+
+def split_address(address: str) -> SplitResult | None:
+    """Return the parts of an address, None if it is none: Python's error would quote what may be a password."""
+    try:
+        parts = urlsplit(address)
+        _ = parts.port  # checked when it is asked for
+    except ValueError:
+        return None
+    return parts
+
+
+def is_secret(name: str) -> bool:
+    """Return whether an option's name speaks of a secret, or of a secret's place."""
+    return any(part in name.lower() for part in _SECRET_PARTS) or not _words(name).isdisjoint(_SECRET_WORDS)
+
+
+def _words(name: str) -> set[str]:
+    return set(re.split(r"[^a-z0-9]+", name.lower()))
+
+
+def _shown_address(found: re.Match[str]) -> str:
+    host = re.split("[/?#]", found[1], maxsplit=1)[0]
+    more = found[1][len(host) :]
+    if "@" in found[1] or not _HOST.fullmatch(host):
+        return f"://{HIDDEN}"
+    return f"://{host}/{HIDDEN}" if more.strip("/") else f"://{host}{more}"

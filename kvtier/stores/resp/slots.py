@@ -1,0 +1,84 @@
+"""Who has which slot of a cluster: the reply to CLUSTER SLOTS (https://valkey.io/commands/cluster-slots/), bounded."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from kvtier.stores.resp.wire import Break, ConnectionBrokenError, Refused, Wire, parse_count
+
+NUM_SLOTS = 16384
+_QUESTION = b"*2\r\n$7\r\nCLUSTER\r\n$5\r\nSLOTS\r\n"
+_MOST_DEPTH = 4
+_MOST_ITEMS = 1 << 20
+"""Of the whole reply: every slot a range of its own, with a dozen replicas."""
+_MOST_TEXT_BYTES = 1024
+_MOST_PORT = 65535
+_UNKNOWN_HOSTS = (None, b"", b"?")
+
+
+class SlotRange(NamedTuple):
+    """Slots `first` to `last`, and their primary; no host: the one that was asked."""
+
+    first: int
+    last: int
+    host: str
+    port: int
+
+
+def ask_slots(wire: Wire) -> list[SlotRange]:
+    """Return all ranges.
+
+    Raises:
+        ConnectionBrokenError: the server refused, or its reply makes no sense.
+    """
+    wire.send([_QUESTION])
+    ranges = _Reader(wire).value()
+    if not isinstance(ranges, list):
+        raise _garbage()
+    return [_range_of(entry) for entry in ranges]
+
+
+def parse_port(text: str) -> int | None:
+    """Return the number of a port; None for anything else."""
+    port = parse_count(text.encode("utf-8", "replace"))
+    return port if port is not None and 0 < port <= _MOST_PORT else None
+
+
+def _range_of(entry: Any) -> SlotRange:
+    match entry:
+        case [int(first), int(last), [host, int(port), *_], *_] if 0 <= first <= last < NUM_SLOTS:
+            if host in _UNKNOWN_HOSTS:
+                host = b""
+            if isinstance(host, bytes) and 0 < port <= _MOST_PORT:
+                return SlotRange(first, last, host.decode("ascii", "replace"), port)
+    raise _garbage()
+
+
+class _Reader:
+    """Reads one reply of any shape, up to the bounds."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+        self._items_left = _MOST_ITEMS
+
+    def value(self, depth: int = 0) -> Any:
+        line = self._wire.line()
+        kind, count = line[:1], parse_count(line[1:])
+        self._items_left -= 1
+        if kind == b"-":
+            raise ConnectionBrokenError(Break.REFUSED, str(Refused.parse(line[1:])))
+        if line in (b"$-1", b"*-1"):
+            return None
+        if count is None or self._items_left < 0 or depth > _MOST_DEPTH:
+            raise _garbage()
+        if kind == b":":
+            return count
+        if kind == b"$" and count <= _MOST_TEXT_BYTES:
+            return self._wire.take(count, 0)
+        if kind == b"*" and count <= self._items_left:
+            return [self.value(depth + 1) for _ in range(count)]
+        raise _garbage()
+
+
+def _garbage() -> ConnectionBrokenError:
+    return ConnectionBrokenError(Break.GARBAGE, "a reply that is no table of slots")
