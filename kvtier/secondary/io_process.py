@@ -42,6 +42,10 @@ _MOST_PACKETS = 512
 _MOST_INDEX_BATCHES = 2
 """Received in one poll, so that a large index does not hold up a scheduler step."""
 
+_CLOSED = (
+    "this process has closed descriptors that kvtier needs, as daemons do when they start: make the cache after that"
+)
+
 _SECONDS_TO_EXIT = 0.2
 """From the end of the socket to the end of the process, before it is killed for staying."""
 
@@ -69,9 +73,10 @@ class IOProcess(IOExecutor):
     socket, the arena, and a pidfd of this process. It is never forked, because the engine has threads.
     """
 
-    def __init__(self, description: StoreDescription, arena_fd: int) -> None:
+    def __init__(self, description: StoreDescription, arena: Descriptor) -> None:
+        """Args: arena: of the arena's memfd, for the process to map; the caller's."""
         self._description = description
-        self._arena_fd = arena_fd
+        self._arena = arena
         self._process: subprocess.Popen[bytes] | None = None
         self._pidfd: Descriptor | None = None
         self._socket: socket.socket | None = None
@@ -109,6 +114,8 @@ class IOProcess(IOExecutor):
         ours: socket.socket | None = None
         theirs: socket.socket | None = None
         parent = -1
+        if not self._arena.is_ours():
+            raise StoreUnavailableError(_CLOSED)
         options = Options(self._description.to_json())
         try:
             encode(options)
@@ -117,7 +124,7 @@ class IOProcess(IOExecutor):
         try:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             parent = os.pidfd_open(os.getpid())
-            inherited = (theirs.fileno(), self._arena_fd, parent)
+            inherited = (theirs.fileno(), self._arena.number, parent)
             self._process = subprocess.Popen(
                 [sys.executable or "python3", "-P", "-m", "kvtier.secondary.io_main", *map(str, inherited)],
                 stdin=subprocess.DEVNULL,

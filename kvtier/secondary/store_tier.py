@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from kvtier import forks
 from kvtier.abc import BlockStore, EvictionPolicy, SecondaryTierManager, SlotStore, TierContext
+from kvtier.descriptors import Descriptor
 from kvtier.errors import ConfigError, KeyFormatError, ProtocolError
 from kvtier.events import Observers, TierState
 from kvtier.namespace import Namespace
@@ -132,6 +133,8 @@ class StoreTierManager(SecondaryTierManager):
         self._supervisor = Supervisor(
             self._make_executor, self._ledger, self._health, breaker, store_breaker, clock, deadlines, self._end_life
         )
+        arena_fd = None if self.context.inline_io else self.context.arena_fd
+        self._arena = None if arena_fd is None else Descriptor(arena_fd)
         self._prepared: Prepared | None = None
         self._most_store_blocks = max(1, self.settings.most_store_bytes // self.block_bytes)
         forks.register(self)
@@ -331,9 +334,9 @@ class StoreTierManager(SecondaryTierManager):
         )
         if self.context.inline_io:
             return InlineExecutor(description, arena_rows(self.primary_kv_view))
-        if self.context.arena_fd is None:
+        if self._arena is None:
             return ThreadExecutor(description, arena_rows(self.primary_kv_view))
-        return IOProcess(description, self.context.arena_fd)
+        return IOProcess(description, self._arena)
 
 
 def _shape(view: memoryview) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import pytest
 from fault_rigs import PATIENT, QUICK, Recorder, faulty_tier, make_rig
 
 from kvtier.abc import SlotStore
+from kvtier.descriptors import Descriptor
 from kvtier.events import TierState
 from kvtier.namespace import Namespace
 from kvtier.primary.arena import Arena, arena_rows
@@ -179,7 +180,7 @@ def test_many_lives_leave_nothing_behind():
         description = StoreDescription("no.such:Store", {}, Namespace({}), 2, 4096)
         before, children = len(os.listdir("/proc/self/fd")), children_of_this()
         for number in range(10):
-            executor = IOProcess(description, arena.fd)
+            executor = IOProcess(description, Descriptor(arena.fd))
             executor.start()
             if number % 2:
                 executor.kill()
