@@ -42,7 +42,7 @@ class Rig:
         folder.mkdir(exist_ok=True)
         capacity = int(num_keys * 1.5) * BLOCK_BYTES
         tier = {"type": "disk", "path": str(folder / f"disk-{num_keys}"), "capacity": 4 * capacity, "job_deadline": 600}
-        extra = {"cpu_bytes_to_use": capacity, "secondary_tiers": [tier], "load_deadline": 600, "job_deadline": 600}
+        extra = {"cpu_bytes_to_use": capacity, "secondary_tiers": [tier], "load_deadline": 600, "tier_deadline": 600}
         config = OffloadingConfig(
             extra_config=extra,
             groups=(KVCacheGroup(16, ("layer",)),),

@@ -351,6 +351,14 @@ class SecondaryTierManager(ABC):
         """Why the tier is in its state, in a few words; empty if there is nothing to say."""
         return ""
 
+    @property
+    def progress(self) -> int:
+        """A number that grows when a part of any job is done; for tiers whose jobs may take longer than a deadline.
+
+        A tier with jobs, of which for `tier_deadline` none has ended and this has not grown, is not used.
+        """
+        return 0
+
     def start(self) -> None:
         """Begin working, without waiting; called once before any other call. A tier may be STARTING for a while."""
         return

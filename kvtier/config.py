@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
@@ -15,6 +16,8 @@ from kvtier.redaction import shown_option
 from kvtier.sizes import parse_size
 from kvtier.tiering.settings import ResetPolicy, TieringSettings
 from kvtier.types import Admission
+
+logger = logging.getLogger("kvtier")
 
 DEFAULT_SPEC = "CPUOffloadingSpec"
 DEFAULT_RECORD_LIMIT = "1GiB"
@@ -120,7 +123,7 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             say; absent, it is true if there are secondary tiers and each admits prompts only.
         self_describing_kv_events: engines attach token ids to KV events.
         canonical_layout: not supported.
-        load_deadline, probe_deadline, lease_timeout, drain_timeout, job_deadline, promotion_budget, prefill_rate,
+        load_deadline, probe_deadline, lease_timeout, drain_timeout, tier_deadline, promotion_budget, prefill_rate,
             on_reset: see `TieringSettings`.
         allow_lora: trust the names of LoRA adapters across restarts.
         record: path of a new file that gets a recording of the requests, for `kvtier simulate`; record_limit: most
@@ -141,7 +144,7 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     probe_deadline: _Seconds | None = TieringSettings.probe_deadline
     lease_timeout: _Seconds = TieringSettings.lease_timeout
     drain_timeout: _Seconds = TieringSettings.drain_timeout
-    job_deadline: _Seconds = TieringSettings.job_deadline
+    tier_deadline: _Seconds = TieringSettings.tier_deadline
     promotion_budget: _Share = TieringSettings.promotion_budget
     prefill_rate: _Seconds | None = TieringSettings.prefill_rate
     on_reset: ResetPolicy = TieringSettings.on_reset
@@ -156,7 +159,7 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             probe_deadline=self.probe_deadline,
             lease_timeout=self.lease_timeout,
             drain_timeout=self.drain_timeout,
-            job_deadline=self.job_deadline,
+            tier_deadline=self.tier_deadline,
             promotion_budget=self.promotion_budget,
             prefill_rate=self.prefill_rate,
             tokens_per_block=tokens_per_block,
@@ -198,6 +201,7 @@ def parse_config(extra_config: Mapping[str, Any], kind: type[C]) -> C:
     if "secondary_tiers" in extra_config and "secondary_tiers" not in fields:
         value = extra_config["secondary_tiers"]
         raise ConfigError("secondary_tiers", value, 'spec_name "TieringOffloadingSpec" has tiers, this one has none')
+    extra_config = _with_new_names(extra_config)
     check_known(extra_config, fields)
     parse_size("cpu_bytes_to_use", extra_config.get("cpu_bytes_to_use"))
     parse_size("record_limit", extra_config.get("record_limit", DEFAULT_RECORD_LIMIT))
@@ -206,6 +210,24 @@ def parse_config(extra_config: Mapping[str, Any], kind: type[C]) -> C:
         allowed = "false only: kvtier stores each rank's own layout, and the namespace keeps ranks apart"
         raise ConfigError("canonical_layout", True, allowed)
     return kind(**values)
+
+
+_RENAMED = {"job_deadline": "tier_deadline"}
+"""Former names of options; a tier's own option `job_deadline` means something else."""
+
+
+def _with_new_names(extra_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the options by their names of today, and say once a call which to change.
+
+    Raises:
+        ConfigError: an option is there under both names.
+    """
+    former = {old: new for old, new in _RENAMED.items() if old in extra_config}
+    for old, new in former.items():
+        if new in extra_config:
+            raise ConfigError(old, extra_config[old], f"not together with {new}, which is its name now")
+        logger.warning("kvtier: the option %s is called %s now; the old name still works", old, new)
+    return {former.get(key, key): value for key, value in extra_config.items()}
 
 
 def json_schema(kind: type[CPUConfig] = TieringConfig) -> dict[str, Any]:

@@ -1,3 +1,5 @@
+import logging
+
 import msgspec
 import pytest
 
@@ -51,7 +53,7 @@ def parse(kind=TieringConfig, **keys):
         ({"probe_deadline": float("nan")}, "probe_deadline=nan: expected float > 0.0"),
         ({"lease_timeout": float("inf")}, "lease_timeout=inf: a finite number expected"),
         ({"drain_timeout": -1}, "drain_timeout=-1: expected float > 0.0"),
-        ({"job_deadline": True}, "job_deadline=True: expected float, got bool"),
+        ({"tier_deadline": True}, "tier_deadline=True: expected float, got bool"),
         ({"promotion_budget": 1.5}, "promotion_budget=1.5: expected float <= 1.0"),
         ({"promotion_budget": 0}, "promotion_budget=0: expected float > 0.0"),
         ({"prefill_rate": 0}, "prefill_rate=0: expected float > 0.0"),
@@ -201,3 +203,13 @@ def test_the_schema_lists_every_key():
     assert json_schema()["$defs"]["TieringConfig"]["additionalProperties"] is False
     assert json_schema()["$defs"]["TieringConfig"]["required"] == ["cpu_bytes_to_use"]
     assert "secondary_tiers" not in json_schema(CPUConfig)["$defs"]["CPUConfig"]["properties"]
+
+
+def test_an_option_with_a_former_name_still_works_and_is_named_in_the_log(caplog):
+    with caplog.at_level(logging.WARNING):
+        assert parse(job_deadline=7.0).tier_deadline == 7.0
+    assert "kvtier: the option job_deadline is called tier_deadline now" in caplog.text
+    with pytest.raises(ConfigError, match="not together with tier_deadline"):
+        parse(job_deadline=7.0, tier_deadline=8.0)
+    with pytest.raises(ConfigError, match="tier_deadline=True"):
+        parse(job_deadline=True)

@@ -20,7 +20,7 @@ class Job:
     Attributes:
         keys, arena_slots, store_slots: the blocks that move, in one order; store_slots as in `Part`.
         successful: keys that are done, those included that had nothing to move.
-        submitted: time of submission.
+        submitted, progressed: time of submission, and of the last answer to any of its blocks.
     """
 
     serial: int
@@ -34,8 +34,10 @@ class Job:
     num_bytes: int = 0
     answered: bytearray = field(init=False)
     num_left: int = field(init=False)
+    progressed: float = field(init=False)
 
     def __post_init__(self) -> None:
+        self.progressed = self.submitted
         self.answered = bytearray(len(self.keys))
         self.num_left = len(self.keys)
 
@@ -75,11 +77,16 @@ class JobLedger:
         self._clock = clock
         self._observer = observer
         self._jobs: dict[int, Job] = {}
+        self._overtaken: dict[int, tuple[Job, float]] = {}
+        """Jobs, and since when a later one of their kind has had an answer. Jobs of a kind are begun in their order:
+        these do not wait, they run."""
         self._results: list[JobResult] = []
         self._next_serial = 1
         self.num_store_blocks = 0
         """Blocks of unanswered store jobs that have not moved yet."""
         self.num_load_blocks = 0
+        self.num_answered = 0
+        """Blocks that have been answered so far; it grows whenever anything progresses."""
 
     @property
     def num_jobs(self) -> int:
@@ -90,6 +97,11 @@ class JobLedger:
     def oldest_submission(self) -> float | None:
         """When the oldest unanswered job was submitted; None if there is none."""
         return next(iter(self._jobs.values())).submitted if self._jobs else None
+
+    @property
+    def held_up_since(self) -> float | None:
+        """Since when a job that others have overtaken shows no progress; None if there is no such job."""
+        return min((max(since, job.progressed) for job, since in self._overtaken.values()), default=None)
 
     def open(
         self,
@@ -132,6 +144,8 @@ class JobLedger:
             raise ProtocolError(f"a result for job {result.serial}, which is not open")
         if not count or first + count > len(job.keys) or 1 in job.answered[first : first + count]:
             raise ProtocolError(f"blocks {first} to {first + count} of job {result.serial} are not open")
+        self._note_progress(job)
+        self.num_answered += count
         job.answered[first : first + count] = b"\1" * count
         job.num_left -= count
         self._count(job, -count)
@@ -148,12 +162,23 @@ class JobLedger:
             job.successful += [job.keys[index] for index in moved]
         if not job.num_left:
             del self._jobs[job.serial]
+            self._overtaken.pop(job.serial, None)
             self._finish(job)
         return Outcome(job, moved, failed, result.failures, not job.num_left)
+
+    def _note_progress(self, job: Job) -> None:
+        """Some blocks of a job were answered: jobs of its kind before it are overtaken."""
+        now = job.progressed = self._clock()
+        for serial, other in self._jobs.items():
+            if other is job:
+                break
+            if serial not in self._overtaken and other.metadata.is_promotion is job.metadata.is_promotion:
+                self._overtaken[serial] = (other, now)
 
     def fail_all(self, cause: FailureCause) -> None:
         """Answer every open job: what has not moved failed. Only when nothing can move any more."""
         jobs, self._jobs = self._jobs, {}
+        self._overtaken.clear()
         for job in jobs.values():
             self._count(job, -job.num_left)
             job.count_failures({cause: job.num_left})

@@ -155,6 +155,11 @@ class StoreTierManager(SecondaryTierManager):
         return self._health.reason
 
     @property
+    def progress(self) -> int:
+        """Blocks that the executor has answered so far."""
+        return self._ledger.num_answered
+
+    @property
     def io_pid(self) -> int | None:
         """Process that moves this tier's bytes, if one does at the moment."""
         executor = self._supervisor.executor

@@ -153,6 +153,11 @@ class StripedTierManager(SecondaryTierManager):
         )
 
     @property
+    def progress(self) -> int:
+        """Blocks that the stripes' executors have answered so far."""
+        return sum(stripe.progress for stripe in self._stripes)
+
+    @property
     def io_pids(self) -> list[int | None]:
         """Processes that move this tier's bytes, one a stripe; None where there is none at the moment."""
         return [stripe.io_pid for stripe in self._stripes]

@@ -26,14 +26,14 @@ class Deadlines:
 
     Attributes:
         job: without any progress while jobs are open, and for an executor to end when told to.
-        oldest_job: for a single job, however much progress others make.
+        overtaken_job: without progress of a job that later ones have overtaken; one that waits its turn is not late.
         start: without any progress while a store opens.
         drain: for `drain_jobs` and `shutdown` to let running jobs end by themselves.
         kill: for a killed executor to be gone, while somebody waits for it.
     """
 
     job: float = 10.0
-    oldest_job: float = 40.0
+    overtaken_job: float = 40.0
     start: float = 60.0
     drain: float = 2.0
     kill: float = 1.0
@@ -266,7 +266,8 @@ class Supervisor:
         oldest = self._ledger.oldest_submission if self._phase is _WORKING else None
         if oldest is not None and now - max(self._progress_at, oldest) > deadlines.job:
             return "no progress of its jobs", grace
-        if oldest is not None and now - oldest > deadlines.oldest_job:
+        held_up = self._ledger.held_up_since if oldest is not None else None
+        if held_up is not None and now - held_up > deadlines.overtaken_job:
             return "a job that does not end", deadlines.job
         return None, grace
 

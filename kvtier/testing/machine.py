@@ -65,7 +65,7 @@ class TieringMachine(RuleBasedStateMachine):
     """An engine with a handful of requests over one manager; `weights` counts resets."""
 
     settings_of_manager = TieringSettings(
-        load_deadline=2.0, lease_timeout=5.0, drain_timeout=5.0, job_deadline=8.0, promotion_budget=0.7
+        load_deadline=2.0, lease_timeout=5.0, drain_timeout=5.0, tier_deadline=8.0, promotion_budget=0.7
     )
 
     def make_tiers(self, arena: Arena, clock: ManualClock) -> Sequence[SecondaryTierManager]:

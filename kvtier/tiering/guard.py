@@ -59,7 +59,7 @@ class TierGuard:
         admission: Admission,
         clock: Clock,
         observer: Observer,
-        job_deadline: float,
+        tier_deadline: float,
         probe_deadline: float | None = None,
     ) -> None:
         """Args: probe_deadline: longest wait for an answer to a lookup, seconds; None for the tier's own."""
@@ -75,7 +75,8 @@ class TierGuard:
         self.patience = ProbePatience(clock, tier.probe_deadline if probe_deadline is None else probe_deadline)
         self._clock = clock
         self._observer = observer
-        self._job_deadline = job_deadline
+        self._tier_deadline = tier_deadline
+        self._progressed_at, self._progress = 0.0, 0
         self._standing = Standing(name, clock, observer)
         self._ledger = None if tier.verifies_payloads else DigestLedger(arena_rows(tier.primary_kv_view))
         self._most_pinned = int(len(tier.primary_kv_view) * STORE_SHARE)
@@ -118,6 +119,8 @@ class TierGuard:
     def submit(self, metadata: JobMetadata, slots: list[int]) -> bool:
         """Hand a job over; False if the tier did not take it. The slots must be pinned already."""
         job = make_tier_job(metadata, slots, self._clock())
+        if not self.jobs:
+            self._progressed_at = job.submitted
         self.jobs[job.job_id] = job
         if not job.is_promotion:
             self._num_storing += len(job.slots)
@@ -229,6 +232,7 @@ class TierGuard:
 
     def _answer(self, job: TierJob, successful: Collection[OffloadKey], answers: list[Answer]) -> None:
         self._forget(job)
+        self._progressed_at = self._clock()
         answers.append(Answer(job, successful))
 
     def _collect_hashes(self, ledger: DigestLedger, answers: list[Answer]) -> None:
@@ -236,6 +240,7 @@ class TierGuard:
         if not done:
             return
         self._hashing = [hashing for hashing in self._hashing if not hashing.digests.done()]
+        self._progressed_at = self._clock()
         for hashing in done:
             job, keys, digests = hashing.job, hashing.job.keys, hashing.digests.result()
             if job.is_promotion:
@@ -254,9 +259,9 @@ class TierGuard:
 
     def _refresh(self) -> None:
         now = self._clock()
-        oldest = next(iter(self.jobs.values()), None)  # jobs stand in the order of their submission
-        if oldest is not None and now - oldest.submitted > self._job_deadline:
-            self._down("a job is overdue")
+        self._follow_progress(now)
+        if self.jobs and self._is_overdue(now):
+            self._down("its jobs make no progress")
         elif self._pending_epoch is None:
             self._standing.reconsider(now)
         state, is_trusted = self.state, self._standing.is_trusted
@@ -265,6 +270,19 @@ class TierGuard:
             self.patience.begin_life()
         self.usable = is_trusted and state is _UP
         self._is_opening = is_trusted and state is _STARTING and self.tier.persistent and not self._was_usable
+
+    def _follow_progress(self, now: float) -> None:
+        try:
+            progress = self.tier.progress
+        except Exception as fault:  # noqa: BLE001 - a tier's fault never reaches the engine: it is reported
+            self._fault("progress", fault)
+            return
+        if progress != self._progress:
+            self._progress, self._progressed_at = progress, now
+
+    def _is_overdue(self, now: float) -> bool:
+        """Return whether nothing of the jobs has progressed for too long; one that waits its turn is not late."""
+        return now - self._progressed_at > self._tier_deadline
 
     @property
     def state(self) -> TierState:
@@ -334,8 +352,8 @@ class TierGuard:
             self._ledger.close()
 
     def has_live_cascade(self, now: float) -> bool:
-        """Return whether a cascade is still within its deadline."""
-        return any(not job.is_promotion and now - job.submitted <= self._job_deadline for job in self.jobs.values())
+        """Return whether there is a cascade and the tier makes progress."""
+        return self._num_storing > 0 and not self._is_overdue(now)
 
     def check_invariants(self) -> None:
         """Raise InvariantError if a hashing job is not an unanswered job; then ask the tier."""

@@ -24,7 +24,7 @@ class TieringSettings:
         probe_deadline: longest a request waits for one tier to say whether it has a block; None for each tier's own.
         lease_timeout: longest a request holds promoted blocks that it does not load.
         drain_timeout: longest a reset or shutdown waits for tiers.
-        job_deadline: a tier with a job older than this is not used until it has answered.
+        tier_deadline: a tier of whose jobs nothing has progressed for so long is not used until something has.
         promotion_budget: share of the primary's slots that promotions and leases may hold, in (0, 1].
         prefill_rate: tokens a second that the engine computes; shortens waits for tiers to what recomputing takes.
         tokens_per_block: tokens in one offloaded block, for that prediction.
@@ -36,7 +36,7 @@ class TieringSettings:
     probe_deadline: float | None = None
     lease_timeout: float = 30.0
     drain_timeout: float = 5.0
-    job_deadline: float = 30.0
+    tier_deadline: float = 30.0
     promotion_budget: float = 0.8
     prefill_rate: float | None = None
     tokens_per_block: int = 0

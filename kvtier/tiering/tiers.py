@@ -51,7 +51,7 @@ class SecondaryTiers:
                 admission,
                 clock,
                 observer,
-                settings.job_deadline,
+                settings.tier_deadline,
                 settings.probe_deadline if probe_deadline is None else probe_deadline,
             )
             for index, (tier, name, admission, probe_deadline) in enumerate(rules)

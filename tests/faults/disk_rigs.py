@@ -14,7 +14,7 @@ from kvtier.testing.tier_rig import TierRig
 
 QUICK = TierSettings(
     threads=2,
-    deadlines=Deadlines(job=3.0, oldest_job=12.0, start=10.0, drain=1.0),
+    deadlines=Deadlines(job=3.0, overtaken_job=12.0, start=10.0, drain=1.0),
     first_backoff=0.05,
     longest_backoff=0.2,
 )

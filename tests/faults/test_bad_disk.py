@@ -240,7 +240,7 @@ def test_a_slow_disk_delays_its_own_jobs_only(rig, faulty_disk):
 
 def test_a_call_that_nobody_can_interrupt_keeps_its_slots_until_it_has_ended(rig, faulty_disk):
     """A process that is killed in such a call ends when the call does, and not before are its jobs answered."""
-    settings = replace(QUICK, deadlines=Deadlines(job=0.5, oldest_job=5.0, start=20.0))
+    settings = replace(QUICK, deadlines=Deadlines(job=0.5, overtaken_job=5.0, start=20.0))
     tier = start(rig, faulty_disk.path / "tier", settings=settings)
     rig.store(ALL)
     pid = tier.io_pid

@@ -94,7 +94,7 @@ def test_killed_at_random_under_load(rig, tmp_path):
 @pytest.mark.parametrize("seed", [1, 2])
 def test_stopped_continued_and_killed_at_random(rig, tmp_path, seed):
     """A slot is scribbled over as soon as its job has answered: a process that still wrote or read it would show."""
-    deadlines = Deadlines(job=0.3, oldest_job=2.0, start=10.0, drain=0.5)
+    deadlines = Deadlines(job=0.3, overtaken_job=2.0, start=10.0, drain=0.5)
     tier = start(rig, tmp_path / "tier", settings=replace(QUICK, deadlines=deadlines, first_backoff=0.01))
     load = Load(rig, seed)
     for _ in range(8):

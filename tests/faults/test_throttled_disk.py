@@ -101,7 +101,7 @@ def test_a_slow_device_delays_its_own_jobs_only(rig, device, tmp_path):
 
 @pytest.mark.root
 def test_a_device_slower_than_its_deadline_is_done_without_until_it_is_quick_again(rig, device, tmp_path):
-    deadlines = Deadlines(job=0.5, oldest_job=2.0, start=20.0, drain=0.5)
+    deadlines = Deadlines(job=0.5, overtaken_job=2.0, start=20.0, drain=0.5)
     tier = start(rig, tmp_path / "tier", capacity=4 << 20, settings=replace(QUICK, deadlines=deadlines))
     assert rig.store(ALL).success
     device.limit(32 << 10)

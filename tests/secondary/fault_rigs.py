@@ -14,7 +14,7 @@ from kvtier.testing.patience import wait_for
 from kvtier.testing.tier_rig import TierRig
 
 FAULTY = "kvtier.testing.faulty_stores:FaultyBlockStore"
-QUICK = TierSettings(deadlines=Deadlines(job=1.0, oldest_job=6.0, start=8.0, drain=0.5), first_backoff=0.05)
+QUICK = TierSettings(deadlines=Deadlines(job=1.0, overtaken_job=6.0, start=8.0, drain=0.5), first_backoff=0.05)
 PATIENT = TierSettings(first_backoff=0.05)
 
 

@@ -81,7 +81,7 @@ class Rig:
             self.breaker,
             self.store_breaker,
             self.clock,
-            Deadlines(job=10, oldest_job=40),
+            Deadlines(job=10, overtaken_job=40),
             self.end,
         )
         self.supervisor.start()
@@ -111,9 +111,9 @@ class Rig:
         self.ledger.check_invariants()
         return reports
 
-    def open_job(self, job_id=1, blocks=4):
+    def open_job(self, job_id=1, blocks=4, is_load=False):
         keys = [make_key(number) for number in range(blocks)]
-        job = JobMetadata(job_id, keys, np.arange(blocks, dtype=np.int32), False, ReqContext("r"))
+        job = JobMetadata(job_id, keys, np.arange(blocks, dtype=np.int32), is_load, ReqContext("r"))
         return self.ledger.open(job, keys, range(blocks), None, [], {})
 
     @property
@@ -145,19 +145,49 @@ def test_a_hang_is_killed_and_its_jobs_fail(rig):
     assert rig.health.state is TierState.UP
 
 
-def test_progress_puts_off_the_deadline_but_not_that_of_the_oldest_job(rig):
+def answer(rig, job, first, count=1):
+    rig.life.reports.append(PartResult(job.serial, first, [True] * count))
+    for report in rig.pump():
+        rig.ledger.apply(report)
+
+
+def test_a_queue_that_moves_is_not_late_however_long_it_is(rig):
+    jobs = [rig.open_job(number) for number in range(50)]
+    for job in jobs:
+        rig.pump(8)
+        assert not rig.life.killed
+        answer(rig, job, 0, 4)
+    assert all(result.success for result in rig.ledger.take_results())
+    assert len(rig.lives) == 1
+
+
+def test_a_long_job_that_moves_is_not_late_though_others_overtake_it(rig):
+    long, short = rig.open_job(1, blocks=40), rig.open_job(2, blocks=1)
+    answer(rig, short, 0)
+    for block in range(40):
+        rig.pump(8)
+        answer(rig, long, block)
+    assert not rig.life.killed
+
+
+def test_a_job_that_hangs_while_later_ones_are_done_is_late(rig):
     rig.open_job(1)
     other = rig.open_job(2, blocks=8)
-    for step in range(5):
+    for block in range(6):
         rig.pump(8)
-        if rig.life.killed:
-            break
-        rig.life.reports.append(PartResult(other.serial, step, [True]))
-        for report in rig.pump():
-            rig.ledger.apply(report)
-    assert step == 4
-    rig.look(1)
-    assert rig.life.killed
+        assert not rig.life.killed
+        answer(rig, other, block)
+    rig.pump(0.5)
+    assert rig.life.killed  # overtaken 40 s ago
+
+
+def test_a_load_that_overtakes_a_store_does_not_make_it_late(rig):
+    rig.open_job(1)
+    for number in range(2, 20):
+        load = rig.open_job(number, is_load=True)
+        rig.pump(8)
+        answer(rig, load, 0, 4)
+    assert not rig.life.killed
 
 
 def test_what_cannot_be_killed_keeps_its_jobs_unanswered_and_has_no_successor(rig):

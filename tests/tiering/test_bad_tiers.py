@@ -65,7 +65,7 @@ def test_a_tier_that_recovers_is_used_again_and_both_changes_are_said(make_engin
 
 
 def test_a_tier_that_never_answers_is_left_alone_until_it_does(make_engine):
-    engine = make_engine(num_blocks=8, load_deadline=2.0, job_deadline=10.0)
+    engine = make_engine(num_blocks=8, load_deadline=2.0, tier_deadline=10.0)
     engine.tier.auto = False
     stored = make_keys(3, "stored")
     engine.store(stored, engine.request("storer"))
@@ -81,6 +81,61 @@ def test_a_tier_that_never_answers_is_left_alone_until_it_does(make_engine):
         engine.clock.advance(40)
         engine.step()
     assert engine.wait_hits(make_keys(2, "planted"), engine.request("c")) == 2
+
+
+def queued_stores(engine, count):
+    engine.tier.auto = False
+    for number in range(count):
+        engine.store(make_keys(1, f"job {number}"), engine.request(f"storer {number}"))
+    assert len(engine.tier.stores) == count
+
+
+def test_a_queue_that_moves_is_not_overdue_however_long_it_is(make_engine):
+    engine = make_engine(num_blocks=32, tier_deadline=30.0)
+    queued_stores(engine, 10)
+    for _ in range(10):
+        engine.clock.advance(20)
+        engine.step()
+        assert engine.manager.has_pending_work()
+        engine.tier.finish(engine.tier.waiting[0])
+        engine.step()
+    assert not engine.log.of(TierStateChanged)
+    assert not engine.manager.has_pending_work()
+
+
+def test_a_long_job_of_which_parts_are_done_is_not_overdue(make_engine):
+    class PartsTier(ScriptedTier):
+        progress = 0
+
+    engine = make_engine(tiers=lambda view: [PartsTier(view)], tier_deadline=30.0)
+    queued_stores(engine, 1)
+    for _ in range(10):
+        engine.clock.advance(20)
+        engine.tier.progress += 1
+        engine.step()
+    assert not engine.log.of(TierStateChanged)
+    engine.clock.advance(31)
+    engine.step()
+    assert [event.state for event in engine.log.of(TierStateChanged)] == [TierState.DOWN]
+
+
+def test_jobs_that_the_tier_refuses_are_no_progress(make_engine):
+    engine = make_engine(num_blocks=32, tier_deadline=30.0)
+    queued_stores(engine, 1)
+    engine.tier.raising = {"submit_store"}
+    for number in range(4):
+        engine.clock.advance(10)
+        engine.store(make_keys(1, f"refused {number}"), engine.request(f"refused {number}"))
+    assert not engine.manager.has_pending_work()
+
+
+def test_an_engine_that_slept_for_an_hour_finds_no_tier_overdue_that_has_answered(make_engine):
+    engine = make_engine(tier_deadline=30.0)
+    queued_stores(engine, 1)
+    engine.clock.advance(3600)
+    engine.tier.finish(engine.tier.waiting[0])
+    engine.step()
+    assert not engine.log.of(TierStateChanged)
 
 
 def test_a_tier_that_answers_twice_or_for_unknown_jobs(make_engine):

@@ -256,7 +256,7 @@ def test_a_copy_that_workers_ended_takes_no_completion_from_a_newer_one(make_eng
 
 
 def test_a_tier_whose_drain_leaves_jobs_unanswered_is_not_used_before_its_epoch(make_engine):
-    engine, keys = make_engine(job_deadline=1000.0), make_keys(3)
+    engine, keys = make_engine(tier_deadline=1000.0), make_keys(3)
     engine.tier.auto = False
     engine.tier.drain_jobs = lambda: None
     engine.plant(keys)

@@ -331,7 +331,7 @@ def test_kv_events_tell_what_entered_and_left_host_memory(make_engine):
 
 
 def test_pending_work_is_a_live_promotion_or_a_cascade_within_its_deadline(make_engine):
-    engine, keys = make_engine(job_deadline=30.0), make_keys(2)
+    engine, keys = make_engine(tier_deadline=30.0), make_keys(2)
     engine.tier.auto = False
     assert not engine.manager.has_pending_work()
     context = engine.request("a")

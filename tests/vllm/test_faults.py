@@ -13,7 +13,7 @@ def engine_with(model, tmp_path, kind, **keys):
     return Engine(
         model,
         tmp_path / "log",
-        kvtier={"secondary_tiers": [tier], "load_deadline": 1.0, "drain_timeout": 1.0, "job_deadline": 2.0} | keys,
+        kvtier={"secondary_tiers": [tier], "load_deadline": 1.0, "drain_timeout": 1.0, "tier_deadline": 2.0} | keys,
         environment={"PYTHONPATH": HERE},
     )
 
