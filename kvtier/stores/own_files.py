@@ -137,6 +137,8 @@ class Folder:
             descriptor = os.open(name, flags | _FILE, FILE_MODE, dir_fd=self.descriptor)
         except OSError as error:
             raise self._translated(error, name) from error
+        if flags & os.O_EXCL:
+            return descriptor  # made by this call
         try:
             why = self._strange(os.fstat(descriptor))
             if not why and flags & os.O_ACCMODE != os.O_RDONLY:
@@ -195,6 +197,28 @@ class Folder:
             return os.path.samestat(self.status(name), os.fstat(folder.descriptor))
         except FileNotFoundError:
             return False
+
+    def has_file(self, folder: str, name: str) -> bool:
+        """Return whether a plain file of this name is in a folder here; quicker than to hold the folder.
+
+        Raises:
+            OSError: it cannot be told; ENOTDIR or ELOOP: something else has the folder's name.
+        """
+        flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            descriptor = os.open(folder, flags, dir_fd=self.descriptor)
+        except FileNotFoundError:
+            return False
+        try:
+            return stat.S_ISREG(os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode)
+        except FileNotFoundError:
+            return False
+        finally:
+            os.close(descriptor)
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a file another name here, in place of whatever file or link has it."""
+        os.rename(old, new, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
 
     def unlink(self, name: str) -> bool:
         """Delete a plain file of the directory's owner; return whether it is gone, False for a stranger.

@@ -10,29 +10,34 @@ DIR/<fingerprint>/<shard>/.<x>.new  a block that is being written, or that a dea
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import os
 import re
 import secrets
-import stat
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple, Self
 
 import xxhash
 
 from kvtier.errors import StoreUnavailableError
 from kvtier.keys import OffloadKey
 from kvtier.namespace import Namespace
+from kvtier.stores.own_files import FOLDER_MODE, Folder, StrangerError, shown
+from kvtier.stores.slab.layout import FOUND_BY_FSCK, rank_of
 from kvtier.stores.slab.mounts import check_mounted
 
 SHARD_DIGITS = 3
 MARKER_NAME = "kvtier.json"
 SWEPT_NAME = "swept"
 UNFINISHED_SUFFIX = ".new"
-DIRECTORY_MODE = 0o700
-FILE_MODE = 0o600
 _CONTENT = json.dumps({"kvtier": "one file a block", "version": 1}).encode()
+_MOST_MARKER_BYTES = 4096
+_ATTEMPTS = 4
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 _SHARD = re.compile(rf"[0-9a-f]{{{SHARD_DIGITS}}}")
 _BLOCK = re.compile(r"([0-9a-f]{2}){5,68}")
@@ -53,13 +58,38 @@ def is_unfinished(name: str) -> bool:
     return name.startswith(".") and name.endswith(UNFINISHED_SUFFIX)
 
 
+class NewFile(NamedTuple):
+    """A block that is being written; a context that lets go of its folder.
+
+    Attributes:
+        folder: where it is, held.
+        name: one that nobody else uses.
+        descriptor: open for writing; who asked for the file closes it.
+        folder_bytes: what making the folder took; 0 if it was there.
+        held: what is held.
+    """
+
+    folder: Folder
+    name: str
+    descriptor: int
+    folder_bytes: int
+    held: ExitStack
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.held.close()
+
+
 class SharedDirectory:
     """A directory of one user, shared by hosts. Nothing is locked; threads may share it."""
 
-    def __init__(self, path: Path, namespace: Namespace) -> None:
+    def __init__(self, path: Path, namespace: Namespace, folder: Folder) -> None:
+        """Args: folder: the directory, held; closed by `close`."""
         self.path = path
-        self.namespace_path = path / namespace.fingerprint.hex()
-        self._prefix = f"{self.namespace_path}/"
+        self.folder = folder
+        self.namespace_name = namespace.fingerprint.hex()
         self._writer = secrets.token_hex(8)
         self._number = itertools.count()
         self._ahead = 0.0
@@ -76,44 +106,56 @@ class SharedDirectory:
         """
         check_mounted(path, mount_point)
         try:
-            _take(path)
+            directory = cls(path, namespace, _take(path))
+        except StrangerError as error:
+            raise StoreUnavailableError(f"{error.filename}: {error.strerror}") from error
         except OSError as error:
             raise StoreUnavailableError(f"{path}: {error.strerror}") from error
-        directory = cls(path, namespace)
         directory.now()
         return directory
 
-    def block_path(self, key: OffloadKey, shard: str) -> str:
-        """Return the place of a block."""
-        return f"{self._prefix}{shard}/{key.hex()}"
+    def close(self) -> None:
+        """Let go of the directory."""
+        self.folder.close()
 
-    def unfinished_path(self, shard: str) -> str:
-        """Return a name that nobody else uses, beside the blocks of a shard."""
-        return f"{self._prefix}{shard}/.{self._writer}-{next(self._number)}{UNFINISHED_SUFFIX}"
+    def check_present(self) -> None:
+        """Raise StoreUnavailableError if the directory was removed, or another one is in its place."""
+        try:
+            is_there = os.path.samestat(os.stat(self.path), os.fstat(self.folder.descriptor))
+        except FileNotFoundError:
+            is_there = False
+        except OSError as error:
+            raise StoreUnavailableError(f"{self.path}: {error.strerror}") from error
+        if not is_there:
+            raise StoreUnavailableError(f"{self.path}: the directory was removed while in use, or replaced")
 
-    def make_shard(self, shard: str) -> None:
-        """Make the folder of a shard, and the namespace's.
+    def namespace(self) -> Folder:
+        """Hold the folder of this namespace; errors as `Folder.folder`."""
+        return self.folder.folder(self.namespace_name)
+
+    def begin_file(self, shard: str) -> NewFile:
+        """Begin a file in a shard, whose folder is made if it is missing.
 
         Raises:
-            StoreUnavailableError: the directory itself is gone: removed, or not mounted any more.
-            OSError: they cannot be made.
+            OSError: it cannot be made, or something else has its name.
         """
-        for _ in range(3):  # a janitor removes folders that are empty
-            with contextlib.suppress(FileExistsError):
-                try:
-                    self.namespace_path.mkdir(mode=DIRECTORY_MODE)
-                except FileNotFoundError as error:
-                    raise StoreUnavailableError(f"{self.path}: the directory was removed while in use") from error
-            with contextlib.suppress(FileNotFoundError):
-                (self.namespace_path / shard).mkdir(mode=DIRECTORY_MODE, exist_ok=True)
-                return
+        is_new = False
+        for _ in range(_ATTEMPTS):  # a janitor removes folders that are empty
+            with contextlib.suppress(FileNotFoundError), ExitStack() as held:
+                namespace = held.enter_context(self.namespace())
+                is_new = namespace.make_folder(shard) or is_new
+                folder = held.enter_context(namespace.folder(shard))
+                name = f".{self._writer}-{next(self._number)}{UNFINISHED_SUFFIX}"
+                descriptor = folder.open_file(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+                return NewFile(folder, name, descriptor, folder.own_bytes if is_new else 0, held.pop_all())
+            self.folder.make_folder(self.namespace_name)
+        raise FileNotFoundError(errno.ENOENT, "its folders are removed again and again", str(self.path))
 
     def now(self) -> float:
         """Return the time in seconds by the filesystem's clock: hosts need not agree on another."""
-        marker = self.path / MARKER_NAME
         with contextlib.suppress(OSError):  # read-only: our own clock has to do
-            os.utime(marker)
-            self._ahead = marker.stat().st_mtime - time.time()
+            self._touch(MARKER_NAME)
+            self._ahead = self.folder.status(MARKER_NAME).st_mtime - time.time()
         return self.roughly_now()
 
     def roughly_now(self) -> float:
@@ -126,7 +168,7 @@ class SharedDirectory:
         Raises:
             OSError: it cannot be read.
         """
-        return (self.path / SWEPT_NAME).stat().st_mtime
+        return self.folder.status(SWEPT_NAME).st_mtime
 
     def note_sweep(self) -> None:
         """Let the other hosts know that we tidy up.
@@ -134,66 +176,95 @@ class SharedDirectory:
         Raises:
             OSError: it cannot be noted.
         """
-        os.utime(self.path / SWEPT_NAME)
+        self._touch(SWEPT_NAME)
 
-    def namespaces(self) -> list[Path]:
-        """Return the folders of all namespaces.
+    def namespace_names(self) -> list[str]:
+        """Return what the folders of all namespaces are called.
 
         Raises:
             OSError: the directory cannot be read.
         """
-        with os.scandir(self.path) as entries:
-            return [
-                Path(entry.path)
-                for entry in entries
-                if _FINGERPRINT.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
-            ]
+        return [name for name in self.folder.names() if _FINGERPRINT.fullmatch(name)]
+
+    def own_bytes(self) -> int:
+        """Return the bytes that the directory and its own small files take."""
+        total = self.folder.own_bytes
+        for name in (MARKER_NAME, SWEPT_NAME):
+            with contextlib.suppress(FileNotFoundError):
+                total += self.folder.status(name).st_blocks * 512
+        return total
+
+    def _touch(self, name: str) -> None:
+        descriptor = self.folder.open_file(name)
+        try:
+            os.utime(descriptor)
+        finally:
+            os.close(descriptor)
 
 
-def shards_in(namespace_path: Path, prefix: str) -> list[Path]:
-    """Return the folders of a namespace's shards whose names begin so; none if the namespace is gone.
+def shard_names(namespace: Folder, prefix: str) -> list[str]:
+    """Return the names of a namespace's shards that begin so.
 
     Raises:
         OSError: it cannot be read.
     """
     if len(prefix) == SHARD_DIGITS:
-        return [namespace_path / prefix]
-    try:
-        names = os.listdir(namespace_path)
-    except FileNotFoundError:
-        return []
-    return [namespace_path / name for name in names if _SHARD.fullmatch(name) and name.startswith(prefix)]
+        return [prefix]
+    return [name for name in namespace.names() if _SHARD.fullmatch(name) and name.startswith(prefix)]
 
 
-def _take(path: Path) -> None:
-    """Make sure that the directory exists, is ours alone, and is for this."""
+def _take(path: Path) -> Folder:
+    """Hold the directory, made if it is missing; it is ours alone, and for this."""
     try:
-        path.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
+        path.mkdir(mode=FOLDER_MODE, exist_ok=True)
     except FileNotFoundError as error:
         raise StoreUnavailableError(
             f"{path}: {path.parent} does not exist; kvtier makes only the last directory of a path, so that it never"
             " fills the disk below a filesystem that is not mounted"
         ) from error
-    status = path.stat()
-    if status.st_uid != os.geteuid():
-        raise StoreUnavailableError(f"{path}: belongs to user {status.st_uid}, not to {os.geteuid()}")
-    marker = path / MARKER_NAME
+    folder = Folder.open(path, follow=rank_of(path.name) is None)
     try:
-        content = marker.read_bytes()
-    except FileNotFoundError:
-        content = b""
-        others = [name for name in os.listdir(path) if name not in (MARKER_NAME, SWEPT_NAME)]
-        if others and not marker.exists():  # another host may have been quicker
-            raise StoreUnavailableError(f"{path}: holds something else ({others[0]})") from None
-    if content != _CONTENT:
-        if content:
+        if folder.owner != os.geteuid():
+            raise StoreUnavailableError(f"{path}: belongs to user {folder.owner}, not to {os.geteuid()}")
+        content = _marker_of(folder)
+        strange = next(_strangers_in(folder), None)
+        if not content and strange is not None:
+            content = _marker_of(folder)  # another host may have been quicker
+        if content not in (b"", _CONTENT):
             raise StoreUnavailableError(f"{path}: {MARKER_NAME} is of another version")
-        swept = path / SWEPT_NAME
-        os.close(os.open(swept, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE))
-        descriptor = os.open(marker, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
-        try:
-            os.write(descriptor, _CONTENT)
-        finally:
-            os.close(descriptor)
-    if stat.S_IMODE(status.st_mode) & 0o077:
-        path.chmod(DIRECTORY_MODE)
+        if not content:
+            if strange is not None:
+                raise StoreUnavailableError(f"{path}: holds something else ({shown(strange)})")
+            _mark(folder)
+        if folder.mode & 0o077:
+            os.fchmod(folder.descriptor, FOLDER_MODE)
+    except BaseException:
+        folder.close()
+        raise
+    return folder
+
+
+def _marker_of(folder: Folder) -> bytes:
+    """Return what the directory says it is; nothing if it does not."""
+    try:
+        return folder.read(MARKER_NAME, _MOST_MARKER_BYTES)
+    except FileNotFoundError:
+        return b""
+
+
+def _strangers_in(folder: Folder) -> Iterator[str]:
+    """Yield names that a directory has none of in which nothing was stored yet."""
+    for name in folder.names():
+        is_ours = name in (MARKER_NAME, SWEPT_NAME) and folder.is_own_file(name) and not folder.status(name).st_size
+        if not is_ours and name != FOUND_BY_FSCK:
+            yield name
+
+
+def _mark(folder: Folder) -> None:
+    """Let the directory say what it is."""
+    os.close(folder.open_file(SWEPT_NAME, os.O_WRONLY | os.O_CREAT))
+    descriptor = folder.open_file(MARKER_NAME, os.O_WRONLY | os.O_CREAT)
+    try:
+        os.write(descriptor, _CONTENT)
+    finally:
+        os.close(descriptor)

@@ -16,13 +16,14 @@ import contextlib
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import NamedTuple
 
 from kvtier.log import logger
-from kvtier.stores.filesystem.directory import SHARD_DIGITS, SharedDirectory, is_block, is_unfinished, shards_in
+from kvtier.stores.filesystem.directory import SHARD_DIGITS, SharedDirectory, is_block, is_unfinished, shard_names
+from kvtier.stores.own_files import Folder, StrangerError
 
 LEAST_GROUP_BLOCKS = 64
 _USUAL_BLOCK_BYTES = 2 << 20
@@ -42,8 +43,16 @@ class Held(NamedTuple):
     """A file; the order of these is that in which they go."""
 
     changed: int
-    path: str
+    shard: _Shard
+    name: str
     size: int
+
+
+class _Shard(NamedTuple):
+    """Where a file is."""
+
+    namespace: str
+    name: str
 
 
 @dataclass
@@ -69,22 +78,24 @@ class Janitor:
         self._min_free = min_free
         self._digits = group_digits(capacity, block_bytes)
         self.num_groups = 1 << 4 * self._digits
+        self._capacity = capacity
         self._share = capacity / self.num_groups
         self._groups: dict[str, _Group] = {}
         self._lock = threading.Lock()
         self._ending = threading.Event()
-        self._complained = False
+        self._complained: set[type[OSError]] = set()
         self._thread = threading.Thread(target=self._run, name="kvtier-janitor", daemon=True)
 
     def start(self) -> None:
         """Begin to sweep, now and then."""
         self._thread.start()
 
-    def close(self) -> None:
-        """Stop; a filesystem that hangs is not waited for."""
+    def close(self) -> bool:
+        """Stop; return whether it has, since a filesystem that hangs is not waited for."""
         self._ending.set()
         if self._thread.ident is not None:
             self._thread.join(1.0)
+        return not self._thread.is_alive()
 
     def wrote(self, shard: str, num_bytes: int) -> None:
         """Take note of a block that was written, and look into its group when it is time."""
@@ -112,25 +123,35 @@ class Janitor:
         Raises:
             OSError: the directory cannot be read.
         """
-        held: list[Held] = []
+        group_of_files = _Contents(self._directory)
         oldest = int((self._directory.now() - SECONDS_TO_LEAVE) * 1e9)
-        for namespace_path in self._directory.namespaces():
-            for folder in shards_in(namespace_path, group):
-                found = list(self._reaped(folder, oldest))
-                held += found
-                if not found and namespace_path != self._directory.namespace_path:
-                    with contextlib.suppress(OSError):
-                        folder.rmdir()
-        used = sum(file.size for file in held)
-        share = max(0.0, self._share - self._shortage())
+        for name in self._directory.namespace_names():
+            self._enter(name, group, oldest, group_of_files)
+        used = group_of_files.num_bytes
+        share = max(0.0, (self._capacity - group_of_files.shared_bytes) / self.num_groups - self._shortage())
         most = used * (1 - give_up) if give_up else share * (_KEEP if used > share * (_KEEP + 1) / 2 else 1)
-        for file in sorted(held):
-            if used <= most:
-                break
-            if _delete(file.path):
-                used -= file.size
+        group_of_files.shrink(most)
         with self._lock:
-            self._groups.setdefault(group, _Group()).room = max(0.0, share - used)
+            self._groups.setdefault(group, _Group()).room = max(0.0, share - group_of_files.num_bytes)
+
+    def _enter(self, name: str, group: str, oldest: int, found: _Contents) -> None:
+        """Add what a group holds of one namespace; what is no folder of ours is left alone."""
+        try:
+            with self._directory.folder.folder(name) as namespace:
+                found.shared_bytes += namespace.own_bytes
+                for shard in shard_names(namespace, group):
+                    try:
+                        with namespace.folder(shard) as folder:
+                            found.add(_Shard(name, shard), folder, oldest)
+                    except StrangerError as error:
+                        self._complain(error)
+                    except FileNotFoundError:
+                        continue
+                    found.drop_if_empty(_Shard(name, shard))
+        except StrangerError as error:
+            self._complain(error)
+        except FileNotFoundError:
+            return
 
     def sweep(self) -> int:
         """Look into the groups whose turn it is; return how many, 0 if another host has done so."""
@@ -146,35 +167,16 @@ class Janitor:
                 break
             digits = self._digits
             self.look(f"{number % self.num_groups:0{digits}x}" if digits else "")
-        for namespace_path in self._directory.namespaces():
-            if namespace_path != self._directory.namespace_path:
-                with contextlib.suppress(OSError):
-                    namespace_path.rmdir()  # succeeds if no shard is left
+        for name in self._directory.namespace_names():
+            if name != self._directory.namespace_name:
+                self._directory.folder.remove_empty(name)
         return count
-
-    def _reaped(self, folder: Path, oldest: int) -> Iterator[Held]:
-        """Yield the files of a shard; leftovers are deleted, what somebody else put there is left alone."""
-        try:
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    unfinished = is_unfinished(entry.name)
-                    if not unfinished and not is_block(entry.name):
-                        continue
-                    try:
-                        status = entry.stat(follow_symlinks=False)
-                    except FileNotFoundError:
-                        continue
-                    if unfinished and status.st_mtime_ns < oldest and _delete(entry.path):
-                        continue
-                    yield Held(status.st_mtime_ns, entry.path, max(status.st_size, status.st_blocks * 512))
-        except FileNotFoundError:
-            return
 
     def _shortage(self) -> float:
         """Return a group's part of what is missing to `min_free`: others need the space more than a cache does."""
         if not self._min_free:
             return 0.0
-        status = os.statvfs(self._directory.path)
+        status = os.statvfs(self._directory.folder.descriptor)
         missing = self._min_free - status.f_bavail * status.f_frsize if status.f_blocks else 0
         return max(0, missing) / self.num_groups
 
@@ -189,17 +191,82 @@ class Janitor:
         try:
             work()
         except OSError as error:
-            if not self._complained:
-                self._complained = True
-                logger.warning("%s: cannot tidy up: %s", self._directory.path, error.strerror)
+            self._complain(error)
+
+    def _complain(self, error: OSError) -> None:
+        """Say once, each, what is in the way, and what of somebody else's."""
+        with self._lock:
+            is_new = type(error) not in self._complained
+            self._complained.add(type(error))
+        if is_new:
+            what = "left alone, it is not kvtier's" if isinstance(error, StrangerError) else "cannot tidy up"
+            logger.warning("%s: %s: %s", error.filename or self._directory.path, what, error.strerror)
 
 
-def _delete(path: str) -> bool:
-    """Delete a file; return whether it is gone, by us or by somebody else."""
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
-    return True
+class _Contents:
+    """The files of one group, and what they and their folders take.
+
+    Attributes:
+        num_bytes: of the files and of the folders that they are in.
+        shared_bytes: of what all groups have together: the directory itself, and the namespaces' folders.
+    """
+
+    def __init__(self, directory: SharedDirectory) -> None:
+        self.num_bytes = 0
+        self.shared_bytes = directory.own_bytes()
+        self._directory = directory
+        self._held: list[Held] = []
+        self._folders: dict[_Shard, tuple[int, int]] = {}
+
+    def add(self, shard: _Shard, folder: Folder, oldest: int) -> None:
+        """Add the files of a shard; leftovers are deleted, what somebody else put there is left alone."""
+        before = len(self._held)
+        for name in folder.names():
+            unfinished = is_unfinished(name)
+            if not (unfinished or is_block(name)) or not folder.is_own_file(name):
+                continue
+            try:
+                status = folder.status(name)
+            except FileNotFoundError:
+                continue
+            if unfinished and status.st_mtime_ns < oldest:
+                with contextlib.suppress(OSError):
+                    folder.unlink(name)
+                    continue
+            self._held.append(Held(status.st_mtime_ns, shard, name, max(status.st_size, status.st_blocks * 512)))
+            self.num_bytes += self._held[-1].size
+        self._folders[shard] = folder.own_bytes, len(self._held) - before
+        self.num_bytes += folder.own_bytes
+
+    def drop_if_empty(self, shard: _Shard) -> None:
+        """Remove the folder of a shard without files; writers make it again."""
+        num_bytes, count = self._folders.get(shard, (0, 1))
+        if not count and self._is_gone(shard.namespace, lambda namespace: namespace.remove_empty(shard.name)):
+            self.num_bytes -= num_bytes
+
+    def shrink(self, most: float) -> None:
+        """Delete the oldest files until no more than `most` bytes are left, and folders that are then empty."""
+        for file in sorted(self._held):
+            if self.num_bytes <= most:
+                break
+            if self._is_gone(file.shard.namespace, partial(_delete_in, file.shard.name, file.name)):
+                self.num_bytes -= file.size
+                num_bytes, count = self._folders[file.shard]
+                self._folders[file.shard] = num_bytes, count - 1
+                self.drop_if_empty(file.shard)
+
+    def _is_gone(self, namespace: str, remove: Callable[[Folder], bool]) -> bool:
+        """Remove something from a namespace's folder; return whether it is gone, by us or by somebody else."""
+        try:
+            with self._directory.folder.folder(namespace) as folder:
+                return remove(folder)
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+
+
+def _delete_in(shard: str, name: str, namespace: Folder) -> bool:
+    """Delete a file of a shard; return whether it is gone."""
+    with namespace.folder(shard) as folder:
+        return folder.unlink(name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import threading
 import time
@@ -22,8 +23,9 @@ from kvtier.keys import OffloadKey
 from kvtier.log import logger
 from kvtier.sizes import format_size
 from kvtier.stores.envelope import Envelope
-from kvtier.stores.filesystem.directory import FILE_MODE, SharedDirectory, shard_of
+from kvtier.stores.filesystem.directory import SharedDirectory, shard_of
 from kvtier.stores.filesystem.janitor import Janitor
+from kvtier.stores.own_files import Folder, StrangerError
 from kvtier.stores.seal import HEADER_BYTES
 from kvtier.stores.slab.segments import NO_SPACE_ERRORS
 from kvtier.stores.slab.vectored import read_fully, write_fully
@@ -31,11 +33,7 @@ from kvtier.types import FailureCause
 
 _ABSENT_ERRORS = frozenset({errno.ENOENT, errno.ESTALE, errno.ENOTDIR})
 """ESTALE: another host deleted the file while we looked at it."""
-_STRANGE_ERRORS = frozenset({errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ESPIPE})
-"""What opening or reading a symbolic link, a directory or a pipe gives instead of a block."""
 _UNREADABLE = frozenset({FailureCause.CORRUPT, FailureCause.FOREIGN, FailureCause.OLD_FORMAT})
-_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-_OLD_FILE = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _SECONDS_FRESH = 300.0
 """A block that is read has its time of change renewed, at most so often: the janitor deletes the oldest."""
 _PROBES_FIRST = 32
@@ -85,11 +83,13 @@ class FilesystemStore(BlockStore):
         _, envelope = Envelope.open(options, context.namespace)
         directory = SharedDirectory.open(path, envelope.namespace, options.get("mount_point", "/"))
         try:
-            status = os.statvfs(path)
+            status = os.statvfs(directory.folder.descriptor)
         except OSError as error:
+            directory.close()
             raise StoreUnavailableError(f"{path}: {error.strerror}") from error
         size = status.f_blocks * status.f_frsize
         if 0 < size < capacity + min_free:
+            directory.close()
             raise StoreUnavailableError(
                 f"{path}: its filesystem has {format_size(size)}, too small for {format_size(capacity + min_free)}"
             )
@@ -99,7 +99,7 @@ class FilesystemStore(BlockStore):
 
     def path_of(self, key: OffloadKey) -> Path:
         """Return where the file of a block is."""
-        return Path(self._directory.block_path(key, shard_of(key)))
+        return self._directory.path / self._directory.namespace_name / shard_of(key) / key.hex()
 
     def contains(self, keys: Sequence[OffloadKey]) -> list[bool]:
         """Return which files there are; on a slow filesystem many are asked for at once.
@@ -107,17 +107,29 @@ class FilesystemStore(BlockStore):
         Raises:
             StoreError: it answers nothing at all.
         """
-        started = time.perf_counter()
-        answers = [self._exists(key) for key in keys[:_PROBES_FIRST]]
-        rest = keys[_PROBES_FIRST:]
-        if time.perf_counter() - started < _SLOW_PROBE * len(answers):
-            answers += [self._exists(key) for key in rest]
-        else:
-            answers += self._askers.map(self._exists, rest)
+        self._directory.check_present()
+        try:
+            with self._directory.namespace() as namespace:
+                answers = self._ask(namespace, keys)
+        except FileNotFoundError:
+            return [False] * len(keys)
+        except OSError as error:
+            raise StoreError(f"{error.filename or self._directory.path}: {error.strerror}") from error
         broken = [answer for answer in answers if isinstance(answer, OSError)]
         if broken and len(broken) == len(answers):
             raise StoreError(f"{self._directory.path}: {broken[0].strerror}") from broken[0]
         return [answer is True for answer in answers]
+
+    def _ask(self, namespace: Folder, keys: Sequence[OffloadKey]) -> list[bool | OSError]:
+        """Return whether each block is there, or why that cannot be told."""
+        started = time.perf_counter()
+        answers = [_exists(namespace, key) for key in keys[:_PROBES_FIRST]]
+        rest = keys[_PROBES_FIRST:]
+        if time.perf_counter() - started < _SLOW_PROBE * len(answers):
+            answers += [_exists(namespace, key) for key in rest]
+        else:
+            answers += self._askers.map(_exists, itertools.repeat(namespace), rest)
+        return answers
 
     def write(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
         """Store the blocks, the last one first: of a prefix, the head is the newest, and goes last.
@@ -125,13 +137,14 @@ class FilesystemStore(BlockStore):
         Raises:
             StoreUnavailableError: the directory is gone.
         """
+        self._directory.check_present()
         fitting = self._fitting(keys, buffers)
         results = [False] * len(keys)
         for done, index in enumerate(reversed(fitting)):
             shard = shard_of(keys[index])
             try:
                 self._check_free()
-                self._write_one(keys[index], shard, buffers[index])
+                num_bytes = self._write_one(keys[index], shard, buffers[index])
             except OSError as error:
                 if error.errno not in NO_SPACE_ERRORS:
                     self._fail(error)
@@ -140,37 +153,42 @@ class FilesystemStore(BlockStore):
                 self._relieve(shard)
                 break
             results[index] = True
-            self._janitor.wrote(shard, self._block_bytes + HEADER_BYTES)
+            self._janitor.wrote(shard, num_bytes)
         return results
 
     def read_into(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
         """Fill buffers and verify them; one whose result is False may hold anything."""
         results = [False] * len(keys)
         for index in reversed(self._fitting(keys, buffers)):
-            path = self._directory.block_path(keys[index], shard_of(keys[index]))
             try:
-                cause = self._read_one(keys[index], path, buffers[index])
+                cause = self._read_from_shard(keys[index], buffers[index])
+            except StrangerError:
+                cause = FailureCause.FOREIGN
             except OSError as error:
-                if error.errno not in _ABSENT_ERRORS | _STRANGE_ERRORS:
+                if error.errno not in _ABSENT_ERRORS:
                     self._fail(error)
                     continue
-                cause = FailureCause.ABSENT if error.errno in _ABSENT_ERRORS else FailureCause.CORRUPT
+                cause = FailureCause.ABSENT
             results[index] = cause is None
             if cause is not None:
                 self._failures.count(cause)
-            if cause in _UNREADABLE:
-                self._remove(path)
         return results
 
     def delete(self, keys: Sequence[OffloadKey]) -> None:
         """Forget `keys`."""
         for key in keys:
-            self._remove(self._directory.block_path(key, shard_of(key)))
+            try:
+                with self._directory.namespace() as namespace, namespace.folder(shard_of(key)) as folder:
+                    folder.unlink(key.hex())
+            except OSError as error:
+                if error.errno not in _ABSENT_ERRORS:
+                    self._log(error)
 
     def close(self) -> None:
         """Stop tidying up."""
-        self._janitor.close()
         self._askers.shutdown(wait=False, cancel_futures=True)
+        if self._janitor.close():
+            self._directory.close()
 
     def _fitting(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[int]:
         """Return which of the buffers are as long as a block; count the others."""
@@ -181,39 +199,36 @@ class FilesystemStore(BlockStore):
             self._failures.count(FailureCause.IO_ERROR, len(keys) - len(fitting))
         return fitting
 
-    def _exists(self, key: OffloadKey) -> bool | OSError:
-        try:
-            os.stat(self._directory.block_path(key, shard_of(key)), follow_symlinks=False)
-        except OSError as error:
-            return False if error.errno in _ABSENT_ERRORS else error
-        return True
-
-    def _write_one(self, key: OffloadKey, shard: str, buffer: memoryview) -> None:
-        unfinished = self._directory.unfinished_path(shard)
-        descriptor = self._create(unfinished, shard)
-        try:
+    def _write_one(self, key: OffloadKey, shard: str, buffer: memoryview) -> int:
+        """Store a block; return the bytes that the filesystem gave for it."""
+        with self._directory.begin_file(shard) as new:
             try:
-                (stored,), (header,) = self._envelope.wrap([key], [buffer])
-                written = write_fully(descriptor, [stored, memoryview(header)], 0)
-            finally:
-                os.close(descriptor)  # a network filesystem may say only here that there is no space
-            if written < self._block_bytes + HEADER_BYTES:
-                raise OSError(errno.EIO, "only a part was written")
-            os.rename(unfinished, self._directory.block_path(key, shard))
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(unfinished)
-            raise
+                try:
+                    (stored,), (header,) = self._envelope.wrap([key], [buffer])
+                    written = write_fully(new.descriptor, [stored, memoryview(header)], 0)
+                    taken = max(written, os.fstat(new.descriptor).st_blocks * 512)
+                finally:
+                    os.close(new.descriptor)  # a network filesystem may say only here that there is no space
+                if written < self._block_bytes + HEADER_BYTES:
+                    raise OSError(errno.EIO, "only a part was written")
+                new.folder.rename(new.name, key.hex())
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    new.folder.unlink(new.name)
+                raise
+        return taken + new.folder_bytes
 
-    def _create(self, path: str, shard: str) -> int:
-        try:
-            return os.open(path, _NEW_FILE, FILE_MODE)
-        except FileNotFoundError:
-            self._directory.make_shard(shard)
-            return os.open(path, _NEW_FILE, FILE_MODE)
+    def _read_from_shard(self, key: OffloadKey, buffer: memoryview) -> FailureCause | None:
+        """Fill a buffer from the file of a block, which is deleted if it is not what it should be."""
+        with self._directory.namespace() as namespace, namespace.folder(shard_of(key)) as folder:
+            cause = self._read_one(key, folder.open_file(key.hex()), buffer)
+            if cause in _UNREADABLE:
+                with contextlib.suppress(FileNotFoundError):
+                    folder.unlink(key.hex())
+            return cause
 
-    def _read_one(self, key: OffloadKey, path: str, buffer: memoryview) -> FailureCause | None:
-        descriptor = os.open(path, _OLD_FILE)
+    def _read_one(self, key: OffloadKey, descriptor: int, buffer: memoryview) -> FailureCause | None:
+        """Fill a buffer from an open file, and close it."""
         try:
             tail = memoryview(bytearray(HEADER_BYTES + 1))  # a file that is too long fills it
             (place,) = self._envelope.places([buffer])
@@ -223,10 +238,7 @@ class FilesystemStore(BlockStore):
             (cause,) = self._envelope.unwrap([tail[:HEADER_BYTES]], [key], [place], [buffer])
             if cause is FailureCause.ABSENT:
                 return FailureCause.CORRUPT
-            status = os.fstat(descriptor)
-            if status.st_uid != os.geteuid():
-                return FailureCause.FOREIGN
-            if cause is None and status.st_mtime < self._directory.roughly_now() - _SECONDS_FRESH:
+            if cause is None and os.fstat(descriptor).st_mtime < self._directory.roughly_now() - _SECONDS_FRESH:
                 with contextlib.suppress(OSError):
                     os.utime(descriptor)
             return cause
@@ -240,7 +252,7 @@ class FilesystemStore(BlockStore):
         with self._lock:
             asked_at, free = self._free
             if (now := time.monotonic()) - asked_at > _SECONDS_BETWEEN_STATFS:
-                status = os.statvfs(self._directory.path)
+                status = os.statvfs(self._directory.folder.descriptor)
                 asked_at, free = now, status.f_bavail * status.f_frsize if status.f_blocks else 1 << 62
             free -= self._block_bytes + HEADER_BYTES
             self._free = (asked_at, free)
@@ -255,13 +267,6 @@ class FilesystemStore(BlockStore):
             self._relieved_at = now
         self._janitor.relieve(shard)
 
-    def _remove(self, path: str) -> None:
-        try:
-            os.unlink(path)
-        except OSError as error:
-            if error.errno not in _ABSENT_ERRORS:
-                self._log(error)
-
     def _fail(self, error: OSError, blocks: int = 1) -> None:
         """Count blocks that an error of the system cost."""
         cause = FailureCause.NO_SPACE if error.errno in NO_SPACE_ERRORS else FailureCause.IO_ERROR
@@ -273,3 +278,11 @@ class FilesystemStore(BlockStore):
         if error.errno not in self._logged:
             self._logged.add(error.errno)
             logger.warning("%s: %s", self._directory.path, error.strerror)
+
+
+def _exists(namespace: Folder, key: OffloadKey) -> bool | OSError:
+    """Return whether a block's file is there, or why that cannot be told."""
+    try:
+        return namespace.has_file(shard_of(key), key.hex())
+    except OSError as error:
+        return False if error.errno in _ABSENT_ERRORS else error
