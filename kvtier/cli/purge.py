@@ -26,7 +26,6 @@ from kvtier.cli.slabs import (
 from kvtier.errors import ConfigError, KVTierError
 from kvtier.foreign_text import one_line
 from kvtier.sizes import format_size
-from kvtier.stores.own_files import shown
 from kvtier.stores.slab.survey import NamespaceSurvey, survey_slab
 from kvtier.stores.slab.upkeep import delete_namespace, hold
 
@@ -75,9 +74,7 @@ def purge(
         count = len(_all_of(chosen))
         for folder, names in left.items():
             if names:
-                typer.echo(
-                    f"{folder}: the folder stays, in it is not kvtier's: {', '.join(map(shown, names))}", err=True
-                )
+                typer.echo(one_line(f"{folder}: the folder stays, not kvtier's: {', '.join(names)}"), err=True)
         typer.echo(f"deleted {count} namespace{'' if count == 1 else 's'}, {format_size(freed)} are free again")
 
 

@@ -19,7 +19,6 @@ FILE_MODE = 0o600
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _FILE = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _MOUNT_ID = b"mnt_id:"
-_MOST_SHOWN = 80
 _STRANGE_ERRORS = frozenset({errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP})
 """What opening a link, a folder, a pipe, a device or a socket gives instead of a file."""
 _SAID = {stat.S_IFDIR: "Is a directory", stat.S_IFLNK: "symbolic links are not followed", stat.S_IFIFO: "a pipe"}
@@ -282,16 +281,10 @@ def read_named(path: str | os.PathLike[str], most: int = LARGEST_NAMED_FILE) -> 
         os.close(descriptor)
 
 
-def shown(name: str) -> str:
-    """Return a name that somebody else chose as one short line without control characters, in quotes."""
-    quoted = ascii(name)
-    return quoted if len(quoted) <= _MOST_SHOWN else f"{quoted[: _MOST_SHOWN - 4]} ..."
-
-
 def _read_bounded(descriptor: int, most: int, path: str | os.PathLike[str]) -> bytes:
     size = os.fstat(descriptor).st_size
     if size > most:
-        raise StrangerError(f"{size} bytes, no file of this kind has more than {most}", path)
+        raise StrangerError(f"it holds more than {most} bytes", path)
     content = b""
     while len(content) <= most and (part := os.read(descriptor, most + 1 - len(content))):
         content += part

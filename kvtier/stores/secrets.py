@@ -19,6 +19,7 @@ from typing import Any, Self
 from kvtier.errors import ConfigError, StoreUnavailableError
 from kvtier.keys import OffloadKey
 from kvtier.namespace import Namespace
+from kvtier.stores.own_files import read_named
 
 LEAST_SECRET_BYTES = 16
 _MOST_SECRET_BYTES = 64 << 10
@@ -134,14 +135,11 @@ def read_place(path: str) -> tuple[bytes, str]:
     Nothing is raised: an exception would carry the path into logs, and people put the secret itself there.
     """
     try:
-        with open(path, "rb") as file:
-            content = file.read(_MOST_SECRET_BYTES + 1)
+        content = read_named(path, _MOST_SECRET_BYTES)
     except OSError as error:
         return b"", error.strerror or type(error).__name__
     except ValueError:
         return b"", "no file has this name"
-    if len(content) > _MOST_SECRET_BYTES:
-        return b"", f"it holds more than {_MOST_SECRET_BYTES} bytes"
     return content.rstrip(b"\r\n"), ""
 
 

@@ -49,7 +49,9 @@ def read(store, numbers):
 
 
 def blocks_in(path):
-    return [file for file in Path(path).glob("*/*/*") if not file.name.startswith(".")]
+    """Return the files of blocks; folders may come and go meanwhile."""
+    found = [Path(parent, name) for parent, _, names in os.walk(path) for name in names if not name.startswith(".")]
+    return [file for file in found if len(file.relative_to(path).parts) == 3]
 
 
 def bytes_in(path):

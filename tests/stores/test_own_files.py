@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from kvtier.stores import own_files
-from kvtier.stores.own_files import Folder, StrangerError, read_named, shown
+from kvtier.stores.own_files import Folder, StrangerError, read_named
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_sizes_are_bounded_before_anything_is_read(place, folder):
     (place / "giant").touch()
     os.truncate(place / "giant", 1 << 40)
     for read in (lambda: folder.read("giant", 100), lambda: read_named(place / "giant")):
-        with pytest.raises(StrangerError, match="1099511627776 bytes"):
+        with pytest.raises(StrangerError, match="more than"):
             read()
     (place / "small").write_bytes(b"x" * 100)
     assert folder.read("small", 100) == b"x" * 100
@@ -130,11 +130,6 @@ def test_threads_see_all_names_at_once(place, folder):
     for thread in threads:
         thread.join()
     assert all(found == names for found in seen)
-
-
-def test_what_others_call_their_files_fills_one_line():
-    assert shown("a\nb\x1b[2J\udcff") == r"'a\nb\x1b[2J\udcff'"
-    assert len(shown("x" * 250)) == 80
 
 
 @pytest.mark.root

@@ -25,9 +25,10 @@ from typing import NamedTuple, Self
 import xxhash
 
 from kvtier.errors import StoreUnavailableError
+from kvtier.foreign_text import MOST_QUOTED, one_line
 from kvtier.keys import OffloadKey
 from kvtier.namespace import Namespace
-from kvtier.stores.own_files import FOLDER_MODE, Folder, StrangerError, shown
+from kvtier.stores.own_files import FOLDER_MODE, Folder, StrangerError
 from kvtier.stores.slab.layout import FOUND_BY_FSCK, rank_of
 from kvtier.stores.slab.mounts import check_mounted
 
@@ -234,7 +235,7 @@ def _take(path: Path) -> Folder:
             raise StoreUnavailableError(f"{path}: {MARKER_NAME} is of another version")
         if not content:
             if strange is not None:
-                raise StoreUnavailableError(f"{path}: holds something else ({shown(strange)})")
+                raise StoreUnavailableError(f"{path}: holds something else ('{one_line(strange, MOST_QUOTED)}')")
             _mark(folder)
         if folder.mode & 0o077:
             os.fchmod(folder.descriptor, FOLDER_MODE)

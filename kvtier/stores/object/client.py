@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from enum import Enum
-from pathlib import Path
 from typing import Any, TypeVar
 
 import obstore
@@ -17,6 +16,7 @@ from obstore.store import AzureStore, GCSStore, S3Store
 
 from kvtier.errors import StoreUnavailableError
 from kvtier.stores.object.settings import ObjectSettings
+from kvtier.stores.own_files import read_named
 
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>(\w{1,64})</Code>")
@@ -74,7 +74,7 @@ def connect(settings: ObjectSettings) -> Any:
     }
     try:
         if settings.tls_ca_file is not None:
-            options["root_certificate"] = Path(settings.tls_ca_file).read_bytes()
+            options["root_certificate"] = read_named(settings.tls_ca_file)
         common: dict[str, Any] = {"client_options": options, "retry_config": retries}
         if settings.endpoint is not None:
             common["endpoint"] = settings.endpoint

@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvtier.errors import StoreUnavailableError
+from kvtier.foreign_text import MOST_QUOTED, one_line
 from kvtier.log import logger
 from kvtier.namespace import Namespace
-from kvtier.stores.own_files import FOLDER_MODE, Folder, StrangerError, shown
+from kvtier.stores.own_files import FOLDER_MODE, Folder, StrangerError
 from kvtier.stores.slab.layout import (
     DESCRIPTION_NAME,
     FOUND_BY_FSCK,
@@ -184,7 +185,9 @@ class SlabDirectory:
         left = delete_namespace_in(self.folder, name)
         logger.info("%s: deleted, %s", self.path / name, why)
         if left:
-            logger.warning("%s: its folder stays, %s in it is not kvtier's", self.path / name, shown(left[0]))
+            logger.warning(
+                "%s: its folder stays, %s in it is not kvtier's", self.path / name, one_line(left[0], MOST_QUOTED)
+            )
 
     def _enter_namespace(self, description: str) -> Folder:
         """Make this namespace's folder, say in it what it is, and hold it."""
@@ -254,8 +257,9 @@ def _check_ours(folder: Folder) -> None:
         raise StoreUnavailableError(f"{folder.path}: belongs to user {folder.owner}, not to {os.geteuid()}")
     strange = next(strangers_of(folder), None)
     if strange is not None:
+        found = one_line(strange, MOST_QUOTED)
         raise StoreUnavailableError(
-            f"{folder.path}: neither empty nor a slab, it holds {shown(strange)}; name a directory of its own"
+            f"{folder.path}: neither empty nor a slab, it holds '{found}'; name a directory of its own"
         )
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvtier.errors import StoreUnavailableError
+from kvtier.foreign_text import MOST_QUOTED, one_line
 from kvtier.namespace import FORMAT_VERSION
-from kvtier.stores.own_files import Folder, StrangerError, shown
+from kvtier.stores.own_files import Folder, StrangerError
 from kvtier.stores.slab.directory import (
     is_past,
     last_use,
@@ -217,7 +218,7 @@ def _is_slab(folder: Folder) -> bool:
 def _said_of_strangers(namespace: Folder) -> list[str]:
     """Return what to say of what somebody else put into a namespace's folder; empty if there is nothing."""
     strangers = [name for name in namespace.names() if not (is_file_of_namespace(name) and namespace.is_own_file(name))]
-    return [f"not kvtier's, and left alone: {shown(name)}" for name in sorted(strangers)[:_MOST_NAMED]]
+    return [f"not kvtier's, and left alone: {one_line(name, MOST_QUOTED)}" for name in sorted(strangers)[:_MOST_NAMED]]
 
 
 def _describe_holder(pid: int | None) -> Holder:
