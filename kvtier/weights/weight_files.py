@@ -1,0 +1,212 @@
+"""Which files hold a model's weights, and one digest of all their bytes.
+
+Needs no engine. Files in a hub's cache may be identified without being read: a large file there is a blob whose name
+is the SHA-256 of its content, and the name that the model's folder has for it is a link to the blob.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import re
+import stat
+import threading
+import time
+from collections.abc import Iterable
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from kvtier.weights.file_digests import ChangedFileError, DigestMemory, digest_file
+
+WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.tensors")
+SIDE_PATTERNS = ("*.json", "*.py")
+"""Files beside the weights that change what is computed: scales, quantization, preprocessing, the model's own code."""
+_NOT_READ = (
+    *("training_args.bin", "optimizer*", "scheduler.*", "scaler.pt", "rng_state*", "trainer_state.json"),
+    *("tokenizer*.json", "vocab.json", "added_tokens.json", "special_tokens_map.json", "generation_config.json"),
+)
+"""Leftovers of training that no engine loads, and what decides about tokens, not about their keys and values."""
+_FOLDERS_NOT_READ = (".*", "__pycache__", "checkpoint-*", "global_step*")
+_SHARD_OF_GGUF = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+_SHA256_NAME = re.compile(r"[0-9a-f]{64}")
+
+
+class UnknownWeightsError(Exception):
+    """The weights cannot be told from other weights, for the reason in the message."""
+
+
+@dataclass(frozen=True)
+class WeightsDigest:
+    """What names a set of files, and what it cost to find out.
+
+    Attributes:
+        digest: 32 hexadecimal digits, of the files' names and contents.
+        num_files, num_bytes: all of them; num_named, num_remembered: those of them that were not read, since their
+            names in a hub's cache say their SHA-256, or since their digests were remembered.
+        bytes_read, seconds: of the others.
+    """
+
+    digest: str
+    num_files: int
+    num_bytes: int
+    num_named: int
+    num_remembered: int
+    bytes_read: int
+    seconds: float
+
+    def describe(self) -> str:
+        """Return the cost in one line."""
+        rate = f" at {self.bytes_read / self.seconds / 1e9:.1f} GB/s" if self.bytes_read and self.seconds else ""
+        return (
+            f"{self.num_files} files of {self.num_bytes / 1e9:.1f} GB in {self.seconds:.1f} s:"
+            f" {self.bytes_read / 1e9:.1f} GB read{rate}, {self.num_remembered} files remembered,"
+            f" {self.num_named} identified by the SHA-256 that a hub's cache names them by"
+        )
+
+
+def digest_files(files: Iterable[Path]) -> str:
+    """Return a digest of the names and of all bytes of files; errors as `identify_files`."""
+    return identify_files(files).digest
+
+
+def identify_files(
+    files: Iterable[Path], stop: threading.Event | None = None, loaded_after: float | None = None
+) -> WeightsDigest:
+    """Return what names a set of files. Names count from the folder that they have in common.
+
+    Args:
+        stop: ends the work early; see `digest_file`.
+        loaded_after: time in seconds since 1970 before which nothing of the files was loaded. A file that changed
+            later may not be what was loaded, and is refused, unless it came into a hub's cache meanwhile.
+
+    Raises:
+        UnknownWeightsError: a file cannot be read, or changes.
+    """
+    paths = sorted(files)
+    base = os.path.commonpath([path.parent for path in paths]) if paths else ""
+    started, lines, size, named, remembered, num_read = time.monotonic(), [], 0, 0, 0, 0
+    memory = DigestMemory.of_user()
+    with closing(memory) if memory else nullcontext():
+        for path in paths:
+            try:
+                status, blob = path.stat(), blob_name(path)
+                changed = max(status.st_ctime, path.lstat().st_ctime)
+                if loaded_after is not None and blob is None and changed > loaded_after:
+                    raise UnknownWeightsError(f"{path} changed after this process had started: which was loaded?")
+                if blob is not None and _SHA256_NAME.fullmatch(blob):
+                    token, named = f"sha256 {blob}", named + 1
+                else:
+                    found = digest_file(path, memory, stop)
+                    token = f"xxh3-128 {found.digest}"
+                    remembered += found.remembered
+                    num_read += 0 if found.remembered else found.size
+            except (OSError, ChangedFileError) as error:
+                raise UnknownWeightsError(f"weights cannot be read: {error}") from error
+            size += status.st_size
+            lines.append(f"{os.path.relpath(path, base)}\0{status.st_size}\0{token}\n")
+    digest = xxhash.xxh3_128("".join(lines).encode(errors="surrogateescape")).hexdigest()
+    return WeightsDigest(digest, len(paths), size, named, remembered, num_read, time.monotonic() - started)
+
+
+def blob_name(path: Path) -> str | None:
+    """Return the name of the blob that a file of a hub's cache is, if nobody wrote to it since it came there.
+
+    The layout is `<repository>/snapshots/<revision>/<path>`, a link to `<repository>/blobs/<name>`. The hub's client
+    makes the link when the blob is complete: a blob that has changed since any of its links was made is not trusted.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    if not path.is_symlink():
+        return None
+    blob = path.parent / os.readlink(path)
+    snapshots = next((folder for folder in path.parents if _is_of_hub(folder, blob)), None)
+    if snapshots is None:
+        return None
+    status, relative = blob.lstat(), path.relative_to(snapshots).parts[1:]
+    links = [revision.joinpath(*relative) for revision in snapshots.iterdir()]
+    linked_at = min(link.lstat().st_ctime_ns for link in links if os.path.lexists(link))
+    # Written strictly before: clocks of filesystems tick every few milliseconds.
+    untouched = status.st_mtime_ns < linked_at and status.st_ctime_ns <= linked_at
+    return blob.name if untouched and stat.S_ISREG(status.st_mode) else None
+
+
+def _is_of_hub(snapshots: Path, blob: Path) -> bool:
+    repository = snapshots.parent
+    is_layout = snapshots.name == "snapshots" and repository.name.startswith("models--")
+    return is_layout and blob.parent.resolve() == (repository / "blobs").resolve()
+
+
+def weight_files(source: Path) -> list[Path]:
+    """Return the files that decide what a model computes: its weights and what stands beside them, sorted.
+
+    Args:
+        source: the model's folder, searched with its sub-folders and through links; or one file, a GGUF one with its
+            other shards and projectors.
+
+    Raises:
+        UnknownWeightsError: there are no weights.
+        OSError: there is no such folder.
+    """
+    if source.is_file():
+        return _with_siblings(source)
+    found = _files_below(source) | _files_of_indices(source)
+    if not any(_matches(file.name, WEIGHT_PATTERNS) for file in found):
+        raise UnknownWeightsError(f"no files of weights in {source}")
+    return sorted(found)
+
+
+def _with_siblings(file: Path) -> list[Path]:
+    if file.suffix != ".gguf":
+        return [file]
+    stem = _SHARD_OF_GGUF.sub("", file.name)
+    shards = [other for other in file.parent.glob("*.gguf") if _SHARD_OF_GGUF.sub("", other.name) == stem]
+    return sorted({file, *shards, *file.parent.glob("*mmproj*.gguf")})
+
+
+def _files_below(folder: Path) -> set[Path]:
+    found, seen = set(), set()
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for here, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        status = os.stat(here)
+        if (status.st_dev, status.st_ino) in seen:  # a link that leads upwards
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = [name for name in folders if not _matches(name, _FOLDERS_NOT_READ)]
+        counted = [name for name in names if _matches(name, WEIGHT_PATTERNS + SIDE_PATTERNS)]
+        found |= {Path(here, name) for name in counted if not _matches(name, _NOT_READ)}
+    return found
+
+
+def _files_of_indices(folder: Path) -> set[Path]:
+    """Return the shards that the folder's indices name, wherever they are."""
+    found = set()
+    for index in folder.glob("*.index.json"):
+        try:
+            names = set(json.loads(index.read_bytes())["weight_map"].values())
+            found |= {folder / name for name in names if (folder / name).is_file()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue  # no index that an engine could read; its bytes count
+    return found
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def process_started_at() -> float:
+    """Return when this process started, at the latest, in seconds since 1970: it cannot have loaded anything before.
+
+    The kernel's clocks for processes and for files tick every few milliseconds; no engine loads weights so soon.
+    """
+    tick = 1 / os.sysconf("SC_CLK_TCK")
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + (ticks + 2) * tick
