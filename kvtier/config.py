@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -71,6 +72,7 @@ class OffloadingConfig:
             None is a number that the engine does not know.
         uses_lora: block hashes carry the names of adapters, not their contents.
         enable_kv_cache_events: the engine asks for `take_events`.
+        namespace_follows: the engine tells later, by `TieringOffloadingSpec.identify`; persistent tiers wait for it.
     """
 
     extra_config: Mapping[str, Any] = field(repr=False)  # where users put passwords, allowed or not
@@ -84,6 +86,7 @@ class OffloadingConfig:
     data_parallel_size: int | None = 1
     uses_lora: bool = False
     enable_kv_cache_events: bool = False
+    namespace_follows: bool = False
 
     def __post_init__(self) -> None:
         """Check what every spec relies on.
@@ -110,6 +113,13 @@ class OffloadingConfig:
             raise ConfigError("data_parallel_index", self.data_parallel_index, allowed)
 
 
+class TrustedWeights(Enum):
+    """What tells weights from others."""
+
+    CONTENTS = "contents"
+    NAME = "name"
+
+
 class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What a user may set for `CPUOffloadingSpec`; times in seconds.
 
@@ -126,6 +136,8 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         load_deadline, probe_deadline, lease_timeout, drain_timeout, tier_deadline, promotion_budget, prefill_rate,
             on_reset: see `TieringSettings`.
         allow_lora: trust the names of LoRA adapters across restarts.
+        trust_weights: how engines that read weights from files tell them from others across restarts: by all of
+            their "contents", or by their "name" alone, which is a path, or a repository and its revision.
         record: path of a new file that gets a recording of the requests, for `kvtier simulate`; record_limit: most
             bytes of it.
     """
@@ -149,6 +161,7 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     prefill_rate: _Seconds | None = TieringSettings.prefill_rate
     on_reset: ResetPolicy = TieringSettings.on_reset
     allow_lora: bool = False
+    trust_weights: TrustedWeights = TrustedWeights.CONTENTS
     record: _Text | None = None
     record_limit: int | str = DEFAULT_RECORD_LIMIT
 

@@ -8,6 +8,7 @@ from kvtier.config import (
     KVCacheGroup,
     OffloadingConfig,
     TieringConfig,
+    TrustedWeights,
     engine_blocks_per_block,
     json_schema,
     parse_config,
@@ -59,6 +60,8 @@ def parse(kind=TieringConfig, **keys):
         ({"prefill_rate": 0}, "prefill_rate=0: expected float > 0.0"),
         ({"on_reset": "maybe"}, 'on_reset=\'maybe\': one of "new_epoch", "keep"'),
         ({"allow_lora": "yes"}, "allow_lora='yes': expected bool, got str"),
+        ({"trust_weights": "names"}, 'trust_weights=\'names\': one of "contents", "name"'),
+        ({"trust_weights": True}, 'trust_weights=True: one of "contents", "name"'),
         ({"offload_prompt_only": 1}, "offload_prompt_only=1: expected bool | None, got int"),
         ({"self_describing_kv_events": None}, "self_describing_kv_events=None: expected bool, got None"),
         ({"secondary_tiers": {"type": "disk"}}, "secondary_tiers={'type': 'disk'}: expected list, got mapping"),
@@ -72,6 +75,11 @@ def parse(kind=TieringConfig, **keys):
 )
 def test_every_wrong_key_is_named(keys, start):
     assert error_of(parse_config, SIZED | keys, TieringConfig).startswith(start)
+
+
+def test_weights_are_told_apart_by_their_contents_unless_names_are_trusted():
+    assert parse().trust_weights is TrustedWeights.CONTENTS
+    assert parse(trust_weights="name").trust_weights is TrustedWeights.NAME
 
 
 def test_the_size_is_required():

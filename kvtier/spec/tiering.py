@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -15,17 +15,18 @@ from kvtier.errors import ConfigError, KVTierError
 from kvtier.events import TierState, TierStateChanged
 from kvtier.foreign_text import MOST_QUOTED, one_line
 from kvtier.log import logger
+from kvtier.namespace import Namespace
 from kvtier.options import join_key
 from kvtier.primary.arena import Arena
-from kvtier.registry import POLICIES, construct_tier, try_tier
+from kvtier.registry import POLICIES, construct_tier, load_tier_class, try_tier
 from kvtier.secondary.unusable import UnusableTierManager
 from kvtier.spec.cpu import CPUOffloadingSpec
 from kvtier.spec.recorded import make_manager
-from kvtier.spec.tiers import parse_tiers, prompts_only
+from kvtier.spec.tiers import outlives_engine, parse_tiers, prompts_only
+from kvtier.tiering.late_tier import LateTier
 from kvtier.tiering.manager import TieringOffloadingManager
 
 _POLL_SECONDS = 0.005
-_NOTHING: Mapping[str, str] = {}
 
 
 class TieringOffloadingSpec(CPUOffloadingSpec):
@@ -33,33 +34,47 @@ class TieringOffloadingSpec(CPUOffloadingSpec):
 
     Attributes:
         tiers: the configured secondary tiers, checked.
-        left_out: reasons for tiers that stay off, by name.
+        persistent_tiers: names of those whose blocks a later engine may find.
     """
 
     config_type: ClassVar[type[CPUConfig]] = TieringConfig
 
-    def __init__(self, *args: Any, left_out: Mapping[str, str] = _NOTHING, **keywords: Any) -> None:
+    def __init__(self, *args: Any, **keywords: Any) -> None:
         """Check the configuration, tiers included; other arguments and errors as `CPUOffloadingSpec`.
 
         With an arena of an earlier spec, what only the environment can make wrong is not checked again: that spec has
         checked it, and what has changed since costs one tier, not all.
-
-        Args:
-            left_out: reasons for tiers that stay off, by name.
         """
         super().__init__(*args, **keywords)
         user = self.user_config
         if not isinstance(user, TieringConfig):
             raise TypeError(f"{type(self).__name__}.config_type must be a TieringConfig")
-        self.tiers: tuple[TierConfig, ...] = parse_tiers(user, self.config, left_out)
+        self.tiers: tuple[TierConfig, ...] = parse_tiers(user, self.config)
+        self.persistent_tiers = [tier.name for tier in self.tiers if outlives_engine(load_tier_class(tier))]
         self.secondary_tier_configs = list(user.secondary_tiers)
         self.offload_prompt_only = prompts_only(user, self.tiers)
         self.tier_context = replace(self.tier_context, policies=_policies_named_by(self.tiers))
-        self.left_out: Mapping[str, str] = dict(left_out)
+        self._late_tiers: list[tuple[TierConfig, LateTier]] = []
         if self._arena is None:
             for tier in self.tiers:
-                if tier.name not in left_out:
-                    try_tier(tier, self.block_bytes, self.tier_context.policies)
+                try_tier(tier, self.block_bytes, self.tier_context.policies)
+
+    def identify(self, namespace: Namespace) -> None:
+        """Say whose blocks they are, once, after `config.namespace_follows`: tiers that outlive the engine open.
+
+        On any thread. A tier that cannot be used then is down, and costs nothing else.
+        """
+        self.config = replace(self.config, namespace=namespace, namespace_follows=False)
+        self.tier_context = replace(self.tier_context, namespace=self._namespace())
+        for config, late in self._late_tiers:
+            late.succeed(self._start_tier(config, self._make_tier(config, late.primary_kv_view)))
+        self._late_tiers.clear()
+
+    def remain_unidentified(self, reason: str) -> None:
+        """Say, once and on any thread, that nobody will say whose blocks they are: such tiers stay down."""
+        for config, late in self._late_tiers:
+            late.succeed(self._leave_out(config, late.primary_kv_view, one_line(reason, MOST_QUOTED)))
+        self._late_tiers.clear()
 
     def wait_for_tiers(self, timeout: float) -> dict[str, TierState]:
         """Wait until no tier is starting any more, or `timeout` seconds have passed; return their states by name.
@@ -92,8 +107,10 @@ class TieringOffloadingSpec(CPUOffloadingSpec):
         return running
 
     def _make_tier(self, config: TierConfig, view: memoryview) -> SecondaryTierManager:
-        if config.name in self.left_out:
-            return self._leave_out(config, view, self.left_out[config.name])
+        if self.config.namespace_follows and config.name in self.persistent_tiers:
+            late = LateTier(view, config.name, load_tier_class(config))
+            self._late_tiers.append((config, late))
+            return late
         try:
             tier = construct_tier(config, view, self)
             _check_attributes(tier)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,13 +18,8 @@ from kvtier.types import Admission
 PRIMARY_NAME = "primary"
 
 
-def parse_tiers(
-    user: TieringConfig, config: OffloadingConfig, left_out: Collection[str] = ()
-) -> tuple[TierConfig, ...]:
+def parse_tiers(user: TieringConfig, config: OffloadingConfig) -> tuple[TierConfig, ...]:
     """Return the configured tiers: options checked, names distinct, admission decided, paths of this rank.
-
-    Args:
-        left_out: names of tiers that will not be made.
 
     Raises:
         ConfigError: a tier's configuration is wrong, two tiers use one name or one directory, or a persistent tier
@@ -36,8 +31,7 @@ def parse_tiers(
     tiers = [check_tier(replace(tier, admission=tier.admission or default)) for tier in named]
     _check_directories(tiers)
     for tier in tiers:
-        if tier.name not in left_out:
-            _check_lora(tier, user, config)
+        _check_lora(tier, user, config)
     return tuple(_for_data_parallel(tier, config) for tier in tiers)
 
 

@@ -18,6 +18,7 @@ from kvtier.errors import InvariantError
 from kvtier.events import BlocksFailed, JobFinished, Observer, TierState, UnexpectedCall
 from kvtier.keys import OffloadKey
 from kvtier.primary.arena import arena_rows
+from kvtier.tiering.late_tier import LateTier
 from kvtier.tiering.ledger import DigestLedger
 from kvtier.tiering.patience import ProbePatience
 from kvtier.tiering.standing import Standing
@@ -64,6 +65,7 @@ class TierGuard:
     ) -> None:
         """Args: probe_deadline: longest wait for an answer to a lookup, seconds; None for the tier's own."""
         self.tier = tier
+        self._late = tier if isinstance(tier, LateTier) else None
         self.index = index
         self.name = name
         self.admission = admission
@@ -192,6 +194,8 @@ class TierGuard:
                 self._down("does not come back")
                 return answers
             self._busy = None
+        if self._late is not None:
+            self._take_successor(self._late)
         if self._ledger is not None:
             self._collect_hashes(self._ledger, answers)
         results: list[JobResult] = []  # those that came before a fault count
@@ -206,6 +210,15 @@ class TierGuard:
         if self.usable:
             self.patience.follow(self.lookup)
         return answers
+
+    def _take_successor(self, late: LateTier) -> None:
+        """Put the tier that was waited for in its place, in the epoch of now."""
+        tier = late.take_successor()
+        if tier is None:
+            return
+        self.tier, self._late = tier, None
+        if late.epoch is not None:
+            self.start_epoch(late.epoch)
 
     def _take_result(self, result: JobResult, answers: list[Answer]) -> None:
         now, job = self._clock(), None

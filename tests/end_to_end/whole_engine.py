@@ -27,7 +27,11 @@ class WholeEngine:
     """Drives a spec as a scheduler does; every load is compared with what its key must hold."""
 
     def __init__(self, path, num_blocks: int = 16, capacity: str = "64MiB", tier: dict | None = None, **config) -> None:
-        """Args: tier: options of the disk tier at `path`, or, with a `type`, another tier in its place."""
+        """Args:
+        tier: options of the disk tier at `path`, or, with a `type`, another tier in its place.
+        config: the user's other options; `said`, if there, is what the engine says instead of a namespace.
+        """
+        said = config.pop("said", {"namespace": Namespace({"model": "whole"})})
         disk = {"type": "disk", "path": str(path), "capacity": capacity}
         chosen = tier if tier and "type" in tier else {**disk, **(tier or {})}
         extra = {
@@ -41,8 +45,8 @@ class WholeEngine:
                 extra_config=extra,
                 groups=(KVCacheGroup(16, ("layer",)),),
                 engine_block_bytes=BLOCK_BYTES,
-                namespace=Namespace({"model": "whole"}),
                 engine_id="whole",
+                **said,
             )
         )
         self.manager = self.spec.get_manager()
