@@ -5,15 +5,15 @@ import logging
 import pytest
 
 from kvtier.adapters.vllm.core import CoreHalf, warn_of_random_seed
-from kvtier.adapters.vllm.handover import Announcement
-from kvtier.adapters.vllm.identity import digest_files
+from kvtier.adapters.vllm.handover import Announcement, Weights
 from kvtier.adapters.vllm.metrics import StatsReporter
 from kvtier.config import KVCacheGroup, OffloadingConfig
 from kvtier.errors import ConfigError
 from kvtier.events import TierState
 from kvtier.spec.tiering import TieringOffloadingSpec
 
-IDENTITY = {"weights": "w", "hash": "sha256", "rank": 0}
+LAYOUT = {"layout": "l", "hash": "sha256", "rank": 0}
+WEIGHTS = Weights({"weights": "w"})
 
 
 def first_spec(tmp_path, world_size=1, **keys):
@@ -25,35 +25,39 @@ def first_spec(tmp_path, world_size=1, **keys):
     return TieringOffloadingSpec(OffloadingConfig(extra, (KVCacheGroup(16),), 4096 * world_size, world_size=world_size))
 
 
-def identified(spec, *announcements):
+def opened(spec, *announcements, weights=WEIGHTS):
+    """Return the states of the tiers, and the namespace, of a core that all workers have told everything."""
     core = CoreHalf(spec)
     try:
-        made = core._identified(announcements)
-        namespace = made.tier_context.namespace
-        states = made.get_manager().tier_states()
-        on = [name for name, (state, _) in states.items() if state is not TierState.DOWN]
-        return on, namespace.fingerprint if namespace else None
+        core._open(list(announcements))
+        core._identify(weights)
+        states = core._spec.wait_for_tiers(60)
+        namespace = core._spec.tier_context.namespace
+        return {name: state.value for name, state in states.items()}, namespace.fingerprint if namespace else None
     finally:
-        made.get_manager().shutdown()
         core.shutdown()
 
 
-def says(rank=0, identity=IDENTITY, lora=False, problem=""):
+def says(rank=0, identity=LAYOUT, lora=False, problem=""):
     return Announcement(rank, 16, 4096, identity, lora, problem)
 
 
+BOTH_UP, DISK_DOWN = {"disk": "up", "memory": "up"}, {"disk": "down", "memory": "up"}
+
+
 def test_tiers_open_under_the_workers_identity(tmp_path):
-    names, namespace = identified(first_spec(tmp_path), says())
-    assert names == ["disk", "memory"]
-    assert namespace != identified(first_spec(tmp_path), says(identity=IDENTITY | {"weights": "other"}))[1]
-    assert namespace == identified(first_spec(tmp_path), says(identity=dict(reversed(IDENTITY.items()))))[1]
+    states, namespace = opened(first_spec(tmp_path), says())
+    assert states == BOTH_UP
+    assert namespace != opened(first_spec(tmp_path), says(identity=LAYOUT | {"layout": "other"}))[1]
+    assert namespace != opened(first_spec(tmp_path), says(), weights=Weights({"weights": "other"}))[1]
+    assert namespace == opened(first_spec(tmp_path), says(identity=dict(reversed(LAYOUT.items()))))[1]
 
 
 def test_every_ranks_identity_counts(tmp_path):
-    both = [says(0), says(1, IDENTITY | {"rank": 1})]
-    _, namespace = identified(first_spec(tmp_path, 2), *both)
-    _, other = identified(first_spec(tmp_path, 2), both[0], says(1, IDENTITY | {"rank": 1, "weights": "other"}))
-    assert namespace not in (other, identified(first_spec(tmp_path), says())[1])
+    both = [says(0), says(1, LAYOUT | {"rank": 1})]
+    _, namespace = opened(first_spec(tmp_path, 2), *both)
+    _, other = opened(first_spec(tmp_path, 2), both[0], says(1, LAYOUT | {"rank": 1, "layout": "other"}))
+    assert namespace not in (other, opened(first_spec(tmp_path), says())[1])
 
 
 @pytest.fixture
@@ -67,11 +71,19 @@ def log(caplog):
         logger.propagate = propagates
 
 
-def test_without_an_identity_nothing_outlives_the_engine(tmp_path, log):
-    names, namespace = identified(first_spec(tmp_path), says(identity=None, problem="no files of weights in /nowhere"))
-    assert (names, namespace) == (["memory"], None)
+@pytest.mark.parametrize(
+    ("said", "weights"),
+    [
+        (says(identity=None, problem="of unknown shape"), WEIGHTS),
+        (says(), Weights(None, "of unknown shape")),
+    ],
+    ids=["a worker's layout", "the weights"],
+)
+def test_without_an_identity_nothing_outlives_the_engine(tmp_path, log, said, weights):
+    states, namespace = opened(first_spec(tmp_path), said, weights=weights)
+    assert (states, namespace) == (DISK_DOWN, None)
+    assert log.text.count("of unknown shape") == 1
     assert "kvtier: tier disk cannot be used" in log.text
-    assert "no files of weights in /nowhere" in log.text
 
 
 def test_what_breaks_while_the_workers_attach_costs_one_tier_only(tmp_path, log, monkeypatch):
@@ -82,6 +94,7 @@ def test_what_breaks_while_the_workers_attach_costs_one_tier_only(tmp_path, log,
     core = CoreHalf(spec)
     try:
         core._open([says()])
+        core._identify(WEIGHTS)
         states = core.manager.tier_states()
         assert states["disk"][0] is TierState.DOWN
         assert "secret_env" in states["disk"][1]
@@ -102,9 +115,22 @@ def test_a_tier_that_cannot_work_stops_the_engines_start(tmp_path, monkeypatch):
 
 
 def test_adapters_names_are_not_trusted_unless_asked(tmp_path, log):
-    assert identified(first_spec(tmp_path), says(lora=True))[0] == ["memory"]
+    assert opened(first_spec(tmp_path), says(lora=True))[0] == DISK_DOWN
     assert "set allow_lora" in log.text
-    assert identified(first_spec(tmp_path, allow_lora=True), says(lora=True))[0] == ["disk", "memory"]
+    assert opened(first_spec(tmp_path, allow_lora=True), says(lora=True))[0] == BOTH_UP
+
+
+def test_host_memory_serves_while_the_weights_are_read(tmp_path, log):
+    core = CoreHalf(first_spec(tmp_path))
+    try:
+        core._open([says()])
+        assert core.manager.tier_states()["disk"][0] is TierState.STARTING
+        core._identify(WEIGHTS)
+        core._spec.wait_for_tiers(60)
+        assert core.manager.tier_states()["disk"][0] is TierState.UP
+    finally:
+        core.shutdown()
+    core._identify(WEIGHTS)  # after the end nothing opens
 
 
 def test_a_random_seed_is_said_if_blocks_shall_outlive_the_engine(tmp_path, log, monkeypatch):
@@ -115,20 +141,3 @@ def test_a_random_seed_is_said_if_blocks_shall_outlive_the_engine(tmp_path, log,
     monkeypatch.delenv("PYTHONHASHSEED")
     warn_of_random_seed(spec, "xxhash")
     assert "Set PYTHONHASHSEED to any fixed number" in log.text
-
-
-def test_files_are_told_apart_by_name_size_head_and_pages(tmp_path):
-    file = tmp_path / "model.safetensors"
-    raw = bytearray(3 << 20)
-    file.write_bytes(raw)
-    digests = {digest_files([file])}
-    for position in (0, (1 << 20) + 5, len(raw) - 1):
-        changed = bytearray(raw)
-        changed[position] = 1
-        file.write_bytes(changed)
-        digests.add(digest_files([file]))
-    file.write_bytes(raw[:-1])
-    digests.add(digest_files([file]))
-    renamed = file.rename(tmp_path / "other.safetensors")
-    renamed.write_bytes(raw)
-    assert len(digests | {digest_files([renamed])}) == 6

@@ -38,7 +38,7 @@ PAGE = 1536
 LAYERS = ("a", "b")
 SHARE = PAGE * len(LAYERS)
 ENGINE_BLOCKS = 8
-IDENTITY = {"weights": "w", "hash": "sha256"}
+IDENTITY = {"layout": "l", "hash": "sha256"}
 
 
 @pytest.fixture
@@ -121,6 +121,7 @@ class Rig:
                 self.caches[rank],
                 lambda rank=rank: IDENTITY | {"rank": rank},
                 False,
+                None if rank else lambda stop: ({"weights": "w"}, ""),
             )
             for rank in range(world_size)
         ]

@@ -10,7 +10,7 @@ import uuid
 import pytest
 
 from kvtier.adapters.vllm import handover
-from kvtier.adapters.vllm.handover import Announcement, ArenaHost, attach_arena, lineage, socket_name
+from kvtier.adapters.vllm.handover import Announcement, ArenaHost, Weights, attach_arena, lineage, socket_name
 from kvtier.primary.arena import Arena
 from kvtier.testing.patience import PATIENCE_SECONDS, wait_for
 
@@ -106,6 +106,46 @@ def test_a_worker_may_take_long_and_keeps_nobody_waiting(engine_id, serve, monke
     may_go_on.set()
     slow.join()
     wait_for(lambda: complete)
+
+
+def test_weights_may_follow_much_later(engine_id, arena):
+    complete, said, known = [], [], threading.Event()
+
+    def wait_for_weights():
+        known.wait(60)
+        return Weights({"weights": "w"})
+
+    host = ArenaHost(engine_id, arena, 1, complete.append, said.append)
+    host.start()
+    announcement = Announcement(0, 4, 4096, {}, weights_follow=True)
+    worker = threading.Thread(target=attach_arena, args=(engine_id, announcement, lambda _: None, wait_for_weights))
+    worker.start()
+    wait_for(lambda: complete)
+    assert not said
+    known.set()
+    worker.join()
+    wait_for(lambda: said)
+    assert said == [Weights({"weights": "w"}, "")]
+    host.stop()
+
+
+WORKER_THAT_ENDS = """
+import os, sys
+from kvtier.adapters.vllm.handover import Announcement, attach_arena
+attach_arena(sys.argv[1], Announcement(0, 4, 4096, {}, weights_follow=True), lambda _: None, lambda: os._exit(0))
+"""
+
+
+def test_a_worker_that_ends_before_it_knows_the_weights_is_noticed(engine_id, arena):
+    complete, said = [], []
+    host = ArenaHost(engine_id, arena, 1, complete.append, said.append)
+    host.start()
+    subprocess.run([sys.executable, "-c", WORKER_THAT_ENDS, engine_id], check=True)
+    wait_for(lambda: said)
+    assert complete
+    assert said[0].identity is None
+    assert said[0].problem
+    host.stop()
 
 
 def test_a_worker_with_another_layout_is_refused(engine_id, serve):

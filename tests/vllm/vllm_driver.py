@@ -11,26 +11,31 @@ import time
 ARENAS = []
 """The arenas of this process."""
 
+MANAGERS = []
+"""The managers of this process."""
+
 BEGUN = {}
 """vLLM's own name and the answer so far of every request that was begun, by its name here."""
 
 
-def remember_arenas():
-    from kvtier.primary.arena import Arena
+def remember_instances(kind, instances):
+    plain = kind.__init__
 
-    plain = Arena.__init__
+    def remember(self, *args, **keywords):
+        plain(self, *args, **keywords)
+        instances.append(self)
 
-    def remember(arena, *args):
-        plain(arena, *args)
-        ARENAS.append(arena)
-
-    Arena.__init__ = remember
+    kind.__init__ = remember
 
 
 def make_engine(options):
     from vllm import LLM
 
-    remember_arenas()
+    from kvtier.primary.arena import Arena
+    from kvtier.tiering.manager import TieringOffloadingManager
+
+    remember_instances(Arena, ARENAS)
+    remember_instances(TieringOffloadingManager, MANAGERS)
     # Measured to work on the CPU platform; float32, since a prefill split elsewhere rounds differently in less.
     defaults = {
         "skip_tokenizer_init": True,
@@ -135,6 +140,14 @@ def zero_host_memory():
     return len(ARENAS)
 
 
+def blocks():
+    """Return a digest of every block in host memory, by its key."""
+    import xxhash
+
+    slot_of, arena = MANAGERS[0]._primary.table.slot_of, ARENAS[0]
+    return {key.hex(): xxhash.xxh3_128(arena.row(slot)).hexdigest() for key, slot in slot_of.items()}
+
+
 def metrics(engine):
     values = {}
     for metric in engine.get_metrics():
@@ -159,6 +172,8 @@ def obey(engine, command, arguments):
         return engine.reset_prefix_cache(**arguments)
     if command == "zero":
         return zero_host_memory()
+    if command == "blocks":
+        return blocks()
     if command == "metrics":
         return metrics(engine)
     raise ValueError(command)

@@ -47,8 +47,19 @@ def environment_of(*changes):
 class Engine:
     """A vLLM engine in a process of its own."""
 
-    def __init__(self, model: Path, log: Path, *, processes=False, environment=None, kvtier=None, **options):
+    def __init__(
+        self,
+        model: Path,
+        log: Path,
+        *,
+        processes=False,
+        environment=None,
+        kvtier=None,
+        python=sys.executable,
+        **options,
+    ):
         """Args:
+        python: of the environment whose vLLM is wanted.
         processes: vLLM runs its core and its workers in processes of their own.
         environment: variables to set; None takes one out.
         kvtier: keys of kvtier's configuration; None runs without a connector.
@@ -58,7 +69,7 @@ class Engine:
         self._log = log.open("wb")
         kv = {} if kvtier is None else {"kv_transfer_config": transfer_config(**kvtier)}
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("vllm_driver.py"))],
+            [str(python), str(Path(__file__).with_name("vllm_driver.py"))],
             stdin=subprocess.PIPE,
             stdout=self._log,
             stderr=subprocess.STDOUT,

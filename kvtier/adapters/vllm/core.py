@@ -6,7 +6,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -14,18 +14,18 @@ from vllm.logger import init_logger
 
 from kvtier import forks
 from kvtier.adapters.vllm.compat import hash_seed_is_random
-from kvtier.adapters.vllm.handover import Announcement, ArenaHost
-from kvtier.config import OffloadingConfig
+from kvtier.adapters.vllm.handover import Announcement, ArenaHost, Weights
 from kvtier.errors import ConfigError
 from kvtier.log import cleaned
 from kvtier.namespace import Namespace
 from kvtier.primary.arena import ControlPage
-from kvtier.registry import load_tier_class
 from kvtier.spec.tiering import TieringOffloadingSpec
-from kvtier.spec.tiers import outlives_engine
 from kvtier.tiering.manager import TieringOffloadingManager
 
 logger = cleaned(init_logger("vllm.kvtier"))
+
+WEIGHTS_SECONDS = 2.0
+"""Longest the engine's start waits for weights that are being read; remembered ones are known at once."""
 
 
 class CoreHalf:
@@ -47,6 +47,8 @@ class CoreHalf:
         self._on_attached = on_attached
         self._spec: TieringOffloadingSpec | None = None
         self._ready = threading.Event()
+        self._weights_said = threading.Event()
+        self._announcements: list[Announcement] = []
         self._lock = threading.Lock()
         self._closed = False
         self._host: ArenaHost | None = None
@@ -63,7 +65,7 @@ class CoreHalf:
 
     def medium_is_storage(self, tier_name: str) -> bool:
         """Return whether a tier keeps its blocks beyond host memory."""
-        return any(tier.name == tier_name and outlives_engine(load_tier_class(tier)) for tier in self._first.tiers)
+        return tier_name in self._first.persistent_tiers
 
     def start(self, timeout: float) -> None:
         """Make the arena, serve it, and wait at most `timeout` seconds for workers and tiers.
@@ -78,15 +80,18 @@ class CoreHalf:
         except ConfigError as error:
             logger.error("kvtier is off: %s", error)
             return
-        self._host = ArenaHost(config.engine_id, arena, config.world_size, self._open)
+        self._host = ArenaHost(config.engine_id, arena, config.world_size, self._open, self._identify)
         try:
             self._host.start()
         except OSError as error:
             logger.error("kvtier is off: another engine of this machine has the id %r (%s)", config.engine_id, error)
             return
         if self._ready.wait(timeout) and self._spec is not None and self.manager is not None:
-            states = self._spec.wait_for_tiers(max(0.0, deadline - time.monotonic()))
+            known = self._weights_said.wait(max(0.0, min(WEIGHTS_SECONDS, deadline - time.monotonic())))
+            states = self._spec.wait_for_tiers(max(0.0, deadline - time.monotonic()) if known else 0.0)
             logger.info("kvtier is ready, its tiers are: %s", {name: state.value for name, state in states.items()})
+            if not known:
+                logger.info("tiers %s open when the weights have been read", self._first.persistent_tiers)
         else:
             logger.warning("kvtier starts later: its workers have not attached in %.0f s", timeout)
 
@@ -102,54 +107,69 @@ class CoreHalf:
                 stack.callback(self._host.stop)
 
     def _open(self, announcements: list[Announcement]) -> None:
-        """Make the manager, on the host's thread."""
+        """Make the manager, on the host's thread; what outlives the engine waits for `_identify`."""
         try:
             self._on_attached()
-            spec = self._identified(announcements)
+            self._announcements = announcements
+            first = self._first
+            config = replace(first.config, namespace_follows=True)
+            spec = type(first)(config, arena=first.arena, observers=(first.observers,))
             with self._lock:
                 if not self._closed:
                     self._spec = spec
                     self.manager = spec.get_manager()
+            unfit = self._reason_against_persistence(announcements)
+            if unfit or not first.persistent_tiers:
+                self._identify(Weights(None, unfit))
         except Exception:  # on its own thread: nothing may stop the engine, which goes on without a cache; reported
             logger.exception("kvtier is off: its manager could not be made")
         finally:
             self._ready.set()
 
-    def _identified(self, announcements: Sequence[Announcement]) -> TieringOffloadingSpec:
-        first = self._first
-        config = replace(first.config, namespace=_namespace_of(announcements), uses_lora=announcements[0].uses_lora)
-        if config.namespace is not None:
-            warn_of_random_seed(first, str(config.namespace.identity["hash"]))
-        unfit = self._reason_against_persistence(config, announcements)
-        left_out = {tier.name: unfit for tier in first.tiers if unfit and outlives_engine(load_tier_class(tier))}
-        return type(first)(config, arena=first.arena, observers=(first.observers,), left_out=left_out)
+    def _identify(self, weights: Weights) -> None:
+        """Let the tiers that outlive the engine open, or say why not; on one of the host's threads."""
+        try:
+            with self._lock:
+                if self._closed or self._spec is None or self._weights_said.is_set():
+                    return
+                if weights.identity is None:
+                    self._spec.remain_unidentified(f"it cannot be told whose blocks are whose: {weights.problem}")
+                    return
+                namespace = namespace_of(self._announcements, weights.identity)
+                warn_of_random_seed(self._first, str(namespace.identity["hash"]))
+                self._spec.identify(namespace)
+        except Exception:  # as above: the tiers stay closed; reported
+            logger.exception("tiers %s stay off", self._first.persistent_tiers)
+        finally:
+            self._weights_said.set()
 
-    def _reason_against_persistence(self, config: OffloadingConfig, announcements: Sequence[Announcement]) -> str:
-        """Return why blocks must not outlive this engine; "" if they may."""
+    def _reason_against_persistence(self, announcements: Sequence[Announcement]) -> str:
+        """Return why blocks must not outlive this engine, whatever its weights; "" if they may."""
         problems = [f"rank {said.rank}: {said.problem}" for said in announcements if said.identity is None]
         if problems:
-            return "it cannot be told whose blocks are whose: " + "; ".join(problems)
-        if config.uses_lora and not self._first.user_config.allow_lora:
+            return "; ".join(problems)
+        if any(said.uses_lora for said in announcements) and not self._first.user_config.allow_lora:
             return "with LoRA, block hashes carry the adapters' names, not their contents; set allow_lora to trust them"
         return ""
 
 
-def _namespace_of(announcements: Sequence[Announcement]) -> Namespace | None:
-    """Return the identity that all workers have together: the first one's, readable, and a digest of all."""
-    identities = [said.identity for said in announcements]
-    first = identities[0]
-    if first is None or any(identity is None for identity in identities):
-        return None
-    text = json.dumps([dict(identity or {}) for identity in identities], sort_keys=True)
-    return Namespace({**first, "workers": hashlib.blake2b(text.encode(), digest_size=16).hexdigest()})
+def namespace_of(announcements: Sequence[Announcement], weights: Mapping[str, str | int]) -> Namespace:
+    """Return the identity that all workers have together: the first one's, readable, a digest of all, and the weights.
+
+    Args:
+        announcements: in the order of ranks, each with an identity.
+    """
+    identities = [dict(said.identity or {}) for said in announcements]
+    text = json.dumps(identities, sort_keys=True)
+    workers = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return Namespace({**identities[0], "workers": workers, **weights})
 
 
 def warn_of_random_seed(spec: TieringOffloadingSpec, algorithm: str) -> None:
     """Say, once, that a later process will not find this one's blocks, if that is so."""
-    persistent = [tier.name for tier in spec.tiers if outlives_engine(load_tier_class(tier))]
-    if persistent and hash_seed_is_random(algorithm):
+    if spec.persistent_tiers and hash_seed_is_random(algorithm):
         logger.error(
             "tiers %s will not be found by the next process: vLLM's block hashes start from a random seed here."
             " Set PYTHONHASHSEED to any fixed number.",
-            persistent,
+            spec.persistent_tiers,
         )

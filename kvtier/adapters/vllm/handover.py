@@ -8,9 +8,10 @@ with one id never share memory. The name is gone when the core stops listening o
 Messages are JSON objects, one a packet:
 
     worker to core   {"rank": 0, "num_blocks": 64, "block_bytes": 4096, "identity": {...} or null, "uses_lora": false,
-                      "problem": "..."}
+                      "problem": "...", "weights_follow": true}
     core to worker   {"error": ""}, with the descriptor; or {"error": "..."}
     worker to core   {"attached": true}
+    worker to core   {"identity": {...} or null, "problem": "..."}, maybe minutes later, if the weights follow
 """
 
 from __future__ import annotations
@@ -45,9 +46,10 @@ class Announcement:
     Attributes:
         rank: its place among the workers of the engine.
         num_blocks, block_bytes: shape of the arena it expects.
-        identity: what makes its bytes incompatible with others, or None if it cannot tell.
+        identity: what makes its bytes incompatible with others, but for the weights; None if it cannot tell.
         uses_lora: the model serves LoRA adapters.
         problem: why there is no identity, in a few words.
+        weights_follow: it will say which weights these are, for all workers.
     """
 
     rank: int
@@ -55,6 +57,20 @@ class Announcement:
     block_bytes: int
     identity: Mapping[str, str | int] | None
     uses_lora: bool = False
+    problem: str = ""
+    weights_follow: bool = False
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a worker says of the weights of its engine.
+
+    Attributes:
+        identity: what tells them from others, or None if it cannot tell.
+        problem: why there is no identity, in a few words.
+    """
+
+    identity: Mapping[str, str | int] | None
     problem: str = ""
 
 
@@ -68,22 +84,30 @@ class ArenaHost:
     """The core's side: a thread that serves every worker once, then calls back and ends.
 
     Each worker is waited for on a thread of its own, as long as it lives: where mapping the arena means to register it
-    with a device, that takes a second for some GiB.
+    with a device, that takes a second for some GiB; and to read the weights may take minutes.
     """
 
     def __init__(
-        self, engine_id: str, arena: Arena, world_size: int, on_complete: Callable[[list[Announcement]], None]
+        self,
+        engine_id: str,
+        arena: Arena,
+        world_size: int,
+        on_complete: Callable[[list[Announcement]], None],
+        on_weights: Callable[[Weights], None] = lambda weights: None,
     ) -> None:
         """Set up; nothing listens before `start`.
 
         Args:
             world_size: workers to be served.
             on_complete: called on the thread, with the announcements in the order of ranks, when all have attached.
+            on_weights: called on another thread, later, when a worker whose weights follow has said them or ended.
         """
         self._name = socket_name(engine_id)
         self._arena = arena
         self._world_size = world_size
         self._on_complete = on_complete
+        self._on_weights = on_weights
+        self._completed = threading.Event()
         self._served: dict[int, Announcement] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvtier-arena-host", daemon=True)
@@ -131,6 +155,7 @@ class ArenaHost:
                     continue
                 threading.Thread(target=self._serve, args=(connection,), name="kvtier-arena-guest", daemon=True).start()
         self._on_complete([self._served[rank] for rank in range(self._world_size)])
+        self._completed.set()
 
     def _serve(self, connection: socket.socket) -> None:
         with connection:
@@ -142,21 +167,35 @@ class ArenaHost:
                 announcement = Announcement(**_receive(connection))
                 self._check(announcement)
                 socket.send_fds(connection, [_packed({"error": ""})], [self._arena.fd])
-                if self._has_attached(connection):
+                if self._wait_for(connection).get("attached") is True:
                     self._served[announcement.rank] = announcement
+                    if announcement.weights_follow:
+                        self._receive_weights(connection)
             except (OSError, ValueError, TypeError) as error:
                 logger.warning("a worker could not be given the arena: %s", error)
                 _try_to_send(connection, {"error": str(error)})
 
-    def _has_attached(self, connection: socket.socket) -> bool:
-        """Wait until the worker says so, ends, or the host stops."""
+    def _receive_weights(self, connection: socket.socket) -> None:
+        try:
+            said = self._wait_for(connection)
+            weights = Weights(said.get("identity"), said.get("problem") or said.get("error") or "")
+        except OSError as error:
+            weights = Weights(None, f"the worker that reads the weights has ended ({error})")
+        while not self._completed.wait(_STEP_SECONDS):
+            if self._stop.is_set():
+                return
+        if not self._stop.is_set():
+            self._on_weights(weights)
+
+    def _wait_for(self, connection: socket.socket) -> dict[str, Any]:
+        """Return the next message, however late it comes; one without content when the host stops."""
         connection.settimeout(_STEP_SECONDS)
         while not self._stop.is_set():
             try:
-                return _receive(connection).get("attached") is True
+                return _receive(connection)
             except TimeoutError:
                 continue
-        return False
+        return {}
 
     def _check(self, announcement: Announcement) -> None:
         shape, wanted = (announcement.num_blocks, announcement.block_bytes), self._arena.view.shape
@@ -166,11 +205,17 @@ class ArenaHost:
             raise ValueError(f"rank {announcement.rank}: 0 to {self._world_size - 1} expected")
 
 
-def attach_arena(engine_id: str, announcement: Announcement, take: Callable[[Arena], None]) -> str:
+def attach_arena(
+    engine_id: str,
+    announcement: Announcement,
+    take: Callable[[Arena], None],
+    wait_for_weights: Callable[[], Weights] | None = None,
+) -> str:
     """Ask the engine's core for its arena, once.
 
     Args:
         take: given the mapped arena, which it owns from now on, before the core is told.
+        wait_for_weights: called after that if the announcement says that weights follow.
 
     Returns:
         "" if the arena was taken, else why not yet: no core listens, or it is no ancestor of this process.
@@ -201,6 +246,8 @@ def attach_arena(engine_id: str, announcement: Announcement, take: Callable[[Are
             for descriptor in descriptors:
                 os.close(descriptor)
         connection.send(_packed({"attached": True}))
+        if announcement.weights_follow and wait_for_weights is not None:
+            _try_to_send(connection, asdict(wait_for_weights()))
     return ""
 
 
@@ -243,4 +290,4 @@ def _try_to_send(connection: socket.socket, message: Mapping[str, Any]) -> None:
     try:
         connection.send(_packed(message))
     except OSError:
-        return  # the worker is gone; the warning has been logged
+        return  # the other end is gone, and the engine with it

@@ -1,53 +1,67 @@
-"""What makes the bytes of one vLLM worker incompatible with those of another, for the namespace."""
+"""What makes the bytes of one vLLM worker incompatible with those of another, for the namespace.
+
+Two parts: the layout, which a worker knows at once, and the weights, which it has to read (`weights_of_engine`).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import vllm
 from vllm.platforms import current_platform
 
-PAGE_BYTES = 4096
-PAGES_PER_FILE = 256
-HEAD_BYTES = 1024 * 1024
-"""Of each file of weights: its head, which holds the names, types and shapes of safetensors and GGUF, and pages
-spread evenly over the rest."""
+from kvtier.weights.weight_files import (
+    UnknownWeightsError,
+    digest_files,
+    identify_files,
+    process_started_at,
+    weight_files,
+)
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+__all__ = ["UnknownWeightsError", "digest_files", "layout_of_worker", "weights_of_engine"]
+
+_ALIKE_ON_CPU = frozenset({"0.28.0", "0.30.0", "0.32.0"})
+"""Releases that compute the same keys and the same bytes on the CPU platform; tests/vllm/test_releases.py proves it."""
+
+_READ_FILES = frozenset(
+    {
+        *("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "mistral", "pt", "npcache", "gguf"),
+        *("bitsandbytes", "sharded_state", "runai_streamer", "runai_streamer_sharded", "tensorizer"),
+    }
+)
+"""Load formats whose weights are the model's files, or files that the loader's own options name."""
 
 
-class UnknownWeightsError(Exception):
-    """The weights cannot be told from other weights, for the reason in the message."""
-
-
-def worker_identity(vllm_config: Any, offloading_config: Any, canonical: Any) -> dict[str, str | int]:
-    """Return names and values that differ wherever stored bytes would.
+def layout_of_worker(vllm_config: Any, offloading_config: Any, canonical: Any) -> dict[str, str | int]:
+    """Return names and values that differ wherever stored bytes would, but for the weights. Reads no files.
 
     Args:
         vllm_config: vLLM's whole configuration, as workers have it.
         offloading_config: what vLLM tells offloading specs.
         canonical: vLLM's KV caches.
-
-    Raises:
-        UnknownWeightsError: the files of the weights cannot be found on this machine.
     """
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, offloading_config.parallel
+    device = str(current_platform.device_type)
+    layers = vllm_config.compilation_config.static_forward_context.values()
     identity: dict[str, str | int] = {
-        "engine": f"vllm {vllm.__version__}",
-        "platform": str(current_platform.device_type),
-        "weights": weights_of(model, vllm_config.load_config),
+        "engine": alike_release(vllm.__version__, device),
+        "platform": device,
+        "device": str(current_platform.get_device_name()),
         "revision": str(model.revision or ""),
+        "code_revision": str(getattr(model, "code_revision", None) or ""),
         "model_config": _digest(_settings(model.hf_config)),
+        "max_model_len": _length_in_rope(model),
         "dtype": str(model.dtype),
         "quantization": str(model.quantization or ""),
         "cache_dtype": str(cache.cache_dtype),
-        "kv_layout": str(getattr(offloading_config, "kv_cache_layout", None) or ""),
-        "attention": _attention_backends(vllm_config),
+        "attention": _attention_backends(layers),
+        "layout": _digest(_tensor_layouts(layers, len(canonical.tensors[0].tensor))),
         "hash": str(cache.prefix_caching_hash_algo),
         "tokens_per_hash": offloading_config.cache.tokens_per_hash,
         "groups": _digest([[group.tokens_per_block, group.layer_names] for group in offloading_config.groups]),
@@ -56,79 +70,163 @@ def worker_identity(vllm_config: Any, offloading_config: Any, canonical: Any) ->
         "world_size": parallel.world_size,
         "parallel": f"tp {parallel.tp_size} pp {parallel.pp_size} pcp {parallel.pcp_size} dcp {parallel.dcp_size}",
     }
-    draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
+    draft = _draft_of(vllm_config)
     if draft is not None:
-        identity["draft_weights"] = weights_of(draft, vllm_config.load_config)
         identity["draft_config"] = _digest(_settings(draft.hf_config))
     return identity
 
 
-def weights_of(model_config: Any, load_config: Any) -> str:
-    """Return what names the weights of a model: a digest of their files, or the seed that random ones are drawn from.
+def alike_release(version: str, device: str) -> str:
+    """Return what stands for a release of vLLM: itself, or a name that it shares with releases proven alike."""
+    return "vllm, alike 0.28.0" if device == "cpu" and version in _ALIKE_ON_CPU else f"vllm {version}"
+
+
+def weights_of_engine(
+    vllm_config: Any, trust_names: bool, stop: threading.Event | None = None
+) -> tuple[dict[str, str | int], str]:
+    """Return what names the weights that an engine has loaded, and a line about what that took.
+
+    Args:
+        trust_names: name them by path or repository and revision, and read nothing.
+        stop: ends the work early.
 
     Raises:
-        UnknownWeightsError: no file of weights is found on this machine.
+        UnknownWeightsError: they cannot be read here, or may have changed since they were loaded.
+        StoppedError: `stop` was set.
     """
-    if load_config.load_format == "dummy":
-        return f"random, seed {model_config.seed}"
-    source = getattr(model_config, "model_weights", "") or model_config.model
+    if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
+        raise UnknownWeightsError("calculate_kv_scales makes the KV cache's scales of the first requests")
+    load, model, draft = vllm_config.load_config, vllm_config.model_config, _draft_of(vllm_config)
+    named = {"weights": model} if draft is None else {"weights": model, "draft_weights": draft}
+    identity: dict[str, str | int] = {"load_format": str(load.load_format)}
+    if isinstance(load.model_loader_extra_config, Mapping):
+        identity["loader_options"] = _digest(dict(load.model_loader_extra_config))
+    said = []
+    for name, config in named.items():
+        if load.load_format == "dummy":
+            identity[name] = f"random, seed {config.seed}"
+        elif trust_names:
+            identity[name] = _name_of(config)
+            said.append(f"trusted by the name {_name_of(config)!r}")
+        else:
+            found = identify_files(_files_of(config, load), stop, process_started_at())
+            identity[name] = found.digest
+            said.append(found.describe())
+    return identity, "; ".join(said)
+
+
+def _files_of(model_config: Any, load_config: Any) -> list[Path]:
+    """Return the files that an engine has read a model from.
+
+    Raises:
+        UnknownWeightsError: they are not on this machine, or nobody here knows which they are.
+    """
+    if load_config.load_format not in _READ_FILES:
+        raise UnknownWeightsError(f"which files the load format {load_config.load_format!r} reads is not known")
+    sources = [_source_of(model_config), *_others_named_by(model_config.hf_config)]
+    try:
+        files = {
+            file for source in sources for file in weight_files(_local(source, model_config, load_config.download_dir))
+        }
+        return sorted(files | _files_named_by(load_config))
+    except OSError as error:
+        raise UnknownWeightsError(f"weights cannot be found: {error}") from error
+
+
+def _source_of(model_config: Any) -> str:
+    """Return where the weights come from: `model_weights` differs from `model` for weights in an object store."""
+    return str(getattr(model_config, "model_weights", "") or model_config.model)
+
+
+def _others_named_by(hf_config: Any) -> list[str]:
+    """Return further repositories that a model loads parts from, as some models for audio do."""
+    names = [getattr(hf_config, key, None) for key in ("audio_model_id", "text_model_id")]
+    return [name for name in names if isinstance(name, str) and name]
+
+
+def _files_named_by(load_config: Any) -> set[Path]:
+    """Return the files that a loader's own options name, such as tensorizer's.
+
+    Raises:
+        UnknownWeightsError: they are elsewhere.
+    """
+    extra = load_config.model_loader_extra_config
+    options = extra if isinstance(extra, Mapping) else vars(extra)
+    texts = [value for value in options.values() if isinstance(value, str)]
+    remote = next((text for text in texts if "://" in text), None)
+    if remote is not None:
+        raise UnknownWeightsError(f"{remote!r} cannot be read here")
+    paths = [Path(text) for text in texts if os.sep in text]
+    found = {file for path in paths if path.exists() for file in weight_files(path)}
+    if load_config.load_format == "tensorizer" and not found:
+        raise UnknownWeightsError("the files that tensorizer reads are not known")
+    return found
+
+
+def _local(source: str, model_config: Any, download_dir: str | None) -> Path:
+    """Return the folder or file of a model on this machine; asks nobody."""
+    if "://" in source:
+        raise UnknownWeightsError(f"{source!r} cannot be read here")
     path = Path(source)
-    if not path.exists():
-        path = _downloaded(str(source), model_config.revision, load_config.download_dir)
-    return digest_files([path] if path.is_file() else weight_files(path))
-
-
-def digest_files(files: Iterable[Path]) -> str:
-    """Return a digest of files: of each its name, size, head, and pages spread evenly over it.
-
-    A change that leaves all sampled pages alone is missed; training, merging or quantizing changes them all.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        with file.open("rb") as handle:
-            size = os.fstat(handle.fileno()).st_size
-            digest.update(f"{file.name}\0{size}\0".encode())
-            digest.update(handle.read(HEAD_BYTES))
-            for index in range(PAGES_PER_FILE if size > HEAD_BYTES else 0):
-                start = HEAD_BYTES + max(0, size - HEAD_BYTES - PAGE_BYTES) * index // (PAGES_PER_FILE - 1)
-                digest.update(os.pread(handle.fileno(), PAGE_BYTES, start))
-    return digest.hexdigest()
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return a model's files of weights, sorted.
-
-    Raises:
-        UnknownWeightsError: there are none.
-        OSError: there is no such folder.
-    """
-    files = sorted(file for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES and file.is_file())
-    if not files:
-        raise UnknownWeightsError(f"no files of weights in {folder}")
-    return files
-
-
-def _downloaded(repository: str, revision: str | None, cache_dir: str | None) -> Path:
-    """Return the local folder of a model from a hub; asks nobody."""
+    if path.exists():
+        for link in filter(Path.is_symlink, (path, *path.parents)):
+            if link.lstat().st_ctime > process_started_at():
+                raise UnknownWeightsError(f"the link {link} was made after this process had started: which was loaded?")
+        return path
     from huggingface_hub import snapshot_download
 
+    revision = model_config.revision if source == model_config.model else None
     try:
-        return Path(snapshot_download(repository, revision=revision, cache_dir=cache_dir, local_files_only=True))
+        return Path(snapshot_download(source, revision=revision, cache_dir=download_dir, local_files_only=True))
     except Exception as error:
-        raise UnknownWeightsError(f"the files of {repository!r} are not on this machine ({error})") from error
+        raise UnknownWeightsError(f"the files of {source!r} are not on this machine ({error})") from error
+
+
+def _name_of(model_config: Any) -> str:
+    """Return what a user trusts when weights are trusted by name."""
+    source = _source_of(model_config)
+    name = os.path.abspath(source) if os.path.exists(source) else source
+    commit = getattr(model_config.hf_config, "_commit_hash", None)
+    return f"{name} {commit or model_config.revision or ''}".strip()
+
+
+def _draft_of(vllm_config: Any) -> Any:
+    return getattr(vllm_config.speculative_config, "draft_model_config", None)
 
 
 def _settings(hf_config: Any) -> Mapping[str, Any]:
     """Return a model's settings without those that name its place or the library that read it."""
-    volatile = {"_name_or_path", "transformers_version"}
+    volatile = {"_name_or_path", "transformers_version", "_commit_hash"}
     return {key: value for key, value in hf_config.to_dict().items() if key not in volatile}
 
 
-def _attention_backends(vllm_config: Any) -> str:
+def _length_in_rope(model_config: Any) -> int:
+    """Return the longest prompt if positions are encoded by it, as LongRoPE's are; else 0."""
+    settings = json.dumps(_settings(model_config.hf_config), default=str)
+    return int(model_config.max_model_len) if "longrope" in settings else 0
+
+
+def _attention_backends(layers: Any) -> str:
     """Return the names of the attention implementations, which decide how a page is laid out."""
-    layers = vllm_config.compilation_config.static_forward_context.values()
     names = {layer.get_attn_backend().get_name() for layer in layers if hasattr(layer, "get_attn_backend")}
     return ",".join(sorted(names))
+
+
+def _tensor_layouts(layers: Any, num_blocks: int) -> list[list[object]]:
+    """Return type, shape and strides of each layer's KV tensor, without the number of blocks."""
+    caches = [getattr(layer, "kv_cache", None) for layer in layers]
+    tensors = [cache[0] if isinstance(cache, list | tuple) and cache else cache for cache in caches]
+    return [_tensor_layout(tensor, num_blocks) for tensor in tensors if hasattr(tensor, "stride")]
+
+
+def _tensor_layout(tensor: Any, num_blocks: int) -> list[object]:
+    shape, strides = list(tensor.shape), list(tensor.stride())
+    if num_blocks in shape:
+        of_blocks = shape.index(num_blocks)
+        whole = num_blocks * strides[of_blocks]
+        shape[of_blocks] = "blocks"
+        strides = [step if step < whole else "outside" for step in strides]
+    return [str(tensor.dtype), shape, strides]
 
 
 def _digest(value: object) -> str:

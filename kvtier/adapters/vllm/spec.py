@@ -14,12 +14,12 @@ from vllm.v1.kv_offload import base
 
 from kvtier.adapters.vllm.compat import kv_bytes_per_block
 from kvtier.adapters.vllm.core import CoreHalf
-from kvtier.adapters.vllm.identity import worker_identity
+from kvtier.adapters.vllm.identity import layout_of_worker, weights_of_engine
 from kvtier.adapters.vllm.manager import KVTierOffloadingManager
 from kvtier.adapters.vllm.metrics import metric_definitions
 from kvtier.adapters.vllm.translation import engine_config, kv_caches_of
 from kvtier.adapters.vllm.worker import KVTierOffloadingWorker
-from kvtier.config import OffloadingConfig
+from kvtier.config import OffloadingConfig, TrustedWeights
 from kvtier.errors import ConfigError
 from kvtier.spec.tiering import TieringOffloadingSpec
 
@@ -96,9 +96,18 @@ class KVTierOffloadingSpec(base.OffloadingSpec):  # type: ignore[misc]  # vLLM i
         """Return the worker, made at the first call; it attaches to the core's arena on a thread."""
         if self._worker is None:
             vllm_config = get_current_vllm_config()
-            identify = partial(worker_identity, vllm_config, self.config, kv_caches)
-            lora = vllm_config.lora_config is not None
-            self._worker = KVTierOffloadingWorker(self._spec, self._path.kv_caches_of(kv_caches), identify, lora)
+            describe = partial(layout_of_worker, vllm_config, self.config, kv_caches)
+            identify = None
+            if self._spec.config.rank == 0 and self._spec.persistent_tiers:  # once for all workers, and if it matters
+                trusts_names = self._spec.user_config.trust_weights is TrustedWeights.NAME
+                identify = partial(weights_of_engine, vllm_config, trusts_names)
+            self._worker = KVTierOffloadingWorker(
+                self._spec,
+                self._path.kv_caches_of(kv_caches),
+                describe,
+                vllm_config.lora_config is not None,
+                identify,
+            )
         return self._worker
 
 

@@ -23,7 +23,6 @@ from vllm.v1.kv_offload.tiering import base as tiering
 from kvtier import types
 from kvtier.abc import SecondaryTierManager, TierContext
 from kvtier.adapters.vllm.compat import NEWLY_COMPUTED_ONLY, make_known, slots_of_job
-from kvtier.adapters.vllm.identity import UnknownWeightsError, digest_files, weight_files
 from kvtier.adapters.vllm.translation import ANSWERS, EngineReqContext, offloading_event
 from kvtier.errors import ConfigError
 from kvtier.keys import OffloadKey
@@ -31,6 +30,7 @@ from kvtier.namespace import Namespace
 from kvtier.registry import create_secondary_tier
 from kvtier.secondary.unusable import UnusableTierManager
 from kvtier.types import JobMetadata, ScheduleEndContext
+from kvtier.weights.weight_files import UnknownWeightsError, identify_files, process_started_at, weight_files
 
 logger = init_logger("vllm.kvtier")
 
@@ -152,7 +152,8 @@ def spec_identity(spec: Any, namespace: str | None) -> dict[str, str | int] | No
     """Return what vLLM's spec tells of the blocks' identity; None if neither it nor the user names the weights."""
     config, parallel = spec.config, spec.config.parallel
     try:
-        weights = namespace or digest_files(weight_files(Path(config.model.name)))
+        files = weight_files(Path(config.model.name)) if namespace is None else []
+        weights = namespace or identify_files(files, loaded_after=process_started_at()).digest
     except (UnknownWeightsError, OSError):
         return None
     groups = [f"{group.tokens_per_block}:{','.join(group.layer_names)}" for group in config.groups]

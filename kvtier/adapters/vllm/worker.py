@@ -13,15 +13,19 @@ from vllm.v1.kv_offload import base
 
 from kvtier import forks
 from kvtier.abc import OffloadingWorker
-from kvtier.adapters.vllm.handover import Announcement, attach_arena
+from kvtier.adapters.vllm.handover import Announcement, Weights, attach_arena
 from kvtier.adapters.vllm.identity import UnknownWeightsError
 from kvtier.adapters.vllm.translation import engine_blocks
 from kvtier.errors import ConfigError
 from kvtier.log import cleaned
 from kvtier.primary.arena import Arena
 from kvtier.spec.tiering import TieringOffloadingSpec
+from kvtier.weights.file_digests import StoppedError
 
 logger = cleaned(init_logger("vllm.kvtier"))
+
+Identify = Callable[[threading.Event], tuple[dict[str, str | int], str]]
+"""Returns what names the weights, and what that took; given an event that ends it early."""
 
 _PAUSE_SECONDS = 0.02
 _ATTACH_SECONDS = 3600.0
@@ -42,29 +46,42 @@ class KVTierOffloadingWorker(base.OffloadingWorker):  # type: ignore[misc]  # vL
     way to take back the tokens, and wrong ones are worse than none. Neither happens unless kvtier has a defect.
     """
 
-    def __init__(self, spec: TieringOffloadingSpec, kv_caches: Any, identify: Callable[[], Any], lora: bool) -> None:
-        """Start to attach, on a thread.
+    def __init__(
+        self,
+        spec: TieringOffloadingSpec,
+        kv_caches: Any,
+        describe: Callable[[], dict[str, str | int]],
+        lora: bool,
+        identify: Identify | None = None,
+    ) -> None:
+        """Start to attach, on a thread, and to read the weights, on another.
 
         Args:
             spec: the configuration, checked; of this rank.
             kv_caches: the engine's KV caches, as `spec` takes them.
-            identify: returns the worker's identity; called on the thread, since it reads files.
+            describe: returns the worker's identity but for the weights.
             lora: the model serves adapters.
+            identify: returns the identity of the weights; None if another worker does, or nobody needs it.
         """
         self._spec = spec
         self._kv_caches = kv_caches
+        self._describe = describe
         self._identify = identify
         self._lora = lora
+        self._weights = Weights(None, "stopped")
+        self._has_weights = threading.Event()
         self._attached: _Attached | None = None
         self._loads: set[int] = set()
         self._results: list[Any] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._attach, name="kvtier-attach", daemon=True)
         self._thread.start()
+        if identify is not None:
+            threading.Thread(target=self._read_weights, args=(identify,), name="kvtier-weights", daemon=True).start()
         forks.register(self)
 
     def leave_to_parent(self) -> None:
-        """In a forked child, where the thread is not, wait for nobody."""
+        """In a forked child, where the threads are not, wait for nobody."""
         self._stop = threading.Event()
 
     def submit_store(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
@@ -130,7 +147,7 @@ class KVTierOffloadingWorker(base.OffloadingWorker):  # type: ignore[misc]  # vL
             announcement = self._announcement()
             deadline, reason = time.monotonic() + _ATTACH_SECONDS, "stopped"
             while time.monotonic() < deadline:
-                reason = attach_arena(self._spec.config.engine_id, announcement, self._take)
+                reason = attach_arena(self._spec.config.engine_id, announcement, self._take, self._wait_for_weights)
                 if not reason or self._stop.wait(_PAUSE_SECONDS):
                     return
             logger.error("kvtier is off: no arena within %.0f s: %s", _ATTACH_SECONDS, reason)
@@ -142,11 +159,32 @@ class KVTierOffloadingWorker(base.OffloadingWorker):  # type: ignore[misc]  # vL
     def _announcement(self) -> Announcement:
         identity, problem = None, ""
         try:
-            identity = self._identify()
-        except (UnknownWeightsError, OSError) as error:
-            problem = str(error)
-        spec = self._spec
-        return Announcement(spec.config.rank, spec.num_blocks, spec.block_bytes, identity, self._lora, problem)
+            identity = self._describe()
+        except Exception as error:
+            logger.exception("kvtier cannot tell what this worker's blocks look like")
+            problem = f"{type(error).__name__}: {error}"
+        spec, follow = self._spec, self._identify is not None
+        return Announcement(spec.config.rank, spec.num_blocks, spec.block_bytes, identity, self._lora, problem, follow)
+
+    def _read_weights(self, identify: Identify) -> None:
+        try:
+            identity, cost = identify(self._stop)
+            logger.info("kvtier knows the weights: %s", cost)
+            self._weights = Weights(identity)
+        except StoppedError:
+            return
+        except UnknownWeightsError as error:
+            self._weights = Weights(None, str(error))
+        except Exception as error:
+            logger.exception("kvtier cannot read the weights")
+            self._weights = Weights(None, f"{type(error).__name__}: {error}")
+        finally:
+            self._has_weights.set()
+
+    def _wait_for_weights(self) -> Weights:
+        while not self._has_weights.wait(_PAUSE_SECONDS) and not self._stop.is_set():
+            continue
+        return self._weights
 
     def _take(self, arena: Arena) -> None:
         """Make the worker over the arena; on failure it is given back."""
