@@ -85,7 +85,7 @@ class TieringOffloadingManager(OffloadingManager):
             self._observer.add(self._kv_events)
         self._settings, self._clock = settings, clock
         self._primary = primary_tier
-        self._pid = os.getpid()
+        self.pid = os.getpid()
         self._closed = False
         self.thread_inside: int | None = None
         self._wire(
@@ -310,7 +310,7 @@ class TieringOffloadingManager(OffloadingManager):
     @in_turn
     def _poll(self) -> None:
         self._polled = True
-        if os.getpid() != self._pid:
+        if os.getpid() != self.pid:
             forks.advise()
         for guard, answer in self._tiers.poll():
             self._take(guard, answer)
@@ -379,7 +379,6 @@ class TieringOffloadingManager(OffloadingManager):
         """End all tiers, within `drain_timeout`; idempotent."""
         if not self._closed:
             self._closed = True
-            forks.notice()
             self._tiers.shutdown()
 
     def check_invariants(self) -> None:

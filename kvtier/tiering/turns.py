@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from os import getpid
 from threading import get_ident
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
+from kvtier import forks
 from kvtier.errors import OverlappingCallError
 
 
@@ -14,9 +16,11 @@ class HasTurns(Protocol):
     """Notes which thread is in one of its calls.
 
     Attributes:
+        pid: process that made it.
         thread_inside: that thread's identifier; None while there is none.
     """
 
+    pid: int
     thread_inside: int | None
 
 
@@ -36,6 +40,8 @@ def in_turn(
 
     @functools.wraps(method)
     def call(self: Self, /, *args: Arguments.args, **keywords: Arguments.kwargs) -> Answer:
+        if getpid() != self.pid:
+            forks.notice()
         me = get_ident()
         # From the look to the mark there is no call and no jump: CPython lets no other thread in between.
         before = self.thread_inside

@@ -5,11 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
-from forked_child import ALL_WAYS, by_os, tell
+from forked_child import ALL_WAYS, by_os, tell, without_the_interpreter
 
 from kvtier.clock import monotonic_clock
 from kvtier.config import KVCacheGroup, OffloadingConfig
@@ -187,6 +188,33 @@ def test_a_child_that_uses_the_cache_says_so_once_and_with_the_remedy(engine):
     assert "fork" in said
     assert "--preload" in said
     assert tell(by_os, lambda: said_during(engine.spec.shutdown)) == []
+
+
+@pytest.mark.parametrize("call", ["shutdown", "reset_cache", "prepare_load", "complete_store"])
+@pytest.mark.parametrize("fork", [by_os, without_the_interpreter])
+def test_whichever_call_comes_first_in_a_child_reaches_nothing_of_the_parents(engine, tmp_path, fork, call):
+    engine.store(make_keys("stored"))
+    io_pid, context, keys = engine.tier.io_pid, engine.request(), make_keys("on its way", 4)
+    output = engine.manager.prepare_store(keys, context)
+    arguments = {"prepare_load": (make_keys("stored"), context), "complete_store": (keys, context)}.get(call, ())
+
+    def child():
+        with suppress(BlockNotReadyError):
+            assert not getattr(engine.manager, call)(*arguments)
+        engine.manager.check_invariants()
+        return len(engine.manager._tiers)
+
+    assert tell(fork, child) == 0
+    for key, slot in zip(keys, output.store_spec.block_ids.tolist(), strict=True):
+        engine.arena.row(slot)[:] = content(key)
+    engine.manager.complete_store(keys, context)
+    engine.load([*keys])
+    engine.load(make_keys("stored"))
+    assert (engine.tier.io_pid, engine.states()) == (io_pid, {"disk": TierState.UP})
+    num_requests = engine.num_requests
+    engine.spec.shutdown()
+    _, records = read_recording(tmp_path / "recording")
+    assert {record.request for record in records} == set(range(num_requests + 1))
 
 
 def test_a_child_keeps_no_descriptor_of_its_parents(tmp_path):
