@@ -6,8 +6,23 @@ family where they enter, once.
 
 from __future__ import annotations
 
+import errno
+import os
+
 from kvtier.foreign_text import MOST_QUOTED, one_line
 from kvtier.redaction import shown_option
+
+_WAYS_OUT = {
+    errno.EFBIG: "raise RLIMIT_FSIZE (ulimit -f, LimitFSIZE= of systemd)",
+    errno.EMFILE: "raise RLIMIT_NOFILE (ulimit -n, LimitNOFILE= of systemd)",
+    errno.ENOLCK: "the filesystem or the sandbox has to allow locks (flock)",
+}
+
+
+def describe(error: OSError) -> str:
+    """Return the words of an error of the system, and the way out where a limit of the process is the cause."""
+    words = error.strerror or (os.strerror(error.errno) if error.errno else str(error))
+    return f"{words}; {_WAYS_OUT[error.errno]}" if error.errno in _WAYS_OUT else words
 
 
 class KVTierError(Exception):

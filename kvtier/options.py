@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import os
 import re
+import sys
 from collections.abc import Callable, Collection, Mapping
 from enum import Enum
 from typing import Any, get_args, get_type_hints
@@ -73,11 +75,19 @@ def _check_text(value: object, key: str) -> None:
     """Refuse, at any depth, what no file's name, no message and no log can hold.
 
     Raises:
-        ConfigError: half of a surrogate pair (JSON can hold one), bytes that are no UTF-8, or a NUL.
+        ConfigError: half of a surrogate pair (JSON can hold one), bytes that are no UTF-8, a NUL, or, in an ASCII
+            locale, more than ASCII.
     """
     if isinstance(value, str):
         if not is_utf8(value) or "\0" in value:
             raise ConfigError(key, value, "a text that UTF-8 can hold expected, without NUL characters")
+        try:
+            os.fsencode(value)
+        except UnicodeEncodeError:
+            allowed = (
+                f"this process's locale knows {sys.getfilesystemencoding()} only: set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
+            )
+            raise ConfigError(key, value, allowed) from None
     elif isinstance(value, Mapping):
         for name, item in value.items():
             _check_text(name, f"a name in {key}" if key else "a name")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import mmap
 import os
 from collections.abc import Callable
@@ -15,9 +14,9 @@ import numpy as np
 
 from kvtier import forks
 from kvtier.descriptors import Descriptor
-from kvtier.errors import CapacityError, ConfigError
+from kvtier.errors import ConfigError
+from kvtier.primary.memory_file import forbid_resizing, make_memory_file, no_room
 from kvtier.primary.memory_limit import check_memory
-from kvtier.sizes import format_size
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -153,10 +152,10 @@ class SharedMapping(mmap.mmap):
 
 
 class Arena:
-    """`num_blocks` blocks of `block_bytes` bytes in a memfd, which has no name and leaves nothing behind.
+    """`num_blocks` blocks of `block_bytes` bytes in a file in memory, which has no name and leaves nothing behind.
 
     Attributes:
-        fd: descriptor of the memfd, closed by `close`; not inherited unless it is passed on purpose.
+        fd: descriptor of that file, closed by `close`; not inherited unless it is passed on purpose.
         view: memoryview of shape (num_blocks, block_bytes), format "B", C-contiguous, page aligned.
         control: the control page, shared like the blocks.
     """
@@ -195,17 +194,15 @@ class Arena:
         """
         total = _checked_bytes(num_blocks, block_bytes)
         check_memory(total)
-        fd = os.memfd_create("kvtier-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fd = make_memory_file(total)
         try:
-            os.ftruncate(fd, total)
             arena = cls(fd, num_blocks, block_bytes)
-        except BaseException:
+        except OSError as error:
             os.close(fd)
-            raise
+            raise no_room(total, error) from error
         try:
             arena._back(total, progress, threads)
-            # Nobody may shrink the file under a mapping: an access there would raise SIGBUS.
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            forbid_resizing(fd)
         except BaseException:
             arena.close()
             raise
@@ -279,7 +276,7 @@ class Arena:
                     if progress is not None:
                         progress(done, total)
             except OSError as error:
-                raise CapacityError(f"the system could not provide {format_size(total)}: {error}") from error
+                raise no_room(total, error, self.fd) from error
             finally:
                 executor.shutdown(wait=True, cancel_futures=True)
 

@@ -44,6 +44,9 @@ from kvtier.secondary.store_runner import StoreRunner, blocks_per_call, cancelle
 _MOST_SECONDS_AFTER_END = 60.0
 """How long running calls may take after the end; a longer one is cut short, its block fails its checksum."""
 
+_SECONDS_BETWEEN_LOOKS = 0.5
+"""At a parent that only its process id tells of."""
+
 _SECONDS_QUIET = 0.5
 """After the last job, until the store may work ahead more often."""
 _SECONDS_BETWEEN_REPORTS = 0.5
@@ -56,20 +59,20 @@ class _EndOfParent(Exception):
 
 
 class Channel:
-    """The socket and the parent's pidfd, watched together."""
+    """The socket and the parent, watched together."""
 
-    def __init__(self, packets: socket.socket, parent_fd: int) -> None:
+    def __init__(self, packets: socket.socket, parent_fd: int, parent_pid: int) -> None:
+        """Args: parent_fd: a pidfd; -1 if there is none, then the parent is looked at every now and then."""
         self._socket = packets
         self._socket.setblocking(False)
         self._parent_fd = parent_fd
+        self._parent_pid = parent_pid
         self._send_lock = threading.Lock()
 
     def wait_for_end(self) -> None:
         """Wait until the parent or the socket ends; reads nothing."""
-        poller = select.poll()
-        poller.register(self._socket, 0)
-        poller.register(self._parent_fd, select.POLLIN)
-        poller.poll()
+        with contextlib.suppress(_EndOfParent):
+            self._wait(0)
 
     def receive(self) -> Message:
         """Wait for a message.
@@ -118,10 +121,14 @@ class Channel:
     def _wait(self, events: int) -> None:
         poller = select.poll()
         poller.register(self._socket, events)
-        poller.register(self._parent_fd, select.POLLIN)
-        ready = dict(poller.poll())
-        if self._parent_fd in ready:
-            raise _EndOfParent
+        if self._parent_fd >= 0:
+            poller.register(self._parent_fd, select.POLLIN)
+            if self._parent_fd in dict(poller.poll()):
+                raise _EndOfParent
+            return
+        while not poller.poll(_SECONDS_BETWEEN_LOOKS * 1000):
+            if os.getppid() != self._parent_pid:  # it ended, and another process took over its children
+                raise _EndOfParent
 
 
 class Server:
@@ -243,7 +250,7 @@ class Watchdog:
         os._exit(EXIT_CUT_SHORT)
 
 
-def serve(socket_fd: int, arena_fd: int, parent_fd: int) -> int:
+def serve(socket_fd: int, arena_fd: int, parent_fd: int, parent_pid: int) -> int:
     """Live the life of an I/O process; return its exit status."""
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)  # it ends with its parent, and never in the middle of a write
@@ -252,7 +259,7 @@ def serve(socket_fd: int, arena_fd: int, parent_fd: int) -> int:
     with contextlib.suppress(OSError, ValueError):  # a store may keep many files open; 1,024 is for select(2)
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    channel = Channel(socket.socket(fileno=socket_fd), parent_fd)
+    channel = Channel(socket.socket(fileno=socket_fd), parent_fd, parent_pid)
     watchdog = Watchdog(channel)
     try:
         first = channel.receive()
@@ -282,4 +289,4 @@ def serve(socket_fd: int, arena_fd: int, parent_fd: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(serve(*map(int, sys.argv[1:4])))
+    sys.exit(serve(*map(int, sys.argv[1:5])))

@@ -49,6 +49,9 @@ _CLOSED = (
 _SECONDS_TO_EXIT = 0.2
 """From the end of the socket to the end of the process, before it is killed for staying."""
 
+_SECONDS_BETWEEN_LOOKS = 0.02
+"""At a process whose end nothing announces."""
+
 _REPORTS = Ready | Unavailable | IndexBatch | IndexEnd | PartResult | ProbeAnswer | Prepared
 
 
@@ -66,11 +69,20 @@ def _written_out(entry: str) -> str:
         return ""  # removed: nothing can be found there
 
 
+def _open_pidfd(pid: int) -> int:
+    """Return a pidfd; -1 where the sandbox refuses pidfd_open, or this build of Python lacks it."""
+    try:
+        return os.pidfd_open(pid)
+    except (OSError, AttributeError):
+        return -1
+
+
 class IOProcess(IOExecutor):
     """One process that maps the arena and runs a store.
 
     It is started with `python -m`, in a session of its own, with three inherited descriptors: a sequenced-packet
-    socket, the arena, and a pidfd of this process. It is never forked, because the engine has threads.
+    socket, the arena, and a pidfd of this process where the sandbox allows one. It is never forked, because the engine
+    has threads.
     """
 
     def __init__(self, description: StoreDescription, arena: Descriptor) -> None:
@@ -123,17 +135,19 @@ class IOProcess(IOExecutor):
             raise StoreUnavailableError(f"options of its store: {error}") from error
         try:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            parent = os.pidfd_open(os.getpid())
+            parent = _open_pidfd(os.getpid())
             inherited = (theirs.fileno(), self._arena.number, parent)
+            arguments = map(str, (*inherited, os.getpid()))
             self._process = subprocess.Popen(
-                [sys.executable or "python3", "-P", "-m", "kvtier.secondary.io_main", *map(str, inherited)],
+                [sys.executable or "python3", "-P", "-m", "kvtier.secondary.io_main", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                pass_fds=inherited,
+                pass_fds=[fd for fd in inherited if fd >= 0],
                 start_new_session=True,
                 env=_environment(),
             )
-            self._pidfd = Descriptor(os.pidfd_open(self._process.pid))
+            pidfd = _open_pidfd(self._process.pid)
+            self._pidfd = Descriptor(pidfd) if pidfd >= 0 else None
         except OSError as error:
             if ours is not None:
                 ours.close()
@@ -244,7 +258,7 @@ class IOProcess(IOExecutor):
                 if self._pidfd is not None and self._pidfd.is_ours():
                     signal.pidfd_send_signal(self._pidfd.number, signal.SIGKILL)
                 else:
-                    self._process.kill()  # somebody closed it
+                    self._process.kill()  # there is none, or somebody closed it
 
     def has_ended(self) -> bool:
         """Return whether the process is gone and reaped; its memory is unmapped by then."""
@@ -259,7 +273,9 @@ class IOProcess(IOExecutor):
         return True
 
     def wait(self, seconds: float) -> None:
-        """Wait for a packet or the end of the process."""
+        """Wait for a packet or the end of the process, or a moment if that end cannot be waited for."""
+        if self._pidfd is None:
+            seconds = min(seconds, _SECONDS_BETWEEN_LOOKS)
         poller = select.poll()
         for descriptor in (self._pidfd, self._descriptor):
             if descriptor is not None and descriptor.is_ours():

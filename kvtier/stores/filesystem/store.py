@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from kvtier.abc import BlockStore, StoreContext
-from kvtier.errors import StoreError, StoreUnavailableError
+from kvtier.errors import StoreError, StoreUnavailableError, describe
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
 from kvtier.sizes import format_size
@@ -86,7 +86,7 @@ class FilesystemStore(BlockStore):
             status = os.statvfs(directory.folder.descriptor)
         except OSError as error:
             directory.close()
-            raise StoreUnavailableError(f"{path}: {error.strerror}") from error
+            raise StoreUnavailableError(f"{path}: {describe(error)}") from error
         size = status.f_blocks * status.f_frsize
         if 0 < size < capacity + min_free:
             directory.close()
@@ -114,10 +114,10 @@ class FilesystemStore(BlockStore):
         except FileNotFoundError:
             return [False] * len(keys)
         except OSError as error:
-            raise StoreError(f"{error.filename or self._directory.path}: {error.strerror}") from error
+            raise StoreError(f"{error.filename or self._directory.path}: {describe(error)}") from error
         broken = [answer for answer in answers if isinstance(answer, OSError)]
         if broken and len(broken) == len(answers):
-            raise StoreError(f"{self._directory.path}: {broken[0].strerror}") from broken[0]
+            raise StoreError(f"{self._directory.path}: {describe(broken[0])}") from broken[0]
         return [answer is True for answer in answers]
 
     def _ask(self, namespace: Folder, keys: Sequence[OffloadKey]) -> list[bool | OSError]:
@@ -277,7 +277,7 @@ class FilesystemStore(BlockStore):
         """Say once what went wrong."""
         if error.errno not in self._logged:
             self._logged.add(error.errno)
-            logger.warning("%s: %s", self._directory.path, error.strerror)
+            logger.warning("%s: %s", self._directory.path, describe(error))
 
 
 def _exists(namespace: Folder, key: OffloadKey) -> bool | OSError:

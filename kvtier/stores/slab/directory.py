@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from kvtier.errors import StoreUnavailableError
+from kvtier.errors import StoreUnavailableError, describe
 from kvtier.foreign_text import MOST_QUOTED, one_line
 from kvtier.log import logger
 from kvtier.namespace import Namespace
@@ -107,9 +107,9 @@ class SlabDirectory:
         try:
             return cls(path, namespace, *_take(path))
         except StrangerError as error:
-            raise StoreUnavailableError(f"{error.filename}: {error.strerror}") from error
+            raise StoreUnavailableError(f"{error.filename}: {describe(error)}") from error
         except OSError as error:
-            raise StoreUnavailableError(f"{path}: {error.strerror}") from error
+            raise StoreUnavailableError(f"{path}: {describe(error)}") from error
 
     def close(self) -> None:
         """Note the time of the last use and release the lock."""
@@ -131,7 +131,7 @@ class SlabDirectory:
             is_held = os.fstat(self._lock_descriptor).st_nlink > 0
             is_ours = self.folder.holds(self._name, self.namespace)
         except OSError as error:
-            raise StoreUnavailableError(f"{self.path}: {error.strerror}") from error
+            raise StoreUnavailableError(f"{self.path}: {describe(error)}") from error
         if not (is_held and is_ours):
             raise StoreUnavailableError(f"{self.path}: the directory was removed while in use, or some of it replaced")
 

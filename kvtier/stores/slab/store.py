@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from kvtier.abc import SlotStore, StoreContext
-from kvtier.errors import StoreError, StoreUnavailableError
+from kvtier.errors import StoreError, StoreUnavailableError, describe
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
 from kvtier.sizes import format_size
@@ -84,7 +84,7 @@ class SlabStore(SlotStore):
             _check_size(directory, options["capacity"], options.get("min_free", 0))
             return cls(directory, geometry, options["capacity"], options.get("min_free", 0), context, envelope)
         except OSError as error:
-            raise StoreUnavailableError(f"{path}: {error.strerror}") from error
+            raise StoreUnavailableError(f"{path}: {describe(error)}") from error
 
     @property
     def num_slots(self) -> int:
@@ -112,7 +112,7 @@ class SlabStore(SlotStore):
             yield from inventory.batches()
             self._headers.clear(inventory.broken)
         except OSError as error:
-            raise StoreError(f"{self._directory.path}: {error.strerror}") from error
+            raise StoreError(f"{self._directory.path}: {describe(error)}") from error
         self._envelope.headers.continue_after(inventory.last_sequence)
         for cause, count in inventory.causes.items():
             self._failures.count(cause, count)
@@ -283,7 +283,7 @@ class SlabStore(SlotStore):
         """Say once what went wrong."""
         if error.errno not in self._logged:
             self._logged.add(error.errno)
-            logger.warning("%s: %s", self._directory.path, error.strerror)
+            logger.warning("%s: %s", self._directory.path, describe(error))
 
 
 def _check_size(directory: SlabDirectory, capacity: int, min_free: int) -> None:
