@@ -60,7 +60,7 @@ class DirectoryTier(SlottedTierManager):
             eviction_policy=eviction_policy,
             settings=settings,
         )
-        SlabGeometry.of(capacity, self.block_bytes)
+        self._most_slots = SlabGeometry.of(capacity, self.block_bytes).num_slots
 
 
 class DiskTierManager(DirectoryTier):

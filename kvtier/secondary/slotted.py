@@ -22,6 +22,8 @@ from kvtier.secondary.store_tier import StoreTierManager, TierSettings
 from kvtier.types import FailureCause, JobMetadata, LookupResult, OffloadingEvent, ReqContext
 
 _MOST_EVENTS = 10_000
+_MOST_SLOTS = 1 << 26
+"""Of a store of which nothing is known: an index of so many takes some gigabytes."""
 _SECONDS_FULL = 5.0
 """How long a medium without space is not asked for more of it."""
 _HIT, _MISS, _UP = LookupResult.HIT, LookupResult.MISS, TierState.UP
@@ -67,6 +69,8 @@ class SlottedTierManager(StoreTierManager):
         self._table: BlockTable | None = None
         self._events: deque[OffloadingEvent] = deque(maxlen=_MOST_EVENTS)
         self._full_until = -math.inf
+        self._most_slots = _MOST_SLOTS
+        """A process that claims more is not believed: the index would take the engine's memory."""
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         """Return HIT for a block that can be loaded now, MISS for any other: the index knows."""
@@ -203,8 +207,8 @@ class SlottedTierManager(StoreTierManager):
     def _handle(self, report: Report) -> None:
         table = self._table
         if isinstance(report, Ready):
-            if not report.num_slots:
-                raise ProtocolError("a store without slots")
+            if not 0 < report.num_slots <= self._most_slots:
+                raise ProtocolError(f"a store of {report.num_slots} slots: 1 to {self._most_slots} can be")
             policy = self._policy(report.num_slots)
             ShadowReport(self.tier_type, policy, self.context.observer)
             self._table = BlockTable(report.num_slots, policy)

@@ -28,7 +28,7 @@ from kvtier.errors import ProtocolError
 from kvtier.events import BlocksFailed, TierState
 from kvtier.secondary.codec import encode
 from kvtier.secondary.disk import DiskTierManager
-from kvtier.secondary.messages import PartResult
+from kvtier.secondary.messages import PartResult, Ready
 from kvtier.testing.patience import TEST_SECONDS, wait_for
 from kvtier.testing.stores import make_key, make_payload
 from kvtier.testing.tier_rig import succeeded
@@ -330,6 +330,16 @@ def test_garbage_from_the_process_is_its_death(rig, packet):
     wait_for(lambda: not is_alive(pid), "it is dead")
     rig.wait_up()
     theirs.close()
+
+
+@pytest.mark.parametrize("num_slots", [0, 129, 2**32 - 1])
+def test_an_index_of_more_slots_than_the_capacity_has_is_not_believed(rig, tmp_path, num_slots):
+    """Whatever is in its files: the table of slots would take the engine's memory."""
+    options = {"path": str(tmp_path / "kv"), "capacity": "1MiB"}
+    tier = DiskTierManager(rig.spec, rig.arena.view, "disk", **options)
+    with pytest.raises(ProtocolError, match="slots"):
+        tier._handle(Ready(num_slots))
+    tier.shutdown()
 
 
 def test_garbage_from_the_tier_ends_the_process(rig):

@@ -132,7 +132,7 @@ class OnSlab(SlotStoreSuite):
         return slab_files.open_slab(medium / "slab", context, **secret_options(medium, self.encrypt))
 
     def _file(self, store, name):
-        return store._directory.path / store._directory.namespace_name / name
+        return store._directory.namespace_path / name
 
     def plant(self, store, slot, raw):
         slab_files.write_at(self._file(store, "data-00000"), slot * self.block_bytes, raw)

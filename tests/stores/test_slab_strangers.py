@@ -6,13 +6,25 @@ import shutil
 import subprocess
 
 import pytest
-from slab_files import folder_of, headers_file, make_context, open_slab, recovered, segment_file
+from slab_files import (
+    RECORD_BYTES,
+    folder_of,
+    headers_file,
+    make_context,
+    open_slab,
+    read_at,
+    recovered,
+    segment_file,
+    write_at,
+)
 
 from kvtier.errors import StoreUnavailableError
+from kvtier.stores.seal import header_checksum
 from kvtier.stores.slab.layout import segment_of
 from kvtier.stores.slab.survey import find_slabs, survey_slab
 from kvtier.stores.slab.upkeep import delete_namespace, hold
 from kvtier.testing.stores import make_key, make_payload
+from kvtier.types import FailureCause
 
 BLOCK = 8192
 CAPACITY = 1 << 20
@@ -334,6 +346,66 @@ def test_times_that_no_calendar_has_are_no_fault(filled, context):
     os.utime(description, (1 << 33, 1 << 33))
     assert survey_slab(filled).namespaces[0].last_use > 1 << 32
     assert json.loads(description.read_text())["identity"]
+
+
+# -- records that somebody forged -----------------------------------------------------------------------------
+
+
+def forged(filled, context, number, slot, sequence):
+    """Plant a record that says, in the right form, that a block is in a slot in which it is not."""
+    record = bytearray(read_at(headers_file(filled, context), number * RECORD_BYTES, RECORD_BYTES))
+    record[6:12] = sequence.to_bytes(6, "little")
+    record[12:16] = slot.to_bytes(4, "little")
+    record[120:] = header_checksum(bytes(record)).to_bytes(8, "little")
+    write_at(headers_file(filled, context), slot * RECORD_BYTES, bytes(record))
+
+
+@pytest.fixture
+def long(filled, context):
+    """As `filled`, with data files long enough for more."""
+    with segment_file(filled, context).open("ab") as file:
+        file.write(bytes(40 * BLOCK))
+    return filled
+
+
+@pytest.mark.parametrize("sequence", [11, 1 << 40, (1 << 48) - 1])
+def test_a_forged_record_with_the_highest_number_does_not_cost_the_good_block(long, context, sequence):
+    for slot in (20, 21, 22):
+        forged(long, context, number=3, slot=slot, sequence=sequence)
+    store = open_slab(long, context)
+    assert sorted(recovered(store)) == list(range(10))
+    assert read(store, range(10)) == list(range(10))
+    assert context.failures.take() == {FailureCause.CORRUPT: 3}
+    assert write(store, [11]) == [True]
+    store.close()
+    record = read_at(headers_file(long, context), 11 * RECORD_BYTES, RECORD_BYTES)
+    assert int.from_bytes(record[6:12], "little") == 11, "the forged number is not believed"
+    store = open_slab(long, context)
+    assert sorted(recovered(store)) == [*range(10), 11]
+    store.close()
+
+
+def test_a_forged_record_of_a_block_that_is_not_there_goes_at_the_next_start(long, context):
+    forged(long, context, number=3, slot=25, sequence=(1 << 48) - 1)
+    write_at(headers_file(long, context), 3 * RECORD_BYTES, bytes(RECORD_BYTES))
+    store = open_slab(long, context)
+    assert not {3, 25} & recovered(store).keys()
+    assert write(store, [3]) == [True]
+    store.close()
+    store = open_slab(long, context)
+    assert sorted(recovered(store)) == list(range(10))
+    store.close()
+
+
+def test_a_later_copy_of_a_block_still_replaces_the_earlier(filled, context):
+    store = open_slab(filled, context)
+    recovered(store)
+    assert store.write([15], [make_key(3)], [memoryview(make_payload(3, BLOCK))]) == [True]
+    store.close()
+    store = open_slab(filled, context)
+    assert sorted(recovered(store)) == [0, 1, 2, *range(4, 10), 15]
+    store.close()
+    assert context.failures.take() == {}
 
 
 def test_names_of_data_files():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import cast
 
 import numpy as np
@@ -18,12 +18,17 @@ from kvtier.types import FailureCause
 
 _RECORDS_PER_BATCH = 1 << 14
 _LEAST_RECORDS = 1 << 20
+_MOST_JUDGED = 64
+"""Payloads that are read at a start, at most, for each of two questions."""
 _KEY_OFFSET = HEADER_DTYPE.fields["key"][1] if HEADER_DTYPE.fields else 0
 _FINGERPRINT_WORDS = slice(5, 9)
 """Where the fingerprint is in a record seen as 4-byte words."""
 _KEY_WORDS = slice(6, 15)
 """Where the key is in a record seen as 8-byte words; it begins in the middle of the first."""
 _MULTIPLIERS = np.random.default_rng().integers(0, 2**64, 9, np.uint64) | np.uint64(1)
+
+Judge = Callable[[int, OffloadKey], FailureCause | None]
+"""Reads the payload in a slot; returns why it is not what a key's record says, None if it is or nobody can tell."""
 
 
 class Inventory:
@@ -35,13 +40,11 @@ class Inventory:
     Attributes:
         broken: slots whose record is neither empty nor of use.
         causes: how many of those, by cause; superseded ones have none.
-        last_sequence: the highest sequence of a record that was verified; 0 if there is none.
     """
 
     def __init__(self, seal: BlockHeaders, block_bytes: int, num_slots: int) -> None:
         self.broken: list[int] = []
         self.causes: Counter[FailureCause] = Counter()
-        self.last_sequence = 0
         self._seal = seal
         self._block_bytes = block_bytes
         self._read = np.empty(min(num_slots, _LEAST_RECORDS), HEADER_DTYPE)  # memory is taken when it is written to
@@ -58,6 +61,11 @@ class Inventory:
     def slots(self) -> NDArray[np.int64]:
         """The slots of the records that are kept."""
         return self._read["slot"][self._kept].astype(np.int64)
+
+    @property
+    def last_sequence(self) -> int:
+        """The sequence of the newest record that is kept; 0 if there is none."""
+        return int(_sequences(self._read[self._kept[-1:]]).max(initial=0))
 
     def reject(self, slot: int, cause: FailureCause) -> None:
         """Note a record that must go."""
@@ -108,16 +116,50 @@ class Inventory:
         backed = is_there & ((indices + 1) * geometry.block_bytes <= ends[places])
         self._keep(backed, FailureCause.CORRUPT)
 
-    def drop_superseded(self) -> None:
-        """Of records with one key, keep the latest; the others are no failures."""
+    def drop_superseded(self, judge: Judge | None = None) -> None:
+        """Of records with one key, keep the latest whose payload is there; earlier ones are no failures.
+
+        Args:
+            judge: looks at payloads, of a bounded number of records; without it the latest record is believed.
+        """
         if not _has_equals(np.concatenate(self._mixed)[self._kept]):
             return
         self.verify()
-        keys = _keys(self._read[self._kept])
-        latest = dict(zip(keys, range(len(keys)), strict=True))
+        keys, slots = _keys(self._read[self._kept]), self.slots.tolist()
+        earlier = Counter(keys)
+        found: set[OffloadKey] = set()
         stays = np.zeros(len(keys), np.bool_)
-        stays[list(latest.values())] = True
-        self._keep(stays, None)
+        num_judged = 0
+        for position in range(len(keys) - 1, -1, -1):
+            key, slot = keys[position], slots[position]
+            earlier[key] -= 1
+            if key in found:
+                self.broken.append(slot)
+                continue
+            if judge is not None and earlier[key] and num_judged < _MOST_JUDGED:
+                num_judged += 1
+                if (cause := judge(slot, key)) is not None:
+                    self.reject(slot, cause)
+                    continue
+            found.add(key)
+            stays[position] = True
+        self._kept = self._kept[stays]
+
+    def drop_bad_newest(self, judge: Judge) -> None:
+        """Reject the newest records as long as their payloads are not there, up to a number of them.
+
+        The next records are numbered after the newest: a forged number would have them start again from zero.
+        """
+        for _ in range(_MOST_JUDGED):
+            newest = self._read[self._kept[-1:]]
+            if not len(newest):
+                break
+            slot = int(newest["slot"][0])
+            cause = judge(slot, _keys(newest)[0])
+            if cause is None:
+                break
+            self.reject(slot, cause)
+            self._kept = self._kept[:-1]
 
     def verify(self) -> None:
         """Reject records whose checksum is wrong, all at once."""
@@ -159,11 +201,10 @@ class Inventory:
         self._kept = self._kept[mask]
 
     def _verified(self, records: NDArray[np.void]) -> NDArray[np.bool_]:
-        """Return which records have the right checksum; note their highest sequence."""
+        """Return which records have the right checksum."""
         bodies = _rows(records.view("u1").reshape(-1, HEADER_BYTES)[:, :CHECKED_BYTES])
         found = np.fromiter(map(xxhash.xxh3_64_intdigest, bodies), np.uint64, len(bodies))
         intact: NDArray[np.bool_] = found == records["header_checksum"]
-        self.last_sequence = max(self.last_sequence, int(_sequences(records)[intact].max(initial=0)))
         return intact
 
     def _reject_raw(self, record: bytes, slot: int) -> None:

@@ -7,6 +7,7 @@ Nothing is synchronised to the device; a power cut may cost the last seconds, ne
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from kvtier.errors import StoreError, StoreUnavailableError, describe
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
 from kvtier.sizes import format_size
+from kvtier.stores.bounce import whole_pages
 from kvtier.stores.envelope import PORTION_BYTES, Envelope
 from kvtier.stores.seal import HEADER_BYTES
 from kvtier.stores.slab.directory import SlabDirectory
@@ -108,7 +110,8 @@ class SlabStore(SlotStore):
             inventory = self._headers.take_inventory(self._envelope.headers)
             inventory.drop_odd_keys()
             inventory.drop_unbacked(self._geometry, dict(enumerate(self._segments.lengths)))
-            inventory.drop_superseded()
+            inventory.drop_superseded(self._judge)
+            inventory.drop_bad_newest(self._judge)
             yield from inventory.batches()
             self._headers.clear(inventory.broken)
         except OSError as error:
@@ -233,6 +236,16 @@ class SlabStore(SlotStore):
                 self._failures.count(cause)
                 broken.append(run.slot + index)
         self._empty(broken)
+
+    def _judge(self, slot: int, key: OffloadKey) -> FailureCause | None:
+        """Return why a payload is not what its record says; None if it is, or cannot be read now."""
+        payload = memoryview(mmap.mmap(-1, whole_pages(self._geometry.block_bytes)))[: self._geometry.block_bytes]
+        receive = self._receive_in_portions if self._in_portions else self._receive
+        try:
+            (cause,) = receive(Run(*self._geometry.locate(slot), slot, [0]), [key], [payload])
+        except OSError:
+            return None
+        return cause
 
     def _receive(
         self, run: Run, keys: Sequence[OffloadKey], payloads: Sequence[memoryview]
