@@ -32,9 +32,9 @@ from rich.progress import track
 from rich.table import Table
 
 from kvtier.abc import StoreContext
+from kvtier.executors.runner import blocks_per_call
 from kvtier.namespace import Namespace
 from kvtier.primary.arena import Arena
-from kvtier.secondary.store_runner import blocks_per_call
 from kvtier.stores.resp.settings import RespSettings
 from kvtier.stores.resp.store import RespStore
 from kvtier.testing.stores import make_key

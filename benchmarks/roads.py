@@ -51,7 +51,7 @@ def hook(frame, event, argument):
     elif event == "c_call" and argument.__name__ == "send" and calls:
         with open(OUT, "w") as file:
             file.write("\\n".join(calls))
-if any("io_main" in word or "executors" in word for word in sys.orig_argv):
+if any("kvtier.executors" in word for word in sys.orig_argv):
     threading.setprofile(hook)
     sys.setprofile(hook)
 """

@@ -1,1 +1,1 @@
-"""Secondary tiers: any store made a tier, its bytes moved by a process of its own."""
+"""Secondary tiers: any store made a tier, its bytes moved by an executor."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from kvtier.clock import Clock
 from kvtier.errors import InvariantError, ProtocolError
 from kvtier.events import BlocksFailed, Observer
+from kvtier.executors.messages import Part, PartResult
 from kvtier.keys import OffloadKey
-from kvtier.secondary.messages import Part, PartResult
 from kvtier.types import FailureCause, JobMetadata, JobResult
 
 

@@ -8,10 +8,10 @@ from typing import Any
 from kvtier.abc import BlockStore, SlotStore
 from kvtier.errors import ProtocolError
 from kvtier.events import TierState
+from kvtier.executors.base import Report
+from kvtier.executors.messages import IndexEnd, ProbeAnswer, Ready
 from kvtier.keys import OffloadKey, common_key_bytes
-from kvtier.secondary.executor import Report
 from kvtier.secondary.jobs import Job, Outcome
-from kvtier.secondary.messages import IndexEnd, ProbeAnswer, Ready
 from kvtier.secondary.probes import Probes
 from kvtier.secondary.store_tier import StoreTierManager, TierSettings
 from kvtier.types import FailureCause, JobMetadata, LookupResult, ReqContext, ScheduleEndContext

@@ -13,11 +13,11 @@ from kvtier.errors import ConfigError, KeyFormatError, ProtocolError
 from kvtier.events import BlocksEvicted, TierState
 from kvtier.eviction.auto import FOLLOWED, AutoPolicy
 from kvtier.eviction.shadow_report import ShadowReport
+from kvtier.executors.base import Report
+from kvtier.executors.messages import IndexBatch, IndexEnd, Ready
 from kvtier.keys import OffloadKey
 from kvtier.primary.table import BlockTable
-from kvtier.secondary.executor import Report
 from kvtier.secondary.jobs import Job, Outcome
-from kvtier.secondary.messages import IndexBatch, IndexEnd, Ready
 from kvtier.secondary.store_tier import StoreTierManager, TierSettings
 from kvtier.types import FailureCause, JobMetadata, LookupResult, OffloadingEvent, ReqContext
 

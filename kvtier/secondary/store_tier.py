@@ -14,16 +14,16 @@ from kvtier.abc import BlockStore, EvictionPolicy, SecondaryTierManager, SlotSto
 from kvtier.descriptors import Descriptor
 from kvtier.errors import ConfigError, KeyFormatError, ProtocolError
 from kvtier.events import Observers, TierState
+from kvtier.executors.base import IOExecutor, Report, StoreDescription
+from kvtier.executors.inline import InlineExecutor
+from kvtier.executors.messages import PartResult, Prepared
+from kvtier.executors.process import IOProcess
+from kvtier.executors.threads import ThreadExecutor
 from kvtier.namespace import Namespace
 from kvtier.primary.arena import arena_rows
-from kvtier.secondary.executor import IOExecutor, Report, StoreDescription
 from kvtier.secondary.health import Breaker, TierHealth
-from kvtier.secondary.inline import InlineExecutor
-from kvtier.secondary.io_process import IOProcess
 from kvtier.secondary.jobs import Job, JobLedger, Outcome
-from kvtier.secondary.messages import PartResult, Prepared
 from kvtier.secondary.supervisor import Deadlines, Supervisor
-from kvtier.secondary.threads import ThreadExecutor
 from kvtier.secondary.trial import construct_on_trial
 from kvtier.types import FailureCause, JobMetadata, JobResult, ScheduleEndContext
 

@@ -14,10 +14,10 @@ from enum import Enum
 from kvtier.clock import Clock
 from kvtier.errors import InvariantError, ProtocolError, StoreUnavailableError
 from kvtier.events import TierState
-from kvtier.secondary.executor import Ended, IOExecutor, Report
+from kvtier.executors.base import Ended, IOExecutor, Report
+from kvtier.executors.messages import IndexEnd, PartResult, Prepared, ProbeAnswer, Unavailable
 from kvtier.secondary.health import Breaker, BreakerState, TierHealth
 from kvtier.secondary.jobs import JobLedger
-from kvtier.secondary.messages import IndexEnd, PartResult, Prepared, ProbeAnswer, Unavailable
 
 
 @dataclass(frozen=True)

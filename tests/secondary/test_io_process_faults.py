@@ -26,9 +26,9 @@ from fault_rigs import (
 
 from kvtier.errors import ProtocolError
 from kvtier.events import BlocksFailed, TierState
-from kvtier.secondary.codec import encode
+from kvtier.executors.codec import encode
+from kvtier.executors.messages import PartResult, Ready
 from kvtier.secondary.disk import DiskTierManager
-from kvtier.secondary.messages import PartResult, Ready
 from kvtier.testing.patience import TEST_SECONDS, wait_for
 from kvtier.testing.stores import make_key, make_payload
 from kvtier.testing.tier_rig import succeeded

@@ -13,13 +13,13 @@ from fault_rigs import PATIENT, QUICK, Recorder, faulty_tier, make_rig
 from kvtier.abc import SlotStore
 from kvtier.descriptors import Descriptor
 from kvtier.events import TierState
+from kvtier.executors.base import StoreDescription
+from kvtier.executors.messages import Unavailable
+from kvtier.executors.process import IOProcess
+from kvtier.executors.threads import ThreadExecutor
 from kvtier.namespace import Namespace
 from kvtier.primary.arena import Arena, arena_rows
 from kvtier.secondary.disk import DiskTierManager
-from kvtier.secondary.executor import StoreDescription
-from kvtier.secondary.io_process import IOProcess
-from kvtier.secondary.messages import Unavailable
-from kvtier.secondary.threads import ThreadExecutor
 from kvtier.testing.clock import ManualClock
 from kvtier.testing.patience import PATIENCE_SECONDS, wait_for
 from kvtier.testing.stores import make_key

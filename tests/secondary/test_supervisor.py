@@ -9,10 +9,10 @@ from fault_rigs import Recorder
 
 from kvtier.errors import ProtocolError, StoreUnavailableError
 from kvtier.events import TierState
-from kvtier.secondary.executor import Ended, IOExecutor
+from kvtier.executors.base import Ended, IOExecutor
+from kvtier.executors.messages import IndexEnd, PartResult, Ready, Unavailable
 from kvtier.secondary.health import Breaker, BreakerState, TierHealth
 from kvtier.secondary.jobs import JobLedger
-from kvtier.secondary.messages import IndexEnd, PartResult, Ready, Unavailable
 from kvtier.secondary.supervisor import Deadlines, Supervisor
 from kvtier.testing.clock import ManualClock
 from kvtier.testing.stores import make_key

@@ -16,13 +16,13 @@ from kvtier.clock import monotonic_clock
 from kvtier.config import KVCacheGroup, OffloadingConfig
 from kvtier.errors import BlockNotReadyError
 from kvtier.events import TierState
+from kvtier.executors.base import StoreDescription
+from kvtier.executors.inline import InlineExecutor
+from kvtier.executors.threads import ThreadExecutor
 from kvtier.keys import make_offload_key
 from kvtier.namespace import Namespace
 from kvtier.primary.arena import arena_rows
 from kvtier.primary.copies import KVCaches
-from kvtier.secondary.executor import StoreDescription
-from kvtier.secondary.inline import InlineExecutor
-from kvtier.secondary.threads import ThreadExecutor
 from kvtier.simulator.recording import read_recording
 from kvtier.spec.recorded import describe
 from kvtier.spec.tiering import TieringOffloadingSpec

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtier.errors import ProtocolError
-from kvtier.secondary.codec import MAX_MESSAGE_BYTES, blocks_per_message, decode, encode, encode_head
-from kvtier.secondary.messages import (
+from kvtier.executors.codec import MAX_MESSAGE_BYTES, blocks_per_message, decode, encode, encode_head
+from kvtier.executors.messages import (
     MAX_REASON_CHARACTERS,
     CancelWaiting,
     Delete,

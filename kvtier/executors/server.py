@@ -1,4 +1,4 @@
-"""The I/O process: `python -m kvtier.secondary.io_main SOCKET ARENA PARENT`, three inherited descriptors.
+"""The I/O process: `python -m kvtier.executors.server SOCKET ARENA PARENT`, three inherited descriptors.
 
 It opens one store, reports its index, and moves blocks between store and arena on a few threads until the
 socket or the parent ends. Then it starts no new call, and exits when the running ones have ended.
@@ -19,13 +19,11 @@ import time
 from collections.abc import Sequence
 
 from kvtier.errors import ConfigError, ProtocolError, StoreUnavailableError
-from kvtier.log import logger
-from kvtier.primary.arena import Arena, Rows, arena_rows
-from kvtier.secondary.codec import MAX_MESSAGE_BYTES, decode, encode_head
-from kvtier.secondary.executor import StoreDescription
-from kvtier.secondary.gathering import Gathering
-from kvtier.secondary.inline import run_task
-from kvtier.secondary.messages import (
+from kvtier.executors.base import StoreDescription
+from kvtier.executors.codec import MAX_MESSAGE_BYTES, decode, encode_head
+from kvtier.executors.gathering import Gathering
+from kvtier.executors.inline import run_task
+from kvtier.executors.messages import (
     CancelWaiting,
     Delete,
     IndexEnd,
@@ -38,8 +36,10 @@ from kvtier.secondary.messages import (
     Several,
     Unavailable,
 )
-from kvtier.secondary.part_queue import PartQueue, Task
-from kvtier.secondary.store_runner import StoreRunner, blocks_per_call, cancelled
+from kvtier.executors.queue import PartQueue, Task
+from kvtier.executors.runner import StoreRunner, blocks_per_call, cancelled
+from kvtier.log import logger
+from kvtier.primary.arena import Arena, Rows, arena_rows
 
 _MOST_SECONDS_AFTER_END = 60.0
 """How long running calls may take after the end; a longer one is cut short, its block fails its checksum."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 
-from kvtier.secondary.messages import Delete, Part, Probe
+from kvtier.executors.messages import Delete, Part, Probe
 
 _LOADS_IN_A_ROW = 16
 """After so many loads one waiting store goes first, so that a busy tier still learns."""

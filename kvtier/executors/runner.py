@@ -10,12 +10,12 @@ from typing import Any
 
 from kvtier.abc import BlockStore, FailureCounter, SlotStore, StoreContext
 from kvtier.errors import StoreError, StoreUnavailableError
+from kvtier.executors.base import StoreDescription
+from kvtier.executors.codec import blocks_per_message
+from kvtier.executors.gathering import split_result
+from kvtier.executors.messages import IndexBatch, Part, PartResult, Prepared
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
-from kvtier.secondary.codec import blocks_per_message
-from kvtier.secondary.executor import StoreDescription
-from kvtier.secondary.gathering import split_result
-from kvtier.secondary.messages import IndexBatch, Part, PartResult, Prepared
 from kvtier.stores.sealed import SealedStore
 from kvtier.types import FailureCause
 

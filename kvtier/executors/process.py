@@ -17,10 +17,9 @@ from typing import Any
 from kvtier import forks
 from kvtier.descriptors import Descriptor
 from kvtier.errors import ProtocolError, StoreUnavailableError
-from kvtier.keys import OffloadKey
-from kvtier.secondary.codec import MAX_MESSAGE_BYTES, blocks_per_message, decode, encode, encode_head
-from kvtier.secondary.executor import Ended, IOExecutor, Report, StoreDescription
-from kvtier.secondary.messages import (
+from kvtier.executors.base import Ended, IOExecutor, Report, StoreDescription
+from kvtier.executors.codec import MAX_MESSAGE_BYTES, blocks_per_message, decode, encode, encode_head
+from kvtier.executors.messages import (
     CancelWaiting,
     Delete,
     IndexBatch,
@@ -36,7 +35,8 @@ from kvtier.secondary.messages import (
     Several,
     Unavailable,
 )
-from kvtier.secondary.store_runner import cancelled
+from kvtier.executors.runner import cancelled
+from kvtier.keys import OffloadKey
 
 _MOST_PACKETS = 512
 _MOST_INDEX_BATCHES = 2
@@ -139,7 +139,7 @@ class IOProcess(IOExecutor):
             inherited = (theirs.fileno(), self._arena.number, parent)
             arguments = map(str, (*inherited, os.getpid()))
             self._process = subprocess.Popen(
-                [sys.executable or "python3", "-P", "-m", "kvtier.secondary.io_main", *arguments],
+                [sys.executable or "python3", "-P", "-m", "kvtier.executors.server", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[fd for fd in inherited if fd >= 0],

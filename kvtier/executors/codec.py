@@ -14,8 +14,8 @@ from itertools import islice
 from typing import Any
 
 from kvtier.errors import ProtocolError
-from kvtier.secondary.columns import join_keys, pack_bits, pack_slots, split_keys, unpack_bits, unpack_slots
-from kvtier.secondary.messages import (
+from kvtier.executors.columns import join_keys, pack_bits, pack_slots, split_keys, unpack_bits, unpack_slots
+from kvtier.executors.messages import (
     MAX_REASON_CHARACTERS,
     CancelWaiting,
     Delete,

@@ -2,17 +2,19 @@
 
 import numpy as np
 import pytest
-from fault_rigs import FAULTY
 
+from kvtier.executors.base import StoreDescription
+from kvtier.executors.messages import IndexEnd, Part, PartResult
+from kvtier.executors.threads import ThreadExecutor
 from kvtier.namespace import Namespace
 from kvtier.primary.arena import arena_rows
-from kvtier.secondary.executor import StoreDescription
-from kvtier.secondary.messages import IndexEnd, Part, PartResult
-from kvtier.secondary.threads import ThreadExecutor
 from kvtier.testing.patience import PATIENCE_SECONDS, wait_for
 from kvtier.testing.stores import make_key
 
 BLOCK_BYTES = 4096
+
+
+FAULTY = "kvtier.testing.faulty_stores:FaultyBlockStore"
 
 
 class Rig:

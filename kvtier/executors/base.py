@@ -11,9 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvtier.keys import OffloadKey
-from kvtier.namespace import Namespace
-from kvtier.secondary.messages import (
+from kvtier.executors.messages import (
     IndexBatch,
     IndexEnd,
     Part,
@@ -23,6 +21,8 @@ from kvtier.secondary.messages import (
     Ready,
     Unavailable,
 )
+from kvtier.keys import OffloadKey
+from kvtier.namespace import Namespace
 
 
 @dataclass(frozen=True, slots=True)

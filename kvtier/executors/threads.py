@@ -13,12 +13,12 @@ from collections.abc import Sequence
 
 from kvtier import forks
 from kvtier.errors import StoreUnavailableError
+from kvtier.executors.base import IOExecutor, Report, StoreDescription
+from kvtier.executors.messages import Delete, IndexEnd, Part, PartResult, Probe, ProbeAnswer, Ready, Unavailable
+from kvtier.executors.queue import PartQueue
+from kvtier.executors.runner import StoreRunner, blocks_per_call, cancelled
 from kvtier.keys import OffloadKey
 from kvtier.primary.arena import Rows
-from kvtier.secondary.executor import IOExecutor, Report, StoreDescription
-from kvtier.secondary.messages import Delete, IndexEnd, Part, PartResult, Probe, ProbeAnswer, Ready, Unavailable
-from kvtier.secondary.part_queue import PartQueue
-from kvtier.secondary.store_runner import StoreRunner, blocks_per_call, cancelled
 
 
 class ThreadExecutor(IOExecutor):

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from kvtier.secondary.messages import Part, PartResult
+from kvtier.executors.messages import Part, PartResult
 from kvtier.types import FailureCause
 
 _SECONDS_SILENT = 0.05

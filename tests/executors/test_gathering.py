@@ -5,10 +5,10 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtier.secondary import gathering
-from kvtier.secondary.gathering import Gathering, join_results, split_result
-from kvtier.secondary.messages import Part, PartResult
-from kvtier.secondary.part_queue import PartQueue
+from kvtier.executors import gathering
+from kvtier.executors.gathering import Gathering, join_results, split_result
+from kvtier.executors.messages import Part, PartResult
+from kvtier.executors.queue import PartQueue
 from kvtier.testing.stores import make_key
 from kvtier.types import FailureCause
 
