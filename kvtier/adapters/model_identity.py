@@ -1,11 +1,11 @@
-"""What makes the KV cache of one transformers model unlike that of another: its shape, and its namespace."""
+"""The form of a transformers model's KV cache: its shape, and the namespace of blocks of this form."""
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
+import itertools
 import os
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,16 +16,18 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvtier.adapters.token_blocks import HASH_ALGORITHM
+from kvtier.adapters.weights_digest import plain_parts, weights_digest
 from kvtier.errors import ConfigError
 from kvtier.namespace import Namespace
 
-PAGE_BYTES = 4096
-PAGES_PER_TENSOR = 64
-"""A tensor of up to this many pages is hashed whole, a larger one at this many places, evenly spread."""
+__all__ = ["CacheShape", "accepts", "inspect_cache", "layout_namespace", "weights_digest"]
 
-_VOLATILE_CONFIG = frozenset(
-    {"transformers_version", "_name_or_path", "_model_name_or_path", "use_cache", "output_attentions", "architectures"}
-)
+LAYOUT_VERSIONS: Mapping[str, str] = {}
+"""By a release of transformers, the earlier one that computes the same KV bit for bit, by test: both share blocks. A
+release that is not listed shares with none."""
+
+ROPE_BY_LENGTH = frozenset({"dynamic", "longrope"})
+"""Rotary embeddings whose angles depend on the length of the whole prompt: a prefix has other KV in a longer prompt."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,10 @@ def inspect_cache(model: Any) -> CacheShape:
         model: a causal language model of transformers, in evaluation mode.
 
     Raises:
-        ConfigError: the model's cache is not made of plain full-attention layers of one shape, or the model is in
-            training mode.
+        ConfigError: no causal language model, one in training mode or without its weights in memory, or one whose cache
+            is not made of plain full-attention layers of one shape.
     """
-    if model.training:
-        raise ConfigError("model.training", True, "false expected: call model.eval() first")
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ConfigError("model", type(model).__name__, "a decoder-only causal language model expected")
+    _check_model(model)
     cache = DynamicCache(config=model.config)
     _check_layers(model, cache)
     token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
@@ -77,6 +76,25 @@ def inspect_cache(model: Any) -> CacheShape:
         raise ConfigError("model", type(model).__name__, f"layers of one shape expected, not {len(shapes)} shapes")
     (heads, key_dim, value_dim, dtype, device) = shapes.pop()
     return CacheShape(len(cache.layers), heads, key_dim, value_dim, dtype, device)
+
+
+def _check_model(model: Any) -> None:
+    kind = type(model).__name__
+    if isinstance(model, str):
+        allowed = "a model expected, not its name: AutoModelForCausalLM.from_pretrained(name).eval()"
+        raise ConfigError("model", reprlib.repr(model), allowed)
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
+        raise ConfigError("model", kind, "a causal language model of transformers expected")
+    if getattr(model.config, "is_encoder_decoder", False) or not hasattr(model, "get_input_embeddings"):
+        raise ConfigError("model", kind, "a decoder-only causal language model expected")
+    if model.training:
+        raise ConfigError("model.training", True, "false expected: call model.eval() first")
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        plain_parts(name, tensor)
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    by_layer = [rope, *(value for value in rope.values() if isinstance(value, Mapping))]
+    if kinds := sorted(ROPE_BY_LENGTH & {str(parameters.get("rope_type")) for parameters in by_layer}):
+        raise ConfigError("rope_type", kinds[0], "one that turns a token by the same angle in prompts of any length")
 
 
 def _check_layers(model: Any, cache: Any) -> None:
@@ -97,26 +115,20 @@ def _layer_shape(model: Any, layer: Any) -> tuple[int, int, int, Any, Any]:
     return heads, key_dim, value_shape[3], layer.keys.dtype, layer.keys.device
 
 
-def model_namespace(model: Any, shape: CacheShape, tokens_per_block: int) -> Namespace:
-    """Return the identity of the model's KV blocks.
+def layout_namespace(model: Any, shape: CacheShape, tokens_per_block: int) -> Namespace:
+    """Return what all KV blocks of a tier have in common: the form of their bytes, and how keys are made.
 
-    It covers the weights (see `weights_digest`), every setting of the model's configuration, the attention
-    implementation, the shape and order of what a block holds, and how keys are made. The name of a model in a local
-    folder is left out: a moved folder is still the same model.
+    What the bytes depend on besides, weights and settings, changes while a cache is open: it is part of each key (see
+    `ModelIdentity`). The name of a model in a local folder is left out: a moved folder is still the same model.
     """
     name = str(getattr(model.config, "_name_or_path", "") or "")
-    config = {key: value for key, value in model.config.to_dict().items() if key not in _VOLATILE_CONFIG}
     return Namespace(
         {
-            "engine": f"transformers {transformers.__version__}",
+            "engine": f"transformers {LAYOUT_VERSIONS.get(transformers.__version__, transformers.__version__)}",
             "model": "" if os.path.exists(name) else name,
             "revision": str(getattr(model.config, "_commit_hash", None) or ""),
-            "class": type(model).__name__,
-            "weights": weights_digest(model.state_dict()),
-            "config": hashlib.blake2b(_canonical(config), digest_size=16).hexdigest(),
-            "rope": _canonical(config.get("rope_parameters") or config.get("rope_scaling") or {}).decode(),
-            "attention": str(getattr(model.config, "_attn_implementation", None) or ""),
             "dtype": str(shape.dtype),
+            "device": shape.device.type,
             "layers": shape.num_layers,
             "heads": shape.num_heads,
             "key_dim": shape.key_dim,
@@ -126,34 +138,6 @@ def model_namespace(model: Any, shape: CacheShape, tokens_per_block: int) -> Nam
             "hash": HASH_ALGORITHM,
         }
     )
-
-
-def _canonical(value: object) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str).encode()
-
-
-def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
-    """Return a digest of weights: each tensor's name, type, shape, and pages sampled evenly over it.
-
-    A tensor of at most `PAGES_PER_TENSOR` pages is covered whole. Of a larger one a change of a few elements may be
-    missed; training, merging or quantizing changes them all.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(_sample(tensor.detach()))
-    return digest.hexdigest()
-
-
-def _sample(tensor: torch.Tensor) -> bytes:
-    if tensor.numel() == 0:
-        return b""
-    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-    size = flat.numel()
-    if size > PAGES_PER_TENSOR * PAGE_BYTES:
-        starts = [(size - PAGE_BYTES) * i // (PAGES_PER_TENSOR - 1) for i in range(PAGES_PER_TENSOR)]
-        flat = torch.cat([flat[start : start + PAGE_BYTES] for start in starts])
-    return bytes(flat.cpu().numpy())
 
 
 def accepts(model: Any, argument: str) -> bool:

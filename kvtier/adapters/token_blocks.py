@@ -24,7 +24,7 @@ def chain_root(namespace: Namespace, cache_salt: str) -> bytes:
         cache_salt: requests with different salts share no block; "" is a salt like any other.
     """
     return hashlib.blake2b(
-        namespace.fingerprint + cache_salt.encode(), digest_size=_DIGEST_BYTES, person=_PERSON
+        namespace.fingerprint + cache_salt.encode("utf-8", "surrogatepass"), digest_size=_DIGEST_BYTES, person=_PERSON
     ).digest()
 
 

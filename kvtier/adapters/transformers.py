@@ -8,25 +8,32 @@ with PrefixCache(model, {"cpu_bytes_to_use": "1GiB"}) as cache:
 
 from __future__ import annotations
 
+import functools
 import itertools
+import os
+import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 
+from kvtier import forks
 from kvtier.abc import OffloadingManager, OffloadingSpec
 from kvtier.adapters.decoding import decode_greedily, last_full_block
-from kvtier.adapters.model_identity import inspect_cache, model_namespace
-from kvtier.adapters.prefix_request import POLL_SECONDS, Machinery, PrefixRequest
+from kvtier.adapters.generation import Generation
+from kvtier.adapters.model_identity import CacheShape, inspect_cache, layout_namespace
+from kvtier.adapters.model_watch import ModelIdentity, arithmetic
+from kvtier.adapters.prefix_request import POLL_SECONDS, Machinery, PrefixRequest, Prompt
+from kvtier.adapters.prompts import find_foreign_input, placeholder_ids, read_token_ids, vocabulary_of
 from kvtier.adapters.staging import Staging
 from kvtier.adapters.token_blocks import chain_keys, chain_root
 from kvtier.config import KVCacheGroup, OffloadingConfig
 from kvtier.errors import ConfigError
 from kvtier.events import TierState
 from kvtier.keys import OffloadKey
+from kvtier.namespace import Namespace
 from kvtier.spec.factory import create_spec
 from kvtier.tiering.manager import TieringOffloadingManager
 from kvtier.types import ReqContext
@@ -37,44 +44,16 @@ DEFAULT_TOKENS_PER_BLOCK = 32
 STAGING_BLOCKS = 64
 READY_TIMEOUT = 10.0
 FLUSH_TIMEOUT = 30.0
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One answer.
-
-    Attributes:
-        sequences: prompt and new tokens, shape (1, tokens).
-        num_prompt_tokens: tokens of the prompt.
-        restored_tokens: tokens of the prompt that were not computed.
-        sources: restored tokens by the name of the tier they came from, "primary" for host memory.
-        splits: where the prefill was split: at the end of the restored prefix or, if nothing was restored, at the
-            last block boundary; empty for a prompt within one block.
-        stored_blocks: blocks that are new in the primary tier.
-        seconds_to_first_token: from the call to the choice of the first new token.
-        first_logits: shape (vocabulary,), those that the first new token was chosen by.
-    """
-
-    sequences: torch.Tensor
-    num_prompt_tokens: int
-    restored_tokens: int
-    sources: dict[str, int]
-    splits: tuple[int, ...]
-    stored_blocks: int
-    seconds_to_first_token: float
-    first_logits: torch.Tensor
-
-    @property
-    def new_token_ids(self) -> list[int]:
-        """The new tokens; an end token, if one ended the answer, is the last."""
-        return [int(token) for token in self.sequences[0, self.num_prompt_tokens :]]
+EPOCH_BYTES = 16
 
 
 class PrefixCache:
     """Keeps the KV of prompts and answers in kvtier's tiers, and restores the longest stored prefix of a prompt.
 
-    For one sequence at a time, called by one thread. The model must keep plain full-attention layers only. Blocks are
-    found again by any later `PrefixCache` over the same tiers whose model, weights, data type and settings are equal.
+    Threads may share it: each call restores and stores for one sequence, and one lock guards what they share, which is
+    not held while the model runs. The model must keep plain full-attention layers only. Blocks are found again by any
+    later `PrefixCache` over the same tiers whose model has equal weights, active adapters and settings; what changes in
+    the model while the cache is open is noticed at the next request.
     """
 
     def __init__(self, model: Any, config: Mapping[str, Any], *, staging_blocks: int = STAGING_BLOCKS) -> None:
@@ -88,34 +67,45 @@ class PrefixCache:
         Raises:
             ConfigError: a key holds what it may not, or the model's cache is of a kind that cannot be restored.
         """
+        if not isinstance(config, Mapping):
+            raise ConfigError("config", type(config).__name__, 'a dict expected, as {"cpu_bytes_to_use": "1GiB"}')
         if "blocks_per_chunk" in config:
             raise ConfigError("blocks_per_chunk", config["blocks_per_chunk"], "absent: set block_size, in tokens")
-        if staging_blocks < 1:
-            raise ConfigError("staging_blocks", staging_blocks, "at least 1")
         block_size = config.get("block_size", DEFAULT_TOKENS_PER_BLOCK)
-        if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size < 1:
-            raise ConfigError("block_size", block_size, "an int, at least 1 token")
         self.model = model
-        self.tokens_per_block = block_size
-        group = KVCacheGroup(self.tokens_per_block)
-        self._shape = inspect_cache(model)
-        self._namespace = model_namespace(model, self._shape, self.tokens_per_block)
-        self._staging_blocks = staging_blocks
+        self.tokens_per_block = _at_least_one("block_size", block_size)
+        self._config = dict(config)
+        self._staging_blocks = _at_least_one("staging_blocks", staging_blocks)
         self._req_ids = itertools.count()
+        self._lock = threading.RLock()
+        self._epoch = b""
         self._machinery: Machinery | None = None
+        self._set_shape(inspect_cache(model))
+        forks.register(self)
+
+    def leave_to_parent(self) -> None:
+        """In a forked child, get a lock that no thread of the parent holds."""
+        self._lock = threading.RLock()
+        if self._machinery is not None:
+            self._machinery.lock = self._lock
+
+    def _set_shape(self, shape: CacheShape) -> None:
+        """Make the spec for KV of this shape."""
+        self._shape = shape
+        self._layout = layout_namespace(self.model, shape, self.tokens_per_block)
         self._spec: OffloadingSpec = create_spec(
             OffloadingConfig(
-                extra_config={"spec_name": "TieringOffloadingSpec", **config},
-                groups=(group,),
-                engine_block_bytes=self._shape.token_bytes * self._shape.num_layers * self.tokens_per_block,
-                namespace=self._namespace,
+                extra_config={"spec_name": "TieringOffloadingSpec", **self._config},
+                groups=(KVCacheGroup(self.tokens_per_block),),
+                engine_block_bytes=shape.token_bytes * shape.num_layers * self.tokens_per_block,
+                namespace=self._layout,
             )
         )
 
     # -- life ---------------------------------------------------------------------------------------------
 
     def open(self, ready_timeout: float = READY_TIMEOUT) -> Self:
-        """Make the primary tier and start the others.
+        """Hash the model's weights, make the primary tier and start the others.
 
         Args:
             ready_timeout: most seconds to wait for tiers that are starting. One that is later, or cannot start,
@@ -123,8 +113,13 @@ class PrefixCache:
 
         Raises:
             CapacityError: the machine cannot hold `cpu_bytes_to_use`.
-            ConfigError: a tier refuses its options.
+            ConfigError: a tier refuses its options, or the model's weights cannot be read.
         """
+        self._start(ModelIdentity(self.model), ready_timeout)
+        return self
+
+    def _start(self, identity: ModelIdentity, ready_timeout: float) -> None:
+        self._kinds = identity.kinds
         staging = Staging(self._shape, self.tokens_per_block, self._staging_blocks)
         self._machinery = Machinery(
             manager=self._spec.get_manager(),
@@ -133,6 +128,8 @@ class PrefixCache:
             shape=self._shape,
             model_config=self.model.config,
             tokens_per_block=self.tokens_per_block,
+            identity=identity,
+            lock=self._lock,
         )
         deadline = time.monotonic() + ready_timeout
         self._machinery.step()
@@ -141,20 +138,26 @@ class PrefixCache:
                 break
             time.sleep(POLL_SECONDS)  # who opens a cache waits for its tiers, until the deadline
             self._machinery.step()
-        return self
 
     def close(self) -> None:
-        """Write what is on its way to the tiers and release everything; idempotent."""
-        if self._machinery is not None:
-            self._machinery.settle(FLUSH_TIMEOUT)
+        """Write what is on its way to the tiers and release everything; idempotent.
+
+        Requests that are still in use in other threads restore and store nothing more.
+        """
+        if (machinery := self._machinery) is not None:
+            machinery.settle(FLUSH_TIMEOUT)
+        with self._lock:
+            if machinery is not None:
+                machinery.is_open = False
+                machinery.identity.close()
             self._machinery = None
-        self._spec.shutdown()
+            self._spec.shutdown()
 
     def __enter__(self) -> Self:
         try:
             return self.open()
         except BaseException:
-            self._spec.shutdown()
+            self.close()
             raise
 
     def __exit__(
@@ -164,7 +167,7 @@ class PrefixCache:
 
     @property
     def manager(self) -> OffloadingManager:
-        """The manager that decides for this cache."""
+        """The manager that decides for this cache; whoever calls it must keep other threads away."""
         return self._opened().manager
 
     def _opened(self) -> Machinery:
@@ -174,22 +177,67 @@ class PrefixCache:
 
     def tier_states(self) -> dict[str, tuple[TierState, str]]:
         """Return, by the name of each secondary tier, its state and the reason for it."""
-        manager = self._opened().manager
-        return manager.tier_states() if isinstance(manager, TieringOffloadingManager) else {}
+        with self._lock:
+            manager = self._opened().manager
+            return manager.tier_states() if isinstance(manager, TieringOffloadingManager) else {}
 
     def flush(self, timeout: float = FLUSH_TIMEOUT) -> bool:
         """Wait until every stored block has reached the tiers that take it; return whether it did in time."""
         return self._opened().settle(timeout)
 
+    # -- identity -----------------------------------------------------------------------------------------
+
+    @property
+    def namespace(self) -> Namespace:
+        """Everything that blocks stored now depend on, as the model is now.
+
+        Raises:
+            ConfigError: the model is in training mode, or its weights are no longer in memory.
+        """
+        with self._lock:
+            now = {"state": self._opened().identity.current(), "arithmetic": arithmetic(self._shape.device.type)}
+            return Namespace({**self._layout.identity, **now}, self._epoch)
+
+    def reset(self) -> None:
+        """Find nothing that was stored so far, nor let requests that have begun store anything.
+
+        For changes of the model that cannot be seen, as writes through `.data`: call it before the next request. What
+        is stored afterwards is found until the next reset, by this `PrefixCache` only.
+        """
+        with self._lock:
+            self._opened()
+            self._epoch = os.urandom(EPOCH_BYTES)
+
+    def _root(self, cache_salt: str) -> bytes:
+        return chain_root(self.namespace, cache_salt)
+
+    def _follow_model(self) -> Machinery:
+        """Return the machinery, made anew if the model's KV has got another form, as by `model.to(dtype)`."""
+        with self._lock:
+            machinery = self._opened()
+            machinery.identity.current()
+            if machinery.identity.kinds == self._kinds:
+                return machinery
+            self._kinds, shape = machinery.identity.kinds, inspect_cache(self.model)
+            if shape == self._shape:
+                return machinery
+            machinery.settle(FLUSH_TIMEOUT)
+            machinery.is_open = False
+            self._spec.shutdown()
+            self._set_shape(shape)
+            self._start(machinery.identity, READY_TIMEOUT)
+            return self._opened()
+
     # -- use ----------------------------------------------------------------------------------------------
 
     def generate(
         self,
-        input_ids: torch.Tensor | Sequence[int],
+        input_ids: Any,
         *,
         max_new_tokens: int = 20,
         end_tokens: Collection[int] | None = None,
         cache_salt: str = "",
+        **inputs: Any,
     ) -> Generation:
         """Answer a prompt greedily: restore its longest stored prefix, compute the rest, store the new blocks.
 
@@ -202,12 +250,21 @@ class PrefixCache:
             max_new_tokens: at least 1.
             end_tokens: tokens that end the answer; None takes those of the model's generation settings.
             cache_salt: prompts share blocks only with prompts of the same salt.
+            inputs: an `attention_mask` of ones, and the like: what says nothing beside the tokens.
+
+        Raises:
+            ConfigError: an argument holds what it may not, or the model is in training mode.
         """
         started = time.perf_counter()
-        prompt = self._as_prompt(input_ids)
-        ends = self._end_tokens() if end_tokens is None else end_tokens
-        length = int(prompt.shape[1])
-        with self.request(prompt, cache_salt=cache_salt) as request:
+        _at_least_one("max_new_tokens", max_new_tokens)
+        token_ids = read_token_ids("input_ids", input_ids, vocabulary_of(self.model))
+        if name := find_foreign_input(inputs, len(token_ids)):
+            allowed = "generate() answers from token ids alone: run the model yourself, in a request (see request())"
+            raise ConfigError(name, type(inputs[name]).__name__, allowed)
+        ends = self._end_tokens() if end_tokens is None else _as_end_tokens(end_tokens)
+        prompt = torch.tensor([token_ids], dtype=torch.long, device=self.model.device)
+        length = len(token_ids)
+        with self.request(token_ids, cache_salt=cache_salt) as request:
             request.restore()
             before = time.perf_counter() - started
             split = request.restored_tokens or last_full_block(length, self.tokens_per_block)
@@ -221,10 +278,9 @@ class PrefixCache:
                 end_tokens=ends,
             )
             new = torch.tensor([decoded.token_ids], dtype=prompt.dtype, device=prompt.device)
-            sequences = torch.cat([prompt, new], dim=1)
-            stored = request.store(self.keys(sequences[0, :-1].tolist(), cache_salt))
+            stored = request.store(token_ids + decoded.token_ids)
         return Generation(
-            sequences=sequences,
+            sequences=torch.cat([prompt, new], dim=1),
             num_prompt_tokens=length,
             restored_tokens=request.restored_tokens,
             sources=request.sources,
@@ -234,22 +290,38 @@ class PrefixCache:
             first_logits=decoded.first_logits,
         )
 
-    def request(self, input_ids: torch.Tensor | Sequence[int], *, cache_salt: str = "") -> PrefixRequest:
+    def request(self, input_ids: Any = None, *, cache_salt: str = "", **inputs: Any) -> PrefixRequest:
         """Return a prompt's request, to be used in a with statement by whoever runs the model himself.
 
-        Inside: `restore()`, run the model on the rest with `past_key_values`, then `store(keys(token_ids))`, where the
-        tokens are those that `past_key_values` holds by then.
+        Inside: `restore()`, run the model on the rest with `past_key_values`, then `store(sequences)`, where the
+        sequences are prompt and answer.
+
+        Args:
+            input_ids: one prompt, shape (1, tokens) or (tokens,); None if the model gets `inputs_embeds` instead.
+            cache_salt: prompts share blocks only with prompts of the same salt.
+            inputs: whatever else the model is going to get. With images, embeddings, padding or positions of their
+                own, KV depends on more than the tokens: then nothing is restored, and `store` stores nothing. So it is,
+                told or not, with prompts that hold the model's tokens for images, sound or video.
+
+        Raises:
+            ConfigError: an argument holds what it may not, or the model is in training mode.
         """
-        prompt = self._as_prompt(input_ids)
-        length = int(prompt.shape[1])
-        keys = self.keys(prompt[0].tolist(), cache_salt)
-        context = ReqContext(f"prompt-{next(self._req_ids)}", num_prompt_tokens=length)
-        restorable = last_full_block(length, self.tokens_per_block) // self.tokens_per_block
-        return PrefixRequest(self._opened(), context, keys, restorable)
+        if not isinstance(cache_salt, str):
+            raise ConfigError("cache_salt", cache_salt, "a string")
+        if input_ids is None and inputs.get("inputs_embeds") is None:
+            raise ConfigError("input_ids", None, "token ids of one prompt expected")
+        token_ids = [] if input_ids is None else read_token_ids("input_ids", input_ids, vocabulary_of(self.model))
+        foreign = find_foreign_input(inputs, len(token_ids)) is not None
+        has_keys = not foreign and not placeholder_ids(self.model.config) & set(token_ids)
+        with self._lock:
+            machinery = self._follow_model()
+            root = functools.partial(self._root, cache_salt)
+            prompt = Prompt(token_ids, root(), root, has_keys)
+            return PrefixRequest(machinery, f"prompt-{next(self._req_ids)}", prompt)
 
     def keys(self, token_ids: Sequence[int], cache_salt: str = "") -> list[OffloadKey]:
-        """Return the keys of the full blocks of `token_ids`."""
-        return chain_keys(token_ids, self.tokens_per_block, chain_root(self._namespace, cache_salt))
+        """Return the keys that the full blocks of `token_ids` have now."""
+        return chain_keys(token_ids, self.tokens_per_block, self._root(cache_salt))
 
     def forget_primary(self) -> None:
         """Empty the primary tier and no other, as if it had been too small: for demonstrations and tests.
@@ -259,23 +331,17 @@ class PrefixCache:
         machinery = self._opened()
         machinery.settle(FLUSH_TIMEOUT)
         context = ReqContext(f"forget-{next(self._req_ids)}")
-        machinery.manager.on_new_request(context)
-        taken: list[OffloadKey] = []
-        while output := machinery.manager.prepare_store(self.keys(self._nonce(), cache_salt="forget"), context):
-            taken += output.keys_to_store
-        machinery.manager.complete_store(taken, context, success=False)
-        machinery.manager.on_request_finished(context)
-        machinery.step()
+        with self._lock:
+            machinery.manager.on_new_request(context)
+            taken: list[OffloadKey] = []
+            while output := machinery.manager.prepare_store(self.keys(self._nonce(), cache_salt="forget"), context):
+                taken += output.keys_to_store
+            machinery.manager.complete_store(taken, context, success=False)
+            machinery.manager.on_request_finished(context)
+            machinery.step()
 
     def _nonce(self) -> list[int]:
         return [next(self._req_ids) for _ in range(self.tokens_per_block)]
-
-    def _as_prompt(self, input_ids: torch.Tensor | Sequence[int]) -> torch.Tensor:
-        prompt = torch.as_tensor(input_ids, dtype=torch.long, device=self.model.device)
-        prompt = prompt[None] if prompt.ndim == 1 else prompt
-        if prompt.ndim != 2 or prompt.shape[0] != 1 or prompt.shape[1] == 0:
-            raise ValueError(f"input_ids of shape {tuple(prompt.shape)}: one prompt expected, (1, tokens) or (tokens,)")
-        return prompt
 
     def _end_tokens(self) -> Collection[int]:
         settings = getattr(self.model, "generation_config", None)
@@ -283,3 +349,15 @@ class PrefixCache:
         if ends is None:
             return ()
         return (ends,) if isinstance(ends, int) else tuple(ends)
+
+
+def _at_least_one(key: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(key, value, "an int, at least 1")
+    return value
+
+
+def _as_end_tokens(value: Any) -> Collection[int]:
+    if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(token, int) for token in value):
+        raise ConfigError("end_tokens", value, "a list of token ids")
+    return value

@@ -15,7 +15,6 @@ from forked_child import ALL_WAYS, tell
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from kvtier.adapters.decoding import decode_greedily
-from kvtier.adapters.model_identity import inspect_cache, model_namespace, weights_digest
 from kvtier.adapters.transformers import PrefixCache
 from kvtier.errors import ConfigError
 from kvtier.events import TierState
@@ -207,15 +206,18 @@ def test_a_request_by_hand_serves_any_way_of_running_the_model(model):
                 output = model.generate(
                     prompt, past_key_values=request.past_key_values, do_sample=False, max_new_tokens=40
                 )
-            request.store(cache.keys(output[0, :-1].tolist()))
+            request.store(output)
         assert output[0].tolist() == plain_greedy(model, prompt, 40)
         assert cache.generate(output, max_new_tokens=1).restored_tokens == 128
 
 
-def test_a_model_that_fails_leaves_no_request_behind(model):
+def test_a_model_that_fails_leaves_no_request_behind():
+    model = tiny_llama()
     with PrefixCache(model, MEMORY_ONLY) as cache:
-        with pytest.raises(IndexError):
-            cache.generate([10_000] * 40, max_new_tokens=1)
+        broken = model.model.layers[1].mlp.register_forward_pre_hook(lambda module, args: args[0] @ torch.ones(1, 1))
+        with pytest.raises(RuntimeError):
+            cache.generate(tokens(40), max_new_tokens=1)
+        broken.remove()
         cache.generate(tokens(40), max_new_tokens=1)
         cache.manager.check_invariants()
         assert not cache.manager.has_pending_work()
@@ -252,35 +254,6 @@ def test_more_than_one_prompt_is_refused(model):
 def test_use_before_open_says_so(model):
     with pytest.raises(RuntimeError, match="not open"):
         PrefixCache(model, MEMORY_ONLY).generate(tokens(8))
-
-
-def fingerprint(model, tokens_per_block=32):
-    return model_namespace(model, inspect_cache(model), tokens_per_block).fingerprint
-
-
-def test_the_namespace_tells_models_apart(model):
-    same = fingerprint(model)
-    assert fingerprint(tiny_llama()) == same
-    others = [
-        fingerprint(tiny_llama(seed=1)),
-        fingerprint(tiny_llama(dtype=torch.bfloat16)),
-        fingerprint(tiny_llama(rope_parameters={"rope_type": "default", "rope_theta": 5000.0})),
-        fingerprint(tiny_llama(attn_implementation="eager")),
-        fingerprint(model, tokens_per_block=16),
-    ]
-    assert same not in others
-    assert len(set(others)) == len(others)
-
-
-def test_large_tensors_are_sampled_from_end_to_end():
-    weight = torch.zeros(1 << 20)
-    digest = weights_digest({"weight": weight})
-    for position in (0, 1 << 19, (1 << 20) - 1):
-        changed = weight.clone()
-        start = max(0, position - 8192)
-        changed[start : position + 8192] = 1.0
-        assert weights_digest({"weight": changed}) != digest
-    assert weights_digest({"other": weight}) != digest
 
 
 def test_layers_of_unlike_shape_are_refused(model):

@@ -1,0 +1,135 @@
+"""The identity of a model as it is now: follows weights, adapters and settings that change under an open cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from kvtier.adapters.module_state import ModuleState, TensorEntry
+from kvtier.adapters.weights_digest import digest_tensors
+from kvtier.errors import ConfigError
+from kvtier.log import logger
+
+HASHING_SECONDS = 1.0
+"""Most time that a change may take between two requests; tensors that are not read by then get random digests."""
+
+MAX_UNMARKED_BYTES = 64 << 20
+"""Most bytes of tensors without marks, which are hashed at each request."""
+
+_RANDOM_BYTES = 16
+
+
+class ModelIdentity:
+    """Knows what a model's KV depends on. Used under its owner's lock."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        """Read and hash the whole model: about 0.1 s per GB on two processors.
+
+        Raises:
+            ConfigError: a module is in training mode, or the bytes of a tensor cannot be read.
+        """
+        self._model = model
+        self._tokens: dict[int, str] = {}
+        self._said: set[str] = set()
+        # torch's fused optimizers write to weights without counting up their versions.
+        self._hook = register_optimizer_step_post_hook(_count_step)
+        try:
+            self._follow(None, deadline=None)
+        except BaseException:
+            self._hook.remove()
+            raise
+
+    def close(self) -> None:
+        """Stop watching optimizers; idempotent."""
+        self._hook.remove()
+
+    def current(self) -> str:
+        """Return the identity of the model as it is now, hexadecimal; equal for equal models in all processes.
+
+        A change that leaves a mark is followed: only the tensors that changed are hashed again.
+
+        Raises:
+            ConfigError: as the constructor.
+        """
+        if not self._state.is_current() or (
+            self._unmarked and digest_tensors(self._unmarked) != self._unmarked_digests
+        ):
+            self._follow(self._state, time.monotonic() + HASHING_SECONDS)
+        return self._fingerprint
+
+    @property
+    def kinds(self) -> frozenset[tuple[torch.dtype, torch.device]]:
+        """Data types and devices of the model's tensors: the shape of its KV may follow from them."""
+        return self._kinds
+
+    def _follow(self, before: ModuleState | None, deadline: float | None) -> None:
+        """Read the model's present state, and hash what `before` does not know."""
+        state = ModuleState(self._model)
+        for place, entry in state.tensors.items():
+            known = before.tensors.get(place) if before else None
+            if known and entry.mark[0] is not None and entry.is_same_as(known):
+                entry.digest = known.digest
+        live = [(entry, tensor) for entry in state.tensors.values() if (tensor := entry.tensor()) is not None]
+        self._hash([(entry, tensor) for entry, tensor in live if entry.digest is None], deadline)
+        unmarked = [(entry, tensor) for entry, tensor in live if entry.mark[0] is None]
+        if sum(tensor.nbytes for _, tensor in unmarked) > MAX_UNMARKED_BYTES:
+            allowed = "weights made outside torch.inference_mode() expected: later changes of these cannot be seen"
+            raise ConfigError("model", type(self._model).__name__, allowed)
+        self._unmarked = [tensor for _, tensor in unmarked]
+        self._unmarked_digests = [entry.digest for entry, _ in unmarked]
+        self._kinds = frozenset((tensor.dtype, tensor.device) for _, tensor in live)
+        self._fingerprint = self._describe(state)
+        self._state = state
+
+    def _hash(self, changed: list[tuple[TensorEntry, torch.Tensor]], deadline: float | None) -> None:
+        """Give digests to entries; entries of one tensor, tied weights, are read once."""
+        by_mark = {entry.mark[1:]: tensor for entry, tensor in changed}
+        digests = dict(zip(by_mark, digest_tensors(list(by_mark.values()), deadline), strict=True))
+        if None in digests.values():
+            self._say(
+                f"more weights changed than can be read in {HASHING_SECONDS:g} s: what is stored from now on is found "
+                "by this cache only, until it ends or they change again"
+            )
+        for entry, _ in changed:
+            entry.digest = digests[entry.mark[1:]] or os.urandom(_RANDOM_BYTES)
+
+    def _describe(self, state: ModuleState) -> str:
+        """Return the fingerprint; what text cannot describe counts as unlike everything but itself."""
+        self._tokens = {
+            id(part): self._tokens.get(id(part)) or os.urandom(_RANDOM_BYTES).hex() for part in state.opaque.values()
+        }
+        if state.opaque:
+            place, part = next(iter(state.opaque.items()))
+            self._say(
+                f"the model has parts that cannot be described, as {place} ({type(part).__qualname__}): "
+                "what is stored is found by this cache only"
+            )
+        lines = [f"{place} {self._tokens[id(part)]}" for place, part in state.opaque.items()]
+        digest = hashlib.blake2b(digest_size=_RANDOM_BYTES)
+        for line in (*state.lines, *lines):
+            digest.update(line.encode("utf-8", "surrogatepass") + b"\0")
+        for place, entry in state.tensors.items():
+            digest.update(f"{place} {entry.label}\0".encode() + (entry.digest or os.urandom(_RANDOM_BYTES)))
+        return digest.hexdigest()
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            logger.warning("kvtier: %s", text)
+
+
+def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Count an optimizer's step as a write to each of its tensors."""
+    tensors = [tensor for group in optimizer.param_groups for tensor in group["params"] if not tensor.is_inference()]
+    torch.autograd.graph.increment_version(tensors)
+
+
+def arithmetic(device_type: str) -> str:
+    """Return the settings outside the model that decide how torch multiplies now: autocast, reduced precision."""
+    autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    return f"{autocast} {torch.get_float32_matmul_precision()}"

@@ -1,0 +1,279 @@
+"""What a model computes with: its tensors, settings and functions, read so that a change is cheap to notice.
+
+Nothing here knows a kind of model. Layers of PEFT are known by their own words (`adapter_layer_names`,
+`merged_adapters`), so that adapters that are loaded but not active do not count.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import operator
+import os
+import sys
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import PretrainedConfig, PreTrainedModel
+
+from kvtier.adapters.weights_digest import describe, plain_parts
+from kvtier.errors import ConfigError
+
+_VOLATILE_CONFIG = frozenset(
+    {
+        *("transformers_version", "_name_or_path", "_model_name_or_path", "_commit_hash", "architectures"),
+        *("use_cache", "output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id"),
+        *("dtype", "torch_dtype"),
+    }
+)
+"""Settings of a configuration that change nothing in the KV cache, or that follow from the tensors."""
+
+_NOT_SETTINGS = frozenset(vars(torch.nn.Module())) | {
+    *("_is_hf_initialized", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"),
+    *("name_or_path", "warnings_issued", "generation_config", "loss_type"),
+    *("peft_config", "active_adapter", "_active_adapter", "_disable_adapters", "targeted_module_names"),
+}
+"""Attributes of modules that change nothing in the KV cache: torch's own, names, and what the layers of PEFT repeat."""
+
+_HOLDERS = ("_parameters", "_buffers", "_modules")
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_ATOMS = (bool, int, float, complex, str, bytes, torch.dtype, torch.layout, torch.memory_format, os.PathLike)
+
+
+@dataclasses.dataclass
+class TensorEntry:
+    """One plain tensor at one place of a model.
+
+    Attributes:
+        label: what tells it apart from a tensor of equal bytes.
+        tensor: reference to it, which does not keep it alive.
+        mark: as made by `mark_of`.
+        merged: adapters that the layer around it has added to its weights: PEFT does this through `.data`, which leaves
+            no mark.
+        pin: while this lives, no other storage can get the same identity; it does not keep the memory.
+        digest: of its bytes; random if there was no time to read them; None until one of both.
+    """
+
+    label: str
+    tensor: weakref.ref[torch.Tensor]
+    mark: tuple[Any, ...]
+    merged: tuple[str, ...]
+    pin: StorageWeakRef
+    digest: bytes | None = None
+
+    def is_same_as(self, other: TensorEntry) -> bool:
+        """Return whether nothing that leaves a mark has happened to the tensor between the two entries."""
+        tensor = self.tensor()
+        same = tensor is not None and tensor is other.tensor()
+        return same and (self.mark, self.merged) == (other.mark, other.merged)
+
+
+def mark_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Return what changes when a tensor is written to, replaced or moved.
+
+    Writes through `.data` or from outside torch leave no mark, nor do any writes to tensors made in inference mode.
+    """
+    parts = plain_parts("", tensor) if type(tensor) not in (torch.nn.Parameter, torch.Tensor) else ()
+    if parts and parts[0][1] is not tensor:
+        return tuple(mark_of(part) for _, part in parts)
+    return (
+        None if tensor.is_inference() else tensor._version,
+        tensor.data_ptr(),
+        tensor.untyped_storage()._cdata,
+        tensor.dtype,
+        tensor.shape,
+        tensor.stride(),
+    )
+
+
+class ModuleState:
+    """A model as it was when this object was made.
+
+    Attributes:
+        lines: structure and settings as text, the same for equal models in all processes.
+        tensors: plain tensors by place.
+        opaque: by place, what text cannot describe: closures, objects of unknown types.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        """Read the whole model; takes milliseconds.
+
+        Raises:
+            ConfigError: a module is in training mode, or the bytes of a tensor cannot be read.
+        """
+        self.lines: list[str] = []
+        self.tensors: dict[str, TensorEntry] = {}
+        self.opaque: dict[str, object] = {}
+        self._places: dict[int, tuple[str, object]] = {}
+        self._collections: list[Collection[Any]] = []
+        self._lengths: list[int] = []
+        self._items: list[Any] = []
+        self._slots: list[tuple[Mapping[Any, Any], Any, weakref.ref[torch.Tensor] | None, tuple[Any, ...]]] = []
+        self._read(model, "model", ())
+
+    def is_current(self) -> bool:
+        """Return whether nothing that leaves a mark has changed since; about some us per module and tensor."""
+        # One pass in C over all items of all collections: a loop in Python would take ten times as long.
+        if list(map(len, self._collections)) != self._lengths:
+            return False
+        if not all(map(operator.is_, itertools.chain.from_iterable(self._collections), self._items)):
+            return False
+        for holder, name, tensor, mark in self._slots:
+            found = holder.get(name)
+            if found is not (tensor and tensor()) or (found is not None and mark_of(found) != mark):
+                return False
+        return True
+
+    # -- reading ------------------------------------------------------------------------------------------
+
+    def _read(self, value: Any, path: str, merged: tuple[str, ...]) -> None:
+        """Note a value and everything below it."""
+        if value is None or isinstance(value, _ATOMS):
+            self.lines.append(f"{path}={value!r}")
+        elif isinstance(value, (Enum, type)):
+            self.lines.append(f"{path}={value}")
+        elif isinstance(value, torch.Tensor):
+            self._read_tensor(value, path, merged)
+        elif id(value) in self._places:
+            self.lines.append(f"{path} is {self._places[id(value)][0]}")
+        elif not isinstance(value, torch.device):  # a model that moves keeps its weights; the layout names the device
+            self._places[id(value)] = (path, value)
+            self._read_object(value, path, merged)
+
+    def _read_object(self, value: Any, path: str, merged: tuple[str, ...]) -> None:
+        if isinstance(value, torch.nn.Module):
+            self._read_module(value, path, merged)
+        elif isinstance(value, PretrainedConfig):
+            self._read_config(value, path)
+        elif isinstance(value, (set, frozenset)):
+            self._watch(value)
+            self.lines.append(f"{path}={sorted(map(repr, value))}")
+        elif isinstance(value, (Mapping, list, tuple)):
+            self._watch(value)
+            for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+                self._read(item, f"{path}[{key!r}]", merged)
+        elif isinstance(value, (FunctionType, BuiltinFunctionType)) and _is_found_by_name(value):
+            self.lines.append(f"{path}={value.__module__}.{value.__qualname__}")
+        elif dataclasses.is_dataclass(value) and hasattr(value, "__dict__"):
+            self.lines.append(f"{path}: {type(value).__qualname__}")
+            self._read(vars(value), path, merged)
+        else:
+            self.opaque[path] = value
+
+    def _read_module(
+        self, module: torch.nn.Module, path: str, merged: tuple[str, ...], unused: frozenset[str] = frozenset()
+    ) -> None:
+        """Note a module, leaving out `unused` adapters in it."""
+        if module.training and (path == "model" or _drops_out(module)):
+            raise ConfigError(f"{path}.training", True, "false expected: call model.eval() first")
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        self.lines.append(f"{path}: {kind} training={module.training}")
+        if hasattr(module, "adapter_layer_names"):
+            merged, unused = self._read_adapters_in_use(module, path)
+        self._watch(vars(module))
+        for part in _HOLDERS:
+            holder = vars(module)[part]
+            self._watch(holder)
+            for name, item in holder.items():
+                if unused and isinstance(item, torch.nn.Module) and hasattr(item, "keys"):
+                    self._read_module(item, f"{path}.{name}", merged, unused)
+                elif name not in unused:
+                    self._read(item, f"{path}.{name}", merged)
+        for part in _HOOKS:
+            hooks = vars(module)[part]
+            self._watch(hooks)
+            for index, hook in enumerate(hooks.values()):  # the keys count all hooks of a process
+                self._read(hook, f"{path}.{part}[{index}]", merged)
+        for name, item in _settings(module):
+            if unused and isinstance(item, dict):
+                self._watch(item)
+                item = {key: setting for key, setting in item.items() if key not in unused}
+            self._read(item, f"{path}.{name}", merged)
+
+    def _read_adapters_in_use(self, module: Any, path: str) -> tuple[tuple[str, ...], frozenset[str]]:
+        """Note which adapters of a layer of PEFT count; return those merged into its weights, and the unused ones."""
+        loaded: set[str] = set()
+        for name in module.adapter_layer_names:
+            adapters: Any = functools.reduce(lambda owner, part: getattr(owner, part, None), name.split("."), module)
+            loaded.update(adapters.keys() if hasattr(adapters, "keys") else ())
+        active = module.__dict__.get("_active_adapter", [])
+        self._watch(active)
+        names = [active] if isinstance(active, str) else list(active)
+        merged = tuple(getattr(module, "merged_adapters", ()))
+        disabled = getattr(module, "_disable_adapters", False)
+        used = () if disabled else tuple(name for name in names if name in loaded and name not in merged)
+        self.lines.append(f"{path} merged={merged} used={used}")
+        return merged, frozenset(loaded.difference(merged, used))
+
+    def _read_config(self, config: PretrainedConfig, path: str) -> None:
+        settings = {key: value for key, value in config.to_dict().items() if key not in _VOLATILE_CONFIG}
+        kinds = [getattr(config, name, None) for name in ("_attn_implementation", "_experts_implementation")]
+        self.lines.append(f"{path}={json.dumps(settings, sort_keys=True, default=repr)} {kinds}")
+        self._watch_config(config)
+
+    def _watch_config(self, config: PretrainedConfig) -> None:
+        self._watch(vars(config))
+        for value in vars(config).values():
+            if isinstance(value, PretrainedConfig):
+                self._watch_config(value)
+            elif isinstance(value, (dict, list)):
+                self._watch(value)
+
+    def _read_tensor(self, tensor: torch.Tensor, path: str, merged: tuple[str, ...]) -> None:
+        for label, part in plain_parts(path, tensor):
+            pin = StorageWeakRef(part.untyped_storage())
+            entry = TensorEntry(describe(label, part), weakref.ref(part), mark_of(part), merged, pin)
+            self.tensors[f"{path} {label}"] = entry
+        for name, item in vars(tensor).items():
+            if name != "_is_hf_initialized" and label:  # a subclass may keep its scales here
+                self._read(item, f"{path}.{name}", merged)
+
+    # -- watching -----------------------------------------------------------------------------------------
+
+    def _watch(self, value: Any) -> None:
+        """Notice when a collection gets, loses or exchanges items; do not keep its tensors alive."""
+        is_mapping = isinstance(value, Mapping)
+        items = list(value.values() if is_mapping else value)
+        if any(isinstance(item, torch.Tensor) for item in items):
+            holder = value if is_mapping else dict(enumerate(value))
+            for name, item in holder.items():
+                if isinstance(item, torch.Tensor):
+                    self._slots.append((holder, name, weakref.ref(item), mark_of(item)))
+                elif item is None:  # a bias that is not there may come
+                    self._slots.append((holder, name, None, ()))
+            if is_mapping:
+                value, items = value.keys(), list(value)
+        elif is_mapping:
+            value = value.values()
+        self._collections.append(value)
+        self._lengths.append(len(items))
+        self._items += items
+
+
+def _settings(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield a module's attributes that may change what it computes."""
+    is_model, is_adapter = isinstance(module, PreTrainedModel), hasattr(module, "adapter_layer_names")
+    for name, item in vars(module).items():
+        is_private = is_model and name.startswith(("_", "hf_", "is_", "kernel_")) and not callable(item)
+        if name not in _NOT_SETTINGS and not is_private and not (is_adapter and name == "kwargs"):
+            yield name, item
+
+
+def _drops_out(module: torch.nn.Module) -> bool:
+    """Return whether a module would drop values at random in training mode."""
+    if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+        return bool(module.p > 0)
+    return any("drop" in name and isinstance(rate, float) and rate > 0 for name, rate in vars(module).items())
+
+
+def _is_found_by_name(function: Callable[..., Any]) -> bool:
+    """Return whether a function is its module's own, so that its name says in every process what it is."""
+    module = sys.modules.get(function.__module__ or "")
+    return getattr(module, function.__qualname__, None) is function

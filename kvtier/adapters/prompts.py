@@ -1,0 +1,91 @@
+"""What a caller gives as a prompt: token ids, checked, and inputs beside them that a block's key does not name."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from kvtier.errors import ConfigError
+
+_INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32})
+_PLACEHOLDER = re.compile(r"(image|video|vision|audio|speech)\w*_token_(id|index)")
+
+
+def read_token_ids(key: str, value: Any, vocabulary: int | None = None) -> list[int]:
+    """Return token ids as a list.
+
+    Args:
+        key: what the caller calls them, for the message.
+        value: integers, shape (1, tokens) or (tokens,), at least one.
+        vocabulary: number of the model's tokens, if known.
+
+    Raises:
+        ConfigError: anything else; the message names the remedy.
+    """
+    if isinstance(value, (str, bytes)):
+        raise ConfigError(key, reprlib.repr(value), "token ids expected, not text: tokenizer(text).input_ids")
+    if isinstance(value, Mapping) or hasattr(value, "input_ids"):
+        raise ConfigError(key, type(value).__name__, "token ids expected: pass its input_ids")
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        allowed = "token ids of one prompt expected, integers of shape (1, tokens) or (tokens,)"
+        raise ConfigError(key, reprlib.repr(value), allowed) from None
+    shape = tuple(tensor.shape)
+    if tensor.ndim not in (1, 2) or tensor.numel() == 0 or (tensor.ndim == 2 and shape[0] != 1):
+        allowed = "one prompt expected, shape (1, tokens) or (tokens,), of at least one token; call once per prompt"
+        raise ConfigError(key, f"shape {shape}", allowed)
+    if tensor.dtype not in _INTEGERS or tensor.is_meta:
+        raise ConfigError(key, f"{tensor.dtype} on {tensor.device}", "token ids expected, integers")
+    token_ids: list[int] = tensor.reshape(-1).tolist()
+    lowest, highest = min(token_ids), max(token_ids)
+    if lowest < 0 or (vocabulary is not None and highest >= vocabulary):
+        limit = "at least 0" if vocabulary is None else f"from 0 to {vocabulary - 1}"
+        raise ConfigError(key, lowest if lowest < 0 else highest, f"token ids {limit} expected, as the model has them")
+    return token_ids
+
+
+def vocabulary_of(model: Any) -> int | None:
+    """Return how many token ids the model's embedding takes; None if that cannot be known."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    return int(weight.shape[0]) if isinstance(weight, torch.Tensor) and weight.ndim == 2 else None
+
+
+def find_foreign_input(inputs: Mapping[str, Any], num_tokens: int) -> str | None:
+    """Return the name of the first input that makes KV depend on more than the token ids; None if there is none.
+
+    A mask without padding, positions that count from 0 and token types of 0 say what the model assumes anyway.
+
+    Raises:
+        ConfigError: a cache was given, which the request makes itself.
+    """
+    if inputs.get("past_key_values") is not None:
+        kind = type(inputs["past_key_values"]).__name__
+        raise ConfigError("past_key_values", kind, "absent: the request makes it, and restore() fills it")
+    for name, value in inputs.items():
+        if value is not None and not _says_nothing(name, value, num_tokens):
+            return name
+    return None
+
+
+def _says_nothing(name: str, value: Any, num_tokens: int) -> bool:
+    if name not in ("attention_mask", "position_ids", "token_type_ids"):
+        return False
+    try:
+        values = torch.as_tensor(value).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    if tuple(values.shape) not in ((num_tokens,), (1, num_tokens)):
+        return False
+    expected = {"attention_mask": torch.ones(1), "token_type_ids": torch.zeros(1)}
+    return bool((values == expected.get(name, torch.arange(num_tokens))).all())
+
+
+def placeholder_ids(config: Any) -> frozenset[int]:
+    """Return the token ids that stand for images, sound or video: their KV depends on what stands behind them."""
+    values = (getattr(config, name, None) for name in vars(config) if _PLACEHOLDER.fullmatch(name))
+    return frozenset(value for value in values if isinstance(value, int))

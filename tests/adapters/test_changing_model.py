@@ -1,0 +1,437 @@
+"""Weights, adapters and settings that change while a cache is open: the answer is always that of the model as it is."""
+
+import logging
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("peft", reason="PEFT IS NOT INSTALLED: switching adapters was not checked; run: make test")
+
+import peft
+import torch
+from adapters_models import tiers, tiny_llama, tokens
+from transformers import DynamicCache
+
+from kvtier.adapters import model_watch
+from kvtier.adapters.decoding import decode_greedily
+from kvtier.adapters.transformers import PrefixCache
+from kvtier.errors import ConfigError
+
+MEMORY_ONLY = {"cpu_bytes_to_use": "32MiB"}
+PROMPT = tokens(140)
+BOUNDARY = 128
+
+
+def lora(rank=4, dropout=0.0):
+    targets = ["q_proj", "k_proj", "v_proj"]
+    return peft.LoraConfig(r=rank, target_modules=targets, init_lora_weights=False, lora_dropout=dropout)
+
+
+def with_adapters():
+    torch.manual_seed(3)
+    model = peft.get_peft_model(tiny_llama(), lora(), adapter_name="one")
+    model.add_adapter("two", lora())
+    return model.eval()
+
+
+def expected(model, prompt=PROMPT, split=BOUNDARY):
+    model.eval()
+    cache = DynamicCache(config=model.config)
+    return decode_greedily(model, prompt, cache, splits=(split,), max_new_tokens=4)
+
+
+def ask(cache, prompt=PROMPT):
+    """Answer a prompt, check every bit of it, and return how many tokens were restored."""
+    answer = cache.generate(prompt, max_new_tokens=4)
+    right = expected(cache.model, prompt)
+    assert torch.equal(answer.first_logits, right.first_logits)
+    assert answer.new_token_ids == right.token_ids
+    cache.manager.check_invariants()
+    return answer.restored_tokens
+
+
+def add_to_a_row(model):
+    with torch.no_grad():
+        model.model.embed_tokens.weight[int(PROMPT[0, 0])] += 1
+
+
+def load_state(model):
+    model.load_state_dict(tiny_llama(seed=5).state_dict())
+
+
+def assign_state(model):
+    model.load_state_dict(tiny_llama(seed=5).state_dict(), assign=True)
+
+
+def replace_parameter(model):
+    model.model.layers[0].self_attn.v_proj.weight = torch.nn.Parameter(torch.randn(32, 64))
+
+
+def replace_data(model):
+    model.model.layers[0].self_attn.v_proj.weight.data = torch.randn(32, 64)
+
+
+def replace_module(model):
+    model.model.layers[1].mlp.up_proj = torch.nn.Linear(64, 96, bias=False).eval()
+
+
+def add_bias(model):
+    model.model.layers[0].self_attn.k_proj.bias = torch.nn.Parameter(torch.ones(32))
+
+
+def change_buffer(model):
+    model.model.rotary_emb.inv_freq.mul_(0.5)
+
+
+def change_setting(model):
+    model.model.layers[0].self_attn.scaling *= 2
+
+
+def patch_forward(model):
+    mlp = model.model.layers[0].mlp
+    forward = mlp.forward
+    mlp.forward = lambda hidden: forward(hidden) * 2
+
+
+def write_in_inference_mode(model):
+    with torch.inference_mode():
+        model.model.layers[0].self_attn.v_proj.weight.add_(1)
+
+
+def take_a_step(model, **how):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, **how)
+    model(input_ids=tokens(8), labels=tokens(8)).loss.backward()
+    optimizer.step()
+
+
+def take_a_fused_step(model):
+    take_a_step(model, fused=True)
+
+
+def take_a_step_at_a_time(model):
+    take_a_step(model, foreach=False)
+
+
+CHANGES = [
+    *(add_to_a_row, load_state, assign_state, replace_parameter, replace_data, replace_module, add_bias),
+    *(change_buffer, change_setting, patch_forward, write_in_inference_mode),
+    *(take_a_step, take_a_fused_step, take_a_step_at_a_time),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_between_two_requests_is_followed(change):
+    model = tiny_llama()
+    with PrefixCache(model, MEMORY_ONLY) as cache:
+        assert ask(cache) == 0
+        assert ask(cache) == BOUNDARY
+        change(model)
+        assert ask(cache) == 0
+        assert ask(cache) == BOUNDARY
+
+
+def test_earlier_weights_find_their_blocks_again(tmp_path):
+    first, second = tiny_llama(seed=1).state_dict(), tiny_llama(seed=2).state_dict()
+    model = tiny_llama(seed=1)
+    with PrefixCache(model, tiers(tmp_path)) as cache:
+        assert ask(cache) == 0
+        model.load_state_dict(second)
+        assert ask(cache) == 0
+        model.load_state_dict(first)
+        assert ask(cache) == BOUNDARY
+    with PrefixCache(tiny_llama(seed=2), tiers(tmp_path)) as cache:
+        assert cache.generate(PROMPT, max_new_tokens=4).sources == {"disk": BOUNDARY}
+
+
+def test_only_what_changed_is_hashed_again(monkeypatch):
+    model, hashed = tiny_llama(), []
+    real = model_watch.digest_tensors
+    monkeypatch.setattr(model_watch, "digest_tensors", lambda found, deadline: hashed.extend(found) or real(found))
+    with PrefixCache(model, MEMORY_ONLY) as cache:
+        hashed.clear()
+        ask(cache)
+        ask(cache)
+        assert hashed == []
+        add_to_a_row(model)
+        ask(cache)
+        assert [tuple(tensor.shape) for tensor in hashed] == [(300, 64)]
+
+
+def test_a_change_too_large_to_read_in_time_is_like_nothing_before(tmp_path, monkeypatch, caplog):
+    model = tiny_llama()
+    monkeypatch.setattr(model_watch, "HASHING_SECONDS", 0.0)
+    with PrefixCache(model, tiers(tmp_path)) as cache, caplog.at_level(logging.WARNING):
+        assert ask(cache) == 0
+        for _ in range(3):
+            load_state(model)
+            assert ask(cache) == 0
+            assert ask(cache) == BOUNDARY
+    assert len([record for record in caplog.records if "more weights changed" in record.message]) == 1
+    with PrefixCache(model, tiers(tmp_path)) as cache:
+        assert ask(cache) == 0
+
+
+def test_another_data_type_gets_tiers_of_its_own(tmp_path):
+    model = tiny_llama()
+    with PrefixCache(model, tiers(tmp_path)) as cache:
+        with cache.request(PROMPT) as begun:
+            ask(cache)
+            model.to(torch.bfloat16)
+            assert ask(cache) == 0
+            assert ask(cache) == BOUNDARY
+            begun.restore()
+            assert begun.restored_tokens == 0
+        assert cache.flush()
+    with PrefixCache(tiny_llama(dtype=torch.bfloat16), tiers(tmp_path)) as cache:
+        assert cache.generate(PROMPT, max_new_tokens=1).sources == {"disk": BOUNDARY}
+    with PrefixCache(tiny_llama(), tiers(tmp_path)) as cache:
+        assert cache.generate(PROMPT, max_new_tokens=1).sources == {"disk": BOUNDARY}
+
+
+def test_autocast_is_another_arithmetic():
+    model = tiny_llama()
+    with PrefixCache(model, MEMORY_ONLY) as cache:
+        ask(cache)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert ask(cache) == 0
+            ask(cache)
+        assert ask(cache) == BOUNDARY
+
+
+def test_tensors_without_versions_are_read_at_each_request():
+    with torch.inference_mode():
+        model = tiny_llama()
+    with PrefixCache(model, MEMORY_ONLY) as cache:
+        assert ask(cache) == 0
+        assert ask(cache) == BOUNDARY
+        with torch.inference_mode():
+            model.model.embed_tokens.weight[int(PROMPT[0, 0])] += 1
+        assert ask(cache) == 0
+
+
+def test_many_tensors_without_versions_are_refused(monkeypatch):
+    monkeypatch.setattr(model_watch, "MAX_UNMARKED_BYTES", 1 << 10)
+    with torch.inference_mode():
+        model = tiny_llama()
+    with pytest.raises(ConfigError, match="inference_mode"), PrefixCache(model, MEMORY_ONLY):
+        pass
+
+
+def test_training_mode_is_refused_when_it_comes():
+    model = with_adapters()
+    with PrefixCache(model, MEMORY_ONLY) as cache:
+        ask(cache)
+        model.train()
+        with pytest.raises(ConfigError, match=r"model\.eval\(\)"):
+            cache.generate(PROMPT)
+        model.eval()
+        assert ask(cache) == BOUNDARY
+        model.add_adapter("three", lora(dropout=0.5))
+        model.set_adapter("three")  # its dropout is in training mode
+        with pytest.raises(ConfigError, match=r"model\.eval\(\)"):
+            cache.generate(PROMPT)
+
+
+# -- adapters ---------------------------------------------------------------------------------------------
+
+
+def switch(model):
+    model.set_adapter("two")
+
+
+def scale(model):
+    for module in model.modules():
+        if hasattr(module, "set_scale"):
+            module.set_scale("one", 3.0)
+
+
+def merge(model):
+    model.merge_adapter()
+
+
+def merge_safely(model):
+    model.merge_adapter(safe_merge=True)
+
+
+def disable(model):
+    model.base_model.disable_adapter_layers()
+
+
+def train_adapter(model):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    take_a_fused_step(model)
+
+
+def combine(model):
+    model.base_model.set_adapter(["one", "two"])
+
+
+def delete(model):
+    model.delete_adapter("one")
+
+
+def reload(model):
+    state = peft.get_peft_model_state_dict(model, adapter_name="two")
+    peft.set_peft_model_state_dict(model, state, adapter_name="one")
+
+
+@pytest.mark.parametrize(
+    "change", [switch, scale, merge, merge_safely, disable, train_adapter, combine, delete, reload]
+)
+@pytest.mark.parametrize("inside", [False, True], ids=["wrapper", "base"])
+def test_a_change_of_adapters_is_followed(change, inside):
+    model = with_adapters()
+    with PrefixCache(model.get_base_model() if inside else model, MEMORY_ONLY) as cache:
+        assert ask(cache) == 0
+        assert ask(cache) == BOUNDARY
+        change(model)
+        assert ask(cache) == 0
+        assert ask(cache) == BOUNDARY
+
+
+def test_an_adapter_finds_its_blocks_again_and_another_never(tmp_path):
+    model = with_adapters()
+    with PrefixCache(model, tiers(tmp_path)) as cache:
+        assert ask(cache) == 0
+        switch(model)
+        assert ask(cache) == 0
+        model.set_adapter("one")
+        assert ask(cache) == BOUNDARY
+        with model.disable_adapter():
+            assert ask(cache) == 0
+            assert ask(cache) == BOUNDARY
+        assert ask(cache) == BOUNDARY
+        model.add_adapter("three", lora())
+        assert ask(cache) == BOUNDARY  # loaded, not active
+        model.delete_adapter("two")
+        assert ask(cache) == BOUNDARY
+    for name in ("two", "one", "two"):
+        other = with_adapters()
+        other.set_adapter(name)
+        with PrefixCache(other, tiers(tmp_path)) as cache:
+            assert cache.generate(PROMPT, max_new_tokens=4).sources == {"disk": BOUNDARY}
+            assert ask(cache) == BOUNDARY
+    other.set_adapter("one")
+    train_adapter(other)
+    with PrefixCache(other.eval(), tiers(tmp_path)) as cache:
+        assert ask(cache) == 0
+
+
+def test_merging_and_back_leaves_other_bits(tmp_path):
+    """PEFT adds adapters to the weights through `.data` and subtracts them again, which rounds."""
+    model = with_adapters()
+    with PrefixCache(model, tiers(tmp_path)) as cache:
+        ask(cache)
+        weight = model.get_base_model().model.layers[0].self_attn.q_proj.get_base_layer().weight
+        before = weight.detach().clone()
+        merge(model)
+        assert ask(cache) == 0
+        model.unmerge_adapter()
+        assert not torch.equal(weight, before)
+        assert ask(cache) == 0
+        base = model.merge_and_unload()
+    with PrefixCache(base, tiers(tmp_path)) as cache:
+        assert ask(cache) == 0
+
+
+def test_merging_for_good_in_an_open_cache():
+    model = with_adapters()
+    base = model.get_base_model()
+    with PrefixCache(base, MEMORY_ONLY) as cache:
+        ask(cache)
+        with model.disable_adapter():
+            ask(cache)
+        assert model.merge_and_unload() is base
+        assert ask(cache) == 0
+
+
+def test_adapters_added_by_transformers_itself():
+    model = tiny_llama()
+    with PrefixCache(model, MEMORY_ONLY) as cache:
+        ask(cache)
+        for name in ("one", "two"):
+            model.add_adapter(lora(), adapter_name=name)
+            assert ask(cache) == 0
+        model.set_adapter("one")
+        assert ask(cache) == BOUNDARY
+        model.disable_adapters()
+        assert ask(cache) == 0
+        model.enable_adapters()
+        model.set_adapter("two")
+        assert ask(cache) == BOUNDARY
+        model.delete_adapter("one")
+        assert ask(cache) == BOUNDARY
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.IA3Config(
+            target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False
+        ),
+        peft.LoHaConfig(r=2, target_modules=["k_proj"], init_weights=False),
+        peft.LNTuningConfig(target_modules=["input_layernorm"]),
+        peft.VeraConfig(r=2, target_modules=["k_proj"], init_weights=False),
+        peft.LoraConfig(r=2, target_modules=["v_proj"], modules_to_save=["embed_tokens"], use_dora=True),
+        peft.LoraConfig(r=2, target_modules=["v_proj"], trainable_token_indices=[int(PROMPT[0, 0])]),
+    ],
+    ids=["ia3", "loha", "layer-norms", "vera", "dora-and-embedding", "one-token"],
+)
+def test_adapters_of_other_kinds(config):
+    model = peft.get_peft_model(tiny_llama(), config).eval()
+    with PrefixCache(model, MEMORY_ONLY) as cache:
+        assert ask(cache) == 0
+        assert ask(cache) == BOUNDARY
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter))
+        assert ask(cache) == 0
+        with model.disable_adapter():
+            assert ask(cache) == 0
+        assert ask(cache) == BOUNDARY
+
+
+# -- requests that have begun -----------------------------------------------------------------------------
+
+
+def test_a_request_begun_before_a_change_restores_and_stores_nothing():
+    model = with_adapters()
+    with PrefixCache(model, MEMORY_ONLY) as cache:
+        ask(cache)
+        with cache.request(PROMPT) as late, cache.request(tokens(100, seed=9)) as early:
+            with torch.inference_mode():
+                model(input_ids=tokens(100, seed=9), past_key_values=early.past_key_values, use_cache=True)
+            switch(model)
+            late.restore()
+            assert late.restored_tokens == late.past_key_values.get_seq_length() == 0
+            assert early.store(tokens(100, seed=9)) == 0
+        for name in ("two", "one"):
+            model.set_adapter(name)
+            assert cache.generate(tokens(100, seed=9), max_new_tokens=1).restored_tokens == 0
+
+
+def test_reset_finds_nothing_that_was_stored_before(tmp_path):
+    model = tiny_llama()
+    with PrefixCache(model, tiers(tmp_path)) as cache:
+        ask(cache)
+        with cache.request(PROMPT) as begun:
+            model.model.embed_tokens.weight.data.add_(1)  # leaves no mark
+            cache.reset()
+            begun.restore()
+            assert begun.restored_tokens == 0
+        assert ask(cache) == 0
+        assert ask(cache) == BOUNDARY
+        cache.reset()
+        assert ask(cache) == 0
+    with PrefixCache(model, tiers(tmp_path)) as cache:
+        assert ask(cache) == 0
+    with PrefixCache(tiny_llama(), tiers(tmp_path)) as cache:
+        assert ask(cache) == BOUNDARY
+
+
+def test_reset_before_open_says_so():
+    with pytest.raises(RuntimeError, match="not open"):
+        PrefixCache(tiny_llama(), MEMORY_ONLY).reset()
