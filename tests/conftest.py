@@ -10,6 +10,7 @@ from object_fixtures import (  # noqa: F401 - found by their names
     moto_s3,
     swift_s3,
 )
+from requirements import need_root
 from server_fixtures import _valkey, _valkey_cluster, valkey, valkey_cluster  # noqa: F401 - found by their names
 
 from kvtier.testing.patience import TEST_SECONDS
@@ -17,6 +18,11 @@ from kvtier.testing.patience import TEST_SECONDS
 # How long an example takes says how busy the machine is, nothing about kvtier.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("root"):
+        need_root()
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-timeout reads its option

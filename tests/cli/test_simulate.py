@@ -1,18 +1,15 @@
 import json
-import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from requirements import need_program
 from typer.testing import CliRunner
 
 from kvtier.cli import app
 
 EXTRACT = Path(__file__).parents[1] / "data" / "conversation_prefixes.jsonl"
-BROWSER = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
 
 
 def run(*arguments):
@@ -85,8 +82,8 @@ def test_the_page_is_whole_and_loads_nothing(report):
     assert "nan" not in text.lower().replace("finance", "")
 
 
-@pytest.mark.skipif(BROWSER is None, reason="NO CHROMIUM: the report page was not opened in a browser")
 def test_a_browser_shows_the_page(report, tmp_path):
+    browser = need_program("chromium", "chromium-browser", "google-chrome")
     flags = [
         "--headless",
         "--no-sandbox",
@@ -96,11 +93,11 @@ def test_a_browser_shows_the_page(report, tmp_path):
     ]
     picture = tmp_path / "page.png"
     url = report[1].as_uri()
-    shot = [BROWSER, *flags, "--window-size=1200,2000", f"--screenshot={picture}", url]
+    shot = [browser, *flags, "--window-size=1200,2000", f"--screenshot={picture}", url]
     done = subprocess.run(shot, capture_output=True, text=True)
     assert picture.is_file(), done.stderr[-2000:]
     assert picture.stat().st_size > 50_000, "the page is all but empty"
-    dumped = subprocess.run([BROWSER, *flags, "--dump-dom", url], capture_output=True, text=True).stdout
+    dumped = subprocess.run([browser, *flags, "--dump-dom", url], capture_output=True, text=True).stdout
     assert dumped.count("<svg") >= 4
     assert "Hit rate over cache size" in dumped
     assert "<polyline" in dumped

@@ -4,6 +4,7 @@ import errno
 from pathlib import Path
 
 import pytest
+from requirements import need_mounts
 from sandbox import run_in_sandbox
 
 from kvtier.testing.patience import wait_for
@@ -34,6 +35,7 @@ def test_an_io_process_ends_with_a_parent_that_no_pidfd_tells_of(tmp_path):
 
 @pytest.mark.root
 def test_without_any_memory_to_share_one_line_says_what_to_do(tmp_path):
+    need_mounts()
     hide = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs -o ro tmpfs /dev/shm && exec "$@"', "sh")
     found, _ = run_in_sandbox(tmp_path / "tier", wrapper=hide, refused={"memfd_create": errno.EPERM})
     assert found["refused"].startswith("CapacityError: cpu_bytes_to_use: ")
@@ -44,6 +46,7 @@ def test_without_any_memory_to_share_one_line_says_what_to_do(tmp_path):
 
 @pytest.mark.root
 def test_a_small_shared_memory_is_named(tmp_path):
+    need_mounts()
     small = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=512k tmpfs /dev/shm && exec "$@"', "sh")
     found, _ = run_in_sandbox(tmp_path / "tier", wrapper=small, refused={"memfd_create": errno.EPERM})
     assert found["refused"].startswith("CapacityError: cpu_bytes_to_use: ")

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from requirements import lacking, need_mounts, need_program
 
 from kvtier.testing.patience import PATIENCE_SECONDS
 
@@ -34,7 +35,7 @@ class FaultyDisk:
         while not os.path.ismount(self.path):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.close()
-                pytest.skip(f"FUSE does not mount here: {self._process.stderr.read().strip()[-200:]}")
+                lacking(f"FUSE does not mount here: {self._process.stderr.read().strip()[-200:]}")
             os.sched_yield()
 
     def fail(self, **plan):
@@ -55,9 +56,9 @@ class FaultyDisk:
 @pytest.fixture
 def faulty_disk(tmp_path):
     """A FaultyDisk; needs Debian's fuse3, mfusepy, and the right to mount."""
-    pytest.importorskip("mfusepy", reason="mfusepy or libfuse3 is missing: pip install mfusepy; apt install fuse3")
-    if shutil.which("fusermount3") is None or not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        pytest.skip("no fusermount3 (apt install fuse3), or no right to use /dev/fuse")
+    need_program("fusermount3")
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        pytest.skip("NOT TESTED: no right to use /dev/fuse here")
     disk = FaultyDisk(tmp_path)
     yield disk
     disk.close()
@@ -95,8 +96,7 @@ class SmallDisk:
 @pytest.fixture
 def small_disk():
     """Return a function that mounts a tmpfs with options; needs root and the right to mount."""
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("needs root and mount(8)")
+    need_mounts()
     disks = []
 
     def make(options="size=32m"):

@@ -1,7 +1,6 @@
 """Filesystems that fill up, become read-only, go away and come back, under a tier that works; real mounts, by root."""
 
 import os
-import shutil
 import signal
 import subprocess
 import threading
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from disk_rigs import disk_tier, make_rig, start, striped_tier
+from requirements import need_mounts
 
 from kvtier.errors import StoreUnavailableError
 from kvtier.events import BlocksFailed, TierState
@@ -189,8 +189,7 @@ def test_a_kernel_that_does_not_say_what_is_mounted_is_no_reason_to_stay_down(tm
 @pytest.fixture
 def bind():
     """Return functions that mount a folder at another place and take it away; needs root and the right to mount."""
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("needs root and mount(8): run the tests with sudo")
+    need_mounts()
     mounted = []
 
     def make(source, target):

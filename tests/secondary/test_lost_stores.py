@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from fault_rigs import PATIENT, QUICK, Recorder, faulty_tier, make_rig
+from requirements import need_mounts
 
 from kvtier.abc import SlotStore
 from kvtier.descriptors import Descriptor
@@ -193,8 +194,7 @@ def test_many_lives_leave_nothing_behind():
 
 @pytest.mark.root
 def test_a_disk_that_others_filled_goes_on_with_the_space_it_has(tmp_path):
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("needs root and mount(8)")
+    need_mounts()
     command = ["mount", "-t", "tmpfs", "-o", "size=5m", "kvtier-test", str(tmp_path)]
     if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("may not mount here")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from proxy import Proxy
+from requirements import need_mounts, need_program
 from valkey_server import ValkeyCluster, ValkeyServer
 
 from kvtier.abc import TierContext
@@ -35,8 +35,7 @@ def make_rig(url, **options):
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory):
     """A certificate for localhost that signs itself."""
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is not installed: no certificate for a TLS server")
+    need_program("openssl")
     folder = tmp_path_factory.mktemp("tls")
     cert, key = folder / "cert.pem", folder / "key.pem"
     subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
@@ -157,8 +156,8 @@ class Networks:
 
 @pytest.fixture
 def networks():
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("needs root and iproute2, for network namespaces")
+    need_program("ip")
+    need_mounts()
     try:
         made = Networks()
     except RuntimeError as error:

@@ -1,9 +1,9 @@
 """Session fixtures: real servers of objects, an empty prefix for each test, credentials in the environment."""
 
 import itertools
-import shutil
 
 import pytest
+from requirements import lacking, need_program
 
 BUCKET = "kvtier"
 _numbers = itertools.count(1)
@@ -28,7 +28,10 @@ class S3Place:
 def _running(server):
     """Yield the server, started, with its bucket; end it after the session."""
     try:
-        server.start().make_bucket(BUCKET)
+        try:
+            server.start().make_bucket(BUCKET)
+        except (AssertionError, OSError) as error:
+            lacking(f"{type(server).__name__} does not start ({error})", "make servers")
         yield server
     finally:
         server.close()
@@ -85,8 +88,7 @@ class AzurePlace:
 def _azurite():
     from azurite_server import PROGRAM, AzuriteServer
 
-    if shutil.which(PROGRAM) is None:
-        pytest.skip(f"{PROGRAM}, an emulator of Azure Blob Storage, is not installed: npm install -g azurite")
+    need_program(PROGRAM)
     yield from _running(AzuriteServer())
 
 

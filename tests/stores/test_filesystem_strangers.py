@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from requirements import need_mounts
 from test_filesystem_store import BLOCK, ON_DISK, blocks_in, bytes_in, open_store, read, write
 
 from kvtier.abc import StoreContext
@@ -55,8 +56,7 @@ def names(folder):
 @pytest.fixture
 def bind():
     """Return a function that mounts a folder at another place; needs root and the right to mount."""
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("needs root and mount(8): run the tests with sudo")
+    need_mounts()
     mounted = []
 
     def make(source, target):

@@ -2,12 +2,12 @@
 
 import errno
 import os
-import shutil
 import socket
 import subprocess
 import threading
 
 import pytest
+from requirements import need_mounts
 
 from kvtier.stores import own_files
 from kvtier.stores.own_files import Folder, StrangerError, read_named
@@ -134,8 +134,6 @@ def test_threads_see_all_names_at_once(place, folder):
 
 @pytest.mark.root
 def test_what_belongs_to_another_user_is_a_stranger(place, folder):
-    if os.geteuid() != 0:
-        pytest.skip("needs root, to give files away: run the tests with sudo")
     (place / "file").write_text("x")
     (place / "inner").mkdir()
     for name in ("file", "inner"):
@@ -150,8 +148,7 @@ def test_what_belongs_to_another_user_is_a_stranger(place, folder):
 @pytest.fixture
 def bind():
     """Return a function that mounts a file or folder at another place; needs root and the right to mount."""
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("needs root and mount(8): run the tests with sudo")
+    need_mounts()
     mounted = []
 
     def make(source, target):

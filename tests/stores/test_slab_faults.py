@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import slab_files
+from requirements import need_mounts
 from slab_files import folder_of, headers_file, make_context, open_slab, real_bytes, recovered, segment_file
 
 from kvtier.errors import StoreError, StoreUnavailableError
@@ -289,8 +290,7 @@ def test_min_free_is_left_free(slab, context):
 @pytest.fixture
 def mount():
     """Return a function that mounts a tmpfs with options; needs root and the right to mount."""
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("needs root and mount(8)")
+    need_mounts()
     mounted = []
 
     def make(options):
@@ -367,8 +367,6 @@ def test_a_read_only_directory(mount, context):
 
 @pytest.mark.root
 def test_a_foreign_owner(slab, context):
-    if os.geteuid() != 0:
-        pytest.skip("needs root, to give a directory away")
     slab.mkdir(mode=0o700)
     os.chown(slab, 12345, -1)
     with pytest.raises(StoreUnavailableError, match="belongs to user 12345"):

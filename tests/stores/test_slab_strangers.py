@@ -6,6 +6,7 @@ import shutil
 import subprocess
 
 import pytest
+from requirements import need_mounts
 from slab_files import (
     RECORD_BYTES,
     folder_of,
@@ -79,8 +80,7 @@ def contents(folder):
 @pytest.fixture
 def bind():
     """Return a function that mounts a folder at another place; needs root and the right to mount."""
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("needs root and mount(8): run the tests with sudo")
+    need_mounts()
     mounted = []
 
     def make(source, target):
@@ -292,8 +292,6 @@ def test_a_namespaces_folder_that_is_mounted_is_no_namespace(filled, context, tm
 
 @pytest.mark.root
 def test_files_of_another_owner_are_not_opened(filled, context):
-    if os.geteuid() != 0:
-        pytest.skip("needs root, to give files away: run the tests with sudo")
     os.chown(headers_file(filled, context), 12345, 12345)
     with pytest.raises(StoreUnavailableError, match="belongs to user 12345"):
         open_slab(filled, context)

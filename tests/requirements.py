@@ -1,0 +1,44 @@
+"""What tests need that pip does not bring. A test that lacks it is skipped loudly, with the command that helps.
+
+With `KVTIER_TEST_COMPLETE=1`, as in CI, it fails instead. What no command can bring (a GPU, a kernel's feature) is an
+ordinary skip.
+"""
+
+import functools
+import os
+import shutil
+import subprocess
+
+import pytest
+
+COMPLETE = os.environ.get("KVTIER_TEST_COMPLETE") == "1"
+
+
+def lacking(what, command="make system-packages"):
+    """Skip the test that lacks something, or fail it where nothing may be lacking."""
+    (pytest.fail if COMPLETE else pytest.skip)(f"NOT TESTED, {what}: `{command}` helps")
+
+
+def need_program(*names):
+    """Return the path of the first of these programs that is installed."""
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    return found or lacking(f"{names[0]} is not installed")
+
+
+def need_root():
+    """Skip the test unless root runs it."""
+    if os.geteuid() != 0:
+        lacking("it needs root", "sudo make test")
+
+
+def need_mounts():
+    """Skip the test unless namespaces and filesystems can be made here."""
+    need_root()
+    if refusal := _refusal_of_mounts():
+        lacking(f"root may not mount here ({refusal})", "docker run --privileged")
+
+
+@functools.cache
+def _refusal_of_mounts():
+    done = subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, text=True)
+    return done.stderr.strip()
