@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple, Protocol
 
 from kvtier.keys import OffloadKey
+from kvtier.log import logger
 from kvtier.types import FailureCause
-
-logger = logging.getLogger("kvtier")
 
 
 class BlocksStored(NamedTuple):

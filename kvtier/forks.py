@@ -9,12 +9,11 @@ The kernel's fork calls no Python, but the interpreter's does, after it: no call
 
 from __future__ import annotations
 
-import logging
 import os
 import weakref
 from typing import Protocol
 
-logger = logging.getLogger("kvtier")
+from kvtier.log import logger
 
 _ADVICE = (
     "kvtier: process %d is a fork of the one that made this cache, so it finds nothing and stores nothing here. "

@@ -80,14 +80,15 @@ def read_tiers(text: str) -> dict[str, Any]:
         path = Path(text.removeprefix("@"))
         try:
             source = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
+        except (OSError, ValueError):
             raise ConfigError("tiers", text, "JSON text or the path of a readable JSON file expected") from None
+    shown = text if text != source else "..."  # what is no JSON cannot be searched for secrets
     try:
         value = json.loads(source)
-    except json.JSONDecodeError as error:
-        raise ConfigError("tiers", text, f"no JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError("tiers", shown, f"no JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ConfigError("tiers", text, "a JSON object expected")
+        raise ConfigError("tiers", shown, "a JSON object expected")
     if "spec_name" not in value:
         parse_config(value, TieringConfig)  # before a model is loaded
     return value

@@ -14,6 +14,8 @@ from typer.core import TyperGroup
 from kvtier.errors import KVTierError
 from kvtier.foreign_text import one_line
 
+EXIT_NO_READER = 1
+"""Nobody reads the output any more, as behind `| head`; rich ends a program so, too."""
 EXIT_UNUSABLE = 2
 EXIT_INTERRUPTED = 130
 
@@ -27,12 +29,14 @@ class Commands(TyperGroup):
             result = super().invoke(ctx)
             _flush(sys.stdout)  # a full disk, or a reader that went away, shows here at the latest
             return result
+        except BrokenPipeError:
+            raise typer.Exit(_end("", EXIT_NO_READER)) from None
         except (KVTierError, OSError) as error:
-            raise typer.Exit(_end(ctx.invoked_subcommand, describe(error), EXIT_UNUSABLE)) from None
+            raise typer.Exit(_end(f"kvtier {ctx.invoked_subcommand}: {describe(error)}", EXIT_UNUSABLE)) from None
         except MemoryError:
-            raise typer.Exit(_end(ctx.invoked_subcommand, "not enough memory", EXIT_UNUSABLE)) from None
+            raise typer.Exit(_end(f"kvtier {ctx.invoked_subcommand}: not enough memory", EXIT_UNUSABLE)) from None
         except KeyboardInterrupt:
-            raise typer.Exit(_end(ctx.invoked_subcommand, "interrupted", EXIT_INTERRUPTED)) from None
+            raise typer.Exit(_end(f"kvtier {ctx.invoked_subcommand}: interrupted", EXIT_INTERRUPTED)) from None
 
 
 def describe(error: Exception) -> str:
@@ -58,10 +62,11 @@ def prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _end(command: str | None, text: str, code: int) -> int:
-    """Say why a command ends, and let no stream fail once more when the interpreter flushes it."""
-    with contextlib.suppress(OSError):
-        typer.echo(f"kvtier{f' {command}' if command else ''}: {text}", err=True)
+def _end(text: str, code: int) -> int:
+    """Say why a command ends, if there is anything to say; no stream fails again when the interpreter flushes it."""
+    if text:
+        with contextlib.suppress(OSError):
+            typer.echo(text, err=True)
     for stream in (sys.stdout, sys.stderr):
         try:
             _flush(stream)

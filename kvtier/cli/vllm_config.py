@@ -152,5 +152,5 @@ def _place_and_size(option: str, text: str, form: str) -> tuple[str, str]:
 def _json_or_text(value: str) -> Any:
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return value

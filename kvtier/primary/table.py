@@ -10,7 +10,6 @@ whole request moves from state to state in a few calls of set and dict: this run
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from itertools import compress, filterfalse, islice
@@ -23,8 +22,7 @@ from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
 from kvtier.eviction.lru import LRUPolicy
 from kvtier.keys import OffloadKey, common_key_bytes
-
-logger = logging.getLogger("kvtier")
+from kvtier.log import logger
 
 MAX_SKIPPED = 4096
 """Most blocks in use that a search for victims passes over, beside four for each victim wanted: it must not stall."""

@@ -7,8 +7,9 @@ alibaba-edu/qwen-bailian-usagetraces-anon (16 tokens a block, seconds); callanjf
 from __future__ import annotations
 
 import math
+import os
 from codecs import BOM_UTF8
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -16,8 +17,17 @@ from typing import Annotated, TypeVar
 import msgspec
 
 from kvtier.errors import ConfigError
+from kvtier.foreign_text import one_line
+from kvtier.simulator.block_sizes import fits, sizes_that_fit
 from kvtier.simulator.recording import is_recording, read_recorded_trace
 from kvtier.simulator.trace import KeyMaker, Trace, TraceError, TraceRequest, in_order
+from kvtier.simulator.trace_files import (
+    MOST_DOCUMENT_BYTES,
+    check_regular,
+    is_trace_name,
+    open_trace,
+    read_line,
+)
 from kvtier.simulator.weka import WekaConversation, weka_requests
 
 MOONCAKE_TOKENS = 512
@@ -62,7 +72,7 @@ def load_trace(path: Path, tokens_per_block: int | None = None, conversation_gap
     if not 0 <= conversation_gap < math.inf:
         raise ConfigError("conversation_gap", conversation_gap, "0 seconds or more, a finite number")
     try:
-        trace = _load(path, conversation_gap)
+        trace = _load(path, conversation_gap, tokens_per_block)
     except RecursionError:
         raise TraceError(f"{path}: nested too deep") from None
     if not any(request.keys for request in trace.requests):
@@ -70,20 +80,21 @@ def load_trace(path: Path, tokens_per_block: int | None = None, conversation_gap
     return trace if tokens_per_block is None else replace(trace, tokens_per_block=tokens_per_block)
 
 
-def _load(path: Path, conversation_gap: float) -> Trace:
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".jsonl"))
+def _load(path: Path, conversation_gap: float, tokens_per_block: int | None) -> Trace:
+    if os.path.isdir(path):
+        files = sorted(filter(is_trace_name, path.iterdir()))
         if not files:
-            raise TraceError(f"{path}: a folder without .json or .jsonl files")
+            raise TraceError(f"{path}: a folder without .json or .jsonl files, compressed by gzip (.gz) or not")
         conversations = [(str(file), one) for file in files for _, one in _parsed(file, WekaConversation)]
-        return _weka(path.name, conversations, conversation_gap)
+        return _weka(one_line(path.name), conversations, conversation_gap)
+    check_regular(path)
     if is_recording(path):
         return read_recorded_trace(path)
     kind = _kind(path)
     if kind is WekaConversation:
         conversations = [(f"{path}:{number}", one) for number, one in _parsed(path, WekaConversation)]
-        return _weka(path.name, conversations, conversation_gap)
-    return _lines(path)
+        return _weka(one_line(path.name), conversations, conversation_gap)
+    return _lines(path, tokens_per_block)
 
 
 def _kind(path: Path) -> type[msgspec.Struct]:
@@ -92,7 +103,7 @@ def _kind(path: Path) -> type[msgspec.Struct]:
         raise TraceError(f"{path}: empty")
     try:
         found = msgspec.json.decode(line, type=_Either)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise TraceError(f"{path}:{number}: unknown format, {_KNOWN} ({error})") from None
     if bytes(found.requests):
         return WekaConversation
@@ -103,43 +114,41 @@ def _kind(path: Path) -> type[msgspec.Struct]:
 
 def _numbered_documents(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield (number of its line, JSON text): a document a line or, where the first line is none, the whole file."""
-    try:
-        with path.open("rb") as file:
-            begin = len(BOM_UTF8) if file.read(len(BOM_UTF8)) == BOM_UTF8 else 0
-            file.seek(begin)
-            first = next((line for line in file if line.strip()), b"")
-            file.seek(begin)
-            if not _is_json(first):
-                whole = file.read()
-                if _is_json(whole):
-                    yield 1, whole
-                    return
-                file.seek(begin)
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, line
-    except OSError as error:
-        raise TraceError(f"{path}: {error.strerror or error}") from None
+    with open_trace(path) as file:
+        number, first = 1, read_line(file, path, 1).removeprefix(BOM_UTF8)
+        while first and not first.strip():
+            number, first = number + 1, read_line(file, path, number + 1)
+        if first and not _is_json(first):
+            more = file.read(MOST_DOCUMENT_BYTES + 1 - len(first))
+            if len(first) + len(more) > MOST_DOCUMENT_BYTES or _is_json(first + more):
+                first += more
+        line = first
+        while line:
+            if line.strip():
+                yield number, line
+            number += 1
+            line = read_line(file, path, number)
 
 
 def _is_json(text: bytes) -> bool:
     try:
         msgspec.json.decode(text, type=msgspec.Raw)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return False
     return True
 
 
 def _parsed(path: Path, kind: type[S]) -> Iterator[tuple[int, S]]:
-    decode: Callable[[bytes], S] = msgspec.json.Decoder(kind).decode
+    # not strict: writers in other languages say 1024.0 for 1024
+    decode: Callable[[bytes], S] = msgspec.json.Decoder(kind, strict=False).decode
     for number, line in _numbered_documents(path):
         try:
             yield number, decode(line)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise TraceError(f"{path}:{number}: {error}") from None
 
 
-def _lines(path: Path) -> Trace:
+def _lines(path: Path, tokens_per_block: int | None) -> Trace:
     maker, requests, bailian = KeyMaker(), [], False
     for number, line in _parsed(path, _Line):
         if not math.isfinite(line.timestamp):
@@ -147,10 +156,31 @@ def _lines(path: Path) -> Trace:
         bailian = bailian or line.chat_id is not None
         keys = maker.keys(line.hash_ids)
         requests.append(TraceRequest(line.timestamp, keys, line.input_length, line.output_length))
-    if bailian:
-        return Trace(path.name, "Qwen-Bailian", BAILIAN_TOKENS, in_order(requests))
-    in_seconds = [request._replace(time=request.time / 1000) for request in requests]
-    return Trace(path.name, "Mooncake", MOONCAKE_TOKENS, in_order(in_seconds))
+    if not bailian:
+        requests = [request._replace(time=request.time / 1000) for request in requests]
+    name, usual = ("Qwen-Bailian", BAILIAN_TOKENS) if bailian else ("Mooncake", MOONCAKE_TOKENS)
+    size = tokens_per_block or _tokens_per_block(path, requests, usual)
+    note = ""
+    if tokens_per_block is None and size != usual:
+        note = f"blocks of {size} tokens: its lengths say so, and contradict the {usual} of {name}'s own traces"
+    return Trace(one_line(path.name), name, size, in_order(requests), note=note)
+
+
+def _tokens_per_block(path: Path, requests: Sequence[TraceRequest], usual: int) -> int:
+    """Return the size that a format's files have, or the one that the file's own lengths say.
+
+    Raises:
+        TraceError: they contradict the former, and do not say which.
+    """
+    if fits(requests, usual):
+        return usual
+    sizes = sizes_that_fit(requests)
+    if len(sizes) == 1:
+        return sizes[0]
+    told = f"blocks of {sizes[0]} as well as of {sizes[1]} tokens" if sizes else "no one size"
+    raise TraceError(
+        f"{path}: its lengths contradict blocks of {usual} tokens and fit {told}: say which with --tokens-per-block"
+    )
 
 
 def _weka(name: str, conversations: list[tuple[str, WekaConversation]], gap: float) -> Trace:

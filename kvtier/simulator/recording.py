@@ -13,8 +13,10 @@ from typing import Annotated, NamedTuple
 
 import msgspec
 
+from kvtier.foreign_text import one_line
 from kvtier.keys import GROUP_BYTES, OffloadKey, make_offload_key
 from kvtier.simulator.trace import Trace, TraceError, TraceRequest
+from kvtier.simulator.trace_files import check_regular
 from kvtier.tiering.record_writer import HASH_BYTES, LENGTH, MAGIC, RECORD
 from kvtier.tiering.recording import PROMPT
 
@@ -96,6 +98,7 @@ def read_recording(path: Path) -> tuple[Header, Iterator[Record]]:
     Raises:
         TraceError: no recording, or one whose header cannot be read.
     """
+    check_regular(path)
     file = gzip.open(path, "rb")  # noqa: SIM115 - the iterator closes it
     try:
         begin = file.read(len(MAGIC))
@@ -165,7 +168,7 @@ def read_recorded_trace(path: Path) -> Trace:
     shifted = [request._replace(time=request.time - first) for request in requests]
     note = f"of {num_groups} KV groups only the first is replayed: neither hits nor bytes count the others"
     name, tokens = "kvtier recording", header.tokens_per_block
-    return Trace(path.name, name, tokens, shifted, header.block_bytes, note if num_groups > 1 else "")
+    return Trace(one_line(path.name), name, tokens, shifted, header.block_bytes, note if num_groups > 1 else "")
 
 
 def _requests_in(records: Iterable[Record]) -> tuple[list[_Request], int]:

@@ -22,6 +22,9 @@ from kvtier.stores.resp.handshake import HandshakeSocket
 from kvtier.stores.resp.settings import RespSettings
 from kvtier.stores.resp.wire import ConnectionBrokenError, Wire
 
+_FOREIGN = (redis.RedisError, OSError, RecursionError, ValueError)
+"""What redis-py raises: its own family, and what its parser runs into with a server's oddities (pushes, numbers)."""
+
 
 class ServerLostError(StoreError):
     """No connection can be made; the message says where to and why."""
@@ -117,7 +120,7 @@ class Server:
         try:
             connection.send_command("PING")
             connection.read_response()
-        except redis.RedisError as error:
+        except _FOREIGN as error:
             connection.disconnect()
             raise ServerLostError(self._why(error)) from None  # redis-py's error has the server's words as they came
         finally:
@@ -168,7 +171,7 @@ class Server:
     def _connection(self) -> Any:
         try:
             return self._pool.get_connection()
-        except (redis.RedisError, OSError) as error:
+        except _FOREIGN as error:
             raise ServerLostError(self._why(error)) from None
 
     def _why(self, error: Exception) -> str:
