@@ -109,10 +109,6 @@ class IOExecutor(ABC):
         """Queue a question; overtakes everything that has not started."""
 
     @abstractmethod
-    def delete(self, keys: Sequence[OffloadKey]) -> None:
-        """Queue the forgetting of `keys` (stores addressed by key)."""
-
-    @abstractmethod
     def poll(self) -> list[Report]:
         """Push what is queued, return what arrived.
 

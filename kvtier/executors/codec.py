@@ -18,7 +18,6 @@ from kvtier.executors.columns import join_keys, pack_bits, pack_slots, split_key
 from kvtier.executors.messages import (
     MAX_REASON_CHARACTERS,
     CancelWaiting,
-    Delete,
     IndexBatch,
     IndexEnd,
     Message,
@@ -43,8 +42,8 @@ _MOST_TOGETHER = 256
 _CAUSES = tuple(FailureCause)
 _CAUSE_INDEX = {cause: index for index, cause in enumerate(_CAUSES)}
 
-_OPTIONS, _READY, _UNAVAILABLE, _INDEX, _INDEX_END, _PART, _RESULT, _PROBE, _ANSWER, _DELETE, _CANCEL = range(1, 12)
-_PREPARED, _SEVERAL = 12, 13
+_OPTIONS, _READY, _UNAVAILABLE, _INDEX, _INDEX_END, _PART, _RESULT, _PROBE, _ANSWER, _CANCEL = range(1, 11)
+_PREPARED, _SEVERAL = 11, 12
 
 
 _PART_HEAD = struct.Struct("<BBBBIQI")
@@ -232,16 +231,6 @@ def _decode_answer(packet: bytes) -> ProbeAnswer:
     return ProbeAnswer(probe_id, found, _flag(failed))
 
 
-def _encode_delete(message: Delete) -> bytes:
-    key_bytes, joined = join_keys(message.keys)
-    return _KEYS_HEAD.pack(_DELETE, key_bytes, len(message.keys)) + joined
-
-
-def _decode_delete(packet: bytes) -> Delete:
-    _, key_bytes, count = _KEYS_HEAD.unpack_from(packet)
-    return Delete(split_keys(packet, _KEYS_HEAD.size, count, key_bytes))
-
-
 def _decode_bare(packet: bytes) -> IndexEnd | CancelWaiting:
     _exact(packet, 1)
     return IndexEnd() if packet[0] == _INDEX_END else CancelWaiting()
@@ -281,7 +270,6 @@ _ENCODERS: dict[type, Callable[[Any], bytes]] = {
     PartResult: _encode_result,
     Probe: _encode_probe,
     ProbeAnswer: _encode_answer,
-    Delete: _encode_delete,
     CancelWaiting: lambda _: bytes([_CANCEL]),
     Prepared: lambda message: _PREPARED_BODY.pack(_PREPARED, message.done, message.total),
     Several: lambda message: _join_packets([encode(inner) for inner in message.messages]),
@@ -297,7 +285,6 @@ _DECODERS: dict[int, Callable[[bytes], Message]] = {
     _RESULT: _decode_result,
     _PROBE: _decode_probe,
     _ANSWER: _decode_answer,
-    _DELETE: _decode_delete,
     _CANCEL: _decode_bare,
     _PREPARED: _decode_prepared,
     _SEVERAL: _decode_several,

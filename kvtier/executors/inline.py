@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from kvtier import forks
 from kvtier.errors import StoreUnavailableError
 from kvtier.executors.base import IOExecutor, Report, StoreDescription
-from kvtier.executors.messages import Delete, IndexEnd, Part, PartResult, Probe, ProbeAnswer, Ready, Unavailable
+from kvtier.executors.messages import IndexEnd, Part, PartResult, Probe, ProbeAnswer, Ready, Unavailable
 from kvtier.executors.queue import PartQueue, Task
 from kvtier.executors.runner import StoreRunner, cancelled
 from kvtier.keys import OffloadKey
@@ -53,17 +53,11 @@ class InlineExecutor(IOExecutor):
         """Queue a question for the next poll."""
         self._queue.put(Probe(probe_id, list(keys)))
 
-    def delete(self, keys: Sequence[OffloadKey]) -> None:
-        """Queue the forgetting of `keys` for the next poll."""
-        self._queue.put(Delete(list(keys)))
-
     def poll(self) -> list[Report]:
         """Do everything that is queued; return all results."""
         if self._runner is not None:
             while (task := self._queue.take_now()) is not None:
-                report = run_task(self._runner, self._rows, task)
-                if report is not None:
-                    self._reports.append(report)
+                self._reports.append(run_task(self._runner, self._rows, task))
             if self._runner.lost is not None:
                 self._reports.append(Unavailable(self._runner.lost))
         reports = list(self._reports)
@@ -94,12 +88,9 @@ class InlineExecutor(IOExecutor):
         """Return: the next poll does the work."""
 
 
-def run_task(runner: StoreRunner, rows: Rows, task: Task) -> PartResult | ProbeAnswer | None:
-    """Do one task directly on the arena; return its report, if it has one."""
+def run_task(runner: StoreRunner, rows: Rows, task: Task) -> PartResult | ProbeAnswer:
+    """Do one task directly on the arena; return its report."""
     if isinstance(task, Part):
         return runner.run(task, [rows[slot] for slot in task.arena_slots])
-    if isinstance(task, Probe):
-        found = runner.contains(task.keys)
-        return ProbeAnswer(task.probe_id, found or [False] * len(task.keys), failed=found is None)
-    runner.delete(task.keys)
-    return None
+    found = runner.contains(task.keys)
+    return ProbeAnswer(task.probe_id, found or [False] * len(task.keys), failed=found is None)

@@ -108,13 +108,6 @@ class ProbeAnswer:
 
 
 @dataclass(frozen=True, slots=True)
-class Delete:
-    """Forget `keys` (stores addressed by key only)."""
-
-    keys: Sequence[OffloadKey]
-
-
-@dataclass(frozen=True, slots=True)
 class CancelWaiting:
     """Answer every part that waits for a thread as cancelled."""
 
@@ -144,7 +137,6 @@ Message = (
     | PartResult
     | Probe
     | ProbeAnswer
-    | Delete
     | CancelWaiting
     | Prepared
     | Several

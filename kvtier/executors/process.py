@@ -21,7 +21,6 @@ from kvtier.executors.base import Ended, IOExecutor, Report, StoreDescription
 from kvtier.executors.codec import MAX_MESSAGE_BYTES, blocks_per_message, decode, encode, encode_head
 from kvtier.executors.messages import (
     CancelWaiting,
-    Delete,
     IndexBatch,
     IndexEnd,
     Message,
@@ -95,7 +94,7 @@ class IOProcess(IOExecutor):
         self._descriptor: Descriptor | None = None
         self._first: deque[Message] = deque()
         self._loads: deque[Part] = deque()
-        self._stores: deque[Part | Delete] = deque()
+        self._stores: deque[Part] = deque()
         self._local: deque[Report] = deque()
         self._packet: tuple[bytes, int, deque[Any]] | None = None
         self._submitted = False
@@ -182,13 +181,6 @@ class IOProcess(IOExecutor):
         self._first.append(Probe(probe_id, keys))
         self._send_queued()
 
-    def delete(self, keys: Sequence[OffloadKey]) -> None:
-        """Queue the forgetting of `keys`."""
-        if keys:
-            step = blocks_per_message(len(keys[0]))
-            self._stores.extend(Delete(keys[start : start + step]) for start in range(0, len(keys), step))
-            self._send_queued()
-
     def poll(self) -> list[Report]:
         """Send what is queued, return what arrived."""
         reports: list[Report] = []
@@ -225,10 +217,9 @@ class IOProcess(IOExecutor):
     def cancel_waiting(self) -> None:
         """Answer what was not sent as cancelled, and ask the process to do so with what has not started."""
         self._packet = None  # whose messages are queued until it is sent
-        parts = [*self._loads, *(task for task in self._stores if isinstance(task, Part))]
-        self._loads.clear()
-        self._stores = deque(task for task in self._stores if isinstance(task, Delete))
-        self._local.extend(map(cancelled, parts))
+        for queue in (self._loads, self._stores):
+            self._local.extend(map(cancelled, queue))
+            queue.clear()
         self._first.append(CancelWaiting())
         self._send_queued()
 

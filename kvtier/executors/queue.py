@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 from collections import deque
 
-from kvtier.executors.messages import Delete, Part, Probe
+from kvtier.executors.messages import Part, Probe
 
 _LOADS_IN_A_ROW = 16
 """After so many loads one waiting store goes first, so that a busy tier still learns."""
 
-Task = Part | Probe | Delete
+Task = Part | Probe
 
 
 class PartQueue:
@@ -18,9 +18,9 @@ class PartQueue:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._questions: deque[Task] = deque()
-        self._loads: deque[Task] = deque()
-        self._stores: deque[Task] = deque()
+        self._questions: deque[Probe] = deque()
+        self._loads: deque[Part] = deque()
+        self._stores: deque[Part] = deque()
         self._loads_in_a_row = 0
         self._closed = False
 
@@ -31,7 +31,7 @@ class PartQueue:
                 return
             if isinstance(task, Probe):
                 self._questions.append(task)
-            elif isinstance(task, Part) and task.is_load:
+            elif task.is_load:
                 self._loads.append(task)
             else:
                 self._stores.append(task)
@@ -60,7 +60,7 @@ class PartQueue:
         left = most_blocks - len(first.keys)
         with self._changed:
             queue = self._loads if first.is_load else self._stores
-            while queue and isinstance(part := queue[0], Part) and part.store_slots is not None:
+            while queue and (part := queue[0]).store_slots is not None:
                 left -= len(part.keys)
                 if left < 0:
                     break
@@ -86,10 +86,9 @@ class PartQueue:
     def cancel(self) -> list[Part]:
         """Remove and return the parts that wait."""
         with self._changed:
-            parts = [task for task in (*self._loads, *self._stores) if isinstance(task, Part)]
+            parts = [*self._loads, *self._stores]
             self._loads.clear()
-            deletes = [task for task in self._stores if not isinstance(task, Part)]
-            self._stores = deque(deletes)
+            self._stores.clear()
         return parts
 
     def close(self) -> None:

@@ -175,17 +175,6 @@ class StoreRunner:
         found = self._guarded(len(keys), ask)
         return None if failed else found
 
-    def delete(self, keys: Sequence[OffloadKey]) -> None:
-        """Forget `keys`; never raises."""
-        if isinstance(self.store, BlockStore):
-            store = self.store
-
-            def forget() -> Sequence[bool]:
-                store.delete(keys)
-                return ()
-
-            self._guarded(0, forget)
-
     def prepare(self) -> Prepared | None:
         """Let a store of slots work ahead for a few milliseconds; None when it has nothing to do, or failed at it."""
         if not isinstance(self.store, SlotStore):

@@ -25,7 +25,6 @@ from kvtier.executors.gathering import Gathering
 from kvtier.executors.inline import run_task
 from kvtier.executors.messages import (
     CancelWaiting,
-    Delete,
     IndexEnd,
     Message,
     Options,
@@ -192,7 +191,7 @@ class Server:
             self._gathering.expect(pieces)
             for piece in pieces:
                 self._queue.put(piece)
-        elif isinstance(message, Probe | Delete):
+        elif isinstance(message, Probe):
             self._queue.put(message)
         elif isinstance(message, CancelWaiting):
             self._channel.send(*self._gathering.add(map(cancelled, self._queue.cancel())))
@@ -230,9 +229,7 @@ class Server:
             buffers = [self._rows[slot] for part in parts for slot in part.arena_slots]
             return self._gathering.add(self._runner.run_together(parts, buffers))
         report = run_task(self._runner, self._rows, tasks[0])
-        if isinstance(report, PartResult):
-            return self._gathering.add((report,))
-        return () if report is None else (report,)
+        return self._gathering.add((report,)) if isinstance(report, PartResult) else (report,)
 
 
 class Watchdog:

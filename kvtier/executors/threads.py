@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from kvtier import forks
 from kvtier.errors import StoreUnavailableError
 from kvtier.executors.base import IOExecutor, Report, StoreDescription
-from kvtier.executors.messages import Delete, IndexEnd, Part, PartResult, Probe, ProbeAnswer, Ready, Unavailable
+from kvtier.executors.messages import IndexEnd, Part, PartResult, Probe, ProbeAnswer, Ready, Unavailable
 from kvtier.executors.queue import PartQueue
 from kvtier.executors.runner import StoreRunner, blocks_per_call, cancelled
 from kvtier.keys import OffloadKey
@@ -59,10 +59,6 @@ class ThreadExecutor(IOExecutor):
     def probe(self, probe_id: int, keys: Sequence[OffloadKey]) -> None:
         """Queue a question."""
         self._queue.put(Probe(probe_id, list(keys)))
-
-    def delete(self, keys: Sequence[OffloadKey]) -> None:
-        """Queue the forgetting of `keys`."""
-        self._queue.put(Delete(list(keys)))
 
     def poll(self) -> list[Report]:
         """Return what arrived."""
@@ -136,11 +132,9 @@ class ThreadExecutor(IOExecutor):
         while (task := self._queue.take()) is not None:
             if isinstance(task, Part):
                 self._report(self._move(runner, task, buffers[: len(task.keys)]))
-            elif isinstance(task, Probe):
+            else:
                 found = runner.contains(task.keys)
                 self._report(ProbeAnswer(task.probe_id, found or [False] * len(task.keys), failed=found is None))
-            else:
-                runner.delete(task.keys)
             if runner.lost is not None:
                 self._report(Unavailable(runner.lost))
 

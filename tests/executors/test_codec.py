@@ -11,7 +11,6 @@ from kvtier.executors.codec import MAX_MESSAGE_BYTES, blocks_per_message, decode
 from kvtier.executors.messages import (
     MAX_REASON_CHARACTERS,
     CancelWaiting,
-    Delete,
     IndexBatch,
     IndexEnd,
     Options,
@@ -68,7 +67,6 @@ MESSAGES = st.one_of(
     ),
     blocks(0).map(lambda drawn: Probe(7, drawn[0])),
     st.builds(ProbeAnswer, U64, BITS, st.booleans()),
-    blocks(0).map(lambda drawn: Delete(drawn[0])),
     st.just(CancelWaiting()),
     st.builds(Prepared, U64, U64),
 )

@@ -40,9 +40,6 @@ class PuppetExecutor(IOExecutor):
     def probe(self, probe_id, keys):
         pass
 
-    def delete(self, keys):
-        pass
-
     def poll(self):
         if self.garbage:
             raise ProtocolError("?")
