@@ -194,6 +194,36 @@ def test_a_server_that_asks_for_less(through_proxy, status, code):
     assert bytes(client.get("some/thing", 0, 100, 100)) == b"x" * 100
 
 
+@pytest.mark.parametrize(("status", "code"), [(503, "SlowDown"), (429, "TooManyRequests")])
+@pytest.mark.parametrize("server", ["moto_s3", "own_swift"])
+def test_a_server_that_asks_everybody_for_less_costs_misses_and_comes_back(request, rigs, server, status, code, caplog):
+    if server == "moto_s3":
+        options, proxy = request.getfixturevalue("through_proxy")
+    else:
+        options = request.getfixturevalue("swift_options")
+        port = int(options["endpoint"].rpartition(":")[2])
+        proxy = Proxy(("127.0.0.1", port))
+        options = {**options, "endpoint": "http://{}:{}".format(*proxy.address)}
+    rig = rigs(options)
+    numbers = list(range(8))
+    assert rig.store(numbers).success
+    asked = proxy.num_connections
+    proxy.faults = Faults(change=lambda reply: answer(status, code, "Retry-After: 1"))
+    for _ in range(3):
+        result, loaded = rig.load(numbers)
+        assert not result.success
+        assert loaded == []
+        assert not rig.store([100]).success
+    assert proxy.num_connections - asked < 100, "it backs off"
+    assert len(lines(caplog, f"{status} {code}")) <= 3, "and says so, but not each time"
+    rig.assert_each_job_answered_once()
+    proxy.heal()
+    rig.wait_works(numbers)
+    if server == "own_swift":
+        rig.close()
+        proxy.close()
+
+
 def test_a_refused_precondition_is_a_failed_store_and_no_more(through_proxy):
     options, proxy = through_proxy
     settings = settings_for(**options)

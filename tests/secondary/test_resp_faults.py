@@ -2,9 +2,11 @@
 
 import logging
 import os
+import re
 import signal
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from proxy import Faults, Proxy, split_replies
@@ -420,3 +422,20 @@ def test_the_io_process_is_gone_with_its_connections(rigs, valkey):
     rig.wait_state(UP)
     assert rig.load([1])[1] == [1]
     assert rig.tier.io_pid != pid
+
+
+def test_the_documented_user_is_refused_nothing(servers, monkeypatch):
+    """The ACL of the documentation, word for word; the server keeps a log of what it refused."""
+    page = (Path(__file__).parents[2] / "docs" / "tiers" / "resp.md").read_text()
+    rules = re.search(r"ACL SETUSER kvtier (.*)", page).group(1).replace(">...", ">a-password").split()
+    server = servers()
+    server.command("ACL", "SETUSER", "kvtier", *rules)
+    monkeypatch.setenv("KVTIER_TEST_PASSWORD", "a-password")
+    rig = Rig(server.url, username="kvtier", password_env="KVTIER_TEST_PASSWORD")
+    try:
+        rig.wait_up()
+        assert rig.store(range(8)).success
+        assert rig.load(range(8))[1] == list(range(8))
+        assert server.command("ACL", "LOG") == []
+    finally:
+        rig.close()

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from certificates import Authority
 from proxy import Proxy
 from requirements import need_mounts, need_program
 from valkey_server import ValkeyCluster, ValkeyServer
@@ -18,6 +19,7 @@ from kvtier.events import TierState
 from kvtier.namespace import Namespace
 from kvtier.secondary.resp import RespTierManager
 from kvtier.testing.patience import wait_for
+from kvtier.testing.stores import make_key
 from kvtier.testing.tier_rig import SuiteSpec, TierRig
 from kvtier.types import LookupResult
 
@@ -70,6 +72,145 @@ def test_a_server_that_cannot_prove_who_it_is_gets_nothing(tls_proxy, valkey):
     trusting.wait_up()
     assert trusting.store([1]).success
     trusting.close()
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory):
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture
+def proxies(valkey):
+    made = []
+
+    def make(*args):
+        made.append(Proxy(valkey.address, *args))
+        return made[-1]
+
+    yield make
+    for proxy in made:
+        proxy.close()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_private_authority_vouches_for_a_server_by_address_and_by_name(authority, proxies, host):
+    proxy = proxies(authority.issue("server", names=("127.0.0.1", "localhost")))
+    rig = make_rig(f"rediss://{host}:{proxy.address[1]}", tls_ca_file=authority.file)
+    rig.wait_up()
+    assert rig.store(range(16)).success
+    assert rig.load(range(16))[1] == list(range(16))
+    rig.close()
+
+
+def refused(url, valkey, said, **options):
+    """The tier is down, says why in one line, and nothing has reached the server."""
+    rig = make_rig(url, **options)
+    rig.wait(lambda: rig.tier.state is TierState.DOWN, "the tier is down")
+    reason = rig.tier.state_reason
+    assert said in reason.lower()
+    assert "\n" not in reason
+    assert rig.tier.lookup(make_key(1), rig.request) is LookupResult.MISS
+    assert not rig.store([1]).success
+    assert valkey.command("DBSIZE") == 0
+    rig.close()
+
+
+@pytest.mark.parametrize(
+    ("certificate_of", "said"),
+    [
+        ({"names": ("127.0.0.1",), "expired": True}, "expired"),
+        ({"names": ("elsewhere.example",)}, "certificate"),
+        ({"names": ("127.0.0.2",)}, "certificate"),
+        ({}, "certificate"),
+    ],
+    ids=["expired", "for another name", "for another address", "for no name"],
+)
+def test_a_certificate_that_is_not_the_servers_is_refused(authority, proxies, valkey, certificate_of, said):
+    proxy = proxies(authority.issue("wrong", **certificate_of))
+    refused(f"rediss://127.0.0.1:{proxy.address[1]}", valkey, said, tls_ca_file=authority.file)
+
+
+def test_another_authority_is_not_trusted(authority, proxies, valkey, tmp_path):
+    other = Authority(tmp_path / "other", "another one")
+    proxy = proxies(other.issue("server", names=("127.0.0.1",)))
+    refused(f"rediss://127.0.0.1:{proxy.address[1]}", valkey, "certificate", tls_ca_file=authority.file)
+
+
+def test_a_server_that_asks_for_a_certificate_gets_ours(authority, proxies, valkey):
+    proxy = proxies(authority.issue("server", names=("127.0.0.1",)), authority.file)
+    url = f"rediss://127.0.0.1:{proxy.address[1]}"
+    refused(url, valkey, "", tls_ca_file=authority.file)
+    ours, key = authority.issue("client")
+    rig = make_rig(url, tls_ca_file=authority.file, tls_cert_file=ours, tls_key_file=key)
+    rig.wait_up()
+    assert rig.store(range(4)).success
+    assert rig.load(range(4))[1] == list(range(4))
+    rig.close()
+
+
+def test_a_server_without_tls_is_no_server(valkey, authority):
+    refused(f"rediss://127.0.0.1:{valkey.port}", valkey, "", tls_ca_file=authority.file)
+
+
+@pytest.mark.parametrize("announced", ["node.invalid", "192.0.2.1"])
+def test_a_node_at_an_address_that_cannot_be_reached_costs_its_own_blocks_only(announced, caplog):
+    """A cluster behind address translation, or with names that only its own network knows."""
+    cluster = ValkeyCluster()
+    try:
+        cluster.start()
+        hidden = cluster.nodes[1]
+        is_name = announced.endswith(".invalid")
+        for node in cluster.nodes:
+            node.configure("cluster-preferred-endpoint-type", "hostname" if is_name else "ip")
+            if is_name:
+                node.configure("cluster-announce-hostname", "localhost" if node is not hidden else announced)
+        if not is_name:
+            hidden.configure("cluster-announce-ip", announced)
+
+        def told(node):
+            return announced in str(node.command("CLUSTER SLOTS"))
+
+        wait_for(lambda: told(cluster.nodes[0]) and told(cluster.nodes[2]), "the others know the address")
+        rig = make_rig([cluster.nodes[0].url, cluster.nodes[2].url], cluster=True, connect_timeout=0.3, timeout=2.0)
+        rig.wait_up()
+        numbers = list(range(32))
+        result = rig.store(numbers)
+        stored = sum(node.command("DBSIZE") for node in cluster.nodes)
+        assert 0 < stored < 32
+        assert hidden.command("DBSIZE") == 0
+        assert not result.success
+        assert len(rig.load(numbers)[1]) == stored
+        assert rig.tier.state is TierState.UP
+        assert len([line for line in caplog.messages if "lost a node" in line and announced in line]) == 1
+        rig.close()
+    finally:
+        cluster.close()
+
+
+def test_a_cluster_of_which_no_node_can_be_reached_where_it_says_is_down_and_says_where():
+    cluster = ValkeyCluster()
+    try:
+        cluster.start()
+        for node in cluster.nodes:
+            node.configure("cluster-preferred-endpoint-type", "hostname")
+            node.configure("cluster-announce-hostname", "node.invalid")
+
+        def told(node):
+            return all("node.invalid" in str(shard[2][0]) for shard in node.command("CLUSTER SLOTS"))
+
+        wait_for(lambda: all(map(told, cluster.nodes)), "every node knows the others' names")
+        rig = make_rig(cluster.urls, cluster=True, connect_timeout=0.3, timeout=2.0)
+
+        def is_down():
+            for number in range(32):  # of all nodes
+                rig.tier.lookup(make_key(number), rig.request)
+            return rig.tier.state is TierState.DOWN
+
+        rig.wait(is_down, "the tier is down")
+        assert "node.invalid" in rig.tier.state_reason
+        rig.close()
+    finally:
+        cluster.close()
 
 
 def test_a_cluster_over_tls(certificate):

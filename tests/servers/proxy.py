@@ -40,8 +40,16 @@ class Faults:
 class Proxy:
     """Listens on a port of its own and passes everything to `target`; set `faults` at any moment."""
 
-    def __init__(self, target: tuple[str, int], certificate: tuple[str, str] | None = None) -> None:
-        """Args: certificate: PEM files of certificate and key: clients must speak TLS."""
+    def __init__(
+        self,
+        target: tuple[str, int],
+        certificate: tuple[str, str] | None = None,
+        client_ca: str | None = None,
+    ) -> None:
+        """Args:
+        certificate: PEM files of certificate and key: clients must speak TLS.
+        client_ca: PEM file of who must have signed the certificate that clients then have to show.
+        """
         self.target = target
         self.faults = Faults()
         self.num_connections = 0
@@ -49,6 +57,9 @@ class Proxy:
         if certificate is not None:
             self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             self._context.load_cert_chain(*certificate)
+            if client_ca is not None:
+                self._context.load_verify_locations(client_ca)
+                self._context.verify_mode = ssl.CERT_REQUIRED
         self._closing = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._listener.settimeout(_POLL_SECONDS)

@@ -18,6 +18,8 @@ from typing import Any
 from kvtier.testing.patience import PATIENCE_SECONDS, wait_for
 
 NUM_SLOTS = 16384
+wait_until = wait_for
+"""The same, by the name that programs which drive these servers know."""
 
 
 def free_port(host: str = "127.0.0.1") -> int:

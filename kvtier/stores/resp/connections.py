@@ -37,6 +37,11 @@ class _WithWire:
     wire: Wire
     socket_timeout: Any
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        # Without these redis-py does not send CLIENT SETINFO, which a user of few rights may not: servers log that.
+        vars(self).update(driver_info=None, lib_name=None, lib_version=None)
+
     def _connect(self) -> HandshakeSocket:
         self.connected = super()._connect()  # type: ignore[misc] # redis-py's class, which this one is mixed into
         return HandshakeSocket(self.connected, self.socket_timeout)
