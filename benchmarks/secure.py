@@ -24,9 +24,9 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from kvtier.abc import StoreContext
 from kvtier.namespace import Namespace
 from kvtier.primary.arena import Arena, arena_rows
-from kvtier.stores.envelope import EncryptedEnvelope
-from kvtier.stores.seal import Seal
-from kvtier.stores.secrets import Authenticator, PayloadCipher
+from kvtier.stores.integrity.header import Seal
+from kvtier.stores.integrity.sealing import EncryptedEnvelope
+from kvtier.stores.integrity.secrets import Authenticator, PayloadCipher
 from kvtier.stores.slab import SlabStore
 from kvtier.testing.stores import make_key
 

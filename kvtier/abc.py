@@ -160,7 +160,7 @@ class BlockStore(ABC):
     StoreError (the whole call failed) or returned as False (that block failed); both are misses. After a
     StoreUnavailableError the store is closed, and opened anew some time later (slot stores, too).
     A plain store keeps opaque values: kvtier seals each with a header and checks it on the way back. A store
-    that can move header and payload without joining them sets `seals_itself` and uses `kvtier.stores.seal.Seal`.
+    that can move header and payload without joining them sets `seals_itself` and uses `kvtier.stores.integrity`.
     """
 
     seals_itself: ClassVar[bool] = False

@@ -28,7 +28,7 @@ from kvtier.keys import OffloadKey, make_offload_key
 from kvtier.namespace import Namespace
 from kvtier.primary.arena import Arena
 from kvtier.secondary.disk import DiskTierManager
-from kvtier.stores.seal import HEADER_BYTES, Seal
+from kvtier.stores.integrity.header import HEADER_BYTES, Seal
 from kvtier.stores.slab.geometry import (
     FILESYSTEM_BYTES_PER_SEGMENT,
     FILESYSTEM_BYTES_PER_SLOT,

@@ -28,7 +28,7 @@ from kvtier.cli.slabs import (
 )
 from kvtier.foreign_text import one_line
 from kvtier.sizes import format_size, parse_size
-from kvtier.stores.secrets import SecretPlace
+from kvtier.stores.integrity.secrets import SecretPlace
 from kvtier.stores.slab.reading import read_records
 from kvtier.stores.slab.survey import NamespaceSurvey, find_holder, survey_slab
 from kvtier.stores.slab.upkeep import empty_records, hold

@@ -16,7 +16,7 @@ from kvtier.executors.gathering import split_result
 from kvtier.executors.messages import IndexBatch, Part, PartResult, Prepared
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
-from kvtier.stores.sealed import SealedStore
+from kvtier.stores.integrity.checked_store import SealedStore
 from kvtier.types import FailureCause
 
 _TARGET_BYTES = 4 << 20

@@ -13,7 +13,7 @@ from kvtier.secondary.slotted import SlottedTierManager
 from kvtier.secondary.store_tier import TierSettings
 from kvtier.secondary.striped import StripedTierManager, StripeSpec, share_settings
 from kvtier.sizes import parse_size
-from kvtier.stores.secrets import SecretPlace
+from kvtier.stores.integrity.secrets import SecretPlace
 from kvtier.stores.slab.geometry import SlabGeometry
 from kvtier.stores.slab.mounts import mount_point_of
 from kvtier.types import Locality, Medium

@@ -10,8 +10,8 @@ from kvtier.secondary.keyed import KeyedTierManager
 from kvtier.secondary.store_tier import TierSettings
 from kvtier.sizes import parse_size
 from kvtier.stores.filesystem.janitor import LEAST_GROUP_BLOCKS
-from kvtier.stores.seal import HEADER_BYTES
-from kvtier.stores.secrets import SecretPlace
+from kvtier.stores.integrity.header import HEADER_BYTES
+from kvtier.stores.integrity.secrets import SecretPlace
 from kvtier.stores.slab.mounts import mount_point_of
 from kvtier.types import Locality, Medium
 

@@ -9,7 +9,7 @@ from kvtier.keys import MAX_KEY_BYTES
 from kvtier.secondary.keyed import KeyedTierManager
 from kvtier.secondary.store_tier import TierSettings
 from kvtier.sizes import parse_size
-from kvtier.stores.seal import HEADER_BYTES
+from kvtier.stores.integrity.header import HEADER_BYTES
 from kvtier.types import Locality, Medium
 
 

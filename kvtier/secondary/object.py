@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 from kvtier.errors import ConfigError
 from kvtier.secondary.keyed import KeyedTierManager
 from kvtier.secondary.store_tier import TierSettings
+from kvtier.stores.integrity.header import HEADER_BYTES
+from kvtier.stores.integrity.secrets import SecretPlace
 from kvtier.stores.object.names import MOST_BLOCKS
 from kvtier.stores.object.settings import LEAST_PACKS, ObjectSettings
-from kvtier.stores.seal import HEADER_BYTES
-from kvtier.stores.secrets import SecretPlace
 from kvtier.types import Locality, Medium
 
 

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from kvtier.errors import ConfigError
 from kvtier.secondary.keyed import KeyedTierManager
 from kvtier.secondary.store_tier import TierSettings
+from kvtier.stores.integrity.secrets import SecretPlace
 from kvtier.stores.resp.settings import RespSettings
-from kvtier.stores.secrets import SecretPlace
 from kvtier.types import Locality, Medium
 
 

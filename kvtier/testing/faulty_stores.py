@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Self
 
 from kvtier.abc import BlockStore, SlotStore, StoreContext
 from kvtier.keys import OffloadKey
-from kvtier.stores.sealed import SealedStore
+from kvtier.stores.integrity.checked_store import SealedStore
 
 EXIT_STATUS = 86
 """How a process ends that the fault EXIT ended."""

@@ -10,9 +10,9 @@ from kvtier.errors import ConfigError
 from kvtier.events import TierState
 from kvtier.namespace import Namespace
 from kvtier.secondary.object import ObjectTierManager
+from kvtier.stores.integrity.header import HEADER_BYTES
 from kvtier.stores.object.catalogue import Catalogue
 from kvtier.stores.object.client import connect
-from kvtier.stores.seal import HEADER_BYTES
 from kvtier.testing.stores import flip_bit, make_key, make_payload
 from kvtier.testing.tier_rig import SuiteSpec, TierRig
 from kvtier.testing.tiers import TierSuite

@@ -9,7 +9,7 @@ from kvtier.errors import ConfigError
 from kvtier.events import TierState
 from kvtier.namespace import Namespace
 from kvtier.secondary.resp import RespTierManager
-from kvtier.stores.seal import Seal
+from kvtier.stores.integrity.header import Seal
 from kvtier.testing.stores import flip_bit, make_key, make_payload
 from kvtier.testing.tier_rig import SuiteSpec, TierRig
 from kvtier.testing.tiers import TierSuite

@@ -1,10 +1,10 @@
 """Ways to a bucket for tests: stores over it, and what lies in it, past the store."""
 
+from kvtier.stores.integrity.header import HEADER_BYTES
 from kvtier.stores.object.client import Client, connect
 from kvtier.stores.object.names import PackName, Stamps, digest_of
 from kvtier.stores.object.settings import ObjectSettings
 from kvtier.stores.object.store import ObjectStore
-from kvtier.stores.seal import HEADER_BYTES
 
 CAPACITY = 64 << 20
 

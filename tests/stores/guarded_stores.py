@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from kvtier.abc import StoreContext
-from kvtier.stores.encrypted_seal import ENCRYPTED_VERSION, EncryptedSeal
-from kvtier.stores.envelope import Envelope
-from kvtier.stores.seal import HEADER_BYTES, Seal, header_checksum
-from kvtier.stores.secrets import Authenticator, PayloadCipher
+from kvtier.stores.integrity.encrypted_seal import ENCRYPTED_VERSION, EncryptedSeal
+from kvtier.stores.integrity.header import HEADER_BYTES, Seal, header_checksum
+from kvtier.stores.integrity.sealing import Envelope
+from kvtier.stores.integrity.secrets import Authenticator, PayloadCipher
 from kvtier.testing.stores import make_key
 from kvtier.types import FailureCause
 

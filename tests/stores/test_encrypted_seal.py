@@ -8,12 +8,12 @@ import pytest
 
 from kvtier.errors import ConfigError, KeyFormatError, StoreUnavailableError
 from kvtier.namespace import Namespace
-from kvtier.stores import secrets
-from kvtier.stores.bounce import RING_BYTES
-from kvtier.stores.encrypted_seal import ENCRYPTED_VERSION, EncryptedSeal
-from kvtier.stores.envelope import EncryptedEnvelope, Envelope, PlainEnvelope
-from kvtier.stores.seal import HEADER_BYTES, BlockHeaders, Record, Seal, header_checksum
-from kvtier.stores.secrets import TAG_BYTES, Authenticator, PayloadCipher, SecretPlace
+from kvtier.stores.integrity import secrets
+from kvtier.stores.integrity.encrypted_seal import ENCRYPTED_VERSION, EncryptedSeal
+from kvtier.stores.integrity.header import HEADER_BYTES, BlockHeaders, Record, Seal, header_checksum
+from kvtier.stores.integrity.scratch import RING_BYTES
+from kvtier.stores.integrity.sealing import EncryptedEnvelope, Envelope, PlainEnvelope
+from kvtier.stores.integrity.secrets import TAG_BYTES, Authenticator, PayloadCipher, SecretPlace
 from kvtier.testing.patience import PATIENCE_SECONDS
 from kvtier.testing.stores import flip_bit, make_key, make_payload
 from kvtier.types import FailureCause
@@ -255,7 +255,7 @@ def test_the_packages_are_loaded_only_by_who_asks(tmp_path):
     code = f"""
 import sys
 from kvtier.namespace import Namespace
-from kvtier.stores.envelope import Envelope
+from kvtier.stores.integrity.sealing import Envelope
 import kvtier.secondary.disk, kvtier.stores.slab.store, kvtier.stores.filesystem.store
 for options in ({{}}, {{"secret_file": {str(path)!r}}}, {{"secret_file": {str(path)!r}, "encrypt": True}}):
     Envelope.open(options, Namespace())

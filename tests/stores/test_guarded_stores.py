@@ -14,13 +14,13 @@ from kvtier.abc import StoreContext
 from kvtier.errors import StoreUnavailableError
 from kvtier.keys import OffloadKey
 from kvtier.namespace import Namespace
-from kvtier.stores.envelope import Envelope
 from kvtier.stores.filesystem.store import FilesystemStore
+from kvtier.stores.integrity.checked_store import SealedStore
+from kvtier.stores.integrity.header import header_checksum
+from kvtier.stores.integrity.sealing import Envelope
 from kvtier.stores.memory import MemoryStore
 from kvtier.stores.object.client import Client
 from kvtier.stores.object.store import ObjectStore
-from kvtier.stores.seal import header_checksum
-from kvtier.stores.sealed import SealedStore
 from kvtier.stores.slab import SlabStore
 from kvtier.testing.slot_stores import SlotStoreSuite
 from kvtier.testing.stores import StoreSuite, make_key, make_payload
@@ -216,7 +216,7 @@ class TestSlabEncrypted(OnSlab):
 
     def test_runs_longer_than_private_memory(self, monkeypatch):
         for name in ("BOUNCE_BYTES", "PORTION_BYTES"):
-            monkeypatch.setattr(f"kvtier.stores.envelope.{name}", 3 * self.block_bytes)
+            monkeypatch.setattr(f"kvtier.stores.integrity.sealing.{name}", 3 * self.block_bytes)
         self._reopen()
         slots = list(range(20))
         self._write(slots)

@@ -3,8 +3,8 @@ import pytest
 from kvtier.abc import StoreContext
 from kvtier.errors import ConfigError
 from kvtier.namespace import Namespace
+from kvtier.stores.integrity.checked_store import SealedStore
 from kvtier.stores.memory import MemoryStore
-from kvtier.stores.sealed import SealedStore
 from kvtier.testing.stores import StoreSuite, make_key
 
 

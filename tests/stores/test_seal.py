@@ -2,7 +2,7 @@ import pytest
 
 from kvtier.errors import KeyFormatError
 from kvtier.namespace import FORMAT_VERSION, Namespace
-from kvtier.stores.seal import HEADER_BYTES, HEADER_DTYPE, Record, Seal, header_checksum
+from kvtier.stores.integrity.header import HEADER_BYTES, HEADER_DTYPE, Record, Seal, header_checksum
 from kvtier.testing.stores import flip_bit, make_key
 from kvtier.types import FailureCause
 

@@ -1,9 +1,9 @@
 import pytest
 
 from kvtier.errors import StoreError
-from kvtier.stores import sealed
+from kvtier.stores.integrity import checked_store as sealed
+from kvtier.stores.integrity.checked_store import SealedStore
 from kvtier.stores.memory import MemoryStore
-from kvtier.stores.sealed import SealedStore
 from kvtier.testing.faulty_stores import Fault, FaultPlan, FaultyBlockStore, Injection
 from kvtier.testing.stores import StoreSuite, make_key
 from kvtier.types import FailureCause

@@ -11,8 +11,8 @@ from kvtier.errors import ConfigError, StoreUnavailableError
 from kvtier.namespace import Namespace
 from kvtier.secondary.filesystem import FilesystemTierManager
 from kvtier.stores.filesystem.store import FilesystemStore
-from kvtier.stores.seal import HEADER_BYTES, Record, Seal, header_checksum
-from kvtier.stores.secrets import Authenticator, SecretPlace
+from kvtier.stores.integrity.header import HEADER_BYTES, Record, Seal, header_checksum
+from kvtier.stores.integrity.secrets import Authenticator, SecretPlace
 from kvtier.testing.stores import StoreSuite, flip_bit, make_key, make_payload
 from kvtier.testing.tier_rig import TierRig
 from kvtier.types import FailureCause

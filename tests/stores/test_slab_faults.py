@@ -16,7 +16,7 @@ from slab_files import folder_of, headers_file, make_context, open_slab, real_by
 
 from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.namespace import FORMAT_VERSION
-from kvtier.stores.seal import header_checksum
+from kvtier.stores.integrity.header import header_checksum
 from kvtier.testing.stores import make_key, make_payload
 from kvtier.types import FailureCause
 

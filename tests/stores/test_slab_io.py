@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from slab_files import make_context, open_slab, read_at, segment_file, write_at
 
-from kvtier.stores.envelope import PORTION_BYTES
+from kvtier.stores.integrity.sealing import PORTION_BYTES
 from kvtier.stores.slab import vectored
 from kvtier.stores.slab.geometry import SlabGeometry
 from kvtier.stores.slab.runs import coalesce

@@ -15,7 +15,7 @@ from slab_files import (
     write_at,
 )
 
-from kvtier.stores.seal import Seal
+from kvtier.stores.integrity.header import Seal
 from kvtier.testing.stores import make_key, make_payload
 from kvtier.types import FailureCause
 

@@ -20,7 +20,7 @@ from slab_files import (
 )
 
 from kvtier.errors import StoreUnavailableError
-from kvtier.stores.seal import header_checksum
+from kvtier.stores.integrity.header import header_checksum
 from kvtier.stores.slab.layout import segment_of
 from kvtier.stores.slab.survey import find_slabs, survey_slab
 from kvtier.stores.slab.upkeep import delete_namespace, hold

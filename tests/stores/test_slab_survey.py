@@ -17,7 +17,7 @@ from slab_files import RECORD_BYTES, folder_of, headers_file, make_context, open
 
 from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.namespace import FORMAT_VERSION, Namespace
-from kvtier.stores.seal import Seal, header_checksum
+from kvtier.stores.integrity.header import Seal, header_checksum
 from kvtier.stores.slab import verification
 from kvtier.stores.slab.reading import read_description, read_records
 from kvtier.stores.slab.survey import find_holder, find_slabs, survey_slab

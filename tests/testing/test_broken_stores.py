@@ -9,8 +9,8 @@ import threading
 import pytest
 
 from kvtier.errors import StoreError
+from kvtier.stores.integrity.checked_store import SealedStore
 from kvtier.stores.memory import MemoryStore
-from kvtier.stores.sealed import SealedStore
 from kvtier.stores.slab import SlabStore
 from kvtier.testing.faulty_stores import (
     EXIT_STATUS,

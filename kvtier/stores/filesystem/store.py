@@ -22,11 +22,11 @@ from kvtier.errors import StoreError, StoreUnavailableError, describe
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
 from kvtier.sizes import format_size
-from kvtier.stores.envelope import Envelope
 from kvtier.stores.filesystem.directory import SharedDirectory, shard_of
 from kvtier.stores.filesystem.janitor import Janitor
+from kvtier.stores.integrity.header import HEADER_BYTES
+from kvtier.stores.integrity.sealing import Envelope
 from kvtier.stores.own_files import Folder, StrangerError
-from kvtier.stores.seal import HEADER_BYTES
 from kvtier.stores.slab.segments import NO_SPACE_ERRORS
 from kvtier.stores.slab.vectored import read_fully, write_fully
 from kvtier.types import FailureCause

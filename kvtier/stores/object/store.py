@@ -16,13 +16,13 @@ from kvtier.abc import BlockStore, StoreContext
 from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
-from kvtier.stores.envelope import Envelope
+from kvtier.stores.integrity.header import HEADER_BYTES
+from kvtier.stores.integrity.sealing import Envelope
 from kvtier.stores.object.catalogue import Catalogue, Pack
 from kvtier.stores.object.client import Client, RequestError, Trouble, connect
 from kvtier.stores.object.names import MOST_BLOCKS, PackName, Stamps, TakenBack, digest_of, split
 from kvtier.stores.object.refresher import Refresher
 from kvtier.stores.object.settings import ObjectSettings
-from kvtier.stores.seal import HEADER_BYTES
 from kvtier.types import FailureCause
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0

@@ -9,9 +9,9 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from kvtier.keys import OffloadKey
-from kvtier.stores.envelope import Envelope
+from kvtier.stores.integrity.header import HEADER_BYTES
+from kvtier.stores.integrity.sealing import Envelope
 from kvtier.stores.resp.wire import Break, ConnectionBrokenError, Refused, Wire, parse_count
-from kvtier.stores.seal import HEADER_BYTES
 from kvtier.types import FailureCause
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from urllib.parse import SplitResult, unquote
 from kvtier.errors import ConfigError, StoreUnavailableError
 from kvtier.foreign_text import is_utf8
 from kvtier.redaction import HIDDEN, split_address
-from kvtier.stores.secrets import read_place
+from kvtier.stores.integrity.secrets import read_place
 
 _SCHEMES = {"redis": False, "valkey": False, "rediss": True, "valkeys": True}
 _URL = '"redis://HOST:PORT/DATABASE", "rediss://..." for TLS, or "unix:///PATH"'

@@ -12,7 +12,7 @@ from kvtier.abc import BlockStore, StoreContext
 from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
-from kvtier.stores.envelope import Envelope
+from kvtier.stores.integrity.sealing import Envelope
 from kvtier.stores.resp.commands import Exchanges, Operation, Outcome, Request
 from kvtier.stores.resp.connections import Server, ServerLostError
 from kvtier.stores.resp.fullness import Fullness

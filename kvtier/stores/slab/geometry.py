@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from kvtier.errors import ConfigError
-from kvtier.stores.seal import HEADER_BYTES, MAX_PAYLOAD_BYTES, MAX_SLOT
+from kvtier.stores.integrity.header import HEADER_BYTES, MAX_PAYLOAD_BYTES, MAX_SLOT
 
 SEGMENT_BYTES = 1 << 30
 """Most bytes of one data file; part of the format, since it decides where a slot is."""

@@ -7,8 +7,8 @@ import itertools
 import os
 from collections.abc import Iterable
 
+from kvtier.stores.integrity.header import HEADER_BYTES, BlockHeaders
 from kvtier.stores.own_files import Folder
-from kvtier.stores.seal import HEADER_BYTES, BlockHeaders
 from kvtier.stores.slab.geometry import SlabGeometry
 from kvtier.stores.slab.inventory import Inventory
 from kvtier.stores.slab.layout import HEADERS_NAME

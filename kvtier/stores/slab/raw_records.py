@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from kvtier.stores.seal import HEADER_BYTES
+from kvtier.stores.integrity.header import HEADER_BYTES
 
 RECORDS_PER_READ = 1 << 14
 MEDIUM_ERRORS = frozenset({errno.EIO, errno.EBADMSG, errno.ENODATA, errno.EREMOTEIO, errno.EILSEQ})

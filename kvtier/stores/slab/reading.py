@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from kvtier.namespace import FORMAT_VERSION, Namespace
-from kvtier.stores.encrypted_seal import EncryptedSeal
+from kvtier.stores.integrity.encrypted_seal import EncryptedSeal
+from kvtier.stores.integrity.header import HEADER_BYTES, HEADER_DTYPE, MAX_SLOT, BlockHeaders, Seal
+from kvtier.stores.integrity.secrets import ENCRYPTION_NAME, SECRET_NAME, PayloadCipher, guard_with
 from kvtier.stores.own_files import Folder
-from kvtier.stores.seal import HEADER_BYTES, HEADER_DTYPE, MAX_SLOT, BlockHeaders, Seal
-from kvtier.stores.secrets import ENCRYPTION_NAME, SECRET_NAME, PayloadCipher, guard_with
 from kvtier.stores.slab.directory import MOST_DESCRIPTION_BYTES, open_namespace
 from kvtier.stores.slab.geometry import SEGMENT_BYTES, SlabGeometry
 from kvtier.stores.slab.inventory import Inventory, marked_by

@@ -18,9 +18,9 @@ from kvtier.errors import StoreError, StoreUnavailableError, describe
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
 from kvtier.sizes import format_size
-from kvtier.stores.bounce import whole_pages
-from kvtier.stores.envelope import PORTION_BYTES, Envelope
-from kvtier.stores.seal import HEADER_BYTES
+from kvtier.stores.integrity.header import HEADER_BYTES
+from kvtier.stores.integrity.scratch import whole_pages
+from kvtier.stores.integrity.sealing import PORTION_BYTES, Envelope
 from kvtier.stores.slab.directory import SlabDirectory
 from kvtier.stores.slab.geometry import SlabGeometry
 from kvtier.stores.slab.headers import HeaderFile

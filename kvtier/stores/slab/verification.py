@@ -21,7 +21,7 @@ from typing import TypeVar
 import numpy as np
 
 from kvtier.errors import StoreError
-from kvtier.stores.seal import HEADER_BYTES
+from kvtier.stores.integrity.header import HEADER_BYTES
 from kvtier.stores.slab.geometry import SlabGeometry
 from kvtier.stores.slab.raw_records import MEDIUM_ERRORS
 from kvtier.stores.slab.reading import NamespaceReader, Records

@@ -11,8 +11,8 @@ from kvtier.abc import BlockStore, StoreContext
 from kvtier.errors import StoreError
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
-from kvtier.stores.envelope import BOUNCE_BYTES, Envelope
-from kvtier.stores.seal import HEADER_BYTES
+from kvtier.stores.integrity.header import HEADER_BYTES
+from kvtier.stores.integrity.sealing import BOUNCE_BYTES, Envelope
 from kvtier.types import FailureCause
 
 _Answer = TypeVar("_Answer")

@@ -21,8 +21,8 @@ from typing import Any, ClassVar, Self
 
 from kvtier.keys import OffloadKey
 from kvtier.namespace import FORMAT_VERSION
-from kvtier.stores.seal import UNSIGNED, BlockHeaders, finished, unsigned_body, with_checksum
-from kvtier.stores.secrets import NONCE_BYTES, TAG_BYTES, Bytes, PayloadCipher, tag_of
+from kvtier.stores.integrity.header import UNSIGNED, BlockHeaders, finished, unsigned_body, with_checksum
+from kvtier.stores.integrity.secrets import NONCE_BYTES, TAG_BYTES, Bytes, PayloadCipher, tag_of
 from kvtier.types import FailureCause
 
 ENCRYPTED_VERSION = FORMAT_VERSION | 0x80

@@ -36,7 +36,7 @@ import xxhash
 from kvtier.errors import KeyFormatError
 from kvtier.keys import MAX_KEY_BYTES, MIN_KEY_BYTES, OffloadKey
 from kvtier.namespace import FINGERPRINT_BYTES, FORMAT_VERSION, Namespace
-from kvtier.stores.secrets import Authenticator
+from kvtier.stores.integrity.secrets import Authenticator
 from kvtier.types import FailureCause
 
 MAGIC = b"KVTB"

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, Self
 
 from kvtier.keys import OffloadKey
 from kvtier.namespace import Namespace
-from kvtier.stores.bounce import Bounce, whole_pages
-from kvtier.stores.encrypted_seal import EncryptedSeal
-from kvtier.stores.passing import (
+from kvtier.stores.integrity.encrypted_seal import EncryptedSeal
+from kvtier.stores.integrity.header import BlockHeaders, Seal
+from kvtier.stores.integrity.passing import (
     EncryptedIncoming,
     EncryptedOutgoing,
     Incoming,
@@ -24,8 +24,8 @@ from kvtier.stores.passing import (
     PlainIncoming,
     PlainOutgoing,
 )
-from kvtier.stores.seal import BlockHeaders, Seal
-from kvtier.stores.secrets import TAG_BYTES, Authenticator, Bytes, Guard, PayloadCipher, SecretPlace
+from kvtier.stores.integrity.scratch import Bounce, whole_pages
+from kvtier.stores.integrity.secrets import TAG_BYTES, Authenticator, Bytes, Guard, PayloadCipher, SecretPlace
 from kvtier.types import FailureCause
 
 BOUNCE_BYTES = 16 << 20

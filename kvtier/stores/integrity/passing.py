@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 from kvtier.keys import OffloadKey
-from kvtier.stores.encrypted_seal import EncryptedSeal
-from kvtier.stores.seal import Seal
-from kvtier.stores.secrets import Bytes
+from kvtier.stores.integrity.encrypted_seal import EncryptedSeal
+from kvtier.stores.integrity.header import Seal
+from kvtier.stores.integrity.secrets import Bytes
 from kvtier.types import FailureCause
 
 

@@ -1,0 +1,1 @@
+"""Integrity of stored blocks: what is read is what was stored, or a miss."""
