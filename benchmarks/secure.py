@@ -24,8 +24,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from kvtier.abc import StoreContext
 from kvtier.namespace import Namespace
 from kvtier.primary.arena import Arena, arena_rows
-from kvtier.stores.integrity.header import Seal
-from kvtier.stores.integrity.sealing import EncryptedEnvelope
+from kvtier.stores.integrity.encrypted_sealer import EncryptedSealer
+from kvtier.stores.integrity.plain_sealer import PlainSealer
 from kvtier.stores.integrity.secrets import Authenticator, PayloadCipher
 from kvtier.stores.slab import SlabStore
 from kvtier.testing.stores import make_key
@@ -83,23 +83,23 @@ def raw_works(block_bytes: int) -> dict[str, Callable[[memoryview], object]]:
 def seal_works(first: memoryview) -> dict[str, Callable[[memoryview], object]]:
     """Return what is done with payloads that are stored as they are; a wrong one is summed as a right one is."""
     works: dict[str, Callable[[memoryview], object]] = {}
-    for name, seal in {
-        "plain": Seal(_NAMESPACE),
-        "secret": Seal(_NAMESPACE, Authenticator(_SECRET.encode(), _NAMESPACE)),
+    for name, sealer in {
+        "plain": PlainSealer(_NAMESPACE),
+        "secret": PlainSealer(_NAMESPACE, Authenticator(_SECRET.encode(), _NAMESPACE)),
     }.items():
-        header = seal.seal(_KEY, first)
-        works[f"{name} seal"] = lambda block, seal=seal: seal.seal(_KEY, block)
-        works[f"{name} verify"] = lambda block, seal=seal, header=header: seal.verify(header, _KEY, block)
+        (header,) = sealer.seal([_KEY], [first]).headers
+        works[f"{name} seal"] = lambda block, sealer=sealer: sealer.seal([_KEY], [block])
+        works[f"{name} verify"] = lambda block, sealer=sealer, header=header: sealer.verify(header, _KEY, block)
     return works
 
 
 def encrypt_works(first: memoryview) -> dict[str, Callable[[memoryview], object]]:
     """Return what is done with payloads that are encrypted: as in a store, out of one memory into another."""
-    envelope = EncryptedEnvelope(PayloadCipher(_SECRET.encode(), _NAMESPACE))
-    headers = envelope.wrap([_KEY], [first]).headers
+    sealer = EncryptedSealer(PayloadCipher(_SECRET.encode(), _NAMESPACE))
+    headers = sealer.seal([_KEY], [first]).headers
     return {
-        "encrypt": lambda block: envelope.wrap([_KEY], [block]),
-        "decrypt": lambda block: envelope.unwrap(headers, [_KEY], envelope.places([block]), [block]),
+        "encrypt": lambda block: sealer.seal([_KEY], [block]),
+        "decrypt": lambda block: sealer.open(headers, [_KEY], sealer.rooms([block]), [block]),
     }
 
 

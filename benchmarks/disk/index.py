@@ -28,7 +28,8 @@ from kvtier.keys import OffloadKey, make_offload_key
 from kvtier.namespace import Namespace
 from kvtier.primary.arena import Arena
 from kvtier.secondary.disk import DiskTierManager
-from kvtier.stores.integrity.header import HEADER_BYTES, Seal
+from kvtier.stores.integrity.header import HEADER_BYTES
+from kvtier.stores.integrity.plain_sealer import PlainSealer
 from kvtier.stores.slab.geometry import (
     FILESYSTEM_BYTES_PER_SEGMENT,
     FILESYSTEM_BYTES_PER_SLOT,
@@ -113,11 +114,11 @@ def prepare(path: Path, num_blocks: int) -> None:
     for segment in range(geometry.num_segments):
         with open(folder / f"data-{segment:05d}", "ab") as file:
             os.truncate(file.fileno(), geometry.segment_bytes(segment))
-    seal, payload = Seal(_NAMESPACE), bytes(_BLOCK_BYTES)
+    sealer, payload = PlainSealer(_NAMESPACE), memoryview(bytes(_BLOCK_BYTES))
     with open(folder / "headers", "r+b") as file:
         for first in range(0, num_blocks, _BATCH):
             numbers = range(first, min(first + _BATCH, num_blocks))
-            file.write(b"".join(seal.seal(_key(number), payload, number) for number in numbers))
+            file.write(b"".join(sealer.seal([*map(_key, numbers)], [payload] * len(numbers), numbers).headers))
 
 
 def measure_start(folder: Path, num_blocks: int) -> dict[str, float]:

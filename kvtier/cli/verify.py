@@ -122,7 +122,7 @@ def _verify_slab(slab: Path, job: _Job, progress: Progress) -> list[Finding]:
         pace = Pace(job.threads, job.bytes_per_second, on_bytes=partial(progress.advance, task))
         try:
             records = read_records(survey.folder, survey.description, job.secret)
-            if records.seal is None:
+            if records.sealer is None:
                 locked = _LOCKED if job.secret is None else _LOCKED_TO_IT
                 is_empty = not (survey.num_blocks or survey.broken)
                 findings.append(Finding(survey, Verification(), 0, 0, "" if is_empty else locked))

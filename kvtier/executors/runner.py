@@ -16,7 +16,7 @@ from kvtier.executors.gathering import split_result
 from kvtier.executors.messages import IndexBatch, Part, PartResult, Prepared
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
-from kvtier.stores.integrity.checked_store import SealedStore
+from kvtier.stores.integrity.checked_store import CheckedStore
 from kvtier.types import FailureCause
 
 _TARGET_BYTES = 4 << 20
@@ -99,7 +99,7 @@ class StoreRunner:
         try:
             store: SlotStore | BlockStore
             if issubclass(store_class, BlockStore) and not store_class.seals_itself:
-                store = SealedStore.over(store_class, description.options, context)
+                store = CheckedStore.over(store_class, description.options, context)
             else:
                 store = store_class.open(description.options, context)
             self.num_slots = store.num_slots if isinstance(store, SlotStore) else 0

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Self
 
 from kvtier.abc import BlockStore, SlotStore, StoreContext
 from kvtier.keys import OffloadKey
-from kvtier.stores.integrity.checked_store import SealedStore
+from kvtier.stores.integrity.checked_store import CheckedStore
 
 EXIT_STATUS = 86
 """How a process ends that the fault EXIT ended."""
@@ -252,7 +252,7 @@ class LyingBlockStore(FaultyBlockStore):
         """Open as `FaultyBlockStore`, with the inner store sealed."""
         plan = FaultPlan.parse(options.get("plan", ()))
         plan.enter("open")
-        return cls(SealedStore(_open_inner(options, context), context), plan)
+        return cls(CheckedStore(_open_inner(options, context), context), plan)
 
 
 class FaultySlotStore(SlotStore):

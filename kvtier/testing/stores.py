@@ -125,10 +125,10 @@ def _refused(call: Callable[[], Sequence[bool]]) -> bool:
 
 
 class StoreSuite(Suite):
-    """For a `BlockStore` as kvtier uses it: sealed by `SealedStore`, or sealing itself.
+    """For a `BlockStore` as kvtier uses it: sealed by `CheckedStore`, or sealing itself.
 
     Attributes:
-        keeps_failed_buffers: a buffer whose read failed is untouched (`SealedStore` promises it; the contract
+        keeps_failed_buffers: a buffer whose read failed is untouched (`CheckedStore` promises it; the contract
             of `BlockStore` alone does not).
     """
 

@@ -9,7 +9,6 @@ from kvtier.errors import ConfigError
 from kvtier.events import TierState
 from kvtier.namespace import Namespace
 from kvtier.secondary.resp import RespTierManager
-from kvtier.stores.integrity.header import Seal
 from kvtier.testing.stores import flip_bit, make_key, make_payload
 from kvtier.testing.tier_rig import SuiteSpec, TierRig
 from kvtier.testing.tiers import TierSuite
@@ -19,7 +18,7 @@ HIT, MISS = LookupResult.HIT, LookupResult.MISS
 
 
 def name_of(tier, key):
-    return f"kvtier:{Seal(tier._namespace).fingerprint.hex()}:{key.hex()}".encode()
+    return f"kvtier:{tier._namespace.fingerprint.hex()}:{key.hex()}".encode()
 
 
 class TestResp(TierSuite):

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+from sealed_blocks import encrypt, encrypting_impostor, header_of, plain_impostor, resigned
+
 from kvtier.abc import StoreContext
-from kvtier.stores.integrity.encrypted_seal import ENCRYPTED_VERSION, EncryptedSeal
-from kvtier.stores.integrity.header import HEADER_BYTES, Seal, header_checksum
-from kvtier.stores.integrity.sealing import Envelope
+from kvtier.stores.integrity import open_sealer
+from kvtier.stores.integrity.header import ENCRYPTED_VERSION, HEADER_BYTES
 from kvtier.stores.integrity.secrets import Authenticator, PayloadCipher
 from kvtier.testing.stores import make_key
 from kvtier.types import FailureCause
@@ -21,19 +22,15 @@ def secret_options(folder, encrypt, secret=SECRET):
 
 def forgeries(namespace, key, evil, real_header, slot=0):
     """Yield (payload, header) that somebody makes who knows all but the secret: a right checksum, or another's key."""
-    plain = Seal(namespace)
-    plain.fingerprint = namespace.fingerprint
-    vouched = Seal(namespace, Authenticator(ANOTHER.encode(), namespace))
-    vouched.fingerprint = namespace.fingerprint
-    cipher = EncryptedSeal(PayloadCipher(ANOTHER.encode(), namespace), namespace.fingerprint)
-    encrypted = memoryview(bytearray(evil))
-    header = cipher.encrypt(key, evil, encrypted, slot)
-    yield evil, plain.seal(key, evil, slot)
-    yield evil, vouched.seal(key, evil, slot)
-    yield bytes(encrypted), header
-    for forged in (plain.seal(key, evil, slot), header):  # and with what the real one says of itself
-        mixed = real_header[:36] + forged[36:52] + real_header[52:120]
-        yield evil, mixed + header_checksum(mixed).to_bytes(8, "little")
+    plain = plain_impostor(namespace.fingerprint, namespace)
+    vouched = plain_impostor(namespace.fingerprint, namespace, Authenticator(ANOTHER.encode(), namespace))
+    cipher = encrypting_impostor(namespace.fingerprint, PayloadCipher(ANOTHER.encode(), namespace))
+    header, encrypted = encrypt(cipher, key, evil, slot)
+    yield evil, header_of(plain, key, evil, slot)
+    yield evil, header_of(vouched, key, evil, slot)
+    yield encrypted, header
+    for forged in (header_of(plain, key, evil, slot), header):  # and with what the real one says of itself
+        yield evil, resigned(real_header[:36] + forged[36:52] + real_header[52:120])
 
 
 class Guarded:
@@ -60,7 +57,7 @@ class Guarded:
 
     def test_who_lacks_the_secret_forges_nothing(self):
         header, _ = self._split(self._raw(1))
-        namespace = Envelope.open(secret_options(self.medium, self.encrypt), self.context.namespace)[1].namespace
+        namespace = open_sealer(secret_options(self.medium, self.encrypt), self.context.namespace)[1].namespace
         for number, (payload, forged) in enumerate(forgeries(namespace, make_key(1), self.payload(666), header)):
             self.plant(self.store, make_key(1), self._join(forged, payload))
             self._assert_lost(1, f"forgery {number}")
@@ -71,7 +68,7 @@ class Guarded:
         old = self._raw(1)
         header, payload = self._split(self._raw(2))
         moved = header[:52] + make_key(1).ljust(68, b"\0")
-        self.plant(self.store, make_key(1), self._join(moved + header_checksum(moved).to_bytes(8, "little"), payload))
+        self.plant(self.store, make_key(1), self._join(resigned(moved), payload))
         self._assert_lost(1, "another block under its own name")
         self.plant(self.store, make_key(1), old)
         assert self._read([1]) == [self.payload(1)]

@@ -15,9 +15,9 @@ from kvtier.errors import StoreUnavailableError
 from kvtier.keys import OffloadKey
 from kvtier.namespace import Namespace
 from kvtier.stores.filesystem.store import FilesystemStore
-from kvtier.stores.integrity.checked_store import SealedStore
+from kvtier.stores.integrity import open_sealer
+from kvtier.stores.integrity.checked_store import CheckedStore
 from kvtier.stores.integrity.header import header_checksum
-from kvtier.stores.integrity.sealing import Envelope
 from kvtier.stores.memory import MemoryStore
 from kvtier.stores.object.client import Client
 from kvtier.stores.object.store import ObjectStore
@@ -78,7 +78,7 @@ class OnSealed(Guarded, StoreSuite):
         super().setup_method(method)
 
     def open_with(self, medium, context, options):
-        return SealedStore.over(SharedMemory, {"shared": self.shared, **options}, context)
+        return CheckedStore.over(SharedMemory, {"shared": self.shared, **options}, context)
 
     def plant(self, store, key, raw):
         self.shared.write(store.inner._named([key]), [memoryview(raw)])
@@ -104,8 +104,8 @@ class OnBucket(Guarded, StoreSuite):
 
     def open_with(self, medium, context, options):
         settings = settings_for()
-        _, envelope = Envelope.open(options, context.namespace)
-        store = ObjectStore(Client(self.raw.bucket, settings.where), settings, context, envelope)
+        _, sealer = open_sealer(options, context.namespace)
+        store = ObjectStore(Client(self.raw.bucket, settings.where), settings, context, sealer)
         store.start()
         return store
 
@@ -154,7 +154,7 @@ class OnSlab(SlotStoreSuite):
 
     def test_who_lacks_the_secret_forges_nothing(self):
         self._write([1])
-        record, namespace = self.peek_record(self.store, 1), self.store._envelope.namespace
+        record, namespace = self.peek_record(self.store, 1), self.store._sealer.namespace
         for number, (payload, forged) in enumerate(forgeries(namespace, make_key(1), self.payload(666), record, 1)):
             self.plant(self.store, 1, payload)
             self.plant_record(self.store, 1, forged)
@@ -215,14 +215,14 @@ class TestSlabEncrypted(OnSlab):
         assert len(stored) == 6
 
     def test_runs_longer_than_private_memory(self, monkeypatch):
-        for name in ("BOUNCE_BYTES", "PORTION_BYTES"):
-            monkeypatch.setattr(f"kvtier.stores.integrity.sealing.{name}", 3 * self.block_bytes)
+        for name in ("MAX_SCRATCH_BYTES", "PORTION_BYTES"):
+            monkeypatch.setattr(f"kvtier.stores.integrity.encrypted_sealer.{name}", 3 * self.block_bytes)
         self._reopen()
         slots = list(range(20))
         self._write(slots)
-        assert 1 <= len(self.store._envelope._bounce.rooms) <= 3
+        assert 1 <= len(self.store._sealer._scratch.spacious) <= 3
         assert self._read(slots[::-1]) == [self.payload(slot) for slot in slots[::-1]]
-        assert 1 <= len(self.store._envelope._bounce.rooms) <= 3
+        assert 1 <= len(self.store._sealer._scratch.spacious) <= 3
 
 
 class TestSlabEncryptedOfUnalignedBlocks(TestSlabEncrypted):

@@ -3,14 +3,14 @@ import pytest
 from kvtier.abc import StoreContext
 from kvtier.errors import ConfigError
 from kvtier.namespace import Namespace
-from kvtier.stores.integrity.checked_store import SealedStore
+from kvtier.stores.integrity.checked_store import CheckedStore
 from kvtier.stores.memory import MemoryStore
 from kvtier.testing.stores import StoreSuite, make_key
 
 
 class TestSealedMemoryStore(StoreSuite):
     def open_store(self, medium, context):
-        return SealedStore(MemoryStore.open({"capacity": 1 << 20}, context), context)
+        return CheckedStore(MemoryStore.open({"capacity": 1 << 20}, context), context)
 
     def plant(self, store, key, raw):
         store.inner.write([key], [memoryview(raw)])

@@ -5,13 +5,15 @@ import traceback
 
 import pytest
 from file_blocks import FileBlocks
+from sealed_blocks import header_of, plain_impostor, resigned
 
 from kvtier.abc import StoreContext, TierContext
 from kvtier.errors import ConfigError, StoreUnavailableError
 from kvtier.namespace import Namespace
 from kvtier.secondary.filesystem import FilesystemTierManager
 from kvtier.stores.filesystem.store import FilesystemStore
-from kvtier.stores.integrity.header import HEADER_BYTES, Record, Seal, header_checksum
+from kvtier.stores.integrity.header import HEADER_BYTES, Record
+from kvtier.stores.integrity.plain_sealer import PlainSealer
 from kvtier.stores.integrity.secrets import Authenticator, SecretPlace
 from kvtier.testing.stores import StoreSuite, flip_bit, make_key, make_payload
 from kvtier.testing.tier_rig import TierRig
@@ -31,47 +33,44 @@ def secret_file(tmp_path):
 
 
 @pytest.fixture
-def seal():
-    return Seal(NAMESPACE, Authenticator(SECRET.encode(), NAMESPACE))
+def sealer():
+    return PlainSealer(NAMESPACE, Authenticator(SECRET.encode(), NAMESPACE))
 
 
-def test_what_was_sealed_verifies_at_once_and_in_pieces(seal):
-    header = seal.seal(KEY, PAYLOAD, 7)
+def test_what_was_sealed_verifies_at_once_and_in_pieces(sealer):
+    header = header_of(sealer, KEY, PAYLOAD, 7)
     assert len(header) == HEADER_BYTES
-    assert isinstance(seal.parse(header), Record)
-    assert seal.verify(header, KEY, PAYLOAD, 7) is None
-    checksum = seal.checksum()
+    assert isinstance(sealer.headers.parse(header), Record)
+    assert sealer.verify(header, KEY, PAYLOAD, 7) is None
+    stream = sealer.seal_stream(KEY, len(PAYLOAD))
     for start in range(0, len(PAYLOAD), 3000):
-        checksum.update(PAYLOAD[start : start + 3000])
-    in_pieces = seal.seal_summed(KEY, len(PAYLOAD), checksum.digest())
-    assert seal.verify(in_pieces, KEY, PAYLOAD) is None
-    assert seal.verify_summed(in_pieces, KEY, len(PAYLOAD), checksum.digest()) is None
+        piece = memoryview(PAYLOAD)[start : start + 3000]
+        assert stream.take(piece) is piece
+        stream.note(piece)
+    assert sealer.verify(stream.header(), KEY, PAYLOAD) is None
 
 
-def test_every_bit_counts_even_if_the_headers_own_checksum_is_made_anew(seal):
-    header = seal.seal(KEY, PAYLOAD)
+def test_every_bit_counts_even_if_the_headers_own_checksum_is_made_anew(sealer):
+    header = header_of(sealer, KEY, PAYLOAD)
     for bit in range(120 * 8):
-        changed = flip_bit(header, bit)
-        changed = changed[:120] + header_checksum(changed).to_bytes(8, "little")
-        assert seal.verify(changed, KEY, PAYLOAD) is not None, bit
+        assert sealer.verify(resigned(flip_bit(header, bit)), KEY, PAYLOAD) is not None, bit
     for bit in (0, 4000, 8 * len(PAYLOAD) - 1):
-        assert seal.verify(header, KEY, flip_bit(PAYLOAD, bit)) is FailureCause.CORRUPT
+        assert sealer.verify(header, KEY, flip_bit(PAYLOAD, bit)) is FailureCause.CORRUPT
 
 
 @pytest.mark.parametrize("secret", [None, b"another secret of some length"])
-def test_who_lacks_the_secret_forges_nothing(seal, secret):
+def test_who_lacks_the_secret_forges_nothing(sealer, secret):
     """The forger knows everything but the secret: namespace, format, a real block."""
-    forger = Seal(NAMESPACE, None if secret is None else Authenticator(secret, NAMESPACE))
-    assert forger.fingerprint != seal.fingerprint
-    forger.fingerprint = seal.fingerprint
+    authenticator = None if secret is None else Authenticator(secret, NAMESPACE)
+    assert PlainSealer(NAMESPACE, authenticator).headers.fingerprint != sealer.headers.fingerprint
+    forger = plain_impostor(sealer.headers.fingerprint, NAMESPACE, authenticator)
     evil = make_payload(666, 8192)
-    forged = forger.seal(KEY, evil)
-    assert isinstance(seal.parse(forged), Record)
-    assert seal.verify(forged, KEY, evil) is FailureCause.CORRUPT
-    real = seal.seal(make_key(2), evil)
+    forged = header_of(forger, KEY, evil)
+    assert isinstance(sealer.headers.parse(forged), Record)
+    assert sealer.verify(forged, KEY, evil) is FailureCause.CORRUPT
+    real = header_of(sealer, make_key(2), evil)
     moved = real[:5] + forged[5:36] + real[36:52] + forged[52:120]
-    moved += header_checksum(moved).to_bytes(8, "little")
-    assert seal.verify(moved, KEY, evil) is FailureCause.CORRUPT, "a real block under another key"
+    assert sealer.verify(resigned(moved), KEY, evil) is FailureCause.CORRUPT, "a real block under another key"
 
 
 class TestFilesWithSecret(FileBlocks, StoreSuite):
@@ -84,10 +83,10 @@ class TestFilesWithSecret(FileBlocks, StoreSuite):
 
     def test_a_forged_block_is_a_miss(self):
         raw = self._raw(1)
-        forger = Seal(self.context.namespace)
+        forger = PlainSealer(self.context.namespace)
         forger.fingerprint = raw[-HEADER_BYTES:][20:36]
         evil = self.payload(666)
-        self.plant(self.store, make_key(1), evil + forger.seal(make_key(1), evil))
+        self.plant(self.store, make_key(1), evil + header_of(forger, make_key(1), evil))
         self._assert_lost(1, "forged")
 
     def test_another_secret_or_none_sees_nothing_and_spoils_nothing(self):

@@ -3,6 +3,7 @@
 import os
 import random
 
+from sealed_blocks import header_of
 from slab_files import (
     RECORD_BYTES,
     folder_of,
@@ -15,7 +16,7 @@ from slab_files import (
     write_at,
 )
 
-from kvtier.stores.integrity.header import Seal
+from kvtier.stores.integrity.plain_sealer import PlainSealer
 from kvtier.testing.stores import make_key, make_payload
 from kvtier.types import FailureCause
 
@@ -31,7 +32,9 @@ def store_some(directory, context):
 def test_keys_of_another_length_than_the_latest_are_rejected_once(tmp_path):
     context = make_context()
     store_some(tmp_path / "slab", context)
-    odd = Seal(context.namespace).seal(make_key(3)[:-8] + b"\0" * 4, make_payload(3, context.block_bytes), 3)
+    odd = header_of(
+        PlainSealer(context.namespace), make_key(3)[:-8] + b"\0" * 4, make_payload(3, context.block_bytes), 3
+    )
     write_at(headers_file(tmp_path / "slab", context), 3 * RECORD_BYTES, odd)
     store = open_slab(tmp_path / "slab", context)
     assert sorted(recovered(store)) == [0, 1, 2, 4, 5, 6, 7]
@@ -123,11 +126,11 @@ def test_many_records_come_in_the_order_of_writing(tmp_path):
     path, num_slots = headers_file(tmp_path / "slab", context), store.num_slots
     store.close()
     assert num_slots > count + 1
-    seal, payload = Seal(context.namespace), bytes(context.block_bytes)
+    sealer, payload = PlainSealer(context.namespace), bytes(context.block_bytes)
     records = bytearray((count + 1) * RECORD_BYTES)
     for number, slot in enumerate([*slots, count]):
         key = make_key(number if number < count else 7)
-        records[slot * RECORD_BYTES : (slot + 1) * RECORD_BYTES] = seal.seal(key, payload, slot)
+        records[slot * RECORD_BYTES : (slot + 1) * RECORD_BYTES] = header_of(sealer, key, payload, slot)
     write_at(path, 0, records)
     geometry = geometry_of(capacity, context.block_bytes)
     for segment in range(geometry.num_segments):

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import slab_files
+from sealed_blocks import header_of
 from slab_files import RECORD_BYTES, folder_of, headers_file, make_context, open_slab, read_at, segment_file, write_at
 
 from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.namespace import FORMAT_VERSION, Namespace
-from kvtier.stores.integrity.header import Seal, header_checksum
+from kvtier.stores.integrity.header import header_checksum
+from kvtier.stores.integrity.plain_sealer import PlainSealer
 from kvtier.stores.slab import verification
 from kvtier.stores.slab.reading import read_description, read_records
 from kvtier.stores.slab.survey import find_holder, find_slabs, survey_slab
@@ -108,7 +110,7 @@ def old_format(record):
 def test_every_kind_of_wrong_has_its_cause_and_repair_empties_it(slab, context):
     data, headers = segment_file(slab, context), headers_file(slab, context)
     record = read_at(headers, 5 * RECORD_BYTES, RECORD_BYTES)
-    foreign = Seal(Namespace({"model": "another"})).seal(make_key(3), make_payload(3, BLOCK), 3)
+    foreign = header_of(PlainSealer(Namespace({"model": "another"})), make_key(3), make_payload(3, BLOCK), 3)
     write_at(data, 0 * BLOCK + 100, b"\x00\xff")  # flipped
     first, second = read_at(data, 1 * BLOCK, BLOCK), read_at(data, 2 * BLOCK, BLOCK)
     write_at(data, 1 * BLOCK, second + first)  # swapped
@@ -189,7 +191,7 @@ def test_a_block_that_an_engine_is_rewriting_was_changed_not_corrupt(slab, conte
 
 def test_a_record_written_seconds_later_is_waited_for(slab, context):
     write_at(segment_file(slab, context), 3 * BLOCK, make_payload(99, BLOCK))
-    record = Seal(context.namespace).seal(make_key(99), make_payload(99, BLOCK), 3)
+    record = header_of(PlainSealer(context.namespace), make_key(99), make_payload(99, BLOCK), 3)
     timer = threading.Timer(0.5, plant_record, (slab, context, 3, record))
     found = verify(slab, context, is_used=True, on_bytes=lambda _: timer.start(), settle_seconds=2 * TEST_SECONDS)
     assert (found.num_changed, found.bad) == (1, {})
@@ -335,7 +337,7 @@ def test_it_keeps_to_a_rate_and_stops_when_told(slab, context, monkeypatch):
 
 
 def test_superseded_records_are_no_failures(slab, context):
-    plant_record(slab, context, 0, Seal(context.namespace).seal(make_key(5), make_payload(5, BLOCK), 0))
+    plant_record(slab, context, 0, header_of(PlainSealer(context.namespace), make_key(5), make_payload(5, BLOCK), 0))
     records = read_records(folder_of(slab, context), None)
     assert (len(records.inventory), records.inventory.num_superseded) == (BLOCKS - 1, 1)
     found = verify(slab, context)

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from kvtier.errors import StoreError
-from kvtier.stores.integrity.checked_store import SealedStore
+from kvtier.stores.integrity.checked_store import CheckedStore
 from kvtier.stores.memory import MemoryStore
 from kvtier.stores.slab import SlabStore
 from kvtier.testing.faulty_stores import (
@@ -70,7 +70,7 @@ def make_plan(*faults):
 def lying_suite(plan):
     class Suite(StoreSuite):
         def open_store(self, medium, context):
-            return LyingBlockStore(SealedStore(MemoryStore(1 << 20), context), plan)
+            return LyingBlockStore(CheckedStore(MemoryStore(1 << 20), context), plan)
 
         def plant(self, store, key, raw):
             store.inner.inner.write([key], [memoryview(raw)])
@@ -242,7 +242,7 @@ def test_opening_can_fail_by_plan(context, cls):
 @pytest.mark.parametrize("fault", [fault for fault in IN_PROCESS if fault is not Fault.HANG])
 def test_the_seal_makes_every_fault_of_a_plain_store_a_miss(context, fault):
     plan = make_plan()
-    store = SealedStore(FaultyBlockStore(MemoryStore(1 << 20), plan), context)
+    store = CheckedStore(FaultyBlockStore(MemoryStore(1 << 20), plan), context)
     payloads = {number: StoreSuite().payload(number) for number in range(4)}
     keys = [make_key(number) for number in payloads]
     assert all(store.write(keys, [memoryview(payload) for payload in payloads.values()]))

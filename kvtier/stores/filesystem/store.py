@@ -24,8 +24,9 @@ from kvtier.log import logger
 from kvtier.sizes import format_size
 from kvtier.stores.filesystem.directory import SharedDirectory, shard_of
 from kvtier.stores.filesystem.janitor import Janitor
+from kvtier.stores.integrity import open_sealer
 from kvtier.stores.integrity.header import HEADER_BYTES
-from kvtier.stores.integrity.sealing import Envelope
+from kvtier.stores.integrity.sealing import Sealer
 from kvtier.stores.own_files import Folder, StrangerError
 from kvtier.stores.slab.segments import NO_SPACE_ERRORS
 from kvtier.stores.slab.vectored import read_fully, write_fully
@@ -51,7 +52,7 @@ class FilesystemStore(BlockStore):
     seals_itself = True
 
     def __init__(
-        self, directory: SharedDirectory, janitor: Janitor, envelope: Envelope, min_free: int, context: StoreContext
+        self, directory: SharedDirectory, janitor: Janitor, sealer: Sealer, min_free: int, context: StoreContext
     ) -> None:
         """Args: min_free: bytes of the filesystem that stay free."""
         self._directory = directory
@@ -59,7 +60,7 @@ class FilesystemStore(BlockStore):
         self._min_free = min_free
         self._failures = context.failures
         self._block_bytes = context.block_bytes
-        self._envelope = envelope
+        self._sealer = sealer
         self._lock = threading.Lock()
         self._free = (0.0, 0)
         self._relieved_at = -_SECONDS_BETWEEN_RELIEFS
@@ -80,8 +81,8 @@ class FilesystemStore(BlockStore):
                 smaller than the capacity.
         """
         path, capacity, min_free = Path(options["path"]), options["capacity"], options.get("min_free", 0)
-        _, envelope = Envelope.open(options, context.namespace)
-        directory = SharedDirectory.open(path, envelope.namespace, options.get("mount_point", "/"))
+        _, sealer = open_sealer(options, context.namespace)
+        directory = SharedDirectory.open(path, sealer.namespace, options.get("mount_point", "/"))
         try:
             status = os.statvfs(directory.folder.descriptor)
         except OSError as error:
@@ -95,7 +96,7 @@ class FilesystemStore(BlockStore):
             )
         janitor = Janitor(directory, capacity, min_free, context.block_bytes)
         janitor.start()
-        return cls(directory, janitor, envelope, min_free, context)
+        return cls(directory, janitor, sealer, min_free, context)
 
     def path_of(self, key: OffloadKey) -> Path:
         """Return where the file of a block is."""
@@ -204,7 +205,7 @@ class FilesystemStore(BlockStore):
         with self._directory.begin_file(shard) as new:
             try:
                 try:
-                    (stored,), (header,) = self._envelope.wrap([key], [buffer])
+                    (stored,), (header,) = self._sealer.seal([key], [buffer])
                     written = write_fully(new.descriptor, [stored, memoryview(header)], 0)
                     taken = max(written, os.fstat(new.descriptor).st_blocks * 512)
                 finally:
@@ -231,11 +232,11 @@ class FilesystemStore(BlockStore):
         """Fill a buffer from an open file, and close it."""
         try:
             tail = memoryview(bytearray(HEADER_BYTES + 1))  # a file that is too long fills it
-            (place,) = self._envelope.places([buffer])
-            length = read_fully(descriptor, [place, tail], 0)
+            rooms = self._sealer.rooms([buffer])
+            length = read_fully(descriptor, [*rooms, tail], 0)
             if length != self._block_bytes + HEADER_BYTES:
                 return FailureCause.CORRUPT
-            (cause,) = self._envelope.unwrap([tail[:HEADER_BYTES]], [key], [place], [buffer])
+            (cause,) = self._sealer.open([tail[:HEADER_BYTES]], [key], rooms, [buffer])
             if cause is FailureCause.ABSENT:
                 return FailureCause.CORRUPT
             if cause is None and os.fstat(descriptor).st_mtime < self._directory.roughly_now() - _SECONDS_FRESH:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self, TypeVar
@@ -11,42 +10,38 @@ from kvtier.abc import BlockStore, StoreContext
 from kvtier.errors import StoreError
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
+from kvtier.stores.integrity import open_sealer
 from kvtier.stores.integrity.header import HEADER_BYTES
-from kvtier.stores.integrity.sealing import BOUNCE_BYTES, Envelope
+from kvtier.stores.integrity.plain_sealer import PlainSealer
+from kvtier.stores.integrity.scratch import Scratch
+from kvtier.stores.integrity.sealing import MAX_SCRATCH_BYTES, Sealer
 from kvtier.types import FailureCause
 
 _Answer = TypeVar("_Answer")
 
 
-class _Bounce(threading.local):
-    """One thread's private memory."""
-
-    def __init__(self) -> None:
-        self.memory = bytearray()
-
-
-class SealedStore(BlockStore):
+class CheckedStore(BlockStore):
     """Puts a header before every value and checks it on the way back.
 
-    Values pass through private memory: a caller's buffer is written only after its value has verified.
-    A value that fails is counted in `context.failures` and deleted. Whatever the inner store raises, or answers
-    against its contract, becomes a StoreError here. A thread's private memory is `BOUNCE_BYTES`, and as much again
-    where payloads are encrypted, or that of one block; a larger batch goes through it in parts.
+    Values pass through private memory: a caller's buffer is written only after its value has verified. A value that
+    fails is counted in `context.failures` and deleted. Whatever the inner store raises, or answers against its
+    contract, becomes a StoreError here. A thread's private memory is `MAX_SCRATCH_BYTES`, or that of one block, and one
+    block more where payloads are encrypted; a larger batch goes through it in parts.
     """
 
     seals_itself = True
 
-    def __init__(self, inner: BlockStore, context: StoreContext, envelope: Envelope | None = None) -> None:
+    def __init__(self, inner: BlockStore, context: StoreContext, sealer: Sealer | None = None) -> None:
         """Args:
         inner: a store of opaque values; this one closes it.
-        envelope: what payloads are put into; the inner store was opened with its namespace.
+        sealer: of the blocks, default a plain one; the inner store was opened with its namespace.
         """
         self.inner = inner
         self._failures = context.failures
         self._block_bytes = context.block_bytes
         self._value_bytes = HEADER_BYTES + context.block_bytes
-        self._envelope = Envelope.of(None, context.namespace) if envelope is None else envelope
-        self._bounce = _Bounce()
+        self._sealer = PlainSealer(context.namespace) if sealer is None else sealer
+        self._scratch = Scratch()
         self._complained = False
 
     @classmethod
@@ -64,8 +59,8 @@ class SealedStore(BlockStore):
         Raises:
             StoreUnavailableError: the store cannot be opened, or the secret is gone.
         """
-        others, envelope = Envelope.open(options, context.namespace)
-        return cls(store_class.open(others, replace(context, namespace=envelope.namespace)), context, envelope)
+        others, sealer = open_sealer(options, context.namespace)
+        return cls(store_class.open(others, replace(context, namespace=sealer.namespace)), context, sealer)
 
     def contains(self, keys: Sequence[OffloadKey]) -> list[bool]:
         """Return what the inner store says; nothing is verified before it is read."""
@@ -100,7 +95,7 @@ class SealedStore(BlockStore):
         fitting = [index for index, buffer in enumerate(buffers) if buffer.nbytes == self._block_bytes]
         if len(fitting) < len(keys):
             self._failures.count(FailureCause.IO_ERROR, len(keys) - len(fitting))
-        step = max(1, BOUNCE_BYTES // self._value_bytes)
+        step = max(1, MAX_SCRATCH_BYTES // self._value_bytes)
         for start in range(0, len(fitting), step):
             part = fitting[start : start + step]
             moved = move([keys[index] for index in part], [buffers[index] for index in part])
@@ -111,7 +106,7 @@ class SealedStore(BlockStore):
     def _write_part(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
         values = self._values(len(keys))
         for key, buffer, value in zip(keys, buffers, values, strict=True):
-            value[:HEADER_BYTES] = self._envelope.wrap_into(key, buffer, value[HEADER_BYTES:])
+            value[:HEADER_BYTES] = self._sealer.seal_into(key, buffer, value[HEADER_BYTES:])
         return self._answers(keys, lambda: self.inner.write(keys, values))
 
     def _read_part(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
@@ -120,8 +115,9 @@ class SealedStore(BlockStore):
         results = []
         broken: dict[OffloadKey, FailureCause] = {}
         for key, buffer, value, filled in zip(keys, buffers, values, found, strict=True):
-            header, stored = value[:HEADER_BYTES], value[HEADER_BYTES:]
-            cause = self._envelope.unwrap_apart(header, key, stored, buffer) if filled else FailureCause.ABSENT
+            cause: FailureCause | None = FailureCause.ABSENT
+            if filled:
+                (cause,) = self._sealer.open([value[:HEADER_BYTES]], [key], [value[HEADER_BYTES:]], [buffer])
             if cause is not None:
                 broken[key] = cause
             results.append(cause is None)
@@ -151,9 +147,7 @@ class SealedStore(BlockStore):
 
     def _values(self, count: int) -> list[memoryview]:
         """Return `count` value-sized pieces of this thread's private memory, their headers zeroed."""
-        if len(self._bounce.memory) < count * self._value_bytes:
-            self._bounce.memory = bytearray(count * self._value_bytes)
-        memory = memoryview(self._bounce.memory)
+        memory = self._scratch.piece(count * self._value_bytes)
         starts = range(0, count * self._value_bytes, self._value_bytes)
         for start in starts:
             memory[start : start + HEADER_BYTES] = bytes(HEADER_BYTES)

@@ -11,47 +11,58 @@ from collections.abc import Sequence
 import numpy as np
 
 RING_BYTES = 1 << 20
-"""Of pieces on their way out of a thread; a piece has a quarter of it at most."""
+"""For pieces on their way out of a thread; a piece has a quarter of it at most."""
 _PAGE_BYTES = mmap.PAGESIZE
 _HUGE_PAGE_BYTES = 2 << 20
 
 
-class Bounce(threading.local):
-    """One thread's private memory.
-
-    Attributes:
-        rooms: what `like` returned last, each with the spare bytes behind it.
-    """
+class Scratch(threading.local):
+    """One thread's private memory."""
 
     def __init__(self, spare_bytes: int = 0) -> None:
         """Args: spare_bytes: behind each piece."""
         self._spare_bytes = spare_bytes
         self._memory = self._ring = memoryview(b"")
         self._next = 0
-        self.rooms: list[memoryview] = []
-        self._former: list[memoryview] = []
-        self._former_rooms: list[memoryview] = []
+        self._spacious: list[memoryview] = []
+        self._pieces: list[memoryview] = []
+        self._handed_out: list[memoryview] = []
 
     def like(self, buffers: Sequence[memoryview]) -> list[memoryview]:
         """Return memory as long as each of `buffers`, on a page boundary each; the former memory is good no more."""
-        if self._fits(buffers):
-            self.rooms = self._former_rooms[: len(buffers)]
-            return self._former[: len(buffers)]
+        if not self._fits(buffers):
+            self._divide([buffer.nbytes for buffer in buffers])
+        self._handed_out = self._pieces[: len(buffers)]
+        return self._handed_out
+
+    def piece(self, num_bytes: int) -> memoryview:
+        """Return one piece of memory; the former memory is good no more."""
+        self._spacious = self._pieces = self._handed_out = []
+        if len(self._memory) < num_bytes:
+            self._memory = _private_memory(num_bytes)
+        return self._memory[:num_bytes]
+
+    def handed_out(self, pieces: Sequence[object]) -> bool:
+        """Return whether these are the pieces that `like` handed out last, and no other memory."""
+        return pieces is self._handed_out
+
+    @property
+    def spacious(self) -> list[memoryview]:
+        """The pieces that `like` handed out last, with the spare bytes behind each."""
+        return self._spacious[: len(self._handed_out)]
+
+    def _divide(self, lengths: Sequence[int]) -> None:
         spare = self._spare_bytes
-        starts = [0, *itertools.accumulate(whole_pages(buffer.nbytes + spare) for buffer in buffers)]
-        if len(self._memory) < starts[-1]:
-            self._memory = _private_memory(starts[-1])
-        lengths = [buffer.nbytes for buffer in buffers]
-        memory = self._memory
-        self.rooms = [memory[start : start + length + spare] for start, length in zip(starts, lengths, strict=False)]
-        self._former_rooms = self.rooms
-        self._former = [room[:length] for room, length in zip(self.rooms, lengths, strict=True)]
-        return self._former
+        starts = [0, *itertools.accumulate(whole_pages(length + spare) for length in lengths)]
+        memory = self.piece(starts[-1])
+        self._spacious = [
+            memory[start : start + length + spare] for start, length in zip(starts, lengths, strict=False)
+        ]
+        self._pieces = [room[:length] for room, length in zip(self._spacious, lengths, strict=True)]
 
     def _fits(self, buffers: Sequence[memoryview]) -> bool:
-        """Return whether what was handed out before has the right lengths: blocks of a store have one length."""
-        former = self._former
-        return len(buffers) <= len(former) and all(map(_is_as_long, buffers, former))
+        """Return whether the last division has the right lengths: blocks of a store have one length."""
+        return len(buffers) <= len(self._pieces) and all(map(_is_as_long, buffers, self._pieces))
 
     def next_piece(self, num_bytes: int) -> memoryview:
         """Return memory for a piece of at most `RING_BYTES / 4`; good until half of `RING_BYTES` more are asked for."""

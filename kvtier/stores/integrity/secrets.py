@@ -19,6 +19,7 @@ from typing import Any, Self
 from kvtier.errors import ConfigError, StoreUnavailableError
 from kvtier.keys import OffloadKey
 from kvtier.namespace import Namespace
+from kvtier.stores.integrity.header import Bytes
 from kvtier.stores.own_files import read_named
 
 LEAST_SECRET_BYTES = 16
@@ -30,8 +31,6 @@ SECRET_NAME, ENCRYPTION_NAME = "secret", "encryption"
 _KEY_BYTES = 32
 _SCRATCH_BYTES = 64 << 10
 _OPTIONS = ("secret_env", "secret_file", "encrypt")
-
-Bytes = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True)
@@ -94,23 +93,13 @@ class SecretPlace:
         return dict(zip(_OPTIONS, (self.env, self.file, self.encrypt), strict=True))
 
     @classmethod
-    def split(cls, options: Mapping[str, Any], namespace: Namespace) -> tuple[dict[str, Any], Guard | None]:
-        """Return a store's options without those of this class, and who guards its blocks, if a secret does.
+    def split(cls, options: Mapping[str, Any]) -> tuple[dict[str, Any], Self | None]:
+        """Return a store's options without those of this class, and the place of the secret, if there is one.
 
         Raises:
-            StoreUnavailableError: as `read` and `from_options`.
+            StoreUnavailableError: as `from_options`.
         """
-        place = cls.from_options(options)
-        others = {name: value for name, value in options.items() if name not in _OPTIONS}
-        return others, None if place is None else place.guard(namespace)
-
-    def guard(self, namespace: Namespace) -> Guard:
-        """Return who vouches for blocks of a namespace, or encrypts them, too.
-
-        Raises:
-            StoreUnavailableError: as `read`.
-        """
-        return guard_with(self.read(), namespace, self.encrypt)
+        return {name: value for name, value in options.items() if name not in _OPTIONS}, cls.from_options(options)
 
     def read(self) -> bytes:
         """Return the secret; what ends a file's last line does not belong to it.
@@ -156,7 +145,7 @@ class Authenticator:
         """Return the keyed digest of nothing yet, with `update` and `digest` (32 bytes)."""
         return self._blake3(key=self._key)
 
-    def checksum_of(self, payload: bytes | bytearray | memoryview) -> bytes:
+    def checksum_of(self, payload: Bytes) -> bytes:
         """Return the keyed digest of a payload, 32 bytes."""
         digest: bytes = self._blake3(payload, key=self._key).digest()
         return digest
@@ -186,7 +175,7 @@ class PayloadCipher:
         self._invalid_tag: type[Exception] = _load("cryptography.exceptions").InvalidTag
 
     def encryptor(self, key: OffloadKey, nonce: bytes, header: bytes) -> Any:
-        """Return what encrypts one payload in pieces, with `update_into(piece, target)`; `tag_of` ends it.
+        """Return what encrypts one payload in pieces, with `update_into(piece, target)`, `finalize()` and then `tag`.
 
         Args:
             key: of the block.
@@ -235,22 +224,6 @@ class PayloadCipher:
         expansion = self._expansion.copy()
         expansion.update(key + b"\x01")
         return expansion.digest()
-
-
-Guard = Authenticator | PayloadCipher
-"""Vouches for blocks, or encrypts them and vouches for them; its `namespace` is where they are."""
-
-
-def tag_of(encryptor: Any) -> bytes:
-    """Return the 16 bytes that vouch for what went through an encryptor, and end it."""
-    encryptor.finalize()
-    tag: bytes = encryptor.tag
-    return tag
-
-
-def guard_with(secret: bytes, namespace: Namespace, encrypt: bool) -> Guard:
-    """Return who guards blocks of a namespace with a secret."""
-    return PayloadCipher(secret, namespace) if encrypt else Authenticator(secret, namespace)
 
 
 def name_of(secret: bytes) -> str:

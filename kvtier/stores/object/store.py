@@ -16,8 +16,10 @@ from kvtier.abc import BlockStore, StoreContext
 from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
+from kvtier.stores.integrity import open_sealer
 from kvtier.stores.integrity.header import HEADER_BYTES
-from kvtier.stores.integrity.sealing import Envelope
+from kvtier.stores.integrity.plain_sealer import PlainSealer
+from kvtier.stores.integrity.sealing import Sealer
 from kvtier.stores.object.catalogue import Catalogue, Pack
 from kvtier.stores.object.client import Client, RequestError, Trouble, connect
 from kvtier.stores.object.names import MOST_BLOCKS, PackName, Stamps, TakenBack, digest_of, split
@@ -89,19 +91,19 @@ class ObjectStore(BlockStore):
     seals_itself = True
 
     def __init__(
-        self, client: Client, settings: ObjectSettings, context: StoreContext, envelope: Envelope | None = None
+        self, client: Client, settings: ObjectSettings, context: StoreContext, sealer: Sealer | None = None
     ) -> None:
         """Args:
         client: of the bucket that the settings name. Nothing is sent before `start`.
-        envelope: what payloads are put into; its namespace is where they are.
+        sealer: of the blocks; default a plain one.
         """
         self.client = client
         self._settings = settings
         self._failures = context.failures
         self._block_bytes = context.block_bytes
         self._value_bytes = HEADER_BYTES + context.block_bytes
-        self._envelope = Envelope.of(None, context.namespace) if envelope is None else envelope
-        self._fingerprint = self._envelope.namespace.fingerprint.hex()
+        self._sealer = PlainSealer(context.namespace) if sealer is None else sealer
+        self._fingerprint = self._sealer.namespace.fingerprint.hex()
         self._stamps = Stamps()
         self.catalogue = Catalogue(settings.root, self._fingerprint, self._value_bytes)
         self._values_per_pack = max(1, min(settings.pack_bytes // context.block_bytes, MOST_BLOCKS))
@@ -118,9 +120,9 @@ class ObjectStore(BlockStore):
         Raises:
             StoreUnavailableError: the bucket is missing, refuses us, or nobody answers; or the secret is gone.
         """
-        others, envelope = Envelope.open(options, context.namespace)
+        others, sealer = open_sealer(options, context.namespace)
         settings = ObjectSettings.from_options(others)
-        store = cls(Client(connect(settings), settings.where), settings, context, envelope)
+        store = cls(Client(connect(settings), settings.where), settings, context, sealer)
         store.start()
         return store
 
@@ -252,7 +254,7 @@ class ObjectStore(BlockStore):
         for number, (key, buffer) in enumerate(zip(keys, buffers, strict=True)):
             start = number * self._value_bytes
             target = memory[start + HEADER_BYTES : start + self._value_bytes]
-            memory[start : start + HEADER_BYTES] = self._envelope.wrap_into(key, buffer, target)
+            memory[start : start + HEADER_BYTES] = self._sealer.seal_into(key, buffer, target)
         return memory
 
     def _read_run(
@@ -273,7 +275,7 @@ class ObjectStore(BlockStore):
         for wanted in run:
             start = (wanted.place - first) * self._value_bytes
             header, stored = body[start : start + HEADER_BYTES], body[start + HEADER_BYTES : start + self._value_bytes]
-            cause = self._envelope.unwrap_apart(header, keys[wanted.index], stored, buffers[wanted.index])
+            (cause,) = self._sealer.open([header], [keys[wanted.index]], [stored], [buffers[wanted.index]])
             if cause is not None:
                 causes[wanted.index] = FailureCause.CORRUPT if cause is FailureCause.ABSENT else cause
         return causes

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from kvtier.keys import OffloadKey
 from kvtier.stores.integrity.header import HEADER_BYTES
-from kvtier.stores.integrity.sealing import Envelope
+from kvtier.stores.integrity.sealing import Sealer
 from kvtier.stores.resp.wire import Break, ConnectionBrokenError, Refused, Wire, parse_count
 from kvtier.types import FailureCause
 
@@ -71,10 +71,10 @@ Operation = Callable[[Wire, Sequence[Request]], None]
 class Exchanges:
     """What is said about blocks of one length and namespace."""
 
-    def __init__(self, envelope: Envelope, block_bytes: int, prefix: str, ttl_milliseconds: int | None) -> None:
+    def __init__(self, sealer: Sealer, block_bytes: int, prefix: str, ttl_milliseconds: int | None) -> None:
         """Args: ttl_milliseconds: how long the server keeps a block after its last writing; None for ever."""
-        self._envelope = envelope
-        self._name_prefix = f"{prefix}:{envelope.namespace.fingerprint.hex()}:".encode()
+        self._sealer = sealer
+        self._name_prefix = f"{prefix}:{sealer.namespace.fingerprint.hex()}:".encode()
         self._block_bytes = block_bytes
         self._value_bytes = HEADER_BYTES + block_bytes
         self._value_line = b"$%d\r\n" % self._value_bytes
@@ -104,16 +104,16 @@ class Exchanges:
             if self._block_bytes >= _SENT_BYTES:
                 wire.send(pieces)
                 pieces, gathered = [], 0
-            outgoing = self._envelope.outgoing(request.key, self._block_bytes)
+            stream = self._sealer.seal_stream(request.key, self._block_bytes)
             for start in range(0, self._block_bytes, _SENT_BYTES):
                 piece = request.buffer[start : start + _SENT_BYTES]
-                pieces.append(outgoing.take(piece))
+                pieces.append(stream.take(piece))
                 gathered += piece.nbytes
                 if gathered >= _SENT_BYTES:
                     wire.send(pieces)
                     pieces, gathered = [], 0
-                outgoing.note(piece)
-            pieces.append(outgoing.header() + self._set_end)
+                stream.note(piece)
+            pieces.append(stream.header() + self._set_end)
         wire.send(pieces)
         for request in requests:
             line = _status(wire, request)
@@ -127,15 +127,15 @@ class Exchanges:
         late = max(0, self._block_bytes - _LATE_BYTES)
         for number, request in enumerate(requests):
             line = _status(wire, request, most)
-            incoming = self._envelope.incoming(request.key, request.buffer)
+            stream = self._sealer.open_stream(request.key, request.buffer)
             is_value = line == self._value_line[:-2]
             if is_value and late:
-                wire.fill(incoming.place[:late], incoming.note)
+                wire.fill(stream.room(0, late), stream.note)
             if number + self._ahead < len(requests):
                 wire.send([gets[number + self._ahead]])
             if is_value:
-                wire.fill(incoming.place[late:], incoming.note, HEADER_BYTES + 2)
-                request.reply = _verified(incoming.verify(wire.take(HEADER_BYTES, 0)))
+                wire.fill(stream.room(late, self._block_bytes), stream.note, HEADER_BYTES + 2)
+                request.reply = _verified(stream.verify(wire.take(HEADER_BYTES, 0)))
             else:
                 self._note_no_value(wire, request, line)
 

@@ -12,7 +12,8 @@ from kvtier.abc import BlockStore, StoreContext
 from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
-from kvtier.stores.integrity.sealing import Envelope
+from kvtier.stores.integrity import open_sealer
+from kvtier.stores.integrity.sealing import Sealer
 from kvtier.stores.resp.commands import Exchanges, Operation, Outcome, Request
 from kvtier.stores.resp.connections import Server, ServerLostError
 from kvtier.stores.resp.fullness import Fullness
@@ -49,17 +50,17 @@ class RespStore(BlockStore):
 
     seals_itself = True
 
-    def __init__(self, topology: Topology, settings: RespSettings, envelope: Envelope, context: StoreContext) -> None:
+    def __init__(self, topology: Topology, settings: RespSettings, sealer: Sealer, context: StoreContext) -> None:
         """Args:
         topology: connected; this store closes it.
-        envelope: what payloads are put into.
+        sealer: of the blocks.
         """
         self._topology = topology
         self._timeout = settings.timeout
         self._failures = context.failures
         self._block_bytes = context.block_bytes
         ttl = None if settings.ttl is None else int(settings.ttl * 1000)
-        self._exchanges = Exchanges(envelope, context.block_bytes, settings.prefix, ttl)
+        self._exchanges = Exchanges(sealer, context.block_bytes, settings.prefix, ttl)
         self._fullness = Fullness()
         self._breaks: Counter[Server] = Counter()
         self._complained = False
@@ -72,9 +73,9 @@ class RespStore(BlockStore):
         Raises:
             StoreUnavailableError: nobody answers, or nobody lets us in.
         """
-        others, envelope = Envelope.open(options, context.namespace)
+        others, sealer = open_sealer(options, context.namespace)
         settings = RespSettings.from_options(others)
-        return cls(open_topology(settings), settings, envelope, context)
+        return cls(open_topology(settings), settings, sealer, context)
 
     def name(self, key: OffloadKey) -> bytes:
         """Return the name of a block's value on the server."""

@@ -60,7 +60,7 @@ class HeaderFile:
         """Close the file."""
         os.close(self._descriptor)
 
-    def take_inventory(self, seal: BlockHeaders) -> Inventory:
+    def take_inventory(self, headers: BlockHeaders) -> Inventory:
         """Read every record; payloads are not looked at, checksums not yet. The inventory comes sorted.
 
         A sector that cannot be read costs its own records: who clears them writes it anew as a whole. Of a device
@@ -70,7 +70,7 @@ class HeaderFile:
             OSError: the records cannot be read.
         """
         num_slots = self._geometry.num_slots
-        inventory = Inventory(seal, self._geometry.block_bytes, num_slots)
+        inventory = Inventory(headers, self._geometry.block_bytes, num_slots)
         num_unreadable = 0
         for first in range(0, num_slots, RECORDS_PER_READ):
             found = read_raw(self._descriptor, first, min(RECORDS_PER_READ, num_slots - first))

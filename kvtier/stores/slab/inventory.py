@@ -42,10 +42,10 @@ class Inventory:
         causes: how many of those, by cause; superseded ones have none.
     """
 
-    def __init__(self, seal: BlockHeaders, block_bytes: int, num_slots: int) -> None:
+    def __init__(self, headers: BlockHeaders, block_bytes: int, num_slots: int) -> None:
         self.broken: list[int] = []
         self.causes: Counter[FailureCause] = Counter()
-        self._seal = seal
+        self._headers = headers
         self._block_bytes = block_bytes
         self._read = np.empty(min(num_slots, _LEAST_RECORDS), HEADER_DTYPE)  # memory is taken when it is written to
         self._num_read = 0
@@ -81,7 +81,7 @@ class Inventory:
         if not len(used):
             return
         records = _those(np.frombuffer(raw, HEADER_DTYPE), used)
-        plausible = _plausible(records, used + first, self._seal, self._block_bytes)
+        plausible = _plausible(records, used + first, self._headers, self._block_bytes)
         for index in used[~plausible].tolist():
             self._reject_raw(raw[index * HEADER_BYTES : (index + 1) * HEADER_BYTES], index + first)
         records = _those(records, np.flatnonzero(plausible))
@@ -208,7 +208,7 @@ class Inventory:
         return intact
 
     def _reject_raw(self, record: bytes, slot: int) -> None:
-        parsed = self._seal.parse(record)
+        parsed = self._headers.parse(record)
         self.reject(slot, parsed if isinstance(parsed, FailureCause) else FailureCause.FOREIGN)
 
 
@@ -257,20 +257,20 @@ def _keys(records: NDArray[np.void]) -> list[OffloadKey]:
     return cast(list[OffloadKey], keys)
 
 
-def marked_by(seal: BlockHeaders, records: NDArray[np.void]) -> NDArray[np.bool_]:
+def marked_by(headers: BlockHeaders, records: NDArray[np.void]) -> NDArray[np.bool_]:
     """Return which records say that they are of this kind and namespace."""
-    marked = np.frombuffer(seal.fingerprint[: seal.marked_bytes], "<u4")
+    marked = np.frombuffer(headers.mark, "<u4")
     words = records.view("<u4").reshape(-1, HEADER_BYTES // 4)[:, _FINGERPRINT_WORDS][:, : len(marked)]
     ours: NDArray[np.bool_] = (words == marked).all(axis=1)
-    ours &= (records["magic"] == MAGIC) & (records["version"] == seal.version)
+    ours &= (records["magic"] == MAGIC) & (records["version"] == headers.version)
     return ours
 
 
 def _plausible(
-    records: NDArray[np.void], slots: NDArray[np.int64], seal: BlockHeaders, block_bytes: int
+    records: NDArray[np.void], slots: NDArray[np.int64], headers: BlockHeaders, block_bytes: int
 ) -> NDArray[np.bool_]:
     """Return which records would be valid if their checksum is right."""
-    ours = marked_by(seal, records)
+    ours = marked_by(headers, records)
     key_length = records["key_length"]
     ours &= (records["slot"] == slots) & (records["payload_length"] == block_bytes)
     ours &= (key_length >= MIN_KEY_BYTES) & (key_length <= MAX_KEY_BYTES)

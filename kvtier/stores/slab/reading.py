@@ -14,9 +14,11 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from kvtier.namespace import FORMAT_VERSION, Namespace
-from kvtier.stores.integrity.encrypted_seal import EncryptedSeal
-from kvtier.stores.integrity.header import HEADER_BYTES, HEADER_DTYPE, MAX_SLOT, BlockHeaders, Seal
-from kvtier.stores.integrity.secrets import ENCRYPTION_NAME, SECRET_NAME, PayloadCipher, guard_with
+from kvtier.stores.integrity import make_sealer
+from kvtier.stores.integrity.header import HEADER_BYTES, HEADER_DTYPE, MAX_SLOT, BlockHeaders
+from kvtier.stores.integrity.plain_sealer import PlainSealer
+from kvtier.stores.integrity.sealing import Sealer
+from kvtier.stores.integrity.secrets import ENCRYPTION_NAME, SECRET_NAME
 from kvtier.stores.own_files import Folder
 from kvtier.stores.slab.directory import MOST_DESCRIPTION_BYTES, open_namespace
 from kvtier.stores.slab.geometry import SEGMENT_BYTES, SlabGeometry
@@ -56,8 +58,8 @@ class Description(NamedTuple):
 class DetailedInventory(Inventory):
     """An inventory that remembers which record was rejected for which cause."""
 
-    def __init__(self, seal: BlockHeaders, block_bytes: int, num_slots: int) -> None:
-        super().__init__(seal, block_bytes, num_slots)
+    def __init__(self, headers: BlockHeaders, block_bytes: int, num_slots: int) -> None:
+        super().__init__(headers, block_bytes, num_slots)
         self.cause_of: dict[int, FailureCause] = {}
 
     def reject(self, slot: int, cause: FailureCause) -> None:
@@ -78,13 +80,13 @@ class Records(NamedTuple):
         geometry: None while no record says how long a block is.
         inventory: the valid records, sorted, and the others.
         num_slots: records that fit the file.
-        seal: what holds payloads to their records; None if a secret guards them that was not given.
+        sealer: verifies payloads; None if a secret guards them that was not given.
     """
 
     geometry: SlabGeometry | None
     inventory: DetailedInventory
     num_slots: int
-    seal: Seal | EncryptedSeal | None
+    sealer: Sealer | None
 
 
 def read_description(folder: Path) -> Description | None:
@@ -114,13 +116,13 @@ def read_records(folder: Path, description: Description | None, secret: bytes | 
     Raises:
         OSError: the records cannot be read; FileNotFoundError if the namespace was deleted.
     """
-    seal = _seal_of(folder, description, secret)
-    headers = seal or _headers_of(folder, description)
+    sealer = _sealer_of(folder, description, secret)
+    headers = sealer.headers if sealer is not None else _headers_of(folder, description)
     with open_namespace(folder) as namespace:
         try:
             descriptor = namespace.open_file(HEADERS_NAME)
         except FileNotFoundError:
-            return Records(None, DetailedInventory(headers, 0, 0), 0, seal)
+            return Records(None, DetailedInventory(headers, 0, 0), 0, sealer)
         lengths = data_lengths(namespace)
     try:
         num_slots = min(os.fstat(descriptor).st_size // HEADER_BYTES, MAX_SLOT + 1)
@@ -136,12 +138,12 @@ def read_records(folder: Path, description: Description | None, secret: bytes | 
     inventory.sort()
     inventory.verify()
     if not 0 < block_bytes <= SEGMENT_BYTES:
-        return Records(None, inventory, num_slots, seal)
+        return Records(None, inventory, num_slots, sealer)
     geometry = SlabGeometry(block_bytes, num_slots, SEGMENT_BYTES // block_bytes, slots_per_growth=1)
     inventory.drop_odd_keys()
     inventory.drop_unbacked(geometry, lengths)
     inventory.drop_superseded()
-    return Records(geometry, inventory, num_slots, seal)
+    return Records(geometry, inventory, num_slots, sealer)
 
 
 def data_lengths(namespace: Folder) -> dict[int, int]:
@@ -158,10 +160,10 @@ def data_lengths(namespace: Folder) -> dict[int, int]:
 class NamespaceReader:
     """The files of one namespace, for reading; a context. Threads may share it."""
 
-    def __init__(self, folder: Path, geometry: SlabGeometry, seal: Seal | EncryptedSeal) -> None:
-        """Args: seal: what holds payloads to their records."""
+    def __init__(self, folder: Path, geometry: SlabGeometry, sealer: Sealer) -> None:
+        """Args: sealer: verifies payloads."""
         self.geometry = geometry
-        self.seal = seal
+        self.sealer = sealer
         self.direct = geometry.block_bytes % PAGE_BYTES == 0
         self._lock = threading.Lock()
         self._descriptors: dict[tuple[int, bool], int] = {}
@@ -220,24 +222,22 @@ class NamespaceReader:
         return descriptor
 
 
-def _seal_of(folder: Path, description: Description | None, secret: bytes | None) -> Seal | EncryptedSeal | None:
-    """Return what holds payloads to their records; None if a secret guards them and it is not this one."""
+def _sealer_of(folder: Path, description: Description | None, secret: bytes | None) -> Sealer | None:
+    """Return what verifies payloads; None if a secret guards them and it is not this one."""
     if description is None or not description.needs_secret:
-        return Seal.for_reading(bytes.fromhex(folder.name))
+        return PlainSealer.for_reading(bytes.fromhex(folder.name))
     if secret is None or not description.is_ours:
         return None
     namespace = Namespace(description.identity, bytes.fromhex(description.epoch))
-    guard = guard_with(secret, namespace, description.is_encrypted)
-    if guard.namespace.fingerprint.hex() != folder.name:
-        return None
-    return EncryptedSeal.of(guard) if isinstance(guard, PayloadCipher) else Seal(namespace, guard)
+    sealer = make_sealer(namespace, secret, description.is_encrypted)
+    return sealer if sealer.namespace.fingerprint.hex() == folder.name else None
 
 
 def _headers_of(folder: Path, description: Description | None) -> BlockHeaders:
     """Return what reads the records of a namespace, but vouches for no payload."""
     fingerprint = bytes.fromhex(folder.name)
     encrypted = description is not None and description.is_encrypted
-    return EncryptedSeal(None, fingerprint) if encrypted else BlockHeaders(fingerprint)
+    return BlockHeaders.encrypted(fingerprint) if encrypted else BlockHeaders(fingerprint)
 
 
 def _block_bytes(descriptor: int, headers: BlockHeaders) -> int:

@@ -18,9 +18,10 @@ from kvtier.errors import StoreError, StoreUnavailableError, describe
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
 from kvtier.sizes import format_size
+from kvtier.stores.integrity import open_sealer
 from kvtier.stores.integrity.header import HEADER_BYTES
 from kvtier.stores.integrity.scratch import whole_pages
-from kvtier.stores.integrity.sealing import PORTION_BYTES, Envelope
+from kvtier.stores.integrity.sealing import PORTION_BYTES, Sealer
 from kvtier.stores.slab.directory import SlabDirectory
 from kvtier.stores.slab.geometry import SlabGeometry
 from kvtier.stores.slab.headers import HeaderFile
@@ -39,11 +40,11 @@ class SlabStore(SlotStore):
         capacity: int,
         min_free: int,
         context: StoreContext,
-        envelope: Envelope,
+        sealer: Sealer,
     ) -> None:
         """Args:
-        directory: taken, for the envelope's namespace; the store closes it, also when this raises OSError.
-        envelope: what payloads are put into.
+        directory: taken, for the sealer's namespace; the store closes it, also when this raises OSError.
+        sealer: of the blocks.
         """
         self._directory = directory
         self._geometry = geometry
@@ -52,10 +53,10 @@ class SlabStore(SlotStore):
         self._logged: set[int | None] = set()
         folder = directory.namespace
         self._segments = Segments(folder, geometry, self._make_room, min_free)
-        self._envelope = envelope.apart() if self._segments.direct else envelope
-        self._most_written = self._envelope.most_blocks(geometry.block_bytes)
-        self._most_read = self._envelope.most_places(geometry.block_bytes)
-        self._in_portions = self._envelope.has_portions(geometry.block_bytes)
+        self._sealer = sealer.for_direct_reads() if self._segments.direct else sealer
+        self._most_written = self._sealer.most_sealed(geometry.block_bytes)
+        self._most_read = self._sealer.most_opened(geometry.block_bytes)
+        self._in_portions = self._sealer.reads_portions(geometry.block_bytes)
         try:
             self._segments.fit()
             self._make_room(self._segments.lengths)
@@ -80,11 +81,11 @@ class SlabStore(SlotStore):
         """
         geometry = SlabGeometry.of(options["capacity"], context.block_bytes)
         path = Path(options["path"])
-        _, envelope = Envelope.open(options, context.namespace)
-        directory = SlabDirectory.open(path, envelope.namespace, options.get("mount_point", "/"))
+        _, sealer = open_sealer(options, context.namespace)
+        directory = SlabDirectory.open(path, sealer.namespace, options.get("mount_point", "/"))
         try:
             _check_size(directory, options["capacity"], options.get("min_free", 0))
-            return cls(directory, geometry, options["capacity"], options.get("min_free", 0), context, envelope)
+            return cls(directory, geometry, options["capacity"], options.get("min_free", 0), context, sealer)
         except OSError as error:
             raise StoreUnavailableError(f"{path}: {describe(error)}") from error
 
@@ -107,7 +108,7 @@ class SlabStore(SlotStore):
             StoreError: the records cannot be read.
         """
         try:
-            inventory = self._headers.take_inventory(self._envelope.headers)
+            inventory = self._headers.take_inventory(self._sealer.headers)
             inventory.drop_odd_keys()
             inventory.drop_unbacked(self._geometry, dict(enumerate(self._segments.lengths)))
             inventory.drop_superseded(self._judge)
@@ -116,7 +117,7 @@ class SlabStore(SlotStore):
             self._headers.clear(inventory.broken)
         except OSError as error:
             raise StoreError(f"{self._directory.path}: {describe(error)}") from error
-        self._envelope.headers.continue_after(inventory.last_sequence)
+        self._sealer.headers.continue_after(inventory.last_sequence)
         for cause, count in inventory.causes.items():
             self._failures.count(cause, count)
 
@@ -180,7 +181,7 @@ class SlabStore(SlotStore):
         self, run: Run, keys: Sequence[OffloadKey], buffers: Sequence[memoryview], results: list[bool]
     ) -> None:
         block_bytes = self._geometry.block_bytes
-        payloads, records = self._envelope.wrap(
+        payloads, records = self._sealer.seal(
             [keys[position] for position in run.positions],
             [buffers[position] for position in run.positions],
             range(run.slot, run.slot + len(run.positions)),
@@ -251,13 +252,13 @@ class SlabStore(SlotStore):
         self, run: Run, keys: Sequence[OffloadKey], payloads: Sequence[memoryview]
     ) -> list[FailureCause | None]:
         """Fill the payloads of a run; return, each, None if it verified, else why not."""
-        places = self._envelope.places(payloads)
-        filled = self._segments.read(run.segment, run.offset, places) // self._geometry.block_bytes
+        rooms = self._sealer.rooms(payloads)
+        filled = self._segments.read(run.segment, run.offset, rooms) // self._geometry.block_bytes
         records = self._headers.read(run.slot, len(payloads))
-        causes = self._envelope.unwrap(
+        causes = self._sealer.open(
             [records[start : start + HEADER_BYTES] for start in range(0, len(records), HEADER_BYTES)],
             keys,
-            places,
+            rooms,
             payloads,
             range(run.slot, run.slot + len(payloads)),
         )
@@ -268,15 +269,13 @@ class SlabStore(SlotStore):
     ) -> list[FailureCause | None]:
         """Do as `_receive`, portion by portion, for the one block of a run."""
         (key,), (payload,) = keys, payloads
-        incoming = self._envelope.incoming(key, payload, run.slot)
+        stream = self._sealer.open_stream(key, payload, run.slot)
         for start in range(0, payload.nbytes, PORTION_BYTES):
-            portion = payload[start : start + PORTION_BYTES]
-            (place,) = self._envelope.places([portion])
-            if self._segments.read(run.segment, run.offset + start, [place]) < place.nbytes:
+            room = stream.room(start, min(start + PORTION_BYTES, payload.nbytes))
+            if self._segments.read(run.segment, run.offset + start, [room]) < room.nbytes:
                 return [FailureCause.CORRUPT]
-            incoming.note(place)
-            portion[:] = place
-        return [incoming.verify(self._headers.read(run.slot, 1))]
+            stream.note(room)
+        return [stream.verify(self._headers.read(run.slot, 1))]
 
     def _empty(self, slots: Sequence[int]) -> None:
         """Empty the records of slots that failed verification."""

@@ -92,9 +92,9 @@ def verify_namespace(folder: Path, records: Records, is_used: Callable[[], bool]
     started = time.monotonic()
     if records.geometry is None:
         return Verification(bad=dict(records.inventory.cause_of))
-    if records.seal is None:
+    if records.sealer is None:
         raise StoreError(f"{folder}: a secret guards its blocks, and it was not given")
-    with NamespaceReader(folder, records.geometry, records.seal) as reader:
+    with NamespaceReader(folder, records.geometry, records.sealer) as reader:
         verifier = _Verifier(reader, records, pace)
         was_used = is_used()
         verifier.read_all(started)
@@ -236,10 +236,10 @@ class _Verifier:
 
     def _judge(self, header: bytes, payload: memoryview, slot: int) -> FailureCause | None:
         """Return None if `payload` is what its record says, else the cause; ABSENT if the record was emptied."""
-        record = self._reader.seal.parse(header)
+        record = self._reader.sealer.headers.parse(header)
         if isinstance(record, FailureCause):
             return record
-        return self._reader.seal.verify(header, record.key, payload, slot)
+        return self._reader.sealer.verify(header, record.key, payload, slot)
 
 
 def _check_is_of_the_medium(error: OSError) -> None:

@@ -1,8 +1,8 @@
 import pytest
 
 from kvtier.errors import StoreError
-from kvtier.stores.integrity import checked_store as sealed
-from kvtier.stores.integrity.checked_store import SealedStore
+from kvtier.stores.integrity import checked_store
+from kvtier.stores.integrity.checked_store import CheckedStore
 from kvtier.stores.memory import MemoryStore
 from kvtier.testing.faulty_stores import Fault, FaultPlan, FaultyBlockStore, Injection
 from kvtier.testing.stores import StoreSuite, make_key
@@ -25,13 +25,13 @@ def plan():
 
 @pytest.fixture
 def store(context, plan):
-    store = SealedStore(FaultyBlockStore(MemoryStore(1 << 20), plan), context)
+    store = CheckedStore(FaultyBlockStore(MemoryStore(1 << 20), plan), context)
     assert store.write(KEYS, [memoryview(payload) for payload in PAYLOADS]) == [True] * 8
     return store
 
 
 def test_open_seals_any_store_class(context):
-    store = SealedStore.open({"store": MemoryStore, "capacity": 1 << 20}, context)
+    store = CheckedStore.open({"store": MemoryStore, "capacity": 1 << 20}, context)
     assert store.write(KEYS[:1], [memoryview(PAYLOADS[0])]) == [True]
     assert len(store.inner.snapshot()[KEYS[0]]) == 128 + context.block_bytes
 
@@ -89,9 +89,9 @@ def test_a_failed_clean_up_costs_no_good_block(store, plan, context, caplog, cal
     assert [record.message for record in caplog.records if call in record.message] == [caplog.records[0].message]
 
 
-@pytest.mark.parametrize("bounce_bytes", [1, 3 * (8192 + 128)])
-def test_a_batch_above_the_bounce_memory_goes_in_parts(store, monkeypatch, bounce_bytes):
-    monkeypatch.setattr(sealed, "BOUNCE_BYTES", bounce_bytes)
+@pytest.mark.parametrize("scratch_bytes", [1, 3 * (8192 + 128)])
+def test_a_batch_above_the_private_memory_goes_in_parts(store, monkeypatch, scratch_bytes):
+    monkeypatch.setattr(checked_store, "MAX_SCRATCH_BYTES", scratch_bytes)
     buffers = SUITE.buffers(8)
     order = [5, 0, 7, 1, 2, 6, 3, 4]
     assert store.read_into([KEYS[number] for number in order], buffers) == [True] * 8
