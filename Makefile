@@ -73,7 +73,7 @@ system-packages:
 	command -v chromium || command -v chromium-browser || command -v google-chrome >/dev/null || packages="$$packages chromium"; \
 	run apt-get update --quiet || { echo "apt-get update failed: without the network, or a mirror, no packages" >&2; exit 1; }; \
 	run DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes --no-install-recommends $$packages || exit 1; \
-	command -v azurite-blob >/dev/null || run npm install --global --no-fund --no-audit azurite@3
+	PATH="$$PATH:/usr/local/bin" command -v azurite-blob >/dev/null || run npm install --global --no-fund --no-audit azurite@3
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak --timeout=3600

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import hmac
+import os
+import shutil
 import subprocess
 import urllib.error
 import urllib.request
@@ -14,9 +16,16 @@ from valkey_server import free_port
 from kvtier.testing.patience import PATIENCE_SECONDS, wait_for
 
 PROGRAM = "azurite-blob"
+_PLACES = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/bin"))
+"""npm puts it into the last one, which not every root's PATH has."""
 ACCOUNT = "devstoreaccount1"
 KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 """The emulator's account and key, the same for everybody: https://learn.microsoft.com/azure/storage/common/storage-use-azurite"""
+
+
+def find_azurite() -> str | None:
+    """Return the program's path, None if it is not installed."""
+    return shutil.which(PROGRAM, path=_PLACES)
 
 
 class AzuriteServer:
@@ -32,7 +41,14 @@ class AzuriteServer:
 
     def start(self) -> AzuriteServer:
         self.process = subprocess.Popen(
-            [PROGRAM, "--silent", "--inMemoryPersistence", "--disableTelemetry", "--blobPort", str(self.port)],
+            [
+                find_azurite() or PROGRAM,
+                "--silent",
+                "--inMemoryPersistence",
+                "--disableTelemetry",
+                "--blobPort",
+                str(self.port),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

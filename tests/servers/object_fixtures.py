@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from requirements import lacking, need_program
+from requirements import lacking
 
 BUCKET = "kvtier"
 _numbers = itertools.count(1)
@@ -86,9 +86,10 @@ class AzurePlace:
 
 @pytest.fixture(scope="session")
 def _azurite():
-    from azurite_server import PROGRAM, AzuriteServer
+    from azurite_server import PROGRAM, AzuriteServer, find_azurite
 
-    need_program(PROGRAM)
+    if find_azurite() is None:
+        lacking(f"{PROGRAM} is not installed")
     yield from _running(AzuriteServer())
 
 
