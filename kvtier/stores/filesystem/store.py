@@ -160,9 +160,30 @@ class FilesystemStore(BlockStore):
     def read_into(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
         """Fill buffers and verify them; one whose result is False may hold anything."""
         results = [False] * len(keys)
-        for index in reversed(self._fitting(keys, buffers)):
+        fitting = self._fitting(keys, buffers)
+        try:
+            namespace = self._directory.namespace()
+        except OSError as error:
+            if error.errno in _ABSENT_ERRORS:
+                self._failures.count(FailureCause.ABSENT, len(fitting))
+            else:
+                self._fail(error, len(fitting))
+            return results
+        with namespace:
+            self._read_all(namespace, fitting, keys, buffers, results)
+        return results
+
+    def _read_all(
+        self,
+        namespace: Folder,
+        fitting: Sequence[int],
+        keys: Sequence[OffloadKey],
+        buffers: Sequence[memoryview],
+        results: list[bool],
+    ) -> None:
+        for index in reversed(fitting):
             try:
-                cause = self._read_from_shard(keys[index], buffers[index])
+                cause = self._read_from_shard(namespace, keys[index], buffers[index])
             except StrangerError:
                 cause = FailureCause.FOREIGN
             except OSError as error:
@@ -173,7 +194,6 @@ class FilesystemStore(BlockStore):
             results[index] = cause is None
             if cause is not None:
                 self._failures.count(cause)
-        return results
 
     def delete(self, keys: Sequence[OffloadKey]) -> None:
         """Forget `keys`."""
@@ -219,9 +239,9 @@ class FilesystemStore(BlockStore):
                 raise
         return taken + new.folder_bytes
 
-    def _read_from_shard(self, key: OffloadKey, buffer: memoryview) -> FailureCause | None:
+    def _read_from_shard(self, namespace: Folder, key: OffloadKey, buffer: memoryview) -> FailureCause | None:
         """Fill a buffer from the file of a block, which is deleted if it is not what it should be."""
-        with self._directory.namespace() as namespace, namespace.folder(shard_of(key)) as folder:
+        with namespace.folder(shard_of(key)) as folder:
             cause = self._read_one(key, folder.open_file(key.hex()), buffer)
             if cause in _UNREADABLE:
                 with contextlib.suppress(FileNotFoundError):
