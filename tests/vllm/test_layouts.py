@@ -64,3 +64,4 @@ def test_two_workers_share_an_arena_and_never_read_what_one_wrote(model, baselin
         engine.reset()
         assert engine.generate(asked) == cold == baseline(asked)
         assert engine.external_hits() == 5 * BLOCK
+        assert engine.log().count("kvtier knows the weights: ") == 1  # one worker reads for all

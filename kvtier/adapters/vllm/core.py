@@ -24,6 +24,7 @@ from kvtier.tiering.manager import TieringOffloadingManager
 
 logger = cleaned(init_logger("vllm.kvtier"))
 
+_UNTOLD = "it cannot be told whose blocks are whose: "
 WEIGHTS_SECONDS = 2.0
 """Longest the engine's start waits for weights that are being read; remembered ones are known at once."""
 
@@ -120,22 +121,26 @@ class CoreHalf:
                     self.manager = spec.get_manager()
             unfit = self._reason_against_persistence(announcements)
             if unfit or not first.persistent_tiers:
-                self._identify(Weights(None, unfit))
+                self._open_persistent_tiers(None, unfit)
         except Exception:  # on its own thread: nothing may stop the engine, which goes on without a cache; reported
             logger.exception("kvtier is off: its manager could not be made")
         finally:
             self._ready.set()
 
     def _identify(self, weights: Weights) -> None:
-        """Let the tiers that outlive the engine open, or say why not; on one of the host's threads."""
+        """Learn which weights these are, or why nobody can tell; on one of the host's threads."""
+        self._open_persistent_tiers(weights.identity, _UNTOLD + weights.problem)
+
+    def _open_persistent_tiers(self, weights: Mapping[str, str | int] | None, reason: str) -> None:
+        """Let the tiers that outlive the engine open, or say for which reason they stay off; the first call counts."""
         try:
             with self._lock:
                 if self._closed or self._spec is None or self._weights_said.is_set():
                     return
-                if weights.identity is None:
-                    self._spec.remain_unidentified(f"it cannot be told whose blocks are whose: {weights.problem}")
+                if weights is None:
+                    self._spec.remain_unidentified(reason)
                     return
-                namespace = namespace_of(self._announcements, weights.identity)
+                namespace = namespace_of(self._announcements, weights)
                 warn_of_random_seed(self._first, str(namespace.identity["hash"]))
                 self._spec.identify(namespace)
         except Exception:  # as above: the tiers stay closed; reported
@@ -147,7 +152,7 @@ class CoreHalf:
         """Return why blocks must not outlive this engine, whatever its weights; "" if they may."""
         problems = [f"rank {said.rank}: {said.problem}" for said in announcements if said.identity is None]
         if problems:
-            return "; ".join(problems)
+            return _UNTOLD + "; ".join(problems)
         if any(said.uses_lora for said in announcements) and not self._first.user_config.allow_lora:
             return "with LoRA, block hashes carry the adapters' names, not their contents; set allow_lora to trust them"
         return ""
