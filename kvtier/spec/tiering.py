@@ -19,11 +19,10 @@ from kvtier.namespace import Namespace
 from kvtier.options import join_key
 from kvtier.primary.arena import Arena
 from kvtier.registry import POLICIES, construct_tier, load_tier_class, try_tier
-from kvtier.secondary.unusable import UnusableTierManager
+from kvtier.secondary.stand_ins import LateTier, UnusableTierManager
 from kvtier.spec.cpu import CPUOffloadingSpec
 from kvtier.spec.recorded import make_manager
 from kvtier.spec.tiers import outlives_engine, parse_tiers, prompts_only
-from kvtier.tiering.late_tier import LateTier
 from kvtier.tiering.manager import TieringOffloadingManager
 
 _POLL_SECONDS = 0.005

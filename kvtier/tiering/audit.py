@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from kvtier.errors import InvariantError
 from kvtier.primary.table import BlockTable
-from kvtier.tiering.guard import TierGuard
+from kvtier.tiering.guarded_tier import TierGuard
 from kvtier.tiering.requests import RequestState
 
 

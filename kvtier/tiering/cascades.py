@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from kvtier.events import CascadeRefused, Observer
 from kvtier.keys import OffloadKey
 from kvtier.primary.table import BlockTable
-from kvtier.tiering.guard import TierGuard
+from kvtier.tiering.guarded_tier import TierGuard
 from kvtier.tiering.tier_jobs import JobMaker
 from kvtier.types import Admission, ReqContext
 

@@ -9,8 +9,8 @@ from kvtier.clock import Clock
 from kvtier.events import Observer, RequestGaveUp
 from kvtier.keys import OffloadKey
 from kvtier.primary.table import BlockTable
-from kvtier.tiering.guard import TierGuard
-from kvtier.tiering.promotions import Promotions
+from kvtier.tiering.flights import Promotions
+from kvtier.tiering.guarded_tier import TierGuard
 from kvtier.tiering.requests import RequestState, Wait
 from kvtier.tiering.settings import TieringSettings
 from kvtier.types import LookupResult

@@ -23,15 +23,15 @@ from kvtier.keys import OffloadKey
 from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
 from kvtier.tiering.audit import check_slots
 from kvtier.tiering.cascades import Cascades
-from kvtier.tiering.guard import TierGuard
+from kvtier.tiering.device_copies import DeviceTransfers
+from kvtier.tiering.guarded_tier import TierGuard
 from kvtier.tiering.kv_events import KVEventLog
-from kvtier.tiering.promoter import PRIMARY, Promoter
+from kvtier.tiering.promotion import PRIMARY, Promoter
 from kvtier.tiering.requests import Requests, RequestState
 from kvtier.tiering.settings import ResetPolicy, TieringSettings
 from kvtier.tiering.stats import StatsObserver
 from kvtier.tiering.tier_jobs import Answer, JobMaker
 from kvtier.tiering.tiers import SecondaryTiers
-from kvtier.tiering.transfers import DeviceTransfers
 from kvtier.tiering.turns import in_turn
 from kvtier.tiering.usage import Usage
 from kvtier.types import (

@@ -24,7 +24,7 @@ from kvtier.descriptors import Descriptor
 from kvtier.events import CascadeRefused, Event
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
-from kvtier.tiering.guard import TierGuard
+from kvtier.tiering.guarded_tier import TierGuard
 from kvtier.tiering.manager import TieringOffloadingManager
 from kvtier.tiering.record_writer import FRAME, LENGTH
 from kvtier.tiering.tier_jobs import Answer

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 from kvtier.abc import SecondaryTierManager
 from kvtier.clock import Clock
 from kvtier.events import Observer, TierState
 from kvtier.keys import OffloadKey
-from kvtier.tiering.endings import run_bounded
-from kvtier.tiering.guard import TierGuard
+from kvtier.log import logger
+from kvtier.tiering.guarded_tier import TierGuard
 from kvtier.tiering.settings import TieringSettings
 from kvtier.tiering.tier_jobs import Answer
 from kvtier.types import (
@@ -116,7 +118,7 @@ class SecondaryTiers:
         for guard in self.guards:
             guard.begin_drain()
         calls = [(guard.name, guard.drain) for guard in self.guards]
-        for guard, thread in zip(self.guards, run_bounded(calls, self._settings.drain_timeout), strict=True):
+        for guard, thread in zip(self.guards, _run_bounded(calls, self._settings.drain_timeout), strict=True):
             guard.busy_with(thread)
 
     def start_epoch(self, epoch: bytes) -> None:
@@ -126,7 +128,7 @@ class SecondaryTiers:
 
     def shutdown(self) -> None:
         """End all tiers, within `drain_timeout`."""
-        run_bounded([(guard.name, guard.shutdown) for guard in self.guards], self._settings.drain_timeout)
+        _run_bounded([(guard.name, guard.shutdown) for guard in self.guards], self._settings.drain_timeout)
 
     def take_events(self) -> list[OffloadingEvent]:
         """Return the tiers' KV events since the last call."""
@@ -154,3 +156,29 @@ class SecondaryTiers:
 def _distinct(tiers: Sequence[SecondaryTierManager]) -> list[str]:
     types = [tier.tier_type for tier in tiers]
     return [name if types.count(name) == 1 else f"{name}-{index}" for index, name in enumerate(types)]
+
+
+def _run_bounded(calls: Sequence[tuple[str, Callable[[], object]]], timeout: float) -> list[threading.Thread | None]:
+    """Run all calls at once and wait for them together.
+
+    Args:
+        calls: (name for the log, what to call); a call that raises is logged and counts as ended.
+        timeout: longest wait, in seconds of real time.
+
+    Returns:
+        Per call, None if it ended, else the (daemon) thread that is still in it.
+    """
+    threads = [threading.Thread(target=_logged, args=call, name=f"kvtier-end-{call[0]}", daemon=True) for call in calls]
+    deadline = time.monotonic() + timeout
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return [thread if thread.is_alive() else None for thread in threads]
+
+
+def _logged(name: str, call: Callable[[], object]) -> None:
+    try:
+        call()
+    except Exception:
+        logger.exception("tier %s failed at its end", name)

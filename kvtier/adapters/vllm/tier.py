@@ -28,7 +28,7 @@ from kvtier.errors import ConfigError
 from kvtier.keys import OffloadKey
 from kvtier.namespace import Namespace
 from kvtier.registry import create_secondary_tier
-from kvtier.secondary.unusable import UnusableTierManager
+from kvtier.secondary.stand_ins import UnusableTierManager
 from kvtier.types import JobMetadata, ScheduleEndContext
 from kvtier.weights.weight_files import UnknownWeightsError, identify_files, process_started_at, weight_files
 

@@ -3,7 +3,7 @@
 import pytest
 from engine import make_keys
 
-from kvtier.tiering.ledger import MAX_VERSIONS, DigestLedger
+from kvtier.tiering.digests import MAX_VERSIONS, DigestLedger
 
 
 @pytest.fixture

@@ -1,22 +1,155 @@
-"""Carries out promotion plans and takes in what arrives."""
+"""Promotions: which blocks a request may bring into the primary tier, the slots it holds there, how a plan is done."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Container, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 
 from kvtier.clock import Clock
-from kvtier.errors import KeyFormatError
+from kvtier.errors import InvariantError, KeyFormatError
 from kvtier.events import BlocksEvicted, BlocksStored, Observer
 from kvtier.keys import OffloadKey
 from kvtier.primary.table import BlockTable, Placement
-from kvtier.tiering.guard import TierGuard
+from kvtier.tiering.flights import Promotions
+from kvtier.tiering.guarded_tier import TierGuard
 from kvtier.tiering.lookups import Lookups
-from kvtier.tiering.promotions import Leases, Promotions, plan_promotions
-from kvtier.tiering.requests import RequestState
+from kvtier.tiering.requests import RequestState, split_scan
 from kvtier.tiering.settings import TieringSettings
 from kvtier.tiering.tier_jobs import JobMaker, TierJob
 
 PRIMARY = "primary"
+
+
+@dataclass(frozen=True, slots=True)
+class PromotionPlan:
+    """What one request gets at the end of a step; changes nothing by itself.
+
+    Attributes:
+        hits: ready keys to lease.
+        joins: keys already on their way, to wait for; not those that it awaits already.
+        by_tier: keys to promote, per tier index, in the engine's order.
+        denied: keys over the budget.
+    """
+
+    hits: list[OffloadKey]
+    joins: list[OffloadKey]
+    by_tier: dict[int, list[OffloadKey]]
+    denied: list[OffloadKey]
+
+    @property
+    def waits(self) -> bool:
+        """Whether the request has anything to wait for."""
+        return bool(self.joins or self.by_tier)
+
+
+def plan_promotions(
+    state: RequestState,
+    table: BlockTable,
+    room: int,
+    late: Container[OffloadKey] = (),
+    held: Container[int] = (),
+) -> PromotionPlan:
+    """Choose what to lease and promote for one request: all that is certain, up to the first unresolved key.
+
+    Args:
+        late: keys whose promotion somebody waited for in vain; nobody joins it.
+        room: primary slots that the budget still grants, for new leases and promotions together.
+        held: slots that some lease holds already; another lease of them costs nothing.
+    """
+    groups = [_certain_head(state, group) for group in split_scan(state.scan)]
+    hits: list[OffloadKey] = []
+    joins: list[OffloadKey] = []
+    denied: list[OffloadKey] = []
+    by_tier: dict[int, list[OffloadKey]] = {}
+    get_slot, filling, lease, awaiting = table.slot_of.get, table.filling, state.lease, state.awaiting
+    for key in _in_step(groups):
+        if key in lease or key in awaiting:
+            continue
+        slot = get_slot(key)
+        if slot is not None:
+            if slot in filling:
+                if key not in late:
+                    joins.append(key)
+            elif slot in held:
+                hits.append(key)
+            elif room > 0:
+                hits.append(key)
+                room -= 1
+        elif key in state.found:
+            if room > 0:
+                by_tier.setdefault(state.found[key], []).append(key)
+                room -= 1
+            else:
+                denied.append(key)
+    return PromotionPlan(hits, joins, by_tier, denied)
+
+
+def _in_step(groups: Sequence[Sequence[OffloadKey]]) -> Iterable[OffloadKey]:
+    """Return the groups' keys, the first of each, then the second of each: a cut leaves the groups even."""
+    if len(groups) == 1:
+        return groups[0]
+    return [key for row in zip_longest(*groups) for key in row if key is not None]
+
+
+def _certain_head(state: RequestState, keys: Sequence[OffloadKey]) -> Sequence[OffloadKey]:
+    if not state.unresolved:
+        return keys
+    for index, key in enumerate(keys):
+        if key in state.unresolved:
+            return keys[:index]
+    return keys
+
+
+class Leases:
+    """Slots that requests hold between their plan and their load; several may hold one slot."""
+
+    def __init__(self, table: BlockTable, budget: int) -> None:
+        """Args: budget: most slots that leases and flights may hold together."""
+        self._table = table
+        self._holders: dict[int, int] = {}
+        self.budget = budget
+
+    @property
+    def held(self) -> Container[int]:
+        """The slots that requests hold."""
+        return self._holders.keys()
+
+    def room(self, num_flights: int) -> int:
+        """Slots that the budget still grants."""
+        return self.budget - len(self._holders) - num_flights
+
+    def hold(self, state: RequestState, keys: Iterable[OffloadKey]) -> None:
+        """Pin the slots of `keys`, which are ready, for `state`."""
+        lease, holders, slot_of = state.lease, self._holders, self._table.slot_of
+        taken = {key: slot_of[key] for key in keys if key not in lease}
+        lease.update(taken)
+        for slot in taken.values():
+            holders[slot] = holders.get(slot, 0) + 1
+        self._table.pin(taken.values())
+
+    def release(self, state: RequestState) -> None:
+        """Unpin all that `state` holds."""
+        for slot in state.lease.values():
+            left = self._holders[slot] - 1
+            if left:
+                self._holders[slot] = left
+            else:
+                del self._holders[slot]
+        self._table.unpin(state.lease.values())
+        state.lease.clear()
+        state.lease_expires = None
+
+    def check_invariants(self, requests: Iterable[RequestState]) -> None:
+        """Raise InvariantError unless the holders are exactly the requests' leases."""
+        counted: dict[int, int] = {}
+        for state in requests:
+            for slot in state.lease.values():
+                counted[slot] = counted.get(slot, 0) + 1
+                if not self._table.is_pinned(slot):
+                    raise InvariantError(f"slot {slot} is leased and not pinned")
+        if counted != self._holders:
+            raise InvariantError("leases and their holders differ")
 
 
 class Promoter:

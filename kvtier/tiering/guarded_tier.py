@@ -18,11 +18,11 @@ from kvtier.errors import InvariantError
 from kvtier.events import BlocksFailed, JobFinished, Observer, TierState, UnexpectedCall
 from kvtier.keys import OffloadKey
 from kvtier.primary.arena import arena_rows
-from kvtier.tiering.late_tier import LateTier
-from kvtier.tiering.ledger import DigestLedger
-from kvtier.tiering.patience import ProbePatience
+from kvtier.secondary.stand_ins import LateTier
+from kvtier.tiering.digests import DigestLedger
 from kvtier.tiering.standing import Standing
 from kvtier.tiering.tier_jobs import Answer, Claim, TierJob, make_tier_job, read_result
+from kvtier.tiering.waiting import ProbePatience
 from kvtier.types import (
     Admission,
     FailureCause,

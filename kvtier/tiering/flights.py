@@ -1,0 +1,103 @@
+"""The blocks on their way from tiers into the primary tier, and who waits for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import repeat
+
+from kvtier.errors import InvariantError
+from kvtier.keys import OffloadKey
+from kvtier.primary.table import BlockTable
+from kvtier.tiering.requests import RequestState
+
+Flight = tuple[int, tuple[RequestState, ...]]
+"""One block on its way: its slot and who waits for it."""
+
+
+class Promotions:
+    """The blocks on their way from tiers, by key."""
+
+    def __init__(self) -> None:
+        self.flights: dict[OffloadKey, Flight] = {}
+        self.late: set[OffloadKey] = set()
+        """Keys on their way from a tier or the device that somebody awaited in vain: nobody else shall."""
+
+    def depart(self, keys: Sequence[OffloadKey], slots: Sequence[int], waiter: RequestState) -> None:
+        """A job fills `slots` with `keys`, for `waiter`."""
+        self.flights.update(zip(keys, zip(slots, repeat((waiter,)), strict=False), strict=True))
+        waiter.awaiting.update(keys)
+
+    def join(self, keys: Iterable[OffloadKey], waiter: RequestState) -> None:
+        """`waiter` waits for those of `keys` that a tier is bringing."""
+        for key in keys:
+            flight = self.flights.get(key)
+            if flight is not None and key not in waiter.awaiting:
+                slot, waiters = flight
+                self.flights[key] = slot, (*waiters, waiter)
+                waiter.awaiting.add(key)
+
+    def leave(self, waiter: RequestState, late: bool = False) -> None:
+        """`waiter` waits no more; flights go on without it. `late` ones are joined by nobody: its time was up."""
+        if late:
+            self.late |= waiter.awaiting
+        for key in waiter.awaiting:
+            slot, waiters = self.flights[key]
+            self.flights[key] = slot, tuple([other for other in waiters if other is not waiter])
+        waiter.awaiting.clear()
+
+    def land(self, keys: Iterable[OffloadKey], slots: Iterable[int]) -> dict[RequestState, list[OffloadKey]]:
+        """The flights of `keys` into `slots` are over; return who waited for which. Abandoned ones had nobody."""
+        flights, late = self.flights, self.late
+        awaited: dict[RequestState, list[OffloadKey]] = {}
+        group: tuple[RequestState, ...] | None = None
+        lists: list[list[OffloadKey]] = []
+        for key, slot in zip(keys, slots, strict=True):
+            flight = flights.get(key)
+            if flight is None or flight[0] != slot:
+                continue
+            del flights[key]
+            if late:
+                late.discard(key)
+            if flight[1] is not group:  # neighbours mostly have the same ones
+                group = flight[1]
+                lists = [awaited.setdefault(waiter, []) for waiter in group]
+            for theirs in lists:
+                theirs.append(key)
+        for waiter, theirs in awaited.items():
+            waiter.awaiting.difference_update(theirs)
+        return awaited
+
+    def abandoned(self, keys: Iterable[OffloadKey]) -> list[OffloadKey]:
+        """Return those of `keys` that are late or on their way to nobody; a store may take them over."""
+        flights, late = self.flights, self.late
+        return [key for key in keys if key in flights and (key in late or not flights[key][1])]
+
+    def abandon(self, keys: Iterable[OffloadKey]) -> None:
+        """Forget these flights: whatever arrives finds its slot in quarantine."""
+        for key in keys:
+            self.late.discard(key)
+            flight = self.flights.pop(key, None)
+            for waiter in flight[1] if flight is not None else ():
+                waiter.awaiting.discard(key)
+
+    def clear(self) -> None:
+        """The cache is reset: nothing is on its way or late any more."""
+        self.abandon(list(self.flights))
+        self.late.clear()
+
+    def end_stores(self, keys: Iterable[OffloadKey]) -> None:
+        """Device stores of `keys` have ended: those that were late are so no more."""
+        self.late.difference_update(keys)
+
+    @property
+    def has_live(self) -> bool:
+        """Whether any request waits for a flight."""
+        return any(waiters for _, waiters in self.flights.values())
+
+    def check_invariants(self, table: BlockTable) -> None:
+        """Raise InvariantError unless every flight has a filling slot and its waiters know of it."""
+        for key, (slot, waiters) in self.flights.items():
+            if table.slot_of.get(key) != slot or slot not in table.filling:
+                raise InvariantError(f"a flight has slot {slot}, which is not filling")
+            if any(key not in waiter.awaiting for waiter in waiters):
+                raise InvariantError("a flight counts a waiter that does not wait")
