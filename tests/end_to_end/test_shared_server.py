@@ -7,7 +7,7 @@ from whole_engine import WholeEngine, make_keys
 from kvtier.events import TierState
 from kvtier.testing.patience import wait_for
 
-LOAD_DEADLINE = 0.5
+LOAD_DEADLINE = 5.0
 
 
 @pytest.fixture

@@ -58,6 +58,7 @@ class LiveEngine:
             "secondary_tiers": tiers,
             "record": str(path / "live.rec"),
             "load_deadline": 60.0,
+            "probe_deadline": 60.0,
             **config,
         }
         engine = OffloadingConfig(extra, (KVCacheGroup(16),), BLOCK_BYTES, Namespace({"model": "recorded"}))

@@ -1,5 +1,6 @@
 """Replays in several processes end when their parent ends, however it does."""
 
+import functools
 import json
 import os
 import signal
@@ -49,7 +50,10 @@ def command(long_trace):
     """A command with two workers that are computing, in a session of its own; (process, ids of all its children)."""
     sizes = ",".join(f"{size}GiB" for size in range(64, 104))
     words = [sys.executable, "-m", "kvtier", "simulate", str(long_trace), "--dram", sizes, "--policy", "prefix"]
-    process = subprocess.Popen([*words, "--processes", "2"], stderr=subprocess.PIPE, start_new_session=True, text=True)
+    # Started in the background, this process may ignore the signal, and its children would, too.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    options = {"stderr": subprocess.PIPE, "start_new_session": True, "text": True, "preexec_fn": heed}
+    process = subprocess.Popen([*words, "--processes", "2"], **options)
 
     def computing():
         assert process.poll() is None, process.stderr.read()
@@ -62,7 +66,8 @@ def command(long_trace):
     for left in (process.pid, *children):
         if stat_of(left) is not None:
             os.kill(left, signal.SIGKILL)
-    process.communicate()
+    process.wait()
+    process.stderr.close()
 
 
 def test_an_interrupt_ends_everything(command):
