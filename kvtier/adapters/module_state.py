@@ -42,6 +42,9 @@ _NOT_SETTINGS = frozenset(vars(torch.nn.Module())) | {
 }
 """Attributes of modules that change nothing in the KV cache: torch's own, names, and what the layers of PEFT repeat."""
 
+_HEAP_TYPE = 1 << 9
+"""Py_TPFLAGS_HEAPTYPE: the class is defined in Python, or by few extensions."""
+
 _HOLDERS = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _ATOMS = (bool, int, float, complex, str, bytes, torch.dtype, torch.layout, torch.memory_format, os.PathLike)
@@ -164,6 +167,8 @@ class ModuleState:
         elif dataclasses.is_dataclass(value) and hasattr(value, "__dict__"):
             self.lines.append(f"{path}: {type(value).__qualname__}")
             self._read(vars(value), path, merged)
+        elif _is_stateless(value):
+            self.lines.append(f"{path}: {type(value).__module__}.{type(value).__qualname__}")
         else:
             self.opaque[path] = value
 
@@ -271,6 +276,13 @@ def _drops_out(module: torch.nn.Module) -> bool:
     if isinstance(module, torch.nn.modules.dropout._DropoutNd):
         return bool(module.p > 0)
     return any("drop" in name and isinstance(rate, float) and rate > 0 for name, rate in vars(module).items())
+
+
+def _is_stateless(value: object) -> bool:
+    """Return whether an object of a class in Python has nothing of its own, so that the class says what it does."""
+    kinds = type(value).__mro__[:-1]
+    is_python = all(kind.__flags__ & _HEAP_TYPE and "__slots__" not in vars(kind) for kind in kinds)
+    return is_python and getattr(value, "__dict__", None) == {} and _is_found_by_name(type(value))
 
 
 def _is_found_by_name(function: Callable[..., Any]) -> bool:

@@ -198,6 +198,8 @@ class PrefixCache:
             now = {"state": self._opened().identity.current(), "arithmetic": arithmetic(self._shape.device.type)}
             return Namespace({**self._layout.identity, **now}, self._epoch)
 
+    _namespace = namespace  # its earlier name
+
     def reset(self) -> None:
         """Find nothing that was stored so far, nor let requests that have begun store anything.
 

@@ -353,6 +353,7 @@ def test_adapters_added_by_transformers_itself():
         ask(cache)
         for name in ("one", "two"):
             model.add_adapter(lora(), adapter_name=name)
+            model.eval()
             assert ask(cache) == 0
         model.set_adapter("one")
         assert ask(cache) == BOUNDARY
