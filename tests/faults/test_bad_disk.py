@@ -41,7 +41,7 @@ def test_the_breaker_opens_costs_nothing_and_closes(rig, faulty_disk, caplog):
         assert not rig.load([number])[1]
     assert tier.state is TierState.DOWN
     assert FailureCause.IO_ERROR in causes(rig)
-    faulty_disk.fail(error="EIO", delay=2 * TEST_SECONDS)  # whoever asks the disk now, waits and is killed
+    faulty_disk.fail(error="EIO", delay=30)  # a job that asks the disk now waits, and its process is killed
     tier._supervisor._breaker.retry_at += 2 * TEST_SECONDS
     for number in ALL:
         assert tier.lookup(make_key(number), rig.request) is LookupResult.MISS
