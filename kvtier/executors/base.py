@@ -6,21 +6,14 @@ another one for the next life. All methods are for the scheduler's thread and re
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvtier.executors.messages import (
-    IndexBatch,
-    IndexEnd,
-    Part,
-    PartResult,
-    Prepared,
-    ProbeAnswer,
-    Ready,
-    Unavailable,
-)
+from kvtier.errors import ProtocolError
+from kvtier.executors.protocol import Part, StoreReport
 from kvtier.keys import OffloadKey
 from kvtier.namespace import Namespace
 
@@ -32,7 +25,7 @@ class Ended:
     reason: str
 
 
-Report = Ready | Unavailable | IndexBatch | IndexEnd | PartResult | ProbeAnswer | Prepared | Ended
+Report = StoreReport | Ended
 """What `IOExecutor.poll` returns."""
 
 
@@ -55,9 +48,13 @@ class StoreDescription:
     block_bytes: int
     threads: int = 4
 
-    def to_json(self) -> dict[str, Any]:
-        """Return JSON values that `from_json` understands."""
-        return {
+    def to_json(self) -> bytes:
+        """Return JSON that `from_json` understands; JSON, because paths may hold what no UTF-8 can say.
+
+        Raises:
+            ProtocolError: the options are no JSON values.
+        """
+        values = {
             "path": self.path,
             "options": dict(self.options),
             "identity": dict(self.namespace.identity),
@@ -66,14 +63,25 @@ class StoreDescription:
             "block_bytes": self.block_bytes,
             "threads": self.threads,
         }
+        try:
+            return json.dumps(values, allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ProtocolError(f"options that are no JSON: {error}") from error
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> StoreDescription:
+    def from_json(cls, text: bytes) -> StoreDescription:
         """Return the description that `to_json` was given.
 
         Raises:
-            KeyError, TypeError, ValueError: something is missing or of another type.
+            ProtocolError: something is missing or of another type.
         """
+        try:
+            return cls._from_values(json.loads(text.decode(), parse_constant=_refuse_constant))
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ProtocolError(f"description of a store: {type(error).__name__}: {error}") from error
+
+    @classmethod
+    def _from_values(cls, values: Mapping[str, Any]) -> StoreDescription:
         return cls(
             path=str(values["path"]),
             options=dict(values["options"]),
@@ -82,6 +90,10 @@ class StoreDescription:
             block_bytes=int(values["block_bytes"]),
             threads=int(values["threads"]),
         )
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 class IOExecutor(ABC):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from kvtier.executors.messages import Part, PartResult
+from kvtier.executors.protocol import Part, PartResult
 from kvtier.types import FailureCause
 
 _SECONDS_SILENT = 0.05
@@ -83,24 +83,25 @@ def _join_run(run: Sequence[PartResult]) -> PartResult:
         run[0].first,
         [success for result in run for success in result.successes],
         sum(result.num_bytes for result in run),
-        sum(result.seconds for result in run),
         dict(failures),
     )
 
 
-def split_result(result: PartResult, parts: Sequence[Part], block_bytes: int) -> list[PartResult]:
-    """Return the results of parts that were moved in one call, whose blocks stand in `result` one part after the other.
+def split_result(
+    successes: Sequence[bool], failures: Mapping[FailureCause, int], parts: Sequence[Part], block_bytes: int
+) -> list[PartResult]:
+    """Return the results of parts that were moved in one call, one part after the other.
 
-    Whose blocks failed is known; of which cause is known of the call only, and dealt out in order.
+    Which blocks failed is known; their causes are known per call only, and dealt out in order.
     """
-    causes = [cause for cause, count in result.failures.items() for _ in range(count)]
+    causes = [cause for cause, count in failures.items() for _ in range(count)]
     results: list[PartResult] = []
     start = 0
     for part in parts:
-        successes = result.successes[start : start + len(part.keys)]
-        start += len(part.keys)
-        failed = successes.count(False)
-        own, causes = causes[:failed], causes[failed:]
-        num_bytes = (len(successes) - failed) * block_bytes
-        results.append(PartResult(part.serial, part.first, successes, num_bytes, result.seconds, Counter(own)))
+        own = list(successes[start : start + part.num_blocks])
+        start += part.num_blocks
+        failed = own.count(False)
+        own_causes, causes = causes[:failed], causes[failed:]
+        num_bytes = (len(own) - failed) * block_bytes
+        results.append(PartResult(part.serial, part.first, own, num_bytes, Counter(own_causes)))
     return results

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from kvtier import forks
 from kvtier.errors import StoreUnavailableError
 from kvtier.executors.base import IOExecutor, Report, StoreDescription
-from kvtier.executors.messages import IndexEnd, Part, PartResult, Probe, ProbeAnswer, Ready, Unavailable
+from kvtier.executors.protocol import IndexEnd, Part, PartResult, Probe, ProbeAnswer, Ready, Unavailable
 from kvtier.executors.queue import PartQueue, Task
 from kvtier.executors.runner import StoreRunner, cancelled
 from kvtier.keys import OffloadKey
@@ -43,7 +43,7 @@ class InlineExecutor(IOExecutor):
             self._reports.extend(self._runner.index())
             self._reports.append(IndexEnd())
         except StoreUnavailableError as error:
-            self._reports.append(Unavailable(str(error)))
+            self._reports.append(Unavailable.because(str(error)))
 
     def submit(self, part: Part) -> None:
         """Queue blocks to be moved at the next poll."""
@@ -51,7 +51,7 @@ class InlineExecutor(IOExecutor):
 
     def probe(self, probe_id: int, keys: Sequence[OffloadKey]) -> None:
         """Queue a question for the next poll."""
-        self._queue.put(Probe(probe_id, list(keys)))
+        self._queue.put(Probe.of(probe_id, keys))
 
     def poll(self) -> list[Report]:
         """Do everything that is queued; return all results."""
@@ -59,7 +59,7 @@ class InlineExecutor(IOExecutor):
             while (task := self._queue.take_now()) is not None:
                 self._reports.append(run_task(self._runner, self._rows, task))
             if self._runner.lost is not None:
-                self._reports.append(Unavailable(self._runner.lost))
+                self._reports.append(Unavailable.because(self._runner.lost))
         reports = list(self._reports)
         self._reports.clear()
         return reports
@@ -92,5 +92,4 @@ def run_task(runner: StoreRunner, rows: Rows, task: Task) -> PartResult | ProbeA
     """Do one task directly on the arena; return its report."""
     if isinstance(task, Part):
         return runner.run(task, [rows[slot] for slot in task.arena_slots])
-    found = runner.contains(task.keys)
-    return ProbeAnswer(task.probe_id, found or [False] * len(task.keys), failed=found is None)
+    return runner.answer(task)

@@ -18,21 +18,17 @@ from kvtier import forks
 from kvtier.descriptors import Descriptor
 from kvtier.errors import ProtocolError, StoreUnavailableError
 from kvtier.executors.base import Ended, IOExecutor, Report, StoreDescription
-from kvtier.executors.codec import MAX_MESSAGE_BYTES, blocks_per_message, decode, encode, encode_head
-from kvtier.executors.messages import (
-    CancelWaiting,
+from kvtier.executors.protocol import (
+    MAX_PACKET_BYTES,
+    Cancel,
     IndexBatch,
-    IndexEnd,
-    Message,
-    Options,
+    Open,
     Part,
-    PartResult,
-    Prepared,
     Probe,
-    ProbeAnswer,
-    Ready,
-    Several,
-    Unavailable,
+    Request,
+    blocks_per_packet,
+    decode_reports,
+    encode,
 )
 from kvtier.executors.runner import cancelled
 from kvtier.keys import OffloadKey
@@ -50,8 +46,6 @@ _SECONDS_TO_EXIT = 0.2
 
 _SECONDS_BETWEEN_LOOKS = 0.02
 """At a process whose end nothing announces."""
-
-_REPORTS = Ready | Unavailable | IndexBatch | IndexEnd | PartResult | ProbeAnswer | Prepared
 
 
 def _environment() -> dict[str, str]:
@@ -92,13 +86,13 @@ class IOProcess(IOExecutor):
         self._pidfd: Descriptor | None = None
         self._socket: socket.socket | None = None
         self._descriptor: Descriptor | None = None
-        self._first: deque[Message] = deque()
+        self._first: deque[Request] = deque()
         self._loads: deque[Part] = deque()
         self._stores: deque[Part] = deque()
         self._local: deque[Report] = deque()
         self._packet: tuple[bytes, int, deque[Any]] | None = None
         self._submitted = False
-        self._buffer = memoryview(bytearray(MAX_MESSAGE_BYTES + 1))
+        self._buffer = memoryview(bytearray(MAX_PACKET_BYTES + 1))
         self._ended_at: float | None = None
         forks.register(self)
 
@@ -127,9 +121,9 @@ class IOProcess(IOExecutor):
         parent = -1
         if not self._arena.is_ours():
             raise StoreUnavailableError(_CLOSED)
-        options = Options(self._description.to_json())
         try:
-            encode(options)
+            request = Open(self._description.to_json())
+            encode((request,))
         except ProtocolError as error:
             raise StoreUnavailableError(f"options of its store: {error}") from error
         try:
@@ -158,7 +152,7 @@ class IOProcess(IOExecutor):
                 os.close(parent)
         ours.setblocking(False)
         self._socket, self._descriptor = ours, Descriptor(ours.fileno())
-        self._first.append(options)
+        self._first.append(request)
         self._send_queued()
 
     def submit(self, part: Part) -> None:
@@ -166,19 +160,15 @@ class IOProcess(IOExecutor):
 
         The first ones after a poll are sent at once; what follows waits for the next poll and travels together.
         """
-        step = blocks_per_message(len(part.keys[0]))
         queue = self._loads if part.is_load else self._stores
-        if len(part.keys) <= step:
-            queue.append(part)
-        else:
-            queue.extend(part.slice(start, start + step) for start in range(0, len(part.keys), step))
+        queue.extend(part.cut(blocks_per_packet(part.key_bytes)))
         if not self._submitted:
             self._submitted = True
             self._send_queued()
 
     def probe(self, probe_id: int, keys: Sequence[OffloadKey]) -> None:
         """Queue a question and send it."""
-        self._first.append(Probe(probe_id, keys))
+        self._first.append(Probe.of(probe_id, keys))
         self._send_queued()
 
     def poll(self) -> list[Report]:
@@ -200,12 +190,9 @@ class IOProcess(IOExecutor):
             if not packet:
                 reports += [] if reports else self._ended()  # what it did before its end is heard first
                 break
-            message = decode(packet)
-            for report in message.messages if isinstance(message, Several) else (message,):
-                if not isinstance(report, _REPORTS):
-                    raise ProtocolError(f"{type(report).__name__} from an I/O process")
-                reports.append(report)
-            num_index += isinstance(message, IndexBatch)
+            arrived = decode_reports(packet)
+            reports += arrived
+            num_index += isinstance(arrived[0], IndexBatch)
             if num_index >= _MOST_INDEX_BATCHES:
                 break
         return reports
@@ -220,7 +207,7 @@ class IOProcess(IOExecutor):
         for queue in (self._loads, self._stores):
             self._local.extend(map(cancelled, queue))
             queue.clear()
-        self._first.append(CancelWaiting())
+        self._first.append(Cancel())
         self._send_queued()
 
     def retire(self) -> None:
@@ -280,7 +267,7 @@ class IOProcess(IOExecutor):
                 queue: deque[Any] = self._first or self._loads or self._stores
                 if not queue:
                     return
-                self._packet = (*encode_head(queue), queue)
+                self._packet = (*encode(queue), queue)
             packet, count, queue = self._packet
             try:
                 self._socket.send(packet, socket.MSG_NOSIGNAL)
@@ -302,7 +289,7 @@ class IOProcess(IOExecutor):
             return None
         except OSError:
             return b""
-        if length > MAX_MESSAGE_BYTES:
+        if length > MAX_PACKET_BYTES:
             raise ProtocolError("a packet that is too long")
         return bytes(self._buffer[:length])
 

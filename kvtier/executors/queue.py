@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 
-from kvtier.executors.messages import Part, Probe
+from kvtier.executors.protocol import Part, Probe
 
 _LOADS_IN_A_ROW = 16
 """After so many loads one waiting store goes first, so that a busy tier still learns."""
@@ -54,14 +54,14 @@ class PartQueue:
         then serves them all.
         """
         first = self.take()
-        if not isinstance(first, Part) or first.store_slots is None:
+        if not isinstance(first, Part) or first.packed_store_slots is None:
             return [] if first is None else [first]
         tasks: list[Task] = [first]
-        left = most_blocks - len(first.keys)
+        left = most_blocks - first.num_blocks
         with self._changed:
             queue = self._loads if first.is_load else self._stores
-            while queue and (part := queue[0]).store_slots is not None:
-                left -= len(part.keys)
+            while queue and (part := queue[0]).packed_store_slots is not None:
+                left -= part.num_blocks
                 if left < 0:
                     break
                 tasks.append(queue.popleft())

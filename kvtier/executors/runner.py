@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import importlib
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from kvtier.abc import BlockStore, FailureCounter, SlotStore, StoreContext
 from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.executors.base import StoreDescription
-from kvtier.executors.codec import blocks_per_message
 from kvtier.executors.gathering import split_result
-from kvtier.executors.messages import IndexBatch, Part, PartResult, Prepared
+from kvtier.executors.protocol import IndexBatch, Part, PartResult, Prepared, Probe, ProbeAnswer, blocks_per_packet
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
 from kvtier.stores.integrity.checked_store import CheckedStore
@@ -121,25 +119,35 @@ class StoreRunner:
             for slots, keys in self.store.recover():
                 if len(set(map(len, keys))) > 1:
                     raise StoreError("keys of different lengths")
-                step = blocks_per_message(len(keys[0]) if keys else 1)
+                step = blocks_per_packet(len(keys[0]) if keys else 1)
                 for start in range(0, len(keys), step):
-                    yield IndexBatch(slots[start : start + step], keys[start : start + step])
+                    yield IndexBatch.of(slots[start : start + step], keys[start : start + step])
         except Exception as error:
             raise StoreUnavailableError(f"recovery: {type(error).__name__}: {error}") from error
 
     def run(self, part: Part, buffers: Sequence[memoryview]) -> PartResult:
         """Move the blocks of a part between `buffers` and the store; never raises."""
-        started = time.perf_counter()
+        successes, failures = self._move(part.is_load, part.keys, part.store_slots, buffers)
+        num_bytes = successes.count(True) * self._block_bytes
+        return PartResult(part.serial, part.first, successes, num_bytes, failures)
+
+    def _move(
+        self,
+        is_load: bool,
+        keys: Sequence[OffloadKey],
+        store_slots: Sequence[int] | None,
+        buffers: Sequence[memoryview],
+    ) -> tuple[list[bool], dict[FailureCause, int]]:
+        """Return success per block, and failed blocks by cause."""
         self._failures.begin()
-        successes = self._guarded(len(part.keys), lambda: self._call(part, buffers))
+        successes = self._guarded(len(keys), lambda: self._call(is_load, keys, store_slots, buffers))
         failures = self._failures.end()
         failed = successes.count(False)
         unexplained = failed - sum(failures.values())
         if unexplained > 0:
-            cause = FailureCause.ABSENT if part.is_load and failed < len(successes) else FailureCause.IO_ERROR
+            cause = FailureCause.ABSENT if is_load and failed < len(successes) else FailureCause.IO_ERROR
             failures[cause] = failures.get(cause, 0) + unexplained
-        num_bytes = (len(successes) - failed) * self._block_bytes
-        return PartResult(part.serial, part.first, successes, num_bytes, time.perf_counter() - started, failures)
+        return successes, failures
 
     def run_together(self, parts: Sequence[Part], buffers: Sequence[memoryview]) -> list[PartResult]:
         """Move parts of one kind, all of them with slots of the store, in one call; never raises.
@@ -147,33 +155,34 @@ class StoreRunner:
         Args:
             buffers: of all parts, one part after the other.
         """
+        if len(parts) == 1:
+            return [self.run(parts[0], buffers)]
         store_slots = [slot for part in parts for slot in part.store_slots or ()]
         if len(set(store_slots)) < len(store_slots):  # a call names a slot once
             results, start = [], 0
             for part in parts:
-                results.append(self.run(part, buffers[start : start + len(part.keys)]))
-                start += len(part.keys)
+                results.append(self.run(part, buffers[start : start + part.num_blocks]))
+                start += part.num_blocks
             return results
         keys = [key for part in parts for key in part.keys]
-        whole = self.run(Part(0, 0, parts[0].is_load, keys, (), store_slots), buffers)
-        return split_result(whole, parts, self._block_bytes)
+        successes, failures = self._move(parts[0].is_load, keys, store_slots, buffers)
+        return split_result(successes, failures, parts, self._block_bytes)
 
-    def contains(self, keys: Sequence[OffloadKey]) -> list[bool] | None:
-        """Return which keys the store holds, or None if it could not say."""
-        if not isinstance(self.store, BlockStore):
-            return None
-        store = self.store
-        failed = False
+    def answer(self, probe: Probe) -> ProbeAnswer:
+        """Ask the store which keys it holds; never raises."""
+        store, keys = self.store, probe.keys
+        if not isinstance(store, BlockStore):
+            return ProbeAnswer(probe.probe_id, [False] * len(keys), failed=True)
+        failed = True
 
         def ask() -> Sequence[bool]:
             nonlocal failed
-            failed = True
             answers = store.contains(keys)
             failed = False
             return answers
 
         found = self._guarded(len(keys), ask)
-        return None if failed else found
+        return ProbeAnswer(probe.probe_id, found, failed)
 
     def prepare(self) -> Prepared | None:
         """Let a store of slots work ahead for a few milliseconds; None when it has nothing to do, or failed at it."""
@@ -195,14 +204,19 @@ class StoreRunner:
 
         self._guarded(0, close)
 
-    def _call(self, part: Part, buffers: Sequence[memoryview]) -> Sequence[bool]:
+    def _call(
+        self,
+        is_load: bool,
+        keys: Sequence[OffloadKey],
+        store_slots: Sequence[int] | None,
+        buffers: Sequence[memoryview],
+    ) -> Sequence[bool]:
         store = self.store
         if isinstance(store, SlotStore):
-            if part.store_slots is None:
+            if store_slots is None:
                 raise StoreError("a part without slots for a store of slots")
-            move = store.read_into if part.is_load else store.write
-            return move(part.store_slots, part.keys, buffers)
-        return (store.read_into if part.is_load else store.write)(part.keys, buffers)
+            return (store.read_into if is_load else store.write)(store_slots, keys, buffers)
+        return (store.read_into if is_load else store.write)(keys, buffers)
 
     def _guarded(self, count: int, call: Callable[[], Sequence[bool]]) -> list[bool]:
         """Return `count` answers whatever a store does; the first thing it did wrong is logged, once a life."""
@@ -227,5 +241,5 @@ class StoreRunner:
 
 def cancelled(part: Part) -> PartResult:
     """Return the answer to a part that never started."""
-    count = len(part.keys)
+    count = part.num_blocks
     return PartResult(part.serial, part.first, [False] * count, failures={FailureCause.CANCELLED: count})

@@ -20,20 +20,22 @@ from collections.abc import Sequence
 
 from kvtier.errors import ConfigError, ProtocolError, StoreUnavailableError
 from kvtier.executors.base import StoreDescription
-from kvtier.executors.codec import MAX_MESSAGE_BYTES, decode, encode_head
 from kvtier.executors.gathering import Gathering
 from kvtier.executors.inline import run_task
-from kvtier.executors.messages import (
-    CancelWaiting,
+from kvtier.executors.protocol import (
+    MAX_PACKET_BYTES,
+    Cancel,
     IndexEnd,
-    Message,
-    Options,
+    Open,
     Part,
     PartResult,
     Probe,
     Ready,
-    Several,
+    Request,
+    StoreReport,
     Unavailable,
+    decode_requests,
+    encode,
 )
 from kvtier.executors.queue import PartQueue, Task
 from kvtier.executors.runner import StoreRunner, blocks_per_call, cancelled
@@ -73,8 +75,8 @@ class Channel:
         with contextlib.suppress(_EndOfParent):
             self._wait(0)
 
-    def receive(self) -> Message:
-        """Wait for a message.
+    def receive(self) -> list[Request]:
+        """Wait for a packet of messages.
 
         Raises:
             _EndOfParent: there will be none.
@@ -83,7 +85,7 @@ class Channel:
         while True:
             self._wait(select.POLLIN)
             try:
-                packet, _, flags, _ = self._socket.recvmsg(MAX_MESSAGE_BYTES + 1)
+                packet, _, flags, _ = self._socket.recvmsg(MAX_PACKET_BYTES + 1)
             except BlockingIOError:
                 continue
             except OSError as error:
@@ -92,9 +94,9 @@ class Channel:
                 raise _EndOfParent
             if flags & socket.MSG_TRUNC:
                 raise ProtocolError("a packet that is too long")
-            return decode(packet)
+            return decode_requests(packet)
 
-    def send(self, *messages: Message) -> None:
+    def send(self, *messages: StoreReport) -> None:
         """Send messages, in as few packets as they fit, waiting as long as the parent is busy.
 
         Raises:
@@ -102,7 +104,7 @@ class Channel:
         """
         sent = 0
         while sent < len(messages):
-            packet, count = encode_head(messages[sent:])
+            packet, count = encode(messages[sent:])
             self._send_packet(packet)
             sent += count
 
@@ -164,9 +166,8 @@ class Server:
             for thread in self._threads:
                 thread.start()
             while True:
-                message = self._channel.receive()
-                for inner in message.messages if isinstance(message, Several) else (message,):
-                    self._accept(inner)
+                for request in self._channel.receive():
+                    self._accept(request)
         except _EndOfParent:
             return
         finally:
@@ -180,23 +181,20 @@ class Server:
             if thread.ident is not None:
                 thread.join()
 
-    def _accept(self, message: Message) -> None:
-        if isinstance(message, Part):
-            if max(message.arena_slots) >= self._num_blocks:
+    def _accept(self, request: Request) -> None:
+        if isinstance(request, Part):
+            if max(request.arena_slots) >= self._num_blocks:
                 raise ProtocolError("a slot outside the arena")
-            step = self._blocks_per_call
-            pieces = [message]
-            if len(message.keys) > step:
-                pieces = [message.slice(start, start + step) for start in range(0, len(message.keys), step)]
+            pieces = request.cut(self._blocks_per_call)
             self._gathering.expect(pieces)
             for piece in pieces:
                 self._queue.put(piece)
-        elif isinstance(message, Probe):
-            self._queue.put(message)
-        elif isinstance(message, CancelWaiting):
+        elif isinstance(request, Probe):
+            self._queue.put(request)
+        elif isinstance(request, Cancel):
             self._channel.send(*self._gathering.add(map(cancelled, self._queue.cancel())))
         else:
-            raise ProtocolError(f"{type(message).__name__} from a tier")
+            raise ProtocolError("a second store to open")
 
     def _work(self) -> None:
         with contextlib.suppress(_EndOfParent):
@@ -204,7 +202,7 @@ class Server:
                 self._busy_at = time.monotonic()
                 self._channel.send(*self._run(tasks))
                 if self._runner.lost is not None:
-                    self._channel.send(Unavailable(self._runner.lost))
+                    self._channel.send(Unavailable.because(self._runner.lost))
 
     def _prepare(self) -> None:
         """Let the store work ahead: half of the time while there are no jobs, a tenth of it beside them."""
@@ -222,7 +220,7 @@ class Server:
                 share = 1 if started - self._busy_at > _SECONDS_QUIET else 9
                 self._ending.wait(share * (now - started))
 
-    def _run(self, tasks: Sequence[Task]) -> Sequence[Message]:
+    def _run(self, tasks: Sequence[Task]) -> Sequence[StoreReport]:
         """Do tasks that the queue gave together; return what to report."""
         parts = [task for task in tasks if isinstance(task, Part)]
         if len(parts) > 1:
@@ -259,13 +257,10 @@ def serve(socket_fd: int, arena_fd: int, parent_fd: int, parent_pid: int) -> int
     channel = Channel(socket.socket(fileno=socket_fd), parent_fd, parent_pid)
     watchdog = Watchdog(channel)
     try:
-        first = channel.receive()
-        if not isinstance(first, Options):
-            raise ProtocolError(f"{type(first).__name__} before the options")
-        try:
-            description = StoreDescription.from_json(first.values)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ProtocolError(f"options: {error}") from error
+        first, *more = channel.receive()
+        if not isinstance(first, Open) or more:
+            raise ProtocolError(f"{type(first).__name__} while no store is open")
+        description = StoreDescription.from_json(first.description)
         arena = Arena.attach(arena_fd, description.num_blocks, description.block_bytes)
         runner = StoreRunner(description)
         watchdog.open.set()
@@ -280,7 +275,7 @@ def serve(socket_fd: int, arena_fd: int, parent_fd: int, parent_pid: int) -> int
         return EXIT_GARBAGE
     except (StoreUnavailableError, ConfigError, OSError) as error:
         with contextlib.suppress(_EndOfParent):
-            channel.send(Unavailable(str(error)))
+            channel.send(Unavailable.because(error))
         return EXIT_UNAVAILABLE
     return 0
 

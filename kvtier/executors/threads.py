@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from kvtier import forks
 from kvtier.errors import StoreUnavailableError
 from kvtier.executors.base import IOExecutor, Report, StoreDescription
-from kvtier.executors.messages import IndexEnd, Part, PartResult, Probe, ProbeAnswer, Ready, Unavailable
+from kvtier.executors.protocol import IndexEnd, Part, PartResult, Probe, Ready, Unavailable
 from kvtier.executors.queue import PartQueue
 from kvtier.executors.runner import StoreRunner, blocks_per_call, cancelled
 from kvtier.keys import OffloadKey
@@ -53,12 +53,12 @@ class ThreadExecutor(IOExecutor):
 
     def submit(self, part: Part) -> None:
         """Queue blocks, in pieces that threads share."""
-        for start in range(0, len(part.keys), self._blocks_per_call):
-            self._queue.put(part.slice(start, start + self._blocks_per_call))
+        for piece in part.cut(self._blocks_per_call):
+            self._queue.put(piece)
 
     def probe(self, probe_id: int, keys: Sequence[OffloadKey]) -> None:
         """Queue a question."""
-        self._queue.put(Probe(probe_id, list(keys)))
+        self._queue.put(Probe.of(probe_id, keys))
 
     def poll(self) -> list[Report]:
         """Return what arrived."""
@@ -111,7 +111,7 @@ class ThreadExecutor(IOExecutor):
         except StoreUnavailableError as error:
             if runner is not None:
                 runner.close()  # or nobody could open it again
-            self._report(Unavailable(str(error)))
+            self._report(Unavailable.because(str(error)))
             return
         self._report(IndexEnd())
         workers = [
@@ -131,12 +131,11 @@ class ThreadExecutor(IOExecutor):
         buffers = [memory[at : at + block_bytes] for at in range(0, len(memory), block_bytes)]
         while (task := self._queue.take()) is not None:
             if isinstance(task, Part):
-                self._report(self._move(runner, task, buffers[: len(task.keys)]))
+                self._report(self._move(runner, task, buffers[: task.num_blocks]))
             else:
-                found = runner.contains(task.keys)
-                self._report(ProbeAnswer(task.probe_id, found or [False] * len(task.keys), failed=found is None))
+                self._report(runner.answer(task))
             if runner.lost is not None:
-                self._report(Unavailable(runner.lost))
+                self._report(Unavailable.because(runner.lost))
 
     def _move(self, runner: StoreRunner, part: Part, buffers: list[memoryview]) -> PartResult:
         if not part.is_load:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from kvtier.clock import Clock
 from kvtier.errors import InvariantError, ProtocolError
 from kvtier.events import BlocksFailed, Observer
-from kvtier.executors.messages import Part, PartResult
+from kvtier.executors.protocol import Part, PartResult
 from kvtier.keys import OffloadKey
 from kvtier.types import FailureCause, JobMetadata, JobResult
 
@@ -49,7 +49,7 @@ class Job:
 
     def as_part(self) -> Part:
         """Return everything that moves as one part."""
-        return Part(self.serial, 0, self.metadata.is_promotion, self.keys, self.arena_slots, self.store_slots)
+        return Part.of(self.serial, 0, self.metadata.is_promotion, self.keys, self.arena_slots, self.store_slots)
 
 
 @dataclass(slots=True, frozen=True)

@@ -9,7 +9,7 @@ from kvtier.abc import BlockStore, SlotStore
 from kvtier.errors import ProtocolError
 from kvtier.events import TierState
 from kvtier.executors.base import Report
-from kvtier.executors.messages import IndexEnd, ProbeAnswer, Ready
+from kvtier.executors.protocol import IndexEnd, ProbeAnswer, Ready
 from kvtier.keys import OffloadKey, common_key_bytes
 from kvtier.secondary.jobs import Job, Outcome
 from kvtier.secondary.probes import Probes

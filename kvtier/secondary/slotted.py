@@ -14,7 +14,7 @@ from kvtier.events import BlocksEvicted, TierState
 from kvtier.eviction.auto import FOLLOWED, AutoPolicy
 from kvtier.eviction.shadow_report import ShadowReport
 from kvtier.executors.base import Report
-from kvtier.executors.messages import IndexBatch, IndexEnd, Ready
+from kvtier.executors.protocol import IndexBatch, IndexEnd, Ready
 from kvtier.keys import OffloadKey
 from kvtier.primary.table import BlockTable
 from kvtier.secondary.jobs import Job, Outcome

@@ -16,8 +16,8 @@ from kvtier.errors import ConfigError, KeyFormatError, ProtocolError
 from kvtier.events import Observers, TierState
 from kvtier.executors.base import IOExecutor, Report, StoreDescription
 from kvtier.executors.inline import InlineExecutor
-from kvtier.executors.messages import PartResult, Prepared
 from kvtier.executors.process import IOProcess
+from kvtier.executors.protocol import PartResult, Prepared
 from kvtier.executors.threads import ThreadExecutor
 from kvtier.namespace import Namespace
 from kvtier.primary.arena import arena_rows

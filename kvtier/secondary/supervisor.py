@@ -15,7 +15,7 @@ from kvtier.clock import Clock
 from kvtier.errors import InvariantError, ProtocolError, StoreUnavailableError
 from kvtier.events import TierState
 from kvtier.executors.base import Ended, IOExecutor, Report
-from kvtier.executors.messages import IndexEnd, PartResult, Prepared, ProbeAnswer, Unavailable
+from kvtier.executors.protocol import IndexEnd, PartResult, Prepared, ProbeAnswer, Unavailable
 from kvtier.secondary.health import Breaker, BreakerState, TierHealth
 from kvtier.secondary.jobs import JobLedger
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kvtier.executors import gathering
 from kvtier.executors.gathering import Gathering, join_results, split_result
-from kvtier.executors.messages import Part, PartResult
+from kvtier.executors.protocol import Part, PartResult
 from kvtier.executors.queue import PartQueue
 from kvtier.testing.stores import make_key
 from kvtier.types import FailureCause
@@ -15,13 +15,13 @@ from kvtier.types import FailureCause
 
 def make_part(serial, first, count, is_load=True, store_slots=True):
     slots = list(range(first, first + count))
-    return Part(serial, first, is_load, [make_key(slot) for slot in slots], slots, slots if store_slots else None)
+    return Part.of(serial, first, is_load, [make_key(slot) for slot in slots], slots, slots if store_slots else None)
 
 
 def result_of(part, failed=()):
-    successes = [index not in failed for index in range(len(part.keys))]
+    successes = [index not in failed for index in range(part.num_blocks)]
     failures = {FailureCause.CORRUPT: len(failed)} if failed else {}
-    return PartResult(part.serial, part.first, successes, 10 * successes.count(True), 0.5, failures)
+    return PartResult(part.serial, part.first, successes, 10 * successes.count(True), failures)
 
 
 def test_the_last_piece_reports_all_of_them(monkeypatch):
@@ -67,7 +67,7 @@ def test_a_call_for_several_parts_is_taken_apart_again(successes):
     every = [success for row in successes for success in row]
     causes = [FailureCause.CORRUPT, FailureCause.ABSENT]
     failures = Counter(causes[index % 2] for index in range(every.count(False)))
-    results = split_result(PartResult(0, 0, every, 0, 0.1, failures), parts, 100)
+    results = split_result(every, failures, parts, 100)
     assert [(result.serial, list(result.successes)) for result in results] == list(enumerate(successes))
     assert all(sum(result.failures.values()) == result.successes.count(False) for result in results)
     assert sum((Counter(result.failures) for result in results), Counter()) == failures

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kvtier.executors.base import StoreDescription
-from kvtier.executors.messages import IndexEnd, Part, PartResult
+from kvtier.executors.protocol import IndexEnd, Part, PartResult
 from kvtier.executors.threads import ThreadExecutor
 from kvtier.namespace import Namespace
 from kvtier.primary.arena import arena_rows
@@ -45,7 +45,7 @@ class Rig:
 
     def move(self, serial, is_load, numbers, first_slot):
         slots = list(range(first_slot, first_slot + len(numbers)))
-        self.executor.submit(Part(serial, 0, is_load, [make_key(number) for number in numbers], slots))
+        self.executor.submit(Part.of(serial, 0, is_load, [make_key(number) for number in numbers], slots))
 
 
 def test_an_abandoned_load_writes_nothing(tmp_path):

@@ -15,8 +15,8 @@ from kvtier.abc import SlotStore
 from kvtier.descriptors import Descriptor
 from kvtier.events import TierState
 from kvtier.executors.base import StoreDescription
-from kvtier.executors.messages import Unavailable
 from kvtier.executors.process import IOProcess
+from kvtier.executors.protocol import Unavailable
 from kvtier.executors.threads import ThreadExecutor
 from kvtier.namespace import Namespace
 from kvtier.primary.arena import Arena, arena_rows

@@ -10,7 +10,7 @@ from fault_rigs import Recorder
 from kvtier.errors import ProtocolError, StoreUnavailableError
 from kvtier.events import TierState
 from kvtier.executors.base import Ended, IOExecutor
-from kvtier.executors.messages import IndexEnd, PartResult, Ready, Unavailable
+from kvtier.executors.protocol import IndexEnd, PartResult, Ready, Unavailable
 from kvtier.secondary.health import Breaker, BreakerState, TierHealth
 from kvtier.secondary.jobs import JobLedger
 from kvtier.secondary.supervisor import Deadlines, Supervisor
@@ -357,7 +357,7 @@ def test_an_engine_that_looked_away_does_not_take_unread_results_for_a_hang(rig,
     job = rig.open_job()
     rig.look(away)  # longer than a job may take, and nothing was sent or read meanwhile
     assert not rig.lives[-1].killed
-    rig.lives[-1].reports.append(PartResult(job.serial, 0, (True,) * 4, 1.0, 4, {}))
+    rig.lives[-1].reports.append(PartResult(job.serial, 0, [True] * 4, 4))
     for report in rig.look(0.01):
         rig.ledger.apply(report)
     rig.pump(60)

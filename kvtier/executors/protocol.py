@@ -1,0 +1,344 @@
+"""The messages between a tier and its executor, and their bytes on the socket of an I/O process.
+
+A packet is a msgpack array of messages, at most `MAX_PACKET_BYTES` long. Requests go to the process, reports come back.
+Nothing is pickled, and every field has a type and a range: a peer can send wrong values, but run no code and take no
+memory beyond some times the packet's length. A packet that does not decode exactly is a ProtocolError, and both sides
+then treat the other as dead. Both run the same kvtier on the same machine, so there are no versions, and numbers that
+stand side by side have the machine's byte order.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Annotated, TypeVar
+
+import msgspec
+import numpy as np
+
+from kvtier.errors import ProtocolError
+from kvtier.keys import MAX_KEY_BYTES, MIN_KEY_BYTES, OffloadKey
+from kvtier.types import FailureCause
+
+T = TypeVar("T")
+
+MAX_PACKET_BYTES = 64 * 1024
+"""Sockets refuse more than about 200 KiB, and small packets keep both sides busy."""
+
+MAX_MESSAGES = 256
+"""Messages per packet."""
+
+MAX_REASON_CHARACTERS = 400
+_MAX_PART_HEAD_BYTES = 64
+"""Everything of a part's packet beside its keys and slots."""
+_MIN_ARRAY_KEYS = 64
+"""From so many keys on, numpy splits them faster than `struct` does."""
+_SLOT_BYTES = 4
+
+U32 = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
+U64 = Annotated[int, msgspec.Meta(ge=0)]
+"""msgpack has no larger integer."""
+KeyBytes = Annotated[int, msgspec.Meta(ge=MIN_KEY_BYTES, le=MAX_KEY_BYTES)]
+Flags = Annotated[list[bool], msgspec.Meta(min_length=1, max_length=MAX_PACKET_BYTES)]
+"""One per block. The maximum is checked before memory is taken for them."""
+
+
+class _Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Encoded as an array: its tag, then its fields in order."""
+
+
+class Open(_Message, frozen=True, tag=1):
+    """The first request: which store to open, and how. It is not on the command line because it may hold secrets.
+
+    Attributes:
+        description: of the store, as `StoreDescription.to_json` made it.
+    """
+
+    description: bytes
+
+
+class Part(_Message, frozen=True, tag=2):
+    """Blocks of one job, neighbours in it, to be moved.
+
+    Keys and slots of many blocks are one field each, or decoding them would take longer than the rest.
+
+    Attributes:
+        serial: number of the job in its tier.
+        first: index of the first block in the job.
+        is_load: True reads from the store into the arena.
+        key_bytes: length of each key.
+        joined_keys: the keys side by side.
+        packed_arena_slots: slots of the primary arena, 4 bytes each.
+        packed_store_slots: slots of the store, or None if keys are the location.
+    """
+
+    serial: U64
+    first: U32
+    is_load: bool
+    key_bytes: KeyBytes
+    joined_keys: bytes
+    packed_arena_slots: bytes
+    packed_store_slots: bytes | None
+
+    @classmethod
+    def of(
+        cls,
+        serial: int,
+        first: int,
+        is_load: bool,
+        keys: Sequence[OffloadKey],
+        arena_slots: Sequence[int],
+        store_slots: Sequence[int] | None = None,
+    ) -> Part:
+        """Return the part of these blocks.
+
+        Raises:
+            ProtocolError: columns differ in number, keys in length, or a slot does not fit 4 bytes.
+        """
+        packed = None if store_slots is None else _pack_slots(store_slots)
+        return cls(serial, first, is_load, *_join_keys(keys), _pack_slots(arena_slots), packed)
+
+    def __post_init__(self) -> None:
+        length, store_slots = len(self.packed_arena_slots), self.packed_store_slots
+        if not length or length % _SLOT_BYTES or len(self.joined_keys) * _SLOT_BYTES != length * self.key_bytes:
+            raise ProtocolError("keys and slots differ in number")
+        if store_slots is not None and len(store_slots) != length:
+            raise ProtocolError("slots of store and arena differ in number")
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks move."""
+        return len(self.packed_arena_slots) // _SLOT_BYTES
+
+    @property
+    def keys(self) -> list[OffloadKey]:
+        """The keys, split at every access."""
+        return _split_keys(self.joined_keys, self.key_bytes)
+
+    @property
+    def arena_slots(self) -> list[int]:
+        """Slots of the primary arena, unpacked at every access."""
+        return _unpack_slots(self.packed_arena_slots)
+
+    @property
+    def store_slots(self) -> list[int] | None:
+        """Slots of the store, unpacked at every access; None if keys are the location."""
+        return None if self.packed_store_slots is None else _unpack_slots(self.packed_store_slots)
+
+    def cut(self, max_blocks: int) -> list[Part]:
+        """Return this part as parts of at most `max_blocks` blocks."""
+        if self.num_blocks <= max_blocks:
+            return [self]
+        return [self._slice(start, start + max_blocks) for start in range(0, self.num_blocks, max_blocks)]
+
+    def _slice(self, start: int, stop: int) -> Part:
+        slots, store_slots = slice(start * _SLOT_BYTES, stop * _SLOT_BYTES), self.packed_store_slots
+        return Part(
+            self.serial,
+            self.first + start,
+            self.is_load,
+            self.key_bytes,
+            self.joined_keys[start * self.key_bytes : stop * self.key_bytes],
+            self.packed_arena_slots[slots],
+            None if store_slots is None else store_slots[slots],
+        )
+
+
+class Probe(_Message, frozen=True, tag=3):
+    """Ask which keys the store holds."""
+
+    probe_id: U64
+    key_bytes: KeyBytes
+    joined_keys: bytes
+
+    @classmethod
+    def of(cls, probe_id: int, keys: Sequence[OffloadKey]) -> Probe:
+        """Return the question for `keys`.
+
+        Raises:
+            ProtocolError: there are none, or they differ in length.
+        """
+        return cls(probe_id, *_join_keys(keys))
+
+    def __post_init__(self) -> None:
+        if not self.joined_keys or len(self.joined_keys) % self.key_bytes:
+            raise ProtocolError("no keys, or a piece of one")
+
+    @property
+    def keys(self) -> list[OffloadKey]:
+        """The keys, split at every access."""
+        return _split_keys(self.joined_keys, self.key_bytes)
+
+
+class Cancel(_Message, frozen=True, tag=4):
+    """Answer every part that no thread has begun as cancelled."""
+
+
+class Ready(_Message, frozen=True, tag=5):
+    """The store is open; `num_slots` is 0 for stores addressed by key. The index follows."""
+
+    num_slots: U32
+
+
+class Unavailable(_Message, frozen=True, tag=6):
+    """The store cannot be opened, or must be opened anew; the tier ends this executor."""
+
+    reason: Annotated[str, msgspec.Meta(max_length=MAX_REASON_CHARACTERS)]
+
+    @classmethod
+    def because(cls, reason: object) -> Unavailable:
+        """Return it with a reason cut to `MAX_REASON_CHARACTERS`; what UTF-8 cannot say is replaced."""
+        return cls(str(reason)[:MAX_REASON_CHARACTERS].encode(errors="replace").decode())
+
+
+class IndexBatch(_Message, frozen=True, tag=7):
+    """Blocks that a former process left in the store, oldest first."""
+
+    key_bytes: KeyBytes
+    joined_keys: bytes
+    packed_slots: bytes
+
+    @classmethod
+    def of(cls, slots: Sequence[int], keys: Sequence[OffloadKey]) -> IndexBatch:
+        """Return the batch of `keys`, each in its slot of the store.
+
+        Raises:
+            ProtocolError: as `Part.of`.
+        """
+        return cls(*_join_keys(keys), _pack_slots(slots))
+
+    def __post_init__(self) -> None:
+        length = len(self.packed_slots)
+        if not length or length % _SLOT_BYTES or len(self.joined_keys) * _SLOT_BYTES != length * self.key_bytes:
+            raise ProtocolError("keys and slots differ in number")
+
+    @property
+    def slots(self) -> list[int]:
+        """Slots of the store, unpacked at every access."""
+        return _unpack_slots(self.packed_slots)
+
+    @property
+    def keys(self) -> list[OffloadKey]:
+        """The keys, split at every access."""
+        return _split_keys(self.joined_keys, self.key_bytes)
+
+
+class IndexEnd(_Message, frozen=True, tag=8):
+    """The index is complete: jobs are welcome."""
+
+
+class PartResult(_Message, frozen=True, tag=9):
+    """How a part, or a piece of one, ended: success per block, bytes moved, failed blocks by cause."""
+
+    serial: U64
+    first: U32
+    successes: Flags
+    num_bytes: U64 = 0
+    failures: dict[FailureCause, U32] = {}
+
+
+class ProbeAnswer(_Message, frozen=True, tag=10):
+    """Whether each key of a probe is held; `failed` means the store could not say."""
+
+    probe_id: U64
+    found: Flags
+    failed: bool = False
+
+
+class Prepared(_Message, frozen=True, tag=11):
+    """How much of its medium a store has written beforehand, in bytes, and of how much."""
+
+    done: U64
+    total: U64
+
+
+Request = Open | Part | Probe | Cancel
+StoreReport = Ready | Unavailable | IndexBatch | IndexEnd | PartResult | ProbeAnswer | Prepared
+
+_Packet = msgspec.Meta(min_length=1, max_length=MAX_MESSAGES)
+_ENCODER = msgspec.msgpack.Encoder()
+_REQUESTS: msgspec.msgpack.Decoder[list[Request]] = msgspec.msgpack.Decoder(Annotated[list[Request], _Packet])
+_REPORTS: msgspec.msgpack.Decoder[list[StoreReport]] = msgspec.msgpack.Decoder(Annotated[list[StoreReport], _Packet])
+
+
+def blocks_per_packet(key_bytes: int) -> int:
+    """Return the most blocks, with two slots each, that fit one packet."""
+    return (MAX_PACKET_BYTES - _MAX_PART_HEAD_BYTES) // (key_bytes + 2 * _SLOT_BYTES)
+
+
+def encode(messages: Iterable[Request | StoreReport]) -> tuple[bytes, int]:
+    """Return one packet with the first of `messages`, as many as fit, and how many these are.
+
+    Raises:
+        ProtocolError: there are none, the first one alone does not fit a packet, or a value has no encoding.
+    """
+    length = 3  # of an array's head
+    encoded: list[msgspec.Raw] = []
+    for message in islice(messages, MAX_MESSAGES):
+        try:
+            raw = _ENCODER.encode(message)
+        except (msgspec.MsgspecError, TypeError, ValueError, OverflowError) as error:
+            raise ProtocolError(f"{type(message).__name__} cannot be encoded: {error}") from error
+        length += len(raw)
+        if length > MAX_PACKET_BYTES:
+            break
+        encoded.append(msgspec.Raw(raw))
+    if not encoded:
+        raise ProtocolError(f"a message of {length} bytes: {MAX_PACKET_BYTES} allowed")
+    return _ENCODER.encode(encoded), len(encoded)
+
+
+def decode_requests(packet: bytes) -> list[Request]:
+    """Return the messages of a packet that a tier sent.
+
+    Raises:
+        ProtocolError: `encode` made no such packet of requests.
+    """
+    return _decode(_REQUESTS, packet)
+
+
+def decode_reports(packet: bytes) -> list[StoreReport]:
+    """Return the messages of a packet that an I/O process sent.
+
+    Raises:
+        ProtocolError: `encode` made no such packet of reports.
+    """
+    return _decode(_REPORTS, packet)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[T], packet: bytes) -> T:
+    if len(packet) > MAX_PACKET_BYTES:
+        raise ProtocolError(f"a packet of {len(packet)} bytes")
+    try:
+        return decoder.decode(packet)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise ProtocolError(f"malformed packet: {error}") from error
+
+
+def _join_keys(keys: Sequence[OffloadKey]) -> tuple[int, bytes]:
+    """Return the one length of the keys, and the keys side by side."""
+    key_bytes = len(keys[0]) if keys else 0
+    if len(set(map(len, keys))) > 1 or not MIN_KEY_BYTES <= key_bytes <= MAX_KEY_BYTES:
+        raise ProtocolError(f"no keys, keys of different lengths, or not of {MIN_KEY_BYTES} to {MAX_KEY_BYTES} bytes")
+    return key_bytes, b"".join(keys)
+
+
+def _split_keys(joined: bytes, key_bytes: int) -> list[OffloadKey]:
+    count = len(joined) // key_bytes
+    if count < _MIN_ARRAY_KEYS:
+        return list(struct.unpack(f"{key_bytes}s" * count, joined))  # `struct` keeps the formats it has compiled
+    keys: list[OffloadKey] = np.frombuffer(joined, f"V{key_bytes}", count).tolist()
+    return keys
+
+
+def _pack_slots(slots: Sequence[int]) -> bytes:
+    try:
+        return array("I", slots).tobytes()
+    except (OverflowError, TypeError) as error:
+        raise ProtocolError(f"a slot that does not fit 4 bytes: {error}") from error
+
+
+def _unpack_slots(packed: bytes) -> list[int]:
+    return memoryview(packed).cast("I").tolist()
