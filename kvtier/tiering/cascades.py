@@ -9,7 +9,6 @@ from kvtier.events import CascadeRefused, Observer
 from kvtier.keys import OffloadKey
 from kvtier.primary.table import BlockTable
 from kvtier.tiering.guarded_tier import TierGuard
-from kvtier.tiering.tier_jobs import JobMaker
 from kvtier.types import Admission, ReqContext
 
 MAX_SEEN = 1_000_000
@@ -74,9 +73,8 @@ class Cascades:
         count_uses: whether the use of a block may admit it to any tier.
     """
 
-    def __init__(self, table: BlockTable, guards: Sequence[TierGuard], observer: Observer, jobs: JobMaker) -> None:
+    def __init__(self, table: BlockTable, guards: Sequence[TierGuard], observer: Observer) -> None:
         self._table = table
-        self._jobs = jobs
         self._guards = guards
         self._rules = [AdmissionRule(guard.admission) for guard in guards]
         self._observer = observer
@@ -105,7 +103,7 @@ class Cascades:
         """Hand `keys`, at least one and all ready, to a tier; they stay pinned until it has answered."""
         slots = list(map(self._table.slot_of.__getitem__, keys))
         self._table.pin(slots)
-        if not guard.submit(self._jobs.make(keys, slots, False, req_context), slots):
+        if not guard.store(keys, slots, req_context):
             self._table.unpin(slots)
 
     def _taken(self, offers: list[tuple[TierGuard, list[OffloadKey]]]) -> list[tuple[TierGuard, list[OffloadKey]]]:

@@ -1,16 +1,18 @@
-"""One secondary tier behind a wall: whatever it does, the manager sees values.
+"""One secondary tier behind a guard: whatever the tier does, the manager sees values.
 
-A tier may raise, never answer, answer twice or for jobs it was never given, and return wrong bytes. The guard
-knows its unanswered jobs, stops using it while it misbehaves, and says so once a change.
+A tier is foreign code. It may raise, never answer a job, answer a job twice or one that it was never given, and return
+wrong bytes. The guard keeps the jobs that the tier has not answered, and does not use the tier while it misbehaves.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import ParamSpec, TypeVar
+
+import numpy as np
 
 from kvtier.abc import SecondaryTierManager
 from kvtier.clock import Clock
@@ -21,7 +23,6 @@ from kvtier.primary.arena import arena_rows
 from kvtier.secondary.stand_ins import LateTier
 from kvtier.tiering.digests import DigestLedger
 from kvtier.tiering.standing import Standing
-from kvtier.tiering.tier_jobs import Answer, Claim, TierJob, make_tier_job, read_result
 from kvtier.tiering.waiting import ProbePatience
 from kvtier.types import (
     Admission,
@@ -30,7 +31,9 @@ from kvtier.types import (
     JobResult,
     LookupResult,
     OffloadingEvent,
+    OffloadPolicy,
     ReqContext,
+    RequestOffloadingContext,
     ScheduleEndContext,
 )
 
@@ -38,15 +41,29 @@ STORE_SHARE = 0.5
 _UP, _STARTING = TierState.UP, TierState.STARTING
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
-@dataclass(slots=True)
-class _Hashing:
-    """A job whose slots are being hashed: before a store is handed over, or before a load is believed."""
+@dataclass(slots=True, eq=False)
+class Job:
+    """A job of one tier, as the manager remembers it. The slots stay pinned until the job has ended.
 
-    job: TierJob
-    digests: Future[list[bytes]]
-    claimed: Collection[OffloadKey]
+    Attributes:
+        metadata: what the tier was handed. The tier may have changed it since: nobody reads it back.
+        job_id, keys, slots, is_promotion: what the job is.
+        submitted: seconds of the manager's clock.
+        digests: of the slots, while a thread computes them: before a store is handed over, and after a load.
+        successful: the keys that succeeded; final when the job has ended.
+    """
+
+    metadata: JobMetadata
+    job_id: int
+    keys: tuple[OffloadKey, ...]
+    slots: list[int]
+    is_promotion: bool
+    submitted: float
+    digests: Future[list[bytes]] | None = None
+    successful: Collection[OffloadKey] = ()
 
 
 class TierGuard:
@@ -60,16 +77,24 @@ class TierGuard:
         admission: Admission,
         clock: Clock,
         observer: Observer,
+        job_ids: Iterator[int],
         tier_deadline: float,
         probe_deadline: float | None = None,
     ) -> None:
-        """Args: probe_deadline: longest wait for an answer to a lookup, seconds; None for the tier's own."""
+        """Guard a tier that the caller has started.
+
+        Args:
+            job_ids: numbers that no job of any tier has had.
+            tier_deadline: seconds without progress of any job, after which the tier is not used.
+            probe_deadline: longest wait for an answer to a lookup, seconds; None for the tier's own.
+        """
         self.tier = tier
         self._late = tier if isinstance(tier, LateTier) else None
         self.index = index
         self.name = name
         self.admission = admission
-        self.jobs: dict[int, TierJob] = {}
+        self.jobs: dict[int, Job] = {}
+        self._job_ids = job_ids
         self._num_storing = 0
         self.usable = False
         self._is_opening = False
@@ -82,7 +107,7 @@ class TierGuard:
         self._standing = Standing(name, clock, observer)
         self._ledger = None if tier.verifies_payloads else DigestLedger(arena_rows(tier.primary_kv_view))
         self._most_pinned = int(len(tier.primary_kv_view) * STORE_SHARE)
-        self._hashing: list[_Hashing] = []
+        self._hashing: list[Job] = []
         self._draining = False
         self._pending_epoch: bytes | None = None
         self._epoch_retry_at = 0.0
@@ -100,6 +125,7 @@ class TierGuard:
             return LookupResult.RETRY if self._is_opening else LookupResult.MISS
         if self._ledger is not None and key not in self._ledger:
             return LookupResult.MISS
+        # Not through `_ask`: this runs once per key of every scan, and a try block costs nothing where nothing raises.
         try:
             return self.tier.lookup(key, req_context)
         except Exception as fault:  # noqa: BLE001 - a tier's fault never reaches the engine: it is reported
@@ -116,100 +142,132 @@ class TierGuard:
             return False
         if self._num_storing and self._num_storing + num_blocks > self._most_pinned:
             return False
-        return self.call("can_store", False, num_blocks, read=bool)
+        return self._ask("can_store", False, lambda: bool(self.tier.can_store(num_blocks)))
 
-    def submit(self, metadata: JobMetadata, slots: list[int]) -> bool:
-        """Hand a job over; False if the tier did not take it. The slots must be pinned already."""
-        job = make_tier_job(metadata, slots, self._clock())
+    def store(self, keys: Sequence[OffloadKey], slots: list[int], context: ReqContext) -> bool:
+        """Start a cascade out of `slots`, which are pinned; return whether the tier took it."""
+        job = self._make_job(keys, slots, False, context)
+        self._num_storing += len(slots)
+        if self._ledger is None:
+            return self._hand_over(job)
+        job.digests = self._ledger.hash(slots)
+        self._hashing.append(job)
+        return True
+
+    def load(self, keys: Sequence[OffloadKey], slots: list[int], context: ReqContext) -> bool:
+        """Start a promotion into `slots`, which are filling; return whether the tier took it."""
+        return self._hand_over(self._make_job(keys, slots, True, context))
+
+    def _make_job(self, keys: Sequence[OffloadKey], slots: list[int], is_promotion: bool, context: ReqContext) -> Job:
+        job_id, now = next(self._job_ids), self._clock()
+        metadata = JobMetadata(job_id, list(keys), np.array(slots, dtype=np.int32), is_promotion, context)
         if not self.jobs:
-            self._progressed_at = job.submitted
-        self.jobs[job.job_id] = job
-        if not job.is_promotion:
-            self._num_storing += len(job.slots)
-        if self._ledger is not None and not job.is_promotion:
-            self._hashing.append(_Hashing(job, self._ledger.hash(slots), frozenset()))
-            return True
-        return self._hand_over(job)
+            self._progressed_at = now
+        job = self.jobs[job_id] = Job(metadata, job_id, tuple(keys), list(slots), is_promotion, now)
+        return job
 
-    def _hand_over(self, job: TierJob) -> bool:
-        submit = "submit_load" if job.is_promotion else "submit_store"
-        taken = self.call(submit, False, job.metadata, read=_taken)  # one that raises has not taken it
+    def _hand_over(self, job: Job) -> bool:
+        if job.is_promotion:
+            taken = self._tell("submit_load", self.tier.submit_load, job.metadata)
+        else:
+            taken = self._tell("submit_store", self.tier.submit_store, job.metadata)
         if not taken:
             self._forget(job)
         return taken
 
-    def _forget(self, job: TierJob) -> None:
+    def _forget(self, job: Job) -> None:
         del self.jobs[job.job_id]
         if not job.is_promotion:
             self._num_storing -= len(job.slots)
 
+    def wants_all_of(self, req_context: ReqContext) -> bool:
+        """Tell the tier of a new request; return whether it wants every block of it, prefix hits included."""
+        answer = self._ask("on_new_request", None, self.tier.on_new_request, req_context)
+        return isinstance(answer, RequestOffloadingContext) and answer.policy is OffloadPolicy.REQUEST_LEVEL
+
+    def forget_request(self, req_context: ReqContext) -> None:
+        """Tell the tier that a request is over."""
+        self.patience.forget(req_context)
+        self._tell("on_request_finished", self.tier.on_request_finished, req_context)
+
+    def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
+        """Pass a recency hint to the tier, if it is in use."""
+        if self.usable:
+            self._tell("touch", self.tier.touch, list(keys), req_context)
+
     def end_step(self, context: ScheduleEndContext) -> None:
         """Tell the tier that a step is over."""
-        self.call("on_schedule_end", None, context)
+        self._tell("on_schedule_end", self.tier.on_schedule_end, context)
 
     def stats(self) -> Mapping[str, float]:
         """Return the tier's gauges; none if it fails."""
         nothing: dict[str, float] = {}
-        return self.call("get_stats", nothing, read=dict)
+        return self._ask("get_stats", nothing, lambda: dict(self.tier.get_stats()))
 
     def take_events(self) -> list[OffloadingEvent]:
         """Return the tier's KV events since the last call; none if it fails."""
         nothing: list[OffloadingEvent] = []
-        return self.call("take_events", nothing, read=list)
+        return self._ask("take_events", nothing, lambda: list(self.tier.take_events()))
 
     def describe(self) -> tuple[TierState, str]:
         """Return the tier's state, seen from outside, and the reason for it."""
         if self._standing.reason is not None:
             return TierState.DOWN, self._standing.reason
-        state = self.state
-        try:
-            return state, self.tier.state_reason
-        except Exception as fault:  # noqa: BLE001 - a tier's fault never reaches the engine: it is reported
-            self._fault("state_reason", fault)
-            return state, ""
+        state = self._ask("state", TierState.DOWN, lambda: self.tier.state)
+        return state, self._ask("state_reason", "", lambda: self.tier.state_reason)
 
-    def call(self, method: str, default: T, *args: object, read: Callable[[Any], T] | None = None) -> T:
-        """Call a method of the tier and `read` its answer; a fault of either is reported and `default` returned.
+    def _ask(self, what: str, default: T, call: Callable[P, T], *args: P.args, **keywords: P.kwargs) -> T:
+        """Return what `call`, which is foreign code, returns; if it raises, report the fault and return `default`.
 
         A tier that hangs in a call on another thread is not called at all: this thread might hang in it, too.
         """
         if self._busy is not None:
             return default
         try:
-            answer: T = getattr(self.tier, method)(*args)
-            return answer if read is None else read(answer)
+            return call(*args, **keywords)
         except Exception as fault:  # noqa: BLE001 - a tier's fault never reaches the engine: it is reported
-            self._fault(method, fault)
+            self._fault(what, fault)
             return default
+
+    def _tell(self, what: str, call: Callable[P, object], *args: P.args, **keywords: P.kwargs) -> bool:
+        """Call the tier as `_ask` does; return whether the call took place and did not raise."""
+        if self._busy is not None:
+            return False
+        try:
+            call(*args, **keywords)
+        except Exception as fault:  # noqa: BLE001 - a tier's fault never reaches the engine: it is reported
+            self._fault(what, fault)
+            return False
+        return True
 
     # -- once a step --------------------------------------------------------------------------------------
 
-    def poll(self) -> list[Answer]:
-        """Collect what the tier and the ledger finished, and decide whether the tier may be used."""
-        answers: list[Answer] = []
+    def poll(self) -> list[Job]:
+        """Return the jobs that have ended since the last call, and decide whether the tier may be used."""
+        ended: list[Job] = []
         if self._closed:
-            return answers
+            return ended
         if self._busy is not None:
             if self._busy.is_alive():
                 self._down("does not come back")
-                return answers
+                return ended
             self._busy = None
         if self._late is not None:
             self._take_successor(self._late)
-        if self._ledger is not None:
-            self._collect_hashes(self._ledger, answers)
+        if self._ledger is not None and self._hashing:
+            self._collect_hashes(self._ledger, ended)
         results: list[JobResult] = []  # those that came before a fault count
         try:
             results.extend(self.tier.get_finished_jobs())
         except Exception as fault:  # noqa: BLE001 - a tier's fault never reaches the engine: it is reported
             self._fault("get_finished_jobs", fault)
         for result in results:
-            self._take_result(result, answers)
+            self._take_result(result, ended)
         self._draining = False
         self._refresh()
         if self.usable:
             self.patience.follow(self.lookup)
-        return answers
+        return ended
 
     def _take_successor(self, late: LateTier) -> None:
         """Put the tier that was waited for in its place, in the epoch of now."""
@@ -220,91 +278,78 @@ class TierGuard:
         if late.epoch is not None:
             self.start_epoch(late.epoch)
 
-    def _take_result(self, result: JobResult, answers: list[Answer]) -> None:
-        now, job = self._clock(), None
-        try:
-            job = self.jobs.get(result.job_id)
-            claim = None if job is None else read_result(job, result, now)
-        except Exception as fault:  # noqa: BLE001 - a tier's fault never reaches the engine: it is reported
-            self._fault("get_finished_jobs", fault)
-            claim = None
-        if job is None or (self._hashing and any(hashing.job is job for hashing in self._hashing)):
+    def _take_result(self, result: JobResult, ended: list[Job]) -> None:
+        what = "get_finished_jobs"
+        job = self._ask(what, None, lambda: self.jobs.get(result.job_id))
+        if job is None or job.digests is not None:
             self._observer.on_event(UnexpectedCall(f"result of tier {self.name}", 1))
             return
-        if claim is None:
-            claim = Claim((), 0, now - job.submitted)
+        took = self._clock() - job.submitted
+        nothing: tuple[Collection[OffloadKey], int, float] = ((), 0, took)
+        successful, num_bytes, seconds = self._ask(what, nothing, lambda: _read(result, job.keys, took))
         self._observer.on_event(
-            JobFinished(self.name, job.is_promotion, len(job.keys), len(claim.keys), claim.num_bytes, claim.seconds)
+            JobFinished(self.name, job.is_promotion, len(job.keys), len(successful), num_bytes, seconds)
         )
-        if self._ledger is None or not job.is_promotion or not claim.keys:
-            self._answer(job, claim.keys, answers)
+        if self._ledger is None or not job.is_promotion or not successful:
+            self._end(job, successful, ended)
         elif self._draining:  # the primary is about to forget the blocks anyway
-            self._answer(job, frozenset(), answers)
+            self._end(job, (), ended)
         else:
-            self._hashing.append(_Hashing(job, self._ledger.hash(job.slots), claim.keys))
+            job.successful, job.digests = successful, self._ledger.hash(job.slots)
+            self._hashing.append(job)
 
-    def _answer(self, job: TierJob, successful: Collection[OffloadKey], answers: list[Answer]) -> None:
+    def _end(self, job: Job, successful: Collection[OffloadKey], ended: list[Job]) -> None:
         self._forget(job)
         self._progressed_at = self._clock()
-        answers.append(Answer(job, successful))
+        job.successful = successful
+        ended.append(job)
 
-    def _collect_hashes(self, ledger: DigestLedger, answers: list[Answer]) -> None:
-        done = [hashing for hashing in self._hashing if hashing.digests.done()]
-        if not done:
-            return
-        self._hashing = [hashing for hashing in self._hashing if not hashing.digests.done()]
-        self._progressed_at = self._clock()
-        for hashing in done:
-            job, keys, digests = hashing.job, hashing.job.keys, hashing.digests.result()
+    def _collect_hashes(self, ledger: DigestLedger, ended: list[Job]) -> None:
+        """Hand over the stores and believe the loads whose digests have been computed."""
+        hashing, self._hashing = self._hashing, []
+        for job in hashing:
+            if job.digests is None or not job.digests.done():
+                self._hashing.append(job)
+                continue
+            digests, job.digests = job.digests.result(), None
+            self._progressed_at = self._clock()
             if job.is_promotion:
-                good = frozenset(hashing.claimed).intersection(ledger.matching(keys, digests))
-                if len(good) < len(hashing.claimed):
-                    wrong = len(hashing.claimed) - len(good)
-                    self._observer.on_event(BlocksFailed(self.name, FailureCause.CORRUPT, wrong))
-                    self._down(f"returned {wrong} blocks with wrong bytes")
-                self._answer(job, good, answers)
+                good = frozenset(job.successful).intersection(ledger.matching(job.keys, digests))
+                num_wrong = len(job.successful) - len(good)
+                if num_wrong:
+                    self._observer.on_event(BlocksFailed(self.name, FailureCause.CORRUPT, num_wrong))
+                    self._down(f"returned {num_wrong} blocks with wrong bytes")
+                self._end(job, good, ended)
             elif self._draining:  # nothing may be handed over between a drain and the new epoch
-                self._answer(job, frozenset(), answers)
+                self._end(job, (), ended)
             else:
-                ledger.record(keys, digests)
+                ledger.record(job.keys, digests)
                 if not self._hand_over(job):
-                    answers.append(Answer(job, frozenset()))
+                    ended.append(job)
 
     def _refresh(self) -> None:
         now = self._clock()
-        self._follow_progress(now)
+        try:
+            state, progress = self.tier.state, self.tier.progress
+        except Exception as fault:  # noqa: BLE001 - a tier's fault never reaches the engine: it is reported
+            self._fault("state", fault)
+            state, progress = TierState.DOWN, self._progress
+        if progress != self._progress:
+            self._progress, self._progressed_at = progress, now
         if self.jobs and self._is_overdue(now):
             self._down("its jobs make no progress")
         elif self._pending_epoch is None:
             self._standing.reconsider(now)
-        state, is_trusted = self.state, self._standing.is_trusted
+        is_trusted = self._standing.is_trusted
         if is_trusted and state is _UP and not self.usable:
             self._was_usable = True
             self.patience.begin_life()
         self.usable = is_trusted and state is _UP
         self._is_opening = is_trusted and state is _STARTING and self.tier.persistent and not self._was_usable
 
-    def _follow_progress(self, now: float) -> None:
-        try:
-            progress = self.tier.progress
-        except Exception as fault:  # noqa: BLE001 - a tier's fault never reaches the engine: it is reported
-            self._fault("progress", fault)
-            return
-        if progress != self._progress:
-            self._progress, self._progressed_at = progress, now
-
     def _is_overdue(self, now: float) -> bool:
         """Return whether nothing of the jobs has progressed for too long; one that waits its turn is not late."""
         return now - self._progressed_at > self._tier_deadline
-
-    @property
-    def state(self) -> TierState:
-        """The tier's own state; DOWN if asking for it raises."""
-        try:
-            return self.tier.state
-        except Exception as fault:  # noqa: BLE001 - a tier's fault never reaches the engine: it is reported
-            self._fault("state", fault)
-            return TierState.DOWN
 
     # -- faults -------------------------------------------------------------------------------------------
 
@@ -329,7 +374,7 @@ class TierGuard:
             self._begin_epoch(epoch)
 
     def _begin_epoch(self, epoch: bytes) -> None:
-        if self.call("start_epoch", False, epoch, read=lambda nothing: True):
+        if self._tell("start_epoch", self.tier.start_epoch, epoch):
             self._pending_epoch = None
             if self._ledger is not None:
                 self._ledger.clear()
@@ -349,8 +394,9 @@ class TierGuard:
 
     def drain(self) -> None:
         """Wait until the tier touches no primary memory; runs on a thread of its own, bounded by its caller."""
-        for hashing in self._hashing:
-            hashing.digests.result()
+        for job in self._hashing:
+            if job.digests is not None:
+                job.digests.result()
         self.tier.drain_jobs()
 
     def busy_with(self, thread: threading.Thread | None) -> None:
@@ -370,12 +416,21 @@ class TierGuard:
 
     def check_invariants(self) -> None:
         """Raise InvariantError if a hashing job is not an unanswered job; then ask the tier."""
-        if any(hashing.job.job_id not in self.jobs for hashing in self._hashing):
-            raise InvariantError(f"tier {self.name} hashes a job that was answered")
+        if {job.job_id for job in self._hashing} != {
+            job.job_id for job in self.jobs.values() if job.digests is not None
+        }:
+            raise InvariantError(f"tier {self.name} hashes other jobs than those that wait for it")
         if self._num_storing != sum(len(job.slots) for job in self.jobs.values() if not job.is_promotion):
             raise InvariantError(f"tier {self.name} miscounts the blocks of its stores")
         self.tier.check_invariants()
 
 
-def _taken(nothing: object) -> bool:
-    return True
+def _read(result: JobResult, keys: tuple[OffloadKey, ...], took: float) -> tuple[Collection[OffloadKey], int, float]:
+    """Return the keys that succeeded, the bytes moved and the seconds it took, as the tier's result says.
+
+    Raises:
+        Exception: of any kind, if the fields are not what they should be.
+    """
+    successful = keys if result.success else frozenset(keys).intersection(result.successful_keys or ())
+    seconds = took if result.transfer_time is None else float(result.transfer_time)
+    return successful, int(result.transfer_bytes or 0), seconds

@@ -24,13 +24,12 @@ from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
 from kvtier.tiering.audit import check_slots
 from kvtier.tiering.cascades import Cascades
 from kvtier.tiering.device_copies import DeviceTransfers
-from kvtier.tiering.guarded_tier import TierGuard
+from kvtier.tiering.guarded_tier import Job, TierGuard
 from kvtier.tiering.kv_events import KVEventLog
 from kvtier.tiering.promotion import PRIMARY, Promoter
 from kvtier.tiering.requests import Requests, RequestState
 from kvtier.tiering.settings import ResetPolicy, TieringSettings
 from kvtier.tiering.stats import StatsObserver
-from kvtier.tiering.tier_jobs import Answer, JobMaker
 from kvtier.tiering.tiers import SecondaryTiers
 from kvtier.tiering.turns import in_turn
 from kvtier.tiering.usage import Usage
@@ -102,9 +101,8 @@ class TieringOffloadingManager(OffloadingManager):
         self._shadows = ShadowReport(PRIMARY, self._table.policy, self._observer)
         self._requests = Requests(self._tiers, settings.load_deadline)
         self._transfers = DeviceTransfers(self._table, self._observer, self._primary.finished_sequence)
-        jobs = JobMaker()
-        self._promoter = Promoter(self._table, self._tiers.guards, settings, clock, self._observer, jobs)
-        self._cascades = Cascades(self._table, self._tiers.guards, self._observer, jobs)
+        self._promoter = Promoter(self._table, self._tiers.guards, settings, clock, self._observer)
+        self._cascades = Cascades(self._table, self._tiers.guards, self._observer)
         self._note_use = Usage(self._table, self._tiers, self._cascades).note
         self._scanned: list[RequestState] = []
         self._polled = False
@@ -312,17 +310,17 @@ class TieringOffloadingManager(OffloadingManager):
         self._polled = True
         if os.getpid() != self.pid:
             forks.advise()
-        for guard, answer in self._tiers.poll():
-            self._take(guard, answer)
+        for guard, job in self._tiers.poll():
+            self._take(guard, job)
         if self._transfers.stale.pending:
             self._transfers.stale.sweep()
 
-    def _take(self, guard: TierGuard, answer: Answer) -> None:
+    def _take(self, guard: TierGuard, job: Job) -> None:
         """Take in the end of one job of a tier."""
-        if answer.job.is_promotion:
-            self._promoter.land(guard, answer.job, answer.successful)
+        if job.is_promotion:
+            self._promoter.land(guard, job)
         else:
-            self._table.unpin(answer.job.slots)
+            self._table.unpin(job.slots)
 
     def has_pending_work(self) -> bool:
         """True only for a live request's promotion or a cascade within its deadline."""

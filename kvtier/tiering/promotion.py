@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -12,11 +12,10 @@ from kvtier.events import BlocksEvicted, BlocksStored, Observer
 from kvtier.keys import OffloadKey
 from kvtier.primary.table import BlockTable, Placement
 from kvtier.tiering.flights import Promotions
-from kvtier.tiering.guarded_tier import TierGuard
+from kvtier.tiering.guarded_tier import Job, TierGuard
 from kvtier.tiering.lookups import Lookups
 from kvtier.tiering.requests import RequestState, split_scan
 from kvtier.tiering.settings import TieringSettings
-from kvtier.tiering.tier_jobs import JobMaker, TierJob
 
 PRIMARY = "primary"
 
@@ -162,14 +161,12 @@ class Promoter:
         settings: TieringSettings,
         clock: Clock,
         observer: Observer,
-        jobs: JobMaker,
     ) -> None:
         self._table = table
         self._guards = guards
         self._settings = settings
         self._clock = clock
         self._observer = observer
-        self._jobs = jobs
         self.promotions = Promotions()
         self.leases = Leases(table, max(1, int(table.num_slots * settings.promotion_budget)))
         self.lookups = Lookups(table, guards, self.promotions, settings, clock, observer)
@@ -216,14 +213,14 @@ class Promoter:
         slots = list(self._table.apply(placement).values())
         if placement.victims:
             self._observer.on_event(BlocksEvicted(PRIMARY, placement.victims))
-        job = self._jobs.make(placement.keys, slots, True, state.context)
         self.promotions.depart(placement.keys, slots, state)
-        if not guard.submit(job, slots):
+        if not guard.load(placement.keys, slots, state.context):
             self._fail(guard, placement.keys, slots)
 
-    def land(self, guard: TierGuard, job: TierJob, successful: Collection[OffloadKey]) -> None:
+    def land(self, guard: TierGuard, job: Job) -> None:
         """Take in the end of a promotion job: good blocks become ready, the rest misses for those who waited."""
         table = self._table
+        successful = job.successful
         keys: Sequence[OffloadKey] = job.keys
         slots: Sequence[int] = job.slots
         bad_keys: list[OffloadKey] = []

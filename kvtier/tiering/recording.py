@@ -24,10 +24,9 @@ from kvtier.descriptors import Descriptor
 from kvtier.events import CascadeRefused, Event
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
-from kvtier.tiering.guarded_tier import TierGuard
+from kvtier.tiering.guarded_tier import Job, TierGuard
 from kvtier.tiering.manager import TieringOffloadingManager
 from kvtier.tiering.record_writer import FRAME, LENGTH
-from kvtier.tiering.tier_jobs import Answer
 from kvtier.tiering.turns import in_turn
 from kvtier.types import (
     CPULoadStoreSpec,
@@ -322,8 +321,8 @@ class RecordedManager(TieringOffloadingManager):
                 self._usable[guard.index] = guard.usable
                 self._recorder.note(b"U", 0, TIER.pack(guard.index, guard.usable))
 
-    def _take(self, guard: TierGuard, answer: Answer) -> None:
-        job, successful = answer.job, answer.successful
-        complete = len(successful) == len(job.keys)
-        self._recorder.note(b"J", 0, JOB.pack(guard.index, job.job_id, complete), () if complete else list(successful))
-        super()._take(guard, answer)
+    def _take(self, guard: TierGuard, job: Job) -> None:
+        complete = len(job.successful) == len(job.keys)
+        successful = () if complete else list(job.successful)
+        self._recorder.note(b"J", 0, JOB.pack(guard.index, job.job_id, complete), successful)
+        super()._take(guard, job)

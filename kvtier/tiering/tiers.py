@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,13 +12,11 @@ from kvtier.clock import Clock
 from kvtier.events import Observer, TierState
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
-from kvtier.tiering.guarded_tier import TierGuard
+from kvtier.tiering.guarded_tier import Job, TierGuard
 from kvtier.tiering.settings import TieringSettings
-from kvtier.tiering.tier_jobs import Answer
 from kvtier.types import (
     Admission,
     OffloadingEvent,
-    OffloadPolicy,
     ReqContext,
     ScheduleEndContext,
     TierFilter,
@@ -45,6 +44,7 @@ class SecondaryTiers:
             strict=True,
         )
         self._settings = settings
+        job_ids = itertools.count()
         self.guards: list[TierGuard] = [
             TierGuard(
                 tier,
@@ -53,6 +53,7 @@ class SecondaryTiers:
                 admission,
                 clock,
                 observer,
+                job_ids,
                 settings.tier_deadline,
                 settings.probe_deadline if probe_deadline is None else probe_deadline,
             )
@@ -78,30 +79,23 @@ class SecondaryTiers:
 
     def announce(self, req_context: ReqContext) -> tuple[int, ...]:
         """Tell every tier of a request; return the indices of those that want all of its blocks."""
-        wanting = []
-        for guard in self.guards:
-            answer = guard.call("on_new_request", None, req_context)
-            if getattr(answer, "policy", None) is OffloadPolicy.REQUEST_LEVEL:
-                wanting.append(guard.index)
-        return tuple(wanting)
+        return tuple([guard.index for guard in self.guards if guard.wants_all_of(req_context)])
 
     def forget(self, req_context: ReqContext) -> None:
         """Tell every tier that a request is over."""
         for guard in self.guards:
-            guard.patience.forget(req_context)
-            guard.call("on_request_finished", None, req_context)
+            guard.forget_request(req_context)
 
     def touch(self, keys: list[OffloadKey], req_context: ReqContext) -> None:
         """Pass a recency hint to every tier in use."""
         for guard in self.guards:
-            if guard.usable:
-                guard.call("touch", None, list(keys), req_context)
+            guard.touch(keys, req_context)
 
-    def poll(self) -> Iterator[tuple[TierGuard, Answer]]:
-        """Yield the jobs that ended since the last call."""
+    def poll(self) -> Iterator[tuple[TierGuard, Job]]:
+        """Yield the jobs that have ended since the last call, each with the guard of its tier."""
         for guard in self.guards:
-            for answer in guard.poll():
-                yield guard, answer
+            for job in guard.poll():
+                yield guard, job
             guard.resume_epoch()
 
     def end_step(self, context: ScheduleEndContext) -> None:
