@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from kvtier.errors import StoreUnavailableError, describe
+from kvtier.errors import StoreError, StoreUnavailableError, describe
 from kvtier.foreign_text import MOST_QUOTED, one_line
 from kvtier.log import logger
 from kvtier.namespace import Namespace
@@ -126,12 +126,18 @@ class SlabDirectory:
         os.close(self._lock_descriptor)
 
     def check_present(self) -> None:
-        """Raise StoreUnavailableError if the directory was removed or replaced under us: it must be opened anew."""
+        """Check that the directory was not removed or replaced under us.
+
+        Raises:
+            StoreUnavailableError: it was, and must be opened anew.
+            StoreError: it cannot be looked at; a disk that fails may be back with all that it has.
+        """
         try:
             is_held = os.fstat(self._lock_descriptor).st_nlink > 0
             is_ours = self.folder.holds(self._name, self.namespace)
         except OSError as error:
-            raise StoreUnavailableError(f"{self.path}: {describe(error)}") from error
+            kind = StoreUnavailableError if error.errno == errno.ESTALE else StoreError
+            raise kind(f"{self.path}: {describe(error)}") from error
         if not (is_held and is_ours):
             raise StoreUnavailableError(f"{self.path}: the directory was removed while in use, or some of it replaced")
 
