@@ -86,6 +86,7 @@ class TieringOffloadingManager(OffloadingManager):
         self._primary = primary_tier
         self.pid = os.getpid()
         self._closed = False
+        self._left: SecondaryTiers | None = None
         self.thread_inside: int | None = None
         self._wire(
             SecondaryTiers(
@@ -113,7 +114,7 @@ class TieringOffloadingManager(OffloadingManager):
 
     def leave_to_parent(self) -> None:
         """In a forked child, go on with no slot and no tier: every lookup misses, and nothing is stored."""
-        self._kept = self._tiers  # a plug-in's destructor might end what the parent uses
+        self._left = self._tiers  # a plug-in's destructor might end what the parent uses
         self.thread_inside = None
         self._primary.give_up_slots()
         self._wire(SecondaryTiers((), None, None, None, self._settings, self._clock, self._observer))
@@ -157,13 +158,15 @@ class TieringOffloadingManager(OffloadingManager):
         True while all that the last plan awaits is on its way: no key of it has arrived or failed, and no deadline
         has passed. The engine may then leave the scan out in this step, at a cost that does not depend on its length.
         """
-        self._poll_once()
+        if not self._polled:
+            self._poll_once()
         state = self._requests.get(req_context.req_id)
         return state is not None and state.is_unchanged_for(first_key) and state.shortest_group >= shortest
 
     @in_turn
     def _enter(self, req_context: ReqContext) -> None:
-        self._poll_once()
+        if not self._polled:
+            self._poll()
         self._state = self._requests.open(req_context)
         self._current = req_context
         if not self._state.scan:
@@ -218,7 +221,8 @@ class TieringOffloadingManager(OffloadingManager):
 
         A key on its way from a tier for a request that gave up is stored anew, in another slot.
         """
-        self._poll_once()
+        if not self._polled:
+            self._poll()
         state = self._requests.open(req_context)
         ordered = keys if isinstance(keys, list) else list(keys)
         if self._promoter.promotions.flights:
@@ -301,14 +305,15 @@ class TieringOffloadingManager(OffloadingManager):
         self._tiers.end_step(context)
         self._polled, self._current = False, None
 
+    @in_turn
     def _poll_once(self) -> None:
         if not self._polled:
             self._poll()
 
-    @in_turn
     def _poll(self) -> None:
+        """Take what tiers have finished; within a call that has its turn."""
         self._polled = True
-        if os.getpid() != self.pid:
+        if self._left is not None:
             forks.advise()
         for guard, job in self._tiers.poll():
             self._take(guard, job)
@@ -340,6 +345,7 @@ class TieringOffloadingManager(OffloadingManager):
         stats = self._stats.snapshot() | {f"{PRIMARY}.{name}": value for name, value in held.items()}
         return stats | self._shadows.stats() | self._tiers.stats()
 
+    @in_turn
     def tier_states(self) -> dict[str, tuple[TierState, str]]:
         """Return state and reason of every secondary tier, by name."""
         self._poll()

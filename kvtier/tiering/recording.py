@@ -313,7 +313,6 @@ class RecordedManager(TieringOffloadingManager):
 
     # -- what tiers say -----------------------------------------------------------------------------------
 
-    @in_turn
     def _poll(self) -> None:
         super()._poll()
         for guard in self._tiers:

@@ -40,17 +40,18 @@ def in_turn(
 
     @functools.wraps(method)
     def call(self: Self, /, *args: Arguments.args, **keywords: Arguments.kwargs) -> Answer:
+        me = get_ident()
+        if self.thread_inside == me:
+            return method(self, *args, **keywords)
         if getpid() != self.pid:
             forks.notice()
-        me = get_ident()
-        # From the look to the mark there is no call and no jump: CPython lets no other thread in between.
-        before = self.thread_inside
-        if before is not None and before != me:
+        # From the look to the mark there is no call and no jump back: CPython lets no other thread in between.
+        if self.thread_inside is not None:
             raise OverlappingCallError
         self.thread_inside = me
         try:
             return method(self, *args, **keywords)
         finally:
-            self.thread_inside = before
+            self.thread_inside = None
 
     return call
