@@ -10,15 +10,94 @@ import re
 import sys
 from collections.abc import Callable, Collection, Mapping
 from enum import Enum
-from typing import Any, get_args, get_type_hints
+from typing import Annotated, Any, Self, get_args, get_origin, get_type_hints
 
 import msgspec
 
 from kvtier.errors import ConfigError
 from kvtier.foreign_text import is_utf8
+from kvtier.redaction import shown_option
+from kvtier.sizes import parse_size
 
 _PYTHON_WORDS = {"object": "mapping", "array": "list", "null": "None"}
 _JSON_WORD = re.compile(r"\b(?:object|array|null)\b")
+_SIZE = "size"
+"""In the `extra` of an option's annotation, the smallest size; in a schema, the format of the option."""
+
+
+def size_of(description: str, minimum: int = 1) -> msgspec.Meta:
+    """Return what makes an int option a size: bytes, or a text such as "10GiB" (see `parse_size`)."""
+    return msgspec.Meta(
+        description=description,
+        ge=minimum,
+        extra_json_schema={"format": _SIZE},
+        extra={_SIZE: minimum},
+    )
+
+
+def schema_of(kind: type[msgspec.Struct]) -> dict[str, Any]:
+    """Return the JSON schema of a struct of options; a size may be a text, too."""
+    schema = msgspec.json.schema(kind)
+    for struct in schema["$defs"].values():
+        for option in struct.get("properties", {}).values():
+            if option.get("format") == _SIZE:
+                option["type"] = ["integer", "string"]
+    return schema
+
+
+class TierOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of the options of one tier type.
+
+    A subclass declares each option once, with its type, range, default and description. From that come the check of a
+    configuration, the JSON schema, the table in the documentation, and what the tier's store is opened with. An option
+    names the variable or the file that holds a secret, never the secret.
+    """
+
+    threads: Annotated[int, msgspec.Meta(ge=1, le=64, description="calls into the store at the same time")] = 4
+    job_deadline: Annotated[
+        float,
+        msgspec.Meta(
+            gt=0,
+            lt=3600,
+            description="seconds without any progress, after which the I/O process is killed and a new one started",
+        ),
+    ] = 10.0
+
+    def __repr__(self) -> str:
+        """Show the options without secrets, and without what people take for the place of one."""
+        return f"{type(self).__name__}({shown_option('', msgspec.structs.asdict(self))})"
+
+    @classmethod
+    def read(cls, options: Mapping[str, Any], where: str = "") -> Self:
+        """Return options as a user, or `to_json`, wrote them; sizes become bytes.
+
+        Args:
+            where: full name of the mapping, for errors.
+
+        Raises:
+            ConfigError: an unknown name, a wrong type, a value out of range, or a required option that is missing.
+        """
+        fields = {field.name: field for field in msgspec.structs.fields(cls)}
+        check_known(options, fields, where)
+        for name, field in fields.items():
+            if field.required and name not in options:
+                kind = "int | str" if _least_size(field.type) is not None else _name_of(field.type)
+                raise ConfigError(join_key(where, name), None, f"required, {kind} expected")
+        return cls(
+            **{name: _convert_field(value, fields[name].type, join_key(where, name)) for name, value in options.items()}
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values that `read` understands."""
+        values: dict[str, Any] = msgspec.to_builtins(self)
+        return values
+
+    def check(self, block_bytes: int) -> None:
+        """Refuse options that contradict each other, the size of a block, or what the environment shows.
+
+        Raises:
+            ConfigError: names the option.
+        """
 
 
 def join_key(where: str, key: object) -> str:
@@ -69,6 +148,23 @@ def convert_option(value: object, hint: Any, key: str) -> Any:
     if isinstance(converted, float) and not math.isfinite(converted):
         raise ConfigError(key, value, "a finite number expected")
     return converted
+
+
+def _convert_field(value: object, hint: Any, key: str) -> Any:
+    least = _least_size(hint)
+    return convert_option(value, hint, key) if least is None else _convert_size(value, key, least)
+
+
+def _convert_size(value: object, key: str, least: int) -> int:
+    return parse_size(key, convert_option(value, int | str, key), least)
+
+
+def _least_size(hint: Any) -> int | None:
+    """Return the smallest size of an option that is one, None for any other option."""
+    for meta in getattr(hint, "__metadata__", ()):
+        if isinstance(meta, msgspec.Meta) and _SIZE in (meta.extra or {}):
+            return int((meta.extra or {})[_SIZE])
+    return None
 
 
 def _check_text(value: object, key: str) -> None:
@@ -150,8 +246,26 @@ def _allowed(reason: str, hint: Any) -> str:
     enums = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and issubclass(kind, Enum)]
     if enums:
         return "one of " + ", ".join(f'"{member.value}"' for kind in enums for member in kind)
-    return _JSON_WORD.sub(lambda word: _PYTHON_WORDS[word[0]], reason.replace("`", "")).replace("Expected", "expected")
+    allowed = _JSON_WORD.sub(lambda word: _PYTHON_WORDS[word[0]], reason.replace("`", "")).replace(
+        "Expected", "expected"
+    )
+    one_end = re.fullmatch(r"(expected \w+) [<>]=? \S+", allowed)
+    return f"{one_end[1]} {both_ends}" if one_end and (both_ends := _range_of(hint)) else allowed
+
+
+def _range_of(hint: Any) -> str:
+    """Return both ends of a range, such as ">= 1 and <= 64"; nothing if the range has one end, or none."""
+    metas = [meta for meta in getattr(hint, "__metadata__", ()) if isinstance(meta, msgspec.Meta)]
+    bounds = [
+        f"{sign} {value}"
+        for meta in metas
+        for sign, value in ((">=", meta.ge), (">", meta.gt), ("<=", meta.le), ("<", meta.lt))
+        if value is not None
+    ]
+    return " and ".join(bounds) if len(bounds) > 1 else ""
 
 
 def _name_of(hint: Any) -> str:
+    if get_origin(hint) is Annotated:
+        return _name_of(get_args(hint)[0])
     return "a value" if hint is Any else getattr(hint, "__name__", str(hint))

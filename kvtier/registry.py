@@ -13,6 +13,7 @@ from kvtier.config import TierConfig, parse_tier
 from kvtier.errors import ConfigError
 from kvtier.options import convert_to_signature, join_key
 from kvtier.secondary.first_interface import adapt_tier_class
+from kvtier.secondary.trial import options_type_of
 
 T = TypeVar("T")
 
@@ -215,6 +216,9 @@ def check_tier(tier: TierConfig) -> TierConfig:
     for key in _GIVEN_TO_EVERY_TIER:
         if key in tier.options:
             raise ConfigError(join_key(tier.where, key), tier.options[key], "set by kvtier, not by a configuration")
+    if (options_type := options_type_of(tier_class)) is not None:
+        read = options_type.read(tier.options, tier.where)
+        return replace(tier, options={name: getattr(read, name) for name in tier.options})
     signature = convert_to_signature(tier_class, tier.options, tier.where, given=_GIVEN_TO_EVERY_TIER)
     return replace(tier, options=signature)
 

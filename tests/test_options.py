@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from kvtier.errors import ConfigError
-from kvtier.options import check_known, convert_option, convert_to_signature
+from kvtier.options import TierOptions, check_known, convert_option, convert_to_signature, schema_of, size_of
 from kvtier.types import Admission
 
 
@@ -80,3 +80,51 @@ def test_hints_that_do_not_resolve_are_not_checked():
     def make(path: "NotImported") -> None: ...  # noqa: F821  # what a class under TYPE_CHECKING looks like
 
     assert convert_to_signature(make, {"path": 3}, "t") == {"path": 3}
+
+
+class OwnOptions(TierOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    url: Annotated[str, msgspec.Meta(description="where it is")]
+    size: Annotated[int, size_of("most bytes", 4096)] = 8192
+    password_file: Annotated[str | None, msgspec.Meta(description="where the password is")] = None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "t.url=None: required, str expected"),
+        ({"url": "u", "threads": 0}, "t.threads=0: expected int >= 1 and <= 64"),
+        ({"url": "u", "threads": 65}, "t.threads=65: expected int >= 1 and <= 64"),
+        ({"url": "u", "threads": True}, "t.threads=True: expected int, got bool"),
+        ({"url": "u", "job_deadline": 3600}, "t.job_deadline=3600: expected float > 0 and < 3600"),
+        ({"url": "u", "size": 1}, 't.size=1: an int or a string like "10GiB", at least 4096 bytes'),
+        ({"url": "u", "size": True}, "t.size=True: expected int | str, got bool"),
+        ({"url": "u", "sise": 1}, 't.sise=1: unknown key, did you mean "size"? known are'),
+    ],
+)
+def test_a_struct_of_options_names_what_is_wrong(options, message):
+    assert error_of(OwnOptions.read, options, "t").startswith(message)
+
+
+@pytest.mark.parametrize("size", [16 << 10, "16KiB", "16Ki", 16384.0, "16384"])
+def test_sizes_become_bytes_in_whatever_way_they_were_written(size):
+    options = OwnOptions.read({"url": "u", "size": size})
+    assert options.size == 16384
+    assert OwnOptions.read(options.to_json()) == options
+
+
+def test_a_struct_of_options_shows_no_secret():
+    options = OwnOptions.read({"url": "redis://me:hunter2@host", "password_file": "hunter2"})
+    assert "hunter2" not in repr(options)
+
+
+def test_the_schema_of_options_has_descriptions_ranges_and_sizes():
+    properties = schema_of(OwnOptions)["$defs"]["OwnOptions"]["properties"]
+    assert properties["size"] == {
+        "type": ["integer", "string"],
+        "format": "size",
+        "minimum": 4096,
+        "description": "most bytes",
+        "default": 8192,
+    }
+    assert properties["threads"]["maximum"] == 64
+    assert all(option["description"] for option in properties.values())

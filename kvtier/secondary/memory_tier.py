@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvtier.errors import ConfigError
-from kvtier.keys import MAX_KEY_BYTES
 from kvtier.secondary.keyed import KeyedTierManager
 from kvtier.secondary.store_tier import TierSettings
-from kvtier.sizes import parse_size
-from kvtier.stores.integrity.header import HEADER_BYTES
+from kvtier.stores.memory import MemoryOptions
 from kvtier.types import Locality, Medium
 
 
@@ -19,33 +16,21 @@ class MemoryTierManager(KeyedTierManager):
     medium = Medium.CPU
     locality = Locality.LOCAL
     needs_namespace = False
+    options_type = MemoryOptions
 
-    def __init__(
-        self,
-        offloading_spec: Any,
-        primary_kv_view: memoryview,
-        tier_type: str,
-        *,
-        capacity: int | str,
-        threads: int = 4,
-        job_deadline: float = 10.0,
-    ) -> None:
-        """Args:
-            capacity: most bytes of blocks, their keys and headers, for example "8GiB".
-            threads, job_deadline: as for `disk`.
+    def __init__(self, offloading_spec: Any, primary_kv_view: memoryview, tier_type: str, **options: Any) -> None:
+        """Args: options: `MemoryOptions`.
 
         Raises:
             ConfigError: a value is not allowed; the error names its key.
         """
-        size = parse_size("capacity", capacity)
+        read = MemoryOptions.read(options)
         super().__init__(
             offloading_spec,
             primary_kv_view,
             tier_type,
             store="kvtier.stores.memory:MemoryStore",
-            options={"capacity": size},
-            settings=TierSettings.checked(threads, job_deadline),
+            options=read.to_json(),
+            settings=TierSettings.checked(read.threads, read.job_deadline),
         )
-        least = self.block_bytes + HEADER_BYTES + MAX_KEY_BYTES
-        if size < least:
-            raise ConfigError("capacity", capacity, f"at least {least} bytes, for one block of {self.block_bytes}")
+        read.check(self.block_bytes)

@@ -20,11 +20,12 @@ from kvtier.executors.process import IOProcess
 from kvtier.executors.protocol import PartResult, Prepared
 from kvtier.executors.threads import ThreadExecutor
 from kvtier.namespace import Namespace
+from kvtier.options import TierOptions
 from kvtier.primary.arena import arena_rows
 from kvtier.secondary.health import Breaker, TierHealth
 from kvtier.secondary.jobs import Job, JobLedger, Outcome
 from kvtier.secondary.supervisor import Deadlines, Supervisor
-from kvtier.secondary.trial import construct_on_trial
+from kvtier.secondary.trial import construct_on_trial, options_type_of
 from kvtier.types import FailureCause, JobMetadata, JobResult, ScheduleEndContext
 
 _BYTES = frozenset({bytes})
@@ -83,13 +84,18 @@ class StoreTierManager(SecondaryTierManager):
 
     needs_namespace: ClassVar[bool] = True
     """Whether blocks outlive the process: such a tier refuses to work for an engine that does not say who it is."""
+    options_type: ClassVar[type[TierOptions] | None] = None
+    """What the constructor's keywords are, if a struct declares them; else the constructor's signature does."""
 
     @classmethod
     def check_options(
         cls, options: Mapping[str, Any], block_bytes: int, policies: Mapping[str, type[EvictionPolicy]]
     ) -> None:
-        """Let the constructor check them: it has no side effects."""
-        construct_on_trial(cls, options, block_bytes, policies)
+        """Ask the struct of the options; without one, the constructor, which has no side effects."""
+        if (options_type := options_type_of(cls)) is None:
+            construct_on_trial(cls, options, block_bytes, policies)
+        else:
+            options_type.read(options).check(block_bytes)
 
     def __init__(
         self,

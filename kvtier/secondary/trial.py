@@ -1,4 +1,4 @@
-"""Makes a tier on trial, over memory for one block: its constructor finds what is wrong before an engine starts."""
+"""Finds what is wrong with a tier's options before an engine starts, without starting the tier."""
 
 from __future__ import annotations
 
@@ -8,6 +8,21 @@ from typing import Any
 
 from kvtier.abc import EvictionPolicy, SecondaryTierManager, TierContext
 from kvtier.namespace import Namespace
+from kvtier.options import TierOptions
+
+
+def options_type_of(tier_class: type) -> type[TierOptions] | None:
+    """Return the struct of a tier's options; None for a tier whose constructor declares its options as keywords.
+
+    A subclass with a constructor of its own has keywords of its own, whatever its base declares.
+    """
+    for kind in tier_class.__mro__:
+        declared = vars(kind).get("options_type")
+        if isinstance(declared, type) and issubclass(declared, TierOptions):
+            return declared
+        if "__init__" in vars(kind):
+            return None
+    return None
 
 
 def construct_on_trial(
@@ -16,7 +31,7 @@ def construct_on_trial(
     block_bytes: int,
     policies: Mapping[str, type[EvictionPolicy]],
 ) -> None:
-    """Make a tier whose constructor has no side effects, and forget it.
+    """Make a tier whose constructor has no side effects, over memory for one block, and forget it.
 
     Raises:
         ConfigError: the constructor refuses an option.

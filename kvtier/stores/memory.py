@@ -5,11 +5,25 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from kvtier.abc import BlockStore, StoreContext
 from kvtier.errors import ConfigError
-from kvtier.keys import OffloadKey
+from kvtier.keys import MAX_KEY_BYTES, OffloadKey
+from kvtier.options import TierOptions, size_of
+from kvtier.stores.integrity.header import HEADER_BYTES
+
+
+class MemoryOptions(TierOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Options of tier type `memory`."""
+
+    capacity: Annotated[int, size_of('most bytes of blocks, their keys and headers, for example "8GiB"')]
+
+    def check(self, block_bytes: int) -> None:
+        """Refuse a capacity that does not hold one block."""
+        least = block_bytes + HEADER_BYTES + MAX_KEY_BYTES
+        if self.capacity < least:
+            raise ConfigError("capacity", self.capacity, f"at least {least} bytes, for one block of {block_bytes}")
 
 
 class MemoryStore(BlockStore):
@@ -29,8 +43,8 @@ class MemoryStore(BlockStore):
 
     @classmethod
     def open(cls, options: Mapping[str, Any], context: StoreContext) -> Self:
-        """Make an empty store; options: `capacity` (int, bytes)."""
-        return cls(options["capacity"])
+        """Make an empty store; options: `MemoryOptions`."""
+        return cls(MemoryOptions.read(options).capacity)
 
     @property
     def used_bytes(self) -> int:
