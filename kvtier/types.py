@@ -183,12 +183,12 @@ class PrepareStoreOutput:
 
     Attributes:
         keys_to_store: the keys to copy, in the order of the input.
-        store_spec: their slots, in the same order (a `CPULoadStoreSpec`).
+        store_spec: their slots, in the same order.
         evicted_keys: keys that gave way.
     """
 
     keys_to_store: list[OffloadKey]
-    store_spec: LoadStoreSpec
+    store_spec: CPULoadStoreSpec
     evicted_keys: list[OffloadKey]
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, TypeVar
 
 from vllm.logger import init_logger
 from vllm.v1.kv_offload import base
@@ -23,11 +23,13 @@ from kvtier.adapters.vllm.translation import (
 from kvtier.keys import OffloadKey
 from kvtier.log import cleaned
 from kvtier.tiering.manager import TieringOffloadingManager
-from kvtier.types import OffloadPolicy, ScheduleEndContext
+from kvtier.types import OffloadingEvent, OffloadPolicy, ScheduleEndContext
 
 logger = cleaned(init_logger("vllm.kvtier"))
 
 _MISS = base.LookupResult.MISS
+
+T = TypeVar("T")
 
 
 class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # vLLM is not there when types are checked
@@ -102,23 +104,21 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
 
     def touch(self, keys: Collection[OffloadKey], req_context: Any) -> None:
         """Count one use of `keys`."""
-        self._try("touch", keys, self._translated(req_context))
+        ours = self._translated(req_context)
+        self._try("touch", None, lambda manager: manager.touch(keys, ours))
 
     def complete_load(self, keys: Collection[OffloadKey], req_context: Any) -> None:
         """Unpin `keys`."""
-        manager = self._core.manager
-        if manager is not None:
-            try:
-                manager.complete_load(keys, self._translated(req_context))
-            except Exception as error:  # noqa: BLE001 - nothing may stop the engine: reported
-                self._report("complete_load", error)
+        ours = self._translated(req_context)
+        self._try("complete_load", None, lambda manager: manager.complete_load(keys, ours), though_off=True)
 
     def prepare_store(self, keys: Collection[OffloadKey], req_context: Any) -> Any:
         """Choose slots for the longest head of `keys` that fits.
 
         Never None: vLLM would ask again, and warn, at every step.
         """
-        placed = self._try("prepare_store", list(keys), self._translated(req_context))
+        ours = self._translated(req_context)
+        placed = self._try("prepare_store", None, lambda manager: manager.prepare_store(list(keys), ours))
         if placed is None:
             return base.PrepareStoreOutput([], KVTierLoadStoreSpec(NO_SLOTS), [])
         spec = KVTierLoadStoreSpec(placed.store_spec)
@@ -126,52 +126,58 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
 
     def complete_store(self, keys: Collection[OffloadKey], req_context: Any, success: bool = True) -> None:
         """Make stored blocks loadable, unless a worker has said that a copy failed."""
-        manager = self._core.manager
-        if manager is None:
-            return
-        try:
+        ours = self._translated(req_context)
+
+        def complete(manager: TieringOffloadingManager) -> None:
             if self._core.control.failures() and not self._off:
                 self._off = True
                 logger.error("kvtier is off: a worker could not copy blocks; its log says why")
-            manager.complete_store(keys, self._translated(req_context), success and not self._off)
-        except Exception as error:  # noqa: BLE001 - nothing may stop the engine: reported
-            self._report("complete_store", error)
+            manager.complete_store(keys, ours, success and not self._off)
+
+        self._try("complete_store", None, complete, though_off=True)
 
     def on_new_request(self, req_context: Any) -> Any:
         """Learn of a request."""
         ours = self._contexts[req_context.req_id] = EngineReqContext(req_context)
         self._last = (req_context, ours)
-        wanted = self._try("on_new_request", ours)
+        wanted = self._try("on_new_request", None, lambda manager: manager.on_new_request(ours))
         if wanted is not None and wanted.policy is OffloadPolicy.REQUEST_LEVEL:
             return base.RequestOffloadingContext(base.OffloadPolicy.REQUEST_LEVEL)
         return base.RequestOffloadingContext(NEWLY_COMPUTED_ONLY)
 
     def on_request_finished(self, req_context: Any) -> None:
         """Learn that a request is over; completions of its transfers may still follow."""
-        self._try("on_request_finished", self._translated(req_context))
+        ours = self._translated(req_context)
+        self._try("on_request_finished", None, lambda manager: manager.on_request_finished(ours))
         self._contexts.pop(req_context.req_id, None)
         self._last = None
 
     def on_schedule_end(self, context: Any) -> None:
         """Plan promotions, and collect what arrived."""
         self._scanned = self._repeated = None
-        self._try("on_schedule_end", ScheduleEndContext(context.new_req_ids, context.preempted_req_ids))
+        ours = ScheduleEndContext(context.new_req_ids, context.preempted_req_ids)
+        self._try("on_schedule_end", None, lambda manager: manager.on_schedule_end(ours))
 
     def has_pending_work(self) -> bool:
         """Return whether vLLM must keep stepping without requests."""
-        return bool(self._try("has_pending_work"))
+        return self._try("has_pending_work", False, lambda manager: manager.has_pending_work())
 
     def take_events(self) -> Iterable[Any]:
         """Return KV events since the last call, in vLLM's words."""
-        return [offloading_event(event) for event in self._try("take_events") or ()]
+        nothing: Iterable[OffloadingEvent] = ()
+        return [
+            offloading_event(event)
+            for event in self._try("take_events", nothing, lambda manager: manager.take_events())
+        ]
 
     def reset_cache(self) -> None:
         """Forget every block, in every tier; bounded in time."""
-        self._try("reset_cache")
+        self._try("reset_cache", None, lambda manager: manager.reset_cache())
 
     def get_stats(self) -> Any:
         """Return what was counted since the last call, in vLLM's form, or None."""
-        return self._stats.report(self._try("get_stats") or {})
+        nothing: Mapping[str, float] = {}
+        return self._stats.report(self._try("get_stats", nothing, lambda manager: manager.get_stats()))
 
     def shutdown(self) -> None:
         """Release everything, bounded in time."""
@@ -188,16 +194,18 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         self._last = (theirs, ours)
         return ours
 
-    def _try(self, method: str, *args: Any) -> Any:
-        """Call the manager's method; None if there is no manager, or if it raised, which is reported."""
-        manager = self._manager
+    def _try(
+        self, what: str, default: T, call: Callable[[TieringOffloadingManager], T], *, though_off: bool = False
+    ) -> T:
+        """Return what `call` answers; `default` if there is no manager, or if it raises, which is reported."""
+        manager = self._core.manager if though_off else self._manager
         if manager is None:
-            return None
+            return default
         try:
-            return getattr(manager, method)(*args)
+            return call(manager)
         except Exception as error:  # noqa: BLE001 - nothing may stop the engine: reported
-            self._report(method, error)
-            return None
+            self._report(what, error)
+            return default
 
     def _report(self, method: str, error: Exception) -> None:
         kind = f"{method} {type(error).__name__}"
