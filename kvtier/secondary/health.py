@@ -62,6 +62,7 @@ class Breaker:
         self._failures = 0
         self.state = BreakerState.CLOSED
         self.retry_at = 0.0
+        self.num_openings = 0
 
     def succeed(self) -> None:
         """Note a success of the thing itself; after a calm, all is forgiven."""
@@ -84,6 +85,7 @@ class Breaker:
     def open(self) -> None:
         """Open, for the next backoff (the process died, or could not start)."""
         self.state = BreakerState.OPEN
+        self.num_openings += 1
         self._failures = 0
         self.retry_at = self._clock() + self._backoff * (1 - _JITTER * self._draw())
         self._backoff = min(2 * self._backoff, self._longest_backoff)

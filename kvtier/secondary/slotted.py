@@ -105,12 +105,15 @@ class SlottedTierManager(StoreTierManager):
         return events
 
     def get_stats(self) -> Mapping[str, float]:
-        """Return blocks, capacity and bytes, and what is in flight."""
-        table = self._table
-        blocks = 0 if table is None else len(table)
-        capacity = 0 if table is None else table.num_slots
-        sizes = {"blocks": blocks, "capacity_blocks": capacity, "bytes": blocks * self.block_bytes}
-        return {**super().get_stats(), **sizes}
+        """Return what is held and what fits, in blocks and bytes; 0 until the index is there."""
+        blocks, capacity = (0, 0) if self._table is None else (len(self._table), self._table.num_slots)
+        return {
+            **super().get_stats(),
+            "blocks": blocks,
+            "bytes": blocks * self.block_bytes,
+            "capacity_blocks": capacity,
+            "capacity_bytes": capacity * self.block_bytes,
+        }
 
     def check_invariants(self) -> None:
         """Raise InvariantError if the state contradicts itself."""

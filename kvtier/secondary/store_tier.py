@@ -232,16 +232,11 @@ class StoreTierManager(SecondaryTierManager):
             self._wait(self.settings.deadlines.kill, lambda: self._supervisor.has_executor)
 
     def get_stats(self) -> Mapping[str, float]:
-        """Return jobs and blocks in flight, and which share of the store is prepared, if it prepares itself."""
-        ledger, prepared = self._ledger, self._prepared
-        ahead = {} if prepared is None else {"prepared_share": prepared.done / max(1, prepared.total)}
-        return {
-            **ahead,
-            "jobs": ledger.num_jobs,
-            "store_blocks_in_flight": ledger.num_store_blocks,
-            "load_blocks_in_flight": ledger.num_load_blocks,
-            "up": float(self._health.state is TierState.UP),
-        }
+        """Return how often a breaker opened, and which share of the store is prepared, if it prepares itself."""
+        stats: dict[str, float] = {"breaker_openings": self._supervisor.num_breaker_openings}
+        if self._prepared is not None:
+            stats["prepared_share"] = self._prepared.done / max(1, self._prepared.total)
+        return stats
 
     def check_invariants(self) -> None:
         """Raise InvariantError if ledger and supervisor contradict themselves or each other."""

@@ -318,13 +318,18 @@ class StripedTierManager(SecondaryTierManager):
         return [event for stripe in self._stripes for event in stripe.take_events()]
 
     def get_stats(self) -> Mapping[str, float]:
-        """Return the sums over the stripes, and how many there are and are up."""
-        sums: dict[str, float] = {}
+        """Return the sums over the stripes, of shares the mean, and how many stripes there are and are up."""
+        stats: dict[str, float] = {}
+        num_preparing = 0
         for stripe in self._stripes:
-            for name, value in stripe.get_stats().items():
-                sums[name] = sums.get(name, 0) + value
-        stripes_up = sums.pop("up")
-        return {**sums, "up": float(stripes_up > 0), "stripes": len(self._stripes), "stripes_up": stripes_up}
+            of_stripe = stripe.get_stats()
+            num_preparing += "prepared_share" in of_stripe
+            for name, value in of_stripe.items():
+                stats[name] = stats.get(name, 0) + value
+        if num_preparing:
+            stats["prepared_share"] /= num_preparing
+        stripes_up = sum(stripe.state is _UP for stripe in self._stripes)
+        return {**stats, "stripes": len(self._stripes), "stripes_up": stripes_up}
 
     def shutdown(self) -> None:
         """Shut every stripe down, each within its share of the deadline."""

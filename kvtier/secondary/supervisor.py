@@ -107,6 +107,11 @@ class Supervisor:
         return self.works and self._store_breaker.state is not _OPEN
 
     @property
+    def num_breaker_openings(self) -> int:
+        """Times that the tier, or its stores alone, were given up for a while."""
+        return self._breaker.num_openings + self._store_breaker.num_openings
+
+    @property
     def is_idle(self) -> bool:
         """Whether `start` was never called."""
         return self._phase is _Phase.IDLE

@@ -22,7 +22,7 @@ from kvtier.keys import OffloadKey
 from kvtier.primary.arena import arena_rows
 from kvtier.secondary.stand_ins import LateTier
 from kvtier.tiering.digests import DigestLedger
-from kvtier.tiering.standing import Standing
+from kvtier.tiering.standing import Standing, StateTimes
 from kvtier.tiering.waiting import ProbePatience
 from kvtier.types import (
     Admission,
@@ -38,7 +38,7 @@ from kvtier.types import (
 )
 
 STORE_SHARE = 0.5
-_UP, _STARTING = TierState.UP, TierState.STARTING
+_UP, _STARTING, _DOWN = TierState.UP, TierState.STARTING, TierState.DOWN
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -105,6 +105,7 @@ class TierGuard:
         self._tier_deadline = tier_deadline
         self._progressed_at, self._progress = 0.0, 0
         self._standing = Standing(name, clock, observer)
+        self._times = StateTimes(clock())
         self._ledger = None if tier.verifies_payloads else DigestLedger(arena_rows(tier.primary_kv_view))
         self._most_pinned = int(len(tier.primary_kv_view) * STORE_SHARE)
         self._hashing: list[Job] = []
@@ -200,9 +201,23 @@ class TierGuard:
         self._tell("on_schedule_end", self.tier.on_schedule_end, context)
 
     def stats(self) -> Mapping[str, float]:
-        """Return the tier's gauges; none if it fails."""
+        """Return the metrics that the tier itself knows, by name; none if it fails."""
         nothing: dict[str, float] = {}
-        return self._ask("get_stats", nothing, lambda: dict(self.tier.get_stats()))
+        return self._ask("get_stats", nothing, lambda: _numbers(self.tier.get_stats()))
+
+    def readings(self) -> dict[str, float]:
+        """Return the metrics of this tier that the guard knows, by name."""
+        num_jobs, num_blocks = len(self.jobs), sum(len(job.slots) for job in self.jobs.values())
+        num_loads = sum(job.is_promotion for job in self.jobs.values())
+        return {
+            "jobs": num_jobs,
+            "store_jobs_in_flight": num_jobs - num_loads,
+            "load_jobs_in_flight": num_loads,
+            "store_blocks_in_flight": self._num_storing,
+            "load_blocks_in_flight": num_blocks - self._num_storing,
+            "up": float(self.usable),
+            **self._times.readings(self._clock()),
+        }
 
     def take_events(self) -> list[OffloadingEvent]:
         """Return the tier's KV events since the last call; none if it fails."""
@@ -345,6 +360,7 @@ class TierGuard:
             self._was_usable = True
             self.patience.begin_life()
         self.usable = is_trusted and state is _UP
+        self._times.enter(state if is_trusted else _DOWN, now)
         self._is_opening = is_trusted and state is _STARTING and self.tier.persistent and not self._was_usable
 
     def _is_overdue(self, now: float) -> bool:
@@ -360,6 +376,7 @@ class TierGuard:
         """Leave the tier alone for a while."""
         self.usable = False
         self._standing.lose(reason)
+        self._times.enter(_DOWN, self._clock())
 
     # -- reset and end ------------------------------------------------------------------------------------
 
@@ -406,6 +423,7 @@ class TierGuard:
     def shutdown(self) -> None:
         """End the tier and what the guard started; runs on a thread of its own, bounded by its caller."""
         self.usable, self._closed = False, True
+        self._times.enter(TierState.CLOSED, self._clock())
         self.tier.shutdown()
         if self._ledger is not None:
             self._ledger.close()
@@ -434,3 +452,7 @@ def _read(result: JobResult, keys: tuple[OffloadKey, ...], took: float) -> tuple
     successful = keys if result.success else frozenset(keys).intersection(result.successful_keys or ())
     seconds = took if result.transfer_time is None else float(result.transfer_time)
     return successful, int(result.transfer_bytes or 0), seconds
+
+
+def _numbers(stats: Mapping[str, float]) -> dict[str, float]:
+    return {str(name): float(value) for name, value in stats.items()}

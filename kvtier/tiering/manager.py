@@ -20,6 +20,7 @@ from kvtier.clock import Clock, monotonic_clock
 from kvtier.events import BlocksEvicted, BlocksLoaded, BlocksStored, CacheReset, Observer, Observers, TierState
 from kvtier.eviction.shadow_report import ShadowReport
 from kvtier.keys import OffloadKey
+from kvtier.metrics import EventCounters, tier_readings
 from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
 from kvtier.tiering.audit import check_slots
 from kvtier.tiering.cascades import Cascades
@@ -29,7 +30,6 @@ from kvtier.tiering.kv_events import KVEventLog
 from kvtier.tiering.promotion import PRIMARY, Promoter
 from kvtier.tiering.requests import Requests, RequestState
 from kvtier.tiering.settings import ResetPolicy, TieringSettings
-from kvtier.tiering.stats import StatsObserver
 from kvtier.tiering.tiers import SecondaryTiers
 from kvtier.tiering.turns import in_turn
 from kvtier.tiering.usage import Usage
@@ -76,10 +76,10 @@ class TieringOffloadingManager(OffloadingManager):
             observer: where events go, beside the manager's own counters; given `Observers`, these count what tiers
                 report there, too.
         """
-        self._stats = StatsObserver()
+        self._counters = EventCounters()
         self._kv_events = KVEventLog()
         self._observer = Observers() if observer is None else Observers.over(observer)
-        self._observer.add(self._stats)
+        self._observer.add(self._counters)
         if settings.kv_events:
             self._observer.add(self._kv_events)
         self._settings, self._clock = settings, clock
@@ -339,11 +339,17 @@ class TieringOffloadingManager(OffloadingManager):
         return self._kv_events.take() + self._tiers.take_events()
 
     def get_stats(self) -> Mapping[str, float]:
-        """Return counters since the beginning and gauges of now, by name."""
-        table = self._table
-        held = {"blocks": len(table), "capacity_blocks": table.num_slots, "quarantined_blocks": table.num_quarantined}
-        stats = self._stats.snapshot() | {f"{PRIMARY}.{name}": value for name, value in held.items()}
-        return stats | self._shadows.stats() | self._tiers.stats()
+        """Return counters since the beginning and gauges of now, by the names that `kvtier.metrics` declares."""
+        table, block_bytes = self._table, self._primary.block_bytes
+        held = {
+            "blocks": len(table),
+            "bytes": len(table) * block_bytes,
+            "capacity_blocks": table.num_slots,
+            "capacity_bytes": table.num_slots * block_bytes,
+            "quarantined_blocks": table.num_quarantined,
+        }
+        counted = self._counters.snapshot()
+        return counted | self._shadows.stats() | tier_readings(PRIMARY, held) | self._tiers.stats()
 
     @in_turn
     def tier_states(self) -> dict[str, tuple[TierState, str]]:

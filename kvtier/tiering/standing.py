@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from kvtier.clock import Clock
 from kvtier.events import Observer, TierState, TierStateChanged
 from kvtier.foreign_text import MOST_QUOTED, one_line
@@ -57,3 +59,28 @@ class Standing:
         else:
             logger.warning("tier %s is down: %s; the engine runs without it, kvtier tries again", self._name, reason)
         self._observer.on_event(TierStateChanged(self._name, state, reason))
+
+
+class StateTimes:
+    """How often a tier has entered each state, and for how long it has been down. It begins as STARTING."""
+
+    def __init__(self, now: float) -> None:
+        """Args: now: seconds of the clock, as everywhere here."""
+        self._state, self._since = TierState.STARTING, now
+        self._down_seconds = 0.0
+        self._entered: Counter[TierState] = Counter()
+
+    def enter(self, state: TierState, now: float) -> None:
+        """Note the state that the tier is in from now on."""
+        if state is not self._state:
+            self._down_seconds = self._seconds_down(now)
+            self._state, self._since = state, now
+            self._entered[state] += 1
+
+    def _seconds_down(self, now: float) -> float:
+        return self._down_seconds + (max(0.0, now - self._since) if self._state is TierState.DOWN else 0.0)
+
+    def readings(self, now: float) -> dict[str, float]:
+        """Return the metrics, by name; of the states those that were entered, and DOWN."""
+        entered = {f"times_{state.value}": times for state, times in self._entered.items()}
+        return {"down_seconds": self._seconds_down(now), "times_down": 0, **entered}

@@ -12,6 +12,7 @@ from kvtier.clock import Clock
 from kvtier.events import Observer, TierState
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
+from kvtier.metrics import tier_readings
 from kvtier.tiering.guarded_tier import Job, TierGuard
 from kvtier.tiering.settings import TieringSettings
 from kvtier.types import (
@@ -129,12 +130,10 @@ class SecondaryTiers:
         return [event for guard in self.guards for event in guard.take_events()]
 
     def stats(self) -> dict[str, float]:
-        """Return the tiers' gauges, their unanswered jobs, and whether they are used, named `tier.gauge`."""
+        """Return what the tiers and their guards read, named as in `get_stats`; a guard's word goes first."""
         stats: dict[str, float] = {}
         for guard in self.guards:
-            stats[f"{guard.name}.jobs"] = len(guard.jobs)
-            stats |= {f"{guard.name}.{name}": value for name, value in guard.stats().items()}
-            stats[f"{guard.name}.up"] = float(guard.usable)
+            stats |= tier_readings(guard.name, {**guard.stats(), **guard.readings()})
         return stats
 
     def states(self) -> dict[str, tuple[TierState, str]]:

@@ -156,7 +156,10 @@ def test_capacity_is_shared_out(rig, paths):
     for path in paths:
         used = sum(one.lstat().st_blocks * 512 for one in [path, *path.rglob("*")])
         assert (1 << 20) * 0.8 < used <= 1 << 20
-    assert tier.get_stats()["capacity_blocks"] == 3 * tier._stripes[0].get_stats()["capacity_blocks"]
+    stats = tier.get_stats()
+    assert stats["capacity_blocks"] == 3 * tier._stripes[0].get_stats()["capacity_blocks"]
+    assert stats["capacity_bytes"] == stats["capacity_blocks"] * rig.block_bytes
+    rig.wait(lambda: tier.get_stats().get("prepared_share") == 1, "the share of the whole, not a sum over directories")
 
 
 def test_a_killed_process_takes_its_own_blocks_along(rig, paths, caplog):
@@ -179,6 +182,7 @@ def test_a_killed_process_takes_its_own_blocks_along(rig, paths, caplog):
     failed = [event for event in rig.recorder.of(BlocksFailed) if event.cause is FailureCause.TIER_DOWN]
     assert [event.tier for event in failed] == ["disk"]
     rig.wait(lambda: up(tier) == 3, "it is used again")
+    assert tier.get_stats()["breaker_openings"] == 1
     assert rig.load(range(30))[1] == list(range(30))
     assert rig.recorder.of(TierStateChanged)[-1] == TierStateChanged("disk", TierState.UP, "")
     assert sum("is down" in message for message in caplog.messages) == 1

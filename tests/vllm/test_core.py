@@ -100,7 +100,8 @@ def test_what_breaks_while_the_workers_attach_costs_one_tier_only(tmp_path, log,
         assert "secret_env" in states["disk"][1]
         assert states["memory"][0] is not TierState.DOWN
         reported = StatsReporter().report(core.manager.get_stats())
-        assert "vllm:kvtier_tier_up" in str(vars(reported))
+        assert reported.data["data"]["vllm:kvtier_tier_up"][("disk",)] == 0
+        assert reported.data["data"]["vllm:kvtier_tier_times_down"][("disk",)] == 1
     finally:
         core.shutdown()
     assert "kvtier: tier disk cannot be used" in log.text

@@ -8,6 +8,7 @@ from vllm.v1.kv_offload import base
 from kvtier.adapters.vllm.manager import KVTierOffloadingManager
 from kvtier.adapters.vllm.metrics import StatsReporter, metric_definitions
 from kvtier.config import KVCacheGroup, OffloadingConfig
+from kvtier.metrics import METRICS, Kind
 from kvtier.spec.tiering import TieringOffloadingSpec
 from kvtier.tiering.manager import TieringOffloadingManager
 
@@ -153,6 +154,21 @@ def test_every_reported_metric_is_declared(manager):
     assert stats.data["data"]["vllm:kvtier_blocks"][("primary",)] == 0
     later = manager.get_stats().data["data"]
     assert "vllm:kvtier_stored_blocks" not in later  # counters are since the last report
+
+
+def test_every_row_of_the_table_arrives_under_its_labels():
+    values = {}
+    for metric in METRICS.values():
+        parts = [metric.name, *metric.labels] if metric.kind is Kind.COUNTER else [*metric.labels, metric.name]
+        values[".".join(parts)] = 3
+    reporter, declared = StatsReporter(), metric_definitions()
+    reported = reporter.report(values | {"disk.a_gauge_of_its_own": 1}).data["data"]
+    assert reported.keys() == declared.keys() == {f"vllm:{metric.exported}" for metric in METRICS.values()}
+    for metric in METRICS.values():
+        assert reported[f"vllm:{metric.exported}"] == {metric.labels: 3}
+    risen = reporter.report({name: value + 2 for name, value in values.items()}).data["data"]
+    assert risen["vllm:kvtier_tier_down_seconds"] == {("tier",): 2}, "counters are since the last report"
+    assert risen["vllm:kvtier_bytes"] == {("tier",): 5}
 
 
 def test_auto_is_accepted_and_its_metrics_are_declared():

@@ -1,0 +1,245 @@
+"""The table of metrics: one row per metric. `get_stats`, vLLM's and Prometheus' names and docs/metrics.md follow it.
+
+A counter rises from 0 since the manager was made; a gauge is a value of now. In `get_stats` a counter is called
+`name.label.label`, a gauge `tier.name`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from enum import Enum
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+from kvtier.events import (
+    BlocksEvicted,
+    BlocksFailed,
+    BlocksLoaded,
+    BlocksStored,
+    CacheReset,
+    CascadeRefused,
+    Event,
+    JobFinished,
+    PolicySwitched,
+    RequestGaveUp,
+    TierState,
+    UnexpectedCall,
+)
+
+
+class Kind(Enum):
+    """How a value may change."""
+
+    COUNTER = "counter"
+    GAUGE = "gauge"
+
+
+class Source(Enum):
+    """Who knows the value."""
+
+    EVENT = "event"
+    MANAGER = "manager"
+    """Read by the tiering manager: from the primary's table, or from what guards a secondary tier."""
+    TIER = "tier"
+    """Read from `SecondaryTierManager.get_stats`; a tier may leave it out."""
+    POLICY = "policy"
+    """Read from the shadow caches of the primary's eviction policy."""
+    ENGINE = "engine"
+    """Counted by the engine's adapter; not in `get_stats`."""
+
+
+_COUNTER, _GAUGE = Kind.COUNTER, Kind.GAUGE
+
+Amounts = Iterable[tuple[str, float]]
+"""How much to add, and the values of the labels joined by dots ("" without labels)."""
+
+
+class Metric(NamedTuple):
+    """One metric.
+
+    Attributes:
+        name: in `get_stats`.
+        labels: of a gauge "tier" only; of a counter what it is split by, the tier first.
+        exported: what engines call it, without their prefix.
+        event, read: for `Source.EVENT`, what moves the counter, and by how much.
+    """
+
+    name: str
+    kind: Kind
+    labels: tuple[str, ...]
+    help: str
+    source: Source
+    exported: str
+    event: type[Any] | None = None
+    read: Callable[[Any], Amounts] | None = None
+
+    @property
+    def is_in_get_stats(self) -> bool:
+        """Whether the manager reports it, and not the engine's adapter."""
+        return self.source is not Source.ENGINE
+
+    @property
+    def prometheus_name(self) -> str:
+        """Name in Prometheus' text format, without the engine's prefix."""
+        return f"{self.exported}_total" if self.kind is _COUNTER else self.exported
+
+
+class Sample(NamedTuple):
+    """What a name of `get_stats` stands for."""
+
+    metric: Metric
+    labels: tuple[str, ...]
+
+
+def _on(
+    event: type[Any],
+    read: Callable[[Any], Amounts],
+    name: str,
+    labels: tuple[str, ...],
+    meaning: str,
+    exported: str = "",
+) -> Metric:
+    return Metric(name, _COUNTER, labels, meaning, Source.EVENT, f"kvtier_{exported or name}", event, read)
+
+
+def _counter(source: Source, name: str, labels: tuple[str, ...], meaning: str, exported: str = "") -> Metric:
+    return Metric(name, _COUNTER, labels, meaning, source, f"kvtier_{exported or name}")
+
+
+def _gauge(source: Source, name: str, meaning: str, exported: str = "") -> Metric:
+    return Metric(name, _GAUGE, _TIER, meaning, source, f"kvtier_{exported or name}")
+
+
+def _loads(amount: Callable[[JobFinished], float]) -> Callable[[JobFinished], Amounts]:
+    return lambda event: ((event.tier, amount(event)),) if event.is_promotion else ()
+
+
+def _stores(amount: Callable[[JobFinished], float]) -> Callable[[JobFinished], Amounts]:
+    return lambda event: () if event.is_promotion else ((event.tier, amount(event)),)
+
+
+_BLOCKS, _BYTES, _SECONDS = (attrgetter(name) for name in ("num_successful", "num_bytes", "seconds"))
+_MANAGER, _OWN, _POLICY, _ENGINE = Source.MANAGER, Source.TIER, Source.POLICY, Source.ENGINE
+_TIER, _REASON, _CALL, _SHADOW = ("tier",), ("reason",), ("call",), ("shadow",)
+
+_OF_REQUESTS = (
+    _on(BlocksLoaded, lambda event: event.by_source.items(), "loaded_blocks", _TIER,
+        "Blocks loaded to the device, by the tier they came from", "hit_blocks"),
+    _counter(_ENGINE, "lookups", ("answer",), "Answers to lookups of one block; a request that waits asks often"),
+    _on(RequestGaveUp, lambda event: ((event.reason, 1),), "gave_up", _REASON,
+        "Requests that stopped waiting: deadline, budget or probe", "requests_gave_up"),
+    _on(RequestGaveUp, lambda event: ((event.reason, event.num_blocks),), "gave_up_blocks", _REASON,
+        "Blocks that requests stopped waiting for"),
+)  # fmt: skip
+
+_OF_BLOCKS = (
+    _on(BlocksStored, lambda event: ((event.source or "device", len(event.keys)),), "stored_blocks", ("source",),
+        "Blocks that became ready in host memory, from the device or a tier"),
+    _on(BlocksEvicted, lambda event: ((event.tier, len(event.keys)),), "evicted_blocks", _TIER,
+        "Blocks that gave way to others"),
+    _gauge(_OWN, "blocks", "Blocks held"),
+    _gauge(_OWN, "bytes", "Bytes of the blocks held"),
+    _gauge(_OWN, "capacity_blocks", "Blocks that fit"),
+    _gauge(_OWN, "capacity_bytes", "Bytes of the blocks that fit"),
+    _gauge(_MANAGER, "quarantined_blocks", "Slots of host memory that a late copy may still touch"),
+    _gauge(_OWN, "prepared_share", "Share of a disk's space that is allocated ahead of use, 0 to 1"),
+)  # fmt: skip
+
+_OF_JOBS = (
+    _on(JobFinished, _loads(_BLOCKS), "promoted_blocks", _TIER, "Blocks read from a tier", "read_blocks"),
+    _on(JobFinished, _loads(_BYTES), "promoted_bytes", _TIER, "Bytes read from a tier", "read_bytes"),
+    _on(JobFinished, _loads(_SECONDS), "promoted_seconds", _TIER, "Seconds that reading jobs took", "read_seconds"),
+    _on(JobFinished, _stores(_BLOCKS), "cascaded_blocks", _TIER, "Blocks written to a tier", "written_blocks"),
+    _on(JobFinished, _stores(_BYTES), "cascaded_bytes", _TIER, "Bytes written to a tier", "written_bytes"),
+    _on(JobFinished, _stores(_SECONDS), "cascaded_seconds", _TIER, "Seconds that writing jobs took", "written_seconds"),
+    _on(BlocksFailed, lambda event: ((f"{event.tier}.{event.cause.value}", event.num_blocks),), "failed_blocks",
+        ("tier", "cause"), "Blocks that a tier could not serve or store; a wrong checksum counts as corrupt"),
+    _on(CascadeRefused, lambda event: ((f"{event.tier}.{event.reason}", event.num_blocks),), "refused_blocks",
+        ("tier", "reason"), "Blocks that were not offered to a tier: admission, throttled or down"),
+    _gauge(_MANAGER, "jobs", "Jobs that a tier has not answered"),
+    _gauge(_MANAGER, "store_jobs_in_flight", "Unanswered jobs that write to a tier"),
+    _gauge(_MANAGER, "load_jobs_in_flight", "Unanswered jobs that read from a tier"),
+    _gauge(_MANAGER, "store_blocks_in_flight", "Blocks of unanswered jobs that write to a tier"),
+    _gauge(_MANAGER, "load_blocks_in_flight", "Blocks of unanswered jobs that read from a tier"),
+)  # fmt: skip
+
+_OF_HEALTH = (
+    _gauge(_MANAGER, "up", "Whether a tier is used: 1 or 0", "tier_up"),
+    _counter(_MANAGER, "down_seconds", _TIER, "Seconds that a tier was down", "tier_down_seconds"),
+    *(
+        _counter(_MANAGER, f"times_{state.value}", _TIER, f"Times that a tier became {state.value}",
+                 f"tier_times_{state.value}")
+        for state in TierState
+    ),
+    _counter(_OWN, "breaker_openings", _TIER, "Times that a tier stopped all its work, or its stores, after failures"),
+    _gauge(_OWN, "stripes", "Directories that a tier is spread over"),
+    _gauge(_OWN, "stripes_up", "Directories of a tier that work"),
+    _on(UnexpectedCall, lambda event: ((event.what, event.times),), "unexpected", _CALL,
+        "Completions that nothing waited for; should stay at 0", "unexpected_calls"),
+    _counter(_ENGINE, "errors", _CALL, "Exceptions inside kvtier that were kept from the engine; should stay at 0"),
+    _on(CacheReset, lambda event: (("", 1),), "resets", (), "Times that the cache was reset"),
+)  # fmt: skip
+
+_OF_POLICIES = (
+    _counter(_POLICY, "shadow_hits", _SHADOW, "Sampled blocks that another policy or size would have had",
+             "shadow_hit_blocks"),
+    _counter(_POLICY, "shadow_blocks", _SHADOW, "Sampled blocks that another policy or size was asked for"),
+    _on(PolicySwitched, lambda event: ((f"{event.tier}.{event.former}.{event.chosen}", 1),), "policy_switches",
+        ("tier", "former", "chosen"), "Times that another policy took over"),
+)  # fmt: skip
+
+GROUPS = {
+    "Requests": _OF_REQUESTS,
+    "Blocks held": _OF_BLOCKS,
+    "Jobs of tiers": _OF_JOBS,
+    "Health": _OF_HEALTH,
+    "Eviction policies": _OF_POLICIES,
+}
+"""Every metric, by what it is about, in the order of the documentation."""
+
+METRICS = {metric.name: metric for group in GROUPS.values() for metric in group}
+"""Every metric, by its name in `get_stats`."""
+_READ_COUNTERS = frozenset(m.name for m in METRICS.values() if m.kind is _COUNTER and m.source is not Source.EVENT)
+
+
+def tier_readings(tier: str, readings: Mapping[str, float]) -> dict[str, float]:
+    """Return values that were read for one tier, named as in `get_stats`; a gauge of no row keeps its own name."""
+    return {f"{name}.{tier}" if name in _READ_COUNTERS else f"{tier}.{name}": value for name, value in readings.items()}
+
+
+def find_sample(name: str) -> Sample | None:
+    """Return the metric and the labels of a name in `get_stats`; None if no row declares it (a tier's own gauge)."""
+    first, _, rest = name.partition(".")
+    metric = METRICS.get(first)
+    if metric is not None and metric.kind is _COUNTER:
+        # Only the first label, a tier's or a call's name, may have dots.
+        labels = tuple(rest.rsplit(".", len(metric.labels) - 1)) if rest else ()
+        if len(labels) == len(metric.labels):
+            return Sample(metric, labels)
+    tier, _, last = name.rpartition(".")
+    metric = METRICS.get(last)
+    return Sample(metric, (tier,)) if tier and metric is not None and metric.kind is _GAUGE else None
+
+
+class EventCounters:
+    """Observes events and counts what the rows say, since the beginning."""
+
+    def __init__(self) -> None:
+        self._counts: defaultdict[str, float] = defaultdict(float)
+        self._readers: defaultdict[type[Any], list[tuple[str, Callable[[Any], Amounts]]]] = defaultdict(list)
+        for metric in METRICS.values():
+            if metric.event is not None and metric.read is not None:
+                prefix = f"{metric.name}." if metric.labels else metric.name
+                self._readers[metric.event].append((prefix, metric.read))
+
+    def on_event(self, event: Event) -> None:
+        """Count one event."""
+        counts = self._counts
+        for prefix, read in self._readers.get(type(event), ()):
+            for labels, amount in read(event):
+                counts[prefix + labels] += amount
+
+    def snapshot(self) -> dict[str, float]:
+        """Return all counts, named as in `get_stats`."""
+        return dict(self._counts)
