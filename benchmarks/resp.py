@@ -32,7 +32,7 @@ from rich.progress import track
 from rich.table import Table
 
 from kvtier.abc import StoreContext
-from kvtier.executors.runner import blocks_per_call
+from kvtier.executors.loop import blocks_per_call
 from kvtier.namespace import Namespace
 from kvtier.primary.arena import Arena
 from kvtier.stores.resp.settings import RespSettings

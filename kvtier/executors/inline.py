@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 
 from kvtier import forks
 from kvtier.errors import StoreUnavailableError
 from kvtier.executors.base import IOExecutor, Report, StoreDescription
-from kvtier.executors.protocol import IndexEnd, Part, PartResult, Probe, ProbeAnswer, Ready, Unavailable
-from kvtier.executors.queue import PartQueue, Task
-from kvtier.executors.runner import StoreRunner, cancelled
+from kvtier.executors.loop import StoreLoop
+from kvtier.executors.protocol import IndexEnd, Part, PartResult, Probe, Ready, Unavailable
+from kvtier.executors.runner import StoreRunner
 from kvtier.keys import OffloadKey
 from kvtier.primary.arena import Rows
 
@@ -25,14 +24,15 @@ class InlineExecutor(IOExecutor):
         self._description = description
         self._rows = rows
         self._runner: StoreRunner | None = None
-        self._queue = PartQueue()
-        self._reports: deque[Report] = deque()
+        self._loop = StoreLoop(description.block_bytes)
+        self._reports: list[Report] = []
         self._left_to_parent: StoreRunner | None = None
         forks.register(self)
 
     def leave_to_parent(self) -> None:
         """In a forked child, run nothing, and leave the store open: closing it might write."""
-        self._queue, self._left_to_parent, self._runner = PartQueue(), self._runner, None
+        self._loop = StoreLoop(self._description.block_bytes)
+        self._left_to_parent, self._runner = self._runner, None
         self._reports.clear()
 
     def start(self) -> None:
@@ -43,34 +43,30 @@ class InlineExecutor(IOExecutor):
             self._reports.extend(self._runner.index())
             self._reports.append(IndexEnd())
         except StoreUnavailableError as error:
-            self._reports.append(Unavailable.because(str(error)))
+            self._reports.append(Unavailable.because(error))
 
     def submit(self, part: Part) -> None:
         """Queue blocks to be moved at the next poll."""
-        self._queue.put(part)
+        self._loop.put(part)
 
     def probe(self, probe_id: int, keys: Sequence[OffloadKey]) -> None:
         """Queue a question for the next poll."""
-        self._queue.put(Probe.of(probe_id, keys))
+        self._loop.put(Probe.of(probe_id, keys))
 
     def poll(self) -> list[Report]:
         """Do everything that is queued; return all results."""
         if self._runner is not None:
-            while (task := self._queue.take_now()) is not None:
-                self._reports.append(run_task(self._runner, self._rows, task))
-            if self._runner.lost is not None:
-                self._reports.append(Unavailable.because(self._runner.lost))
-        reports = list(self._reports)
-        self._reports.clear()
+            self._loop.run(self._runner, self._move, self._reports.extend, wait=False)
+        reports, self._reports = self._reports, []
         return reports
 
     def cancel_waiting(self) -> None:
         """Answer what is queued as cancelled."""
-        self._reports.extend(map(cancelled, self._queue.cancel()))
+        self._reports.extend(self._loop.cancel())
 
     def retire(self) -> None:
         """Close the store."""
-        self._queue.close()
+        self._loop.close()
         self._reports.clear()
         if self._runner is not None:
             self._runner.close()
@@ -87,9 +83,5 @@ class InlineExecutor(IOExecutor):
     def wait(self, seconds: float) -> None:
         """Return: the next poll does the work."""
 
-
-def run_task(runner: StoreRunner, rows: Rows, task: Task) -> PartResult | ProbeAnswer:
-    """Do one task directly on the arena; return its report."""
-    if isinstance(task, Part):
-        return runner.run(task, [rows[slot] for slot in task.arena_slots])
-    return runner.answer(task)
+    def _move(self, runner: StoreRunner, parts: Sequence[Part]) -> list[PartResult]:
+        return runner.run(parts, [self._rows[slot] for part in parts for slot in part.arena_slots])

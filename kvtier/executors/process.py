@@ -10,15 +10,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
 from kvtier import forks
 from kvtier.descriptors import Descriptor
 from kvtier.errors import ProtocolError, StoreUnavailableError
 from kvtier.executors.base import Ended, IOExecutor, Report, StoreDescription
+from kvtier.executors.loop import cancelled
 from kvtier.executors.protocol import (
+    MAX_MESSAGES,
     MAX_PACKET_BYTES,
     Cancel,
     IndexBatch,
@@ -30,7 +30,7 @@ from kvtier.executors.protocol import (
     decode_reports,
     encode,
 )
-from kvtier.executors.runner import cancelled
+from kvtier.executors.queue import TaskQueue
 from kvtier.keys import OffloadKey
 
 _MOST_PACKETS = 512
@@ -86,11 +86,12 @@ class IOProcess(IOExecutor):
         self._pidfd: Descriptor | None = None
         self._socket: socket.socket | None = None
         self._descriptor: Descriptor | None = None
-        self._first: deque[Request] = deque()
-        self._loads: deque[Part] = deque()
-        self._stores: deque[Part] = deque()
-        self._local: deque[Report] = deque()
-        self._packet: tuple[bytes, int, deque[Any]] | None = None
+        self._queue = TaskQueue[Open | Probe | Cancel]()
+        self._unsent: list[Request] = []
+        """Taken from the queue, in the order in which they will be sent."""
+        self._packet: tuple[bytes, int] | None = None
+        """The packet that the socket did not take, and how many of `_unsent` are in it."""
+        self._local: list[Report] = []
         self._submitted = False
         self._buffer = memoryview(bytearray(MAX_PACKET_BYTES + 1))
         self._ended_at: float | None = None
@@ -152,7 +153,7 @@ class IOProcess(IOExecutor):
                 os.close(parent)
         ours.setblocking(False)
         self._socket, self._descriptor = ours, Descriptor(ours.fileno())
-        self._first.append(request)
+        self._queue.put(request)
         self._send_queued()
 
     def submit(self, part: Part) -> None:
@@ -160,28 +161,23 @@ class IOProcess(IOExecutor):
 
         The first ones after a poll are sent at once; what follows waits for the next poll and travels together.
         """
-        queue = self._loads if part.is_load else self._stores
-        queue.extend(part.cut(blocks_per_packet(part.key_bytes)))
+        self._queue.put(*part.cut(blocks_per_packet(part.key_bytes)))
         if not self._submitted:
             self._submitted = True
             self._send_queued()
 
     def probe(self, probe_id: int, keys: Sequence[OffloadKey]) -> None:
         """Queue a question and send it."""
-        self._first.append(Probe.of(probe_id, keys))
+        self._queue.put(Probe.of(probe_id, keys))
         self._send_queued()
 
     def poll(self) -> list[Report]:
         """Send what is queued, return what arrived."""
-        reports: list[Report] = []
-        if self._local:
-            reports += self._local
-            self._local.clear()
+        reports, self._local = self._local, []
         if self._socket is None:
             return reports
         self._submitted = False
-        if self._first or self._loads or self._stores:
-            self._send_queued()
+        self._send_queued()
         num_index = 0
         for _ in range(_MOST_PACKETS):
             packet = self._receive()
@@ -203,11 +199,11 @@ class IOProcess(IOExecutor):
 
     def cancel_waiting(self) -> None:
         """Answer what was not sent as cancelled, and ask the process to do so with what has not started."""
-        self._packet = None  # whose messages are queued until it is sent
-        for queue in (self._loads, self._stores):
-            self._local.extend(map(cancelled, queue))
-            queue.clear()
-        self._first.append(Cancel())
+        self._packet = None  # of messages that are unsent
+        parts = [task for task in self._unsent if isinstance(task, Part)] + self._queue.cancel()
+        self._unsent = [task for task in self._unsent if not isinstance(task, Part)]
+        self._local.extend(map(cancelled, parts))
+        self._queue.put(Cancel())
         self._send_queued()
 
     def retire(self) -> None:
@@ -224,9 +220,9 @@ class IOProcess(IOExecutor):
             self._socket = None
         if self._descriptor is not None:
             self._descriptor.close()
-        self._packet = None
-        for queue in (self._first, self._loads, self._stores, self._local):
-            queue.clear()
+        self._packet, self._queue = None, TaskQueue()
+        self._unsent.clear()
+        self._local.clear()
 
     def kill(self) -> None:
         """Kill it; a stopped process dies, too, one in an uninterruptible call when that ends."""
@@ -262,13 +258,11 @@ class IOProcess(IOExecutor):
 
     def _send_queued(self) -> None:
         """Send questions, loads and stores, in this order, until the queue of the socket is full."""
-        while self._socket is not None:
+        while self._socket is not None and (self._unsent or self._queue):
             if self._packet is None:
-                queue: deque[Any] = self._first or self._loads or self._stores
-                if not queue:
-                    return
-                self._packet = (*encode(queue), queue)
-            packet, count, queue = self._packet
+                self._unsent = self._unsent or self._queue.take_any(MAX_MESSAGES)
+                self._packet = encode(self._unsent)
+            packet, count = self._packet
             try:
                 self._socket.send(packet, socket.MSG_NOSIGNAL)
             except BlockingIOError:
@@ -276,8 +270,7 @@ class IOProcess(IOExecutor):
             except OSError:
                 return  # the process is gone: `poll` finds that out, and why
             self._packet = None
-            for _ in range(count):
-                queue.popleft()
+            del self._unsent[:count]
 
     def _receive(self) -> bytes | None:
         """Return a packet, b"" at the end, None if there is none now."""

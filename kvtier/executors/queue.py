@@ -1,87 +1,71 @@
-"""What waits for an executor's threads: questions first, then loads, then stores."""
+"""What waits to be sent to an I/O process, or for one of its threads: questions first, then loads, then stores."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Sequence
+from typing import Generic, TypeVar
 
-from kvtier.executors.protocol import Part, Probe
+from kvtier.executors.protocol import Part
 
-_LOADS_IN_A_ROW = 16
+_MAX_LOADS_IN_A_ROW = 16
 """After so many loads one waiting store goes first, so that a busy tier still learns."""
 
-Task = Part | Probe
+Urgent = TypeVar("Urgent")
+"""Whatever is no part goes first."""
 
 
-class PartQueue:
+class TaskQueue(Generic[Urgent]):
     """A queue with three priorities, safe between threads."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._questions: deque[Probe] = deque()
+        self._urgent: deque[Urgent] = deque()
         self._loads: deque[Part] = deque()
         self._stores: deque[Part] = deque()
         self._loads_in_a_row = 0
         self._closed = False
 
-    def put(self, task: Task) -> None:
-        """Add a task; after `close` it is dropped."""
+    def __bool__(self) -> bool:
+        return bool(self._urgent or self._loads or self._stores)
+
+    def put(self, *tasks: Part | Urgent) -> None:
+        """Add tasks; after `close` they are dropped."""
         with self._changed:
-            if self._closed:
-                return
-            if isinstance(task, Probe):
-                self._questions.append(task)
-            elif task.is_load:
-                self._loads.append(task)
-            else:
-                self._stores.append(task)
-            self._changed.notify()
+            for task in () if self._closed else tasks:
+                if not isinstance(task, Part):
+                    self._urgent.append(task)
+                else:
+                    (self._loads if task.is_load else self._stores).append(task)
+                self._changed.notify()
 
-    def take(self) -> Task | None:
-        """Wait for the next task; None when the queue is closed."""
-        with self._changed:
-            while not self._closed:
-                task = self._pop()
-                if task is not None:
-                    return task
-                self._changed.wait()
-            return None
+    def take(self, max_blocks: int, *, wait: bool = True) -> Sequence[Part | Urgent]:
+        """Take the next task, and with it parts of the same kind that wait behind it.
 
-    def take_many(self, most_blocks: int) -> list[Task]:
-        """Wait for the next task, and take with it parts of the same kind that wait behind it; none when closed.
-
-        Only parts with slots of a store are taken together, up to `most_blocks` blocks: one call into the store
+        Only parts with slots of a store are taken together, up to `max_blocks` blocks: one call into the store
         then serves them all.
+
+        Args:
+            wait: until there is a task.
+
+        Returns:
+            No task when the queue is closed, or, without `wait`, empty.
         """
-        first = self.take()
-        if not isinstance(first, Part) or first.packed_store_slots is None:
-            return [] if first is None else [first]
-        tasks: list[Task] = [first]
-        left = most_blocks - first.num_blocks
         with self._changed:
-            queue = self._loads if first.is_load else self._stores
-            while queue and (part := queue[0]).packed_store_slots is not None:
-                left -= part.num_blocks
-                if left < 0:
-                    break
-                tasks.append(queue.popleft())
-        return tasks
+            while (task := self._pop()) is None and wait and not self._closed:
+                self._changed.wait()
+            if task is None:
+                return ()
+            return self._with_those_behind(task, max_blocks) if isinstance(task, Part) else (task,)
 
-    def take_now(self) -> Task | None:
-        """Return the next task, or None if there is none."""
+    def take_any(self, count: int) -> list[Part | Urgent]:
+        """Take up to `count` tasks of any kind, without waiting."""
         with self._changed:
-            return self._pop()
-
-    def _pop(self) -> Task | None:
-        if self._questions:
-            return self._questions.popleft()
-        if self._loads and (self._loads_in_a_row < _LOADS_IN_A_ROW or not self._stores):
-            self._loads_in_a_row += 1
-            return self._loads.popleft()
-        if self._stores:
-            self._loads_in_a_row = 0
-            return self._stores.popleft()
-        return None
+            tasks: list[Part | Urgent] = []
+            while len(tasks) < count and (task := self._pop()) is not None:
+                tasks.append(task)
+            return tasks
 
     def cancel(self) -> list[Part]:
         """Remove and return the parts that wait."""
@@ -95,7 +79,28 @@ class PartQueue:
         """Drop what waits and send every taker home."""
         with self._changed:
             self._closed = True
-            self._questions.clear()
-            self._loads.clear()
-            self._stores.clear()
+            for queue in (self._urgent, self._loads, self._stores):
+                queue.clear()
             self._changed.notify_all()
+
+    def _pop(self) -> Part | Urgent | None:
+        if self._urgent:
+            return self._urgent.popleft()
+        if self._loads and (self._loads_in_a_row < _MAX_LOADS_IN_A_ROW or not self._stores):
+            self._loads_in_a_row += 1
+            return self._loads.popleft()
+        if self._stores:
+            self._loads_in_a_row = 0
+            return self._stores.popleft()
+        return None
+
+    def _with_those_behind(self, first: Part, max_blocks: int) -> list[Part | Urgent]:
+        tasks: list[Part | Urgent] = [first]
+        if first.packed_store_slots is None:
+            return tasks
+        left = max_blocks - first.num_blocks
+        queue = self._loads if first.is_load else self._stores
+        while queue and (part := queue[0]).packed_store_slots is not None and part.num_blocks <= left:
+            left -= part.num_blocks
+            tasks.append(queue.popleft())
+        return tasks

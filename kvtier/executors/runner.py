@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from kvtier.abc import BlockStore, FailureCounter, SlotStore, StoreContext
 from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.executors.base import StoreDescription
-from kvtier.executors.gathering import split_result
 from kvtier.executors.protocol import IndexBatch, Part, PartResult, Prepared, Probe, ProbeAnswer, blocks_per_packet
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
 from kvtier.stores.integrity.checked_store import CheckedStore
 from kvtier.types import FailureCause
-
-_TARGET_BYTES = 4 << 20
-_MOST_BLOCKS = 64
 
 
 class ThreadFailures(FailureCounter):
@@ -50,11 +47,6 @@ class ThreadFailures(FailureCounter):
         for cause, blocks in self.take().items():
             counts[cause] = counts.get(cause, 0) + blocks
         return counts
-
-
-def blocks_per_call(block_bytes: int) -> int:
-    """Return how many blocks one call into a store moves: some 4 MiB, so that threads share a job."""
-    return max(1, min(_MOST_BLOCKS, _TARGET_BYTES // block_bytes))
 
 
 def import_store(path: str) -> type[SlotStore] | type[BlockStore]:
@@ -125,11 +117,25 @@ class StoreRunner:
         except Exception as error:
             raise StoreUnavailableError(f"recovery: {type(error).__name__}: {error}") from error
 
-    def run(self, part: Part, buffers: Sequence[memoryview]) -> PartResult:
-        """Move the blocks of a part between `buffers` and the store; never raises."""
-        successes, failures = self._move(part.is_load, part.keys, part.store_slots, buffers)
-        num_bytes = successes.count(True) * self._block_bytes
-        return PartResult(part.serial, part.first, successes, num_bytes, failures)
+    def run(self, parts: Sequence[Part], buffers: Sequence[memoryview]) -> list[PartResult]:
+        """Move parts of one kind between `buffers` and the store; never raises.
+
+        Several parts, all of them with slots of the store, are one call into it.
+
+        Args:
+            buffers: of all parts, one part after the other.
+        """
+        first = parts[0]
+        if len(parts) == 1:
+            successes, failures = self._move(first.is_load, first.keys, first.store_slots, buffers)
+            num_bytes = successes.count(True) * self._block_bytes
+            return [PartResult(first.serial, first.first, successes, num_bytes, failures)]
+        store_slots = [slot for part in parts for slot in part.store_slots or ()]
+        if len(set(store_slots)) < len(store_slots):  # a call names a slot once
+            return self.run(parts[:1], buffers[: first.num_blocks]) + self.run(parts[1:], buffers[first.num_blocks :])
+        keys = [key for part in parts for key in part.keys]
+        successes, failures = self._move(first.is_load, keys, store_slots, buffers)
+        return split_result(successes, failures, parts, self._block_bytes)
 
     def _move(
         self,
@@ -148,25 +154,6 @@ class StoreRunner:
             cause = FailureCause.ABSENT if is_load and failed < len(successes) else FailureCause.IO_ERROR
             failures[cause] = failures.get(cause, 0) + unexplained
         return successes, failures
-
-    def run_together(self, parts: Sequence[Part], buffers: Sequence[memoryview]) -> list[PartResult]:
-        """Move parts of one kind, all of them with slots of the store, in one call; never raises.
-
-        Args:
-            buffers: of all parts, one part after the other.
-        """
-        if len(parts) == 1:
-            return [self.run(parts[0], buffers)]
-        store_slots = [slot for part in parts for slot in part.store_slots or ()]
-        if len(set(store_slots)) < len(store_slots):  # a call names a slot once
-            results, start = [], 0
-            for part in parts:
-                results.append(self.run(part, buffers[start : start + part.num_blocks]))
-                start += part.num_blocks
-            return results
-        keys = [key for part in parts for key in part.keys]
-        successes, failures = self._move(parts[0].is_load, keys, store_slots, buffers)
-        return split_result(successes, failures, parts, self._block_bytes)
 
     def answer(self, probe: Probe) -> ProbeAnswer:
         """Ask the store which keys it holds; never raises."""
@@ -239,7 +226,21 @@ class StoreRunner:
             logger.warning("%s: %s", type(self.store).__name__, what)
 
 
-def cancelled(part: Part) -> PartResult:
-    """Return the answer to a part that never started."""
-    count = part.num_blocks
-    return PartResult(part.serial, part.first, [False] * count, failures={FailureCause.CANCELLED: count})
+def split_result(
+    successes: Sequence[bool], failures: Mapping[FailureCause, int], parts: Sequence[Part], block_bytes: int
+) -> list[PartResult]:
+    """Return the results of parts that were moved in one call, one part after the other.
+
+    Which blocks failed is known; their causes are known per call only, and dealt out in order.
+    """
+    causes = [cause for cause, count in failures.items() for _ in range(count)]
+    results: list[PartResult] = []
+    start = 0
+    for part in parts:
+        own = list(successes[start : start + part.num_blocks])
+        start += part.num_blocks
+        failed = own.count(False)
+        own_causes, causes = causes[:failed], causes[failed:]
+        num_bytes = (len(own) - failed) * block_bytes
+        results.append(PartResult(part.serial, part.first, own, num_bytes, Counter(own_causes)))
+    return results

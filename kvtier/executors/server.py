@@ -20,8 +20,7 @@ from collections.abc import Sequence
 
 from kvtier.errors import ConfigError, ProtocolError, StoreUnavailableError
 from kvtier.executors.base import StoreDescription
-from kvtier.executors.gathering import Gathering
-from kvtier.executors.inline import run_task
+from kvtier.executors.loop import StoreLoop
 from kvtier.executors.protocol import (
     MAX_PACKET_BYTES,
     Cancel,
@@ -37,8 +36,7 @@ from kvtier.executors.protocol import (
     decode_requests,
     encode,
 )
-from kvtier.executors.queue import PartQueue, Task
-from kvtier.executors.runner import StoreRunner, blocks_per_call, cancelled
+from kvtier.executors.runner import StoreRunner
 from kvtier.log import logger
 from kvtier.primary.arena import Arena, Rows, arena_rows
 
@@ -96,7 +94,7 @@ class Channel:
                 raise ProtocolError("a packet that is too long")
             return decode_requests(packet)
 
-    def send(self, *messages: StoreReport) -> None:
+    def send(self, messages: Sequence[StoreReport]) -> None:
         """Send messages, in as few packets as they fit, waiting as long as the parent is busy.
 
         Raises:
@@ -140,10 +138,7 @@ class Server:
         self._runner = runner
         self._rows = rows
         self._num_blocks = description.num_blocks
-        self._blocks_per_call = blocks_per_call(description.block_bytes)
-        self._queue = PartQueue()
-        self._gathering = Gathering()
-        self._busy_at = time.monotonic()
+        self._loop = StoreLoop(description.block_bytes)
         self._ending = threading.Event()
         self._threads = [
             threading.Thread(target=self._work, name=f"kvtier-io-{index}", daemon=True)
@@ -159,10 +154,10 @@ class Server:
             StoreUnavailableError: the index cannot be read.
         """
         try:
-            self._channel.send(Ready(self._runner.num_slots))
+            self._channel.send((Ready(self._runner.num_slots),))
             for batch in self._runner.index():
-                self._channel.send(batch)
-            self._channel.send(IndexEnd())
+                self._channel.send((batch,))
+            self._channel.send((IndexEnd(),))
             for thread in self._threads:
                 thread.start()
             while True:
@@ -176,7 +171,7 @@ class Server:
     def _finish(self) -> None:
         """Start no new call and wait for the running ones, as long as the watchdog lets them."""
         self._ending.set()
-        self._queue.close()
+        self._loop.close()
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
@@ -185,24 +180,17 @@ class Server:
         if isinstance(request, Part):
             if max(request.arena_slots) >= self._num_blocks:
                 raise ProtocolError("a slot outside the arena")
-            pieces = request.cut(self._blocks_per_call)
-            self._gathering.expect(pieces)
-            for piece in pieces:
-                self._queue.put(piece)
+            self._loop.put(request)
         elif isinstance(request, Probe):
-            self._queue.put(request)
+            self._loop.put(request)
         elif isinstance(request, Cancel):
-            self._channel.send(*self._gathering.add(map(cancelled, self._queue.cancel())))
+            self._channel.send(self._loop.cancel())
         else:
             raise ProtocolError("a second store to open")
 
     def _work(self) -> None:
         with contextlib.suppress(_EndOfParent):
-            while tasks := self._queue.take_many(self._blocks_per_call):
-                self._busy_at = time.monotonic()
-                self._channel.send(*self._run(tasks))
-                if self._runner.lost is not None:
-                    self._channel.send(Unavailable.because(self._runner.lost))
+            self._loop.run(self._runner, self._move, self._channel.send)
 
     def _prepare(self) -> None:
         """Let the store work ahead: half of the time while there are no jobs, a tenth of it beside them."""
@@ -215,19 +203,13 @@ class Server:
                     return
                 now = time.monotonic()
                 if now - reported_at > _SECONDS_BETWEEN_REPORTS or progress.done >= progress.total:
-                    self._channel.send(progress)
+                    self._channel.send((progress,))
                     reported_at = now
-                share = 1 if started - self._busy_at > _SECONDS_QUIET else 9
+                share = 1 if started - self._loop.busy_at > _SECONDS_QUIET else 9
                 self._ending.wait(share * (now - started))
 
-    def _run(self, tasks: Sequence[Task]) -> Sequence[StoreReport]:
-        """Do tasks that the queue gave together; return what to report."""
-        parts = [task for task in tasks if isinstance(task, Part)]
-        if len(parts) > 1:
-            buffers = [self._rows[slot] for part in parts for slot in part.arena_slots]
-            return self._gathering.add(self._runner.run_together(parts, buffers))
-        report = run_task(self._runner, self._rows, tasks[0])
-        return self._gathering.add((report,)) if isinstance(report, PartResult) else (report,)
+    def _move(self, runner: StoreRunner, parts: Sequence[Part]) -> list[PartResult]:
+        return runner.run(parts, [self._rows[slot] for part in parts for slot in part.arena_slots])
 
 
 class Watchdog:
@@ -275,7 +257,7 @@ def serve(socket_fd: int, arena_fd: int, parent_fd: int, parent_pid: int) -> int
         return EXIT_GARBAGE
     except (StoreUnavailableError, ConfigError, OSError) as error:
         with contextlib.suppress(_EndOfParent):
-            channel.send(Unavailable.because(error))
+            channel.send((Unavailable.because(error),))
         return EXIT_UNAVAILABLE
     return 0
 

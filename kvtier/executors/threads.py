@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import compress
 
 from kvtier import forks
 from kvtier.errors import StoreUnavailableError
 from kvtier.executors.base import IOExecutor, Report, StoreDescription
+from kvtier.executors.loop import StoreLoop, cancelled
 from kvtier.executors.protocol import IndexEnd, Part, PartResult, Probe, Ready, Unavailable
-from kvtier.executors.queue import PartQueue
-from kvtier.executors.runner import StoreRunner, blocks_per_call, cancelled
+from kvtier.executors.runner import StoreRunner
 from kvtier.keys import OffloadKey
 from kvtier.primary.arena import Rows
 
@@ -27,19 +28,19 @@ class ThreadExecutor(IOExecutor):
     def __init__(self, description: StoreDescription, rows: Rows) -> None:
         self._description = description
         self._rows = rows
-        self._queue = PartQueue()
+        self._loop = StoreLoop(description.block_bytes)
         self._arena_lock = threading.Lock()
         self._wanted = True
         self._killed = False
         self._opener: threading.Thread | None = None
         self._reports: deque[Report] = deque()
         self._news = threading.Event()
-        self._blocks_per_call = blocks_per_call(description.block_bytes)
         forks.register(self)
 
     def leave_to_parent(self) -> None:
         """In a forked child, where none of the threads is, have ended; they may have held any of the old locks."""
-        self._queue, self._arena_lock, self._news = PartQueue(), threading.Lock(), threading.Event()
+        self._loop, self._arena_lock = StoreLoop(self._description.block_bytes), threading.Lock()
+        self._news = threading.Event()
         self._wanted, self._killed = False, True
         self._reports.clear()
 
@@ -53,12 +54,11 @@ class ThreadExecutor(IOExecutor):
 
     def submit(self, part: Part) -> None:
         """Queue blocks, in pieces that threads share."""
-        for piece in part.cut(self._blocks_per_call):
-            self._queue.put(piece)
+        self._loop.put(part)
 
     def probe(self, probe_id: int, keys: Sequence[OffloadKey]) -> None:
         """Queue a question."""
-        self._queue.put(Probe.of(probe_id, keys))
+        self._loop.put(Probe.of(probe_id, keys))
 
     def poll(self) -> list[Report]:
         """Return what arrived."""
@@ -70,7 +70,7 @@ class ThreadExecutor(IOExecutor):
 
     def cancel_waiting(self) -> None:
         """Answer parts that have not started as cancelled."""
-        self._reports.extend(map(cancelled, self._queue.cancel()))
+        self._report(self._loop.cancel())
 
     def retire(self) -> None:
         """Stop touching the arena now; threads go home after the call they are in, and close the store.
@@ -79,7 +79,7 @@ class ThreadExecutor(IOExecutor):
         """
         with self._arena_lock:
             self._wanted = False
-        self._queue.close()
+        self._loop.close()
 
     def kill(self) -> None:
         """The same, without regard for threads that are stuck: they may keep the store, not the arena."""
@@ -97,23 +97,23 @@ class ThreadExecutor(IOExecutor):
         else:
             self._opener.join(seconds)
 
-    def _report(self, report: Report) -> None:
-        self._reports.append(report)
+    def _report(self, reports: Iterable[Report]) -> None:
+        self._reports.extend(reports)
         self._news.set()
 
     def _open_and_work(self) -> None:
         runner = None
         try:
             runner = StoreRunner(self._description)
-            self._report(Ready(runner.num_slots))
+            self._report((Ready(runner.num_slots),))
             for batch in runner.index():
-                self._report(batch)
+                self._report((batch,))
         except StoreUnavailableError as error:
             if runner is not None:
                 runner.close()  # or nobody could open it again
-            self._report(Unavailable.because(str(error)))
+            self._report((Unavailable.because(error),))
             return
-        self._report(IndexEnd())
+        self._report((IndexEnd(),))
         workers = [
             threading.Thread(target=self._work, args=(runner,), name="kvtier-io", daemon=True)
             for _ in range(self._description.threads - 1)
@@ -127,29 +127,33 @@ class ThreadExecutor(IOExecutor):
 
     def _work(self, runner: StoreRunner) -> None:
         block_bytes = self._description.block_bytes
-        memory = memoryview(bytearray(self._blocks_per_call * block_bytes))
+        memory = memoryview(bytearray(self._loop.blocks_per_call * block_bytes))
         buffers = [memory[at : at + block_bytes] for at in range(0, len(memory), block_bytes)]
-        while (task := self._queue.take()) is not None:
-            if isinstance(task, Part):
-                self._report(self._move(runner, task, buffers[: task.num_blocks]))
-            else:
-                self._report(runner.answer(task))
-            if runner.lost is not None:
-                self._report(Unavailable.because(runner.lost))
 
-    def _move(self, runner: StoreRunner, part: Part, buffers: list[memoryview]) -> PartResult:
-        if not part.is_load:
-            for slot, buffer in zip(part.arena_slots, buffers, strict=True):
-                with self._arena_lock:
-                    if not self._wanted:
-                        return cancelled(part)
-                    buffer[:] = self._rows[slot]
-            return runner.run(part, buffers)
-        result = runner.run(part, buffers)
-        for slot, buffer, success in zip(part.arena_slots, buffers, result.successes, strict=True):
-            if success:
-                with self._arena_lock:
-                    if not self._wanted:
-                        return cancelled(part)
+        def move(runner: StoreRunner, parts: Sequence[Part]) -> list[PartResult]:
+            return self._move(runner, parts, buffers)
+
+        self._loop.run(runner, move, self._report)
+
+    def _move(self, runner: StoreRunner, parts: Sequence[Part], buffers: list[memoryview]) -> list[PartResult]:
+        slots = [slot for part in parts for slot in part.arena_slots]
+        if not parts[0].is_load and not self._copy(slots, buffers, to_arena=False):
+            return [cancelled(part) for part in parts]
+        results = runner.run(parts, buffers[: len(slots)])
+        if parts[0].is_load:
+            successes = [success for result in results for success in result.successes]
+            if not self._copy(compress(slots, successes), compress(buffers, successes), to_arena=True):
+                return [cancelled(part) for part in parts]
+        return results
+
+    def _copy(self, slots: Iterable[int], buffers: Iterable[memoryview], *, to_arena: bool) -> bool:
+        """Copy blocks between arena and buffers; False as soon as this life is not wanted any more."""
+        for slot, buffer in zip(slots, buffers, strict=False):
+            with self._arena_lock:
+                if not self._wanted:
+                    return False
+                if to_arena:
                     self._rows[slot][:] = buffer
-        return result
+                else:
+                    buffer[:] = self._rows[slot]
+        return True

@@ -5,10 +5,10 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtier.executors import gathering
-from kvtier.executors.gathering import Gathering, join_results, split_result
-from kvtier.executors.protocol import Part, PartResult
-from kvtier.executors.queue import PartQueue
+from kvtier.executors.loop import Joiner, join_results
+from kvtier.executors.protocol import Part, PartResult, Probe
+from kvtier.executors.queue import TaskQueue
+from kvtier.executors.runner import split_result
 from kvtier.testing.stores import make_key
 from kvtier.types import FailureCause
 
@@ -24,32 +24,30 @@ def result_of(part, failed=()):
     return PartResult(part.serial, part.first, successes, 10 * successes.count(True), failures)
 
 
-def test_the_last_piece_reports_all_of_them(monkeypatch):
-    monkeypatch.setattr(gathering, "_SECONDS_SILENT", 1e9)
+def test_the_last_piece_reports_all_of_them():
     pieces = [make_part(7, first, 4) for first in (0, 4, 8)]
-    gathered = Gathering()
-    gathered.expect(pieces)
-    assert gathered.add([result_of(pieces[2])]) == []
-    assert gathered.add([result_of(pieces[0], failed=[1])]) == []
-    (whole,) = gathered.add([result_of(pieces[1])])
+    joiner = Joiner(max_silent_seconds=1e9)
+    joiner.expect(pieces)
+    assert joiner.add([result_of(pieces[2])]) == []
+    assert joiner.add([result_of(pieces[0], failed=[1])]) == []
+    (whole,) = joiner.add([result_of(pieces[1])])
     assert (whole.serial, whole.first, whole.num_bytes) == (7, 0, 110)
     assert whole.successes == [index != 1 for index in range(12)]
     assert whole.failures == {FailureCause.CORRUPT: 1}
 
 
-def test_what_takes_long_is_reported_in_between(monkeypatch):
-    monkeypatch.setattr(gathering, "_SECONDS_SILENT", -1.0)
+def test_what_takes_long_is_reported_in_between():
     pieces = [make_part(7, first, 4) for first in (0, 4)]
-    gathered = Gathering()
-    gathered.expect(pieces)
-    assert gathered.add([result_of(pieces[1])]) == [result_of(pieces[1])]
-    assert gathered.add([result_of(pieces[0])]) == [result_of(pieces[0])]
+    joiner = Joiner(max_silent_seconds=-1.0)
+    joiner.expect(pieces)
+    assert joiner.add([result_of(pieces[1])]) == [result_of(pieces[1])]
+    assert joiner.add([result_of(pieces[0])]) == [result_of(pieces[0])]
 
 
 def test_a_part_of_one_piece_is_reported_as_it_is():
-    gathered, part = Gathering(), make_part(3, 0, 2)
-    gathered.expect([part])
-    assert gathered.add([result_of(part)]) == [result_of(part)]
+    joiner, part = Joiner(), make_part(3, 0, 2)
+    joiner.expect([part])
+    assert joiner.add([result_of(part)]) == [result_of(part)]
 
 
 @given(st.permutations(range(6)), st.sets(st.integers(0, 5), min_size=1))
@@ -75,17 +73,33 @@ def test_a_call_for_several_parts_is_taken_apart_again(successes):
 
 
 def test_small_parts_of_one_kind_are_taken_together():
-    queue = PartQueue()
+    queue = TaskQueue()
     loads = [make_part(number, number, 1) for number in range(5)]
     store = make_part(9, 0, 1, is_load=False)
     by_key = [make_part(number, 0, 1, is_load=False, store_slots=False) for number in (10, 11)]
     for part in (store, *by_key, *loads):
         queue.put(part)
-    assert queue.take_many(3) == loads[:3]
-    assert queue.take_many(1) == loads[3:4]
-    assert queue.take_many(8) == loads[4:]
-    assert queue.take_many(8) == [store]
-    assert queue.take_many(8) == by_key[:1]
-    assert queue.take_many(8) == by_key[1:]
+    assert queue.take(3) == loads[:3]
+    assert queue.take(1) == loads[3:4]
+    assert queue.take(8) == loads[4:]
+    assert queue.take(8) == [store]
+    assert queue.take(8) == by_key[:1]
+    assert queue.take(8) == by_key[1:]
+    assert queue.take(8, wait=False) == ()
     queue.close()
-    assert queue.take_many(8) == []
+    assert queue.take(8) == ()
+
+
+def test_what_is_taken_to_be_sent_has_the_same_order():
+    queue = TaskQueue()
+    loads = [make_part(number, number, 1) for number in range(40)]
+    stores = [make_part(number, number, 1, is_load=False) for number in range(40, 43)]
+    question = Probe.of(1, [make_key(1)])
+    queue.put(*stores, *loads, question)
+    assert queue
+    assert queue.take_any(10) == [question, *loads[:9]]
+    assert queue.take_any(100) == [*loads[9:16], stores[0], *loads[16:32], stores[1], *loads[32:], stores[2]]
+    assert not queue
+    queue.put(*stores, question)
+    assert queue.cancel() == stores
+    assert queue.take_any(100) == [question]
