@@ -79,3 +79,7 @@ class ProtocolError(KVTierError):
 
 class InvariantError(KVTierError, AssertionError):
     """`check_invariants()` found state that contradicts itself: a defect of kvtier or of a plug-in."""
+
+
+class TraceError(KVTierError):
+    """A trace that cannot be read; the message is one line and names the place."""

@@ -13,16 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvtier.abc import SecondaryTierManager
-from kvtier.errors import BlockNotReadyError, KVTierError
+from kvtier.errors import BlockNotReadyError, KVTierError, TraceError
 from kvtier.events import BlocksLoaded, Event, Observers, TierState
 from kvtier.keys import OffloadKey
 from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
+from kvtier.recording.format import JOB, NOT_SURE, PROMPT, TIER, Header, Record
+from kvtier.recording.reader import read_recording
 from kvtier.registry import POLICIES
 from kvtier.simulator.devices import SimulatedClock
-from kvtier.simulator.recording import Header, Record, read_recording
-from kvtier.simulator.trace import TraceError
+from kvtier.simulator.trace_files import check_regular
 from kvtier.tiering.manager import TieringOffloadingManager
-from kvtier.tiering.recording import JOB, NOT_SURE, PROMPT, TIER
 from kvtier.tiering.settings import TieringSettings
 from kvtier.types import (
     Admission,
@@ -232,6 +232,7 @@ def repeat(path: Path) -> Repeated:
         TraceError: no recording, or one that is damaged.
         ConfigError: a policy that is not registered here.
     """
+    check_regular(path)
     header, records = read_recording(path)
     try:
         repeater = Repeater(header)

@@ -16,11 +16,12 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
-from kvtier.errors import ConfigError
+from kvtier.errors import ConfigError, TraceError
 from kvtier.foreign_text import one_line
+from kvtier.recording.reader import is_recording
 from kvtier.simulator.block_sizes import fits, sizes_that_fit
-from kvtier.simulator.recording import is_recording, read_recorded_trace
-from kvtier.simulator.trace import KeyMaker, Trace, TraceError, TraceRequest, in_order
+from kvtier.simulator.recording import read_recorded_trace
+from kvtier.simulator.trace import KeyMaker, Trace, TraceRequest, in_order
 from kvtier.simulator.trace_files import (
     MOST_DOCUMENT_BYTES,
     check_regular,

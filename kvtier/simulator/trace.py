@@ -8,12 +8,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
-from kvtier.errors import KVTierError
 from kvtier.keys import OffloadKey, make_offload_key
-
-
-class TraceError(KVTierError):
-    """A trace that cannot be read; the message is one line and names the place."""
 
 
 class TraceRequest(NamedTuple):

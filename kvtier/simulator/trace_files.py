@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from kvtier.simulator.trace import TraceError
+from kvtier.errors import TraceError
 
 MOST_DOCUMENT_BYTES = 64 << 20
 """Of one line, or of a document over several: longer ones are no request and no conversation."""

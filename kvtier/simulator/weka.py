@@ -7,7 +7,8 @@ from typing import Annotated
 
 import msgspec
 
-from kvtier.simulator.trace import KeyMaker, TraceError, TraceRequest
+from kvtier.errors import TraceError
+from kvtier.simulator.trace import KeyMaker, TraceRequest
 
 _Time = Annotated[float, msgspec.Meta(ge=0)]
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from kvtier.errors import TraceError
 from kvtier.simulator.formats import load_trace
-from kvtier.simulator.trace import TraceError
 
 MOONCAKE = [
     {"timestamp": 0, "input_length": 1000, "output_length": 5, "hash_ids": [0, 1]},

@@ -12,19 +12,19 @@ from typer.testing import CliRunner
 
 from kvtier import KVCacheGroup, Namespace, OffloadingConfig, create_spec, make_offload_key
 from kvtier.cli import app
-from kvtier.errors import ConfigError, KVTierError
+from kvtier.errors import ConfigError, KVTierError, TraceError
 from kvtier.events import BlocksLoaded, RequestGaveUp, TierState
 from kvtier.keys import MAX_KEY_BYTES
+from kvtier.recording.format import FRAME, HASH_BYTES, LENGTH, MAGIC, RECORD
+from kvtier.recording.reader import is_recording, read_recording
 from kvtier.simulator.again import repeat
 from kvtier.simulator.formats import load_trace
-from kvtier.simulator.recording import is_recording, read_recording
 from kvtier.simulator.replay import Replay
 from kvtier.simulator.report import facts
 from kvtier.simulator.setup import Machine, Setup
-from kvtier.simulator.trace import Trace, TraceError, TraceRequest
+from kvtier.simulator.trace import Trace, TraceRequest
 from kvtier.spec.tiering import TieringOffloadingSpec
 from kvtier.testing.patience import PATIENCE_SECONDS
-from kvtier.tiering.record_writer import FRAME, HASH_BYTES, LENGTH, MAGIC, RECORD
 from kvtier.types import LookupResult, ReqContext, ScheduleEndContext
 
 BLOCK_BYTES = 4096
@@ -230,7 +230,7 @@ def test_groups_and_long_keys_survive(tmp_path):
     )
     keys = [make_offload_key(bytes([group % 256]) * (MAX_KEY_BYTES - 4), group) for group in (0, 1, 300)]
     frame = FRAME.pack(b"L", 1, 0.5, 0, len(keys), MAX_KEY_BYTES) + b"".join(keys)
-    command = [sys.executable, "-m", "kvtier.tiering.record_writer", str(path), "1000000"]
+    command = [sys.executable, "-m", "kvtier.recording.writer", str(path), "1000000"]
     subprocess.run(command, input=LENGTH.pack(len(header)) + header + frame, check=True)
     (record,) = read_recording(path)[1]
     assert (record.kind, record.request, record.time) == (b"L", 1, 0.5)

@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
+from kvtier.errors import TraceError
 from kvtier.simulator.formats import load_trace
-from kvtier.simulator.trace import TraceError
 from kvtier.simulator.trace_files import MOST_DOCUMENT_BYTES
 
 ADDRESS_SPACE_BYTES = 2 << 30

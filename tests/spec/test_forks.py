@@ -23,11 +23,11 @@ from kvtier.keys import make_offload_key
 from kvtier.namespace import Namespace
 from kvtier.primary.arena import arena_rows
 from kvtier.primary.copies import KVCaches
-from kvtier.simulator.recording import read_recording
+from kvtier.recording.reader import read_recording
+from kvtier.recording.stream import Recorder
 from kvtier.spec.recorded import describe
 from kvtier.spec.tiering import TieringOffloadingSpec
 from kvtier.testing.patience import wait_for
-from kvtier.tiering.recording import Recorder
 from kvtier.types import (
     GPULoadStoreSpec,
     JobMetadata,

@@ -1,11 +1,6 @@
 """The process that writes a recording: hashes keys with a salt that nobody keeps, compresses, and stops at a limit.
 
-Run as `python -m kvtier.tiering.record_writer PATH LIMIT`; frames come on standard input (see `recording`).
-
-The file is a gzip stream: the magic, a JSON header of u32 length, then records. A record is `RECORD` (kind, number of
-the request, seconds, numbers of extra bytes and of keys, whether groups follow), the extra bytes, 8 bytes a key
-(BLAKE2b of key and salt) and, if any group is not 0, 2 bytes a key. A file that ends early is a recording that ended
-early.
+Run as `python -m kvtier.recording.writer PATH LIMIT`; frames come on standard input (see `format`).
 """
 
 from __future__ import annotations
@@ -14,19 +9,13 @@ import gzip
 import hashlib
 import os
 import secrets
-import struct
 import sys
 import time
 from typing import BinaryIO
 
 from kvtier.keys import GROUP_BYTES
+from kvtier.recording.format import FRAME, HASH_BYTES, LENGTH, MAGIC, RECORD
 
-MAGIC = b"kvtier recording 1\n"
-FRAME = struct.Struct("<cIdIIH")
-"""Kind, request, seconds, extra bytes, keys, bytes of a key; then the extra bytes and the keys."""
-RECORD = struct.Struct("<cIdII?")
-LENGTH = struct.Struct("<I")
-HASH_BYTES = 8
 _FLUSH_SECONDS = 1.0
 _MOST_NAMES = 1000
 

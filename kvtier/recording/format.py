@@ -1,0 +1,67 @@
+"""The format of a recording, and of the frames that make one.
+
+The file is a gzip stream: the magic, a JSON header of u32 length, then records. A record is `RECORD` (kind, number of
+the request, seconds, numbers of extra bytes and of keys, whether groups follow), the extra bytes, 8 bytes a key
+(BLAKE2b of key and salt) and, if any group is not 0, 2 bytes a key. A file that ends early is a recording that ended
+early.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Annotated, NamedTuple
+
+import msgspec
+
+from kvtier.keys import OffloadKey
+
+MAGIC = b"kvtier recording 1\n"
+FRAME = struct.Struct("<cIdIIH")
+"""Kind, request, seconds, extra bytes, keys, bytes of a key; then the extra bytes and the keys."""
+RECORD = struct.Struct("<cIdII?")
+LENGTH = struct.Struct("<I")
+HASH_BYTES = 8
+JOB = struct.Struct("<BQ?")
+"""Extra bytes of "J": tier, job, whether all of it succeeded (else the record's keys did)."""
+TIER = struct.Struct("<B?")
+"""Extra bytes of "U": tier, whether it is used from now on."""
+NOT_SURE, NOT_FOUND = 128, 127
+"""Extra bytes of "L" and "R", one a key: the tier that has it, `NOT_SURE` + the tier that did not say, `NOT_FOUND`."""
+PROMPT = struct.Struct("<q")
+"""Extra bytes of "N": tokens of the prompt, -1 if unknown."""
+
+_Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class RecordedTier(msgspec.Struct, frozen=True):
+    """One secondary tier of the engine that was recorded."""
+
+    name: str
+    admission: str
+    policy: str
+    probe_deadline: float | None = None
+
+
+class Header(msgspec.Struct, frozen=True):
+    """What a recording says of the engine; see `kvtier.spec.recorded.describe`."""
+
+    tokens_per_block: _Count
+    block_bytes: _Count
+    primary_blocks: _Count
+    policy: str
+    load_deadline: float
+    probe_deadline: float | None
+    lease_timeout: float
+    promotion_budget: float
+    prefill_rate: float | None = None
+    tiers: tuple[RecordedTier, ...] = ()
+
+
+class Record(NamedTuple):
+    """One call or answer; kinds and extra bytes as `RecordedManager` notes them."""
+
+    kind: bytes
+    request: int
+    time: float
+    extra: bytes
+    keys: list[OffloadKey]

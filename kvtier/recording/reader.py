@@ -1,0 +1,94 @@
+"""Reads recordings as records, up to their end or to where they were cut."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from kvtier.errors import TraceError
+from kvtier.keys import OffloadKey, make_offload_key
+from kvtier.recording.format import HASH_BYTES, LENGTH, MAGIC, RECORD, Header, Record
+
+_GZIP = b"\x1f\x8b"
+_MOST_BYTES = 1 << 30
+
+
+def is_recording(path: Path) -> bool:
+    """Return whether a file begins as a recording does, or as one that was cut or damaged there."""
+    try:
+        with path.open("rb") as raw:
+            begin = raw.read(len(_GZIP))
+            if begin != _GZIP:
+                return begin == _GZIP[:1]
+            raw.seek(0)
+            with gzip.GzipFile(fileobj=raw) as file:
+                return MAGIC.startswith(_readable(file, len(MAGIC)))
+    except OSError:
+        return False
+
+
+def _readable(file: gzip.GzipFile, size: int) -> bytes:
+    """Return at most `size` bytes, fewer where the file is cut or damaged."""
+    try:
+        return file.read(size)
+    except (OSError, EOFError, zlib.error):
+        return b""
+
+
+def read_recording(path: Path) -> tuple[Header, Iterator[Record]]:
+    """Return the header, and the records up to the file's end or to where it was cut.
+
+    Args:
+        path: of a regular file; a pipe would make its reader wait.
+
+    Raises:
+        TraceError: no recording, or one whose header cannot be read.
+    """
+    file = gzip.open(path, "rb")  # noqa: SIM115 - the iterator closes it
+    try:
+        begin = file.read(len(MAGIC))
+        if not MAGIC.startswith(begin):
+            raise TraceError(f"{path}: no recording of kvtier")
+        if begin != MAGIC:
+            raise EOFError("it was cut")
+        header = msgspec.json.decode(file.read(LENGTH.unpack(file.read(LENGTH.size))[0]), type=Header)
+    except (OSError, EOFError, zlib.error, struct.error, msgspec.DecodeError, ValueError) as error:
+        file.close()
+        raise TraceError(f"{path}: a recording whose beginning cannot be read ({error})") from None
+    return header, _records(file)
+
+
+def _records(file: gzip.GzipFile) -> Iterator[Record]:
+    known: dict[bytes, OffloadKey] = {}
+    with file:
+        while True:
+            try:
+                head = file.read(RECORD.size)
+                if len(head) < RECORD.size:
+                    return
+                kind, request, time, num_extra, num_keys, has_groups = RECORD.unpack(head)
+                size = num_extra + num_keys * (HASH_BYTES + 2 * has_groups)
+                body = file.read(size) if size < _MOST_BYTES else b""
+            except (OSError, EOFError, zlib.error):  # the engine was killed, or the limit reached
+                return
+            if len(body) < size:
+                return
+            yield Record(kind, request, time, body[:num_extra], _keys(body[num_extra:], num_keys, known))
+
+
+def _keys(body: bytes, count: int, known: dict[bytes, OffloadKey]) -> list[OffloadKey]:
+    groups = body[count * HASH_BYTES :]
+    keys = []
+    for index in range(count):
+        part = body[index * HASH_BYTES : (index + 1) * HASH_BYTES]
+        group = groups[2 * index : 2 * index + 2]
+        key = known.get(part + group)
+        if key is None:
+            key = known[part + group] = make_offload_key(part, int.from_bytes(group, "big"))
+        keys.append(key)
+    return keys
