@@ -28,7 +28,7 @@ from kvtier.abc import StoreContext
 from kvtier.namespace import Namespace
 from kvtier.primary.arena import Arena
 from kvtier.stores.object.client import connect
-from kvtier.stores.object.settings import ObjectSettings
+from kvtier.stores.object.options import ObjectOptions
 from kvtier.stores.object.store import ObjectStore
 from kvtier.testing.stores import make_key
 
@@ -94,22 +94,24 @@ class Case:
         move()
         return (self.count if count is None else count) * self.block_bytes / 1e9 / (time.perf_counter() - started)
 
-    def _settings(self, endpoint: str, name: str, pack_bytes: int) -> ObjectSettings:
-        return ObjectSettings.checked(
-            f"s3://{BUCKET}/{name}-{self.block_bytes}",
-            capacity="8GiB",
-            endpoint=endpoint,
-            region="us-east-1",
-            allow_http=True,
-            path_style=True,
-            pack_size=pack_bytes,
-            refresh=3600.0,
-            timeout=120.0,
+    def _settings(self, endpoint: str, name: str, pack_bytes: int) -> ObjectOptions:
+        return ObjectOptions.read(
+            {
+                "url": f"s3://{BUCKET}/{name}-{self.block_bytes}",
+                "capacity": "8GiB",
+                "endpoint": endpoint,
+                "region": "us-east-1",
+                "allow_http": True,
+                "path_style": True,
+                "pack_size": pack_bytes,
+                "refresh": 3600.0,
+                "timeout": 120.0,
+            }
         )
 
     def _open(self, endpoint: str, name: str, pack_bytes: int) -> ObjectStore:
         context = StoreContext(Namespace({"model": "bench"}), self.block_bytes)
-        return ObjectStore.open(self._settings(endpoint, name, pack_bytes).to_options(), context)
+        return ObjectStore.open(self._settings(endpoint, name, pack_bytes).to_json(), context)
 
 
 @contextlib.contextmanager

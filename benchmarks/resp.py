@@ -35,7 +35,6 @@ from kvtier.abc import StoreContext
 from kvtier.executors.loop import blocks_per_call
 from kvtier.namespace import Namespace
 from kvtier.primary.arena import Arena
-from kvtier.stores.resp.settings import RespSettings
 from kvtier.stores.resp.store import RespStore
 from kvtier.testing.stores import make_key
 
@@ -63,9 +62,7 @@ class Case:
         np.asarray(self.arena.view)[:] = random.integers(0, 256, (self.count, block_bytes), dtype=np.uint8)
         self.rows = [self.arena.row(slot) for slot in range(self.count)]
         self.keys = [make_key(number) for number in range(self.count)]
-        self.store = RespStore.open(
-            RespSettings.checked(server.url).to_options(), StoreContext(Namespace({"model": "bench"}), block_bytes)
-        )
+        self.store = RespStore.open({"url": server.url}, StoreContext(Namespace({"model": "bench"}), block_bytes))
         self.client = redis.Redis(host=server.host, port=server.port)
         self.raw = socket.create_connection(server.address)
         self.raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -201,9 +198,7 @@ def peer(serve: Callable[[socket.socket], None]) -> Iterator[socket.socket]:
 
 def probe_milliseconds(server: ValkeyServer, rounds: int) -> dict[str, float]:
     """Return what the existence of `PROBED_KEYS` keys costs: none held, a prefix held, every other one held."""
-    store = RespStore.open(
-        RespSettings.checked(server.url).to_options(), StoreContext(Namespace({"model": "probe"}), 64)
-    )
+    store = RespStore.open({"url": server.url}, StoreContext(Namespace({"model": "probe"}), 64))
     keys = [make_key(1_000_000 + number) for number in range(PROBED_KEYS)]
     half = PROBED_KEYS // 2 - 7
     cases = {"none held": [], "a prefix held": keys[:half], "every other one held": keys[::2]}

@@ -45,6 +45,17 @@ def schema_of(kind: type[msgspec.Struct]) -> dict[str, Any]:
     return schema
 
 
+Threads = Annotated[int, msgspec.Meta(ge=1, le=64, description="calls into the store at the same time")]
+JobDeadline = Annotated[
+    float,
+    msgspec.Meta(
+        gt=0,
+        lt=3600,
+        description="seconds without any progress, after which the I/O process is killed and a new one started",
+    ),
+]
+
+
 class TierOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Base of the options of one tier type.
 
@@ -53,15 +64,7 @@ class TierOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     names the variable or the file that holds a secret, never the secret.
     """
 
-    threads: Annotated[int, msgspec.Meta(ge=1, le=64, description="calls into the store at the same time")] = 4
-    job_deadline: Annotated[
-        float,
-        msgspec.Meta(
-            gt=0,
-            lt=3600,
-            description="seconds without any progress, after which the I/O process is killed and a new one started",
-        ),
-    ] = 10.0
+    job_deadline: JobDeadline = 10.0
 
     def __repr__(self) -> str:
         """Show the options without secrets, and without what people take for the place of one."""

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from kvtier.errors import ConfigError
-from kvtier.options import TierOptions, check_known, convert_option, convert_to_signature, schema_of, size_of
+from kvtier.options import Threads, TierOptions, check_known, convert_option, convert_to_signature, schema_of, size_of
 from kvtier.types import Admission
 
 
@@ -85,6 +85,7 @@ def test_hints_that_do_not_resolve_are_not_checked():
 class OwnOptions(TierOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
     url: Annotated[str, msgspec.Meta(description="where it is")]
     size: Annotated[int, size_of("most bytes", 4096)] = 8192
+    threads: Threads = 4
     password_file: Annotated[str | None, msgspec.Meta(description="where the password is")] = None
 
 

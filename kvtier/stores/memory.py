@@ -10,7 +10,7 @@ from typing import Annotated, Any, Self
 from kvtier.abc import BlockStore, StoreContext
 from kvtier.errors import ConfigError
 from kvtier.keys import MAX_KEY_BYTES, OffloadKey
-from kvtier.options import TierOptions, size_of
+from kvtier.options import Threads, TierOptions, size_of
 from kvtier.stores.integrity.header import HEADER_BYTES
 
 
@@ -18,6 +18,7 @@ class MemoryOptions(TierOptions, frozen=True, forbid_unknown_fields=True, kw_onl
     """Options of tier type `memory`."""
 
     capacity: Annotated[int, size_of('most bytes of blocks, their keys and headers, for example "8GiB"')]
+    threads: Threads = 4
 
     def check(self, block_bytes: int) -> None:
         """Refuse a capacity that does not hold one block."""

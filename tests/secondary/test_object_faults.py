@@ -262,7 +262,7 @@ def test_stores_pause_when_the_server_asks_for_less_and_loads_go_on(through_prox
     options, proxy = through_proxy
     context = StoreContext(Namespace({"model": "faults"}), BLOCK_BYTES)
     settings = settings_for(**{**options, "timeout": 2.0, "refresh": 3600.0})
-    store = ObjectStore.open(settings.to_options(), context)
+    store = ObjectStore.open(settings.to_json(), context)
     keys, blocks = [make_key(number) for number in range(4)], [memoryview(bytes(BLOCK_BYTES))] * 4
     assert all(store.write(keys, blocks))
     proxy.faults = Faults(change=lambda reply: answer(503, "SlowDown", "Retry-After: 1"))
@@ -282,7 +282,7 @@ def test_stores_pause_when_the_server_asks_for_less_and_loads_go_on(through_prox
 def test_who_may_not_write_still_reads(through_proxy):
     options, proxy = through_proxy
     context = StoreContext(Namespace({"model": "faults"}), BLOCK_BYTES)
-    store = ObjectStore.open(settings_for(**{**options, "refresh": 3600.0}).to_options(), context)
+    store = ObjectStore.open(settings_for(**{**options, "refresh": 3600.0}).to_json(), context)
     keys, blocks = [make_key(number) for number in range(4)], [memoryview(bytes(BLOCK_BYTES))] * 4
     assert all(store.write(keys, blocks))
     proxy.faults = Faults(change=lambda reply: answer(403, "AccessDenied"))

@@ -3,14 +3,14 @@
 from kvtier.stores.integrity.header import HEADER_BYTES
 from kvtier.stores.object.client import Client, connect
 from kvtier.stores.object.names import PackName, Stamps, digest_of
-from kvtier.stores.object.settings import ObjectSettings
+from kvtier.stores.object.options import ObjectOptions
 from kvtier.stores.object.store import ObjectStore
 
 CAPACITY = 64 << 20
 
 
 def settings_for(url="s3://kvtier/suite", **options):
-    return ObjectSettings.checked(url, **{"capacity": CAPACITY, "refresh": 0.3, **options})
+    return ObjectOptions.read({"url": url, "capacity": CAPACITY, "refresh": 0.3, **options})
 
 
 def open_over(bucket, context, **options):

@@ -24,7 +24,7 @@ class OnServer(OnBucket):
         StoreSuite.setup_method(self)
 
     def open_store(self, medium, context):
-        return ObjectStore.open(settings_for(**self.options).to_options(), context)
+        return ObjectStore.open(settings_for(**self.options).to_json(), context)
 
     def test_a_flipped_bit_is_a_miss(self):
         """Fewer bits than elsewhere: each is four requests."""
@@ -61,14 +61,14 @@ class TestAzure(OnServer):
 def test_a_missing_bucket_says_so(swift_s3):
     settings = settings_for(**{**swift_s3.options, "url": "s3://no-such-bucket/x"})
     with pytest.raises(StoreUnavailableError, match="404 NoSuchBucket"):
-        ObjectStore.open(settings.to_options(), OnBucket().make_context())
+        ObjectStore.open(settings.to_json(), OnBucket().make_context())
 
 
 def test_wrong_credentials_say_so_and_are_not_shown(swift_s3, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
     settings = settings_for(**swift_s3.options)
     with pytest.raises(StoreUnavailableError, match="403 SignatureDoesNotMatch") as caught:
-        ObjectStore.open(settings.to_options(), OnBucket().make_context())
+        ObjectStore.open(settings.to_json(), OnBucket().make_context())
     assert "hunter2" not in str(caught.value) + repr(caught.value) + repr(settings) + repr(connect(settings))
     assert "test:tester" not in str(caught.value) + repr(connect(settings))
 
@@ -77,13 +77,13 @@ def test_who_may_only_read_is_told(swift_s3, monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test:reader")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "reading")
     with pytest.raises(StoreUnavailableError, match="403 AccessDenied"):
-        ObjectStore.open(settings_for(**swift_s3.options).to_options(), OnBucket().make_context())
+        ObjectStore.open(settings_for(**swift_s3.options).to_json(), OnBucket().make_context())
 
 
 def test_nobody_there(swift_s3):
     settings = settings_for(**{**swift_s3.options, "endpoint": "http://127.0.0.1:1"})
     with pytest.raises(StoreUnavailableError, match="error sending request"):
-        ObjectStore.open(settings.to_options(), OnBucket().make_context())
+        ObjectStore.open(settings.to_json(), OnBucket().make_context())
 
 
 def test_capacity_counts_what_the_server_holds(moto_s3):
@@ -111,7 +111,7 @@ def test_a_profile_says_who_we_are(swift_s3, monkeypatch, tmp_path):
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(path))
     context = OnBucket().make_context()
-    ObjectStore.open(settings_for(**swift_s3.options, profile="mine").to_options(), context).close()
+    ObjectStore.open(settings_for(**swift_s3.options, profile="mine").to_json(), context).close()
     with pytest.raises(StoreUnavailableError) as caught:
-        ObjectStore.open(settings_for(**swift_s3.options, profile="nobody").to_options(), context)
+        ObjectStore.open(settings_for(**swift_s3.options, profile="nobody").to_json(), context)
     assert SECRET_KEY not in str(caught.value)

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from kvtier.errors import StoreUnavailableError
-from kvtier.stores.resp.settings import RespSettings
+from kvtier.stores.resp.options import RespOptions
 from kvtier.stores.resp.slots import NUM_SLOTS
 from kvtier.stores.resp.topology import open_topology
 
@@ -99,9 +99,8 @@ def start():
 
 
 def refusal(server, **options):
-    settings = RespSettings.checked(
-        f"redis://127.0.0.1:{server.port}", timeout=TIMEOUT, connect_timeout=TIMEOUT, **options
-    )
+    url = f"redis://127.0.0.1:{server.port}"
+    settings = RespOptions.read({"url": url, "timeout": TIMEOUT, "connect_timeout": TIMEOUT, **options})
     begin = time.monotonic()
     with pytest.raises(StoreUnavailableError) as caught:
         open_topology(settings)
@@ -154,7 +153,8 @@ def test_a_table_of_slots_names_the_one_who_was_asked_where_it_names_nobody(star
         last = NUM_SLOTS - 1
         table = b"*1\r\n*3\r\n:0\r\n:%d\r\n*3\r\n%b:%d\r\n$2\r\nid\r\n" % (last, host, server.port)
         server.reply, server.only = once(table), (b"CLUSTER",)
-        cluster = open_topology(RespSettings.checked(f"redis://127.0.0.1:{server.port}", cluster=True, timeout=TIMEOUT))
+        url = f"redis://127.0.0.1:{server.port}"
+        cluster = open_topology(RespOptions.read({"url": url, "cluster": True, "timeout": TIMEOUT}))
         owners = {owner.address for owner in cluster._table}
         cluster.close()
         assert owners == {f"127.0.0.1:{server.port}"}

@@ -3,14 +3,13 @@
 import pytest
 from guarded_stores import Guarded
 
-from kvtier.stores.resp.settings import RespSettings
 from kvtier.stores.resp.store import RespStore
 from kvtier.testing.stores import StoreSuite, flip_bit, make_key
 from kvtier.types import FailureCause
 
 
 def open_store(context, url, **options):
-    return RespStore.open(RespSettings.checked(url, **options).to_options(), context)
+    return RespStore.open({"url": url, **options}, context)
 
 
 class OnServer(StoreSuite):
@@ -91,7 +90,7 @@ class TestSingle(OnServer):
 
 class TestWithSecret(Guarded, OnServer):
     def open_with(self, medium, context, options):
-        return RespStore.open({**RespSettings.checked(self.server.url).to_options(), **options}, context)
+        return RespStore.open({"url": self.server.url, **options}, context)
 
 
 class TestEncrypted(TestWithSecret):
@@ -105,9 +104,7 @@ class TestEncryptedOverUnixSocket(TestWithSecret):
     block_bytes = 300_000
 
     def open_with(self, medium, context, options):
-        return RespStore.open(
-            {**RespSettings.checked(f"unix://{self.server.unix_path}").to_options(), **options}, context
-        )
+        return RespStore.open({"url": f"unix://{self.server.unix_path}", **options}, context)
 
     def test_a_flipped_bit_is_a_miss(self):
         raw = self._raw(1)

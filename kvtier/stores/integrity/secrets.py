@@ -14,11 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Self
+from typing import Annotated, Any, Self
+
+import msgspec
 
 from kvtier.errors import ConfigError, StoreUnavailableError
 from kvtier.keys import OffloadKey
 from kvtier.namespace import Namespace
+from kvtier.options import TierOptions
 from kvtier.stores.integrity.header import Bytes
 from kvtier.stores.own_files import read_named
 
@@ -116,6 +119,24 @@ class SecretPlace:
         if len(secret) < LEAST_SECRET_BYTES:
             raise StoreUnavailableError(f"a secret of at least {LEAST_SECRET_BYTES} bytes")
         return secret
+
+
+class GuardedOptions(TierOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of the options of tiers whose blocks a secret may guard; they name the place of the secret."""
+
+    secret_env: Annotated[
+        str | None,
+        msgspec.Meta(
+            description="name of an environment variable with a secret that vouches for blocks: a block stored by"
+            " somebody who does not know it is never loaded"
+        ),
+    ] = None
+    secret_file: Annotated[str | None, msgspec.Meta(description="path of a file with that secret instead")] = None
+    encrypt: Annotated[bool, msgspec.Meta(description="whether blocks are encrypted with the secret, too")] = False
+
+    def check(self, block_bytes: int) -> None:
+        """Refuse a secret that is not there, or that cannot be used."""
+        SecretPlace.checked(self.secret_env, self.secret_file, self.encrypt)
 
 
 def read_place(path: str) -> tuple[bytes, str]:

@@ -15,7 +15,7 @@ from obstore import exceptions
 from obstore.store import AzureStore, GCSStore, S3Store
 
 from kvtier.errors import StoreUnavailableError
-from kvtier.stores.object.settings import ObjectSettings
+from kvtier.stores.object.options import ObjectOptions
 from kvtier.stores.own_files import read_named
 
 _STATUS = re.compile(r"status code: (\d{3})")
@@ -52,7 +52,7 @@ class RequestError(Exception):
         self.trouble = trouble
 
 
-def connect(settings: ObjectSettings) -> Any:
+def connect(settings: ObjectOptions) -> Any:
     """Return obstore's client of the bucket; nothing is sent.
 
     Raises:
@@ -78,16 +78,17 @@ def connect(settings: ObjectSettings) -> Any:
         common: dict[str, Any] = {"client_options": options, "retry_config": retries}
         if settings.endpoint is not None:
             common["endpoint"] = settings.endpoint
-        if settings.provider == "gs":
-            return GCSStore(settings.bucket, **common)
-        if settings.provider == "az":
-            return AzureStore(settings.bucket, **common)
-        return S3Store(settings.bucket, **common, **_s3_options(settings))
+        provider, bucket, _ = settings.place
+        if provider == "gs":
+            return GCSStore(bucket, **common)
+        if provider == "az":
+            return AzureStore(bucket, **common)
+        return S3Store(bucket, **common, **_s3_options(settings))
     except _FOREIGN as error:
         raise StoreUnavailableError(f"{settings.where}: {_explain(error)}") from None
 
 
-def _s3_options(settings: ObjectSettings) -> dict[str, Any]:
+def _s3_options(settings: ObjectOptions) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if settings.region is not None:
         options["region"] = settings.region

@@ -13,7 +13,7 @@ from kvtier.log import logger
 from kvtier.stores.object.catalogue import Catalogue, Pack
 from kvtier.stores.object.client import Client, RequestError, Trouble
 from kvtier.stores.object.names import Stamps, stamp_at
-from kvtier.stores.object.settings import ObjectSettings
+from kvtier.stores.object.options import ObjectOptions
 
 OVERLAP_SECONDS = 10.0
 """How far clocks may differ and a write may take, so that its pack is seen at the next look."""
@@ -69,7 +69,7 @@ class Refresher:
     """
 
     def __init__(
-        self, client: Client, catalogue: Catalogue, stamps: Stamps, settings: ObjectSettings, pack_bytes: int
+        self, client: Client, catalogue: Catalogue, stamps: Stamps, settings: ObjectOptions, pack_bytes: int
     ) -> None:
         """Args: pack_bytes: of a full pack."""
         self._client = client

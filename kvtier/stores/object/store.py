@@ -22,9 +22,9 @@ from kvtier.stores.integrity.plain_sealer import PlainSealer
 from kvtier.stores.integrity.sealing import Sealer
 from kvtier.stores.object.catalogue import Catalogue, Pack
 from kvtier.stores.object.client import Client, RequestError, Trouble, connect
-from kvtier.stores.object.names import MOST_BLOCKS, PackName, Stamps, TakenBack, digest_of, split
+from kvtier.stores.object.names import PackName, Stamps, TakenBack, digest_of, split
+from kvtier.stores.object.options import ObjectOptions
 from kvtier.stores.object.refresher import Refresher
-from kvtier.stores.object.settings import ObjectSettings
 from kvtier.types import FailureCause
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
@@ -91,7 +91,7 @@ class ObjectStore(BlockStore):
     seals_itself = True
 
     def __init__(
-        self, client: Client, settings: ObjectSettings, context: StoreContext, sealer: Sealer | None = None
+        self, client: Client, settings: ObjectOptions, context: StoreContext, sealer: Sealer | None = None
     ) -> None:
         """Args:
         client: of the bucket that the settings name. Nothing is sent before `start`.
@@ -106,7 +106,7 @@ class ObjectStore(BlockStore):
         self._fingerprint = self._sealer.namespace.fingerprint.hex()
         self._stamps = Stamps()
         self.catalogue = Catalogue(settings.root, self._fingerprint, self._value_bytes)
-        self._values_per_pack = max(1, min(settings.pack_bytes // context.block_bytes, MOST_BLOCKS))
+        self._values_per_pack = settings.values_per_pack(context.block_bytes)
         pack_bytes = self._values_per_pack * self._value_bytes
         self._refresher = Refresher(client, self.catalogue, self._stamps, settings, pack_bytes)
         self._throttle = Throttle(client.where)
@@ -115,13 +115,13 @@ class ObjectStore(BlockStore):
 
     @classmethod
     def open(cls, options: Mapping[str, Any], context: StoreContext) -> Self:
-        """Read the index; options: those of `ObjectSettings` and of `SecretPlace`.
+        """Read the index; options: `ObjectOptions`.
 
         Raises:
             StoreUnavailableError: the bucket is missing, refuses us, or nobody answers; or the secret is gone.
         """
-        others, sealer = open_sealer(options, context.namespace)
-        settings = ObjectSettings.from_options(others)
+        _, sealer = open_sealer(options, context.namespace)
+        settings = ObjectOptions.read(options)
         store = cls(Client(connect(settings), settings.where), settings, context, sealer)
         store.start()
         return store

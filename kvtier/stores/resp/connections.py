@@ -19,7 +19,7 @@ from kvtier.errors import StoreError
 from kvtier.foreign_text import first_line
 from kvtier.stores.resp.commands import Operation, Request
 from kvtier.stores.resp.handshake import HandshakeSocket
-from kvtier.stores.resp.settings import RespSettings
+from kvtier.stores.resp.options import RespOptions
 from kvtier.stores.resp.wire import ConnectionBrokenError, Wire
 
 _FOREIGN = (redis.RedisError, OSError, RecursionError, ValueError)
@@ -62,7 +62,7 @@ class _UnixConnection(_WithWire, redis.UnixDomainSocketConnection):
 class Credentials(redis.CredentialProvider):
     """Reads the password for each new connection, so that it may change while kvtier runs."""
 
-    def __init__(self, settings: RespSettings) -> None:
+    def __init__(self, settings: RespOptions) -> None:
         self._settings = settings
 
     def get_credentials(self) -> tuple[str, ...]:  # type: ignore[override] # redis-py declares two fixed lengths
@@ -70,7 +70,7 @@ class Credentials(redis.CredentialProvider):
         return self._settings.credentials()
 
 
-def _client_options(settings: RespSettings) -> dict[str, Any]:
+def _client_options(settings: RespOptions) -> dict[str, Any]:
     """Return what redis-py's connections are told."""
     options: dict[str, Any] = {
         "socket_timeout": settings.timeout,
@@ -79,7 +79,7 @@ def _client_options(settings: RespSettings) -> dict[str, Any]:
     }
     if settings.password_env is not None or settings.password_file is not None:
         options["credential_provider"] = Credentials(settings)
-    if settings.tls:
+    if settings.address.tls:
         options |= {
             "ssl_ca_certs": settings.tls_ca_file,
             "ssl_certfile": settings.tls_cert_file,
@@ -93,22 +93,23 @@ def _client_options(settings: RespSettings) -> dict[str, Any]:
 class Server:
     """One server and its connections, as many as there are threads that use it at once."""
 
-    def __init__(self, settings: RespSettings, host: str | None = None, port: int = 0) -> None:
+    def __init__(self, settings: RespOptions, host: str | None = None, port: int = 0) -> None:
         """Args: host, port: None for the server, or the Unix socket, of the settings."""
         options = _client_options(settings)
         self.host = ""
-        if settings.unix_path is not None:
+        address = settings.address
+        if address.unix_path is not None:
             kind: type = _UnixConnection
-            options["path"], self.address = settings.unix_path, settings.unix_path
+            options["path"], self.address = address.unix_path, address.unix_path
         else:
             if host is None:
-                host, port = settings.servers[0]
-            kind = _TLSConnection if settings.tls else _TCPConnection
+                host, port = address.servers[0]
+            kind = _TLSConnection if address.tls else _TCPConnection
             options |= {"host": host, "port": port}
             self.host = host
             self.address = f"{host}:{port}"
-        if settings.database:
-            options["db"] = settings.database
+        if address.database:
+            options["db"] = address.database
         self._settings = settings
         self._timeout = settings.timeout
         self._idle: list[Any] = []

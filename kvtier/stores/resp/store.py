@@ -17,7 +17,7 @@ from kvtier.stores.integrity.sealing import Sealer
 from kvtier.stores.resp.commands import Exchanges, Operation, Outcome, Request
 from kvtier.stores.resp.connections import Server, ServerLostError
 from kvtier.stores.resp.fullness import Fullness
-from kvtier.stores.resp.settings import RespSettings
+from kvtier.stores.resp.options import RespOptions
 from kvtier.stores.resp.topology import Topology, open_topology
 from kvtier.stores.resp.wire import Break, ConnectionBrokenError, Refused, Wire
 from kvtier.types import FailureCause
@@ -50,7 +50,7 @@ class RespStore(BlockStore):
 
     seals_itself = True
 
-    def __init__(self, topology: Topology, settings: RespSettings, sealer: Sealer, context: StoreContext) -> None:
+    def __init__(self, topology: Topology, settings: RespOptions, sealer: Sealer, context: StoreContext) -> None:
         """Args:
         topology: connected; this store closes it.
         sealer: of the blocks.
@@ -68,13 +68,13 @@ class RespStore(BlockStore):
 
     @classmethod
     def open(cls, options: Mapping[str, Any], context: StoreContext) -> Self:
-        """Connect; options: those of `RespSettings` and of `SecretPlace`.
+        """Connect; options: `RespOptions`.
 
         Raises:
             StoreUnavailableError: nobody answers, or nobody lets us in.
         """
-        others, sealer = open_sealer(options, context.namespace)
-        settings = RespSettings.from_options(others)
+        _, sealer = open_sealer(options, context.namespace)
+        settings = RespOptions.read(options)
         return cls(open_topology(settings), settings, sealer, context)
 
     def name(self, key: OffloadKey) -> bytes:

@@ -14,7 +14,7 @@ from kvtier.errors import StoreUnavailableError
 from kvtier.log import logger
 from kvtier.stores.resp.commands import Request
 from kvtier.stores.resp.connections import Server, ServerLostError
-from kvtier.stores.resp.settings import RespSettings
+from kvtier.stores.resp.options import RespOptions
 from kvtier.stores.resp.slots import NUM_SLOTS, SlotRange, ask_slots, parse_port
 from kvtier.stores.resp.wire import ConnectionBrokenError, Refused, Wire, parse_count
 
@@ -62,7 +62,7 @@ class Topology(ABC):
 class SingleServer(Topology):
     """One server has everything."""
 
-    def __init__(self, settings: RespSettings) -> None:
+    def __init__(self, settings: RespOptions) -> None:
         """Raises: StoreUnavailableError: it does not answer, or does not let us in."""
         self._server = Server(settings)
         try:
@@ -113,7 +113,7 @@ class _Absence:
 class Cluster(Topology):
     """Primaries share the slots; any of them says which has which, and we keep its answer in a table."""
 
-    def __init__(self, settings: RespSettings) -> None:
+    def __init__(self, settings: RespOptions) -> None:
         """Raises: StoreUnavailableError: no node answers, or none lets us in."""
         self._settings = settings
         self._lock = threading.Lock()
@@ -123,7 +123,7 @@ class Cluster(Topology):
         self._table: list[Server | None] = [None] * NUM_SLOTS
         self._absent: dict[Server, _Absence] = {}
         try:
-            self._read_slots([self._server_at(host, port) for host, port in settings.servers])
+            self._read_slots([self._server_at(host, port) for host, port in settings.address.servers])
         except (ServerLostError, ConnectionBrokenError) as error:
             self.close()
             raise StoreUnavailableError(str(error)) from None
@@ -213,7 +213,7 @@ class Cluster(Topology):
         try:
             self._refreshed_at = time.monotonic()
             owners = {owner for owner in self._table if owner is not None}
-            seeds = [self._server_at(host, port) for host, port in self._settings.servers]
+            seeds = [self._server_at(host, port) for host, port in self._settings.address.servers]
             # lost ones last: each costs the time to connect
             self._read_slots(sorted({*owners, *seeds}, key=lambda server: server in self._absent))
         except (ServerLostError, ConnectionBrokenError) as error:
@@ -259,7 +259,7 @@ class Cluster(Topology):
                 del self._absent[server]
 
 
-def open_topology(settings: RespSettings) -> Topology:
+def open_topology(settings: RespOptions) -> Topology:
     """Connect, as the settings say.
 
     Raises:

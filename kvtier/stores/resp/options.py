@@ -3,94 +3,139 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Self
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Annotated
 from urllib.parse import SplitResult, unquote
+
+import msgspec
 
 from kvtier.errors import ConfigError, StoreUnavailableError
 from kvtier.foreign_text import is_utf8
 from kvtier.redaction import HIDDEN, split_address
-from kvtier.stores.integrity.secrets import read_place
+from kvtier.stores.integrity.secrets import GuardedOptions, read_place
 
 _SCHEMES = {"redis": False, "valkey": False, "rediss": True, "valkeys": True}
 _URL = '"redis://HOST:PORT/DATABASE", "rediss://..." for TLS, or "unix:///PATH"'
 _DATABASE = re.compile(r"[0-9]{1,9}")
 _PREFIX = re.compile(r"[!-z|~]{1,64}")
 """Printable, and without the braces that would put every block into one slot of a cluster."""
+_FILES = ("tls_ca_file", "tls_cert_file", "tls_key_file")
+MAX_TTL_SECONDS = 10 * 366 * 86400
 
 
 @dataclass(frozen=True)
-class RespSettings:
-    """How to reach the server; holds the name of a password's place, never the password.
+class Address:
+    """Where the server is, read from its urls.
 
     Attributes:
         servers: host and port; for a cluster, any of its nodes. Empty if `unix_path` says where.
-        ttl: seconds that a block is kept after it was written; None leaves it to the server.
-        connect_timeout: seconds to connect.
-        timeout: seconds that one batch may take: a block, or some 2 MiB of them.
     """
 
     servers: tuple[tuple[str, int], ...] = ()
     unix_path: str | None = None
     tls: bool = False
     database: int = 0
-    cluster: bool = False
-    username: str | None = None
-    password_env: str | None = None
-    password_file: str | None = None
-    tls_ca_file: str | None = None
-    tls_cert_file: str | None = None
-    tls_key_file: str | None = None
-    tls_verify: bool = True
-    prefix: str = "kvtier"
-    ttl: float | None = None
-    connect_timeout: float = 1.0
-    timeout: float = 5.0
 
-    @classmethod
-    def checked(cls, url: str | Sequence[str], **options: Any) -> Self:
-        """Return settings from what a user configured; `options` are this class's other attributes.
+
+_Seconds = msgspec.Meta(gt=0, le=3600)
+
+
+class RespOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Options of tier type `resp`; they name the place of a password, and never hold one."""
+
+    url: Annotated[
+        str | list[str],
+        msgspec.Meta(
+            description="`redis://HOST:PORT/DATABASE`, `rediss://...` for TLS, `unix:///PATH`; `valkey://` and"
+            " `valkeys://` mean the same. For a cluster one node, or a list of several: any that answers tells of"
+            " the others. No user and no password in it: they would end up in logs"
+        ),
+    ]
+    cluster: Annotated[
+        bool, msgspec.Meta(description="the url names nodes of a cluster; slots and failovers are followed")
+    ] = False
+    username: Annotated[str | None, msgspec.Meta(description="with a password only")] = None
+    password_env: Annotated[
+        str | None,
+        msgspec.Meta(
+            description="name of an environment variable that holds the password. Read anew for each connection, so"
+            " that it may change; never logged, never sent to another process"
+        ),
+    ] = None
+    password_file: Annotated[str | None, msgspec.Meta(description="path of a file that holds the password instead")] = (
+        None
+    )
+    tls_ca_file: Annotated[
+        str | None,
+        msgspec.Meta(description="who signed the server's certificate (PEM), if the system's authorities did not"),
+    ] = None
+    tls_cert_file: Annotated[
+        str | None, msgspec.Meta(description="our own certificate (PEM), if the server asks for one")
+    ] = None
+    tls_key_file: Annotated[str | None, msgspec.Meta(description="the key of our own certificate (PEM)")] = None
+    tls_verify: Annotated[
+        bool, msgspec.Meta(description="whether the server must prove who it is; false is for tests")
+    ] = True
+    prefix: Annotated[
+        str, msgspec.Meta(description="how key names begin: 1 to 64 printable characters, no space and no brace")
+    ] = "kvtier"
+    ttl: Annotated[
+        Annotated[float, msgspec.Meta(ge=1, le=MAX_TTL_SECONDS)] | None,
+        msgspec.Meta(
+            description="seconds that the server keeps a block after it was last written; without it, the server"
+            " decides"
+        ),
+    ] = None
+    connections: Annotated[
+        int, msgspec.Meta(ge=1, le=64, description="connections to each server, used at the same time")
+    ] = 4
+    connect_timeout: Annotated[float, _Seconds, msgspec.Meta(description="seconds to connect")] = 1.0
+    timeout: Annotated[
+        float,
+        _Seconds,
+        msgspec.Meta(
+            description="seconds for one batch: some 2 MiB of blocks, or one block, however slowly it arrives"
+        ),
+    ] = 5.0
+
+    @property
+    def threads(self) -> int:
+        """Calls into the store at the same time, each over a connection of its own."""
+        return self.connections
+
+    @property
+    def address(self) -> Address:
+        """What the urls say.
 
         Raises:
-            ConfigError: a value is not allowed; the error names its key and never shows a password.
+            ConfigError: they are none, or do not go together; the error never shows a password.
         """
-        urls = [url] if isinstance(url, str) else list(url)
+        urls = [self.url] if isinstance(self.url, str) else self.url
         parts = [_parse(text) for text in urls]
         if not parts:
-            raise ConfigError("url", url, f"at least one of {_URL}")
+            raise ConfigError("url", self.url, f"at least one of {_URL}")
         first = parts[0]
         if any((part.scheme, part.path) != (first.scheme, first.path) for part in parts):
             raise ConfigError("url", urls, "the same scheme and database in each")
-        is_unix = first.scheme == "unix"
-        settings = cls(
-            servers=() if is_unix else tuple((part.hostname or "localhost", part.port or 6379) for part in parts),
-            unix_path=unquote(first.path) if is_unix else None,
-            tls=_SCHEMES.get(first.scheme, False),
-            database=0 if is_unix else _database(first, urls[0]),
-            **options,
+        if first.scheme == "unix":
+            return Address(unix_path=unquote(first.path))
+        return Address(
+            servers=tuple((part.hostname or "localhost", part.port or 6379) for part in parts),
+            tls=_SCHEMES[first.scheme],
+            database=_database(first, urls[0]),
         )
-        settings._check_topology(urls)
-        settings._check_values()
-        settings.read_password()
-        return settings
 
-    @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> Self:
-        """Return what `to_options` was given."""
-        return cls(**{**options, "servers": tuple((host, port) for host, port in options.get("servers", ()))})
-
-    def to_options(self) -> dict[str, Any]:
-        """Return JSON values that `from_options` understands."""
-        return asdict(self)
-
-    @property
-    def where(self) -> str:
-        """The server's address, for a person."""
-        return self.unix_path or ", ".join(f"{host}:{port}" for host, port in self.servers)
+    def check(self, block_bytes: int) -> None:
+        """Refuse options that contradict each other, or what the environment shows."""
+        if find_spec("redis") is None:
+            raise ConfigError("type", "resp", "needs redis-py: pip install 'kvtier[redis]'")
+        self._check_topology(self.address)
+        self._check_values()
+        self.read_password()
+        super().check(block_bytes)
 
     def read_password(self) -> str | None:
         """Return the password as it is now, None if none is configured.
@@ -134,15 +179,15 @@ class RespSettings:
             raise StoreUnavailableError(str(error)) from None
         return (password,) if self.username is None else (self.username, password)
 
-    def _check_topology(self, urls: Sequence[str]) -> None:
-        if self.cluster and self.unix_path is not None:
+    def _check_topology(self, address: Address) -> None:
+        if self.cluster and address.unix_path is not None:
             raise ConfigError("cluster", True, "a cluster is reached over TCP")
-        if self.cluster and self.database:
-            raise ConfigError("url", urls[0], "no database: a cluster has one only")
-        if len(urls) > 1 and not self.cluster:
-            raise ConfigError("url", urls, "one server; several need cluster: true")
-        if not self.tls:
-            for key in ("tls_ca_file", "tls_cert_file", "tls_key_file"):
+        if self.cluster and address.database:
+            raise ConfigError("url", self.url, "no database: a cluster has one only")
+        if len(address.servers) > 1 and not self.cluster:
+            raise ConfigError("url", self.url, "one server; several need cluster: true")
+        if not address.tls:
+            for key in _FILES:
                 if getattr(self, key) is not None:
                     raise ConfigError(key, getattr(self, key), "a url with rediss:// to go with it")
 
@@ -153,13 +198,7 @@ class RespSettings:
             raise ConfigError("username", self.username, "password_env or password_file to go with it")
         if not _PREFIX.fullmatch(self.prefix):
             raise ConfigError("prefix", self.prefix, "1 to 64 printable characters, no space and no brace")
-        if self.ttl is not None and not 1 <= self.ttl <= 10 * 366 * 86400:
-            raise ConfigError("ttl", self.ttl, "seconds, at least 1")
-        for key in ("connect_timeout", "timeout"):
-            value = getattr(self, key)
-            if not (math.isfinite(value) and 0 < value <= 3600):
-                raise ConfigError(key, value, "seconds, above 0 and up to 3600")
-        for key in ("tls_ca_file", "tls_cert_file", "tls_key_file"):
+        for key in _FILES:
             path = getattr(self, key)
             if path is not None and not os.access(path, os.R_OK):
                 raise ConfigError(key, path, "a readable file")

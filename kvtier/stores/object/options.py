@@ -1,0 +1,163 @@
+"""Where the bucket is and how long we wait: checked once, where it is configured. Credentials are left to the SDKs."""
+
+from __future__ import annotations
+
+import os
+import re
+from importlib.util import find_spec
+from typing import Annotated, NamedTuple
+
+import msgspec
+
+from kvtier.errors import ConfigError
+from kvtier.options import JobDeadline, Threads, size_of
+from kvtier.redaction import split_address
+from kvtier.stores.integrity.header import HEADER_BYTES
+from kvtier.stores.integrity.secrets import GuardedOptions
+from kvtier.stores.object.names import LAYOUT, MOST_BLOCKS, MOST_PREFIX_BYTES
+
+_SCHEMES = ("s3", "gs", "az")
+_URL = '"s3://BUCKET/PREFIX", "gs://BUCKET/PREFIX" or "az://CONTAINER/PREFIX"'
+_PREFIX = re.compile(r"[A-Za-z0-9._=-]+(/[A-Za-z0-9._=-]+)*")
+MOST_PACK_BYTES = 4 << 20
+MAX_TTL_SECONDS = 10 * 366 * 86400
+LEAST_PACKS = 32
+"""Packs that the capacity must hold, so that a share of the free room is at least one."""
+
+
+class Place(NamedTuple):
+    """Where packs are: "s3", "gs" or "az", the bucket, and what names in it begin with."""
+
+    provider: str
+    bucket: str
+    prefix: str
+
+
+_Deadline = msgspec.Meta(ge=0.1, le=600)
+
+
+class ObjectOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Options of tier type `object`; they hold no credential."""
+
+    url: Annotated[
+        str,
+        msgspec.Meta(
+            description="`s3://BUCKET/PREFIX`, `gs://BUCKET/PREFIX`, `az://CONTAINER/PREFIX`; without a prefix,"
+            " `kvtier`"
+        ),
+    ]
+    capacity: Annotated[
+        int, size_of("most bytes of all packs under the prefix, whoever wrote them; give every engine the same")
+    ]
+    endpoint: Annotated[
+        str | None, msgspec.Meta(description="`https://HOST:PORT` of another S3, or of an Azure emulator")
+    ] = None
+    region: Annotated[str | None, msgspec.Meta(description="of S3, if the environment does not say")] = None
+    profile: Annotated[str | None, msgspec.Meta(description="of S3, if the environment does not say; needs boto3")] = (
+        None
+    )
+    path_style: Annotated[
+        bool | None,
+        msgspec.Meta(
+            description="true: the bucket stands in the path, as most servers of one's own want it (S3); without it,"
+            " the client decides"
+        ),
+    ] = None
+    allow_http: Annotated[bool, msgspec.Meta(description="whether blocks may travel in the clear")] = False
+    tls_ca_file: Annotated[
+        str | None,
+        msgspec.Meta(description="who signed the server's certificate (PEM), if the system's authorities did not"),
+    ] = None
+    pack_size: Annotated[
+        int,
+        size_of(
+            "most bytes of blocks in one object; up to 4 MiB and 64 blocks. A larger block has an object of its own",
+            4096,
+        ),
+    ] = MOST_PACK_BYTES
+    ttl: Annotated[
+        Annotated[float, msgspec.Meta(ge=60, le=MAX_TTL_SECONDS)] | None,
+        msgspec.Meta(
+            description="seconds after which a pack is deleted by whichever engine comes by; without it, only for room"
+        ),
+    ] = None
+    refresh: Annotated[
+        float, msgspec.Meta(ge=0.1, le=3600, description="seconds between two looks at what others wrote")
+    ] = 2.0
+    threads: Threads = 4
+    requests: Annotated[
+        int, msgspec.Meta(ge=1, le=64, description="requests at the same time, for reads scattered over many packs")
+    ] = 8
+    connect_timeout: Annotated[float, _Deadline, msgspec.Meta(description="seconds to connect")] = 2.0
+    timeout: Annotated[float, _Deadline, msgspec.Meta(description="seconds for a whole request")] = 10.0
+    job_deadline: JobDeadline = 30.0
+
+    @property
+    def place(self) -> Place:
+        """What the url says.
+
+        Raises:
+            ConfigError: it is none; the error shows no credential.
+        """
+        return _parse(self.url)
+
+    def values_per_pack(self, block_bytes: int) -> int:
+        """Return how many blocks a pack holds."""
+        return max(1, min(self.pack_size // block_bytes, MOST_BLOCKS))
+
+    def check(self, block_bytes: int) -> None:
+        """Refuse options that contradict each other, the size of a block, or what the environment shows."""
+        if find_spec("obstore") is None:
+            raise ConfigError("type", "object", "needs obstore: pip install 'kvtier[object]'")
+        self._check_place(self.place.provider)
+        if self.pack_size > MOST_PACK_BYTES:
+            raise ConfigError("pack_size", self.pack_size, "at most 4 MiB, what one call into a store moves")
+        least = LEAST_PACKS * (block_bytes + HEADER_BYTES) * self.values_per_pack(block_bytes)
+        if self.capacity < least:
+            raise ConfigError("capacity", self.capacity, f"at least {least} bytes, {LEAST_PACKS} packs")
+        super().check(block_bytes)
+
+    @property
+    def root(self) -> str:
+        """What the names of all objects begin with."""
+        return f"{self.place.prefix}/{LAYOUT}"
+
+    @property
+    def where(self) -> str:
+        """The place, for a person."""
+        at = f" at {self.endpoint}" if self.endpoint else ""
+        provider, bucket, prefix = self.place
+        return f"{provider}://{bucket}/{prefix}{at}"
+
+    def _check_place(self, provider: str) -> None:
+        if self.endpoint is not None:
+            parts = split_address(self.endpoint)
+            if parts is None or parts.scheme not in ("http", "https") or not parts.hostname or provider == "gs":
+                raise ConfigError("endpoint", self.endpoint, '"https://HOST:PORT", for s3:// and az://')
+            if "@" in self.endpoint or parts.query or parts.fragment:
+                allowed = "no credentials here: the environment or a profile has them"
+                raise ConfigError("endpoint", self.endpoint, allowed)
+            if parts.scheme == "http" and not self.allow_http:
+                raise ConfigError("endpoint", self.endpoint, "https, or allow_http: true to go with it")
+        for key in ("region", "profile", "path_style"):
+            if getattr(self, key) is not None and provider != "s3":
+                raise ConfigError(key, getattr(self, key), "for s3:// only")
+        if self.profile is not None and find_spec("boto3") is None:
+            raise ConfigError("profile", self.profile, "needs boto3: pip install boto3")
+        if self.tls_ca_file is not None and not os.access(self.tls_ca_file, os.R_OK):
+            raise ConfigError("tls_ca_file", self.tls_ca_file, "a readable file")
+
+
+def _parse(url: str) -> Place:
+    parts = split_address(url)
+    if parts is None:
+        raise ConfigError("url", url, f"{_URL} expected")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ConfigError("url", url, "no credentials here: the environment or a profile has them")
+    if parts.scheme not in _SCHEMES or not parts.netloc:
+        raise ConfigError("url", url, f"{_URL} expected")
+    prefix = parts.path.strip("/") or "kvtier"
+    if len(prefix) > MOST_PREFIX_BYTES or not _PREFIX.fullmatch(prefix):
+        allowed = f"a prefix of up to {MOST_PREFIX_BYTES} letters, digits, dots, dashes, underscores and slashes"
+        raise ConfigError("url", url, allowed)
+    return Place(parts.scheme, parts.netloc, prefix)
