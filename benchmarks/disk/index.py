@@ -30,7 +30,7 @@ from kvtier.primary.arena import Arena
 from kvtier.secondary.disk import DiskTierManager
 from kvtier.stores.integrity.header import HEADER_BYTES
 from kvtier.stores.integrity.plain_sealer import PlainSealer
-from kvtier.stores.slab.geometry import (
+from kvtier.stores.slab.layout import (
     FILESYSTEM_BYTES_PER_SEGMENT,
     FILESYSTEM_BYTES_PER_SLOT,
     FIXED_BYTES,

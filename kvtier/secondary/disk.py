@@ -14,8 +14,8 @@ from kvtier.secondary.store_tier import TierSettings
 from kvtier.secondary.striped import StripedTierManager, StripeSpec, share_settings
 from kvtier.sizes import parse_size
 from kvtier.stores.integrity.secrets import SecretPlace
-from kvtier.stores.slab.geometry import SlabGeometry
-from kvtier.stores.slab.mounts import mount_point_of
+from kvtier.stores.mounts import mount_point_of
+from kvtier.stores.slab.layout import SlabGeometry
 from kvtier.types import Locality, Medium
 
 

@@ -12,7 +12,7 @@ from kvtier.sizes import parse_size
 from kvtier.stores.filesystem.janitor import LEAST_GROUP_BLOCKS
 from kvtier.stores.integrity.header import HEADER_BYTES
 from kvtier.stores.integrity.secrets import SecretPlace
-from kvtier.stores.slab.mounts import mount_point_of
+from kvtier.stores.mounts import mount_point_of
 from kvtier.types import Locality, Medium
 
 

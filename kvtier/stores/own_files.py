@@ -23,6 +23,8 @@ _STRANGE_ERRORS = frozenset({errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENX
 """What opening a link, a folder, a pipe, a device or a socket gives instead of a file."""
 _SAID = {stat.S_IFDIR: "Is a directory", stat.S_IFLNK: "symbolic links are not followed", stat.S_IFIFO: "a pipe"}
 LARGEST_NAMED_FILE = 1 << 20
+FOUND_BY_FSCK = "lost+found"
+"""Made with a filesystem, at the top of it; nobody's data."""
 
 
 class StrangerError(OSError):

@@ -13,8 +13,8 @@ from requirements import need_mounts
 from kvtier.errors import StoreUnavailableError
 from kvtier.events import BlocksFailed, TierState
 from kvtier.secondary.filesystem import FilesystemTierManager
-from kvtier.stores.slab import mounts
-from kvtier.stores.slab.mounts import check_mounted, mount_point_of
+from kvtier.stores import mounts
+from kvtier.stores.mounts import check_mounted, mount_point_of
 from kvtier.testing.stores import make_key
 from kvtier.types import FailureCause, LookupResult
 

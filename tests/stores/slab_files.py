@@ -7,7 +7,7 @@ import os
 from kvtier.abc import StoreContext
 from kvtier.namespace import Namespace
 from kvtier.stores.slab import SlabStore
-from kvtier.stores.slab.geometry import SlabGeometry
+from kvtier.stores.slab.layout import SlabGeometry
 
 RECORD_BYTES = 128
 

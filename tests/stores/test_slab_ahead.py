@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from slab_files import make_context, open_slab, real_bytes, recovered, segment_file
 
+from kvtier.stores.mounts import filesystem_type
 from kvtier.stores.own_files import Folder
 from kvtier.stores.slab import segments as segments_module
-from kvtier.stores.slab.geometry import SlabGeometry
-from kvtier.stores.slab.mounts import filesystem_type
+from kvtier.stores.slab.layout import SlabGeometry
 from kvtier.testing.stores import make_key, make_payload
 
 BLOCK = 8192

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from slab_files import folder_of, make_context, open_slab, real_bytes, recovered, segment_file
 
 from kvtier.errors import ConfigError
-from kvtier.stores.slab import geometry
-from kvtier.stores.slab.geometry import SlabGeometry
+from kvtier.stores.slab import layout
+from kvtier.stores.slab.layout import SlabGeometry
 from kvtier.testing.stores import make_key, make_payload
 
 BLOCK = 8192
@@ -32,20 +32,20 @@ def served(store, numbers):
 @pytest.fixture
 def small_files(monkeypatch):
     """Segments and steps of growth small enough to have many."""
-    monkeypatch.setattr(geometry, "SEGMENT_BYTES", 16 * BLOCK)
-    monkeypatch.setattr(geometry, "GROWTH_BYTES", 4 * BLOCK)
+    monkeypatch.setattr(layout, "SEGMENT_BYTES", 16 * BLOCK)
+    monkeypatch.setattr(layout, "GROWTH_BYTES", 4 * BLOCK)
 
 
 @given(st.integers(1, 1 << 44), st.integers(1, 1 << 30))
 def test_geometry_fits_and_every_slot_has_its_own_place(capacity, block_bytes):
-    least = geometry.FIXED_BYTES + geometry.FILESYSTEM_BYTES_PER_SEGMENT + block_bytes + 128 + 32
+    least = layout.FIXED_BYTES + layout.FILESYSTEM_BYTES_PER_SEGMENT + block_bytes + 128 + 32
     if capacity < least:
         with pytest.raises(ConfigError, match=f"capacity={capacity}: at least {least} bytes"):
             SlabGeometry.of(capacity, block_bytes)
         capacity = least
     slab = SlabGeometry.of(capacity, block_bytes)
     lengths = [slab.segment_bytes(segment) for segment in (0, slab.num_segments - 1)]
-    assert all(0 < length <= geometry.SEGMENT_BYTES for length in lengths)
+    assert all(0 < length <= layout.SEGMENT_BYTES for length in lengths)
     assert slab.segment_bytes(slab.num_segments) == 0
     assert slab.num_slots * block_bytes + slab.headers_bytes <= capacity
     segment, offset = slab.locate(slab.num_slots - 1)
@@ -153,6 +153,6 @@ def test_space_is_taken_when_it_is_needed(tmp_path):
     store = open_slab(tmp_path / "slab", context, 8 << 30)
     assert real_bytes(tmp_path / "slab") < 256 << 20, "the records only"
     assert all(write(store, [0]))
-    assert segment_file(tmp_path / "slab", context).stat().st_size == geometry.GROWTH_BYTES
+    assert segment_file(tmp_path / "slab", context).stat().st_size == layout.GROWTH_BYTES
     assert not segment_file(tmp_path / "slab", context, 1).exists()
     store.close()

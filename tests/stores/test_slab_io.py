@@ -10,11 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from slab_files import make_context, open_slab, read_at, segment_file, write_at
 
+from kvtier.stores import vectored
 from kvtier.stores.integrity.sealing import PORTION_BYTES
-from kvtier.stores.slab import vectored
-from kvtier.stores.slab.geometry import SlabGeometry
-from kvtier.stores.slab.runs import coalesce
-from kvtier.stores.slab.vectored import PAGE_BYTES
+from kvtier.stores.slab.layout import SlabGeometry, coalesce
+from kvtier.stores.vectored import PAGE_BYTES
 from kvtier.testing.stores import make_key, make_payload
 from kvtier.types import FailureCause
 

@@ -28,9 +28,9 @@ from kvtier.errors import StoreUnavailableError
 from kvtier.foreign_text import MOST_QUOTED, one_line
 from kvtier.keys import OffloadKey
 from kvtier.namespace import Namespace
-from kvtier.stores.own_files import FOLDER_MODE, Folder, StrangerError
-from kvtier.stores.slab.layout import FOUND_BY_FSCK, rank_of
-from kvtier.stores.slab.mounts import check_mounted
+from kvtier.stores.mounts import check_mounted
+from kvtier.stores.own_files import FOLDER_MODE, FOUND_BY_FSCK, Folder, StrangerError
+from kvtier.stores.slab.layout import rank_of
 
 SHARD_DIGITS = 3
 MARKER_NAME = "kvtier.json"

@@ -28,8 +28,7 @@ from kvtier.stores.integrity import open_sealer
 from kvtier.stores.integrity.header import HEADER_BYTES
 from kvtier.stores.integrity.sealing import Sealer
 from kvtier.stores.own_files import Folder, StrangerError
-from kvtier.stores.slab.segments import NO_SPACE_ERRORS
-from kvtier.stores.slab.vectored import read_fully, write_fully
+from kvtier.stores.vectored import NO_SPACE_ERRORS, read_fully, write_fully
 from kvtier.types import FailureCause
 
 _ABSENT_ERRORS = frozenset({errno.ENOENT, errno.ESTALE, errno.ENOTDIR})

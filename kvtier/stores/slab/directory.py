@@ -19,16 +19,9 @@ from kvtier.errors import StoreError, StoreUnavailableError, describe
 from kvtier.foreign_text import MOST_QUOTED, one_line
 from kvtier.log import logger
 from kvtier.namespace import Namespace
-from kvtier.stores.own_files import FOLDER_MODE, Folder, StrangerError
-from kvtier.stores.slab.layout import (
-    DESCRIPTION_NAME,
-    FOUND_BY_FSCK,
-    LOCK_NAME,
-    is_file_of_namespace,
-    is_fingerprint,
-    rank_of,
-)
-from kvtier.stores.slab.mounts import check_mounted
+from kvtier.stores.mounts import check_mounted
+from kvtier.stores.own_files import FOLDER_MODE, FOUND_BY_FSCK, Folder, StrangerError
+from kvtier.stores.slab.layout import DESCRIPTION_NAME, LOCK_NAME, is_file_of_namespace, is_fingerprint, rank_of
 from kvtier.stores.slab.spare import cut_spare
 
 MOST_DESCRIPTION_BYTES = 256 << 10

@@ -9,9 +9,8 @@ from collections.abc import Iterable
 
 from kvtier.stores.integrity.header import HEADER_BYTES, BlockHeaders
 from kvtier.stores.own_files import Folder
-from kvtier.stores.slab.geometry import SlabGeometry
 from kvtier.stores.slab.inventory import Inventory
-from kvtier.stores.slab.layout import HEADERS_NAME
+from kvtier.stores.slab.layout import HEADERS_NAME, SlabGeometry
 from kvtier.stores.slab.raw_records import MOST_UNREADABLE, RECORDS_PER_READ, read_raw
 from kvtier.stores.slab.segments import allocate, has_space
 

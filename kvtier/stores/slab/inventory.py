@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kvtier.keys import MAX_KEY_BYTES, MIN_KEY_BYTES, OffloadKey
 from kvtier.stores.integrity.header import CHECKED_BYTES, HEADER_BYTES, HEADER_DTYPE, MAGIC, BlockHeaders
-from kvtier.stores.slab.geometry import SlabGeometry
+from kvtier.stores.slab.layout import SlabGeometry
 from kvtier.stores.slab.raw_records import RawRecords
 from kvtier.types import FailureCause
 

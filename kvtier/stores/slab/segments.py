@@ -11,13 +11,11 @@ import threading
 from collections.abc import Callable, Sequence
 
 from kvtier.log import logger
+from kvtier.stores.mounts import TELLS_UNWRITTEN, filesystem_type
 from kvtier.stores.own_files import Folder
-from kvtier.stores.slab.geometry import SlabGeometry
-from kvtier.stores.slab.layout import data_name, segment_of
-from kvtier.stores.slab.mounts import TELLS_UNWRITTEN, filesystem_type
-from kvtier.stores.slab.vectored import PAGE_BYTES, is_page_aligned, read_fully, write_fully
+from kvtier.stores.slab.layout import SlabGeometry, data_name, segment_of
+from kvtier.stores.vectored import NO_SPACE_ERRORS, PAGE_BYTES, is_page_aligned, read_fully, write_fully
 
-NO_SPACE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _NO_FALLOCATE = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV})
 AHEAD_BYTES = 4 << 20
 """Written ahead at once: a store that needs to grow the slab waits for no more."""

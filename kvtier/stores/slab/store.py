@@ -23,10 +23,10 @@ from kvtier.stores.integrity.header import HEADER_BYTES
 from kvtier.stores.integrity.scratch import whole_pages
 from kvtier.stores.integrity.sealing import PORTION_BYTES, Sealer
 from kvtier.stores.slab.directory import SlabDirectory
-from kvtier.stores.slab.geometry import SlabGeometry
 from kvtier.stores.slab.headers import HeaderFile
-from kvtier.stores.slab.runs import Run, coalesce
-from kvtier.stores.slab.segments import NO_SPACE_ERRORS, Segments
+from kvtier.stores.slab.layout import Run, SlabGeometry, coalesce
+from kvtier.stores.slab.segments import Segments
+from kvtier.stores.vectored import NO_SPACE_ERRORS
 from kvtier.types import FailureCause
 
 

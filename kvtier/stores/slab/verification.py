@@ -22,10 +22,10 @@ import numpy as np
 
 from kvtier.errors import StoreError
 from kvtier.stores.integrity.header import HEADER_BYTES
-from kvtier.stores.slab.geometry import SlabGeometry
+from kvtier.stores.slab.layout import SlabGeometry
 from kvtier.stores.slab.raw_records import MEDIUM_ERRORS
 from kvtier.stores.slab.reading import NamespaceReader, Records
-from kvtier.stores.slab.vectored import PAGE_BYTES
+from kvtier.stores.vectored import PAGE_BYTES
 from kvtier.types import FailureCause
 
 READ_BYTES = 4 << 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Sequence
 
@@ -11,6 +12,7 @@ PAGE_BYTES = 4096
 """Alignment of offset, length and address that direct I/O accepts on every common device."""
 MAX_BUFFERS = 1024
 """IOV_MAX of Linux: buffers in one vectored call."""
+NO_SPACE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 _VectoredCall = Callable[[int, Sequence[memoryview], int], int]
 
