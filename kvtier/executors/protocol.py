@@ -238,6 +238,11 @@ class PartResult(_Message, frozen=True, tag=9):
     num_bytes: U64 = 0
     failures: dict[FailureCause, U32] = {}
 
+    @property
+    def span(self) -> slice:
+        """The blocks of its job that it speaks of."""
+        return slice(self.first, self.first + len(self.successes))
+
 
 class ProbeAnswer(_Message, frozen=True, tag=10):
     """Whether each key of a probe is held; `failed` means the store could not say."""

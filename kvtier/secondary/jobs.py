@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 
 from kvtier.clock import Clock
 from kvtier.errors import InvariantError, ProtocolError
@@ -50,23 +51,6 @@ class Job:
     def as_part(self) -> Part:
         """Return everything that moves as one part."""
         return Part.of(self.serial, 0, self.metadata.is_promotion, self.keys, self.arena_slots, self.store_slots)
-
-
-@dataclass(slots=True, frozen=True)
-class Outcome:
-    """What one part result says about its job: blocks by success, and whether the job as a whole ended badly.
-
-    Attributes:
-        moved, failed: indices into the job's `keys`.
-        failures: causes of the failed ones.
-        finished: this was the job's last part.
-    """
-
-    job: Job
-    moved: Sequence[int]
-    failed: Sequence[int]
-    failures: Mapping[FailureCause, int]
-    finished: bool
 
 
 class JobLedger:
@@ -132,39 +116,31 @@ class JobLedger:
         """Answer a job that cannot be taken: every block failed."""
         self.open(metadata, (), (), None, [], {cause: len(metadata.keys)})
 
-    def apply(self, result: PartResult) -> Outcome:
-        """Note how some blocks of a job ended; the job's last ones make its result.
+    def apply(self, result: PartResult) -> Job:
+        """Note how some blocks of a job ended, and return the job; its last blocks make its result.
 
         Raises:
             ProtocolError: no such job, no such blocks, or they were answered before.
         """
         job = self._jobs.get(result.serial)
-        first, count = result.first, len(result.successes)
+        span, count = result.span, len(result.successes)
         if job is None:
             raise ProtocolError(f"a result for job {result.serial}, which is not open")
-        if not count or first + count > len(job.keys) or 1 in job.answered[first : first + count]:
-            raise ProtocolError(f"blocks {first} to {first + count} of job {result.serial} are not open")
+        if not count or span.stop > len(job.keys) or 1 in job.answered[span]:
+            raise ProtocolError(f"blocks {span.start} to {span.stop} of job {result.serial} are not open")
         self._note_progress(job)
         self.num_answered += count
-        job.answered[first : first + count] = b"\1" * count
+        job.answered[span] = b"\1" * count
         job.num_left -= count
         self._count(job, -count)
         job.num_bytes += result.num_bytes
         job.count_failures(result.failures)
-        moved: Sequence[int]
-        failed: Sequence[int] = ()
-        if False not in result.successes:
-            moved = range(first, first + count)
-            job.successful += job.keys[first : first + count]
-        else:
-            moved = [first + index for index, success in enumerate(result.successes) if success]
-            failed = [first + index for index, success in enumerate(result.successes) if not success]
-            job.successful += [job.keys[index] for index in moved]
+        job.successful += compress(job.keys[span], result.successes)
         if not job.num_left:
             del self._jobs[job.serial]
             self._overtaken.pop(job.serial, None)
             self._finish(job)
-        return Outcome(job, moved, failed, result.failures, not job.num_left)
+        return job
 
     def _note_progress(self, job: Job) -> None:
         """Some blocks of a job were answered: jobs of its kind before it are overtaken."""

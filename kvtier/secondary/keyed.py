@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 from kvtier.abc import BlockStore, SlotStore
 from kvtier.errors import ProtocolError
 from kvtier.events import TierState
 from kvtier.executors.base import Report
-from kvtier.executors.protocol import IndexEnd, ProbeAnswer, Ready
+from kvtier.executors.protocol import IndexEnd, PartResult, ProbeAnswer, Ready
 from kvtier.keys import OffloadKey, common_key_bytes
-from kvtier.secondary.jobs import Job, Outcome
+from kvtier.secondary.jobs import Job
 from kvtier.secondary.probes import Probes
 from kvtier.secondary.store_tier import StoreTierManager, TierSettings
 from kvtier.types import FailureCause, JobMetadata, LookupResult, ReqContext, ScheduleEndContext
@@ -72,26 +73,29 @@ class KeyedTierManager(StoreTierManager):
         super().check_invariants()
         self._probes.check_invariants()
 
-    def _begin_job(self, job_metadata: JobMetadata) -> Job | None:
-        keys = list(job_metadata.keys)
-        slots = job_metadata.block_ids.tolist()
-        if keys:
-            common_key_bytes(keys, None)
-        here: list[OffloadKey] = []
-        if not job_metadata.is_promotion:
-            is_present = self._probes.is_present
-            unique = dict(zip(reversed(keys), reversed(slots), strict=True))
-            here = [key for key in unique if is_present(key)]
-            missing = [(key, slot) for key, slot in reversed(unique.items()) if not is_present(key)]
-            keys, slots = [key for key, _ in missing], [slot for _, slot in missing]
-        return self._ledger.open(job_metadata, keys, slots, None, here, {})
+    def _begin_store(self, metadata: JobMetadata) -> Job | None:
+        if metadata.keys:
+            common_key_bytes(metadata.keys, None)
+        is_present = self._probes.is_present
+        slot_of: dict[OffloadKey, int] = {}
+        for key, slot in zip(metadata.keys, metadata.block_ids.tolist(), strict=True):
+            slot_of.setdefault(key, slot)
+        here = [key for key in slot_of if is_present(key)]
+        missing = [key for key in slot_of if not is_present(key)] if here else list(slot_of)
+        return self._ledger.open(metadata, missing, [slot_of[key] for key in missing], None, here, {})
 
-    def _apply(self, outcome: Outcome) -> None:
-        keys = outcome.job.keys
-        self._probes.set_present([keys[index] for index in outcome.moved])
-        if outcome.failed and outcome.job.metadata.is_promotion and FailureCause.CANCELLED not in outcome.failures:
-            never = not _UNREADABLE.isdisjoint(outcome.failures)
-            self._probes.set_absent([keys[index] for index in outcome.failed], for_long=never)
+    def _begin_load(self, metadata: JobMetadata) -> Job | None:
+        if metadata.keys:
+            common_key_bytes(metadata.keys, None)
+        return self._ledger.open(metadata, list(metadata.keys), metadata.block_ids.tolist(), None, [], {})
+
+    def _apply(self, job: Job, result: PartResult) -> None:
+        keys = job.keys[result.span]
+        self._probes.set_present(list(compress(keys, result.successes)))
+        if job.metadata.is_promotion and False in result.successes and FailureCause.CANCELLED not in result.failures:
+            never = not _UNREADABLE.isdisjoint(result.failures)
+            failed = [key for key, success in zip(keys, result.successes, strict=True) if not success]
+            self._probes.set_absent(failed, for_long=never)
 
     def _handle(self, report: Report) -> None:
         if isinstance(report, ProbeAnswer):

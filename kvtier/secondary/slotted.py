@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
-from itertools import islice
+from itertools import compress, islice
 from typing import Any
 
 from kvtier.abc import BlockStore, EvictionPolicy, SlotStore
@@ -14,10 +14,10 @@ from kvtier.events import BlocksEvicted, TierState
 from kvtier.eviction.auto import FOLLOWED, AutoPolicy
 from kvtier.eviction.shadow_report import ShadowReport
 from kvtier.executors.base import Report
-from kvtier.executors.protocol import IndexBatch, IndexEnd, Ready
+from kvtier.executors.protocol import IndexBatch, IndexEnd, PartResult, Ready
 from kvtier.keys import OffloadKey
 from kvtier.primary.table import BlockTable
-from kvtier.secondary.jobs import Job, Outcome
+from kvtier.secondary.jobs import Job
 from kvtier.secondary.store_tier import StoreTierManager, TierSettings
 from kvtier.types import FailureCause, JobMetadata, LookupResult, OffloadingEvent, ReqContext
 
@@ -121,16 +121,11 @@ class SlottedTierManager(StoreTierManager):
         if self._table is not None:
             self._table.check_invariants()
 
-    def _begin_job(self, job_metadata: JobMetadata) -> Job | None:
+    def _begin_load(self, metadata: JobMetadata) -> Job | None:
         table = self._table
         if table is None:
-            self._ledger.refuse(job_metadata, FailureCause.TIER_DOWN)
+            self._ledger.refuse(metadata, FailureCause.TIER_DOWN)
             return None
-        if job_metadata.is_promotion:
-            return self._begin_load(table, job_metadata)
-        return self._begin_store(table, job_metadata)
-
-    def _begin_load(self, table: BlockTable, metadata: JobMetadata) -> Job | None:
         keys, arena_slots = list(metadata.keys), metadata.block_ids.tolist()
         slots = table.ready_slots(keys)
         if slots is None:
@@ -142,7 +137,11 @@ class SlottedTierManager(StoreTierManager):
         absent = {FailureCause.ABSENT: len(metadata.keys) - len(keys)}
         return self._ledger.open(metadata, keys, arena_slots, slots, [], absent)
 
-    def _begin_store(self, table: BlockTable, metadata: JobMetadata) -> Job | None:
+    def _begin_store(self, metadata: JobMetadata) -> Job | None:
+        table = self._table
+        if table is None:
+            self._ledger.refuse(metadata, FailureCause.TIER_DOWN)
+            return None
         placement = table.plan(metadata.keys)
         if self.context.clock() < self._full_until:
             self._free_used_slots(table, len(placement.keys), metadata.keys)
@@ -179,33 +178,32 @@ class SlottedTierManager(StoreTierManager):
         self._note(keys, removed=True)
         self.context.observer.on_event(BlocksEvicted(self.tier_type, keys))
 
-    def _apply(self, outcome: Outcome) -> None:
-        table, job = self._table, outcome.job
-        if table is None or job.store_slots is None:
-            return
-        moved = [job.store_slots[index] for index in outcome.moved]
-        if job.metadata.is_promotion:
-            table.unpin(moved)
-        else:
-            table.publish(moved)
-            self._note([job.keys[index] for index in outcome.moved], removed=False)
-        if outcome.failed:
-            self._apply_failed(table, outcome, job.store_slots)
+    def _apply(self, job: Job, result: PartResult) -> None:
+        if self._table is not None and job.store_slots is not None:
+            end = self._end_load if job.metadata.is_promotion else self._end_store
+            end(self._table, job.keys[result.span], job.store_slots[result.span], result)
 
-    def _apply_failed(self, table: BlockTable, outcome: Outcome, store_slots: Sequence[int]) -> None:
-        """Forget blocks that could not be stored, and those that did not come back as what they were."""
-        job = outcome.job
-        slots = [store_slots[index] for index in outcome.failed]
-        keys = [job.keys[index] for index in outcome.failed]
-        if not job.metadata.is_promotion:
-            table.discard(keys, slots)
-            if FailureCause.NO_SPACE in outcome.failures:
-                self._full_until = self.context.clock() + _SECONDS_FULL
-            return
-        if FailureCause.CANCELLED not in outcome.failures:
-            gone = [key for key, slot in zip(keys, slots, strict=True) if table.slot_of.get(key) == slot]
+    def _end_load(
+        self, table: BlockTable, keys: Sequence[OffloadKey], slots: Sequence[int], result: PartResult
+    ) -> None:
+        """Unpin blocks, and forget those that did not come back as what they were."""
+        if False in result.successes and FailureCause.CANCELLED not in result.failures:
+            read = zip(keys, slots, result.successes, strict=True)
+            gone = [key for key, slot, success in read if not success and table.slot_of.get(key) == slot]
             self._note(table.remove(gone), removed=True)
         table.unpin(slots)
+
+    def _end_store(
+        self, table: BlockTable, keys: Sequence[OffloadKey], slots: Sequence[int], result: PartResult
+    ) -> None:
+        """Publish blocks, and forget those that could not be stored."""
+        table.publish(list(compress(slots, result.successes)))
+        self._note(list(compress(keys, result.successes)), removed=False)
+        if False in result.successes:
+            failed = [not success for success in result.successes]
+            table.discard(list(compress(keys, failed)), list(compress(slots, failed)))
+            if FailureCause.NO_SPACE in result.failures:
+                self._full_until = self.context.clock() + _SECONDS_FULL
 
     def _handle(self, report: Report) -> None:
         table = self._table

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -23,7 +23,7 @@ from kvtier.namespace import Namespace
 from kvtier.options import TierOptions
 from kvtier.primary.arena import arena_rows
 from kvtier.secondary.health import Breaker, TierHealth
-from kvtier.secondary.jobs import Job, JobLedger, Outcome
+from kvtier.secondary.jobs import Job, JobLedger
 from kvtier.secondary.supervisor import Deadlines, Supervisor
 from kvtier.secondary.trial import construct_on_trial, options_type_of
 from kvtier.types import FailureCause, JobMetadata, JobResult, ScheduleEndContext
@@ -179,11 +179,12 @@ class StoreTierManager(SecondaryTierManager):
 
     def submit_store(self, job_metadata: JobMetadata) -> None:
         """Start a store job; refused, as a failed result, when `can_store` says no."""
-        self._submit(job_metadata, self.can_store(len(job_metadata.keys)))
+        self._submit(job_metadata, self._begin_store, self.can_store(len(job_metadata.keys)))
 
     def submit_load(self, job_metadata: JobMetadata) -> None:
         """Start a load job; refused, as a failed result, when the tier is not UP."""
-        self._submit(job_metadata, True)
+        self.start()
+        self._submit(job_metadata, self._begin_load, True)
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
         """Look at the executor; return the results that arrived."""
@@ -244,15 +245,19 @@ class StoreTierManager(SecondaryTierManager):
         self._supervisor.check_invariants()
 
     @abstractmethod
-    def _begin_job(self, job_metadata: JobMetadata) -> Job | None:
-        """Open a job in the ledger and take what it needs; None if nothing has to move.
+    def _begin_store(self, metadata: JobMetadata) -> Job | None:
+        """Open a store job in the ledger and take the slots that it needs; None if nothing has to move.
 
         Raises:
             KeyFormatError: its keys are none; nothing was taken.
         """
 
     @abstractmethod
-    def _apply(self, outcome: Outcome) -> None:
+    def _begin_load(self, metadata: JobMetadata) -> Job | None:
+        """Open a load job, as `_begin_store` does."""
+
+    @abstractmethod
+    def _apply(self, job: Job, result: PartResult) -> None:
         """Note what became of some blocks of a job."""
 
     @abstractmethod
@@ -267,8 +272,7 @@ class StoreTierManager(SecondaryTierManager):
     def _forget(self) -> None:
         """Answer MISS for everything until something is known anew."""
 
-    def _submit(self, metadata: JobMetadata, fits: bool) -> None:
-        self.start()
+    def _submit(self, metadata: JobMetadata, begin: Callable[[JobMetadata], Job | None], fits: bool) -> None:
         executor = self._supervisor.executor
         if executor is None or not self._supervisor.works:
             self._ledger.refuse(metadata, FailureCause.TIER_DOWN)
@@ -276,7 +280,7 @@ class StoreTierManager(SecondaryTierManager):
             self._ledger.refuse(metadata, FailureCause.CANCELLED)
         else:
             try:
-                job = self._begin_job(metadata)
+                job = begin(metadata)
             except KeyFormatError:
                 self._ledger.refuse(metadata, FailureCause.CANCELLED)
                 return
@@ -306,10 +310,9 @@ class StoreTierManager(SecondaryTierManager):
         self._supervisor.check_hang()
 
     def _apply_result(self, result: PartResult) -> None:
-        outcome = self._ledger.apply(result)
-        self._apply(outcome)
-        if outcome.finished:
-            job = outcome.job
+        job = self._ledger.apply(result)
+        self._apply(job, result)
+        if not job.num_left:
             broken = any(job.failures.get(cause) for cause in _BREAKING)
             self._supervisor.job_ended(job.num_bytes > 0, broken, is_store=not job.metadata.is_promotion)
 
