@@ -75,7 +75,7 @@ class RecordedManager(TieringOffloadingManager):
         if self._noted_scan is None:
             return
         number, start = self._noted_scan
-        scan = self._state.scan
+        scan = self._state.scan.keys
         keys = scan[start:]
         if not keys:
             return
@@ -89,10 +89,10 @@ class RecordedManager(TieringOffloadingManager):
 
     def _answers(self, keys: list[OffloadKey]) -> bytes:
         """Return what tiers answered for the keys of a scan, a byte each; nothing if no tier had any."""
-        found, unresolved = self._state.found, self._state.unresolved
+        found, unresolved = self._state.scan.found, self._state.scan.unresolved
         if not found and not unresolved:
             return b""
-        asked = NOT_SURE + min(self._state.probing, default=0)
+        asked = NOT_SURE + min(self._state.wait.probing, default=0)
         return bytes([asked if key in unresolved else found.get(key, NOT_FOUND) for key in keys])
 
     # -- calls --------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ class RecordedManager(TieringOffloadingManager):
             self._note_scan()
         super()._enter(req_context)
         if self._recorder.active:
-            self._noted_scan = (self._number(req_context), len(self._state.scan))
+            self._noted_scan = (self._number(req_context), len(self._state.scan.keys))
 
     @in_turn
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:

@@ -23,9 +23,9 @@ def check_slots(
     pins: Counter[int] = Counter(stale)
     writers: Counter[int] = Counter()
     for state in requests:
-        pins.update([*state.loading.values(), *state.lease.values()])
-        pins.update(slot for _, slot in state.loading_again)
-        writers.update(state.storing.values())
+        pins.update([*state.copies.loading.values(), *state.lease.slots.values()])
+        pins.update(slot for _, slot in state.copies.loading_again)
+        writers.update(state.copies.storing.values())
     for guard in guards:
         for job in guard.jobs.values():
             (writers if job.is_promotion else pins).update(job.slots)

@@ -36,17 +36,17 @@ class StaleTransfers:
     def take_over(self, state: RequestState, sequence: int) -> None:
         """Take the request's unfinished copies, all of transfers numbered up to `sequence`."""
         req_id = state.context.req_id
-        if state.storing:
-            self._stores.append(_Stale(req_id, sequence, {key: [slot] for key, slot in state.storing.items()}))
+        if state.copies.storing:
+            self._stores.append(_Stale(req_id, sequence, {key: [slot] for key, slot in state.copies.storing.items()}))
         loads: dict[OffloadKey, list[int]] = {}
-        for key, slot in [*state.loading.items(), *state.loading_again]:
+        for key, slot in [*state.copies.loading.items(), *state.copies.loading_again]:
             loads.setdefault(key, []).append(slot)
         if loads:
             self._loads.append(_Stale(req_id, sequence, loads))
         self.pending = bool(self._stores or self._loads)
-        state.storing.clear()
-        state.loading.clear()
-        state.loading_again.clear()
+        state.copies.storing.clear()
+        state.copies.loading.clear()
+        state.copies.loading_again.clear()
 
     def slots(self) -> list[int]:
         """Return the slots under such copies, once for each copy."""
@@ -114,7 +114,7 @@ class DeviceTransfers:
         if slots is None:
             missing = sum(not self._table.is_ready(key) for key in keys)
             raise BlockNotReadyError(f"{missing} of {len(keys)} blocks are not ready in the primary tier")
-        loading = state.loading
+        loading = state.copies.loading
         if not loading:
             loading.update(zip(keys, slots, strict=True))
             self._table.pin(loading.values())
@@ -123,7 +123,7 @@ class DeviceTransfers:
         for key, slot in once.items():
             self._table.pin((slot,))
             if key in loading:
-                state.loading_again.append((key, slot))
+                state.copies.loading_again.append((key, slot))
             else:
                 loading[key] = slot
         return slots, list(once)
@@ -134,24 +134,24 @@ class DeviceTransfers:
         if self.stale.pending:
             self.stale.sweep()
             left = self.stale.complete_loads(req_id, keys)
-        done, slots = _take(state.loading, left) if state is not None else ([], [])
+        done, slots = _take(state.copies.loading, left) if state is not None else ([], [])
         self._count_unexpected("complete_load", left, done)
         self._table.unpin(slots)
-        if state is not None and state.loading_again:
-            again, state.loading_again = state.loading_again, []
+        if state is not None and state.copies.loading_again:
+            again, state.copies.loading_again = state.copies.loading_again, []
             for key, slot in again:
-                if key in state.loading:
-                    state.loading_again.append((key, slot))
+                if key in state.copies.loading:
+                    state.copies.loading_again.append((key, slot))
                 else:
-                    state.loading[key] = slot
+                    state.copies.loading[key] = slot
 
     def begin_store(self, state: RequestState, placement: Placement) -> list[int]:
         """Apply the placement for `state` and return the slots to fill."""
         placed = self._table.apply(placement)
-        if state.storing:
-            state.storing.update(placed)
+        if state.copies.storing:
+            state.copies.storing.update(placed)
         else:
-            state.storing = placed
+            state.copies.storing = placed
         return list(placed.values())
 
     def end_store(
@@ -162,7 +162,7 @@ class DeviceTransfers:
         if self.stale.pending:
             self.stale.sweep()
             left = self.stale.complete_stores(req_id, keys)
-        done, slots = _take(state.storing, left) if state is not None else ([], [])
+        done, slots = _take(state.copies.storing, left) if state is not None else ([], [])
         self._count_unexpected("complete_store", left, done)
         if success:
             self._table.publish(slots)

@@ -14,40 +14,44 @@ Flight = tuple[int, tuple[RequestState, ...]]
 """One block on its way: its slot and who waits for it."""
 
 
-class Promotions:
+class Flights:
     """The blocks on their way from tiers, by key."""
 
     def __init__(self) -> None:
-        self.flights: dict[OffloadKey, Flight] = {}
+        self.by_key: dict[OffloadKey, Flight] = {}
         self.late: set[OffloadKey] = set()
-        """Keys on their way from a tier or the device that somebody awaited in vain: nobody else shall."""
+        """In-flight keys, from a tier or the device, for which a request has timed out; no other may wait for them."""
 
     def depart(self, keys: Sequence[OffloadKey], slots: Sequence[int], waiter: RequestState) -> None:
         """A job fills `slots` with `keys`, for `waiter`."""
-        self.flights.update(zip(keys, zip(slots, repeat((waiter,)), strict=False), strict=True))
+        self.by_key.update(zip(keys, zip(slots, repeat((waiter,)), strict=False), strict=True))
         waiter.awaiting.update(keys)
 
     def join(self, keys: Iterable[OffloadKey], waiter: RequestState) -> None:
         """`waiter` waits for those of `keys` that a tier is bringing."""
         for key in keys:
-            flight = self.flights.get(key)
+            flight = self.by_key.get(key)
             if flight is not None and key not in waiter.awaiting:
                 slot, waiters = flight
-                self.flights[key] = slot, (*waiters, waiter)
+                self.by_key[key] = slot, (*waiters, waiter)
                 waiter.awaiting.add(key)
 
-    def leave(self, waiter: RequestState, late: bool = False) -> None:
-        """`waiter` waits no more; flights go on without it. `late` ones are joined by nobody: its time was up."""
-        if late:
-            self.late |= waiter.awaiting
+    def strand(self, waiter: RequestState, device_stores: Iterable[OffloadKey]) -> None:
+        """`waiter` has timed out: no other request may wait for what it awaited, `device_stores` included."""
+        self.late |= waiter.awaiting
+        self.late.update(device_stores)
+        self.leave(waiter)
+
+    def leave(self, waiter: RequestState) -> None:
+        """`waiter` waits no more; flights go on without it."""
         for key in waiter.awaiting:
-            slot, waiters = self.flights[key]
-            self.flights[key] = slot, tuple([other for other in waiters if other is not waiter])
+            slot, waiters = self.by_key[key]
+            self.by_key[key] = slot, tuple([other for other in waiters if other is not waiter])
         waiter.awaiting.clear()
 
     def land(self, keys: Iterable[OffloadKey], slots: Iterable[int]) -> dict[RequestState, list[OffloadKey]]:
         """The flights of `keys` into `slots` are over; return who waited for which. Abandoned ones had nobody."""
-        flights, late = self.flights, self.late
+        flights, late = self.by_key, self.late
         awaited: dict[RequestState, list[OffloadKey]] = {}
         group: tuple[RequestState, ...] | None = None
         lists: list[list[OffloadKey]] = []
@@ -69,20 +73,20 @@ class Promotions:
 
     def abandoned(self, keys: Iterable[OffloadKey]) -> list[OffloadKey]:
         """Return those of `keys` that are late or on their way to nobody; a store may take them over."""
-        flights, late = self.flights, self.late
+        flights, late = self.by_key, self.late
         return [key for key in keys if key in flights and (key in late or not flights[key][1])]
 
     def abandon(self, keys: Iterable[OffloadKey]) -> None:
         """Forget these flights: whatever arrives finds its slot in quarantine."""
         for key in keys:
             self.late.discard(key)
-            flight = self.flights.pop(key, None)
+            flight = self.by_key.pop(key, None)
             for waiter in flight[1] if flight is not None else ():
                 waiter.awaiting.discard(key)
 
     def clear(self) -> None:
         """The cache is reset: nothing is on its way or late any more."""
-        self.abandon(list(self.flights))
+        self.abandon(list(self.by_key))
         self.late.clear()
 
     def end_stores(self, keys: Iterable[OffloadKey]) -> None:
@@ -92,11 +96,11 @@ class Promotions:
     @property
     def has_live(self) -> bool:
         """Whether any request waits for a flight."""
-        return any(waiters for _, waiters in self.flights.values())
+        return any(waiters for _, waiters in self.by_key.values())
 
     def check_invariants(self, table: BlockTable) -> None:
         """Raise InvariantError unless every flight has a filling slot and its waiters know of it."""
-        for key, (slot, waiters) in self.flights.items():
+        for key, (slot, waiters) in self.by_key.items():
             if table.slot_of.get(key) != slot or slot not in table.filling:
                 raise InvariantError(f"a flight has slot {slot}, which is not filling")
             if any(key not in waiter.awaiting for waiter in waiters):

@@ -22,8 +22,8 @@ from kvtier.keys import OffloadKey
 from kvtier.primary.arena import arena_rows
 from kvtier.secondary.stand_ins import LateTier
 from kvtier.tiering.digests import DigestLedger
+from kvtier.tiering.patience import ProbePatience
 from kvtier.tiering.standing import Standing, StateTimes
-from kvtier.tiering.waiting import ProbePatience
 from kvtier.types import (
     Admission,
     FailureCause,

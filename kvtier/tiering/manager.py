@@ -25,14 +25,18 @@ from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
 from kvtier.tiering.audit import check_slots
 from kvtier.tiering.cascades import Cascades
 from kvtier.tiering.device_copies import DeviceTransfers
+from kvtier.tiering.flights import Flights
 from kvtier.tiering.guarded_tier import Job, TierGuard
 from kvtier.tiering.kv_events import KVEventLog
+from kvtier.tiering.leases import Leases
+from kvtier.tiering.lookups import Lookups
 from kvtier.tiering.promotion import PRIMARY, Promoter
 from kvtier.tiering.requests import Requests, RequestState
 from kvtier.tiering.settings import ResetPolicy, TieringSettings
 from kvtier.tiering.tiers import SecondaryTiers
 from kvtier.tiering.turns import in_turn
-from kvtier.tiering.usage import Usage
+from kvtier.tiering.uses import Usage
+from kvtier.tiering.waiting import Waiting
 from kvtier.types import (
     Admission,
     CPULoadStoreSpec,
@@ -97,20 +101,27 @@ class TieringOffloadingManager(OffloadingManager):
 
     def _wire(self, tiers: SecondaryTiers) -> None:
         """Connect the parts, all of them new but for the primary tier and `tiers`."""
+        # CPython keeps up to 30 attributes where an instance reaches them without a dict: with more of them here, each
+        # `lookup` was measured to take 15% longer.
         settings, clock = self._settings, self._clock
         self._table, self._tiers = self._primary.table, tiers
         self._shadows = ShadowReport(PRIMARY, self._table.policy, self._observer)
-        self._requests = Requests(self._tiers, settings.load_deadline)
-        self._transfers = DeviceTransfers(self._table, self._observer, self._primary.finished_sequence)
-        self._promoter = Promoter(self._table, self._tiers.guards, settings, clock, self._observer)
-        self._cascades = Cascades(self._table, self._tiers.guards, self._observer)
+        table, guards, observer = self._table, self._tiers.guards, self._observer
+        self._requests = Requests(tiers)
+        self._transfers = DeviceTransfers(table, observer, self._primary.finished_sequence)
+        self._flights = Flights()
+        leases = Leases(table, max(1, int(table.num_slots * settings.promotion_budget)), settings.lease_timeout)
+        self._waiting = Waiting(table, guards, self._flights, leases, settings, clock, observer)
+        self._lookups = Lookups(table, guards, self._flights, self._waiting)
+        self._promoter = Promoter(table, guards, self._flights, leases, self._waiting, clock, observer)
+        self._cascades = Cascades(table, guards, observer)
         self._note_use = Usage(self._table, self._tiers, self._cascades).note
         self._scanned: list[RequestState] = []
         self._polled = False
         self._current: ReqContext | None = None
         self._state: RequestState
         self._get_slot, self._filling = self._table.slot_of.get, self._table.filling
-        self._resolve = self._promoter.lookups.resolve
+        self._resolve = self._lookups.resolve
 
     def leave_to_parent(self) -> None:
         """In a forked child, go on with no slot and no tier: every lookup misses, and nothing is stored."""
@@ -130,7 +141,7 @@ class TieringOffloadingManager(OffloadingManager):
         if req_context is not self._current:
             self._enter(req_context)
         state = self._state
-        state.scan.append(key)
+        state.scan.keys.append(key)
         slot = self._get_slot(key)
         if slot is None:
             if not state.tiers:
@@ -147,7 +158,7 @@ class TieringOffloadingManager(OffloadingManager):
         """
         if req_context is not self._current:
             self._enter(req_context)
-        return self._promoter.lookups.find_prefix(self._state, keys)
+        return self._lookups.find_prefix(self._state, keys)
 
     def is_still_deferred(self, first_key: OffloadKey, req_context: ReqContext, shortest: int = 1) -> bool:
         """Return whether a scan of this request that starts at `first_key` would find what its last one found.
@@ -161,7 +172,7 @@ class TieringOffloadingManager(OffloadingManager):
         if not self._polled:
             self._poll_once()
         state = self._requests.get(req_context.req_id)
-        return state is not None and state.is_unchanged_for(first_key) and state.shortest_group >= shortest
+        return state is not None and self._promoter.is_as_planned(state, first_key, shortest)
 
     @in_turn
     def _enter(self, req_context: ReqContext) -> None:
@@ -169,13 +180,13 @@ class TieringOffloadingManager(OffloadingManager):
             self._poll()
         self._state = self._requests.open(req_context)
         self._current = req_context
-        if not self._state.scan:
+        if not self._state.scan.keys:
             self._scanned.append(self._state)
 
     def get_load_source(self, key: OffloadKey, req_context: ReqContext) -> str:
         """Return the tier that a HIT of this request came from: "primary", or the name of a secondary tier."""
         state = self._requests.get(req_context.req_id)
-        return state.sources.get(key, PRIMARY) if state is not None else PRIMARY
+        return state.plans.sources.get(key, PRIMARY) if state is not None else PRIMARY
 
     # -- transfers between device and primary -------------------------------------------------------------
 
@@ -189,12 +200,12 @@ class TieringOffloadingManager(OffloadingManager):
         state = self._requests.open(req_context)
         ordered = keys if isinstance(keys, list) else list(keys)
         slots, once = self._transfers.begin_load(state, ordered)
-        if state.lease or state.awaiting:
+        if state.lease.slots or state.awaiting:
             self._promoter.let_go(state)
-        if state.deferred_since is not None:
-            state.stop_waiting(self._clock())
-        self._note_use(once, req_context, state, all_held=True)
-        sources = state.sources
+        if state.wait.since is not None:
+            self._waiting.stop(state, self._clock())
+        self._note_use(once, req_context, state.uses, all_held=True)
+        sources = state.plans.sources
         by_source = (
             {PRIMARY: len(ordered)} if not sources else Counter(map(sources.get, ordered, itertools.repeat(PRIMARY)))
         )
@@ -213,7 +224,8 @@ class TieringOffloadingManager(OffloadingManager):
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         """Count one use of `keys`, given in prefix order, in every tier; of each block one for a request."""
         once = keys if isinstance(keys, list) and len(set(keys)) == len(keys) else list(dict.fromkeys(keys))
-        self._note_use(once, req_context, self._requests.get(req_context.req_id))
+        state = self._requests.get(req_context.req_id)
+        self._note_use(once, req_context, None if state is None else state.uses)
 
     @in_turn
     def prepare_store(self, keys: Collection[OffloadKey], req_context: ReqContext) -> PrepareStoreOutput | None:
@@ -225,11 +237,13 @@ class TieringOffloadingManager(OffloadingManager):
             self._poll()
         state = self._requests.open(req_context)
         ordered = keys if isinstance(keys, list) else list(keys)
-        if self._promoter.promotions.flights:
+        if self._flights.by_key:
             self._promoter.take_over_abandoned(ordered)
         slot_of = self._table.slot_of
         if not slot_of.keys().isdisjoint(ordered):
-            self._note_use([key for key in dict.fromkeys(ordered) if key in slot_of], req_context, state, all_held=True)
+            self._note_use(
+                [key for key in dict.fromkeys(ordered) if key in slot_of], req_context, state.uses, all_held=True
+            )
         placement = self._table.plan(ordered)
         if placement.num_left_out and not placement.keys:
             return None
@@ -252,12 +266,12 @@ class TieringOffloadingManager(OffloadingManager):
         """Make stored blocks loadable and offer them to every tier; see `OffloadingManager.complete_store`."""
         state = self._requests.get(req_context.req_id)
         ready = self._transfers.end_store(req_context.req_id, state, keys, success)
-        if self._promoter.promotions.late:
-            self._promoter.promotions.end_stores(keys)
+        if self._flights.late:
+            self._flights.end_stores(keys)
         if state is None:
             return
         if ready:
-            state.note_stored(ready)
+            state.uses.note_ready(ready)
             self._observer.on_event(BlocksStored(ready))
             if self._tiers.guards:
                 self._cascades.on_store(ready, state.context)
@@ -283,9 +297,9 @@ class TieringOffloadingManager(OffloadingManager):
         state.finished = True
         self._current = None
         self._promoter.let_go(state)
-        state.forget_scan()
-        if state.num_stores > 1:
-            self._table.settle(list(dict.fromkeys(state.stored)))  # some were evicted and stored again
+        self._lookups.end_scan(state)
+        if unsettled := state.uses.unsettled:
+            self._table.settle(unsettled)
         self._requests.close(state)
 
     @in_turn
@@ -295,12 +309,16 @@ class TieringOffloadingManager(OffloadingManager):
         for req_id in context.preempted_req_ids:
             state = self._requests.get(req_id)
             if state is not None:
-                state.new_attempt(self._settings.load_deadline)
+                self._waiting.begin_attempt(state)
+                self._promoter.begin_attempt(state)
         if self._requests:
             now = self._clock()
             for state in self._requests:
-                self._promoter.expire(state, now)
-        self._promoter.plan_step(self._scanned)
+                if state.wait.since is not None or state.wait.probing_since or state.lease.expires is not None:
+                    self._waiting.check(state, now)
+        for state in sorted(self._scanned, key=_arrival):
+            self._promoter.plan(state)
+            self._lookups.end_scan(state)
         self._scanned.clear()
         self._tiers.end_step(context)
         self._polled, self._current = False, None
@@ -329,7 +347,7 @@ class TieringOffloadingManager(OffloadingManager):
 
     def has_pending_work(self) -> bool:
         """True only for a live request's promotion or a cascade within its deadline."""
-        return self._promoter.promotions.has_live or self._tiers.has_live_cascade(self._clock())
+        return self._flights.has_live or self._tiers.has_live_cascade(self._clock())
 
     # -- reports ------------------------------------------------------------------------------------------
 
@@ -370,8 +388,12 @@ class TieringOffloadingManager(OffloadingManager):
         for state in self._requests:
             self._promoter.let_go(state)
             self._transfers.stale.take_over(state, self._primary.sequence)
-            state.start_over(self._settings.load_deadline)
-        self._promoter.promotions.clear()
+            self._waiting.begin_attempt(state)
+            self._promoter.begin_attempt(state)
+            self._promoter.forget_sources(state)
+            self._lookups.end_scan(state)
+            state.uses.clear()
+        self._flights.clear()
         if self._settings.kv_events:
             self._kv_events.cleared(list(self._table.ready_keys()))
         self._table.clear()
@@ -396,6 +418,9 @@ class TieringOffloadingManager(OffloadingManager):
         self._table.check_invariants()
         check_slots(self._table, self._requests, self._transfers.stale.slots(), self._tiers)
         self._requests.check_invariants()
-        self._promoter.promotions.check_invariants(self._table)
-        self._promoter.leases.check_invariants(self._requests)
+        self._promoter.check_invariants(self._requests)
         self._tiers.check_invariants()
+
+
+def _arrival(state: RequestState) -> int:
+    return state.arrival

@@ -1,23 +1,26 @@
-"""Promotions: which blocks a request may bring into the primary tier, the slots it holds there, how a plan is done."""
+"""Promotions: which blocks a request may bring into the primary tier, and how a plan is carried out."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Collection, Container, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import groupby, zip_longest
+from operator import itemgetter
 
 from kvtier.clock import Clock
-from kvtier.errors import InvariantError, KeyFormatError
-from kvtier.events import BlocksEvicted, BlocksStored, Observer
-from kvtier.keys import OffloadKey
+from kvtier.errors import KeyFormatError
+from kvtier.events import BlocksEvicted, BlocksStored, Observer, RequestGaveUp
+from kvtier.keys import GROUP_BYTES, OffloadKey
 from kvtier.primary.table import BlockTable, Placement
-from kvtier.tiering.flights import Promotions
+from kvtier.tiering.flights import Flights
 from kvtier.tiering.guarded_tier import Job, TierGuard
-from kvtier.tiering.lookups import Lookups
-from kvtier.tiering.requests import RequestState, split_scan
-from kvtier.tiering.settings import TieringSettings
+from kvtier.tiering.leases import Leases
+from kvtier.tiering.requests import RequestState
+from kvtier.tiering.waiting import Waiting
 
 PRIMARY = "primary"
+
+_group_of = itemgetter(slice(-GROUP_BYTES, None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +55,17 @@ def plan_promotions(
     """Choose what to lease and promote for one request: all that is certain, up to the first unresolved key.
 
     Args:
-        late: keys whose promotion somebody waited for in vain; nobody joins it.
+        late: in-flight keys that nobody may wait for any more.
         room: primary slots that the budget still grants, for new leases and promotions together.
         held: slots that some lease holds already; another lease of them costs nothing.
     """
-    groups = [_certain_head(state, group) for group in split_scan(state.scan)]
+    scan = state.scan
+    groups = [_certain_head(group, scan.unresolved) for group in split_scan(scan.keys)]
     hits: list[OffloadKey] = []
     joins: list[OffloadKey] = []
     denied: list[OffloadKey] = []
     by_tier: dict[int, list[OffloadKey]] = {}
-    get_slot, filling, lease, awaiting = table.slot_of.get, table.filling, state.lease, state.awaiting
+    get_slot, filling, lease, awaiting = table.slot_of.get, table.filling, state.lease.slots, state.awaiting
     for key in _in_step(groups):
         if key in lease or key in awaiting:
             continue
@@ -75,9 +79,9 @@ def plan_promotions(
             elif room > 0:
                 hits.append(key)
                 room -= 1
-        elif key in state.found:
+        elif key in scan.found:
             if room > 0:
-                by_tier.setdefault(state.found[key], []).append(key)
+                by_tier.setdefault(scan.found[key], []).append(key)
                 room -= 1
             else:
                 denied.append(key)
@@ -91,64 +95,32 @@ def _in_step(groups: Sequence[Sequence[OffloadKey]]) -> Iterable[OffloadKey]:
     return [key for row in zip_longest(*groups) for key in row if key is not None]
 
 
-def _certain_head(state: RequestState, keys: Sequence[OffloadKey]) -> Sequence[OffloadKey]:
-    if not state.unresolved:
-        return keys
-    for index, key in enumerate(keys):
-        if key in state.unresolved:
-            return keys[:index]
+def _certain_head(keys: Sequence[OffloadKey], unresolved: Container[OffloadKey]) -> Sequence[OffloadKey]:
+    if unresolved:
+        for index, key in enumerate(keys):
+            if key in unresolved:
+                return keys[:index]
     return keys
 
 
-class Leases:
-    """Slots that requests hold between their plan and their load; several may hold one slot."""
+def split_scan(scan: Collection[OffloadKey]) -> list[list[OffloadKey]]:
+    """Return what was looked up, by KV group, in the engine's order.
 
-    def __init__(self, table: BlockTable, budget: int) -> None:
-        """Args: budget: most slots that leases and flights may hold together."""
-        self._table = table
-        self._holders: dict[int, int] = {}
-        self.budget = budget
-
-    @property
-    def held(self) -> Container[int]:
-        """The slots that requests hold."""
-        return self._holders.keys()
-
-    def room(self, num_flights: int) -> int:
-        """Slots that the budget still grants."""
-        return self.budget - len(self._holders) - num_flights
-
-    def hold(self, state: RequestState, keys: Iterable[OffloadKey]) -> None:
-        """Pin the slots of `keys`, which are ready, for `state`."""
-        lease, holders, slot_of = state.lease, self._holders, self._table.slot_of
-        taken = {key: slot_of[key] for key in keys if key not in lease}
-        lease.update(taken)
-        for slot in taken.values():
-            holders[slot] = holders.get(slot, 0) + 1
-        self._table.pin(taken.values())
-
-    def release(self, state: RequestState) -> None:
-        """Unpin all that `state` holds."""
-        for slot in state.lease.values():
-            left = self._holders[slot] - 1
-            if left:
-                self._holders[slot] = left
-            else:
-                del self._holders[slot]
-        self._table.unpin(state.lease.values())
-        state.lease.clear()
-        state.lease_expires = None
-
-    def check_invariants(self, requests: Iterable[RequestState]) -> None:
-        """Raise InvariantError unless the holders are exactly the requests' leases."""
-        counted: dict[int, int] = {}
-        for state in requests:
-            for slot in state.lease.values():
-                counted[slot] = counted.get(slot, 0) + 1
-                if not self._table.is_pinned(slot):
-                    raise InvariantError(f"slot {slot} is leased and not pinned")
-        if counted != self._holders:
-            raise InvariantError("leases and their holders differ")
+    A group whose scan comes to a key again has started over: the later scan replaces the earlier.
+    """
+    if len(set(map(_group_of, scan))) == 1 and len(set(scan)) == len(scan):
+        return [list(scan)]
+    groups: dict[bytes, dict[OffloadKey, None]] = {}
+    group: dict[OffloadKey, None] = {}
+    last = b""
+    for key in scan:
+        suffix = key[-GROUP_BYTES:]
+        if suffix != last:
+            group, last = groups.setdefault(suffix, {}), suffix
+        if key in group:
+            group.clear()
+        group[key] = None
+    return [list(group) for group in groups.values()]
 
 
 class Promoter:
@@ -158,48 +130,55 @@ class Promoter:
         self,
         table: BlockTable,
         guards: Sequence[TierGuard],
-        settings: TieringSettings,
+        flights: Flights,
+        leases: Leases,
+        waiting: Waiting,
         clock: Clock,
         observer: Observer,
     ) -> None:
-        self._table = table
-        self._guards = guards
-        self._settings = settings
-        self._clock = clock
-        self._observer = observer
-        self.promotions = Promotions()
-        self.leases = Leases(table, max(1, int(table.num_slots * settings.promotion_budget)))
-        self.lookups = Lookups(table, guards, self.promotions, settings, clock, observer)
+        """Args: table: of the primary tier; guards: of the secondary tiers."""
+        self._table, self._guards = table, guards
+        self._flights, self._leases, self._waiting = flights, leases, waiting
+        self._clock, self._observer = clock, observer
 
-    def plan_step(self, scanned: Sequence[RequestState]) -> None:
-        """Plan for the requests that looked blocks up in this step, oldest first; their scans are over."""
-        for state in sorted(scanned, key=_arrival):
-            if state.may_wait and (state.found or state.deferred_since is not None):
-                self.promote(state)
-                state.note_plan()
-            state.forget_scan()
+    def plan(self, state: RequestState) -> None:
+        """Plan for one request at the end of a step, if it asked tiers for anything, and start what the plan says."""
+        scan = state.scan
+        if not state.may_wait or not (scan.found or state.wait.since is not None):
+            return
+        all_on_their_way = state.awaiting and not scan.unresolved and state.awaiting.issuperset(scan.keys)
+        if not all_on_their_way:
+            self._promote(state)
+        plans = state.plans
+        certain = scan.keys and not scan.unresolved
+        plans.last = (scan.keys[0], len(state.awaiting)) if certain else None
+        if certain and state.awaiting:
+            plans.shortest_group = min(len(list(keys)) for _, keys in groupby(map(_group_of, scan.keys)))
 
-    def promote(self, state: RequestState) -> None:
-        """Plan for one request at the end of a step, and start what the plan says."""
-        if state.awaiting and not state.unresolved and state.awaiting.issuperset(state.scan):
-            return  # all of it is on its way
+    def _promote(self, state: RequestState) -> None:
         num_awaited = len(state.awaiting)
-        room = self.leases.room(len(self.promotions.flights))
-        plan = plan_promotions(state, self._table, room, self.promotions.late, self.leases.held)
+        room = self._leases.room(len(self._flights.by_key))
+        plan = plan_promotions(state, self._table, room, self._flights.late, self._leases.held)
         if plan.waits or state.awaiting:
-            self.leases.hold(state, plan.hits)
-            self.promotions.join(plan.joins, state)
+            self._leases.hold(state, plan.hits)
+            self._flights.join(plan.joins, state)
             for index, keys in plan.by_tier.items():
                 placement = self._place(keys)
                 self._submit(self._guards[index], placement, state)
-                self.lookups.deny(state, keys[len(placement.keys) :])
-            self.lookups.shorten_deadline(state, len(state.awaiting) - num_awaited)
-        self.lookups.deny(state, plan.denied)
+                self._deny(state, keys[len(placement.keys) :])
+            self._waiting.expect(state, len(state.awaiting) - num_awaited)
+        self._deny(state, plan.denied)
         now = self._clock()
-        if not plan.waits and not state.unresolved and not state.awaiting:
-            state.stop_waiting(now)
-        if state.lease and not state.awaiting and state.lease_expires is None:
-            state.lease_expires = now + self._settings.lease_timeout
+        if not plan.waits and not state.scan.unresolved and not state.awaiting:
+            self._waiting.stop(state, now)
+        if state.lease.slots and not state.awaiting and state.lease.expires is None:
+            self._leases.start_timeout(state, now)
+
+    def _deny(self, state: RequestState, keys: Sequence[OffloadKey]) -> None:
+        """From now on these keys, which no plan could place, are misses for this request."""
+        if keys:
+            state.plans.denied.update(keys)
+            self._observer.on_event(RequestGaveUp(state.context.req_id, "budget", len(keys)))
 
     def _place(self, keys: Sequence[OffloadKey]) -> Placement:
         try:
@@ -213,7 +192,7 @@ class Promoter:
         slots = list(self._table.apply(placement).values())
         if placement.victims:
             self._observer.on_event(BlocksEvicted(PRIMARY, placement.victims))
-        self.promotions.depart(placement.keys, slots, state)
+        self._flights.depart(placement.keys, slots, state)
         if not guard.load(placement.keys, slots, state.context):
             self._fail(guard, placement.keys, slots)
 
@@ -233,9 +212,9 @@ class Promoter:
         table.publish(slots)
         get_slot = table.slot_of.get
         arrived = [key for key, slot in zip(keys, slots, strict=True) if get_slot(key) == slot]
-        for state, theirs in self.promotions.land(keys, slots).items():
-            self.leases.hold(state, theirs)
-            state.sources.update(dict.fromkeys(theirs, guard.name))
+        for state, theirs in self._flights.land(keys, slots).items():
+            self._leases.hold(state, theirs)
+            state.plans.sources.update(dict.fromkeys(theirs, guard.name))
             self._end_wait(state)
         if arrived:
             self._observer.on_event(BlocksStored(arrived, guard.name))
@@ -243,39 +222,53 @@ class Promoter:
             self._fail(guard, bad_keys, bad_slots)
 
     def _fail(self, guard: TierGuard, keys: Sequence[OffloadKey], slots: Sequence[int]) -> None:
-        for state, theirs in self.promotions.land(keys, slots).items():
-            state.failed.update((guard.index, key) for key in theirs)
+        for state, theirs in self._flights.land(keys, slots).items():
+            state.plans.failed.update((guard.index, key) for key in theirs)
             self._end_wait(state)
         self._table.discard(keys, slots)
 
     def _end_wait(self, state: RequestState) -> None:
         if not state.awaiting:
             now = self._clock()
-            state.stop_waiting(now)
-            state.lease_expires = now + self._settings.lease_timeout
+            self._waiting.stop(state, now)
+            self._leases.start_timeout(state, now)
 
     def take_over_abandoned(self, keys: Sequence[OffloadKey]) -> None:
         """Detach blocks that are on their way to nobody, so that they can be stored in other slots."""
-        abandoned = self.promotions.abandoned(keys)
-        self.promotions.abandon(abandoned)
+        abandoned = self._flights.abandoned(keys)
+        self._flights.abandon(abandoned)
         self._table.remove(abandoned)
-
-    def expire(self, state: RequestState, now: float) -> None:
-        """End the request's wait and its lease if their time is over."""
-        if state.deferred_since is not None:
-            self.lookups.expire(state, now)
-        if not state.scan and (state.deferred_since is not None or state.probing_since):
-            state.pause(now)
-        if state.lease_expires is not None and now >= state.lease_expires:
-            self.leases.release(state)
 
     def let_go(self, state: RequestState) -> None:
         """The request waits for nothing and holds nothing any more."""
         if state.awaiting:
-            self.promotions.leave(state)
-        if state.lease or state.lease_expires is not None:
-            self.leases.release(state)
+            self._flights.leave(state)
+        if state.lease.slots or state.lease.expires is not None:
+            self._leases.release(state)
 
+    def begin_attempt(self, state: RequestState) -> None:
+        """Forget what failed or could not be placed: the request was preempted, or the cache was reset."""
+        plans = state.plans
+        plans.denied.clear()
+        plans.failed.clear()
+        plans.last = None
 
-def _arrival(state: RequestState) -> int:
-    return state.arrival
+    def forget_sources(self, state: RequestState) -> None:
+        """Forget which tiers blocks came from: the cache was reset."""
+        state.plans.sources.clear()
+
+    def is_as_planned(self, state: RequestState, first_key: OffloadKey, shortest: int) -> bool:
+        """Return whether a scan from `first_key` on would meet the last plan, and nothing of it has arrived or failed.
+
+        Args:
+            shortest: least keys that the planned scan had in each KV group; else False.
+        """
+        plans, awaiting = state.plans, state.awaiting
+        if not awaiting or not state.may_wait or plans.shortest_group < shortest:
+            return False
+        return plans.last == (first_key, len(awaiting))
+
+    def check_invariants(self, requests: Iterable[RequestState]) -> None:
+        """Raise InvariantError if flights, leases and requests contradict each other."""
+        self._flights.check_invariants(self._table)
+        self._leases.check_invariants(requests)

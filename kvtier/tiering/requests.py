@@ -1,178 +1,151 @@
-"""What is known of each live request: its scan, its wait, its lease and its transfers."""
+"""What is known of each live request, in parts. Each part is written by one file and read by all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from enum import Enum
-from itertools import groupby
-from operator import itemgetter
 
 from kvtier.errors import InvariantError
-from kvtier.keys import GROUP_BYTES, OffloadKey
+from kvtier.keys import OffloadKey
 from kvtier.tiering.tiers import SecondaryTiers
 from kvtier.tiering.uses import RequestUses
 from kvtier.types import ReqContext
 
-_group_of = itemgetter(slice(-GROUP_BYTES, None))
+
+@dataclass(slots=True, eq=False)
+class Scan:
+    """What a request looked up in this step. Written by `lookups.py`; the manager's lookup appends keys.
+
+    Attributes:
+        keys: in the engine's order.
+        found: index of the tier that answered HIT, by key.
+        unresolved: keys for which a tier has not answered yet.
+        device_stores: keys that another request is storing from the device.
+    """
+
+    keys: list[OffloadKey] = field(default_factory=list)
+    found: dict[OffloadKey, int] = field(default_factory=dict)
+    unresolved: set[OffloadKey] = field(default_factory=set)
+    device_stores: set[OffloadKey] = field(default_factory=set)
 
 
-class Wait(Enum):
-    """Whether a request may still be deferred."""
+@dataclass(slots=True, eq=False)
+class Wait:
+    """How long one attempt of a request has waited for tiers, and may wait. Written by `waiting.py`; times in seconds.
 
-    ALLOWED = "allowed"
-    GAVE_UP = "gave_up"
-    """Its deadline passed: what is not ready answers MISS, until it is preempted."""
+    Attributes:
+        gave_up: its deadline passed: what is not ready answers MISS, until the request is preempted.
+        since: when the running part of the wait began; None if the request does not wait.
+        waited: length of the parts of the wait that have ended.
+        deadline: longest wait of this attempt; counts while `since` is not None.
+        num_awaited: blocks that this attempt has waited for so far.
+        silent: tiers that missed the probe deadline; what they answer counts, and nobody waits for it.
+        probing: tiers that left a probe of this scan unanswered.
+        probing_since: since when, by tier.
+        num_unresolved: most keys that one scan of this wait left without an answer.
+    """
+
+    gave_up: bool = False
+    since: float | None = None
+    waited: float = 0.0
+    deadline: float = 0.0
+    num_awaited: int = 0
+    silent: set[int] = field(default_factory=set)
+    probing: set[int] = field(default_factory=set)
+    probing_since: dict[int, float] = field(default_factory=dict)
+    num_unresolved: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """Slots that are pinned for a request until it loads them. Written by `leases.py`.
+
+    Attributes:
+        slots: by key.
+        expires: when the lease ends by itself, seconds of the clock; None while promotions are awaited.
+    """
+
+    slots: dict[OffloadKey, int] = field(default_factory=dict)
+    expires: float | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Plans:
+    """What became of a request's plans. Written by `promotion.py`.
+
+    Attributes:
+        denied: keys that no plan could place.
+        failed: (tier index, key) pairs whose promotion failed.
+        sources: name of the tier that a promoted key came from.
+        last: first key of the scan that the last plan was made of, and how many keys were awaited then; None if that
+            scan left a probe unanswered.
+        shortest_group: least keys of a KV group in that scan.
+    """
+
+    denied: set[OffloadKey] = field(default_factory=set)
+    failed: set[tuple[int, OffloadKey]] = field(default_factory=set)
+    sources: dict[OffloadKey, str] = field(default_factory=dict)
+    last: tuple[OffloadKey, int] | None = None
+    shortest_group: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Copies:
+    """Slots under a copy between device and arena. Written by `device_copies.py`.
+
+    Attributes:
+        storing, loading: by key, in the order in which they were prepared.
+        loading_again: further loads of keys that are already being loaded.
+    """
+
+    storing: dict[OffloadKey, int] = field(default_factory=dict)
+    loading: dict[OffloadKey, int] = field(default_factory=dict)
+    loading_again: list[tuple[OffloadKey, int]] = field(default_factory=list)
+
+    @property
+    def are_unfinished(self) -> bool:
+        """Whether any copy has not ended."""
+        return bool(self.storing or self.loading or self.loading_again)
 
 
 @dataclass(slots=True, eq=False)
 class RequestState:
-    """One request. Decisions read it; only the manager's parts change it.
+    """One request.
 
     Attributes:
         arrival: order of arrival, oldest first.
-        scan: keys looked up in this step, in the engine's order.
-        found: tier index of keys that a tier answered HIT for, in this step.
-        unresolved: keys whose probe is unanswered, in this step.
-        stores: keys under another request's device store, in this step.
-        awaiting: keys of promotions in flight that this request waits for.
-        lease: slots pinned for this request, by key.
-        lease_expires: when the lease ends by itself; None while promotions are awaited.
-        denied: keys that no plan could place.
-        failed: (tier index, key) pairs whose promotion failed.
-        tiers: indices of the tiers this request may load from.
-        silent: tiers that missed the probe deadline; what they answer counts, and nobody waits for it.
-        probing: tiers that left a probe of this scan unanswered; probing_since: since when, seconds;
-            num_unresolved: most keys that one scan of this wait left without an answer.
-        deferred_since, waited: the running part and the ended parts of this attempt's wait, seconds.
-        deadline: longest wait of this attempt, seconds; num_awaited: blocks it has waited for so far.
-        planned_for: first key of the scan that the last plan was made of, and how many keys were awaited then; None
-            if the scan left a probe unanswered. shortest_group: least keys a KV group had in that scan.
-        sources: name of the tier a promoted key came from.
-        storing, loading: slots under a device copy, by key, in prepared order.
-        loading_again: further loads of keys that are already being loaded.
-        stored: keys stored so far, in prefix order; num_stores: in how many calls.
-        uses: blocks it has used, which count once.
+        tiers: indices of the tiers that this request may load from.
+        awaiting: keys of promotions in flight that this request waits for. Written by `flights.py`.
+        uses: the blocks that it has used and stored. Written by `uses.py`.
         request_level_tiers: indices of tiers that want every block of the request, prefix hits included.
+        finished: the engine has ended it; its copies may go on. Written, as the field before, by the manager.
     """
 
     context: ReqContext
     arrival: int
     tiers: tuple[int, ...] = ()
-    scan: list[OffloadKey] = field(default_factory=list)
-    found: dict[OffloadKey, int] = field(default_factory=dict)
-    unresolved: set[OffloadKey] = field(default_factory=set)
-    stores: set[OffloadKey] = field(default_factory=set)
+    scan: Scan = field(default_factory=Scan)
+    wait: Wait = field(default_factory=Wait)
     awaiting: set[OffloadKey] = field(default_factory=set)
-    lease: dict[OffloadKey, int] = field(default_factory=dict)
-    lease_expires: float | None = None
-    wait: Wait = Wait.ALLOWED
-    denied: set[OffloadKey] = field(default_factory=set)
-    failed: set[tuple[int, OffloadKey]] = field(default_factory=set)
-    silent: set[int] = field(default_factory=set)
-    probing: set[int] = field(default_factory=set)
-    probing_since: dict[int, float] = field(default_factory=dict)
-    num_unresolved: int = 0
-    deferred_since: float | None = None
-    waited: float = 0.0
-    deadline: float = 0.0
-    num_awaited: int = 0
-    planned_for: tuple[OffloadKey, int] | None = None
-    shortest_group: int = 0
-    sources: dict[OffloadKey, str] = field(default_factory=dict)
-    storing: dict[OffloadKey, int] = field(default_factory=dict)
-    loading: dict[OffloadKey, int] = field(default_factory=dict)
-    loading_again: list[tuple[OffloadKey, int]] = field(default_factory=list)
-    stored: list[OffloadKey] = field(default_factory=list)
-    num_stores: int = 0
+    lease: Lease = field(default_factory=Lease)
+    plans: Plans = field(default_factory=Plans)
+    copies: Copies = field(default_factory=Copies)
     uses: RequestUses = field(default_factory=RequestUses)
     request_level_tiers: tuple[int, ...] = ()
     finished: bool = False
 
     @property
-    def has_transfers(self) -> bool:
-        """Whether a device copy of this request is unfinished."""
-        return bool(self.storing or self.loading or self.loading_again)
-
-    @property
     def may_wait(self) -> bool:
         """Whether it is live and has not given up."""
-        return not self.finished and self.wait is Wait.ALLOWED
-
-    def is_unchanged_for(self, first_key: OffloadKey) -> bool:
-        """Whether a scan from `first_key` on is the planned one again, and nothing it waits for arrived or failed."""
-        return bool(self.awaiting) and self.may_wait and self.planned_for == (first_key, len(self.awaiting))
-
-    def time_waited(self, now: float) -> float:
-        """Seconds this attempt has waited for tiers."""
-        running = now - self.deferred_since if self.deferred_since is not None else 0.0
-        return self.waited + running
-
-    def stop_waiting(self, now: float) -> None:
-        """The clock stops: no tier causes the wait any more."""
-        self.waited = self.time_waited(now)
-        self.deferred_since = None
-
-    def pause(self, now: float) -> None:
-        """The engine did not ask in this step: unless a promotion is awaited, no tier causes the wait."""
-        self.probing_since.clear()
-        if not self.awaiting and self.deferred_since is not None:
-            self.stop_waiting(now)
-
-    def note_plan(self) -> None:
-        """A plan was made of this scan."""
-        certain = self.scan and not self.unresolved
-        self.planned_for = (self.scan[0], len(self.awaiting)) if certain else None
-        if certain and self.awaiting:
-            groups = groupby(map(_group_of, self.scan))
-            self.shortest_group = min(len(list(keys)) for _, keys in groups)
-
-    def forget_scan(self) -> None:
-        """The step is over; the next scan replaces this one."""
-        self.scan.clear()
-        self.found.clear()
-        if self.probing_since:
-            for index in self.probing_since.keys() - self.probing:
-                del self.probing_since[index]
-            self.num_unresolved = max(self.num_unresolved, len(self.unresolved)) if self.probing_since else 0
-        self.unresolved.clear()
-        self.stores.clear()
-        self.probing.clear()
-
-    def note_stored(self, keys: list[OffloadKey]) -> None:
-        """Remember what was stored, for the order of recency at the request's end."""
-        self.stored += keys
-        self.num_stores += 1
-
-    def start_over(self, deadline: float) -> None:
-        """The cache was reset: nothing that was asked or stored before counts."""
-        self.new_attempt(deadline)
-        self.forget_scan()
-        self.sources.clear()
-        self.stored.clear()
-        self.uses.clear()
-        self.num_stores = 0
-
-    def new_attempt(self, deadline: float) -> None:
-        """Start over: the request was preempted, or its blocks were reset."""
-        self.wait = Wait.ALLOWED
-        self.deferred_since = None
-        self.waited = 0.0
-        self.num_awaited = 0
-        self.planned_for = None
-        self.deadline = deadline
-        self.denied.clear()
-        self.failed.clear()
-        self.silent.clear()
-        self.probing_since.clear()
+        return not self.finished and not self.wait.gave_up
 
 
 class Requests:
-    """The requests that are live, or whose transfers are not over."""
+    """The requests that are live, or whose copies between device and arena have not ended."""
 
-    def __init__(self, tiers: SecondaryTiers, load_deadline: float) -> None:
-        """Args: tiers: they are told who is gone; load_deadline: longest wait of an attempt, seconds."""
-        self._tiers, self._load_deadline = tiers, load_deadline
+    def __init__(self, tiers: SecondaryTiers) -> None:
+        """Args: tiers: they are told which requests are over."""
+        self._tiers = tiers
         self._by_id: dict[str, RequestState] = {}
         self.get: Callable[[str], RequestState | None] = self._by_id.get
         """Return the state of a request, or None. The dict's own method: it is called many times a request."""
@@ -196,42 +169,22 @@ class Requests:
             self._tiers.forget(former.context)  # its last copies go on under another request of that name
         self._arrivals += 1
         tiers = self._tiers.allowed(context.load_tier_filter)
-        state = RequestState(context, self._arrivals, tiers, deadline=self._load_deadline)
+        state = RequestState(context, self._arrivals, tiers)
         if former is not None:
-            state.storing, state.loading, state.loading_again = former.storing, former.loading, former.loading_again
+            state.copies = former.copies
         self._by_id[context.req_id] = state
         return state
 
     def close(self, state: RequestState) -> None:
-        """Drop the request if it is finished and without transfers."""
-        if state.finished and not state.has_transfers:
+        """Drop the request if it is finished and none of its copies is unfinished."""
+        if state.finished and not state.copies.are_unfinished:
             self._by_id.pop(state.context.req_id, None)
             self._tiers.forget(state.context)
 
     def check_invariants(self) -> None:
         """Raise InvariantError if a request's parts contradict each other."""
         for state in self._by_id.values():
-            if state.finished and (state.lease or state.awaiting):
+            if state.finished and (state.lease.slots or state.awaiting):
                 raise InvariantError(f"request {state.context.req_id} is over and holds a lease or waits")
-            if state.finished and not state.has_transfers:
+            if state.finished and not state.copies.are_unfinished:
                 raise InvariantError(f"request {state.context.req_id} is over and was not dropped")
-
-
-def split_scan(scan: Collection[OffloadKey]) -> list[list[OffloadKey]]:
-    """Return what was looked up, by KV group, in the engine's order.
-
-    A group whose scan comes to a key again has started over: the later scan replaces the earlier.
-    """
-    if len(set(map(_group_of, scan))) == 1 and len(set(scan)) == len(scan):
-        return [list(scan)]
-    groups: dict[bytes, dict[OffloadKey, None]] = {}
-    group: dict[OffloadKey, None] = {}
-    last = b""
-    for key in scan:
-        suffix = key[-GROUP_BYTES:]
-        if suffix != last:
-            group, last = groups.setdefault(suffix, {}), suffix
-        if key in group:
-            group.clear()
-        group[key] = None
-    return [list(group) for group in groups.values()]

@@ -1,4 +1,4 @@
-"""What one request has used: a block counts once a request, however often an engine says so.
+"""Uses of blocks: a block counts once per request, however often an engine says so.
 
 Engines differ. vLLM up to 0.30 touches all blocks of a request whenever it looks them up, at every step of a wait, and
 after every store; later ones touch nothing. A policy that counts uses would take a long wait for popularity, and a
@@ -11,6 +11,9 @@ from collections.abc import Container
 
 from kvtier.keys import OffloadKey
 from kvtier.primary.table import BlockTable
+from kvtier.tiering.cascades import Cascades
+from kvtier.tiering.tiers import SecondaryTiers
+from kvtier.types import ReqContext
 
 Keys = list[OffloadKey]
 
@@ -18,15 +21,19 @@ Keys = list[OffloadKey]
 class RequestUses:
     """The blocks that a request has used, whether the primary tier held them then, and which were not ready yet.
 
+    And what it has stored, for the order of recency at its end.
+
     Most requests load once and store, and are never asked again: what they use is only put aside until somebody asks.
     """
 
-    __slots__ = ("_aside", "_early", "_held")
+    __slots__ = ("_aside", "_early", "_held", "_num_stores", "_stored")
 
     def __init__(self) -> None:
         self._held: dict[OffloadKey, bool] = {}
         self._aside: list[Keys] = []
         self._early: set[OffloadKey] = set()
+        self._stored: Keys = []
+        self._num_stores = 0
 
     def count(self, keys: Keys, primary: Container[OffloadKey] | None) -> tuple[Keys, Keys]:
         """Take note of a use.
@@ -70,6 +77,16 @@ class RequestUses:
         self._early.difference_update(keys)
         self._put_aside(keys)
 
+    def note_ready(self, keys: Keys) -> None:
+        """These blocks, in prefix order, were stored from the device in one call."""
+        self._stored += keys
+        self._num_stores += 1
+
+    @property
+    def unsettled(self) -> Keys:
+        """What was stored, each key once, if it came in several calls and so is not in the order of recency."""
+        return list(dict.fromkeys(self._stored)) if self._num_stores > 1 else []
+
     def _put_aside(self, keys: Keys) -> None:
         if keys:
             self._aside.append(keys.copy())
@@ -85,3 +102,31 @@ class RequestUses:
         self._held.clear()
         self._aside.clear()
         self._early.clear()
+        self._stored.clear()
+        self._num_stores = 0
+
+
+class Usage:
+    """Reports uses to the primary's policy, to the secondary tiers and to `second_touch` admission."""
+
+    def __init__(self, table: BlockTable, tiers: SecondaryTiers, cascades: Cascades) -> None:
+        """Args: table: of the primary tier."""
+        self._table, self._tiers, self._cascades = table, tiers, cascades
+
+    def note(
+        self, keys: list[OffloadKey], req_context: ReqContext, uses: RequestUses | None, all_held: bool = False
+    ) -> None:
+        """Count one use of `keys`, in prefix order, each of them once.
+
+        Args:
+            uses: of the request; None if nothing is known of it: then every use counts.
+            all_held: the primary tier holds all of `keys`.
+        """
+        uses = RequestUses() if uses is None else uses
+        counted, fresh = uses.count(keys, None if all_held else self._table.slot_of)
+        if counted:
+            self._table.touch(counted)
+        if fresh:
+            self._tiers.touch(fresh, req_context)
+        if self._cascades.count_uses:
+            self._cascades.on_use(uses.admissible(keys, counted, self._table), req_context)

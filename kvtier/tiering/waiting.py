@@ -1,78 +1,137 @@
-"""How long requests wait for one tier to say whether it has a block."""
+"""How long requests wait for tiers. Nothing else knows a load deadline."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
 
 from kvtier.clock import Clock
+from kvtier.events import Observer, RequestGaveUp
 from kvtier.keys import OffloadKey
-from kvtier.types import LookupResult, ReqContext
-
-FIRST_SECONDS = 2.0
-"""For the first answer of a life: the store opens, connects, looks through a directory; its process loads a client."""
-_SHORTER = 4.0
-"""How many times shorter the next wait is after one in vain; a tier that says nothing costs few requests anything."""
-_MOST_SHORTENED = 3
-"""A wait is never shortened more often than this: a tier that answers again is noticed by whoever waits."""
-_ANSWERS = (LookupResult.HIT, LookupResult.MISS)
+from kvtier.primary.table import BlockTable
+from kvtier.tiering.flights import Flights
+from kvtier.tiering.guarded_tier import TierGuard
+from kvtier.tiering.leases import Leases
+from kvtier.tiering.requests import RequestState
+from kvtier.tiering.settings import TieringSettings
 
 
-@dataclass(slots=True)
-class _Question:
-    """A key that a tier could not say anything about at once, and the request that asked."""
+class Waiting:
+    """Starts, stops and ends the waits of requests.
 
-    key: OffloadKey
-    context: ReqContext
-    asked_at: float
-
-
-class ProbePatience:
-    """The deadline of a tier's probes: longer at the beginning of a life, shorter after waits in vain.
-
-    It follows one unanswered question, to notice that a tier answers again though nobody waits for it any more.
+    The clock of an attempt runs only while a tier causes the wait: from the first deferred answer until nothing is
+    awaited any more. A preemption begins a new attempt.
     """
 
-    def __init__(self, clock: Clock, deadline: float) -> None:
-        """Args: deadline: longest that a request waits, in seconds, except for a life's first answer."""
-        self._clock = clock
-        self._deadline = deadline
-        self._is_first = True
-        self._num_in_vain = 0
-        self._question: _Question | None = None
+    def __init__(
+        self,
+        table: BlockTable,
+        guards: Sequence[TierGuard],
+        flights: Flights,
+        leases: Leases,
+        settings: TieringSettings,
+        clock: Clock,
+        observer: Observer,
+    ) -> None:
+        """Args: table: of the primary tier; guards: of the secondary tiers."""
+        self._table, self._guards, self._flights, self._leases = table, guards, flights, leases
+        self._settings, self._clock, self._observer = settings, clock, observer
 
-    @property
-    def seconds(self) -> float:
-        """How long a request may wait now."""
-        return self._full / _SHORTER ** min(self._num_in_vain, _MOST_SHORTENED)
+    def longest_wait(self, num_blocks: int) -> float:
+        """Return the seconds that an attempt may wait for `num_blocks` blocks, 0 if it is not known yet for how many.
 
-    @property
-    def _full(self) -> float:
-        return max(self._deadline, FIRST_SECONDS) if self._is_first else self._deadline
+        This is the only place that decides a load deadline: `load_deadline`, or the predicted time to compute the
+        blocks if that is shorter.
+        """
+        longest = self._settings.load_deadline
+        return min(longest, self._recomputing(num_blocks)) if num_blocks else longest
 
-    def begin_life(self) -> None:
-        """The tier may be used from now on."""
-        self._is_first = True
+    def _recomputing(self, num_blocks: int) -> float:
+        """Return the seconds that computing so many blocks takes; infinity if the engine's rate is unknown."""
+        settings = self._settings
+        if not settings.prefill_rate or not settings.tokens_per_block:
+            return math.inf
+        return num_blocks * settings.tokens_per_block / settings.prefill_rate
 
-    def ask(self, key: OffloadKey, req_context: ReqContext) -> None:
-        """A request waits for an answer about `key`."""
-        if self._question is None:
-            self._question = _Question(key, req_context, self._clock())
+    # -- in a lookup --------------------------------------------------------------------------------------
 
-    def forget(self, req_context: ReqContext) -> None:
-        """A request is over: the tier must not be asked in its name any more."""
-        if self._question is not None and self._question.context.req_id == req_context.req_id:
-            self._question = None
+    def defer(self, state: RequestState) -> bool:
+        """Let the request wait from now on, if it does not yet and its deadline allows; return whether it waits."""
+        wait, now = state.wait, self._clock()
+        if wait.since is None:
+            wait.since, wait.deadline = now, self.longest_wait(wait.num_awaited)
+        return wait.waited + (now - wait.since) <= wait.deadline or not self._end_if_late(state, now)
 
-    def give_up(self) -> None:
-        """A request has waited in vain."""
-        self._num_in_vain += 1
+    def may_probe(self, state: RequestState, index: int, key: OffloadKey) -> bool:
+        """Return whether the request waits for a tier to answer about `key`; after False it waits for it no more."""
+        wait, now, patience = state.wait, self._clock(), self._guards[index].patience
+        wait.probing.add(index)
+        waited = now - wait.probing_since.setdefault(index, now)
+        num_unresolved = max(wait.num_unresolved, len(state.scan.unresolved) + 1)
+        if waited <= patience.seconds and waited <= self._recomputing(num_unresolved):
+            patience.ask(key, state.context)
+            return True
+        wait.silent.add(index)
+        if waited > patience.seconds:
+            patience.give_up()
+        self._observer.on_event(RequestGaveUp(state.context.req_id, "probe", 0))
+        return False
 
-    def follow(self, lookup: Callable[[OffloadKey, ReqContext], LookupResult]) -> None:
-        """Look whether a tier in use has answered; `lookup` asks it again."""
-        question = self._question
-        if question is not None and lookup(question.key, question.context) in _ANSWERS:
-            in_time = self._clock() - question.asked_at <= self._full
-            self._num_in_vain = 0 if in_time else min(self._num_in_vain, 1)
-            self._is_first = False
-            self._question = None
+    # -- in a step ----------------------------------------------------------------------------------------
+
+    def end_scan(self, state: RequestState) -> None:
+        """Forget the probes that this step's scan did not ask again."""
+        wait = state.wait
+        if wait.probing_since:
+            for index in wait.probing_since.keys() - wait.probing:
+                del wait.probing_since[index]
+            num_unresolved = max(wait.num_unresolved, len(state.scan.unresolved))
+            wait.num_unresolved = num_unresolved if wait.probing_since else 0
+        wait.probing.clear()
+
+    def expect(self, state: RequestState, num_blocks: int) -> None:
+        """The request waits for `num_blocks` more; the deadline follows from all that this attempt has awaited."""
+        wait = state.wait
+        wait.num_awaited += num_blocks
+        wait.deadline = self.longest_wait(wait.num_awaited)
+
+    def check(self, state: RequestState, now: float) -> None:
+        """End the wait and the lease if their time is over; stop the clock if nothing was asked in this step."""
+        wait = state.wait
+        if wait.since is not None:
+            self._end_if_late(state, now)
+        if not state.scan.keys:
+            wait.probing_since.clear()
+            if wait.since is not None and not state.awaiting:
+                self.stop(state, now)
+        expires = state.lease.expires
+        if expires is not None and now >= expires:
+            self._leases.release(state)
+
+    def stop(self, state: RequestState, now: float) -> None:
+        """Stop the clock: no tier causes the wait any more."""
+        wait = state.wait
+        if wait.since is not None:
+            wait.waited += now - wait.since
+            wait.since = None
+
+    def _end_if_late(self, state: RequestState, now: float) -> bool:
+        """Make a request whose deadline has passed give up; what has arrived stays its hit. Return whether it did."""
+        wait = state.wait
+        if wait.since is None or wait.waited + (now - wait.since) <= wait.deadline:
+            return False
+        self._observer.on_event(RequestGaveUp(state.context.req_id, "deadline", len(state.awaiting)))
+        get_slot, filling = self._table.slot_of.get, self._table.filling
+        self._flights.strand(state, [key for key in state.scan.device_stores if get_slot(key) in filling])
+        self.stop(state, now)
+        wait.gave_up = True
+        if state.lease.slots:
+            self._leases.start_timeout(state, now)
+        return True
+
+    def begin_attempt(self, state: RequestState) -> None:
+        """Allow the request to wait anew: it was preempted, or the cache was reset."""
+        wait = state.wait
+        wait.gave_up, wait.since, wait.waited, wait.num_awaited = False, None, 0.0, 0
+        wait.silent.clear()
+        wait.probing_since.clear()

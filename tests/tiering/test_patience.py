@@ -11,7 +11,7 @@ from kvtier.secondary.filesystem import FilesystemTierManager
 from kvtier.secondary.object import ObjectTierManager
 from kvtier.secondary.resp import RespTierManager
 from kvtier.testing.scripted_tier import ScriptedTier
-from kvtier.tiering.waiting import FIRST_SECONDS
+from kvtier.tiering.patience import FIRST_SECONDS
 from kvtier.types import LookupResult
 
 HIT, MISS, PENDING, RETRY = LookupResult.HIT, LookupResult.MISS, LookupResult.HIT_PENDING, LookupResult.RETRY

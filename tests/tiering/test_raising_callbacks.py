@@ -116,10 +116,10 @@ def test_the_audit_finds_slots_that_nobody_will_free():
     context = engine.request()
     engine.manager.prepare_store(keys, context)
     state = engine.manager._requests.get(context.req_id)
-    storing, state.storing = state.storing, {}
+    storing, state.copies.storing = state.copies.storing, {}
     with pytest.raises(InvariantError, match="nobody fills"):
         engine.manager.check_invariants()
-    state.storing = storing
+    state.copies.storing = storing
     engine.manager.complete_store(keys, context)
     engine.manager.check_invariants()
     engine.table.pin([0])

@@ -1,0 +1,66 @@
+"""Leases: slots that requests hold between their plan and their load."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+
+from kvtier.errors import InvariantError
+from kvtier.keys import OffloadKey
+from kvtier.primary.table import BlockTable
+from kvtier.tiering.requests import RequestState
+
+
+class Leases:
+    """Pins the slots and counts them against the budget of promotions; several requests may hold one slot."""
+
+    def __init__(self, table: BlockTable, budget: int, timeout: float) -> None:
+        """Args: budget: most slots that leases and flights may hold together; timeout: of a lease, seconds."""
+        self._table, self._timeout = table, timeout
+        self._holders: dict[int, int] = {}
+        self.budget = budget
+
+    @property
+    def held(self) -> Container[int]:
+        """The slots that requests hold."""
+        return self._holders.keys()
+
+    def room(self, num_flights: int) -> int:
+        """Slots that the budget still grants."""
+        return self.budget - len(self._holders) - num_flights
+
+    def hold(self, state: RequestState, keys: Iterable[OffloadKey]) -> None:
+        """Pin the slots of `keys`, which are ready, for `state`."""
+        lease, holders, slot_of = state.lease.slots, self._holders, self._table.slot_of
+        taken = {key: slot_of[key] for key in keys if key not in lease}
+        lease.update(taken)
+        for slot in taken.values():
+            holders[slot] = holders.get(slot, 0) + 1
+        self._table.pin(taken.values())
+
+    def start_timeout(self, state: RequestState, now: float) -> None:
+        """The request waits for nothing more: its lease ends by itself if it does not load."""
+        state.lease.expires = now + self._timeout
+
+    def release(self, state: RequestState) -> None:
+        """Unpin all that `state` holds."""
+        lease, holders = state.lease, self._holders
+        for slot in lease.slots.values():
+            left = holders[slot] - 1
+            if left:
+                holders[slot] = left
+            else:
+                del holders[slot]
+        self._table.unpin(lease.slots.values())
+        lease.slots.clear()
+        lease.expires = None
+
+    def check_invariants(self, requests: Iterable[RequestState]) -> None:
+        """Raise InvariantError unless the holders are exactly the requests' leases."""
+        counted: dict[int, int] = {}
+        for state in requests:
+            for slot in state.lease.slots.values():
+                counted[slot] = counted.get(slot, 0) + 1
+                if not self._table.is_pinned(slot):
+                    raise InvariantError(f"slot {slot} is leased and not pinned")
+        if counted != self._holders:
+            raise InvariantError("leases and their holders differ")

@@ -1,0 +1,78 @@
+"""How long requests wait for one tier to say whether it has a block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvtier.clock import Clock
+from kvtier.keys import OffloadKey
+from kvtier.types import LookupResult, ReqContext
+
+FIRST_SECONDS = 2.0
+"""For the first answer of a life: the store opens, connects, looks through a directory; its process loads a client."""
+_SHORTER = 4.0
+"""How many times shorter the next wait is after one in vain; a tier that says nothing costs few requests anything."""
+_MOST_SHORTENED = 3
+"""A wait is never shortened more often than this: a tier that answers again is noticed by whoever waits."""
+_ANSWERS = (LookupResult.HIT, LookupResult.MISS)
+
+
+@dataclass(slots=True)
+class _Question:
+    """A key that a tier could not say anything about at once, and the request that asked."""
+
+    key: OffloadKey
+    context: ReqContext
+    asked_at: float
+
+
+class ProbePatience:
+    """The deadline of a tier's probes: longer at the beginning of a life, shorter after waits in vain.
+
+    It follows one unanswered question, to notice that a tier answers again though nobody waits for it any more.
+    """
+
+    def __init__(self, clock: Clock, deadline: float) -> None:
+        """Args: deadline: longest that a request waits, in seconds, except for a life's first answer."""
+        self._clock = clock
+        self._deadline = deadline
+        self._is_first = True
+        self._num_in_vain = 0
+        self._question: _Question | None = None
+
+    @property
+    def seconds(self) -> float:
+        """How long a request may wait now."""
+        return self._full / _SHORTER ** min(self._num_in_vain, _MOST_SHORTENED)
+
+    @property
+    def _full(self) -> float:
+        return max(self._deadline, FIRST_SECONDS) if self._is_first else self._deadline
+
+    def begin_life(self) -> None:
+        """The tier may be used from now on."""
+        self._is_first = True
+
+    def ask(self, key: OffloadKey, req_context: ReqContext) -> None:
+        """A request waits for an answer about `key`."""
+        if self._question is None:
+            self._question = _Question(key, req_context, self._clock())
+
+    def forget(self, req_context: ReqContext) -> None:
+        """A request is over: the tier must not be asked in its name any more."""
+        if self._question is not None and self._question.context.req_id == req_context.req_id:
+            self._question = None
+
+    def give_up(self) -> None:
+        """A request has waited in vain."""
+        self._num_in_vain += 1
+
+    def follow(self, lookup: Callable[[OffloadKey, ReqContext], LookupResult]) -> None:
+        """Look whether a tier in use has answered; `lookup` asks it again."""
+        question = self._question
+        if question is not None and lookup(question.key, question.context) in _ANSWERS:
+            in_time = self._clock() - question.asked_at <= self._full
+            self._num_in_vain = 0 if in_time else min(self._num_in_vain, 1)
+            self._is_first = False
+            self._question = None
