@@ -151,13 +151,22 @@ def test_no_disk_by_every_name(trace, tmp_path, disk):
 
 def test_memory_larger_than_any_machine_has(trace, tmp_path):
     path, found = tmp_path / "values.json", []
-    for size in ("unlimited", "10000000TiB"):
+    for size in ("unlimited", "8000000TiB"):
         result = run(trace, "--dram", size, "--disk", size, "--json", path)
         assert result.exit_code == 0, result.output
         found.append(json.loads(path.read_text())["results"][0])
-    assert found[1]["setup"]["dram_bytes"] == found[1]["setup"]["disk_bytes"] == 10_000_000 << 40
+    assert found[1]["setup"]["dram_bytes"] == found[1]["setup"]["disk_bytes"] == 8_000_000 << 40
     assert found[0]["hits"] == found[1]["hits"]
     assert found[0]["first_token"] == found[1]["first_token"]
+
+
+@pytest.mark.parametrize("size", ["8388608TiB", "1e30", "99999999999999999999PiB"])
+@pytest.mark.parametrize("option", ["--dram", "--disk"])
+def test_sizes_that_no_offset_can_count_are_told_in_one_line(trace, option, size):
+    result = run(trace, option, size)
+    assert result.exit_code == 2
+    assert "less than 8 EiB" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["[red]trace.jsonl", ":smile:[/]"])
