@@ -356,3 +356,51 @@ def test_a_partition_and_a_rejection_between_networks(networks):
         wait_for(lambda: engine.poll() is not None, "the engine's end")
         engine.stdout.close()
         server.close()
+
+
+def end_connections(server, user):
+    """Let no connection of a user outlive a change of its rights, as an operator would."""
+    server.command("CLIENT", "KILL", "USER", user)
+
+
+def rotate(folder, version, password):
+    """Switch the file `password` as Kubernetes switches a secret: by the link of the folder that it lies in."""
+    (folder / version).mkdir()
+    (folder / version / "password").write_text(password)
+    (folder / "next").symlink_to(version)
+    (folder / "next").rename(folder / "current")
+
+
+def test_a_password_that_is_rotated_and_a_user_that_is_locked_out_for_a_while(tmp_path, caplog):
+    server = ValkeyServer().start()
+    rotate(tmp_path, "v1", "first")
+    file = tmp_path / "password"
+    file.symlink_to("current/password")
+    server.command(
+        "ACL", "SETUSER", "kvtier", "on", ">first", "~kvtier:*", "+get", "+set", "+exists", "+unlink", "+ping"
+    )
+    rig = make_rig(server.url, username="kvtier", password_file=str(file))
+
+    def is_served():
+        return rig.tier.state is TierState.UP and rig.load(range(4))[1] == list(range(4))
+
+    try:
+        rig.wait_up()
+        assert rig.store(range(4)).success
+        server.command("ACL", "SETUSER", "kvtier", "resetpass", ">second")
+        rotate(tmp_path, "v2", "second")
+        end_connections(server, "kvtier")
+        rig.wait(is_served, "the new password opens the server")
+
+        server.command("ACL", "SETUSER", "kvtier", "off")
+        end_connections(server, "kvtier")
+        assert rig.load(range(4))[1] == []
+        rig.wait(lambda: rig.tier.state is TierState.DOWN, "the tier is down")
+        assert server.name in rig.tier.state_reason
+        server.command("ACL", "SETUSER", "kvtier", "on")
+        rig.wait(is_served, "the user is let in again")
+        rig.assert_each_job_answered_once()
+        assert "second" not in caplog.text.replace("seconds", "")
+    finally:
+        rig.close()
+        server.close()
