@@ -74,7 +74,8 @@ class ModelIdentity:
             known = before.tensors.get(place) if before else None
             if known and entry.mark[0] is not None and entry.is_same_as(known):
                 entry.digest = known.digest
-        live = [(entry, tensor) for entry in state.tensors.values() if (tensor := entry.tensor()) is not None]
+        live = [(entry, state.to_read[place]) for place, entry in state.tensors.items()]
+        state.to_read.clear()
         self._hash([(entry, tensor) for entry, tensor in live if entry.digest is None], deadline)
         unmarked = [(entry, tensor) for entry, tensor in live if entry.mark[0] is None]
         if sum(tensor.nbytes for _, tensor in unmarked) > MAX_UNMARKED_BYTES:
@@ -88,7 +89,7 @@ class ModelIdentity:
 
     def _hash(self, changed: list[tuple[TensorEntry, torch.Tensor]], deadline: float | None) -> None:
         """Give digests to entries; entries of one tensor, tied weights, are read once."""
-        by_mark = {entry.mark[1:]: tensor for entry, tensor in changed}
+        by_mark = {entry.mark[2:]: tensor for entry, tensor in changed}
         digests = dict(zip(by_mark, digest_tensors(list(by_mark.values()), deadline), strict=True))
         if None in digests.values():
             self._say(
@@ -96,7 +97,7 @@ class ModelIdentity:
                 "by this cache only, until it ends or they change again"
             )
         for entry, _ in changed:
-            entry.digest = digests[entry.mark[1:]] or os.urandom(_RANDOM_BYTES)
+            entry.digest = digests[entry.mark[2:]] or os.urandom(_RANDOM_BYTES)
 
     def _describe(self, state: ModuleState) -> str:
         """Return the fingerprint; what text cannot describe counts as unlike everything but itself."""

@@ -13,7 +13,6 @@ import json
 import operator
 import os
 import sys
-import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType
@@ -45,6 +44,11 @@ _NOT_SETTINGS = frozenset(vars(torch.nn.Module())) | {
 _HEAP_TYPE = 1 << 9
 """Py_TPFLAGS_HEAPTYPE: the class is defined in Python, or by few extensions."""
 
+_NUMBER = "_kvtier_number"
+"""Attribute that tells a tensor from any other of this process. A weak reference would do it, too, but torch refuses to
+swap tensors that have one."""
+_numbers = itertools.count()
+
 _HOLDERS = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _ATOMS = (bool, int, float, complex, str, bytes, torch.dtype, torch.layout, torch.memory_format, os.PathLike)
@@ -56,26 +60,24 @@ class TensorEntry:
 
     Attributes:
         label: what tells it apart from a tensor of equal bytes.
-        tensor: reference to it, which does not keep it alive.
         mark: as made by `mark_of`.
         merged: adapters that the layer around it has added to its weights: PEFT does this through `.data`, which leaves
             no mark.
+        in_adapter: whether it is an adapter's own: PEFT exchanges these through `.data`, and may then set a scale.
         pin: while this lives, no other storage can get the same identity; it does not keep the memory.
         digest: of its bytes; random if there was no time to read them; None until one of both.
     """
 
     label: str
-    tensor: weakref.ref[torch.Tensor]
     mark: tuple[Any, ...]
     merged: tuple[str, ...]
+    in_adapter: bool
     pin: StorageWeakRef
     digest: bytes | None = None
 
     def is_same_as(self, other: TensorEntry) -> bool:
-        """Return whether nothing that leaves a mark has happened to the tensor between the two entries."""
-        tensor = self.tensor()
-        same = tensor is not None and tensor is other.tensor()
-        return same and (self.mark, self.merged) == (other.mark, other.merged)
+        """Return whether nothing has happened to the tensor between the two entries, as far as its marks tell."""
+        return not self.in_adapter and (self.mark, self.merged) == (other.mark, other.merged)
 
 
 def mark_of(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -88,6 +90,7 @@ def mark_of(tensor: torch.Tensor) -> tuple[Any, ...]:
         return tuple(mark_of(part) for _, part in parts)
     return (
         None if tensor.is_inference() else tensor._version,
+        vars(tensor).get(_NUMBER),
         tensor.data_ptr(),
         tensor.untyped_storage()._cdata,
         tensor.dtype,
@@ -102,6 +105,7 @@ class ModuleState:
     Attributes:
         lines: structure and settings as text, the same for equal models in all processes.
         tensors: plain tensors by place.
+        to_read: the tensors themselves, by place; to be emptied when they have been read, since it keeps them alive.
         opaque: by place, what text cannot describe: closures, objects of unknown types.
     """
 
@@ -113,12 +117,14 @@ class ModuleState:
         """
         self.lines: list[str] = []
         self.tensors: dict[str, TensorEntry] = {}
+        self.to_read: dict[str, torch.Tensor] = {}
         self.opaque: dict[str, object] = {}
         self._places: dict[int, tuple[str, object]] = {}
         self._collections: list[Collection[Any]] = []
         self._lengths: list[int] = []
         self._items: list[Any] = []
-        self._slots: list[tuple[Mapping[Any, Any], Any, weakref.ref[torch.Tensor] | None, tuple[Any, ...]]] = []
+        self._slots: list[tuple[Mapping[Any, Any], Any, tuple[Any, ...]]] = []
+        self._in_adapter = False
         self._read(model, "model", ())
 
     def is_current(self) -> bool:
@@ -128,9 +134,9 @@ class ModuleState:
             return False
         if not all(map(operator.is_, itertools.chain.from_iterable(self._collections), self._items)):
             return False
-        for holder, name, tensor, mark in self._slots:
+        for holder, name, mark in self._slots:
             found = holder.get(name)
-            if found is not (tensor and tensor()) or (found is not None and mark_of(found) != mark):
+            if (() if found is None else mark_of(found)) != mark:
                 return False
         return True
 
@@ -180,17 +186,21 @@ class ModuleState:
             raise ConfigError(f"{path}.training", True, "false expected: call model.eval() first")
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
         self.lines.append(f"{path}: {kind} training={module.training}")
+        adapters: frozenset[str] = frozenset()
         if hasattr(module, "adapter_layer_names"):
             merged, unused = self._read_adapters_in_use(module, path)
+            adapters = frozenset(name.partition(".")[0] for name in module.adapter_layer_names)
         self._watch(vars(module))
         for part in _HOLDERS:
             holder = vars(module)[part]
             self._watch(holder)
             for name, item in holder.items():
+                outer, self._in_adapter = self._in_adapter, self._in_adapter or name in adapters
                 if unused and isinstance(item, torch.nn.Module) and hasattr(item, "keys"):
                     self._read_module(item, f"{path}.{name}", merged, unused)
                 elif name not in unused:
                     self._read(item, f"{path}.{name}", merged)
+                self._in_adapter = outer
         for part in _HOOKS:
             hooks = vars(module)[part]
             self._watch(hooks)
@@ -234,10 +244,11 @@ class ModuleState:
     def _read_tensor(self, tensor: torch.Tensor, path: str, merged: tuple[str, ...]) -> None:
         for label, part in plain_parts(path, tensor):
             pin = StorageWeakRef(part.untyped_storage())
-            entry = TensorEntry(describe(label, part), weakref.ref(part), mark_of(part), merged, pin)
-            self.tensors[f"{path} {label}"] = entry
+            mark = mark_of(_numbered(part))
+            self.tensors[f"{path} {label}"] = TensorEntry(describe(label, part), mark, merged, self._in_adapter, pin)
+            self.to_read[f"{path} {label}"] = part
         for name, item in vars(tensor).items():
-            if name != "_is_hf_initialized" and label:  # a subclass may keep its scales here
+            if name not in ("_is_hf_initialized", _NUMBER) and label:  # a subclass may keep its scales here
                 self._read(item, f"{path}.{name}", merged)
 
     # -- watching -----------------------------------------------------------------------------------------
@@ -250,9 +261,9 @@ class ModuleState:
             holder = value if is_mapping else dict(enumerate(value))
             for name, item in holder.items():
                 if isinstance(item, torch.Tensor):
-                    self._slots.append((holder, name, weakref.ref(item), mark_of(item)))
+                    self._slots.append((holder, name, mark_of(_numbered(item))))
                 elif item is None:  # a bias that is not there may come
-                    self._slots.append((holder, name, None, ()))
+                    self._slots.append((holder, name, ()))
             if is_mapping:
                 value, items = value.keys(), list(value)
         elif is_mapping:
@@ -260,6 +271,13 @@ class ModuleState:
         self._collections.append(value)
         self._lengths.append(len(items))
         self._items += items
+
+
+def _numbered(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that has a number, as have those that it wraps."""
+    for _, part in plain_parts("", tensor):
+        vars(part).setdefault(_NUMBER, next(_numbers))
+    return tensor
 
 
 def _settings(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:

@@ -11,6 +11,7 @@ pytest.importorskip("peft", reason="PEFT IS NOT INSTALLED: switching adapters wa
 import peft
 import torch
 from adapters_models import tiers, tiny_llama, tokens
+from peft.utils.hotswap import hotswap_adapter
 from transformers import DynamicCache
 
 from kvtier.adapters import model_watch
@@ -72,6 +73,11 @@ def replace_data(model):
     model.model.layers[0].self_attn.v_proj.weight.data = torch.randn(32, 64)
 
 
+def swap_tensor(model):
+    """As torch does in `load_state_dict`, if it is told to; it refuses tensors with weak references."""
+    torch.utils.swap_tensors(model.model.layers[0].self_attn.v_proj.weight, torch.nn.Parameter(torch.randn(32, 64)))
+
+
 def replace_module(model):
     model.model.layers[1].mlp.up_proj = torch.nn.Linear(64, 96, bias=False).eval()
 
@@ -114,7 +120,7 @@ def take_a_step_at_a_time(model):
 
 
 CHANGES = [
-    *(add_to_a_row, load_state, assign_state, replace_parameter, replace_data, replace_module, add_bias),
+    *(add_to_a_row, load_state, assign_state, replace_parameter, replace_data, swap_tensor, replace_module, add_bias),
     *(change_buffer, change_setting, patch_forward, write_in_inference_mode),
     *(take_a_step, take_a_fused_step, take_a_step_at_a_time),
 ]
@@ -277,6 +283,14 @@ def reload(model):
     peft.set_peft_model_state_dict(model, state, adapter_name="one")
 
 
+def hotswap(model, folder, **settings):
+    """Give the weights of a new adapter, and its scale, to the one in use."""
+    torch.manual_seed(11)
+    newer = peft.get_peft_model(tiny_llama(seed=7), lora(**settings))
+    newer.save_pretrained(folder)
+    hotswap_adapter(model, str(folder), adapter_name="one", torch_device="cpu")
+
+
 @pytest.mark.parametrize(
     "change", [switch, scale, merge, merge_safely, disable, train_adapter, combine, delete, reload]
 )
@@ -287,6 +301,28 @@ def test_a_change_of_adapters_is_followed(change, inside):
         assert ask(cache) == 0
         assert ask(cache) == BOUNDARY
         change(model)
+        assert ask(cache) == 0
+        assert ask(cache) == BOUNDARY
+
+
+@pytest.mark.parametrize("rank", [2, 8], ids=["smaller", "larger"])
+def test_an_adapter_that_is_exchanged_in_place_with_its_scale_is_read_again(tmp_path, rank):
+    model = with_adapters()
+    with PrefixCache(model, MEMORY_ONLY) as cache:
+        assert ask(cache) == 0
+        hotswap(model, tmp_path, rank=rank)
+        assert ask(cache) == 0
+        assert ask(cache) == BOUNDARY
+        with PrefixCache(model, MEMORY_ONLY) as another:
+            assert another.namespace == cache.namespace
+
+
+def test_an_adapter_that_is_exchanged_in_place_and_keeps_its_scale_needs_a_reset(tmp_path):
+    model = with_adapters()
+    with PrefixCache(model, MEMORY_ONLY) as cache:
+        assert ask(cache) == 0
+        hotswap(model, tmp_path)
+        cache.reset()
         assert ask(cache) == 0
         assert ask(cache) == BOUNDARY
 
