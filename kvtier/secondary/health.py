@@ -16,7 +16,7 @@ from kvtier.log import logger
 _MOST_SAID = 8
 """Different reasons that are logged before the tier has proved that it works: a server may word each refusal anew."""
 _ANOTHER_REASON = "another reason"
-_CALM = 4
+CALM = 4.0
 """Pauses without a failure after which the next one is short again."""
 _JITTER = 0.5
 """Of a pause, how much may be left out: engines that lost a shared server together come back one after the other."""
@@ -51,17 +51,26 @@ class Breaker:
         first_backoff: float = 0.5,
         longest_backoff: float = 30.0,
         draw: Callable[[], float] = random.random,
+        calm: float = CALM,
     ) -> None:
-        """Args: failures_to_open: failed jobs in a row; first_backoff, longest_backoff: seconds; draw: of [0, 1)."""
+        """Start closed.
+
+        Args:
+            failures_to_open: failed jobs in a row.
+            first_backoff, longest_backoff: seconds.
+            draw: returns a number of [0, 1), of which half is left out of a pause.
+            calm: pauses without a failure, after which the next one is short again.
+        """
         self._clock = clock
         self._failures_to_open = failures_to_open
         self._first_backoff = first_backoff
         self._longest_backoff = longest_backoff
-        self._draw = draw
+        self._draw, self._calm = draw, calm
         self._backoff = first_backoff
         self._failures = 0
         self.state = BreakerState.CLOSED
         self.retry_at = 0.0
+        self._tried_at = 0.0
         self.num_openings = 0
 
     def succeed(self) -> None:
@@ -69,7 +78,7 @@ class Breaker:
         if self.state is not BreakerState.OPEN:
             self.state = BreakerState.CLOSED
             self._failures = 0
-            if self._clock() - self.retry_at >= _CALM * self._backoff:
+            if self._clock() - self.retry_at >= self._calm * self._backoff:
                 self._backoff = self._first_backoff
 
     def fail(self) -> bool:
@@ -92,15 +101,20 @@ class Breaker:
 
     def try_again(self) -> bool:
         """Go from open to half open if the backoff is over; return whether it did."""
-        if self.state is not _OPEN or self._clock() < self.retry_at:
+        if self.state is not _OPEN or (now := self._clock()) < self.retry_at:
             return False
-        self.state = BreakerState.HALF_OPEN
+        self.state, self._tried_at = BreakerState.HALF_OPEN, now
         return True
+
+    @property
+    def has_passed_trial(self) -> bool:
+        """Whether it has been half open for a whole pause: for what proves itself by nothing but the lack of faults."""
+        return self.state is BreakerState.HALF_OPEN and self._clock() - self._tried_at >= self._backoff
 
     def try_now(self) -> None:
         """Go from open to half open at once: what failed has been replaced."""
         if self.state is BreakerState.OPEN:
-            self.state = BreakerState.HALF_OPEN
+            self.state, self._tried_at = BreakerState.HALF_OPEN, self._clock()
 
     def check_invariants(self) -> None:
         """Raise InvariantError if the counts are out of their bounds."""

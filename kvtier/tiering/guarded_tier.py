@@ -352,9 +352,9 @@ class TierGuard:
         if progress != self._progress:
             self._progress, self._progressed_at = progress, now
         if self.jobs and self._is_overdue(now):
-            self._down("its jobs make no progress")
+            self._down("its jobs make no progress", is_told=state is _DOWN)
         elif self._pending_epoch is None:
-            self._standing.reconsider(now)
+            self._standing.reconsider()
         is_trusted = self._standing.is_trusted
         if is_trusted and state is _UP and not self.usable:
             self._was_usable = True
@@ -372,10 +372,10 @@ class TierGuard:
     def _fault(self, where: str, fault: Exception) -> None:
         self._down(f"{where} raised {type(fault).__name__}: {fault}")
 
-    def _down(self, reason: str) -> None:
+    def _down(self, reason: str, *, is_told: bool = False) -> None:
         """Leave the tier alone for a while."""
         self.usable = False
-        self._standing.lose(reason)
+        self._standing.lose(reason, is_told=is_told)
         self._times.enter(_DOWN, self._clock())
 
     # -- reset and end ------------------------------------------------------------------------------------

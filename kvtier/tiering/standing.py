@@ -1,64 +1,62 @@
-"""Whether a tier that misbehaved is trusted again: after a backoff, first on trial."""
+"""Whether the manager trusts a tier: a tier that misbehaves is left alone for a while, then tried."""
 
 from __future__ import annotations
 
 from collections import Counter
 
 from kvtier.clock import Clock
-from kvtier.events import Observer, TierState, TierStateChanged
+from kvtier.events import Observer, TierState
 from kvtier.foreign_text import MOST_QUOTED, one_line
-from kvtier.log import logger
+from kvtier.secondary.health import Breaker, BreakerState, TierHealth
 
-FIRST_BACKOFF = 1.0
-MAX_BACKOFF = 30.0
+FIRST_BACKOFF_SECONDS = 1.0
+MAX_BACKOFF_SECONDS = 30.0
 
 
 class Standing:
-    """What one tier's behaviour has earned it; every change is said once.
+    """A breaker that one fault opens, and that a whole pause on trial without a fault closes; each change is said once.
 
     Attributes:
         reason: why the tier is not in good standing; None if it is.
-        retry_at: when it may be tried again, in seconds of the clock.
     """
 
     def __init__(self, name: str, clock: Clock, observer: Observer) -> None:
         """Args: name: of the tier, for events and the log."""
-        self._name, self._clock, self._observer = name, clock, observer
+        # No part of a pause is left to chance: a replay of a recording must decide as the engine did.
+        self._breaker = Breaker(clock, 1, FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS, draw=lambda: 0.0, calm=1)
+        self._health = TierHealth(name, observer)
         self.reason: str | None = None
-        self.retry_at = 0.0
-        self._on_trial = False
-        self._backoff = FIRST_BACKOFF
 
     @property
     def is_trusted(self) -> bool:
         """Whether the tier may be used: in good standing, or on trial."""
-        return self.reason is None or self._on_trial
+        return self._breaker.state is not BreakerState.OPEN
 
-    def lose(self, reason: str) -> None:
-        """Leave the tier alone for a while; said once until it works again."""
-        reason = one_line(reason, MOST_QUOTED)
-        if self.reason is None:
-            self._say(TierState.DOWN, reason)
-        self._on_trial, self.reason = False, reason
-        self.retry_at = self._clock() + self._backoff
-        self._backoff = min(self._backoff * 2, MAX_BACKOFF)
+    @property
+    def retry_at(self) -> float:
+        """When the tier may be tried again, in seconds of the clock."""
+        return self._breaker.retry_at
 
-    def reconsider(self, now: float) -> None:
-        """Let a backoff that is over be followed by a trial, and a trial without a fault by good standing."""
-        if self.reason is None or now < self.retry_at:
+    def lose(self, reason: str, *, is_told: bool = False) -> None:
+        """Leave the tier alone for a while.
+
+        Args:
+            is_told: the tier says by itself that it is down: one fault is one line in the log and one event.
+        """
+        if self.reason is None and not is_told:
+            self._health.change(TierState.DOWN, reason)
+        self.reason = one_line(reason, MOST_QUOTED)
+        self._breaker.open()
+
+    def reconsider(self) -> None:
+        """Try the tier when its pause is over, and trust it after a trial without a fault."""
+        if self.reason is None or self._breaker.try_again() or not self._breaker.has_passed_trial:
             return
-        if self._on_trial:  # it got through a whole backoff without a fault
-            self._on_trial, self.reason, self._backoff = False, None, FIRST_BACKOFF
-            self._say(TierState.UP, "works again")
-        else:
-            self._on_trial, self.retry_at = True, now + self._backoff
-
-    def _say(self, state: TierState, reason: str) -> None:
-        if state is TierState.UP:
-            logger.info("tier %s is up: %s", self._name, reason)
-        else:
-            logger.warning("tier %s is down: %s; the engine runs without it, kvtier tries again", self._name, reason)
-        self._observer.on_event(TierStateChanged(self._name, state, reason))
+        self._breaker.succeed()
+        self.reason = None
+        if self._health.state is TierState.DOWN:
+            self._health.prove()
+            self._health.change(TierState.UP, "works again")
 
 
 class StateTimes:

@@ -83,6 +83,23 @@ def test_a_tier_that_never_answers_is_left_alone_until_it_does(make_engine):
     assert engine.wait_hits(make_keys(2, "planted"), engine.request("c")) == 2
 
 
+def test_a_tier_that_says_itself_that_it_is_down_is_not_said_to_be_down_again(make_engine):
+    engine = make_engine(num_blocks=8, tier_deadline=10.0)
+    engine.tier.auto = False
+    engine.store(make_keys(3, "stored"), engine.request("storer"))
+    engine.tier.current_state = TierState.DOWN  # a real tier has sent its own event by now
+    for _ in range(3):
+        engine.clock.advance(11)
+        engine.step()
+    engine.tier.current_state = TierState.UP
+    engine.tier.finish(engine.tier.waiting[0])
+    for _ in range(6):
+        engine.clock.advance(40)
+        engine.step()
+    assert engine.manager.tier_states()["tier0"] == (TierState.UP, "")
+    assert engine.log.of(TierStateChanged) == []
+
+
 def queued_stores(engine, count):
     engine.tier.auto = False
     for number in range(count):
