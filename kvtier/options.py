@@ -95,8 +95,11 @@ class TierOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         values: dict[str, Any] = msgspec.to_builtins(self)
         return values
 
-    def check(self, block_bytes: int) -> None:
+    def check(self, block_bytes: int, policies: Mapping[str, type[Any]]) -> None:
         """Refuse options that contradict each other, the size of a block, or what the environment shows.
+
+        Args:
+            policies: eviction policies by name, beside the built-in ones.
 
         Raises:
             ConfigError: names the option.

@@ -33,4 +33,4 @@ class MemoryTierManager(KeyedTierManager):
             options=read.to_json(),
             settings=TierSettings.checked(read.threads, read.job_deadline),
         )
-        read.check(self.block_bytes)
+        read.check(self.block_bytes, self.context.policies)

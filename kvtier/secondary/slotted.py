@@ -8,10 +8,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from itertools import compress, islice
 from typing import Any
 
-from kvtier.abc import BlockStore, EvictionPolicy, SlotStore
-from kvtier.errors import ConfigError, KeyFormatError, ProtocolError
+from kvtier.abc import BlockStore, SlotStore
+from kvtier.errors import KeyFormatError, ProtocolError
 from kvtier.events import BlocksEvicted, TierState
-from kvtier.eviction.auto import FOLLOWED, AutoPolicy
+from kvtier.eviction.built_in import find_policy
 from kvtier.eviction.shadow_report import ShadowReport
 from kvtier.executors.base import Report
 from kvtier.executors.protocol import IndexBatch, IndexEnd, PartResult, Ready
@@ -27,20 +27,6 @@ _MOST_SLOTS = 1 << 26
 _SECONDS_FULL = 5.0
 """How long a medium without space is not asked for more of it."""
 _HIT, _MISS, _UP = LookupResult.HIT, LookupResult.MISS, TierState.UP
-
-BUILT_IN_POLICIES: Mapping[str, type[EvictionPolicy]] = {**FOLLOWED, "auto": AutoPolicy}
-
-
-def find_policy(name: object, more: Mapping[str, type[EvictionPolicy]]) -> type[EvictionPolicy]:
-    """Return the eviction policy called `name`, built in or among `more`.
-
-    Raises:
-        ConfigError: there is none; the error lists those that exist.
-    """
-    policies = {**BUILT_IN_POLICIES, **more}
-    if not isinstance(name, str) or name not in policies:
-        raise ConfigError("eviction_policy", name, f"one of {', '.join(sorted(policies))}")
-    return policies[name]
 
 
 class SlottedTierManager(StoreTierManager):

@@ -25,7 +25,7 @@ from kvtier.primary.arena import arena_rows
 from kvtier.secondary.health import Breaker, TierHealth
 from kvtier.secondary.jobs import Job, JobLedger
 from kvtier.secondary.supervisor import Deadlines, Supervisor
-from kvtier.secondary.trial import construct_on_trial, options_type_of
+from kvtier.secondary.trial import check_or_try
 from kvtier.types import FailureCause, JobMetadata, JobResult, ScheduleEndContext
 
 _BYTES = frozenset({bytes})
@@ -92,10 +92,7 @@ class StoreTierManager(SecondaryTierManager):
         cls, options: Mapping[str, Any], block_bytes: int, policies: Mapping[str, type[EvictionPolicy]]
     ) -> None:
         """Ask the struct of the options; without one, the constructor, which has no side effects."""
-        if (options_type := options_type_of(cls)) is None:
-            construct_on_trial(cls, options, block_bytes, policies)
-        else:
-            options_type.read(options).check(block_bytes)
+        check_or_try(cls, options, block_bytes, policies)
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ from kvtier.events import BlocksEvicted, BlocksFailed, Event, Observer, TierStat
 from kvtier.keys import OffloadKey
 from kvtier.secondary.slotted import SlottedTierManager
 from kvtier.secondary.store_tier import TierSettings
-from kvtier.secondary.trial import construct_on_trial
+from kvtier.secondary.trial import check_or_try
 from kvtier.types import JobMetadata, JobResult, LookupResult, OffloadingEvent, ReqContext, ScheduleEndContext
 
 LEAST_RUN_BYTES = 2 << 20
@@ -96,8 +96,8 @@ class StripedTierManager(SecondaryTierManager):
     def check_options(
         cls, options: Mapping[str, Any], block_bytes: int, policies: Mapping[str, type[EvictionPolicy]]
     ) -> None:
-        """Let the constructor check them: it has no side effects."""
-        construct_on_trial(cls, options, block_bytes, policies)
+        """Ask the struct of the options; without one, the constructor, which has no side effects."""
+        check_or_try(cls, options, block_bytes, policies)
 
     def __init__(
         self,

@@ -25,6 +25,23 @@ def options_type_of(tier_class: type) -> type[TierOptions] | None:
     return None
 
 
+def check_or_try(
+    tier_class: type[SecondaryTierManager],
+    options: Mapping[str, Any],
+    block_bytes: int,
+    policies: Mapping[str, type[EvictionPolicy]],
+) -> None:
+    """Refuse, as `SecondaryTierManager.check_options` promises, what cannot work here.
+
+    Raises:
+        ConfigError: the struct of the options, or else the constructor, refuses an option.
+    """
+    if (options_type := options_type_of(tier_class)) is None:
+        construct_on_trial(tier_class, options, block_bytes, policies)
+    else:
+        options_type.read(options).check(block_bytes, policies)
+
+
 def construct_on_trial(
     tier_class: type[SecondaryTierManager],
     options: Mapping[str, Any],

@@ -11,8 +11,8 @@ from kvtier.config import OffloadingConfig, TierConfig, TieringConfig, parse_tie
 from kvtier.errors import ConfigError
 from kvtier.options import join_key
 from kvtier.registry import check_tier, load_tier_class
-from kvtier.secondary.disk import are_entangled
 from kvtier.sizes import parse_size
+from kvtier.stores.slab.options import are_entangled
 from kvtier.types import Admission
 
 PRIMARY_NAME = "primary"

@@ -20,7 +20,7 @@ class MemoryOptions(TierOptions, frozen=True, forbid_unknown_fields=True, kw_onl
     capacity: Annotated[int, size_of('most bytes of blocks, their keys and headers, for example "8GiB"')]
     threads: Threads = 4
 
-    def check(self, block_bytes: int) -> None:
+    def check(self, block_bytes: int, policies: Mapping[str, type[Any]]) -> None:
         """Refuse a capacity that does not hold one block."""
         least = block_bytes + HEADER_BYTES + MAX_KEY_BYTES
         if self.capacity < least:

@@ -9,6 +9,7 @@ from kvtier.namespace import Namespace
 from kvtier.secondary.disk import DirectoryTier, StripedDiskTierManager
 from kvtier.secondary.store_tier import TierSettings
 from kvtier.secondary.supervisor import Deadlines
+from kvtier.stores.slab.options import DiskOptions
 from kvtier.testing.stores import make_key, make_payload
 from kvtier.testing.tier_rig import TierRig
 
@@ -68,18 +69,11 @@ def make_rig(num_blocks=64, block_bytes=8192, model="faults", **context):
     return rig
 
 
-def disk_tier(rig, path, capacity=1 << 20, settings=QUICK, min_free=0, policy="lru", mount_point=None):
+def disk_tier(rig, path, capacity=1 << 20, settings=QUICK, min_free=0, policy="lru"):
     """Attach a tier over one directory; not started."""
-    tier = DirectoryTier(
-        rig.spec,
-        rig.arena.view,
-        "disk",
-        path=str(path),
-        capacity=capacity,
-        min_free=min_free,
-        eviction_policy=policy,
-        settings=settings,
-    )
+    options = {"path": str(path), "capacity": capacity, "min_free": min_free, "eviction_policy": policy}
+    of_store = DiskOptions.read(options).in_directory(str(path))
+    tier = DirectoryTier(rig.spec, rig.arena.view, "disk", options=of_store, settings=settings)
     rig.attach(tier)
     return tier
 

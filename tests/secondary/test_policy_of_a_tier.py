@@ -4,10 +4,10 @@ import pytest
 from fault_rigs import Recorder, make_rig
 
 from kvtier.events import PolicySwitched, TierState
+from kvtier.eviction.built_in import BUILT_IN_POLICIES
 from kvtier.eviction.contest import PolicySwitch
 from kvtier.registry import POLICIES
 from kvtier.secondary.disk import DiskTierManager
-from kvtier.secondary.slotted import BUILT_IN_POLICIES
 
 
 @pytest.fixture

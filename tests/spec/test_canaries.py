@@ -17,7 +17,7 @@ from kvtier.log import logger
 from kvtier.namespace import Namespace
 from kvtier.redaction import is_secret, shown_option
 from kvtier.registry import TIERS, construct_tier
-from kvtier.secondary.disk import StripedDiskTierManager
+from kvtier.secondary.trial import options_type_of
 from kvtier.spec.tiering import TieringOffloadingSpec
 
 CANARY = "c4n4ry-Sup3rS3cret"
@@ -68,10 +68,12 @@ SECRETS = [
 
 
 def options_of(tier_type):
-    classes = {TIERS.load(tier_type)} | ({StripedDiskTierManager} if tier_type == "disk" else set())
-    given = {"self", "offloading_spec", "primary_kv_view", "tier_type"}
-    parameters = {name for one in classes for name in inspect.signature(one.__init__).parameters}
-    return sorted(parameters - given - {"args", "kwargs", "options"})
+    """Return the names of a tier's options: fields of its struct, or keywords of its constructor."""
+    tier_class = TIERS.load(tier_type)
+    if (options_type := options_type_of(tier_class)) is not None:
+        return sorted(options_type.__struct_fields__)
+    keywords = inspect.signature(tier_class.__init__).parameters.values()
+    return sorted(parameter.name for parameter in keywords if parameter.kind is parameter.KEYWORD_ONLY)
 
 
 def plants():
@@ -94,6 +96,7 @@ def plants():
 def test_every_registered_tier_is_planted():
     shipped = {name for name in TIERS.names() if TIERS.load(name).__module__.startswith("kvtier.")}
     assert shipped == set(GOOD)
+    assert all(map(options_of, shipped))
 
 
 def everything_said_by(error):

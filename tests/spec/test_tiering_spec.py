@@ -321,9 +321,9 @@ def test_each_data_parallel_rank_has_a_directory_and_a_share():
     (mine,) = spec_of(tier, said={"data_parallel_index": 1, "data_parallel_size": 4}).tiers
     assert (mine.options["path"], mine.options["capacity"]) == ("/somewhere/dp1", 2**28)
     (of_many,) = spec_of(tier, said={"data_parallel_index": 0, "data_parallel_size": None}).tiers
-    assert (of_many.options["path"], of_many.options["capacity"]) == ("/somewhere/dp0", "1GiB")
+    assert (of_many.options["path"], of_many.options["capacity"]) == ("/somewhere/dp0", 2**30)
     (alone,) = spec_of(tier).tiers
-    assert (alone.options["path"], alone.options["capacity"]) == ("/somewhere", "1GiB")
+    assert (alone.options["path"], alone.options["capacity"]) == ("/somewhere", 2**30)
     assert tier == {"type": "disk", "path": "/somewhere", "capacity": "1GiB"}
 
 

@@ -24,6 +24,7 @@ from kvtier.log import logger
 from kvtier.sizes import format_size
 from kvtier.stores.filesystem.directory import SharedDirectory, shard_of
 from kvtier.stores.filesystem.janitor import Janitor
+from kvtier.stores.filesystem.options import SharedDirectoryOptions
 from kvtier.stores.integrity import open_sealer
 from kvtier.stores.integrity.header import HEADER_BYTES
 from kvtier.stores.integrity.sealing import Sealer
@@ -71,17 +72,16 @@ class FilesystemStore(BlockStore):
         """Open a directory.
 
         Args:
-            options: `path`; `capacity`, bytes that the blocks of all hosts and namespaces take together, at most;
-                `min_free`, bytes that stay free on the filesystem (default 0); `mount_point`, what must be
-                mounted for `path` to be the right directory (default "/"); those of `SecretPlace`.
+            options: `SharedDirectoryOptions`.
 
         Raises:
             StoreUnavailableError: the secret is gone, the directory is foreign or not usable, or its filesystem is
                 smaller than the capacity.
         """
-        path, capacity, min_free = Path(options["path"]), options["capacity"], options.get("min_free", 0)
         _, sealer = open_sealer(options, context.namespace)
-        directory = SharedDirectory.open(path, sealer.namespace, options.get("mount_point", "/"))
+        read = SharedDirectoryOptions.read(options)
+        path, capacity, min_free = Path(read.path), read.capacity, read.min_free
+        directory = SharedDirectory.open(path, sealer.namespace, read.mount_point)
         try:
             status = os.statvfs(directory.folder.descriptor)
         except OSError as error:

@@ -134,8 +134,16 @@ class GuardedOptions(TierOptions, frozen=True, forbid_unknown_fields=True, kw_on
     secret_file: Annotated[str | None, msgspec.Meta(description="path of a file with that secret instead")] = None
     encrypt: Annotated[bool, msgspec.Meta(description="whether blocks are encrypted with the secret, too")] = False
 
-    def check(self, block_bytes: int) -> None:
+    def check(self, block_bytes: int, policies: Mapping[str, type[Any]]) -> None:
         """Refuse a secret that is not there, or that cannot be used."""
+        self.check_secret()
+
+    def check_secret(self) -> None:
+        """Refuse a secret that is not there, or that cannot be used.
+
+        Raises:
+            ConfigError: as `SecretPlace.checked`.
+        """
         SecretPlace.checked(self.secret_env, self.secret_file, self.encrypt)
 
 

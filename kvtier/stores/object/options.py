@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
@@ -105,7 +106,7 @@ class ObjectOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True, kw_
         """Return how many blocks a pack holds."""
         return max(1, min(self.pack_size // block_bytes, MOST_BLOCKS))
 
-    def check(self, block_bytes: int) -> None:
+    def check(self, block_bytes: int, policies: Mapping[str, type[Any]]) -> None:
         """Refuse options that contradict each other, the size of a block, or what the environment shows."""
         if find_spec("obstore") is None:
             raise ConfigError("type", "object", "needs obstore: pip install 'kvtier[object]'")
@@ -115,7 +116,7 @@ class ObjectOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True, kw_
         least = LEAST_PACKS * (block_bytes + HEADER_BYTES) * self.values_per_pack(block_bytes)
         if self.capacity < least:
             raise ConfigError("capacity", self.capacity, f"at least {least} bytes, {LEAST_PACKS} packs")
-        super().check(block_bytes)
+        super().check(block_bytes, policies)
 
     @property
     def root(self) -> str:

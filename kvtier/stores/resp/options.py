@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import SplitResult, unquote
 
 import msgspec
@@ -128,14 +129,14 @@ class RespOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True, kw_on
             database=_database(first, urls[0]),
         )
 
-    def check(self, block_bytes: int) -> None:
+    def check(self, block_bytes: int, policies: Mapping[str, type[Any]]) -> None:
         """Refuse options that contradict each other, or what the environment shows."""
         if find_spec("redis") is None:
             raise ConfigError("type", "resp", "needs redis-py: pip install 'kvtier[redis]'")
         self._check_topology(self.address)
         self._check_values()
         self.read_password()
-        super().check(block_bytes)
+        super().check(block_bytes, policies)
 
     def read_password(self) -> str | None:
         """Return the password as it is now, None if none is configured.

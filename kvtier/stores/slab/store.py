@@ -25,6 +25,7 @@ from kvtier.stores.integrity.sealing import PORTION_BYTES, Sealer
 from kvtier.stores.slab.directory import SlabDirectory
 from kvtier.stores.slab.headers import HeaderFile
 from kvtier.stores.slab.layout import Run, SlabGeometry, coalesce
+from kvtier.stores.slab.options import DirectoryOptions
 from kvtier.stores.slab.segments import Segments
 from kvtier.stores.vectored import NO_SPACE_ERRORS
 from kvtier.types import FailureCause
@@ -70,22 +71,21 @@ class SlabStore(SlotStore):
         """Open a directory.
 
         Args:
-            options: `path`; `capacity`, bytes that everything in the directory takes together, at most;
-                `min_free`, bytes that stay free on the filesystem (default 0); `mount_point`, what must be
-                mounted for `path` to be the right directory (default "/"); those of `SecretPlace`.
+            options: `DirectoryOptions`.
 
         Raises:
             ConfigError: the capacity does not hold one block.
             StoreUnavailableError: the secret is gone, the directory is held by another process, foreign, or not
                 writable, or its filesystem is smaller than the capacity.
         """
-        geometry = SlabGeometry.of(options["capacity"], context.block_bytes)
-        path = Path(options["path"])
         _, sealer = open_sealer(options, context.namespace)
-        directory = SlabDirectory.open(path, sealer.namespace, options.get("mount_point", "/"))
+        read = DirectoryOptions.read(options)
+        geometry = SlabGeometry.of(read.capacity, context.block_bytes)
+        path = Path(read.path)
+        directory = SlabDirectory.open(path, sealer.namespace, read.mount_point)
         try:
-            _check_size(directory, options["capacity"], options.get("min_free", 0))
-            return cls(directory, geometry, options["capacity"], options.get("min_free", 0), context, sealer)
+            _check_size(directory, read.capacity, read.min_free)
+            return cls(directory, geometry, read.capacity, read.min_free, context, sealer)
         except OSError as error:
             raise StoreUnavailableError(f"{path}: {describe(error)}") from error
 
