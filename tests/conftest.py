@@ -20,6 +20,17 @@ settings.register_profile("patient", deadline=None, suppress_health_check=[Healt
 settings.load_profile("patient")
 
 
+SERVERS = {"_azurite", "_moto", "_swift", "_valkey", "_valkey_cluster"}
+"""The fixtures that start a server."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if not SERVERS.isdisjoint(item.fixturenames):
+            item.add_marker("servers")
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("root"):
         need_root()
