@@ -1,4 +1,4 @@
-"""Cascades: which blocks that became ready are offered to which tiers."""
+"""Cascades: which blocks enter which secondary tiers, and when."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from kvtier.tiering.guarded_tier import TierGuard
 from kvtier.types import Admission, ReqContext
 
 MAX_SEEN = 1_000_000
+"""Keys that `second_touch` remembers, about 175 bytes each; the oldest are forgotten."""
 _ALWAYS = Admission.ALWAYS
 
 
 class AdmissionRule:
-    """Which blocks may enter one tier; `second_touch` remembers, within a bound, what it saw once."""
+    """Decides which blocks may enter one tier. `second_touch` remembers the keys that it saw once, up to a bound."""
 
     def __init__(self, admission: Admission, max_seen: int = MAX_SEEN) -> None:
         self._admission = admission
@@ -35,7 +36,7 @@ class AdmissionRule:
         return again
 
     def on_use(self, keys: Sequence[OffloadKey]) -> Sequence[OffloadKey]:
-        """Return those of the loaded or touched `keys` that may enter now and could not before."""
+        """Return those of the loaded or touched `keys` that this second use admits."""
         return self._take_seen(keys) if self._seen_once else ()
 
     def _take_seen(self, keys: Sequence[OffloadKey]) -> list[OffloadKey]:
@@ -67,7 +68,7 @@ def refuse_reason(guard: TierGuard, num_blocks: int) -> str | None:
 
 
 class Cascades:
-    """Offers blocks to tiers, each with its own rule, and hands over what they take; a refusal is counted.
+    """Offers blocks to every tier, by the tier's own rule. A tier may refuse; refusals are counted.
 
     Attributes:
         count_uses: whether the use of a block may admit it to any tier.
@@ -100,7 +101,7 @@ class Cascades:
             self.start(guard, keys, req_context)
 
     def start(self, guard: TierGuard, keys: list[OffloadKey], req_context: ReqContext) -> None:
-        """Hand `keys`, at least one and all ready, to a tier; they stay pinned until it has answered."""
+        """Hand `keys` to a tier: at least one, all ready. Their slots stay pinned until the tier has answered."""
         slots = list(map(self._table.slot_of.__getitem__, keys))
         self._table.pin(slots)
         if not guard.store(keys, slots, req_context):

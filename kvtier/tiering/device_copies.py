@@ -20,14 +20,16 @@ class _Stale:
 
 
 class StaleTransfers:
-    """Slots under copies from before a reset, by request.
+    """Copies that a reset left running, by request: their slots stay in quarantine until the copy has ended.
+
+    The end of a copy is learnt from a late completion or from what workers publish, whichever comes first.
 
     Attributes:
         pending: whether any such copy may still be running.
     """
 
     def __init__(self, table: BlockTable, finished: Callable[[], int]) -> None:
-        """Args: finished: returns the highest number such that workers have ended all transfers up to it."""
+        """Args: finished: returns the highest number up to which workers have ended all transfers."""
         self._table, self._finished = table, finished
         self._stores: list[_Stale] = []
         self._loads: list[_Stale] = []
@@ -54,11 +56,11 @@ class StaleTransfers:
         return [slot for entry in entries for slots in entry.slots.values() for slot in slots]
 
     def complete_stores(self, req_id: str, keys: Iterable[OffloadKey]) -> list[OffloadKey]:
-        """Release what these late completions end; return the keys that were not among it."""
+        """Free the slots whose copies these late completions end; return the other keys."""
         return self._complete(self._stores, req_id, keys)
 
     def complete_loads(self, req_id: str, keys: Iterable[OffloadKey]) -> list[OffloadKey]:
-        """Release what these late completions end; return the keys that were not among it."""
+        """Free the slots whose copies these late completions end; return the other keys."""
         return self._complete(self._loads, req_id, keys)
 
     def _complete(self, stale: list[_Stale], req_id: str, keys: Iterable[OffloadKey]) -> list[OffloadKey]:
@@ -77,7 +79,10 @@ class StaleTransfers:
         return left
 
     def sweep(self) -> None:
-        """Release what workers have ended, lest it take the completion of a newer copy."""
+        """Free the slots of copies that workers report as finished.
+
+        Without this, a later completion of the same key would be credited to the old copy.
+        """
         finished = self._finished()
         for stale in (self._stores, self._loads):
             for entry in stale:
@@ -89,10 +94,10 @@ class StaleTransfers:
 
 
 class DeviceTransfers:
-    """Begins and ends loads and stores of requests; a completion that nothing waits for is counted.
+    """Begins and ends the copies of requests. A completion that no copy waits for is counted.
 
-    Completions name keys, not slots; the slot a request was given is remembered with it, so that a completion
-    from before a reset ends the old copy and not a newer one of the same key.
+    Completions name keys, not slots. Each request remembers its slots, so that a completion from before a reset ends
+    the old copy and not a newer one of the same key.
     """
 
     def __init__(self, table: BlockTable, observer: Observer, finished: Callable[[], int]) -> None:

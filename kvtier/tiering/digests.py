@@ -1,8 +1,8 @@
 """Digests of blocks given to tiers that do not verify what they return.
 
-A tier of one's own makes no promise about its bytes. For such a tier the manager remembers the XXH3-128 of
-every block it gave away, and takes back only what matches; a block whose digest is unknown is a miss. The
-hashing happens on one thread beside the scheduler's.
+A tier that somebody else wrote promises nothing about its bytes. For such a tier the manager remembers the XXH3-128
+digest of every block that it stored there, and accepts only bytes with that digest. A block of unknown digest is a
+miss. One thread beside the scheduler's computes the digests.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from kvtier.keys import OffloadKey
 from kvtier.primary.arena import Rows
 
 MAX_ENTRIES = 1_000_000
+"""Keys with digests, about 270 bytes each; the oldest are forgotten, and their blocks miss."""
 MAX_VERSIONS = 4
+"""Digests per key; see `DigestLedger` for why one is not enough."""
 
 
 class DigestLedger:
@@ -42,7 +44,7 @@ class DigestLedger:
         return self._thread.submit(lambda: [xxhash.xxh3_128_digest(self._rows[slot]) for slot in slots])
 
     def record(self, keys: Sequence[OffloadKey], digests: Sequence[bytes]) -> None:
-        """Remember what the blocks looked like when they were given away."""
+        """Remember the digests of blocks that are stored in the tier."""
         for key, digest in zip(keys, digests, strict=True):
             known = self._digests.get(key, ())
             if digest not in known:
@@ -52,11 +54,11 @@ class DigestLedger:
             self._digests.popitem(last=False)
 
     def matching(self, keys: Sequence[OffloadKey], digests: Sequence[bytes]) -> list[OffloadKey]:
-        """Return those of `keys` that came back as they went."""
+        """Return those of `keys` whose digest is one that was recorded."""
         return [key for key, digest in zip(keys, digests, strict=True) if digest in self._digests.get(key, ())]
 
     def clear(self) -> None:
-        """Forget everything: no block given away before may come back."""
+        """Forget every digest: no block stored before is accepted."""
         self._digests.clear()
 
     def close(self) -> None:

@@ -50,7 +50,7 @@ class Flights:
         waiter.awaiting.clear()
 
     def land(self, keys: Iterable[OffloadKey], slots: Iterable[int]) -> dict[RequestState, list[OffloadKey]]:
-        """The flights of `keys` into `slots` are over; return who waited for which. Abandoned ones had nobody."""
+        """The flights of `keys` into `slots` have ended; return each waiting request with its keys."""
         flights, late = self.by_key, self.late
         awaited: dict[RequestState, list[OffloadKey]] = {}
         group: tuple[RequestState, ...] | None = None
@@ -72,12 +72,12 @@ class Flights:
         return awaited
 
     def abandoned(self, keys: Iterable[OffloadKey]) -> list[OffloadKey]:
-        """Return those of `keys` that are late or on their way to nobody; a store may take them over."""
+        """Return those of `keys` in flight for which no request may wait or does wait; a store may take them over."""
         flights, late = self.by_key, self.late
         return [key for key in keys if key in flights and (key in late or not flights[key][1])]
 
     def abandon(self, keys: Iterable[OffloadKey]) -> None:
-        """Forget these flights: whatever arrives finds its slot in quarantine."""
+        """Forget these flights; their slots are in quarantine until the jobs have ended."""
         for key in keys:
             self.late.discard(key)
             flight = self.by_key.pop(key, None)
@@ -90,7 +90,7 @@ class Flights:
         self.late.clear()
 
     def end_stores(self, keys: Iterable[OffloadKey]) -> None:
-        """Device stores of `keys` have ended: those that were late are so no more."""
+        """Device stores of `keys` have ended: requests may wait for these keys again."""
         self.late.difference_update(keys)
 
     @property

@@ -38,6 +38,7 @@ from kvtier.types import (
 )
 
 STORE_SHARE = 0.5
+"""Of the primary's slots, the most that unanswered stores of one tier pin: the rest stays free for new blocks."""
 _UP, _STARTING, _DOWN = TierState.UP, TierState.STARTING, TierState.DOWN
 
 T = TypeVar("T")

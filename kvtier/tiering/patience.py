@@ -1,4 +1,4 @@
-"""How long requests wait for one tier to say whether it has a block."""
+"""How long a request waits until one tier says whether it has a block."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from kvtier.keys import OffloadKey
 from kvtier.types import LookupResult, ReqContext
 
 FIRST_SECONDS = 2.0
-"""For the first answer of a life: the store opens, connects, looks through a directory; its process loads a client."""
+"""Least wait for a tier's first answer after a start: its process loads a client, connects, and reads an index."""
 _SHORTER = 4.0
-"""How many times shorter the next wait is after one in vain; a tier that says nothing costs few requests anything."""
+"""After a wait without an answer the next one is so many times shorter: a silent tier delays few requests."""
 _MOST_SHORTENED = 3
-"""A wait is never shortened more often than this: a tier that answers again is noticed by whoever waits."""
+"""A wait is shortened at most so often: requests must wait long enough to notice that the tier answers again."""
 _ANSWERS = (LookupResult.HIT, LookupResult.MISS)
 
 
 @dataclass(slots=True)
 class _Question:
-    """A key that a tier could not say anything about at once, and the request that asked."""
+    """A key for which a tier had no answer at once, and the request that asked."""
 
     key: OffloadKey
     context: ReqContext
@@ -28,9 +28,9 @@ class _Question:
 
 
 class ProbePatience:
-    """The deadline of a tier's probes: longer at the beginning of a life, shorter after waits in vain.
+    """The deadline of a tier's probes: longer after a start, shorter after waits without an answer.
 
-    It follows one unanswered question, to notice that a tier answers again though nobody waits for it any more.
+    It repeats one unanswered question, to notice that the tier answers again when no request waits for it.
     """
 
     def __init__(self, clock: Clock, deadline: float) -> None:
@@ -51,7 +51,7 @@ class ProbePatience:
         return max(self._deadline, FIRST_SECONDS) if self._is_first else self._deadline
 
     def begin_life(self) -> None:
-        """The tier may be used from now on."""
+        """The tier has started, and may be used from now on."""
         self._is_first = True
 
     def ask(self, key: OffloadKey, req_context: ReqContext) -> None:
@@ -65,11 +65,11 @@ class ProbePatience:
             self._question = None
 
     def give_up(self) -> None:
-        """A request has waited in vain."""
+        """A request has waited and got no answer."""
         self._num_in_vain += 1
 
     def follow(self, lookup: Callable[[OffloadKey, ReqContext], LookupResult]) -> None:
-        """Look whether a tier in use has answered; `lookup` asks it again."""
+        """Ask the open question again, by `lookup`, and note the answer if there is one."""
         question = self._question
         if question is not None and lookup(question.key, question.context) in _ANSWERS:
             in_time = self._clock() - question.asked_at <= self._full

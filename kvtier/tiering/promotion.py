@@ -52,7 +52,7 @@ def plan_promotions(
     late: Container[OffloadKey] = (),
     held: Container[int] = (),
 ) -> PromotionPlan:
-    """Choose what to lease and promote for one request: all that is certain, up to the first unresolved key.
+    """Choose what to lease and promote for one request: the keys up to the first unresolved one; change nothing.
 
     Args:
         late: in-flight keys that nobody may wait for any more.
@@ -124,7 +124,7 @@ def split_scan(scan: Collection[OffloadKey]) -> list[list[OffloadKey]]:
 
 
 class Promoter:
-    """Leases, allocates and submits what a plan says; publishes what lands, for all who wait for it."""
+    """Carries out plans: leases hits, allocates slots, submits loads, and publishes the blocks that arrive."""
 
     def __init__(
         self,
