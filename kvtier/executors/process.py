@@ -20,6 +20,7 @@ from kvtier.executors.loop import cancelled
 from kvtier.executors.protocol import (
     MAX_MESSAGES,
     MAX_PACKET_BYTES,
+    REPORTS,
     Cancel,
     IndexBatch,
     Open,
@@ -27,7 +28,7 @@ from kvtier.executors.protocol import (
     Probe,
     Request,
     blocks_per_packet,
-    decode_reports,
+    decode,
     encode,
 )
 from kvtier.executors.queue import TaskQueue
@@ -186,7 +187,7 @@ class IOProcess(IOExecutor):
             if not packet:
                 reports += [] if reports else self._ended()  # what it did before its end is heard first
                 break
-            arrived = decode_reports(packet)
+            arrived = decode(packet, REPORTS)
             reports += arrived
             num_index += isinstance(arrived[0], IndexBatch)
             if num_index >= _MOST_INDEX_BATCHES:

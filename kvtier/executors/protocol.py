@@ -49,6 +49,29 @@ class _Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     """Encoded as an array: its tag, then its fields in order."""
 
 
+class _Keyed(_Message, frozen=True):
+    """Keys of many blocks are one field: decoding a field per key would take longer than all the rest.
+
+    Attributes:
+        key_bytes: length of each key.
+        joined_keys: the keys side by side.
+    """
+
+    key_bytes: KeyBytes
+    joined_keys: bytes
+
+    @property
+    def keys(self) -> list[OffloadKey]:
+        """The keys, split at every access."""
+        return _split_keys(self.joined_keys, self.key_bytes)
+
+    def check_column(self, packed_slots: bytes) -> None:
+        """Raise ProtocolError unless there is one slot per key, and at least one."""
+        length = len(packed_slots)
+        if not length or length % _SLOT_BYTES or len(self.joined_keys) * _SLOT_BYTES != length * self.key_bytes:
+            raise ProtocolError("keys and slots differ in number")
+
+
 class Open(_Message, frozen=True, tag=1):
     """The first request: which store to open, and how. It is not on the command line because it may hold secrets.
 
@@ -59,17 +82,13 @@ class Open(_Message, frozen=True, tag=1):
     description: bytes
 
 
-class Part(_Message, frozen=True, tag=2):
+class Part(_Keyed, frozen=True, tag=2):
     """Blocks of one job, neighbours in it, to be moved.
-
-    Keys and slots of many blocks are one field each, or decoding them would take longer than the rest.
 
     Attributes:
         serial: number of the job in its tier.
         first: index of the first block in the job.
         is_load: True reads from the store into the arena.
-        key_bytes: length of each key.
-        joined_keys: the keys side by side.
         packed_arena_slots: slots of the primary arena, 4 bytes each.
         packed_store_slots: slots of the store, or None if keys are the location.
     """
@@ -77,8 +96,6 @@ class Part(_Message, frozen=True, tag=2):
     serial: U64
     first: U32
     is_load: bool
-    key_bytes: KeyBytes
-    joined_keys: bytes
     packed_arena_slots: bytes
     packed_store_slots: bytes | None
 
@@ -98,24 +115,17 @@ class Part(_Message, frozen=True, tag=2):
             ProtocolError: columns differ in number, keys in length, or a slot does not fit 4 bytes.
         """
         packed = None if store_slots is None else _pack_slots(store_slots)
-        return cls(serial, first, is_load, *_join_keys(keys), _pack_slots(arena_slots), packed)
+        return cls(*_join_keys(keys), serial, first, is_load, _pack_slots(arena_slots), packed)
 
     def __post_init__(self) -> None:
-        length, store_slots = len(self.packed_arena_slots), self.packed_store_slots
-        if not length or length % _SLOT_BYTES or len(self.joined_keys) * _SLOT_BYTES != length * self.key_bytes:
-            raise ProtocolError("keys and slots differ in number")
-        if store_slots is not None and len(store_slots) != length:
-            raise ProtocolError("slots of store and arena differ in number")
+        self.check_column(self.packed_arena_slots)
+        if self.packed_store_slots is not None:
+            self.check_column(self.packed_store_slots)
 
     @property
     def num_blocks(self) -> int:
         """How many blocks move."""
         return len(self.packed_arena_slots) // _SLOT_BYTES
-
-    @property
-    def keys(self) -> list[OffloadKey]:
-        """The keys, split at every access."""
-        return _split_keys(self.joined_keys, self.key_bytes)
 
     @property
     def arena_slots(self) -> list[int]:
@@ -136,22 +146,20 @@ class Part(_Message, frozen=True, tag=2):
     def _slice(self, start: int, stop: int) -> Part:
         slots, store_slots = slice(start * _SLOT_BYTES, stop * _SLOT_BYTES), self.packed_store_slots
         return Part(
+            self.key_bytes,
+            self.joined_keys[start * self.key_bytes : stop * self.key_bytes],
             self.serial,
             self.first + start,
             self.is_load,
-            self.key_bytes,
-            self.joined_keys[start * self.key_bytes : stop * self.key_bytes],
             self.packed_arena_slots[slots],
             None if store_slots is None else store_slots[slots],
         )
 
 
-class Probe(_Message, frozen=True, tag=3):
+class Probe(_Keyed, frozen=True, tag=3):
     """Ask which keys the store holds."""
 
     probe_id: U64
-    key_bytes: KeyBytes
-    joined_keys: bytes
 
     @classmethod
     def of(cls, probe_id: int, keys: Sequence[OffloadKey]) -> Probe:
@@ -160,16 +168,11 @@ class Probe(_Message, frozen=True, tag=3):
         Raises:
             ProtocolError: there are none, or they differ in length.
         """
-        return cls(probe_id, *_join_keys(keys))
+        return cls(*_join_keys(keys), probe_id)
 
     def __post_init__(self) -> None:
         if not self.joined_keys or len(self.joined_keys) % self.key_bytes:
             raise ProtocolError("no keys, or a piece of one")
-
-    @property
-    def keys(self) -> list[OffloadKey]:
-        """The keys, split at every access."""
-        return _split_keys(self.joined_keys, self.key_bytes)
 
 
 class Cancel(_Message, frozen=True, tag=4):
@@ -193,11 +196,9 @@ class Unavailable(_Message, frozen=True, tag=6):
         return cls(str(reason)[:MAX_REASON_CHARACTERS].encode(errors="replace").decode())
 
 
-class IndexBatch(_Message, frozen=True, tag=7):
+class IndexBatch(_Keyed, frozen=True, tag=7):
     """Blocks that a former process left in the store, oldest first."""
 
-    key_bytes: KeyBytes
-    joined_keys: bytes
     packed_slots: bytes
 
     @classmethod
@@ -210,19 +211,12 @@ class IndexBatch(_Message, frozen=True, tag=7):
         return cls(*_join_keys(keys), _pack_slots(slots))
 
     def __post_init__(self) -> None:
-        length = len(self.packed_slots)
-        if not length or length % _SLOT_BYTES or len(self.joined_keys) * _SLOT_BYTES != length * self.key_bytes:
-            raise ProtocolError("keys and slots differ in number")
+        self.check_column(self.packed_slots)
 
     @property
     def slots(self) -> list[int]:
         """Slots of the store, unpacked at every access."""
         return _unpack_slots(self.packed_slots)
-
-    @property
-    def keys(self) -> list[OffloadKey]:
-        """The keys, split at every access."""
-        return _split_keys(self.joined_keys, self.key_bytes)
 
 
 class IndexEnd(_Message, frozen=True, tag=8):
@@ -264,8 +258,8 @@ StoreReport = Ready | Unavailable | IndexBatch | IndexEnd | PartResult | ProbeAn
 
 _Packet = msgspec.Meta(min_length=1, max_length=MAX_MESSAGES)
 _ENCODER = msgspec.msgpack.Encoder()
-_REQUESTS: msgspec.msgpack.Decoder[list[Request]] = msgspec.msgpack.Decoder(Annotated[list[Request], _Packet])
-_REPORTS: msgspec.msgpack.Decoder[list[StoreReport]] = msgspec.msgpack.Decoder(Annotated[list[StoreReport], _Packet])
+REQUESTS: msgspec.msgpack.Decoder[list[Request]] = msgspec.msgpack.Decoder(Annotated[list[Request], _Packet])
+REPORTS: msgspec.msgpack.Decoder[list[StoreReport]] = msgspec.msgpack.Decoder(Annotated[list[StoreReport], _Packet])
 
 
 def blocks_per_packet(key_bytes: int) -> int:
@@ -295,29 +289,19 @@ def encode(messages: Iterable[Request | StoreReport]) -> tuple[bytes, int]:
     return _ENCODER.encode(encoded), len(encoded)
 
 
-def decode_requests(packet: bytes) -> list[Request]:
-    """Return the messages of a packet that a tier sent.
+def decode(packet: bytes, direction: msgspec.msgpack.Decoder[T]) -> T:
+    """Return the messages of a packet.
+
+    Args:
+        direction: `REQUESTS` or `REPORTS`.
 
     Raises:
-        ProtocolError: `encode` made no such packet of requests.
+        ProtocolError: `encode` made no such packet of messages of this direction.
     """
-    return _decode(_REQUESTS, packet)
-
-
-def decode_reports(packet: bytes) -> list[StoreReport]:
-    """Return the messages of a packet that an I/O process sent.
-
-    Raises:
-        ProtocolError: `encode` made no such packet of reports.
-    """
-    return _decode(_REPORTS, packet)
-
-
-def _decode(decoder: msgspec.msgpack.Decoder[T], packet: bytes) -> T:
     if len(packet) > MAX_PACKET_BYTES:
         raise ProtocolError(f"a packet of {len(packet)} bytes")
     try:
-        return decoder.decode(packet)
+        return direction.decode(packet)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ProtocolError(f"malformed packet: {error}") from error
 

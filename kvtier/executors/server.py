@@ -23,6 +23,7 @@ from kvtier.executors.base import StoreDescription
 from kvtier.executors.loop import StoreLoop
 from kvtier.executors.protocol import (
     MAX_PACKET_BYTES,
+    REQUESTS,
     Cancel,
     IndexEnd,
     Open,
@@ -33,7 +34,7 @@ from kvtier.executors.protocol import (
     Request,
     StoreReport,
     Unavailable,
-    decode_requests,
+    decode,
     encode,
 )
 from kvtier.executors.runner import StoreRunner
@@ -92,7 +93,7 @@ class Channel:
                 raise _EndOfParent
             if flags & socket.MSG_TRUNC:
                 raise ProtocolError("a packet that is too long")
-            return decode_requests(packet)
+            return decode(packet, REQUESTS)
 
     def send(self, messages: Sequence[StoreReport]) -> None:
         """Send messages, in as few packets as they fit, waiting as long as the parent is busy.

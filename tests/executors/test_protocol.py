@@ -13,6 +13,8 @@ from kvtier.executors.protocol import (
     MAX_MESSAGES,
     MAX_PACKET_BYTES,
     MAX_REASON_CHARACTERS,
+    REPORTS,
+    REQUESTS,
     Cancel,
     IndexBatch,
     IndexEnd,
@@ -25,8 +27,7 @@ from kvtier.executors.protocol import (
     Ready,
     Unavailable,
     blocks_per_packet,
-    decode_reports,
-    decode_requests,
+    decode,
     encode,
 )
 from kvtier.namespace import Namespace
@@ -56,8 +57,8 @@ def parts(draw):
 
 PROBES = blocks(0).map(lambda drawn: Probe.of(7, drawn[0]))
 BITS = st.lists(st.booleans(), min_size=1, max_size=200)
-REQUESTS = st.one_of(st.builds(Open, st.binary(max_size=200)), parts(), PROBES, st.just(Cancel()))
-REPORTS = st.one_of(
+SENT = st.one_of(st.builds(Open, st.binary(max_size=200)), parts(), PROBES, st.just(Cancel()))
+REPORTED = st.one_of(
     st.builds(Ready, U32),
     st.builds(Unavailable, st.text(st.characters(exclude_categories=["Cs"]), max_size=MAX_REASON_CHARACTERS)),
     blocks(1).map(lambda drawn: IndexBatch.of(drawn[1], drawn[0])),
@@ -67,8 +68,8 @@ REPORTS = st.one_of(
     st.builds(Prepared, U64, U64),
 )
 PACKETS = st.one_of(
-    st.tuples(st.just(decode_requests), st.lists(REQUESTS, min_size=1, max_size=8)),
-    st.tuples(st.just(decode_reports), st.lists(REPORTS, min_size=1, max_size=8)),
+    st.tuples(st.just(REQUESTS), st.lists(SENT, min_size=1, max_size=8)),
+    st.tuples(st.just(REPORTS), st.lists(REPORTED, min_size=1, max_size=8)),
 )
 
 
@@ -100,10 +101,10 @@ def in_range(message):
 
 @given(PACKETS)
 def test_messages_survive_the_wire_in_their_order(drawn):
-    decode, messages = drawn
+    direction, messages = drawn
     packet, count = encode(messages)
     assert len(packet) <= MAX_PACKET_BYTES
-    assert decode(packet) == messages[:count]
+    assert decode(packet, direction) == messages[:count]
     assert count == len(messages)
 
 
@@ -113,88 +114,88 @@ def test_a_packet_is_as_full_as_it_can_be(sizes):
     length = [len(encode([message])[0]) - 1 for message in messages]
     packet, count = encode(messages)
     assert len(packet) <= MAX_PACKET_BYTES
-    assert decode_requests(packet) == messages[:count]
+    assert decode(packet, REQUESTS) == messages[:count]
     assert count == len(messages) or 3 + sum(length[: count + 1]) > MAX_PACKET_BYTES
 
 
 def test_what_does_not_fit_waits_for_the_next_packet():
     big = Part.of(1, 0, True, [bytes([number]) * 68 for number in range(200)] * 2, range(400), range(400))
     packet, count = encode([big] * 5)
-    assert (count, decode_requests(packet)) == (2, [big] * 2)
+    assert (count, decode(packet, REQUESTS)) == (2, [big] * 2)
     packet, count = encode([Cancel()] * 1000)
-    assert (count, decode_requests(packet)) == (MAX_MESSAGES, [Cancel()] * MAX_MESSAGES)
+    assert (count, decode(packet, REQUESTS)) == (MAX_MESSAGES, [Cancel()] * MAX_MESSAGES)
 
 
 def test_a_packet_holds_messages_of_one_direction_and_nothing_else():
     requests, _ = encode([Cancel(), Cancel()])
     reports, _ = encode([IndexEnd(), Ready(3)])
-    for decode, packet in (
-        (decode_reports, requests),
-        (decode_requests, reports),
-        (decode_requests, b""),
-        (decode_requests, b"\x90"),
-        (decode_requests, b"\x91" + requests),
-        (decode_requests, requests[1:]),
-        (decode_requests, requests[:-1]),
-        (decode_requests, requests + b"\0"),
-        (decode_requests, b"\xdc\x01\x01" + requests[1:2] * (MAX_MESSAGES + 1)),
+    for direction, packet in (
+        (REPORTS, requests),
+        (REQUESTS, reports),
+        (REQUESTS, b""),
+        (REQUESTS, b"\x90"),
+        (REQUESTS, b"\x91" + requests),
+        (REQUESTS, requests[1:]),
+        (REQUESTS, requests[:-1]),
+        (REQUESTS, requests + b"\0"),
+        (REQUESTS, b"\xdc\x01\x01" + requests[1:2] * (MAX_MESSAGES + 1)),
     ):
         with pytest.raises(ProtocolError):
-            decode(packet)
+            decode(packet, direction)
 
 
-@pytest.mark.parametrize("decode", [decode_requests, decode_reports])
+@pytest.mark.parametrize("direction", [REQUESTS, REPORTS])
 @given(st.binary(max_size=300))
-def test_garbage_is_a_protocol_error(decode, packet):
+def test_garbage_is_a_protocol_error(direction, packet):
     try:
-        messages = decode(packet)
+        messages = decode(packet, direction)
     except ProtocolError:
         return
     assert all(map(in_range, messages))
-    assert decode(encode(messages)[0]) == messages
+    assert decode(encode(messages)[0], direction) == messages
 
 
 @given(PACKETS, st.data())
 def test_a_damaged_packet_is_another_one_or_a_protocol_error(drawn, data):
-    decode, messages = drawn
+    direction, messages = drawn
     packet = bytearray(encode(messages)[0])
     for _ in range(data.draw(st.integers(1, 3))):
         packet[data.draw(st.integers(0, len(packet) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(ProtocolError):
-        assert all(map(in_range, decode(bytes(packet))))
+        assert all(map(in_range, decode(bytes(packet), direction)))
 
 
 @given(PACKETS, st.data())
 def test_a_packet_cut_or_grown_is_a_protocol_error(drawn, data):
-    decode, messages = drawn
+    direction, messages = drawn
     packet = encode(messages)[0]
     with pytest.raises(ProtocolError):
-        decode(packet[: data.draw(st.integers(0, len(packet) - 1))])
+        decode(packet[: data.draw(st.integers(0, len(packet) - 1))], direction)
     with pytest.raises(ProtocolError):
-        decode(packet + b"\0")
+        decode(packet + b"\0", direction)
 
 
 HUGE = b"\xff\xff\xff\xff"
 
 
 @pytest.mark.parametrize(
-    ("decode", "packet"),
+    ("direction", "packet"),
     [
-        (decode_requests, b"\xdd" + HUGE),
-        (decode_requests, b"\x91\xdd" + HUGE),
-        (decode_requests, b"\x91\x92\x01\xc6" + HUGE),
-        (decode_reports, b"\x91\x96\x09\x00\x00\xdd" + HUGE),
-        (decode_reports, b"\x91\x96\x09\x00\x00\x91\xc3\x00\xdf" + HUGE),
-        (decode_reports, b"\x91\x92\x06\xdb" + HUGE),
-        (decode_requests, b"\x91" * 60_000),
-        (decode_requests, b"\x90" * 70_000),
+        (REQUESTS, b"\xdd" + HUGE),
+        (REQUESTS, b"\x91\xdd" + HUGE),
+        (REQUESTS, b"\x91\x92\x01\xc6" + HUGE),
+        (REPORTS, b"\x91\x96\x09\x00\x00\xdd" + HUGE),
+        (REPORTS, b"\x91\x96\x09\x00\x00\x91\xc3\x00\xdf" + HUGE),
+        (REPORTS, b"\x91\x92\x06\xdb" + HUGE),
+        (REQUESTS, b"\x91" * 60_000),
+        (REQUESTS, b"\x90" * 70_000),
     ],
 )
-def test_a_packet_that_promises_much_takes_little_memory(decode, packet):
+def test_a_packet_that_promises_much_takes_little_memory(direction, packet):
     tracemalloc.start()
     try:
         with pytest.raises(ProtocolError):
-            decode(packet)
+            decode(packet, direction)
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
         tracemalloc.stop()
@@ -206,9 +207,9 @@ def test_as_many_blocks_as_fit_a_packet_fit_it(key_bytes, number):
     count = blocks_per_packet(key_bytes)
     slots = [number] * count
     part = Part.of(number * 2**32, number, True, [bytes(key_bytes)] * count, slots, slots)
-    assert decode_requests(encode([part])[0]) == [part]
+    assert decode(encode([part])[0], REQUESTS) == [part]
     index = IndexBatch.of(slots, [bytes(key_bytes)] * count)
-    assert decode_reports(encode([index])[0]) == [index]
+    assert decode(encode([index])[0], REPORTS) == [index]
 
 
 @pytest.mark.parametrize("max_blocks", [1, 3, 7, 10])
@@ -262,9 +263,9 @@ def test_what_does_not_fit_is_refused(make):
     ],
 )
 def test_values_out_of_range_are_refused_by_whoever_reads_them(message):
-    decode = decode_requests if isinstance(message, Part) else decode_reports
+    direction = REQUESTS if isinstance(message, Part) else REPORTS
     with pytest.raises(ProtocolError):
-        decode(encode([message])[0])
+        decode(encode([message])[0], direction)
 
 
 def describe(options):
@@ -279,7 +280,7 @@ def test_the_description_of_a_store_survives_the_wire(options):
 
 def test_a_path_that_is_no_utf_8_survives_the_wire():
     description = describe({"path": "/cache/\udcff"})
-    (request,) = decode_requests(encode([Open(description.to_json())])[0])
+    (request,) = decode(encode([Open(description.to_json())])[0], REQUESTS)
     assert StoreDescription.from_json(request.description) == description
 
 
@@ -296,5 +297,5 @@ def test_a_description_that_is_none_is_a_protocol_error(text):
 
 
 def test_a_long_reason_is_cut_and_what_utf_8_cannot_say_is_replaced():
-    (message,) = decode_reports(encode([Unavailable.because("é\udcff" * 5000)])[0])
+    (message,) = decode(encode([Unavailable.because("é\udcff" * 5000)])[0], REPORTS)
     assert message.reason == ("é?" * 5000)[:MAX_REASON_CHARACTERS]
