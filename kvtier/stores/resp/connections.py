@@ -7,6 +7,7 @@ the socket that redis-py's own class has connected; that class and the credentia
 from __future__ import annotations
 
 import contextlib
+import ssl
 from collections.abc import Sequence
 from socket import socket
 from typing import Any
@@ -53,6 +54,24 @@ class _TCPConnection(_WithWire, redis.Connection):
 
 class _TLSConnection(_WithWire, redis.SSLConnection):
     """Over TLS."""
+
+    def can_read(self, timeout: float = 0) -> bool:
+        """Return whether the server has sent something unasked, or closed the connection; the pool connects anew then.
+
+        A TLS 1.3 server sends session tickets after the handshake (RFC 8446, 4.6.1): the socket is readable, and there
+        is nothing to read. hiredis' parser takes them for data, and no connection would be ready.
+        """
+        if not super().can_read(timeout):
+            return False
+        former = self.connected.gettimeout()
+        self.connected.setblocking(False)
+        try:
+            self.connected.recv(1)
+        except ssl.SSLWantReadError:
+            return False
+        finally:
+            self.connected.settimeout(former)
+        return True
 
 
 class _UnixConnection(_WithWire, redis.UnixDomainSocketConnection):
