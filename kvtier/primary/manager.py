@@ -43,6 +43,8 @@ class CPUPrimaryTierOffloadingManager:
             )
         self.table = BlockTable(num_blocks, policy)
         self._view = view
+        self.block_bytes = int(view.shape[1])
+        """Bytes of one slot; asked for when the arena is released, too."""
         self._control = control
         self._world_size = world_size
         self._sequence = 0
@@ -56,11 +58,6 @@ class CPUPrimaryTierOffloadingManager:
     def num_blocks(self) -> int:
         """Slots of the arena."""
         return self.table.num_slots
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of one slot."""
-        return int(self._view.shape[1]) if self._view.shape else 0
 
     def get_kv_memoryview(self) -> memoryview:
         """Return the arena, shape (num_blocks, block_bytes), bytes."""
