@@ -8,6 +8,8 @@ from __future__ import annotations
 
 MOST_QUOTED = 200
 """Characters of a quotation."""
+MOST_IN_A_REASON = 400
+"""Characters of the reason why a tier is down: paths of containers' volumes alone have some 150."""
 MOST_IN_A_LINE = 2000
 """Characters of a whole message, quotations included."""
 _CUT = " ..."

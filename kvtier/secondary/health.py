@@ -10,7 +10,7 @@ from enum import Enum
 from kvtier.clock import Clock
 from kvtier.errors import InvariantError
 from kvtier.events import Observer, TierState, TierStateChanged
-from kvtier.foreign_text import MOST_QUOTED, one_line
+from kvtier.foreign_text import MOST_IN_A_REASON, one_line
 from kvtier.log import logger
 
 _MOST_SAID = 8
@@ -151,7 +151,7 @@ class TierHealth:
 
         Args: warn: users should know, though the tier is not DOWN.
         """
-        reason = one_line(reason, MOST_QUOTED)
+        reason = one_line(reason, MOST_IN_A_REASON)
         if (state, reason) == (self.state, self.reason) or self.state is TierState.CLOSED:
             return
         self.state, self.reason = state, reason

@@ -119,7 +119,7 @@ def check_mounted(path: Path, mount_point: str = "/") -> None:
         except OSError as error:
             raise StoreUnavailableError(f"{path}: {place}: {error.strerror}") from error
         if place != "/" and table.kind_at(place) is None:
-            raise StoreUnavailableError(f"{path}: its filesystem is not there: {place} {why}, and is not mounted now")
+            raise StoreUnavailableError(f"{place} is not mounted now, and {why}: {path} belongs there")
 
 
 def filesystem_type(descriptor: int) -> str:
