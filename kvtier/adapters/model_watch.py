@@ -25,7 +25,11 @@ _RANDOM_BYTES = 16
 
 
 class ModelIdentity:
-    """Knows what a model's KV depends on. Used under its owner's lock."""
+    """Knows what a model's KV depends on. Used under its owner's lock.
+
+    Attributes:
+        num_changes: how often `current` has found the model changed, be it back to what it was before.
+    """
 
     def __init__(self, model: torch.nn.Module) -> None:
         """Read and hash the whole model: about 0.1 s per GB on two processors.
@@ -35,6 +39,7 @@ class ModelIdentity:
         """
         self._model = model
         self._tokens: dict[int, str] = {}
+        self.num_changes = -1
         self._said: set[str] = set()
         # torch's fused optimizers write to weights without counting up their versions.
         self._hook = register_optimizer_step_post_hook(_count_step)
@@ -85,6 +90,7 @@ class ModelIdentity:
         self._unmarked_digests = [entry.digest for entry, _ in unmarked]
         self._kinds = frozenset((tensor.dtype, tensor.device) for _, tensor in live)
         self._fingerprint = self._describe(state)
+        self.num_changes += 1
         self._state = state
 
     def _hash(self, changed: list[tuple[TensorEntry, torch.Tensor]], deadline: float | None) -> None:

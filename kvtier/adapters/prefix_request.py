@@ -86,18 +86,20 @@ class Prompt:
     Attributes:
         token_ids: the prompt's.
         root: of its keys, see `chain_root`; another one as soon as the model computes other KV.
-        current_root: returns what `root` would be now.
+        num_changes: of the model, when the request was made.
+        now: returns what `root` and `num_changes` would be now.
         has_keys: false if its KV depends on more than its tokens; nothing is restored or stored then.
     """
 
     token_ids: list[int]
     root: bytes
-    current_root: Callable[[], bytes]
+    num_changes: int
+    now: Callable[[], tuple[bytes, int]]
     has_keys: bool = True
 
     def is_current(self) -> bool:
-        """Return whether the model still computes what it did when the request was made."""
-        return self.has_keys and self.current_root() == self.root
+        """Return whether the model computes what it did when the request was made, and has done so ever since."""
+        return self.has_keys and self.now() == (self.root, self.num_changes)
 
 
 class PrefixRequest:

@@ -213,6 +213,9 @@ class PrefixCache:
     def _root(self, cache_salt: str) -> bytes:
         return chain_root(self.namespace, cache_salt)
 
+    def _root_and_changes(self, identity: ModelIdentity, cache_salt: str) -> tuple[bytes, int]:
+        return self._root(cache_salt), identity.num_changes
+
     def _follow_model(self) -> Machinery:
         """Return the machinery, made anew if the model's KV has got another form, as by `model.to(dtype)`."""
         with self._lock:
@@ -317,8 +320,8 @@ class PrefixCache:
         has_keys = not foreign and not placeholder_ids(self.model.config) & set(token_ids)
         with self._lock:
             machinery = self._follow_model()
-            root = functools.partial(self._root, cache_salt)
-            prompt = Prompt(token_ids, root(), root, has_keys)
+            now = functools.partial(self._root_and_changes, machinery.identity, cache_salt)
+            prompt = Prompt(token_ids, *now(), now, has_keys)
             return PrefixRequest(machinery, f"prompt-{next(self._req_ids)}", prompt)
 
     def keys(self, token_ids: Sequence[int], cache_salt: str = "") -> list[OffloadKey]:

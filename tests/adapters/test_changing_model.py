@@ -450,6 +450,18 @@ def test_a_request_begun_before_a_change_restores_and_stores_nothing():
             assert cache.generate(tokens(100, seed=9), max_new_tokens=1).restored_tokens == 0
 
 
+def test_a_change_that_another_request_noticed_and_that_was_undone_keeps_a_request_from_storing():
+    model = with_adapters()
+    with PrefixCache(model, MEMORY_ONLY) as cache:
+        with cache.request(PROMPT) as request:
+            switch(model)  # as another thread may, while this one's model runs
+            cache.generate(tokens(40), max_new_tokens=1)
+            decode_greedily(model, PROMPT, request.past_key_values, max_new_tokens=1)
+            model.set_adapter("one")
+            assert request.store(PROMPT) == 0
+        assert ask(cache) == 0
+
+
 def test_reset_finds_nothing_that_was_stored_before(tmp_path):
     model = tiny_llama()
     with PrefixCache(model, tiers(tmp_path)) as cache:
