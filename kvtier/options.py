@@ -177,8 +177,8 @@ def _check_text(value: object, key: str) -> None:
     """Refuse, at any depth, what no file's name, no message and no log can hold.
 
     Raises:
-        ConfigError: half of a surrogate pair (JSON can hold one), bytes that are no UTF-8, a NUL, or, in an ASCII
-            locale, more than ASCII.
+        ConfigError: half of a surrogate pair (JSON can hold one), bytes that are no UTF-8, a NUL, in an ASCII
+            locale more than ASCII, or a path in a home directory that no shell has expanded.
     """
     if isinstance(value, str):
         if not is_utf8(value) or "\0" in value:
@@ -190,6 +190,8 @@ def _check_text(value: object, key: str) -> None:
                 f"this process's locale knows {sys.getfilesystemencoding()} only: set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
             )
             raise ConfigError(key, value, allowed) from None
+        if value == "~" or value.startswith("~/"):
+            raise ConfigError(key, value, "only a shell knows ~: write the home directory out")
     elif isinstance(value, Mapping):
         for name, item in value.items():
             _check_text(name, f"a name in {key}" if key else "a name")

@@ -70,7 +70,7 @@ def imports():
             elif isinstance(node, ast.ImportFrom):
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
             for name in names:
-                if name.startswith("kvtier.") and (imported := name.split(".")[1]) != part:
+                if name.startswith("kvtier.") and (imported := name.split(".")[1]) not in (part, "__version__"):
                     yield file.relative_to(REPOSITORY), part, imported
 
 

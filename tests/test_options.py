@@ -32,6 +32,8 @@ def test_unknown_keys_without_a_near_one_list_the_known():
     ("value", "hint", "message"),
     [
         ("1", int, "k='1': expected int, got str"),
+        ("~/kv", str, "k='~/kv': only a shell knows ~: write the home directory out"),
+        (["/a", "~"], list[str], "k[1]='~': only a shell knows ~: write the home directory out"),
         (True, int, "k=True: expected int, got bool"),
         (1, bool, "k=1: expected bool, got int"),
         (float("nan"), float, "k=nan: a finite number expected"),

@@ -80,6 +80,7 @@ class PrefixCache:
         self._lock = threading.RLock()
         self._epoch = b""
         self._machinery: Machinery | None = None
+        self._is_closed = False
         self._set_shape(inspect_cache(model))
         forks.register(self)
 
@@ -114,7 +115,10 @@ class PrefixCache:
         Raises:
             CapacityError: the machine cannot hold `cpu_bytes_to_use`.
             ConfigError: a tier refuses its options, or the model's weights cannot be read.
+            RuntimeError: it is open, or was closed.
         """
+        if self._is_closed or self._machinery is not None:
+            raise RuntimeError("a prefix cache is opened once: make a new one")
         self._start(ModelIdentity(self.model), ready_timeout)
         return self
 
@@ -151,6 +155,7 @@ class PrefixCache:
                 machinery.is_open = False
                 machinery.identity.close()
             self._machinery = None
+            self._is_closed = True
             self._spec.shutdown()
 
     def __enter__(self) -> Self:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from kvtier import __version__
 from kvtier.cli.bench import bench
 from kvtier.cli.demo import demo
 from kvtier.cli.edge import Commands, prepare_streams
@@ -23,9 +26,19 @@ app = typer.Typer(
 )
 
 
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(f"kvtier {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _commands() -> None:
-    """Keep commands under their names even while there is only one."""
+def _commands(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of the command line itself; its commands keep their names."""
 
 
 app.command()(demo)

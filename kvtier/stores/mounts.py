@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvtier.errors import StoreUnavailableError
+from kvtier.stores.own_files import FOLDER_MODE
 
 FSTAB = Path("/etc/fstab")
 MOUNTS = Path("/proc/self/mountinfo")
@@ -165,3 +166,23 @@ def _lines_of(table: Path) -> list[str]:
 def _plain(field: str) -> str:
     """Return a path as it is, from a table that writes blanks as octal numbers."""
     return _OCTAL.sub(lambda code: chr(int(code[1], 8)), field)
+
+
+def make_last_directory(path: Path) -> None:
+    """Make the directory if it is missing and its parent exists.
+
+    Raises:
+        StoreUnavailableError: there is no parent, or something else has this name.
+        OSError: it cannot be made.
+    """
+    try:
+        path.mkdir(mode=FOLDER_MODE, exist_ok=True)
+    except FileNotFoundError as error:
+        if path.parent.exists():  # a filesystem may refuse with this error, as /proc does
+            raise
+        raise StoreUnavailableError(
+            f"{path}: {path.parent} does not exist; kvtier makes only the last directory of a path, so that it never"
+            " fills the disk below a filesystem that is not mounted"
+        ) from error
+    except FileExistsError as error:
+        raise StoreUnavailableError(f"{path}: is not a directory") from error

@@ -256,6 +256,15 @@ def test_use_before_open_says_so(model):
         PrefixCache(model, MEMORY_ONLY).generate(tokens(8))
 
 
+def test_a_cache_is_opened_once(model):
+    with PrefixCache(model, MEMORY_ONLY) as cache:
+        with pytest.raises(RuntimeError, match="opened once: make a new one"):
+            cache.open()
+        assert cache.generate(tokens(8), max_new_tokens=1).sequences.shape == (1, 9)
+    with pytest.raises(RuntimeError, match="opened once: make a new one"):
+        cache.open()
+
+
 def test_layers_of_unlike_shape_are_refused(model):
     config = LlamaConfig(**{**model.config.to_dict(), "num_hidden_layers": 2})
     odd = LlamaForCausalLM(config).eval()

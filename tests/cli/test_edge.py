@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import kvtier
 from kvtier.cli import app
 
 LINE = '{"timestamp": 0, "input_length": 1024, "output_length": 5, "hash_ids": [1, 2]}\n'
@@ -150,6 +151,11 @@ def start(*words, **more):
     return subprocess.Popen(
         [sys.executable, "-m", "kvtier", *map(str, words)], stderr=subprocess.PIPE, text=True, env=environment, **more
     )
+
+
+def test_the_version_is_that_of_the_package():
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"kvtier {kvtier.__version__}\n")
 
 
 def test_a_reader_that_goes_away_makes_no_traceback(places):

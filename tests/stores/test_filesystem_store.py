@@ -121,6 +121,12 @@ def test_a_parent_that_is_missing_is_not_made(tmp_path):
         open_store(tmp_path / "not mounted" / "shared")
 
 
+def test_a_file_in_place_of_the_directory_is_called_that(shared):
+    shared.write_text("a file")
+    with pytest.raises(StoreUnavailableError, match="is not a directory"):
+        open_store(shared)
+
+
 @pytest.mark.root
 def test_a_directory_of_another_owner_is_refused(shared, opened):
     shared.mkdir()

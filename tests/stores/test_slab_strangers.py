@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from requirements import need_mounts
@@ -129,6 +130,19 @@ def test_a_directory_of_somebody_else_is_refused_before_anything_changes(tmp_pat
         open_slab(folder.joinpath(*below), context)
     assert contents(folder) == before
     assert str(refused.value).isprintable()
+
+
+@pytest.mark.parametrize("below", [(), ("dp1",)], ids=["itself", "a rank's below it"])
+def test_a_file_in_place_of_the_directory_is_called_that(tmp_path, context, below):
+    (tmp_path / "app").write_text("a file")
+    with pytest.raises(StoreUnavailableError, match="app: is not a directory"):
+        open_slab((tmp_path / "app").joinpath(*below), context)
+    assert (tmp_path / "app").read_text() == "a file"
+
+
+def test_a_parent_that_is_there_is_not_called_missing(context):
+    with pytest.raises(StoreUnavailableError, match=r"^/proc/kvtier: No such file or directory$"):
+        open_slab(Path("/proc/kvtier"), context)
 
 
 def test_an_empty_directory_and_the_top_of_a_filesystem_are_taken(tmp_path, context):

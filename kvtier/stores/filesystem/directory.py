@@ -28,7 +28,7 @@ from kvtier.errors import StoreUnavailableError
 from kvtier.foreign_text import MOST_QUOTED, one_line
 from kvtier.keys import OffloadKey
 from kvtier.namespace import Namespace
-from kvtier.stores.mounts import check_mounted
+from kvtier.stores.mounts import check_mounted, make_last_directory
 from kvtier.stores.own_files import FOLDER_MODE, FOUND_BY_FSCK, Folder, StrangerError
 from kvtier.stores.slab.layout import rank_of
 
@@ -216,13 +216,7 @@ def shard_names(namespace: Folder, prefix: str) -> list[str]:
 
 def _take(path: Path) -> Folder:
     """Hold the directory, made if it is missing; it is ours alone, and for this."""
-    try:
-        path.mkdir(mode=FOLDER_MODE, exist_ok=True)
-    except FileNotFoundError as error:
-        raise StoreUnavailableError(
-            f"{path}: {path.parent} does not exist; kvtier makes only the last directory of a path, so that it never"
-            " fills the disk below a filesystem that is not mounted"
-        ) from error
+    make_last_directory(path)
     folder = Folder.open(path, follow=rank_of(path.name) is None)
     try:
         if folder.owner != os.geteuid():

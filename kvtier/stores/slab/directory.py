@@ -19,7 +19,7 @@ from kvtier.errors import StoreError, StoreUnavailableError, describe
 from kvtier.foreign_text import MOST_QUOTED, one_line
 from kvtier.log import logger
 from kvtier.namespace import Namespace
-from kvtier.stores.mounts import check_mounted
+from kvtier.stores.mounts import check_mounted, make_last_directory
 from kvtier.stores.own_files import FOLDER_MODE, FOUND_BY_FSCK, Folder, StrangerError
 from kvtier.stores.slab.layout import DESCRIPTION_NAME, LOCK_NAME, is_file_of_namespace, is_fingerprint, rank_of
 from kvtier.stores.slab.spare import cut_spare
@@ -223,16 +223,10 @@ class SlabDirectory:
 def _take(path: Path) -> tuple[Folder, int]:
     """Make `path` ours: private and locked. Returns the directory and the lock's descriptor."""
     if rank_of(path.name) is not None and path.parent.parent.is_dir() and not os.path.lexists(path):
-        path.parent.mkdir(mode=FOLDER_MODE, exist_ok=True)
+        make_last_directory(path.parent)
         with Folder.open(path.parent) as shares:
             _check_ours(shares)
-    try:
-        path.mkdir(mode=FOLDER_MODE, exist_ok=True)
-    except FileNotFoundError as error:
-        raise StoreUnavailableError(
-            f"{path}: {path.parent} does not exist; kvtier makes only the last directory of a path, so that it never"
-            " fills the disk below a filesystem that is not mounted"
-        ) from error
+    make_last_directory(path)
     folder = open_slab(path)
     try:
         _check_ours(folder)
