@@ -121,49 +121,112 @@ class TrustedWeights(Enum):
 
 
 class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a user may set for `CPUOffloadingSpec`; times in seconds.
+    """What a user may set for `CPUOffloadingSpec`."""
 
-    Attributes:
-        cpu_bytes_to_use: size of the primary tier of one engine: bytes, or a string like "10GiB".
-        block_size: tokens in one offloaded block, a multiple of the engine block (the default).
-        blocks_per_chunk: the same in engine blocks, as vLLM spells it.
-        eviction_policy: "lru", "arc" or any registered name; "auto" changes it while the engine runs.
-        shadow_caches: count what other policies, and half and twice the size, would have hit; "auto" always does.
-        offload_prompt_only: engines offer only blocks of prompts. Given, it is the admission of tiers that do not
-            say; absent, it is true if there are secondary tiers and each admits prompts only.
-        self_describing_kv_events: engines attach token ids to KV events.
-        canonical_layout: not supported.
-        load_deadline, probe_deadline, lease_timeout, drain_timeout, tier_deadline, promotion_budget, prefill_rate,
-            on_reset: see `TieringSettings`.
-        allow_lora: trust the names of LoRA adapters across restarts.
-        trust_weights: how engines that read weights from files tell them from others across restarts: by all of
-            their "contents", or by their "name" alone, which is a path, or a repository and its revision.
-        record: path of a new file that gets a recording of the requests, for `kvtier simulate`; record_limit: most
-            bytes of it.
-    """
-
-    cpu_bytes_to_use: int | str
-    spec_name: _Text = DEFAULT_SPEC
-    spec_module_path: _Text | None = None
-    block_size: _Count | None = None
-    blocks_per_chunk: _Count | None = None
-    eviction_policy: _Text = "lru"
-    shadow_caches: bool = False
-    offload_prompt_only: bool | None = None
-    self_describing_kv_events: bool = False
-    canonical_layout: bool = False
-    load_deadline: _Seconds = TieringSettings.load_deadline
-    probe_deadline: _Seconds | None = TieringSettings.probe_deadline
-    lease_timeout: _Seconds = TieringSettings.lease_timeout
-    drain_timeout: _Seconds = TieringSettings.drain_timeout
-    tier_deadline: _Seconds = TieringSettings.tier_deadline
-    promotion_budget: _Share = TieringSettings.promotion_budget
-    prefill_rate: _Seconds | None = TieringSettings.prefill_rate
-    on_reset: ResetPolicy = TieringSettings.on_reset
-    allow_lora: bool = False
-    trust_weights: TrustedWeights = TrustedWeights.CONTENTS
-    record: _Text | None = None
-    record_limit: int | str = DEFAULT_RECORD_LIMIT
+    cpu_bytes_to_use: Annotated[
+        int | str,
+        msgspec.Meta(description='size of the primary tier of one engine: bytes, or a text such as "10GiB"'),
+    ]
+    spec_name: Annotated[
+        _Text,
+        msgspec.Meta(description="registered name of the spec, or the name of its class in `spec_module_path`"),
+    ] = DEFAULT_SPEC
+    spec_module_path: Annotated[
+        _Text | None,
+        msgspec.Meta(description="module of a spec of your own"),
+    ] = None
+    block_size: Annotated[
+        _Count | None,
+        msgspec.Meta(description="tokens in one offloaded block, a multiple of the engine block (the default)"),
+    ] = None
+    blocks_per_chunk: Annotated[
+        _Count | None,
+        msgspec.Meta(description="the same in engine blocks, as vLLM spells it"),
+    ] = None
+    eviction_policy: Annotated[
+        _Text,
+        msgspec.Meta(
+            description='which blocks leave host memory: a registered policy; "auto" changes it while the engine runs'
+        ),
+    ] = "lru"
+    shadow_caches: Annotated[
+        bool,
+        msgspec.Meta(
+            description='count what other policies, and half and twice the size, would have hit; "auto" always does'
+        ),
+    ] = False
+    offload_prompt_only: Annotated[
+        bool | None,
+        msgspec.Meta(
+            description="engines offer only blocks of prompts. Given, it is the admission of tiers that do not say;"
+            " absent, it is true if there are secondary tiers and each admits prompts only"
+        ),
+    ] = None
+    self_describing_kv_events: Annotated[
+        bool,
+        msgspec.Meta(description="engines attach token ids to KV events"),
+    ] = False
+    canonical_layout: Annotated[
+        bool,
+        msgspec.Meta(description="not supported: false only"),
+    ] = False
+    load_deadline: Annotated[
+        _Seconds,
+        msgspec.Meta(description="longest a request waits for its blocks, seconds"),
+    ] = TieringSettings.load_deadline
+    probe_deadline: Annotated[
+        _Seconds | None,
+        msgspec.Meta(
+            description="longest a request waits for a tier to say whether it has a block, seconds; absent, each tier"
+            " has its own"
+        ),
+    ] = TieringSettings.probe_deadline
+    lease_timeout: Annotated[
+        _Seconds,
+        msgspec.Meta(description="seconds, see `TieringSettings`"),
+    ] = TieringSettings.lease_timeout
+    drain_timeout: Annotated[
+        _Seconds,
+        msgspec.Meta(description="seconds, see `TieringSettings`"),
+    ] = TieringSettings.drain_timeout
+    tier_deadline: Annotated[
+        _Seconds,
+        msgspec.Meta(description="seconds without progress of its jobs after which a tier is not used"),
+    ] = TieringSettings.tier_deadline
+    promotion_budget: Annotated[
+        _Share,
+        msgspec.Meta(description="share of host memory that blocks on their way up may take"),
+    ] = TieringSettings.promotion_budget
+    prefill_rate: Annotated[
+        _Seconds | None,
+        msgspec.Meta(
+            description="tokens per second that the engine computes; shortens `load_deadline` and `probe_deadline` to"
+            " what computing would take"
+        ),
+    ] = TieringSettings.prefill_rate
+    on_reset: Annotated[
+        ResetPolicy,
+        msgspec.Meta(description="what becomes of stored blocks when the engine resets its prefix cache"),
+    ] = TieringSettings.on_reset
+    allow_lora: Annotated[
+        bool,
+        msgspec.Meta(description="trust the names of LoRA adapters across restarts"),
+    ] = False
+    trust_weights: Annotated[
+        TrustedWeights,
+        msgspec.Meta(
+            description="how engines that read weights from files tell them from others across restarts: by all of"
+            ' their "contents", or by their "name" alone, a path, or a repository and its revision'
+        ),
+    ] = TrustedWeights.CONTENTS
+    record: Annotated[
+        _Text | None,
+        msgspec.Meta(description="path of a new file that gets a recording of the requests, for `kvtier simulate`"),
+    ] = None
+    record_limit: Annotated[
+        int | str,
+        msgspec.Meta(description="most bytes of the recording"),
+    ] = DEFAULT_RECORD_LIMIT
 
     def settings(self, tokens_per_block: int, kv_events: bool) -> TieringSettings:
         """Return the part that the tiering manager reads."""
@@ -182,14 +245,15 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 class TieringConfig(CPUConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a user may set for `TieringOffloadingSpec`.
+    """What a user may set for `TieringOffloadingSpec`."""
 
-    Attributes:
-        secondary_tiers: one mapping a tier: `type`, and optionally `module_path`, `name`, `admission` and
-            `probe_deadline`; every other key is an option of the tier.
-    """
-
-    secondary_tiers: list[dict[str, Any]] = []  # msgspec copies the default for every instance
+    secondary_tiers: Annotated[
+        list[dict[str, Any]],
+        msgspec.Meta(
+            description="one mapping per tier: `type`, and optionally `module_path`, `name`, `admission` and"
+            " `probe_deadline`; every other key is an option of the tier"
+        ),
+    ] = []  # msgspec copies the default for every instance
 
     def __repr__(self) -> str:
         """Show the options without secrets."""
@@ -303,13 +367,18 @@ class TierConfig:
     options: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
-_COMMON_TIER_KEYS: dict[str, Any] = {
-    "type": _Text,
-    "module_path": _Text,
-    "name": _Text,
-    "admission": Admission,
-    "probe_deadline": _Seconds,
+def _option(kind: Any, description: str) -> Any:
+    return Annotated[kind, msgspec.Meta(description=description)]
+
+
+TIER_KEYS: dict[str, Any] = {
+    "type": _option(_Text, "registered name of the tier, or the name of its class in `module_path`"),
+    "module_path": _option(_Text, "module of a tier of your own"),
+    "name": _option(_Text, "what events, statistics and logs call the tier; its type if absent"),
+    "admission": _option(Admission, "which blocks the tier gets"),
+    "probe_deadline": _option(_Seconds, "longest a request waits for the tier to say whether it has a block, seconds"),
 }
+"""The keys that kvtier handles for every tier; all others are the tier's own options."""
 
 
 def parse_tier(tier_config: Mapping[str, Any], where: str = "tier_config") -> TierConfig:
@@ -324,7 +393,7 @@ def parse_tier(tier_config: Mapping[str, Any], where: str = "tier_config") -> Ti
         raise ConfigError(join_key(where, "type"), None, "required, the type of the tier")
     common = {
         key: convert_option(tier_config[key], hint, join_key(where, key))
-        for key, hint in _COMMON_TIER_KEYS.items()
+        for key, hint in TIER_KEYS.items()
         if key in tier_config
     }
     return TierConfig(
@@ -334,5 +403,5 @@ def parse_tier(tier_config: Mapping[str, Any], where: str = "tier_config") -> Ti
         name=common.get("name", common["type"]),
         admission=common.get("admission"),
         probe_deadline=common.get("probe_deadline"),
-        options={key: value for key, value in tier_config.items() if key not in _COMMON_TIER_KEYS},
+        options={key: value for key, value in tier_config.items() if key not in TIER_KEYS},
     )

@@ -257,20 +257,15 @@ def _allowed(reason: str, hint: Any) -> str:
     allowed = _JSON_WORD.sub(lambda word: _PYTHON_WORDS[word[0]], reason.replace("`", "")).replace(
         "Expected", "expected"
     )
-    one_end = re.fullmatch(r"(expected \w+) [<>]=? \S+", allowed)
-    return f"{one_end[1]} {both_ends}" if one_end and (both_ends := _range_of(hint)) else allowed
+    end = re.fullmatch(r"expected \w+ ([<>]=?) \S+", allowed)
+    return allowed + _other_ends(hint, end[1]) if end else allowed
 
 
-def _range_of(hint: Any) -> str:
-    """Return both ends of a range, such as ">= 1 and <= 64"; nothing if the range has one end, or none."""
+def _other_ends(hint: Any, sign: str) -> str:
+    """Return the ends of a range besides the one with this sign, such as " and <= 64"."""
     metas = [meta for meta in getattr(hint, "__metadata__", ()) if isinstance(meta, msgspec.Meta)]
-    bounds = [
-        f"{sign} {value}"
-        for meta in metas
-        for sign, value in ((">=", meta.ge), (">", meta.gt), ("<=", meta.le), ("<", meta.lt))
-        if value is not None
-    ]
-    return " and ".join(bounds) if len(bounds) > 1 else ""
+    ends = [end for meta in metas for end in ((">=", meta.ge), (">", meta.gt), ("<=", meta.le), ("<", meta.lt))]
+    return "".join(f" and {other} {value}" for other, value in ends if value is not None and other != sign)
 
 
 def _name_of(hint: Any) -> str:

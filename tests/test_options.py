@@ -96,9 +96,9 @@ class OwnOptions(TierOptions, frozen=True, forbid_unknown_fields=True, kw_only=T
     [
         ({}, "t.url=None: required, str expected"),
         ({"url": "u", "threads": 0}, "t.threads=0: expected int >= 1 and <= 64"),
-        ({"url": "u", "threads": 65}, "t.threads=65: expected int >= 1 and <= 64"),
+        ({"url": "u", "threads": 65}, "t.threads=65: expected int <= 64 and >= 1"),
         ({"url": "u", "threads": True}, "t.threads=True: expected int, got bool"),
-        ({"url": "u", "job_deadline": 3600}, "t.job_deadline=3600: expected float > 0 and < 3600"),
+        ({"url": "u", "job_deadline": 3600}, "t.job_deadline=3600: expected float < 3600.0 and > 0"),
         ({"url": "u", "size": 1}, 't.size=1: an int or a string like "10GiB", at least 4096 bytes'),
         ({"url": "u", "size": True}, "t.size=True: expected int | str, got bool"),
         ({"url": "u", "sise": 1}, 't.sise=1: unknown key, did you mean "size"? known are'),

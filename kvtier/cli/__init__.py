@@ -13,6 +13,7 @@ from kvtier.cli.edge import Commands, prepare_streams
 from kvtier.cli.inspect import inspect
 from kvtier.cli.plan import plan
 from kvtier.cli.purge import purge
+from kvtier.cli.schema import schema
 from kvtier.cli.simulate import simulate
 from kvtier.cli.verify import verify
 from kvtier.cli.vllm_config import vllm_config
@@ -48,6 +49,7 @@ app.command()(purge)
 app.command()(vllm_config)
 app.command()(simulate)
 app.command()(plan)
+app.command()(schema)
 app.add_typer(bench, name="bench")
 
 
