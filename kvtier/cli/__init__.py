@@ -1,25 +1,52 @@
-"""The command line."""
+"""The command line. The module of a command is imported when the command is used."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
 
 from kvtier import __version__
-from kvtier.cli.bench import bench
-from kvtier.cli.demo import demo
 from kvtier.cli.edge import Commands, prepare_streams
-from kvtier.cli.inspect import inspect
-from kvtier.cli.plan import plan
-from kvtier.cli.purge import purge
-from kvtier.cli.schema import schema
-from kvtier.cli.simulate import simulate
-from kvtier.cli.verify import verify
-from kvtier.cli.vllm_config import vllm_config
+
+COMMANDS = {
+    "demo": "Answer questions about one long document over several turns, with kvtier and without, side by side.",
+    "inspect": "Show namespaces, blocks, bytes, last use and health of a disk tier's directory, also while an engine"
+    " uses it.",
+    "verify": "Read every block and compare it with its checksum, also while an engine uses the directory.",
+    "purge": "Delete the namespaces of a disk tier, or some of them. Their files are unlinked, not overwritten.",
+    "vllm-config": "Print the option to add to `vllm serve`.",
+    "simulate": "Replay a trace through kvtier's own manager, policies and admission, in simulated time.",
+    "plan": "Find the cheapest configuration that meets a target, and print the option that makes vLLM use it.",
+    "schema": "Print the JSON schema of the configuration, with every option of every tier.",
+    "bench": "Measure what kvtier gets out of this machine.",
+}
+"""The commands, in the order of `--help`, and the first line of each one's own help: `--help` imports none of them."""
+
+
+def load_command(name: str) -> Any:
+    """Return one of `COMMANDS`, of the module that has its name."""
+    attribute = name.replace("-", "_")
+    found = getattr(import_module(f"kvtier.cli.{attribute}"), attribute)
+    if isinstance(found, typer.Typer):
+        return typer.main.get_group(found)
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single.command(name)(found)
+    return typer.main.get_command(single)
+
+
+class _LazyCommands(Commands):
+    """Imports a command when it is invoked; until then, only its name and its first line of help are known."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        ctx.invoked_subcommand = name  # so that an interrupted import is told under the command's name
+        return name, load_command(name) if name in COMMANDS else command, rest
+
 
 app = typer.Typer(
-    cls=Commands,
+    cls=_LazyCommands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -42,15 +69,12 @@ def _commands(
     """Options of the command line itself; its commands keep their names."""
 
 
-app.command()(demo)
-app.command()(inspect)
-app.command()(verify)
-app.command()(purge)
-app.command()(vllm_config)
-app.command()(simulate)
-app.command()(plan)
-app.command()(schema)
-app.add_typer(bench, name="bench")
+def _known_by_name() -> None:
+    """Stand for a command in `--help`."""
+
+
+for _name, _help in COMMANDS.items():
+    app.command(_name, help=_help)(_known_by_name)
 
 
 def main() -> None:
