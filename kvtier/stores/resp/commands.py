@@ -6,16 +6,13 @@ from binascii import hexlify
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
 
 from kvtier.keys import OffloadKey
 from kvtier.stores.integrity.header import HEADER_BYTES
 from kvtier.stores.integrity.sealing import Sealer
+from kvtier.stores.resp.connections import Server
 from kvtier.stores.resp.wire import Break, ConnectionBrokenError, Refused, Wire, parse_count
 from kvtier.types import FailureCause
-
-if TYPE_CHECKING:
-    from kvtier.stores.resp.connections import Server
 
 _MOST_SKIPPED = 4
 """Times the length of a value: a longer reply is not received, the connection is closed instead."""

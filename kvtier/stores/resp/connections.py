@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from socket import socket
-from typing import Any
+from typing import Any, TypeVar
 
 import redis
 from redis.backoff import NoBackoff
@@ -18,13 +18,14 @@ from redis.retry import Retry
 
 from kvtier.errors import StoreError
 from kvtier.foreign_text import first_line
-from kvtier.stores.resp.commands import Operation, Request
 from kvtier.stores.resp.handshake import HandshakeSocket
 from kvtier.stores.resp.options import RespOptions
 from kvtier.stores.resp.wire import ConnectionBrokenError, Wire
 
 _FOREIGN = (redis.RedisError, OSError, RecursionError, ValueError)
 """What redis-py raises: its own family, and what its parser runs into with a server's oddities (pushes, numbers)."""
+
+_Answer = TypeVar("_Answer")
 
 
 class ServerLostError(StoreError):
@@ -151,12 +152,12 @@ class Server:
         finally:
             self._pool.release(connection)
 
-    def exchange(self, operation: Operation, requests: Sequence[Request], deadline: float) -> None:
-        """Run one batch on a connection, until `deadline` of `time.monotonic`.
+    def exchange(self, operation: Callable[[Wire], _Answer], deadline: float) -> _Answer:
+        """Return what `operation` returns, which has a connection to itself until `deadline` of `time.monotonic`.
 
         Raises:
             ServerLostError: nothing was sent, there is no connection.
-            ConnectionBrokenError: it broke; requests say which of them were answered.
+            ConnectionBrokenError: it broke; some of it may have been answered.
         """
         try:
             connection = self._idle.pop()
@@ -166,8 +167,9 @@ class Server:
         whole = False
         try:
             connection.wire.begin(deadline)
-            operation(connection.wire, requests)
+            answer = operation(connection.wire)
             whole = True
+            return answer
         except ConnectionBrokenError as error:
             raise ConnectionBrokenError(error.kind, f"{self.address}: {error}") from error
         finally:

@@ -19,7 +19,7 @@ from kvtier.stores.resp.connections import Server, ServerLostError
 from kvtier.stores.resp.fullness import Fullness
 from kvtier.stores.resp.options import RespOptions
 from kvtier.stores.resp.topology import Topology, open_topology
-from kvtier.stores.resp.wire import Break, ConnectionBrokenError, Refused, Wire
+from kvtier.stores.resp.wire import Break, ConnectionBrokenError, Refused
 from kvtier.types import FailureCause
 
 _ATTEMPTS = 3
@@ -97,16 +97,10 @@ class RespStore(BlockStore):
         unknown: list[bool | None] = [None] * len(keys)
         if server is None or len(set(map(len, keys))) != 1:
             return unknown
-        held: list[bool | None] = []
-
-        def look(wire: Wire, requests: Sequence[Request]) -> None:
-            held.extend(self._exchanges.look(wire, keys))
-
         try:
-            server.exchange(look, (), time.monotonic() + self._timeout)
+            return server.exchange(lambda wire: self._exchanges.look(wire, keys), time.monotonic() + self._timeout)
         except (ServerLostError, ConnectionBrokenError):
             return unknown  # and then it matters why
-        return held
 
     def write(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
         """Store header and payload; False for a buffer that is not `block_bytes` long, too."""
@@ -167,7 +161,7 @@ class RespStore(BlockStore):
         """Run a batch on one server; return the requests that are worth another attempt."""
         closed = False
         try:
-            server.exchange(operation, share, deadline)
+            server.exchange(lambda wire: operation(wire, share), deadline)
         except ServerLostError as error:
             self._topology.lose(server, str(error))
             return []

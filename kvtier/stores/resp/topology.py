@@ -16,7 +16,7 @@ from kvtier.stores.resp.commands import Request
 from kvtier.stores.resp.connections import Server, ServerLostError
 from kvtier.stores.resp.options import RespOptions
 from kvtier.stores.resp.slots import NUM_SLOTS, SlotRange, ask_slots, parse_port
-from kvtier.stores.resp.wire import ConnectionBrokenError, Refused, Wire, parse_count
+from kvtier.stores.resp.wire import ConnectionBrokenError, Refused, parse_count
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
 """Seconds before a lost node is tried again, doubled every time, and half as much more or less."""
@@ -229,13 +229,8 @@ class Cluster(Topology):
         """
         deadline = time.monotonic() + self._settings.timeout
         for number, server in enumerate(servers, start=1):
-            ranges: list[SlotRange] = []
-
-            def ask(wire: Wire, requests: Sequence[Request], found: list[SlotRange] = ranges) -> None:
-                found.extend(ask_slots(wire))
-
             try:
-                server.exchange(ask, (), deadline)
+                ranges = server.exchange(ask_slots, deadline)
             except (ServerLostError, ConnectionBrokenError):
                 if number == len(servers):
                     raise
