@@ -24,7 +24,7 @@ from kvtier.simulator.report import facts
 from kvtier.simulator.setup import Machine, Setup
 from kvtier.simulator.trace import Trace, TraceRequest
 from kvtier.spec.tiering import TieringOffloadingSpec
-from kvtier.testing.patience import PATIENCE_SECONDS
+from kvtier.testing.patience import PATIENCE_SECONDS, wait_for
 from kvtier.types import LookupResult, ReqContext, ScheduleEndContext
 
 BLOCK_BYTES = 4096
@@ -34,6 +34,9 @@ STEP = ScheduleEndContext()
 class LoadLog:
     def __init__(self):
         self.loads, self.gave_up = [], []
+
+    def from_disk(self):
+        return any(source.startswith("disk") for by_source in self.loads for source in by_source)
 
     def on_event(self, event):
         if isinstance(event, BlocksLoaded):
@@ -123,13 +126,15 @@ def test_a_recorded_live_run_replays_to_the_same_hits(tmp_path, disks, policy):
     log = LoadLog()
     engine = LiveEngine(tmp_path, log, disks, eviction_policy=policy)
     engine.serve(prompts(250))
+    # On a busy machine the disk writes later than memory evicts, and has nothing yet.
+    wait_for(lambda: not disks or log.from_disk() or engine.serve(prompts(50, seed=len(log.loads))), "a disk hit")
     engine.close()
     assert not log.gave_up, "the test wants a run without expired deadlines"
     again = repeat(tmp_path / "live.rec")
     assert again.num_diverged == 0
     assert [by_source for _, by_source in again.loads] == log.loads
     assert sum(again.hits.values()) > 200
-    assert not disks or any(again.hits[source] for source in again.hits if source.startswith("disk"))
+    assert not disks or log.from_disk()
 
 
 def test_a_recording_is_a_trace_too(tmp_path):
