@@ -58,7 +58,7 @@ class Header(msgspec.Struct, frozen=True):
 
 
 class Record(NamedTuple):
-    """One call or answer; kinds and extra bytes as `RecordedManager` notes them."""
+    """One call or answer; kinds and extra bytes as `CallLog` notes them."""
 
     kind: bytes
     request: int

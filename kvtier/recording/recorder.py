@@ -7,15 +7,16 @@ and writes (`stream`, `writer`). A recording that cannot go on ends, and the eng
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from kvtier.events import CascadeRefused, Event
+from kvtier.events import CascadeRefused, Event, Observer, Observers
 from kvtier.keys import OffloadKey
 from kvtier.recording.format import JOB, NOT_FOUND, NOT_SURE, PROMPT, TIER
 from kvtier.recording.stream import Recorder
 from kvtier.tiering.guarded_tier import Job, TierGuard
 from kvtier.tiering.manager import TieringOffloadingManager
+from kvtier.tiering.requests import RequestState
 from kvtier.tiering.turns import in_turn
 from kvtier.types import (
     CPULoadStoreSpec,
@@ -25,34 +26,61 @@ from kvtier.types import (
     ScheduleEndContext,
 )
 
-_MOST_REQUESTS = 100_000
+MAX_NUMBERED_REQUESTS = 100_000
+"""Requests whose numbers are remembered; an engine that never ends its requests must not fill the memory."""
 
 
-class RecordedManager(TieringOffloadingManager):
-    """The manager, with its calls, its tiers' answers and nothing else written down.
+class CallLog:
+    """Turns what it is told into records.
 
-    A record follows what it stands for, but for a tier's answers, refusals and states, which come before the call that
-    learnt of them.
+    It watches the manager for scans and for what tiers answer, and observes events for refusals; `RecordedManager`
+    tells it of calls. What has been looked up is noted just before the next record.
     """
 
-    def __init__(self, *args: Any, recorder: Recorder, **keywords: Any) -> None:
-        """Args: as `TieringOffloadingManager`; recorder: started with the first call, closed at `shutdown`."""
-        super().__init__(*args, **keywords)
+    def __init__(self, recorder: Recorder, tiers: Sequence[str]) -> None:
+        """Args: recorder: already started; tiers: names of the secondary tiers, in their order."""
         self._recorder = recorder
+        self._tiers = tuple(tiers)
+        self._usable = [False] * len(self._tiers)
         self._numbers: dict[str, int] = {}
         self._num_requests = 0
-        self._noted_scan: tuple[int, int] | None = None
+        self._scanning: RequestState | None = None
+        self._scanning_number = self._num_noted = 0
+        """The number of that request, and the keys of its scan that are in the recording."""
         self._last_scans: dict[int, tuple[int, OffloadKey, OffloadKey]] = {}
-        self._usable = [False] * len(self._tiers)
-        self._observer.add(self)
-        recorder.start()
 
-    def on_event(self, event: Event) -> None:
-        """Note that a tier took no cascade."""
-        if isinstance(event, CascadeRefused) and event.reason != "admission":
-            self._note_scan()
-            index = next(guard.index for guard in self._tiers if guard.name == event.tier)
-            self._recorder.note(b"B", 0, bytes([index]))
+    # -- calls --------------------------------------------------------------------------------------------
+
+    def note_call(self, kind: bytes, req_context: ReqContext, keys: Collection[OffloadKey] = ()) -> None:
+        """Note a call for one request."""
+        if self._recorder.active:
+            self.note_scan()
+            self._recorder.note(kind, self._number(req_context), keys=keys)
+
+    def note_new_request(self, req_context: ReqContext) -> None:
+        """Note a request, which gets a new number."""
+        if self._recorder.active:
+            self.note_scan()
+            self._numbers.pop(req_context.req_id, None)
+            self._number(req_context)
+
+    def note_finished_request(self, req_context: ReqContext) -> None:
+        """Note the end of a request, and forget what it looked up."""
+        if self._recorder.active:
+            number = self._number(req_context)
+            self._last_scans.pop(number, None)
+            self._recorder.note(b"E", number)
+
+    def note_step(self, context: ScheduleEndContext) -> None:
+        """Note the end of a step."""
+        if self._recorder.active:
+            numbers = [self._numbers.get(req_id, 0) for req_id in context.preempted_req_ids]
+            self._recorder.note(b"Z", 0, struct.pack(f"<{len(numbers)}I", *numbers))
+            self._recorder.flush()
+
+    def note_reset(self) -> None:
+        """Note a reset."""
+        self._recorder.note(b"X", 0)
 
     def _number(self, req_context: ReqContext) -> int:
         number = self._numbers.get(req_context.req_id)
@@ -61,140 +89,142 @@ class RecordedManager(TieringOffloadingManager):
             number = self._numbers[req_context.req_id] = self._num_requests
             prompt = req_context.num_prompt_tokens
             self._recorder.note(b"N", number, PROMPT.pack(-1 if prompt is None else prompt))
-            if len(self._numbers) > _MOST_REQUESTS:
+            if len(self._numbers) > MAX_NUMBERED_REQUESTS:
                 del self._numbers[next(iter(self._numbers))]
         return number
 
-    def _note(self, kind: bytes, req_context: ReqContext, keys: Collection[OffloadKey] = ()) -> None:
-        if self._recorder.active:
-            self._note_scan()
-            self._recorder.note(kind, self._number(req_context), keys=keys)
+    # -- scans --------------------------------------------------------------------------------------------
 
-    def _note_scan(self) -> None:
-        """Note what has been looked up since the last record, in short if it is what the request looked up before."""
-        if self._noted_scan is None:
+    def on_scan(self, state: RequestState) -> None:
+        """Note, with the next record, what this request looks up from now on."""
+        if self._recorder.active:
+            self.note_scan()
+            self._scanning, self._num_noted = state, len(state.scan.keys)
+            self._scanning_number = self._number(state.context)
+
+    def end_scan(self) -> None:
+        """Note what has been looked up; the manager is about to forget it."""
+        if self._recorder.active:
+            self.note_scan()
+        self._scanning = None
+
+    def note_scan(self) -> None:
+        """Note what has been looked up since the last record, in short if the request looked up the same before."""
+        state = self._scanning
+        if state is None:
             return
-        number, start = self._noted_scan
-        scan = self._state.scan.keys
-        keys = scan[start:]
+        keys = state.scan.keys[self._num_noted :]
         if not keys:
             return
-        self._noted_scan = (number, len(scan))
-        shape, answers = (len(keys), keys[0], keys[-1]), self._answers(keys)
+        self._num_noted += len(keys)
+        number, shape = self._scanning_number, (len(keys), keys[0], keys[-1])
         if self._last_scans.get(number) == shape:
-            self._recorder.note(b"R", number, answers)
+            self._recorder.note(b"R", number, _answers(state, keys))
         else:
             self._last_scans[number] = shape
-            self._recorder.note(b"L", number, answers, keys)
-
-    def _answers(self, keys: list[OffloadKey]) -> bytes:
-        """Return what tiers answered for the keys of a scan, a byte each; nothing if no tier had any."""
-        found, unresolved = self._state.scan.found, self._state.scan.unresolved
-        if not found and not unresolved:
-            return b""
-        asked = NOT_SURE + min(self._state.wait.probing, default=0)
-        return bytes([asked if key in unresolved else found.get(key, NOT_FOUND) for key in keys])
-
-    # -- calls --------------------------------------------------------------------------------------------
-
-    @in_turn
-    def _enter(self, req_context: ReqContext) -> None:
-        if self._recorder.active:
-            self._note_scan()
-        super()._enter(req_context)
-        if self._recorder.active:
-            self._noted_scan = (self._number(req_context), len(self._state.scan.keys))
-
-    @in_turn
-    def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
-        """As the manager's."""
-        answer = super().on_new_request(req_context)
-        if self._recorder.active:
-            self._note_scan()
-            self._numbers.pop(req_context.req_id, None)
-            self._number(req_context)
-        return answer
-
-    @in_turn
-    def prepare_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> CPULoadStoreSpec:
-        """As the manager's."""
-        spec = super().prepare_load(keys, req_context)
-        self._note(b"P", req_context, keys)
-        return spec
-
-    @in_turn
-    def complete_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
-        """As the manager's."""
-        super().complete_load(keys, req_context)
-        self._note(b"C", req_context, keys)
-
-    @in_turn
-    def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
-        """As the manager's."""
-        super().touch(keys, req_context)
-        self._note(b"T", req_context, keys)
-
-    @in_turn
-    def prepare_store(self, keys: Collection[OffloadKey], req_context: ReqContext) -> PrepareStoreOutput | None:
-        """As the manager's."""
-        output = super().prepare_store(keys, req_context)
-        self._note(b"S", req_context, keys)
-        return output
-
-    @in_turn
-    def complete_store(self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True) -> None:
-        """As the manager's."""
-        super().complete_store(keys, req_context, success)
-        self._note(b"D" if success else b"F", req_context, keys)
-
-    @in_turn
-    def on_request_finished(self, req_context: ReqContext) -> None:
-        """As the manager's."""
-        if self._recorder.active:
-            self._note_scan()
-            self._noted_scan = None  # the manager forgets the scan
-        super().on_request_finished(req_context)
-        if self._recorder.active:
-            number = self._number(req_context)
-            self._last_scans.pop(number, None)
-            self._recorder.note(b"E", number)
-
-    @in_turn
-    def on_schedule_end(self, context: ScheduleEndContext) -> None:
-        """As the manager's."""
-        if self._recorder.active:
-            self._note_scan()
-            self._noted_scan = None
-        super().on_schedule_end(context)
-        if self._recorder.active:
-            numbers = [self._numbers.get(req_id, 0) for req_id in context.preempted_req_ids]
-            self._recorder.note(b"Z", 0, struct.pack(f"<{len(numbers)}I", *numbers))
-            self._recorder.flush()
-
-    @in_turn
-    def reset_cache(self) -> None:
-        """As the manager's."""
-        self._noted_scan = None
-        super().reset_cache()
-        self._recorder.note(b"X", 0)
-
-    @in_turn
-    def shutdown(self) -> None:
-        """As the manager's; the recording ends, too."""
-        self._recorder.close()
-        super().shutdown()
+            self._recorder.note(b"L", number, _answers(state, keys), keys)
 
     # -- what tiers say -----------------------------------------------------------------------------------
 
-    def _poll(self) -> None:
-        super()._poll()
-        for guard in self._tiers:
+    def on_job_ended(self, guard: TierGuard, job: Job) -> None:
+        """Note which blocks of a job succeeded."""
+        complete = len(job.successful) == len(job.keys)
+        successful = () if complete else list(job.successful)
+        self._recorder.note(b"J", 0, JOB.pack(guard.index, job.job_id, complete), successful)
+
+    def on_poll(self, guards: Sequence[TierGuard]) -> None:
+        """Note the tiers that came into use or went out of it."""
+        for guard in guards:
             if guard.usable != self._usable[guard.index]:
                 self._usable[guard.index] = guard.usable
                 self._recorder.note(b"U", 0, TIER.pack(guard.index, guard.usable))
 
-    def _take(self, guard: TierGuard, job: Job) -> None:
-        complete = len(job.successful) == len(job.keys)
-        successful = () if complete else list(job.successful)
-        self._recorder.note(b"J", 0, JOB.pack(guard.index, job.job_id, complete), successful)
-        super()._take(guard, job)
+    def on_event(self, event: Event) -> None:
+        """Note that a tier took no cascade."""
+        if isinstance(event, CascadeRefused) and event.reason != "admission":
+            self.note_scan()
+            self._recorder.note(b"B", 0, bytes([self._tiers.index(event.tier)]))
+
+
+def _answers(state: RequestState, keys: Sequence[OffloadKey]) -> bytes:
+    """Return what tiers answered for the keys of a scan, one byte per key; nothing if no tier had any."""
+    found, unresolved = state.scan.found, state.scan.unresolved
+    if not found and not unresolved:
+        return b""
+    asked = NOT_SURE + min(state.wait.probing, default=0)
+    return bytes([asked if key in unresolved else found.get(key, NOT_FOUND) for key in keys])
+
+
+class RecordedManager(TieringOffloadingManager):
+    """The manager, with its calls and its tiers' answers written down.
+
+    A record follows the call that it stands for. A tier's answers, refusals and states come before the call that learnt
+    of them.
+    """
+
+    def __init__(
+        self, *args: Any, recorder: Recorder, names: Sequence[str], observer: Observer | None = None, **keywords: Any
+    ) -> None:
+        """Args: as `TieringOffloadingManager`; recorder: started here, closed at `shutdown`."""
+        self._recorder = recorder
+        self._log = CallLog(recorder, names)
+        observers = Observers() if observer is None else Observers.over(observer)
+        observers.add(self._log)
+        super().__init__(*args, names=names, observer=observers, watcher=self._log, **keywords)
+        recorder.start()
+
+    @in_turn
+    def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        answer = super().on_new_request(req_context)
+        self._log.note_new_request(req_context)
+        return answer
+
+    @in_turn
+    def prepare_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> CPULoadStoreSpec:
+        spec = super().prepare_load(keys, req_context)
+        self._log.note_call(b"P", req_context, keys)
+        return spec
+
+    @in_turn
+    def complete_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
+        super().complete_load(keys, req_context)
+        self._log.note_call(b"C", req_context, keys)
+
+    @in_turn
+    def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
+        super().touch(keys, req_context)
+        self._log.note_call(b"T", req_context, keys)
+
+    @in_turn
+    def prepare_store(self, keys: Collection[OffloadKey], req_context: ReqContext) -> PrepareStoreOutput | None:
+        output = super().prepare_store(keys, req_context)
+        self._log.note_call(b"S", req_context, keys)
+        return output
+
+    @in_turn
+    def complete_store(self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True) -> None:
+        super().complete_store(keys, req_context, success)
+        self._log.note_call(b"D" if success else b"F", req_context, keys)
+
+    @in_turn
+    def on_request_finished(self, req_context: ReqContext) -> None:
+        self._log.end_scan()
+        super().on_request_finished(req_context)
+        self._log.note_finished_request(req_context)
+
+    @in_turn
+    def on_schedule_end(self, context: ScheduleEndContext) -> None:
+        self._log.end_scan()
+        super().on_schedule_end(context)
+        self._log.note_step(context)
+
+    @in_turn
+    def reset_cache(self) -> None:
+        self._log.end_scan()
+        super().reset_cache()
+        self._log.note_reset()
+
+    @in_turn
+    def shutdown(self) -> None:
+        self._recorder.close()
+        super().shutdown()

@@ -1,4 +1,3 @@
-# ruff: noqa: D102 - the names of the tests say what they check
 """What every store by slot must do, as a test class to inherit from; see `stores.py` for how."""
 
 from __future__ import annotations

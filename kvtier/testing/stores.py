@@ -1,4 +1,3 @@
-# ruff: noqa: D102 - the names of the tests say what they check
 """What every store by key must do, as a test class to inherit from (for stores by slot: `slot_stores.py`).
 
     class TestMyStore(StoreSuite):

@@ -1,4 +1,3 @@
-# ruff: noqa: D102 - the names of the tests say what they check
 """What every secondary tier must do, as a test class to inherit from.
 
     class TestMyTier(TierSuite):

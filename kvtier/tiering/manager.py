@@ -11,6 +11,7 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -55,6 +56,19 @@ _HIT, _MISS = LookupResult.HIT, LookupResult.MISS
 _DEFAULT_SETTINGS = TieringSettings()
 
 
+class Watcher(Protocol):
+    """Is told what a manager looks up and what its tiers answer, on the scheduler's thread; changes nothing."""
+
+    def on_scan(self, state: RequestState) -> None:
+        """Note that `state.scan` grows from now on, by what this request looks up."""
+
+    def on_job_ended(self, guard: TierGuard, job: Job) -> None:
+        """Note that a job of a tier has ended; nothing follows from it yet."""
+
+    def on_poll(self, guards: Sequence[TierGuard]) -> None:
+        """Note that all tiers have been asked for results, and which of them are used from now on."""
+
+
 class TieringOffloadingManager(OffloadingManager):
     """A primary tier and any number of secondary tiers, as one cache."""
 
@@ -69,6 +83,7 @@ class TieringOffloadingManager(OffloadingManager):
         settings: TieringSettings = _DEFAULT_SETTINGS,
         clock: Clock = monotonic_clock,
         observer: Observer | None = None,
+        watcher: Watcher | None = None,
     ) -> None:
         """Wire the tiers, which the caller has started.
 
@@ -79,6 +94,7 @@ class TieringOffloadingManager(OffloadingManager):
             probe_deadlines: one per tier, seconds; None for that of `settings`, or else the tier's own.
             observer: where events go, beside the manager's own counters; given `Observers`, these count what tiers
                 report there, too.
+            watcher: who else learns of lookups and of what tiers answer.
         """
         self._counters = EventCounters()
         self._kv_events = KVEventLog()
@@ -86,7 +102,7 @@ class TieringOffloadingManager(OffloadingManager):
         self._observer.add(self._counters)
         if settings.kv_events:
             self._observer.add(self._kv_events)
-        self._settings, self._clock = settings, clock
+        self._settings, self._clock, self._watcher = settings, clock, watcher
         self._primary = primary_tier
         self.pid = os.getpid()
         self._closed = False
@@ -182,6 +198,8 @@ class TieringOffloadingManager(OffloadingManager):
         self._current = req_context
         if not self._state.scan.keys:
             self._scanned.append(self._state)
+        if self._watcher is not None:
+            self._watcher.on_scan(self._state)
 
     def get_load_source(self, key: OffloadKey, req_context: ReqContext) -> str:
         """Return the tier that a HIT of this request came from: "primary", or the name of a secondary tier."""
@@ -334,16 +352,16 @@ class TieringOffloadingManager(OffloadingManager):
         if self._left is not None:
             forks.advise()
         for guard, job in self._tiers.poll():
-            self._take(guard, job)
+            if self._watcher is not None:
+                self._watcher.on_job_ended(guard, job)
+            if job.is_promotion:
+                self._promoter.land(guard, job)
+            else:
+                self._table.unpin(job.slots)
         if self._transfers.stale.pending:
             self._transfers.stale.sweep()
-
-    def _take(self, guard: TierGuard, job: Job) -> None:
-        """Take in the end of one job of a tier."""
-        if job.is_promotion:
-            self._promoter.land(guard, job)
-        else:
-            self._table.unpin(job.slots)
+        if self._watcher is not None:
+            self._watcher.on_poll(self._tiers.guards)
 
     def has_pending_work(self) -> bool:
         """True only for a live request's promotion or a cascade within its deadline."""
