@@ -21,9 +21,9 @@ from kvtier.stores.integrity.sealing import Sealer
 from kvtier.stores.integrity.secrets import ENCRYPTION_NAME, SECRET_NAME
 from kvtier.stores.own_files import Folder
 from kvtier.stores.slab.directory import MOST_DESCRIPTION_BYTES, open_namespace
-from kvtier.stores.slab.inventory import Inventory, marked_by
 from kvtier.stores.slab.layout import DESCRIPTION_NAME, HEADERS_NAME, SEGMENT_BYTES, SlabGeometry, data_name, segment_of
-from kvtier.stores.slab.raw_records import all_records
+from kvtier.stores.slab.records import all_records
+from kvtier.stores.slab.recovery import Inventory, marked_by
 from kvtier.stores.vectored import PAGE_BYTES, read_fully
 from kvtier.types import FailureCause
 

@@ -9,7 +9,7 @@ import numpy as np
 from kvtier.stores.integrity.header import HEADER_BYTES, HEADER_DTYPE, MAX_SLOT
 from kvtier.stores.own_files import Folder
 from kvtier.stores.slab.layout import HEADERS_NAME, segment_of, slots_of_segment
-from kvtier.stores.slab.raw_records import has_data
+from kvtier.stores.slab.records import has_data
 
 _RECORDS_PER_READ = 1 << 16
 

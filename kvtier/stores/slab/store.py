@@ -23,9 +23,10 @@ from kvtier.stores.integrity.header import HEADER_BYTES
 from kvtier.stores.integrity.scratch import whole_pages
 from kvtier.stores.integrity.sealing import PORTION_BYTES, Sealer
 from kvtier.stores.slab.directory import SlabDirectory
-from kvtier.stores.slab.headers import HeaderFile
 from kvtier.stores.slab.layout import Run, SlabGeometry, coalesce
 from kvtier.stores.slab.options import DirectoryOptions
+from kvtier.stores.slab.records import HeaderFile
+from kvtier.stores.slab.recovery import Inventory
 from kvtier.stores.slab.segments import Segments
 from kvtier.stores.vectored import NO_SPACE_ERRORS
 from kvtier.types import FailureCause
@@ -108,7 +109,10 @@ class SlabStore(SlotStore):
             StoreError: the records cannot be read.
         """
         try:
-            inventory = self._headers.take_inventory(self._sealer.headers)
+            inventory = Inventory(self._sealer.headers, self._geometry.block_bytes, self._geometry.num_slots)
+            for records in self._headers.each():
+                inventory.add(records)
+            inventory.sort()
             inventory.drop_odd_keys()
             inventory.drop_unbacked(self._geometry, dict(enumerate(self._segments.lengths)))
             inventory.drop_superseded(self._judge)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from kvtier.errors import StoreUnavailableError
 from kvtier.stores.slab.directory import delete_namespace_in, open_namespace, open_slab, take_lock
-from kvtier.stores.slab.headers import clear_records
 from kvtier.stores.slab.layout import HEADERS_NAME, LOCK_NAME
+from kvtier.stores.slab.records import clear_records
 
 
 @contextmanager

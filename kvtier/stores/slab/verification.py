@@ -23,8 +23,8 @@ import numpy as np
 from kvtier.errors import StoreError
 from kvtier.stores.integrity.header import HEADER_BYTES
 from kvtier.stores.slab.layout import SlabGeometry
-from kvtier.stores.slab.raw_records import MEDIUM_ERRORS
 from kvtier.stores.slab.reading import NamespaceReader, Records
+from kvtier.stores.slab.records import MEDIUM_ERRORS
 from kvtier.stores.vectored import PAGE_BYTES
 from kvtier.types import FailureCause
 

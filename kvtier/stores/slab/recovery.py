@@ -1,4 +1,4 @@
-"""What the records of a slab say, found out many at a time."""
+"""Which records of a slab count, found out many at a time: for the engine's start, and for tools."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from kvtier.keys import MAX_KEY_BYTES, MIN_KEY_BYTES, OffloadKey
 from kvtier.stores.integrity.header import CHECKED_BYTES, HEADER_BYTES, HEADER_DTYPE, MAGIC, BlockHeaders
 from kvtier.stores.slab.layout import SlabGeometry
-from kvtier.stores.slab.raw_records import RawRecords
+from kvtier.stores.slab.records import RawRecords
 from kvtier.types import FailureCause
 
 _RECORDS_PER_BATCH = 1 << 14
-_LEAST_RECORDS = 1 << 20
-_MOST_JUDGED = 64
+_MIN_RECORDS = 1 << 20
+_MAX_JUDGED = 64
 """Payloads that are read at a start, at most, for each of two questions."""
 _KEY_OFFSET = HEADER_DTYPE.fields["key"][1] if HEADER_DTYPE.fields else 0
 _FINGERPRINT_WORDS = slice(5, 9)
@@ -47,7 +47,7 @@ class Inventory:
         self.causes: Counter[FailureCause] = Counter()
         self._headers = headers
         self._block_bytes = block_bytes
-        self._read = np.empty(min(num_slots, _LEAST_RECORDS), HEADER_DTYPE)  # memory is taken when it is written to
+        self._read = np.empty(min(num_slots, _MIN_RECORDS), HEADER_DTYPE)  # memory is taken when it is written to
         self._num_read = 0
         self._is_verified = False
         self._mixed = [np.empty(0, np.uint64)]
@@ -136,7 +136,7 @@ class Inventory:
             if key in found:
                 self.broken.append(slot)
                 continue
-            if judge is not None and earlier[key] and num_judged < _MOST_JUDGED:
+            if judge is not None and earlier[key] and num_judged < _MAX_JUDGED:
                 num_judged += 1
                 if (cause := judge(slot, key)) is not None:
                     self.reject(slot, cause)
@@ -150,7 +150,7 @@ class Inventory:
 
         The next records are numbered after the newest: a forged number would have them start again from zero.
         """
-        for _ in range(_MOST_JUDGED):
+        for _ in range(_MAX_JUDGED):
             newest = self._read[self._kept[-1:]]
             if not len(newest):
                 break
