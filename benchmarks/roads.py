@@ -37,18 +37,22 @@ NUM_BLOCKS = 4
 BLOCK_BYTES = 64 * 1024
 PATIENCE_SECONDS = 60.0
 
-# The I/O process is another interpreter: a `sitecustomize` on its path writes down what it calls, from the call that
-# has read bytes to the packet that says so.
+# The I/O process is another interpreter: a `sitecustomize` on its path writes down what a thread of it calls, from the
+# call that has read bytes to the packet that says so.
 HOOK = """
 import sys, threading
 HERE, OUT = {package!r}, {out!r}
-calls = []
+road = threading.local()
 def hook(frame, event, argument):
-    if event == "call" and frame.f_code.co_filename.startswith(HERE):
+    calls = getattr(road, "calls", None)
+    if event == "c_return" and argument.__name__ in ("preadv", "pread"):
+        road.calls = []
+    elif calls is None:
+        return
+    elif event == "call" and frame.f_code.co_filename.startswith(HERE):
         calls.append(frame.f_code.co_filename)
-    elif event == "c_return" and argument.__name__ in ("preadv", "pread"):
-        calls.clear()
-    elif event == "c_call" and argument.__name__ == "send" and calls:
+    elif event == "c_call" and argument.__name__ in ("send", "sendall", "sendmsg"):
+        road.calls = None
         with open(OUT, "w") as file:
             file.write("\\n".join(calls))
 if any("kvtier.executors" in word for word in sys.orig_argv):
@@ -68,7 +72,10 @@ class Road:
 
 
 class Tracer:
-    """Records calls into kvtier between two moments that a predicate names."""
+    """Records calls into kvtier between two moments that a predicate names.
+
+    A road that comes to its start again begins anew: a packet may bring what is no answer to the job.
+    """
 
     def __init__(self, name: str, starts: Callable[[str, str], bool], ends: Callable[[str, str], bool]) -> None:
         self.road = Road(name)
@@ -89,7 +96,9 @@ class Tracer:
         if event == "call" and not file.startswith(PACKAGE):
             return
         name = frame.f_code.co_name if event == "call" else f"{event}:{argument.__name__}"
-        self._running = self._running or self._starts(file, name)
+        if self._starts(file, name):
+            self._running, self.road.calls, self.road.frames = True, 0, 0
+            self.road.files.clear()
         if not self._running:
             return
         if event == "call":

@@ -40,7 +40,11 @@ def first_line(text: object, most: int = MOST_QUOTED) -> str:
 
 def is_utf8(text: str) -> bool:
     """Return whether a text can leave Python: not if it holds half of a surrogate pair, or bytes that are no UTF-8."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _escaped(character: str) -> str:
