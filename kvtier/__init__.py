@@ -92,6 +92,7 @@ if TYPE_CHECKING:
         ReqContext,
         RequestOffloadingContext,
         ScheduleEndContext,
+        StoreUsage,
         TierFilter,
         TierMatcher,
         TransferResult,
@@ -179,6 +180,7 @@ __all__ = [
     "ReqContext",
     "RequestOffloadingContext",
     "ScheduleEndContext",
+    "StoreUsage",
     "TierFilter",
     "TierMatcher",
     "TransferResult",
@@ -206,7 +208,7 @@ kvtier.tiering.manager: TieringOffloadingManager
 kvtier.tiering.settings: ResetPolicy TieringSettings
 kvtier.types: Admission BlockIDsLoadStoreSpec CPULoadStoreSpec FailureCause GPULoadStoreSpec JobMetadata
 kvtier.types: JobResult LoadStoreSpec Locality LookupResult Medium OffloadPolicy OffloadingEvent PrepareStoreOutput
-kvtier.types: ReqContext RequestOffloadingContext ScheduleEndContext TierFilter TierMatcher TransferResult
+kvtier.types: ReqContext RequestOffloadingContext ScheduleEndContext StoreUsage TierFilter TierMatcher TransferResult
 """
 """Which module defines which public names."""
 

@@ -31,6 +31,7 @@ from kvtier.types import (
     ReqContext,
     RequestOffloadingContext,
     ScheduleEndContext,
+    StoreUsage,
     TransferResult,
 )
 
@@ -198,6 +199,10 @@ class BlockStore(ABC):
     @abstractmethod
     def delete(self, keys: Sequence[OffloadKey]) -> None:
         """Forget `keys`; absent ones are ignored."""
+
+    def usage(self) -> StoreUsage | None:
+        """Return how full the store is, as far as it knows at once: it is asked often, and must not ask its medium."""
+        return None
 
     @abstractmethod
     def close(self) -> None:

@@ -139,9 +139,9 @@ _OF_BLOCKS = (
     _on(BlocksEvicted, lambda event: ((event.tier, len(event.keys)),), "evicted_blocks", _TIER,
         "Blocks that gave way to others"),
     _gauge(_OWN, "blocks", "Blocks held"),
-    _gauge(_OWN, "bytes", "Bytes of the blocks held"),
+    _gauge(_OWN, "bytes", "Bytes held; where the capacity counts headers, keys or folders, they are counted here, too"),
     _gauge(_OWN, "capacity_blocks", "Blocks that fit"),
-    _gauge(_OWN, "capacity_bytes", "Bytes of the blocks that fit"),
+    _gauge(_OWN, "capacity_bytes", "The most that bytes held may become"),
     _gauge(_MANAGER, "quarantined_blocks", "Slots of host memory that a late copy may still touch"),
     _gauge(_OWN, "prepared_share", "Share of a disk's space that is allocated ahead of use, 0 to 1"),
 )  # fmt: skip

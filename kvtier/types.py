@@ -258,6 +258,20 @@ class Admission(Enum):
     PROMPT_ONLY = "prompt_only"
 
 
+class StoreUsage(NamedTuple):
+    """How full a store is; None stands for what it does not know.
+
+    Attributes:
+        blocks: held.
+        bytes: held, with what the store keeps beside payloads, such as headers.
+        capacity_bytes: the most that `bytes` may become.
+    """
+
+    blocks: int | None = None
+    bytes: int | None = None
+    capacity_bytes: int | None = None
+
+
 class FailureCause(Enum):
     """Why a block could not be served or stored; every miss that is no plain absence has one."""
 

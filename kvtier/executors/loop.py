@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-from kvtier.executors.protocol import Part, PartResult, Probe, ProbeAnswer, Unavailable
+from kvtier.executors.protocol import Part, PartResult, Probe, ProbeAnswer, Unavailable, Usage
 from kvtier.executors.queue import TaskQueue
 from kvtier.executors.runner import StoreRunner
 from kvtier.types import FailureCause
@@ -22,7 +22,7 @@ _MAX_BLOCKS_PER_CALL = 64
 
 Move = Callable[[StoreRunner, Sequence[Part]], list[PartResult]]
 """Moves parts of one kind in one call into the store."""
-JobReport = PartResult | ProbeAnswer | Unavailable
+JobReport = PartResult | ProbeAnswer | Unavailable | Usage
 
 
 def blocks_per_call(block_bytes: int) -> int:
@@ -64,12 +64,14 @@ class StoreLoop:
         self, runner: StoreRunner, move: Move, report: Callable[[Sequence[JobReport]], None], *, wait: bool = True
     ) -> None:
         """Do what is queued, until `close`; without `wait`, until nothing is queued."""
+        report(runner.usage_news())
         while tasks := self._queue.take(self.blocks_per_call, wait=wait):
             self.busy_at = time.monotonic()
             reports: list[JobReport] = [runner.answer(task) for task in tasks if isinstance(task, Probe)]
             parts = [task for task in tasks if isinstance(task, Part)]
             if parts:
                 reports += self._joiner.add(move(runner, parts))
+            reports += runner.usage_news()
             if runner.lost is not None:
                 reports.append(Unavailable.because(runner.lost))
             report(reports)

@@ -253,8 +253,16 @@ class Prepared(_Message, frozen=True, tag=11):
     total: U64
 
 
+class Usage(_Message, frozen=True, tag=12):
+    """How full a store addressed by key is, as `StoreUsage`."""
+
+    blocks: U64 | None
+    bytes: U64 | None
+    capacity_bytes: U64 | None
+
+
 Request = Open | Part | Probe | Cancel
-StoreReport = Ready | Unavailable | IndexBatch | IndexEnd | PartResult | ProbeAnswer | Prepared
+StoreReport = Ready | Unavailable | IndexBatch | IndexEnd | PartResult | ProbeAnswer | Prepared | Usage
 
 _Packet = msgspec.Meta(min_length=1, max_length=MAX_MESSAGES)
 _ENCODER = msgspec.msgpack.Encoder()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,11 +12,23 @@ from typing import Any
 from kvtier.abc import BlockStore, FailureCounter, SlotStore, StoreContext
 from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.executors.base import StoreDescription
-from kvtier.executors.protocol import IndexBatch, Part, PartResult, Prepared, Probe, ProbeAnswer, blocks_per_packet
+from kvtier.executors.protocol import (
+    IndexBatch,
+    Part,
+    PartResult,
+    Prepared,
+    Probe,
+    ProbeAnswer,
+    Usage,
+    blocks_per_packet,
+)
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
 from kvtier.stores.integrity.checked_store import CheckedStore
 from kvtier.types import FailureCause
+
+_SECONDS_BETWEEN_USAGES = 1.0
+"""An unchanged usage is said again after so long: of two threads' reports, the older one may arrive last."""
 
 
 class ThreadFailures(FailureCounter):
@@ -85,6 +98,8 @@ class StoreRunner:
         self._block_bytes = description.block_bytes
         self._complained = False
         self.lost: str | None = None
+        self._usage: Usage | None = None
+        self._usage_said_at = 0.0
         context = StoreContext(description.namespace, description.block_bytes, self._failures)
         try:
             store: SlotStore | BlockStore
@@ -181,6 +196,22 @@ class StoreRunner:
         except Exception as error:  # noqa: BLE001 - a plug-in may raise anything; reported, and it is not asked again
             self._complain(f"{type(error).__name__}: {error}")
             return None
+
+    def usage_news(self) -> tuple[Usage, ...]:
+        """Return how full a store by key is, if it knows and that has changed since the last call; never raises."""
+        if not isinstance(self.store, BlockStore):
+            return ()
+        try:
+            told = self.store.usage()
+            usage = None if told is None else Usage(*told)
+        except Exception as error:  # noqa: BLE001 - a plug-in may raise anything; reported
+            self._complain(f"{type(error).__name__}: {error}")
+            return ()
+        now = time.monotonic()
+        if usage is None or (usage == self._usage and now - self._usage_said_at < _SECONDS_BETWEEN_USAGES):
+            return ()
+        self._usage, self._usage_said_at = usage, now
+        return (usage,)
 
     def close(self) -> None:
         """Close the store; never raises."""

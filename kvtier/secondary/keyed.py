@@ -10,7 +10,7 @@ from kvtier.abc import BlockStore, SlotStore
 from kvtier.errors import ProtocolError
 from kvtier.events import TierState
 from kvtier.executors.base import Report
-from kvtier.executors.protocol import IndexEnd, PartResult, ProbeAnswer, Ready
+from kvtier.executors.protocol import IndexEnd, PartResult, ProbeAnswer, Ready, Usage
 from kvtier.keys import OffloadKey, common_key_bytes
 from kvtier.secondary.jobs import Job
 from kvtier.secondary.probes import Probes
@@ -43,6 +43,7 @@ class KeyedTierManager(StoreTierManager):
         """Args: as `StoreTierManager`; store: a BlockStore."""
         super().__init__(offloading_spec, primary_kv_view, tier_type, store=store, options=options, settings=settings)
         self._look_at = 0.0
+        self._usage: Usage | None = None
         self._probes = Probes(self.context.clock, self._send_probe)
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
@@ -67,6 +68,15 @@ class KeyedTierManager(StoreTierManager):
         super().on_schedule_end(context)
         if self._probes.expire(self.settings.deadlines.job):
             self._supervisor.question_expired()
+
+    def get_stats(self) -> Mapping[str, float]:
+        """Return how full the store is, too, as far as it says so."""
+        usage = self._usage
+        stats = dict(super().get_stats())
+        if usage is not None:
+            told = {"blocks": usage.blocks, "bytes": usage.bytes, "capacity_bytes": usage.capacity_bytes}
+            stats |= {name: value for name, value in told.items() if value is not None}
+        return stats
 
     def check_invariants(self) -> None:
         """Raise InvariantError if the state contradicts itself."""
@@ -101,6 +111,8 @@ class KeyedTierManager(StoreTierManager):
         if isinstance(report, ProbeAnswer):
             self._probes.answer(report.probe_id, report.found)
             self._supervisor.job_ended(served=False, broken=report.failed)
+        elif isinstance(report, Usage):
+            self._usage = report
         elif isinstance(report, Ready):
             if report.num_slots:
                 raise ProtocolError("a store of slots")
@@ -109,6 +121,7 @@ class KeyedTierManager(StoreTierManager):
 
     def _forget(self) -> None:
         self._probes.clear()
+        self._usage = None
 
     def _send_probe(self, probe_id: int, keys: Sequence[OffloadKey]) -> None:
         executor = self._supervisor.executor

@@ -15,7 +15,7 @@ from kvtier.clock import Clock
 from kvtier.errors import InvariantError, ProtocolError, StoreUnavailableError
 from kvtier.events import TierState
 from kvtier.executors.base import Ended, IOExecutor, Report
-from kvtier.executors.protocol import IndexEnd, PartResult, Prepared, ProbeAnswer, Unavailable
+from kvtier.executors.protocol import IndexEnd, PartResult, Prepared, ProbeAnswer, Unavailable, Usage
 from kvtier.secondary.health import Breaker, BreakerState, TierHealth
 from kvtier.secondary.jobs import JobLedger
 
@@ -233,7 +233,7 @@ class Supervisor:
             if isinstance(report, Ended):
                 self.fail(report.reason)
                 break
-            opening = not isinstance(report, PartResult | ProbeAnswer | Prepared)
+            opening = not isinstance(report, PartResult | ProbeAnswer | Prepared | Usage)
             if opening is not (self._phase is _Phase.OPENING):
                 self.fail(f"I/O process sent garbage: {type(report).__name__} out of turn")
                 break

@@ -12,6 +12,7 @@ from kvtier.errors import ConfigError
 from kvtier.keys import MAX_KEY_BYTES, OffloadKey
 from kvtier.options import Threads, TierOptions, size_of
 from kvtier.stores.integrity.header import HEADER_BYTES
+from kvtier.types import StoreUsage
 
 
 class MemoryOptions(TierOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -75,6 +76,10 @@ class MemoryStore(BlockStore):
         with self._lock:
             for key in keys:
                 self._forget(key)
+
+    def usage(self) -> StoreUsage:
+        """Return what is held, keys included."""
+        return StoreUsage(len(self._values), self._used_bytes, self.capacity)
 
     def close(self) -> None:
         """Forget everything."""

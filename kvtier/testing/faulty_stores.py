@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Self
 from kvtier.abc import BlockStore, SlotStore, StoreContext
 from kvtier.keys import OffloadKey
 from kvtier.stores.integrity.checked_store import CheckedStore
+from kvtier.types import StoreUsage
 
 EXIT_STATUS = 86
 """How a process ends that the fault EXIT ended."""
@@ -235,6 +236,10 @@ class FaultyBlockStore(BlockStore):
         """Delete from the inner store, by plan."""
         if self.plan.enter("delete") is not Fault.RETURN_FALSE:
             self.inner.delete(keys)
+
+    def usage(self) -> StoreUsage | None:
+        """Ask the inner store."""
+        return self.inner.usage()
 
     def close(self) -> None:
         """Close the inner store, by plan."""

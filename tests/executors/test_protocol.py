@@ -26,6 +26,7 @@ from kvtier.executors.protocol import (
     ProbeAnswer,
     Ready,
     Unavailable,
+    Usage,
     blocks_per_packet,
     decode,
     encode,
@@ -66,6 +67,7 @@ REPORTED = st.one_of(
     st.builds(PartResult, U64, U32, BITS, U64, st.dictionaries(st.sampled_from(FailureCause), U32)),
     st.builds(ProbeAnswer, U64, BITS, st.booleans()),
     st.builds(Prepared, U64, U64),
+    st.builds(Usage, st.none() | U64, st.none() | U64, st.none() | U64),
 )
 PACKETS = st.one_of(
     st.tuples(st.just(REQUESTS), st.lists(SENT, min_size=1, max_size=8)),

@@ -1,5 +1,6 @@
 """The shipped suite on the tier `filesystem`, over each executor; and what engines that share a directory see."""
 
+import itertools
 import shutil
 import tempfile
 from dataclasses import replace
@@ -51,6 +52,15 @@ class TestFilesystem(TierSuite):
         rig.tier.start()
         rig.wait_up()
         assert rig.load(range(20))[1] == list(range(20))
+
+    def test_it_says_how_full_it_is(self):
+        rig = self.rig
+        rig.wait(lambda: rig.tier.get_stats().get("capacity_bytes") == 1 << 20, "the capacity is known")
+        fresh = itertools.count()
+        rig.wait(lambda: (rig.store([next(fresh)]), rig.tier.get_stats().get("blocks", 0) >= 10)[1], "it has looked")
+        stats = rig.tier.get_stats()
+        assert stats["blocks"] <= next(fresh)
+        assert stats["blocks"] * rig.block_bytes < stats["bytes"] <= 1 << 20
 
 
 class TestFilesystemInline(TestFilesystem):

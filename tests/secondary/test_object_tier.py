@@ -81,6 +81,14 @@ class TestOnMoto(OnPlace):
         rig.wait_up()
         assert rig.load(range(20))[1] == list(range(20))
 
+    def test_it_says_how_full_it_is(self):
+        rig = self.rig
+        rig.store(range(20))
+        rig.wait(lambda: rig.tier.get_stats().get("blocks") == 20, "the tier counts its blocks")
+        stats = rig.tier.get_stats()
+        assert stats["bytes"] == 20 * (HEADER_BYTES + rig.block_bytes)
+        assert stats["capacity_bytes"] == 64 << 20
+
 
 class TestOnThreads(TestOnMoto):
     def make_tier(self, offloading_spec, primary_kv_view):

@@ -424,6 +424,30 @@ def test_the_io_process_is_gone_with_its_connections(rigs, valkey):
     assert rig.tier.io_pid != pid
 
 
+def test_a_servers_limit_is_the_capacity(rigs, servers):
+    rig = rigs(servers(maxmemory="64mb").url)
+    rig.wait_up()
+    rig.store(range(40))
+    rig.wait(lambda: rig.tier.get_stats().get("capacity_bytes") == 64 << 20, "the server has said it")
+    assert 0 < rig.tier.get_stats()["bytes"] < 64 << 20
+
+
+def test_a_server_that_does_not_say_how_full_it_is_is_used_all_the_same(servers, monkeypatch, caplog):
+    server = servers()
+    server.command("ACL", "SETUSER", "kv", "on", ">letmein", "~kvtier:*", "+get", "+set", "+exists", "+unlink", "+ping")
+    monkeypatch.setenv("KVTIER_TEST_PASSWORD", "letmein")
+    rig = Rig(server.url, username="kv", password_env="KVTIER_TEST_PASSWORD")
+    try:
+        rig.wait_up()
+        assert rig.store(range(8)).success
+        assert rig.load(range(8))[1] == list(range(8))
+        assert not {"blocks", "bytes", "capacity_bytes"} & rig.tier.get_stats().keys()
+        assert not lines(caplog, "refuses")
+        assert len(server.command("ACL", "LOG")) == 1, "it is asked once"
+    finally:
+        rig.close()
+
+
 def test_the_documented_user_is_refused_nothing(servers, monkeypatch):
     """The ACL of the documentation, word for word; the server keeps a log of what it refused."""
     page = (Path(__file__).parents[2] / "docs" / "tiers" / "resp.md").read_text()

@@ -55,6 +55,14 @@ class TestResp(TierSuite):
         rig.wait_up()
         assert rig.load(range(20))[1] == list(range(20))
 
+    def test_it_says_how_full_its_servers_are(self):
+        rig = self.rig
+        rig.store(range(20))
+        rig.wait(lambda: rig.tier.get_stats().get("bytes", 0) > 0, "the servers have said it")
+        stats = rig.tier.get_stats()
+        assert "blocks" not in stats, "nobody counts them"
+        assert "capacity_bytes" not in stats, "these have no limit"
+
 
 class TestRespOnThreads(TestResp):
     def make_tier(self, offloading_spec, primary_kv_view):

@@ -44,6 +44,18 @@ class TestMemory(TierSuite):
     def make_tier(self, offloading_spec, primary_kv_view):
         return MemoryTierManager(offloading_spec, primary_kv_view, "memory", capacity="1MiB")
 
+    def test_it_says_how_full_it_is(self):
+        rig = self.rig
+        rig.store(range(20))
+        rig.wait(lambda: rig.tier.get_stats().get("blocks") == 20, "the tier counts its blocks")
+        stats = rig.tier.get_stats()
+        assert stats["capacity_bytes"] == 1 << 20
+        assert 20 * rig.block_bytes < stats["bytes"] <= stats["capacity_bytes"]
+        for first in range(20, 180, 40):
+            rig.store(range(first, first + 40))
+        rig.wait(lambda: rig.tier.get_stats()["bytes"] > 19 / 20 * (1 << 20), "it is full")
+        assert rig.tier.get_stats()["bytes"] <= 1 << 20
+
 
 class TestMemoryOnThreads(TestMemory):
     def make_tier(self, offloading_spec, primary_kv_view):

@@ -24,6 +24,7 @@ from typing import NamedTuple
 from kvtier.log import logger
 from kvtier.stores.filesystem.directory import SHARD_DIGITS, SharedDirectory, is_block, is_unfinished, shard_names
 from kvtier.stores.own_files import Folder, StrangerError
+from kvtier.types import StoreUsage
 
 LEAST_GROUP_BLOCKS = 64
 _USUAL_BLOCK_BYTES = 2 << 20
@@ -57,10 +58,17 @@ class _Shard(NamedTuple):
 
 @dataclass
 class _Group:
-    """What this process knows of a group: bytes it wrote since it looked, and how much room there was then."""
+    """What this process knows of a group.
+
+    Attributes:
+        written: bytes that it wrote since it looked into the group.
+        room: bytes that were free then.
+        held: files and bytes that it left there; None if it has never looked.
+    """
 
     written: int = 0
     room: float = 0.0
+    held: tuple[int, int] | None = None
 
 
 def group_digits(capacity: int, block_bytes: int) -> int:
@@ -70,7 +78,11 @@ def group_digits(capacity: int, block_bytes: int) -> int:
 
 
 class Janitor:
-    """Looks after a directory. Threads may share it; any number of processes run one over the same directory."""
+    """Looks after a directory. Threads may share it; any number of processes run one over the same directory.
+
+    Attributes:
+        usage: what the directory holds, estimated after each look; only the capacity is known before the first one.
+    """
 
     def __init__(self, directory: SharedDirectory, capacity: int, min_free: int, block_bytes: int) -> None:
         """Args: capacity: most bytes of all files; min_free: bytes of the filesystem that stay free."""
@@ -81,6 +93,7 @@ class Janitor:
         self._capacity = capacity
         self._share = capacity / self.num_groups
         self._groups: dict[str, _Group] = {}
+        self.usage = StoreUsage(capacity_bytes=capacity)
         self._lock = threading.Lock()
         self._ending = threading.Event()
         self._complained: set[type[OSError]] = set()
@@ -132,7 +145,19 @@ class Janitor:
         most = used * (1 - give_up) if give_up else share * (_KEEP if used > share * (_KEEP + 1) / 2 else 1)
         group_of_files.shrink(most)
         with self._lock:
-            self._groups.setdefault(group, _Group()).room = max(0.0, share - group_of_files.num_bytes)
+            seen = self._groups.setdefault(group, _Group())
+            seen.room = max(0.0, share - group_of_files.num_bytes)
+            seen.held = group_of_files.num_files, group_of_files.num_bytes
+            self.usage = self._estimate(group_of_files.shared_bytes)
+
+    def _estimate(self, shared_bytes: int) -> StoreUsage:
+        """Return what is held if all groups are as full as those that were looked into.
+
+        Keys are hashed: groups fill alike.
+        """
+        held = [group.held for group in self._groups.values() if group.held is not None]
+        files, num_bytes = (sum(column) * self.num_groups // len(held) for column in zip(*held, strict=True))
+        return StoreUsage(files, num_bytes + shared_bytes, self._capacity)
 
     def _enter(self, name: str, group: str, oldest: int, found: _Contents) -> None:
         """Add what a group holds of one namespace; what is no folder of ours is left alone."""
@@ -207,12 +232,13 @@ class _Contents:
     """The files of one group, and what they and their folders take.
 
     Attributes:
+        num_files: blocks, and those that are being written.
         num_bytes: of the files and of the folders that they are in.
         shared_bytes: of what all groups have together: the directory itself, and the namespaces' folders.
     """
 
     def __init__(self, directory: SharedDirectory) -> None:
-        self.num_bytes = 0
+        self.num_files = self.num_bytes = 0
         self.shared_bytes = directory.own_bytes()
         self._directory = directory
         self._held: list[Held] = []
@@ -234,6 +260,7 @@ class _Contents:
                     folder.unlink(name)
                     continue
             self._held.append(Held(status.st_mtime_ns, shard, name, max(status.st_size, status.st_blocks * 512)))
+            self.num_files += 1
             self.num_bytes += self._held[-1].size
         self._folders[shard] = folder.own_bytes, len(self._held) - before
         self.num_bytes += folder.own_bytes
@@ -250,6 +277,7 @@ class _Contents:
             if self.num_bytes <= most:
                 break
             if self._is_gone(file.shard.namespace, partial(_delete_in, file.shard.name, file.name)):
+                self.num_files -= 1
                 self.num_bytes -= file.size
                 num_bytes, count = self._folders[file.shard]
                 self._folders[file.shard] = num_bytes, count - 1

@@ -30,7 +30,7 @@ from kvtier.stores.integrity.header import HEADER_BYTES
 from kvtier.stores.integrity.sealing import Sealer
 from kvtier.stores.own_files import Folder, StrangerError
 from kvtier.stores.vectored import NO_SPACE_ERRORS, read_fully, write_fully
-from kvtier.types import FailureCause
+from kvtier.types import FailureCause, StoreUsage
 
 _ABSENT_ERRORS = frozenset({errno.ENOENT, errno.ESTALE, errno.ENOTDIR})
 """ESTALE: another host deleted the file while we looked at it."""
@@ -203,6 +203,10 @@ class FilesystemStore(BlockStore):
             except OSError as error:
                 if error.errno not in _ABSENT_ERRORS:
                     self._log(error)
+
+    def usage(self) -> StoreUsage:
+        """Return what the directory holds, of all namespaces and hosts, as the janitor estimates it."""
+        return self._janitor.usage
 
     def close(self) -> None:
         """Stop tidying up."""

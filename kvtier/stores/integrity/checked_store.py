@@ -15,7 +15,7 @@ from kvtier.stores.integrity.header import HEADER_BYTES
 from kvtier.stores.integrity.plain_sealer import PlainSealer
 from kvtier.stores.integrity.scratch import Scratch
 from kvtier.stores.integrity.sealing import MAX_SCRATCH_BYTES, Sealer
-from kvtier.types import FailureCause
+from kvtier.types import FailureCause, StoreUsage
 
 _Answer = TypeVar("_Answer")
 
@@ -77,6 +77,10 @@ class CheckedStore(BlockStore):
     def delete(self, keys: Sequence[OffloadKey]) -> None:
         """Forget `keys`."""
         self._guarded((), lambda: self.inner.delete(keys))
+
+    def usage(self) -> StoreUsage | None:
+        """Return what the inner store says."""
+        return self.inner.usage()
 
     def close(self) -> None:
         """Close the inner store."""

@@ -25,7 +25,7 @@ from kvtier.stores.object.client import Client, RequestError, Trouble, connect
 from kvtier.stores.object.names import PackName, Stamps, TakenBack, digest_of, split
 from kvtier.stores.object.options import ObjectOptions
 from kvtier.stores.object.refresher import Refresher
-from kvtier.types import FailureCause
+from kvtier.types import FailureCause, StoreUsage
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 _CALM_SECONDS = 10.0
@@ -206,6 +206,10 @@ class ObjectStore(BlockStore):
         except RequestError as error:
             self._learn(error)
             raise StoreError(str(error)) from None
+
+    def usage(self) -> StoreUsage:
+        """Return this namespace's blocks, and the bytes of all packs, as the last refresh found them."""
+        return StoreUsage(len(self.catalogue), self.catalogue.total_bytes, self._settings.capacity)
 
     def close(self) -> None:
         """End the background thread and the others."""

@@ -25,6 +25,8 @@ _SENT_BYTES = 256 * 1024
 """Of payloads, sent at once."""
 _LATE_BYTES = 256 * 1024
 """Of a large block, still to be received when the next one is asked for: the server copies it out meanwhile."""
+_MOST_INFO_BYTES = 32 * 1024
+"""Of a section of INFO, which has some 2 KiB."""
 _ASKING = b"*1\r\n$6\r\nASKING\r\n"
 
 
@@ -207,6 +209,23 @@ class Exchanges:
         if length > _MOST_SKIPPED * self._value_bytes:
             raise ConnectionBrokenError(Break.CLOSED, "a value that is far too long")
         wire.skip(length)
+
+
+def ask_memory(wire: Wire) -> tuple[int, int] | None:
+    """Return the bytes that a server holds, and its `maxmemory` (0: no limit); None where it does not say.
+
+    Source: https://valkey.io/commands/info/.
+    """
+    wire.send([b"*2\r\n$4\r\nINFO\r\n$6\r\nmemory\r\n"])
+    line = wire.line()
+    if line[:1] == b"-":
+        return None
+    length = parse_count(line[1:])
+    if line[:1] != b"$" or length is None or length > _MOST_INFO_BYTES:
+        raise ConnectionBrokenError(Break.GARBAGE, "a reply that is no text")
+    fields = dict(row.partition(b":")[::2] for row in wire.take(length, 0).splitlines())
+    used, limit = (parse_count(fields.get(name, b"")) for name in (b"used_memory", b"maxmemory"))
+    return None if used is None or limit is None else (used, limit)
 
 
 def _verified(cause: FailureCause | None) -> Reply:

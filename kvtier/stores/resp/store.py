@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections import Counter
@@ -14,13 +15,13 @@ from kvtier.keys import OffloadKey
 from kvtier.log import logger
 from kvtier.stores.integrity import open_sealer
 from kvtier.stores.integrity.sealing import Sealer
-from kvtier.stores.resp.commands import Exchanges, Operation, Outcome, Request
+from kvtier.stores.resp.commands import Exchanges, Operation, Outcome, Request, ask_memory
 from kvtier.stores.resp.connections import Server, ServerLostError
 from kvtier.stores.resp.fullness import Fullness
 from kvtier.stores.resp.options import RespOptions
 from kvtier.stores.resp.topology import Topology, open_topology
 from kvtier.stores.resp.wire import Break, ConnectionBrokenError, Refused
-from kvtier.types import FailureCause
+from kvtier.types import FailureCause, StoreUsage
 
 _ATTEMPTS = 3
 """Once more after a connection that the server closed, or a slot that has moved; and once more after both."""
@@ -28,6 +29,10 @@ _LONGEST_PAUSE = 0.02
 """Seconds before a new connection, drawn at random: all engines lose theirs at the same moment."""
 _BREAKS_TO_LOSE = 3
 """Connections that break one after the other, before the server is taken for lost."""
+_SECONDS_BETWEEN_USAGES = 5.0
+"""Between two questions for a server's memory, which take a round trip each."""
+_USAGE_TIMEOUT_SECONDS = 1.0
+"""Blocks that have arrived wait for it."""
 _UNREADABLE = frozenset({FailureCause.CORRUPT, FailureCause.FOREIGN, FailureCause.OLD_FORMAT})
 _REDIRECTIONS = frozenset({"MOVED", "ASK"})
 _UNUSABLE = frozenset({"LOADING", "MASTERDOWN", "NOAUTH", "CLUSTERDOWN"})
@@ -63,6 +68,8 @@ class RespStore(BlockStore):
         self._exchanges = Exchanges(sealer, context.block_bytes, settings.prefix, ttl)
         self._fullness = Fullness()
         self._breaks: Counter[Server] = Counter()
+        self._usage: StoreUsage | None = None
+        self._ask_usage_at = 0.0
         self._complained = False
         self._told: set[str] = set()
 
@@ -123,6 +130,30 @@ class RespStore(BlockStore):
         refusals = [request.reply for request in requests if isinstance(request.reply, Refused)]
         if refusals:
             raise StoreError(f"deleting: {refusals[0]}")
+
+    def usage(self) -> StoreUsage | None:
+        """Return the memory of all servers and their limits, as they said some seconds ago.
+
+        It is that of all data: a server does not say which of it are blocks.
+        """
+        return self._usage
+
+    def _ask_usage(self) -> None:
+        """Ask every server for its memory; one that refuses is not asked again, as it might log each attempt."""
+        self._ask_usage_at = math.inf
+        deadline = time.monotonic() + min(self._timeout, _USAGE_TIMEOUT_SECONDS)
+        try:
+            told = [server.exchange(ask_memory, deadline) for server in self._topology.servers]
+        except (ServerLostError, ConnectionBrokenError):
+            self._usage = None  # the next blocks will tell whether a server is lost
+        else:
+            known = [memory for memory in told if memory is not None]
+            if len(known) < len(told):
+                self._usage = None
+                return
+            limits = [limit for _, limit in known]
+            self._usage = StoreUsage(None, sum(used for used, _ in known), sum(limits) if all(limits) else None)
+        self._ask_usage_at = time.monotonic() + _SECONDS_BETWEEN_USAGES
 
     def close(self) -> None:
         """Close every connection."""
@@ -222,6 +253,8 @@ class RespStore(BlockStore):
         causes = [FailureCause.IO_ERROR if request is None else _cause(request) for request in requests]
         for cause, blocks in Counter(filter(None, causes)).items():
             self._failures.count(cause, blocks)
+        if time.monotonic() >= self._ask_usage_at:
+            self._ask_usage()
         return [cause is None for cause in causes]
 
     def _discard(self, keys: Sequence[OffloadKey]) -> None:

@@ -6,7 +6,7 @@ import random
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from redis.crc import key_slot
 
@@ -32,6 +32,11 @@ class Topology(ABC):
     @abstractmethod
     def share_out(self, requests: Sequence[Request]) -> list[tuple[Server, list[Request]]]:
         """Return each server with its requests; those of a server that is lost are left out."""
+
+    @property
+    @abstractmethod
+    def servers(self) -> Collection[Server]:
+        """Those that share the blocks, lost ones included."""
 
     @property
     def only_server(self) -> Server | None:
@@ -70,6 +75,11 @@ class SingleServer(Topology):
         except ServerLostError as error:
             self._server.close()
             raise StoreUnavailableError(str(error)) from error
+
+    @property
+    def servers(self) -> Collection[Server]:
+        """The one."""
+        return [self._server]
 
     @property
     def only_server(self) -> Server:
@@ -140,6 +150,11 @@ class Cluster(Topology):
                 shares.setdefault(server, []).append(request)
         return [(server, share) for server, share in shares.items() if self._may_try(server)]
 
+    @property
+    def servers(self) -> Collection[Server]:
+        """The owners of slots."""
+        return {owner for owner in self._table if owner is not None}
+
     def redirect(self, request: Request, refused: Refused) -> bool:
         """Follow MOVED and ASK to where they point; after MOVED, the whole table is read anew."""
         slot, _, address = refused.text.partition(" ")
@@ -166,8 +181,7 @@ class Cluster(Topology):
                 self._absent[server] = _Absence()
             else:
                 absence.postpone()
-            owners = {owner for owner in self._table if owner is not None}
-            all_lost = owners <= self._absent.keys()
+            all_lost = set(self.servers) <= self._absent.keys()
         if absence is None:
             logger.warning("resp: lost a node of the cluster: %s; its blocks are misses, the others serve", reason)
         if all_lost:
@@ -212,10 +226,9 @@ class Cluster(Topology):
             return
         try:
             self._refreshed_at = time.monotonic()
-            owners = {owner for owner in self._table if owner is not None}
             seeds = [self._server_at(host, port) for host, port in self._settings.address.servers]
             # lost ones last: each costs the time to connect
-            self._read_slots(sorted({*owners, *seeds}, key=lambda server: server in self._absent))
+            self._read_slots(sorted({*self.servers, *seeds}, key=lambda server: server in self._absent))
         except (ServerLostError, ConnectionBrokenError) as error:
             logger.debug("resp: slots not read: %s", error)  # the table of before serves on; MOVED mends it
         finally:
