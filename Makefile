@@ -40,7 +40,7 @@ demo: $(STAMP)
 test: lint test-core test-torch
 
 docs: $(STAMP)
-	$(BIN)/python docs/make_metrics.py
+	$(BIN)/python docs/make_tables.py
 
 lint: $(STAMP)
 	$(call check,$(BIN))

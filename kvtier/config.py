@@ -125,7 +125,7 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     cpu_bytes_to_use: Annotated[
         int | str,
-        msgspec.Meta(description='size of the primary tier of one engine: bytes, or a text such as "10GiB"'),
+        msgspec.Meta(description='host memory of one engine, over all its workers: bytes, or a text such as "10GiB"'),
     ]
     spec_name: Annotated[
         _Text,
@@ -137,29 +137,36 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     ] = None
     block_size: Annotated[
         _Count | None,
-        msgspec.Meta(description="tokens in one offloaded block, a multiple of the engine block (the default)"),
+        msgspec.Meta(
+            description="tokens in one offloaded block, a multiple of the engine's block (the default); larger"
+            " blocks make larger writes and coarser hits"
+        ),
     ] = None
     blocks_per_chunk: Annotated[
         _Count | None,
-        msgspec.Meta(description="the same in engine blocks, as vLLM spells it"),
+        msgspec.Meta(
+            description="the same in the engine's blocks; the one to use where KV groups have blocks of several sizes"
+        ),
     ] = None
     eviction_policy: Annotated[
         _Text,
         msgspec.Meta(
-            description='which blocks leave host memory: a registered policy; "auto" changes it while the engine runs'
+            description='which blocks leave host memory: "lru", "arc", "s3fifo", "tinylfu", "prefix", any registered'
+            ' policy, or "auto", which changes it while the engine runs'
         ),
     ] = "lru"
     shadow_caches: Annotated[
         bool,
         msgspec.Meta(
-            description='count what other policies, and half and twice the size, would have hit; "auto" always does'
+            description="count what other policies, and half and twice the size, would have hit (metrics"
+            ' `kvtier_shadow_*`); "auto" always does'
         ),
     ] = False
     offload_prompt_only: Annotated[
         bool | None,
         msgspec.Meta(
-            description="engines offer only blocks of prompts. Given, it is the admission of tiers that do not say;"
-            " absent, it is true if there are secondary tiers and each admits prompts only"
+            description="engines offer only blocks of prompts, not of answers. Given, it is the admission of tiers"
+            " that do not say; absent, it is true if there are secondary tiers and each admits prompts only"
         ),
     ] = None
     self_describing_kv_events: Annotated[
@@ -172,26 +179,30 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     ] = False
     load_deadline: Annotated[
         _Seconds,
-        msgspec.Meta(description="longest a request waits for its blocks, seconds"),
+        msgspec.Meta(description="longest a request waits for tiers, seconds; then the rest is computed"),
     ] = TieringSettings.load_deadline
     probe_deadline: Annotated[
         _Seconds | None,
         msgspec.Meta(
-            description="longest a request waits for a tier to say whether it has a block, seconds; absent, each tier"
-            " has its own"
+            description="longest a request waits for one tier to say whether it has a block, seconds. A tier's own"
+            " option goes before this one; without either, each tier has what fits its medium"
         ),
     ] = TieringSettings.probe_deadline
     lease_timeout: Annotated[
         _Seconds,
-        msgspec.Meta(description="seconds, see `TieringSettings`"),
+        msgspec.Meta(description="longest a request holds promoted blocks that it does not load, seconds"),
     ] = TieringSettings.lease_timeout
     drain_timeout: Annotated[
         _Seconds,
-        msgspec.Meta(description="seconds, see `TieringSettings`"),
+        msgspec.Meta(description="longest a reset or an exit waits for tiers, seconds"),
     ] = TieringSettings.drain_timeout
     tier_deadline: Annotated[
         _Seconds,
-        msgspec.Meta(description="seconds without progress of its jobs after which a tier is not used"),
+        msgspec.Meta(
+            description="a tier that has jobs, and of which nothing has progressed for so many seconds, is not used"
+            " until something has. A long queue that moves is not late. A tier's own `job_deadline` is another"
+            " option: it ends the tier's I/O process"
+        ),
     ] = TieringSettings.tier_deadline
     promotion_budget: Annotated[
         _Share,
@@ -201,16 +212,22 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         _Seconds | None,
         msgspec.Meta(
             description="tokens per second that the engine computes; shortens `load_deadline` and `probe_deadline` to"
-            " what computing would take"
+            " what computing the tokens would take"
         ),
     ] = TieringSettings.prefill_rate
     on_reset: Annotated[
         ResetPolicy,
-        msgspec.Meta(description="what becomes of stored blocks when the engine resets its prefix cache"),
+        msgspec.Meta(
+            description='"new_epoch": after the engine resets its prefix cache, nothing stored before is served'
+            ' again, in any tier; "keep": it is'
+        ),
     ] = TieringSettings.on_reset
     allow_lora: Annotated[
         bool,
-        msgspec.Meta(description="trust the names of LoRA adapters across restarts"),
+        msgspec.Meta(
+            description="trust the names of LoRA adapters: block hashes carry names, not contents. Without it, tiers"
+            " that outlive the engine stay off under LoRA"
+        ),
     ] = False
     trust_weights: Annotated[
         TrustedWeights,
@@ -221,11 +238,14 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     ] = TrustedWeights.CONTENTS
     record: Annotated[
         _Text | None,
-        msgspec.Meta(description="path of a new file that gets a recording of the requests, for `kvtier simulate`"),
+        msgspec.Meta(
+            description="path of a new file that gets a recording of the requests, for `kvtier simulate` and `kvtier"
+            " plan`; keys are hashed with a salt that nobody keeps"
+        ),
     ] = None
     record_limit: Annotated[
         int | str,
-        msgspec.Meta(description="most bytes of the recording"),
+        msgspec.Meta(description="most bytes of the recording, which then ends"),
     ] = DEFAULT_RECORD_LIMIT
 
     def settings(self, tokens_per_block: int, kv_events: bool) -> TieringSettings:
@@ -250,8 +270,9 @@ class TieringConfig(CPUConfig, frozen=True, forbid_unknown_fields=True, kw_only=
     secondary_tiers: Annotated[
         list[dict[str, Any]],
         msgspec.Meta(
-            description="one mapping per tier: `type`, and optionally `module_path`, `name`, `admission` and"
-            " `probe_deadline`; every other key is an option of the tier"
+            description="tiers below host memory, asked in this order. Each is a mapping with `type`, and optionally"
+            ' `module_path`, `name`, `admission` ("always", "second_touch", "prompt_only") and `probe_deadline`;'
+            " every other key is an option of the tier"
         ),
     ] = []  # msgspec copies the default for every instance
 

@@ -157,7 +157,7 @@ def test_a_place_that_is_none_is_an_error_of_the_configuration(value):
 def test_what_is_not_plainly_asked_for_is_not_stored_in_the_clear(secret_file):
     for encrypt in ("yes", 1):
         with pytest.raises(StoreUnavailableError, match="true or false"):
-            SecretPlace.from_options({"secret_file": str(secret_file), "encrypt": encrypt})
+            SecretPlace.split({"secret_file": str(secret_file), "encrypt": encrypt})
 
 
 def test_a_secret_that_goes_away_leaves_the_store_closed(secret_file, tmp_path, monkeypatch):

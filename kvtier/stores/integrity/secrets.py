@@ -75,34 +75,22 @@ class SecretPlace:
         return place
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> Self | None:
-        """Return the place that `to_options` described; None if there is no secret.
+    def split(cls, options: Mapping[str, Any]) -> tuple[dict[str, Any], Self | None]:
+        """Return a store's options without those of `GuardedOptions`, and the place of the secret, if there is one.
 
         Raises:
             StoreUnavailableError: encryption without a secret, or neither asked for nor not: blocks must not be stored
                 in the clear instead.
         """
+        others = {name: value for name, value in options.items() if name not in _OPTIONS}
         env, file, encrypt = map(options.get, _OPTIONS)
         if not isinstance(encrypt, bool | None):
             raise StoreUnavailableError(f"encrypt={encrypt!r}: true or false")
         if env is None and file is None:
             if encrypt:
                 raise StoreUnavailableError("encrypt: no secret_env and no secret_file to go with it")
-            return None
-        return cls(env, file, bool(encrypt))
-
-    def to_options(self) -> dict[str, str | bool | None]:
-        """Return options for the store: names only."""
-        return dict(zip(_OPTIONS, (self.env, self.file, self.encrypt), strict=True))
-
-    @classmethod
-    def split(cls, options: Mapping[str, Any]) -> tuple[dict[str, Any], Self | None]:
-        """Return a store's options without those of this class, and the place of the secret, if there is one.
-
-        Raises:
-            StoreUnavailableError: as `from_options`.
-        """
-        return {name: value for name, value in options.items() if name not in _OPTIONS}, cls.from_options(options)
+            return others, None
+        return others, cls(env, file, bool(encrypt))
 
     def read(self) -> bytes:
         """Return the secret; what ends a file's last line does not belong to it.

@@ -1,0 +1,131 @@
+"""Writes the generated tables of the documentation anew, from the code that declares what they list; see `make docs`.
+
+A table stands between `<!-- table NAME: make docs -->` and `<!-- end of table -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import msgspec
+
+from kvtier.config import TIER_KEYS, TieringConfig
+from kvtier.metrics import GROUPS, Kind, Metric
+from kvtier.options import TierOptions
+from kvtier.registry import TIERS
+from kvtier.secondary.keyed import KeyedTierManager
+from kvtier.stores.integrity.secrets import GuardedOptions
+
+DOCS = Path(__file__).parent
+TABLE = re.compile(r"(<!-- table ([\w ]+): make docs -->\n).*?(<!-- end of table -->)", re.S)
+NOT_FOR_VLLM = {"spec_name", "spec_module_path", "canonical_layout"}
+"""The connector's configuration names the spec, and the last one may only be false."""
+
+
+def metrics() -> str:
+    """Return a heading and a table per group."""
+    lines = []
+    for title, rows in GROUPS.items():
+        lines += ["", f"### {title}", "", "| vLLM's `/metrics` | labels | `get_stats` | meaning |", "|---|---|---|---|"]
+        for metric in rows:
+            name, labels = f"`vllm:{metric.prometheus_name}`", ", ".join(metric.labels)
+            lines.append(f"| {name} | {labels} | {name_in_get_stats(metric)} | {metric.help} |")
+    return "\n".join([*lines, "", ""])
+
+
+def name_in_get_stats(metric: Metric) -> str:
+    """Return the name in `get_stats` with its labels as placeholders; "" if only the engine's adapter counts it."""
+    if not metric.is_in_get_stats:
+        return ""
+    labels = [label.upper() for label in metric.labels]
+    parts = [metric.name, *labels] if metric.kind is Kind.COUNTER else [*labels, metric.name]
+    return f"`{'.'.join(parts)}`"
+
+
+def options_of_tier(tier_type: str) -> str:
+    """Return the table of a tier's options; a tier that must ask has a `probe_deadline`, too."""
+    tier_class = TIERS.load(tier_type)
+    rows = list(option_rows(tier_class.options_type))
+    if issubclass(tier_class, KeyedTierManager):
+        default = f"`{tier_class.probe_deadline}`"
+        rows.append(row("probe_deadline", default, description_of(TIER_KEYS["probe_deadline"])))
+    return option_table(rows)
+
+
+def secret_options() -> str:
+    """Return the table of the options that name a secret."""
+    inherited = {field.name for field in msgspec.structs.fields(TierOptions)}
+    return option_table(option_rows(GuardedOptions, inherited))
+
+
+def engine_options() -> str:
+    """Return the table of the whole configuration's own keys."""
+    return option_table(option_rows(TieringConfig, NOT_FOR_VLLM))
+
+
+def option_rows(kind: type[msgspec.Struct], left_out: set[str] = frozenset()) -> Iterator[str]:
+    """Yield a row for each field of a struct of options: required ones first, inherited ones last."""
+    hints, own = get_type_hints(kind, include_extras=True), vars(kind)["__annotations__"]
+    fields = [field for field in msgspec.structs.fields(kind) if field.name not in left_out]
+    for field in sorted(fields, key=lambda field: (not field.required, field.name not in own)):
+        yield row(field.name, default_of(field, hints[field.name]), description_of(hints[field.name]))
+
+
+def option_table(rows: Iterator[str] | list[str]) -> str:
+    """Return a table of options."""
+    return "\n".join(["| option | default | meaning |", "|---|---|---|", *rows, ""])
+
+
+def row(name: str, default: str, meaning: str) -> str:
+    """Return one row of a table of options."""
+    return f"| `{name}` | {default} | {meaning} |"
+
+
+def description_of(hint: Any) -> str:
+    """Return what the annotation of an option says about it."""
+    (description,) = (meta.description for meta in hint.__metadata__ if getattr(meta, "description", None))
+    return str(description)
+
+
+def default_of(field: msgspec.structs.FieldInfo, hint: Any) -> str:
+    """Return how a user would write the default."""
+    if field.required:
+        return "required"
+    value = field.default_factory() if field.default is msgspec.NODEFAULT else field.default
+    if isinstance(value, Enum):
+        value = value.value
+    is_size = any("size" in (meta.extra or {}) for meta in get_args(hint)[1:] if isinstance(meta, msgspec.Meta))
+    if is_size and value:
+        return f"`{value >> 20}MiB`"
+    return "none" if value is None else f"`{json.dumps(value)}`"
+
+
+MAKERS = {
+    "metrics": metrics,
+    "configuration": engine_options,
+    "secrets": secret_options,
+    **{
+        f"tier {name}": lambda name=name: options_of_tier(name)
+        for name in ("disk", "filesystem", "memory", "object", "resp")
+    },
+}
+
+
+def up_to_date(page: str) -> str:
+    """Return the text of a page with the tables of now."""
+    return TABLE.sub(lambda found: found[1] + MAKERS[found[2]]() + found[3], page)
+
+
+def pages() -> list[Path]:
+    """Return the pages of the documentation."""
+    return sorted(DOCS.rglob("*.md"))
+
+
+if __name__ == "__main__":
+    for path in pages():
+        path.write_text(up_to_date(path.read_text()))
