@@ -4,6 +4,7 @@ import contextlib
 import socket
 import threading
 import time
+import tracemalloc
 
 import pytest
 
@@ -121,6 +122,15 @@ def test_an_endless_reply_ends(start, monkeypatch, kind, command):
     if command == b"SELECT":
         server.port = f"{server.port}/1"
     assert PASSWORD not in refusal(server, **settings)
+
+
+def test_an_announced_length_takes_no_memory_before_its_elements_come(start):
+    tracemalloc.start()
+    try:
+        refusal(start(ENDLESS["an array"], only=(b"PING",)))
+        assert tracemalloc.get_traced_memory()[1] < MOST_BYTES
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("kind", ENDLESS)

@@ -7,12 +7,12 @@ the socket that redis-py's own class has connected; that class and the credentia
 from __future__ import annotations
 
 import contextlib
-import ssl
 from collections.abc import Callable, Sequence
 from socket import socket
 from typing import Any, TypeVar
 
 import redis
+from redis._parsers import _RESP2Parser
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -56,24 +56,6 @@ class _TCPConnection(_WithWire, redis.Connection):
 class _TLSConnection(_WithWire, redis.SSLConnection):
     """Over TLS."""
 
-    def can_read(self, timeout: float = 0) -> bool:
-        """Return whether the server has sent something unasked, or closed the connection; the pool connects anew then.
-
-        A TLS 1.3 server sends session tickets after the handshake (RFC 8446, 4.6.1): the socket is readable, and there
-        is nothing to read. hiredis' parser takes them for data, and no connection would be ready.
-        """
-        if not super().can_read(timeout):
-            return False
-        former = self.connected.gettimeout()
-        self.connected.setblocking(False)
-        try:
-            self.connected.recv(1)
-        except ssl.SSLWantReadError:
-            return False
-        finally:
-            self.connected.settimeout(former)
-        return True
-
 
 class _UnixConnection(_WithWire, redis.UnixDomainSocketConnection):
     """Over a Unix socket."""
@@ -96,6 +78,9 @@ def _client_options(settings: RespOptions) -> dict[str, Any]:
         "socket_timeout": settings.timeout,
         "socket_connect_timeout": settings.connect_timeout,
         "protocol": 2,
+        # hiredis would make a list of as many elements as a server announces, whether they come or not: 16 GiB, which
+        # the garbage collector then visits.
+        "parser_class": _RESP2Parser,
     }
     if settings.password_env is not None or settings.password_file is not None:
         options["credential_provider"] = Credentials(settings)
