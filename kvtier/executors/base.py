@@ -114,7 +114,7 @@ class IOExecutor(ABC):
 
     @abstractmethod
     def submit(self, part: Part) -> None:
-        """Queue blocks to be moved; loads overtake stores that have not started."""
+        """Queue blocks to be moved, at most `blocks_per_packet`; loads overtake stores that have not started."""
 
     @abstractmethod
     def probe(self, probe_id: int, keys: Sequence[OffloadKey]) -> None:

@@ -27,7 +27,6 @@ from kvtier.executors.protocol import (
     Part,
     Probe,
     Request,
-    blocks_per_packet,
     decode,
     encode,
 )
@@ -158,11 +157,8 @@ class IOProcess(IOExecutor):
         self._send_queued()
 
     def submit(self, part: Part) -> None:
-        """Queue blocks, in parts that fit a packet each.
-
-        The first ones after a poll are sent at once; what follows waits for the next poll and travels together.
-        """
-        self._queue.put(*part.cut(blocks_per_packet(part.key_bytes)))
+        """Queue blocks: the first ones after a poll are sent at once; what follows waits and travels together."""
+        self._queue.put(part)
         if not self._submitted:
             self._submitted = True
             self._send_queued()

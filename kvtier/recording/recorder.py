@@ -14,7 +14,8 @@ from kvtier.events import CascadeRefused, Event, Observer, Observers
 from kvtier.keys import OffloadKey
 from kvtier.recording.format import JOB, NOT_FOUND, NOT_SURE, PROMPT, TIER
 from kvtier.recording.stream import Recorder
-from kvtier.tiering.guarded_tier import Job, TierGuard
+from kvtier.secondary.jobs import Job
+from kvtier.tiering.guarded_tier import TierGuard
 from kvtier.tiering.manager import TieringOffloadingManager
 from kvtier.tiering.requests import RequestState
 from kvtier.tiering.turns import in_turn

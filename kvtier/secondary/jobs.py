@@ -1,46 +1,79 @@
-"""The ledger of a tier's jobs: exactly one result a job, whatever happens to who works on it."""
+"""Jobs that are not answered, and a tier's ledger of them: exactly one result per job, whoever works on it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
+
+import numpy as np
 
 from kvtier.clock import Clock
 from kvtier.errors import InvariantError, ProtocolError
 from kvtier.events import BlocksFailed, Observer
-from kvtier.executors.protocol import Part, PartResult
+from kvtier.executors.protocol import Part, PartResult, blocks_per_packet
 from kvtier.keys import OffloadKey
-from kvtier.types import FailureCause, JobMetadata, JobResult
+from kvtier.types import FailureCause, JobMetadata, JobResult, ReqContext
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A job that is not answered yet.
+    """A job that is not answered yet, as whoever waits for its answer keeps it.
+
+    The manager's guard keeps one, a tier of several stripes another, a tier over a store a `MovingJob`.
 
     Attributes:
-        keys, arena_slots, store_slots: the blocks that move, in one order; store_slots as in `Part`.
+        job_id, keys, slots, is_promotion, req_context: what was asked; the slots are of the primary arena.
+        submitted: seconds of the clock.
+        num_left: blocks that are not answered.
         successful: keys that are done, those included that had nothing to move.
-        submitted, progressed: time of submission, and of the last answer to any of its blocks.
+        num_bytes: moved so far.
     """
 
-    serial: int
-    metadata: JobMetadata
+    job_id: int
     keys: Sequence[OffloadKey]
-    arena_slots: Sequence[int]
-    store_slots: Sequence[int] | None
+    slots: Sequence[int]
+    is_promotion: bool
+    req_context: ReqContext
     submitted: float
-    successful: list[OffloadKey]
-    failures: dict[FailureCause, int] = field(default_factory=dict)
+    num_left: int
+    successful: Collection[OffloadKey] = ()
     num_bytes: int = 0
-    answered: bytearray = field(init=False)
-    num_left: int = field(init=False)
-    progressed: float = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.progressed = self.submitted
-        self.answered = bytearray(len(self.keys))
-        self.num_left = len(self.keys)
+    def as_metadata(self) -> JobMetadata:
+        """Return what a tier is asked: copies, because a tier may change what it is given."""
+        slots = np.array(self.slots, dtype=np.int32)
+        return JobMetadata(self.job_id, list(self.keys), slots, self.is_promotion, self.req_context)
+
+    def result(self, now: float) -> JobResult:
+        """Return the one answer, when no block is left."""
+        seconds = max(0.0, now - self.submitted)
+        if len(self.successful) == len(self.keys):
+            return JobResult(self.job_id, True, None, seconds, self.num_bytes)
+        successful = set(self.successful)
+        success = successful.issuperset(self.keys)
+        partial = successful if successful and not success else None
+        return JobResult(self.job_id, success, partial, seconds, self.num_bytes)
+
+
+@dataclass(slots=True, eq=False)
+class MovingJob(Job):
+    """A job whose blocks an executor moves.
+
+    Attributes:
+        serial: number of the job in its tier, which no other job has or had.
+        moving: the keys that move; in their order, `slots`, and `store_slots` as in `Part`.
+        failures: failed blocks by cause.
+        answered: 1 for each block of `moving` that is answered.
+        progressed: when any block was answered last.
+    """
+
+    serial: int = 0
+    moving: Sequence[OffloadKey] = ()
+    store_slots: Sequence[int] | None = None
+    failures: dict[FailureCause, int] = field(default_factory=dict)
+    answered: bytearray = field(default_factory=bytearray)
+    progressed: float = 0.0
 
     def count_failures(self, failures: Mapping[FailureCause, int]) -> None:
         """Add failed blocks by cause."""
@@ -48,9 +81,16 @@ class Job:
             if count:
                 self.failures[cause] = self.failures.get(cause, 0) + count
 
-    def as_part(self) -> Part:
-        """Return everything that moves as one part."""
-        return Part.of(self.serial, 0, self.metadata.is_promotion, self.keys, self.arena_slots, self.store_slots)
+    def parts(self) -> list[Part]:
+        """Return everything that moves, in parts that fit a packet each."""
+        step = blocks_per_packet(len(self.moving[0]))
+        if len(self.moving) <= step:
+            return [Part.of(self.serial, 0, self.is_promotion, self.moving, self.slots, self.store_slots)]
+        return [self._part(slice(start, start + step)) for start in range(0, len(self.moving), step)]
+
+    def _part(self, span: slice) -> Part:
+        store_slots = None if self.store_slots is None else self.store_slots[span]
+        return Part.of(self.serial, span.start, self.is_promotion, self.moving[span], self.slots[span], store_slots)
 
 
 class JobLedger:
@@ -60,8 +100,8 @@ class JobLedger:
         self._tier_type = tier_type
         self._clock = clock
         self._observer = observer
-        self._jobs: dict[int, Job] = {}
-        self._overtaken: dict[int, tuple[Job, float]] = {}
+        self._jobs: dict[int, MovingJob] = {}
+        self._overtaken: dict[int, tuple[MovingJob, float]] = {}
         """Jobs, and since when a later one of their kind has had an answer. Jobs of a kind are begun in their order:
         these do not wait, they run."""
         self._results: list[JobResult] = []
@@ -90,33 +130,49 @@ class JobLedger:
     def open(
         self,
         metadata: JobMetadata,
-        keys: Sequence[OffloadKey],
-        arena_slots: Sequence[int],
+        moving: Sequence[OffloadKey],
+        slots: Sequence[int],
         store_slots: Sequence[int] | None,
         successful: list[OffloadKey],
         failures: Mapping[FailureCause, int],
-    ) -> Job | None:
-        """Note a job whose `keys` must move; None, and a result at once, if there are none.
+    ) -> MovingJob | None:
+        """Note a job of which the keys `moving` must move; None, and a result at once, if there are none.
 
         Args:
+            slots, store_slots: as in `MovingJob`.
             successful: keys of the job that need no move.
             failures: those of its keys that cannot be moved, by cause.
         """
-        job = Job(self._next_serial, metadata, keys, arena_slots, store_slots, self._clock(), successful)
+        now, count = self._clock(), len(moving)
+        job = MovingJob(
+            metadata.job_id,
+            metadata.keys,
+            slots,
+            metadata.is_promotion,
+            metadata.req_context,
+            now,
+            count,
+            successful,
+            serial=self._next_serial,
+            moving=moving,
+            store_slots=store_slots,
+            answered=bytearray(count),
+            progressed=now,
+        )
         job.count_failures(failures)
         self._next_serial += 1
-        if not keys:
+        if not count:
             self._finish(job)
             return None
         self._jobs[job.serial] = job
-        self._count(job, len(keys))
+        self._count(job, count)
         return job
 
     def refuse(self, metadata: JobMetadata, cause: FailureCause) -> None:
         """Answer a job that cannot be taken: every block failed."""
         self.open(metadata, (), (), None, [], {cause: len(metadata.keys)})
 
-    def apply(self, result: PartResult) -> Job:
+    def apply(self, result: PartResult) -> MovingJob:
         """Note how some blocks of a job ended, and return the job; its last blocks make its result.
 
         Raises:
@@ -126,7 +182,7 @@ class JobLedger:
         span, count = result.span, len(result.successes)
         if job is None:
             raise ProtocolError(f"a result for job {result.serial}, which is not open")
-        if not count or span.stop > len(job.keys) or 1 in job.answered[span]:
+        if not count or span.stop > len(job.moving) or 1 in job.answered[span]:
             raise ProtocolError(f"blocks {span.start} to {span.stop} of job {result.serial} are not open")
         self._note_progress(job)
         self.num_answered += count
@@ -135,20 +191,21 @@ class JobLedger:
         self._count(job, -count)
         job.num_bytes += result.num_bytes
         job.count_failures(result.failures)
-        job.successful += compress(job.keys[span], result.successes)
+        moved = compress(job.moving[span], result.successes)
+        job.successful = [*job.successful, *moved] if job.successful else list(moved)
         if not job.num_left:
             del self._jobs[job.serial]
             self._overtaken.pop(job.serial, None)
             self._finish(job)
         return job
 
-    def _note_progress(self, job: Job) -> None:
+    def _note_progress(self, job: MovingJob) -> None:
         """Some blocks of a job were answered: jobs of its kind before it are overtaken."""
         now = job.progressed = self._clock()
         for serial, other in self._jobs.items():
             if other is job:
                 break
-            if serial not in self._overtaken and other.metadata.is_promotion is job.metadata.is_promotion:
+            if serial not in self._overtaken and other.is_promotion is job.is_promotion:
                 self._overtaken[serial] = (other, now)
 
     def fail_all(self, cause: FailureCause) -> None:
@@ -170,29 +227,21 @@ class JobLedger:
         results, self._results = self._results, []
         return results
 
-    def _count(self, job: Job, blocks: int) -> None:
-        if job.metadata.is_promotion:
+    def _count(self, job: MovingJob, blocks: int) -> None:
+        if job.is_promotion:
             self.num_load_blocks += blocks
         else:
             self.num_store_blocks += blocks
 
-    def _finish(self, job: Job) -> None:
-        metadata = job.metadata
-        if len(job.successful) == len(metadata.keys):
-            success, successful = True, set[OffloadKey]()
-        else:
-            successful = set(job.successful)
-            success = successful.issuperset(metadata.keys)
-        seconds = max(0.0, self._clock() - job.submitted)
-        partial = successful if successful and not success else None
-        self._results.append(JobResult(metadata.job_id, success, partial, seconds, job.num_bytes))
+    def _finish(self, job: MovingJob) -> None:
+        self._results.append(job.result(self._clock()))
         for cause, count in job.failures.items():
             self._observer.on_event(BlocksFailed(self._tier_type, cause, count))
 
     def check_invariants(self) -> None:
         """Raise InvariantError unless the counts agree with the jobs."""
-        loads = sum(job.num_left for job in self._jobs.values() if job.metadata.is_promotion)
-        stores = sum(job.num_left for job in self._jobs.values() if not job.metadata.is_promotion)
+        loads = sum(job.num_left for job in self._jobs.values() if job.is_promotion)
+        stores = sum(job.num_left for job in self._jobs.values() if not job.is_promotion)
         if (loads, stores) != (self.num_load_blocks, self.num_store_blocks):
             raise InvariantError(
                 f"{self.num_load_blocks} loads and {self.num_store_blocks} stores counted, {loads} and {stores} open"

@@ -12,7 +12,7 @@ from kvtier.events import TierState
 from kvtier.executors.base import Report
 from kvtier.executors.protocol import IndexEnd, PartResult, ProbeAnswer, Ready, Usage
 from kvtier.keys import OffloadKey, common_key_bytes
-from kvtier.secondary.jobs import Job
+from kvtier.secondary.jobs import MovingJob
 from kvtier.secondary.probes import Probes
 from kvtier.secondary.store_tier import StoreTierManager, TierSettings
 from kvtier.types import FailureCause, JobMetadata, LookupResult, ReqContext, ScheduleEndContext
@@ -83,7 +83,7 @@ class KeyedTierManager(StoreTierManager):
         super().check_invariants()
         self._probes.check_invariants()
 
-    def _begin_store(self, metadata: JobMetadata) -> Job | None:
+    def _begin_store(self, metadata: JobMetadata) -> MovingJob | None:
         if metadata.keys:
             common_key_bytes(metadata.keys, None)
         is_present = self._probes.is_present
@@ -94,15 +94,15 @@ class KeyedTierManager(StoreTierManager):
         missing = [key for key in slot_of if not is_present(key)] if here else list(slot_of)
         return self._ledger.open(metadata, missing, [slot_of[key] for key in missing], None, here, {})
 
-    def _begin_load(self, metadata: JobMetadata) -> Job | None:
+    def _begin_load(self, metadata: JobMetadata) -> MovingJob | None:
         if metadata.keys:
             common_key_bytes(metadata.keys, None)
         return self._ledger.open(metadata, list(metadata.keys), metadata.block_ids.tolist(), None, [], {})
 
-    def _apply(self, job: Job, result: PartResult) -> None:
-        keys = job.keys[result.span]
+    def _apply(self, job: MovingJob, result: PartResult) -> None:
+        keys = job.moving[result.span]
         self._probes.set_present(list(compress(keys, result.successes)))
-        if job.metadata.is_promotion and False in result.successes and FailureCause.CANCELLED not in result.failures:
+        if job.is_promotion and False in result.successes and FailureCause.CANCELLED not in result.failures:
             never = not _UNREADABLE.isdisjoint(result.failures)
             failed = [key for key, success in zip(keys, result.successes, strict=True) if not success]
             self._probes.set_absent(failed, for_long=never)

@@ -17,7 +17,7 @@ from kvtier.executors.base import Report
 from kvtier.executors.protocol import IndexBatch, IndexEnd, PartResult, Ready
 from kvtier.keys import OffloadKey
 from kvtier.primary.table import BlockTable
-from kvtier.secondary.jobs import Job
+from kvtier.secondary.jobs import MovingJob
 from kvtier.secondary.store_tier import StoreTierManager, TierSettings
 from kvtier.types import FailureCause, JobMetadata, LookupResult, OffloadingEvent, ReqContext
 
@@ -107,7 +107,7 @@ class SlottedTierManager(StoreTierManager):
         if self._table is not None:
             self._table.check_invariants()
 
-    def _begin_load(self, metadata: JobMetadata) -> Job | None:
+    def _begin_load(self, metadata: JobMetadata) -> MovingJob | None:
         table = self._table
         if table is None:
             self._ledger.refuse(metadata, FailureCause.TIER_DOWN)
@@ -123,7 +123,7 @@ class SlottedTierManager(StoreTierManager):
         absent = {FailureCause.ABSENT: len(metadata.keys) - len(keys)}
         return self._ledger.open(metadata, keys, arena_slots, slots, [], absent)
 
-    def _begin_store(self, metadata: JobMetadata) -> Job | None:
+    def _begin_store(self, metadata: JobMetadata) -> MovingJob | None:
         table = self._table
         if table is None:
             self._ledger.refuse(metadata, FailureCause.TIER_DOWN)
@@ -164,10 +164,10 @@ class SlottedTierManager(StoreTierManager):
         self._note(keys, removed=True)
         self.context.observer.on_event(BlocksEvicted(self.tier_type, keys))
 
-    def _apply(self, job: Job, result: PartResult) -> None:
+    def _apply(self, job: MovingJob, result: PartResult) -> None:
         if self._table is not None and job.store_slots is not None:
-            end = self._end_load if job.metadata.is_promotion else self._end_store
-            end(self._table, job.keys[result.span], job.store_slots[result.span], result)
+            end = self._end_load if job.is_promotion else self._end_store
+            end(self._table, job.moving[result.span], job.store_slots[result.span], result)
 
     def _end_load(
         self, table: BlockTable, keys: Sequence[OffloadKey], slots: Sequence[int], result: PartResult

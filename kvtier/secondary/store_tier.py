@@ -23,7 +23,7 @@ from kvtier.namespace import Namespace
 from kvtier.options import TierOptions
 from kvtier.primary.arena import arena_rows
 from kvtier.secondary.health import Breaker, TierHealth
-from kvtier.secondary.jobs import Job, JobLedger
+from kvtier.secondary.jobs import JobLedger, MovingJob
 from kvtier.secondary.supervisor import Deadlines, Supervisor
 from kvtier.secondary.trial import check_or_try
 from kvtier.types import FailureCause, JobMetadata, JobResult, ScheduleEndContext
@@ -242,7 +242,7 @@ class StoreTierManager(SecondaryTierManager):
         self._supervisor.check_invariants()
 
     @abstractmethod
-    def _begin_store(self, metadata: JobMetadata) -> Job | None:
+    def _begin_store(self, metadata: JobMetadata) -> MovingJob | None:
         """Open a store job in the ledger and take the slots that it needs; None if nothing has to move.
 
         Raises:
@@ -250,11 +250,11 @@ class StoreTierManager(SecondaryTierManager):
         """
 
     @abstractmethod
-    def _begin_load(self, metadata: JobMetadata) -> Job | None:
+    def _begin_load(self, metadata: JobMetadata) -> MovingJob | None:
         """Open a load job, as `_begin_store` does."""
 
     @abstractmethod
-    def _apply(self, job: Job, result: PartResult) -> None:
+    def _apply(self, job: MovingJob, result: PartResult) -> None:
         """Note what became of some blocks of a job."""
 
     @abstractmethod
@@ -269,7 +269,7 @@ class StoreTierManager(SecondaryTierManager):
     def _forget(self) -> None:
         """Answer MISS for everything until something is known anew."""
 
-    def _submit(self, metadata: JobMetadata, begin: Callable[[JobMetadata], Job | None], fits: bool) -> None:
+    def _submit(self, metadata: JobMetadata, begin: Callable[[JobMetadata], MovingJob | None], fits: bool) -> None:
         executor = self._supervisor.executor
         if executor is None or not self._supervisor.works:
             self._ledger.refuse(metadata, FailureCause.TIER_DOWN)
@@ -282,7 +282,8 @@ class StoreTierManager(SecondaryTierManager):
                 self._ledger.refuse(metadata, FailureCause.CANCELLED)
                 return
             if job is not None:
-                executor.submit(job.as_part())
+                for part in job.parts():
+                    executor.submit(part)
 
     def _is_sound(self, metadata: JobMetadata) -> bool:
         """Return whether a job names one slot of the arena per key, and keys that are some."""
@@ -311,7 +312,7 @@ class StoreTierManager(SecondaryTierManager):
         self._apply(job, result)
         if not job.num_left:
             broken = any(job.failures.get(cause) for cause in _BREAKING)
-            self._supervisor.job_ended(job.num_bytes > 0, broken, is_store=not job.metadata.is_promotion)
+            self._supervisor.job_ended(job.num_bytes > 0, broken, is_store=not job.is_promotion)
 
     def _end_life(self) -> None:
         self._forget()

@@ -6,6 +6,7 @@ blocks along and nothing else. A block is in the stripe that had room for it, wh
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ from kvtier.abc import EvictionPolicy, SecondaryTierManager, TierContext
 from kvtier.errors import InvariantError
 from kvtier.events import BlocksEvicted, BlocksFailed, Event, Observer, TierState, TierStateChanged
 from kvtier.keys import OffloadKey
+from kvtier.secondary.jobs import Job
 from kvtier.secondary.slotted import SlottedTierManager
 from kvtier.secondary.store_tier import TierSettings
 from kvtier.secondary.trial import check_or_try
@@ -54,30 +56,6 @@ class StripeObserver:
             self._observer.on_event(event._replace(tier=self._tier_type))
         else:
             self._observer.on_event(event)
-
-
-@dataclass(slots=True)
-class _Job:
-    """A job whose parts are in several stripes."""
-
-    metadata: JobMetadata
-    num_parts: int
-    successful: set[OffloadKey]
-    transfer_time: float = 0.0
-    transfer_bytes: int = 0
-
-    def add(self, part: JobMetadata, result: JobResult) -> None:
-        """Note how one part ended."""
-        self.num_parts -= 1
-        self.successful.update(part.keys if result.success else result.successful_keys or ())
-        self.transfer_time = max(self.transfer_time, result.transfer_time or 0.0)
-        self.transfer_bytes += result.transfer_bytes or 0
-
-    def result(self) -> JobResult:
-        """Return the one answer, when no part is left."""
-        success = self.successful.issuperset(self.metadata.keys)
-        partial = self.successful if self.successful and not success else None
-        return JobResult(self.metadata.job_id, success, partial, self.transfer_time, self.transfer_bytes)
 
 
 def share_settings(settings: TierSettings, count: int) -> TierSettings:
@@ -129,7 +107,8 @@ class StripedTierManager(SecondaryTierManager):
         self._least_run = max(1, LEAST_RUN_BYTES // self._stripes[0].block_bytes)
         self._next_stripe = 0
         self._next_part = 1
-        self._parts: dict[int, tuple[_Job, JobMetadata]] = {}
+        self._clock = context.clock
+        self._parts: dict[int, tuple[Job, Sequence[OffloadKey]]] = {}
 
     # -- health -------------------------------------------------------------------------------------------
 
@@ -202,10 +181,12 @@ class StripedTierManager(SecondaryTierManager):
         finished = []
         for stripe in self._stripes:
             for result in stripe.get_finished_jobs():
-                job, part = self._parts.pop(result.job_id)
-                job.add(part, result)
-                if not job.num_parts:
-                    finished.append(job.result())
+                job, keys = self._parts.pop(result.job_id)
+                job.num_left -= len(keys)
+                job.num_bytes += result.transfer_bytes or 0
+                job.successful = [*job.successful, *(keys if result.success else result.successful_keys or ())]
+                if not job.num_left:
+                    finished.append(job.result(self._clock()))
         return finished
 
     def _submit(
@@ -224,12 +205,13 @@ class StripedTierManager(SecondaryTierManager):
                 (index, [keys[position] for position in positions], slots[np.asarray(positions, np.intp)])
                 for index, positions in routes
             ]
-        job = _Job(metadata, len(parts), set())
+        is_promotion, context = metadata.is_promotion, metadata.req_context
+        num_blocks = sum(len(part_keys) for _, part_keys, _ in parts)
+        job = Job(metadata.job_id, keys, (), is_promotion, context, self._clock(), num_blocks)
         for index, part_keys, part_slots in parts:
             part_id, self._next_part = self._next_part, self._next_part + 1
-            part = JobMetadata(part_id, part_keys, part_slots, metadata.is_promotion, metadata.req_context)
-            self._parts[part_id] = (job, part)
-            submit(self._stripes[index], part)
+            self._parts[part_id] = (job, part_keys)
+            submit(self._stripes[index], JobMetadata(part_id, part_keys, part_slots, is_promotion, context))
 
     def _route_load(self, keys: Sequence[OffloadKey]) -> list[Route]:
         """Return where to load `keys` from; those that nobody has go along with the others, and fail there."""
@@ -342,10 +324,10 @@ class StripedTierManager(SecondaryTierManager):
         """Raise InvariantError if a stripe contradicts itself, or parts and jobs each other."""
         for stripe in self._stripes:
             stripe.check_invariants()
-        left: dict[int, int] = {}
-        for job, _ in self._parts.values():
-            left[id(job)] = left.get(id(job), 0) + 1
-        if any(job.num_parts != left[id(job)] for job, _ in self._parts.values()):
+        left: Counter[Job] = Counter()
+        for job, keys in self._parts.values():
+            left[job] += len(keys)
+        if any(job.num_left != count for job, count in left.items()):
             raise InvariantError("a job waits for parts that nobody works on")
 
 

@@ -15,6 +15,7 @@ import xxhash
 
 from kvtier.keys import OffloadKey
 from kvtier.primary.arena import Rows
+from kvtier.secondary.jobs import Job
 
 MAX_ENTRIES = 1_000_000
 """Keys with digests, about 270 bytes each; the oldest are forgotten, and their blocks miss."""
@@ -35,6 +36,8 @@ class DigestLedger:
         self._max_entries = max_entries
         self._digests: OrderedDict[OffloadKey, tuple[bytes, ...]] = OrderedDict()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvtier-ledger")
+        self.hashing: dict[Job, Future[list[bytes]]] = {}
+        """Jobs whose blocks are being hashed: before a store is handed over, and after a load."""
 
     def __contains__(self, key: object) -> bool:
         return key in self._digests
@@ -42,6 +45,20 @@ class DigestLedger:
     def hash(self, slots: Sequence[int]) -> Future[list[bytes]]:
         """Start hashing `slots`; the result is their digests, in order."""
         return self._thread.submit(lambda: [xxhash.xxh3_128_digest(self._rows[slot]) for slot in slots])
+
+    def begin(self, job: Job) -> None:
+        """Start hashing the blocks of a job."""
+        self.hashing[job] = self.hash(job.slots)
+
+    def take_hashed(self) -> list[tuple[Job, list[bytes]]]:
+        """Return the jobs whose blocks have been hashed since the last call, with the digests of the blocks."""
+        done = [job for job, digests in self.hashing.items() if digests.done()]
+        return [(job, self.hashing.pop(job).result()) for job in done]
+
+    def wait(self) -> None:
+        """Wait until no slot is read; on any thread."""
+        for digests in list(self.hashing.values()):
+            digests.result()
 
     def record(self, keys: Sequence[OffloadKey], digests: Sequence[bytes]) -> None:
         """Remember the digests of blocks that are stored in the tier."""

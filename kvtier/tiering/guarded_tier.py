@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
-
-import numpy as np
 
 from kvtier.abc import SecondaryTierManager
 from kvtier.clock import Clock
@@ -20,6 +16,7 @@ from kvtier.errors import InvariantError
 from kvtier.events import BlocksFailed, JobFinished, Observer, TierState, UnexpectedCall
 from kvtier.keys import OffloadKey
 from kvtier.primary.arena import arena_rows
+from kvtier.secondary.jobs import Job
 from kvtier.secondary.stand_ins import LateTier
 from kvtier.tiering.digests import DigestLedger
 from kvtier.tiering.patience import ProbePatience
@@ -27,7 +24,6 @@ from kvtier.tiering.standing import Standing, StateTimes
 from kvtier.types import (
     Admission,
     FailureCause,
-    JobMetadata,
     JobResult,
     LookupResult,
     OffloadingEvent,
@@ -43,28 +39,6 @@ _UP, _STARTING, _DOWN = TierState.UP, TierState.STARTING, TierState.DOWN
 
 T = TypeVar("T")
 P = ParamSpec("P")
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """A job of one tier, as the manager remembers it. The slots stay pinned until the job has ended.
-
-    Attributes:
-        metadata: what the tier was handed. The tier may have changed it since: nobody reads it back.
-        job_id, keys, slots, is_promotion: what the job is.
-        submitted: seconds of the manager's clock.
-        digests: of the slots, while a thread computes them: before a store is handed over, and after a load.
-        successful: the keys that succeeded; final when the job has ended.
-    """
-
-    metadata: JobMetadata
-    job_id: int
-    keys: tuple[OffloadKey, ...]
-    slots: list[int]
-    is_promotion: bool
-    submitted: float
-    digests: Future[list[bytes]] | None = None
-    successful: Collection[OffloadKey] = ()
 
 
 class TierGuard:
@@ -107,9 +81,8 @@ class TierGuard:
         self._progressed_at, self._progress = 0.0, 0
         self._standing = Standing(name, clock, observer)
         self._times = StateTimes(clock())
-        self._ledger = None if tier.verifies_payloads else DigestLedger(arena_rows(tier.primary_kv_view))
+        self._digests = None if tier.verifies_payloads else DigestLedger(arena_rows(tier.primary_kv_view))
         self._most_pinned = int(len(tier.primary_kv_view) * STORE_SHARE)
-        self._hashing: list[Job] = []
         self._draining = False
         self._pending_epoch: bytes | None = None
         self._epoch_retry_at = 0.0
@@ -125,7 +98,7 @@ class TierGuard:
         """
         if not self.usable:
             return LookupResult.RETRY if self._is_opening else LookupResult.MISS
-        if self._ledger is not None and key not in self._ledger:
+        if self._digests is not None and key not in self._digests:
             return LookupResult.MISS
         # Not through `_ask`: this runs once per key of every scan, and a try block costs nothing where nothing raises.
         try:
@@ -148,34 +121,34 @@ class TierGuard:
 
     def store(self, keys: Sequence[OffloadKey], slots: list[int], context: ReqContext) -> bool:
         """Start a cascade out of `slots`, which are pinned; return whether the tier took it."""
-        job = self._make_job(keys, slots, False, context)
+        job = self._open(keys, slots, False, context)
         self._num_storing += len(slots)
-        if self._ledger is None:
+        if self._digests is None:
             return self._hand_over(job)
-        job.digests = self._ledger.hash(slots)
-        self._hashing.append(job)
+        self._digests.begin(job)
         return True
 
     def load(self, keys: Sequence[OffloadKey], slots: list[int], context: ReqContext) -> bool:
         """Start a promotion into `slots`, which are filling; return whether the tier took it."""
-        return self._hand_over(self._make_job(keys, slots, True, context))
+        return self._hand_over(self._open(keys, slots, True, context))
 
-    def _make_job(self, keys: Sequence[OffloadKey], slots: list[int], is_promotion: bool, context: ReqContext) -> Job:
+    def _open(self, keys: Sequence[OffloadKey], slots: list[int], is_promotion: bool, context: ReqContext) -> Job:
+        """Return a new job, whose slots stay pinned until it has ended."""
         job_id, now = next(self._job_ids), self._clock()
-        metadata = JobMetadata(job_id, list(keys), np.array(slots, dtype=np.int32), is_promotion, context)
         if not self.jobs:
             self._progressed_at = now
-        job = self.jobs[job_id] = Job(metadata, job_id, tuple(keys), list(slots), is_promotion, now)
+        job = self.jobs[job_id] = Job(job_id, tuple(keys), list(slots), is_promotion, context, now, len(keys))
         return job
 
     def _hand_over(self, job: Job) -> bool:
-        if job.is_promotion:
-            taken = self._tell("submit_load", self.tier.submit_load, job.metadata)
-        else:
-            taken = self._tell("submit_store", self.tier.submit_store, job.metadata)
-        if not taken:
-            self._forget(job)
-        return taken
+        if self._busy is None:
+            try:
+                (self.tier.submit_load if job.is_promotion else self.tier.submit_store)(job.as_metadata())
+                return True
+            except Exception as fault:  # noqa: BLE001 - a tier's fault never reaches the engine: it is reported
+                self._fault("submit_load" if job.is_promotion else "submit_store", fault)
+        self._forget(job)
+        return False
 
     def _forget(self, job: Job) -> None:
         del self.jobs[job.job_id]
@@ -259,7 +232,10 @@ class TierGuard:
     # -- once a step --------------------------------------------------------------------------------------
 
     def poll(self) -> list[Job]:
-        """Return the jobs that have ended since the last call, and decide whether the tier may be used."""
+        """Return the jobs that have ended since the last call, and decide whether the tier may be used.
+
+        A job that has ended has its keys that succeeded in `successful`.
+        """
         ended: list[Job] = []
         if self._closed:
             return ended
@@ -270,8 +246,8 @@ class TierGuard:
             self._busy = None
         if self._late is not None:
             self._take_successor(self._late)
-        if self._ledger is not None and self._hashing:
-            self._collect_hashes(self._ledger, ended)
+        if self._digests is not None and self._digests.hashing:
+            self._take_hashed(self._digests, ended)
         results: list[JobResult] = []  # those that came before a fault count
         try:
             results.extend(self.tier.get_finished_jobs())
@@ -283,6 +259,8 @@ class TierGuard:
         self._refresh()
         if self.usable:
             self.patience.follow(self.lookup)
+        if self._pending_epoch is not None:
+            self._resume_epoch(self._pending_epoch)
         return ended
 
     def _take_successor(self, late: LateTier) -> None:
@@ -295,51 +273,52 @@ class TierGuard:
             self.start_epoch(late.epoch)
 
     def _take_result(self, result: JobResult, ended: list[Job]) -> None:
-        what = "get_finished_jobs"
-        job = self._ask(what, None, lambda: self.jobs.get(result.job_id))
-        if job is None or job.digests is not None:
+        job: Job | None = None
+        successful: Collection[OffloadKey] = ()
+        num_bytes, seconds = 0, 0.0
+        try:
+            job = self.jobs.get(result.job_id)
+            if job is not None:
+                seconds = self._clock() - job.submitted
+                successful, num_bytes, seconds = _read(result, job.keys, seconds)
+        except Exception as fault:  # noqa: BLE001 - a tier's fault never reaches the engine: it is reported
+            self._fault("get_finished_jobs", fault)
+        if job is None or (self._digests is not None and job in self._digests.hashing):
             self._observer.on_event(UnexpectedCall(f"result of tier {self.name}", 1))
             return
-        took = self._clock() - job.submitted
-        nothing: tuple[Collection[OffloadKey], int, float] = ((), 0, took)
-        successful, num_bytes, seconds = self._ask(what, nothing, lambda: _read(result, job.keys, took))
+        job.successful = successful
         self._observer.on_event(
             JobFinished(self.name, job.is_promotion, len(job.keys), len(successful), num_bytes, seconds)
         )
-        if self._ledger is None or not job.is_promotion or not successful:
-            self._end(job, successful, ended)
+        if self._digests is None or not job.is_promotion or not successful:
+            self._end(job, ended)
         elif self._draining:  # the primary is about to forget the blocks anyway
-            self._end(job, (), ended)
+            job.successful = ()
+            self._end(job, ended)
         else:
-            job.successful, job.digests = successful, self._ledger.hash(job.slots)
-            self._hashing.append(job)
+            self._digests.begin(job)
 
-    def _end(self, job: Job, successful: Collection[OffloadKey], ended: list[Job]) -> None:
+    def _end(self, job: Job, ended: list[Job]) -> None:
         self._forget(job)
         self._progressed_at = self._clock()
-        job.successful = successful
         ended.append(job)
 
-    def _collect_hashes(self, ledger: DigestLedger, ended: list[Job]) -> None:
+    def _take_hashed(self, digests_of: DigestLedger, ended: list[Job]) -> None:
         """Hand over the stores and believe the loads whose digests have been computed."""
-        hashing, self._hashing = self._hashing, []
-        for job in hashing:
-            if job.digests is None or not job.digests.done():
-                self._hashing.append(job)
-                continue
-            digests, job.digests = job.digests.result(), None
+        for job, digests in digests_of.take_hashed():
             self._progressed_at = self._clock()
             if job.is_promotion:
-                good = frozenset(job.successful).intersection(ledger.matching(job.keys, digests))
+                good = frozenset(job.successful).intersection(digests_of.matching(job.keys, digests))
                 num_wrong = len(job.successful) - len(good)
                 if num_wrong:
                     self._observer.on_event(BlocksFailed(self.name, FailureCause.CORRUPT, num_wrong))
                     self._down(f"returned {num_wrong} blocks with wrong bytes")
-                self._end(job, good, ended)
+                job.successful = good
+                self._end(job, ended)
             elif self._draining:  # nothing may be handed over between a drain and the new epoch
-                self._end(job, (), ended)
+                self._end(job, ended)
             else:
-                ledger.record(job.keys, digests)
+                digests_of.record(job.keys, digests)
                 if not self._hand_over(job):
                     ended.append(job)
 
@@ -354,7 +333,7 @@ class TierGuard:
             self._progress, self._progressed_at = progress, now
         if self.jobs and self._is_overdue(now):
             self._down("its jobs make no progress", is_told=state is _DOWN)
-        elif self._pending_epoch is None:
+        elif self._standing.reason is not None and self._pending_epoch is None:
             self._standing.reconsider()
         is_trusted = self._standing.is_trusted
         if is_trusted and state is _UP and not self.usable:
@@ -384,8 +363,8 @@ class TierGuard:
     def start_epoch(self, epoch: bytes) -> None:
         """Blocks stored before must miss; a tier that has not begun the epoch, for whatever reason, stays down."""
         self._pending_epoch = epoch
-        if self._ledger is not None:
-            self._ledger.clear()
+        if self._digests is not None:
+            self._digests.clear()
         if self.jobs or self._busy is not None:
             self._down("jobs unanswered at a reset")
         else:
@@ -394,17 +373,15 @@ class TierGuard:
     def _begin_epoch(self, epoch: bytes) -> None:
         if self._tell("start_epoch", self.tier.start_epoch, epoch):
             self._pending_epoch = None
-            if self._ledger is not None:
-                self._ledger.clear()
+            if self._digests is not None:
+                self._digests.clear()
         else:
             self._epoch_retry_at = self._standing.retry_at
 
-    def resume_epoch(self) -> None:
+    def _resume_epoch(self, epoch: bytes) -> None:
         """Start the epoch that had to wait, once every job has been answered; again later if the tier fails."""
-        if self._pending_epoch is None or self.jobs or self._busy is not None:
-            return
-        if self._clock() >= self._epoch_retry_at:
-            self._begin_epoch(self._pending_epoch)
+        if not self.jobs and self._clock() >= self._epoch_retry_at:
+            self._begin_epoch(epoch)
 
     def begin_drain(self) -> None:
         """What has not been handed over yet will not be: the cache is being reset."""
@@ -412,9 +389,8 @@ class TierGuard:
 
     def drain(self) -> None:
         """Wait until the tier touches no primary memory; runs on a thread of its own, bounded by its caller."""
-        for job in self._hashing:
-            if job.digests is not None:
-                job.digests.result()
+        if self._digests is not None:
+            self._digests.wait()
         self.tier.drain_jobs()
 
     def busy_with(self, thread: threading.Thread | None) -> None:
@@ -426,25 +402,23 @@ class TierGuard:
         self.usable, self._closed = False, True
         self._times.enter(TierState.CLOSED, self._clock())
         self.tier.shutdown()
-        if self._ledger is not None:
-            self._ledger.close()
+        if self._digests is not None:
+            self._digests.close()
 
     def has_live_cascade(self, now: float) -> bool:
         """Return whether there is a cascade and the tier makes progress."""
         return self._num_storing > 0 and not self._is_overdue(now)
 
     def check_invariants(self) -> None:
-        """Raise InvariantError if a hashing job is not an unanswered job; then ask the tier."""
-        if {job.job_id for job in self._hashing} != {
-            job.job_id for job in self.jobs.values() if job.digests is not None
-        }:
-            raise InvariantError(f"tier {self.name} hashes other jobs than those that wait for it")
+        """Raise InvariantError if a job that is being hashed is not open; then ask the tier."""
+        if self._digests is not None and not self._digests.hashing.keys() <= set(self.jobs.values()):
+            raise InvariantError(f"tier {self.name} hashes jobs that nobody waits for")
         if self._num_storing != sum(len(job.slots) for job in self.jobs.values() if not job.is_promotion):
             raise InvariantError(f"tier {self.name} miscounts the blocks of its stores")
         self.tier.check_invariants()
 
 
-def _read(result: JobResult, keys: tuple[OffloadKey, ...], took: float) -> tuple[Collection[OffloadKey], int, float]:
+def _read(result: JobResult, keys: Sequence[OffloadKey], took: float) -> tuple[Collection[OffloadKey], int, float]:
     """Return the keys that succeeded, the bytes moved and the seconds it took, as the tier's result says.
 
     Raises:

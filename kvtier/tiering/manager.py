@@ -23,11 +23,12 @@ from kvtier.eviction.shadow_report import ShadowReport
 from kvtier.keys import OffloadKey
 from kvtier.metrics import EventCounters, tier_readings
 from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
+from kvtier.secondary.jobs import Job
 from kvtier.tiering.audit import check_slots
 from kvtier.tiering.cascades import Cascades
 from kvtier.tiering.device_copies import DeviceTransfers
 from kvtier.tiering.flights import Flights
-from kvtier.tiering.guarded_tier import Job, TierGuard
+from kvtier.tiering.guarded_tier import TierGuard
 from kvtier.tiering.kv_events import KVEventLog
 from kvtier.tiering.leases import Leases
 from kvtier.tiering.lookups import Lookups
@@ -351,13 +352,14 @@ class TieringOffloadingManager(OffloadingManager):
         self._polled = True
         if self._left is not None:
             forks.advise()
-        for guard, job in self._tiers.poll():
-            if self._watcher is not None:
-                self._watcher.on_job_ended(guard, job)
-            if job.is_promotion:
-                self._promoter.land(guard, job)
-            else:
-                self._table.unpin(job.slots)
+        for guard in self._tiers.guards:
+            for job in guard.poll():
+                if self._watcher is not None:
+                    self._watcher.on_job_ended(guard, job)
+                if job.is_promotion:
+                    self._promoter.land(guard, job)
+                else:
+                    self._table.unpin(job.slots)
         if self._transfers.stale.pending:
             self._transfers.stale.sweep()
         if self._watcher is not None:

@@ -12,8 +12,9 @@ from kvtier.errors import KeyFormatError
 from kvtier.events import BlocksEvicted, BlocksStored, Observer, RequestGaveUp
 from kvtier.keys import GROUP_BYTES, OffloadKey
 from kvtier.primary.table import BlockTable, Placement
+from kvtier.secondary.jobs import Job
 from kvtier.tiering.flights import Flights
-from kvtier.tiering.guarded_tier import Job, TierGuard
+from kvtier.tiering.guarded_tier import TierGuard
 from kvtier.tiering.leases import Leases
 from kvtier.tiering.requests import RequestState
 from kvtier.tiering.waiting import Waiting

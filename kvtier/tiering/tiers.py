@@ -13,7 +13,7 @@ from kvtier.events import Observer, TierState
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
 from kvtier.metrics import tier_readings
-from kvtier.tiering.guarded_tier import Job, TierGuard
+from kvtier.tiering.guarded_tier import TierGuard
 from kvtier.tiering.settings import TieringSettings
 from kvtier.types import (
     Admission,
@@ -91,13 +91,6 @@ class SecondaryTiers:
         """Pass a recency hint to every tier in use."""
         for guard in self.guards:
             guard.touch(keys, req_context)
-
-    def poll(self) -> Iterator[tuple[TierGuard, Job]]:
-        """Yield the jobs that have ended since the last call, each with the guard of its tier."""
-        for guard in self.guards:
-            for job in guard.poll():
-                yield guard, job
-            guard.resume_epoch()
 
     def end_step(self, context: ScheduleEndContext) -> None:
         """Tell every tier that a step is over."""

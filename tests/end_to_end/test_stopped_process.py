@@ -67,7 +67,7 @@ def test_stopped_in_mid_load_then_continued_after_the_request_gave_up(make_engin
     assert not any(key in engine.table for key in victims)
     engine.signal(signal.SIGSTOP)
     assert engine.restore(victims) == 0  # it gave up after its deadline
-    (job,) = [job for job in engine.manager._tiers[0].jobs.values() if job.metadata.is_promotion]
+    (job,) = [job for job in engine.manager._tiers[0].jobs.values() if job.is_promotion]
     slots = engine.store(victims)  # recomputed, and stored again
     assert slots
     assert set(slots).isdisjoint(job.slots)
