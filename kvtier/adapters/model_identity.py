@@ -68,8 +68,12 @@ def inspect_cache(model: Any) -> CacheShape:
     cache = DynamicCache(config=model.config)
     _check_layers(model, cache)
     token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
-    with torch.inference_mode():
-        model(input_ids=token, past_key_values=cache, use_cache=True)
+    try:
+        with torch.inference_mode():
+            model(input_ids=token, past_key_values=cache, use_cache=True)
+    except Exception as error:  # adapters may want more than tokens; what a model raises then is of any kind
+        allowed = f"a model that runs on token ids alone expected: {type(error).__name__}: {error}"
+        raise ConfigError("model", type(model).__name__, allowed) from error
     _check_layers(model, cache)
     shapes = {_layer_shape(model, layer) for layer in cache.layers}
     if len(shapes) != 1:

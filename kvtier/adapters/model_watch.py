@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from kvtier.adapters.module_state import ModuleState, TensorEntry
+from kvtier.adapters.module_state import ModuleState
+from kvtier.adapters.tensor_marks import TensorEntry
 from kvtier.adapters.weights_digest import digest_tensors
 from kvtier.errors import ConfigError
 from kvtier.log import logger
@@ -68,9 +69,9 @@ class ModelIdentity:
         return self._fingerprint
 
     @property
-    def kinds(self) -> frozenset[tuple[torch.dtype, torch.device]]:
-        """Data types and devices of the model's tensors: the shape of its KV may follow from them."""
-        return self._kinds
+    def form(self) -> tuple[frozenset[tuple[torch.dtype, torch.device]], list[str]]:
+        """Data types and devices of the model's tensors, and its modules: the shape of its KV may follow from them."""
+        return self._form
 
     def _follow(self, before: ModuleState | None, deadline: float | None) -> None:
         """Read the model's present state, and hash what `before` does not know."""
@@ -88,7 +89,7 @@ class ModelIdentity:
             raise ConfigError("model", type(self._model).__name__, allowed)
         self._unmarked = [tensor for _, tensor in unmarked]
         self._unmarked_digests = [entry.digest for entry, _ in unmarked]
-        self._kinds = frozenset((tensor.dtype, tensor.device) for _, tensor in live)
+        self._form = frozenset((tensor.dtype, tensor.device) for _, tensor in live), state.modules
         self._fingerprint = self._describe(state)
         self.num_changes += 1
         self._state = state
@@ -139,4 +140,12 @@ def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
 def arithmetic(device_type: str) -> str:
     """Return the settings outside the model that decide how torch multiplies now: autocast, reduced precision."""
     autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-    return f"{autocast} {torch.get_float32_matmul_precision()}"
+    return f"{autocast} {_matmul_precision()}"
+
+
+def _matmul_precision() -> str:
+    try:
+        return str(torch.get_float32_matmul_precision())
+    except RuntimeError:  # torch refuses to answer in its old words once somebody has used the new ones
+        backends = (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn, torch.backends.mkldnn.matmul)
+        return " ".join(str(backend.fp32_precision) for backend in backends)

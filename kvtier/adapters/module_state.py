@@ -15,13 +15,15 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from enum import Enum
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kvtier.adapters.tensor_marks import NUMBER, TensorEntry, mark_of, numbered
 from kvtier.adapters.weights_digest import describe, plain_parts
 from kvtier.errors import ConfigError
 
@@ -44,59 +46,12 @@ _NOT_SETTINGS = frozenset(vars(torch.nn.Module())) | {
 _HEAP_TYPE = 1 << 9
 """Py_TPFLAGS_HEAPTYPE: the class is defined in Python, or by few extensions."""
 
-_NUMBER = "_kvtier_number"
-"""Attribute that tells a tensor from any other of this process. A weak reference would do it, too, but torch refuses to
-swap tensors that have one."""
-_numbers = itertools.count()
-
 _HOLDERS = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_GLOBAL_HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks")
+_BY_WHOLE_PROMPTS = frozenset({"LilyLayer", "ALoraLinearVariant"})
+"""Adapters of PEFT whose KV for a token depends on tokens after it, or on where in the prompt certain tokens stand."""
 _ATOMS = (bool, int, float, complex, str, bytes, torch.dtype, torch.layout, torch.memory_format, os.PathLike)
-
-
-@dataclasses.dataclass
-class TensorEntry:
-    """One plain tensor at one place of a model.
-
-    Attributes:
-        label: what tells it apart from a tensor of equal bytes.
-        mark: as made by `mark_of`.
-        merged: adapters that the layer around it has added to its weights: PEFT does this through `.data`, which leaves
-            no mark.
-        in_adapter: whether it is an adapter's own: PEFT exchanges these through `.data`, and may then set a scale.
-        pin: while this lives, no other storage can get the same identity; it does not keep the memory.
-        digest: of its bytes; random if there was no time to read them; None until one of both.
-    """
-
-    label: str
-    mark: tuple[Any, ...]
-    merged: tuple[str, ...]
-    in_adapter: bool
-    pin: StorageWeakRef
-    digest: bytes | None = None
-
-    def is_same_as(self, other: TensorEntry) -> bool:
-        """Return whether nothing has happened to the tensor between the two entries, as far as its marks tell."""
-        return not self.in_adapter and (self.mark, self.merged) == (other.mark, other.merged)
-
-
-def mark_of(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Return what changes when a tensor is written to, replaced or moved.
-
-    Writes through `.data` or from outside torch leave no mark, nor do any writes to tensors made in inference mode.
-    """
-    parts = plain_parts("", tensor) if type(tensor) not in (torch.nn.Parameter, torch.Tensor) else ()
-    if parts and parts[0][1] is not tensor:
-        return tuple(mark_of(part) for _, part in parts)
-    return (
-        None if tensor.is_inference() else tensor._version,
-        vars(tensor).get(_NUMBER),
-        tensor.data_ptr(),
-        tensor.untyped_storage()._cdata,
-        tensor.dtype,
-        tensor.shape,
-        tensor.stride(),
-    )
 
 
 class ModuleState:
@@ -104,6 +59,7 @@ class ModuleState:
 
     Attributes:
         lines: structure and settings as text, the same for equal models in all processes.
+        modules: place and class of each module that is no adapter's.
         tensors: plain tensors by place.
         to_read: the tensors themselves, by place; to be emptied when they have been read, since it keeps them alive.
         opaque: by place, what text cannot describe: closures, objects of unknown types.
@@ -116,6 +72,7 @@ class ModuleState:
             ConfigError: a module is in training mode, or the bytes of a tensor cannot be read.
         """
         self.lines: list[str] = []
+        self.modules: list[str] = []
         self.tensors: dict[str, TensorEntry] = {}
         self.to_read: dict[str, torch.Tensor] = {}
         self.opaque: dict[str, object] = {}
@@ -124,13 +81,20 @@ class ModuleState:
         self._lengths: list[int] = []
         self._items: list[Any] = []
         self._slots: list[tuple[Mapping[Any, Any], Any, tuple[Any, ...]]] = []
+        self._objects: list[object] = []
+        self._classes: list[type] = []
         self._in_adapter = False
         self._read(model, "model", ())
+        for part in _GLOBAL_HOOKS:
+            hooks = vars(torch.nn.modules.module)[part]
+            self._watch(hooks)
+            for index, hook in enumerate(hooks.values()):
+                self._read(hook, f"{part}[{index}]", ())
 
     def is_current(self) -> bool:
         """Return whether nothing that leaves a mark has changed since; about some us per module and tensor."""
         # One pass in C over all items of all collections: a loop in Python would take ten times as long.
-        if list(map(len, self._collections)) != self._lengths:
+        if list(map(len, self._collections)) != self._lengths or list(map(type, self._objects)) != self._classes:
             return False
         if not all(map(operator.is_, itertools.chain.from_iterable(self._collections), self._items)):
             return False
@@ -170,6 +134,9 @@ class ModuleState:
                 self._read(item, f"{path}[{key!r}]", merged)
         elif isinstance(value, (FunctionType, BuiltinFunctionType)) and _is_found_by_name(value):
             self.lines.append(f"{path}={value.__module__}.{value.__qualname__}")
+        elif isinstance(value, MethodType) and _is_found_by_name(value.__func__):
+            self.lines.append(f"{path}={value.__func__.__module__}.{value.__func__.__qualname__}")
+            self._read(value.__self__, f"{path}.__self__", merged)
         elif dataclasses.is_dataclass(value) and hasattr(value, "__dict__"):
             self.lines.append(f"{path}: {type(value).__qualname__}")
             self._read(vars(value), path, merged)
@@ -186,6 +153,10 @@ class ModuleState:
             raise ConfigError(f"{path}.training", True, "false expected: call model.eval() first")
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
         self.lines.append(f"{path}: {kind} training={module.training}")
+        self._objects.append(module)
+        self._classes.append(type(module))
+        if not self._in_adapter:
+            self.modules.append(f"{path}: {kind}")
         adapters: frozenset[str] = frozenset()
         if hasattr(module, "adapter_layer_names"):
             merged, unused = self._read_adapters_in_use(module, path)
@@ -225,6 +196,10 @@ class ModuleState:
         disabled = getattr(module, "_disable_adapters", False)
         used = () if disabled else tuple(name for name in names if name in loaded and name not in merged)
         self.lines.append(f"{path} merged={merged} used={used}")
+        variants = getattr(module, "lora_variant", {})
+        kinds = {kind.__name__ for name in used for kind in (*type(module).__mro__, type(variants.get(name)))}
+        if found := sorted(kinds & _BY_WHOLE_PROMPTS):
+            raise ConfigError("model", found[0], "adapters whose KV depends on the tokens before it alone expected")
         return merged, frozenset(loaded.difference(merged, used))
 
     def _read_config(self, config: PretrainedConfig, path: str) -> None:
@@ -232,6 +207,10 @@ class ModuleState:
         kinds = [getattr(config, name, None) for name in ("_attn_implementation", "_experts_implementation")]
         self.lines.append(f"{path}={json.dumps(settings, sort_keys=True, default=repr)} {kinds}")
         self._watch_config(config)
+        self._watch(ALL_ATTENTION_FUNCTIONS)
+        attention = ALL_ATTENTION_FUNCTIONS.get(kinds[0]) if isinstance(kinds[0], str) else None
+        if attention and not attention.__module__.startswith("transformers."):  # a user's, under a name of his own
+            self._read(attention, f"{path}.attention", ())
 
     def _watch_config(self, config: PretrainedConfig) -> None:
         self._watch(vars(config))
@@ -244,11 +223,11 @@ class ModuleState:
     def _read_tensor(self, tensor: torch.Tensor, path: str, merged: tuple[str, ...]) -> None:
         for label, part in plain_parts(path, tensor):
             pin = StorageWeakRef(part.untyped_storage())
-            mark = mark_of(_numbered(part))
+            mark = mark_of(numbered(part))
             self.tensors[f"{path} {label}"] = TensorEntry(describe(label, part), mark, merged, self._in_adapter, pin)
             self.to_read[f"{path} {label}"] = part
         for name, item in vars(tensor).items():
-            if name not in ("_is_hf_initialized", _NUMBER) and label:  # a subclass may keep its scales here
+            if name not in ("_is_hf_initialized", NUMBER) and label:  # a subclass may keep its scales here
                 self._read(item, f"{path}.{name}", merged)
 
     # -- watching -----------------------------------------------------------------------------------------
@@ -261,7 +240,7 @@ class ModuleState:
             holder = value if is_mapping else dict(enumerate(value))
             for name, item in holder.items():
                 if isinstance(item, torch.Tensor):
-                    self._slots.append((holder, name, mark_of(_numbered(item))))
+                    self._slots.append((holder, name, mark_of(numbered(item))))
                 elif item is None:  # a bias that is not there may come
                     self._slots.append((holder, name, ()))
             if is_mapping:
@@ -271,13 +250,6 @@ class ModuleState:
         self._collections.append(value)
         self._lengths.append(len(items))
         self._items += items
-
-
-def _numbered(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor that has a number, as have those that it wraps."""
-    for _, part in plain_parts("", tensor):
-        vars(part).setdefault(_NUMBER, next(_numbers))
-    return tensor
 
 
 def _settings(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
@@ -305,5 +277,7 @@ def _is_stateless(value: object) -> bool:
 
 def _is_found_by_name(function: Callable[..., Any]) -> bool:
     """Return whether a function is its module's own, so that its name says in every process what it is."""
-    module = sys.modules.get(function.__module__ or "")
-    return getattr(module, function.__qualname__, None) is function
+    found: Any = sys.modules.get(function.__module__ or "")
+    for name in function.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found is function

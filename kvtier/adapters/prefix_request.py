@@ -278,13 +278,13 @@ class PrefixRequest:
     def _check_cache(self, num_tokens: int) -> None:
         layers = getattr(self.past_key_values, "layers", ())
         if len(layers) != self._machinery.shape.num_layers or any(type(layer) is not DynamicLayer for layer in layers):
-            kind = type(self.past_key_values).__name__
-            raise ConfigError("past_key_values", kind, "the DynamicCache that the request made expected")
+            allowed = f"the DynamicCache that the request made expected, not {type(self.past_key_values).__name__}"
+            raise ConfigError("past_key_values", self.past_key_values, allowed)
         for layer in layers if num_tokens else ():
             found = tuple(layer.keys.shape) if layer.is_initialized else ()
             if not found or found[0] != 1 or found[2] < num_tokens:
-                allowed = f"KV of one sequence of at least {num_tokens} tokens expected"
-                raise ConfigError("past_key_values", f"shape {found}", allowed)
+                allowed = f"KV of one sequence of at least {num_tokens} tokens expected, not of shape {found}"
+                raise ConfigError("past_key_values", self.past_key_values, allowed)
 
     def _has_shape(self) -> bool:
         """Return whether the KV is of the form that the tiers were made for: autocast, for one, makes another."""

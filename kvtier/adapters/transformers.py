@@ -123,7 +123,7 @@ class PrefixCache:
         return self
 
     def _start(self, identity: ModelIdentity, ready_timeout: float) -> None:
-        self._kinds = identity.kinds
+        self._form = identity.form
         staging = Staging(self._shape, self.tokens_per_block, self._staging_blocks)
         self._machinery = Machinery(
             manager=self._spec.get_manager(),
@@ -226,9 +226,9 @@ class PrefixCache:
         with self._lock:
             machinery = self._opened()
             machinery.identity.current()
-            if machinery.identity.kinds == self._kinds:
+            if machinery.identity.form == self._form:
                 return machinery
-            self._kinds, shape = machinery.identity.kinds, inspect_cache(self.model)
+            self._form, shape = machinery.identity.form, inspect_cache(self.model)
             if shape == self._shape:
                 return machinery
             machinery.settle(FLUSH_TIMEOUT)

@@ -1,6 +1,9 @@
 """Weights, adapters and settings that change while a cache is open: the answer is always that of the model as it is."""
 
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +15,8 @@ import peft
 import torch
 from adapters_models import tiers, tiny_llama, tokens
 from peft.utils.hotswap import hotswap_adapter
-from transformers import DynamicCache
+from transformers import AttentionInterface, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvtier.adapters import model_watch
 from kvtier.adapters.decoding import decode_greedily
@@ -105,6 +109,19 @@ def write_in_inference_mode(model):
         model.model.layers[0].self_attn.v_proj.weight.add_(1)
 
 
+def change_class(model):
+    class Doubled(type(model.model.layers[0].mlp)):
+        def forward(self, hidden):
+            return 2 * super().forward(hidden)
+
+    model.model.layers[0].mlp.__class__ = Doubled
+
+
+def drop_a_layer(model):
+    del model.model.layers[2]
+    model.config.num_hidden_layers = 2
+
+
 def take_a_step(model, **how):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, **how)
     model(input_ids=tokens(8), labels=tokens(8)).loss.backward()
@@ -121,7 +138,7 @@ def take_a_step_at_a_time(model):
 
 CHANGES = [
     *(add_to_a_row, load_state, assign_state, replace_parameter, replace_data, swap_tensor, replace_module, add_bias),
-    *(change_buffer, change_setting, patch_forward, write_in_inference_mode),
+    *(change_buffer, change_setting, patch_forward, write_in_inference_mode, change_class, drop_a_layer),
     *(take_a_step, take_a_fused_step, take_a_step_at_a_time),
 ]
 
@@ -203,6 +220,66 @@ def test_autocast_is_another_arithmetic():
             assert ask(cache) == 0
             ask(cache)
         assert ask(cache) == BOUNDARY
+
+
+@pytest.mark.parametrize("kind", ["module_forward_pre_hook", "module_forward_hook"])
+def test_hooks_of_all_modules_are_part_of_the_model(kind):
+    def triple(module, *values):
+        is_linear = isinstance(module, torch.nn.Linear)
+        return None if not is_linear else 3 * values[-1] if kind == "module_forward_hook" else (3 * values[0][0],)
+
+    with PrefixCache(tiny_llama(), MEMORY_ONLY) as cache:
+        ask(cache)
+        hook = getattr(torch.nn.modules.module, f"register_{kind}")(triple)
+        try:
+            assert ask(cache) == 0
+        finally:
+            hook.remove()
+        assert ask(cache) == BOUNDARY
+
+
+def test_attention_that_a_user_registers_is_known_by_what_it_is_and_not_by_its_name(tmp_path):
+    def own_attention(scale):
+        def attend(module, query, key, value, mask, **more):
+            return sdpa_attention_forward(module, scale * query, key, value, mask, **more)
+
+        return attend
+
+    model = tiny_llama()
+    AttentionInterface.register("own", own_attention(1))
+    try:
+        model.set_attn_implementation("own")
+        with PrefixCache(model, tiers(tmp_path)) as cache:
+            assert ask(cache) == 0
+            assert ask(cache) == BOUNDARY
+            AttentionInterface.register("own", own_attention(2))
+            assert ask(cache) == 0
+        with PrefixCache(model, tiers(tmp_path)) as cache:
+            assert ask(cache) == 0
+    finally:
+        del AttentionInterface._global_mapping["own"]
+
+
+NEW_WORDS_FOR_PRECISION = """
+import sys
+sys.path[:0] = {folders!r}
+import torch
+from adapters_models import tiny_llama, tokens
+from kvtier.adapters.transformers import PrefixCache
+with PrefixCache(tiny_llama(), {{"cpu_bytes_to_use": "32MiB"}}) as cache:
+    restored = [cache.generate(tokens(140), max_new_tokens=1).restored_tokens for _ in range(2)]
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    restored += [cache.generate(tokens(140), max_new_tokens=1).restored_tokens for _ in range(2)]
+print(restored)
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="THIS TORCH HAS NO fp32_precision: update it")
+def test_the_precision_of_products_may_be_set_in_either_of_the_ways_of_torch():
+    tests = Path(__file__).parent
+    code = NEW_WORDS_FOR_PRECISION.format(folders=[str(tests), str(tests.parent)])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "[0, 128, 0, 128]\n"), done.stderr
 
 
 def test_tensors_without_versions_are_read_at_each_request():
@@ -428,6 +505,61 @@ def test_adapters_of_other_kinds(config):
         assert ask(cache) == 0
         with model.disable_adapter():
             assert ask(cache) == 0
+        assert ask(cache) == BOUNDARY
+
+
+def test_adapters_made_for_causal_models_find_their_blocks_in_the_next_process(tmp_path, caplog):
+    settings = peft.LoraConfig(r=4, target_modules=["k_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+
+    def adapted():
+        return peft.get_peft_model(tiny_llama(), settings).eval()
+
+    model = adapted()
+    with caplog.at_level(logging.WARNING), PrefixCache(model, tiers(tmp_path)) as cache:
+        assert ask(cache) == 0
+    assert not [record for record in caplog.records if "cannot be described" in record.message]
+    other = adapted()
+    other.load_state_dict(model.state_dict())
+    with PrefixCache(other, tiers(tmp_path)) as cache:
+        assert cache.generate(PROMPT, max_new_tokens=4).sources == {"disk": BOUNDARY}
+
+
+INVOCATION = PROMPT[0, 20:23].tolist()
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (
+            peft.LoraConfig(target_modules=["k_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=INVOCATION),
+            "ALora",
+        ),
+        (peft.LilyConfig(target_modules=["k_proj"], r=4), "Lily"),
+        (peft.PolyConfig(target_modules=["k_proj"], r=4, n_tasks=2, n_skills=2), "task_ids"),
+        (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5), "keys and values"),
+        (peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5), "layers"),
+    ],
+    ids=["activated", "lily", "poly", "prompt", "prefix"],
+)
+def test_adapters_whose_kv_depends_on_more_than_the_tokens_before_are_refused(config, named):
+    with (
+        pytest.raises(ConfigError, match=named),
+        PrefixCache(peft.get_peft_model(tiny_llama(), config).eval(), MEMORY_ONLY),
+    ):
+        pass
+
+
+def test_an_adapter_that_is_refused_is_refused_when_it_comes_into_use():
+    model = with_adapters()
+    activated = peft.LoraConfig(target_modules=["k_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=INVOCATION)
+    with PrefixCache(model, MEMORY_ONLY) as cache:
+        ask(cache)
+        model.add_adapter("activated", activated)
+        assert ask(cache) == BOUNDARY
+        model.set_adapter("activated")
+        with pytest.raises(ConfigError, match="ALora"):
+            cache.generate(PROMPT)
+        model.set_adapter("one")
         assert ask(cache) == BOUNDARY
 
 
