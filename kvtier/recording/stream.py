@@ -127,6 +127,6 @@ class Recorder:
 
     def _end(self) -> None:
         self.active = False
-        self._buffer.clear()
+        self._buffer = bytearray()  # the old one cannot shrink in a child that was forked while it was being written
         if self._pipe is not None:
             self._pipe.close()

@@ -374,6 +374,21 @@ def test_a_recording_is_not_written_by_a_child(tmp_path):
     assert [(record.kind, record.request) for record in records] == [(b"N", 1), (b"E", 1)]
 
 
+def test_a_child_that_is_forked_while_the_recording_is_written_keeps_no_pipe(tmp_path):
+    recorder = Recorder(str(tmp_path / "recording"), describe(Engine(tmp_path).spec, ()), monotonic_clock)
+    recorder.start()
+    with memoryview(recorder._buffer):  # as the thread that writes has one
+
+        def child():
+            recorder.note(b"N", 2, bytes(8))
+            recorder.close()
+            return recorder._pipe.is_ours()
+
+        assert tell(by_os, child) is False
+    recorder.close()
+    assert not list(read_recording(tmp_path / "recording")[1])
+
+
 ENDS_NORMALLY = """
 import sys
 sys.path[:0] = {folders!r}
