@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from kvtier.errors import StoreUnavailableError
+from kvtier.errors import StoreUnavailableError, describe
+from kvtier.sizes import format_size
 from kvtier.stores.own_files import FOLDER_MODE
 
 FSTAB = Path("/etc/fstab")
@@ -121,6 +122,28 @@ def check_mounted(path: Path, mount_point: str = "/") -> None:
             raise StoreUnavailableError(f"{path}: {place}: {error.strerror}") from error
         if place != "/" and table.kind_at(place) is None:
             raise StoreUnavailableError(f"{place} is not mounted now, and {why}: {path} belongs there")
+
+
+def check_size(path: Path, descriptor: int, capacity: int, min_free: int) -> None:
+    """Check that the filesystem of an open directory is large enough, if nobody else used it.
+
+    Space that others take comes and goes: it fails stores, not the start.
+
+    Args:
+        path: of the directory, for messages.
+        capacity, min_free: bytes of the tier, and bytes that stay free.
+
+    Raises:
+        StoreUnavailableError: it is smaller, or does not say how large it is.
+    """
+    try:
+        status = os.statvfs(descriptor)
+    except OSError as error:
+        raise StoreUnavailableError(f"{path}: {describe(error)}") from error
+    size = status.f_blocks * status.f_frsize
+    if 0 < size < capacity + min_free:
+        wanted = format_size(capacity) + (f" and {format_size(min_free)} to stay free" if min_free else "")
+        raise StoreUnavailableError(f"{path}: its filesystem has {format_size(size)}, too small for {wanted}")
 
 
 def filesystem_type(descriptor: int) -> str:

@@ -20,21 +20,20 @@ from typing import Any, Self
 from kvtier.abc import BlockStore, StoreContext
 from kvtier.errors import StoreError, StoreUnavailableError, describe
 from kvtier.keys import OffloadKey
-from kvtier.log import logger
-from kvtier.sizes import format_size
+from kvtier.stores.failures import UNREADABLE, SystemErrors, fitting_buffers
 from kvtier.stores.filesystem.directory import SharedDirectory, shard_of
 from kvtier.stores.filesystem.janitor import Janitor
 from kvtier.stores.filesystem.options import SharedDirectoryOptions
 from kvtier.stores.integrity import open_sealer
 from kvtier.stores.integrity.header import HEADER_BYTES
 from kvtier.stores.integrity.sealing import Sealer
+from kvtier.stores.mounts import check_size
 from kvtier.stores.own_files import Folder, StrangerError
 from kvtier.stores.vectored import NO_SPACE_ERRORS, read_fully, write_fully
 from kvtier.types import FailureCause, StoreUsage
 
 _ABSENT_ERRORS = frozenset({errno.ENOENT, errno.ESTALE, errno.ENOTDIR})
 """ESTALE: another host deleted the file while we looked at it."""
-_UNREADABLE = frozenset({FailureCause.CORRUPT, FailureCause.FOREIGN, FailureCause.OLD_FORMAT})
 _SECONDS_FRESH = 300.0
 """A block that is read has its time of change renewed, at most so often: the janitor deletes the oldest."""
 _PROBES_FIRST = 32
@@ -64,7 +63,7 @@ class FilesystemStore(BlockStore):
         self._lock = threading.Lock()
         self._free = (0.0, 0)
         self._relieved_at = -_SECONDS_BETWEEN_RELIEFS
-        self._logged: set[int | None] = set()
+        self._errors = SystemErrors(directory.path, context.failures)
         self._askers = ThreadPoolExecutor(_PROBES_AT_ONCE, "kvtier-probe")
 
     @classmethod
@@ -83,16 +82,10 @@ class FilesystemStore(BlockStore):
         path, capacity, min_free = Path(read.path), read.capacity, read.min_free
         directory = SharedDirectory.open(path, sealer.namespace, read.mount_point)
         try:
-            status = os.statvfs(directory.folder.descriptor)
-        except OSError as error:
+            check_size(path, directory.folder.descriptor, capacity, min_free)
+        except StoreUnavailableError:
             directory.close()
-            raise StoreUnavailableError(f"{path}: {describe(error)}") from error
-        size = status.f_blocks * status.f_frsize
-        if 0 < size < capacity + min_free:
-            directory.close()
-            raise StoreUnavailableError(
-                f"{path}: its filesystem has {format_size(size)}, too small for {format_size(capacity + min_free)}"
-            )
+            raise
         janitor = Janitor(directory, capacity, min_free, context.block_bytes)
         janitor.start()
         return cls(directory, janitor, sealer, min_free, context)
@@ -138,7 +131,7 @@ class FilesystemStore(BlockStore):
             StoreUnavailableError: the directory is gone.
         """
         self._directory.check_present()
-        fitting = self._fitting(keys, buffers)
+        fitting = fitting_buffers(keys, buffers, self._block_bytes, self._failures)
         results = [False] * len(keys)
         for done, index in enumerate(reversed(fitting)):
             shard = shard_of(keys[index])
@@ -147,9 +140,9 @@ class FilesystemStore(BlockStore):
                 num_bytes = self._write_one(keys[index], shard, buffers[index])
             except OSError as error:
                 if error.errno not in NO_SPACE_ERRORS:
-                    self._fail(error)
+                    self._errors.count(error)
                     continue
-                self._fail(error, len(fitting) - done)
+                self._errors.count(error, len(fitting) - done)
                 self._relieve(shard)
                 break
             results[index] = True
@@ -159,14 +152,14 @@ class FilesystemStore(BlockStore):
     def read_into(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
         """Fill buffers and verify them; one whose result is False may hold anything."""
         results = [False] * len(keys)
-        fitting = self._fitting(keys, buffers)
+        fitting = fitting_buffers(keys, buffers, self._block_bytes, self._failures)
         try:
             namespace = self._directory.namespace()
         except OSError as error:
             if error.errno in _ABSENT_ERRORS:
                 self._failures.count(FailureCause.ABSENT, len(fitting))
             else:
-                self._fail(error, len(fitting))
+                self._errors.count(error, len(fitting))
             return results
         with namespace:
             self._read_all(namespace, fitting, keys, buffers, results)
@@ -187,7 +180,7 @@ class FilesystemStore(BlockStore):
                 cause = FailureCause.FOREIGN
             except OSError as error:
                 if error.errno not in _ABSENT_ERRORS:
-                    self._fail(error)
+                    self._errors.count(error)
                     continue
                 cause = FailureCause.ABSENT
             results[index] = cause is None
@@ -202,7 +195,7 @@ class FilesystemStore(BlockStore):
                     folder.unlink(key.hex())
             except OSError as error:
                 if error.errno not in _ABSENT_ERRORS:
-                    self._log(error)
+                    self._errors.log(error)
 
     def usage(self) -> StoreUsage:
         """Return what the directory holds, of all namespaces and hosts, as the janitor estimates it."""
@@ -213,15 +206,6 @@ class FilesystemStore(BlockStore):
         self._askers.shutdown(wait=False, cancel_futures=True)
         if self._janitor.close():
             self._directory.close()
-
-    def _fitting(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[int]:
-        """Return which of the buffers are as long as a block; count the others."""
-        if len(keys) != len(buffers):
-            raise StoreError(f"{len(keys)} keys and {len(buffers)} buffers")
-        fitting = [index for index, buffer in enumerate(buffers) if buffer.nbytes == self._block_bytes]
-        if len(fitting) < len(keys):
-            self._failures.count(FailureCause.IO_ERROR, len(keys) - len(fitting))
-        return fitting
 
     def _write_one(self, key: OffloadKey, shard: str, buffer: memoryview) -> int:
         """Store a block; return the bytes that the filesystem gave for it."""
@@ -246,7 +230,7 @@ class FilesystemStore(BlockStore):
         """Fill a buffer from the file of a block, which is deleted if it is not what it should be."""
         with namespace.folder(shard_of(key)) as folder:
             cause = self._read_one(key, folder.open_file(key.hex()), buffer)
-            if cause in _UNREADABLE:
+            if cause in UNREADABLE:
                 with contextlib.suppress(FileNotFoundError):
                     folder.unlink(key.hex())
             return cause
@@ -290,18 +274,6 @@ class FilesystemStore(BlockStore):
                 return
             self._relieved_at = now
         self._janitor.relieve(shard)
-
-    def _fail(self, error: OSError, blocks: int = 1) -> None:
-        """Count blocks that an error of the system cost."""
-        cause = FailureCause.NO_SPACE if error.errno in NO_SPACE_ERRORS else FailureCause.IO_ERROR
-        self._failures.count(cause, blocks)
-        self._log(error)
-
-    def _log(self, error: OSError) -> None:
-        """Say once what went wrong."""
-        if error.errno not in self._logged:
-            self._logged.add(error.errno)
-            logger.warning("%s: %s", self._directory.path, describe(error))
 
 
 def _exists(namespace: Folder, key: OffloadKey) -> bool | OSError:

@@ -9,7 +9,7 @@ from typing import Any, Self, TypeVar
 from kvtier.abc import BlockStore, StoreContext
 from kvtier.errors import StoreError
 from kvtier.keys import OffloadKey
-from kvtier.log import logger
+from kvtier.stores.failures import CleanUp, fitting_buffers
 from kvtier.stores.integrity import open_sealer
 from kvtier.stores.integrity.header import HEADER_BYTES
 from kvtier.stores.integrity.plain_sealer import PlainSealer
@@ -42,7 +42,7 @@ class CheckedStore(BlockStore):
         self._value_bytes = HEADER_BYTES + context.block_bytes
         self._sealer = PlainSealer(context.namespace) if sealer is None else sealer
         self._scratch = Scratch()
-        self._complained = False
+        self._clean_up = CleanUp()
 
     @classmethod
     def open(cls, options: Mapping[str, Any], context: StoreContext) -> Self:
@@ -93,12 +93,8 @@ class CheckedStore(BlockStore):
         move: Callable[[Sequence[OffloadKey], Sequence[memoryview]], list[bool]],
     ) -> list[bool]:
         """Call `move` for the pairs of the right length, as many at once as the bounce memory holds."""
-        if len(keys) != len(buffers):
-            raise StoreError(f"{len(keys)} keys and {len(buffers)} buffers")
+        fitting = fitting_buffers(keys, buffers, self._block_bytes, self._failures)
         results = [False] * len(keys)
-        fitting = [index for index, buffer in enumerate(buffers) if buffer.nbytes == self._block_bytes]
-        if len(fitting) < len(keys):
-            self._failures.count(FailureCause.IO_ERROR, len(keys) - len(fitting))
         step = max(1, MAX_SCRATCH_BYTES // self._value_bytes)
         for start in range(0, len(fitting), step):
             part = fitting[start : start + step]
@@ -130,24 +126,19 @@ class CheckedStore(BlockStore):
         return results
 
     def _discard(self, broken: dict[OffloadKey, FailureCause]) -> None:
-        """Count what failed and delete what is there; a value that would not fill its buffer is corrupt.
-
-        What verified beside it stays good: an error here is logged once, not raised.
-        """
+        """Count what failed and delete what is there; a value that would not fill its buffer is corrupt."""
         absent = [key for key, cause in broken.items() if cause is FailureCause.ABSENT]
         try:
-            for key, held in zip(absent, self.contains(absent) if absent else (), strict=True):
-                if held:
-                    broken[key] = FailureCause.CORRUPT
-            doomed = [key for key, cause in broken.items() if cause is not FailureCause.ABSENT]
-            if doomed:
-                self.delete(doomed)
-        except StoreError as error:
-            if not self._complained:
-                self._complained = True
-                logger.warning("blocks that failed verification could not be deleted: %s", error)
-        for cause in broken.values():
-            self._failures.count(cause)
+            with self._clean_up:
+                for key, held in zip(absent, self.contains(absent) if absent else (), strict=True):
+                    if held:
+                        broken[key] = FailureCause.CORRUPT
+                doomed = [key for key, cause in broken.items() if cause is not FailureCause.ABSENT]
+                if doomed:
+                    self.delete(doomed)
+        finally:
+            for cause in broken.values():
+                self._failures.count(cause)
 
     def _values(self, count: int) -> list[memoryview]:
         """Return `count` value-sized pieces of this thread's private memory, their headers zeroed."""

@@ -16,6 +16,7 @@ from kvtier.abc import BlockStore, StoreContext
 from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
+from kvtier.stores.failures import UNREADABLE, CleanUp, fitting_buffers
 from kvtier.stores.integrity import open_sealer
 from kvtier.stores.integrity.header import HEADER_BYTES
 from kvtier.stores.integrity.plain_sealer import PlainSealer
@@ -29,7 +30,6 @@ from kvtier.types import FailureCause, StoreUsage
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 _CALM_SECONDS = 10.0
-_UNREADABLE = frozenset({FailureCause.CORRUPT, FailureCause.FOREIGN, FailureCause.OLD_FORMAT})
 _CAUSES = {
     Trouble.ABSENT: FailureCause.ABSENT,
     Trouble.SHORT: FailureCause.CORRUPT,
@@ -111,7 +111,7 @@ class ObjectStore(BlockStore):
         self._refresher = Refresher(client, self.catalogue, self._stamps, settings, pack_bytes)
         self._throttle = Throttle(client.where)
         self._pool = ThreadPoolExecutor(settings.requests, thread_name_prefix="kvtier-object")
-        self._complained = False
+        self._clean_up = CleanUp()
 
     @classmethod
     def open(cls, options: Mapping[str, Any], context: StoreContext) -> Self:
@@ -156,7 +156,8 @@ class ObjectStore(BlockStore):
 
     def write(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
         """Store the blocks, as few packs; False for a buffer that is not `block_bytes` long, too."""
-        fitting = self._fitting(keys, buffers)
+        self._check()
+        fitting = fitting_buffers(keys, buffers, self._block_bytes, self._failures)
         results = [False] * len(keys)
         for run in split(len(fitting), self._values_per_pack):
             indexes = fitting[run.start : run.stop]
@@ -167,7 +168,8 @@ class ObjectStore(BlockStore):
 
     def read_into(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
         """Fill buffers with verified payloads; one whose result is False is untouched."""
-        fitting = self._fitting(keys, buffers)
+        self._check()
+        fitting = fitting_buffers(keys, buffers, self._block_bytes, self._failures)
         causes: dict[int, FailureCause] = {}
         wanted: dict[str, tuple[Pack, list[Wanted]]] = {}
         for index in fitting:
@@ -185,7 +187,9 @@ class ObjectStore(BlockStore):
                 causes |= some
         for cause in causes.values():
             self._failures.count(cause)
-        self._discard([keys[index] for index, cause in causes.items() if cause in _UNREADABLE])
+        if broken := [keys[index] for index, cause in causes.items() if cause in UNREADABLE]:
+            with self._clean_up:
+                self.delete(broken)
         self._check()
         good = set(fitting) - causes.keys()
         return [index in good for index in range(len(keys))]
@@ -219,16 +223,6 @@ class ObjectStore(BlockStore):
     def _check(self) -> None:
         if self._refresher.lost is not None:
             raise StoreUnavailableError(self._refresher.lost)
-
-    def _fitting(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[int]:
-        """Return the indexes of the buffers that are as long as blocks are; the others are counted."""
-        self._check()
-        if len(keys) != len(buffers):
-            raise StoreError(f"{len(keys)} keys and {len(buffers)} buffers")
-        fitting = [index for index, buffer in enumerate(buffers) if buffer.nbytes == self._block_bytes]
-        if len(fitting) < len(keys):
-            self._failures.count(FailureCause.IO_ERROR, len(keys) - len(fitting))
-        return fitting
 
     def _write_pack(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> bool:
         size = len(keys) * self._value_bytes
@@ -283,18 +277,6 @@ class ObjectStore(BlockStore):
             if cause is not None:
                 causes[wanted.index] = FailureCause.CORRUPT if cause is FailureCause.ABSENT else cause
         return causes
-
-    def _discard(self, keys: Sequence[OffloadKey]) -> None:
-        """Delete what did not verify. What did stays good: an error here is logged once, not raised."""
-        try:
-            if keys:
-                self.delete(keys)
-        except StoreUnavailableError:
-            raise
-        except StoreError as error:
-            if not self._complained:
-                self._complained = True
-                logger.warning("blocks that failed verification could not be deleted: %s", error)
 
     def _learn(self, error: RequestError | None) -> None:
         """Note how a request ended; who may not write may read still, and listing says who may do nothing."""

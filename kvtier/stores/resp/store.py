@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from kvtier.abc import BlockStore, StoreContext
-from kvtier.errors import StoreError, StoreUnavailableError
+from kvtier.errors import StoreError
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
+from kvtier.stores.failures import UNREADABLE, CleanUp
 from kvtier.stores.integrity import open_sealer
 from kvtier.stores.integrity.sealing import Sealer
 from kvtier.stores.resp.commands import Exchanges, Operation, Outcome, Request, ask_memory
@@ -33,7 +34,6 @@ _SECONDS_BETWEEN_USAGES = 5.0
 """Between two questions for a server's memory, which take a round trip each."""
 _USAGE_TIMEOUT_SECONDS = 1.0
 """Blocks that have arrived wait for it."""
-_UNREADABLE = frozenset({FailureCause.CORRUPT, FailureCause.FOREIGN, FailureCause.OLD_FORMAT})
 _REDIRECTIONS = frozenset({"MOVED", "ASK"})
 _UNUSABLE = frozenset({"LOADING", "MASTERDOWN", "NOAUTH", "CLUSTERDOWN"})
 """What a server says that can do nothing for anybody at the moment."""
@@ -70,7 +70,7 @@ class RespStore(BlockStore):
         self._breaks: Counter[Server] = Counter()
         self._usage: StoreUsage | None = None
         self._ask_usage_at = 0.0
-        self._complained = False
+        self._clean_up = CleanUp()
         self._told: set[str] = set()
 
     @classmethod
@@ -120,7 +120,10 @@ class RespStore(BlockStore):
         requests = self._requests(keys, buffers)
         self._carry_out(self._exchanges.read, [request for request in requests if request is not None])
         results = self._results(requests)
-        self._discard([request.key for request in requests if request is not None and _cause(request) in _UNREADABLE])
+        broken = [request.key for request in requests if request is not None and _cause(request) in UNREADABLE]
+        if broken:
+            with self._clean_up:
+                self.delete(broken)
         return results
 
     def delete(self, keys: Sequence[OffloadKey]) -> None:
@@ -256,18 +259,6 @@ class RespStore(BlockStore):
         if time.monotonic() >= self._ask_usage_at:
             self._ask_usage()
         return [cause is None for cause in causes]
-
-    def _discard(self, keys: Sequence[OffloadKey]) -> None:
-        """Delete what did not verify. What did stays good: an error here is logged once, not raised."""
-        try:
-            if keys:
-                self.delete(keys)
-        except StoreUnavailableError:
-            raise
-        except StoreError as error:
-            if not self._complained:
-                self._complained = True
-                logger.warning("blocks that failed verification could not be deleted: %s", error)
 
 
 def _cause(request: Request) -> FailureCause | None:

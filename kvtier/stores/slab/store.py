@@ -8,7 +8,6 @@ Nothing is synchronised to the device; a power cut may cost the last seconds, ne
 from __future__ import annotations
 
 import mmap
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -16,12 +15,12 @@ from typing import Any, Self
 from kvtier.abc import SlotStore, StoreContext
 from kvtier.errors import StoreError, StoreUnavailableError, describe
 from kvtier.keys import OffloadKey
-from kvtier.log import logger
-from kvtier.sizes import format_size
+from kvtier.stores.failures import SystemErrors
 from kvtier.stores.integrity import open_sealer
 from kvtier.stores.integrity.header import HEADER_BYTES
 from kvtier.stores.integrity.scratch import whole_pages
 from kvtier.stores.integrity.sealing import PORTION_BYTES, Sealer
+from kvtier.stores.mounts import check_size
 from kvtier.stores.slab.directory import SlabDirectory
 from kvtier.stores.slab.layout import Run, SlabGeometry, coalesce
 from kvtier.stores.slab.options import DirectoryOptions
@@ -52,7 +51,7 @@ class SlabStore(SlotStore):
         self._geometry = geometry
         self._capacity = capacity
         self._failures = context.failures
-        self._logged: set[int | None] = set()
+        self._errors = SystemErrors(directory.path, context.failures)
         folder = directory.namespace
         self._segments = Segments(folder, geometry, self._make_room, min_free)
         self._sealer = sealer.for_direct_reads() if self._segments.direct else sealer
@@ -85,7 +84,11 @@ class SlabStore(SlotStore):
         path = Path(read.path)
         directory = SlabDirectory.open(path, sealer.namespace, read.mount_point)
         try:
-            _check_size(directory, read.capacity, read.min_free)
+            check_size(path, directory.folder.descriptor, read.capacity, read.min_free)
+        except StoreUnavailableError:
+            directory.close()
+            raise
+        try:
             return cls(directory, geometry, read.capacity, read.min_free, context, sealer)
         except OSError as error:
             raise StoreUnavailableError(f"{path}: {describe(error)}") from error
@@ -212,12 +215,12 @@ class SlabStore(SlotStore):
     ) -> None:
         """Save what can be saved of a run that failed: its slots one by one, until there is no space."""
         if len(run.positions) == 1:
-            self._fail(error)
+            self._errors.count(error)
             return
         for index, single in enumerate(run.split(self._geometry.block_bytes)):
             self._write_run(single, keys, buffers, results)
             if error.errno in NO_SPACE_ERRORS and not results[single.positions[0]]:
-                self._fail(error, len(run.positions) - index - 1)
+                self._errors.count(error, len(run.positions) - index - 1)
                 return
 
     def _read_run(
@@ -229,7 +232,7 @@ class SlabStore(SlotStore):
             causes = receive(run, [keys[position] for position in run.positions], payloads)
         except OSError as error:
             if len(payloads) == 1:
-                self._fail(error)
+                self._errors.count(error)
                 return
             for single in run.split(self._geometry.block_bytes):
                 self._read_run(single, keys, buffers, results)
@@ -286,34 +289,4 @@ class SlabStore(SlotStore):
         try:
             self._headers.clear(slots)
         except OSError as error:
-            self._log(error)
-
-    def _fail(self, error: OSError, blocks: int = 1) -> None:
-        """Count blocks that an error of the system cost."""
-        if blocks:
-            cause = FailureCause.NO_SPACE if error.errno in NO_SPACE_ERRORS else FailureCause.IO_ERROR
-            self._failures.count(cause, blocks)
-        self._log(error)
-
-    def _log(self, error: OSError) -> None:
-        """Say once what went wrong."""
-        if error.errno not in self._logged:
-            self._logged.add(error.errno)
-            logger.warning("%s: %s", self._directory.path, describe(error))
-
-
-def _check_size(directory: SlabDirectory, capacity: int, min_free: int) -> None:
-    """Raise StoreUnavailableError, and close, if a filesystem could not hold so much even if nobody else used it.
-
-    Space that others take comes and goes: it fails stores, not the start.
-    """
-    try:
-        status = os.statvfs(directory.path)
-    except OSError:
-        directory.close()
-        raise
-    size = status.f_blocks * status.f_frsize
-    if 0 < size < capacity + min_free:
-        directory.close()
-        wanted = format_size(capacity) + (f" and {format_size(min_free)} to stay free" if min_free else "")
-        raise StoreUnavailableError(f"{directory.path}: its filesystem has {format_size(size)}, too small for {wanted}")
+            self._errors.log(error)

@@ -1,0 +1,78 @@
+"""What stores do with blocks that fail: count them by cause, log each kind of error once, delete what is unreadable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+
+from kvtier.abc import FailureCounter
+from kvtier.errors import StoreError, StoreUnavailableError, describe
+from kvtier.keys import OffloadKey
+from kvtier.log import logger
+from kvtier.stores.vectored import NO_SPACE_ERRORS
+from kvtier.types import FailureCause
+
+UNREADABLE = frozenset({FailureCause.CORRUPT, FailureCause.FOREIGN, FailureCause.OLD_FORMAT})
+"""Causes that no later read can cure: the store deletes the block."""
+
+
+def fitting_buffers(
+    keys: Sequence[OffloadKey], buffers: Sequence[memoryview], block_bytes: int, failures: FailureCounter
+) -> list[int]:
+    """Return the indexes of the buffers that are `block_bytes` long; count the others as failures.
+
+    Raises:
+        StoreError: there are more keys than buffers, or fewer.
+    """
+    if len(keys) != len(buffers):
+        raise StoreError(f"{len(keys)} keys and {len(buffers)} buffers")
+    fitting = [index for index, buffer in enumerate(buffers) if buffer.nbytes == block_bytes]
+    if len(fitting) < len(keys):
+        failures.count(FailureCause.IO_ERROR, len(keys) - len(fitting))
+    return fitting
+
+
+class SystemErrors:
+    """Counts blocks that an OSError cost, and logs each error number once. Threads may share it."""
+
+    def __init__(self, path: Path, failures: FailureCounter) -> None:
+        """Args: path: of the tier's directory, for messages."""
+        self._path = path
+        self._failures = failures
+        self._logged: set[int | None] = set()
+
+    def count(self, error: OSError, blocks: int = 1) -> None:
+        """Count blocks that `error` cost, and log it."""
+        if blocks:
+            cause = FailureCause.NO_SPACE if error.errno in NO_SPACE_ERRORS else FailureCause.IO_ERROR
+            self._failures.count(cause, blocks)
+        self.log(error)
+
+    def log(self, error: OSError) -> None:
+        """Log an error that cost no block."""
+        if error.errno not in self._logged:
+            self._logged.add(error.errno)
+            logger.warning("%s: %s", self._path, describe(error))
+
+
+class CleanUp(AbstractContextManager[None]):
+    """Surrounds the deletion of blocks that failed verification. Threads may share it.
+
+    Blocks that were read in the same call stay good, so a StoreError is logged once and not raised. A
+    StoreUnavailableError is raised: the store must be opened anew.
+    """
+
+    def __init__(self) -> None:
+        self._is_logged = False
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        if not isinstance(error, StoreError) or isinstance(error, StoreUnavailableError):
+            return False
+        if not self._is_logged:
+            self._is_logged = True
+            logger.warning("blocks that failed verification could not be deleted: %s", error)
+        return True
