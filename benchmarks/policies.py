@@ -1,15 +1,19 @@
-"""What share of a trace's blocks each eviction policy hits, over the size of the cache, beside Belady's bound.
+"""What share of a trace's blocks each eviction policy hits in kvtier's manager, over the size of the cache.
 
-A hit is a block of a request's leading run of held blocks: what an engine can load instead of computing. The trace is
-a file of JSON lines with `hash_ids`, one id a block of the prompt, in prefix order, equal ids being equal prefixes.
+A hit is a block of a request's leading run of held blocks: what an engine can load instead of computing. Every figure
+comes from the simulator, which drives the production manager. An independent replay over the bare policy, with the
+manager's two rules (a request evicts nothing of its own; all of its blocks are settled tail-first at its end), must
+hit the same blocks: where it does not, the figure is marked. Beside the policies stand a textbook LRU, which knows
+neither rule, and Belady's bound.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from heapq import heappop, heappush
 from itertools import islice
 from pathlib import Path
@@ -19,34 +23,19 @@ from rich.progress import track
 from rich.table import Table
 
 from kvtier.abc import EvictionPolicy
-from kvtier.eviction.arc import ARCPolicy
-from kvtier.eviction.auto import AutoPolicy
-from kvtier.eviction.lru import LRUPolicy
-from kvtier.eviction.prefix import PrefixPolicy
-from kvtier.eviction.s3fifo import S3FIFOPolicy
-from kvtier.eviction.tinylfu import TinyLFUPolicy
-from kvtier.keys import OffloadKey, make_offload_key
+from kvtier.keys import OffloadKey
+from kvtier.registry import POLICIES
+from kvtier.simulator.formats import load_trace
+from kvtier.simulator.replay import Replay
+from kvtier.simulator.setup import Machine, Setup
+from kvtier.simulator.trace import Trace
 
-POLICIES: dict[str, type[EvictionPolicy]] = {
-    "lru": LRUPolicy,
-    "arc": ARCPolicy,
-    "s3fifo": S3FIFOPolicy,
-    "tinylfu": TinyLFUPolicy,
-    "prefix": PrefixPolicy,
-    "auto": AutoPolicy,
-}
 SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 NEVER = 1 << 60
+TEXTBOOK = "textbook lru"
+BELADY = "belady"
 
 Requests = Sequence[Sequence[OffloadKey]]
-
-
-def read_trace(path: Path, most: int | None) -> Requests:
-    """Return the keys of the first `most` requests, all of them if None."""
-    keys: dict[int, OffloadKey] = {}
-    with path.open() as lines:
-        numbers = [json.loads(line)["hash_ids"] for line in islice(lines, most)]
-    return [[keys.setdefault(n, make_offload_key(n.to_bytes(32, "big"), 0)) for n in request] for request in numbers]
 
 
 def leading(held: Iterable[bool]) -> int:
@@ -59,21 +48,39 @@ def leading(held: Iterable[bool]) -> int:
     return count
 
 
-def replay(policy: EvictionPolicy, requests: Requests) -> int:
-    """Serve `requests` as a tier does; return the number of hits."""
+def replay(trace: Trace, policy: str, capacity: int) -> int:
+    """Return the hits of the production manager with a primary tier of `capacity` blocks."""
+    return Replay(trace, Setup(policy, capacity, 0, 1 << 20), Machine()).run().num_hits
+
+
+def replay_bare(policy: EvictionPolicy, trace: Trace) -> int:
+    """Return the hits of a policy that is driven as the manager drives it, without the manager."""
     total = 0
-    for keys in requests:
+    for request in trace.requests:
+        keys, own = request.keys, set(request.keys)
         hits = leading(key in policy for key in keys)
         total += hits
         policy.touch(keys[:hits])
         policy.touch([key for key in keys[hits:] if key in policy])
         missing = [key for key in keys[hits:] if key not in policy]
-        wanted = len(policy) + len(missing) - policy.capacity
-        if wanted > 0:
-            own = set(keys)
-            victims = list(islice((key for key in policy.candidates(missing) if key not in own), wanted))
-            policy.evict(victims)
+        wanted = max(0, len(policy) + len(missing) - policy.capacity)
+        policy.evict(list(islice((key for key in policy.candidates(missing) if key not in own), wanted)))
         policy.insert(missing[: policy.capacity - len(policy)])
+        policy.settle(keys)
+    return total
+
+
+def replay_textbook_lru(capacity: int, requests: Requests) -> int:
+    """Return the hits of least recently used, one block at a time, the tail of a request before its head."""
+    held: OrderedDict[OffloadKey, None] = OrderedDict()
+    total = 0
+    for keys in requests:
+        total += leading(key in held for key in keys)
+        for key in reversed(keys):
+            held[key] = None
+            held.move_to_end(key)
+            if len(held) > capacity:
+                held.popitem(last=False)
     return total
 
 
@@ -100,45 +107,59 @@ def replay_belady(capacity: int, requests: Requests) -> int:
     return total
 
 
-def measure(requests: Requests, names: Sequence[str], shares: Sequence[float]) -> dict[str, dict[str, float]]:
-    """Return hits in percent of all blocks, by policy and share; beside them the microseconds a block."""
-    blocks, unique = sum(map(len, requests)), len({key for keys in requests for key in keys})
+def measure(trace: Trace, names: Sequence[str], shares: Sequence[float]) -> dict[str, dict[str, float]]:
+    """Return hits in percent of all blocks, by policy and share; "NAME, bare" where the independent replay differs."""
+    requests = [request.keys for request in trace.requests]
     rows: dict[str, dict[str, float]] = {}
-    for name in track([*names, "belady"], "replaying"):
-        row = rows[name] = {}
-        start = time.thread_time()
+    for name in track([*names, TEXTBOOK, BELADY], "replaying"):
         for share in shares:
-            capacity = max(1, int(unique * share))
-            policy = POLICIES.get(name)
-            hits = replay_belady(capacity, requests) if policy is None else replay(policy(capacity), requests)
-            row[f"{share:.1%}"] = 100 * hits / blocks
-        row["us/block"] = (time.thread_time() - start) * 1e6 / (blocks * len(shares))
+            capacity = max(1, int(trace.num_unique * share))
+            if name == BELADY:
+                hits = replay_belady(capacity, requests)
+            elif name == TEXTBOOK:
+                hits = replay_textbook_lru(capacity, requests)
+            else:
+                hits = replay(trace, name, capacity)
+                bare = replay_bare(POLICIES.load(name)(capacity), trace)
+                if bare != hits:
+                    rows.setdefault(f"{name}, bare", {})[f"{share:.1%}"] = 100 * bare / trace.num_accesses
+            rows.setdefault(name, {})[f"{share:.1%}"] = 100 * hits / trace.num_accesses
     return rows
 
 
 def main() -> None:
     """Read the command line, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("traces", nargs="*", type=Path, help="files of JSON lines with hash_ids")
+    parser.add_argument(
+        "traces", nargs="*", type=Path, help="traces that `kvtier simulate` reads; FILE:64 has blocks of 64 tokens"
+    )
     parser.add_argument("--quick", action="store_true", help="the first 1,000 requests, three sizes")
     parser.add_argument("--json", type=Path, help="write the figures there, too")
-    parser.add_argument("--policies", default=",".join(POLICIES), help="names, with commas")
+    parser.add_argument("--policies", default=",".join(POLICIES.names()), help="names, with commas")
     arguments = parser.parse_args()
     console, figures = Console(), {}
     if not arguments.traces:
         console.print("no trace given: nothing to measure; see docs/policies.md")
     shares = (0.01, 0.05, 0.2) if arguments.quick else SHARES
     for path in arguments.traces:
-        requests = read_trace(path, 1000 if arguments.quick else None)
-        rows = figures[path.name] = measure(requests, arguments.policies.split(","), shares)
-        table = Table(title=f"{path.name}: blocks hit, %; cache as a share of unique blocks")
-        for column in ("policy", *next(iter(rows.values()))):
+        trace = read(path, 1000 if arguments.quick else None)
+        rows = figures[trace.name] = measure(trace, arguments.policies.split(","), shares)
+        table = Table(title=f"{trace.name}: blocks hit, %; cache as a share of unique blocks")
+        columns = [f"{share:.1%}" for share in shares]
+        for column in ("policy", *columns):
             table.add_column(column, justify="right")
         for name, row in rows.items():
-            table.add_row(name, *(f"{value:.1f}" for value in row.values()))
+            table.add_row(name, *(f"{row[column]:.1f}" if column in row else "" for column in columns))
         console.print(table)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1))
+
+
+def read(path: Path, most: int | None) -> Trace:
+    """Return the first `most` requests of a trace, all of them if None."""
+    name, _, tokens = str(path).partition(":")
+    trace = load_trace(Path(name), int(tokens) if tokens else None)
+    return replace(trace, requests=trace.requests[:most])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ whole request moves from state to state in a few calls of set and dict: this run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from enum import Enum
 from itertools import compress, filterfalse, islice
 from typing import NamedTuple
@@ -118,11 +118,12 @@ class BlockTable:
 
     # -- placing ------------------------------------------------------------------------------------------
 
-    def plan(self, keys: Sequence[OffloadKey]) -> Placement:
+    def plan(self, keys: Sequence[OffloadKey], spared: Sequence[Set[OffloadKey]] = ()) -> Placement:
         """Choose which of `keys` to insert and which blocks give way; change nothing.
 
         Args:
             keys: in prefix order; those held are skipped and protected, duplicates count once.
+            spared: further keys that may not give way.
 
         Raises:
             KeyFormatError: a key's length or type is wrong.
@@ -138,12 +139,13 @@ class BlockTable:
             return Placement(missing, [], 0)
         if self._adopting:
             return Placement([], [], len(missing))
-        victims = self._pick_victims(needed, missing, {} if all_new else unique)
+        protected = [kept for kept in (*spared, () if all_new else unique.keys()) if kept]
+        victims = self._pick_victims(needed, missing, protected)
         placed = missing[: len(self._free) + len(victims)]
         return Placement(placed, victims, len(missing) - len(placed))
 
     def _pick_victims(
-        self, count: int, incoming: Sequence[OffloadKey], protected: Mapping[OffloadKey, None]
+        self, count: int, incoming: Sequence[OffloadKey], protected: Sequence[Set[OffloadKey]]
     ) -> list[OffloadKey]:
         try:
             victims = self._proposed(count, incoming, protected)
@@ -155,22 +157,24 @@ class BlockTable:
         return victims
 
     def _proposed(
-        self, count: int, incoming: Sequence[OffloadKey], protected: Mapping[OffloadKey, None]
+        self, count: int, incoming: Sequence[OffloadKey], protected: Sequence[Set[OffloadKey]]
     ) -> list[OffloadKey]:
         get_slot, pins, filling = self.slot_of.__getitem__, self._pins, self.filling
-        candidates = islice(self.policy.candidates(incoming), MAX_SKIPPED + 4 * count)
+        most = MAX_SKIPPED + 4 * count + sum(map(len, protected))
+        candidates = islice(self.policy.candidates(incoming), most)
         victims: list[OffloadKey] = []
         while len(victims) < count:
             batch = list(islice(candidates, count - len(victims)))
             if not batch:
                 break
-            if filling or pins or protected:
+            if filling or pins:
                 slots = list(map(get_slot, batch))
                 if not (filling.isdisjoint(slots) and pins.keys().isdisjoint(slots)):
                     idle = [slot not in filling and slot not in pins for slot in slots]
                     batch = list(compress(batch, idle))
-                if not protected.keys().isdisjoint(batch):
-                    batch = [key for key in batch if key not in protected]
+            for kept in protected:
+                if not kept.isdisjoint(batch):
+                    batch = [key for key in batch if key not in kept]
             victims += batch
         return victims
 

@@ -33,7 +33,7 @@ from kvtier.tiering.kv_events import KVEventLog
 from kvtier.tiering.leases import Leases
 from kvtier.tiering.lookups import Lookups
 from kvtier.tiering.promotion import PRIMARY, Promoter
-from kvtier.tiering.requests import Requests, RequestState
+from kvtier.tiering.requests import Requests, RequestState, ScannedRequests
 from kvtier.tiering.settings import ResetPolicy, TieringSettings
 from kvtier.tiering.tiers import SecondaryTiers
 from kvtier.tiering.turns import in_turn
@@ -133,7 +133,7 @@ class TieringOffloadingManager(OffloadingManager):
         self._promoter = Promoter(table, guards, self._flights, leases, self._waiting, clock, observer)
         self._cascades = Cascades(table, guards, observer)
         self._note_use = Usage(self._table, self._tiers, self._cascades).note
-        self._scanned: list[RequestState] = []
+        self._scanned = ScannedRequests()
         self._polled = False
         self._current: ReqContext | None = None
         self._state: RequestState
@@ -198,7 +198,7 @@ class TieringOffloadingManager(OffloadingManager):
         self._state = self._requests.open(req_context)
         self._current = req_context
         if not self._state.scan.keys:
-            self._scanned.append(self._state)
+            self._scanned.add(self._state)
         if self._watcher is not None:
             self._watcher.on_scan(self._state)
 
@@ -259,11 +259,13 @@ class TieringOffloadingManager(OffloadingManager):
         if self._flights.by_key:
             self._promoter.take_over_abandoned(ordered)
         slot_of = self._table.slot_of
+        state.uses.note_offer(ordered)
         if not slot_of.keys().isdisjoint(ordered):
             self._note_use(
                 [key for key in dict.fromkeys(ordered) if key in slot_of], req_context, state.uses, all_held=True
             )
-        placement = self._table.plan(ordered)
+        spared = (state.uses.own, self._scanned.found_by_waiting()) if len(ordered) > self._table.num_free else ()
+        placement = self._table.plan(ordered, spared)
         if placement.num_left_out and not placement.keys:
             return None
         slots = self._transfers.begin_store(state, placement)
@@ -290,7 +292,6 @@ class TieringOffloadingManager(OffloadingManager):
         if state is None:
             return
         if ready:
-            state.uses.note_ready(ready)
             self._observer.on_event(BlocksStored(ready))
             if self._tiers.guards:
                 self._cascades.on_store(ready, state.context)
@@ -317,8 +318,7 @@ class TieringOffloadingManager(OffloadingManager):
         self._current = None
         self._promoter.let_go(state)
         self._lookups.end_scan(state)
-        if unsettled := state.uses.unsettled:
-            self._table.settle(unsettled)
+        self._table.settle(state.uses.in_order(req_context.get_offload_key_position))
         self._requests.close(state)
 
     @in_turn
@@ -335,10 +335,9 @@ class TieringOffloadingManager(OffloadingManager):
             for state in self._requests:
                 if state.wait.since is not None or state.wait.probing_since or state.lease.expires is not None:
                     self._waiting.check(state, now)
-        for state in sorted(self._scanned, key=_arrival):
+        for state in self._scanned.take():
             self._promoter.plan(state)
             self._lookups.end_scan(state)
-        self._scanned.clear()
         self._tiers.end_step(context)
         self._polled, self._current = False, None
 
@@ -423,7 +422,7 @@ class TieringOffloadingManager(OffloadingManager):
         self._observer.on_event(CacheReset(self._table.num_quarantined, epoch))
         for state in self._requests:
             self._requests.close(state)
-        self._scanned.clear()
+        self._scanned.take()
         self._polled, self._current = False, None
 
     @in_turn
@@ -440,7 +439,3 @@ class TieringOffloadingManager(OffloadingManager):
         self._requests.check_invariants()
         self._promoter.check_invariants(self._requests)
         self._tiers.check_invariants()
-
-
-def _arrival(state: RequestState) -> int:
-    return state.arrival

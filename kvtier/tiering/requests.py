@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 
 from kvtier.errors import InvariantError
@@ -138,6 +138,44 @@ class RequestState:
     def may_wait(self) -> bool:
         """Whether it is live and has not given up."""
         return not self.finished and not self.wait.gave_up
+
+
+class ScannedRequests:
+    """The requests that looked something up in this step."""
+
+    def __init__(self) -> None:
+        self._states: list[RequestState] = []
+        self._found: set[OffloadKey] = set()
+        self._num_counted = 0
+
+    def add(self, state: RequestState) -> None:
+        """Take in a request whose scan begins."""
+        self._states.append(state)
+
+    def found_by_waiting(self) -> Set[OffloadKey]:
+        """Return what waiting requests looked up in this step.
+
+        The end of the step leases what they have found; a store before that must leave it there.
+        """
+        if self._num_counted < len(self._states):
+            # Once a step: an engine looks up for all waiting requests before it stores for the running ones.
+            for state in self._states[self._num_counted :]:
+                if state.wait.since is not None:
+                    self._found.update(state.scan.keys)
+            self._num_counted = len(self._states)
+        return self._found
+
+    def take(self) -> list[RequestState]:
+        """Return the requests, oldest first, and begin a new step."""
+        states = sorted(self._states, key=_arrival)
+        self._states.clear()
+        self._found.clear()
+        self._num_counted = 0
+        return states
+
+
+def _arrival(state: RequestState) -> int:
+    return state.arrival
 
 
 class Requests:

@@ -7,7 +7,8 @@ trace, in which a request asks once, would foretell other hits than the engine h
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container, Set
+from itertools import chain
 
 from kvtier.keys import OffloadKey
 from kvtier.primary.table import BlockTable
@@ -21,19 +22,16 @@ Keys = list[OffloadKey]
 class RequestUses:
     """The blocks that a request has used, whether the primary tier held them then, and which were not ready yet.
 
-    And what it has stored, for the order of recency at its end.
-
     Most requests load once and store, and are never asked again: what they use is only put aside until somebody asks.
     """
 
-    __slots__ = ("_aside", "_early", "_held", "_num_stores", "_stored")
+    __slots__ = ("_aside", "_early", "_held", "_named")
 
     def __init__(self) -> None:
         self._held: dict[OffloadKey, bool] = {}
         self._aside: list[Keys] = []
         self._early: set[OffloadKey] = set()
-        self._stored: Keys = []
-        self._num_stores = 0
+        self._named: list[Keys] = []
 
     def count(self, keys: Keys, primary: Container[OffloadKey] | None) -> tuple[Keys, Keys]:
         """Take note of a use.
@@ -52,6 +50,8 @@ class RequestUses:
             if not known.keys().isdisjoint(keys):
                 fresh = [key for key in keys if key not in known]
                 keys = [key for key in keys if not known.get(key, False)]
+        if fresh:
+            self._named.append(fresh.copy())
         if primary is None or all(map(primary.__contains__, keys)):
             self._put_aside(keys)
         else:
@@ -77,15 +77,27 @@ class RequestUses:
         self._early.difference_update(keys)
         self._put_aside(keys)
 
-    def note_ready(self, keys: Keys) -> None:
-        """These blocks, in prefix order, were stored from the device in one call."""
-        self._stored += keys
-        self._num_stores += 1
+    def note_offer(self, keys: Keys) -> None:
+        """The request offers these blocks, in prefix order: those that are held among those that are not."""
+        self._named.append(keys.copy())
 
     @property
-    def unsettled(self) -> Keys:
-        """What was stored, each key once, if it came in several calls and so is not in the order of recency."""
-        return list(dict.fromkeys(self._stored)) if self._num_stores > 1 else []
+    def own(self) -> Set[OffloadKey]:
+        """Every block that the request has used or stored: no victim of what else it stores."""
+        return self._known().keys()
+
+    def in_order(self, end_of: Callable[[OffloadKey], int | None]) -> Keys:
+        """Return every block that was named, each once, by its position in the prompt, whatever its KV group.
+
+        Args:
+            end_of: returns where a block ends, in tokens; None for any of them leaves the order of the calls.
+        """
+        keys = list(dict.fromkeys(chain.from_iterable(self._named)))
+        if keys and end_of(keys[0]) is not None:
+            ends = {key: end for key in keys if (end := end_of(key)) is not None}
+            if len(ends) == len(keys):
+                keys.sort(key=ends.__getitem__)
+        return keys
 
     def _put_aside(self, keys: Keys) -> None:
         if keys:
@@ -102,8 +114,7 @@ class RequestUses:
         self._held.clear()
         self._aside.clear()
         self._early.clear()
-        self._stored.clear()
-        self._num_stores = 0
+        self._named.clear()
 
 
 class Usage:

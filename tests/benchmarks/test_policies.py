@@ -5,8 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from kvtier.registry import POLICIES
+
 ROOT = Path(__file__).parents[2]
-BLOCKS = {"hash_ids": None}
 
 
 def run(*arguments: str) -> str:
@@ -14,13 +17,13 @@ def run(*arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def test_the_quick_run_prints_a_table_and_writes_json(tmp_path):
-    lines = (ROOT / "tests" / "data" / "conversation_prefixes.jsonl").read_text().splitlines()[:400]
-    trace, figures = tmp_path / "trace.jsonl", tmp_path / "figures.json"
-    trace.write_text("".join(json.dumps(BLOCKS | {"hash_ids": json.loads(line)}) + "\n" for line in lines))
-    assert "belady" in run("--quick", "--json", str(figures), str(trace))
-    rows = json.loads(figures.read_text())["trace.jsonl"]
-    assert set(rows) == {"lru", "arc", "s3fifo", "tinylfu", "prefix", "auto", "belady"}
+@pytest.mark.parametrize("name", ["agent_prompts.jsonl:64", "coding_agents.jsonl:1024"])
+def test_the_manager_hits_what_the_policy_alone_does_and_lru_what_the_textbook_does(tmp_path, name):
+    figures = tmp_path / "figures.json"
+    assert "belady" in run("--quick", "--json", str(figures), str(ROOT / "tests" / "data" / name))
+    (rows,) = json.loads(figures.read_text()).values()
+    assert set(rows) == {*POLICIES.names(), "textbook lru", "belady"}, "a replay differs from the manager"
+    assert rows["lru"] == rows["textbook lru"]
     for share in ("1.0%", "5.0%", "20.0%"):
         assert all(0 < row[share] <= rows["belady"][share] for row in rows.values())
 

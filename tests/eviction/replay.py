@@ -48,7 +48,7 @@ def replay(policy: EvictionPolicy, requests: Requests) -> Counts:
 
     A request's held prefix is its hits, touched in one call; whatever else of it is held was computed again and
     is touched, too; the rest is inserted in one call. Victims are never keys of the same request, so that what
-    does not fit beside them stays outside.
+    does not fit beside them stays outside. At its end all of it is settled, tail-first.
     """
     misses = 0
     for keys in requests:
@@ -62,4 +62,5 @@ def replay(policy: EvictionPolicy, requests: Requests) -> Counts:
         victims = list(islice((key for key in policy.candidates(missing) if key not in own), wanted))
         policy.evict(victims)
         policy.insert(missing[: policy.capacity - len(policy)])
+        policy.settle(keys)
     return Counts(sum(map(len, requests)), misses)

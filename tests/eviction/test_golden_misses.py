@@ -27,11 +27,11 @@ GOLDEN = {
     (S3FIFOPolicy, 1500): 39_372,
     (S3FIFOPolicy, 6000): 36_082,
     (TinyLFUPolicy, 300): 40_203,
-    (TinyLFUPolicy, 1500): 39_766,
-    (TinyLFUPolicy, 6000): 36_064,
+    (TinyLFUPolicy, 1500): 39_769,
+    (TinyLFUPolicy, 6000): 36_065,
     (PrefixPolicy, 300): 40_147,
-    (PrefixPolicy, 1500): 39_389,
-    (PrefixPolicy, 6000): 35_779,
+    (PrefixPolicy, 1500): 39_383,
+    (PrefixPolicy, 6000): 35_771,
 }
 
 FULL_TRACE = Path(__file__).parents[3] / "shared" / "traces" / "conversation_trace.jsonl"

@@ -171,9 +171,10 @@ def test_slots_of_an_unanswered_promotion_are_not_reused_under_pressure(make_eng
     engine.tier.full = True  # no cascade pins anything
     engine.store(keys, context)
     for i in range(5):
-        output = engine.manager.prepare_store(make_keys(2, f"pressure{i}"), context)
+        other = engine.request(f"pressure{i}")
+        output = engine.manager.prepare_store(make_keys(2, f"pressure{i}"), other)
         assert set(output.store_spec.block_ids.tolist()).isdisjoint(job.block_ids.tolist())
-        engine.manager.complete_store(set(output.keys_to_store), context, success=False)
+        engine.manager.complete_store(set(output.keys_to_store), other, success=False)
     assert engine.table.num_quarantined == 2
     engine.tier.finish(job)
     engine.step()

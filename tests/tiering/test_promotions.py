@@ -170,7 +170,7 @@ def test_loading_what_is_not_ready_is_a_clear_error_that_pins_nothing(make_engin
         engine.manager.prepare_load(keys, context)
     engine.tiers[0].auto = True
     engine.step()
-    assert engine.store(make_keys(8, "new"), context) == make_keys(8, "new")
+    assert engine.store(make_keys(8, "new"), engine.request("new")) == make_keys(8, "new")
 
 
 def test_sources_are_counted_by_tier(make_engine):
@@ -216,7 +216,7 @@ def test_a_request_that_loads_waits_for_nothing_and_holds_nothing(make_engine):
     assert not engine.manager.has_pending_work()
     engine.tiers[1].finish(engine.tiers[1].waiting[0])
     engine.step()
-    assert len(engine.store(make_keys(8, "pressure"), context)) == 8
+    assert len(engine.store(make_keys(8, "pressure"), engine.request("pressure"))) == 8
 
 
 def test_a_tier_that_claims_to_hold_what_is_no_key_is_a_miss(make_engine):
@@ -253,13 +253,13 @@ def test_hits_leased_beside_a_store_are_released_after_the_timeout(make_engine):
     engine.manager.prepare_store(stuck, storer)
     assert engine.scan(hits + stuck, engine.request("reader")) == [HIT, HIT, PENDING]
     engine.step()
-    assert engine.store(make_keys(3, "new"), storer) == make_keys(1, "new")  # the hits are held
+    assert engine.store(make_keys(3, "new"), engine.request("new")) == make_keys(1, "new")  # the hits are held
     engine.clock.advance(2.1)
     engine.step()  # it gives up on the store, and may still load its hits
-    assert engine.store(make_keys(3, "newer"), storer) == make_keys(1, "newer")
+    assert engine.store(make_keys(3, "newer"), engine.request("newer")) == make_keys(1, "newer")
     engine.clock.advance(31)
     engine.step()
-    assert engine.store(make_keys(3, "newest"), storer) == make_keys(3, "newest")
+    assert engine.store(make_keys(3, "newest"), engine.request("newest")) == make_keys(3, "newest")
 
 
 def test_a_promotion_says_what_came_and_what_gave_way(make_engine):

@@ -42,14 +42,14 @@ def test_the_same_key_twice_in_a_call_counts_once(make_engine):
     engine.step()
     engine.manager.complete_load([a], context)
     engine.step()
-    assert engine.store(make_keys(8, "new"), context) == make_keys(8, "new")
+    assert engine.store(make_keys(8, "new"), engine.request("new")) == make_keys(8, "new")
 
 
 def test_blocks_that_are_held_are_skipped_and_not_evicted_for_their_neighbours(make_engine):
     engine, keys = make_engine(num_blocks=4, num_tiers=0), make_keys(4)
     context = engine.request()
     engine.store(keys[:2], context)
-    engine.store(make_keys(2, "recent"), context)
+    engine.store(make_keys(2, "recent"), engine.request("recent"))
     assert engine.store(keys, context) == keys[2:]
     assert engine.hits(keys, context) == 4
 
@@ -69,6 +69,86 @@ def test_make_offload_key_refuses_what_it_cannot_hold():
     for block_hash, group in [(b"", 0), (b"x" * 65, 0), (b"x", -1), (b"x", 2**32)]:
         with pytest.raises(KeyFormatError):
             make_offload_key(block_hash, group)
+
+
+def test_a_request_does_not_evict_what_it_has_found(make_engine):
+    engine, keys = make_engine(num_blocks=6, num_tiers=0, policy=FirstHeldFirst), make_keys(8)
+    engine.store(keys[:4], engine.request("before"))
+    engine.store(make_keys(2, "other"), engine.request("other"))
+    context = engine.request()
+    assert engine.hits(keys, context) == 4
+    engine.load(keys[:4], context)
+    assert engine.store(keys[4:], context) == keys[4:6]
+    assert engine.hits(keys, context) == 6
+
+
+def test_nor_what_it_has_stored_before(make_engine):
+    engine, keys, context = make_engine(num_blocks=4, num_tiers=0), make_keys(8), ReqContext("r")
+    engine.store(keys[:3], context)
+    assert engine.store(keys[3:6], context) == keys[3:4]
+    assert engine.hits(keys, context) == 4
+
+
+class FirstHeldFirst(LRUPolicy):
+    """Proposes what came first, however often it is used."""
+
+    def touch(self, keys):
+        pass
+
+
+def test_a_finished_requests_blocks_are_settled_by_their_position(make_engine):
+    engine, keys = make_engine(num_tiers=0), make_keys(6)
+    engine.store(keys[:4], engine.request("before"))
+    context = engine.request()
+    engine.load(keys[:4], context)
+    engine.store(keys[4:5], context)
+    engine.store(keys[5:], context)
+    other = engine.request("other")
+    engine.store(make_keys(2, "other"), other)
+    engine.finish(context)
+    assert list(engine.table.policy.candidates()) == [*make_keys(2, "other")[::-1], *keys[::-1]]
+
+
+def test_kv_groups_are_settled_interleaved_by_position(make_engine):
+    engine, full, window = make_engine(num_tiers=0), make_keys(4), make_keys(4, group=1)
+    context = engine.request()
+    for keys in (full, window):
+        for index, key in enumerate(keys):
+            context.set_offload_key_position(key, 16 * (index + 1))
+    engine.store([*full[2:], *window[2:]], context)
+    engine.store([*full[:2], *window[:2]], context)
+    engine.finish(context)
+    order = [key for pair in zip(full, window, strict=True) for key in pair]
+    ends = [context.get_offload_key_position(key) for key in engine.table.policy.candidates()]
+    assert ends == sorted(ends, reverse=True)
+    assert set(engine.table.policy.candidates()) == set(order)
+
+
+def test_a_store_leaves_what_a_waiting_request_found_in_the_same_step(make_engine):
+    engine, keys = make_engine(num_blocks=4), make_keys(3)
+    engine.tier.auto = False
+    engine.store(keys[:2], engine.request("before"))
+    for job in list(engine.tier.waiting):
+        engine.tier.finish(job)
+    engine.step()
+    engine.plant(keys[2:])
+    waiting = engine.request("waiting")
+    assert engine.scan(keys, waiting) == [HIT, HIT, PENDING]
+    assert engine.store(make_keys(4, "new"), engine.request("storer")) == make_keys(2, "new")
+    engine.step()
+    assert engine.hits(keys, waiting) >= 2
+
+
+def test_a_block_offered_again_after_a_preemption_is_the_same_use(make_engine):
+    engine, keys = make_engine(num_tiers=0, policy=ARCPolicy), make_keys(3)
+    context = engine.request()
+    engine.store(keys, context)
+    for _ in range(3):
+        engine.step(preempted=[context.req_id])
+        engine.store(keys, context)
+    engine.store(make_keys(5, "other"), engine.request("other"))
+    assert engine.store(make_keys(1, "new"), engine.request("new"))
+    assert engine.hits(keys, context) == 2  # used once, like the others, and older
 
 
 def test_a_copy_that_failed_is_forgotten(make_engine):
@@ -142,8 +222,8 @@ def test_each_tier_has_its_own_back_pressure(make_engine):
 def test_a_tier_that_does_not_answer_pins_at_most_half_of_the_primary(make_engine):
     engine = make_engine(num_blocks=16)
     engine.tier.auto = False
-    context = engine.request()
     for number in range(12):
+        context = engine.request(f"request{number}")
         assert engine.store(make_keys(4, f"prefix{number}"), context), "the primary is pinned"
         engine.step()
     assert sum(len(job.keys) for job in engine.tier.waiting) == 8
@@ -157,7 +237,7 @@ def test_a_failed_cascade_is_counted_and_frees_its_pins(make_engine):
     engine.store(keys, context)
     engine.step()
     assert engine.manager.get_stats()["cascaded_blocks.tier0"] == 0
-    assert engine.store(make_keys(2, "new"), context)
+    assert engine.store(make_keys(2, "new"), engine.request("new"))
 
 
 def test_blocks_under_a_cascade_are_not_evicted(make_engine):
@@ -165,11 +245,11 @@ def test_blocks_under_a_cascade_are_not_evicted(make_engine):
     engine.tier.auto = False
     context = engine.request()
     engine.store(keys, context)
-    assert engine.store(make_keys(3, "new"), context) == make_keys(1, "new")
+    assert engine.store(make_keys(3, "new"), engine.request("new")) == make_keys(1, "new")
     for job in list(engine.tier.waiting):
         engine.tier.finish(job)
     engine.step()
-    assert engine.store(make_keys(3, "newer"), context) == make_keys(3, "newer")
+    assert engine.store(make_keys(3, "newer"), engine.request("newer")) == make_keys(3, "newer")
     assert {key: engine.tier.blocks[key] for key in keys} == {key: payload(key) for key in keys}
 
 
@@ -183,7 +263,7 @@ def test_second_touch_admits_what_comes_again(make_engine):
     engine.manager.touch(keys[1:2], engine.request("c"))
     assert [list(job.keys) for job in engine.tier.stores] == [keys[:1], keys[1:2]]
     engine.step()
-    engine.store(make_keys(8, "pressure"), context)
+    engine.store(make_keys(8, "pressure"), engine.request("pressure"))
     engine.step()
     engine.store(keys[2:], context)  # evicted, computed again: that is a second touch, too
     assert list(engine.tier.stores[-1].keys) == keys[2:]
@@ -320,7 +400,7 @@ def test_kv_events_tell_what_entered_and_left_host_memory(make_engine):
     context = engine.request()
     engine.store(keys, context)
     engine.step()
-    engine.store(make_keys(1, "new"), context)
+    engine.store(make_keys(1, "new"), engine.request("new"))
     engine.step()
     engine.manager.reset_cache()
     events = [(event.removed, event.keys) for event in engine.manager.take_events()]
@@ -379,7 +459,7 @@ def test_a_second_touch_counts_though_a_key_comes_twice_and_only_once_it_can_be_
     engine.manager.touch(keys[:1] * 2, engine.request("c"))
     assert [list(job.keys) for job in engine.tier.stores] == [keys[:1]]
     engine.step()
-    engine.store(make_keys(8, "pressure"), context)
+    engine.store(make_keys(8, "pressure"), engine.request("pressure"))
     engine.manager.touch(keys[1:], context)  # it is not there to be taken
     engine.store(keys[1:], context)
     assert list(engine.tier.stores[-1].keys) == keys[1:]
