@@ -27,7 +27,7 @@ from kvtier.cli.slabs import (
 )
 from kvtier.foreign_text import one_line
 from kvtier.sizes import format_size
-from kvtier.stores.slab.survey import NamespaceSurvey, SlabSurvey, survey_slab
+from kvtier.stores.slab.inspection import NamespaceSurvey, SlabSurvey, survey_slab
 
 
 def inspect(directories: Directories, as_json: AsJson = False) -> None:

@@ -26,8 +26,9 @@ from kvtier.cli.slabs import (
 from kvtier.errors import ConfigError, KVTierError
 from kvtier.foreign_text import one_line
 from kvtier.sizes import format_size
-from kvtier.stores.slab.survey import NamespaceSurvey, survey_slab
-from kvtier.stores.slab.upkeep import delete_namespace, hold
+from kvtier.stores.slab.inspection import NamespaceSurvey, survey_slab
+from kvtier.stores.slab.lock import hold
+from kvtier.stores.slab.namespaces import delete_namespace
 
 _Chosen = Mapping[Path, Sequence[NamespaceSurvey]]
 

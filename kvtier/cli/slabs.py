@@ -18,7 +18,8 @@ from rich.console import Console
 from kvtier.cli.edge import EXIT_INTERRUPTED, EXIT_UNUSABLE, describe
 from kvtier.errors import KVTierError
 from kvtier.foreign_text import one_line
-from kvtier.stores.slab.survey import Holder, NamespaceSurvey, find_slabs
+from kvtier.stores.slab.inspection import NamespaceSurvey, find_slabs
+from kvtier.stores.slab.lock import Holder
 
 EXIT_WRONG = 1
 SHORT_ID = 12

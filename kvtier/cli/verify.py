@@ -29,9 +29,9 @@ from kvtier.cli.slabs import (
 from kvtier.foreign_text import one_line
 from kvtier.sizes import format_size, parse_size
 from kvtier.stores.integrity.secrets import SecretPlace
-from kvtier.stores.slab.reading import read_records
-from kvtier.stores.slab.survey import NamespaceSurvey, find_holder, survey_slab
-from kvtier.stores.slab.upkeep import empty_records, hold
+from kvtier.stores.slab.inspection import NamespaceSurvey, read_records, survey_slab
+from kvtier.stores.slab.lock import find_holder, hold
+from kvtier.stores.slab.namespaces import empty_records
 from kvtier.stores.slab.verification import Pace, Verification, causes_of, verify_namespace
 
 _LOCKED = "a secret guards them, name it with --secret-env or --secret-file"

@@ -15,7 +15,7 @@ from slab_rigs import BLOCK, as_json, at_a_terminal, flip, kvtier, make_slab, re
 from kvtier.abc import StoreContext
 from kvtier.namespace import Namespace
 from kvtier.stores.slab import SlabStore
-from kvtier.stores.slab.survey import survey_namespace
+from kvtier.stores.slab.inspection import survey_namespace
 from kvtier.testing.patience import wait_for
 
 

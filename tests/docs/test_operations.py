@@ -15,7 +15,7 @@ from kvtier.config import KVCacheGroup, OffloadingConfig
 from kvtier.namespace import Namespace
 from kvtier.stores.slab import SlabStore
 from kvtier.stores.slab.layout import SlabGeometry
-from kvtier.stores.slab.survey import find_holder
+from kvtier.stores.slab.lock import find_holder
 from kvtier.testing.patience import wait_for
 from kvtier.testing.stores import make_key, make_payload
 

@@ -11,7 +11,7 @@ from disk_rigs import QUICK, Asleep, disk_tier, make_rig, start, striped_tier, s
 
 from kvtier.events import BlocksFailed, TierState
 from kvtier.secondary.supervisor import Deadlines
-from kvtier.stores.slab.survey import survey_slab
+from kvtier.stores.slab.inspection import survey_slab
 from kvtier.testing.patience import TEST_SECONDS
 from kvtier.testing.stores import make_key, make_payload
 from kvtier.testing.tier_rig import succeeded

@@ -5,7 +5,7 @@ from slab_files import folder_of, headers_file, make_context, open_slab, real_by
 
 from kvtier.stores.own_files import Folder
 from kvtier.stores.slab import segments as segments_module
-from kvtier.stores.slab.spare import cut_spare
+from kvtier.stores.slab.namespaces import cut_spare
 from kvtier.testing.stores import make_key, make_payload
 
 BLOCK = 8192

@@ -22,9 +22,10 @@ from slab_files import (
 
 from kvtier.errors import StoreUnavailableError
 from kvtier.stores.integrity.header import header_checksum
+from kvtier.stores.slab.inspection import find_slabs, survey_slab
 from kvtier.stores.slab.layout import segment_of
-from kvtier.stores.slab.survey import find_slabs, survey_slab
-from kvtier.stores.slab.upkeep import delete_namespace, hold
+from kvtier.stores.slab.lock import hold
+from kvtier.stores.slab.namespaces import delete_namespace
 from kvtier.testing.stores import make_key, make_payload
 from kvtier.types import FailureCause
 

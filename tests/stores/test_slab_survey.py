@@ -20,10 +20,9 @@ from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.namespace import FORMAT_VERSION, Namespace
 from kvtier.stores.integrity.header import header_checksum
 from kvtier.stores.integrity.plain_sealer import PlainSealer
-from kvtier.stores.slab import verification
-from kvtier.stores.slab.reading import read_description, read_records
-from kvtier.stores.slab.survey import find_holder, find_slabs, survey_slab
-from kvtier.stores.slab.upkeep import delete_namespace, empty_records, hold
+from kvtier.stores.slab.inspection import find_slabs, read_records, survey_slab
+from kvtier.stores.slab.lock import find_holder, hold
+from kvtier.stores.slab.namespaces import delete_namespace, empty_records, read_description
 from kvtier.stores.slab.verification import Pace, causes_of, verify_namespace
 from kvtier.testing.patience import TEST_SECONDS
 from kvtier.testing.stores import make_key, make_payload
@@ -276,12 +275,11 @@ def test_an_unreadable_block_is_an_io_error_and_costs_no_other(slab, context, mo
 
 @pytest.mark.parametrize("block_bytes", [5000, 8192, 1 << 20])
 @pytest.mark.parametrize("threads", [1, 4])
-def test_blocks_of_any_size_over_several_reads(tmp_path, block_bytes, threads, monkeypatch):
-    monkeypatch.setattr(verification, "READ_BYTES", 3 * block_bytes)
+def test_blocks_of_any_size_over_several_reads(tmp_path, block_bytes, threads):
     context = make_context(block_bytes=block_bytes)
     store_blocks(tmp_path / "slab", context).close()
     seen = []
-    found = verify(tmp_path / "slab", context, threads=threads, on_bytes=seen.append)
+    found = verify(tmp_path / "slab", context, threads=threads, on_bytes=seen.append, read_bytes=3 * block_bytes)
     assert (found.num_good, found.bad) == (BLOCKS, {})
     assert sum(seen) == found.num_bytes == BLOCKS * block_bytes
     assert max(seen) == 3 * block_bytes
@@ -290,7 +288,6 @@ def test_blocks_of_any_size_over_several_reads(tmp_path, block_bytes, threads, m
 
 def test_neighbours_end_with_their_data_file(tmp_path, monkeypatch):
     """Slots over the border of two segments; the files are sparse, so that this costs no space."""
-    monkeypatch.setattr(verification, "READ_BYTES", 1 << 30)
     context = make_context(block_bytes=1 << 20)
     store = open_slab(tmp_path / "slab", context, capacity=3 << 30)
     slots = [1022, 1023, 1024, 1025]
@@ -301,7 +298,7 @@ def test_neighbours_end_with_their_data_file(tmp_path, monkeypatch):
     assert store.write(slots, [make_key(slot) for slot in slots], payloads) == [True] * 4
     store.close()
     seen = []
-    found = verify(tmp_path / "slab", context, on_bytes=seen.append, threads=1)
+    found = verify(tmp_path / "slab", context, on_bytes=seen.append, threads=1, read_bytes=1 << 30)
     assert (found.num_good, found.bad, seen) == (4, {}, [2 << 20, 2 << 20])
 
 
@@ -328,12 +325,11 @@ def test_without_direct_io_it_reads_through_the_page_cache(slab, context, monkey
     assert (found.num_good, found.direct) == (BLOCKS, False)
 
 
-def test_it_keeps_to_a_rate_and_stops_when_told(slab, context, monkeypatch):
-    monkeypatch.setattr(verification, "READ_BYTES", BLOCK)
-    assert verify(slab, context, bytes_per_second=4 * BLOCKS * BLOCK).seconds > 0.2
+def test_it_keeps_to_a_rate_and_stops_when_told(slab, context):
+    assert verify(slab, context, bytes_per_second=4 * BLOCKS * BLOCK, read_bytes=BLOCK).seconds > 0.2
     stopped = threading.Event()
     with pytest.raises(StoreError, match="stopped"):
-        verify(slab, context, stopped=stopped, on_bytes=lambda _: stopped.set())
+        verify(slab, context, stopped=stopped, on_bytes=lambda _: stopped.set(), read_bytes=BLOCK)
 
 
 def test_superseded_records_are_no_failures(slab, context):

@@ -7,11 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
-import json
 import os
-import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,41 +17,20 @@ from kvtier.log import logger
 from kvtier.namespace import Namespace
 from kvtier.stores.mounts import check_mounted, make_last_directory
 from kvtier.stores.own_files import FOLDER_MODE, FOUND_BY_FSCK, Folder, StrangerError
-from kvtier.stores.slab.layout import DESCRIPTION_NAME, LOCK_NAME, is_file_of_namespace, is_fingerprint, rank_of
-from kvtier.stores.slab.spare import cut_spare
-
-MOST_DESCRIPTION_BYTES = 256 << 10
-_MOST_LOCK_BYTES = 64
-_SIGN = b" kvtier\n"
-"""What a lock holds behind the pid: it shows that a directory without any namespace is ours, too."""
-_LOCK_CONTENT = re.compile(rb"[0-9]{0,20}( kvtier)?\n?\0*")  # zeros: a power cut came before the pid did
-_SECONDS_OF_A_LOOK = 0.1
-"""Tools that ask who uses a directory hold its lock for a moment."""
-
-
-def open_slab(path: Path) -> Folder:
-    """Hold the directory of a slab; links in a path that a person configured are followed.
-
-    Raises:
-        StrangerError: the folder of a data-parallel rank is a link.
-        OSError: it cannot be opened.
-    """
-    return Folder.open(path, follow=rank_of(path.name) is None)
-
-
-def open_namespace(folder: Path) -> Folder:
-    """Hold the folder of a namespace; errors as `open_slab` and `Folder.folder`."""
-    with open_slab(folder.parent) as slab:
-        return slab.folder(folder.name)
-
-
-def used_bytes(folder: Folder) -> int:
-    """Return the bytes that a namespace's folder and our files in it take from the filesystem."""
-    total = folder.own_bytes
-    for name in filter(is_file_of_namespace, folder.names()):
-        with contextlib.suppress(FileNotFoundError):
-            total += folder.status(name).st_blocks * 512 if folder.is_own_file(name) else 0
-    return total
+from kvtier.stores.slab.layout import DESCRIPTION_NAME, LOCK_NAME, is_fingerprint, rank_of
+from kvtier.stores.slab.lock import SIGN, read_lock, take_lock
+from kvtier.stores.slab.namespaces import (
+    cut_spare,
+    delete_namespace_in,
+    is_namespace,
+    is_past,
+    last_use,
+    namespaces_in,
+    open_slab,
+    overwrite,
+    read_fields,
+    used_bytes,
+)
 
 
 class SlabDirectory:
@@ -197,7 +172,7 @@ class SlabDirectory:
                 os.fchmod(namespace.descriptor, FOLDER_MODE)
             descriptor = namespace.open_file(DESCRIPTION_NAME, os.O_RDWR | os.O_CREAT)
             try:
-                _put(descriptor, description.encode())
+                overwrite(descriptor, description.encode())
                 os.utime(descriptor)
             finally:
                 os.close(descriptor)
@@ -263,28 +238,11 @@ def strangers_of(folder: Folder) -> Iterator[str]:
     files are let be where that, or a namespace that describes itself, shows that somebody put them into a slab.
     """
     names = [name for name in folder.names() if name != FOUND_BY_FSCK]
-    lock = _lock_of(folder) if LOCK_NAME in names else b""
+    lock = read_lock(folder) if LOCK_NAME in names else b""
     if lock is None:
         yield LOCK_NAME
-    elif not lock.endswith(_SIGN) and not any(_describes_itself(folder, name) for name in names):
+    elif not lock.endswith(SIGN) and not any(_describes_itself(folder, name) for name in names):
         yield from (name for name in names if name != LOCK_NAME and not _is_part(folder, name))
-
-
-def _lock_of(folder: Folder) -> bytes | None:
-    """Return what the directory's lock holds; None if it is not one of a slab, which is empty or holds a pid."""
-    try:
-        content = folder.read(LOCK_NAME, _MOST_LOCK_BYTES)
-    except OSError:
-        return None
-    return content if _LOCK_CONTENT.fullmatch(content) else None
-
-
-def pid_in_lock(descriptor: int) -> int | None:
-    """Return whose pid an open lock holds; None if it holds none."""
-    try:
-        return int(os.pread(descriptor, _MOST_LOCK_BYTES, 0).partition(b" ")[0])
-    except ValueError:
-        return None
 
 
 def _describes_itself(folder: Folder, name: str) -> bool:
@@ -292,12 +250,11 @@ def _describes_itself(folder: Folder, name: str) -> bool:
     try:
         if is_fingerprint(name):
             with folder.folder(name) as namespace:
-                described = json.loads(namespace.read(DESCRIPTION_NAME, MOST_DESCRIPTION_BYTES))
-                return bool({"epoch", "format", "identity"} <= described.keys())
+                return bool(read_fields(namespace))
         if rank_of(name) is not None:
             with folder.folder(name, may_be_mounted=True) as share:
                 return any(_describes_itself(share, one) for one in share.names() if is_fingerprint(one))
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError):
         pass
     return False
 
@@ -311,86 +268,3 @@ def _is_part(folder: Folder, name: str) -> bool:
             return next(strangers_of(share), None) is None
     except OSError:
         return False
-
-
-def take_lock(path: Path, descriptor: int) -> None:
-    """Lock `descriptor`, the open lock file of `path`, and write our pid into it.
-
-    Raises:
-        StoreUnavailableError: another process holds it.
-    """
-    deadline = time.monotonic() + _SECONDS_OF_A_LOOK
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
-            if time.monotonic() > deadline:
-                holder = pid_in_lock(descriptor)
-                raise StoreUnavailableError(
-                    f"{path}: held by another process" + ("" if holder is None else f" (pid {holder})")
-                ) from error
-        time.sleep(0.01)  # in the I/O process or a command, never on the engine's thread
-    with contextlib.suppress(OSError):  # a full disk costs the name of the holder, not the lock
-        _put(descriptor, str(os.getpid()).encode() + _SIGN)
-
-
-def _put(descriptor: int, content: bytes) -> None:
-    """Make `content` all that a small file holds: in place, so that a full disk or a kill leaves what was there."""
-    if os.pread(descriptor, len(content) + 1, 0) != content:
-        os.pwrite(descriptor, content, 0)
-        os.ftruncate(descriptor, len(content))
-
-
-def namespaces_in(folder: Folder) -> list[str]:
-    """Return the names of a slab's namespaces."""
-    return [name for name in folder.names() if is_namespace(folder, name)]
-
-
-def is_namespace(slab: Folder, name: str) -> bool:
-    """Return whether a folder holds a slab, a part of one, or nothing; a stranger's folder is never touched."""
-    if not is_fingerprint(name):
-        return False
-    try:
-        with slab.folder(name) as folder:
-            names = folder.names()
-            return not names or any(is_file_of_namespace(one) and folder.is_own_file(one) for one in names)
-    except OSError:
-        return False
-
-
-def delete_namespace_in(slab: Folder, name: str) -> list[str]:
-    """Delete a namespace, file by file; return the names in its folder that are not ours and stay, with the folder.
-
-    Raises:
-        OSError: it cannot be deleted, or not all of it.
-    """
-    with slab.folder(name) as folder:
-        left = [one for one in folder.names() if not (is_file_of_namespace(one) and folder.unlink(one))]
-    if not left and not slab.remove_empty(name):
-        raise OSError(errno.ENOTEMPTY, "its folder cannot be removed", str(slab.path / name))
-    return left
-
-
-def last_use(slab: Folder, name: str) -> float:
-    """Return when a namespace was last opened or closed; 0 for one without a description."""
-    try:
-        with slab.folder(name) as folder:
-            return folder.status(DESCRIPTION_NAME).st_mtime
-    except OSError:
-        return 0.0
-
-
-def is_past(slab: Folder, name: str) -> bool:
-    """Return whether a folder is of an epoch that has ended, or an unfinished one; not one that cannot be read."""
-    try:
-        with slab.folder(name) as folder:
-            return bool(json.loads(folder.read(DESCRIPTION_NAME, MOST_DESCRIPTION_BYTES))["epoch"])
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return True

@@ -131,6 +131,11 @@ class SlabGeometry:
         slots_per_growth = max(1, min(GROWTH_BYTES // block_bytes, num_slots // GROWTHS))
         return cls(block_bytes, num_slots, slots_per_segment, slots_per_growth)
 
+    @classmethod
+    def found(cls, block_bytes: int, num_slots: int) -> Self:
+        """Return the geometry of a slab that exists and does not grow, from what its records say."""
+        return cls(block_bytes, num_slots, slots_of_segment(block_bytes), slots_per_growth=1)
+
     @property
     def num_segments(self) -> int:
         """Data files of a full slab."""

@@ -1,9 +1,9 @@
-"""Which records of a slab count, found out many at a time: for the engine's start, and for tools."""
+"""Decides which records of a slab count, many at a time: for the engine's start, and for tools."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import cast
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from kvtier.keys import MAX_KEY_BYTES, MIN_KEY_BYTES, OffloadKey
 from kvtier.stores.integrity.header import CHECKED_BYTES, HEADER_BYTES, HEADER_DTYPE, MAGIC, BlockHeaders
 from kvtier.stores.slab.layout import SlabGeometry
-from kvtier.stores.slab.records import RawRecords
+from kvtier.stores.slab.records import RawRecords, used_records
 from kvtier.types import FailureCause
 
 _RECORDS_PER_BATCH = 1 << 14
@@ -39,12 +39,12 @@ class Inventory:
 
     Attributes:
         broken: slots whose record is neither empty nor of use.
-        causes: how many of those, by cause; superseded ones have none.
+        cause_of: why, by slot; not for superseded records, which are no failures.
     """
 
     def __init__(self, headers: BlockHeaders, block_bytes: int, num_slots: int) -> None:
         self.broken: list[int] = []
-        self.causes: Counter[FailureCause] = Counter()
+        self.cause_of: dict[int, FailureCause] = {}
         self._headers = headers
         self._block_bytes = block_bytes
         self._read = np.empty(min(num_slots, _MIN_RECORDS), HEADER_DTYPE)  # memory is taken when it is written to
@@ -63,6 +63,16 @@ class Inventory:
         return self._read["slot"][self._kept].astype(np.int64)
 
     @property
+    def causes(self) -> dict[FailureCause, int]:
+        """How many records are broken, by cause."""
+        return dict(Counter(self.cause_of.values()))
+
+    @property
+    def num_superseded(self) -> int:
+        """How many records have a key that a later record has, too."""
+        return len(self.broken) - len(self.cause_of)
+
+    @property
     def last_sequence(self) -> int:
         """The sequence of the newest record that is kept; 0 if there is none."""
         return int(_sequences(self._read[self._kept[-1:]]).max(initial=0))
@@ -70,14 +80,14 @@ class Inventory:
     def reject(self, slot: int, cause: FailureCause) -> None:
         """Note a record that must go."""
         self.broken.append(slot)
-        self.causes[cause] += 1
+        self.cause_of[slot] = cause
 
     def add(self, found: RawRecords) -> None:
         """Take records; those that cannot be read must go."""
         raw, first = found.raw, found.first
         for slot in found.unreadable:
             self.reject(slot, FailureCause.IO_ERROR)
-        used = np.flatnonzero(np.frombuffer(raw, "<u8").reshape(-1, HEADER_BYTES // 8).any(axis=1))
+        used = used_records(raw)
         if not len(used):
             return
         records = _those(np.frombuffer(raw, HEADER_DTYPE), used)
@@ -212,6 +222,47 @@ class Inventory:
         self.reject(slot, parsed if isinstance(parsed, FailureCause) else FailureCause.FOREIGN)
 
 
+def take_inventory(
+    found: Iterable[RawRecords],
+    headers: BlockHeaders,
+    geometry: SlabGeometry,
+    lengths: Mapping[int, int],
+    judge: Judge | None = None,
+) -> Inventory:
+    """Return which records count, in the order in which they were written.
+
+    Args:
+        found: all records of the slab.
+        lengths: of the data files, in bytes, by number.
+        judge: of payloads. Without it none is read, and the checksums of all records are verified at once.
+
+    Raises:
+        OSError: `found` raises it.
+    """
+    inventory = Inventory(headers, geometry.block_bytes, geometry.num_slots)
+    for records in found:
+        inventory.add(records)
+    inventory.sort()
+    if judge is None:
+        inventory.verify()
+    inventory.drop_odd_keys()
+    inventory.drop_unbacked(geometry, lengths)
+    inventory.drop_superseded(judge)
+    if judge is not None:
+        inventory.drop_bad_newest(judge)
+    return inventory
+
+
+def payload_length(found: Iterable[RawRecords], headers: BlockHeaders) -> int:
+    """Return the payload length that most of the first records of this namespace name; 0 if there is none."""
+    for some in found:
+        records = np.frombuffer(some.raw, HEADER_DTYPE)
+        lengths, counts = np.unique(records["payload_length"][_marked_by(headers, records)], return_counts=True)
+        if len(lengths):
+            return int(lengths[np.argmax(counts)])
+    return 0
+
+
 def _those(records: NDArray[np.void], positions: NDArray[np.intp]) -> NDArray[np.void]:
     """Return the records at `positions`, which rise; as a rule that is all of them, and no copy."""
     return records if len(positions) == len(records) else records[positions]
@@ -257,7 +308,7 @@ def _keys(records: NDArray[np.void]) -> list[OffloadKey]:
     return cast(list[OffloadKey], keys)
 
 
-def marked_by(headers: BlockHeaders, records: NDArray[np.void]) -> NDArray[np.bool_]:
+def _marked_by(headers: BlockHeaders, records: NDArray[np.void]) -> NDArray[np.bool_]:
     """Return which records say that they are of this kind and namespace."""
     marked = np.frombuffer(headers.mark, "<u4")
     words = records.view("<u4").reshape(-1, HEADER_BYTES // 4)[:, _FINGERPRINT_WORDS][:, : len(marked)]
@@ -270,7 +321,7 @@ def _plausible(
     records: NDArray[np.void], slots: NDArray[np.int64], headers: BlockHeaders, block_bytes: int
 ) -> NDArray[np.bool_]:
     """Return which records would be valid if their checksum is right."""
-    ours = marked_by(headers, records)
+    ours = _marked_by(headers, records)
     key_length = records["key_length"]
     ours &= (records["slot"] == slots) & (records["payload_length"] == block_bytes)
     ours &= (key_length >= MIN_KEY_BYTES) & (key_length <= MAX_KEY_BYTES)

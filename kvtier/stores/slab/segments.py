@@ -1,4 +1,4 @@
-"""The data files of a slab: payloads at fixed places, space taken when it is first needed."""
+"""The data files of a slab: payloads at fixed places. Engine and tools read them alike; the engine makes them grow."""
 
 from __future__ import annotations
 
@@ -21,12 +21,89 @@ AHEAD_BYTES = 4 << 20
 """Written ahead at once: a store that needs to grow the slab waits for no more."""
 
 
-class Segments:
-    """Data files `data-00000`, ... of one namespace. Threads may share it.
+class DataFiles:
+    """Data files `data-00000`, ... of one namespace, opened when they are first used. Threads may share it.
 
-    Direct I/O where filesystem, block size and buffers allow it, the page cache elsewhere.
-    Every error of the system is an OSError.
+    Direct I/O where filesystem, block size and buffers allow it, the page cache elsewhere. Every error of the system is
+    an OSError.
     """
+
+    def __init__(
+        self,
+        folder: Folder,
+        geometry: SlabGeometry,
+        flags: int = os.O_RDONLY,
+        on_indirect: Callable[[OSError], None] = lambda _: None,
+    ) -> None:
+        """Args:
+        folder: of the namespace, held by somebody else.
+        flags: to open the files with, as `os.open` has them.
+        on_indirect: called once if the filesystem turns out to have no direct I/O.
+        """
+        self._folder = folder
+        self._flags = flags
+        self._on_indirect = on_indirect
+        self._lock = threading.Lock()
+        self._descriptors: dict[tuple[int, bool], int] = {}
+        self.direct = geometry.block_bytes % PAGE_BYTES == 0
+        """Whether page-aligned buffers bypass the page cache."""
+
+    def write(self, segment: int, offset: int, buffers: Sequence[memoryview]) -> int:
+        """Write payloads side by side; return the bytes written."""
+        return self._transfer(write_fully, segment, offset, buffers)
+
+    def read(self, segment: int, offset: int, buffers: Sequence[memoryview]) -> int:
+        """Read payloads side by side; return the bytes read, fewer where the file ends or is gone."""
+        try:
+            return self._transfer(read_fully, segment, offset, buffers)
+        except FileNotFoundError:
+            return 0
+
+    def close(self) -> None:
+        """Close the files."""
+        with self._lock:
+            descriptors, self._descriptors = self._descriptors, {}
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+
+    def _transfer(
+        self,
+        call: Callable[[int, Sequence[memoryview], int, int], int],
+        segment: int,
+        offset: int,
+        buffers: Sequence[memoryview],
+    ) -> int:
+        """Move the bytes directly; the kernel sees for itself whether the buffers are aligned, at no cost."""
+        if self.direct:
+            try:
+                return call(self._descriptor(segment, direct=True), buffers, offset, PAGE_BYTES)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                if all(map(is_page_aligned, buffers)):
+                    self._stop_direct(error)
+        return call(self._descriptor(segment, direct=False), buffers, offset, 1)
+
+    def _stop_direct(self, error: OSError) -> None:
+        with self._lock:
+            stopped, self.direct = self.direct, False
+        if stopped:
+            self._on_indirect(error)
+
+    def _descriptor(self, segment: int, direct: bool) -> int:
+        descriptor = self._descriptors.get((segment, direct))
+        if descriptor is None:
+            with self._lock:
+                descriptor = self._descriptors.get((segment, direct))
+                if descriptor is None:
+                    flags = self._flags | (os.O_DIRECT if direct else 0)
+                    descriptor = self._folder.open_file(data_name(segment), flags)
+                    self._descriptors[segment, direct] = descriptor
+        return descriptor
+
+
+class Segments:
+    """The data files of a slab in use: takes space when it is first needed, or ahead. Threads may share it."""
 
     def __init__(
         self, folder: Folder, geometry: SlabGeometry, make_room: Callable[[Sequence[int]], None], min_free: int = 0
@@ -41,9 +118,10 @@ class Segments:
         self._make_room = make_room
         self._min_free = min_free
         self._lock = threading.Lock()
-        self._descriptors: dict[tuple[int, bool], int] = {}
-        self._direct = geometry.block_bytes % PAGE_BYTES == 0
+        self._files = DataFiles(folder, geometry, os.O_RDWR | os.O_CREAT, self._say_indirect)
         self._ahead = filesystem_type(folder.descriptor) in TELLS_UNWRITTEN
+        self.write = self._files.write
+        """As `DataFiles.write`, in space that was reserved."""
         self.lengths = [0] * geometry.num_segments
         """Bytes of each data file that are backed."""
 
@@ -62,7 +140,7 @@ class Segments:
     @property
     def direct(self) -> bool:
         """Whether page-aligned buffers bypass the page cache."""
-        return self._direct
+        return self._files.direct
 
     def reserve(self, segment: int, end: int) -> None:
         """Take space up to offset `end` of a segment: a whole step of growth, or just what is needed.
@@ -96,7 +174,7 @@ class Segments:
         Returns:
             (bytes backed, bytes of a full slab); None when there is nothing to do any more, or no space for it.
         """
-        if not self._ahead or not self._direct:
+        if not self._ahead or not self.direct:
             return None
         with self._lock:
             segment = next((number for number in range(len(self.lengths)) if self._missing(number)), None)
@@ -111,8 +189,7 @@ class Segments:
                 return None
             try:
                 self._back(segment, length, end)
-                descriptor = self._open(segment, direct=True)
-                write_fully(descriptor, [_zeros()[: end - start]], start, PAGE_BYTES)
+                self._files.write(segment, start, [_zeros()[: end - start]])
             except OSError as error:
                 self._ahead = False
                 logger.info("%s: not written ahead any further: %s", self._folder.path, error.strerror)
@@ -125,62 +202,16 @@ class Segments:
         """Return how many bytes of a segment are not backed yet."""
         return self._geometry.segment_bytes(segment) - self.lengths[segment]
 
-    def write(self, segment: int, offset: int, buffers: Sequence[memoryview]) -> int:
-        """Write payloads side by side; return the bytes written."""
-        return self._transfer(write_fully, segment, offset, buffers)
-
     def read(self, segment: int, offset: int, buffers: Sequence[memoryview]) -> int:
         """Read payloads side by side; return the bytes read, fewer at the end of the file."""
-        if not self.lengths[segment]:
-            return 0
-        return self._transfer(read_fully, segment, offset, buffers)
+        return self._files.read(segment, offset, buffers) if self.lengths[segment] else 0
 
     def close(self) -> None:
         """Close the files."""
-        with self._lock:
-            descriptors, self._descriptors = self._descriptors, {}
-        for descriptor in descriptors.values():
-            os.close(descriptor)
+        self._files.close()
 
-    def _transfer(
-        self,
-        call: Callable[[int, Sequence[memoryview], int, int], int],
-        segment: int,
-        offset: int,
-        buffers: Sequence[memoryview],
-    ) -> int:
-        """Move the bytes directly; the kernel sees for itself whether the buffers are aligned, at no cost."""
-        if self._direct:
-            try:
-                return call(self._descriptor(segment, direct=True), buffers, offset, PAGE_BYTES)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                if all(map(is_page_aligned, buffers)):
-                    self._stop_direct(error)
-        return call(self._descriptor(segment, direct=False), buffers, offset, 1)
-
-    def _stop_direct(self, error: OSError) -> None:
-        with self._lock:
-            stopped, self._direct = self._direct, False
-        if stopped:
-            logger.warning("%s: no direct I/O here (%s), using the page cache", self._folder.path, error.strerror)
-
-    def _descriptor(self, segment: int, direct: bool) -> int:
-        descriptor = self._descriptors.get((segment, direct))
-        if descriptor is None:
-            with self._lock:
-                descriptor = self._open(segment, direct)
-        return descriptor
-
-    def _open(self, segment: int, direct: bool) -> int:
-        """Return the descriptor of a segment, opened at the first call; the lock is held."""
-        descriptor = self._descriptors.get((segment, direct))
-        if descriptor is None:
-            flags = os.O_RDWR | os.O_CREAT | (os.O_DIRECT if direct else 0)
-            descriptor = self._folder.open_file(data_name(segment), flags)
-            self._descriptors[segment, direct] = descriptor
-        return descriptor
+    def _say_indirect(self, error: OSError) -> None:
+        logger.warning("%s: no direct I/O here (%s), using the page cache", self._folder.path, error.strerror)
 
     def _grow(self, segment: int, length: int, grown: int) -> None:
         """Make a data file longer, from `length` to `grown` bytes; after an error it is as long as before."""
@@ -220,6 +251,17 @@ class Segments:
             return min(size, length)
         finally:
             os.close(descriptor)
+
+
+def data_lengths(namespace: Folder) -> dict[int, int]:
+    """Return the length of every data file, by its number."""
+    lengths = {}
+    for name in namespace.names():
+        segment = segment_of(name)
+        if segment is not None and namespace.is_own_file(name):
+            with contextlib.suppress(FileNotFoundError):
+                lengths[segment] = namespace.status(name).st_size
+    return lengths
 
 
 @functools.cache

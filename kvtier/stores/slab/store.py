@@ -24,8 +24,8 @@ from kvtier.stores.mounts import check_size
 from kvtier.stores.slab.directory import SlabDirectory
 from kvtier.stores.slab.layout import Run, SlabGeometry, coalesce
 from kvtier.stores.slab.options import DirectoryOptions
-from kvtier.stores.slab.records import HeaderFile
-from kvtier.stores.slab.recovery import Inventory
+from kvtier.stores.slab.records import RecordFile
+from kvtier.stores.slab.recovery import take_inventory
 from kvtier.stores.slab.segments import Segments
 from kvtier.stores.vectored import NO_SPACE_ERRORS
 from kvtier.types import FailureCause
@@ -61,7 +61,7 @@ class SlabStore(SlotStore):
         try:
             self._segments.fit()
             self._make_room(self._segments.lengths)
-            self._headers = HeaderFile(folder, geometry, min_free)
+            self._records = RecordFile.make(folder, geometry, min_free)
         except OSError:
             directory.close()
             raise
@@ -112,16 +112,10 @@ class SlabStore(SlotStore):
             StoreError: the records cannot be read.
         """
         try:
-            inventory = Inventory(self._sealer.headers, self._geometry.block_bytes, self._geometry.num_slots)
-            for records in self._headers.each():
-                inventory.add(records)
-            inventory.sort()
-            inventory.drop_odd_keys()
-            inventory.drop_unbacked(self._geometry, dict(enumerate(self._segments.lengths)))
-            inventory.drop_superseded(self._judge)
-            inventory.drop_bad_newest(self._judge)
+            found, lengths = self._records.each(self.num_slots), dict(enumerate(self._segments.lengths))
+            inventory = take_inventory(found, self._sealer.headers, self._geometry, lengths, self._judge)
             yield from inventory.batches()
-            self._headers.clear(inventory.broken)
+            self._records.clear(inventory.broken)
         except OSError as error:
             raise StoreError(f"{self._directory.path}: {describe(error)}") from error
         self._sealer.headers.continue_after(inventory.last_sequence)
@@ -157,7 +151,7 @@ class SlabStore(SlotStore):
     def close(self) -> None:
         """Close the files and release the directory."""
         self._segments.close()
-        self._headers.close()
+        self._records.close()
         self._directory.close()
 
     def _make_room(self, lengths: Sequence[int]) -> None:
@@ -171,7 +165,7 @@ class SlabStore(SlotStore):
     def _runs(self, slots: Sequence[int], buffers: Sequence[memoryview], most: int | None) -> list[Run]:
         """Return the runs over the slots and buffers that can be served at all; count the others."""
         self._directory.check_present()
-        if not self._headers.present:
+        if not self._records.is_present:
             raise StoreUnavailableError(f"{self._directory.namespace_path}: the headers were removed while in use")
         usable = [
             position
@@ -196,7 +190,7 @@ class SlabStore(SlotStore):
         try:
             self._segments.reserve(run.segment, run.offset + len(payloads) * block_bytes)
             written = self._segments.write(run.segment, run.offset, payloads) // block_bytes
-            self._headers.write(run.slot, b"".join(records[:written]))
+            self._records.write(run.slot, b"".join(records[:written]))
         except OSError as error:
             self._write_singly(run, keys, buffers, results, error)
             return
@@ -261,7 +255,7 @@ class SlabStore(SlotStore):
         """Fill the payloads of a run; return, each, None if it verified, else why not."""
         rooms = self._sealer.rooms(payloads)
         filled = self._segments.read(run.segment, run.offset, rooms) // self._geometry.block_bytes
-        records = self._headers.read(run.slot, len(payloads))
+        records = self._records.read(run.slot, len(payloads))
         causes = self._sealer.open(
             [records[start : start + HEADER_BYTES] for start in range(0, len(records), HEADER_BYTES)],
             keys,
@@ -282,11 +276,11 @@ class SlabStore(SlotStore):
             if self._segments.read(run.segment, run.offset + start, [room]) < room.nbytes:
                 return [FailureCause.CORRUPT]
             stream.note(room)
-        return [stream.verify(self._headers.read(run.slot, 1))]
+        return [stream.verify(self._records.read(run.slot, 1))]
 
     def _empty(self, slots: Sequence[int]) -> None:
         """Empty the records of slots that failed verification."""
         try:
-            self._headers.clear(slots)
+            self._records.clear(slots)
         except OSError as error:
             self._errors.log(error)

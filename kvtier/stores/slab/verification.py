@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -22,15 +23,17 @@ import numpy as np
 
 from kvtier.errors import StoreError
 from kvtier.stores.integrity.header import HEADER_BYTES
+from kvtier.stores.integrity.sealing import Sealer
+from kvtier.stores.slab.inspection import Records
 from kvtier.stores.slab.layout import SlabGeometry
-from kvtier.stores.slab.reading import NamespaceReader, Records
-from kvtier.stores.slab.records import MEDIUM_ERRORS
+from kvtier.stores.slab.namespaces import open_namespace
+from kvtier.stores.slab.records import MEDIUM_ERRORS, RecordFile
+from kvtier.stores.slab.recovery import Inventory
+from kvtier.stores.slab.segments import DataFiles
 from kvtier.stores.vectored import PAGE_BYTES
 from kvtier.types import FailureCause
 
-READ_BYTES = 4 << 20
-"""Blocks side by side are read together up to this size."""
-MEMORY_BYTES = 256 << 20
+MAX_MEMORY_BYTES = 256 << 20
 """Most memory of all threads together; at least one block."""
 SETTLE_SECONDS = 3.0
 """How long a block that is being rewritten may take until its record matches again."""
@@ -69,6 +72,7 @@ class Pace:
         on_bytes: told of payload bytes that were dealt with, by any thread.
         stopped: set by who wants an early end, and after an error.
         settle_seconds: how long a block in a used directory may stay unmatched.
+        read_bytes: neighbours are read together up to this size; one block at least.
     """
 
     threads: int = 4
@@ -76,6 +80,7 @@ class Pace:
     on_bytes: Callable[[int], None] = lambda _: None
     stopped: threading.Event = field(default_factory=threading.Event)
     settle_seconds: float = SETTLE_SECONDS
+    read_bytes: int = 4 << 20
 
 
 def verify_namespace(folder: Path, records: Records, is_used: Callable[[], bool], pace: Pace) -> Verification:
@@ -94,12 +99,16 @@ def verify_namespace(folder: Path, records: Records, is_used: Callable[[], bool]
         return Verification(bad=dict(records.inventory.cause_of))
     if records.sealer is None:
         raise StoreError(f"{folder}: a secret guards its blocks, and it was not given")
-    with NamespaceReader(folder, records.geometry, records.sealer) as reader:
-        verifier = _Verifier(reader, records, pace)
+    with ExitStack() as held:
+        namespace = held.enter_context(open_namespace(folder))
+        record_file = held.enter_context(RecordFile.open(namespace))
+        files = DataFiles(namespace, records.geometry)
+        held.callback(files.close)
+        verifier = _Verifier(record_file, files, records.geometry, records.sealer, records.inventory, pace)
         was_used = is_used()
         verifier.read_all(started)
         verifier.settle(pace.settle_seconds if was_used or is_used() else 0.0)
-        verifier.found.direct = reader.direct
+        verifier.found.direct = files.direct
     verifier.found.seconds = time.monotonic() - started
     return verifier.found
 
@@ -107,16 +116,27 @@ def verify_namespace(folder: Path, records: Records, is_used: Callable[[], bool]
 class _Verifier:
     """The state of one verification; threads share it."""
 
-    def __init__(self, reader: NamespaceReader, records: Records, pace: Pace) -> None:
+    def __init__(
+        self,
+        records: RecordFile,
+        files: DataFiles,
+        geometry: SlabGeometry,
+        sealer: Sealer,
+        inventory: Inventory,
+        pace: Pace,
+    ) -> None:
         self.found = Verification()
-        self._reader = reader
+        self._records = records
+        self._files = files
+        self._geometry = geometry
+        self._sealer = sealer
         self._pace = pace
         self._lock = threading.Lock()
-        self._inventory = records.inventory
-        self._block_bytes = reader.geometry.block_bytes
-        at_once = READ_BYTES if pace.bytes_per_second is None else min(READ_BYTES, pace.bytes_per_second // 4)
+        self._inventory = inventory
+        self._block_bytes = geometry.block_bytes
+        at_once = pace.read_bytes if pace.bytes_per_second is None else min(pace.read_bytes, pace.bytes_per_second // 4)
         self._per_read = max(1, at_once // self._block_bytes)
-        self._spans = self._neighbours(reader.geometry)
+        self._spans = self._neighbours()
         self._doubtful: dict[int, tuple[FailureCause, bytes]] = {}
 
     def read_all(self, started: float) -> None:
@@ -126,7 +146,7 @@ class _Verifier:
             StoreError: stopped before the end.
         """
         buffer_bytes = self._per_read * self._block_bytes
-        threads = max(1, min(self._pace.threads, MEMORY_BYTES // buffer_bytes))
+        threads = max(1, min(self._pace.threads, MAX_MEMORY_BYTES // buffer_bytes))
         with ThreadPoolExecutor(threads, "kvtier-verify") as executor:
             try:
                 futures = [executor.submit(self._work, buffer_bytes, started) for _ in range(threads)]
@@ -142,7 +162,7 @@ class _Verifier:
     def settle(self, seconds: float) -> None:
         """Look at the doubtful blocks again until they are decided, or `seconds` have passed."""
         for slot, cause in self._inventory.cause_of.items():
-            self._doubtful[slot] = cause, self._reader.headers(slot, 1)
+            self._doubtful[slot] = cause, self._records.read(slot, 1)
         deadline = time.monotonic() + seconds
         memory = _page_aligned(self._block_bytes)
         latest = dict(self._doubtful)
@@ -160,12 +180,12 @@ class _Verifier:
     def _look_again(self, slot: int, memory: memoryview, latest: dict[int, tuple[FailureCause, bytes]]) -> None:
         """Decide about a doubtful block, or note in `latest` what is known of it now."""
         first_header = self._doubtful[slot][1]
-        header = self._reader.headers(slot, 1)
+        header = self._records.read(slot, 1)
         unchanged = header == first_header
         if unchanged and self._inventory.cause_of.get(slot) is FailureCause.FOREIGN:
             return  # its record is whole, and not of this index
         cause = self._judge_single(slot, header, memory)
-        if self._reader.vanished or cause is FailureCause.ABSENT or (cause is None and not unchanged):
+        if not self._records.is_present or cause is FailureCause.ABSENT or (cause is None and not unchanged):
             self.found.num_changed += 1
         elif cause is None:
             self.found.num_good += 1
@@ -174,10 +194,10 @@ class _Verifier:
             return
         del latest[slot]
 
-    def _neighbours(self, geometry: SlabGeometry) -> Iterator[tuple[int, int]]:
+    def _neighbours(self) -> Iterator[tuple[int, int]]:
         """Yield (first slot, blocks): neighbours in one data file, in the order of the disk."""
         slots = np.sort(self._inventory.slots)
-        starts = np.flatnonzero((np.diff(slots, prepend=-2) != 1) | (slots % geometry.slots_per_segment == 0))
+        starts = np.flatnonzero((np.diff(slots, prepend=-2) != 1) | (slots % self._geometry.slots_per_segment == 0))
         for start, end in pairwise([*starts.tolist(), len(slots)]):
             for position in range(start, end, self._per_read):
                 yield int(slots[position]), min(self._per_read, end - position)
@@ -200,10 +220,10 @@ class _Verifier:
                 self._pace.stopped.wait(started + total / self._pace.bytes_per_second - time.monotonic())
 
     def _verify_span(self, first: int, count: int, memory: memoryview) -> None:
-        headers = self._reader.headers(first, count)
+        headers = self._records.read(first, count)
         payloads = memory[: count * self._block_bytes]
         try:
-            filled = self._reader.payloads(first, payloads) // self._block_bytes
+            filled = self._read(first, payloads) // self._block_bytes
             causes = [
                 self._judge(
                     _item(headers, index, HEADER_BYTES), _item(payloads, index, self._block_bytes), first + index
@@ -228,18 +248,23 @@ class _Verifier:
     def _judge_single(self, slot: int, header: bytes, memory: memoryview) -> FailureCause | None:
         payload = memory[: self._block_bytes]
         try:
-            filled = self._reader.payloads(slot, payload)
+            filled = self._read(slot, payload)
         except OSError as error:
             _check_is_of_the_medium(error)
             return FailureCause.IO_ERROR
         return self._judge(header, payload, slot) if filled == self._block_bytes else FailureCause.CORRUPT
 
+    def _read(self, slot: int, buffer: memoryview) -> int:
+        """Fill `buffer` from the place of `slot` on; return the bytes read, fewer where the file ends or is gone."""
+        segment, offset = self._geometry.locate(slot)
+        return self._files.read(segment, offset, [buffer])
+
     def _judge(self, header: bytes, payload: memoryview, slot: int) -> FailureCause | None:
         """Return None if `payload` is what its record says, else the cause; ABSENT if the record was emptied."""
-        record = self._reader.sealer.headers.parse(header)
+        record = self._sealer.headers.parse(header)
         if isinstance(record, FailureCause):
             return record
-        return self._reader.sealer.verify(header, record.key, payload, slot)
+        return self._sealer.verify(header, record.key, payload, slot)
 
 
 def _check_is_of_the_medium(error: OSError) -> None:

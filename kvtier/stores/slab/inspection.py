@@ -5,9 +5,8 @@ Nothing here writes. What is said of a directory that is in use was true at some
 
 from __future__ import annotations
 
-import fcntl
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,37 +14,40 @@ from typing import NamedTuple
 
 from kvtier.errors import StoreUnavailableError
 from kvtier.foreign_text import MOST_QUOTED, one_line
-from kvtier.namespace import FORMAT_VERSION
+from kvtier.namespace import FORMAT_VERSION, Namespace
+from kvtier.stores.integrity import make_sealer
+from kvtier.stores.integrity.header import BlockHeaders
+from kvtier.stores.integrity.plain_sealer import PlainSealer
+from kvtier.stores.integrity.sealing import Sealer
 from kvtier.stores.own_files import Folder, StrangerError
-from kvtier.stores.slab.directory import (
+from kvtier.stores.slab.directory import strangers_of
+from kvtier.stores.slab.layout import (
+    DESCRIPTION_NAME,
+    HEADERS_NAME,
+    LOCK_NAME,
+    SEGMENT_BYTES,
+    SlabGeometry,
+    is_file_of_namespace,
+    rank_of,
+)
+from kvtier.stores.slab.lock import Holder, find_holder
+from kvtier.stores.slab.namespaces import (
+    Description,
     is_past,
     last_use,
     namespaces_in,
+    open_namespace,
     open_slab,
-    pid_in_lock,
-    strangers_of,
+    read_description,
     used_bytes,
 )
-from kvtier.stores.slab.layout import DESCRIPTION_NAME, LOCK_NAME, is_file_of_namespace, rank_of
-from kvtier.stores.slab.reading import Description, read_description, read_records
+from kvtier.stores.slab.records import RawRecords, RecordFile
+from kvtier.stores.slab.recovery import Inventory, payload_length, take_inventory
+from kvtier.stores.slab.segments import data_lengths
 from kvtier.types import FailureCause
 
 _ATTEMPTS = 3
 _MOST_NAMED = 5
-
-
-class Holder(NamedTuple):
-    """The process that uses a directory, and the one that started it, as far as this one may know.
-
-    Attributes:
-        pid, parent_pid: None if unknown.
-        command, parent_command: their command lines; empty if unknown.
-    """
-
-    pid: int | None
-    command: str = ""
-    parent_pid: int | None = None
-    parent_command: str = ""
 
 
 @dataclass(frozen=True)
@@ -119,26 +121,6 @@ def find_slabs(path: Path) -> list[Path]:
     return found
 
 
-def find_holder(path: Path) -> Holder | None:
-    """Return who uses a slab, or None. The lock is asked for and, if it is free, let go again at once.
-
-    Raises:
-        OSError: the lock cannot be asked for.
-    """
-    try:
-        with open_slab(path) as slab:
-            descriptor = slab.open_file(LOCK_NAME)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _describe_holder(pid_in_lock(descriptor))
-    finally:
-        os.close(descriptor)
-    return None
-
-
 def namespace_folders(path: Path) -> list[Path]:
     """Return the folders of a slab's namespaces, latest use first."""
     with open_slab(path) as slab:
@@ -181,7 +163,7 @@ def survey_namespace(folder: Path) -> NamespaceSurvey:
         num_slots=num_slots,
         disk_bytes=disk_bytes,
         last_use=latest,
-        broken=dict(inventory.causes),
+        broken=inventory.causes,
         problems=problems,
         remarks=remarks,
     )
@@ -221,31 +203,6 @@ def _said_of_strangers(namespace: Folder) -> list[str]:
     return [f"not kvtier's, and left alone: {one_line(name, MOST_QUOTED)}" for name in sorted(strangers)[:_MOST_NAMED]]
 
 
-def _describe_holder(pid: int | None) -> Holder:
-    if pid is None:
-        return Holder(None)
-    parent = _parent_of(pid)
-    return Holder(pid, _command_of(pid), parent, "" if parent is None else _command_of(parent))
-
-
-def _command_of(pid: int) -> str:
-    """Return the command line of a process, its program without the folder."""
-    try:
-        program, _, arguments = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").partition(b"\0")
-    except OSError:
-        return ""
-    words = [program.rpartition(b"/")[2], *arguments.split(b"\0")]
-    return b" ".join(words).decode(errors="replace").rstrip()
-
-
-def _parent_of(pid: int) -> int | None:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-        return int(fields[1])
-    except (OSError, ValueError, IndexError):
-        return None
-
-
 def _assess(slab: Folder, name: str, description: Description | None) -> tuple[list[str], list[str]]:
     """Return (problems, remarks) of a namespace, as far as its description goes."""
     if description is None:
@@ -261,3 +218,84 @@ def _last_change(namespace: Folder) -> float:
     """Return when anything of ours in a folder was last written, or its last use noted; 0 if there is nothing."""
     names = [name for name in namespace.names() if is_file_of_namespace(name) and namespace.is_own_file(name)]
     return max((namespace.status(name).st_mtime for name in names), default=0.0)
+
+
+class Records(NamedTuple):
+    """The records of a namespace, as the next start would find them.
+
+    Attributes:
+        geometry: None while no record says how long a block is.
+        inventory: the valid records, sorted, and the others.
+        num_slots: records that fit the file.
+        sealer: verifies payloads; None if a secret guards them that was not given.
+    """
+
+    geometry: SlabGeometry | None
+    inventory: Inventory
+    num_slots: int
+    sealer: Sealer | None
+
+
+def read_records(folder: Path, description: Description | None, secret: bytes | None = None) -> Records:
+    """Read every record of a namespace and judge it as a start would; none if the file of records is missing.
+
+    Args:
+        description: what `read_description` returned.
+        secret: what may guard the blocks; records can be read without it.
+
+    Raises:
+        OSError: the records cannot be read; FileNotFoundError if the namespace was deleted.
+    """
+    sealer = _sealer_of(folder, description, secret)
+    headers = sealer.headers if sealer is not None else _headers_of(folder, description)
+    with open_namespace(folder) as namespace:
+        try:
+            records = RecordFile.open(namespace)
+        except FileNotFoundError:
+            return Records(None, Inventory(headers, 0, 0), 0, sealer)
+        lengths = data_lengths(namespace)
+    try:
+        with records:
+            num_slots = records.num_slots
+            block_bytes = _described_block_bytes(description) or payload_length(records.each(num_slots), headers)
+            if not 0 < block_bytes <= SEGMENT_BYTES:
+                return Records(None, _all_broken(records.each(num_slots), headers, num_slots), num_slots, sealer)
+            geometry = SlabGeometry.found(block_bytes, num_slots)
+            inventory = take_inventory(records.each(num_slots), headers, geometry, lengths)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder / HEADERS_NAME)) from error
+    return Records(geometry, inventory, num_slots, sealer)
+
+
+def _all_broken(found: Iterable[RawRecords], headers: BlockHeaders, num_slots: int) -> Inventory:
+    """Return an inventory that rejects every record, since none names a length that a block can have."""
+    inventory = Inventory(headers, -1, num_slots)  # no block has this length
+    for records in found:
+        inventory.add(records)
+    return inventory
+
+
+def _sealer_of(folder: Path, description: Description | None, secret: bytes | None) -> Sealer | None:
+    """Return what verifies payloads; None if a secret guards them and it is not this one."""
+    if description is None or not description.needs_secret:
+        return PlainSealer.for_reading(bytes.fromhex(folder.name))
+    if secret is None or not description.is_ours:
+        return None
+    namespace = Namespace(description.identity, bytes.fromhex(description.epoch))
+    sealer = make_sealer(namespace, secret, description.is_encrypted)
+    return sealer if sealer.namespace.fingerprint.hex() == folder.name else None
+
+
+def _headers_of(folder: Path, description: Description | None) -> BlockHeaders:
+    """Return what reads the records of a namespace, but vouches for no payload."""
+    fingerprint = bytes.fromhex(folder.name)
+    encrypted = description is not None and description.is_encrypted
+    return BlockHeaders.encrypted(fingerprint) if encrypted else BlockHeaders(fingerprint)
+
+
+def _described_block_bytes(description: Description | None) -> int:
+    """Return the length of a block that the description names; 0 if it names none."""
+    value = None if description is None else description.identity.get("kvtier.block_bytes")
+    if not isinstance(value, int) or isinstance(value, bool):
+        return 0
+    return value if 0 < value <= SEGMENT_BYTES else 0
