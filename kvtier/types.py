@@ -285,3 +285,5 @@ class FailureCause(Enum):
     CANCELLED = "cancelled"
     UNREACHABLE = "unreachable"
     """A part of the tier is lost (a node of a cluster); the other parts serve."""
+    BUSY = "busy"
+    """The medium asks for less. The tier pauses its stores for a while; it is not down."""

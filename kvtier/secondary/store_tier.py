@@ -309,6 +309,8 @@ class StoreTierManager(SecondaryTierManager):
 
     def _apply_result(self, result: PartResult) -> None:
         job = self._ledger.apply(result)
+        if FailureCause.BUSY in result.failures:
+            self._supervisor.pause_stores()
         self._apply(job, result)
         if not job.num_left:
             broken = any(job.failures.get(cause) for cause in _BREAKING)

@@ -39,6 +39,7 @@ class Deadlines:
     kill: float = 1.0
 
 
+_BUSY = "its medium is busy and asks for less; stores pause, loads go on"
 _NO_STORES = "stores failed one after the other; what it holds can be loaded, kvtier tries again to store"
 
 
@@ -180,6 +181,13 @@ class Supervisor:
             self._store_breaker.succeed()
         elif broken and self._store_breaker.fail() and self.works:
             self._health.change(TierState.UP, _NO_STORES, warn=True)
+
+    def pause_stores(self) -> None:
+        """Store nothing for a while: the medium is busy, which is not down."""
+        if self._store_breaker.state is not _OPEN:
+            self._store_breaker.open()
+            if self.works:
+                self._health.change(TierState.UP, _BUSY, warn=True)
 
     def restart(self) -> None:
         """End this life in peace and begin another at once (the namespace has changed)."""

@@ -258,7 +258,7 @@ def test_slow_replies_are_replies(rigs, through_proxy):
     proxy.heal()
 
 
-def test_stores_pause_when_the_server_asks_for_less_and_loads_go_on(through_proxy, caplog):
+def test_nothing_is_sent_for_a_moment_when_the_server_asks_for_less_and_loads_go_on(through_proxy):
     options, proxy = through_proxy
     context = StoreContext(Namespace({"model": "faults"}), BLOCK_BYTES)
     settings = settings_for(**{**options, "timeout": 2.0, "refresh": 3600.0})
@@ -271,12 +271,30 @@ def test_stores_pause_when_the_server_asks_for_less_and_loads_go_on(through_prox
     asked = store.client.requests["put"]
     assert not any(store.write(keys, blocks)), "nothing is stored for a moment"
     assert store.client.requests["put"] == asked, "and nobody is asked"
-    assert context.failures.take() == {FailureCause.UNREACHABLE: 8}
+    assert context.failures.take() == {FailureCause.BUSY: 8}
     buffers = [memoryview(bytearray(BLOCK_BYTES)) for _ in keys]
     assert all(store.read_into(keys, buffers)), "loads go on"
     wait_for(lambda: all(store.write(keys, blocks)), "stores are taken again")
-    assert len(lines(caplog, "503 SlowDown", "stores pause")) == 1
     store.close()
+
+
+def test_a_tier_whose_server_asks_for_less_is_busy_and_not_down(rigs, through_proxy, caplog):
+    options, proxy = through_proxy
+    rig = rigs(options)
+    assert rig.store(range(4)).success
+    proxy.faults = Faults(change=lambda reply: answer(503, "SlowDown", "Retry-After: 1"))
+    assert not rig.store([4]).success
+    assert rig.causes.take() == {FailureCause.BUSY: 1}
+    proxy.heal()
+    assert rig.tier.state is UP
+    assert "asks for less" in rig.tier.state_reason
+    assert rig.load(range(4))[1] == list(range(4)), "loads go on"
+    rig.wait(lambda: rig.tier.can_store(1), "stores are tried again")
+    rig.wait(lambda: rig.store([5]).success, "stores are taken again")
+    assert rig.tier.state_reason == "it stores again"
+    assert rig.tier.get_stats()["breaker_openings"] >= 1
+    assert len(lines(caplog, "its medium is busy")) == 1
+    assert not lines(caplog, "is down")
 
 
 def test_who_may_not_write_still_reads(through_proxy):

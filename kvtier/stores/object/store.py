@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +13,6 @@ import numpy as np
 from kvtier.abc import BlockStore, StoreContext
 from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.keys import OffloadKey
-from kvtier.log import logger
 from kvtier.stores.failures import UNREADABLE, CleanUp, fitting_buffers
 from kvtier.stores.integrity import open_sealer
 from kvtier.stores.integrity.header import HEADER_BYTES
@@ -28,12 +25,13 @@ from kvtier.stores.object.options import ObjectOptions
 from kvtier.stores.object.refresher import Refresher
 from kvtier.types import FailureCause, StoreUsage
 
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
-_CALM_SECONDS = 10.0
+_SECONDS_BUSY = 0.5
+"""After the server asked for less, no pack is sent for so long: those that are queued already would all be refused. How
+long stores pause altogether, the tier decides."""
 _CAUSES = {
     Trouble.ABSENT: FailureCause.ABSENT,
     Trouble.SHORT: FailureCause.CORRUPT,
-    Trouble.THROTTLED: FailureCause.UNREACHABLE,
+    Trouble.THROTTLED: FailureCause.BUSY,
 }
 
 
@@ -44,40 +42,6 @@ class Wanted:
     index: int
     place: int
     num_values: int
-
-
-class Throttle:
-    """Stops stores for a while when the server asks for less; loads go on. Threads share it."""
-
-    def __init__(self, where: str) -> None:
-        self._where = where
-        self._lock = threading.Lock()
-        self._pause = _FIRST_PAUSE
-        self._until = self._asked_at = 0.0
-        self._said = False
-
-    @property
-    def is_on(self) -> bool:
-        """Whether nothing should be stored now."""
-        return time.monotonic() < self._until
-
-    def learn(self, error: RequestError | None) -> None:
-        """Note how a request ended."""
-        if error is None and not self._said:
-            return
-        now = time.monotonic()
-        with self._lock:
-            if error is not None and error.trouble is Trouble.THROTTLED:
-                if now >= self._until:
-                    self._until = now + self._pause * random.uniform(1.0, 1.5)  # all engines were told at once
-                    self._pause = min(2 * self._pause, _LONGEST_PAUSE)
-                self._asked_at = now
-                if not self._said:
-                    self._said = True
-                    logger.warning("object: %s; stores pause, loads go on", error)
-            elif error is None and self._said and now - self._asked_at >= _CALM_SECONDS:
-                self._said, self._pause = False, _FIRST_PAUSE
-                logger.warning("object: %s takes blocks again", self._where)
 
 
 class ObjectStore(BlockStore):
@@ -109,7 +73,7 @@ class ObjectStore(BlockStore):
         self._values_per_pack = settings.values_per_pack(context.block_bytes)
         pack_bytes = self._values_per_pack * self._value_bytes
         self._refresher = Refresher(client, self.catalogue, self._stamps, settings, pack_bytes)
-        self._throttle = Throttle(client.where)
+        self._busy_until = 0.0
         self._pool = ThreadPoolExecutor(settings.requests, thread_name_prefix="kvtier-object")
         self._clean_up = CleanUp()
 
@@ -226,8 +190,8 @@ class ObjectStore(BlockStore):
 
     def _write_pack(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> bool:
         size = len(keys) * self._value_bytes
-        if self._throttle.is_on:
-            self._failures.count(FailureCause.UNREACHABLE, len(keys))
+        if time.monotonic() < self._busy_until:
+            self._failures.count(FailureCause.BUSY, len(keys))
             return False
         if not self._refresher.room.take(size):
             self._refresher.hurry()
@@ -280,10 +244,12 @@ class ObjectStore(BlockStore):
 
     def _learn(self, error: RequestError | None) -> None:
         """Note how a request ended; who may not write may read still, and listing says who may do nothing."""
-        self._throttle.learn(error)
         if error is None:
             self._refresher.note_success()
-        elif error.trouble is not Trouble.REFUSED:
+            return
+        if error.trouble is Trouble.THROTTLED:
+            self._busy_until = time.monotonic() + _SECONDS_BUSY
+        if error.trouble is not Trouble.REFUSED:
             self._refresher.note(error)
 
 
