@@ -41,7 +41,7 @@ class InlineExecutor(IOExecutor):
             self._runner = StoreRunner(self._description)
             self._reports.append(Ready(self._runner.num_slots))
             self._reports.extend(self._runner.index())
-            self._reports.append(IndexEnd())
+            self._reports += (IndexEnd(), *self._runner.usage_news())
         except StoreUnavailableError as error:
             self._reports.append(Unavailable.because(error))
 

@@ -64,7 +64,6 @@ class StoreLoop:
         self, runner: StoreRunner, move: Move, report: Callable[[Sequence[JobReport]], None], *, wait: bool = True
     ) -> None:
         """Do what is queued, until `close`; without `wait`, until nothing is queued."""
-        report(runner.usage_news())
         while tasks := self._queue.take(self.blocks_per_call, wait=wait):
             self.busy_at = time.monotonic()
             reports: list[JobReport] = [runner.answer(task) for task in tasks if isinstance(task, Probe)]

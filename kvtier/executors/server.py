@@ -158,7 +158,7 @@ class Server:
             self._channel.send((Ready(self._runner.num_slots),))
             for batch in self._runner.index():
                 self._channel.send((batch,))
-            self._channel.send((IndexEnd(),))
+            self._channel.send((IndexEnd(), *self._runner.usage_news()))
             for thread in self._threads:
                 thread.start()
             while True:

@@ -113,7 +113,7 @@ class ThreadExecutor(IOExecutor):
                 runner.close()  # or nobody could open it again
             self._report((Unavailable.because(error),))
             return
-        self._report((IndexEnd(),))
+        self._report((IndexEnd(), *runner.usage_news()))
         workers = [
             threading.Thread(target=self._work, args=(runner,), name="kvtier-io", daemon=True)
             for _ in range(self._description.threads - 1)
