@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 
-from kvtier.foreign_text import MOST_QUOTED, one_line
+from kvtier.foreign_text import MAX_QUOTED, one_line
 from kvtier.redaction import shown_option
 
 _WAYS_OUT = {
@@ -37,7 +37,7 @@ class ConfigError(KVTierError, ValueError):
 
     def __init__(self, key: str, value: object, allowed: str) -> None:
         shown = shown_option(key.rpartition(".")[2], value)
-        super().__init__(f"{one_line(key, MOST_QUOTED)}={one_line(repr(shown), MOST_QUOTED)}: {allowed}")
+        super().__init__(f"{one_line(key, MAX_QUOTED)}={one_line(repr(shown), MAX_QUOTED)}: {allowed}")
         self.key = key
         self.value = shown
         self.allowed = allowed

@@ -6,16 +6,16 @@ a reader sees. A megabyte of either hides everything else. Whoever shows text th
 
 from __future__ import annotations
 
-MOST_QUOTED = 200
+MAX_QUOTED = 200
 """Characters of a quotation."""
-MOST_IN_A_REASON = 400
+MAX_REASON = 400
 """Characters of the reason why a tier is down: paths of containers' volumes alone have some 150."""
-MOST_IN_A_LINE = 2000
+MAX_LINE = 2000
 """Characters of a whole message, quotations included."""
 _CUT = " ..."
 
 
-def one_line(text: object, most: int = MOST_IN_A_LINE) -> str:
+def one_line(text: object, most: int = MAX_LINE) -> str:
     """Return `text` as one line of printable characters; all others stand as Python's escapes of them.
 
     Args:
@@ -33,7 +33,7 @@ def one_line(text: object, most: int = MOST_IN_A_LINE) -> str:
     return shown + _CUT if is_cut else shown
 
 
-def first_line(text: object, most: int = MOST_QUOTED) -> str:
+def first_line(text: object, most: int = MAX_QUOTED) -> str:
     """Return what stands before the first line break: where a protocol has none, the rest is somebody's forgery."""
     return one_line(next(iter(str(text).lstrip()[: most + 1].splitlines()), ""), most)
 

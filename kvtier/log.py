@@ -6,7 +6,8 @@ import logging
 
 from kvtier.foreign_text import one_line
 
-_MOST_TRACEBACK_LINES = 60
+_MAX_TRACEBACK_LINES = 60
+"""Of an error of somebody else's, as deep as a recursion."""
 
 
 class CleanLines(logging.Filter):
@@ -21,8 +22,8 @@ class CleanLines(logging.Filter):
         record.msg, record.args = one_line(message), None
         if record.exc_info and record.exc_info[0] is not None and not record.exc_text:
             lines = logging.Formatter().formatException(record.exc_info).splitlines()
-            if len(lines) > _MOST_TRACEBACK_LINES:
-                lines = [*lines[: _MOST_TRACEBACK_LINES // 2], "...", *lines[-_MOST_TRACEBACK_LINES // 2 :]]
+            if len(lines) > _MAX_TRACEBACK_LINES:
+                lines = [*lines[: _MAX_TRACEBACK_LINES // 2], "...", *lines[-_MAX_TRACEBACK_LINES // 2 :]]
             # indented: a line in an exception's message cannot pass for a record of its own
             record.exc_text = "\n".join(f"  {_indented(line)}" for line in lines)
         return True

@@ -13,7 +13,7 @@ from kvtier.errors import (
     StoreError,
     StoreUnavailableError,
 )
-from kvtier.foreign_text import MOST_IN_A_LINE, first_line, is_utf8, one_line
+from kvtier.foreign_text import MAX_LINE, first_line, is_utf8, one_line
 from kvtier.log import CleanLines, logger
 
 HOSTILE = [
@@ -73,7 +73,7 @@ def test_every_error_of_kvtier_is_one_line(kind, text):
 def test_errors_about_options_are_one_line(text):
     for error in (ConfigError("path", text, "no"), ConfigError(text, 1, "no"), ConfigError("path", 1, text)):
         assert str(error).isprintable()
-    assert len(str(ConfigError("path", "x" * 1_000_000, "no"))) < MOST_IN_A_LINE
+    assert len(str(ConfigError("path", "x" * 1_000_000, "no"))) < MAX_LINE
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from kvtier.types import GPULoadStoreSpec, LookupResult, ReqContext, ScheduleEnd
 POLL_SECONDS = 0.0005
 """Pause between two looks at tiers that are still working. The manager's deadlines end every wait."""
 
-STORE_PATIENCE = 2.0
+STORE_PATIENCE_SECONDS = 2.0
 """Most seconds that each window of a store waits for the tiers to write it. Between requests nobody steps the manager:
 what is not written by then waits for the next request, and too much at once would be refused."""
 
@@ -255,7 +255,7 @@ class PrefixRequest:
             if new is None:
                 break
             if new:
-                self._machinery.settle(STORE_PATIENCE)
+                self._machinery.settle(STORE_PATIENCE_SECONDS)
                 stored += new
         return stored
 

@@ -42,8 +42,11 @@ __all__ = ["DEFAULT_TOKENS_PER_BLOCK", "Generation", "PrefixCache", "PrefixReque
 
 DEFAULT_TOKENS_PER_BLOCK = 32
 STAGING_BLOCKS = 64
-READY_TIMEOUT = 10.0
-FLUSH_TIMEOUT = 30.0
+"""Blocks that pass between arena and cache at once."""
+READY_SECONDS = 10.0
+"""Longest that opening a cache waits for its tiers; they go on opening."""
+FLUSH_SECONDS = 30.0
+"""Longest that `flush` waits for tiers."""
 EPOCH_BYTES = 16
 
 
@@ -105,7 +108,7 @@ class PrefixCache:
 
     # -- life ---------------------------------------------------------------------------------------------
 
-    def open(self, ready_timeout: float = READY_TIMEOUT) -> Self:
+    def open(self, ready_timeout: float = READY_SECONDS) -> Self:
         """Hash the model's weights, make the primary tier and start the others.
 
         Args:
@@ -149,7 +152,7 @@ class PrefixCache:
         Requests that are still in use in other threads restore and store nothing more.
         """
         if (machinery := self._machinery) is not None:
-            machinery.settle(FLUSH_TIMEOUT)
+            machinery.settle(FLUSH_SECONDS)
         with self._lock:
             if machinery is not None:
                 machinery.is_open = False
@@ -186,7 +189,7 @@ class PrefixCache:
             manager = self._opened().manager
             return manager.tier_states() if isinstance(manager, TieringOffloadingManager) else {}
 
-    def flush(self, timeout: float = FLUSH_TIMEOUT) -> bool:
+    def flush(self, timeout: float = FLUSH_SECONDS) -> bool:
         """Wait until every stored block has reached the tiers that take it; return whether it did in time."""
         return self._opened().settle(timeout)
 
@@ -231,11 +234,11 @@ class PrefixCache:
             self._form, shape = machinery.identity.form, inspect_cache(self.model)
             if shape == self._shape:
                 return machinery
-            machinery.settle(FLUSH_TIMEOUT)
+            machinery.settle(FLUSH_SECONDS)
             machinery.is_open = False
             self._spec.shutdown()
             self._set_shape(shape)
-            self._start(machinery.identity, READY_TIMEOUT)
+            self._start(machinery.identity, READY_SECONDS)
             return self._opened()
 
     # -- use ----------------------------------------------------------------------------------------------
@@ -339,7 +342,7 @@ class PrefixCache:
         Blocks that never existed take every slot and are then given up, so that nothing new reaches the tiers.
         """
         machinery = self._opened()
-        machinery.settle(FLUSH_TIMEOUT)
+        machinery.settle(FLUSH_SECONDS)
         context = ReqContext(f"forget-{next(self._req_ids)}")
         with self._lock:
             machinery.manager.on_new_request(context)

@@ -27,8 +27,9 @@ GOOD_SHARE = 0.9
 """Of the device's speed: a block size that reaches it is recommended."""
 _JOB_BLOCKS = 16
 _QUICK_BYTES = 256 << 20
-_LARGEST_BLOCK = 256 << 20
-_SECONDS_TO_END = 10.0
+"""With --quick, for a first impression."""
+_MAX_BLOCK_BYTES = 256 << 20
+_END_SECONDS = 10.0
 _SPACE_NEEDED = 4
 """Times the bytes of a round: the raw limit's file, the tier's, and room to breathe."""
 
@@ -81,7 +82,7 @@ def ended_by_sigterm() -> Iterator[None]:
 
 def _remove(folder: Path) -> None:
     """Remove what was written; an I/O process whose parent was ended may be at work for a moment."""
-    deadline = time.monotonic() + _SECONDS_TO_END
+    deadline = time.monotonic() + _END_SECONDS
     while folder.exists() and time.monotonic() < deadline:
         shutil.rmtree(folder, ignore_errors=True)
     if folder.exists():
@@ -95,8 +96,8 @@ def _block_size(text: str) -> int:
         ConfigError: too small to say anything, no whole pages, or too large for a round.
     """
     size = parse_size("block", text)
-    if size % mmap.PAGESIZE or not 0 < size <= _LARGEST_BLOCK:
-        allowed = f"a multiple of {mmap.PAGESIZE} bytes, up to {format_size(_LARGEST_BLOCK)}"
+    if size % mmap.PAGESIZE or not 0 < size <= _MAX_BLOCK_BYTES:
+        allowed = f"a multiple of {mmap.PAGESIZE} bytes, up to {format_size(_MAX_BLOCK_BYTES)}"
         raise ConfigError("block", text, allowed)
     return size
 

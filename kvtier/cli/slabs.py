@@ -24,7 +24,7 @@ from kvtier.stores.slab.lock import Holder
 EXIT_WRONG = 1
 SHORT_ID = 12
 """Digits of a namespace's fingerprint that people see; any beginning that is unique names it."""
-_LONGEST_COMMAND = 60
+_MAX_COMMAND_CHARACTERS = 60
 
 Directories = Annotated[
     list[Path], typer.Argument(metavar="DIR...", help="The `path` of a disk tier; folders dpN below it are included.")
@@ -134,4 +134,4 @@ def _refuse(as_json: bool, text: str) -> None:
 
 
 def _shortened(command: str) -> str:
-    return one_line(" ".join(command.split()), _LONGEST_COMMAND)
+    return one_line(" ".join(command.split()), _MAX_COMMAND_CHARACTERS)

@@ -15,7 +15,8 @@ from kvtier.keys import OffloadKey, make_offload_key
 from kvtier.recording.format import HASH_BYTES, LENGTH, MAGIC, RECORD, Header, Record
 
 _GZIP = b"\x1f\x8b"
-_MOST_BYTES = 1 << 30
+_MAX_RECORD_BYTES = 1 << 30
+"""A damaged length must not take the memory."""
 
 
 def is_recording(path: Path) -> bool:
@@ -73,7 +74,7 @@ def _records(file: gzip.GzipFile) -> Iterator[Record]:
                     return
                 kind, request, time, num_extra, num_keys, has_groups = RECORD.unpack(head)
                 size = num_extra + num_keys * (HASH_BYTES + 2 * has_groups)
-                body = file.read(size) if size < _MOST_BYTES else b""
+                body = file.read(size) if size < _MAX_RECORD_BYTES else b""
             except (OSError, EOFError, zlib.error):  # the engine was killed, or the limit reached
                 return
             if len(body) < size:

@@ -23,18 +23,22 @@ from kvtier.keys import OffloadKey
 from kvtier.log import logger
 from kvtier.recording.format import FRAME, LENGTH
 
-DEFAULT_LIMIT = 1 << 30
+DEFAULT_LIMIT_BYTES = 1 << 30
 _PIPE_BYTES = 1 << 20
+"""The most that Linux lets an ordinary user ask for (fs.pipe-max-size)."""
 _FLUSH_BYTES = 32 << 10
 _FLUSH_SECONDS = 0.25
-_MOST_BUFFERED = 64 << 20
+"""A write costs microseconds whatever its size: with less than that, and sooner than this, it is not worth one."""
+_MAX_BUFFERED_BYTES = 64 << 20
+"""Of a writer that does not keep up, what is kept in the engine's memory."""
 _CLOSE_SECONDS = 2.0
+"""Longest that an exit waits for the last records."""
 
 
 class Recorder:
     """Sends frames to the writing process; drops everything from the first thing that goes wrong on."""
 
-    def __init__(self, path: str, header: Mapping[str, Any], clock: Clock, limit: int = DEFAULT_LIMIT) -> None:
+    def __init__(self, path: str, header: Mapping[str, Any], clock: Clock, limit: int = DEFAULT_LIMIT_BYTES) -> None:
         """Args: path: of a new file; header: JSON values; limit: bytes on disk after which the recording ends."""
         self._path, self._limit, self._clock = path, limit, clock
         text = json.dumps(dict(header)).encode()
@@ -101,7 +105,7 @@ class Recorder:
         except OSError as error:
             ended = isinstance(error, BrokenPipeError)
             self._give_up("its limit is reached, or it cannot be written" if ended else str(error))
-        if len(self._buffer) > _MOST_BUFFERED:
+        if len(self._buffer) > _MAX_BUFFERED_BYTES:
             self._give_up("the process that writes it does not keep up")
 
     def close(self) -> None:

@@ -17,7 +17,9 @@ from kvtier.keys import GROUP_BYTES
 from kvtier.recording.format import FRAME, HASH_BYTES, LENGTH, MAGIC, RECORD
 
 _FLUSH_SECONDS = 1.0
-_MOST_NAMES = 1000
+"""The most that a killed engine's recording lacks at its end."""
+_MAX_NAMES = 1000
+"""Engines that share a configuration take numbered names."""
 
 
 def open_new(path: str) -> BinaryIO:
@@ -26,13 +28,13 @@ def open_new(path: str) -> BinaryIO:
     Raises:
         OSError: the folder cannot be written.
     """
-    for number in range(_MOST_NAMES):
+    for number in range(_MAX_NAMES):
         name = path if not number else f"{path}.{number}"
         try:
             return os.fdopen(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb")
         except FileExistsError:
             continue
-    raise FileExistsError(f"{path} and {_MOST_NAMES - 1} numbered names are taken")
+    raise FileExistsError(f"{path} and {_MAX_NAMES - 1} numbered names are taken")
 
 
 def write_recording(source: BinaryIO, target: BinaryIO, limit: int) -> None:

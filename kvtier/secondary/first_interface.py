@@ -27,6 +27,7 @@ from kvtier.types import (
 
 DRAIN_SECONDS = 2.0
 _POLL_SECONDS = 0.001
+"""Between two looks at a tier that has no `drain_jobs`: short, since a reset waits."""
 _ANSWERS = {True: LookupResult.HIT, False: LookupResult.MISS, None: LookupResult.RETRY}
 _NEEDED = ("lookup", "submit_store", "submit_load")
 

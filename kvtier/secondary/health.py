@@ -10,13 +10,13 @@ from enum import Enum
 from kvtier.clock import Clock
 from kvtier.errors import InvariantError
 from kvtier.events import Observer, TierState, TierStateChanged
-from kvtier.foreign_text import MOST_IN_A_REASON, one_line
+from kvtier.foreign_text import MAX_REASON, one_line
 from kvtier.log import logger
 
-_MOST_SAID = 8
+_MAX_SAID = 8
 """Different reasons that are logged before the tier has proved that it works: a server may word each refusal anew."""
 _ANOTHER_REASON = "another reason"
-CALM = 4.0
+CALM_PAUSES = 4.0
 """Pauses without a failure after which the next one is short again."""
 _JITTER = 0.5
 """Of a pause, how much may be left out: engines that lost a shared server together come back one after the other."""
@@ -51,7 +51,7 @@ class Breaker:
         first_backoff: float = 0.5,
         longest_backoff: float = 30.0,
         draw: Callable[[], float] = random.random,
-        calm: float = CALM,
+        calm: float = CALM_PAUSES,
     ) -> None:
         """Start closed.
 
@@ -151,11 +151,11 @@ class TierHealth:
 
         Args: warn: users should know, though the tier is not DOWN.
         """
-        reason = one_line(reason, MOST_IN_A_REASON)
+        reason = one_line(reason, MAX_REASON)
         if (state, reason) == (self.state, self.reason) or self.state is TierState.CLOSED:
             return
         self.state, self.reason = state, reason
-        said = (state, reason if len(self._said) < _MOST_SAID else _ANOTHER_REASON)
+        said = (state, reason if len(self._said) < _MAX_SAID else _ANOTHER_REASON)
         if (state, reason) not in self._said and said not in self._said:
             self._said.add(said)
             self._say(state, reason, warn)

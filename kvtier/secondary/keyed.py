@@ -21,7 +21,7 @@ _MISS, _RETRY = LookupResult.MISS, LookupResult.RETRY
 _UP = TierState.UP
 _UNREADABLE = frozenset({FailureCause.CORRUPT, FailureCause.FOREIGN, FailureCause.OLD_FORMAT})
 """A store that could not delete such a block goes on saying that it holds it."""
-_SECONDS_BETWEEN_LOOKS = 0.0002
+_LOOK_SECONDS = 0.0002
 """A long prefix of unknown keys is thousands of lookups; not each of them looks for answers."""
 
 
@@ -54,7 +54,7 @@ class KeyedTierManager(StoreTierManager):
                 return _MISS
         answer = self._probes.lookup(key)
         if answer is _RETRY and (now := self.context.clock()) >= self._look_at:
-            self._look_at = now + _SECONDS_BETWEEN_LOOKS
+            self._look_at = now + _LOOK_SECONDS
             self._pump()
             if self._health.state is not _UP:
                 return _MISS

@@ -21,10 +21,11 @@ from kvtier.secondary.jobs import MovingJob
 from kvtier.secondary.store_tier import StoreTierManager, TierSettings
 from kvtier.types import FailureCause, JobMetadata, LookupResult, OffloadingEvent, ReqContext
 
-_MOST_EVENTS = 10_000
-_MOST_SLOTS = 1 << 26
+_MAX_EVENTS = 10_000
+"""Kept while nobody asks for them; each names at least one block."""
+_MAX_SLOTS = 1 << 26
 """Of a store of which nothing is known: an index of so many takes some gigabytes."""
-_SECONDS_FULL = 5.0
+_FULL_SECONDS = 5.0
 """How long a medium without space is not asked for more of it."""
 _HIT, _MISS, _UP = LookupResult.HIT, LookupResult.MISS, TierState.UP
 
@@ -53,9 +54,9 @@ class SlottedTierManager(StoreTierManager):
         super().__init__(offloading_spec, primary_kv_view, tier_type, store=store, options=options, settings=settings)
         self._policy = find_policy(eviction_policy, self.context.policies)
         self._table: BlockTable | None = None
-        self._events: deque[OffloadingEvent] = deque(maxlen=_MOST_EVENTS)
+        self._events: deque[OffloadingEvent] = deque(maxlen=_MAX_EVENTS)
         self._full_until = -math.inf
-        self._most_slots = _MOST_SLOTS
+        self._most_slots = _MAX_SLOTS
         """A process that claims more is not believed: the index would take the engine's memory."""
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
@@ -189,7 +190,7 @@ class SlottedTierManager(StoreTierManager):
             failed = [not success for success in result.successes]
             table.discard(list(compress(keys, failed)), list(compress(slots, failed)))
             if FailureCause.NO_SPACE in result.failures:
-                self._full_until = self.context.clock() + _SECONDS_FULL
+                self._full_until = self.context.clock() + _FULL_SECONDS
 
     def _handle(self, report: Report) -> None:
         table = self._table

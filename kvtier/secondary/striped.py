@@ -23,7 +23,7 @@ from kvtier.secondary.store_tier import TierSettings
 from kvtier.secondary.trial import check_or_try
 from kvtier.types import JobMetadata, JobResult, LookupResult, OffloadingEvent, ReqContext, ScheduleEndContext
 
-LEAST_RUN_BYTES = 2 << 20
+MIN_RUN_BYTES = 2 << 20
 """A job is not cut into smaller runs than this: what lies side by side moves in one call."""
 _HIT, _MISS, _UP = LookupResult.HIT, LookupResult.MISS, TierState.UP
 _BEST_FIRST = (TierState.UP, TierState.STARTING, TierState.DOWN)
@@ -104,7 +104,7 @@ class StripedTierManager(SecondaryTierManager):
         self._stripes: list[SlottedTierManager] = []
         for index, name in enumerate(names):
             self._stripes.append(make_stripe(spec, f"{tier_type} ({name})", index))
-        self._least_run = max(1, LEAST_RUN_BYTES // self._stripes[0].block_bytes)
+        self._least_run = max(1, MIN_RUN_BYTES // self._stripes[0].block_bytes)
         self._next_stripe = 0
         self._next_part = 1
         self._clock = context.clock

@@ -13,7 +13,7 @@ from kvtier.abc import EvictionPolicy, SecondaryTierManager
 from kvtier.config import CPUConfig, TierConfig, TieringConfig
 from kvtier.errors import ConfigError, KVTierError
 from kvtier.events import TierState, TierStateChanged
-from kvtier.foreign_text import MOST_QUOTED, one_line
+from kvtier.foreign_text import MAX_QUOTED, one_line
 from kvtier.log import logger
 from kvtier.namespace import Namespace
 from kvtier.options import join_key
@@ -26,6 +26,7 @@ from kvtier.spec.tiers import outlives_engine, parse_tiers, prompts_only
 from kvtier.tiering.manager import TieringOffloadingManager
 
 _POLL_SECONDS = 0.005
+"""Between two looks at tiers that open in the background."""
 
 
 class TieringOffloadingSpec(CPUOffloadingSpec):
@@ -72,7 +73,7 @@ class TieringOffloadingSpec(CPUOffloadingSpec):
     def remain_unidentified(self, reason: str) -> None:
         """Say, once and on any thread, that nobody will say whose blocks they are: such tiers stay down."""
         for config, late in self._late_tiers:
-            late.succeed(self._leave_out(config, late.primary_kv_view, one_line(reason, MOST_QUOTED)))
+            late.succeed(self._leave_out(config, late.primary_kv_view, one_line(reason, MAX_QUOTED)))
         self._late_tiers.clear()
 
     def wait_for_tiers(self, timeout: float) -> dict[str, TierState]:
@@ -142,7 +143,7 @@ class TieringOffloadingSpec(CPUOffloadingSpec):
 
 
 def _reason_of(error: BaseException) -> str:
-    return one_line(str(error) if isinstance(error, KVTierError) else f"{type(error).__name__}: {error}", MOST_QUOTED)
+    return one_line(str(error) if isinstance(error, KVTierError) else f"{type(error).__name__}: {error}", MAX_QUOTED)
 
 
 def _check_attributes(tier: SecondaryTierManager) -> None:

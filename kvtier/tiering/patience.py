@@ -11,9 +11,9 @@ from kvtier.types import LookupResult, ReqContext
 
 FIRST_SECONDS = 2.0
 """Least wait for a tier's first answer after a start: its process loads a client, connects, and reads an index."""
-_SHORTER = 4.0
+_SHORTENING = 4.0
 """After a wait without an answer the next one is so many times shorter: a silent tier delays few requests."""
-_MOST_SHORTENED = 3
+_MAX_SHORTENINGS = 3
 """A wait is shortened at most so often: requests must wait long enough to notice that the tier answers again."""
 _ANSWERS = (LookupResult.HIT, LookupResult.MISS)
 
@@ -44,7 +44,7 @@ class ProbePatience:
     @property
     def seconds(self) -> float:
         """How long a request may wait now."""
-        return self._full / _SHORTER ** min(self._num_in_vain, _MOST_SHORTENED)
+        return self._full / _SHORTENING ** min(self._num_in_vain, _MAX_SHORTENINGS)
 
     @property
     def _full(self) -> float:

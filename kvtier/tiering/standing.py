@@ -6,7 +6,7 @@ from collections import Counter
 
 from kvtier.clock import Clock
 from kvtier.events import Observer, TierState
-from kvtier.foreign_text import MOST_IN_A_REASON, one_line
+from kvtier.foreign_text import MAX_REASON, one_line
 from kvtier.secondary.health import Breaker, BreakerState, TierHealth
 
 FIRST_BACKOFF_SECONDS = 1.0
@@ -45,7 +45,7 @@ class Standing:
         """
         if self.reason is None and not is_told:
             self._health.change(TierState.DOWN, reason)
-        self.reason = one_line(reason, MOST_IN_A_REASON)
+        self.reason = one_line(reason, MAX_REASON)
         self._breaker.open()
 
     def reconsider(self) -> None:

@@ -31,12 +31,14 @@ LEAF_BYTES = 64 << 20
 _PIECE_BYTES = 4 << 20
 """A read and an update: short enough for the cache, long enough for a thread that must win the interpreter lock."""
 _MAX_THREADS = 4
+"""The engine starts meanwhile, and needs processors, too."""
 CLOCK_SECONDS = 2.0
 """The coarsest clock of a filesystem in use (FAT, ext3, some NFS servers): a younger change may not show."""
 PATIENCE_SECONDS = 120.0
 """Longest wait for another process that hashes the same file; a stopped one must not hold anybody for ever."""
 _PAUSE_SECONDS = 0.05
 _MAX_ENTRIES = 1024
+"""Digests kept from earlier starts; the oldest go."""
 _MAX_ENTRY_BYTES = 4096
 _VERSION = 1
 _DIGEST_DIGITS = 32

@@ -7,7 +7,7 @@ import pytest
 
 from kvtier.clock import monotonic_clock
 from kvtier.events import TierState
-from kvtier.foreign_text import MOST_IN_A_REASON
+from kvtier.foreign_text import MAX_REASON
 from kvtier.log import logger
 from kvtier.secondary.health import TierHealth
 from kvtier.tiering.standing import Standing
@@ -63,6 +63,6 @@ def test_reasons_are_one_short_line_for_observers():
     assert len(seen.events) == 2
     for event in seen.events:
         assert event.reason.isprintable()
-        assert len(event.reason) <= 1.1 * MOST_IN_A_REASON
+        assert len(event.reason) <= 1.1 * MAX_REASON
     assert health.reason.isprintable()
     assert standing.reason.isprintable()

@@ -8,7 +8,7 @@ import pytest
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import OffloadingConnectorScheduler
 from vllm.v1.kv_offload.base import LookupResult, ReqContext, make_offload_key
 
-from kvtier.adapters.vllm.scans import LEAST_KEYS, RepeatedScan
+from kvtier.adapters.vllm.scans import MIN_KEYS, RepeatedScan
 from kvtier.adapters.vllm.translation import EngineReqContext
 
 SAYS_WHERE_BLOCKS_END = hasattr(ReqContext, "set_offload_key_position")
@@ -73,7 +73,7 @@ def test_a_sliding_window_is_deferred_in_as_many_calls_as_it_has_blocks(num_keys
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 4, 64])
-@pytest.mark.parametrize("num_keys", [LEAST_KEYS, LEAST_KEYS + 1, 63, 64, 66, 8192])
+@pytest.mark.parametrize("num_keys", [MIN_KEYS, MIN_KEYS + 1, 63, 64, 66, 8192])
 def test_without_positions_a_sliding_window_takes_two_calls_more(num_keys, window):
     keys, context, manager = make_scan(num_keys, positions=False)
     assert window_lookup(manager, keys, window, context) is None

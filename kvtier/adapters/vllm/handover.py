@@ -34,8 +34,11 @@ from kvtier.log import logger
 from kvtier.primary.arena import Arena
 
 MAX_MESSAGE_BYTES = 64 * 1024
+"""Of an announcement; a peer that sends more is none of ours."""
 _STEP_SECONDS = 0.02
+"""How soon a wait notices that it is to end."""
 _REPLY_SECONDS = 10.0
+"""For a peer that has connected to say what it wants."""
 _CREDENTIALS = struct.Struct("3i")
 
 

@@ -12,7 +12,7 @@ from kvtier import forks
 from kvtier.adapters.vllm.compat import NEWLY_COMPUTED_ONLY, cache_hit_source
 from kvtier.adapters.vllm.core import CoreHalf
 from kvtier.adapters.vllm.metrics import StatsReporter
-from kvtier.adapters.vllm.scans import LEAST_KEYS, RepeatedScan
+from kvtier.adapters.vllm.scans import MIN_KEYS, RepeatedScan
 from kvtier.adapters.vllm.translation import (
     ANSWERS,
     NO_SLOTS,
@@ -80,7 +80,7 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
 
     def _repeated_scan(self, manager: TieringOffloadingManager, key: OffloadKey, theirs: Any) -> RepeatedScan | None:
         ours = self._translated(theirs)
-        shortest = 1 if ours.get_offload_key_position(key) is not None else LEAST_KEYS
+        shortest = 1 if ours.get_offload_key_position(key) is not None else MIN_KEYS
         if not manager.is_still_deferred(key, ours, shortest):
             return None
         return RepeatedScan(ours)

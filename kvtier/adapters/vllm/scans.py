@@ -12,7 +12,7 @@ lookup returns None:
 So the first key of a group is pending; the second one tells the direction: a miss for a key further on, pending for
 one further back. Versions before 0.32 do not say where a block ends. There the second key is a miss in any case, which
 ends the first kind, and every key after it is pending: a window is complete again after as many calls as it has
-blocks, if the group has at least three keys (`LEAST_KEYS`); shorter scans are cheap and are left as they are.
+blocks, if the group has at least three keys (`MIN_KEYS`); shorter scans are cheap and are left as they are.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vllm.v1.kv_offload.base import LookupResult
 from kvtier.keys import GROUP_BYTES, OffloadKey
 from kvtier.types import ReqContext
 
-LEAST_KEYS = 3
+MIN_KEYS = 3
 """Fewest keys a group must have for `RepeatedScan` where the engine does not say where blocks end."""
 
 _PENDING, _MISS = LookupResult.HIT_PENDING, LookupResult.MISS

@@ -28,6 +28,7 @@ Identify = Callable[[threading.Event], tuple[dict[str, str | int], str]]
 """Returns what names the weights, and what that took; given an event that ends it early."""
 
 _PAUSE_SECONDS = 0.02
+"""Between two attempts to reach the engine core, which starts at its own pace."""
 _ATTACH_SECONDS = 3600.0
 """Engine cores make the arena after the workers' start, which takes long for large models."""
 

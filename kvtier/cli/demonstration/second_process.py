@@ -17,7 +17,8 @@ from kvtier.cli.demonstration.progress import Narrator
 from kvtier.cli.demonstration.turns import Answer, ask
 from kvtier.errors import KVTierError
 
-TIMEOUT = 900.0
+TIMEOUT_SECONDS = 900.0
+"""A slow machine loads the model and answers several questions in it."""
 
 
 class SecondProcessError(KVTierError):
@@ -52,15 +53,15 @@ def answer_elsewhere(order: Order, folder: Path) -> Answer:
         folder: where the order is written to.
 
     Raises:
-        SecondProcessError: it failed, or took longer than `TIMEOUT` seconds.
+        SecondProcessError: it failed, or took longer than `TIMEOUT_SECONDS` seconds.
     """
     path = folder / "order.json"
     path.write_text(json.dumps(asdict(order)), encoding="utf-8")
     command = [sys.executable, "-m", "kvtier", "demo", "--from-disk", str(path)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        raise SecondProcessError(f"the second process did not answer within {TIMEOUT:.0f} s") from None
+        raise SecondProcessError(f"the second process did not answer within {TIMEOUT_SECONDS:.0f} s") from None
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise SecondProcessError(f"the second process failed with exit code {done.returncode}: {last}")

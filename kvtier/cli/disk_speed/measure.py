@@ -23,7 +23,7 @@ Progress = Callable[[str], None]
 
 BLOCK_SIZES = (128 << 10, 512 << 10, 2 << 20, 8 << 20)
 ROUND_BYTES = 1 << 30
-SECONDS_TO_END = 10.0
+END_SECONDS = 10.0
 """Of a measuring process that is asked to end; then it is killed."""
 
 
@@ -99,7 +99,7 @@ def run_session(start: list[str], order: Order) -> Iterator[dict[str, Any]]:
         ):  # the command ends early; the process ends its tier first, so that nothing is written after
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(SECONDS_TO_END)
+                process.wait(END_SECONDS)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             raise

@@ -29,7 +29,9 @@ from kvtier.cli.disk_speed.processes import command
 from kvtier.errors import KVTierError
 
 REQUEST_BYTES = 1 << 20
+"""As the slab's largest vectored calls."""
 THREADS = 4
+"""As a disk tier's default."""
 _REQUESTS_IN_MEMORY = 256
 """Requests whose bytes have places of their own, when they are summed: more than any cache holds."""
 

@@ -33,9 +33,10 @@ from kvtier.secondary.disk import DiskTierManager
 IN_FLIGHT_BYTES = 64 << 20
 """What is in flight at most, unless two jobs are more."""
 _ARENA_BYTES = 256 << 20
-_SECONDS_TO_START = 60.0
-_SECONDS_TO_PREPARE = 60.0
+_START_SECONDS = 60.0
+_PREPARE_SECONDS = 60.0
 _STEP_SECONDS = 0.002
+"""As a scheduler's step."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Session:
 
     def prepare(self) -> None:
         """Wait until the slab is written ahead, and store once: as a tier is after a while."""
-        deadline = time.monotonic() + _SECONDS_TO_PREPARE
+        deadline = time.monotonic() + _PREPARE_SECONDS
         while self.tier.get_stats().get("prepared_share", 1.0) < 1.0 and time.monotonic() < deadline:
             time.sleep(_STEP_SECONDS)  # a step of a scheduler that has nothing else to do
             list(self.tier.get_finished_jobs())
@@ -163,7 +164,7 @@ class Session:
             piece[:] = pattern[: len(piece)] + np.uint64(index)
 
     def _wait_up(self) -> None:
-        deadline = time.monotonic() + _SECONDS_TO_START
+        deadline = time.monotonic() + _START_SECONDS
         while self.tier.state is not TierState.UP:
             if time.monotonic() > deadline or self.tier.state is TierState.DOWN:
                 raise KVTierError(f"the tier did not start: {self.tier.state.value} {self.tier.state_reason}")

@@ -25,7 +25,7 @@ from typing import NamedTuple, Self
 import xxhash
 
 from kvtier.errors import StoreUnavailableError
-from kvtier.foreign_text import MOST_QUOTED, one_line
+from kvtier.foreign_text import MAX_QUOTED, one_line
 from kvtier.keys import OffloadKey
 from kvtier.namespace import Namespace
 from kvtier.stores.mounts import check_mounted, make_last_directory
@@ -229,7 +229,7 @@ def _take(path: Path) -> Folder:
             raise StoreUnavailableError(f"{path}: {MARKER_NAME} is of another version")
         if not content:
             if strange is not None:
-                raise StoreUnavailableError(f"{path}: holds something else ('{one_line(strange, MOST_QUOTED)}')")
+                raise StoreUnavailableError(f"{path}: holds something else ('{one_line(strange, MAX_QUOTED)}')")
             _mark(folder)
         if folder.mode & 0o077:
             os.fchmod(folder.descriptor, FOLDER_MODE)

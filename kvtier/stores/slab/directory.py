@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvtier.errors import StoreError, StoreUnavailableError, describe
-from kvtier.foreign_text import MOST_QUOTED, one_line
+from kvtier.foreign_text import MAX_QUOTED, one_line
 from kvtier.log import logger
 from kvtier.namespace import Namespace
 from kvtier.stores.mounts import check_mounted, make_last_directory
@@ -160,7 +160,9 @@ class SlabDirectory:
         logger.info("%s: deleted, %s", self.path / name, why)
         if left:
             logger.warning(
-                "%s: its folder stays, %s in it is not kvtier's", self.path / name, one_line(left[0], MOST_QUOTED)
+                "%s: its folder stays, %s in it is not kvtier's",
+                self.path / name,
+                one_line(left[0], MAX_QUOTED),
             )
 
     def _enter_namespace(self, description: str) -> Folder:
@@ -225,7 +227,7 @@ def _check_ours(folder: Folder) -> None:
         raise StoreUnavailableError(f"{folder.path}: belongs to user {folder.owner}, not to {os.geteuid()}")
     strange = next(strangers_of(folder), None)
     if strange is not None:
-        found = one_line(strange, MOST_QUOTED)
+        found = one_line(strange, MAX_QUOTED)
         raise StoreUnavailableError(
             f"{folder.path}: neither empty nor a slab, it holds '{found}'; name a directory of its own"
         )

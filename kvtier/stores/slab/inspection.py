@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvtier.errors import StoreUnavailableError
-from kvtier.foreign_text import MOST_QUOTED, one_line
+from kvtier.foreign_text import MAX_QUOTED, one_line
 from kvtier.namespace import FORMAT_VERSION, Namespace
 from kvtier.stores.integrity import make_sealer
 from kvtier.stores.integrity.header import BlockHeaders
@@ -200,7 +200,7 @@ def _is_slab(folder: Folder) -> bool:
 def _said_of_strangers(namespace: Folder) -> list[str]:
     """Return what to say of what somebody else put into a namespace's folder; empty if there is nothing."""
     strangers = [name for name in namespace.names() if not (is_file_of_namespace(name) and namespace.is_own_file(name))]
-    return [f"not kvtier's, and left alone: {one_line(name, MOST_QUOTED)}" for name in sorted(strangers)[:_MOST_NAMED]]
+    return [f"not kvtier's, and left alone: {one_line(name, MAX_QUOTED)}" for name in sorted(strangers)[:_MOST_NAMED]]
 
 
 def _assess(slab: Folder, name: str, description: Description | None) -> tuple[list[str], list[str]]:
