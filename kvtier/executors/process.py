@@ -158,10 +158,12 @@ class IOProcess(IOExecutor):
 
     def submit(self, part: Part) -> None:
         """Queue blocks: the first ones after a poll are sent at once; what follows waits and travels together."""
-        self._queue.put(part)
-        if not self._submitted:
-            self._submitted = True
-            self._send_queued()
+        if self._submitted or self._unsent:
+            self._queue.put(part)
+            return
+        self._submitted = True
+        self._unsent.append(part)  # nothing waits before it: `_send_queued` leaves nothing in the queue otherwise
+        self._send_queued()
 
     def probe(self, probe_id: int, keys: Sequence[OffloadKey]) -> None:
         """Queue a question and send it."""

@@ -65,12 +65,6 @@ class _Keyed(_Message, frozen=True):
         """The keys, split at every access."""
         return _split_keys(self.joined_keys, self.key_bytes)
 
-    def check_column(self, packed_slots: bytes) -> None:
-        """Raise ProtocolError unless there is one slot per key, and at least one."""
-        length = len(packed_slots)
-        if not length or length % _SLOT_BYTES or len(self.joined_keys) * _SLOT_BYTES != length * self.key_bytes:
-            raise ProtocolError("keys and slots differ in number")
-
 
 class Open(_Message, frozen=True, tag=1):
     """The first request: which store to open, and how. It is not on the command line because it may hold secrets.
@@ -118,9 +112,9 @@ class Part(_Keyed, frozen=True, tag=2):
         return cls(*_join_keys(keys), serial, first, is_load, _pack_slots(arena_slots), packed)
 
     def __post_init__(self) -> None:
-        self.check_column(self.packed_arena_slots)
-        if self.packed_store_slots is not None:
-            self.check_column(self.packed_store_slots)
+        length, store_slots = len(self.packed_arena_slots), self.packed_store_slots
+        if not _is_one_per_key(self, length) or (store_slots is not None and len(store_slots) != length):
+            raise ProtocolError("keys and slots differ in number")
 
     @property
     def num_blocks(self) -> int:
@@ -211,7 +205,8 @@ class IndexBatch(_Keyed, frozen=True, tag=7):
         return cls(*_join_keys(keys), _pack_slots(slots))
 
     def __post_init__(self) -> None:
-        self.check_column(self.packed_slots)
+        if not _is_one_per_key(self, len(self.packed_slots)):
+            raise ProtocolError("keys and slots differ in number")
 
     @property
     def slots(self) -> list[int]:
@@ -320,6 +315,15 @@ def _join_keys(keys: Sequence[OffloadKey]) -> tuple[int, bytes]:
     if len(set(map(len, keys))) > 1 or not MIN_KEY_BYTES <= key_bytes <= MAX_KEY_BYTES:
         raise ProtocolError(f"no keys, keys of different lengths, or not of {MIN_KEY_BYTES} to {MAX_KEY_BYTES} bytes")
     return key_bytes, b"".join(keys)
+
+
+def _is_one_per_key(message: _Keyed, length: int) -> bool:
+    """Return whether `length` bytes hold one slot per key of the message, and there are any."""
+    return (
+        bool(length)
+        and not length % _SLOT_BYTES
+        and len(message.joined_keys) * _SLOT_BYTES == length * message.key_bytes
+    )
 
 
 def _split_keys(joined: bytes, key_bytes: int) -> list[OffloadKey]:

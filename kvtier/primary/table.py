@@ -190,7 +190,6 @@ class BlockTable:
             self._key_bytes = len(keys[0])
         if placement.victims:
             freed = list(map(slot_of.pop, placement.victims))
-            self._tell(self.policy.evict, placement.victims)
             freed.reverse()
             free += freed
         slots = free[: -len(keys) - 1 : -1]
@@ -198,7 +197,12 @@ class BlockTable:
         placed = dict(zip(keys, slots, strict=True))
         slot_of.update(placed)
         self.filling.update(slots)
-        self._tell(self.policy.insert, keys)
+        try:  # as in `_tell`, without its call: this runs for every block that enters a tier
+            if placement.victims:
+                self.policy.evict(placement.victims)
+            self.policy.insert(keys)
+        except Exception as fault:  # noqa: BLE001 - a plug-in may raise anything; reported, and LRU takes over
+            self._replace_policy(fault)
         return placed
 
     # -- the policy ---------------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ class JobLedger:
         self._overtaken: dict[int, tuple[MovingJob, float]] = {}
         """Jobs, and since when a later one of their kind has had an answer. Jobs of a kind are begun in their order:
         these do not wait, they run."""
-        self._results: list[JobResult] = []
+        self._ended: list[MovingJob] = []
         self._next_serial = 1
         self.num_store_blocks = 0
         """Blocks of unanswered store jobs that have not moved yet."""
@@ -212,20 +212,22 @@ class JobLedger:
         """Answer every open job: what has not moved failed. Only when nothing can move any more."""
         jobs, self._jobs = self._jobs, {}
         self._overtaken.clear()
+        now = self._clock()
         for job in jobs.values():
+            job.progressed = now
             self._count(job, -job.num_left)
             job.count_failures({cause: job.num_left})
             self._finish(job)
 
     def forget(self) -> None:
         """Drop every job and result unanswered: whoever waits for them is in another process."""
-        self._jobs, self._results = {}, []
+        self._jobs, self._ended = {}, []
         self.num_store_blocks = self.num_load_blocks = 0
 
     def take_results(self) -> list[JobResult]:
         """Return the results since the last call."""
-        results, self._results = self._results, []
-        return results
+        ended, self._ended = self._ended, []
+        return [job.result(job.progressed) for job in ended]
 
     def _count(self, job: MovingJob, blocks: int) -> None:
         if job.is_promotion:
@@ -234,7 +236,7 @@ class JobLedger:
             self.num_store_blocks += blocks
 
     def _finish(self, job: MovingJob) -> None:
-        self._results.append(job.result(self._clock()))
+        self._ended.append(job)
         for cause, count in job.failures.items():
             self._observer.on_event(BlocksFailed(self._tier_type, cause, count))
 

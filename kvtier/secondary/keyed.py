@@ -11,7 +11,7 @@ from kvtier.errors import ProtocolError
 from kvtier.events import TierState
 from kvtier.executors.base import Report
 from kvtier.executors.protocol import IndexEnd, PartResult, ProbeAnswer, Ready, Usage
-from kvtier.keys import OffloadKey, common_key_bytes
+from kvtier.keys import OffloadKey
 from kvtier.secondary.jobs import MovingJob
 from kvtier.secondary.probes import Probes
 from kvtier.secondary.store_tier import StoreTierManager, TierSettings
@@ -63,7 +63,7 @@ class KeyedTierManager(StoreTierManager):
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         """Ask what waits, give up what nobody answers."""
-        if self._supervisor.works:
+        if self._health.state is _UP:
             self._probes.flush()
         super().on_schedule_end(context)
         if self._probes.expire(self.settings.deadlines.job):
@@ -84,8 +84,6 @@ class KeyedTierManager(StoreTierManager):
         self._probes.check_invariants()
 
     def _begin_store(self, metadata: JobMetadata) -> MovingJob | None:
-        if metadata.keys:
-            common_key_bytes(metadata.keys, None)
         is_present = self._probes.is_present
         slot_of: dict[OffloadKey, int] = {}
         for key, slot in zip(metadata.keys, metadata.block_ids.tolist(), strict=True):
@@ -95,17 +93,17 @@ class KeyedTierManager(StoreTierManager):
         return self._ledger.open(metadata, missing, [slot_of[key] for key in missing], None, here, {})
 
     def _begin_load(self, metadata: JobMetadata) -> MovingJob | None:
-        if metadata.keys:
-            common_key_bytes(metadata.keys, None)
         return self._ledger.open(metadata, list(metadata.keys), metadata.block_ids.tolist(), None, [], {})
 
-    def _apply(self, job: MovingJob, result: PartResult) -> None:
-        keys = job.moving[result.span]
-        self._probes.set_present(list(compress(keys, result.successes)))
-        if job.is_promotion and False in result.successes and FailureCause.CANCELLED not in result.failures:
+    def _end_store(self, job: MovingJob, result: PartResult) -> None:
+        self._probes.set_present(list(compress(job.moving[result.span], result.successes)))
+
+    def _end_load(self, job: MovingJob, result: PartResult) -> None:
+        self._end_store(job, result)
+        if False in result.successes and FailureCause.CANCELLED not in result.failures:
             never = not _UNREADABLE.isdisjoint(result.failures)
-            failed = [key for key, success in zip(keys, result.successes, strict=True) if not success]
-            self._probes.set_absent(failed, for_long=never)
+            read = zip(job.moving[result.span], result.successes, strict=True)
+            self._probes.set_absent([key for key, success in read if not success], for_long=never)
 
     def _handle(self, report: Report) -> None:
         if isinstance(report, ProbeAnswer):
@@ -125,5 +123,5 @@ class KeyedTierManager(StoreTierManager):
 
     def _send_probe(self, probe_id: int, keys: Sequence[OffloadKey]) -> None:
         executor = self._supervisor.executor
-        if executor is not None and self._supervisor.works:
+        if executor is not None and self._health.state is _UP:
             executor.probe(probe_id, keys)

@@ -14,7 +14,7 @@ from kvtier.events import BlocksEvicted, TierState
 from kvtier.eviction.built_in import find_policy
 from kvtier.eviction.shadow_report import ShadowReport
 from kvtier.executors.base import Report
-from kvtier.executors.protocol import IndexBatch, IndexEnd, PartResult, Ready
+from kvtier.executors.protocol import IndexBatch, IndexEnd, PartResult, Prepared, Ready
 from kvtier.keys import OffloadKey
 from kvtier.primary.table import BlockTable
 from kvtier.secondary.jobs import MovingJob
@@ -56,6 +56,7 @@ class SlottedTierManager(StoreTierManager):
         self._table: BlockTable | None = None
         self._events: deque[OffloadingEvent] = deque(maxlen=_MAX_EVENTS)
         self._full_until = -math.inf
+        self._prepared: Prepared | None = None
         self._most_slots = _MAX_SLOTS
         """A process that claims more is not believed: the index would take the engine's memory."""
 
@@ -92,10 +93,12 @@ class SlottedTierManager(StoreTierManager):
         return events
 
     def get_stats(self) -> Mapping[str, float]:
-        """Return what is held and what fits, in blocks and bytes; 0 until the index is there."""
+        """Return the prepared share, and what is held and what fits, in blocks and bytes; 0 without an index."""
         blocks, capacity = (0, 0) if self._table is None else (len(self._table), self._table.num_slots)
+        prepared = self._prepared
         return {
             **super().get_stats(),
+            **({} if prepared is None else {"prepared_share": prepared.done / max(1, prepared.total)}),
             "blocks": blocks,
             "bytes": blocks * self.block_bytes,
             "capacity_blocks": capacity,
@@ -129,7 +132,11 @@ class SlottedTierManager(StoreTierManager):
         if table is None:
             self._ledger.refuse(metadata, FailureCause.TIER_DOWN)
             return None
-        placement = table.plan(metadata.keys)
+        try:
+            placement = table.plan(metadata.keys)
+        except KeyFormatError:  # keys of another length than those that are here
+            self._ledger.refuse(metadata, FailureCause.CANCELLED)
+            return None
         if self.context.clock() < self._full_until:
             self._free_used_slots(table, len(placement.keys), metadata.keys)
             placement = table.plan(metadata.keys)
@@ -165,32 +172,34 @@ class SlottedTierManager(StoreTierManager):
         self._note(keys, removed=True)
         self.context.observer.on_event(BlocksEvicted(self.tier_type, keys))
 
-    def _apply(self, job: MovingJob, result: PartResult) -> None:
-        if self._table is not None and job.store_slots is not None:
-            end = self._end_load if job.is_promotion else self._end_store
-            end(self._table, job.moving[result.span], job.store_slots[result.span], result)
-
-    def _end_load(
-        self, table: BlockTable, keys: Sequence[OffloadKey], slots: Sequence[int], result: PartResult
-    ) -> None:
+    def _end_load(self, job: MovingJob, result: PartResult) -> None:
         """Unpin blocks, and forget those that did not come back as what they were."""
+        table, span = self._table, result.span
+        if table is None or job.store_slots is None:
+            return
+        slots = job.store_slots[span]
         if False in result.successes and FailureCause.CANCELLED not in result.failures:
-            read = zip(keys, slots, result.successes, strict=True)
+            read = zip(job.moving[span], slots, result.successes, strict=True)
             gone = [key for key, slot, success in read if not success and table.slot_of.get(key) == slot]
             self._note(table.remove(gone), removed=True)
         table.unpin(slots)
 
-    def _end_store(
-        self, table: BlockTable, keys: Sequence[OffloadKey], slots: Sequence[int], result: PartResult
-    ) -> None:
+    def _end_store(self, job: MovingJob, result: PartResult) -> None:
         """Publish blocks, and forget those that could not be stored."""
+        table, span = self._table, result.span
+        if table is None or job.store_slots is None:
+            return
+        keys, slots = job.moving[span], job.store_slots[span]
+        if False not in result.successes:
+            table.publish(slots)
+            self._note(keys, removed=False)
+            return
         table.publish(list(compress(slots, result.successes)))
         self._note(list(compress(keys, result.successes)), removed=False)
-        if False in result.successes:
-            failed = [not success for success in result.successes]
-            table.discard(list(compress(keys, failed)), list(compress(slots, failed)))
-            if FailureCause.NO_SPACE in result.failures:
-                self._full_until = self.context.clock() + _FULL_SECONDS
+        failed = [not success for success in result.successes]
+        table.discard(list(compress(keys, failed)), list(compress(slots, failed)))
+        if FailureCause.NO_SPACE in result.failures:
+            self._full_until = self.context.clock() + _FULL_SECONDS
 
     def _handle(self, report: Report) -> None:
         table = self._table
@@ -207,6 +216,8 @@ class SlottedTierManager(StoreTierManager):
                 raise ProtocolError(f"recovered keys: {error}") from error
         elif isinstance(report, IndexEnd) and table is not None:
             table.end_adoption()
+        elif isinstance(report, Prepared):
+            self._prepared = report
         else:
             raise ProtocolError(f"{type(report).__name__} from a store of slots")
 

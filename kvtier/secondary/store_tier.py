@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -17,8 +17,9 @@ from kvtier.events import Observers, TierState
 from kvtier.executors.base import IOExecutor, Report, StoreDescription
 from kvtier.executors.inline import InlineExecutor
 from kvtier.executors.process import IOProcess
-from kvtier.executors.protocol import PartResult, Prepared
+from kvtier.executors.protocol import PartResult
 from kvtier.executors.threads import ThreadExecutor
+from kvtier.keys import common_key_bytes
 from kvtier.namespace import Namespace
 from kvtier.options import TierOptions
 from kvtier.primary.arena import arena_rows
@@ -28,6 +29,7 @@ from kvtier.secondary.supervisor import Deadlines, Supervisor
 from kvtier.secondary.trial import check_or_try
 from kvtier.types import FailureCause, JobMetadata, JobResult, ScheduleEndContext
 
+_UP = TierState.UP
 _BYTES = frozenset({bytes})
 _BREAKING = frozenset({FailureCause.IO_ERROR, FailureCause.TIER_DOWN})
 
@@ -138,7 +140,6 @@ class StoreTierManager(SecondaryTierManager):
         )
         arena_fd = None if self.context.inline_io else self.context.arena_fd
         self._arena = None if arena_fd is None else Descriptor(arena_fd)
-        self._prepared: Prepared | None = None
         self._most_store_blocks = max(1, self.settings.most_store_bytes // self.block_bytes)
         forks.register(self)
 
@@ -176,12 +177,19 @@ class StoreTierManager(SecondaryTierManager):
 
     def submit_store(self, job_metadata: JobMetadata) -> None:
         """Start a store job; refused, as a failed result, when `can_store` says no."""
-        self._submit(job_metadata, self._begin_store, self.can_store(len(job_metadata.keys)))
+        executor = self._executor_for(job_metadata, self.can_store(len(job_metadata.keys)))
+        if executor is not None and (job := self._begin_store(job_metadata)) is not None:
+            for part in job.parts():
+                executor.submit(part)
 
     def submit_load(self, job_metadata: JobMetadata) -> None:
         """Start a load job; refused, as a failed result, when the tier is not UP."""
-        self.start()
-        self._submit(job_metadata, self._begin_load, True)
+        if self._health.state is not _UP:
+            self.start()
+        executor = self._executor_for(job_metadata, True)
+        if executor is not None and (job := self._begin_load(job_metadata)) is not None:
+            for part in job.parts():
+                executor.submit(part)
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
         """Look at the executor; return the results that arrived."""
@@ -190,7 +198,8 @@ class StoreTierManager(SecondaryTierManager):
 
     def can_store(self, num_blocks: int) -> bool:
         """Return whether stores work and the blocks fit the queue; a queue that is nearly empty takes any job."""
-        self.start()
+        if self._health.state is not _UP:
+            self.start()
         waiting = self._ledger.num_store_blocks
         room = waiting <= self._most_store_blocks // 4 or waiting + num_blocks <= self._most_store_blocks
         return self._supervisor.takes_stores and (not waiting or room)
@@ -230,11 +239,8 @@ class StoreTierManager(SecondaryTierManager):
             self._wait(self.settings.deadlines.kill, lambda: self._supervisor.has_executor)
 
     def get_stats(self) -> Mapping[str, float]:
-        """Return how often a breaker opened, and which share of the store is prepared, if it prepares itself."""
-        stats: dict[str, float] = {"breaker_openings": self._supervisor.num_breaker_openings}
-        if self._prepared is not None:
-            stats["prepared_share"] = self._prepared.done / max(1, self._prepared.total)
-        return stats
+        """Return how often a breaker opened."""
+        return {"breaker_openings": self._supervisor.num_breaker_openings}
 
     def check_invariants(self) -> None:
         """Raise InvariantError if ledger and supervisor contradict themselves or each other."""
@@ -243,19 +249,19 @@ class StoreTierManager(SecondaryTierManager):
 
     @abstractmethod
     def _begin_store(self, metadata: JobMetadata) -> MovingJob | None:
-        """Open a store job in the ledger and take the slots that it needs; None if nothing has to move.
-
-        Raises:
-            KeyFormatError: its keys are none; nothing was taken.
-        """
+        """Open a store job in the ledger and take the slots that it needs; None if it is answered already."""
 
     @abstractmethod
     def _begin_load(self, metadata: JobMetadata) -> MovingJob | None:
         """Open a load job, as `_begin_store` does."""
 
     @abstractmethod
-    def _apply(self, job: MovingJob, result: PartResult) -> None:
-        """Note what became of some blocks of a job."""
+    def _end_store(self, job: MovingJob, result: PartResult) -> None:
+        """Note what became of some blocks of a store job."""
+
+    @abstractmethod
+    def _end_load(self, job: MovingJob, result: PartResult) -> None:
+        """Note what became of some blocks of a load job."""
 
     @abstractmethod
     def _handle(self, report: Report) -> None:
@@ -269,52 +275,52 @@ class StoreTierManager(SecondaryTierManager):
     def _forget(self) -> None:
         """Answer MISS for everything until something is known anew."""
 
-    def _submit(self, metadata: JobMetadata, begin: Callable[[JobMetadata], MovingJob | None], fits: bool) -> None:
+    def _executor_for(self, metadata: JobMetadata, fits: bool) -> IOExecutor | None:
+        """Return the executor that a job may go to; None, and the job is refused, if it cannot be taken."""
         executor = self._supervisor.executor
-        if executor is None or not self._supervisor.works:
+        if executor is None or self._health.state is not _UP:
             self._ledger.refuse(metadata, FailureCause.TIER_DOWN)
         elif not fits or not self._is_sound(metadata):
             self._ledger.refuse(metadata, FailureCause.CANCELLED)
         else:
-            try:
-                job = begin(metadata)
-            except KeyFormatError:
-                self._ledger.refuse(metadata, FailureCause.CANCELLED)
-                return
-            if job is not None:
-                for part in job.parts():
-                    executor.submit(part)
+            return executor
+        return None
 
     def _is_sound(self, metadata: JobMetadata) -> bool:
         """Return whether a job names one slot of the arena per key, and keys that are some."""
         slots, keys = metadata.block_ids, metadata.keys
         if len(slots) != len(keys) or not _BYTES.issuperset(map(type, keys)):
             return False
+        if not keys:
+            return True
+        try:
+            common_key_bytes(keys, None)
+        except KeyFormatError:
+            return False
         numbers = slots.tolist()
-        return not numbers or (min(numbers) >= 0 and max(numbers) < self.num_blocks)
+        return bool(min(numbers) >= 0 and max(numbers) < self.num_blocks)
 
     def _pump(self) -> None:
-        for report in self._supervisor.pump():
-            try:
-                if isinstance(report, PartResult):
-                    self._apply_result(report)
-                elif isinstance(report, Prepared):
-                    self._prepared = report
-                else:
+        executor = self._supervisor.attend()
+        try:
+            for report in self._supervisor.heed(executor.poll()) if executor is not None else ():
+                if not isinstance(report, PartResult):
                     self._handle(report)
-            except ProtocolError as error:
-                self._supervisor.fail(f"I/O process sent garbage: {error}")
-                return
+                    continue
+                job = self._ledger.apply(report)
+                if FailureCause.BUSY in report.failures:
+                    self._supervisor.pause_stores()
+                if job.is_promotion:
+                    self._end_load(job, report)
+                else:
+                    self._end_store(job, report)
+                if not job.num_left:
+                    is_broken = not _BREAKING.isdisjoint(job.failures)
+                    self._supervisor.job_ended(job.num_bytes > 0, is_broken, is_store=not job.is_promotion)
+        except ProtocolError as error:
+            self._supervisor.fail(f"I/O process sent garbage: {error}")
+            return
         self._supervisor.check_hang()
-
-    def _apply_result(self, result: PartResult) -> None:
-        job = self._ledger.apply(result)
-        if FailureCause.BUSY in result.failures:
-            self._supervisor.pause_stores()
-        self._apply(job, result)
-        if not job.num_left:
-            broken = any(job.failures.get(cause) for cause in _BREAKING)
-            self._supervisor.job_ended(job.num_bytes > 0, broken, is_store=not job.is_promotion)
 
     def _end_life(self) -> None:
         self._forget()

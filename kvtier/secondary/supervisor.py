@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from kvtier.clock import Clock
-from kvtier.errors import InvariantError, ProtocolError, StoreUnavailableError
+from kvtier.errors import InvariantError, StoreUnavailableError
 from kvtier.events import TierState
 from kvtier.executors.base import Ended, IOExecutor, Report
 from kvtier.executors.protocol import IndexEnd, PartResult, Prepared, ProbeAnswer, Unavailable, Usage
@@ -54,7 +54,10 @@ class _Phase(Enum):
 
 # An enum's members are bound once for what runs every step: looking them up costs 0.1 us each.
 _OPENING, _WORKING, _ENDING, _WAITING = _Phase.OPENING, _Phase.WORKING, _Phase.ENDING, _Phase.WAITING
-_OPEN = BreakerState.OPEN
+_UP = TierState.UP
+_OPEN, _HALF_OPEN = BreakerState.OPEN, BreakerState.HALF_OPEN
+_WHILE_WORKING = (PartResult, ProbeAnswer, Prepared, Usage)
+"""Reports of an executor whose store is open."""
 
 
 class Supervisor:
@@ -99,13 +102,13 @@ class Supervisor:
 
     @property
     def works(self) -> bool:
-        """Whether jobs and probes are taken now."""
+        """Whether jobs and probes are taken now: while the tier's health is UP, and only then."""
         return self._phase is _WORKING and self._breaker.state is not _OPEN
 
     @property
     def takes_stores(self) -> bool:
         """Whether store jobs are taken now."""
-        return self.works and self._store_breaker.state is not _OPEN
+        return self._health.state is _UP and self._store_breaker.state is not _OPEN
 
     @property
     def num_breaker_openings(self) -> int:
@@ -127,42 +130,65 @@ class Supervisor:
         if self._phase is _Phase.IDLE:
             self._begin()
 
-    def pump(self) -> list[Report]:
-        """Take one look at everything; return what the tier must handle, never waiting."""
+    def attend(self) -> IOExecutor | None:
+        """Do what is due; return the executor, if it may have news, for its tier to `poll`."""
         now = self._clock()
         self._gap, self._watched_at = now - self._watched_at, now
-        if self._phase is _ENDING:
+        if self._phase is _WORKING:
+            if self._breaker.try_again():
+                self._health.change(TierState.UP, "trying again")
+        elif self._phase is _ENDING:
             self._check_end()
         if self._phase is _WAITING and self._breaker.try_again():
             self._begin()
-        elif self._phase is _WORKING and self._breaker.try_again():
-            self._health.change(TierState.UP, "trying again")
         self._store_breaker.try_again()
-        if (self._phase is not _WORKING and self._phase is not _OPENING) or self.executor is None:
-            return []
-        try:
-            reports = self.executor.poll()
-        except ProtocolError as error:
-            self.fail(f"I/O process sent garbage: {error}")
-            return []
+        return self.executor if self._phase is _WORKING or self._phase is _OPENING else None
+
+    def heed(self, reports: list[Report]) -> list[Report]:
+        """Take in what the executor reported; return what its tier must handle."""
         if not reports:
             return reports
         self._progress_at = self._clock()
-        return self._filter(reports)
+        kept: list[Report] = []
+        for report in reports:
+            if isinstance(report, Unavailable):
+                self._go_down(report.reason, kill=False)
+                break
+            if isinstance(report, Ended):
+                self.fail(report.reason)
+                break
+            opening = not isinstance(report, _WHILE_WORKING)
+            if opening is not (self._phase is _OPENING):
+                self.fail(f"I/O process sent garbage: {type(report).__name__} out of turn")
+                break
+            if isinstance(report, IndexEnd):
+                self._phase = _WORKING
+                self._health.change(TierState.UP)
+            kept.append(report)
+        return kept
 
     def fail(self, reason: str) -> None:
         """Kill the executor and be DOWN; its jobs are answered when it is gone."""
         self._go_down(reason, kill=True)
 
     def job_ended(self, served: bool, broken: bool, *, is_store: bool = False) -> None:
-        """Tell the breakers of a finished job: some block was `served`, or all of them failed by I/O errors."""
+        """Tell the breakers of a finished job: some block was `served`, or all of them failed by I/O errors.
+
+        Stores that fail end stores, never loads.
+        """
         if served:
-            if self._breaker.state is BreakerState.HALF_OPEN:
+            if self._breaker.state is _HALF_OPEN:
                 self._health.prove()
             self._breaker.succeed()
-        if is_store:
-            self._store_ended(served, broken)
-        elif broken and not served and self._breaker.fail():
+            if is_store:
+                if self._store_breaker.state is _HALF_OPEN and self.works:
+                    self._health.prove()
+                    self._health.change(TierState.UP, "it stores again")
+                self._store_breaker.succeed()
+        elif broken and is_store:
+            if self._store_breaker.fail() and self.works:
+                self._health.change(TierState.UP, _NO_STORES, warn=True)
+        elif broken and self._breaker.fail():
             self._health.change(TierState.DOWN, "jobs failed one after the other")
 
     def question_expired(self) -> None:
@@ -171,16 +197,6 @@ class Supervisor:
             self.fail("no answer to its questions")
         else:
             self.job_ended(served=False, broken=True)
-
-    def _store_ended(self, served: bool, broken: bool) -> None:
-        """Failed stores end stores, never loads."""
-        if served:
-            if self._store_breaker.state is BreakerState.HALF_OPEN and self.works:
-                self._health.prove()
-                self._health.change(TierState.UP, "it stores again")
-            self._store_breaker.succeed()
-        elif broken and self._store_breaker.fail() and self.works:
-            self._health.change(TierState.UP, _NO_STORES, warn=True)
 
     def pause_stores(self) -> None:
         """Store nothing for a while: the medium is busy, which is not down."""
@@ -231,25 +247,6 @@ class Supervisor:
             return
         self.executor = executor
         self._phase = _Phase.OPENING
-
-    def _filter(self, reports: list[Report]) -> list[Report]:
-        kept: list[Report] = []
-        for report in reports:
-            if isinstance(report, Unavailable):
-                self._go_down(report.reason, kill=False)
-                break
-            if isinstance(report, Ended):
-                self.fail(report.reason)
-                break
-            opening = not isinstance(report, PartResult | ProbeAnswer | Prepared | Usage)
-            if opening is not (self._phase is _Phase.OPENING):
-                self.fail(f"I/O process sent garbage: {type(report).__name__} out of turn")
-                break
-            if isinstance(report, IndexEnd):
-                self._phase = _Phase.WORKING
-                self._health.change(TierState.UP)
-            kept.append(report)
-        return kept
 
     def check_hang(self) -> None:
         """Kill what hangs; called when everything that `pump` returned has been handled.

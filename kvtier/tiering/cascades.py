@@ -15,6 +15,9 @@ MAX_SEEN = 1_000_000
 """Keys that `second_touch` remembers, about 175 bytes each; the oldest are forgotten."""
 _ALWAYS = Admission.ALWAYS
 
+Offer = tuple[TierGuard, list[OffloadKey]]
+"""A tier, and keys to store in it."""
+
 
 class AdmissionRule:
     """Decides which blocks may enter one tier. `second_touch` remembers the keys that it saw once, up to a bound."""
@@ -60,13 +63,6 @@ def _is_prompt(key: OffloadKey, req_context: ReqContext) -> bool:
     return end_token is None or end_token <= req_context.num_prompt_tokens
 
 
-def refuse_reason(guard: TierGuard, num_blocks: int) -> str | None:
-    """Return why a tier takes no store of this size now, or None if it does."""
-    if not guard.usable:
-        return "down"
-    return None if guard.can_store(num_blocks) else "throttled"
-
-
 class Cascades:
     """Offers blocks to every tier, by the tier's own rule. A tier may refuse; refusals are counted.
 
@@ -81,24 +77,21 @@ class Cascades:
         self._observer = observer
         self.count_uses = any(guard.admission is Admission.SECOND_TOUCH for guard in guards)
 
-    def on_store(self, keys: Sequence[OffloadKey], req_context: ReqContext) -> None:
-        """Give every tier those of the freshly stored `keys` that may enter it, in prefix order."""
+    def on_store(self, keys: Sequence[OffloadKey], req_context: ReqContext) -> list[Offer]:
+        """Return which tiers take which of the freshly stored `keys`, in prefix order, for `start`."""
         offers = []
         for guard, rule in zip(self._guards, self._rules, strict=True):
             admitted = rule.on_store(keys, req_context)
             if len(admitted) < len(keys):
                 self._observer.on_event(CascadeRefused(guard.name, len(keys) - len(admitted), "admission"))
             offers.append((guard, list(admitted)))
-        self._start_all(offers, req_context)
+        return self._taken(offers)
 
-    def on_use(self, keys: Sequence[OffloadKey], req_context: ReqContext) -> None:
-        """Give every tier those of the used `keys`, which are ready, that waited for a second touch."""
-        offers = [(guard, list(rule.on_use(keys))) for guard, rule in zip(self._guards, self._rules, strict=True)]
-        self._start_all(offers, req_context)
-
-    def _start_all(self, offers: list[tuple[TierGuard, list[OffloadKey]]], req_context: ReqContext) -> None:
-        for guard, keys in self._taken(offers):
-            self.start(guard, keys, req_context)
+    def on_use(self, keys: Sequence[OffloadKey]) -> list[Offer]:
+        """Return which tiers take which of the used `keys`, which are ready and waited for a second touch."""
+        return self._taken(
+            [(guard, list(rule.on_use(keys))) for guard, rule in zip(self._guards, self._rules, strict=True)]
+        )
 
     def start(self, guard: TierGuard, keys: list[OffloadKey], req_context: ReqContext) -> None:
         """Hand `keys` to a tier: at least one, all ready. Their slots stay pinned until the tier has answered."""
@@ -107,13 +100,15 @@ class Cascades:
         if not guard.store(keys, slots, req_context):
             self._table.unpin(slots)
 
-    def _taken(self, offers: list[tuple[TierGuard, list[OffloadKey]]]) -> list[tuple[TierGuard, list[OffloadKey]]]:
+    def _taken(self, offers: list[Offer]) -> list[Offer]:
         taken = []
         for (guard, keys), rule in zip(offers, self._rules, strict=True):
-            reason = refuse_reason(guard, len(keys)) if keys else None
-            if reason is not None:
-                rule.see(keys)
-                self._observer.on_event(CascadeRefused(guard.name, len(keys), reason))
-            elif keys:
+            if not keys:
+                continue
+            if guard.can_store(len(keys)):
                 taken.append((guard, keys))
+            else:
+                rule.see(keys)
+                reason = "throttled" if guard.usable else "down"
+                self._observer.on_event(CascadeRefused(guard.name, len(keys), reason))
         return taken

@@ -113,11 +113,15 @@ class TierGuard:
         Unanswered stores pin at most `STORE_SHARE` of the primary, whatever the tier itself would take; a tier
         without any takes a job of any size.
         """
-        if not self.usable:
+        if not self.usable or self._busy is not None:
             return False
         if self._num_storing and self._num_storing + num_blocks > self._most_pinned:
             return False
-        return self._ask("can_store", False, lambda: bool(self.tier.can_store(num_blocks)))
+        try:
+            return bool(self.tier.can_store(num_blocks))
+        except Exception as fault:  # noqa: BLE001 - a tier's fault never reaches the engine: it is reported
+            self._fault("can_store", fault)
+            return False
 
     def store(self, keys: Sequence[OffloadKey], slots: list[int], context: ReqContext) -> bool:
         """Start a cascade out of `slots`, which are pinned; return whether the tier took it."""
@@ -257,7 +261,7 @@ class TierGuard:
             self._take_result(result, ended)
         self._draining = False
         self._refresh()
-        if self.usable:
+        if self.usable and self.patience.question is not None:
             self.patience.follow(self.lookup)
         if self._pending_epoch is not None:
             self._resume_epoch(self._pending_epoch)
@@ -340,7 +344,9 @@ class TierGuard:
             self._was_usable = True
             self.patience.begin_life()
         self.usable = is_trusted and state is _UP
-        self._times.enter(state if is_trusted else _DOWN, now)
+        seen = state if is_trusted else _DOWN
+        if seen is not self._times.state:
+            self._times.enter(seen, now)
         self._is_opening = is_trusted and state is _STARTING and self.tier.persistent and not self._was_usable
 
     def _is_overdue(self, now: float) -> bool:

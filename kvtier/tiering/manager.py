@@ -292,9 +292,10 @@ class TieringOffloadingManager(OffloadingManager):
         if state is None:
             return
         if ready:
-            self._observer.on_event(BlocksStored(ready))
             if self._tiers.guards:
-                self._cascades.on_store(ready, state.context)
+                for guard, admitted in self._cascades.on_store(ready, state.context):
+                    self._cascades.start(guard, admitted, state.context)
+            self._observer.on_event(BlocksStored(ready))
         if state.finished:
             self._requests.close(state)
 

@@ -19,7 +19,7 @@ _ANSWERS = (LookupResult.HIT, LookupResult.MISS)
 
 
 @dataclass(slots=True)
-class _Question:
+class Question:
     """A key for which a tier had no answer at once, and the request that asked."""
 
     key: OffloadKey
@@ -31,6 +31,9 @@ class ProbePatience:
     """The deadline of a tier's probes: longer after a start, shorter after waits without an answer.
 
     It repeats one unanswered question, to notice that the tier answers again when no request waits for it.
+
+    Attributes:
+        question: the unanswered one.
     """
 
     def __init__(self, clock: Clock, deadline: float) -> None:
@@ -39,7 +42,7 @@ class ProbePatience:
         self._deadline = deadline
         self._is_first = True
         self._num_in_vain = 0
-        self._question: _Question | None = None
+        self.question: Question | None = None
 
     @property
     def seconds(self) -> float:
@@ -56,13 +59,13 @@ class ProbePatience:
 
     def ask(self, key: OffloadKey, req_context: ReqContext) -> None:
         """A request waits for an answer about `key`."""
-        if self._question is None:
-            self._question = _Question(key, req_context, self._clock())
+        if self.question is None:
+            self.question = Question(key, req_context, self._clock())
 
     def forget(self, req_context: ReqContext) -> None:
         """A request is over: the tier must not be asked in its name any more."""
-        if self._question is not None and self._question.context.req_id == req_context.req_id:
-            self._question = None
+        if self.question is not None and self.question.context.req_id == req_context.req_id:
+            self.question = None
 
     def give_up(self) -> None:
         """A request has waited and got no answer."""
@@ -70,9 +73,9 @@ class ProbePatience:
 
     def follow(self, lookup: Callable[[OffloadKey, ReqContext], LookupResult]) -> None:
         """Ask the open question again, by `lookup`, and note the answer if there is one."""
-        question = self._question
+        question = self.question
         if question is not None and lookup(question.key, question.context) in _ANSWERS:
             in_time = self._clock() - question.asked_at <= self._full
             self._num_in_vain = 0 if in_time else min(self._num_in_vain, 1)
             self._is_first = False
-            self._question = None
+            self.question = None

@@ -7,7 +7,7 @@ from collections import Counter
 from kvtier.clock import Clock
 from kvtier.events import Observer, TierState
 from kvtier.foreign_text import MAX_REASON, one_line
-from kvtier.secondary.health import Breaker, BreakerState, TierHealth
+from kvtier.secondary.health import Breaker, TierHealth
 
 FIRST_BACKOFF_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 30.0
@@ -18,6 +18,7 @@ class Standing:
 
     Attributes:
         reason: why the tier is not in good standing; None if it is.
+        is_trusted: whether the tier may be used: in good standing, or on trial.
     """
 
     def __init__(self, name: str, clock: Clock, observer: Observer) -> None:
@@ -26,11 +27,7 @@ class Standing:
         self._breaker = Breaker(clock, 1, FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS, draw=lambda: 0.0, calm=1)
         self._health = TierHealth(name, observer)
         self.reason: str | None = None
-
-    @property
-    def is_trusted(self) -> bool:
-        """Whether the tier may be used: in good standing, or on trial."""
-        return self._breaker.state is not BreakerState.OPEN
+        self.is_trusted = True
 
     @property
     def retry_at(self) -> float:
@@ -47,36 +44,42 @@ class Standing:
             self._health.change(TierState.DOWN, reason)
         self.reason = one_line(reason, MAX_REASON)
         self._breaker.open()
+        self.is_trusted = False
 
     def reconsider(self) -> None:
         """Try the tier when its pause is over, and trust it after a trial without a fault."""
-        if self.reason is None or self._breaker.try_again() or not self._breaker.has_passed_trial:
-            return
-        self._breaker.succeed()
-        self.reason = None
-        if self._health.state is TierState.DOWN:
-            self._health.prove()
-            self._health.change(TierState.UP, "works again")
+        if self._breaker.try_again():
+            self.is_trusted = True
+        elif self.reason is not None and self._breaker.has_passed_trial:
+            self._breaker.succeed()
+            self.reason = None
+            if self._health.state is TierState.DOWN:
+                self._health.prove()
+                self._health.change(TierState.UP, "works again")
 
 
 class StateTimes:
-    """How often a tier has entered each state, and for how long it has been down. It begins as STARTING."""
+    """How often a tier has entered each state, and for how long it has been down.
+
+    Attributes:
+        state: of now; it begins as STARTING.
+    """
 
     def __init__(self, now: float) -> None:
         """Args: now: seconds of the clock, as everywhere here."""
-        self._state, self._since = TierState.STARTING, now
+        self.state, self._since = TierState.STARTING, now
         self._down_seconds = 0.0
         self._entered: Counter[TierState] = Counter()
 
     def enter(self, state: TierState, now: float) -> None:
         """Note the state that the tier is in from now on."""
-        if state is not self._state:
+        if state is not self.state:
             self._down_seconds = self._seconds_down(now)
-            self._state, self._since = state, now
+            self.state, self._since = state, now
             self._entered[state] += 1
 
     def _seconds_down(self, now: float) -> float:
-        return self._down_seconds + (max(0.0, now - self._since) if self._state is TierState.DOWN else 0.0)
+        return self._down_seconds + (max(0.0, now - self._since) if self.state is TierState.DOWN else 0.0)
 
     def readings(self, now: float) -> dict[str, float]:
         """Return the metrics, by name; of the states those that were entered, and DOWN."""

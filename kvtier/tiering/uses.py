@@ -140,4 +140,5 @@ class Usage:
         if fresh:
             self._tiers.touch(fresh, req_context)
         if self._cascades.count_uses:
-            self._cascades.on_use(uses.admissible(keys, counted, self._table), req_context)
+            for guard, admitted in self._cascades.on_use(uses.admissible(keys, counted, self._table)):
+                self._cascades.start(guard, admitted, req_context)

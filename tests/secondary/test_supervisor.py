@@ -102,7 +102,12 @@ class Rig:
     def look(self, seconds):
         """Look once, `seconds` later."""
         self.clock.advance(seconds)
-        reports = self.supervisor.pump()
+        executor = self.supervisor.attend()
+        try:
+            reports = [] if executor is None else self.supervisor.heed(executor.poll())
+        except ProtocolError as error:  # as a tier does
+            reports = []
+            self.supervisor.fail(str(error))
         self.supervisor.check_hang()
         self.supervisor.check_invariants()
         self.ledger.check_invariants()
