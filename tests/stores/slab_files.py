@@ -38,8 +38,9 @@ def make_context(model="model", block_bytes=8192, epoch=b""):
     return StoreContext(Namespace({"model": model}, epoch), block_bytes)
 
 
-def open_slab(directory, context, capacity=1 << 20, **options):
-    return SlabStore.open({"path": str(directory), "capacity": capacity, **options}, context)
+def open_slab(directory, context, capacity=1 << 20, sizes=None, **options):
+    """Open a slab; `sizes` are the `segment_bytes` and `growth_bytes` of its geometry."""
+    return SlabStore.open({"path": str(directory), "capacity": capacity, **options}, context, **(sizes or {}))
 
 
 def recovered(store):

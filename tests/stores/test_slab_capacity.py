@@ -14,6 +14,8 @@ from kvtier.testing.stores import make_key, make_payload
 
 BLOCK = 8192
 CAPACITY = 1 << 20
+MANY_FILES = {"segment_bytes": 16 * BLOCK, "growth_bytes": 4 * BLOCK}
+"""Sizes of data files and steps of growth that give a small slab many of each."""
 
 
 def write(store, numbers):
@@ -27,13 +29,6 @@ def served(store, numbers):
     for number, result, buffer in zip(numbers, results, buffers, strict=True):
         assert not result or bytes(buffer) == make_payload(number, BLOCK)
     return [number for number, result in zip(numbers, results, strict=True) if result]
-
-
-@pytest.fixture
-def small_files(monkeypatch):
-    """Segments and steps of growth small enough to have many."""
-    monkeypatch.setattr(layout, "SEGMENT_BYTES", 16 * BLOCK)
-    monkeypatch.setattr(layout, "GROWTH_BYTES", 4 * BLOCK)
 
 
 @given(st.integers(1, 1 << 44), st.integers(1, 1 << 30))
@@ -65,10 +60,9 @@ def test_a_capacity_under_one_block_is_an_error(tmp_path, capacity):
         open_slab(tmp_path / "slab", make_context(), capacity=capacity)
 
 
-@pytest.mark.usefixtures("small_files")
 def test_full_slabs_keep_to_the_capacity(tmp_path):
     for name in ("one", "two", "three"):
-        store = open_slab(tmp_path / "slab", make_context(name), CAPACITY)
+        store = open_slab(tmp_path / "slab", make_context(name), CAPACITY, MANY_FILES)
         for slot in range(store.num_slots):
             assert write(store, [slot]) == [True]
             assert real_bytes(tmp_path / "slab") <= CAPACITY
@@ -77,9 +71,8 @@ def test_full_slabs_keep_to_the_capacity(tmp_path):
         assert real_bytes(tmp_path / "slab") <= CAPACITY
 
 
-@pytest.mark.usefixtures("small_files")
 def test_scattered_slots_keep_to_the_capacity(tmp_path):
-    store = open_slab(tmp_path / "slab", make_context(), CAPACITY)
+    store = open_slab(tmp_path / "slab", make_context(), CAPACITY, MANY_FILES)
     for slot in [*range(1, store.num_slots, 2), *range(0, store.num_slots, 2)]:
         assert write(store, [slot]) == [True]
     os.sync()
@@ -87,16 +80,15 @@ def test_scattered_slots_keep_to_the_capacity(tmp_path):
     store.close()
 
 
-@pytest.mark.usefixtures("small_files")
 def test_namespaces_share_and_the_least_recently_used_gives_way(tmp_path):
     contexts = {name: make_context(name) for name in ("old", "recent", "ours")}
     for age, name in ((200, "old"), (100, "recent")):
-        store = open_slab(tmp_path / "slab", contexts[name], CAPACITY)
+        store = open_slab(tmp_path / "slab", contexts[name], CAPACITY, MANY_FILES)
         assert all(write(store, range(30)))
         store.close()
         stamp = (folder_of(tmp_path / "slab", contexts[name]) / "namespace.json").stat().st_mtime - age
         os.utime(folder_of(tmp_path / "slab", contexts[name]) / "namespace.json", (stamp, stamp))
-    store = open_slab(tmp_path / "slab", contexts["ours"], CAPACITY)
+    store = open_slab(tmp_path / "slab", contexts["ours"], CAPACITY, MANY_FILES)
     assert all(write(store, range(30)))
     assert folder_of(tmp_path / "slab", contexts["old"]).exists()
     assert all(write(store, range(30, 70)))
@@ -104,7 +96,7 @@ def test_namespaces_share_and_the_least_recently_used_gives_way(tmp_path):
     assert folder_of(tmp_path / "slab", contexts["recent"]).exists()
     assert real_bytes(tmp_path / "slab") <= CAPACITY
     store.close()
-    store = open_slab(tmp_path / "slab", contexts["recent"], CAPACITY)
+    store = open_slab(tmp_path / "slab", contexts["recent"], CAPACITY, MANY_FILES)
     assert len(recovered(store)) == len(served(store, range(30))) == 30
     store.close()
 
@@ -127,23 +119,22 @@ def test_ended_epochs_and_unfinished_folders_are_deleted_at_open(tmp_path):
     assert (slab / ("cd" * 16) / "thesis.tex").exists(), "also under a name like ours"
 
 
-@pytest.mark.usefixtures("small_files")
 def test_a_smaller_capacity_cuts_and_a_larger_one_keeps(tmp_path):
     slab, context = tmp_path / "slab", make_context()
-    store = open_slab(slab, context, CAPACITY)
+    store = open_slab(slab, context, CAPACITY, MANY_FILES)
     full = store.num_slots
     assert all(write(store, range(full)))
     store.close()
-    store = open_slab(slab, context, CAPACITY // 2)
+    store = open_slab(slab, context, CAPACITY // 2, MANY_FILES)
     half = store.num_slots
     assert sorted(recovered(store)) == list(range(half)) == served(store, range(half))
     assert real_bytes(slab) <= CAPACITY // 2
     store.close()
-    store = open_slab(slab, context, CAPACITY * 2)
+    store = open_slab(slab, context, CAPACITY * 2, MANY_FILES)
     assert sorted(recovered(store)) == list(range(half)) == served(store, range(half))
     assert all(write(store, range(half, store.num_slots)))
     store.close()
-    store = open_slab(slab, context, CAPACITY * 2)
+    store = open_slab(slab, context, CAPACITY * 2, MANY_FILES)
     assert sorted(recovered(store)) == list(range(store.num_slots)) == served(store, range(store.num_slots))
     store.close()
 

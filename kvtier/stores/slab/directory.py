@@ -17,7 +17,7 @@ from kvtier.log import logger
 from kvtier.namespace import Namespace
 from kvtier.stores.mounts import check_mounted, make_last_directory
 from kvtier.stores.own_files import FOLDER_MODE, FOUND_BY_FSCK, Folder, StrangerError
-from kvtier.stores.slab.layout import DESCRIPTION_NAME, LOCK_NAME, is_fingerprint, rank_of
+from kvtier.stores.slab.layout import DESCRIPTION_NAME, LOCK_NAME, SEGMENT_BYTES, is_fingerprint, rank_of
 from kvtier.stores.slab.lock import SIGN, read_lock, take_lock
 from kvtier.stores.slab.namespaces import (
     cut_spare,
@@ -41,8 +41,13 @@ class SlabDirectory:
         namespace: the folder of this namespace, held.
     """
 
-    def __init__(self, path: Path, namespace: Namespace, folder: Folder, lock_descriptor: int) -> None:
-        """Args: folder: the directory; lock_descriptor: an open file that holds the lock; `close` closes both.
+    def __init__(
+        self, path: Path, namespace: Namespace, folder: Folder, lock_descriptor: int, segment_bytes: int = SEGMENT_BYTES
+    ) -> None:
+        """Args:
+        folder: the directory; `close` closes it.
+        lock_descriptor: an open file that holds the lock; `close` closes it.
+        segment_bytes: most bytes of one data file, of every namespace.
 
         Raises:
             OSError: the namespace's folder cannot be made or used; then both are closed.
@@ -50,6 +55,7 @@ class SlabDirectory:
         self.path = path
         self.folder = folder
         self._lock_descriptor = lock_descriptor
+        self._segment_bytes = segment_bytes
         self._name = namespace.fingerprint.hex()
         self.namespace_path = path / self._name
         self._shortened: set[str] = set()
@@ -62,18 +68,21 @@ class SlabDirectory:
             raise
 
     @classmethod
-    def open(cls, path: Path, namespace: Namespace, mount_point: str = "/") -> SlabDirectory:
+    def open(
+        cls, path: Path, namespace: Namespace, mount_point: str = "/", segment_bytes: int = SEGMENT_BYTES
+    ) -> SlabDirectory:
         """Make the directory if it is missing, and take it.
 
         Args:
             mount_point: what must be mounted for the directory to be the right one.
+            segment_bytes: most bytes of one data file, of every namespace.
 
         Raises:
             StoreUnavailableError: held by another process, of another owner, not a slab, or not usable at all.
         """
         check_mounted(path, mount_point)
         try:
-            return cls(path, namespace, *_take(path))
+            return cls(path, namespace, *_take(path), segment_bytes)
         except StrangerError as error:
             raise StoreUnavailableError(f"{error.filename}: {describe(error)}") from error
         except OSError as error:
@@ -141,7 +150,7 @@ class SlabDirectory:
             return False
         self._shortened.add(name)
         with contextlib.suppress(OSError), self.folder.folder(name) as other:  # damaged, it is deleted as it is
-            cut_spare(other)
+            cut_spare(other, self._segment_bytes)
         return True
 
     def _delete_past(self) -> None:

@@ -28,9 +28,9 @@ _DATA_FILE = re.compile(r"data-([0-9]{5}|[1-9][0-9]{5,6})")
 SEGMENT_BYTES = 1 << 30
 """Most bytes of one data file; part of the format, since it decides where a slot is."""
 GROWTH_BYTES = 64 << 20
-"""Space is taken from the filesystem in steps of this size at most,"""
-GROWTHS = 16
-"""and in at least so many steps, so that small slabs can share a directory, too."""
+"""Most space that a slab takes from the filesystem at once."""
+MIN_GROWTHS = 16
+"""A slab takes its space in at least so many steps, so that small slabs can share a directory, too."""
 FIXED_BYTES = 32 << 10
 """Allowance for directories, the lock, `namespace.json` and the end of the last page of `headers`."""
 FILESYSTEM_BYTES_PER_SLOT = 32
@@ -88,11 +88,6 @@ class Run(NamedTuple):
             yield Run(self.segment, self.offset + index * block_bytes, self.slot + index, [position])
 
 
-def slots_of_segment(block_bytes: int) -> int:
-    """Return how many blocks a full data file holds."""
-    return SEGMENT_BYTES // block_bytes
-
-
 @dataclass(frozen=True)
 class SlabGeometry:
     """Slots, segments and offsets, in bytes.
@@ -111,15 +106,21 @@ class SlabGeometry:
     slots_per_growth: int
 
     @classmethod
-    def of(cls, capacity: int, block_bytes: int) -> Self:
+    def of(
+        cls, capacity: int, block_bytes: int, segment_bytes: int = SEGMENT_BYTES, growth_bytes: int = GROWTH_BYTES
+    ) -> Self:
         """Return the largest slab within `capacity` bytes, headers and the filesystem's records included.
+
+        Args:
+            segment_bytes: most bytes of one data file; the same at every start.
+            growth_bytes: most bytes that are taken from the filesystem at once.
 
         Raises:
             ConfigError: the capacity does not hold one block, or a block is larger than a segment.
         """
-        if not 1 <= block_bytes <= min(SEGMENT_BYTES, MAX_PAYLOAD_BYTES):
-            raise ConfigError("block_bytes", block_bytes, f"1 to {SEGMENT_BYTES} bytes")
-        slots_per_segment = slots_of_segment(block_bytes)
+        if not 1 <= block_bytes <= min(segment_bytes, MAX_PAYLOAD_BYTES):
+            raise ConfigError("block_bytes", block_bytes, f"1 to {segment_bytes} bytes")
+        slots_per_segment = segment_bytes // block_bytes
         slot_cost = block_bytes + HEADER_BYTES + FILESYSTEM_BYTES_PER_SLOT
         segment_cost = slots_per_segment * slot_cost + FILESYSTEM_BYTES_PER_SEGMENT
         full_segments, rest = divmod(max(0, capacity - FIXED_BYTES), segment_cost)
@@ -128,13 +129,13 @@ class SlabGeometry:
         if num_slots < 1:
             least = FIXED_BYTES + FILESYSTEM_BYTES_PER_SEGMENT + slot_cost
             raise ConfigError("capacity", capacity, f"at least {least} bytes, for one block of {block_bytes}")
-        slots_per_growth = max(1, min(GROWTH_BYTES // block_bytes, num_slots // GROWTHS))
+        slots_per_growth = max(1, min(growth_bytes // block_bytes, num_slots // MIN_GROWTHS))
         return cls(block_bytes, num_slots, slots_per_segment, slots_per_growth)
 
     @classmethod
     def found(cls, block_bytes: int, num_slots: int) -> Self:
         """Return the geometry of a slab that exists and does not grow, from what its records say."""
-        return cls(block_bytes, num_slots, slots_of_segment(block_bytes), slots_per_growth=1)
+        return cls(block_bytes, num_slots, SEGMENT_BYTES // block_bytes, slots_per_growth=1)
 
     @property
     def num_segments(self) -> int:

@@ -15,11 +15,11 @@ from kvtier.stores.integrity.secrets import ENCRYPTION_NAME, SECRET_NAME
 from kvtier.stores.own_files import Folder
 from kvtier.stores.slab.layout import (
     DESCRIPTION_NAME,
+    SEGMENT_BYTES,
     is_file_of_namespace,
     is_fingerprint,
     rank_of,
     segment_of,
-    slots_of_segment,
 )
 from kvtier.stores.slab.records import RecordFile
 
@@ -180,7 +180,7 @@ def empty_records(folder: Path, slots: Iterable[int]) -> None:
         records.clear(slots)
 
 
-def cut_spare(folder: Folder) -> None:
+def cut_spare(folder: Folder, segment_bytes: int = SEGMENT_BYTES) -> None:
     """Shorten the data files of a namespace to its last record, whatever that says; nobody else may use it.
 
     Slabs take space ahead of their blocks. Without this, one with a handful of blocks would have to be deleted whole
@@ -193,7 +193,7 @@ def cut_spare(folder: Folder) -> None:
         slot, block_bytes = records.last_used()
     last, length = 0, 0
     if block_bytes:
-        last, index = divmod(slot, max(1, slots_of_segment(block_bytes)))
+        last, index = divmod(slot, max(1, segment_bytes // block_bytes))
         length = (index + 1) * block_bytes
     for name in folder.names():
         segment = segment_of(name)

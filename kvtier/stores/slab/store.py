@@ -22,7 +22,7 @@ from kvtier.stores.integrity.scratch import whole_pages
 from kvtier.stores.integrity.sealing import PORTION_BYTES, Sealer
 from kvtier.stores.mounts import check_size
 from kvtier.stores.slab.directory import SlabDirectory
-from kvtier.stores.slab.layout import Run, SlabGeometry, coalesce
+from kvtier.stores.slab.layout import GROWTH_BYTES, SEGMENT_BYTES, Run, SlabGeometry, coalesce
 from kvtier.stores.slab.options import DirectoryOptions
 from kvtier.stores.slab.records import RecordFile
 from kvtier.stores.slab.recovery import take_inventory
@@ -67,11 +67,18 @@ class SlabStore(SlotStore):
             raise
 
     @classmethod
-    def open(cls, options: Mapping[str, Any], context: StoreContext) -> Self:
+    def open(
+        cls,
+        options: Mapping[str, Any],
+        context: StoreContext,
+        segment_bytes: int = SEGMENT_BYTES,
+        growth_bytes: int = GROWTH_BYTES,
+    ) -> Self:
         """Open a directory.
 
         Args:
             options: `DirectoryOptions`.
+            segment_bytes, growth_bytes: as in `SlabGeometry.of`.
 
         Raises:
             ConfigError: the capacity does not hold one block.
@@ -80,9 +87,9 @@ class SlabStore(SlotStore):
         """
         _, sealer = open_sealer(options, context.namespace)
         read = DirectoryOptions.read(options)
-        geometry = SlabGeometry.of(read.capacity, context.block_bytes)
+        geometry = SlabGeometry.of(read.capacity, context.block_bytes, segment_bytes, growth_bytes)
         path = Path(read.path)
-        directory = SlabDirectory.open(path, sealer.namespace, read.mount_point)
+        directory = SlabDirectory.open(path, sealer.namespace, read.mount_point, segment_bytes)
         try:
             check_size(path, directory.folder.descriptor, read.capacity, read.min_free)
         except StoreUnavailableError:
