@@ -28,7 +28,7 @@ from kvtier.stores.own_files import FOLDER_MODE, Folder
 
 LEAF_BYTES = 64 << 20
 """Threads take a file in leaves of this size; its digest is that of the leaves' digests, one after the other."""
-_PIECE_BYTES = 4 << 20
+PIECE_BYTES = 4 << 20
 """A read and an update: short enough for the cache, long enough for a thread that must win the interpreter lock."""
 _MAX_THREADS = 4
 """The engine starts meanwhile, and needs processors, too."""
@@ -37,8 +37,7 @@ CLOCK_SECONDS = 2.0
 PATIENCE_SECONDS = 120.0
 """Longest wait for another process that hashes the same file; a stopped one must not hold anybody for ever."""
 _PAUSE_SECONDS = 0.05
-_MAX_ENTRIES = 1024
-"""Digests kept from earlier starts; the oldest go."""
+MAX_ENTRIES = 1024
 _MAX_ENTRY_BYTES = 4096
 _VERSION = 1
 _DIGEST_DIGITS = 32
@@ -61,12 +60,21 @@ class FileDigest:
     remembered: bool
 
 
-def digest_file(path: Path, memory: DigestMemory | None = None, stop: threading.Event | None = None) -> FileDigest:
+def digest_file(
+    path: Path,
+    memory: DigestMemory | None = None,
+    stop: threading.Event | None = None,
+    *,
+    leaf_bytes: int = LEAF_BYTES,
+    piece_bytes: int = PIECE_BYTES,
+) -> FileDigest:
     """Return the digest of all bytes of a file.
 
     Args:
         memory: where digests are remembered; None reads the file.
         stop: set by another thread when nobody wants the answer any more.
+        leaf_bytes: what one thread hashes at a time; another size makes another digest.
+        piece_bytes: what it reads at a time.
 
     Raises:
         ChangedFileError: it changed meanwhile, or is no regular file.
@@ -84,10 +92,10 @@ def digest_file(path: Path, memory: DigestMemory | None = None, stop: threading.
             if known is not None:
                 return FileDigest(known, status.st_size, remembered=True)
             started = time.time()
-            digest = _hash(descriptor, status.st_size, stop)
+            digest = _Leaves(descriptor, status.st_size, leaf_bytes, piece_bytes, stop).digest()
             if _marks(os.fstat(descriptor)) != _marks(status):
                 raise ChangedFileError(f"{path} changed while it was read")
-            if entry and status.st_ctime < started - CLOCK_SECONDS:
+            if memory and entry and status.st_ctime < started - memory.clock_seconds:
                 entry.write(status, digest)
             return FileDigest(digest, status.st_size, remembered=False)
     finally:
@@ -98,55 +106,77 @@ def _marks(status: os.stat_result) -> list[int]:
     return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def _hash(descriptor: int, size: int, stop: threading.Event) -> str:
-    leaves = -(-size // LEAF_BYTES)
-    digests: list[bytes] = [b""] * leaves
-    faults: list[Exception] = []
-    numbers = itertools.count()  # its next() is atomic
+@dataclass
+class _Leaves:
+    """The leaves of an open file, hashed by several threads."""
 
-    def work() -> None:
-        buffer = memoryview(bytearray(min(_PIECE_BYTES, size)))
-        try:
-            while not faults and (number := next(numbers)) < leaves:
-                digests[number] = _hash_leaf(descriptor, number * LEAF_BYTES, size, buffer, stop)
-        except Exception as fault:  # noqa: BLE001 - handed to the caller's thread, which raises it
-            faults.append(fault)
+    descriptor: int
+    size: int
+    leaf_bytes: int
+    piece_bytes: int
+    stop: threading.Event
 
-    # Daemons: an interpreter that exits does not wait for a read that hangs.
-    count = min(_MAX_THREADS, len(os.sched_getaffinity(0)), leaves)
-    helpers = [threading.Thread(target=work, name="kvtier-digest", daemon=True) for _ in range(count - 1)]
-    for helper in helpers:
-        helper.start()
-    work()
-    for helper in helpers:
-        helper.join()
-    if faults:
-        raise faults[0]
-    return xxhash.xxh3_128(size.to_bytes(8, "little") + b"".join(digests)).hexdigest()
+    def digest(self) -> str:
+        leaves = -(-self.size // self.leaf_bytes)
+        digests: list[bytes] = [b""] * leaves
+        faults: list[Exception] = []
+        numbers = itertools.count()  # its next() is atomic
 
+        def work() -> None:
+            buffer = memoryview(bytearray(min(self.piece_bytes, self.size)))
+            try:
+                while not faults and (number := next(numbers)) < leaves:
+                    digests[number] = self._leaf(number * self.leaf_bytes, buffer)
+            except Exception as fault:  # noqa: BLE001 - handed to the caller's thread, which raises it
+                faults.append(fault)
 
-def _hash_leaf(descriptor: int, start: int, size: int, buffer: memoryview, stop: threading.Event) -> bytes:
-    digest, position, end = xxhash.xxh3_128(), start, min(start + LEAF_BYTES, size)
-    while position < end:
-        if stop.is_set():
-            raise StoppedError
-        count = os.preadv(descriptor, [buffer[: end - position]], position)
-        if not count:
-            raise ChangedFileError("a file of weights was cut while it was read")
-        digest.update(buffer[:count])
-        position += count
-    return digest.digest()
+        # Daemons: an interpreter that exits does not wait for a read that hangs.
+        count = min(_MAX_THREADS, len(os.sched_getaffinity(0)), leaves)
+        helpers = [threading.Thread(target=work, name="kvtier-digest", daemon=True) for _ in range(count - 1)]
+        for helper in helpers:
+            helper.start()
+        work()
+        for helper in helpers:
+            helper.join()
+        if faults:
+            raise faults[0]
+        return xxhash.xxh3_128(self.size.to_bytes(8, "little") + b"".join(digests)).hexdigest()
+
+    def _leaf(self, start: int, buffer: memoryview) -> bytes:
+        digest, position, end = xxhash.xxh3_128(), start, min(start + self.leaf_bytes, self.size)
+        while position < end:
+            if self.stop.is_set():
+                raise StoppedError
+            count = os.preadv(self.descriptor, [buffer[: end - position]], position)
+            if not count:
+                raise ChangedFileError("a file of weights was cut while it was read")
+            digest.update(buffer[:count])
+            position += count
+        return digest.digest()
 
 
 class DigestMemory:
     """A folder of remembered digests that only its owner can read and write."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        max_entries: int = MAX_ENTRIES,
+        clock_seconds: float = CLOCK_SECONDS,
+        patience_seconds: float = PATIENCE_SECONDS,
+    ) -> None:
         """Make the folder, or check it.
+
+        Args:
+            max_entries: digests kept from earlier starts; the oldest go.
+            clock_seconds: a file that changed later than that before it was read is not remembered.
+            patience_seconds: longest wait for another process that hashes the same file.
 
         Raises:
             OSError: it cannot be made or written, is a link or somebody else's, or open to others.
         """
+        self.clock_seconds, self.patience_seconds = clock_seconds, patience_seconds
         self._complained = False
         folder.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
         self._folder = Folder.open(folder, follow=False)
@@ -154,7 +184,7 @@ class DigestMemory:
             if self._folder.owner != os.geteuid():
                 raise PermissionError(f"{folder} belongs to user {self._folder.owner}, not to {os.geteuid()}")
             _check_private(self._folder.mode, folder)
-            self._forget_oldest()
+            self._forget_oldest(max_entries)
         except BaseException:
             self.close()
             raise
@@ -196,11 +226,11 @@ class DigestMemory:
             raise
         return DigestEntry(descriptor)
 
-    def _forget_oldest(self) -> None:
+    def _forget_oldest(self, max_entries: int) -> None:
         names = self._folder.names()
-        if len(names) > _MAX_ENTRIES:
+        if len(names) > max_entries:
             by_age = sorted(names, key=lambda name: self._folder.status(name).st_mtime)
-            for name in by_age[: len(names) - _MAX_ENTRIES]:
+            for name in by_age[: len(names) - max_entries]:
                 self._folder.unlink(name)
 
 
@@ -247,17 +277,17 @@ def _claimed(
 ) -> Iterator[DigestEntry | None]:
     """Yield the file's entry, locked; None where there is no memory, or another process has it for too long."""
     entry = memory.open_entry(status) if memory else None
-    if entry is None:
+    if memory is None or entry is None:
         yield None
         return
     try:
-        yield entry if _wait_for_lock(entry, stop) else None
+        yield entry if _wait_for_lock(entry, stop, memory.patience_seconds) else None
     finally:
         entry.close()
 
 
-def _wait_for_lock(entry: DigestEntry, stop: threading.Event) -> bool:
-    deadline = time.monotonic() + PATIENCE_SECONDS
+def _wait_for_lock(entry: DigestEntry, stop: threading.Event, patience_seconds: float) -> bool:
+    deadline = time.monotonic() + patience_seconds
     try:
         while not entry.try_to_lock():
             if stop.wait(_PAUSE_SECONDS):

