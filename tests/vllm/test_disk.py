@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from vllm_engine import Engine, prompt
+from vllm_engine import Engine, prompt, wait_until_up
 
 from kvtier.testing.patience import wait_for
 
@@ -28,8 +28,9 @@ def filled(model, baseline, tmp_path_factory):
     """Return a directory that an engine has filled with the blocks of PROMPTS and left in peace."""
     folder = tmp_path_factory.mktemp("filled")
     with Engine(model, folder / "log", kvtier=over(folder / "disk")) as engine:
+        wait_until_up(engine)
         assert [engine.generate(asked)[0] for asked in PROMPTS] == baseline(*PROMPTS)
-        wait_for(lambda: engine.generate(prompt(1, 20)) and written(engine) == 10, what="writing 10 blocks")
+        wait_for(lambda: written(engine) == 10, what="writing 10 blocks")
     return folder / "disk"
 
 
@@ -95,8 +96,9 @@ def test_killed_at_work_and_started_again(model, baseline, tmp_path):
     before = set(os.listdir("/dev/shm"))
     engine = Engine(model, tmp_path / "log", processes=True, kvtier=over(tmp_path / "disk"))
     try:
+        wait_until_up(engine)
         assert [engine.generate(asked)[0] for asked in PROMPTS] == baseline(*PROMPTS)
-        wait_for(lambda: engine.generate(prompt(1, 20)) and written(engine) == 10, what="writing 10 blocks")
+        wait_for(lambda: written(engine) == 10, what="writing 10 blocks")
         pids = engine.pids()
         core = next(pid for pid in pids if "EngineCore" in Path(f"/proc/{pid}/comm").read_text() or is_core(pid))
         os.kill(core, signal.SIGKILL)

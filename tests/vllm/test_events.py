@@ -4,7 +4,7 @@ from collections import defaultdict
 
 import msgspec
 import zmq
-from vllm_engine import Engine, prompt, written
+from vllm_engine import Engine, prompt, wait_until_up, written
 
 from kvtier.testing.patience import wait_for
 
@@ -52,6 +52,7 @@ def test_stores_and_removals_in_host_memory_and_on_disk_reach_a_subscriber(model
     options = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": endpoint}
     with Engine(model, tmp_path / "log", kvtier=keys, kv_events_config=options) as engine:
         engine.wait_until_started()
+        wait_until_up(engine)
         events = Subscriber(endpoint)
         # Who subscribes late misses what was sent before.
         seeds = iter(range(2000, 2100))

@@ -4,7 +4,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-from vllm_engine import Engine, prompt, written
+from vllm_engine import Engine, prompt, wait_until_up, written
 
 from kvtier.testing.patience import wait_for
 
@@ -88,6 +88,7 @@ def test_adapters_are_served_from_host_memory_and_never_from_what_outlives_the_e
 def test_names_are_trusted_across_engines_if_the_user_says_so(model, adapters, expected, tmp_path):
     keys = over(tmp_path / "disk", allow_lora=True)
     with Engine(model, tmp_path / "log-1", kvtier=keys, **LORA) as engine:
+        wait_until_up(engine)
         assert engine.generate(PROMPT) == expected[0]
         assert hits_of(engine, adapters[0]) == (expected[1], 0)
         wait_for(lambda: written(engine) == 10, what="writing 10 blocks")

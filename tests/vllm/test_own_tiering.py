@@ -3,6 +3,8 @@
 import inspect
 import os
 import uuid
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from types import SimpleNamespace
 
 import numpy as np
@@ -96,7 +98,17 @@ def request(manager, name):
     return context
 
 
+def in_a_later_process(function, *arguments):
+    """Call a function where the model's files are older than the process, as they are where a model is served."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        pool.submit(function, *arguments).result()
+
+
 def test_blocks_go_to_kvtiers_disk_and_come_back_in_a_new_manager(model, tmp_path):
+    in_a_later_process(store_and_find_again, model, tmp_path)
+
+
+def store_and_find_again(model, tmp_path):
     before = set(os.listdir("/dev/shm"))
     first = OwnTiering(model, tmp_path / "disk")
     first.store(KEYS, request(first.manager, "first"))
@@ -113,6 +125,10 @@ def test_blocks_go_to_kvtiers_disk_and_come_back_in_a_new_manager(model, tmp_pat
 
 
 def test_a_reset_forgets(model, tmp_path):
+    in_a_later_process(store_and_reset, model, tmp_path)
+
+
+def store_and_reset(model, tmp_path):
     engine = OwnTiering(model, tmp_path / "disk")
     engine.store(KEYS, request(engine.manager, "first"))
     engine.manager.reset_cache()

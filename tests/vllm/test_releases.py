@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from vllm_engine import Engine, prompt, written
+from vllm_engine import Engine, prompt, wait_until_up, written
 
 import kvtier
 from kvtier.adapters.vllm.identity import alike_release
@@ -60,6 +60,7 @@ def computed_here(request, shape, tmp_path_factory):
 def compute(model, dtype, folder, **options):
     """Return what an engine computed, what it answered, and how much of it came from the disk."""
     with Engine(model, folder / "log", kvtier=over(folder / "disk"), dtype=dtype, **options) as engine:
+        wait_until_up(engine)
         answers = [engine.generate(asked)[0] for asked in PROMPTS]
         blocks, hits = engine.ask("blocks"), engine.external_hits()
         wait_for(lambda: hits or written(engine) >= len(blocks), "writing the blocks")

@@ -7,7 +7,6 @@ import pytest
 from vllm_engine import Engine, prompt
 
 from kvtier.adapters.vllm import compat, core
-from kvtier.config import parse_tier
 
 SAID = "Set PYTHONHASHSEED to any fixed number"
 
@@ -29,8 +28,9 @@ def test_the_log_says_so_where_it_is_so(monkeypatch, caplog, reproducible, algor
         monkeypatch.delenv("PYTHONHASHSEED", raising=False)
     else:
         monkeypatch.setenv("PYTHONHASHSEED", seed)
-    tier = parse_tier({"type": "disk", "path": "/nowhere", "capacity": "1MiB"}, "secondary_tiers[0]")
-    core.warn_of_random_seed(SimpleNamespace(tiers=[tier]), algorithm)
+    core.warn_of_random_seed(SimpleNamespace(persistent_tiers=[]), algorithm)
+    assert SAID not in caplog.text
+    core.warn_of_random_seed(SimpleNamespace(persistent_tiers=["disk"]), algorithm)
     assert (SAID in caplog.text) == said
 
 

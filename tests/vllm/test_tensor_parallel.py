@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from vllm_engine import Engine, prompt, written
+from vllm_engine import Engine, prompt, wait_until_up, written
 
 from kvtier.testing.patience import wait_for
 
@@ -44,6 +44,7 @@ def left(model, baseline, tmp_path_factory):
     """Return the directory of an engine that served from host memory, and of which a worker was killed then."""
     folder, before = tmp_path_factory.mktemp("two"), set(os.listdir("/dev/shm"))
     with Engine(model, folder / "log", kvtier=over(folder / "disk"), **TWO) as engine:
+        wait_until_up(engine)
         assert answers_of(engine) == (baseline(*PROMPTS), 0)
         engine.reset()
         assert answers_of(engine) == (baseline(*PROMPTS), 2 * TOKENS)

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from vllm_engine import Engine, prompt, written
+from vllm_engine import Engine, prompt, wait_until_up, written
 
 from kvtier.testing.patience import wait_for
 
@@ -43,6 +43,7 @@ def test_blocks_of_earlier_weights_are_never_served(model, baseline, trained, tm
     (old,), (path, new) = [baseline(PROMPT)], trained
     assert old != new
     with Engine(model, tmp_path / "log-1", kvtier=over(tmp_path / "disk")) as engine:
+        wait_until_up(engine)
         assert hits_of(engine) == (old, 0)
         wait_for(lambda: written(engine) == 5, what="writing 5 blocks")
         shutil.copytree(tmp_path / "disk", tmp_path / "before")  # the next namespace may take its space

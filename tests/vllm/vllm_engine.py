@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kvtier.testing.patience import PATIENCE_SECONDS, TEST_SECONDS
+from kvtier.testing.patience import PATIENCE_SECONDS, TEST_SECONDS, wait_for
 
 VOCABULARY = 512
 
@@ -158,6 +158,11 @@ class Engine:
 
     def __exit__(self, *_):
         self.stop()
+
+
+def wait_until_up(engine, tier="disk"):
+    """Wait until a tier takes blocks; a tier that outlives the engine opens when the weights have been read."""
+    wait_for(lambda: engine.generate(prompt(1, 20)) and engine.metrics().get(f"kvtier_tier_up.{tier}"), f"{tier} up")
 
 
 def written(engine, tier="disk") -> int:
