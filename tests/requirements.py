@@ -38,7 +38,16 @@ def need_mounts():
         lacking(f"root may not mount here ({refusal})", "docker run --privileged")
 
 
-@functools.cache
+def need_users():
+    """Skip the test unless another user can be mapped here, as containers do."""
+    if refusal := _refusal_of_unshare("--user", "--map-root-user", "true"):
+        lacking(f"no other user can be mapped here ({refusal})", "docker run --privileged")
+
+
 def _refusal_of_mounts():
-    done = subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, text=True)
-    return done.stderr.strip()
+    return _refusal_of_unshare("-m", "mount", "-t", "tmpfs", "none", "/mnt")
+
+
+@functools.cache
+def _refusal_of_unshare(*arguments):
+    return subprocess.run(["unshare", *arguments], capture_output=True, text=True).stderr.strip()

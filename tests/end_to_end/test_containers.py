@@ -4,7 +4,7 @@ import errno
 from pathlib import Path
 
 import pytest
-from requirements import need_mounts
+from requirements import need_mounts, need_users
 from sandbox import run_in_sandbox
 
 from kvtier.testing.patience import wait_for
@@ -84,6 +84,7 @@ def test_a_limit_of_the_address_space_is_named(tmp_path):
 
 @pytest.mark.root
 def test_a_user_without_name_and_home(tmp_path):
+    need_users()
     nameless = ("unshare", "--user", "--map-user=1000910000", "--map-group=0")
     found, said = run_in_sandbox(tmp_path / "tier", wrapper=nameless, environment={"HOME": "/", "USER": ""})
     assert (found["restored"], said) == (8, "")
