@@ -149,8 +149,9 @@ class BlockTable:
     ) -> list[OffloadKey]:
         try:
             victims = self._proposed(count, incoming, protected)
-            if len(distinct := set(victims)) < len(victims) or not distinct <= self.slot_of.keys():
-                raise InvariantError("candidates that are not held, or twice")
+            slots = set(map(self.slot_of.__getitem__, victims))  # raises for a key that is not held
+            if len(slots) < len(victims):
+                raise InvariantError("candidates that come twice")
         except Exception as fault:  # noqa: BLE001 - a plug-in may raise anything; reported, and LRU takes over
             self._replace_policy(fault)
             victims = self._proposed(count, incoming, protected)
