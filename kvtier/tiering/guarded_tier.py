@@ -7,8 +7,7 @@ wrong bytes. The guard keeps the jobs that the tier has not answered, and does n
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import ParamSpec, TypeVar
+from collections.abc import Collection, Iterator, Sequence
 
 from kvtier.abc import SecondaryTierManager
 from kvtier.clock import Clock
@@ -21,27 +20,21 @@ from kvtier.secondary.stand_ins import LateTier
 from kvtier.tiering.digests import DigestLedger
 from kvtier.tiering.patience import ProbePatience
 from kvtier.tiering.standing import Standing, StateTimes
+from kvtier.tiering.tier_calls import TierCalls
 from kvtier.types import (
     Admission,
     FailureCause,
     JobResult,
     LookupResult,
-    OffloadingEvent,
-    OffloadPolicy,
     ReqContext,
-    RequestOffloadingContext,
-    ScheduleEndContext,
 )
 
 STORE_SHARE = 0.5
 """Of the primary's slots, the most that unanswered stores of one tier pin: the rest stays free for new blocks."""
 _UP, _STARTING, _DOWN = TierState.UP, TierState.STARTING, TierState.DOWN
 
-T = TypeVar("T")
-P = ParamSpec("P")
 
-
-class TierGuard:
+class TierGuard(TierCalls):
     """A tier, its admission rule, its unanswered jobs and whether it may be used."""
 
     def __init__(
@@ -63,7 +56,7 @@ class TierGuard:
             tier_deadline: seconds without progress of any job, after which the tier is not used.
             probe_deadline: longest wait for an answer to a lookup, seconds; None for the tier's own.
         """
-        self.tier = tier
+        super().__init__(tier)
         self._late = tier if isinstance(tier, LateTier) else None
         self.index = index
         self.name = name
@@ -71,7 +64,6 @@ class TierGuard:
         self.jobs: dict[int, Job] = {}
         self._job_ids = job_ids
         self._num_storing = 0
-        self.usable = False
         self._is_opening = False
         self._was_usable = False
         self.patience = ProbePatience(clock, tier.probe_deadline if probe_deadline is None else probe_deadline)
@@ -87,7 +79,6 @@ class TierGuard:
         self._pending_epoch: bytes | None = None
         self._epoch_retry_at = 0.0
         self._closed = False
-        self._busy: threading.Thread | None = None
 
     # -- use, on the scheduler's thread -------------------------------------------------------------------
 
@@ -100,7 +91,7 @@ class TierGuard:
             return LookupResult.RETRY if self._is_opening else LookupResult.MISS
         if self._digests is not None and key not in self._digests:
             return LookupResult.MISS
-        # Not through `_ask`: this runs once per key of every scan, and a try block costs nothing where nothing raises.
+        # Not in `TierCalls`: this runs once per key of every scan, and a try block costs nothing where nothing raises.
         try:
             return self.tier.lookup(key, req_context)
         except Exception as fault:  # noqa: BLE001 - a tier's fault never reaches the engine: it is reported
@@ -159,29 +150,10 @@ class TierGuard:
         if not job.is_promotion:
             self._num_storing -= len(job.slots)
 
-    def wants_all_of(self, req_context: ReqContext) -> bool:
-        """Tell the tier of a new request; return whether it wants every block of it, prefix hits included."""
-        answer = self._ask("on_new_request", None, self.tier.on_new_request, req_context)
-        return isinstance(answer, RequestOffloadingContext) and answer.policy is OffloadPolicy.REQUEST_LEVEL
-
     def forget_request(self, req_context: ReqContext) -> None:
         """Tell the tier that a request is over."""
         self.patience.forget(req_context)
-        self._tell("on_request_finished", self.tier.on_request_finished, req_context)
-
-    def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
-        """Pass a recency hint to the tier, if it is in use."""
-        if self.usable:
-            self._tell("touch", self.tier.touch, list(keys), req_context)
-
-    def end_step(self, context: ScheduleEndContext) -> None:
-        """Tell the tier that a step is over."""
-        self._tell("on_schedule_end", self.tier.on_schedule_end, context)
-
-    def stats(self) -> Mapping[str, float]:
-        """Return the metrics that the tier itself knows, by name; none if it fails."""
-        nothing: dict[str, float] = {}
-        return self._ask("get_stats", nothing, lambda: _numbers(self.tier.get_stats()))
+        self.end_request(req_context)
 
     def readings(self) -> dict[str, float]:
         """Return the metrics of this tier that the guard knows, by name."""
@@ -197,41 +169,11 @@ class TierGuard:
             **self._times.readings(self._clock()),
         }
 
-    def take_events(self) -> list[OffloadingEvent]:
-        """Return the tier's KV events since the last call; none if it fails."""
-        nothing: list[OffloadingEvent] = []
-        return self._ask("take_events", nothing, lambda: list(self.tier.take_events()))
-
     def describe(self) -> tuple[TierState, str]:
         """Return the tier's state, seen from outside, and the reason for it."""
         if self._standing.reason is not None:
             return TierState.DOWN, self._standing.reason
-        state = self._ask("state", TierState.DOWN, lambda: self.tier.state)
-        return state, self._ask("state_reason", "", lambda: self.tier.state_reason)
-
-    def _ask(self, what: str, default: T, call: Callable[P, T], *args: P.args, **keywords: P.kwargs) -> T:
-        """Return what `call`, which is foreign code, returns; if it raises, report the fault and return `default`.
-
-        A tier that hangs in a call on another thread is not called at all: this thread might hang in it, too.
-        """
-        if self._busy is not None:
-            return default
-        try:
-            return call(*args, **keywords)
-        except Exception as fault:  # noqa: BLE001 - a tier's fault never reaches the engine: it is reported
-            self._fault(what, fault)
-            return default
-
-    def _tell(self, what: str, call: Callable[P, object], *args: P.args, **keywords: P.kwargs) -> bool:
-        """Call the tier as `_ask` does; return whether the call took place and did not raise."""
-        if self._busy is not None:
-            return False
-        try:
-            call(*args, **keywords)
-        except Exception as fault:  # noqa: BLE001 - a tier's fault never reaches the engine: it is reported
-            self._fault(what, fault)
-            return False
-        return True
+        return self.describe_itself()
 
     # -- once a step --------------------------------------------------------------------------------------
 
@@ -377,7 +319,7 @@ class TierGuard:
             self._begin_epoch(epoch)
 
     def _begin_epoch(self, epoch: bytes) -> None:
-        if self._tell("start_epoch", self.tier.start_epoch, epoch):
+        if self.enter_epoch(epoch):
             self._pending_epoch = None
             if self._digests is not None:
                 self._digests.clear()
@@ -433,7 +375,3 @@ def _read(result: JobResult, keys: Sequence[OffloadKey], took: float) -> tuple[C
     successful = keys if result.success else frozenset(keys).intersection(result.successful_keys or ())
     seconds = took if result.transfer_time is None else float(result.transfer_time)
     return successful, int(result.transfer_bytes or 0), seconds
-
-
-def _numbers(stats: Mapping[str, float]) -> dict[str, float]:
-    return {str(name): float(value) for name, value in stats.items()}
