@@ -377,6 +377,7 @@ class TierConfig:
         name: what events, statistics and logs call it.
         probe_deadline: longest a request waits for it to say whether it has a block, seconds; None for its own.
         options: keyword arguments of the tier's constructor.
+        tier_class: what its type stands for, once that was loaded.
     """
 
     where: str
@@ -386,6 +387,7 @@ class TierConfig:
     admission: Admission | None = None
     probe_deadline: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    tier_class: type | None = field(default=None, repr=False, compare=False)
 
 
 def _option(kind: Any, description: str) -> Any:

@@ -196,6 +196,8 @@ def load_tier_class(tier: TierConfig) -> type:
     Raises:
         ConfigError: as `SecondaryTierFactory.get_tier_class`.
     """
+    if tier.tier_class is not None:
+        return tier.tier_class
     key = join_key(tier.where, "type")
     if tier.module_path is not None:
         tier_class = TIERS.load_from(tier.module_path, tier.tier_type, key)
@@ -218,9 +220,10 @@ def check_tier(tier: TierConfig) -> TierConfig:
             raise ConfigError(join_key(tier.where, key), tier.options[key], "set by kvtier, not by a configuration")
     if (options_type := options_type_of(tier_class)) is not None:
         read = options_type.read(tier.options, tier.where)
-        return replace(tier, options={name: getattr(read, name) for name in tier.options})
-    signature = convert_to_signature(tier_class, tier.options, tier.where, given=_GIVEN_TO_EVERY_TIER)
-    return replace(tier, options=signature)
+        options = {name: getattr(read, name) for name in tier.options}
+        return replace(tier, options=options, tier_class=tier_class)
+    options = convert_to_signature(tier_class, tier.options, tier.where, given=_GIVEN_TO_EVERY_TIER)
+    return replace(tier, options=options, tier_class=tier_class)
 
 
 def try_tier(tier: TierConfig, block_bytes: int, policies: Mapping[str, type[EvictionPolicy]]) -> None:

@@ -112,8 +112,10 @@ class Part(_Keyed, frozen=True, tag=2):
         return cls(*_join_keys(keys), serial, first, is_load, _pack_slots(arena_slots), packed)
 
     def __post_init__(self) -> None:
-        length, store_slots = len(self.packed_arena_slots), self.packed_store_slots
-        if not _is_one_per_key(self, length) or (store_slots is not None and len(store_slots) != length):
+        joined_slots, length = self.packed_arena_slots, len(self.joined_keys)
+        if not length or len(joined_slots) * self.key_bytes != length * _SLOT_BYTES or length % self.key_bytes:
+            raise ProtocolError("keys and slots differ in number")
+        if self.packed_store_slots is not None and len(self.packed_store_slots) != len(joined_slots):
             raise ProtocolError("keys and slots differ in number")
 
     @property
@@ -205,7 +207,8 @@ class IndexBatch(_Keyed, frozen=True, tag=7):
         return cls(*_join_keys(keys), _pack_slots(slots))
 
     def __post_init__(self) -> None:
-        if not _is_one_per_key(self, len(self.packed_slots)):
+        length = len(self.joined_keys)
+        if not length or len(self.packed_slots) * self.key_bytes != length * _SLOT_BYTES or length % self.key_bytes:
             raise ProtocolError("keys and slots differ in number")
 
     @property
@@ -315,15 +318,6 @@ def _join_keys(keys: Sequence[OffloadKey]) -> tuple[int, bytes]:
     if len(set(map(len, keys))) > 1 or not MIN_KEY_BYTES <= key_bytes <= MAX_KEY_BYTES:
         raise ProtocolError(f"no keys, keys of different lengths, or not of {MIN_KEY_BYTES} to {MAX_KEY_BYTES} bytes")
     return key_bytes, b"".join(keys)
-
-
-def _is_one_per_key(message: _Keyed, length: int) -> bool:
-    """Return whether `length` bytes hold one slot per key of the message, and there are any."""
-    return (
-        bool(length)
-        and not length % _SLOT_BYTES
-        and len(message.joined_keys) * _SLOT_BYTES == length * message.key_bytes
-    )
 
 
 def _split_keys(joined: bytes, key_bytes: int) -> list[OffloadKey]:

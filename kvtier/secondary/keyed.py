@@ -7,11 +7,11 @@ from itertools import compress
 from typing import Any
 
 from kvtier.abc import BlockStore, SlotStore
-from kvtier.errors import ProtocolError
+from kvtier.errors import KeyFormatError, ProtocolError
 from kvtier.events import TierState
 from kvtier.executors.base import Report
 from kvtier.executors.protocol import IndexEnd, PartResult, ProbeAnswer, Ready, Usage
-from kvtier.keys import OffloadKey
+from kvtier.keys import OffloadKey, common_key_bytes
 from kvtier.secondary.jobs import MovingJob
 from kvtier.secondary.probes import Probes
 from kvtier.secondary.store_tier import StoreTierManager, TierSettings
@@ -82,6 +82,15 @@ class KeyedTierManager(StoreTierManager):
         """Raise InvariantError if the state contradicts itself."""
         super().check_invariants()
         self._probes.check_invariants()
+
+    def _is_sound(self, metadata: JobMetadata) -> bool:
+        """Return, besides, whether the keys have one length; there is no index that would know them."""
+        if not super()._is_sound(metadata):
+            return False
+        try:
+            return not metadata.keys or common_key_bytes(metadata.keys, None) > 0
+        except KeyFormatError:
+            return False
 
     def _begin_store(self, metadata: JobMetadata) -> MovingJob | None:
         is_present = self._probes.is_present

@@ -12,14 +12,13 @@ from typing import Any, ClassVar
 from kvtier import forks
 from kvtier.abc import BlockStore, EvictionPolicy, SecondaryTierManager, SlotStore, TierContext
 from kvtier.descriptors import Descriptor
-from kvtier.errors import ConfigError, KeyFormatError, ProtocolError
+from kvtier.errors import ConfigError, ProtocolError
 from kvtier.events import Observers, TierState
 from kvtier.executors.base import IOExecutor, Report, StoreDescription
 from kvtier.executors.inline import InlineExecutor
 from kvtier.executors.process import IOProcess
 from kvtier.executors.protocol import PartResult
 from kvtier.executors.threads import ThreadExecutor
-from kvtier.keys import common_key_bytes
 from kvtier.namespace import Namespace
 from kvtier.options import TierOptions
 from kvtier.primary.arena import arena_rows
@@ -291,14 +290,8 @@ class StoreTierManager(SecondaryTierManager):
         slots, keys = metadata.block_ids, metadata.keys
         if len(slots) != len(keys) or not _BYTES.issuperset(map(type, keys)):
             return False
-        if not keys:
-            return True
-        try:
-            common_key_bytes(keys, None)
-        except KeyFormatError:
-            return False
         numbers = slots.tolist()
-        return bool(min(numbers) >= 0 and max(numbers) < self.num_blocks)
+        return not numbers or bool(min(numbers) >= 0 and max(numbers) < self.num_blocks)
 
     def _pump(self) -> None:
         executor = self._supervisor.attend()
