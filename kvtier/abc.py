@@ -372,7 +372,7 @@ class SecondaryTierManager(ABC):
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         """Return HIT if the block is here and loadable, MISS if not, RETRY while not known or in transfer.
 
-        Called thousands of times a step; answers from memory.
+        Called thousands of times per step; answers from memory.
         """
 
     @abstractmethod

@@ -315,7 +315,7 @@ _RENAMED = {"job_deadline": "tier_deadline"}
 
 
 def _with_new_names(extra_config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the options by their names of today, and say once a call which to change.
+    """Return the options by their names of today, and say once per call which to change.
 
     Raises:
         ConfigError: an option is there under both names.

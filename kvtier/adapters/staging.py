@@ -1,6 +1,6 @@
 """Pages between a transformers cache and a worker.
 
-A worker moves pages of whole blocks; transformers keeps one tensor a layer with the tokens in the middle. The staging
+A worker moves pages of whole blocks; transformers keeps one tensor per layer with the tokens in the middle. The staging
 area is a few blocks of pages that one side fills and the other empties: one copy between arena and pages, one
 between pages and tensors.
 """
@@ -25,7 +25,7 @@ class Staging:
     Attributes:
         num_blocks: blocks that fit.
         pages: one uint8 tensor a layer, shape (num_blocks, page_bytes).
-        views: the same memory as keys and values, a pair a layer, each shape (heads, num_blocks, tokens, dim).
+        views: the same memory as keys and values, a pair per layer, each shape (heads, num_blocks, tokens, dim).
     """
 
     def __init__(self, shape: CacheShape, tokens_per_block: int, num_blocks: int) -> None:

@@ -42,7 +42,7 @@ def disk(
     block: Annotated[
         list[str] | None, typer.Option(help="Bytes of a block, for example 2MiB; may be repeated.")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="One round of 256 MiB a size, not five of 1 GiB.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="One round of 256 MiB per size, not five of 1 GiB.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write and read blocks through a disk tier, beside the raw limit of the device, and say what to set.

@@ -75,7 +75,7 @@ def verify(
     ] = False,
     threads: Annotated[int, typer.Option(min=1, max=64, help="Reads at the same time.")] = 4,
     rate: Annotated[
-        str | None, typer.Option(help="Most bytes a second, for example 200MiB; all that the disk gives if absent.")
+        str | None, typer.Option(help="Most bytes per second, for example 200MiB; all that the disk gives if absent.")
     ] = None,
     secret_env: Annotated[
         str | None, typer.Option(help="Environment variable with the secret that guards the blocks.")

@@ -105,7 +105,7 @@ class BlockLayout:
                 raise ConfigError("tensor_idx", ref.tensor_idx, f"0 to {len(kv_caches.tensors) - 1}")
             row_bytes = int(kv_caches.tensors[ref.tensor_idx].shape[1])
             if not 0 < ref.page_bytes <= row_bytes:
-                raise ConfigError("page_bytes", ref.page_bytes, f"1 to the tensor's {row_bytes} bytes a row")
+                raise ConfigError("page_bytes", ref.page_bytes, f"1 to the tensor's {row_bytes} bytes per row")
         lengths = [min(int(kv_caches.tensors[ref.tensor_idx].shape[0]) for ref in refs) for refs in groups]
         return cls(groups, tuple(lengths), engine_blocks_per_block)
 

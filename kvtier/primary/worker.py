@@ -71,7 +71,7 @@ class TransferBook:
         self._has_failed = True
 
     def take(self) -> list[TransferResult]:
-        """Return the results since the last call, which engines do once a step."""
+        """Return the results since the last call, which engines do once per step."""
         if len(self._highest_by_round) == GRACE_ROUNDS and self._published < self._highest_by_round[0]:
             self._publish(given_up=self._highest_by_round[0])
         self._highest_by_round.append(self._highest)

@@ -1,8 +1,8 @@
 """The format of a recording, and of the frames that make one.
 
 The file is a gzip stream: the magic, a JSON header of u32 length, then records. A record is `RECORD` (kind, number of
-the request, seconds, numbers of extra bytes and of keys, whether groups follow), the extra bytes, 8 bytes a key
-(BLAKE2b of key and salt) and, if any group is not 0, 2 bytes a key. A file that ends early is a recording that ended
+the request, seconds, numbers of extra bytes and of keys, whether groups follow), the extra bytes, 8 bytes per key
+(BLAKE2b of key and salt) and, if any group is not 0, 2 bytes per key. A file that ends early is a recording that ended
 early.
 """
 

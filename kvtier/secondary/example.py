@@ -74,7 +74,7 @@ class ExampleSecondaryTierManager(SecondaryTierManager):
         self._finish(job_metadata, loaded)
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
-        """Return the results since the last call, one a job."""
+        """Return the results since the last call, one per job."""
         results, self._results = self._results, []
         return results
 

@@ -138,7 +138,7 @@ class StripedTierManager(SecondaryTierManager):
 
     @property
     def io_pids(self) -> list[int | None]:
-        """Processes that move this tier's bytes, one a stripe; None where there is none at the moment."""
+        """Processes that move this tier's bytes, one per stripe; None where there is none at the moment."""
         return [stripe.io_pid for stripe in self._stripes]
 
     def start(self) -> None:
@@ -332,7 +332,7 @@ class StripedTierManager(SecondaryTierManager):
 
 
 def _merge(routes: Sequence[Route]) -> list[Route]:
-    """Return one route a stripe."""
+    """Return one route per stripe."""
     merged: dict[int, list[int]] = {}
     for index, positions in routes:
         merged.setdefault(index, []).extend(positions)

@@ -70,7 +70,7 @@ class SlotStoreSuite(Suite):
         keys = [make_key(number) for number in (slots if numbers is None else numbers)]
         buffers = self.buffers(len(slots))
         results = list(self.store.read_into(slots, keys, buffers))
-        assert len(results) == len(slots), "one result a slot"
+        assert len(results) == len(slots), "one result per slot"
         return [bytes(buffer) if result else None for result, buffer in zip(results, buffers, strict=True)]
 
     def _assert_lost(self, slot: int, what: str) -> None:

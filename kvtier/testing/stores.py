@@ -161,7 +161,7 @@ class StoreSuite(Suite):
         keys = [make_key(number) for number in numbers]
         buffers = self.buffers(len(keys))
         results = list(self.store.read_into(keys, buffers))
-        assert len(results) == len(keys), "one result a key"
+        assert len(results) == len(keys), "one result per key"
         if self.keeps_failed_buffers:
             for result, buffer in zip(results, buffers, strict=True):
                 assert result or bytes(buffer) == bytes([FILLING]) * self.block_bytes, "a failed buffer was written"

@@ -186,7 +186,7 @@ class Requests:
         self._tiers = tiers
         self._by_id: dict[str, RequestState] = {}
         self.get: Callable[[str], RequestState | None] = self._by_id.get
-        """Return the state of a request, or None. The dict's own method: it is called many times a request."""
+        """Return the state of a request, or None. The dict's own method: it is called many times per request."""
         self._arrivals = 0
 
     def __len__(self) -> int:

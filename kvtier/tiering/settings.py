@@ -26,7 +26,7 @@ class TieringSettings:
         drain_timeout: longest a reset or shutdown waits for tiers.
         tier_deadline: a tier of whose jobs nothing has progressed for so long is not used until something has.
         promotion_budget: share of the primary's slots that promotions and leases may hold, in (0, 1].
-        prefill_rate: tokens a second that the engine computes; shortens waits for tiers to what recomputing takes.
+        prefill_rate: tokens per second that the engine computes; shortens waits for tiers to what recomputing takes.
         tokens_per_block: tokens in one offloaded block, for that prediction.
         on_reset: whether a reset starts a new epoch.
         kv_events: whether `take_events` collects events.

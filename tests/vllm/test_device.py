@@ -282,7 +282,7 @@ def test_kv_caches_that_do_not_fit_switch_kvtier_off(engine_id, log, monkeypatch
     try:
         core.start(1)
         wait_for(lambda: "kvtier is off" in log.text)
-        assert "kv_caches='4608 bytes a block': at most the 3072 that a rank has" in log.text
+        assert "kv_caches='4608 bytes per block': at most the 3072 that a rank has" in log.text
         assert core.manager is None
         assert worker.get_finished() == []
     finally:

@@ -1,7 +1,7 @@
 """CUDA and XPU: vLLM's own shared region is the arena, and vLLM's own worker copies. Untested on a device.
 
 vLLM's region (`vllm/v1/kv_offload/cpu/shared_offload_region.py`, the same from 0.28 to 0.32) is a file in /dev/shm that
-the core and every worker map: one row a block, without gaps; in a row every rank has its share, in the order of ranks.
+the core and every worker map: one row per block, without gaps; each rank has its share of a row, in the order of ranks.
 That is kvtier's (num_blocks, block_bytes). kvtier's control page is appended to the file, behind what vLLM maps. The
 file loses its name when all workers have mapped it: what is killed from then on leaves nothing behind.
 """
@@ -112,7 +112,7 @@ class RegionTieringSpec(TieringOffloadingSpec):
         rank, path = self.config.rank, region_path(self.config.engine_id)
         needed = self.engine_blocks_per_block * sum(tensor.page_size_bytes for tensor in kv_caches.tensors)
         if needed > self._share:
-            raise ConfigError("kv_caches", f"{needed} bytes a block", f"at most the {self._share} that a rank has")
+            raise ConfigError("kv_caches", f"{needed} bytes per block", f"at most the {self._share} that a rank has")
         if not os.path.samestat(path.stat(), os.fstat(self.arena.fd)):
             raise ConfigError("engine_id", self.config.engine_id, f"{path} is not the engine core's")
         device = kv_caches.tensors[0].tensor.device

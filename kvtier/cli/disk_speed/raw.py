@@ -61,7 +61,7 @@ class RawFile:
     def move(self, write: bool, summed: bool = False) -> dict[str, float]:
         """Write or read the whole file once; return the seconds and the CPU seconds that took.
 
-        Args: summed: with checksums, and not from one buffer a thread, which a cache holds.
+        Args: summed: with checksums, and not from one buffer per thread, which a cache holds.
         """
         numbers = itertools.count()
         call = os.pwritev if write else os.preadv
