@@ -80,7 +80,7 @@ def extra_config(
     extra: dict[str, Any] = {"spec_name": SPEC_NAME, "cpu_bytes_to_use": cpu}
     tiers = [{**tier, **guard} for tier in (*map(_disk_tier, disks), *shared)]
     if guard and not tiers:
-        raise ConfigError("secret", None, "a tier that it guards: host memory needs no secret")
+        raise ConfigError("secret", None, "a tier for it to guard: host memory alone needs no secret")
     if tiers:
         extra["secondary_tiers"] = tiers
     for item in options:

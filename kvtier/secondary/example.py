@@ -74,7 +74,6 @@ class ExampleSecondaryTierManager(SecondaryTierManager):
         self._finish(job_metadata, loaded)
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
-        """Return the results since the last call, one per job."""
         results, self._results = self._results, []
         return results
 
@@ -86,11 +85,9 @@ class ExampleSecondaryTierManager(SecondaryTierManager):
         self._blocks.clear()
 
     def get_stats(self) -> Mapping[str, float]:
-        """Return the blocks and bytes held."""
         return {"blocks": len(self._blocks), "bytes": len(self._blocks) * self._block_bytes}
 
     def shutdown(self) -> None:
-        """Forget everything."""
         self._blocks.clear()
 
     def _finish(self, job: JobMetadata, done: list[OffloadKey]) -> None:

@@ -105,7 +105,6 @@ class FirstInterfaceTier(SecondaryTierManager):
         self._narrowed: dict[int, list[OffloadKey]] = {}
 
     def start(self) -> None:
-        """Start the tier, if it can be started."""
         self._call_if_there("start")
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
@@ -116,7 +115,6 @@ class FirstInterfaceTier(SecondaryTierManager):
         return answer if isinstance(answer, LookupResult) else _ANSWERS[None if answer is None else bool(answer)]
 
     def submit_store(self, job_metadata: JobMetadata) -> None:
-        """Pass the job on."""
         self._open_stores[job_metadata.job_id] = list(job_metadata.keys)
         self.tier.submit_store(job_metadata)
 
@@ -135,34 +133,27 @@ class FirstInterfaceTier(SecondaryTierManager):
         self.tier.submit_load(job_metadata)
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
-        """Return the tier's results."""
         answers, self._answers = self._answers, []
         return answers + self._collect()
 
     def can_store(self, num_blocks: int) -> bool:
-        """Return the tier's answer, or True."""
         answer = self._call_if_there("can_store", num_blocks)
         return True if answer is None else bool(answer)
 
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
-        """Pass the hint on."""
         self._call_if_there("touch", keys, req_context)
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
-        """Pass the request on."""
         answer = self._call_if_there("on_new_request", req_context)
         return answer if isinstance(answer, RequestOffloadingContext) else RequestOffloadingContext()
 
     def on_request_finished(self, req_context: ReqContext) -> None:
-        """Pass the end on."""
         self._call_if_there("on_request_finished", req_context)
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
-        """Pass the end of the step on."""
         self._call_if_there("on_schedule_end", context)
 
     def has_pending_work(self) -> bool:
-        """Return the tier's answer, or False."""
         return bool(self._call_if_there("has_pending_work"))
 
     def drain_jobs(self) -> None:
@@ -180,17 +171,14 @@ class FirstInterfaceTier(SecondaryTierManager):
         self._call_if_there("start_epoch", epoch)
 
     def take_events(self) -> Iterable[OffloadingEvent]:
-        """Return the tier's events, if it has any."""
         events: Iterable[OffloadingEvent] | None = self._call_if_there("take_events")
         return events or ()
 
     def get_stats(self) -> Mapping[str, float]:
-        """Return the tier's gauges, if it has any."""
         stats: Mapping[str, float] | None = self._call_if_there("get_stats")
         return stats or {}
 
     def shutdown(self) -> None:
-        """Shut the tier down, if it knows how."""
         self._call_if_there("shutdown")
 
     def _collect(self) -> list[JobResult]:

@@ -25,40 +25,33 @@ class UnusableTierManager(SecondaryTierManager):
 
     @property
     def state(self) -> TierState:
-        """DOWN."""
         return TierState.DOWN
 
     @property
     def state_reason(self) -> str:
-        """The reason given to the constructor."""
         return self._reason
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
-        """Return MISS."""
         return LookupResult.MISS
 
     def can_store(self, num_blocks: int) -> bool:
-        """Return False."""
         return False
 
     def submit_store(self, job_metadata: JobMetadata) -> None:
-        """Refuse the job."""
         self._results.append(JobResult(job_metadata.job_id, False))
 
     def submit_load(self, job_metadata: JobMetadata) -> None:
-        """Refuse the job."""
         self._results.append(JobResult(job_metadata.job_id, False))
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
-        """Return the refusals since the last call."""
         results, self._results = self._results, []
         return results
 
     def drain_jobs(self) -> None:
-        """Return at once: there is nothing to wait for."""
+        return
 
 
-_REASON = "it is not known yet whose blocks are whose"
+_REASON = "the engine has not said yet which model this is"
 
 
 class LateTier(UnusableTierManager):

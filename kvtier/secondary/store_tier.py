@@ -119,7 +119,9 @@ class StoreTierManager(SecondaryTierManager):
         if namespace is None:
             if self.needs_namespace:
                 raise ConfigError(
-                    "namespace", None, f"tier {tier_type} keeps blocks: the engine must say whose they are"
+                    "namespace",
+                    None,
+                    f"tier {tier_type} keeps blocks for later engines: the engine must say which model they belong to",
                 )
             namespace = Namespace({"process": secrets.token_hex(8)})
         self.num_blocks, self.block_bytes = _shape(primary_kv_view)

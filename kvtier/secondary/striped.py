@@ -142,7 +142,6 @@ class StripedTierManager(SecondaryTierManager):
         return [stripe.io_pid for stripe in self._stripes]
 
     def start(self) -> None:
-        """Start every stripe."""
         for stripe in self._stripes:
             stripe.start()
 
@@ -282,7 +281,6 @@ class StripedTierManager(SecondaryTierManager):
             stripe.on_schedule_end(context)
 
     def has_pending_work(self) -> bool:
-        """Return whether any stripe has work of its own."""
         return any(stripe.has_pending_work() for stripe in self._stripes)
 
     def drain_jobs(self) -> None:
@@ -296,7 +294,6 @@ class StripedTierManager(SecondaryTierManager):
             stripe.start_epoch(epoch)
 
     def take_events(self) -> Iterable[OffloadingEvent]:
-        """Return blocks that came and went."""
         return [event for stripe in self._stripes for event in stripe.take_events()]
 
     def get_stats(self) -> Mapping[str, float]:

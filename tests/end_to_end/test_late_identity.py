@@ -37,7 +37,9 @@ def fill(engine, keys=KEYS):
 def test_host_memory_serves_before_and_the_disk_after(late):
     engine = late()
     fill(engine)
-    assert engine.manager.tier_states() == {"disk": (TierState.STARTING, "it is not known yet whose blocks are whose")}
+    assert engine.manager.tier_states() == {
+        "disk": (TierState.STARTING, "the engine has not said yet which model this is")
+    }
     assert engine.restore(KEYS) == 6
     assert engine.manager.lookup(make_keys(1, "other")[0], engine.request()) is LookupResult.MISS
     engine.spec.identify(OURS)

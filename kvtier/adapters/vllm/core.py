@@ -24,7 +24,7 @@ from kvtier.tiering.manager import TieringOffloadingManager
 
 logger = cleaned(init_logger("vllm.kvtier"))
 
-_UNTOLD = "it cannot be told whose blocks are whose: "
+_UNTOLD = "kvtier cannot tell which model blocks belong to: "
 WEIGHTS_SECONDS = 2.0
 """Longest the engine's start waits for weights that are being read; remembered ones are known at once."""
 

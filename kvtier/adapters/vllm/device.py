@@ -69,7 +69,6 @@ class RegionTieringSpec(TieringOffloadingSpec):
             self._region.cleanup()
 
     def shutdown(self) -> None:
-        """Release everything; idempotent."""
         super().shutdown()
         self.forget_name()
 
@@ -147,24 +146,20 @@ class RegionWorker(OffloadingWorker):
         self._sequences.clear()
 
     def submit_store(self, job_id: int, src_spec: types.GPULoadStoreSpec, dst_spec: types.LoadStoreSpec) -> bool:
-        """Start copying engine blocks into slots."""
         self._start(self._theirs.submit_store, job_id, sequence_of(dst_spec), src_spec, dst_spec)
         return True
 
     def submit_load(self, job_id: int, src_spec: types.LoadStoreSpec, dst_spec: types.GPULoadStoreSpec) -> bool:
-        """Start copying slots into engine blocks."""
         self._start(self._theirs.submit_load, job_id, sequence_of(src_spec), src_spec, dst_spec)
         return True
 
     def get_finished(self) -> list[types.TransferResult]:
-        """Return the transfers that ended since the last call."""
         for result in () if self._left_to_parent else self._theirs.get_finished():
             ours = types.TransferResult(result.job_id, result.success, result.transfer_size, result.transfer_time)
             self._book.end(ours, self._sequences.pop(result.job_id, 0))
         return self._book.take()
 
     def wait(self, job_ids: set[int]) -> None:
-        """Block until the named transfers have ended."""
         if not self._left_to_parent:
             self._theirs.wait(job_ids)
 

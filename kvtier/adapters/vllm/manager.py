@@ -61,7 +61,6 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         return None if self._off else self._core.manager
 
     def lookup(self, key: OffloadKey, req_context: Any) -> Any:
-        """Return whether one block can be loaded now, soon, maybe or not."""
         manager = self._core.manager
         if manager is None or self._off:
             return _MISS
@@ -99,16 +98,14 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         """
         manager = self._core.manager
         if manager is None:
-            raise RuntimeError("vLLM asks to load blocks, and no lookup can have called one a hit")
+            raise RuntimeError("vLLM asks to load blocks, although no lookup has answered HIT")
         return KVTierLoadStoreSpec(manager.prepare_load(keys, self._translated(req_context)))
 
     def touch(self, keys: Collection[OffloadKey], req_context: Any) -> None:
-        """Count one use of `keys`."""
         ours = self._translated(req_context)
         self._try("touch", None, lambda manager: manager.touch(keys, ours))
 
     def complete_load(self, keys: Collection[OffloadKey], req_context: Any) -> None:
-        """Unpin `keys`."""
         ours = self._translated(req_context)
         self._try("complete_load", None, lambda manager: manager.complete_load(keys, ours), though_off=True)
 
@@ -137,7 +134,6 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         self._try("complete_store", None, complete, though_off=True)
 
     def on_new_request(self, req_context: Any) -> Any:
-        """Learn of a request."""
         ours = self._contexts[req_context.req_id] = EngineReqContext(req_context)
         self._last = (req_context, ours)
         wanted = self._try("on_new_request", None, lambda manager: manager.on_new_request(ours))
@@ -153,13 +149,11 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         self._last = None
 
     def on_schedule_end(self, context: Any) -> None:
-        """Plan promotions, and collect what arrived."""
         self._scanned = self._repeated = None
         ours = ScheduleEndContext(context.new_req_ids, context.preempted_req_ids)
         self._try("on_schedule_end", None, lambda manager: manager.on_schedule_end(ours))
 
     def has_pending_work(self) -> bool:
-        """Return whether vLLM must keep stepping without requests."""
         return self._try("has_pending_work", False, lambda manager: manager.has_pending_work())
 
     def take_events(self) -> Iterable[Any]:
@@ -180,7 +174,6 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         return self._stats.report(self._try("get_stats", nothing, lambda manager: manager.get_stats()))
 
     def shutdown(self) -> None:
-        """Release everything, bounded in time."""
         try:
             self._core.shutdown()
         except Exception as error:  # noqa: BLE001 - nothing may disturb the engine's end: reported

@@ -78,15 +78,12 @@ class KVTierSecondaryTier(tiering.SecondaryTierManager):  # type: ignore[misc]  
             self._tier = UnusableTierManager(primary_kv_view, tier_type, reason)
 
     def lookup(self, key: OffloadKey, req_context: Any) -> Any:
-        """Return whether the block is here."""
         return ANSWERS[self._tier.lookup(key, EngineReqContext(req_context))]
 
     def submit_store(self, job_metadata: Any) -> None:
-        """Start copying blocks into the tier."""
         self._tier.submit_store(self._job(job_metadata))
 
     def submit_load(self, job_metadata: Any) -> None:
-        """Start copying blocks out of the tier."""
         self._tier.submit_load(self._job(job_metadata))
 
     def get_finished_jobs(self) -> Iterable[Any]:
@@ -106,30 +103,24 @@ class KVTierSecondaryTier(tiering.SecondaryTierManager):  # type: ignore[misc]  
         ]
 
     def touch(self, keys: Collection[OffloadKey], req_context: Any) -> None:
-        """Note that `keys` were used."""
         self._tier.touch(keys, EngineReqContext(req_context))
 
     def on_new_request(self, req_context: Any) -> Any:
-        """Learn of a request."""
         wanted = self._tier.on_new_request(EngineReqContext(req_context))
         if wanted.policy is types.OffloadPolicy.REQUEST_LEVEL:
             return base.RequestOffloadingContext(base.OffloadPolicy.REQUEST_LEVEL)
         return base.RequestOffloadingContext(NEWLY_COMPUTED_ONLY)
 
     def on_request_finished(self, req_context: Any) -> None:
-        """Learn that a request is over."""
         self._tier.on_request_finished(EngineReqContext(req_context))
 
     def on_schedule_end(self, context: Any) -> None:
-        """Flush what was batched."""
         self._tier.on_schedule_end(ScheduleEndContext(context.new_req_ids, context.preempted_req_ids))
 
     def has_pending_work(self) -> bool:
-        """Return whether vLLM must keep stepping without requests."""
         return bool(self._running) or self._tier.has_pending_work()
 
     def take_events(self) -> Iterable[Any]:
-        """Return KV events since the last call."""
         return [offloading_event(event) for event in self._tier.take_events()]
 
     def drain_jobs(self) -> None:
@@ -138,7 +129,6 @@ class KVTierSecondaryTier(tiering.SecondaryTierManager):  # type: ignore[misc]  
         self._tier.start_epoch(os.urandom(_EPOCH_BYTES))
 
     def shutdown(self) -> None:
-        """Release everything."""
         self._tier.shutdown()
 
     def _job(self, job: Any) -> JobMetadata:

@@ -86,7 +86,6 @@ class KVTierOffloadingWorker(base.OffloadingWorker):  # type: ignore[misc]  # vL
         self._stop = threading.Event()
 
     def submit_store(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
-        """Start copying engine blocks into slots."""
         attached = self._attached_now()
         try:
             attached.worker.submit_store(job_id, engine_blocks(src_spec), dst_spec.slots())
@@ -96,7 +95,6 @@ class KVTierOffloadingWorker(base.OffloadingWorker):  # type: ignore[misc]  # vL
         return True
 
     def submit_load(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
-        """Start copying slots into engine blocks."""
         self._loads.add(job_id)
         self._attached_now().worker.submit_load(job_id, src_spec.slots(), engine_blocks(dst_spec))
         return True
@@ -123,7 +121,6 @@ class KVTierOffloadingWorker(base.OffloadingWorker):  # type: ignore[misc]  # vL
         return results
 
     def wait(self, job_ids: set[int]) -> None:
-        """Block until the named transfers have ended."""
         if self._attached is not None:
             self._attached.worker.wait(job_ids)
 
