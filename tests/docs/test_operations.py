@@ -150,9 +150,9 @@ def test_every_command_prints_what_the_document_shows(tmp_path):
 def test_the_arithmetic_of_the_document():
     text = DOCUMENT.read_text()
     bytes_per_token = 2 * 36 * 8 * 128 * 2
-    assert f"= {bytes_per_token:,} bytes a token" in text
+    assert f"= {bytes_per_token:,} bytes per token" in text
     block_bytes = 64 * bytes_per_token
-    assert f"= {block_bytes / 2**20:.0f} MiB a block" in text
+    assert f"= {block_bytes / 2**20:.0f} MiB per block" in text
     blocks = SlabGeometry.of(200 << 30, block_bytes).num_slots
     assert f"{blocks:,} blocks" in text
     assert f"{blocks * 64:,} tokens" in text
