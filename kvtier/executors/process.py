@@ -32,6 +32,7 @@ from kvtier.executors.protocol import (
 )
 from kvtier.executors.queue import TaskQueue
 from kvtier.keys import OffloadKey
+from kvtier.redaction import is_secret
 
 _MOST_PACKETS = 512
 _MOST_INDEX_BATCHES = 2
@@ -48,10 +49,19 @@ _SECONDS_BETWEEN_LOOKS = 0.02
 """At a process whose end nothing announces."""
 
 
-def _environment() -> dict[str, str]:
-    """Return an environment in which modules are found where this process finds them, without BLAS threads."""
+_READ_NAMED_SECRETS_ONLY = ("kvtier.stores.slab.", "kvtier.stores.filesystem.", "kvtier.stores.resp.")
+"""Stores that read no secret of the environment but those that their options name. Clients of buckets read many, and
+nobody knows what a user's own store reads."""
+
+
+def _environment(description: StoreDescription) -> dict[str, str]:
+    """Return an environment for a store: no secrets of others, no BLAS threads, modules found where they are here."""
     path = os.pathsep.join(entry for entry in map(_written_out, sys.path) if entry)
-    return {**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    inherited = dict(os.environ)
+    if description.path.startswith(_READ_NAMED_SECRETS_ONLY):
+        named = {value for value in description.options.values() if isinstance(value, str)}
+        inherited = {name: value for name, value in inherited.items() if name in named or not is_secret(name)}
+    return {**inherited, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
 def _written_out(entry: str) -> str:
@@ -138,7 +148,7 @@ class IOProcess(IOExecutor):
                 stdout=subprocess.DEVNULL,
                 pass_fds=[fd for fd in inherited if fd >= 0],
                 start_new_session=True,
-                env=_environment(),
+                env=_environment(self._description),
             )
             pidfd = _open_pidfd(self._process.pid)
             self._pidfd = Descriptor(pidfd) if pidfd >= 0 else None

@@ -3,22 +3,27 @@
 The options are those that the registered tiers declare, so that a new one is covered from its first day.
 """
 
+import functools
 import inspect
 import io
 import json
 import logging
 import traceback
+from pathlib import Path
 
 import pytest
 
 from kvtier.config import KVCacheGroup, OffloadingConfig, TieringConfig, parse_config
 from kvtier.errors import KVTierError
+from kvtier.events import TierState
 from kvtier.log import logger
 from kvtier.namespace import Namespace
 from kvtier.redaction import is_secret, shown_option
 from kvtier.registry import TIERS, construct_tier
 from kvtier.secondary.trial import options_type_of
 from kvtier.spec.tiering import TieringOffloadingSpec
+from kvtier.testing.patience import PATIENCE_SECONDS, wait_for
+from kvtier.types import ScheduleEndContext
 
 CANARY = "c4n4ry-Sup3rS3cret"
 GOOD = {
@@ -198,6 +203,38 @@ def test_secrets_in_files_and_in_the_environment_are_shown_by_nothing(tmp_path, 
     for file in tmp_path.rglob("*"):
         if file.is_file() and file.name not in ("secret", "password"):
             assert CANARY.encode() not in file.read_bytes(), file
+
+
+def environment_of(manager, tier):
+    manager.on_schedule_end(ScheduleEndContext())
+    try:
+        return Path(f"/proc/{tier.io_pid}/environ").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):  # between two processes, of a server that is not there
+        return b""
+
+
+def test_a_process_of_a_tier_gets_no_secret_of_the_environment_but_its_own(tmp_path, monkeypatch):
+    planted = dict.fromkeys(("PLANTED_SECRET", "PLANTED_PASSWORD", "AWS_SECRET_ACCESS_KEY"), f"{CANARY}-{'e' * 30}")
+    for name, value in {**planted, "PLANTED_SETTING": "plain"}.items():
+        monkeypatch.setenv(name, value)
+    tiers = [
+        {"type": "disk", "path": str(tmp_path / "guarded"), "capacity": "4MiB", "secret_env": "PLANTED_SECRET"},
+        {"type": "filesystem", "path": str(tmp_path / "shared"), "capacity": "4MiB"},
+        {"type": "resp", "url": "redis://127.0.0.1:1", "password_env": "PLANTED_PASSWORD"},
+    ]
+    (tmp_path / "shared").mkdir()
+    extra = {"cpu_bytes_to_use": "64KiB", "secondary_tiers": tiers}
+    config = OffloadingConfig(extra, (KVCacheGroup(16, ("layer.0",)),), 4096, namespace=Namespace({"model": "m"}))
+    with TieringOffloadingSpec(config) as spec:
+        manager = spec.get_manager()
+        spec.wait_for_tiers(PATIENCE_SECONDS)
+        assert manager.tier_states()["disk"][0] is TierState.UP
+        found = []
+        for guard in manager._tiers:
+            environment = wait_for(functools.partial(environment_of, manager, guard.tier), "a process")
+            assert b"PLANTED_SETTING=plain" in environment
+            found.append([name for name in planted if f"{name}=".encode() in environment])
+    assert found == [["PLANTED_SECRET"], [], ["PLANTED_PASSWORD"]]
 
 
 def test_values_are_hidden_by_name_and_by_shape():

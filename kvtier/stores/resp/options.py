@@ -63,7 +63,7 @@ class RespOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True, kw_on
         str | None,
         msgspec.Meta(
             description="name of an environment variable that holds the password. Read anew for each connection, so"
-            " that it may change; never logged, never sent to another process"
+            " that it may change; never logged; no process but this tier's gets it"
         ),
     ] = None
     password_file: Annotated[str | None, msgspec.Meta(description="path of a file that holds the password instead")] = (
