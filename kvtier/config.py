@@ -178,8 +178,11 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         msgspec.Meta(description="not supported: false only"),
     ] = False
     load_deadline: Annotated[
-        _Seconds,
-        msgspec.Meta(description="longest a request waits for tiers, seconds; then the rest is computed"),
+        _Seconds | None,
+        msgspec.Meta(
+            description="longest a request waits for tiers, seconds; then the rest is computed. Absent, it waits for"
+            " blocks only while they arrive sooner than they are computed"
+        ),
     ] = TieringSettings.load_deadline
     probe_deadline: Annotated[
         _Seconds | None,
@@ -211,8 +214,8 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     prefill_rate: Annotated[
         _Seconds | None,
         msgspec.Meta(
-            description="tokens per second that the engine computes; shortens `load_deadline` and `probe_deadline` to"
-            " what computing the tokens would take"
+            description="tokens per second that the engine computes, until kvtier has measured it; absent, 10,000."
+            " Given, it bounds the wait for answers of tiers, too"
         ),
     ] = TieringSettings.prefill_rate
     on_reset: Annotated[

@@ -77,7 +77,7 @@ class TierStateChanged(NamedTuple):
 
 
 class RequestGaveUp(NamedTuple):
-    """A request stopped waiting: `reason` is "deadline", "budget" or "probe"; `num_blocks` answer MISS to it."""
+    """A request waits for no more: `reason` is "deadline", "budget", "probe" or "slower"; `num_blocks` miss for it."""
 
     req_id: str
     reason: str

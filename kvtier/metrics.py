@@ -128,7 +128,7 @@ _OF_REQUESTS = (
         "Blocks loaded to the device, by the tier they came from", "hit_blocks"),
     _counter(_ENGINE, "lookups", ("answer",), "Answers to lookups of one block; a request that waits asks often"),
     _on(RequestGaveUp, lambda event: ((event.reason, 1),), "gave_up", _REASON,
-        "Requests that stopped waiting: deadline, budget or probe", "requests_gave_up"),
+        "Requests that stopped waiting: deadline, budget, probe or slower", "requests_gave_up"),
     _on(RequestGaveUp, lambda event: ((event.reason, event.num_blocks),), "gave_up_blocks", _REASON,
         "Blocks that requests stopped waiting for"),
 )  # fmt: skip

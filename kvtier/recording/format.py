@@ -49,7 +49,7 @@ class Header(msgspec.Struct, frozen=True):
     block_bytes: _Count
     primary_blocks: _Count
     policy: str
-    load_deadline: float
+    load_deadline: float | None
     probe_deadline: float | None
     lease_timeout: float
     promotion_budget: float

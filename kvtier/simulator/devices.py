@@ -48,24 +48,35 @@ class Device(Generic[T]):
         self._speed = speed
         self._clock = clock
         self._reading_until = self._writing_until = 0.0
+        self._asked_bytes = 0
         self._reads: deque[tuple[float, T]] = deque()
         self._writes: deque[tuple[float, T]] = deque()
 
     def read(self, job: T, num_bytes: int) -> None:
         """Queue a read."""
+        self._asked_bytes += num_bytes
         begin = max(self._clock(), self._reading_until)
         self._reading_until = end = begin + num_bytes / self._speed.read_bandwidth
         self._reads.append((end + self._speed.latency, job))
 
     def write(self, job: T, num_bytes: int) -> None:
         """Queue a write."""
+        self._asked_bytes += num_bytes
         begin = max(self._clock(), self._writing_until)
         self._writing_until = end = begin + num_bytes / self._speed.write_bandwidth
         self._writes.append((end + self._speed.latency, job))
 
-    def next_read(self) -> float | None:
-        """Return when the first read ends that `finished` has not returned; None if there is none."""
-        return self._reads[0][0] if self._reads else None
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes that it has read and written by now."""
+        now, speed = self._clock(), self._speed
+        reading = max(0.0, self._reading_until - now) * speed.read_bandwidth
+        writing = max(0.0, self._writing_until - now) * speed.write_bandwidth
+        return self._asked_bytes - int(reading + writing)
+
+    def next_end(self) -> float | None:
+        """Return when the first transfer ends that `finished` has not returned; None if there is none."""
+        return min([queue[0][0] for queue in (self._reads, self._writes) if queue], default=None)
 
     def has_finished(self) -> bool:
         """Return whether `finished` would return anything now."""

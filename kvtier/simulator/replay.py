@@ -1,14 +1,15 @@
 """Replays a trace's requests through the production manager, in simulated time.
 
-A request is looked up when it arrives, waits for tiers as an engine lets it wait, loads what it found, and stores
-the rest at that same instant: what it computes can be found by the next request at once, so that an unlimited tier
-reaches exactly the rate that the trace allows. The time to its first token is the wait, the copy to the accelerator
-and the computing of the rest at `prefill_rate`; requests do not queue for the accelerator.
+One accelerator computes prompts, one after the other, in the order of their arrival; answers cost nothing. Whenever it
+is free, the first waiting requests are looked up, as an engine's scheduler does: the first one that is not deferred is
+next. It loads what it found, and stores the rest at that same instant: what it computes can be found by the next
+request. A request's time to its first token is its wait, the copy to the accelerator and the computing of the rest.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ _STEP = ScheduleEndContext()
 _STEP_EVERY = 64
 """Requests between two steps where nothing waits: what an engine's step would do then is nothing, but not for free."""
 _MOMENT = 1e-6
+_LOOKED_UP = 4
+"""Waiting requests that an engine's scheduler looks at while it is busy: what its budget of tokens leaves room for."""
 _NOTHING: Mapping[str, int] = {}
 
 
@@ -41,14 +44,19 @@ class LoadLog:
             self.by_source = event.by_source
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Waiting:
-    """A request that waits for a tier; `look_at`: when its deadline may have passed."""
+    """A request that waits for the accelerator.
+
+    Attributes:
+        is_known: it was looked up; is_deferred: it waits for a tier, too; look_at: when its deadline may have passed.
+    """
 
     request: TraceRequest
     context: ReqContext
-    since: float
-    look_at: float
+    is_known: bool = False
+    is_deferred: bool = False
+    look_at: float = 0.0
 
 
 class Replay:
@@ -69,7 +77,9 @@ class Replay:
         self._loads = LoadLog()
         self._engine = SimulatedEngine(setup.limited_to(trace.num_kept), machine, trace.tokens_per_block, self._loads)
         self._manager, self._clock = self._engine.manager, self._engine.clock
-        self._waiting: list[_Waiting] = []
+        self._queue: list[_Waiting] = []
+        self._computing: ReqContext | None = None
+        self._free_at = 0.0
         self._load_seconds = setup.block_bytes / machine.host_bandwidth
 
     def run(self, progress: Progress | None = None) -> Result:
@@ -81,15 +91,17 @@ class Replay:
         gc.disable()  # nothing here makes cycles, and the collector would look at every key of the trace
         try:
             for number, request in enumerate(requests):
-                if self._waiting:
-                    self._serve_until(request.time)
+                self._work_until(request.time)
                 self._clock.advance_to(request.time)
-                if number % _STEP_EVERY == 0 or self._has_news():
+                if number % _STEP_EVERY == 0:
                     self._manager.on_schedule_end(_STEP)
-                    if progress is not None and number % _STEP_EVERY == 0:
+                    if progress is not None:
                         progress(number / len(requests))
-                self._arrive(number, request)
-            self._serve_until(float("inf"))
+                context = ReqContext(str(number), num_prompt_tokens=request.input_tokens)
+                self._manager.on_new_request(context)
+                self._queue.append(_Waiting(request, context))
+                self._schedule()
+            self._work_until(math.inf)
         finally:
             if with_collector:
                 gc.enable()
@@ -101,73 +113,78 @@ class Replay:
         self._manager.shutdown()
         return Result.of(self._trace, self._setup, self._machine, self.outcomes, stats, seconds)
 
-    def _has_news(self) -> bool:
-        for tier in self._engine.tiers:  # noqa: SIM110 - a generator would cost as much as the questions
-            if tier.has_news():
-                return True
-        return False
+    def _work_until(self, end: float) -> None:
+        """Let time pass up to `end`, or until nobody waits, and do whatever comes due."""
+        while (now := self._next_event()) < end:
+            self._clock.advance_to(now)
+            if self._computing is not None and now >= self._free_at:
+                self._manager.on_request_finished(self._computing)
+                self._computing = None
+            if self._engine.tiers:
+                self._manager.on_schedule_end(_STEP)
+            self._schedule()
 
-    def _arrive(self, number: int, request: TraceRequest) -> None:
-        context = ReqContext(str(number), num_prompt_tokens=request.input_tokens)
-        self._manager.on_new_request(context)
-        num_hits, num_pending = self._manager.lookup_prefix(request.keys, context)
-        if not num_pending:
-            self._serve(request, context, num_hits, 0.0)
+    def _next_event(self) -> float:
+        """Return when the accelerator is free, a transfer ends or a deadline passes; infinity if nothing will."""
+        transfers = [at for tier in self._engine.tiers if (at := tier.device.next_end()) is not None]
+        if self._computing is not None:
+            return min([self._free_at, *transfers])
+        deadlines = [waiting.look_at for waiting in self._queue[:_LOOKED_UP] if waiting.is_deferred]
+        return min([math.inf, *transfers, *deadlines])
+
+    def _schedule(self) -> None:
+        """Do what engines do in steps until one changes nothing: what a plan declines is no hit in the next step."""
+        if self._computing is not None and not self._engine.tiers:
             return
-        self._manager.on_schedule_end(_STEP)
-        now = self._clock()
-        self._waiting.append(_Waiting(request, context, now, now + self._patience(num_pending)))
+        while self._step():
+            self._manager.on_schedule_end(_STEP)
+
+    def _step(self) -> bool:
+        """Look up requests that wait, as far as a scheduler comes; if it is free, compute the first ready one.
+
+        While the accelerator computes, only the plans of the next requests begin. Return whether any was deferred.
+        """
+        now, planned = self._clock(), False
+        for waiting in self._queue if self._computing is None else self._queue[:_LOOKED_UP]:
+            keys = waiting.request.keys
+            if self._computing is not None and waiting.is_known:
+                continue
+            is_early = waiting.is_deferred and now < waiting.look_at
+            if is_early and self._manager.is_still_deferred(keys[0], waiting.context):
+                continue
+            num_hits, num_pending = self._manager.lookup_prefix(keys, waiting.context)
+            waiting.is_known, waiting.is_deferred = True, bool(num_pending)
+            if num_pending:
+                waiting.look_at, planned = now + self._patience(num_pending), True
+            elif self._computing is None:
+                self._queue.remove(waiting)
+                self._compute(waiting, num_hits)
+                return False
+        return planned
 
     def _patience(self, num_pending: int) -> float:
         """Return when the manager lets a request that waits for so many blocks give up, or earlier."""
-        computing = num_pending * self._trace.tokens_per_block / self._machine.prefill_rate
-        return min(self._setup.load_deadline, computing) + _MOMENT
+        computing = self._machine.prefill_seconds(0, num_pending * self._trace.tokens_per_block)
+        return min(self._setup.load_deadline or math.inf, computing) + _MOMENT
 
-    def _serve(self, request: TraceRequest, context: ReqContext, num_hits: int, waited: float) -> None:
-        """Load the hits, store the rest, and note what the request got."""
-        manager, keys = self._manager, request.keys
-        by_source = _NOTHING
+    def _compute(self, waiting: _Waiting, num_hits: int) -> None:
+        """Load the hits, store the rest, and note what the request gets."""
+        manager, request, context, now = self._manager, waiting.request, waiting.context, self._clock()
+        keys, by_source = request.keys, _NOTHING
         if num_hits:
             found = keys[:num_hits]
             manager.prepare_load(found, context)
             manager.complete_load(found, context)
             by_source = self._loads.by_source
+        if self._engine.tiers:
+            manager.on_schedule_end(_STEP)
         computed = [*keys[num_hits:], *request.answer_keys]
         if computed:
             output = manager.prepare_store(computed, context)
             if output is not None and output.keys_to_store:
                 manager.complete_store(output.keys_to_store, context)
-        manager.on_request_finished(context)
         saved = min(num_hits * self._trace.tokens_per_block, max(0, request.input_tokens - 1))
-        computing = (request.input_tokens - saved) / self._machine.prefill_rate
-        first_token = waited + num_hits * self._load_seconds + computing
+        self._free_at = now + self._machine.prefill_seconds(saved, request.input_tokens)
+        self._computing = context
+        first_token = self._free_at - request.time + num_hits * self._load_seconds
         self.outcomes.append(Outcome(request.time, len(keys), by_source, request.input_tokens, saved, first_token))
-
-    def _serve_until(self, end: float) -> None:
-        """Let time pass up to `end`, or until nobody waits, and serve whoever's blocks arrive or whose time is over."""
-        while self._waiting:
-            reads = [at for tier in self._engine.tiers if (at := tier.device.next_read()) is not None]
-            now = min(*reads, *(waiting.look_at for waiting in self._waiting), end)
-            if now >= end:
-                return
-            self._clock.advance_to(now)
-            self._manager.on_schedule_end(_STEP)
-            self._look_again(self._clock())
-
-    def _look_again(self, now: float) -> None:
-        waiting, self._waiting = self._waiting, []
-        planned = False
-        for one in waiting:
-            keys = one.request.keys
-            if now < one.look_at and self._manager.is_still_deferred(keys[0], one.context):
-                self._waiting.append(one)
-                continue
-            num_hits, num_pending = self._manager.lookup_prefix(keys, one.context)
-            if not num_pending:
-                self._serve(one.request, one.context, num_hits, now - one.since)
-                continue
-            planned = True
-            one.look_at = max(now, one.look_at) + self._patience(num_pending)
-            self._waiting.append(one)
-        if planned:
-            self._manager.on_schedule_end(_STEP)

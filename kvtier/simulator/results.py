@@ -98,7 +98,7 @@ class Result:
             input_tokens=sum(input_tokens),
             saved_tokens=sum(outcome.saved_tokens for outcome in outcomes),
             first_token=_quantiles([outcome.first_token for outcome in outcomes]),
-            recompute=_quantiles([tokens / machine.prefill_rate for tokens in input_tokens]),
+            recompute=_quantiles(_recompute(trace, machine)),
             loaded_bytes=sum(hits.values()) * setup.block_bytes,
             stored_bytes=int(stats.get("stored_blocks.device", 0)) * setup.block_bytes,
             promoted_bytes=int(stats.get(f"promoted_bytes.{DISK}", 0)),
@@ -174,6 +174,15 @@ class Result:
             "first_token_seconds": {f"p{p}": self.first_token_at(p) for p in percentiles},
             "recompute_seconds": {f"p{p}": self.recompute_at(p) for p in percentiles},
         }
+
+
+def _recompute(trace: Trace, machine: Machine) -> list[float]:
+    """Return each request's seconds to the first token where the accelerator computes every prompt, one by one."""
+    free_at, seconds = 0.0, []
+    for request in trace.requests:
+        free_at = max(free_at, request.time) + machine.prefill_seconds(0, request.input_tokens)
+        seconds.append(free_at - request.time)
+    return seconds
 
 
 def _quantiles(values: Sequence[float]) -> list[float]:

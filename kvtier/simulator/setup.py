@@ -11,6 +11,7 @@ from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
 from kvtier.registry import POLICIES
 from kvtier.simulator.devices import DeviceSpeed, SimulatedClock
 from kvtier.simulator.tiers import SimulatedTierManager
+from kvtier.tiering.estimate import PrefillSpeed
 from kvtier.tiering.manager import TieringOffloadingManager
 from kvtier.tiering.settings import TieringSettings
 from kvtier.types import Admission
@@ -23,12 +24,14 @@ class Machine:
     """Speeds of the machine; bytes and tokens a second, seconds.
 
     Attributes:
-        prefill_rate: tokens that the accelerator computes.
+        prefill_rate: tokens that the accelerator computes, with no context before them.
+        prefill_doubling: tokens of context with which a token takes twice as long; infinity for none.
         host_bandwidth: copies between the accelerator and host memory.
         disk_read, disk_write, disk_latency: of the drive.
     """
 
     prefill_rate: float = 10_000.0
+    prefill_doubling: float = math.inf
     host_bandwidth: float = 20e9
     disk_read: float = 6e9
     disk_write: float = 3e9
@@ -43,8 +46,14 @@ class Machine:
         for name in ("prefill_rate", "host_bandwidth", "disk_read", "disk_write"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(name, getattr(self, name), "above 0, a finite number")
+        if not self.prefill_doubling > 0:
+            raise ConfigError("prefill_doubling", self.prefill_doubling, "tokens, above 0")
         if not 0 <= self.disk_latency < math.inf:
             raise ConfigError("disk_latency", self.disk_latency, "0 seconds or more, a finite number")
+
+    def prefill_seconds(self, first: int, last: int) -> float:
+        """Return how long tokens `first` to `last` of a prompt take."""
+        return PrefillSpeed(self.prefill_rate, self.prefill_doubling).seconds(first, last)
 
     @property
     def disk(self) -> DeviceSpeed:
@@ -62,7 +71,8 @@ class Setup:
             disk_blocks: of the disk, 0 for none.
         block_bytes: bytes of one block.
         admission: of the disk.
-        load_deadline: see `TieringSettings`, seconds; promotion_budget: likewise.
+        load_deadline, promotion_budget: see `TieringSettings`.
+        predicts: whether what is loaded follows from predictions; else everything is, and `load_deadline` is the wait.
     """
 
     policy: str
@@ -70,8 +80,9 @@ class Setup:
     disk_blocks: int
     block_bytes: int
     admission: Admission = Admission.ALWAYS
-    load_deadline: float = TieringSettings.load_deadline
+    load_deadline: float | None = TieringSettings.load_deadline
     promotion_budget: float = TieringSettings.promotion_budget
+    predicts: bool = True
 
     def limited_to(self, num_blocks: int) -> Setup:
         """Return the setup with at most so many slots a tier: a tier that holds all blocks of a trace never evicts."""
@@ -109,6 +120,7 @@ class SimulatedEngine:
         observers = Observers([observer] if observer is not None else [])
         view = memoryview(bytearray(setup.dram_blocks)).cast("B", (setup.dram_blocks, 1))
         primary = CPUPrimaryTierOffloadingManager(setup.dram_blocks, view, policy(setup.dram_blocks))
+        primary.block_bytes = setup.block_bytes  # nobody reads the view
         self.tiers: list[SimulatedTierManager] = []
         if setup.disk_blocks:
             disk = SimulatedTierManager(
@@ -130,7 +142,9 @@ class SimulatedEngine:
                 load_deadline=setup.load_deadline,
                 promotion_budget=setup.promotion_budget,
                 prefill_rate=machine.prefill_rate,
-                tokens_per_block=tokens_per_block,
+                prefill_doubling=machine.prefill_doubling,
+                measures_prefill=False,
+                tokens_per_block=tokens_per_block if setup.predicts else 0,
             ),
             clock=self.clock,
             observer=observers,

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
+from kvtier.clock import Clock
 from kvtier.events import CascadeRefused, Observer
 from kvtier.keys import OffloadKey
 from kvtier.primary.table import BlockTable
+from kvtier.secondary.jobs import Job
+from kvtier.tiering.estimate import TierSpeed
 from kvtier.tiering.guarded_tier import TierGuard
 from kvtier.types import Admission, ReqContext
 
 MAX_SEEN = 1_000_000
 """Keys that `second_touch` remembers, about 175 bytes each; the oldest are forgotten."""
+MAX_STORE_SECONDS = 5.0
+"""Of one tier's writing, the most that waits for it: these blocks keep their slots until they are written."""
 _ALWAYS = Admission.ALWAYS
 
 Offer = tuple[TierGuard, list[OffloadKey]]
@@ -70,9 +75,14 @@ class Cascades:
         count_uses: whether the use of a block may admit it to any tier.
     """
 
-    def __init__(self, table: BlockTable, guards: Sequence[TierGuard], observer: Observer) -> None:
-        self._table = table
+    def __init__(
+        self, table: BlockTable, guards: Sequence[TierGuard], block_bytes: int, clock: Clock, observer: Observer
+    ) -> None:
+        self._table, self._block_bytes, self._clock = table, block_bytes, clock
+        self._ended: dict[int, tuple[int, int]] = {}
+        """Blocks of the stores that have ended since the last `note_polled`, and those that moved, by tier."""
         self._guards = guards
+        self._speeds = [TierSpeed(bandwidth=table.num_slots) for _ in guards]
         self._rules = [AdmissionRule(guard.admission) for guard in guards]
         self._observer = observer
         self.count_uses = any(guard.admission is Admission.SECOND_TOUCH for guard in guards)
@@ -97,12 +107,39 @@ class Cascades:
         """Hand `keys` to a tier: at least one, all ready. Their slots stay pinned until the tier has answered."""
         slots = list(map(self._table.slot_of.__getitem__, keys))
         self._table.pin(slots)
-        if not guard.store(keys, slots, req_context):
+        if guard.store(keys, slots, req_context):
+            self._speeds[guard.index].begin(len(slots), self._clock())
+        else:
             self._table.unpin(slots)
+
+    def end(self, guard: TierGuard, job: Job) -> None:
+        """A store has ended: let its slots go."""
+        self._table.unpin(job.slots)
+        num_blocks, num_moved = self._ended.get(guard.index, (0, 0))
+        moved = min(len(job.slots), job.num_bytes // self._block_bytes)
+        self._ended[guard.index] = num_blocks + len(job.slots), num_moved + moved
+
+    def note_polled(self, now: float) -> None:
+        """All tiers were asked for results, and `end` has taken them in."""
+        for index, (num_blocks, num_moved) in self._ended.items():
+            self._speeds[index].end(num_blocks, num_moved, now)
+        self._ended.clear()
+        for speed in self._speeds:
+            speed.poll(now)
+
+    def _bounded(self, guard: TierGuard, keys: list[OffloadKey]) -> list[OffloadKey]:
+        """Return the head of `keys` that a tier writes soon: what it pins for long, better blocks give way to."""
+        speed = self._speeds[guard.index]
+        most = int(speed.bandwidth * MAX_STORE_SECONDS) - speed.in_flight if speed.is_measured else len(keys)
+        return keys[: max(1 if not speed.in_flight else 0, most)]
 
     def _taken(self, offers: list[Offer]) -> list[Offer]:
         taken = []
-        for (guard, keys), rule in zip(offers, self._rules, strict=True):
+        for (guard, offered), rule in zip(offers, self._rules, strict=True):
+            keys = self._bounded(guard, offered)
+            if len(keys) < len(offered):
+                rule.see(offered[len(keys) :])
+                self._observer.on_event(CascadeRefused(guard.name, len(offered) - len(keys), "throttled"))
             if not keys:
                 continue
             if guard.can_store(len(keys)):

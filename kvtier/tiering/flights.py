@@ -1,9 +1,8 @@
-"""The blocks on their way from tiers into the primary tier, and who waits for them."""
+"""The blocks on their way from tiers into the primary tier, queued or in flight, and who waits for them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import repeat
 
 from kvtier.errors import InvariantError
 from kvtier.keys import OffloadKey
@@ -19,32 +18,64 @@ class Flights:
 
     def __init__(self) -> None:
         self.by_key: dict[OffloadKey, Flight] = {}
+        self.queued: dict[OffloadKey, tuple[RequestState, ...]] = {}
+        """Who waits for the blocks that no tier has been asked for yet; they have no slot, and are dropped when nobody
+        waits for them any more."""
         self.late: set[OffloadKey] = set()
         """In-flight keys, from a tier or the device, for which a request has timed out; no other may wait for them."""
 
-    def depart(self, keys: Sequence[OffloadKey], slots: Sequence[int], waiter: RequestState) -> None:
-        """A job fills `slots` with `keys`, for `waiter`."""
-        self.by_key.update(zip(keys, zip(slots, repeat((waiter,)), strict=False), strict=True))
+    def __len__(self) -> int:
+        return len(self.by_key) + len(self.queued)
+
+    def queue(self, keys: Sequence[OffloadKey], waiter: RequestState) -> None:
+        """`waiter` waits for `keys`, which a tier is going to be asked for."""
+        self.queued.update(dict.fromkeys(keys, (waiter,)))
         waiter.awaiting.update(keys)
+
+    def depart(self, keys: Sequence[OffloadKey], slots: Sequence[int]) -> None:
+        """A job fills `slots` with `keys`, which were queued."""
+        self.by_key.update(zip(keys, zip(slots, map(self.queued.pop, keys), strict=True), strict=True))
+
+    def drop(self, keys: Iterable[OffloadKey]) -> dict[RequestState, list[OffloadKey]]:
+        """No tier will be asked for `keys`, which were queued; return each waiting request with its keys."""
+        awaited: dict[RequestState, list[OffloadKey]] = {}
+        for key in keys:
+            for waiter in self.queued.pop(key, ()):
+                awaited.setdefault(waiter, []).append(key)
+        for waiter, theirs in awaited.items():
+            waiter.awaiting.difference_update(theirs)
+        return awaited
 
     def join(self, keys: Iterable[OffloadKey], waiter: RequestState) -> None:
         """`waiter` waits for those of `keys` that a tier is bringing."""
         for key in keys:
-            flight = self.by_key.get(key)
-            if flight is not None and key not in waiter.awaiting:
-                slot, waiters = flight
+            if key in waiter.awaiting:
+                continue
+            if key in self.queued:
+                self.queued[key] = (*self.queued[key], waiter)
+            elif key in self.by_key:
+                slot, waiters = self.by_key[key]
                 self.by_key[key] = slot, (*waiters, waiter)
-                waiter.awaiting.add(key)
+            else:
+                continue
+            waiter.awaiting.add(key)
 
     def strand(self, waiter: RequestState, device_stores: Iterable[OffloadKey]) -> None:
         """`waiter` has timed out: no other request may wait for what it awaited, `device_stores` included."""
-        self.late |= waiter.awaiting
+        self.late.update(filter(self.by_key.__contains__, waiter.awaiting))
         self.late.update(device_stores)
         self.leave(waiter)
 
     def leave(self, waiter: RequestState) -> None:
-        """`waiter` waits no more; flights go on without it."""
+        """`waiter` waits no more; flights go on without it, and what is queued for nobody else is dropped."""
         for key in waiter.awaiting:
+            if key in self.queued:
+                others = tuple([other for other in self.queued[key] if other is not waiter])
+                if others:
+                    self.queued[key] = others
+                else:
+                    del self.queued[key]
+                continue
             slot, waiters = self.by_key[key]
             self.by_key[key] = slot, tuple([other for other in waiters if other is not waiter])
         waiter.awaiting.clear()
@@ -76,6 +107,11 @@ class Flights:
         flights, late = self.by_key, self.late
         return [key for key in keys if key in flights and (key in late or not flights[key][1])]
 
+    def unwanted(self, keys: Iterable[OffloadKey]) -> set[OffloadKey]:
+        """Return those of `keys` in flight for which no request waits."""
+        flights = self.by_key
+        return {key for key in keys if key in flights and not flights[key][1]}
+
     def abandon(self, keys: Iterable[OffloadKey]) -> None:
         """Forget these flights; their slots are in quarantine until the jobs have ended."""
         for key in keys:
@@ -87,6 +123,7 @@ class Flights:
     def clear(self) -> None:
         """The cache is reset: nothing is on its way or late any more."""
         self.abandon(list(self.by_key))
+        self.drop(list(self.queued))
         self.late.clear()
 
     def end_stores(self, keys: Iterable[OffloadKey]) -> None:
@@ -96,7 +133,7 @@ class Flights:
     @property
     def has_live(self) -> bool:
         """Whether any request waits for a flight."""
-        return any(waiters for _, waiters in self.by_key.values())
+        return bool(self.queued) or any(waiters for _, waiters in self.by_key.values())
 
     def check_invariants(self, table: BlockTable) -> None:
         """Raise InvariantError unless every flight has a filling slot and its waiters know of it."""
@@ -105,3 +142,8 @@ class Flights:
                 raise InvariantError(f"a flight has slot {slot}, which is not filling")
             if any(key not in waiter.awaiting for waiter in waiters):
                 raise InvariantError("a flight counts a waiter that does not wait")
+        for key, waiters in self.queued.items():
+            if not waiters or any(key not in waiter.awaiting for waiter in waiters):
+                raise InvariantError("a block is queued for nobody, or for one that does not wait")
+        if not self.queued.keys().isdisjoint(self.by_key):
+            raise InvariantError("a block is queued and in flight")

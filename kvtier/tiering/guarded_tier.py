@@ -232,7 +232,7 @@ class TierGuard(TierCalls):
         if job is None or (self._digests is not None and job in self._digests.hashing):
             self._observer.on_event(UnexpectedCall(f"result of tier {self.name}", 1))
             return
-        job.successful = successful
+        job.successful, job.num_bytes = successful, num_bytes
         self._observer.on_event(
             JobFinished(self.name, job.is_promotion, len(job.keys), len(successful), num_bytes, seconds)
         )

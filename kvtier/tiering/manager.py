@@ -32,6 +32,7 @@ from kvtier.tiering.guarded_tier import TierGuard
 from kvtier.tiering.kv_events import KVEventLog
 from kvtier.tiering.leases import Leases
 from kvtier.tiering.lookups import Lookups
+from kvtier.tiering.pace import Pace
 from kvtier.tiering.promotion import PRIMARY, Promoter
 from kvtier.tiering.requests import Requests, RequestState, ScannedRequests
 from kvtier.tiering.settings import ResetPolicy, TieringSettings
@@ -128,10 +129,13 @@ class TieringOffloadingManager(OffloadingManager):
         self._transfers = DeviceTransfers(table, observer, self._primary.finished_sequence)
         self._flights = Flights()
         leases = Leases(table, max(1, int(table.num_slots * settings.promotion_budget)), settings.lease_timeout)
-        self._waiting = Waiting(table, guards, self._flights, leases, settings, clock, observer)
+        self._pace = Pace(settings)
+        self._waiting = Waiting(table, guards, self._flights, leases, self._pace, settings, clock, observer)
         self._lookups = Lookups(table, guards, self._flights, self._waiting)
-        self._promoter = Promoter(table, guards, self._flights, leases, self._waiting, clock, observer)
-        self._cascades = Cascades(table, guards, observer)
+        self._promoter = Promoter(
+            table, guards, self._flights, leases, self._waiting, self._pace, self._primary.block_bytes, clock, observer
+        )
+        self._cascades = Cascades(table, guards, self._primary.block_bytes, clock, observer)
         self._note_use = Usage(self._table, self._tiers, self._cascades).note
         self._scanned = ScannedRequests()
         self._polled = False
@@ -219,6 +223,7 @@ class TieringOffloadingManager(OffloadingManager):
         state = self._requests.open(req_context)
         ordered = keys if isinstance(keys, list) else list(keys)
         slots, once = self._transfers.begin_load(state, ordered)
+        self._pace.note_load(state, ordered)
         if state.lease.slots or state.awaiting:
             self._promoter.let_go(state)
         if state.wait.since is not None:
@@ -256,6 +261,7 @@ class TieringOffloadingManager(OffloadingManager):
             self._poll()
         state = self._requests.open(req_context)
         ordered = keys if isinstance(keys, list) else list(keys)
+        self._pace.note_store(state, ordered)
         if self._flights.by_key:
             self._promoter.take_over_abandoned(ordered)
         slot_of = self._table.slot_of
@@ -316,6 +322,7 @@ class TieringOffloadingManager(OffloadingManager):
         if state is None:
             return
         state.finished = True
+        self._pace.note_end(state)
         self._current = None
         self._promoter.let_go(state)
         self._lookups.end_scan(state)
@@ -326,21 +333,39 @@ class TieringOffloadingManager(OffloadingManager):
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         """Collect results, end what is over time, and plan this step's promotions, oldest request first."""
         self._poll()
+        now = self._clock()
+        self._pace.end_step(now)
         for req_id in context.preempted_req_ids:
             state = self._requests.get(req_id)
             if state is not None:
-                self._waiting.begin_attempt(state)
-                self._promoter.begin_attempt(state)
-        if self._requests:
-            now = self._clock()
-            for state in self._requests:
-                if state.wait.since is not None or state.wait.probing_since or state.lease.expires is not None:
-                    self._waiting.check(state, now)
-        for state in self._scanned.take():
+                self._begin_attempt(state)
+        scanned = self._scanned.take()
+        for state in scanned:
+            self._pace.note_scan(state)
+        self._end_waits(now)
+        for state in scanned:
             self._promoter.plan(state)
             self._lookups.end_scan(state)
+        self._promoter.send()
         self._tiers.end_step(context)
         self._polled, self._current = False, None
+
+    def _end_waits(self, now: float) -> None:
+        """End the waits that are over, and those that are not worth it any more."""
+        states = list(self._requests)
+        for state in states:
+            if state.wait.since is not None or state.wait.probing_since or state.lease.expires is not None:
+                self._waiting.check(state, now)
+        self._pace.note_backlog(states)
+        for state in states:
+            if state.awaiting:
+                self._promoter.reconsider(state, now)
+
+    def _begin_attempt(self, state: RequestState) -> None:
+        """The request was preempted, or the cache was reset: what it asks for and waits for begins anew."""
+        self._waiting.begin_attempt(state)
+        self._promoter.begin_attempt(state)
+        self._pace.begin_attempt(state)
 
     @in_turn
     def _poll_once(self) -> None:
@@ -359,9 +384,13 @@ class TieringOffloadingManager(OffloadingManager):
                 if job.is_promotion:
                     self._promoter.land(guard, job)
                 else:
-                    self._table.unpin(job.slots)
+                    self._cascades.end(guard, job)
         if self._transfers.stale.pending:
             self._transfers.stale.sweep()
+        if self._tiers.guards:
+            now = self._clock()
+            self._promoter.note_polled(now)
+            self._cascades.note_polled(now)
         if self._watcher is not None:
             self._watcher.on_poll(self._tiers.guards)
 
@@ -373,7 +402,8 @@ class TieringOffloadingManager(OffloadingManager):
 
     @in_turn
     def take_events(self) -> Iterable[OffloadingEvent]:
-        """Return KV events of the primary and of the tiers since the last call."""
+        """Return KV events of the primary and of the tiers since the last call; engines ask when a step has ended."""
+        self._pace.note_output(self._clock())
         return self._kv_events.take() + self._tiers.take_events()
 
     def get_stats(self) -> Mapping[str, float]:
@@ -388,6 +418,11 @@ class TieringOffloadingManager(OffloadingManager):
         }
         counted = self._counters.snapshot()
         return counted | self._shadows.stats() | tier_readings(PRIMARY, held) | self._tiers.stats()
+
+    @property
+    def prefill_rate(self) -> float:
+        """Tokens per second that the engine computes in an empty context, as measured so far."""
+        return self._pace.speed.rate
 
     @in_turn
     def tier_states(self) -> dict[str, tuple[TierState, str]]:
@@ -408,8 +443,7 @@ class TieringOffloadingManager(OffloadingManager):
         for state in self._requests:
             self._promoter.let_go(state)
             self._transfers.stale.take_over(state, self._primary.sequence)
-            self._waiting.begin_attempt(state)
-            self._promoter.begin_attempt(state)
+            self._begin_attempt(state)
             self._promoter.forget_sources(state)
             self._lookups.end_scan(state)
             state.uses.clear()

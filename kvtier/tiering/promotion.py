@@ -1,127 +1,29 @@
-"""Promotions: which blocks a request may bring into the primary tier, and how a plan is carried out."""
+"""Promotions: how plans are carried out, from the queue of a tier to the blocks that arrive."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import groupby, zip_longest
-from operator import itemgetter
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 from kvtier.clock import Clock
 from kvtier.errors import KeyFormatError
 from kvtier.events import BlocksEvicted, BlocksStored, Observer, RequestGaveUp
-from kvtier.keys import GROUP_BYTES, OffloadKey
+from kvtier.keys import OffloadKey
 from kvtier.primary.table import BlockTable, Placement
 from kvtier.secondary.jobs import Job
+from kvtier.tiering.estimate import Outlook
 from kvtier.tiering.flights import Flights
 from kvtier.tiering.guarded_tier import TierGuard
 from kvtier.tiering.leases import Leases
+from kvtier.tiering.load_queue import LoadQueue, QueuedLoad
+from kvtier.tiering.pace import Pace
+from kvtier.tiering.planning import PromotionPlan, Prospect, group_of, plan_promotions
 from kvtier.tiering.requests import RequestState
 from kvtier.tiering.waiting import Waiting
 
 PRIMARY = "primary"
-
-_group_of = itemgetter(slice(-GROUP_BYTES, None))
-
-
-@dataclass(frozen=True, slots=True)
-class PromotionPlan:
-    """What one request gets at the end of a step; changes nothing by itself.
-
-    Attributes:
-        hits: ready keys to lease.
-        joins: keys already on their way, to wait for; not those that it awaits already.
-        by_tier: keys to promote, per tier index, in the engine's order.
-        denied: keys over the budget.
-    """
-
-    hits: list[OffloadKey]
-    joins: list[OffloadKey]
-    by_tier: dict[int, list[OffloadKey]]
-    denied: list[OffloadKey]
-
-    @property
-    def waits(self) -> bool:
-        """Whether the request has anything to wait for."""
-        return bool(self.joins or self.by_tier)
-
-
-def plan_promotions(
-    state: RequestState,
-    table: BlockTable,
-    room: int,
-    late: Container[OffloadKey] = (),
-    held: Container[int] = (),
-) -> PromotionPlan:
-    """Choose what to lease and promote for one request: the keys up to the first unresolved one; change nothing.
-
-    Args:
-        late: in-flight keys that nobody may wait for any more.
-        room: primary slots that the budget still grants, for new leases and promotions together.
-        held: slots that some lease holds already; another lease of them costs nothing.
-    """
-    scan = state.scan
-    groups = [_certain_head(group, scan.unresolved) for group in split_scan(scan.keys)]
-    hits: list[OffloadKey] = []
-    joins: list[OffloadKey] = []
-    denied: list[OffloadKey] = []
-    by_tier: dict[int, list[OffloadKey]] = {}
-    get_slot, filling, lease, awaiting = table.slot_of.get, table.filling, state.lease.slots, state.awaiting
-    for key in _in_step(groups):
-        if key in lease or key in awaiting:
-            continue
-        slot = get_slot(key)
-        if slot is not None:
-            if slot in filling:
-                if key not in late:
-                    joins.append(key)
-            elif slot in held:
-                hits.append(key)
-            elif room > 0:
-                hits.append(key)
-                room -= 1
-        elif key in scan.found:
-            if room > 0:
-                by_tier.setdefault(scan.found[key], []).append(key)
-                room -= 1
-            else:
-                denied.append(key)
-    return PromotionPlan(hits, joins, by_tier, denied)
-
-
-def _in_step(groups: Sequence[Sequence[OffloadKey]]) -> Iterable[OffloadKey]:
-    """Return the groups' keys, the first of each, then the second of each: a cut leaves the groups even."""
-    if len(groups) == 1:
-        return groups[0]
-    return [key for row in zip_longest(*groups) for key in row if key is not None]
-
-
-def _certain_head(keys: Sequence[OffloadKey], unresolved: Container[OffloadKey]) -> Sequence[OffloadKey]:
-    if unresolved:
-        for index, key in enumerate(keys):
-            if key in unresolved:
-                return keys[:index]
-    return keys
-
-
-def split_scan(scan: Collection[OffloadKey]) -> list[list[OffloadKey]]:
-    """Return what was looked up, by KV group, in the engine's order.
-
-    A group whose scan comes to a key again has started over: the later scan replaces the earlier.
-    """
-    if len(set(map(_group_of, scan))) == 1 and len(set(scan)) == len(scan):
-        return [list(scan)]
-    groups: dict[bytes, dict[OffloadKey, None]] = {}
-    group: dict[OffloadKey, None] = {}
-    last = b""
-    for key in scan:
-        suffix = key[-GROUP_BYTES:]
-        if suffix != last:
-            group, last = groups.setdefault(suffix, {}), suffix
-        if key in group:
-            group.clear()
-        group[key] = None
-    return [list(group) for group in groups.values()]
+MOST_PLANNED = 2048
+"""Keys that one step considers, a request at least: planning them takes about as long as looking them up."""
 
 
 class Promoter:
@@ -134,52 +36,125 @@ class Promoter:
         flights: Flights,
         leases: Leases,
         waiting: Waiting,
+        pace: Pace,
+        block_bytes: int,
         clock: Clock,
         observer: Observer,
     ) -> None:
         """Args: table: of the primary tier; guards: of the secondary tiers."""
-        self._table, self._guards = table, guards
-        self._flights, self._leases, self._waiting = flights, leases, waiting
+        self._table = table
+        self._queues = [LoadQueue(guard, block_bytes) for guard in guards]
+        self._flights, self._leases, self._waiting, self._pace = flights, leases, waiting, pace
         self._clock, self._observer = clock, observer
+        self._num_planned = 0
+
+    # -- plans --------------------------------------------------------------------------------------------
 
     def plan(self, state: RequestState) -> None:
-        """Plan for one request at the end of a step, if it asked tiers for anything, and start what the plan says."""
+        """Plan for one request at the end of a step, if it asked tiers for anything."""
         scan = state.scan
         if not state.may_wait or not (scan.found or state.wait.since is not None):
             return
+        is_whole = True
         all_on_their_way = state.awaiting and not scan.unresolved and state.awaiting.issuperset(scan.keys)
         if not all_on_their_way:
-            self._promote(state)
+            if self._num_planned >= MOST_PLANNED:
+                state.plans.last = None
+                return
+            self._num_planned += len(scan.keys)
+            is_whole = self._promote(state)
         plans = state.plans
-        certain = scan.keys and not scan.unresolved
+        certain = scan.keys and not scan.unresolved and is_whole
         plans.last = (scan.keys[0], len(state.awaiting)) if certain else None
         if certain and state.awaiting:
-            plans.shortest_group = min(len(list(keys)) for _, keys in groupby(map(_group_of, scan.keys)))
+            plans.shortest_group = min(len(list(keys)) for _, keys in groupby(map(group_of, scan.keys)))
 
-    def _promote(self, state: RequestState) -> None:
-        num_awaited = len(state.awaiting)
-        room = self._leases.room(len(self._flights.by_key))
-        plan = plan_promotions(state, self._table, room, self._flights.late, self._leases.held)
+    def _promote(self, state: RequestState) -> bool:
+        flights, now = self._flights, self._clock()
+        outlook = self._pace.outlook(now, state)
+        plan = plan_promotions(
+            state,
+            self._table,
+            self._leases.room(len(flights)),
+            self._prospect(state, outlook, now),
+            MOST_PLANNED,
+            late=flights.late,
+            held=self._leases.held,
+            queued=flights.queued,
+        )
         if plan.waits or state.awaiting:
             self._leases.hold(state, plan.hits)
-            self._flights.join(plan.joins, state)
+            flights.join(plan.joins, state)
+            self._waiting.expect(state, plan.computing, outlook.idle_in)
+            self._note_plan(state, plan)
             for index, keys in plan.by_tier.items():
-                placement = self._place(keys)
-                self._submit(self._guards[index], placement, state)
-                self._deny(state, keys[len(placement.keys) :])
-            self._waiting.expect(state, len(state.awaiting) - num_awaited)
-        self._deny(state, plan.denied)
-        now = self._clock()
-        if not plan.waits and not state.scan.unresolved and not state.awaiting:
+                flights.queue(keys, state)
+                self._queues[index].add(keys, state, plan.gain, now + plan.computing)
+        self._give_up(state, plan.denied, "budget")
+        self._give_up(state, plan.declined, "slower")
+        if not plan.waits and plan.is_whole and not state.scan.unresolved and not state.awaiting:
             self._waiting.stop(state, now)
         if state.lease.slots and not state.awaiting and state.lease.expires is None:
             self._leases.start_timeout(state, now)
+        return plan.is_whole
 
-    def _deny(self, state: RequestState, keys: Sequence[OffloadKey]) -> None:
-        """From now on these keys, which no plan could place, are misses for this request."""
+    def _note_plan(self, state: RequestState, plan: PromotionPlan) -> None:
+        num_awaited = len(plan.joins) + sum(map(len, plan.by_tier.values()))
+        if num_awaited:
+            state.plans.asked.update(plan.by_tier)
+            state.plans.block_seconds = plan.computing / num_awaited
+
+    def _prospect(self, state: RequestState, outlook: Outlook, now: float) -> Prospect | None:
+        """Return what can be said of loading and computing; None if the engine does not say what a block is."""
+        if not self._pace.is_known:
+            return None
+        ready_in = {queue.guard.index: queue.speed.seconds(queue.num_queued, now) for queue in self._queues}
+        per_block = {queue.guard.index: 1 / queue.speed.bandwidth for queue in self._queues}
+        return Prospect(*self._pace.block_seconds(state), ready_in, per_block, outlook)
+
+    def _give_up(self, state: RequestState, keys: Sequence[OffloadKey], reason: str) -> None:
+        """From now on these keys, for which there is no room or which are computed sooner, are misses for this one."""
         if keys:
             state.plans.denied.update(keys)
-            self._observer.on_event(RequestGaveUp(state.context.req_id, "budget", len(keys)))
+            self._observer.on_event(RequestGaveUp(state.context.req_id, reason, len(keys)))
+
+    # -- loads --------------------------------------------------------------------------------------------
+
+    def send(self) -> None:
+        """Ask every tier for as much as keeps it busy, at the end of a step."""
+        self._num_planned = 0
+        for queue in self._queues:
+            if queue.loads:
+                now = self._clock()
+                queue.arrange(self._flights.queued, now)
+                for load in list(queue.loads):
+                    while load.keys and queue.has_room(min(load.part, len(load.keys))):
+                        self._ask(queue, load, now)
+
+    def _ask(self, queue: LoadQueue, load: QueuedLoad, now: float) -> None:
+        """Ask a tier for the next part of a load."""
+        table, flights = self._table, self._flights
+        part = [key for key in queue.take(load) if key in flights.queued]
+        held = [key for key in part if key in table]  # somebody has stored it meanwhile: the next scan finds it there
+        if held:
+            flights.drop(held)
+            part = [key for key in part if key in flights.queued]
+        placement = self._place(part)
+        if len(placement.keys) < len(part):
+            for state, keys in flights.drop([*part[len(placement.keys) :], *load.keys]).items():
+                self._give_up(state, keys, "budget")
+                self._end_wait(state)
+            load.keys.clear()
+        if not placement.keys:
+            return
+        slots = list(table.apply(placement).values())
+        if placement.victims:
+            self._observer.on_event(BlocksEvicted(PRIMARY, placement.victims))
+        flights.depart(placement.keys, slots)
+        queue.speed.begin(len(slots), now)
+        if not queue.guard.load(placement.keys, slots, load.state.context):
+            queue.landed += len(slots)
+            self._fail(queue.guard, placement.keys, slots)
 
     def _place(self, keys: Sequence[OffloadKey]) -> Placement:
         try:
@@ -187,20 +162,34 @@ class Promoter:
         except KeyFormatError:  # a tier claims to hold what cannot be a key here
             return Placement([], [], len(keys))
 
-    def _submit(self, guard: TierGuard, placement: Placement, state: RequestState) -> None:
-        if not placement.keys:
+    def note_polled(self, now: float) -> None:
+        """All tiers were asked for results, and `land` has taken them in."""
+        for queue in self._queues:
+            queue.note_polled(now, self._pace.looks_often)
+
+    def reconsider(self, state: RequestState, now: float) -> None:
+        """Let a request go on with what has arrived if computing the rest takes less than waiting for it still does."""
+        if not state.awaiting or not self._pace.is_known:
             return
-        slots = list(self._table.apply(placement).values())
-        if placement.victims:
-            self._observer.on_event(BlocksEvicted(PRIMARY, placement.victims))
-        self._flights.depart(placement.keys, slots, state)
-        if not guard.load(placement.keys, slots, state.context):
-            self._fail(guard, placement.keys, slots)
+        ready_in = [
+            queue.speed.seconds(queue.num_up_to(state), now)
+            for queue in self._queues
+            if queue.guard.index in state.plans.asked
+        ]
+        outlook = self._pace.outlook(now, state)
+        saved = len(state.awaiting) * state.plans.block_seconds
+        if ready_in and outlook.cost(max(ready_in)) > outlook.gain(saved):
+            rest = list(state.awaiting)
+            self._flights.leave(state)
+            self._give_up(state, rest, "slower")
+            self._end_wait(state)
 
     def land(self, guard: TierGuard, job: Job) -> None:
         """Take in the end of a promotion job: good blocks become ready, the rest misses for those who waited."""
-        table = self._table
+        table, queue = self._table, self._queues[guard.index]
         successful = job.successful
+        queue.landed += len(job.slots)
+        queue.arrived += len(successful)
         keys: Sequence[OffloadKey] = job.keys
         slots: Sequence[int] = job.slots
         bad_keys: list[OffloadKey] = []
@@ -213,6 +202,11 @@ class Promoter:
         table.publish(slots)
         get_slot = table.slot_of.get
         arrived = [key for key, slot in zip(keys, slots, strict=True) if get_slot(key) == slot]
+        if not table.num_free and (unwanted := self._flights.unwanted(arrived)):
+            # Nobody waits for them any more. A full memory has better blocks to keep.
+            self._flights.abandon(unwanted)
+            table.remove(unwanted)
+            arrived = [key for key in arrived if key not in unwanted]
         for state, theirs in self._flights.land(keys, slots).items():
             self._leases.hold(state, theirs)
             state.plans.sources.update(dict.fromkeys(theirs, guard.name))
@@ -251,6 +245,7 @@ class Promoter:
         """Forget what failed or could not be placed: the request was preempted, or the cache was reset."""
         plans = state.plans
         plans.denied.clear()
+        plans.asked.clear()
         plans.failed.clear()
         plans.last = None
 

@@ -38,7 +38,7 @@ class Wait:
         since: when the running part of the wait began; None if the request does not wait.
         waited: length of the parts of the wait that have ended.
         deadline: longest wait of this attempt; counts while `since` is not None.
-        num_awaited: blocks that this attempt has waited for so far.
+        computing: seconds that computing all takes that this attempt has waited for so far.
         silent: tiers that missed the probe deadline; what they answer counts, and nobody waits for it.
         probing: tiers that left a probe of this scan unanswered.
         probing_since: since when, by tier.
@@ -49,7 +49,7 @@ class Wait:
     since: float | None = None
     waited: float = 0.0
     deadline: float = 0.0
-    num_awaited: int = 0
+    computing: float = 0.0
     silent: set[int] = field(default_factory=set)
     probing: set[int] = field(default_factory=set)
     probing_since: dict[int, float] = field(default_factory=dict)
@@ -74,12 +74,14 @@ class Plans:
     """What became of a request's plans. Written by `promotion.py`.
 
     Attributes:
-        denied: keys that no plan could place.
+        denied: keys that no plan could place, or that are computed sooner than loaded.
         failed: (tier index, key) pairs whose promotion failed.
         sources: name of the tier that a promoted key came from.
         last: first key of the scan that the last plan was made of, and how many keys were awaited then; None if that
             scan left a probe unanswered.
         shortest_group: least keys of a KV group in that scan.
+        asked: indices of the tiers that blocks were planned from; block_seconds: how long each of the blocks of the
+            last plan takes to compute, on average.
     """
 
     denied: set[OffloadKey] = field(default_factory=set)
@@ -87,6 +89,31 @@ class Plans:
     sources: dict[OffloadKey, str] = field(default_factory=dict)
     last: tuple[OffloadKey, int] | None = None
     shortest_group: int = 0
+    asked: set[int] = field(default_factory=set)
+    block_seconds: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Progress:
+    """What one attempt of a request has computed. Written by `pace.py`; counts are blocks of the first KV group.
+
+    Attributes:
+        first_key: the first key that the engine looked up; what precedes it was on the device.
+        start: tokens before that key.
+        is_past_first: the engine has offered that key to be stored.
+        num_loaded: blocks from that key on that were loaded; num_computed: those offered to be stored.
+        left: tokens of the prompt that are to be computed or loaded, as far as known.
+        before, rank: tokens and requests that the engine has before this one.
+    """
+
+    first_key: OffloadKey | None = None
+    start: int = 0
+    is_past_first: bool = False
+    num_loaded: int = 0
+    num_computed: int = 0
+    left: float = 0.0
+    before: float = 0.0
+    rank: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -115,7 +142,7 @@ class RequestState:
     Attributes:
         arrival: order of arrival, oldest first.
         tiers: indices of the tiers that this request may load from.
-        awaiting: keys of promotions in flight that this request waits for. Written by `flights.py`.
+        awaiting: keys of promotions, queued or in flight, that this request waits for. Written by `flights.py`.
         uses: the blocks that it has used and stored. Written by `uses.py`.
         request_level_tiers: indices of tiers that want every block of the request, prefix hits included.
         finished: the engine has ended it; its copies may go on. Written, as the field before, by the manager.
@@ -129,6 +156,7 @@ class RequestState:
     awaiting: set[OffloadKey] = field(default_factory=set)
     lease: Lease = field(default_factory=Lease)
     plans: Plans = field(default_factory=Plans)
+    progress: Progress = field(default_factory=Progress)
     copies: Copies = field(default_factory=Copies)
     uses: RequestUses = field(default_factory=RequestUses)
     request_level_tiers: tuple[int, ...] = ()

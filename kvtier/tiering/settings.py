@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from kvtier.tiering.estimate import DOUBLING_TOKENS
+
 
 class ResetPolicy(Enum):
     """What a reset means for blocks in secondary tiers."""
@@ -20,25 +22,30 @@ class TieringSettings:
     """Deadlines and budgets; times in seconds.
 
     Attributes:
-        load_deadline: longest a request waits for tiers, per attempt.
+        load_deadline: longest a request waits for tiers, per attempt; None for the time to recompute alone.
         probe_deadline: longest a request waits for one tier to say whether it has a block; None for each tier's own.
         lease_timeout: longest a request holds promoted blocks that it does not load.
         drain_timeout: longest a reset or shutdown waits for tiers.
         tier_deadline: a tier of whose jobs nothing has progressed for so long is not used until something has.
         promotion_budget: share of the primary's slots that promotions and leases may hold, in (0, 1].
-        prefill_rate: tokens per second that the engine computes; shortens waits for tiers to what recomputing takes.
-        tokens_per_block: tokens in one offloaded block, for that prediction.
+        prefill_rate: tokens per second that the engine computes, until it is measured; None for a guess.
+        prefill_doubling: tokens of context with which a token takes twice as long to compute as without any.
+        measures_prefill: whether the time between steps is what the engine computes; not so in a simulation.
+        tokens_per_block: tokens in one offloaded block; 0 if unknown: then nothing is said of computing, and all
+            that a tier has is waited for.
         on_reset: whether a reset starts a new epoch.
         kv_events: whether `take_events` collects events.
     """
 
-    load_deadline: float = 2.0
+    load_deadline: float | None = None
     probe_deadline: float | None = None
     lease_timeout: float = 30.0
     drain_timeout: float = 5.0
     tier_deadline: float = 30.0
     promotion_budget: float = 0.8
     prefill_rate: float | None = None
+    prefill_doubling: float = DOUBLING_TOKENS
+    measures_prefill: bool = True
     tokens_per_block: int = 0
     on_reset: ResetPolicy = ResetPolicy.NEW_EPOCH
     kv_events: bool = False

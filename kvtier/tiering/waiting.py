@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from kvtier.clock import Clock
@@ -12,8 +11,12 @@ from kvtier.primary.table import BlockTable
 from kvtier.tiering.flights import Flights
 from kvtier.tiering.guarded_tier import TierGuard
 from kvtier.tiering.leases import Leases
+from kvtier.tiering.pace import Pace
 from kvtier.tiering.requests import RequestState
 from kvtier.tiering.settings import TieringSettings
+
+UNKNOWN_SECONDS = 2.0
+"""How long a request waits where nobody can say how long computing takes, or for how many blocks it waits."""
 
 
 class Waiting:
@@ -29,29 +32,25 @@ class Waiting:
         guards: Sequence[TierGuard],
         flights: Flights,
         leases: Leases,
+        pace: Pace,
         settings: TieringSettings,
         clock: Clock,
         observer: Observer,
     ) -> None:
         """Args: table: of the primary tier; guards: of the secondary tiers."""
         self._table, self._guards, self._flights, self._leases = table, guards, flights, leases
+        self._pace = pace
         self._settings, self._clock, self._observer = settings, clock, observer
 
-    def longest_wait(self, num_blocks: int) -> float:
-        """Return the seconds that an attempt may wait for `num_blocks` blocks, 0 if it is not known yet for how many.
+    def longest_wait(self, computing: float) -> float:
+        """Return the seconds that an attempt may wait for blocks that take `computing` seconds; 0 if not known yet.
 
-        This is the only place that decides a load deadline: `load_deadline`, or the predicted time to compute the
-        blocks if that is shorter.
+        This is the only place that decides a load deadline: the predicted time to compute the blocks, or
+        `load_deadline` if that is shorter.
         """
-        longest = self._settings.load_deadline
-        return min(longest, self._recomputing(num_blocks)) if num_blocks else longest
-
-    def _recomputing(self, num_blocks: int) -> float:
-        """Return the seconds that computing so many blocks takes; infinity if the engine's rate is unknown."""
-        settings = self._settings
-        if not settings.prefill_rate or not settings.tokens_per_block:
-            return math.inf
-        return num_blocks * settings.tokens_per_block / settings.prefill_rate
+        bound = self._settings.load_deadline
+        longest = computing or UNKNOWN_SECONDS
+        return longest if bound is None else min(bound, longest) if computing else bound
 
     # -- in a lookup --------------------------------------------------------------------------------------
 
@@ -59,7 +58,7 @@ class Waiting:
         """Let the request wait from now on, if it does not yet and its deadline allows; return whether it waits."""
         wait, now = state.wait, self._clock()
         if wait.since is None:
-            wait.since, wait.deadline = now, self.longest_wait(wait.num_awaited)
+            wait.since, wait.deadline = now, self.longest_wait(wait.computing)
         return wait.waited + (now - wait.since) <= wait.deadline or not self._end_if_late(state, now)
 
     def may_probe(self, state: RequestState, index: int, key: OffloadKey) -> bool:
@@ -68,7 +67,7 @@ class Waiting:
         wait.probing.add(index)
         waited = now - wait.probing_since.setdefault(index, now)
         num_unresolved = max(wait.num_unresolved, len(state.scan.unresolved) + 1)
-        if waited <= patience.seconds and waited <= self._recomputing(num_unresolved):
+        if waited <= patience.seconds and not self._is_computed_in(waited, num_unresolved):
             patience.ask(key, state.context)
             return True
         wait.silent.add(index)
@@ -76,6 +75,10 @@ class Waiting:
             patience.give_up()
         self._observer.on_event(RequestGaveUp(state.context.req_id, "probe", 0))
         return False
+
+    def _is_computed_in(self, seconds: float, num_blocks: int) -> bool:
+        """Return whether so many blocks are computed sooner; False while the engine's rate is only guessed."""
+        return self._settings.prefill_rate is not None and self._pace.seconds(num_blocks) < seconds
 
     # -- in a step ----------------------------------------------------------------------------------------
 
@@ -89,11 +92,16 @@ class Waiting:
             wait.num_unresolved = num_unresolved if wait.probing_since else 0
         wait.probing.clear()
 
-    def expect(self, state: RequestState, num_blocks: int) -> None:
-        """The request waits for `num_blocks` more; the deadline follows from all that this attempt has awaited."""
+    def expect(self, state: RequestState, computing: float, idle_in: float) -> None:
+        """The request waits for more blocks.
+
+        Args:
+            computing: seconds that these take to compute; the deadline follows from all that the attempt has awaited.
+            idle_in: seconds until the engine could begin with it.
+        """
         wait = state.wait
-        wait.num_awaited += num_blocks
-        wait.deadline = self.longest_wait(wait.num_awaited)
+        wait.computing += computing
+        wait.deadline = self.longest_wait(wait.computing + idle_in if wait.computing else 0.0)
 
     def check(self, state: RequestState, now: float) -> None:
         """End the wait and the lease if their time is over; stop the clock if nothing was asked in this step."""
@@ -132,6 +140,6 @@ class Waiting:
     def begin_attempt(self, state: RequestState) -> None:
         """Allow the request to wait anew: it was preempted, or the cache was reset."""
         wait = state.wait
-        wait.gave_up, wait.since, wait.waited, wait.num_awaited = False, None, 0.0, 0
+        wait.gave_up, wait.since, wait.waited, wait.computing = False, None, 0.0, 0.0
         wait.silent.clear()
         wait.probing_since.clear()

@@ -38,6 +38,8 @@ class WholeEngine:
             "spec_name": "TieringOffloadingSpec",
             "cpu_bytes_to_use": num_blocks * BLOCK_BYTES,
             "secondary_tiers": [chosen],
+            "load_deadline": 2.0,
+            "prefill_rate": 1.0,  # nothing is computed here: whatever a tier has comes sooner
             **config,
         }
         self.spec = create_spec(

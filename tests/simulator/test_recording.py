@@ -61,6 +61,7 @@ class LiveEngine:
             "secondary_tiers": tiers,
             "record": str(path / "live.rec"),
             "load_deadline": 60.0,
+            "prefill_rate": 0.1,  # whatever the disk has comes sooner than it is computed
             "probe_deadline": 60.0,
             **config,
         }
@@ -360,7 +361,7 @@ def test_a_simulated_disk_holds_what_a_real_one_holds(tmp_path, policy):
     slots = int(engine.manager.get_stats()["disk0.capacity_blocks"])
     engine.serve(served, width=1)
     engine.close()
-    requests = [TraceRequest(float(number), keys, 16 * len(keys), 1) for number, keys in served]
+    requests = [TraceRequest(1e7 * number, keys, 16 * len(keys), 1) for number, keys in served]
     setup = Setup(policy, 40, slots, BLOCK_BYTES)
     fast = Machine(disk_read=1e15, disk_write=1e15, disk_latency=0.0, prefill_rate=1e-3)
     result = Replay(Trace("live", "test", 16, requests), setup, fast).run()

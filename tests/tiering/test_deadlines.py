@@ -226,19 +226,22 @@ def test_a_store_that_somebody_awaited_in_vain_costs_the_next_request_nothing(ma
     assert engine.scan(keys, engine.request("third")) == [PENDING]  # another store, which may be quicker
 
 
-def test_the_deadline_does_not_shrink_as_blocks_arrive(make_engine):
-    engine = make_engine(num_blocks=16, num_tiers=2, load_deadline=2.0, prefill_rate=1000.0, tokens_per_block=100)
+def test_a_block_that_is_late_delays_a_request_no_longer_than_computing_it_would(make_engine):
+    engine = make_engine(num_blocks=16, num_tiers=2, prefill_rate=1000.0, tokens_per_block=100)
     keys = make_keys(10)
     engine.plant(keys[:9], tier=0)
     engine.plant(keys[9:], tier=1)
     engine.tiers[1].auto = False
     context = engine.request()
-    for _ in range(9):  # recomputing all ten would take a second
-        assert engine.scan(keys, context)[-1] is PENDING
-        engine.step()
-        engine.clock.advance(0.11)
-    engine.clock.advance(0.05)
-    assert engine.scan(keys, context)[-1] is MISS
+    assert engine.scan(keys, context) == [PENDING] * 10
+    engine.step()
+    engine.clock.advance(0.08)
+    assert engine.scan(keys, context) == [*[HIT] * 9, PENDING]
+    engine.step()
+    engine.clock.advance(0.05)  # all ten would take a second to compute, and the last one a tenth of it
+    engine.step()
+    assert engine.scan(keys, context) == [*[HIT] * 9, MISS]
+    assert [event.reason for event in engine.log.of(RequestGaveUp)] == ["slower"]
 
 
 @pytest.mark.parametrize("first", ["probe", "store"])

@@ -12,7 +12,7 @@ from kvtier.adapters.transformers import PrefixCache
 from kvtier.errors import StoreUnavailableError
 from kvtier.events import TierState
 
-PATIENCE = {"load_deadline": 15.0}
+PATIENCE = {"load_deadline": 15.0, "prefill_rate": 1.0}
 """How long a demonstration waits for blocks that a tier holds, where the configuration does not say: engines on a busy
 machine give up sooner and compute, and here it is to be seen that blocks come back. The table shows what it cost."""
 VOLATILE_TIERS = frozenset({"memory", "example"})

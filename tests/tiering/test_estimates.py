@@ -1,0 +1,155 @@
+"""What is worth loading follows from measured speeds; the measures agree with what was measured."""
+
+import math
+
+import pytest
+from engine import make_keys
+
+from kvtier.events import RequestGaveUp
+from kvtier.tiering.estimate import HERE, Outlook, PrefillSpeed, TierSpeed, choose_prefix
+from kvtier.types import LookupResult
+
+HIT, MISS, PENDING = LookupResult.HIT, LookupResult.MISS, LookupResult.HIT_PENDING
+
+
+NOTHING_ELSE = Outlook()
+
+
+def choose(num_blocks, saved, per_block, outlook=NOTHING_ELSE, latency=0.0, **more):
+    return choose_prefix([0] * num_blocks, [saved] * num_blocks, {0: latency}, {0: per_block}, outlook, **more)
+
+
+def test_a_tier_that_is_faster_than_computing_brings_everything():
+    assert choose(10, saved=1.0, per_block=0.5).num_blocks == 10
+
+
+def test_a_tier_that_is_slower_brings_what_comes_before_the_request_s_turn():
+    assert choose(10, saved=0.5, per_block=1.0).num_blocks == 0
+    assert choose(10, saved=0.5, per_block=1.0, outlook=Outlook(turn_in=3.5, idle_in=3.5)).num_blocks == 3
+
+
+def test_a_few_blocks_are_not_worth_a_long_latency():
+    assert choose(3, saved=0.1, per_block=0.01, latency=0.5).num_blocks == 0
+    assert choose(30, saved=0.1, per_block=0.01, latency=0.5).num_blocks == 30
+
+
+def test_blocks_that_are_here_are_worth_the_load_that_leads_to_them():
+    sources = [0, 0, *[HERE] * 8]
+    assert choose_prefix(sources, [0.5] * 10, {0: 0.0}, {0: 1.0}, Outlook()).num_blocks == 10
+
+
+def test_who_is_behind_gains_from_what_is_not_computed():
+    alone, followed = Outlook(0.0, 100.0), Outlook(0.0, 100.0, num_behind=3)
+    assert choose(10, saved=0.5, per_block=1.0, outlook=alone).num_blocks == 0
+    assert choose(10, saved=0.5, per_block=1.0, outlook=followed).num_blocks == 10
+
+
+def test_a_prefix_ends_where_every_group_can_hit():
+    outlook = Outlook(turn_in=3.0, idle_in=3.0)
+    assert choose(10, saved=0.5, per_block=1.0, outlook=outlook, stride=2).num_blocks == 2
+
+
+def test_computing_takes_longer_with_context():
+    speed = PrefillSpeed(1000.0, doubling=10_000)
+    assert speed.seconds(0, 1000) == pytest.approx(1.05)
+    assert speed.seconds(10_000, 11_000) == pytest.approx(2.05)
+    assert PrefillSpeed(1000.0, math.inf).seconds(10_000, 11_000) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.01, 0.04])
+def test_bandwidth_and_latency_are_found_whatever_the_time_between_polls(gap):
+    """A tier of 100 blocks per second and 50 ms, driven with four parts of eight blocks at a time."""
+    speed, now = TierSpeed(bandwidth=10_000.0), 0.0
+    for _ in range(12):
+        ends = [now + 0.05 + 0.08 * (part + 1) for part in range(4)]
+        for _ in ends:
+            speed.begin(8, now)
+        while ends:
+            now = now + gap if gap else ends[0]
+            landed = [end for end in ends if end <= now]
+            ends = ends[len(landed) :]
+            if landed:
+                speed.end(8 * len(landed), 8 * len(landed), now, seen_at_once=not gap)
+            speed.poll(now)
+        now += 1.0
+        speed.poll(now)
+    assert speed.seconds(32, now) == pytest.approx(0.37, rel=0.5)
+
+
+def test_what_is_overdue_is_taken_for_a_slower_tier():
+    speed = TierSpeed(latency=0.0, bandwidth=100.0)
+    speed.begin(10, 0.0)
+    assert speed.seconds(10, 0.05) == pytest.approx(0.15)
+    assert speed.seconds(10, 1.0) == pytest.approx(2.0)
+
+
+def serve(engine, number, length=20, device_hits=0, tokens_per_second=2000.0):
+    """One prompt, of which the device has a head, in steps of five blocks of 100 tokens."""
+    keys, context = make_keys(length, f"prompt {number}"), engine.request(f"r{number}")
+    if device_hits < length:
+        engine.scan(keys[device_hits:], context)
+    for start in range(device_hits, length, 5):
+        engine.step()
+        offered = keys[0 if start == device_hits else start : start + 5]
+        engine.store(offered, context)
+        engine.clock.advance(500 / tokens_per_second)
+    engine.step()
+    engine.finish(context)
+    engine.step()
+
+
+@pytest.mark.parametrize("device_hits", [0, 180])
+def test_tokens_found_on_the_device_are_not_computed_ones(make_engine, device_hits):
+    engine = make_engine(num_blocks=512, num_tiers=0, tokens_per_block=100, prefill_doubling=math.inf)
+    for number in range(12):
+        serve(engine, number, 20 + device_hits, device_hits)
+    assert engine.manager.prefill_rate == pytest.approx(2000.0, rel=0.2)
+
+
+def test_what_is_computed_sooner_is_declined_at_once(make_engine):
+    engine, keys = make_engine(prefill_rate=1e9, tokens_per_block=100), make_keys(4)
+    engine.plant(keys)
+    context = engine.request()
+    assert engine.scan(keys, context) == [PENDING] * 4
+    engine.step()
+    assert not engine.tier.loads
+    assert engine.scan(keys, context) == [MISS]
+    assert [(event.reason, event.num_blocks) for event in engine.log.of(RequestGaveUp)] == [("slower", 4)]
+
+
+def test_what_nobody_waits_for_any_more_is_not_loaded(make_engine):
+    engine, keys = make_engine(num_blocks=2000, prefill_rate=1.0, tokens_per_block=100), make_keys(1000)
+    engine.plant(keys)
+    engine.tier.auto = False
+    context, other = engine.request(), engine.request("other")
+    engine.scan(keys, context)
+    engine.step()
+    asked = sum(len(job.keys) for job in engine.tier.loads)
+    assert asked < len(keys) / 2  # the rest is queued, without slots
+    assert len(engine.table) == asked
+    engine.scan(keys[:500], other)
+    engine.step()
+    engine.finish(context)
+    while engine.tier.waiting:
+        engine.tier.finish(engine.tier.waiting[0])
+        engine.clock.advance(0.001)
+        engine.step()
+    assert engine.hits(keys, other) == 500
+    loaded = [key for job in engine.tier.loads for key in job.keys]
+    assert len(loaded) == len(set(loaded)), "nothing is read twice"
+
+
+def test_a_late_block_enters_a_full_memory_no_more(make_engine):
+    engine, keys = make_engine(num_blocks=8, load_deadline=2.0), make_keys(2)
+    engine.plant(keys)
+    engine.tier.auto = False
+    context = engine.request()
+    engine.scan(keys, context)
+    engine.step()
+    engine.finish(context)
+    engine.tier.full = True
+    engine.store(make_keys(6, "others"), engine.request("storer"))
+    engine.tier.finish(engine.tier.waiting[0])
+    engine.step()
+    assert engine.scan(keys, engine.request("next")) == [PENDING, PENDING]
+    assert engine.table.num_free == 2
