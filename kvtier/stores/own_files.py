@@ -195,7 +195,7 @@ class Folder:
             OSError: it cannot be told; ESTALE from a network filesystem of which the directory was removed.
         """
         try:
-            return os.path.samestat(self.status(name), os.fstat(folder.descriptor))
+            return os.path.samestat(self.status(name), folder._status)
         except FileNotFoundError:
             return False
 

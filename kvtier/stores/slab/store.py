@@ -244,7 +244,8 @@ class SlabStore(SlotStore):
             if cause is not None:
                 self._failures.count(cause)
                 broken.append(run.slot + index)
-        self._empty(broken)
+        if broken:
+            self._empty(broken)
 
     def _judge(self, slot: int, key: OffloadKey) -> FailureCause | None:
         """Return why a payload is not what its record says; None if it is, or cannot be read now."""
