@@ -31,10 +31,17 @@ class CheckedStore(BlockStore):
 
     seals_itself = True
 
-    def __init__(self, inner: BlockStore, context: StoreContext, sealer: Sealer | None = None) -> None:
+    def __init__(
+        self,
+        inner: BlockStore,
+        context: StoreContext,
+        sealer: Sealer | None = None,
+        scratch_bytes: int = MAX_SCRATCH_BYTES,
+    ) -> None:
         """Args:
         inner: a store of opaque values; this one closes it.
         sealer: of the blocks, default a plain one; the inner store was opened with its namespace.
+        scratch_bytes: most private memory of a thread, or that of one block.
         """
         self.inner = inner
         self._failures = context.failures
@@ -42,6 +49,7 @@ class CheckedStore(BlockStore):
         self._value_bytes = HEADER_BYTES + context.block_bytes
         self._sealer = PlainSealer(context.namespace) if sealer is None else sealer
         self._scratch = Scratch()
+        self._scratch_bytes = scratch_bytes
         self._clean_up = CleanUp()
 
     @classmethod
@@ -92,10 +100,10 @@ class CheckedStore(BlockStore):
         buffers: Sequence[memoryview],
         move: Callable[[Sequence[OffloadKey], Sequence[memoryview]], list[bool]],
     ) -> list[bool]:
-        """Call `move` for the pairs of the right length, as many at once as the bounce memory holds."""
+        """Call `move` for the pairs of the right length, as many at once as private memory holds."""
         fitting = fitting_buffers(keys, buffers, self._block_bytes, self._failures)
         results = [False] * len(keys)
-        step = max(1, MAX_SCRATCH_BYTES // self._value_bytes)
+        step = max(1, self._scratch_bytes // self._value_bytes)
         for start in range(0, len(fitting), step):
             part = fitting[start : start + step]
             moved = move([keys[index] for index in part], [buffers[index] for index in part])

@@ -19,7 +19,7 @@ from kvtier.types import FailureCause
 _RECORDS_PER_BATCH = 1 << 14
 _MIN_RECORDS = 1 << 20
 _MAX_JUDGED = 64
-"""Payloads that are read at a start, at most, for each of two questions."""
+"""Most payloads that a start reads to settle double keys, and again to find the newest block that is whole."""
 _KEY_OFFSET = HEADER_DTYPE.fields["key"][1] if HEADER_DTYPE.fields else 0
 _FINGERPRINT_WORDS = slice(5, 9)
 """Where the fingerprint is in a record seen as 4-byte words."""
@@ -32,13 +32,13 @@ Judge = Callable[[int, OffloadKey], FailureCause | None]
 
 
 class Inventory:
-    """What records say: first which ones to keep, in what order, then those, batch after batch.
+    """The records of a slab that count, in the order in which they were written.
 
-    A record is of use if its checksum is right, too. That is found out batch by batch, so that who takes the first
-    ones need not wait for the last, unless records contradict one another: then all checksums come first.
+    Checksums of records are verified last, one batch at a time, so that the first blocks can be used before the last
+    record is verified. If records contradict one another, all checksums are verified first.
 
     Attributes:
-        broken: slots whose record is neither empty nor of use.
+        broken: slots whose record must be emptied.
         cause_of: why, by slot; not for superseded records, which are no failures.
     """
 
@@ -78,12 +78,12 @@ class Inventory:
         return int(_sequences(self._read[self._kept[-1:]]).max(initial=0))
 
     def reject(self, slot: int, cause: FailureCause) -> None:
-        """Note a record that must go."""
+        """Note a broken record and why it is broken."""
         self.broken.append(slot)
         self.cause_of[slot] = cause
 
     def add(self, found: RawRecords) -> None:
-        """Take records; those that cannot be read must go."""
+        """Add records; those that cannot be read are broken."""
         raw, first = found.raw, found.first
         for slot in found.unreadable:
             self.reject(slot, FailureCause.IO_ERROR)
@@ -103,7 +103,7 @@ class Inventory:
         self._mixed.append(_mixed_keys(records))
 
     def sort(self) -> None:
-        """Put what was added in the order in which it was written; all of it is kept so far."""
+        """Keep all records that were added, in the order in which they were written."""
         records = self._read[: self._num_read]
         sequences = _sequences(records)
         in_order = not (np.diff(sequences) < 0).any()
@@ -179,7 +179,7 @@ class Inventory:
             self._is_verified = True
 
     def batches(self) -> Iterator[tuple[list[int], list[OffloadKey]]]:
-        """Yield (slots, keys) of the records of use; after the last ones, all that must go is known."""
+        """Yield (slots, keys) of the valid records; `broken` is complete after the last batch."""
         for batch in self._batches():
             records = self._read[batch]
             if not self._is_verified:
@@ -275,7 +275,7 @@ def _has_equals(values: NDArray[np.uint64]) -> bool:
 
 
 def _mixed_keys(records: NDArray[np.void]) -> NDArray[np.uint64]:
-    """Return a number for each key, the same for the same key: others share one by a rare accident only."""
+    """Return a hash of each key. Different keys rarely share one; the caller then compares the keys."""
     words = records.view("<u8").reshape(-1, HEADER_BYTES // 8)[:, _KEY_WORDS]
     mixed: NDArray[np.uint64] = np.einsum("rw,w->r", words[:, 1:], _MULTIPLIERS[1:])
     mixed += (words[:, 0] >> np.uint64(32)) * _MULTIPLIERS[0]  # the other half is no key

@@ -1,7 +1,6 @@
 import pytest
 
 from kvtier.errors import StoreError
-from kvtier.stores.integrity import checked_store
 from kvtier.stores.integrity.checked_store import CheckedStore
 from kvtier.stores.memory import MemoryStore
 from kvtier.testing.faulty_stores import Fault, FaultPlan, FaultyBlockStore, Injection
@@ -90,8 +89,8 @@ def test_a_failed_clean_up_costs_no_good_block(store, plan, context, caplog, cal
 
 
 @pytest.mark.parametrize("scratch_bytes", [1, 3 * (8192 + 128)])
-def test_a_batch_above_the_private_memory_goes_in_parts(store, monkeypatch, scratch_bytes):
-    monkeypatch.setattr(checked_store, "MAX_SCRATCH_BYTES", scratch_bytes)
+def test_a_batch_above_the_private_memory_goes_in_parts(store, context, scratch_bytes):
+    store = CheckedStore(store.inner, context, scratch_bytes=scratch_bytes)
     buffers = SUITE.buffers(8)
     order = [5, 0, 7, 1, 2, 6, 3, 4]
     assert store.read_into([KEYS[number] for number in order], buffers) == [True] * 8
