@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -63,6 +64,12 @@ def simulate(
     disk_read: ReadOption = "6GB",
     disk_write: WriteOption = "3GB",
     disk_latency: LatencyOption = Machine.disk_latency,
+    load_deadline: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, help="Longest that a request waits for the disk, seconds; absent, while it is worth it."
+        ),
+    ] = None,
     tokens_per_block: TokensOption = None,
     conversation_gap: GapOption = 60.0,
     processes: ProcessesOption = None,
@@ -85,6 +92,7 @@ def simulate(
     loaded = load_trace(trace, tokens_per_block, conversation_gap)
     block_bytes = block_bytes_of(loaded, model, kv_dtype)
     setups = make_setups(loaded, block_bytes, dram, disk, policy, admission)
+    setups = [replace(setup, load_deadline=load_deadline) for setup in setups]
     more = curve_setups(loaded, setups) if plot is not None else []
     with tracked(f"replaying {len(setups) + len(more)} configurations") as progress:
         results = replay_all(loaded, setups + more, machine, processes=processes, progress=progress)

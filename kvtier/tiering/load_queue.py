@@ -19,8 +19,9 @@ _LEAST_PART_BYTES = 1 << 20
 _MOST_PART_BLOCKS = 64
 _PARTS = 8
 """A plan is cut into so many parts, if they are not too small or too large: then little is lost if it is given up."""
-_EXPECTED_BANDWIDTH = 1e9
-"""Bytes per second of a tier that has not loaded anything yet."""
+_EXPECTED_BANDWIDTH = 1e10
+"""Bytes per second of a tier that has not loaded anything yet. Rather too many: a tier that is never asked is never
+measured, and the first part shows what it can do."""
 
 
 @dataclass(slots=True, eq=False)

@@ -182,3 +182,29 @@ def test_names_the_broken_line(tmp_path):
     result = run(path)
     assert result.exit_code == 2
     assert "broken.jsonl:2:" in result.stderr
+
+
+def test_a_load_deadline_is_an_upper_bound(tmp_path):
+    lines = [
+        json.dumps({"timestamp": 1000 * n, "input_length": 5120, "hash_ids": [*range(n % 3 * 10, n % 3 * 10 + 10)]})
+        for n in range(30)
+    ]
+    (tmp_path / "part.jsonl").write_text("\n".join(lines))
+    hits = []
+    for deadline in ((), ("--load-deadline", "0.001")):
+        path = tmp_path / "found.json"
+        arguments = [
+            "simulate",
+            tmp_path / "part.jsonl",
+            "--dram",
+            "1GiB",
+            "--disk",
+            "64GiB",
+            "--disk-read",
+            "2GB",
+            *deadline,
+        ]
+        result = CliRunner().invoke(app, [str(argument) for argument in [*arguments, "--json", path]])
+        assert result.exit_code == 0, result.output
+        hits.append(json.loads(path.read_text())["results"][0]["hits"]["disk"])
+    assert hits[0] > hits[1] == 0
