@@ -138,7 +138,7 @@ def test_the_sizes_tried_reach_all_of_the_trace(trace, tmp_path):
     ("sizes", "edge"),
     [
         (
-            ("--dram", "1GiB,2GiB", "--disk", 0),
+            ("--dram", "64GiB,256GiB", "--disk", 0),
             "this is the largest memory that was tried, other sizes may be",
         ),
         (("--dram", "2GiB", "--disk", "8GiB"), "the largest memory and the largest disk that was tried"),
