@@ -138,6 +138,7 @@ def make_config(folder: str) -> OffloadingConfig:
         "spec_name": "TieringOffloadingSpec",
         "cpu_bytes_to_use": 2 * NUM_BLOCKS * BLOCK_BYTES,
         "secondary_tiers": [{"type": "disk", "path": folder, "capacity": "64MiB"}],
+        "prefill_rate": 1.0,  # so slow that a promotion always pays
     }
     groups = (KVCacheGroup(16, ("layer",)),)
     namespace = Namespace({"model": "roads"})

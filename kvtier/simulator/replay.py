@@ -11,8 +11,10 @@ from __future__ import annotations
 import gc
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 from kvtier.events import BlocksLoaded, Event
 from kvtier.simulator.results import Outcome, Result
@@ -77,7 +79,9 @@ class Replay:
         self._loads = LoadLog()
         self._engine = SimulatedEngine(setup.limited_to(trace.num_kept), machine, trace.tokens_per_block, self._loads)
         self._manager, self._clock = self._engine.manager, self._engine.clock
-        self._queue: list[_Waiting] = []
+        self._queue: deque[_Waiting] = deque()
+        self._progress: Progress | None = None
+        self._num_come = 0
         self._computing: ReqContext | None = None
         self._free_at = 0.0
         self._load_seconds = setup.block_bytes / machine.host_bandwidth
@@ -85,6 +89,7 @@ class Replay:
     def run(self, progress: Progress | None = None) -> Result:
         """Replay everything and return what came of it."""
         started = time.perf_counter()
+        self._progress = progress
         self._manager.on_schedule_end(_STEP)
         requests = self._trace.requests
         with_collector = gc.isenabled()
@@ -93,10 +98,10 @@ class Replay:
             for number, request in enumerate(requests):
                 self._work_until(request.time)
                 self._clock.advance_to(request.time)
+                self._num_come = number
                 if number % _STEP_EVERY == 0:
                     self._manager.on_schedule_end(_STEP)
-                    if progress is not None:
-                        progress(number / len(requests))
+                    self._report()
                 context = ReqContext(str(number), num_prompt_tokens=request.input_tokens)
                 self._manager.on_new_request(context)
                 self._queue.append(_Waiting(request, context))
@@ -112,6 +117,11 @@ class Replay:
         self._manager.check_invariants()
         self._manager.shutdown()
         return Result.of(self._trace, self._setup, self._machine, self.outcomes, stats, seconds)
+
+    def _report(self) -> None:
+        """Say how far the replay is: requests come, and may all wait before most are served."""
+        if self._progress is not None:
+            self._progress((self._num_come + len(self.outcomes)) / (2 * len(self._trace.requests)))
 
     def _work_until(self, end: float) -> None:
         """Let time pass up to `end`, or until nobody waits, and do whatever comes due."""
@@ -129,7 +139,7 @@ class Replay:
         transfers = [at for tier in self._engine.tiers if (at := tier.device.next_end()) is not None]
         if self._computing is not None:
             return min([self._free_at, *transfers])
-        deadlines = [waiting.look_at for waiting in self._queue[:_LOOKED_UP] if waiting.is_deferred]
+        deadlines = [waiting.look_at for waiting in islice(self._queue, _LOOKED_UP) if waiting.is_deferred]
         return min([math.inf, *transfers, *deadlines])
 
     def _schedule(self) -> None:
@@ -145,7 +155,7 @@ class Replay:
         While the accelerator computes, only the plans of the next requests begin. Return whether any was deferred.
         """
         now, planned = self._clock(), False
-        for waiting in self._queue if self._computing is None else self._queue[:_LOOKED_UP]:
+        for waiting in self._queue if self._computing is None else islice(self._queue, _LOOKED_UP):
             keys = waiting.request.keys
             if self._computing is not None and waiting.is_known:
                 continue
@@ -188,3 +198,5 @@ class Replay:
         self._computing = context
         first_token = self._free_at - request.time + num_hits * self._load_seconds
         self.outcomes.append(Outcome(request.time, len(keys), by_source, request.input_tokens, saved, first_token))
+        if len(self.outcomes) % _STEP_EVERY == 0:
+            self._report()

@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from kvtier import make_offload_key
+from kvtier.simulator.replay import Replay
+from kvtier.simulator.setup import Machine, Setup
+from kvtier.simulator.trace import Trace, TraceRequest
 from kvtier.testing.patience import wait_for
 
 EXTRACT = Path(__file__).parents[1] / "data" / "conversation_prefixes.jsonl"
@@ -85,3 +89,12 @@ def test_no_worker_outlives_its_parent(command, number):
     process.send_signal(number)
     process.wait()
     wait_for(lambda: all(stat_of(child) is None for child in children), "all have ended")
+
+
+def test_progress_is_told_while_all_requests_have_come_and_wait():
+    keys = [make_offload_key(bytes([index]) * 32, 0) for index in range(3)]
+    trace = Trace("at once", "made", 16, [TraceRequest(0.0, keys, 48, 1)] * 1000)
+    shares = []
+    Replay(trace, Setup("lru", 10, 0, 4096), Machine()).run(shares.append)
+    assert shares == sorted(shares)
+    assert sum(0.5 < share < 1 for share in shares) > 10
