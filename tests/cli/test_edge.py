@@ -1,6 +1,7 @@
 """Malformed input of every command is one line and exit code 2, and no stream that fails makes a traceback."""
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -148,9 +149,10 @@ def test_an_option_with_a_secret_is_not_repeated(places):
 
 def start(*words, **more):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.Popen(
-        [sys.executable, "-m", "kvtier", *map(str, words)], stderr=subprocess.PIPE, text=True, env=environment, **more
-    )
+    command = [sys.executable, "-m", "kvtier", *map(str, words)]
+    # Who runs tests in a shell's background lets them, and all that they start, ignore Ctrl-C.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heed, **more)
 
 
 def test_the_version_is_that_of_the_package():
@@ -201,7 +203,10 @@ def test_ctrl_c_makes_no_traceback(places):
     while not has_open(process.pid, "long.jsonl"):
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=120)[1]
+    try:
+        said = process.communicate(timeout=120)[1]
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert said == "kvtier simulate: interrupted\n"
 
