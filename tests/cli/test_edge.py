@@ -151,8 +151,8 @@ def start(*words, **more):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-m", "kvtier", *map(str, words)]
     # Who runs tests in a shell's background lets them, and all that they start, ignore Ctrl-C.
-    heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heed, **more)
+    more.setdefault("preexec_fn", functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler))
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, **more)
 
 
 def test_the_version_is_that_of_the_package():
