@@ -35,8 +35,8 @@ FOLLOWED: Mapping[str, type[EvictionPolicy]] = {
 FIRST = "prefix"
 """In charge at the beginning: of all tables in docs/policies.md the one that is never far from the best."""
 
-_MOST_STEPS = 3
-_MOST_STEPS_OF_SMALL = 28
+_MAX_STEPS = 3
+_MAX_STEPS_OF_SMALL = 28
 _SMALL = 1024
 """Of a cache with fewer keys, shadows see one in eight or more: they would fall behind."""
 
@@ -73,7 +73,7 @@ class ShadowedPolicy(EvictionPolicy):
         self._first, self._kinds, self._may_switch = name, dict(kinds), may_switch
         self._name = name
         self._policy: EvictionPolicy = self._kinds[name](capacity)
-        self._most_steps = _MOST_STEPS if capacity >= _SMALL else _MOST_STEPS_OF_SMALL
+        self._most_steps = _MAX_STEPS if capacity >= _SMALL else _MAX_STEPS_OF_SMALL
         self._succession: Succession | None = None
         self._shadows = Shadows(capacity, self._kinds, name)
         self._uses = self._shadows.uses

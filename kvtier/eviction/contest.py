@@ -20,7 +20,7 @@ KEPT_AT_WINDOW = 0.8
 MARGIN = 0.01
 """Share of the uses, in hits, that a better policy gains at least: who takes over begins without a memory."""
 
-LEAST_DEVIATIONS = 2.0
+MIN_DEVIATIONS = 2.0
 """A better policy's gain is at least so many of its standard deviations."""
 
 
@@ -84,7 +84,7 @@ class Contest:
             return False
         gain = self._hits[name] - self._hits[current]
         squares = self._squares.get((name, current)) or self._squares.get((current, name), 0.0)
-        return gain >= MARGIN * self._num_keys and gain >= LEAST_DEVIATIONS * sqrt(squares)
+        return gain >= MARGIN * self._num_keys and gain >= MIN_DEVIATIONS * sqrt(squares)
 
     def _fade(self) -> None:
         self._in_window = 0

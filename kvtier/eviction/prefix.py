@@ -25,7 +25,7 @@ from typing import Self
 
 from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
-from kvtier.eviction.reuse import MOST_TURN_BLOCKS, NEW, NEW_BRANCH, NEW_TURN, NUM_CLASSES, ReuseTable, class_of
+from kvtier.eviction.reuse import MAX_TURN_BLOCKS, NEW, NEW_BRANCH, NEW_TURN, NUM_CLASSES, ReuseTable, class_of
 from kvtier.keys import OffloadKey
 
 GHOSTS_PER_KEY = 4
@@ -36,10 +36,10 @@ LEARN_AFTER = 2048
 
 _FIRST_LEARNING = 256
 _ONCE_USED = (NEW, NEW_BRANCH, NEW_TURN)
-_LEAST_BETWEEN_LEARNINGS = 128
+_MIN_BETWEEN_LEARNINGS = 128
 """A shadow learns more often than its share of the uses says, but no more often than this: learning is not cheap."""
 
-_LEAST_FIRST_LEARNING = 32
+_MIN_FIRST_LEARNING = 32
 
 
 class Part:
@@ -71,8 +71,8 @@ class PrefixPolicy(EvictionPolicy):
         """Args: capacity: as for every policy; share: of all keys that it is shown, see `for_sample`."""
         super().__init__(capacity)
         self._table = ReuseTable(capacity, share)
-        self._learn_after = max(_LEAST_BETWEEN_LEARNINGS, int(LEARN_AFTER * share))
-        self._first_learning = max(_LEAST_FIRST_LEARNING, int(_FIRST_LEARNING * share))
+        self._learn_after = max(_MIN_BETWEEN_LEARNINGS, int(LEARN_AFTER * share))
+        self._first_learning = max(_MIN_FIRST_LEARNING, int(_FIRST_LEARNING * share))
         self._part_of: dict[OffloadKey, Part] = {}
         self._ghosts: OrderedDict[OffloadKey, Part] = OrderedDict()
         self._queues: list[OrderedDict[Part, None]] = [OrderedDict() for _ in range(NUM_CLASSES)]
@@ -110,7 +110,7 @@ class PrefixPolicy(EvictionPolicy):
             num_found += len(keys) - parts.count(None)
         kind = NEW
         if num_found > 1:
-            kind = NEW_TURN if parts.count(None) <= MOST_TURN_BLOCKS else NEW_BRANCH
+            kind = NEW_TURN if parts.count(None) <= MAX_TURN_BLOCKS else NEW_BRANCH
         self._use(keys, parts, kind)
 
     def _use(self, keys: Sequence[OffloadKey], parts: Sequence[Part | None], kind_of_new: int) -> None:
@@ -303,4 +303,4 @@ def _kind_of_new_in(groups: Sequence[tuple[Part, Sequence[OffloadKey]]]) -> int:
         num_new += len(block)
     if first_kind == NEW and num_known <= 1:
         return NEW
-    return NEW_TURN if num_new <= MOST_TURN_BLOCKS else NEW_BRANCH
+    return NEW_TURN if num_new <= MAX_TURN_BLOCKS else NEW_BRANCH

@@ -19,7 +19,7 @@ EDGE_GROWTH = 1.6
 NUM_BINS = 15
 """The last bin begins at about 28 capacities."""
 
-MOST_WEIGHT = 20
+MAX_WEIGHT = 20
 """A part counts as at most so many blocks: one long prompt is one decision of one user, not hundreds."""
 
 PRIOR_BLOCKS = 100.0
@@ -29,9 +29,9 @@ KEPT_AT_LEARNING = 0.993
 """What of the counts outlives each learning: after 100 of them, half."""
 
 NEW, NEW_BRANCH, NEW_TURN = 0, 1, 2
-"""Classes of blocks used once: with no known prefix, a long addition to one, a short one (MOST_TURN_BLOCKS)."""
+"""Classes of blocks used once: with no known prefix, a long addition to one, a short one (MAX_TURN_BLOCKS)."""
 
-MOST_TURN_BLOCKS = 3
+MAX_TURN_BLOCKS = 3
 _USES_OF_CLASS = (2, 3, 4, 6, 11, 50)
 _FIRST_USED = NEW_TURN + 1
 NUM_CLASSES = _FIRST_USED + len(_USES_OF_CLASS)
@@ -66,16 +66,16 @@ class ReuseTable:
 
     def note_reached(self, kind: int, index: int, num_blocks: int) -> None:
         """Blocks of class `kind` have reached bin `index` of age without a use."""
-        self.reached[kind][index] += min(num_blocks, MOST_WEIGHT)
+        self.reached[kind][index] += min(num_blocks, MAX_WEIGHT)
 
     def take_back(self, kind: int, num_blocks: int) -> None:
         """Blocks that were new in the first bin go on as part of more; what has faded since is not owed."""
         reached = self.reached[kind]
-        reached[0] = max(0.0, reached[0] - min(num_blocks, MOST_WEIGHT))
+        reached[0] = max(0.0, reached[0] - min(num_blocks, MAX_WEIGHT))
 
     def note_used(self, kind: int, age: int, num_blocks: int) -> None:
         """Blocks of class `kind` were used again at this age."""
-        self.used[kind][bisect_right(self.edges, age)] += min(num_blocks, MOST_WEIGHT)
+        self.used[kind][bisect_right(self.edges, age)] += min(num_blocks, MAX_WEIGHT)
 
     def learn(self) -> None:
         """Compute the ranks anew, and let old counts fade."""

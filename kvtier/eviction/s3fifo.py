@@ -17,7 +17,7 @@ from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
 from kvtier.keys import OffloadKey
 
-MOST_USES = 3
+MAX_USES = 3
 """Uses beyond the first are counted up to this: two bits in the paper."""
 
 SMALL_SHARE = 10
@@ -62,7 +62,7 @@ class S3FIFOPolicy(EvictionPolicy):
         for queue in (self._small, self._main):
             if not queue.keys().isdisjoint(keys):
                 for key in keys:
-                    if queue.get(key, MOST_USES) < MOST_USES:
+                    if queue.get(key, MAX_USES) < MAX_USES:
                         queue[key] += 1
 
     def candidates(self, incoming: Sequence[OffloadKey] = ()) -> Iterator[OffloadKey]:
@@ -167,7 +167,7 @@ class S3FIFOPolicy(EvictionPolicy):
             raise InvariantError("S3-FIFO: a key is in two queues")
         if len(self) > self.capacity or len(ghosts) > self._most_ghosts:
             raise InvariantError(f"S3-FIFO: {len(self)} keys and {len(ghosts)} ghosts, capacity {self.capacity}")
-        if not all(0 <= uses <= MOST_USES for uses in chain(small.values(), main.values())):
+        if not all(0 <= uses <= MAX_USES for uses in chain(small.values(), main.values())):
             raise InvariantError("S3-FIFO: a use count is out of its range")
 
 

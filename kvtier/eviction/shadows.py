@@ -24,7 +24,7 @@ from kvtier.keys import GROUP_BYTES, OffloadKey
 FEWEST_KEYS = 128
 """Least capacity of a shadow, if the cache has as much."""
 
-MOST_KEYS = 512
+MAX_KEYS = 512
 """Most capacity of a shadow: what is beyond costs warmth and brings no better order of policies."""
 
 EARNED_PER_USE = 1 / 4096
@@ -39,10 +39,10 @@ COUNTED_IN_ROUND = 1024
 BATCH_KEYS = 8
 """Sampled keys that a policy is given at once: a call costs as much as several keys."""
 
-MOST_RUN_KEYS = 32
+MAX_RUN_KEYS = 32
 """Sampled keys of one request that are followed, its first ones: it bounds what a step of work takes."""
 
-MOST_WAITING = 16
+MAX_WAITING = 16
 """Batches that may wait for being replayed; what comes beyond is not followed."""
 
 WARM_CAPACITIES = 2
@@ -64,14 +64,14 @@ class Sampler:
 
     def __init__(self, capacity: int) -> None:
         """Args: capacity: of the cache, at least 1."""
-        wanted = min(MOST_KEYS, max(FEWEST_KEYS, capacity // _SCALE))
+        wanted = min(MAX_KEYS, max(FEWEST_KEYS, capacity // _SCALE))
         num_values = min(_SCALE, max(1, round(wanted * _SCALE / capacity)))
         # Evenly spread values: hashes that are counters, as in traces, are then sampled evenly, too.
         values = bytes(index * _SCALE // num_values for index in range(num_values))
         self._others = bytes(set(range(_SCALE)) - set(values))
         self._values = frozenset(values)
         # For caches that need less than one value of 256: the byte before is below this, too.
-        self._most_second = min(_SCALE, max(1, MOST_KEYS * _SCALE * _SCALE // capacity))
+        self._most_second = min(_SCALE, max(1, MAX_KEYS * _SCALE * _SCALE // capacity))
         self.capacity = max(1, capacity * num_values * self._most_second // (_SCALE * _SCALE))
 
     def pick(self, keys: Sequence[OffloadKey]) -> list[OffloadKey]:
@@ -179,7 +179,7 @@ class SampledUses:
         self.sampler = Sampler(capacity)
         # Together less than half of the capacity, which is what the smallest shadow has.
         self._batch_keys = max(1, min(BATCH_KEYS, self.sampler.capacity // 8))
-        self._most_run = max(1, min(MOST_RUN_KEYS, self.sampler.capacity // 4))
+        self._most_run = max(1, min(MAX_RUN_KEYS, self.sampler.capacity // 4))
         self._round = float(2 * WARM_CAPACITIES * self.sampler.capacity + COUNTED_IN_ROUND)
         self._credit = max(float(FIRST_CREDIT), self._round)
         self.resting = False
@@ -233,7 +233,7 @@ class SampledUses:
         self._runs.append(run)
         if len(known) < self._batch_keys:
             return
-        if len(self.batches) < MOST_WAITING:
+        if len(self.batches) < MAX_WAITING:
             self.batches.append(Batch(self._runs, list(chain.from_iterable(reversed(self._runs)))))
             self._credit -= len(known)
         self._runs, self._known = [], set()
@@ -334,5 +334,5 @@ class Shadows:
             cache.policy.check_invariants()
             if len(cache.policy) > cache.policy.capacity or cache.hits > cache.blocks:
                 raise InvariantError(f"shadow {name}: {len(cache.policy)} keys, {cache.hits} of {cache.blocks} hits")
-        if len(self.uses.batches) > MOST_WAITING:
+        if len(self.uses.batches) > MAX_WAITING:
             raise InvariantError(f"shadows: {len(self.uses.batches)} batches wait")

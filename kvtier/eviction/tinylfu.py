@@ -25,7 +25,7 @@ WINDOW_SHARE = 100
 PROTECTED_PERCENT = 80
 """Share of the main part that is protected."""
 
-MOST_USES = 15
+MAX_USES = 15
 """Counts stop here: four bits in the paper."""
 
 USES_PER_AGE = 10
@@ -97,8 +97,8 @@ class TinyLFUPolicy(EvictionPolicy):
         base = epoch << COUNT_BITS
         for key in keys:
             value = uses.get(key, 0)
-            count = (value & MOST_USES) >> (epoch - (value >> COUNT_BITS)) if value else 0
-            uses[key] = base + (count + 1 if count < MOST_USES else MOST_USES)
+            count = (value & MAX_USES) >> (epoch - (value >> COUNT_BITS)) if value else 0
+            uses[key] = base + (count + 1 if count < MAX_USES else MAX_USES)
         self._uses_in_epoch += len(keys)
         if self._uses_in_epoch >= USES_PER_AGE * self.capacity:
             self._epoch += 1
@@ -106,7 +106,7 @@ class TinyLFUPolicy(EvictionPolicy):
 
     def _uses_of(self, key: OffloadKey) -> int:
         value = self._uses.get(key, 0)
-        return (value & MOST_USES) >> (self._epoch - (value >> COUNT_BITS) if value else 0)
+        return (value & MAX_USES) >> (self._epoch - (value >> COUNT_BITS) if value else 0)
 
     def candidates(self, incoming: Sequence[OffloadKey] = ()) -> Iterator[OffloadKey]:
         """Yield every held key; while `incoming` arrives, the rarer of the oldest in window and probation."""

@@ -34,8 +34,8 @@ from kvtier.executors.queue import TaskQueue
 from kvtier.keys import OffloadKey
 from kvtier.redaction import is_secret
 
-_MOST_PACKETS = 512
-_MOST_INDEX_BATCHES = 2
+_MAX_PACKETS = 512
+_MAX_INDEX_BATCHES = 2
 """Received in one poll, so that a large index does not hold up a scheduler step."""
 
 _CLOSED = (
@@ -188,7 +188,7 @@ class IOProcess(IOExecutor):
         self._submitted = False
         self._send_queued()
         num_index = 0
-        for _ in range(_MOST_PACKETS):
+        for _ in range(_MAX_PACKETS):
             packet = self._receive()
             if packet is None:
                 break
@@ -198,7 +198,7 @@ class IOProcess(IOExecutor):
             arrived = decode(packet, REPORTS)
             reports += arrived
             num_index += isinstance(arrived[0], IndexBatch)
-            if num_index >= _MOST_INDEX_BATCHES:
+            if num_index >= _MAX_INDEX_BATCHES:
                 break
         return reports
 

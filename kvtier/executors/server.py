@@ -41,7 +41,7 @@ from kvtier.executors.runner import StoreRunner
 from kvtier.log import logger
 from kvtier.primary.arena import Arena, Rows, arena_rows
 
-_MOST_SECONDS_AFTER_END = 60.0
+_MAX_SECONDS_AFTER_END = 60.0
 """How long running calls may take after the end; a longer one is cut short, its block fails its checksum."""
 
 _SECONDS_BETWEEN_LOOKS = 0.5
@@ -224,7 +224,7 @@ class Watchdog:
     def _watch(self) -> None:
         self._channel.wait_for_end()
         if self.open.is_set():
-            time.sleep(_MOST_SECONDS_AFTER_END)  # a thread of its own; the process mostly ends before
+            time.sleep(_MAX_SECONDS_AFTER_END)  # a thread of its own; the process mostly ends before
         os._exit(EXIT_CUT_SHORT)
 
 

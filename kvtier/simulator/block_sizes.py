@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from kvtier.simulator.trace import TraceRequest
 
-_MOST_ODD = 0.01
+_MAX_ODD = 0.01
 """Share of requests that may contradict a format's own size: logs have cut lines."""
 _LARGEST = 1 << 20
 
@@ -24,7 +24,7 @@ def fits(requests: Sequence[TraceRequest], size: int) -> bool:
     Requests of one block and less tokens explain nothing: they fit any size, and do not count.
     """
     telling = [request for request in requests if len(request.keys) > 1 or request.input_tokens > size]
-    most_odd = int(_MOST_ODD * len(telling))
+    most_odd = int(_MAX_ODD * len(telling))
     for tokens_of in _COUNTS:
         lengths = [(len(request.keys), tokens_of(request)) for request in telling if request.keys]
         odd_ceil = sum(not (blocks - 1) * size < tokens <= blocks * size for blocks, tokens in lengths)

@@ -23,7 +23,7 @@ from kvtier.simulator.block_sizes import fits, sizes_that_fit
 from kvtier.simulator.recording import read_recorded_trace
 from kvtier.simulator.trace import KeyMaker, Trace, TraceRequest, in_order
 from kvtier.simulator.trace_files import (
-    MOST_DOCUMENT_BYTES,
+    MAX_DOCUMENT_BYTES,
     check_regular,
     is_trace_name,
     open_trace,
@@ -120,8 +120,8 @@ def _numbered_documents(path: Path) -> Iterator[tuple[int, bytes]]:
         while first and not first.strip():
             number, first = number + 1, read_line(file, path, number + 1)
         if first and not _is_json(first):
-            more = file.read(MOST_DOCUMENT_BYTES + 1 - len(first))
-            if len(first) + len(more) > MOST_DOCUMENT_BYTES or _is_json(first + more):
+            more = file.read(MAX_DOCUMENT_BYTES + 1 - len(first))
+            if len(first) + len(more) > MAX_DOCUMENT_BYTES or _is_json(first + more):
                 first += more
         line = first
         while line:

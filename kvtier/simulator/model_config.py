@@ -21,7 +21,7 @@ from kvtier.simulator.model_keys import (
 from kvtier.simulator.model_types import CLASS_DEFAULTS, NEEDED, REFUSED_TYPES, STATE
 
 _MOST = 1 << 31
-_MOST_BYTES = 16 << 20
+_MAX_BYTES = 16 << 20
 _STATE = f"{STATE}, no size follows for this model"
 _UNKNOWN = "a key that may change what a token takes, and that is not known: no size follows for this model"
 _UNKNOWN_OBJECT = f"{_UNKNOWN} (its language model is looked for at the top and in {', '.join(TEXT_CONFIGS)})"
@@ -114,9 +114,9 @@ def refusal(key: str, value: object, allowed: str) -> ConfigError:
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
-            content = file.read(_MOST_BYTES + 1)
-        if len(content) > _MOST_BYTES:
-            raise ConfigError("model", str(path), f"no config.json is longer than {_MOST_BYTES >> 20} MiB")
+            content = file.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
+            raise ConfigError("model", str(path), f"no config.json is longer than {_MAX_BYTES >> 20} MiB")
         config = json.loads(content.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, ConfigError):

@@ -14,10 +14,10 @@ from typing import IO
 
 from kvtier.errors import TraceError
 
-MOST_DOCUMENT_BYTES = 64 << 20
+MAX_DOCUMENT_BYTES = 64 << 20
 """Of one line, or of a document over several: longer ones are no request and no conversation."""
 _GZIP = b"\x1f\x8b"
-_MOST_EXPANSION = 200
+_MAX_EXPANSION = 200
 """Times the compressed bytes; traces expand 5 to 50 times, and gzip can do 1,000."""
 _FREE_BYTES = 4 << 20
 """Uncompressed, before the expansion is looked at."""
@@ -72,9 +72,9 @@ def read_line(file: IO[bytes], path: Path, number: int) -> bytes:
     Raises:
         TraceError: it is longer than any that means something.
     """
-    line = file.readline(MOST_DOCUMENT_BYTES + 1)
-    if len(line) > MOST_DOCUMENT_BYTES:
-        raise TraceError(f"{path}:{number}: a line of more than {MOST_DOCUMENT_BYTES >> 20} MiB")
+    line = file.readline(MAX_DOCUMENT_BYTES + 1)
+    if len(line) > MAX_DOCUMENT_BYTES:
+        raise TraceError(f"{path}:{number}: a line of more than {MAX_DOCUMENT_BYTES >> 20} MiB")
     return line
 
 
@@ -91,7 +91,7 @@ class _Expanding(io.RawIOBase):
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override] # typeshed's own type is not public
         piece = self._file.read1(len(buffer))
         self._num_bytes += len(piece)
-        if self._num_bytes > _FREE_BYTES + _MOST_EXPANSION * self._raw.tell():
-            raise TraceError(f"{self._path}: expands to more than {_MOST_EXPANSION} times its compressed bytes")
+        if self._num_bytes > _FREE_BYTES + _MAX_EXPANSION * self._raw.tell():
+            raise TraceError(f"{self._path}: expands to more than {_MAX_EXPANSION} times its compressed bytes")
         buffer[: len(piece)] = piece
         return len(piece)

@@ -26,7 +26,7 @@ _LOCAL = frozenset(
     ("ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "zfs", "bcachefs", "tmpfs", "ramfs", "overlay", "devtmpfs", "proc")
 )
 """Filesystems that answer at once, or not at all."""
-_MOST_LINKS = 40
+_MAX_LINKS = 40
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
@@ -93,7 +93,7 @@ def mount_point_of(path: str) -> str:
         target = _target(place)
         if target is not None:
             links += 1
-            if links > _MOST_LINKS:
+            if links > _MAX_LINKS:
                 break
             place = os.path.dirname(place)
             rest.extendleft(reversed(target))

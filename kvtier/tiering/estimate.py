@@ -20,7 +20,7 @@ _WEIGHT = 0.5
 """Of one new load against all before it."""
 _LONGEST_GAP = 2.0
 """Seconds between two polls that count at most: an engine that was idle did not look."""
-_LEAST_SECONDS = 1e-6
+_MIN_SECONDS = 1e-6
 """That a load takes; clocks tick."""
 _BURST_SECONDS = 0.05
 """A tier is kept busy for so long, beside its latency and the time between polls."""
@@ -91,7 +91,7 @@ class TierSpeed:
         if num_moved:
             earliest = elapsed if seen_at_once else self._polled_at - self._busy_since
             predicted = (self.latency if self._is_first else 0.0) + num_moved / self.bandwidth
-            self._learn(num_moved, max(_LEAST_SECONDS, min(max(predicted, earliest), elapsed)))
+            self._learn(num_moved, max(_MIN_SECONDS, min(max(predicted, earliest), elapsed)))
         self._busy_since, self._is_first = now, False
 
     def poll(self, now: float) -> None:

@@ -14,9 +14,9 @@ from kvtier.tiering.estimate import TierSpeed
 from kvtier.tiering.guarded_tier import TierGuard
 from kvtier.tiering.requests import RequestState
 
-_LEAST_PART_BYTES = 1 << 20
+_MIN_PART_BYTES = 1 << 20
 """Smaller parts cost more than they bring."""
-_MOST_PART_BLOCKS = 64
+_MAX_PART_BLOCKS = 64
 _PARTS = 8
 """A plan is cut into so many parts, if they are not too small or too large: then little is lost if it is given up."""
 _EXPECTED_BANDWIDTH = 1e10
@@ -51,7 +51,7 @@ class LoadQueue:
     def __init__(self, guard: TierGuard, block_bytes: int) -> None:
         self.guard = guard
         self.speed = TierSpeed(bandwidth=_EXPECTED_BANDWIDTH / block_bytes)
-        self._least_part = max(1, _LEAST_PART_BYTES // block_bytes)
+        self._least_part = max(1, _MIN_PART_BYTES // block_bytes)
         self.loads: list[QueuedLoad] = []
         self.landed = self.arrived = 0
         """Blocks of the jobs that have ended since the last `note_polled`; and those of them that arrived."""
@@ -67,7 +67,7 @@ class LoadQueue:
 
     def add(self, keys: list[OffloadKey], state: RequestState, gain: float, due: float) -> None:
         """Queue what a plan wants."""
-        part = min(_MOST_PART_BLOCKS, max(self._least_part, len(keys) // _PARTS))
+        part = min(_MAX_PART_BLOCKS, max(self._least_part, len(keys) // _PARTS))
         self.loads.append(QueuedLoad(keys, state, part, gain / len(keys), due, self.num_queued))
 
     def arrange(self, wanted: Collection[OffloadKey], now: float) -> None:

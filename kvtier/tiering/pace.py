@@ -10,7 +10,7 @@ from kvtier.tiering.estimate import GUESSED_RATE, Outlook, PrefillSpeed
 from kvtier.tiering.requests import RequestState
 from kvtier.tiering.settings import TieringSettings
 
-_LEAST_TOKENS = 256
+_MIN_TOKENS = 256
 """A step that computes fewer tokens decodes: its time says nothing about prompts."""
 
 
@@ -123,7 +123,7 @@ class Pace:
 
     def _learn(self, work: float, until_step: float, until_output: float, witnesses: list[RequestState]) -> None:
         """Take in one step; who computed in it and is still live shows that the engine was busy up to the next."""
-        if work >= _LEAST_TOKENS:
+        if work >= _MIN_TOKENS:
             busy = any(not state.finished for state in witnesses)
             seconds = until_step if busy else until_output
             if 0 < seconds < math.inf:

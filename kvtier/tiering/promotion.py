@@ -22,7 +22,7 @@ from kvtier.tiering.requests import RequestState
 from kvtier.tiering.waiting import Waiting
 
 PRIMARY = "primary"
-MOST_PLANNED = 2048
+MAX_PLANNED = 2048
 """Keys that one step considers, a request at least: planning them takes about as long as looking them up."""
 
 
@@ -58,7 +58,7 @@ class Promoter:
         is_whole = True
         all_on_their_way = state.awaiting and not scan.unresolved and state.awaiting.issuperset(scan.keys)
         if not all_on_their_way:
-            if self._num_planned >= MOST_PLANNED:
+            if self._num_planned >= MAX_PLANNED:
                 state.plans.last = None
                 return
             self._num_planned += len(scan.keys)
@@ -77,7 +77,7 @@ class Promoter:
             self._table,
             self._leases.room(len(flights)),
             self._prospect(state, outlook, now),
-            MOST_PLANNED,
+            MAX_PLANNED,
             late=flights.late,
             held=self._leases.held,
             queued=flights.queued,

@@ -25,7 +25,7 @@ def hashed_keys(count: int) -> list[OffloadKey]:
 @pytest.mark.parametrize("capacity", [1, 100, 1000, 10_000, 200_000])
 def test_the_sample_is_the_share_that_a_shadow_has_of_the_capacity(make, capacity):
     sampler = Sampler(capacity)
-    assert min(capacity, 100) <= sampler.capacity <= shadows.MOST_KEYS
+    assert min(capacity, 100) <= sampler.capacity <= shadows.MAX_KEYS
     keys = make(65_536)
     picked = sampler.pick(keys)
     chosen = set(picked)
@@ -104,13 +104,13 @@ def test_batches_that_nobody_replays_are_bounded():
     uses = SampledUses(100)
     for number in range(200):
         uses.note_new(chain(number, 10))
-    assert len(uses.batches) == shadows.MOST_WAITING
+    assert len(uses.batches) == shadows.MAX_WAITING
 
 
 def test_what_one_request_brings_is_bounded():
     uses = SampledUses(1000)
     uses.note_new(hashed_keys(2000))
-    assert [len(batch.keys) for batch in uses.batches] == [shadows.MOST_RUN_KEYS]
+    assert [len(batch.keys) for batch in uses.batches] == [shadows.MAX_RUN_KEYS]
 
 
 def test_a_run_begins_with_what_was_found_and_ends_with_what_was_new():

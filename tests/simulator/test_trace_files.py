@@ -12,7 +12,7 @@ import pytest
 
 from kvtier.errors import TraceError
 from kvtier.simulator.formats import load_trace
-from kvtier.simulator.trace_files import MOST_DOCUMENT_BYTES
+from kvtier.simulator.trace_files import MAX_DOCUMENT_BYTES
 
 ADDRESS_SPACE_BYTES = 2 << 30
 
@@ -212,4 +212,4 @@ except Exception as error:
     )
     assert done.stdout.startswith("TraceError"), done
     assert len(done.stdout.splitlines()) == 1
-    assert MOST_DOCUMENT_BYTES < ADDRESS_SPACE_BYTES // 16
+    assert MAX_DOCUMENT_BYTES < ADDRESS_SPACE_BYTES // 16

@@ -16,7 +16,7 @@ from kvtier.stores.resp.topology import open_topology
 TIMEOUT = 1.0
 PATIENCE = 60.0
 PASSWORD = "hunter2-hunter2"
-MOST_BYTES = 16 << 20
+MAX_BYTES = 16 << 20
 """That a server gets rid of: what sockets buffer, and a little."""
 
 
@@ -106,7 +106,7 @@ def refusal(server, **options):
     with pytest.raises(StoreUnavailableError) as caught:
         open_topology(settings)
     assert time.monotonic() - begin < PATIENCE
-    assert server.num_bytes < MOST_BYTES
+    assert server.num_bytes < MAX_BYTES
     message = str(caught.value)
     assert message.isprintable()
     assert len(message) < 500
@@ -128,7 +128,7 @@ def test_an_announced_length_takes_no_memory_before_its_elements_come(start):
     tracemalloc.start()
     try:
         refusal(start(ENDLESS["an array"], only=(b"PING",)))
-        assert tracemalloc.get_traced_memory()[1] < MOST_BYTES
+        assert tracemalloc.get_traced_memory()[1] < MAX_BYTES
     finally:
         tracemalloc.stop()
 

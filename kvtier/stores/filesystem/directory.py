@@ -37,7 +37,7 @@ MARKER_NAME = "kvtier.json"
 SWEPT_NAME = "swept"
 UNFINISHED_SUFFIX = ".new"
 _CONTENT = json.dumps({"kvtier": "one file a block", "version": 1}).encode()
-_MOST_MARKER_BYTES = 4096
+_MAX_MARKER_BYTES = 4096
 _ATTEMPTS = 4
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 _SHARD = re.compile(rf"[0-9a-f]{{{SHARD_DIGITS}}}")
@@ -242,7 +242,7 @@ def _take(path: Path) -> Folder:
 def _marker_of(folder: Folder) -> bytes:
     """Return what the directory says it is; nothing if it does not."""
     try:
-        return folder.read(MARKER_NAME, _MOST_MARKER_BYTES)
+        return folder.read(MARKER_NAME, _MAX_MARKER_BYTES)
     except FileNotFoundError:
         return b""
 

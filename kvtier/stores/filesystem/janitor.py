@@ -26,7 +26,7 @@ from kvtier.stores.filesystem.directory import SHARD_DIGITS, SharedDirectory, is
 from kvtier.stores.own_files import Folder, StrangerError
 from kvtier.types import StoreUsage
 
-LEAST_GROUP_BLOCKS = 64
+MIN_GROUP_BLOCKS = 64
 _USUAL_BLOCK_BYTES = 2 << 20
 _KEEP = 7 / 8
 """Of its share, what a group keeps that had grown beyond that; the rest is for what is written until the next look."""
@@ -73,7 +73,7 @@ class _Group:
 
 def group_digits(capacity: int, block_bytes: int) -> int:
     """Return how many digits of a shard name its group: at most all, as long as a group holds blocks enough."""
-    least = LEAST_GROUP_BLOCKS * max(block_bytes, _USUAL_BLOCK_BYTES)
+    least = MIN_GROUP_BLOCKS * max(block_bytes, _USUAL_BLOCK_BYTES)
     return next((digits for digits in range(SHARD_DIGITS, 0, -1) if capacity >> 4 * digits >= least), 0)
 
 

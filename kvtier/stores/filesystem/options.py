@@ -10,7 +10,7 @@ import msgspec
 
 from kvtier.errors import ConfigError
 from kvtier.options import Threads, size_of
-from kvtier.stores.filesystem.janitor import LEAST_GROUP_BLOCKS
+from kvtier.stores.filesystem.janitor import MIN_GROUP_BLOCKS
 from kvtier.stores.integrity.header import HEADER_BYTES
 from kvtier.stores.integrity.secrets import GuardedOptions
 from kvtier.stores.mounts import mount_point_of
@@ -54,9 +54,9 @@ class FilesystemOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True,
     def check(self, block_bytes: int, policies: Mapping[str, type[Any]]) -> None:
         """Refuse options that contradict each other, the size of a block, or what the environment shows."""
         self.for_store()
-        least = LEAST_GROUP_BLOCKS * (block_bytes + HEADER_BYTES)
+        least = MIN_GROUP_BLOCKS * (block_bytes + HEADER_BYTES)
         if self.capacity < least:
-            raise ConfigError("capacity", self.capacity, f"at least {least} bytes, {LEAST_GROUP_BLOCKS} blocks")
+            raise ConfigError("capacity", self.capacity, f"at least {least} bytes, {MIN_GROUP_BLOCKS} blocks")
         super().check(block_bytes, policies)
 
 

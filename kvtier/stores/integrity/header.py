@@ -63,7 +63,7 @@ _CHECKSUM = slice(36, 52)
 _NONE = bytes(16)
 _NONCE = slice(24, 36)
 _ENCRYPTED_MARK_BYTES = 4
-_MOST_SEQUENCES = 1 << 48
+_MAX_SEQUENCES = 1 << 48
 
 HEADER_DTYPE = np.dtype(
     [
@@ -160,7 +160,7 @@ class BlockHeaders:
             raise KeyFormatError(f"key of {len(key)} bytes: {MIN_KEY_BYTES} to {MAX_KEY_BYTES} allowed")
         if not 0 <= slot <= MAX_SLOT or payload_bytes > MAX_PAYLOAD_BYTES:
             raise ValueError(f"slot={slot}, payload of {payload_bytes} bytes: both up to 2**32 - 1 allowed")
-        sequence = next(self._sequence) % _MOST_SEQUENCES  # a forged header may have been the last one
+        sequence = next(self._sequence) % _MAX_SEQUENCES  # a forged header may have been the last one
         return _BODY.pack(
             MAGIC,
             self.version,

@@ -25,8 +25,8 @@ from kvtier.options import TierOptions
 from kvtier.stores.integrity.header import Bytes
 from kvtier.stores.own_files import read_named
 
-LEAST_SECRET_BYTES = 16
-_MOST_SECRET_BYTES = 64 << 10
+MIN_SECRET_BYTES = 16
+_MAX_SECRET_BYTES = 64 << 10
 NONCE_BYTES, TAG_BYTES = 12, 16
 ENCRYPTION = "AES-256-GCM"
 SECRET_NAME, ENCRYPTION_NAME = "secret", "encryption"
@@ -104,8 +104,8 @@ class SecretPlace:
             secret, why = read_place(self.file or "")
             if why:
                 raise StoreUnavailableError(f"the secret's file cannot be read: {why}")
-        if len(secret) < LEAST_SECRET_BYTES:
-            raise StoreUnavailableError(f"a secret of at least {LEAST_SECRET_BYTES} bytes")
+        if len(secret) < MIN_SECRET_BYTES:
+            raise StoreUnavailableError(f"a secret of at least {MIN_SECRET_BYTES} bytes")
         return secret
 
 
@@ -141,7 +141,7 @@ def read_place(path: str) -> tuple[bytes, str]:
     Nothing is raised: an exception would carry the path into logs, and people put the secret itself there.
     """
     try:
-        content = read_named(path, _MOST_SECRET_BYTES)
+        content = read_named(path, _MAX_SECRET_BYTES)
     except OSError as error:
         return b"", error.strerror or type(error).__name__
     except ValueError:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from kvtier.errors import InvariantError
 from kvtier.stores.object.names import PackName, TakenBack, parse, places_of, writer_of
 
-_MOST_GONE = 100_000
+_MAX_GONE = 100_000
 
 
 class Pack:
@@ -105,7 +105,7 @@ class Catalogue:
                     for digest in self._digests(pack):
                         if self._pack_of.get(digest) is pack:
                             del self._pack_of[digest]
-            while len(self._gone) > _MOST_GONE:
+            while len(self._gone) > _MAX_GONE:
                 self._gone.popitem(last=False)
 
     def take_back(self, digests: Iterable[int]) -> list[tuple[Pack, int, bool]]:

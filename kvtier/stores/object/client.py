@@ -22,7 +22,7 @@ _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>(\w{1,64})</Code>")
 _RETRIES = 2
 _FIRST_RETRY_SECONDS = 0.05
-_MOST_DELETED = 1000
+_MAX_DELETED = 1000
 _FOREIGN = (exceptions.BaseError, OSError, ValueError)
 """What obstore raises: its own family, FileNotFoundError, and ValueError for a configuration it does not take."""
 
@@ -167,8 +167,8 @@ class Client:
         Raises:
             RequestError: some may be there still.
         """
-        for start in range(0, len(paths), _MOST_DELETED):
-            some = list(paths[start : start + _MOST_DELETED])
+        for start in range(0, len(paths), _MAX_DELETED):
+            some = list(paths[start : start + _MAX_DELETED])
             try:
                 self._ask("delete", 0, lambda some=some: obstore.delete(self._bucket, some))  # type: ignore[misc] # mypy cannot infer a lambda's default
             except RequestError as error:

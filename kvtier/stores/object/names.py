@@ -18,9 +18,9 @@ import xxhash
 from kvtier.keys import OffloadKey
 
 LAYOUT = "v1"
-MOST_BLOCKS = 64
+MAX_BLOCKS = 64
 """Blocks of a pack: their digests take 683 of a name's 1,024 bytes."""
-MOST_PREFIX_BYTES = 200
+MAX_PREFIX_BYTES = 200
 _SEGMENT = 200
 """Characters between two slashes: some servers keep each part of a name as a file."""
 _STAMP = re.compile(r"[0-9a-f]{12}-[0-9a-f]{8}-[0-9a-f]{6}")
@@ -92,7 +92,7 @@ def parse(path: str, root: str) -> PackName | TakenBack | None:
         raw = base64.b64decode(packed + "=" * (-len(packed) % 4), altchars=b"-_", validate=True)
     except (binascii.Error, ValueError):
         return None
-    if not raw or len(raw) % 8 or len(raw) > 8 * MOST_BLOCKS:
+    if not raw or len(raw) % 8 or len(raw) > 8 * MAX_BLOCKS:
         return None
     return PackName(stamp, fingerprint, struct.unpack(f"<{len(raw) // 8}Q", raw))
 

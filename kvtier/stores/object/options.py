@@ -15,14 +15,14 @@ from kvtier.options import JobDeadline, Threads, size_of
 from kvtier.redaction import split_address
 from kvtier.stores.integrity.header import HEADER_BYTES
 from kvtier.stores.integrity.secrets import GuardedOptions
-from kvtier.stores.object.names import LAYOUT, MOST_BLOCKS, MOST_PREFIX_BYTES
+from kvtier.stores.object.names import LAYOUT, MAX_BLOCKS, MAX_PREFIX_BYTES
 
 _SCHEMES = ("s3", "gs", "az")
 _URL = '"s3://BUCKET/PREFIX", "gs://BUCKET/PREFIX" or "az://CONTAINER/PREFIX"'
 _PREFIX = re.compile(r"[A-Za-z0-9._=-]+(/[A-Za-z0-9._=-]+)*")
-MOST_PACK_BYTES = 4 << 20
+MAX_PACK_BYTES = 4 << 20
 MAX_TTL_SECONDS = 10 * 366 * 86400
-LEAST_PACKS = 32
+MIN_PACKS = 32
 """Packs that the capacity must hold, so that a share of the free room is at least one."""
 
 
@@ -75,7 +75,7 @@ class ObjectOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True, kw_
             "most bytes of blocks in one object; up to 4 MiB and 64 blocks. A larger block has an object of its own",
             4096,
         ),
-    ] = MOST_PACK_BYTES
+    ] = MAX_PACK_BYTES
     ttl: Annotated[
         Annotated[float, msgspec.Meta(ge=60, le=MAX_TTL_SECONDS)] | None,
         msgspec.Meta(
@@ -104,18 +104,18 @@ class ObjectOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True, kw_
 
     def values_per_pack(self, block_bytes: int) -> int:
         """Return how many blocks a pack holds."""
-        return max(1, min(self.pack_size // block_bytes, MOST_BLOCKS))
+        return max(1, min(self.pack_size // block_bytes, MAX_BLOCKS))
 
     def check(self, block_bytes: int, policies: Mapping[str, type[Any]]) -> None:
         """Refuse options that contradict each other, the size of a block, or what the environment shows."""
         if find_spec("obstore") is None:
             raise ConfigError("type", "object", "needs obstore: pip install 'kvtier[object]'")
         self._check_place(self.place.provider)
-        if self.pack_size > MOST_PACK_BYTES:
+        if self.pack_size > MAX_PACK_BYTES:
             raise ConfigError("pack_size", self.pack_size, "at most 4 MiB, what one call into a store moves")
-        least = LEAST_PACKS * (block_bytes + HEADER_BYTES) * self.values_per_pack(block_bytes)
+        least = MIN_PACKS * (block_bytes + HEADER_BYTES) * self.values_per_pack(block_bytes)
         if self.capacity < least:
-            raise ConfigError("capacity", self.capacity, f"at least {least} bytes, {LEAST_PACKS} packs")
+            raise ConfigError("capacity", self.capacity, f"at least {least} bytes, {MIN_PACKS} packs")
         super().check(block_bytes, policies)
 
     @property
@@ -158,7 +158,7 @@ def _parse(url: str) -> Place:
     if parts.scheme not in _SCHEMES or not parts.netloc:
         raise ConfigError("url", url, f"{_URL} expected")
     prefix = parts.path.strip("/") or "kvtier"
-    if len(prefix) > MOST_PREFIX_BYTES or not _PREFIX.fullmatch(prefix):
-        allowed = f"a prefix of up to {MOST_PREFIX_BYTES} letters, digits, dots, dashes, underscores and slashes"
+    if len(prefix) > MAX_PREFIX_BYTES or not _PREFIX.fullmatch(prefix):
+        allowed = f"a prefix of up to {MAX_PREFIX_BYTES} letters, digits, dots, dashes, underscores and slashes"
         raise ConfigError("url", url, allowed)
     return Place(parts.scheme, parts.netloc, prefix)

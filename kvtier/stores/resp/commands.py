@@ -14,7 +14,7 @@ from kvtier.stores.resp.connections import Server
 from kvtier.stores.resp.wire import Break, ConnectionBrokenError, Refused, Wire, parse_count
 from kvtier.types import FailureCause
 
-_MOST_SKIPPED = 4
+_MAX_SKIPPED = 4
 """Times the length of a value: a longer reply is not received, the connection is closed instead."""
 _NO_PAYLOAD = memoryview(b"")
 _GROUP = 32
@@ -25,7 +25,7 @@ _SENT_BYTES = 256 * 1024
 """Of payloads, sent at once."""
 _LATE_BYTES = 256 * 1024
 """Of a large block, still to be received when the next one is asked for: the server copies it out meanwhile."""
-_MOST_INFO_BYTES = 32 * 1024
+_MAX_INFO_BYTES = 32 * 1024
 """Of a section of INFO, which has some 2 KiB."""
 _ASKING = b"*1\r\n$6\r\nASKING\r\n"
 
@@ -206,7 +206,7 @@ class Exchanges:
         length = parse_count(line[1:])
         if line[:1] != b"$" or length is None:
             raise ConnectionBrokenError(Break.GARBAGE, "a reply that is no value")
-        if length > _MOST_SKIPPED * self._value_bytes:
+        if length > _MAX_SKIPPED * self._value_bytes:
             raise ConnectionBrokenError(Break.CLOSED, "a value that is far too long")
         wire.skip(length)
 
@@ -221,7 +221,7 @@ def ask_memory(wire: Wire) -> tuple[int, int] | None:
     if line[:1] == b"-":
         return None
     length = parse_count(line[1:])
-    if line[:1] != b"$" or length is None or length > _MOST_INFO_BYTES:
+    if line[:1] != b"$" or length is None or length > _MAX_INFO_BYTES:
         raise ConnectionBrokenError(Break.GARBAGE, "a reply that is no text")
     fields = dict(row.partition(b":")[::2] for row in wire.take(length, 0).splitlines())
     used, limit = (parse_count(fields.get(name, b"")) for name in (b"used_memory", b"maxmemory"))

@@ -6,7 +6,7 @@ import time
 from socket import MSG_PEEK, socket
 from typing import Any
 
-_MOST_BYTES = 64 << 10
+_MAX_BYTES = 64 << 10
 """Of replies to AUTH, SELECT and PING, which are lines; redis-py itself would collect whatever a server sends."""
 
 
@@ -21,7 +21,7 @@ class HandshakeSocket:
         self._connected = connected
         self._seconds = seconds
         self._deadline = time.monotonic() + seconds
-        self._bytes_left = _MOST_BYTES
+        self._bytes_left = _MAX_BYTES
 
     def recv(self, size: int, flags: int = 0) -> bytes:
         """Receive as `socket.recv` does."""

@@ -8,11 +8,11 @@ from kvtier.stores.resp.wire import Break, ConnectionBrokenError, Refused, Wire,
 
 NUM_SLOTS = 16384
 _QUESTION = b"*2\r\n$7\r\nCLUSTER\r\n$5\r\nSLOTS\r\n"
-_MOST_DEPTH = 4
-_MOST_ITEMS = 1 << 20
+_MAX_DEPTH = 4
+_MAX_ITEMS = 1 << 20
 """Of the whole reply: every slot a range of its own, with a dozen replicas."""
-_MOST_TEXT_BYTES = 1024
-_MOST_PORT = 65535
+_MAX_TEXT_BYTES = 1024
+_MAX_PORT = 65535
 _UNKNOWN_HOSTS = (None, b"", b"?")
 
 
@@ -41,7 +41,7 @@ def ask_slots(wire: Wire) -> list[SlotRange]:
 def parse_port(text: str) -> int | None:
     """Return the number of a port; None for anything else."""
     port = parse_count(text.encode("utf-8", "replace"))
-    return port if port is not None and 0 < port <= _MOST_PORT else None
+    return port if port is not None and 0 < port <= _MAX_PORT else None
 
 
 def _range_of(entry: Any) -> SlotRange:
@@ -49,7 +49,7 @@ def _range_of(entry: Any) -> SlotRange:
         case [int(first), int(last), [host, int(port), *_], *_] if 0 <= first <= last < NUM_SLOTS:
             if host in _UNKNOWN_HOSTS:
                 host = b""
-            if isinstance(host, bytes) and 0 < port <= _MOST_PORT:
+            if isinstance(host, bytes) and 0 < port <= _MAX_PORT:
                 return SlotRange(first, last, host.decode("ascii", "replace"), port)
     raise _garbage()
 
@@ -59,7 +59,7 @@ class _Reader:
 
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
-        self._items_left = _MOST_ITEMS
+        self._items_left = _MAX_ITEMS
 
     def value(self, depth: int = 0) -> Any:
         line = self._wire.line()
@@ -69,11 +69,11 @@ class _Reader:
             raise ConnectionBrokenError(Break.REFUSED, str(Refused.parse(line[1:])))
         if line in (b"$-1", b"*-1"):
             return None
-        if count is None or self._items_left < 0 or depth > _MOST_DEPTH:
+        if count is None or self._items_left < 0 or depth > _MAX_DEPTH:
             raise _garbage()
         if kind == b":":
             return count
-        if kind == b"$" and count <= _MOST_TEXT_BYTES:
+        if kind == b"$" and count <= _MAX_TEXT_BYTES:
             return self._wire.take(count, 0)
         if kind == b"*" and count <= self._items_left:
             return [self.value(depth + 1) for _ in range(count)]

@@ -20,7 +20,7 @@ from kvtier.stores.resp.wire import ConnectionBrokenError, Refused, parse_count
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
 """Seconds before a lost node is tried again, doubled every time, and half as much more or less."""
-_MOST_SERVERS = 1024
+_MAX_SERVERS = 1024
 """Named by a cluster, all together: Valkey's own bound is some 1,000 nodes."""
 _REFRESH_SECONDS = 0.5
 """Between two looks at who has which slot."""
@@ -164,7 +164,7 @@ class Cluster(Topology):
             return False
         former = self._table[slot_number]
         host = host.strip("[]") or (former.host if former else "")
-        if (host, port_number) not in self._servers and len(self._servers) >= _MOST_SERVERS:
+        if (host, port_number) not in self._servers and len(self._servers) >= _MAX_SERVERS:
             return False
         request.server = self._server_at(host, port_number)
         request.asking = refused.code == "ASK"
@@ -254,7 +254,7 @@ class Cluster(Topology):
     def _take_table(self, asked: Server, ranges: Sequence[SlotRange]) -> None:
         table: list[Server | None] = [None] * NUM_SLOTS
         for first, last, host, port in ranges:
-            if ((host or asked.host), port) in self._servers or len(self._servers) < _MOST_SERVERS:
+            if ((host or asked.host), port) in self._servers or len(self._servers) < _MAX_SERVERS:
                 owner = self._server_at(host or asked.host, port)
                 table[first : last + 1] = [owner] * (last + 1 - first)
         self._table = table

@@ -21,9 +21,9 @@ BUFFER_BYTES = 64 * 1024
 PIECE_BYTES = 512 * 1024
 """Of a payload, received at once, and then summed: the processor's second cache still has it."""
 _TIMEVAL = struct.Struct("@ll")
-_MOST_LINE_BYTES = 8 * 1024
-_MOST_DIGITS = 20
-_MOST_PIECES = 512
+_MAX_LINE_BYTES = 8 * 1024
+_MAX_DIGITS = 20
+_MAX_PIECES = 512
 """In one sendmsg; Linux takes 1,024."""
 
 
@@ -111,7 +111,7 @@ class Wire:
         while left:
             self._check_deadline()
             try:
-                sent = self._socket.sendmsg(left[:_MOST_PIECES])
+                sent = self._socket.sendmsg(left[:_MAX_PIECES])
             except OSError as error:
                 raise _broken(error) from error
             done = 0
@@ -130,7 +130,7 @@ class Wire:
         """
         while (end := self._buffer.find(b"\r\n", self._start, self._end)) < 0:
             held = self._end - self._start
-            if held >= _MOST_LINE_BYTES:
+            if held >= _MAX_LINE_BYTES:
                 raise ConnectionBrokenError(Break.GARBAGE, "a line without an end")
             self._receive_line(max(1, most - held))
         line = bytes(self._memory[self._start : end])
@@ -259,7 +259,7 @@ class Wire:
 
 def parse_count(digits: bytes) -> int | None:
     """Return a number of the protocol, which has 64 bits; None for anything else."""
-    return int(digits) if digits.isdigit() and len(digits) < _MOST_DIGITS else None
+    return int(digits) if digits.isdigit() and len(digits) < _MAX_DIGITS else None
 
 
 def _broken(error: OSError) -> ConnectionBrokenError:

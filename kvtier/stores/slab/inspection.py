@@ -47,7 +47,7 @@ from kvtier.stores.slab.segments import data_lengths
 from kvtier.types import FailureCause
 
 _ATTEMPTS = 3
-_MOST_NAMED = 5
+_MAX_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def _is_slab(folder: Folder) -> bool:
 def _said_of_strangers(namespace: Folder) -> list[str]:
     """Return what to say of what somebody else put into a namespace's folder; empty if there is nothing."""
     strangers = [name for name in namespace.names() if not (is_file_of_namespace(name) and namespace.is_own_file(name))]
-    return [f"not kvtier's, and left alone: {one_line(name, MAX_QUOTED)}" for name in sorted(strangers)[:_MOST_NAMED]]
+    return [f"not kvtier's, and left alone: {one_line(name, MAX_QUOTED)}" for name in sorted(strangers)[:_MAX_NAMED]]
 
 
 def _assess(slab: Folder, name: str, description: Description | None) -> tuple[list[str], list[str]]:
