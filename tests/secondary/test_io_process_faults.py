@@ -388,7 +388,8 @@ def test_nothing_is_left_behind():
     before = num_descriptors()
     pids = [make_and_close() for _ in range(3)]
     gc.collect()
-    assert num_descriptors() == before
+    # Fewer is no fault: what earlier tests left to threads of theirs may end meanwhile.
+    assert num_descriptors() <= before
     for pid in pids:
         with pytest.raises(ChildProcessError):
             os.waitpid(pid, os.WNOHANG)
