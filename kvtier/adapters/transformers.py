@@ -48,6 +48,20 @@ READY_SECONDS = 10.0
 FLUSH_SECONDS = 30.0
 """Longest that `flush` waits for tiers."""
 EPOCH_BYTES = 16
+FLOPS_PER_THREAD = 3e10
+"""Of a processor's core in float32: what a model on a CPU computes per second, until that is measured."""
+MAX_GUESSED_RATE = 10_000.0
+"""Tokens per second, guessed of tiny models and of all on accelerators."""
+
+
+def guess_prefill_rate(model: torch.nn.Module) -> float:
+    """Return about how many tokens per second a model on a CPU computes: two operations per parameter and token.
+
+    Too high a guess declines loads that would pay, before anything has been measured.
+    """
+    num_parameters = max(1, sum(parameter.numel() for parameter in model.parameters()))
+    rate: float = torch.get_num_threads() * FLOPS_PER_THREAD / (2 * num_parameters)
+    return min(MAX_GUESSED_RATE, rate)
 
 
 class PrefixCache:
@@ -99,12 +113,18 @@ class PrefixCache:
         self._layout = layout_namespace(self.model, shape, self.tokens_per_block)
         self._spec: OffloadingSpec = create_spec(
             OffloadingConfig(
-                extra_config={"spec_name": "TieringOffloadingSpec", **self._config},
+                extra_config=self._spec_options(),
                 groups=(KVCacheGroup(self.tokens_per_block),),
                 engine_block_bytes=shape.token_bytes * shape.num_layers * self.tokens_per_block,
                 namespace=self._layout,
             )
         )
+
+    def _spec_options(self) -> dict[str, Any]:
+        options = {"spec_name": "TieringOffloadingSpec", **self._config}
+        if options["spec_name"] == "TieringOffloadingSpec" and self.model.device.type == "cpu":
+            options.setdefault("prefill_rate", guess_prefill_rate(self.model))
+        return options
 
     # -- life ---------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from forked_child import ALL_WAYS, tell
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from kvtier.adapters.decoding import decode_greedily
-from kvtier.adapters.transformers import PrefixCache
+from kvtier.adapters.transformers import MAX_GUESSED_RATE, PrefixCache, guess_prefill_rate
 from kvtier.errors import ConfigError
 from kvtier.events import TierState
 
@@ -229,6 +229,13 @@ def test_sliding_window_models_are_refused():
     model = MistralForCausalLM(MistralConfig(**settings, **heads, sliding_window=16)).eval()
     with pytest.raises(ConfigError, match="full-attention"):
         PrefixCache(model, MEMORY_ONLY)
+
+
+def test_a_large_model_on_a_cpu_is_guessed_to_compute_slowly():
+    with torch.device("meta"):
+        large = LlamaForCausalLM(LlamaConfig(num_hidden_layers=8)).eval()
+    assert 0.0 < guess_prefill_rate(large) < 100 * torch.get_num_threads()
+    assert guess_prefill_rate(tiny_llama()) == MAX_GUESSED_RATE
 
 
 def test_a_model_in_training_mode_is_refused():
