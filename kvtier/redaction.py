@@ -16,6 +16,7 @@ _SECRET_PARTS = ("secret", "passw", "passphrase", "credential", "apikey", "conne
 _SECRET_WORDS = frozenset({"token", "key", "pwd", "pw", "pass", "auth", "authorization", "sas", "dsn", "signature"})
 _ADDRESS_WORDS = frozenset({"url", "urls", "uri", "endpoint"})
 _ADDRESS = re.compile(r"://(\S*)")
+_PASSWORD = re.compile(r"://[^/?#\s]*:[^/?#\s]*@")
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.%]+\]|[\w.-]+)(?::\d{0,5})?")
 _HOST_AND_PORT = re.compile(r"(?:\[[0-9A-Fa-f:.%]+\]|[\w.-]+):\d{1,5}")
 
@@ -53,6 +54,14 @@ def split_address(address: str) -> SplitResult | None:
 def is_secret(name: str) -> bool:
     """Return whether an option's name speaks of a secret, or of a secret's place."""
     return any(part in name.lower() for part in _SECRET_PARTS) or not _words(name).isdisjoint(_SECRET_WORDS)
+
+
+def is_secret_variable(name: str, value: str) -> bool:
+    """Return whether a variable of the environment is named like a secret, or is an address with a password.
+
+    The address of a proxy is neither: clients of all kinds need it.
+    """
+    return is_secret(name) or (_PASSWORD.search(value) is not None and not name.lower().endswith("_proxy"))
 
 
 def _words(name: str) -> set[str]:

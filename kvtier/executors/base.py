@@ -39,6 +39,8 @@ class StoreDescription:
         namespace: identity of the blocks, epoch included.
         num_blocks, block_bytes: shape of the primary arena.
         threads: calls into the store at the same time, at least 1.
+        environment_secrets: how the names of secret environment variables begin that the store's client reads by
+            itself; its process gets them, and those that an option names. Not part of the JSON.
     """
 
     path: str
@@ -47,6 +49,7 @@ class StoreDescription:
     num_blocks: int
     block_bytes: int
     threads: int = 4
+    environment_secrets: tuple[str, ...] = ()
 
     def to_json(self) -> bytes:
         """Return JSON that `from_json` understands; JSON, because paths may hold what no UTF-8 can say.

@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 
 from kvtier import forks
 from kvtier.descriptors import Descriptor
@@ -32,7 +33,7 @@ from kvtier.executors.protocol import (
 )
 from kvtier.executors.queue import TaskQueue
 from kvtier.keys import OffloadKey
-from kvtier.redaction import is_secret
+from kvtier.redaction import is_secret_variable
 
 _MAX_PACKETS = 512
 _MAX_INDEX_BATCHES = 2
@@ -49,19 +50,26 @@ _SECONDS_BETWEEN_LOOKS = 0.02
 """At a process whose end nothing announces."""
 
 
-_READ_NAMED_SECRETS_ONLY = ("kvtier.stores.slab.", "kvtier.stores.filesystem.", "kvtier.stores.resp.")
-"""Stores that read no secret of the environment but those that their options name. Clients of buckets read many, and
-nobody knows what a user's own store reads."""
-
-
 def _environment(description: StoreDescription) -> dict[str, str]:
     """Return an environment for a store: no secrets of others, no BLAS threads, modules found where they are here."""
     path = os.pathsep.join(entry for entry in map(_written_out, sys.path) if entry)
-    inherited = dict(os.environ)
-    if description.path.startswith(_READ_NAMED_SECRETS_ONLY):
-        named = {value for value in description.options.values() if isinstance(value, str)}
-        inherited = {name: value for name, value in inherited.items() if name in named or not is_secret(name)}
+    named, own = set(_texts(description.options)), tuple(description.environment_secrets)
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name in named or name.startswith(own) or not is_secret_variable(name, value)
+    }
     return {**inherited, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yield the texts in options, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from chain.from_iterable(map(_texts, value.values()))
+    elif isinstance(value, list | tuple):
+        yield from chain.from_iterable(map(_texts, value))
 
 
 def _written_out(entry: str) -> str:

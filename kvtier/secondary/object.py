@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from kvtier.secondary.keyed import KeyedTierManager
 from kvtier.secondary.store_tier import TierSettings
 from kvtier.stores.object.options import ObjectOptions
 from kvtier.types import Locality, Medium
+
+_SECRETS_OF_CLIENTS = {"s3": ("AWS_",), "gs": ("GOOGLE_",), "az": ("AZURE_",)}
 
 
 class ObjectTierManager(KeyedTierManager):
@@ -33,6 +36,9 @@ class ObjectTierManager(KeyedTierManager):
             tier_type,
             store="kvtier.stores.object.store:ObjectStore",
             options=read.to_json(),
-            settings=TierSettings.checked(read.threads, read.job_deadline),
+            settings=replace(
+                TierSettings.checked(read.threads, read.job_deadline),
+                environment_secrets=_SECRETS_OF_CLIENTS[read.place.provider],
+            ),
         )
         read.check(self.block_bytes, self.context.policies)

@@ -42,6 +42,8 @@ class TierSettings:
         deadlines: in seconds.
         most_store_bytes: payload of store jobs in flight; more is back-pressure.
         failures_to_open, first_backoff, longest_backoff: of the breaker.
+        environment_secrets: how the names of secret environment variables begin that the store's client reads by
+            itself, such as "AWS_". Its I/O process gets no other secrets than these and those that an option names.
     """
 
     threads: int = 4
@@ -50,6 +52,7 @@ class TierSettings:
     failures_to_open: int = 3
     first_backoff: float = 0.5
     longest_backoff: float = 30.0
+    environment_secrets: tuple[str, ...] = ()
 
     @classmethod
     def checked(cls, threads: int, job_deadline: float) -> TierSettings:
@@ -341,6 +344,7 @@ class StoreTierManager(SecondaryTierManager):
             num_blocks=self.num_blocks,
             block_bytes=self.block_bytes,
             threads=self.settings.threads,
+            environment_secrets=self.settings.environment_secrets,
         )
         if self.context.inline_io:
             return InlineExecutor(description, arena_rows(self.primary_kv_view))

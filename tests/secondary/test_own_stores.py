@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from kvtier.abc import TierContext
 from kvtier.errors import ConfigError
-from kvtier.secondary.store_tier import store_path
+from kvtier.namespace import Namespace
+from kvtier.secondary.keyed import KeyedTierManager
+from kvtier.secondary.store_tier import TierSettings, store_path
 from kvtier.stores.memory import MemoryStore
+from kvtier.testing.tier_rig import TierRig
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -71,3 +75,33 @@ def test_a_class_that_no_other_process_can_import_is_refused():
         with pytest.raises(ConfigError, match="at the top of a module"):
             store_path(store)
     assert store_path(MemoryStore) == "kvtier.stores.memory:MemoryStore"
+
+
+class NamingStore(MemoryStore):
+    """Takes the name of a variable among its options, at any depth, as stores of one's own may."""
+
+    @classmethod
+    def open(cls, options, context):
+        return super().open({"capacity": options["capacity"]}, context)
+
+
+def test_an_own_store_gets_the_secrets_that_it_asks_for_and_no_others(monkeypatch):
+    for name in ("ACME_TOKEN", "OWN_PASSWORD", "HF_TOKEN"):
+        monkeypatch.setenv(name, f"{name}-value")
+    rig = TierRig(TierContext(namespace=Namespace({"model": "m"})))
+    tier = KeyedTierManager(
+        rig.spec,
+        rig.arena.view,
+        "own",
+        store=NamingStore,
+        options={"capacity": 1 << 20, "servers": [{"password_env": "OWN_PASSWORD"}]},
+        settings=TierSettings(environment_secrets=("ACME_",)),
+    )
+    rig.attach(tier)
+    tier.start()
+    rig.wait_up()
+    environment = Path(f"/proc/{tier.io_pid}/environ").read_text()
+    rig.close()
+    assert "ACME_TOKEN-value" in environment
+    assert "OWN_PASSWORD-value" in environment
+    assert "HF_TOKEN" not in environment

@@ -214,13 +214,16 @@ def environment_of(manager, tier):
 
 
 def test_a_process_of_a_tier_gets_no_secret_of_the_environment_but_its_own(tmp_path, monkeypatch):
-    planted = dict.fromkeys(("PLANTED_SECRET", "PLANTED_PASSWORD", "AWS_SECRET_ACCESS_KEY"), f"{CANARY}-{'e' * 30}")
-    for name, value in {**planted, "PLANTED_SETTING": "plain"}.items():
+    names = "PLANTED_SECRET", "PLANTED_PASSWORD", "AWS_SECRET_ACCESS_KEY", "AZURE_STORAGE_ACCOUNT_KEY"
+    planted = dict.fromkeys(names, f"{CANARY}-{'e' * 30}") | {"DATABASE_URL": f"postgres://user:{CANARY}@host/db"}
+    for name, value in {**planted, "PLANTED_SETTING": "plain", "HTTPS_PROXY": "http://u:p@127.0.0.1:1"}.items():
         monkeypatch.setenv(name, value)
     tiers = [
         {"type": "disk", "path": str(tmp_path / "guarded"), "capacity": "4MiB", "secret_env": "PLANTED_SECRET"},
         {"type": "filesystem", "path": str(tmp_path / "shared"), "capacity": "4MiB"},
         {"type": "resp", "url": "redis://127.0.0.1:1", "password_env": "PLANTED_PASSWORD"},
+        {"type": "object"} | GOOD["object"],
+        {"type": "memory"} | GOOD["memory"],
     ]
     (tmp_path / "shared").mkdir()
     extra = {"cpu_bytes_to_use": "64KiB", "secondary_tiers": tiers}
@@ -233,8 +236,9 @@ def test_a_process_of_a_tier_gets_no_secret_of_the_environment_but_its_own(tmp_p
         for guard in manager._tiers:
             environment = wait_for(functools.partial(environment_of, manager, guard.tier), "a process")
             assert b"PLANTED_SETTING=plain" in environment
+            assert b"HTTPS_PROXY=" in environment
             found.append([name for name in planted if f"{name}=".encode() in environment])
-    assert found == [["PLANTED_SECRET"], [], ["PLANTED_PASSWORD"]]
+    assert found == [["PLANTED_SECRET"], [], ["PLANTED_PASSWORD"], ["AWS_SECRET_ACCESS_KEY"], []]
 
 
 def test_values_are_hidden_by_name_and_by_shape():
