@@ -1,4 +1,4 @@
-"""The command line. The module of a command is imported when the command is used."""
+"""The command line. A command's module is imported only when that command runs."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ COMMANDS = {
     "inspect": "Show namespaces, blocks, bytes, last use and health of a disk tier's directory, also while an engine"
     " uses it.",
     "verify": "Read every block and compare it with its checksum, also while an engine uses the directory.",
-    "purge": "Delete the namespaces of a disk tier, or some of them. Their files are unlinked, not overwritten.",
+    "purge": "Delete all or some namespaces of a disk tier. Files are unlinked, not overwritten.",
     "vllm-config": "Print the option to add to `vllm serve`.",
     "simulate": "Replay a trace through kvtier's own manager, policies and admission, in simulated time.",
     "plan": "Find the cheapest configuration that meets a target, and print the option that makes vLLM use it.",
     "schema": "Print the JSON schema of the configuration, with every option of every tier.",
-    "bench": "Measure what kvtier gets out of this machine.",
+    "bench": "Measure how fast kvtier is on this machine.",
 }
-"""The commands, in the order of `--help`, and the first line of each one's own help: `--help` imports none of them."""
+"""Each command and the first line of its help, in the order of `--help`, which therefore imports no command."""
 
 
 def load_command(name: str) -> Any:
-    """Return one of `COMMANDS`, of the module that has its name."""
+    """Import the module of one of `COMMANDS`, and return the command."""
     attribute = name.replace("-", "_")
     found = getattr(import_module(f"kvtier.cli.{attribute}"), attribute)
     if isinstance(found, typer.Typer):
@@ -37,11 +37,11 @@ def load_command(name: str) -> Any:
 
 
 class _LazyCommands(Commands):
-    """Imports a command when it is invoked; until then, only its name and its first line of help are known."""
+    """Imports a command when it is invoked."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)
-        ctx.invoked_subcommand = name  # so that an interrupted import is told under the command's name
+        ctx.invoked_subcommand = name  # errors begin with it, also when the import below is interrupted
         return name, load_command(name) if name in COMMANDS else command, rest
 
 
@@ -69,12 +69,12 @@ def _commands(
     """Options of the command line itself; its commands keep their names."""
 
 
-def _known_by_name() -> None:
-    """Stand for a command in `--help`."""
+def _placeholder() -> None:
+    """Stand in `--help` for a command that is not imported yet."""
 
 
 for _name, _help in COMMANDS.items():
-    app.command(_name, help=_help)(_known_by_name)
+    app.command(_name, help=_help)(_placeholder)
 
 
 def main() -> None:

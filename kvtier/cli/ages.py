@@ -1,4 +1,4 @@
-"""Times, as people write and read them."""
+"""Durations in a form that people write and read, such as "7d" and "3 days ago"."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([smhdw])\s*")
 
 
 def parse_age(name: str, text: str) -> float:
-    """Return a time in seconds.
+    """Return a duration in seconds.
 
     Args:
-        name: the option, for the error.
+        name: of the option; the error names it.
         text: a number and a unit: "90s", "30m", "12h", "7d" or "2w".
 
     Raises:
-        ConfigError: anything else, or no time at all.
+        ConfigError: `text` has another form, or is zero.
     """
     match = _PATTERN.fullmatch(text)
     seconds = float(match[1]) * _SECONDS[match[2]] if match else 0.0

@@ -1,4 +1,4 @@
-"""`kvtier bench disk`: the disk tier on the user's own device, beside what the device gives."""
+"""`kvtier bench disk`: measures the disk tier on the user's device, beside the device's own speed."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ from kvtier.sizes import format_size, parse_size
 from kvtier.stores.slab.layout import LOCK_NAME
 
 GOOD_SHARE = 0.9
-"""Of the device's speed: a block size that reaches it is recommended."""
+"""Share of the device's speed from which a block size is recommended."""
 _JOB_BLOCKS = 16
 _QUICK_BYTES = 256 << 20
-"""With --quick, for a first impression."""
+"""Bytes per round with --quick."""
 _MAX_BLOCK_BYTES = 256 << 20
 _END_SECONDS = 10.0
 _SPACE_NEEDED = 4
-"""Times the bytes of a round: the raw limit's file, the tier's, and room to breathe."""
+"""Free space needed, as a multiple of a round's bytes: the raw limit's file, the tier's files, and a reserve of 2."""
 
-bench = typer.Typer(no_args_is_help=True, help="Measure what kvtier gets out of this machine.")
+bench = typer.Typer(no_args_is_help=True, help="Measure how fast kvtier is on this machine.")
 
 
 @bench.command()
 def disk(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write, on the device in question.")],
-    block: Annotated[
-        list[str] | None, typer.Option(help="Bytes of a block, for example 2MiB; may be repeated.")
-    ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="One round of 256 MiB per size, not five of 1 GiB.")] = False,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A folder on the device to measure.")],
+    block: Annotated[list[str] | None, typer.Option(help="Bytes per block, for example 2MiB; may be repeated.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Per size, one round of 256 MiB instead of five of 1 GiB.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write and read blocks through a disk tier, beside the raw limit of the device, and say what to set.
+    """Measure a disk tier beside the raw limit of its device, and recommend a block size.
 
-    What is written lies in a folder of its own below DIR, and is removed. Exit code 2: DIR cannot be used; one line
-    says why.
+    The command writes to a folder of its own below DIR and removes it. Exit code 2: DIR cannot be used; one line says
+    why.
     """
     with refusing(as_json), ended_by_sigterm():
         sizes = [_block_size(text) for text in block] if block else list(BLOCK_SIZES)
@@ -68,7 +68,7 @@ def disk(
 
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the command as Ctrl-C does, so that nothing of it is left on the device."""
+    """Let SIGTERM end the command as Ctrl-C does, so that its files are removed."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -81,19 +81,19 @@ def ended_by_sigterm() -> Iterator[None]:
 
 
 def _remove(folder: Path) -> None:
-    """Remove what was written; an I/O process whose parent was ended may be at work for a moment."""
+    """Remove the measurement's folder. Try again for a while: an I/O process may still write for a moment."""
     deadline = time.monotonic() + _END_SECONDS
     while folder.exists() and time.monotonic() < deadline:
         shutil.rmtree(folder, ignore_errors=True)
     if folder.exists():
-        raise KVTierError(f"{folder}: not removed, something is still written there")
+        raise KVTierError(f"{folder}: cannot be removed, something still writes there")
 
 
 def _block_size(text: str) -> int:
-    """Return the bytes of a block that can be measured.
+    """Return the bytes per block that `--block` names.
 
     Raises:
-        ConfigError: too small to say anything, no whole pages, or too large for a round.
+        ConfigError: not a multiple of a page, zero, or more than `_MAX_BLOCK_BYTES`.
     """
     size = parse_size("block", text)
     if size % mmap.PAGESIZE or not 0 < size <= _MAX_BLOCK_BYTES:
@@ -103,11 +103,11 @@ def _block_size(text: str) -> int:
 
 
 def _check(directory: Path, needed: int) -> None:
-    """Refuse what cannot be measured, or should not be written to."""
+    """Refuse a directory that does not exist, belongs to a disk tier, or has too little space."""
     if not directory.is_dir():
         raise ConfigError("DIR", str(directory), "a directory that exists")
     if (directory / LOCK_NAME).exists() or (directory.parent / LOCK_NAME).exists():
-        raise ConfigError("DIR", str(directory), "a directory beside it: this one is of a disk tier")
+        raise ConfigError("DIR", str(directory), "another directory on the device: this one belongs to a disk tier")
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise ConfigError("DIR", f"{format_size(free)} free", f"at least {format_size(needed)} for the measurement")
@@ -128,10 +128,10 @@ def _measure(folder: Path, sizes: Sequence[int], num_bytes: int, rounds: int) ->
 
 
 def advise(figures: Sequence[Figures]) -> dict[str, Any]:
-    """Return what the figures mean for a configuration; sizes in bytes, speeds in GB/s.
+    """Return the recommended block size and its speeds; sizes in bytes, speeds in GB/s.
 
-    `block_bytes` is the smallest size of a block that reaches `GOOD_SHARE` of the device both ways, else the one that
-    comes closest.
+    `block_bytes` is the smallest block size whose stores and loads reach `GOOD_SHARE` of the device's speed, else the
+    size that comes closest.
     """
     worst: dict[int, float] = {}
     for row in figures:
@@ -158,9 +158,9 @@ def _show(console: Console, figures: Sequence[Figures], advice: dict[str, Any]) 
     console.print(table)
     size, share = format_size(advice["block_bytes"]), advice["share_of_the_device"]
     console.print(
-        f"Blocks of {size} or more: {advice['store_gb_per_second']:.2f} GB/s stored, {advice['load_gb_per_second']:.2f}"
-        f" GB/s loaded, {share:.0%} of the device at least. Set block_size so that a block has as many bytes: tokens ="
-        f" {size} / bytes of KV cache a token."
+        f"Recommended: blocks of {size} or more. Stores reach {advice['store_gb_per_second']:.2f} GB/s, loads"
+        f" {advice['load_gb_per_second']:.2f} GB/s, both at least {share:.0%} of the device. Set block_size, in tokens,"
+        f" to {size} / (bytes of KV cache per token)."
     )
     if not advice["direct"]:
-        console.print("No direct I/O on this filesystem: the figures include its page cache, of the raw limit as well.")
+        console.print("This filesystem has no direct I/O: all figures, the raw limit included, measure its page cache.")

@@ -24,25 +24,25 @@ EXIT_FAILED = 1
 
 def demo(
     model: Annotated[
-        str | None, typer.Option(help="A folder or hub id of a causal model; SmolLM2-135M if absent.")
+        str | None, typer.Option(help="Folder or hub id of a causal model. Default: SmolLM2-135M.")
     ] = None,
     tiers: Annotated[
-        str | None, typer.Option(help="JSON configuration of the tiers: the text, a path, or @path.")
+        str | None, typer.Option(help="JSON configuration of the tiers: JSON text, a path, or @path.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     turns: Annotated[int, typer.Option(min=2, help="Turns before memory is emptied; the first one is cold.")] = 3,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch; all processors if absent.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch. Default: all processors.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the report to this file.")] = None,
     work_dir: Annotated[
-        Path | None, typer.Option(help="Where the disk tier lives; a temporary folder if absent.")
+        Path | None, typer.Option(help="Folder for the disk tier. Default: a temporary folder.")
     ] = None,
     from_disk: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Answer questions about one long document over several turns, with kvtier and without, side by side.
 
-    Exit code 0: tokens were restored from every tier and the answers are right. 1: they were not. 2: a model, a tier
-    or a configuration cannot be used; one line says why.
+    Exit code 0: tokens were restored from every tier and the answers are right. 1: a check failed. 2: the model, a tier
+    or the configuration cannot be used; one line says why.
     """
     console = Console()
     if find_spec("torch") is None or find_spec("transformers") is None:
@@ -73,7 +73,7 @@ def read_tiers(text: str) -> dict[str, Any]:
     """Return the configuration that `--tiers` gives: JSON text, a path, or @path.
 
     Raises:
-        ConfigError: no such file, no JSON object, or a key holds what it may not.
+        ConfigError: the file cannot be read, holds no JSON object, or a key has a wrong value.
     """
     source = text
     if not text.lstrip().startswith(("{", "[")):
@@ -82,21 +82,21 @@ def read_tiers(text: str) -> dict[str, Any]:
             source = path.read_text(encoding="utf-8")
         except (OSError, ValueError):
             raise ConfigError("tiers", text, "JSON text or the path of a readable JSON file expected") from None
-    shown = text if text != source else "..."  # what is no JSON cannot be searched for secrets
+    shown = text if text != source else "..."  # the text may hold a secret, and only parsed JSON can be redacted
     try:
         value = json.loads(source)
     except (ValueError, RecursionError) as error:
-        raise ConfigError("tiers", shown, f"no JSON: {error}") from None
+        raise ConfigError("tiers", shown, f"not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError("tiers", shown, "a JSON object expected")
     if "spec_name" not in value:
-        parse_config(value, TieringConfig)  # before a model is loaded
+        parse_config(value, TieringConfig)  # fail before the model is loaded, which takes a while
     return value
 
 
 @contextmanager
 def _folder(work_dir: Path | None) -> Iterator[Path]:
-    """Give the folder of the demonstration's files; a temporary one is removed at the end."""
+    """Yield the folder for the demonstration's files; remove a temporary one at the end."""
     if work_dir is not None:
         work_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         yield work_dir

@@ -1,4 +1,4 @@
-"""Where commands end: what cannot be done is one line and an exit code, whichever command met it."""
+"""How every command ends: an error becomes one line on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from kvtier.errors import KVTierError
 from kvtier.foreign_text import one_line
 
 EXIT_NO_READER = 1
-"""Nobody reads the output any more, as behind `| head`; rich ends a program so, too."""
+"""The reader of the output has gone, as with `| head`. rich uses the same code."""
 EXIT_UNUSABLE = 2
 EXIT_INTERRUPTED = 130
 
 
 class Commands(TyperGroup):
-    """The commands; their errors of kvtier's and of the system's kind are told in one line on stderr."""
+    """The group of commands. It reports errors of kvtier and of the operating system in one line on stderr."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run one command."""
         try:
             result = super().invoke(ctx)
-            _flush(sys.stdout)  # a full disk, or a reader that went away, shows here at the latest
+            # stdout is buffered: a full disk or a reader that went away may show only here
+            _flush(sys.stdout)
             return result
         except BrokenPipeError:
             raise typer.Exit(_end("", EXIT_NO_READER)) from None
@@ -40,30 +40,34 @@ class Commands(TyperGroup):
 
 
 def describe(error: Exception) -> str:
-    """Return what an error says, in one line."""
+    """Return the message of an error in one line."""
     if isinstance(error, OSError) and error.strerror:
         return one_line(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
     return one_line(error) or type(error).__name__
 
 
 def prepare_streams() -> None:
-    """Make standard streams what commands rely on.
+    """Open closed standard streams on /dev/null, and escape characters that the terminal's encoding lacks.
 
-    A closed one is opened on nothing: the next file would get its number, and a line for people would end in it. And
-    characters that the terminal's encoding lacks are escaped, not refused.
+    The kernel gives a new file the lowest free number. With a closed stream that would be 0, 1 or 2, and messages would
+    be written into that file.
     """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, this one
+            os.open(os.devnull, os.O_RDWR)  # the kernel gives it the lowest free number, which is this one
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _end(text: str, code: int) -> int:
-    """Say why a command ends, if there is anything to say; no stream fails again when the interpreter flushes it."""
+    """Print `text`, if any, to stderr, and return `code`.
+
+    A stream that cannot be flushed is redirected to /dev/null: the interpreter flushes it again at its exit, and would
+    print a second error.
+    """
     if text:
         with contextlib.suppress(OSError):
             typer.echo(text, err=True)

@@ -1,4 +1,4 @@
-"""`kvtier inspect`: what the directory of a disk tier holds, without reading the blocks."""
+"""`kvtier inspect`: shows what a disk tier's directory holds, without reading the blocks."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from kvtier.stores.slab.inspection import NamespaceSurvey, SlabSurvey, survey_sl
 def inspect(directories: Directories, as_json: AsJson = False) -> None:
     """Show namespaces, blocks, bytes, last use and health of a disk tier's directory, also while an engine uses it.
 
-    Reads the records of the blocks, not the blocks: `kvtier verify` does that. Exit code 0: shown. 2: a directory
-    cannot be read, or is none of a disk tier; one line says why.
+    It reads the records, not the blocks; `kvtier verify` reads the blocks. Exit code 0: shown. 2: a directory cannot be
+    read or belongs to no disk tier; one line says why.
     """
     with refusing(as_json):
         surveys = [survey_slab(slab) for slabs in find_all(directories).values() for slab in slabs]
@@ -47,7 +47,7 @@ def inspect(directories: Directories, as_json: AsJson = False) -> None:
 
 
 def slab_as_json(survey: SlabSurvey) -> dict[str, Any]:
-    """Return one directory, for JSON."""
+    """Return one directory as JSON values."""
     return {
         "path": str(survey.path),
         "used_by": holder_as_json(survey.holder),

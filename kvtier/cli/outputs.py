@@ -1,4 +1,4 @@
-"""Files that a command writes at its end, looked at before it begins."""
+"""Checks of a command's output files before it does hours of work."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from kvtier.errors import ConfigError
 
 
 def check_outputs(plot: Path | None, json_path: Path | None) -> None:
-    """Refuse what could not be written after all the work; nothing is made or changed.
+    """Check that both output files can be written; create and change nothing.
 
     Raises:
-        ConfigError: a path that is a folder, lies in none, or may not be written.
+        ConfigError: a path is a folder, its folder does not exist, or permission is denied.
     """
     for name, path in (("plot", plot), ("json", json_path)):
         if path is not None and (why := _obstacle(path)):
@@ -20,7 +20,7 @@ def check_outputs(plot: Path | None, json_path: Path | None) -> None:
 
 
 def _obstacle(path: Path) -> str:
-    """Return why a file cannot be written; empty if nothing is known to be in the way."""
+    """Return why a file cannot be written, or "" if no reason is known."""
     if path.is_dir():
         return "this is a folder"
     if not path.parent.is_dir():

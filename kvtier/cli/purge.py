@@ -36,18 +36,18 @@ _Chosen = Mapping[Path, Sequence[NamespaceSurvey]]
 def purge(
     directories: Directories,
     namespace: Annotated[
-        list[str] | None, typer.Option(help="Only this one: its id, or a beginning that is unique; may be repeated.")
+        list[str] | None, typer.Option(help="Delete only this one: its id or a unique prefix of it; may be repeated.")
     ] = None,
     older_than: Annotated[
-        str | None, typer.Option(help="Only those last used longer ago than, for example, 7d.")
+        str | None, typer.Option(help="Delete only namespaces not used for this long, for example 7d.")
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Delete the namespaces of a disk tier, or some of them. Their files are unlinked, not overwritten.
+    """Delete all or some namespaces of a disk tier. Files are unlinked, not overwritten.
 
-    Exit code 0: deleted, or nothing to delete. 1: not deleted, the answer was no. 2: a directory cannot be read, is
-    none of a disk tier, or is used by an engine, or a namespace is unknown; then nothing was deleted.
+    Exit code 0: deleted, or nothing to delete. 1: you answered no. 2: a directory cannot be read, belongs to no disk
+    tier or is used by an engine, or a namespace is unknown. With 1 and 2, nothing was deleted.
     """
     with refusing(as_json):
         least_age = 0.0 if older_than is None else parse_age("older_than", older_than)
@@ -75,15 +75,21 @@ def purge(
         count = len(_all_of(chosen))
         for folder, names in left.items():
             if names:
-                typer.echo(one_line(f"{folder}: the folder stays, not kvtier's: {', '.join(names)}"), err=True)
-        typer.echo(f"deleted {count} namespace{'' if count == 1 else 's'}, {format_size(freed)} are free again")
+                text = f"{folder}: folder kept, it holds files that are not kvtier's: {', '.join(names)}"
+                typer.echo(one_line(text), err=True)
+        typer.echo(f"deleted {count} namespace{'' if count == 1 else 's'}, {format_size(freed)} freed")
 
 
 def choose(found: _Chosen, ids: Sequence[str] | None, least_age: float) -> _Chosen:
-    """Return the namespaces that are meant: those that any of `ids` names (all if there is none) and old enough.
+    """Return the namespaces to delete.
+
+    Args:
+        found: the namespaces of each slab.
+        ids: only namespaces whose id begins with one of these; None or empty for all.
+        least_age: only namespaces not used for so many seconds.
 
     Raises:
-        ConfigError: an id names no namespace, or several.
+        ConfigError: one of `ids` matches no namespace, or several.
     """
     names = {survey.folder.name for survey in _all_of(found)}
     wanted = names if not ids else {_only_one(text, names) for text in ids}
@@ -95,14 +101,14 @@ def choose(found: _Chosen, ids: Sequence[str] | None, least_age: float) -> _Chos
 
 
 def _ask(as_json: bool) -> None:
-    """Return if a person at the terminal wants it.
+    """Ask at the terminal whether to delete.
 
     Raises:
-        KVTierError: nobody can be asked.
+        KVTierError: there is no terminal to ask at.
         typer.Exit: the answer was no.
     """
     if as_json or not sys.stdin.isatty():
-        raise KVTierError("--yes is needed where nobody can be asked")
+        raise KVTierError("--yes is needed with --json and without a terminal: nobody can be asked")
     if not typer.confirm("Delete?", err=True):
         raise typer.Exit(EXIT_WRONG)
 
@@ -112,7 +118,8 @@ def _only_one(text: str, names: set[str]) -> str:
     if len(matching) == 1:
         return matching[0]
     known = ", ".join(name[:SHORT_ID] for name in matching or sorted(names)) or "none"
-    raise ConfigError("namespace", text, f"{'several begin like this' if matching else 'unknown; there are'}: {known}")
+    wrong = "several namespaces begin with this" if matching else "no such namespace; known are"
+    raise ConfigError("namespace", text, f"{wrong}: {known}")
 
 
 def _all_of(chosen: _Chosen) -> list[NamespaceSurvey]:
@@ -120,7 +127,7 @@ def _all_of(chosen: _Chosen) -> list[NamespaceSurvey]:
 
 
 def _show(chosen: _Chosen) -> None:
-    """Say what is about to be deleted."""
+    """Print the namespaces that are about to be deleted."""
     for slab, surveys in chosen.items():
         for survey in surveys:
             size = f"{survey.num_blocks:,} blocks, {format_size(survey.disk_bytes)}"

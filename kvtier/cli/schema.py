@@ -1,4 +1,4 @@
-"""`kvtier schema`: what a configuration may hold."""
+"""`kvtier schema`: the JSON schema of the configuration."""
 
 from __future__ import annotations
 

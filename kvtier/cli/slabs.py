@@ -1,4 +1,4 @@
-"""What the commands over a disk tier's directory share: finding it, naming who uses it, refusing, JSON."""
+"""Shared by `inspect`, `verify` and `purge`: arguments, finding slabs, describing their users, errors, JSON."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from kvtier.stores.slab.lock import Holder
 
 EXIT_WRONG = 1
 SHORT_ID = 12
-"""Digits of a namespace's fingerprint that people see; any beginning that is unique names it."""
+"""Digits of a namespace's fingerprint that are shown. Commands accept any unique prefix of it."""
 _MAX_COMMAND_CHARACTERS = 60
 
 Directories = Annotated[
-    list[Path], typer.Argument(metavar="DIR...", help="The `path` of a disk tier; folders dpN below it are included.")
+    list[Path], typer.Argument(metavar="DIR...", help="The `path` of a disk tier. Includes folders dpN below it.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
 @contextmanager
 def refusing(as_json: bool) -> Iterator[None]:
-    """Turn what cannot be done into one line on stderr, `{"error": ...}` on stdout for JSON, and exit code 2."""
+    """Turn an error into one line on stderr and exit code 2; with `as_json`, also print `{"error": ...}` on stdout."""
     try:
         yield
     except (KVTierError, OSError) as error:
@@ -46,10 +46,10 @@ def refusing(as_json: bool) -> Iterator[None]:
 
 
 def find_all(directories: Sequence[Path]) -> dict[Path, list[Path]]:
-    """Return the slabs of each directory, each slab once; none for an empty one, of which a line on stderr speaks.
+    """Return the slabs of each directory, each slab once. For an empty directory, say so on stderr.
 
     Raises:
-        StoreUnavailableError: one of them is not what the commands are for.
+        StoreUnavailableError: a directory cannot be read, or belongs to no disk tier.
     """
     found: dict[Path, list[Path]] = {}
     seen: set[str] = set()
@@ -57,24 +57,24 @@ def find_all(directories: Sequence[Path]) -> dict[Path, list[Path]]:
         path = Path(os.path.abspath(directory))
         slabs = find_slabs(path)
         if not slabs:
-            typer.echo(one_line(f"{path}: empty, nothing was ever stored here"), err=True)
+            typer.echo(one_line(f"{path}: empty, no blocks were stored here"), err=True)
         found[path] = [slab for slab in slabs if os.path.realpath(slab) not in seen]
         seen.update(map(os.path.realpath, slabs))
     return found
 
 
 def print_json(value: Mapping[str, Any]) -> None:
-    """Print one JSON document."""
+    """Print one JSON document on stdout."""
     typer.echo(json.dumps(value, indent=2))
 
 
 def make_console() -> Console:
-    """Return where people read results."""
+    """Return the console for results: stdout."""
     return Console(highlight=False, soft_wrap=False)
 
 
 def describe_holder(holder: Holder) -> str:
-    """Return who uses a directory, in words."""
+    """Return the process that uses a directory, in words."""
     if holder.pid is None:
         return "another process"
     command = f" ({_shortened(holder.command)})" if holder.command else ""
@@ -86,12 +86,12 @@ def describe_holder(holder: Holder) -> str:
 
 
 def holder_as_json(holder: Holder | None) -> dict[str, Any] | None:
-    """Return who uses a directory, for JSON; null if nobody does."""
+    """Return the process that uses a directory as JSON values; None if there is none."""
     return None if holder is None else holder._asdict()
 
 
 def namespace_as_json(survey: NamespaceSurvey) -> dict[str, Any]:
-    """Return everything about a namespace, for JSON: bytes and seconds as numbers, times in UTC."""
+    """Return a namespace as JSON values: bytes and seconds as numbers, times in UTC."""
     description = survey.description
     return {
         "id": survey.folder.name,
@@ -111,7 +111,7 @@ def namespace_as_json(survey: NamespaceSurvey) -> dict[str, Any]:
 
 
 def _as_date(seconds: float) -> str | None:
-    """Return a file's time in UTC; None for one that no calendar has."""
+    """Return a file's time in UTC; None if it is outside the range of `datetime`."""
     try:
         return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
     except (ValueError, OverflowError, OSError):

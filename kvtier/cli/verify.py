@@ -1,4 +1,4 @@
-"""`kvtier verify`: reads every block of a disk tier and holds it to its checksum."""
+"""`kvtier verify`: reads every block of a disk tier and compares it with its checksum."""
 
 from __future__ import annotations
 
@@ -34,16 +34,19 @@ from kvtier.stores.slab.lock import find_holder, hold
 from kvtier.stores.slab.namespaces import empty_records
 from kvtier.stores.slab.verification import Pace, Verification, causes_of, verify_namespace
 
-_LOCKED = "a secret guards them, name it with --secret-env or --secret-file"
-_LOCKED_TO_IT = "another secret than this one guards them"
-_UNKNOWN = "nothing says whether a secret guards them"
+_LOCKED = "a secret guards them: name it with --secret-env or --secret-file"
+_LOCKED_TO_IT = "a different secret guards them"
+_UNKNOWN = "the namespace's description cannot be read, so a secret may guard them"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One namespace, verified; `emptied` counts the bad records that are misses from now on.
+    """The result of verifying one namespace.
 
-    `locked` says why no block was judged: a secret guards them, or may, that was not given; empty if they were.
+    Attributes:
+        num_superseded: records that a newer copy of the same block replaces.
+        emptied: bad records that were emptied; lookups of their blocks miss from now on.
+        locked: why the blocks could not be verified (a secret is missing or wrong); "" if they were.
     """
 
     survey: NamespaceSurvey
@@ -54,13 +57,13 @@ class Finding:
 
     @property
     def is_wrong(self) -> bool:
-        """Whether a block, or the namespace itself, is not as it should be."""
+        """Whether a block or the namespace itself is damaged."""
         return bool(self.verification.bad or self.survey.problems)
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What was asked for; the secret is shown nowhere."""
+    """The options of the command; `repr` hides the secret."""
 
     repair: bool
     threads: int
@@ -73,9 +76,9 @@ def verify(
     repair: Annotated[
         bool, typer.Option("--repair", help="Empty the records of bad blocks; refused while an engine uses them.")
     ] = False,
-    threads: Annotated[int, typer.Option(min=1, max=64, help="Reads at the same time.")] = 4,
+    threads: Annotated[int, typer.Option(min=1, max=64, help="Number of parallel reads.")] = 4,
     rate: Annotated[
-        str | None, typer.Option(help="Most bytes per second, for example 200MiB; all that the disk gives if absent.")
+        str | None, typer.Option(help="Read at most so many bytes per second, for example 200MiB. Default: no limit.")
     ] = None,
     secret_env: Annotated[
         str | None, typer.Option(help="Environment variable with the secret that guards the blocks.")
@@ -85,9 +88,9 @@ def verify(
 ) -> None:
     """Read every block and compare it with its checksum, also while an engine uses the directory.
 
-    Exit code 0: every block is what was stored. 1: something is wrong, or was and is repaired. 2: a directory cannot
-    be read, is none of a disk tier, or is in use where that is in the way, or a secret guards blocks and is not this
-    one; one line says why.
+    Exit code 0: every block is intact. 1: something is damaged, or was and is repaired. 2: a directory cannot be read,
+    belongs to no disk tier, is in use (with --repair), or the secret that guards blocks is missing or wrong; one line
+    says why.
     """
     with refusing(as_json):
         place = SecretPlace.checked(secret_env, secret_file)
@@ -112,7 +115,7 @@ def verify(
 
 
 def _verify_slab(slab: Path, job: _Job, progress: Progress) -> list[Finding]:
-    """Verify every namespace of one slab; one that an engine deletes meanwhile is left out."""
+    """Verify every namespace of one slab; skip a namespace that an engine deletes meanwhile."""
     findings = []
     for survey in survey_slab(slab).namespaces:
         if not survey.is_readable:
@@ -143,19 +146,19 @@ def _verify_slab(slab: Path, job: _Job, progress: Progress) -> list[Finding]:
 
 
 def _allow_many_files() -> None:
-    """Let this process open as many files as it may: a slab has one for each GiB."""
+    """Raise the limit of open files as far as allowed: a slab has one file per GiB."""
     with suppress(OSError, ValueError):
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _is_used(slab: Path, job: _Job) -> bool:
-    """Return whether an engine may be writing; while a slab is repaired, none is."""
+    """Return whether an engine may be writing. With --repair none is, since this process holds the lock."""
     return not job.repair and find_holder(slab) is not None
 
 
 def _progress() -> Progress:
-    """Return what a person at a terminal sees on stderr meanwhile: a bar, the speed, and the time that is left."""
+    """Return the progress display on stderr: a bar, the speed and the time left; nothing without a terminal."""
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
@@ -201,7 +204,7 @@ def _show(console: Console, findings: Mapping[Path, Sequence[Finding]]) -> None:
 
 
 def _lines_of(slab: Path, finding: Finding) -> list[Text]:
-    """Return what was found out about one namespace, for a person."""
+    """Return the result for one namespace as lines for a terminal."""
     found = finding.verification
     name = f"{slab} {finding.survey.folder.name[:SHORT_ID]}"
     if finding.locked:
@@ -214,12 +217,12 @@ def _lines_of(slab: Path, finding: Finding) -> list[Text]:
         lines.append(_said(f"  wrong: {count:,} {cause}", style="red"))
     lines += [_said(f"  wrong: {problem}", style="red") for problem in finding.survey.problems]
     if finding.emptied:
-        lines.append(_said(f"  repaired: {finding.emptied:,} emptied, a miss from now on"))
+        lines.append(_said(f"  repaired: {finding.emptied:,} bad records emptied, their blocks are misses from now on"))
     if found.num_changed:
-        lines.append(_said(f"  {found.num_changed:,} changed while reading: an engine replaced them"))
+        lines.append(_said(f"  {found.num_changed:,} skipped: an engine replaced them during the read"))
     return lines + [_said(f"  {remark}") for remark in finding.survey.remarks]
 
 
 def _said(text: str, style: str = "") -> Text:
-    """Return a line for a person, which no file's words break out of."""
+    """Return a line for a terminal; control characters in file names and contents are escaped."""
     return Text(one_line(text), style)

@@ -1,4 +1,4 @@
-"""`kvtier vllm-config`: the option that makes vLLM use kvtier, checked before it is printed."""
+"""`kvtier vllm-config`: checks and prints the option that makes vLLM use kvtier."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def vllm_config(
     disk: Annotated[
         list[str] | None,
         typer.Option(
-            help="A disk tier as PATH:SIZE, for example /cache:200GiB, or striped over devices of their own as"
-            " PATH,PATH:SIZE; may be repeated."
+            help="A disk tier as PATH:SIZE, for example /cache:200GiB. PATH,PATH:SIZE stripes it over several"
+            " devices. May be repeated."
         ),
     ] = None,
     resp: Annotated[str | None, typer.Option(help="A shared Valkey or Redis, for example redis://host:6379.")] = None,
@@ -42,16 +42,16 @@ def vllm_config(
         str | None, typer.Option(help="A file with the secret that guards the blocks of every tier named here.")
     ] = None,
     secret_env: Annotated[
-        str | None, typer.Option(help="The same, from this variable of the engine's environment.")
+        str | None, typer.Option(help="The same secret, from this variable of the engine's environment.")
     ] = None,
-    encrypt: Annotated[bool, typer.Option(help="Encrypt the blocks, too, with that secret.")] = False,
+    encrypt: Annotated[bool, typer.Option(help="Also encrypt the blocks with that secret.")] = False,
     option: Annotated[
-        list[str] | None, typer.Option(help="Any other key as KEY=VALUE, for example load_deadline=1.5.")
+        list[str] | None, typer.Option(help="Any other key as KEY=VALUE, for example load_deadline=1.5; repeatable.")
     ] = None,
 ) -> None:
     """Print the option to add to `vllm serve`.
 
-    Exit code 0: the line is printed, and vLLM will accept it. 2: a value is wrong; one line says which.
+    Exit code 0: the line is printed, and kvtier in vLLM accepts it. 2: a value is wrong; one line says which.
     """
     shared = [*_shared("resp", resp), *_shared("filesystem", filesystem), *_shared("object", bucket)]
     extra = extra_config(cpu, disk or [], option or [], shared, _guard(secret_file, secret_env, encrypt))
@@ -66,21 +66,21 @@ def extra_config(
     shared: Sequence[dict[str, Any]] = (),
     guard: Mapping[str, Any] = _NO_GUARD,
 ) -> dict[str, Any]:
-    """Return kvtier's configuration in vLLM.
+    """Return kvtier's configuration for vLLM (`kv_connector_extra_config`).
 
     Args:
         disks: each PATH:SIZE, or PATH,PATH:SIZE.
-        options: each KEY=VALUE; a value that is no JSON is a string.
-        shared: tiers behind the disks.
-        guard: options of every tier.
+        options: each KEY=VALUE; a value that is not JSON is taken as a string.
+        shared: tiers after the disks.
+        guard: options about the secret, given to every tier.
 
     Raises:
-        ConfigError: one of them has another form.
+        ConfigError: an argument has another form.
     """
     extra: dict[str, Any] = {"spec_name": SPEC_NAME, "cpu_bytes_to_use": cpu}
     tiers = [{**tier, **guard} for tier in (*map(_disk_tier, disks), *shared)]
     if guard and not tiers:
-        raise ConfigError("secret", None, "a tier for it to guard: host memory alone needs no secret")
+        raise ConfigError("secret", None, "only with --disk, --resp, --filesystem or --bucket: host memory needs none")
     if tiers:
         extra["secondary_tiers"] = tiers
     for item in options:
@@ -92,13 +92,13 @@ def extra_config(
 
 
 def check(extra: dict[str, Any], tokens_per_block: int = 1) -> None:
-    """Refuse what the engine would refuse, as far as it does not depend on the model.
+    """Check a configuration as the engine will, except for what depends on the model.
 
     Args:
-        tokens_per_block: of the engine's blocks.
+        tokens_per_block: tokens per engine block.
 
     Raises:
-        ConfigError: a key is unknown or holds what it may not.
+        ConfigError: a key is unknown or has a wrong value.
     """
     block_bytes = min(parse_size("cpu_bytes_to_use", extra["cpu_bytes_to_use"]), align_block_bytes(1))
     groups = (KVCacheGroup(tokens_per_block),)
@@ -122,7 +122,7 @@ def _disk_tier(text: str) -> dict[str, Any]:
 
 
 def _shared(kind: str, text: str | None) -> list[dict[str, Any]]:
-    """Return the tier that an option names, if it is given."""
+    """Return the tier that an option names, in a list; an empty list if the option is absent."""
     if text is None:
         return []
     if kind == "resp":
@@ -131,13 +131,13 @@ def _shared(kind: str, text: str | None) -> list[dict[str, Any]]:
         path, size = _place_and_size(kind, text, "PATH:SIZE expected, for example /mnt/shared/kvtier:2TiB")
         return [{"type": kind, "path": path, "capacity": size}]
     if "@" in text:
-        raise ConfigError("bucket", HIDDEN, "no credentials here: the environment or a profile has them")
+        raise ConfigError("bucket", HIDDEN, "a URL without credentials: put them in the environment or a profile")
     url, size = _place_and_size("bucket", text, "URL:SIZE expected, for example s3://bucket/kvtier:20TB")
     return [{"type": kind, "url": url, "capacity": size}]
 
 
 def _guard(secret_file: str | None, secret_env: str | None, encrypt: bool) -> dict[str, Any]:
-    """Return what the options about secrets come to; whether they fit together, the tiers know."""
+    """Return the given options about secrets; the tiers check whether they fit together."""
     given = {"secret_file": secret_file, "secret_env": secret_env, "encrypt": encrypt or None}
     return {name: value for name, value in given.items() if value is not None}
 

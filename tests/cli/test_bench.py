@@ -41,8 +41,8 @@ def test_it_measures_says_what_to_set_and_leaves_nothing(tmp_path):
         ((".", "--block", "nonsense"), "block="),
         ((".", "--block", "1000"), "a multiple of 4096 bytes"),
         ((".", "--block", "2GiB"), "up to 256.0 MiB"),
-        (("taken/0123456789abcdef0123456789abcdef",), "is of a disk tier"),
-        (("taken",), "is of a disk tier"),
+        (("taken/0123456789abcdef0123456789abcdef",), "belongs to a disk tier"),
+        (("taken",), "belongs to a disk tier"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path, monkeypatch, arguments, said):

@@ -47,8 +47,8 @@ def test_old_ones(slab):
 
 
 def test_what_cannot_be_done_deletes_nothing(slab, tmp_path):
-    assert "unknown; there are: " in refused("purge", slab, "--yes", "--namespace", "0123")
-    assert "unknown; there are: " in refused("purge", slab, "--yes", "--namespace", "")
+    assert "no such namespace; known are: " in refused("purge", slab, "--yes", "--namespace", "0123")
+    assert "no such namespace; known are: " in refused("purge", slab, "--yes", "--namespace", "")
     for text in ("soon", "0d"):
         assert "older_than=" in refused("purge", slab, "--yes", f"--older-than={text}")
     assert "No such file" in refused("purge", tmp_path / "nothing", slab, "--yes")

@@ -117,7 +117,7 @@ def test_blocks_that_a_secret_guards(tmp_path):
     assert done.returncode == 2, done.stdout + done.stderr
     assert "10 blocks good" in done.stdout
     for blocks in (11, 12):
-        assert f"{blocks} blocks not verified: a secret guards them, name it with --secret-env" in done.stdout
+        assert f"{blocks} blocks not verified: a secret guards them: name it with --secret-env" in done.stdout
     report = as_json("verify", slab, "--repair", "--secret-file", other, code=2)
     assert report["ok"] is False
     assert sorted(entry["unverified"] for entry in report["directories"][0]["namespaces"]) == [0, 11, 12]
@@ -198,7 +198,7 @@ def test_blocks_that_a_secret_may_guard_are_not_emptied(tmp_path):
     for arguments in ((), ("--secret-file", secret)):
         done = kvtier("verify", "--repair", *arguments, slab)
         assert done.returncode == 1
-        assert done.stdout.count("blocks not verified: nothing says whether a secret guards them") == 2, done.stdout
+        assert done.stdout.count("blocks not verified: the namespace's description cannot be read") == 2, done.stdout
     assert {path: path.read_bytes() for path in slab.glob("*/headers")} == before
     make_slab(slab, blocks=0, secret_file=str(secret))
     report = as_json("verify", "--secret-file", secret, slab)

@@ -87,7 +87,7 @@ def test_a_password_in_a_url_is_not_repeated():
         (("--cpu", "1GiB", "--bucket", "s3://bucket"), "bucket='s3://bucket': URL:SIZE expected"),
         (("--cpu", "1GiB", "--bucket", "ftp://bucket/kv:1TB"), "s3://BUCKET/PREFIX"),
         (("--cpu", "1GiB", "--disk", "/cache:1GiB", "--disk", "/cache/sub:1GiB"), "a directory of its own"),
-        (("--cpu", "1GiB", "--secret-file", "/secret"), "a tier for it to guard"),
+        (("--cpu", "1GiB", "--secret-file", "/secret"), "only with --disk"),
         (("--cpu", "1GiB", "--disk", "/cache:1GiB", "--encrypt"), "encrypt="),
         (("--cpu", "1GiB", "--disk", "/cache:1GiB", "--secret-env", "A", "--secret-file", "/b"), "secret_"),
         (("--cpu", "1GiB", "--disk", "/cache:1GiB", "--secret-file", "/no/such/file"), "cannot be read"),

@@ -1,4 +1,4 @@
-"""Opening a prefix cache for a person: a tier that cannot be used is an error, not a silent miss."""
+"""Opens a prefix cache for the demonstration: a tier that is not up is an error here, not silent misses."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from kvtier.errors import StoreUnavailableError
 from kvtier.events import TierState
 
 PATIENCE = {"load_deadline": 15.0, "prefill_rate": 1.0}
-"""How long a demonstration waits for blocks that a tier holds, where the configuration does not say: engines on a busy
-machine give up sooner and compute, and here it is to be seen that blocks come back. The table shows what it cost."""
+"""Defaults of the demonstration: requests wait long for tiers. With kvtier's own defaults a busy machine gives up early
+and recomputes. The demonstration shows that blocks come back, and its table shows how long that took."""
 VOLATILE_TIERS = frozenset({"memory", "example"})
-"""Tiers whose blocks end with the process that stored them."""
+"""Tiers that lose their blocks when the process ends."""
 
 
 def default_tiers(folder: Path) -> dict[str, Any]:
@@ -26,21 +26,21 @@ def default_tiers(folder: Path) -> dict[str, Any]:
 
 
 def outlives_process(tiers: Mapping[str, Any]) -> bool:
-    """Return whether a second process can find what a first one stored."""
+    """Return whether a second process can load what the first one stored."""
     return any(tier.get("type") not in VOLATILE_TIERS for tier in tiers.get("secondary_tiers", ()))
 
 
 @contextmanager
 def open_cache(model: Any, tiers: Mapping[str, Any]) -> Iterator[PrefixCache]:
-    """Open a prefix cache whose tiers are all up, and which has `PATIENCE` with them.
+    """Open a prefix cache with the defaults of `PATIENCE`, and check that all of its tiers are up.
 
     Raises:
-        StoreUnavailableError: a tier is not; the message says which and why.
+        StoreUnavailableError: a tier is not up; the message says which and why.
         KVTierError: as `PrefixCache` and `PrefixCache.open`.
     """
     cache = PrefixCache(model, tiers if "spec_name" in tiers else {**PATIENCE, **tiers})
     with ExitStack() as stack:
-        with _said_once():
+        with _silenced_log():
             stack.enter_context(cache)
         for name, (state, reason) in cache.tier_states().items():
             if state is not TierState.UP:
@@ -49,8 +49,8 @@ def open_cache(model: Any, tiers: Mapping[str, Any]) -> Iterator[PrefixCache]:
 
 
 @contextmanager
-def _said_once() -> Iterator[None]:
-    """Keep the log quiet while a cache opens: what goes wrong is an error of its own here."""
+def _silenced_log() -> Iterator[None]:
+    """Drop kvtier's log lines while a cache opens: `open_cache` raises the same faults as errors."""
 
     def refuse(record: logging.LogRecord) -> bool:
         return False

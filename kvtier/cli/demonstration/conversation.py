@@ -1,4 +1,4 @@
-"""The conversations: one long document, visitors who ask about it, and the answers they were given."""
+"""The conversations: visitors ask questions about one long document, and get answers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ VISITS = (
     ("On which channel is a ship in distress reported?",),
     ("When was the tower finished?", "Who built the tower?"),
 )
-"""What each visitor asks. All read the same document; a follow-up continues the visitor's own conversation."""
+"""The questions of each visitor. All ask about the same document; a visitor's later question continues his own
+conversation."""
 
 
 def read_document() -> str:
-    """Return the document that the questions are about, some 1,400 tokens of Markdown."""
+    """Return the document: about 1,400 tokens of Markdown."""
     return resources.files("kvtier.cli.demonstration").joinpath("handbook.md").read_text(encoding="utf-8")
 
 
@@ -33,7 +34,7 @@ class Conversation:
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def question(self, turn: int) -> str:
-        """Return the question of a turn, counted from 1; a new visitor's first one starts a new conversation."""
+        """Return the question of a turn, counted from 1; clear the messages before a new visitor's first question."""
         questions = [(question, not index) for visit in VISITS for index, question in enumerate(visit)]
         question, is_first = questions[(turn - 1) % len(questions)]
         if is_first:
@@ -41,7 +42,7 @@ class Conversation:
         return question
 
     def prompt(self, tokenizer: Any, question: str) -> list[int]:
-        """Return the token ids of everything said so far and a new question; the first one brings the document."""
+        """Return the token ids of the conversation so far and a question; a first question includes the document."""
         messages = [*self.messages, self._message(question)]
         if tokenizer.chat_template is None:
             text = "".join(f"{message['role'].title()}: {message['content']}\n\n" for message in messages)
@@ -50,7 +51,7 @@ class Conversation:
         return list(encoded["input_ids"])
 
     def add(self, question: str, answer: str) -> None:
-        """Keep a question and its answer."""
+        """Append a question and its answer."""
         self.messages += [self._message(question), {"role": "assistant", "content": answer}]
 
     def _message(self, question: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""A model and its tokenizer, from the package, a folder or the hub."""
+"""Loads a model and its tokenizer from the packaged model, a folder or the hub."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to run, its tokenizer, its name for people and where it can be loaded from again."""
+    """A model that is ready to run.
+
+    Attributes:
+        name: as shown to people.
+        source: a folder or hub id, from which another process can load it.
+    """
 
     model: Any
     tokenizer: Any
@@ -32,7 +37,7 @@ def load_model(source: str | None, dtype: str, threads: int, narrator: Narrator)
     """Load a model in evaluation mode and fix torch's thread count.
 
     Args:
-        source: a folder or an id on the hub; None stands for the packaged SmolLM2.
+        source: a folder or an id on the hub; None for the packaged SmolLM2.
         dtype: a name in `DTYPES`.
 
     Raises:
@@ -58,13 +63,13 @@ def load_model(source: str | None, dtype: str, threads: int, narrator: Narrator)
 
 
 def warm_up(model: Any, narrator: Narrator) -> None:
-    """Run the model once, so that the first measurement does not pay for pages and threads."""
+    """Run the model once: a first run also allocates memory and starts threads, which would be measured."""
     with narrator.step("warming up"), torch.inference_mode():
         model(input_ids=torch.zeros((1, 256), dtype=torch.long, device=model.device))
 
 
 def _convert(gguf: Path, folder: Path, narrator: Narrator) -> None:
-    from transformers import GgufConfig  # needs a package that no other model needs
+    from transformers import GgufConfig  # needs the package gguf, which other models do not need
 
     with narrator.step(f"converting {gguf.name}, once (about a minute)"):
         place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}

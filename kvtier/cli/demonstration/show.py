@@ -1,4 +1,4 @@
-"""The course of the demonstration: cold, from memory, from the tiers behind it, and from a second process."""
+"""The steps of the demonstration: a cold turn, turns from memory, from secondary tiers, and in a second process."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from kvtier.cli.demonstration.turns import Answer, PlainRun, Turn, ask, compare
 
 @dataclass(frozen=True)
 class Settings:
-    """What a user may choose.
+    """The user's options.
 
     Attributes:
         model: folder or hub id; None for the packaged model.
         tiers: configuration as for `TieringOffloadingSpec`.
         dtype: of weights and cache.
-        turns: turns in the first process before the primary is emptied, at least 2.
+        turns: turns in the first process before the primary tier is emptied, at least 2.
         threads: of torch, in both processes.
         max_new_tokens: longest answer.
     """
@@ -42,7 +42,7 @@ class Settings:
 
 
 class Show:
-    """One demonstration; every turn goes through kvtier and through transformers alone."""
+    """One demonstration. Each turn is answered with kvtier, then by transformers alone."""
 
     def __init__(self, settings: Settings, loaded: LoadedModel, narrator: Narrator) -> None:
         self.turns: list[Turn] = []
@@ -56,7 +56,7 @@ class Show:
         self._plain = PlainRun(loaded.model, settings.max_new_tokens, end_tokens)
 
     def first_process(self) -> list[Check]:
-        """Answer cold, then from the primary, then from the tiers behind it; return what was restored."""
+        """Answer with empty tiers, then from the primary, then from secondary tiers; return checks of the sources."""
         settings = self._settings
         with open_cache(self._loaded.model, settings.tiers) as cache:
             self._turn(cache, "cold")
@@ -73,7 +73,7 @@ class Show:
         return checks
 
     def second_process(self, folder: Path) -> list[Check]:
-        """Let another interpreter answer from what the tiers keep; return what it restored."""
+        """Let a second process answer from the secondary tiers; return checks of what was restored."""
         settings = self._settings
         question, prompt = self._next()
         order = Order(
@@ -86,7 +86,7 @@ class Show:
             prompt=prompt,
             report=str(folder / "report.json"),
         )
-        with self._narrator.step("starting a second process, which has the tiers only"):
+        with self._narrator.step("starting a second process, which has only the secondary tiers"):
             answer = answer_elsewhere(order, folder)
         self._finish("second process", question, prompt, answer)
         return [_restored("a tier, in a second process", self.turns[-1:], lambda tier: tier != "primary")]
@@ -102,14 +102,14 @@ class Show:
         self._finish(label, question, prompt, answer)
 
     def _finish(self, label: str, question: str, prompt: list[int], answer: Answer) -> None:
-        with self._narrator.step(f"turn {len(self.turns) + 1} without, to compare"):
+        with self._narrator.step(f"turn {len(self.turns) + 1} without kvtier, to compare"):
             self.turns.append(compare(label, question, prompt, answer, self._plain))
         self._narrator.say(f"   Q: {question}\n   A: {answer.text}")
         self._conversation.add(question, answer.text)
 
 
 def _restored(where: str, turns: list[Turn], is_meant: Any) -> Check:
-    """Return the check that every one of `turns` restored tokens from a tier that `is_meant` accepts."""
+    """Return a check that each of `turns` restored tokens from a tier whose name `is_meant` accepts."""
     passed = all(any(is_meant(tier) for tier in turn.answer.sources) for turn in turns)
     return Check(f"tokens were restored from {where}", bool(turns) and passed)
 
@@ -118,11 +118,11 @@ def run(settings: Settings, folder: Path, json_path: Path | None, console: Conso
     """Run the demonstration; return whether every check passed.
 
     Args:
-        folder: for files of the demonstration's own.
-        json_path: where the report goes as JSON, if anywhere.
+        folder: for the demonstration's own files.
+        json_path: file for the report as JSON; None for no such file.
 
     Raises:
-        KVTierError: a configuration, a tier or a model that cannot be used.
+        KVTierError: the configuration, a tier or the model cannot be used.
     """
     narrator = Narrator(console)
     loaded = load_model(settings.model, settings.dtype, settings.threads, narrator)

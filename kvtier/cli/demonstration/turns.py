@@ -1,4 +1,4 @@
-"""One turn, with kvtier and without, and what was measured."""
+"""One turn, answered with kvtier and without, and what was measured."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from kvtier.adapters.transformers import Generation, PrefixCache
 
 @dataclass(frozen=True)
 class Answer:
-    """What kvtier's side of a turn produced, in a form that another process can send.
+    """The answer of a turn with kvtier, made of values that JSON can carry between processes.
 
     Attributes:
-        token_ids: new tokens.
-        text: the same, for people.
+        token_ids: the new tokens.
+        text: the new tokens, decoded.
         num_prompt_tokens, restored_tokens, sources, splits, seconds_to_first_token: as in `Generation`.
         logits_digest: BLAKE2b of the first logits' bytes.
     """
@@ -35,7 +35,6 @@ class Answer:
 
     @classmethod
     def of(cls, generation: Generation, tokenizer: Any) -> Answer:
-        """Return a generation's numbers."""
         return cls(
             token_ids=generation.new_token_ids,
             text=tokenizer.decode(generation.new_token_ids, skip_special_tokens=True).strip(),
@@ -50,15 +49,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class Turn:
-    """A turn, both sides.
+    """A turn with kvtier and without.
 
     Attributes:
-        label: what is special about the turn, for people.
-        question: of the turn.
-        answer: kvtier's.
+        label: what the turn shows, for people.
+        question: the user's question.
+        answer: with kvtier.
         plain_seconds: time to the first token of a full prefill without kvtier.
-        same_tokens: the answer's tokens are those of the full prefill.
-        same_logits: the first logits are, bit for bit, those of a run without kvtier, split at the same tokens.
+        same_tokens: whether the answer has the same tokens as a full prefill without kvtier.
+        same_logits: whether the first logits equal, bit for bit, those of a run without kvtier that is split at the
+            same tokens.
     """
 
     label: str
@@ -70,7 +70,7 @@ class Turn:
 
     @property
     def speedup(self) -> float:
-        """How many times sooner the first token came."""
+        """Time to the first token without kvtier, divided by the time with it."""
         return self.plain_seconds / self.answer.seconds_to_first_token
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,22 +79,22 @@ class Turn:
 
 
 def digest_of(logits: torch.Tensor) -> str:
-    """Return a digest of a tensor's bytes."""
+    """Return BLAKE2b of the tensor's bytes, in hexadecimal."""
     return hashlib.blake2b(logits.contiguous().view(torch.uint8).cpu().numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def ask(cache: PrefixCache, tokenizer: Any, prompt: list[int], max_new_tokens: int, cache_salt: str) -> Answer:
-    """Answer a prompt through kvtier."""
+    """Answer a prompt (token ids) with kvtier."""
     generation = cache.generate(prompt, max_new_tokens=max_new_tokens, cache_salt=cache_salt)
     return Answer.of(generation, tokenizer)
 
 
 @dataclass
 class PlainRun:
-    """The same conversation without kvtier: transformers alone.
+    """The same conversation by transformers alone.
 
-    Its own cache lives on from turn to turn, cut back to where kvtier restored to, so that every token is computed in
-    a forward pass of the same tokens as on kvtier's side.
+    It keeps one cache from turn to turn and crops it to the tokens that kvtier restored. So each token is computed in a
+    forward pass over the same tokens as with kvtier, and bits can be compared.
     """
 
     model: Any
@@ -104,11 +104,14 @@ class PlainRun:
     _cached: list[int] = field(default_factory=list)
 
     def full_prefill(self, prompt: list[int]) -> Decoded:
-        """Answer with nothing cached and the prefill in one piece."""
+        """Answer with an empty cache and one forward pass for the whole prompt."""
         return self._decode(prompt, self._empty(), ())
 
     def split_like(self, prompt: list[int], answer: Answer) -> Decoded | None:
-        """Answer with the prefill split where kvtier's was; None if this run never computed what kvtier restored."""
+        """Answer with the prefill split at the same tokens as with kvtier.
+
+        Return None if kvtier restored tokens that this run has not cached.
+        """
         restored = answer.restored_tokens
         if self._cached[:restored] != prompt[:restored]:
             return None
@@ -134,7 +137,7 @@ class PlainRun:
 
 
 def compare(label: str, question: str, prompt: list[int], answer: Answer, plain: PlainRun) -> Turn:
-    """Answer the same prompt without kvtier, twice, and return both sides."""
+    """Answer the prompt without kvtier, in one piece and split as with kvtier, and return the turn."""
     full = plain.full_prefill(prompt)
     split = plain.split_like(prompt, answer)
     return Turn(

@@ -1,1 +1,1 @@
-"""How fast the disk tier is on a device, beside the device itself: for the command line and `benchmarks/disk`."""
+"""Measures the disk tier's speed beside its device's own; used by the command line and `benchmarks/disk`."""

@@ -1,4 +1,4 @@
-"""Measures the disk tier beside its device, case after case, each in processes of its own."""
+"""Measures the disk tier beside its device, one case after the other, each in new processes."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ Progress = Callable[[str], None]
 BLOCK_SIZES = (128 << 10, 512 << 10, 2 << 20, 8 << 20)
 ROUND_BYTES = 1 << 30
 END_SECONDS = 10.0
-"""Of a measuring process that is asked to end; then it is killed."""
+"""Time that a measuring process has to end after SIGTERM, before it is killed."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What stores or loads of one block size came to; medians over the rounds.
+    """The speed of stores or loads with one block size: medians over the rounds.
 
     Attributes:
         load: True for loads, False for stores.
-        raw, tier: GB/s.
-        ratio: median of the rounds' own ratios, each to the raw limit just before and just after it.
-        direct: whether direct I/O was possible.
+        raw, tier: GB/s of the device and of the tier.
+        ratio: median of the rounds' ratios; a round's tier speed is divided by the mean of the raw limits measured just
+            before and just after it.
+        direct: whether the filesystem has direct I/O.
     """
 
     block_bytes: int
@@ -46,18 +47,17 @@ class Figures:
     direct: bool
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON values."""
         return asdict(self)
 
 
 def measure_case(
     folder: Path, block_bytes: int, job_blocks: int, num_bytes: int, rounds: int, progress: Progress
 ) -> Iterator[Figures]:
-    """Yield the figures of one size's stores, then of its loads in a new process.
+    """Yield the figures of stores with one block size, then of loads in a new process.
 
     Args:
-        folder: on the filesystem in question; what is written there is removed, except the raw limit's file.
-        num_bytes: what a round moves, at least.
+        folder: on the filesystem to measure; the tier's files are removed at the end, the raw limit's file stays.
+        num_bytes: least bytes per round.
 
     Raises:
         KVTierError: the tier or the raw limit failed.
@@ -74,17 +74,21 @@ def measure_case(
 
 
 def run_session(start: list[str], order: Order) -> Iterator[dict[str, Any]]:
-    """Yield the lines of JSON that a new process, started by the command `start`, measures for an order.
+    """Start a measuring process and yield its answers, one per round.
+
+    Args:
+        start: the command that starts it.
+        order: what it measures.
 
     Raises:
-        KVTierError: it failed.
+        KVTierError: the process failed.
     """
     process = subprocess.Popen(
         start,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # Ctrl-C is for the command, which ends this process and those that it started
+        start_new_session=True,  # the terminal's Ctrl-C reaches only the command, which then ends this whole session
     )
     if process.stdin is None or process.stdout is None:
         raise KVTierError("the measuring process has no pipes")
@@ -94,10 +98,8 @@ def run_session(start: list[str], order: Order) -> Iterator[dict[str, Any]]:
             process.stdin.close()
             for line in process.stdout:
                 yield json.loads(line)
-        except (
-            BaseException
-        ):  # the command ends early; the process ends its tier first, so that nothing is written after
-            process.terminate()
+        except BaseException:
+            process.terminate()  # it ends its tier first, so that nothing is written to the folder afterwards
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(END_SECONDS)
             with contextlib.suppress(ProcessLookupError):

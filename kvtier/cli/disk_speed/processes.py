@@ -1,4 +1,4 @@
-"""How the measuring processes are started."""
+"""Starts the measuring processes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ import sys
 def command(module: str, *arguments: str) -> list[str]:
     """Return the command that runs `main` of a module in a new interpreter.
 
-    Not `-m`: the command line's package imports some of these modules, and running one twice is worth a warning.
+    It does not use `-m`: the package imports some of these modules, and Python warns when `-m` runs a module again.
     """
     return [sys.executable, "-c", f"from {module} import main; main()", *arguments]

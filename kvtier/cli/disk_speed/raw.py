@@ -1,11 +1,11 @@
-"""The raw limit of a filesystem: direct I/O in requests of 1 MiB, 4 threads, one file that was written before.
+"""The raw limit of a filesystem: direct I/O in requests of 1 MiB by 4 threads, on one file that was written before.
 
-Beside it, the same with checksums: every request's bytes summed by XXH3-128 before they are written or after they are
-read, in as much memory as an arena has. No store that knows its bytes can be quicker on the machine.
+It can be measured with checksums, too: XXH3-128 of every request before it is written or after it is read, in as much
+memory as an arena has. No store that verifies its blocks can be faster on the machine.
 
-Its process, given a path and a number of bytes, prepares the file, prints a line, then obeys lines on its standard
-input: "write" and "read", "write summed" and "read summed" move the whole file once and answer with a line of JSON,
-{"seconds", "cpu_seconds"}.
+The measuring process gets a path and a number of bytes. It prepares the file and prints a line. Then it reads commands,
+one per line of standard input: "write", "read", "write summed", "read summed". Each moves the whole file once and is
+answered by a line of JSON, {"seconds", "cpu_seconds"}.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from kvtier.cli.disk_speed.processes import command
 from kvtier.errors import KVTierError
 
 REQUEST_BYTES = 1 << 20
-"""As the slab's largest vectored calls."""
+"""The size of the slab's largest vectored calls."""
 THREADS = 4
-"""As a disk tier's default."""
+"""The disk tier's default."""
 _REQUESTS_IN_MEMORY = 256
-"""Requests whose bytes have places of their own, when they are summed: more than any cache holds."""
+"""With checksums, requests rotate over so many buffers: 256 MiB is more than the processor's caches hold."""
 
 
 class RawFile:
-    """A file of `num_bytes` bytes (a multiple of `REQUEST_BYTES`), every byte written once before it is measured."""
+    """A file of `num_bytes` bytes, a multiple of `REQUEST_BYTES`. It is written once before it is measured."""
 
     def __init__(self, path: Path, num_bytes: int) -> None:
         self._requests = num_bytes // REQUEST_BYTES
@@ -59,9 +59,11 @@ class RawFile:
             self.move(write=True)
 
     def move(self, write: bool, summed: bool = False) -> dict[str, float]:
-        """Write or read the whole file once; return the seconds and the CPU seconds that took.
+        """Write or read the whole file once; return the seconds and CPU seconds that this took.
 
-        Args: summed: with checksums, and not from one buffer per thread, which a cache holds.
+        Args:
+            summed: compute checksums, and rotate over all buffers. Else each thread has one buffer, which stays in the
+                processor's cache.
         """
         numbers = itertools.count()
         call = os.pwritev if write else os.preadv
@@ -90,13 +92,13 @@ class RawFile:
 
 
 class RawLimit:
-    """A process that measures the raw limit, as another one moves the tier's bytes."""
+    """A process that measures the raw limit. The tier has its own process, too, so both are measured alike."""
 
     def __init__(self, path: Path, num_bytes: int) -> None:
-        """Start it and wait until the file is prepared.
+        """Start the process and wait until its file is prepared.
 
         Raises:
-            KVTierError: it cannot use the file.
+            KVTierError: the process cannot use the file.
         """
         self.num_bytes = num_bytes
         self._process = subprocess.Popen(
@@ -114,11 +116,11 @@ class RawLimit:
         self._process.stdin.flush()
 
     def ended(self) -> bool:
-        """Return whether the pass has ended, at once."""
+        """Return whether the pass has ended, without waiting."""
         return self._process.stdout is not None and bool(select([self._process.stdout], [], [], 0)[0])
 
     def take(self) -> dict[str, float]:
-        """Return what `RawFile.move` measured."""
+        """Return the result of the pass, as `RawFile.move` returns it; wait for it if needed."""
         return {name: float(value) for name, value in self._answer().items()}
 
     def close(self) -> None:
@@ -136,7 +138,7 @@ class RawLimit:
 
 
 def main() -> None:
-    """Be the process."""
+    """Run in the measuring process."""
     file = RawFile(Path(sys.argv[1]), int(sys.argv[2]))
     print(json.dumps({"direct": file.direct}), flush=True)
     for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""A scheduler's thread for measurements: steps of pure Python work, as engines have them, and a tier between them."""
+"""A busy scheduler for measurements: steps of pure Python work, as in engines, and calls of a tier between them."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from kvtier.secondary.slotted import SlottedTierManager
 from kvtier.types import JobMetadata, ReqContext, ScheduleEndContext
 
 STEP_SECONDS = 0.002
-"""Python work of one step, as long as nothing else uses the processor."""
+"""Duration of one step's Python work on an idle processor."""
 
 
 @dataclass
 class Steps:
-    """What the scheduler's thread spent, in seconds.
+    """Times that the scheduler's thread spent, in seconds.
 
     Attributes:
-        steps: each whole step.
-        polls: the tier's part of each step, submissions excluded.
-        polls_a_job: of each step that ended jobs, the same divided by the jobs.
-        submits: each submission of a job.
+        steps: per step, its whole duration.
+        polls: per step, the time in the tier, without submissions.
+        polls_per_job: per step in which jobs ended, the time in the tier divided by the number of these jobs.
+        submits: per job, its submission.
     """
 
     steps: list[float] = field(default_factory=list)
     polls: list[float] = field(default_factory=list)
-    polls_a_job: list[float] = field(default_factory=list)
+    polls_per_job: list[float] = field(default_factory=list)
     submits: list[float] = field(default_factory=list)
 
     def job_seconds(self) -> float:
-        """Return what a job costs: the median submission and the median share of the poll that brings its result."""
-        return float(np.median(self.submits) + np.median(self.polls_a_job))
+        """Return the thread's time per job: the median submission plus the median share of a poll."""
+        return float(np.median(self.submits) + np.median(self.polls_per_job))
 
 
 class BusyScheduler:
     """Drives a tier as the tiering manager does, between pieces of pure Python work."""
 
     def __init__(self, tier: SlottedTierManager, num_slots: int, most_bytes: int) -> None:
-        """Args: num_slots: of the arena; most_bytes: of load jobs in flight (stores have the tier's own limit)."""
+        """Args: num_slots: of the arena; most_bytes: limit of loads in flight (the tier itself limits its stores)."""
         self._tier = tier
         self._num_slots = num_slots
         self._most_blocks = max(1, most_bytes // tier.block_bytes)
@@ -50,10 +50,10 @@ class BusyScheduler:
         self._job_id = 0
         self._turns = _turns_for(STEP_SECONDS)
         self.num_failed = 0
-        """Jobs that did not succeed whole."""
+        """Number of jobs of which a block failed."""
 
     def idle(self, done: Callable[[], bool], beside: Callable[[], None] | None = None) -> Steps:
-        """Step, without jobs, until `done()`; call `beside` once per step, outside of the step's time."""
+        """Run steps without jobs until `done()`. Call `beside` once per step; its time does not count."""
         steps = Steps()
         while not done():
             start = time.perf_counter()
@@ -71,7 +71,7 @@ class BusyScheduler:
         return steps
 
     def run(self, keys: Sequence[OffloadKey], job_blocks: int, load: bool) -> tuple[float, Steps]:
-        """Move the blocks in jobs of `job_blocks`; return the seconds it took and what the thread spent."""
+        """Move the blocks in jobs of `job_blocks`; return the total seconds and the thread's times."""
         waiting = deque(keys[start : start + job_blocks] for start in range(0, len(keys), job_blocks))
         in_flight: dict[int, int] = {}
         slots, num_in_flight, steps = self._slots(job_blocks), 0, Steps()
@@ -98,12 +98,12 @@ class BusyScheduler:
             steps.steps.append(end - start)
             steps.polls.append(poll)
             if results:
-                steps.polls_a_job.append(poll / len(results))
+                steps.polls_per_job.append(poll / len(results))
             start = end
         return end - began, steps
 
     def _takes(self, num_blocks: int, num_in_flight: int, load: bool) -> bool:
-        """Return whether a job's blocks have slots and the tier takes them; two jobs are never too many."""
+        """Return whether there are slots for a job and the tier accepts it; two jobs in flight are always allowed."""
         if not num_in_flight:
             return True
         if num_in_flight + num_blocks > min(self._num_slots, max(2 * num_blocks, self._most_blocks)):
@@ -111,7 +111,7 @@ class BusyScheduler:
         return load or self._tier.can_store(num_blocks)
 
     def _slots(self, job_blocks: int) -> Iterator[np.ndarray]:
-        """Yield neighbouring slots of the arena, around and around; those of jobs in flight do not come again."""
+        """Yield runs of neighbouring slots, around the arena: a slot comes again only after its job has ended."""
         first, end = 0, self._num_slots // job_blocks * job_blocks
         while True:
             first %= end
@@ -124,7 +124,7 @@ class BusyScheduler:
 
 
 def work(turns: int) -> int:
-    """Be busy: `turns` turns of a loop in pure Python."""
+    """Run a loop of pure Python `turns` times."""
     total = 0
     for turn in range(turns):
         total += turn * turn % 7
@@ -132,7 +132,7 @@ def work(turns: int) -> int:
 
 
 def _turns_for(seconds: float) -> int:
-    """Return the turns of `work` that take `seconds` when nothing disturbs them."""
+    """Return how many turns of `work` take `seconds` on an idle processor."""
     turns = 10_000
     times = []
     for _ in range(20):

@@ -1,7 +1,7 @@
-"""One process that measures: a tier's stores or loads of one size, interleaved with the raw limit.
+"""The measuring process: it measures a tier's stores or loads of one block size, interleaved with the raw limit.
 
-It reads an `Order` as JSON and answers with a line of JSON per round. Loads are ordered from a new process, whose tier
-has read its index from the disk.
+It reads an `Order` as JSON from standard input, and prints a line of JSON per round. Stores and loads are measured in
+different processes, so that the loading tier has read its index from the disk.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from kvtier.primary.arena import Arena
 from kvtier.secondary.disk import DiskTierManager
 
 IN_FLIGHT_BYTES = 64 << 20
-"""What is in flight at most, unless two jobs are more."""
+"""Most bytes of loads in flight, unless two jobs have more."""
 _ARENA_BYTES = 256 << 20
 _START_SECONDS = 60.0
 _PREPARE_SECONDS = 60.0
 _STEP_SECONDS = 0.002
-"""As a scheduler's step."""
+"""Pause between polls while waiting: as long as a scheduler's step."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Order:
     """What to measure.
 
     Attributes:
-        folder: on the filesystem in question; holds the tier's directory and the raw limit's file.
-        num_bytes: what a round moves, at least.
-        load: True loads what the last round of stores left.
+        folder: on the filesystem to measure; holds the tier's directory and the raw limit's file.
+        num_bytes: least bytes per round.
+        load: True to measure loads of the blocks that the last round of stores has left.
     """
 
     folder: str
@@ -58,16 +58,14 @@ class Order:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of a round: whole jobs."""
+        """Blocks per round, rounded up to whole jobs."""
         return -(-self.num_bytes // (self.block_bytes * self.job_blocks)) * self.job_blocks
 
     @property
     def tier_folder(self) -> Path:
-        """The directory of the tier."""
         return Path(self.folder) / f"tier-{self.block_bytes}-{self.job_blocks}"
 
     def keys(self, round_number: int) -> list[OffloadKey]:
-        """Return the keys of a round."""
         name = f"{self.block_bytes}-{self.job_blocks}-{round_number}"
         return [
             make_offload_key(hashlib.sha256(f"{name}-{number}".encode()).digest(), 0)
@@ -76,14 +74,14 @@ class Order:
 
 
 class MeasuringSpec:
-    """The engine's spec, as far as a tier needs one."""
+    """Stands in for the engine's spec: a tier reads only its `tier_context`."""
 
     def __init__(self, tier_context: TierContext) -> None:
         self.tier_context = tier_context
 
 
 class Session:
-    """The tier, its arena, and the scheduler's thread."""
+    """A tier, its arena, and the busy scheduler that drives it."""
 
     def __init__(self, order: Order) -> None:
         self.order = order
@@ -91,7 +89,8 @@ class Session:
         self._arena = Arena.create(num_slots, order.block_bytes)
         self._fill()
         spec = MeasuringSpec(TierContext(namespace=Namespace({"model": "speed"}), arena_fd=self._arena.fd))
-        # A slot more than a round stores: what a round needs is always there, and the slab is written whole.
+        # One slot more than a round stores, plus room for headers: no round evicts its own blocks, and a round
+        # writes the whole slab.
         capacity = (order.num_blocks + 1) * (order.block_bytes + 256) + (1 << 20)
         path = str(order.tier_folder)
         self.tier = DiskTierManager(spec, self._arena.view, "disk", path=path, capacity=capacity)
@@ -101,19 +100,19 @@ class Session:
         """Start the tier.
 
         Raises:
-            KVTierError: it does not start.
+            KVTierError: the tier does not start.
         """
         self.tier.start()
         self._wait_up()
         return self
 
     def __exit__(self, *failure: object) -> None:
-        """End the tier, and its I/O process with it."""
+        """Shut down the tier and its I/O process."""
         self.tier.shutdown()
         self._arena.close()
 
     def prepare(self) -> None:
-        """Wait until the slab is written ahead, and store once: as a tier is after a while."""
+        """Bring the tier into the state that it has after a while: its files are written ahead, its slots used once."""
         deadline = time.monotonic() + _PREPARE_SECONDS
         while self.tier.get_stats().get("prepared_share", 1.0) < 1.0 and time.monotonic() < deadline:
             time.sleep(_STEP_SECONDS)  # a step of a scheduler that has nothing else to do
@@ -122,7 +121,7 @@ class Session:
             self.scheduler.run(self.order.keys(-1), self.order.job_blocks, load=False)
 
     def move(self, round_number: int) -> dict[str, Any]:
-        """Move a round's blocks; return what that took."""
+        """Store or load the blocks of a round; return its speed and times."""
         order = self.order
         keys = order.keys(order.rounds - 1 if order.load else round_number)
         cpu = self._io_cpu_seconds()
@@ -135,7 +134,7 @@ class Session:
         }
 
     def raw(self, limit: RawLimit, summed: bool = False, beside: Callable[[], None] | None = None) -> dict[str, Any]:
-        """Let the raw limit move its bytes while this thread is as busy as it is with the tier."""
+        """Measure the raw limit while this thread runs the same steps as with the tier."""
         limit.begin(not self.order.load, summed)
         steps = self.scheduler.idle(limit.ended, beside)
         answer = limit.take()
@@ -146,13 +145,13 @@ class Session:
         }
 
     def freeze(self) -> None:
-        """Keep the collector out of what is measured: an engine freezes its heap, too."""
+        """Keep the garbage collector out of the measurement; vLLM freezes its heap in the same way."""
         gc.collect()
         gc.freeze()
         gc.disable()
 
     def check(self) -> None:
-        """Raise KVTierError if any job failed: the figures would mean nothing."""
+        """Raise KVTierError if any job failed: its time would not be that of a transfer."""
         if self.scheduler.num_failed:
             raise KVTierError(f"{self.scheduler.num_failed} jobs failed: the figures mean nothing")
 
@@ -172,15 +171,15 @@ class Session:
             list(self.tier.get_finished_jobs())
 
     def _io_cpu_seconds(self) -> float:
-        """Return the CPU seconds of the tier's I/O process so far (its CPU clock: clock_getcpuclockid(3))."""
+        """Return the CPU seconds of the tier's I/O process so far."""
         pid = self.tier.io_pid
         if pid is None:
             raise KVTierError("the tier's I/O process is gone")
-        return time.clock_gettime((~pid << 3) | 2)
+        return time.clock_gettime((~pid << 3) | 2)  # Linux numbers a process's CPU clock so, see clock_getcpuclockid(3)
 
 
 def measure(order: Order) -> Iterator[dict[str, Any]]:
-    """Yield what each round measured: the tier's speed, and the raw limit's just before and just after it."""
+    """Yield per round the tier's speed and the mean of the raw limits measured just before and just after it."""
     with Session(order) as session, closing(RawLimit(Path(order.folder) / "raw", order.num_bytes)) as limit:
         session.prepare()
         session.freeze()
@@ -195,12 +194,12 @@ def measure(order: Order) -> Iterator[dict[str, Any]]:
 
 
 def order_json(order: Order) -> str:
-    """Return the JSON that `main` reads."""
+    """Return an order in the form that `main` reads."""
     return json.dumps(asdict(order))
 
 
 def main() -> None:
-    """Be the process; SIGTERM ends it with its tier."""
+    """Run in the measuring process; SIGTERM ends it and its tier."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     for figures in measure(Order(**json.load(sys.stdin))):
         print(json.dumps(figures), flush=True)
