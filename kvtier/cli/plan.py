@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvtier.cli.outputs import check_outputs
-from kvtier.cli.simulate import (
+from kvtier.cli.replay_options import (
     GapOption,
     HostOption,
     JsonOption,
