@@ -15,6 +15,7 @@ from kvtier.simulator.replay import Replay
 from kvtier.simulator.results import Result
 from kvtier.simulator.setup import Machine, Setup
 from kvtier.simulator.trace import Trace
+from kvtier.tiering.settings import TieringSettings
 
 BYTES_PER_TOKEN = 131_072
 """Of Llama-3.1-8B."""
@@ -27,7 +28,7 @@ def run(trace: Trace, machine: Machine, memory: int, disk: int, deadline: float 
     """Replay with LRU; a `deadline` promotes everything and waits so many seconds."""
     setup = Setup("lru", memory, disk, BYTES_PER_TOKEN * trace.tokens_per_block)
     if deadline is not None:
-        setup = replace(setup, load_deadline=deadline, predicts=False)
+        setup = replace(setup, settings=TieringSettings(load_deadline=deadline), predicts=False)
     return Replay(trace, setup, machine).run()
 
 

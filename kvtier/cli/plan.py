@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +15,8 @@ from rich.table import Table
 
 from kvtier.cli.outputs import check_outputs
 from kvtier.cli.replay_options import (
+    DeadlineOption,
+    EngineOption,
     GapOption,
     HostOption,
     JsonOption,
@@ -25,19 +30,22 @@ from kvtier.cli.replay_options import (
     TraceArgument,
     WriteOption,
     block_bytes_of,
+    engine_options,
     make_machine,
     policies_of,
+    settings_of,
 )
 from kvtier.cli.simulate_progress import tracked
 from kvtier.cli.vllm_config import check, extra_config, transfer_config
 from kvtier.errors import ConfigError
 from kvtier.simulator import plan_report, planner
 from kvtier.simulator.formats import load_trace
-from kvtier.simulator.planner import Plan, Prices, Target, worth_trying
+from kvtier.simulator.planner import Plan, decide, worth_trying
+from kvtier.simulator.prices import Prices, Target, price_all
 from kvtier.simulator.report import facts
 from kvtier.simulator.runs import replay_all
-from kvtier.simulator.setup import Machine, Setup
-from kvtier.simulator.sizes import size_in_blocks, split_list
+from kvtier.simulator.setup import Machine, Setup, combinations
+from kvtier.simulator.sizes import sizes_in_blocks
 from kvtier.simulator.trace import Trace
 from kvtier.types import Admission
 
@@ -57,6 +65,9 @@ def plan(
         float | None, typer.Option(help="Seconds within which 95% of the first tokens must come.")
     ] = None,
     max_drive_writes: Annotated[float | None, typer.Option(help="Most whole writes of the disk a day.")] = None,
+    drive_writes: Annotated[
+        float, typer.Option(help="Whole writes a day that the disk is made for; with more it lasts less long.")
+    ] = Prices.drive_writes,
     months: Annotated[float, typer.Option(help="Over which memory and disks are written off.")] = Prices.months,
     dram: Annotated[
         str | None, typer.Option(help="Sizes to try, with commas; chosen from the trace if absent.")
@@ -71,6 +82,8 @@ def plan(
     disk_read: ReadOption = "6GB",
     disk_write: WriteOption = "3GB",
     disk_latency: LatencyOption = Machine.disk_latency,
+    load_deadline: DeadlineOption = None,
+    option: EngineOption = None,
     tokens_per_block: TokensOption = None,
     conversation_gap: GapOption = 60.0,
     processes: ProcessesOption = None,
@@ -79,34 +92,34 @@ def plan(
 ) -> None:
     """Find the cheapest configuration that meets a target, and print the option that makes vLLM use it.
 
-    To buy nothing is an offer like the others, and then there is no option to print.
-
-    Exit code 0: there is one. 1: none of those tried meets the target. 2: a trace, a model, a price, a size or a
-    file to write cannot be used; one line says why.
+    Exit code 0: found; it may be to buy nothing. 1: none of those tried meets the target. 2: a trace, a price, a target
+    or a file to write cannot be used; one line says why.
     """
     check_outputs(plot, json_path)
-    prices = Prices(gpu_rate, dram_price, disk_price, months)
+    prices = Prices(gpu_rate, dram_price, disk_price, months, drive_writes)
     target = make_target(target_hit_rate, target_ttft_p95, max_drive_writes)
     machine = make_machine(prefill_rate, host_bandwidth, disk_read, disk_write, disk_latency)
+    options = engine_options(option, load_deadline)
     loaded = load_trace(trace, tokens_per_block, conversation_gap)
-    block_bytes = block_bytes_of(loaded, model, kv_dtype)
-    setups = setups_to_try(loaded, block_bytes, dram, disk, policies_of(policy), admission)
+    base = Setup("", 0, 0, block_bytes_of(loaded, model, kv_dtype), admission, settings_of(options))
+    setups = setups_to_try(loaded, base, dram, disk, policies_of(policy))
     with tracked(f"replaying {len(setups)} configurations") as progress:
         results = replay_all(loaded, setups, machine, processes=processes, progress=progress)
-    offers = planner.price_all(results, machine, prices)
-    chosen = planner.cheapest(offers, target)
-    option = ""
-    if chosen is not None and chosen.buys:
-        option = vllm_option(chosen.result.setup, machine, loaded.tokens_per_block, path)
-    edge = planner.edge_note(offers, chosen, loaded) if chosen is not None else ""
-    found = Plan(loaded, machine, block_bytes, target, offers, chosen, option, edge)
+    found = decide(loaded, machine, price_all(results, prices), prices, target)
+    if found.chosen is not None and found.chosen.buys:
+        found = replace(found, option=vllm_option(found.chosen.result.setup, machine, loaded, path, options))
+    write(found, plot, json_path)
+    if found.chosen is None:
+        raise typer.Exit(EXIT_MISSED)
+
+
+def write(found: Plan, plot: Path | None, json_path: Path | None) -> None:
+    """Print the plan, and write the files that were asked for."""
     show(found)
     if plot is not None:
         plot.write_text(plan_report.plan_page(found), encoding="utf-8")
     if json_path is not None:
         json_path.write_text(json.dumps(plan_report.plan_json(found), indent=1) + "\n", encoding="utf-8")
-    if chosen is None:
-        raise typer.Exit(EXIT_MISSED)
 
 
 def make_target(hit_rate: float | None, first_token_p95: float | None, drive_writes: float | None) -> Target:
@@ -124,41 +137,42 @@ def make_target(hit_rate: float | None, first_token_p95: float | None, drive_wri
     return Target(hit_rate, first_token_p95, drive_writes)
 
 
-def setups_to_try(
-    trace: Trace, block_bytes: int, dram: str | None, disk: str | None, policies: list[str], admission: Admission
-) -> list[Setup]:
-    """Return the configurations to simulate.
+def setups_to_try(trace: Trace, base: Setup, dram: str | None, disk: str | None, policies: list[str]) -> list[Setup]:
+    """Return the configurations to simulate: `base` in the sizes that were named, others follow from the trace.
 
     Raises:
         ConfigError: a size that holds no block.
     """
-    drams, disks = planner.candidate_sizes(trace, block_bytes)
-    dram_blocks = [size // block_bytes for size in drams]
-    disk_blocks = [size // block_bytes for size in disks]
+    block_bytes = base.block_bytes
+    drams, disks = ([size // block_bytes for size in sizes] for sizes in planner.candidate_sizes(trace, block_bytes))
     if dram is not None:
-        dram_blocks = [size_in_blocks("dram", text, trace, block_bytes) for text in split_list("dram", dram)]
+        drams = sizes_in_blocks("dram", dram, trace, block_bytes)
     if disk is not None:
-        disk_blocks = [size_in_blocks("disk", text, trace, block_bytes, least=0) for text in split_list("disk", disk)]
-    setups = planner.candidates(dram_blocks, disk_blocks, policies, block_bytes, admission)
+        disks = sizes_in_blocks("disk", disk, trace, block_bytes, least=0)
+    setups = combinations(base, drams, disks, policies)
     return setups if dram is not None or disk is not None else [setup for setup in setups if worth_trying(setup)]
 
 
-def vllm_option(setup: Setup, machine: Machine, tokens_per_block: int, path: str) -> str:
+def vllm_option(setup: Setup, machine: Machine, trace: Trace, path: str, options: Mapping[str, Any]) -> str:
     """Return the option for `vllm serve` that configures what was simulated.
 
     The block size goes with it: smaller blocks would find more of each prompt, in other transfers, than was replayed.
+
+    Args:
+        path: directory of the disk tier.
+        options: keys of the engine's configuration that were given.
 
     Raises:
         ConfigError: kvtier would not start so.
     """
     disks = [f"{path}:{setup.disk_bytes}"] if setup.disk_blocks else []
     extra: dict[str, Any] = extra_config(str(setup.dram_bytes), disks, [f"eviction_policy={setup.policy}"])
-    extra |= {"block_size": tokens_per_block, "prefill_rate": machine.prefill_rate}
+    extra |= {"block_size": trace.tokens_per_block, "prefill_rate": machine.prefill_rate, **options}
     for tier in extra.get("secondary_tiers", ()):
         tier["eviction_policy"] = setup.policy
         if setup.admission is not Admission.ALWAYS:
             tier["admission"] = setup.admission.value
-    check(extra, tokens_per_block)
+    check(extra, trace.tokens_per_block)
     return f"--kv-transfer-config {shlex.quote(transfer_config(extra))}"
 
 
@@ -175,10 +189,10 @@ def show(found: Plan) -> None:
     count = len(found.offers) - 1
     heading = f"of {count} configurations, those that find more than any other for what memory and disk cost:"
     console.print(f"\n{heading}\n", soft_wrap=True)
-    Console(width=max(console.width, 140)).print(table)
+    Console(width=max(console.width, 170)).print(table)
     console.print(f"\n{plan_report.advice(found)}", soft_wrap=True)
     if found.option:
         console.print()
         console.print(found.option, soft_wrap=True)
-    if found.edge:
-        console.print(f"\n{found.edge}", soft_wrap=True)
+    for remark in plan_report.remarks_on(found):
+        console.print(f"\n{remark}", soft_wrap=True)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from kvtier.cli.vllm_config import parse_options
+from kvtier.config import TieringConfig, parse_config
+from kvtier.errors import ConfigError
 from kvtier.registry import POLICIES
 from kvtier.simulator.geometry import find_geometry
-from kvtier.simulator.setup import Machine
+from kvtier.simulator.setup import SIMULATED_OPTIONS, Machine
 from kvtier.simulator.sizes import split_list
 from kvtier.simulator.trace import Trace
 from kvtier.sizes import parse_size
+from kvtier.tiering.settings import TieringSettings
 
 DEFAULT_MODEL = "meta-llama/Llama-3.1-8B"
 
@@ -34,6 +38,14 @@ ProcessesOption = Annotated[
     int | None, typer.Option(min=1, help="Replays at the same time; one a processor if absent.")
 ]
 PlotOption = Annotated[Path | None, typer.Option(help="Write a page with figures to this file.")]
+DeadlineOption = Annotated[
+    float | None,
+    typer.Option(min=0.001, help="Longest that a request waits for the disk, seconds; absent, while it is worth it."),
+]
+EngineOption = Annotated[
+    list[str] | None,
+    typer.Option("--option", help=f"A key of the engine's configuration as KEY=VALUE: {', '.join(SIMULATED_OPTIONS)}."),
+]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
 
 
@@ -75,3 +87,29 @@ def policies_of(text: str) -> list[str]:
     for name in names:
         POLICIES.load(name, "policy")
     return names
+
+
+def engine_options(options: list[str] | None, load_deadline: float | None) -> dict[str, Any]:
+    """Return the keys of the engine's configuration that were given, `--load-deadline` among them.
+
+    Raises:
+        ConfigError: a key that a replay does not obey, or one given twice.
+    """
+    given = parse_options(options or [])
+    for key, value in given.items():
+        if key not in SIMULATED_OPTIONS:
+            raise ConfigError("option", f"{key}={value}", f"what a replay obeys: {', '.join(SIMULATED_OPTIONS)}")
+    if load_deadline is not None:
+        if "load_deadline" in given:
+            raise ConfigError("load_deadline", load_deadline, "given once, not as --option, too")
+        given["load_deadline"] = load_deadline
+    return given
+
+
+def settings_of(options: dict[str, Any]) -> TieringSettings:
+    """Return the settings of an engine with these keys.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+    return parse_config({"cpu_bytes_to_use": 1, **options}, TieringConfig).settings(1, kv_events=False)

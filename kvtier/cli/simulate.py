@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +12,8 @@ from rich.table import Table
 
 from kvtier.cli.outputs import check_outputs
 from kvtier.cli.replay_options import (
+    DeadlineOption,
+    EngineOption,
     GapOption,
     HostOption,
     JsonOption,
@@ -27,17 +28,20 @@ from kvtier.cli.replay_options import (
     TraceArgument,
     WriteOption,
     block_bytes_of,
+    engine_options,
     make_machine,
     policies_of,
+    settings_of,
 )
 from kvtier.cli.simulate_progress import tracked
 from kvtier.simulator import report
 from kvtier.simulator.again import repeat
 from kvtier.simulator.formats import load_trace
+from kvtier.simulator.long_prompts import long_prompts_note
 from kvtier.simulator.results import Result
 from kvtier.simulator.runs import replay_all
-from kvtier.simulator.setup import Machine, Setup
-from kvtier.simulator.sizes import around, size_in_blocks, split_list
+from kvtier.simulator.setup import Machine, Setup, combinations
+from kvtier.simulator.sizes import around, sizes_in_blocks
 from kvtier.simulator.trace import Trace
 from kvtier.types import Admission
 
@@ -57,12 +61,8 @@ def simulate(
     disk_read: ReadOption = "6GB",
     disk_write: WriteOption = "3GB",
     disk_latency: LatencyOption = Machine.disk_latency,
-    load_deadline: Annotated[
-        float | None,
-        typer.Option(
-            min=0.001, help="Longest that a request waits for the disk, seconds; absent, while it is worth it."
-        ),
-    ] = None,
+    load_deadline: DeadlineOption = None,
+    option: EngineOption = None,
     tokens_per_block: TokensOption = None,
     conversation_gap: GapOption = 60.0,
     processes: ProcessesOption = None,
@@ -84,8 +84,10 @@ def simulate(
     machine = make_machine(prefill_rate, host_bandwidth, disk_read, disk_write, disk_latency)
     loaded = load_trace(trace, tokens_per_block, conversation_gap)
     block_bytes = block_bytes_of(loaded, model, kv_dtype)
-    setups = make_setups(loaded, block_bytes, dram, disk, policy, admission)
-    setups = [replace(setup, load_deadline=load_deadline) for setup in setups]
+    base = Setup("", 0, 0, block_bytes, admission, settings_of(engine_options(option, load_deadline)))
+    drams = sizes_in_blocks("dram", dram, loaded, block_bytes)
+    disks = sizes_in_blocks("disk", disk, loaded, block_bytes, least=0)
+    setups = combinations(base, drams, disks, policies_of(policy))
     more = curve_setups(loaded, setups) if plot is not None else []
     with tracked(f"replaying {len(setups) + len(more)} configurations") as progress:
         results = replay_all(loaded, setups + more, machine, processes=processes, progress=progress)
@@ -110,40 +112,19 @@ def show_repeated(recording: Path) -> None:
     typer.echo(f"blocks loaded: {blocks}")
 
 
-def make_setups(trace: Trace, block_bytes: int, dram: str, disk: str, policy: str, admission: Admission) -> list[Setup]:
-    """Return every combination of sizes and policies.
-
-    Raises:
-        ConfigError: a size that holds no block, or an unknown policy.
-    """
-    sizes = [size_in_blocks("dram", text, trace, block_bytes) for text in split_list("dram", dram)]
-    disks = [size_in_blocks("disk", text, trace, block_bytes, least=0) for text in split_list("disk", disk)]
-    return [
-        Setup(name, memory, storage, block_bytes, admission)
-        for memory in sizes
-        for storage in disks
-        for name in policies_of(policy)
-    ]
-
-
 def curve_setups(trace: Trace, setups: list[Setup]) -> list[Setup]:
     """Return further setups, so that the page can show the hit rate over the size of the primary tier."""
-    first = setups[0]
-    asked = {(setup.policy, setup.dram_blocks, setup.disk_blocks) for setup in setups}
     sizes = around([setup.dram_blocks for setup in setups], trace.num_unique)
-    return [
-        Setup(policy, size, disk, first.block_bytes, first.admission)
-        for policy in dict.fromkeys(setup.policy for setup in setups)
-        for disk in dict.fromkeys(setup.disk_blocks for setup in setups)
-        for size in sizes
-        if (policy, size, disk) not in asked
-    ]
+    disks = list(dict.fromkeys(setup.disk_blocks for setup in setups))
+    policies = list(dict.fromkeys(setup.policy for setup in setups))
+    return [setup for setup in combinations(setups[0], sizes, disks, policies) if setup not in setups]
 
 
 def show(trace: Trace, machine: Machine, block_bytes: int, results: list[Result]) -> None:
     """Print the table."""
     console = Console(markup=False, emoji=False, highlight=False)
-    for line in report.facts(trace, block_bytes, machine):
+    lines = report.facts(trace, block_bytes, machine)
+    for line in filter(None, [*lines, long_prompts_note(trace, [result.setup for result in results])]):
         console.print(line, soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, name in enumerate(report.HEADER):
@@ -153,4 +134,4 @@ def show(trace: Trace, machine: Machine, block_bytes: int, results: list[Result]
     if results:
         table.add_row(*report.recompute_row(results[0]), style="dim")
     console.print()
-    Console(width=max(console.width, 150)).print(table)
+    Console(width=max(console.width, 170)).print(table)

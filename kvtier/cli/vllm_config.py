@@ -83,12 +83,22 @@ def extra_config(
         raise ConfigError("secret", None, "only with --disk, --resp, --filesystem or --bucket: host memory needs none")
     if tiers:
         extra["secondary_tiers"] = tiers
+    return extra | parse_options(options)
+
+
+def parse_options(options: Sequence[str]) -> dict[str, Any]:
+    """Return what options say, each KEY=VALUE; a value that is no JSON is a string.
+
+    Raises:
+        ConfigError: one of them has another form.
+    """
+    values: dict[str, Any] = {}
     for item in options:
         key, equals, value = item.partition("=")
         if not key or not equals:
             raise ConfigError("option", item, "KEY=VALUE expected, for example load_deadline=1.5")
-        extra[key] = _json_or_text(value)
-    return extra
+        values[key] = _json_or_text(value)
+    return values
 
 
 def check(extra: dict[str, Any], tokens_per_block: int = 1) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 from kvtier.simulator.charts import Axis, Series, line_chart
 from kvtier.simulator.page import code, figures, page, paragraph, remarks, section, table
-from kvtier.simulator.planner import Offer, Plan, frontier
-from kvtier.simulator.report import NO_OFFLOADING, facts, percent, seconds, trace_json
+from kvtier.simulator.planner import LEAST_GAIN, Plan, frontier
+from kvtier.simulator.prices import Offer
+from kvtier.simulator.report import NO_OFFLOADING, drive_writes, facts, percent, seconds, trace_json
 from kvtier.simulator.results import Result
 from kvtier.sizes import format_size
 
@@ -20,7 +21,7 @@ HEADER = (
     "TTFT p95",
     "DRAM a month",
     "disk a month",
-    "accelerator a month",
+    "accelerator, busiest / mean",
     "all a month",
     "writes a day",
     "",
@@ -29,7 +30,7 @@ HEADER = (
 
 def best_offers(plan: Plan) -> list[Offer]:
     """Return the offers that no other beats in hit rate for the money, and the chosen one; cheapest hardware first."""
-    best, chosen = frontier(plan.offers, lambda result: result.hit_rate), plan.chosen
+    best, chosen = frontier(plan.offers, lambda result: result.hit_rate, LEAST_GAIN), plan.chosen
     if chosen is None or any(offer is chosen for offer in best):
         return best
     return sorted([*best, chosen], key=lambda offer: offer.hardware)
@@ -38,7 +39,6 @@ def best_offers(plan: Plan) -> list[Offer]:
 def offer_row(offer: Offer, chosen: Offer | None) -> list[str]:
     """Return an offer's cells, as `HEADER` names them."""
     result, setup = offer.result, offer.result.setup
-    writes = result.drive_writes_a_day
     mark = "<- buy" if offer.buys else "<- buy nothing"
     return [
         setup.policy if offer.buys else NO_OFFLOADING,
@@ -46,10 +46,17 @@ def offer_row(offer: Offer, chosen: Offer | None) -> list[str]:
         format_size(setup.disk_bytes) if setup.disk_blocks else "-",
         percent(result.hit_rate),
         seconds(result.first_token_at(95)),
-        *(f"${amount:,.0f}" for amount in (offer.dram, offer.disk, offer.gpu, offer.total)),
-        "-" if writes is None else f"{writes:.1f}x",
+        *(f"${amount:,.0f}" for amount in (offer.dram, offer.disk)),
+        f"${offer.gpu:,.0f} / ${offer.mean_gpu:,.0f}",
+        f"${offer.total:,.0f}",
+        drive_writes(result),
         mark if offer is chosen else "",
     ]
+
+
+def remarks_on(plan: Plan) -> list[str]:
+    """Return what a buyer must know of the choice, a line each."""
+    return [*plan.warnings, *([plan.edge] if plan.edge else [])]
 
 
 def advice(plan: Plan) -> str:
@@ -68,6 +75,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
     def values(offer: Offer) -> dict[str, Any]:
         costs = {"dram": offer.dram, "disk": offer.disk, "gpu": offer.gpu, "total": offer.total}
+        costs |= {"mean_gpu": offer.mean_gpu, "wear": offer.wear}
         return {"cost_a_month": costs, **offer.result.to_json()}
 
     return {
@@ -76,6 +84,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "chosen": None if plan.chosen is None else values(plan.chosen),
         "offers": [values(offer) for offer in plan.offers],
         "edge": plan.edge,
+        "warnings": list(plan.warnings),
         "vllm": plan.option,
     }
 
@@ -93,7 +102,7 @@ def plan_page(plan: Plan) -> str:
             section(
                 "What to buy",
                 said[0].upper() + said[1:] + ("" if plan.option else "."),
-                [*([code(plan.option)] if plan.option else []), *([paragraph(plan.edge)] if plan.edge else [])],
+                [*([code(plan.option)] if plan.option else []), *map(paragraph, remarks_on(plan))],
             ),
             section(
                 "What money buys",

@@ -114,9 +114,10 @@ class Replay:
             progress(1.0)
         seconds = time.perf_counter() - started
         stats = self._manager.get_stats()
+        written = [store for tier in self._engine.tiers for store in tier.written]
         self._manager.check_invariants()
         self._manager.shutdown()
-        return Result.of(self._trace, self._setup, self._machine, self.outcomes, stats, seconds)
+        return Result.of(self._trace, self._setup, self._machine, self.outcomes, stats, written, seconds)
 
     def _report(self) -> None:
         """Say how far the replay is: requests come, and may all wait before most are served."""
@@ -175,7 +176,7 @@ class Replay:
     def _patience(self, num_pending: int) -> float:
         """Return when the manager lets a request that waits for so many blocks give up, or earlier."""
         computing = self._machine.prefill_seconds(0, num_pending * self._trace.tokens_per_block)
-        return min(self._setup.load_deadline or math.inf, computing) + _MOMENT
+        return min(self._setup.settings.load_deadline or math.inf, computing) + _MOMENT
 
     def _compute(self, waiting: _Waiting, num_hits: int) -> None:
         """Load the hits, store the rest, and note what the request gets."""
@@ -194,9 +195,12 @@ class Replay:
             if output is not None and output.keys_to_store:
                 manager.complete_store(output.keys_to_store, context)
         saved = min(num_hits * self._trace.tokens_per_block, max(0, request.input_tokens - 1))
-        self._free_at = now + self._machine.prefill_seconds(saved, request.input_tokens)
+        computing = self._machine.prefill_seconds(saved, request.input_tokens)
+        self._free_at = now + computing
         self._computing = context
         first_token = self._free_at - request.time + num_hits * self._load_seconds
-        self.outcomes.append(Outcome(request.time, len(keys), by_source, request.input_tokens, saved, first_token))
+        self.outcomes.append(
+            Outcome(request.time, len(keys), by_source, request.input_tokens, saved, computing, first_token)
+        )
         if len(self.outcomes) % _STEP_EVERY == 0:
             self._report()

@@ -7,6 +7,7 @@ from typing import Any
 
 from kvtier.simulator.charts import Axis, Series, area_chart, line_chart
 from kvtier.simulator.page import figures, page, remarks, section, table
+from kvtier.simulator.rates import HOUR, UNEVEN, busiest_hour
 from kvtier.simulator.results import NUM_INTERVALS, Result
 from kvtier.simulator.setup import DISK, Machine
 from kvtier.simulator.trace import Trace
@@ -23,7 +24,7 @@ HEADER = (
     "tokens saved",
     "read from disk",
     "written to disk",
-    "writes a day",
+    "writes a day, busiest / mean",
     "TTFT p50",
     "p95",
     "p99",
@@ -46,9 +47,15 @@ def seconds(value: float) -> str:
     return f"{value:.2f} s" if value < 100 else f"{value:,.0f} s"
 
 
+def drive_writes(result: Result) -> str:
+    """Return how often a day the disk is written whole: if all hours were like the busiest, and on the mean."""
+    busiest, mean = result.busiest_drive_writes_a_day, result.drive_writes_a_day
+    return "-" if busiest is None or mean is None else f"{busiest:.1f}x / {mean:.1f}x"
+
+
 def result_row(result: Result) -> list[str]:
     """Return one configuration's cells, as `HEADER` names them."""
-    setup, writes = result.setup, result.drive_writes_a_day
+    setup = result.setup
     has_disk = bool(setup.disk_blocks)
     admission = f", {setup.admission.value}" if has_disk and setup.admission.value != "always" else ""
     return [
@@ -61,7 +68,7 @@ def result_row(result: Result) -> list[str]:
         f"{result.saved_tokens / 1e6:,.1f} M",
         format_size(result.promoted_bytes) if has_disk else "-",
         format_size(result.cascaded_bytes) if has_disk else "-",
-        "-" if writes is None else f"{writes:.1f}x",
+        drive_writes(result),
         *(seconds(result.first_token_at(p)) for p in (50, 95, 99)),
     ]
 
@@ -84,7 +91,20 @@ def facts(trace: Trace, block_bytes: int, machine: Machine) -> list[str]:
         f"{machine.disk_read / 1e9:g} GB/s, writes {machine.disk_write / 1e9:g} GB/s, "
         f"takes {seconds(machine.disk_latency)} a job",
         *([trace.note] if trace.note else []),
+        *([uneven] if (uneven := uneven_note(trace, machine)) else []),
     ]
+
+
+def uneven_note(trace: Trace, machine: Machine) -> str:
+    """Return a line if the busiest hour has far more work than the mean one; else nothing."""
+    work = [(request.time, machine.prefill_seconds(0, request.input_tokens)) for request in trace.requests]
+    ratio = busiest_hour(work, trace.seconds) / (sum(amount for _, amount in work) / trace.seconds or 1.0)
+    if ratio <= UNEVEN:
+        return ""
+    return (
+        f"the busiest hour has {ratio:.0f} times the mean hour's work in {trace.seconds / HOUR:.0f} h: buy for the "
+        "busiest; rates are given for both"
+    )
 
 
 def label(result: Result, others: Sequence[Result]) -> str:

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvtier.simulator.setup import DISK, Machine, Setup
+from kvtier.simulator.rates import DAY, busiest_hour
+from kvtier.simulator.setup import DISK, SIMULATED_OPTIONS, Machine, Setup
 from kvtier.simulator.trace import Trace
 
 PRIMARY = "primary"
 NO_POLICY = "none"
 NUM_QUANTILES = 101
 NUM_INTERVALS = 60
-_DAY = 86_400.0
 
 
 class Outcome(NamedTuple):
@@ -25,6 +25,7 @@ class Outcome(NamedTuple):
         time: of its arrival, seconds.
         num_blocks: blocks it asked for; by_source: those it loaded, by the tier they came from.
         input_tokens: its prompt; saved_tokens: those of them that it did not compute.
+        computing: seconds that the accelerator computes for it.
         first_token: seconds until its first token.
     """
 
@@ -33,6 +34,7 @@ class Outcome(NamedTuple):
     by_source: Mapping[str, int]
     input_tokens: int
     saved_tokens: int
+    computing: float
     first_token: float
 
 
@@ -49,6 +51,9 @@ class Result:
             quantiles, least first.
         loaded_bytes, stored_bytes: between accelerator and host memory.
         promoted_bytes, cascaded_bytes: from and to the disk.
+        computing, recomputing: share of the time that the accelerator computes prompts, with kvtier and without;
+            busiest_computing, busiest_recomputing: the same in the busiest hour.
+        busiest_written: bytes written to the disk per second of its busiest hour.
         refused_blocks: not written to the disk, by reason; gave_up: requests that stopped waiting, by reason.
         evicted_blocks: by tier.
         timeline: `NUM_INTERVALS` rows of (primary hits, disk hits, misses), blocks, over `seconds`.
@@ -67,6 +72,11 @@ class Result:
     stored_bytes: int
     promoted_bytes: int
     cascaded_bytes: int
+    computing: float
+    recomputing: float
+    busiest_computing: float
+    busiest_recomputing: float
+    busiest_written: float
     refused_blocks: Mapping[str, int]
     gave_up: Mapping[str, int]
     evicted_blocks: Mapping[str, int]
@@ -82,32 +92,40 @@ class Result:
         machine: Machine,
         outcomes: Sequence[Outcome],
         stats: Mapping[str, float],
+        written: Sequence[tuple[float, int]],
         replay_seconds: float,
     ) -> Result:
-        """Sum up what requests got, and what the manager counted."""
+        """Sum up what requests got, what the manager counted, and the (time, bytes) that were written to the disk."""
         hits = {PRIMARY: 0, DISK: 0} if setup.disk_blocks else {PRIMARY: 0}
         for outcome in outcomes:
             for source, count in outcome.by_source.items():
                 hits[source] = hits.get(source, 0) + count
-        input_tokens = [outcome.input_tokens for outcome in outcomes]
+        seconds = trace.seconds
+        computing = sorted((outcome.time, outcome.computing) for outcome in outcomes)
+        recomputing = [(one.time, machine.prefill_seconds(0, one.input_tokens)) for one in trace.requests]
         return cls(
             setup=setup,
             num_requests=len(outcomes),
             num_accesses=sum(outcome.num_blocks for outcome in outcomes),
             hits=hits,
-            input_tokens=sum(input_tokens),
+            input_tokens=sum(outcome.input_tokens for outcome in outcomes),
             saved_tokens=sum(outcome.saved_tokens for outcome in outcomes),
             first_token=_quantiles([outcome.first_token for outcome in outcomes]),
-            recompute=_quantiles(_recompute(trace, machine)),
+            recompute=_quantiles(_waits(recomputing)),
             loaded_bytes=sum(hits.values()) * setup.block_bytes,
             stored_bytes=int(stats.get("stored_blocks.device", 0)) * setup.block_bytes,
             promoted_bytes=int(stats.get(f"promoted_bytes.{DISK}", 0)),
             cascaded_bytes=int(stats.get(f"cascaded_bytes.{DISK}", 0)),
+            computing=sum(share for _, share in computing) / seconds,
+            recomputing=sum(share for _, share in recomputing) / seconds,
+            busiest_computing=busiest_hour(computing, seconds),
+            busiest_recomputing=busiest_hour(recomputing, seconds),
+            busiest_written=busiest_hour(written, seconds),
             refused_blocks=_named(stats, f"refused_blocks.{DISK}."),
             gave_up=_named(stats, "gave_up."),
             evicted_blocks=_named(stats, "evicted_blocks."),
-            timeline=_timeline(outcomes, trace.seconds),
-            seconds=trace.seconds,
+            timeline=_timeline(outcomes, seconds),
+            seconds=seconds,
             replay_seconds=replay_seconds,
         )
 
@@ -123,6 +141,9 @@ class Result:
             stored_bytes=0,
             promoted_bytes=0,
             cascaded_bytes=0,
+            computing=self.recomputing,
+            busiest_computing=self.busiest_recomputing,
+            busiest_written=0.0,
             refused_blocks={},
             gave_up={},
             evicted_blocks={},
@@ -146,10 +167,16 @@ class Result:
 
     @property
     def drive_writes_a_day(self) -> float | None:
-        """How often a day the disk is written whole, if the trace is what every day looks like; None without a disk."""
-        if not self.setup.disk_bytes:
-            return None
-        return self.cascaded_bytes / self.setup.disk_bytes * _DAY / self.seconds
+        """How often a day the disk is written whole if the trace goes on like this; None without a disk."""
+        return self._drive_writes(self.cascaded_bytes / self.seconds)
+
+    @property
+    def busiest_drive_writes_a_day(self) -> float | None:
+        """The same if every hour is like the busiest one."""
+        return self._drive_writes(self.busiest_written)
+
+    def _drive_writes(self, rate: float) -> float | None:
+        return rate * DAY / self.setup.disk_bytes if self.setup.disk_bytes else None
 
     def first_token_at(self, percent: int) -> float:
         """Return a percentile of the seconds to the first token."""
@@ -162,6 +189,8 @@ class Result:
     def to_json(self) -> dict[str, Any]:
         """Return JSON values: all of the above."""
         values = asdict(self)
+        settings = values["setup"].pop("settings")
+        values["setup"] |= {name: settings[name] for name in SIMULATED_OPTIONS}
         values["setup"] |= {
             "admission": self.setup.admission.value,
             "dram_bytes": self.setup.dram_bytes,
@@ -171,18 +200,19 @@ class Result:
         return values | {
             "hit_rate": self.hit_rate,
             "drive_writes_a_day": self.drive_writes_a_day,
+            "busiest_drive_writes_a_day": self.busiest_drive_writes_a_day,
             "first_token_seconds": {f"p{p}": self.first_token_at(p) for p in percentiles},
             "recompute_seconds": {f"p{p}": self.recompute_at(p) for p in percentiles},
         }
 
 
-def _recompute(trace: Trace, machine: Machine) -> list[float]:
-    """Return each request's seconds to the first token where the accelerator computes every prompt, one by one."""
-    free_at, seconds = 0.0, []
-    for request in trace.requests:
-        free_at = max(free_at, request.time) + machine.prefill_seconds(0, request.input_tokens)
-        seconds.append(free_at - request.time)
-    return seconds
+def _waits(computing: Sequence[tuple[float, float]]) -> list[float]:
+    """Return each request's seconds to its first token where one accelerator computes all, of (arrival, seconds)."""
+    free_at, waits = 0.0, []
+    for arrival, seconds in computing:
+        free_at = max(free_at, arrival) + seconds
+        waits.append(free_at - arrival)
+    return waits
 
 
 def _quantiles(values: Sequence[float]) -> list[float]:

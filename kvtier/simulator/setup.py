@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from kvtier.errors import ConfigError
 from kvtier.events import Observer, Observers
@@ -17,6 +18,8 @@ from kvtier.tiering.settings import TieringSettings
 from kvtier.types import Admission
 
 DISK = "disk"
+SIMULATED_OPTIONS = ("load_deadline", "lease_timeout", "tier_deadline", "promotion_budget")
+"""Keys of the engine's configuration that a replay obeys, beside those that `Setup` and `Machine` have fields for."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,9 @@ class Setup:
             disk_blocks: of the disk, 0 for none.
         block_bytes: bytes of one block.
         admission: of the disk.
-        load_deadline, promotion_budget: see `TieringSettings`.
-        predicts: whether what is loaded follows from predictions; else everything is, and `load_deadline` is the wait.
+        settings: deadlines and budgets, as in an engine; the speed and the size of blocks in it do not count.
+        predicts: whether what is loaded follows from predictions; else everything is, and the load deadline is the
+            wait.
     """
 
     policy: str
@@ -80,14 +84,18 @@ class Setup:
     disk_blocks: int
     block_bytes: int
     admission: Admission = Admission.ALWAYS
-    load_deadline: float | None = TieringSettings.load_deadline
-    promotion_budget: float = TieringSettings.promotion_budget
+    settings: TieringSettings = field(default_factory=TieringSettings)
     predicts: bool = True
 
     def limited_to(self, num_blocks: int) -> Setup:
         """Return the setup with at most so many slots a tier: a tier that holds all blocks of a trace never evicts."""
         most = max(1, num_blocks)
         return replace(self, dram_blocks=min(self.dram_blocks, most), disk_blocks=min(self.disk_blocks, most))
+
+    @property
+    def num_promoted(self) -> int:
+        """Blocks that may be on their way from the disk, or held for requests, at the same time."""
+        return self.settings.most_promoted(self.dram_blocks)
 
     @property
     def dram_bytes(self) -> int:
@@ -98,6 +106,16 @@ class Setup:
     def disk_bytes(self) -> int:
         """Size of the disk."""
         return self.disk_blocks * self.block_bytes
+
+
+def combinations(base: Setup, drams: Sequence[int], disks: Sequence[int], policies: Sequence[str]) -> list[Setup]:
+    """Return `base` with every combination of memory and disk, in blocks, and policy."""
+    return [
+        replace(base, policy=policy, dram_blocks=dram, disk_blocks=disk)
+        for dram in drams
+        for disk in disks
+        for policy in policies
+    ]
 
 
 class SimulatedEngine:
@@ -138,9 +156,8 @@ class SimulatedEngine:
             self.tiers,
             names=[tier.tier_type for tier in self.tiers],
             admissions=[setup.admission] * len(self.tiers),
-            settings=TieringSettings(
-                load_deadline=setup.load_deadline,
-                promotion_budget=setup.promotion_budget,
+            settings=replace(
+                setup.settings,
                 prefill_rate=machine.prefill_rate,
                 prefill_doubling=machine.prefill_doubling,
                 measures_prefill=False,

@@ -40,6 +40,11 @@ def size_in_blocks(name: str, text: str, trace: Trace, block_bytes: int, least: 
     return blocks
 
 
+def sizes_in_blocks(name: str, text: str, trace: Trace, block_bytes: int, least: int = 1) -> list[int]:
+    """Return how many blocks each size of a list with commas holds; errors as `size_in_blocks` and `split_list`."""
+    return [size_in_blocks(name, size, trace, block_bytes, least) for size in split_list(name, text)]
+
+
 def _percent(name: str, text: str, least: int) -> float:
     try:
         percent = float(text[:-1])

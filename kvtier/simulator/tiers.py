@@ -40,7 +40,12 @@ class SimulatedJob:
 
 
 class SimulatedTierManager(SecondaryTierManager):
-    """Blocks in the slots of a device without bytes."""
+    """Blocks in the slots of a device without bytes.
+
+    Attributes:
+        table, device: where its blocks are, and what moves them.
+        written: (seconds, bytes) of every store, in the order of their submission.
+    """
 
     medium = Medium.STORAGE
     locality = Locality.LOCAL
@@ -69,6 +74,7 @@ class SimulatedTierManager(SecondaryTierManager):
         self._most_stores = max(1, TierSettings.most_store_bytes // block_bytes)
         self._num_storing = 0
         self._unmoved: deque[SimulatedJob] = deque()
+        self.written: list[tuple[float, int]] = []
 
     @property
     def progress(self) -> int:
@@ -126,7 +132,9 @@ class SimulatedTierManager(SecondaryTierManager):
             self._unmoved.append(job)
 
     def _write(self, job: SimulatedJob) -> None:
-        self.device.write(job, len(job.slots) * self._block_bytes)
+        num_bytes = len(job.slots) * self._block_bytes
+        self.written.append((job.submitted, num_bytes))
+        self.device.write(job, num_bytes)
 
     def _read(self, job: SimulatedJob) -> None:
         self.device.read(job, len(job.slots) * self._block_bytes)

@@ -128,7 +128,7 @@ class TieringOffloadingManager(OffloadingManager):
         self._requests = Requests(tiers)
         self._transfers = DeviceTransfers(table, observer, self._primary.finished_sequence)
         self._flights = Flights()
-        leases = Leases(table, max(1, int(table.num_slots * settings.promotion_budget)), settings.lease_timeout)
+        leases = Leases(table, settings.most_promoted(table.num_slots), settings.lease_timeout)
         self._pace = Pace(settings)
         self._waiting = Waiting(table, guards, self._flights, leases, self._pace, settings, clock, observer)
         self._lookups = Lookups(table, guards, self._flights, self._waiting)

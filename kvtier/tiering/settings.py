@@ -49,3 +49,7 @@ class TieringSettings:
     tokens_per_block: int = 0
     on_reset: ResetPolicy = ResetPolicy.NEW_EPOCH
     kv_events: bool = False
+
+    def most_promoted(self, num_slots: int) -> int:
+        """Return how many of the primary's slots promotions and leases may hold."""
+        return max(1, int(num_slots * self.promotion_budget))

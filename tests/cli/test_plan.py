@@ -49,7 +49,8 @@ def test_costs_are_what_the_prices_say(everything):
     for offer in everything["offers"]:
         cost, setup = offer["cost_a_month"], offer["setup"]
         assert cost["dram"] == pytest.approx(setup["dram_bytes"] / 2**30 * 4 / 36)
-        assert cost["disk"] == pytest.approx(setup["disk_bytes"] / 2**30 * 0.1 / 36)
+        assert cost["wear"] == max(1.0, offer["busiest_drive_writes_a_day"] or 0.0)
+        assert cost["disk"] == pytest.approx(setup["disk_bytes"] / 2**30 * 0.1 / 36 * cost["wear"])
         busy = (offer["input_tokens"] - offer["saved_tokens"]) / 10_000 / offer["seconds"]
         assert cost["gpu"] == pytest.approx(busy * 730 * 4)
         assert cost["total"] == pytest.approx(cost["dram"] + cost["disk"] + cost["gpu"])
@@ -172,10 +173,15 @@ def test_says_when_nothing_reaches_the_target(trace):
         (("--gpu-rate", "nan"), "gpu_hour=nan"),
         (("--prefill-rate", "inf"), "prefill_rate=inf"),
         (("--months", 0), "months=0.0: above 0"),
+        (("--drive-writes", 0), "drive_writes=0.0: above 0"),
         (("--target-hit-rate", 36), "target_hit_rate=36.0: above 0 and at most 1"),
         (("--target-ttft-p95", 0), "target_ttft_p95=0.0"),
         (("--model", "unknown"), "model='unknown'"),
         (("--dram", "1KiB"), "dram='1KiB'"),
+        (("--option", "load_deadline"), "KEY=VALUE expected"),
+        (("--option", "eviction_policy=arc"), "option='eviction_policy=arc': what a replay obeys: load_deadline"),
+        (("--option", "promotion_budget=2"), "promotion_budget=2"),
+        (("--load-deadline", 1, "--option", "load_deadline=2"), "load_deadline=1.0: given once"),
     ],
 )
 def test_refuses_what_cannot_be_planned(trace, arguments, complaint):
@@ -183,3 +189,30 @@ def test_refuses_what_cannot_be_planned(trace, arguments, complaint):
     assert result.exit_code == 2
     assert complaint in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_an_option_of_the_engine_is_simulated_and_printed(trace, tmp_path):
+    path = tmp_path / "plan.json"
+    asked = ("--load-deadline", 0.25, "--option", "promotion_budget=0.5", "--option", "lease_timeout=7")
+    sizes = ("--dram", "2GiB", "--disk", "512GiB", "--target-hit-rate", 0.001)
+    result = run(trace, *PRICES, *sizes, *asked, "--json", path)
+    assert result.exit_code == 0, result.output
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("--kv-transfer-config")]
+    extra = json.loads(shlex.split(line)[1])["kv_connector_extra_config"]
+    setup = read(path)["chosen"]["setup"]
+    for name, value in {"load_deadline": 0.25, "promotion_budget": 0.5, "lease_timeout": 7.0}.items():
+        assert extra[name] == setup[name] == value
+
+
+def test_says_what_memory_long_prompts_need(trace, tmp_path):
+    path, page = tmp_path / "plan.json", tmp_path / "plan.html"
+    result = run(
+        trace, *PRICES, "--dram", "2GiB", "--disk", "512GiB", "--target-hit-rate", 0.001, "--json", path, "--plot", page
+    )
+    assert result.exit_code == 0, result.output
+    (said,) = [line for line in result.stdout.splitlines() if "come back from a disk" in line]
+    assert said.startswith("with 2.0 GiB of memory at most 25 blocks of a prompt come back from a disk")
+    assert said in read(path)["warnings"]
+    assert "come back from a disk" in page.read_text()
+    enough = run(trace, *PRICES, "--dram", "64GiB", "--disk", "512GiB", "--target-hit-rate", 0.001)
+    assert "come back from a disk" not in enough.stdout

@@ -132,6 +132,10 @@ def test_processes_give_the_same_as_one(trace, tmp_path):
         (("--prefill-rate", "nan"), "prefill_rate=nan"),
         (("--disk-latency", "inf"), "disk_latency=inf"),
         (("--conversation-gap", "inf"), "conversation_gap=inf"),
+        (("--option", "load_deadline"), "KEY=VALUE expected"),
+        (("--option", "eviction_policy=arc"), "option='eviction_policy=arc': what a replay obeys: load_deadline"),
+        (("--option", "promotion_budget=2"), "promotion_budget=2"),
+        (("--load-deadline", 1, "--option", "load_deadline=2"), "load_deadline=1.0: given once"),
     ],
 )
 def test_refuses_what_cannot_be_simulated(trace, arguments, complaint):
