@@ -19,7 +19,15 @@ from kvtier.keys import OffloadKey
 from kvtier.primary.table import BlockTable
 from kvtier.secondary.jobs import MovingJob
 from kvtier.secondary.store_tier import StoreTierManager, TierSettings
-from kvtier.types import FailureCause, JobMetadata, LookupResult, OffloadingEvent, ReqContext
+from kvtier.secondary.tier_uses import TierUses
+from kvtier.types import (
+    FailureCause,
+    JobMetadata,
+    LookupResult,
+    OffloadingEvent,
+    ReqContext,
+    RequestOffloadingContext,
+)
 
 _MAX_EVENTS = 10_000
 """Kept while nobody asks for them; each names at least one block."""
@@ -54,6 +62,7 @@ class SlottedTierManager(StoreTierManager):
         super().__init__(offloading_spec, primary_kv_view, tier_type, store=store, options=options, settings=settings)
         self._policy = find_policy(eviction_policy, self.context.policies)
         self._table: BlockTable | None = None
+        self._uses = TierUses()
         self._events: deque[OffloadingEvent] = deque(maxlen=_MAX_EVENTS)
         self._full_until = -math.inf
         self._prepared: Prepared | None = None
@@ -76,9 +85,17 @@ class SlottedTierManager(StoreTierManager):
         return self._table.slot_of.keys() & keys
 
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
-        """Count one use of the keys that are here, given in prefix order."""
+        """Count one use of the keys that are here, given in prefix order; of each block one for a request."""
         if self._table is not None:
-            self._table.touch(list(dict.fromkeys(keys)))
+            self._uses.touch(self._table, keys, req_context)
+
+    def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        self._uses.begin(req_context)
+        return super().on_new_request(req_context)
+
+    def on_request_finished(self, req_context: ReqContext) -> None:
+        """Let the request's blocks take their places in the order of recency."""
+        self._uses.end(self._table, req_context)
 
     def start_epoch(self, epoch: bytes) -> None:
         """Go on without any block; those that were here are said to be gone."""
@@ -123,7 +140,7 @@ class SlottedTierManager(StoreTierManager):
             keys, arena_slots = [keys[index] for index in held], [arena_slots[index] for index in held]
             slots = [table.slot_of[key] for key in keys]
         table.pin(slots)
-        table.touch(list(dict.fromkeys(keys)))
+        self._uses.load(table, keys, metadata.req_context)
         absent = {FailureCause.ABSENT: len(metadata.keys) - len(keys)}
         return self._ledger.open(metadata, keys, arena_slots, slots, [], absent)
 
@@ -133,17 +150,18 @@ class SlottedTierManager(StoreTierManager):
             self._ledger.refuse(metadata, FailureCause.TIER_DOWN)
             return None
         try:
-            placement = table.plan(metadata.keys)
+            placement = self._uses.plan_store(table, metadata.keys, metadata.req_context)
         except KeyFormatError:  # keys of another length than those that are here
             self._ledger.refuse(metadata, FailureCause.CANCELLED)
             return None
         if self.context.clock() < self._full_until:
             self._free_used_slots(table, len(placement.keys), metadata.keys)
-            placement = table.plan(metadata.keys)
+            placement = self._uses.plan_store(table, metadata.keys, metadata.req_context)
         here: list[OffloadKey] = []
         if len(placement.keys) + placement.num_left_out < len(metadata.keys):
             here = [key for key in metadata.keys if table.is_ready(key)]
-            table.touch(list(dict.fromkeys(here)))
+            self._uses.touch(table, here, metadata.req_context)
+        self._uses.note_stored(metadata.keys, placement.keys, metadata.req_context)
         slots = list(table.apply(placement).values())
         if placement.victims:
             self._say_evicted(placement.victims)
@@ -223,6 +241,7 @@ class SlottedTierManager(StoreTierManager):
 
     def _forget(self) -> None:
         self._table = None
+        self._uses.clear()
 
     def _note(self, keys: Sequence[OffloadKey], removed: bool) -> None:
         if keys and self.medium is not None:

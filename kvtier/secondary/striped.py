@@ -21,7 +21,15 @@ from kvtier.secondary.jobs import Job
 from kvtier.secondary.slotted import SlottedTierManager
 from kvtier.secondary.store_tier import TierSettings
 from kvtier.secondary.trial import check_or_try
-from kvtier.types import JobMetadata, JobResult, LookupResult, OffloadingEvent, ReqContext, ScheduleEndContext
+from kvtier.types import (
+    JobMetadata,
+    JobResult,
+    LookupResult,
+    OffloadingEvent,
+    ReqContext,
+    RequestOffloadingContext,
+    ScheduleEndContext,
+)
 
 MIN_RUN_BYTES = 2 << 20
 """A job is not cut into smaller runs than this: what lies side by side moves in one call."""
@@ -274,6 +282,16 @@ class StripedTierManager(SecondaryTierManager):
         """Count one use of the keys that are here, given in prefix order."""
         for stripe in self._stripes:
             stripe.touch(keys, req_context)
+
+    def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        for stripe in self._stripes:
+            stripe.on_new_request(req_context)
+        return super().on_new_request(req_context)
+
+    def on_request_finished(self, req_context: ReqContext) -> None:
+        """Let the request's blocks take their places in the order of recency, in every stripe."""
+        for stripe in self._stripes:
+            stripe.on_request_finished(req_context)
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         """Push what is queued and look at everybody's health."""

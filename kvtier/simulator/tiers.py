@@ -15,8 +15,17 @@ from kvtier.events import BlocksEvicted, Observer
 from kvtier.keys import OffloadKey
 from kvtier.primary.table import BlockTable
 from kvtier.secondary.store_tier import TierSettings
+from kvtier.secondary.tier_uses import TierUses
 from kvtier.simulator.devices import Device, DeviceSpeed
-from kvtier.types import JobMetadata, JobResult, Locality, LookupResult, Medium, ReqContext
+from kvtier.types import (
+    JobMetadata,
+    JobResult,
+    Locality,
+    LookupResult,
+    Medium,
+    ReqContext,
+    RequestOffloadingContext,
+)
 
 _HIT, _MISS = LookupResult.HIT, LookupResult.MISS
 
@@ -68,6 +77,7 @@ class SimulatedTierManager(SecondaryTierManager):
         """
         super().__init__(None, primary_kv_view, name)
         self.table = BlockTable(policy.capacity, policy)
+        self._uses = TierUses()
         self.device: Device[SimulatedJob] = Device(speed, clock)
         self._block_bytes = block_bytes
         self._clock, self._observer = clock, observer
@@ -95,17 +105,26 @@ class SimulatedTierManager(SecondaryTierManager):
         return not self._num_storing or self._num_storing + num_blocks <= self._most_stores
 
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
-        """Count one use of the keys that are here, given in prefix order."""
-        self.table.policy.touch(list(dict.fromkeys(keys)))
+        """Count one use of the keys that are here, given in prefix order; of each block one for a request."""
+        self._uses.touch(self.table, keys, req_context)
+
+    def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        self._uses.begin(req_context)
+        return super().on_new_request(req_context)
+
+    def on_request_finished(self, req_context: ReqContext) -> None:
+        """Let the request's blocks take their places in the order of recency."""
+        self._uses.end(self.table, req_context)
 
     def submit_store(self, job_metadata: JobMetadata) -> None:
         """Take slots for what is not here, and write it."""
         table, keys = self.table, job_metadata.keys
-        placement = table.plan(keys)
+        placement = self._uses.plan_store(table, keys, job_metadata.req_context)
         here: list[OffloadKey] = []
         if len(placement.keys) + placement.num_left_out < len(keys):
             here = [key for key in keys if table.is_ready(key)]
-            table.policy.touch(list(dict.fromkeys(here)))
+            self._uses.touch(table, here, job_metadata.req_context)
+        self._uses.note_stored(keys, placement.keys, job_metadata.req_context)
         slots = list(table.apply(placement).values())
         if placement.victims:
             self._observer.on_event(BlocksEvicted(self.tier_type, placement.victims))
@@ -124,7 +143,7 @@ class SimulatedTierManager(SecondaryTierManager):
             keys = [key for key in keys if table.is_ready(key)]
             slots = [table.slot_of[key] for key in keys]
         table.pin(slots)
-        table.policy.touch(list(dict.fromkeys(keys)))
+        self._uses.load(table, keys, job_metadata.req_context)
         job = SimulatedJob(job_metadata, keys, slots, (), self._clock())
         if slots:
             self._read(job)
@@ -167,6 +186,7 @@ class SimulatedTierManager(SecondaryTierManager):
     def start_epoch(self, epoch: bytes) -> None:
         """Forget every block."""
         self.table.clear()
+        self._uses.clear()
 
     def get_stats(self) -> Mapping[str, float]:
         """Return blocks and capacity."""

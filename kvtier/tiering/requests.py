@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from kvtier.errors import InvariantError
 from kvtier.keys import OffloadKey
+from kvtier.primary.uses import RequestUses
 from kvtier.tiering.tiers import SecondaryTiers
-from kvtier.tiering.uses import RequestUses
 from kvtier.types import ReqContext
 
 

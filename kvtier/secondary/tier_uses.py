@@ -1,0 +1,71 @@
+"""The blocks of a tier that each live request uses: the primary tier's rules for a request, in a tier below it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from kvtier.keys import OffloadKey
+from kvtier.primary.table import BlockTable, Placement
+from kvtier.primary.uses import RequestUses
+from kvtier.types import ReqContext
+
+
+class TierUses:
+    """Three rules for every request between `begin` and `end`; a request that was not announced just uses blocks.
+
+    What it has used is no victim of what it stores. A block counts one use for it. At its end all of its blocks take
+    their places tail-first, so that the next evictions shorten chains and do not cut them.
+    """
+
+    def __init__(self) -> None:
+        self._by_request: dict[str, RequestUses] = {}
+
+    def begin(self, req_context: ReqContext) -> None:
+        """A request comes."""
+        self._by_request.setdefault(req_context.req_id, RequestUses())
+
+    def touch(self, table: BlockTable, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
+        """Count a use of those of `keys`, in prefix order, that `table` holds and that count for this request."""
+        counted = list(dict.fromkeys(keys))
+        uses = self._by_request.get(req_context.req_id)
+        if uses is not None:
+            uses.note_offer(counted)
+            counted, _ = uses.count(counted, table.slot_of)
+        if counted:
+            table.touch(counted)
+
+    def load(self, table: BlockTable, keys: Sequence[OffloadKey], req_context: ReqContext) -> None:
+        """Count the use of blocks that are read for a request. Their place among others follows from a later touch."""
+        counted = list(dict.fromkeys(keys))
+        uses = self._by_request.get(req_context.req_id)
+        if uses is not None:
+            own = uses.own
+            counted = [key for key in counted if key not in own]
+            uses.note_stored(counted)
+        if counted:
+            table.touch(counted)
+
+    def plan_store(self, table: BlockTable, keys: Sequence[OffloadKey], req_context: ReqContext) -> Placement:
+        """Choose places for a request's blocks; see `BlockTable.plan`."""
+        uses = self._by_request.get(req_context.req_id)
+        spared = (uses.own,) if uses is not None and len(keys) > table.num_free else ()
+        return table.plan(keys, spared)
+
+    def note_stored(self, offered: Sequence[OffloadKey], placed: list[OffloadKey], req_context: ReqContext) -> None:
+        """A request brings the blocks `placed`, those of `offered`, in prefix order, that were not here."""
+        uses = self._by_request.get(req_context.req_id)
+        if uses is not None:
+            uses.note_offer(list(offered))
+            uses.note_stored(placed)
+
+    def end(self, table: BlockTable | None, req_context: ReqContext) -> None:
+        """A request is over: settle its blocks by their position in the prompt, as far as that is known."""
+        uses = self._by_request.pop(req_context.req_id, None)
+        if uses is not None and table is not None:
+            uses.note_offer(list(uses.own))  # blocks that were read and never touched
+            table.settle(uses.in_order(req_context.get_offload_key_position))
+
+    def clear(self) -> None:
+        """The tier has lost its blocks: what requests used of them does not count any more."""
+        for uses in self._by_request.values():
+            uses.clear()
