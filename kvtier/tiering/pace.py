@@ -69,6 +69,8 @@ class Pace:
 
     def note_load(self, state: RequestState, keys: Collection[OffloadKey]) -> None:
         """The request loads these blocks: it will not compute them."""
+        if not self._tokens_per_block:
+            return
         progress = state.progress
         if progress.first_key is None:
             self.note_scan(state)
@@ -78,6 +80,8 @@ class Pace:
 
     def note_store(self, state: RequestState, keys: Sequence[OffloadKey]) -> None:
         """The engine offers what this step computes of a request, and perhaps what it found before."""
+        if not self._tokens_per_block:
+            return
         progress = state.progress
         if progress.first_key is None:
             self.note_scan(state)

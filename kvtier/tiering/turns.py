@@ -4,29 +4,46 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from os import getpid
 from threading import get_ident
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from types import FunctionType
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 
-from kvtier import forks
 from kvtier.errors import OverlappingCallError
+from kvtier.forks import mark, notice
 
 
 class HasTurns(Protocol):
     """Notes which thread is in one of its calls.
 
     Attributes:
-        pid: process that made it.
         thread_inside: that thread's identifier; None while there is none.
     """
 
-    pid: int
     thread_inside: int | None
 
 
 Self = TypeVar("Self", bound=HasTurns)
 Arguments = ParamSpec("Arguments")
 Answer = TypeVar("Answer")
+
+
+_CALL = """
+def call(self{parameters}):
+    if not mark[0]:
+        notice()
+    me = get_ident()
+    # From the look to the mark there is no call and no jump back: CPython lets no other thread in between.
+    if self.thread_inside is None:
+        self.thread_inside = me
+        try:
+            return method(self{parameters})
+        finally:
+            self.thread_inside = None
+    if self.thread_inside == me:
+        return method(self{parameters})
+    raise OverlappingCallError
+"""
+_NAMES = {"get_ident": get_ident, "mark": mark, "notice": notice, "OverlappingCallError": OverlappingCallError}
 
 
 def in_turn(
@@ -37,21 +54,13 @@ def in_turn(
     Threads may change between calls, and a call may come from within another one of its thread. No lock is taken: one
     that an exception of a signal handler left locked would stop the cache for good.
     """
-
-    @functools.wraps(method)
-    def call(self: Self, /, *args: Arguments.args, **keywords: Arguments.kwargs) -> Answer:
-        me = get_ident()
-        if self.thread_inside == me:
-            return method(self, *args, **keywords)
-        if getpid() != self.pid:
-            forks.notice()
-        # From the look to the mark there is no call and no jump back: CPython lets no other thread in between.
-        if self.thread_inside is not None:
-            raise OverlappingCallError
-        self.thread_inside = me
-        try:
-            return method(self, *args, **keywords)
-        finally:
-            self.thread_inside = None
-
+    # Compiled with the method's own parameters, as dataclasses compile `__init__`: to pass on `*args` and `**keywords`
+    # took 0.2 us more per call, as long as two lookups.
+    function = cast(FunctionType, method)
+    code = function.__code__
+    parameters = "".join(f", {name}" for name in code.co_varnames[1 : code.co_argcount])
+    scope: dict[str, Any] = {**_NAMES, "method": method}
+    exec(_CALL.format(parameters=parameters), scope)
+    call: Callable[Concatenate[Self, Arguments], Answer] = functools.update_wrapper(scope["call"], method)
+    scope["call"].__defaults__ = function.__defaults__
     return call

@@ -56,6 +56,7 @@ class Engine:
             "cpu_bytes_to_use": NUM_BLOCKS * BLOCK_BYTES,
             "secondary_tiers": [{"type": "disk", "path": str(folder / "blocks"), "capacity": "4MiB"}],
             "load_deadline": 3000.0,
+            "prefill_rate": 1.0,  # so slow that the tests wait for a disk on a busy machine
             "record": str(folder / "recording"),
             **more,
         }
@@ -215,6 +216,36 @@ def test_whichever_call_comes_first_in_a_child_reaches_nothing_of_the_parents(en
     engine.spec.shutdown()
     _, records = read_recording(tmp_path / "recording")
     assert {record.request for record in records} == set(range(num_requests + 1))
+
+
+def test_a_fork_in_c_is_noticed_under_a_kernel_that_wipes_no_page():
+    program = """
+import ctypes, mmap, os
+
+class OldKernel(mmap.mmap):
+    def madvise(self, *arguments):
+        raise OSError(22, "Invalid argument")
+
+mmap.mmap = OldKernel
+from kvtier import forks
+
+class Owner:
+    left = False
+    def leave_to_parent(self):
+        self.left = True
+
+owner = Owner()
+forks.register(owner)
+forks.notice()
+assert not owner.left
+pid = ctypes.PyDLL(None).fork()
+if pid == 0:
+    forks.notice()
+    os._exit(owner.left)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+assert not owner.left
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_a_child_keeps_no_descriptor_of_its_parents(tmp_path):
