@@ -15,6 +15,7 @@ from rich.table import Table
 
 from kvtier.cli.outputs import check_outputs
 from kvtier.cli.replay_options import (
+    CurveOption,
     DeadlineOption,
     EngineOption,
     GapOption,
@@ -29,10 +30,11 @@ from kvtier.cli.replay_options import (
     TokensOption,
     TraceArgument,
     WriteOption,
-    block_bytes_of,
+    block_bytes_and_doubling,
     engine_options,
     make_machine,
     policies_of,
+    prefill_speed,
     settings_of,
 )
 from kvtier.cli.simulate_progress import tracked
@@ -77,7 +79,8 @@ def plan(
     admission: Annotated[Admission, typer.Option(help="Which blocks may enter the disk.")] = Admission.ALWAYS,
     path: Annotated[str, typer.Option(help="Directory of the disk tier, for the option that is printed.")] = "/cache",
     kv_dtype: KvDtypeOption = "auto",
-    prefill_rate: RateOption = Machine.prefill_rate,
+    prefill_rate: RateOption = None,
+    prefill_curve: CurveOption = None,
     host_bandwidth: HostOption = "20GB",
     disk_read: ReadOption = "6GB",
     disk_write: WriteOption = "3GB",
@@ -98,10 +101,12 @@ def plan(
     check_outputs(plot, json_path)
     prices = Prices(gpu_rate, dram_price, disk_price, months, drive_writes)
     target = make_target(target_hit_rate, target_ttft_p95, max_drive_writes)
-    machine = make_machine(prefill_rate, host_bandwidth, disk_read, disk_write, disk_latency)
     options = engine_options(option, load_deadline)
     loaded = load_trace(trace, tokens_per_block, conversation_gap)
-    base = Setup("", 0, 0, block_bytes_of(loaded, model, kv_dtype), admission, settings_of(options))
+    block_bytes, doubling = block_bytes_and_doubling(loaded, model, kv_dtype)
+    speed = prefill_speed(prefill_rate, prefill_curve, doubling)
+    machine = make_machine(speed, host_bandwidth, disk_read, disk_write, disk_latency)
+    base = Setup("", 0, 0, block_bytes, admission, settings_of(options))
     setups = setups_to_try(loaded, base, dram, disk, policies_of(policy))
     with tracked(f"replaying {len(setups)} configurations") as progress:
         results = replay_all(loaded, setups, machine, processes=processes, progress=progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from kvtier.simulator.setup import SIMULATED_OPTIONS, Machine
 from kvtier.simulator.sizes import split_list
 from kvtier.simulator.trace import Trace
 from kvtier.sizes import parse_size
+from kvtier.tiering.estimate import DOUBLING_TOKENS, PrefillSpeed
 from kvtier.tiering.settings import TieringSettings
 
 DEFAULT_MODEL = "meta-llama/Llama-3.1-8B"
@@ -27,7 +29,17 @@ ModelOption = Annotated[
     str | None, typer.Option(help=f"A config.json, its folder, or a known model; {DEFAULT_MODEL} if absent.")
 ]
 KvDtypeOption = Annotated[str, typer.Option(help="Data type of the KV cache; auto is the model's own.")]
-RateOption = Annotated[float, typer.Option(help="Tokens a second that the accelerator computes.")]
+RateOption = Annotated[
+    float | None,
+    typer.Option(help=f"Tokens per second that the accelerator computes of short prompts; {Machine.prefill_rate:g}."),
+]
+CurveOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Instead: measured tokens per second of prompts of two lengths or more, as 1k:12000,100k:5000. Without it,"
+        " the model's shape says how longer prompts slow down."
+    ),
+]
 HostOption = Annotated[str, typer.Option(help="Bytes a second between accelerator and host memory.")]
 ReadOption = Annotated[str, typer.Option(help="Bytes a second read from the disk.")]
 WriteOption = Annotated[str, typer.Option(help="Bytes a second written to the disk.")]
@@ -49,32 +61,64 @@ EngineOption = Annotated[
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
 
 
-def make_machine(
-    prefill_rate: float, host_bandwidth: str, disk_read: str, disk_write: str, disk_latency: float
-) -> Machine:
+def make_machine(speed: PrefillSpeed, host_bandwidth: str, disk_read: str, disk_write: str, latency: float) -> Machine:
     """Return the speeds that the options give.
 
     Raises:
         ConfigError: one of them is none.
     """
     return Machine(
-        prefill_rate=prefill_rate,
+        prefill_rate=speed.rate,
+        prefill_doubling=speed.doubling,
         host_bandwidth=float(parse_size("host_bandwidth", host_bandwidth)),
         disk_read=float(parse_size("disk_read", disk_read)),
         disk_write=float(parse_size("disk_write", disk_write)),
-        disk_latency=disk_latency,
+        disk_latency=latency,
     )
 
 
-def block_bytes_of(trace: Trace, model: str | None, kv_dtype: str) -> int:
-    """Return the bytes of one block: the trace's own if it says so and no model is named.
+def prefill_speed(rate: float | None, curve: str | None, doubling: float) -> PrefillSpeed:
+    """Return how fast prompts are computed.
+
+    Args:
+        rate, curve: `--prefill-rate` and `--prefill-curve`; not both.
+        doubling: without a curve, the context with which a token takes twice as long.
+
+    Raises:
+        ConfigError: both are given, or the curve is none.
+    """
+    if curve is None:
+        return PrefillSpeed(Machine.prefill_rate if rate is None else rate, doubling)
+    if rate is not None:
+        raise ConfigError("prefill_rate", rate, "not together with --prefill-curve, which says it, too")
+    try:
+        return PrefillSpeed.through([_measured(point) for point in curve.split(",")])
+    except (ValueError, OverflowError, ZeroDivisionError):
+        allowed = "TOKENS:RATE of two different lengths of prompts at least, the longer not faster: 1k:12000,100k:5000"
+        raise ConfigError("prefill_curve", curve, allowed) from None
+
+
+def _measured(point: str) -> tuple[float, float]:
+    """Return (tokens in a prompt, tokens per second)."""
+    tokens, _, rate = point.strip().partition(":")
+    length = 1000 * float(tokens[:-1]) if tokens.endswith("k") else float(tokens)
+    if not 0 < length < math.inf or not 0 < float(rate) < math.inf:
+        raise ValueError(point)
+    return length, float(rate)
+
+
+def block_bytes_and_doubling(trace: Trace, model: str | None, kv_dtype: str) -> tuple[int, float]:
+    """Return the bytes of one block, and the context with which a token takes twice as long to compute.
+
+    Without a model they are the trace's own bytes, if it says so, and the engine's guess.
 
     Raises:
         ConfigError: no such model.
     """
     if model is None and trace.block_bytes is not None:
-        return trace.block_bytes
-    return find_geometry(model or DEFAULT_MODEL, kv_dtype).token_bytes * trace.tokens_per_block
+        return trace.block_bytes, DOUBLING_TOKENS
+    geometry = find_geometry(model or DEFAULT_MODEL, kv_dtype)
+    return geometry.token_bytes * trace.tokens_per_block, geometry.doubling
 
 
 def policies_of(text: str) -> list[str]:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from kvtier.cli.outputs import check_outputs
 from kvtier.cli.replay_options import (
+    CurveOption,
     DeadlineOption,
     EngineOption,
     GapOption,
@@ -27,10 +28,11 @@ from kvtier.cli.replay_options import (
     TokensOption,
     TraceArgument,
     WriteOption,
-    block_bytes_of,
+    block_bytes_and_doubling,
     engine_options,
     make_machine,
     policies_of,
+    prefill_speed,
     settings_of,
 )
 from kvtier.cli.simulate_progress import tracked
@@ -56,7 +58,8 @@ def simulate(
     admission: Annotated[Admission, typer.Option(help="Which blocks may enter the disk.")] = Admission.ALWAYS,
     model: ModelOption = None,
     kv_dtype: KvDtypeOption = "auto",
-    prefill_rate: RateOption = Machine.prefill_rate,
+    prefill_rate: RateOption = None,
+    prefill_curve: CurveOption = None,
     host_bandwidth: HostOption = "20GB",
     disk_read: ReadOption = "6GB",
     disk_write: WriteOption = "3GB",
@@ -81,9 +84,10 @@ def simulate(
         show_repeated(trace)
         return
     check_outputs(plot, json_path)
-    machine = make_machine(prefill_rate, host_bandwidth, disk_read, disk_write, disk_latency)
     loaded = load_trace(trace, tokens_per_block, conversation_gap)
-    block_bytes = block_bytes_of(loaded, model, kv_dtype)
+    block_bytes, doubling = block_bytes_and_doubling(loaded, model, kv_dtype)
+    speed = prefill_speed(prefill_rate, prefill_curve, doubling)
+    machine = make_machine(speed, host_bandwidth, disk_read, disk_write, disk_latency)
     base = Setup("", 0, 0, block_bytes, admission, settings_of(engine_options(option, load_deadline)))
     drams = sizes_in_blocks("dram", dram, loaded, block_bytes)
     disks = sizes_in_blocks("disk", disk, loaded, block_bytes, least=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -82,13 +83,15 @@ def recompute_row(result: Result) -> list[str]:
 def facts(trace: Trace, block_bytes: int, machine: Machine) -> list[str]:
     """Return what the numbers rest on, a line each."""
     ideal = trace.num_ideal_hits / max(1, trace.num_accesses)
+    doubling = machine.prefill_doubling
+    slowing = "" if math.isinf(doubling) else f" (half as many behind {doubling:,.0f} tokens)"
     return [
         f"{trace.name} ({trace.format}): {len(trace.requests):,} requests, {trace.num_accesses:,} block accesses, "
         f"{trace.num_unique:,} different blocks of {trace.tokens_per_block} tokens, {trace.seconds:,.0f} s",
         f"a block is {format_size(block_bytes)}, all of them {format_size(trace.num_unique * block_bytes)}; "
         f"a cache without limit would hit {percent(ideal)}",
-        f"computes {machine.prefill_rate:,.0f} tokens/s, copies {machine.host_bandwidth / 1e9:g} GB/s; disk reads "
-        f"{machine.disk_read / 1e9:g} GB/s, writes {machine.disk_write / 1e9:g} GB/s, "
+        f"computes {machine.prefill_rate:,.0f} tokens/s{slowing}, copies {machine.host_bandwidth / 1e9:g} GB/s; disk "
+        f"reads {machine.disk_read / 1e9:g} GB/s, writes {machine.disk_write / 1e9:g} GB/s, "
         f"takes {seconds(machine.disk_latency)} a job",
         *([trace.note] if trace.note else []),
         *([uneven] if (uneven := uneven_note(trace, machine)) else []),

@@ -6,6 +6,7 @@ Pure arithmetic on what others have measured: no clock, no tier, no request.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,23 @@ class PrefillSpeed:
         self.doubling = doubling
         # As if one second had been measured already.
         self._work, self._seconds = rate, 1.0
+
+    @classmethod
+    def through(cls, measured: Sequence[tuple[float, float]]) -> PrefillSpeed:
+        """Return the speed that fits what was measured best.
+
+        Args:
+            measured: (tokens in a prompt, tokens per second over the whole prompt), of two different lengths at least.
+
+        Raises:
+            ValueError: no speed fits, since longer prompts are computed faster, or too slowly for short ones.
+        """
+        # The seconds per token of a whole prompt of n tokens are (1 + n / 2 / doubling) / rate: a line over n.
+        lengths, per_token = zip(*[(tokens, 1 / rate) for tokens, rate in measured], strict=True)
+        slope, at_zero = statistics.linear_regression(lengths, per_token)
+        if slope < 0 or at_zero <= 0:
+            raise ValueError("tokens per second that do not fit a prompt that grows")
+        return cls(1 / at_zero, at_zero / 2 / slope if slope else math.inf)
 
     @property
     def rate(self) -> float:

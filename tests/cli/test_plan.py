@@ -11,6 +11,7 @@ from kvtier.spec.tiering import TieringOffloadingSpec
 
 EXTRACT = Path(__file__).parents[1] / "data" / "conversation_prefixes.jsonl"
 PRICES = ("--model", "Llama-3.1-8B", "--gpu-rate", 4, "--dram-price", 4, "--disk-price", 0.1, "--processes", 1)
+FLAT = ("--prefill-curve", "1k:10000,100k:10000")
 SIZES = ("--dram", "16GiB,64GiB", "--disk", "0,512GiB")
 
 
@@ -34,7 +35,7 @@ def trace(tmp_path_factory):
 @pytest.fixture(scope="module")
 def everything(trace):
     path = trace.with_name("all.json")
-    assert run(trace, *PRICES, *SIZES, "--json", path).exit_code == 0
+    assert run(trace, *PRICES, *SIZES, *FLAT, "--json", path).exit_code == 0
     return read(path)
 
 
@@ -90,7 +91,7 @@ def test_buys_where_nothing_misses_the_target(trace):
 def test_the_cheapest_that_meets_the_target_is_chosen(trace, everything, tmp_path):
     rates = sorted(offer["hit_rate"] for offer in everything["offers"])
     path, page = tmp_path / "plan.json", tmp_path / "plan.html"
-    result = run(trace, *PRICES, *SIZES, "--target-hit-rate", rates[-1], "--json", path, "--plot", page)
+    result = run(trace, *PRICES, *SIZES, *FLAT, "--target-hit-rate", rates[-1], "--json", path, "--plot", page)
     assert result.exit_code == 0, result.output
     chosen = read(path)["chosen"]
     good = [offer for offer in everything["offers"] if offer["hit_rate"] >= rates[-1]]
@@ -172,6 +173,12 @@ def test_says_when_nothing_reaches_the_target(trace):
         (("--gpu-rate", "inf"), "gpu_hour=inf: 0 or more, a finite number"),
         (("--gpu-rate", "nan"), "gpu_hour=nan"),
         (("--prefill-rate", "inf"), "prefill_rate=inf"),
+        (("--prefill-rate", 1, "--prefill-curve", "1k:2,2k:1"), "prefill_rate=1.0: not together with --prefill-curve"),
+        (("--prefill-curve", "1k:12000"), "prefill_curve='1k:12000': TOKENS:RATE of two different lengths"),
+        (("--prefill-curve", "1k:12000,1000:9000"), "two different lengths"),
+        (("--prefill-curve", "1k:12000,100k:12001"), "the longer not faster"),
+        (("--prefill-curve", "1k:12000,100k:10"), "two different lengths"),
+        (("--prefill-curve", "1k:12000,inf:10"), "two different lengths"),
         (("--months", 0), "months=0.0: above 0"),
         (("--drive-writes", 0), "drive_writes=0.0: above 0"),
         (("--target-hit-rate", 36), "target_hit_rate=36.0: above 0 and at most 1"),
@@ -216,3 +223,13 @@ def test_says_what_memory_long_prompts_need(trace, tmp_path):
     assert "come back from a disk" in page.read_text()
     enough = run(trace, *PRICES, "--dram", "64GiB", "--disk", "512GiB", "--target-hit-rate", 0.001)
     assert "come back from a disk" not in enough.stdout
+
+
+def test_long_prompts_cost_what_a_measured_curve_says(trace, tmp_path):
+    path = tmp_path / "plan.json"
+    assert run(trace, *PRICES, *SIZES, "--prefill-curve", "1k:10000,8k:5000", "--json", path).exit_code == 0
+    lengths = [json.loads(line)["input_length"] for line in trace.read_text().splitlines()]
+    # seconds per token: 1/10,000 at 1,000 tokens, 1/5,000 at 8,000, and on the line through both
+    busy = sum(tokens * (1e-4 + (tokens - 1000) * 1e-4 / 7000) for tokens in lengths)
+    nothing = read(path)["offers"][0]
+    assert nothing["cost_a_month"]["gpu"] == pytest.approx(busy / nothing["seconds"] * 730 * 4)
