@@ -15,9 +15,11 @@ from valkey_server import ValkeyCluster, ValkeyServer
 
 from kvtier.abc import TierContext
 from kvtier.adapters.token_blocks import chain_keys, chain_root
+from kvtier.errors import ConfigError
 from kvtier.events import TierState
 from kvtier.namespace import Namespace
 from kvtier.secondary.resp import RespTierManager
+from kvtier.stores.resp.options import RespOptions
 from kvtier.testing.patience import wait_for
 from kvtier.testing.stores import make_key
 from kvtier.testing.tier_rig import SuiteSpec, TierRig
@@ -181,7 +183,8 @@ def test_a_node_at_an_address_that_cannot_be_reached_costs_its_own_blocks_only(a
         assert not result.success
         assert len(rig.load(numbers)[1]) == stored
         assert rig.tier.state is TierState.UP
-        assert len([line for line in caplog.messages if "lost a node" in line and announced in line]) == 1
+        (line,) = [line for line in caplog.messages if "lost a node" in line and announced in line]
+        assert "address_map" in line
         rig.close()
     finally:
         cluster.close()
@@ -211,6 +214,62 @@ def test_a_cluster_of_which_no_node_can_be_reached_where_it_says_is_down_and_say
         rig.close()
     finally:
         cluster.close()
+
+
+@pytest.mark.parametrize("with_ports", [True, False])
+def test_a_cluster_that_names_addresses_of_another_network_is_reached_where_the_map_says(with_ports):
+    cluster = ValkeyCluster()
+    try:
+        cluster.start()
+        inside = [f"node{number}.invalid" for number in range(3)]
+        for node, name in zip(cluster.nodes, inside, strict=True):  # addresses would cut the nodes off from each other
+            node.configure("cluster-preferred-endpoint-type", "hostname")
+            node.configure("cluster-announce-hostname", name)
+
+        def told(node):
+            return {shard[2][0].decode() for shard in node.command("CLUSTER SLOTS")} == set(inside)
+
+        wait_for(lambda: all(map(told, cluster.nodes)), "every node knows the others' names")
+        pairs = zip(inside, cluster.nodes, strict=True)
+        reached = {f"{at}:{node.port}": f"127.0.0.1:{node.port}" for at, node in pairs}
+        address_map = reached if with_ports else dict.fromkeys(inside, "127.0.0.1")
+        rig = make_rig(cluster.nodes[0].url, cluster=True, address_map=address_map)
+        rig.wait_up()
+        assert rig.store(range(32)).success
+        assert rig.load(range(32))[1] == list(range(32))
+        assert all(node.command("DBSIZE") for node in cluster.nodes)
+        slot = cluster.slots_of(0)[0]
+        cluster.move_slot(slot, 1)  # MOVED names such an address, too
+        rig.load(range(32))
+        assert rig.tier.state is TierState.UP
+        rig.close()
+    finally:
+        cluster.close()
+
+
+@pytest.mark.parametrize(
+    "address_map",
+    [
+        {"10.0.0.1:6379": "db"},
+        {"10.0.0.1": "db:6379"},
+        {"10.0.0.1:0": "db:1"},
+        {"10.0.0.1:70000": "db:1"},
+        {"redis://10.0.0.1": "db"},
+        {"": "db"},
+        {"10.0.0.1": "user:pw@db"},
+    ],
+)
+def test_an_address_map_that_makes_no_sense_is_refused(address_map):
+    options = RespOptions.read({"url": "redis://127.0.0.1:1", "cluster": True, "address_map": address_map})
+    with pytest.raises(ConfigError, match="address_map") as raised:
+        options.check(4096, {})
+    assert "pw" not in str(raised.value)
+
+
+def test_an_address_map_is_for_clusters():
+    options = RespOptions.read({"url": "redis://127.0.0.1:1", "address_map": {"a": "b"}})
+    with pytest.raises(ConfigError, match="cluster: true"):
+        options.check(4096, {})
 
 
 def test_a_cluster_over_tls(certificate):

@@ -96,12 +96,18 @@ def _client_options(settings: RespOptions) -> dict[str, Any]:
 
 
 class Server:
-    """One server and its connections, as many as there are threads that use it at once."""
+    """One server and its connections, as many as there are threads that use it at once.
+
+    Attributes:
+        address: where it is, for messages; host: without the port.
+        was_reached: it has let us in at least once.
+    """
 
     def __init__(self, settings: RespOptions, host: str | None = None, port: int = 0) -> None:
         """Args: host, port: None for the server, or the Unix socket, of the settings."""
         options = _client_options(settings)
         self.host = ""
+        self.was_reached = False
         address = settings.address
         if address.unix_path is not None:
             kind: type = _UnixConnection
@@ -182,9 +188,11 @@ class Server:
 
     def _connection(self) -> Any:
         try:
-            return self._pool.get_connection()
+            connection = self._pool.get_connection()
         except _FOREIGN as error:
             raise ServerLostError(self._why(error)) from None
+        self.was_reached = True
+        return connection
 
     def _why(self, error: Exception) -> str:
         """Return why there is no connection; whatever the server says, it does not show the password."""

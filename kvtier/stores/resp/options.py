@@ -23,6 +23,7 @@ _URL = '"redis://HOST:PORT/DATABASE", "rediss://..." for TLS, or "unix:///PATH"'
 _DATABASE = re.compile(r"[0-9]{1,9}")
 _PREFIX = re.compile(r"[!-z|~]{1,64}")
 """Printable, and without the braces that would put every block into one slot of a cluster."""
+_NODE = re.compile(r"(?:\[([0-9A-Fa-f:.%]+)\]|([\w.-]+))(?::(\d{1,5}))?")
 _FILES = ("tls_ca_file", "tls_cert_file", "tls_key_file")
 MAX_TTL_SECONDS = 10 * 366 * 86400
 
@@ -58,6 +59,13 @@ class RespOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True, kw_on
     cluster: Annotated[
         bool, msgspec.Meta(description="the url names nodes of a cluster; slots and failovers are followed")
     ] = False
+    address_map: Annotated[
+        dict[str, str] | None,
+        msgspec.Meta(
+            description="where nodes are that a cluster names by addresses of its own network (NAT, Docker):"
+            ' `{"10.0.0.5:6379": "db.example:7001"}`, or `{"10.0.0.5": "db.example"}`, which leaves the port as it is'
+        ),
+    ] = None
     username: Annotated[str | None, msgspec.Meta(description="with a password only")] = None
     password_env: Annotated[
         str | None,
@@ -129,6 +137,19 @@ class RespOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True, kw_on
             database=_database(first, urls[0]),
         )
 
+    @property
+    def nodes_reached_at(self) -> dict[tuple[str, int], tuple[str, int]]:
+        """What the address map says: host and port by host and port; port 0 is any, or the same.
+
+        Raises:
+            ConfigError: an entry is no address, or names a port on one side only.
+        """
+        nodes = [(_parse_node(named), _parse_node(reached)) for named, reached in (self.address_map or {}).items()]
+        known = {named: reached for named, reached in nodes if named and reached and bool(named[1]) == bool(reached[1])}
+        if len(known) < len(nodes):
+            raise self._map_error('addresses by addresses, "HOST:PORT" both or "HOST" both')
+        return known
+
     def check(self, block_bytes: int, policies: Mapping[str, type[Any]]) -> None:
         """Refuse options that contradict each other, or what the environment shows."""
         if find_spec("redis") is None:
@@ -187,10 +208,15 @@ class RespOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True, kw_on
             raise ConfigError("url", self.url, "no database: a cluster has one only")
         if len(address.servers) > 1 and not self.cluster:
             raise ConfigError("url", self.url, "one server; several need cluster: true")
+        if self.nodes_reached_at and not self.cluster:
+            raise self._map_error("cluster: true to go with it")
         if not address.tls:
             for key in _FILES:
                 if getattr(self, key) is not None:
                     raise ConfigError(key, getattr(self, key), "a url with rediss:// to go with it")
+
+    def _map_error(self, allowed: str) -> ConfigError:
+        return ConfigError("address_map", f"{len(self.address_map or {})} addresses", allowed)
 
     def _check_values(self) -> None:
         if self.password_env is not None and self.password_file is not None:
@@ -214,6 +240,13 @@ def _parse(url: str) -> SplitResult:
     if parts.scheme == "unix" and (parts.netloc or not parts.path.strip("/")):
         raise ConfigError("url", url, '"unix:///PATH" expected')
     return parts
+
+
+def _parse_node(text: str) -> tuple[str, int] | None:
+    found = _NODE.fullmatch(text)
+    if found is None or int(found[3] or 1) not in range(1, 65536):
+        return None
+    return found[1] or found[2], int(found[3] or 0)
 
 
 def _database(parts: SplitResult, url: str) -> int:

@@ -126,6 +126,7 @@ class Cluster(Topology):
     def __init__(self, settings: RespOptions) -> None:
         """Raises: StoreUnavailableError: no node answers, or none lets us in."""
         self._settings = settings
+        self._reached_at = settings.nodes_reached_at
         self._lock = threading.Lock()
         self._refreshing = threading.Lock()
         self._refreshed_at = 0.0
@@ -175,6 +176,8 @@ class Cluster(Topology):
 
     def lose(self, server: Server, reason: str) -> None:
         """Leave a node alone for a while; a line says so, once."""
+        if not server.was_reached:
+            reason += " (the option address_map says where nodes are that the cluster names by other addresses)"
         with self._lock:
             absence = self._absent.get(server)
             if absence is None:
@@ -217,7 +220,8 @@ class Cluster(Topology):
         with self._lock:
             server = self._servers.get((host, port))
             if server is None:
-                server = self._servers[host, port] = Server(self._settings, host, port)
+                reached = self._reached_at.get((host, port)) or self._reached_at.get((host, 0)) or (host, port)
+                server = self._servers[host, port] = Server(self._settings, reached[0], reached[1] or port)
             return server
 
     def _refresh(self) -> None:
