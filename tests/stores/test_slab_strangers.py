@@ -347,6 +347,22 @@ def test_a_namespaces_folder_that_is_replaced_while_running_is_noticed(tmp_path,
     assert contents(victim) == before
 
 
+@pytest.mark.parametrize("how", ["removed", "another"])
+def test_headers_that_are_removed_or_replaced_while_running_are_noticed(tmp_path, context, how):
+    store = open_slab(tmp_path / "slab", context)
+    assert all(write(store, range(4)))
+    headers = headers_file(tmp_path / "slab", context)
+    if how == "another":
+        shutil.copy(headers, tmp_path / "copy")
+        (tmp_path / "copy").rename(headers)
+    else:
+        headers.unlink()
+    for call in (write, read):
+        with pytest.raises(StoreUnavailableError, match="replaced"):
+            call(store, range(4))
+    store.close()
+
+
 def test_a_directory_open_to_others_is_closed_to_them_again(filled, context):
     filled.chmod(0o770)
     folder_of(filled, context).chmod(0o775)

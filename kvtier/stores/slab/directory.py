@@ -17,7 +17,7 @@ from kvtier.log import logger
 from kvtier.namespace import Namespace
 from kvtier.stores.mounts import check_mounted, make_last_directory
 from kvtier.stores.own_files import FOLDER_MODE, FOUND_BY_FSCK, Folder, StrangerError
-from kvtier.stores.slab.layout import DESCRIPTION_NAME, LOCK_NAME, SEGMENT_BYTES, is_fingerprint, rank_of
+from kvtier.stores.slab.layout import DESCRIPTION_NAME, HEADERS_NAME, LOCK_NAME, SEGMENT_BYTES, is_fingerprint, rank_of
 from kvtier.stores.slab.lock import SIGN, read_lock, take_lock
 from kvtier.stores.slab.namespaces import (
     cut_spare,
@@ -58,6 +58,7 @@ class SlabDirectory:
         self._segment_bytes = segment_bytes
         self._name = namespace.fingerprint.hex()
         self.namespace_path = path / self._name
+        self._headers_name = f"{self._name}/{HEADERS_NAME}"
         self._shortened: set[str] = set()
         try:
             self._delete_past()
@@ -102,8 +103,12 @@ class SlabDirectory:
         self.folder.close()
         os.close(self._lock_descriptor)
 
-    def check_present(self) -> None:
-        """Check that the directory was not removed or replaced under us.
+    def check_present(self, headers: os.stat_result) -> None:
+        """Check that the directory was not removed or replaced under us, nor the namespace's folder or headers in it.
+
+        Args:
+            headers: status of the file of headers that is in use. One look at its name tells of the folder, too: this
+                comes before each job, of which small ones are as quick as a few looks.
 
         Raises:
             StoreUnavailableError: it was, and must be opened anew.
@@ -111,7 +116,10 @@ class SlabDirectory:
         """
         try:
             is_held = os.fstat(self._lock_descriptor).st_nlink > 0
-            is_ours = self.folder.holds(self._name, self.namespace)
+            found = os.stat(self._headers_name, dir_fd=self.folder.descriptor, follow_symlinks=False)
+            is_ours = (found.st_ino, found.st_dev) == (headers.st_ino, headers.st_dev)
+        except (FileNotFoundError, NotADirectoryError):
+            is_held = is_ours = False
         except OSError as error:
             kind = StoreUnavailableError if error.errno == errno.ESTALE else StoreError
             raise kind(f"{self.path}: {describe(error)}") from error

@@ -38,6 +38,8 @@ class RecordFile:
     def __init__(self, descriptor: int) -> None:
         """Args: descriptor: of the file; closed by `close`."""
         self._descriptor = descriptor
+        self.status = os.fstat(descriptor)
+        """What the file was when it was opened; its device and number stay."""
 
     @classmethod
     def open(cls, namespace: Folder, flags: int = os.O_RDONLY) -> Self:

@@ -171,9 +171,7 @@ class SlabStore(SlotStore):
 
     def _runs(self, slots: Sequence[int], buffers: Sequence[memoryview], most: int | None) -> list[Run]:
         """Return the runs over the slots and buffers that can be served at all; count the others."""
-        self._directory.check_present()
-        if not self._records.is_present:
-            raise StoreUnavailableError(f"{self._directory.namespace_path}: the headers were removed while in use")
+        self._directory.check_present(self._records.status)
         usable = [
             position
             for position, (slot, buffer) in enumerate(zip(slots, buffers, strict=True))
