@@ -52,10 +52,14 @@ __all__ = [
 
 
 class EvictionPolicy(ABC):
-    """Orders keys by how soon they should go; knows no slot, pin, clock or I/O.
+    """Orders keys by how soon they should go; knows no slot, pin or I/O, and owns no clock.
 
     Keys come in prefix order (head first). A policy that cares for recency makes the tail of one call older
     than its head, so that eviction eats a prefix from its end.
+
+    `now` is when the request came that uses the keys, in seconds: all calls for one request have the same, no two
+    requests do, and it may lie before that of an earlier call. Policies to which time means nothing ignore it; one
+    whose methods do not take it at all works, too.
 
     Caller guarantees: `insert` only keys not held, `evict`, `remove` only keys held; no key twice in one call.
     Implementer must: hold exactly the keys inserted and not yet evicted or removed; hash and compare keys only.
@@ -74,12 +78,15 @@ class EvictionPolicy(ABC):
         return cls(capacity)
 
     @abstractmethod
-    def insert(self, keys: Sequence[OffloadKey]) -> None:
+    def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         """Start holding `keys`: one use of each."""
 
     @abstractmethod
-    def touch(self, keys: Sequence[OffloadKey]) -> None:
-        """Count one more use of each of `keys`; keys not held are ignored."""
+    def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
+        """Count one more use of each of `keys`; keys not held are ignored.
+
+        A call without keys says which request the next `candidates` is for.
+        """
 
     @abstractmethod
     def evict(self, keys: Sequence[OffloadKey]) -> None:
@@ -91,10 +98,13 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def candidates(self, incoming: Sequence[OffloadKey] = ()) -> Iterator[OffloadKey]:
-        """Yield every held key, best victim first; change nothing.
+        """Yield the held keys, best victim first; change nothing.
+
+        Without `incoming` all of them come. With it, a policy may end earlier: those left are worth more than the
+        tail of `incoming`, for which there is then no room.
 
         Args:
-            incoming: the keys that are about to be inserted, for policies whose choice depends on them.
+            incoming: the keys that are about to be inserted, in prefix order.
 
         The caller does not change the policy while it iterates.
         """

@@ -45,7 +45,7 @@ class ARCPolicy(EvictionPolicy):
         """Size, in keys, that T1 should have: 0 to `capacity`."""
         return self._p
 
-    def insert(self, keys: Sequence[OffloadKey]) -> None:
+    def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         """Hold `keys`: in T2 those that a ghost remembers, which also adapts p, in T1 the others."""
         t1, t2, b1, b2 = self._t1, self._t2, self._b1, self._b2
         if b1.keys().isdisjoint(keys) and b2.keys().isdisjoint(keys):
@@ -66,7 +66,7 @@ class ARCPolicy(EvictionPolicy):
         self._fresh_b1 = self._fresh_b2 = 0
         self._trim_ghosts()
 
-    def touch(self, keys: Sequence[OffloadKey]) -> None:
+    def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         """Make the held ones of `keys` the most recent of T2."""
         t1, t2 = self._t1, self._t2
         move_to_end = t2.move_to_end

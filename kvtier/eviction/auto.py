@@ -97,7 +97,7 @@ class ShadowedPolicy(EvictionPolicy):
             found[f"shadow_blocks.{name}"] = cache.blocks
         return found
 
-    def insert(self, keys: Sequence[OffloadKey]) -> None:
+    def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         """Start holding `keys`: the end of a request's use, after which there is time for the shadows."""
         self._policy.insert(keys)
         succession = self._succession
@@ -125,7 +125,7 @@ class ShadowedPolicy(EvictionPolicy):
         if self.on_switch is not None:
             self.on_switch(switch)
 
-    def touch(self, keys: Sequence[OffloadKey]) -> None:
+    def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         """Count one more use of each of `keys`."""
         self._policy.touch(keys)
         self._uses.note_found(keys, self._policy)

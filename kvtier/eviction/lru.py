@@ -24,13 +24,13 @@ class LRUPolicy(EvictionPolicy):
         super().__init__(capacity)
         self._queue: OrderedDict[OffloadKey, None] = OrderedDict()
 
-    def insert(self, keys: Sequence[OffloadKey]) -> None:
+    def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         """Append `keys`, the head of the call as the most recent."""
         queue = self._queue
         for key in reversed(keys):  # half the time of OrderedDict.update
             queue[key] = None
 
-    def touch(self, keys: Sequence[OffloadKey]) -> None:
+    def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         """Make the held ones of `keys` the most recent, the head of the call last."""
         queue = self._queue
         # A chain of C iterators: half the time of a loop. The deque of length 0 only drives it.

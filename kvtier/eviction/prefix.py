@@ -87,7 +87,7 @@ class PrefixPolicy(EvictionPolicy):
         """Return a policy that learns from as many uses of all keys as it would if it were shown them all."""
         return cls(capacity, share)
 
-    def touch(self, keys: Sequence[OffloadKey]) -> None:
+    def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         """Count a use of the held ones of `keys`; a use at once after another by the same keys is the same use."""
         part_of = self._part_of
         parts = [part_of.get(key) for key in keys]
@@ -98,7 +98,7 @@ class PrefixPolicy(EvictionPolicy):
             self._num_found += len(keys)
             self._use(keys, parts, NEW)
 
-    def insert(self, keys: Sequence[OffloadKey]) -> None:
+    def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         """Hold `keys`: with their former uses those that a ghost remembers, as new the others."""
         if not keys:
             return

@@ -43,7 +43,7 @@ class S3FIFOPolicy(EvictionPolicy):
         self._most_small = max(1, capacity // SMALL_SHARE)
         self._most_ghosts = max(1, capacity - self._most_small)
 
-    def insert(self, keys: Sequence[OffloadKey]) -> None:
+    def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         """Append `keys` to the main queue if a ghost remembers them, to the small one if not."""
         small, main, ghosts = self._small, self._main, self._ghosts
         if ghosts.keys().isdisjoint(keys):
@@ -57,7 +57,7 @@ class S3FIFOPolicy(EvictionPolicy):
             else:
                 small[key] = 0
 
-    def touch(self, keys: Sequence[OffloadKey]) -> None:
+    def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         """Count one more use of the held ones of `keys`; nothing moves."""
         for queue in (self._small, self._main):
             if not queue.keys().isdisjoint(keys):

@@ -34,7 +34,7 @@ class Succession(EvictionPolicy):
         """Whether the new policy holds everything."""
         return not len(self.old)
 
-    def insert(self, keys: Sequence[OffloadKey]) -> None:
+    def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         """Hold `keys`, and move some."""
         self.old.insert(keys)
         moved = list(islice(self.old.candidates(), MOVED_AT_ONCE + len(keys)))
@@ -42,7 +42,7 @@ class Succession(EvictionPolicy):
         moved.reverse()
         self.new.insert(moved)
 
-    def touch(self, keys: Sequence[OffloadKey]) -> None:
+    def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         """Count a use of the held ones of `keys`, wherever they are."""
         self.old.touch(keys)
         self.new.touch(keys)

@@ -61,7 +61,7 @@ class TinyLFUPolicy(EvictionPolicy):
         self._epoch = 0
         self._uses_in_epoch = 0
 
-    def insert(self, keys: Sequence[OffloadKey]) -> None:
+    def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         """Append `keys` to the window; what it is too small for goes on to vacant places of the main part."""
         window, probation, ghosts = self._window, self._probation, self._ghosts
         if not ghosts.keys().isdisjoint(keys):
@@ -75,7 +75,7 @@ class TinyLFUPolicy(EvictionPolicy):
             del window[key]
             probation[key] = None
 
-    def touch(self, keys: Sequence[OffloadKey]) -> None:
+    def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         """Count a use of the held ones of `keys`, and make them the most recent of the window or the protected."""
         window, probation, protected = self._window, self._probation, self._protected
         held = [key for key in keys if key in probation or key in protected or key in window]

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
 from kvtier.eviction.lru import LRUPolicy
+from kvtier.eviction.timeless import with_time
 from kvtier.keys import OffloadKey, common_key_bytes
 from kvtier.log import logger
 
@@ -67,7 +68,7 @@ class BlockTable:
     def __init__(self, num_slots: int, policy: EvictionPolicy) -> None:
         """Args: num_slots: at least 1; policy: empty, with a capacity of at least `num_slots`."""
         self.num_slots = num_slots
-        self.policy = policy
+        self.policy = with_time(policy)
         self.slot_of: dict[OffloadKey, int] = {}
         self.filling: set[int] = set()
         self._pins: dict[int, int] = {}
@@ -186,10 +187,10 @@ class BlockTable:
             victims += batch
         return victims
 
-    def apply(self, placement: Placement) -> dict[OffloadKey, int]:
+    def apply(self, placement: Placement, now: float = 0.0) -> dict[OffloadKey, int]:
         """Evict and insert as planned; return the slots, FILLING, by key in the order of the plan.
 
-        The table must not have changed since `plan`.
+        The table must not have changed since `plan`. `now` is when the request came, see `EvictionPolicy`.
         """
         keys, free, slot_of = placement.keys, self._free, self.slot_of
         if not keys:
@@ -208,17 +209,17 @@ class BlockTable:
         try:  # as in `_tell`, without its call: this runs for every block that enters a tier
             if placement.victims:
                 self.policy.evict(placement.victims)
-            self.policy.insert(keys)
+            self.policy.insert(keys, now)
         except Exception as fault:  # noqa: BLE001 - a plug-in may raise anything; reported, and LRU takes over
             self._replace_policy(fault)
         return placed
 
     # -- the policy ---------------------------------------------------------------------------------------
 
-    def touch(self, keys: Sequence[OffloadKey]) -> None:
-        """Count one more use of each of `keys`, in prefix order; keys not held are ignored."""
+    def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
+        """Count one more use of each of `keys`, in prefix order; see `EvictionPolicy.touch`."""
         try:  # as in `_tell`, without its call: engines touch whole prompts
-            self.policy.touch(keys)
+            self.policy.touch(keys, now)
         except Exception as fault:  # noqa: BLE001 - a plug-in may raise anything; reported, and LRU takes over
             self._replace_policy(fault)
 

@@ -7,24 +7,43 @@ trace, in which a request asks once, would foretell other hits than the engine h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Set
 from itertools import chain
 
+from kvtier.clock import Clock
 from kvtier.keys import OffloadKey
 from kvtier.primary.table import BlockTable
 
 Keys = list[OffloadKey]
 
 
+class Arrivals:
+    """Gives every request a time of its own: now, or the least time after the request before."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock, self._last = clock, -math.inf
+
+    def next(self) -> float:
+        """Return the time of a request that comes now, in seconds of the clock."""
+        now = self._clock()
+        self._last = now if now > self._last else math.nextafter(self._last, math.inf)
+        return self._last
+
+
 class RequestUses:
     """The blocks that a request has used, whether the primary tier held them then, and which were not ready yet.
 
     Most requests load once and store, and are never asked again: what they use is only put aside until somebody asks.
+
+    Attributes:
+        came: when the request came, in seconds: policies know it by that.
     """
 
-    __slots__ = ("_aside", "_early", "_held", "_named")
+    __slots__ = ("_aside", "_early", "_held", "_named", "came")
 
-    def __init__(self) -> None:
+    def __init__(self, came: float) -> None:
+        self.came = came
         self._held: dict[OffloadKey, bool] = {}
         self._aside: list[Keys] = []
         self._early: set[OffloadKey] = set()

@@ -62,7 +62,7 @@ class SlottedTierManager(StoreTierManager):
         super().__init__(offloading_spec, primary_kv_view, tier_type, store=store, options=options, settings=settings)
         self._policy = find_policy(eviction_policy, self.context.policies)
         self._table: BlockTable | None = None
-        self._uses = TierUses()
+        self._uses = TierUses(self.context.clock)
         self._events: deque[OffloadingEvent] = deque(maxlen=_MAX_EVENTS)
         self._full_until = -math.inf
         self._prepared: Prepared | None = None
@@ -161,8 +161,7 @@ class SlottedTierManager(StoreTierManager):
         if len(placement.keys) + placement.num_left_out < len(metadata.keys):
             here = [key for key in metadata.keys if table.is_ready(key)]
             self._uses.touch(table, here, metadata.req_context)
-        self._uses.note_stored(metadata.keys, placement.keys, metadata.req_context)
-        slots = list(table.apply(placement).values())
+        slots = self._uses.store(table, metadata.keys, placement, metadata.req_context)
         if placement.victims:
             self._say_evicted(placement.victims)
         arena_slots = metadata.block_ids.tolist()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from kvtier.clock import Clock
 from kvtier.keys import OffloadKey
 from kvtier.primary.table import BlockTable, Placement
-from kvtier.primary.uses import RequestUses
+from kvtier.primary.uses import Arrivals, RequestUses
 from kvtier.types import ReqContext
 
 
@@ -17,12 +18,13 @@ class TierUses:
     their places tail-first, so that the next evictions shorten chains and do not cut them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
+        self._times = Arrivals(clock)
         self._by_request: dict[str, RequestUses] = {}
 
     def begin(self, req_context: ReqContext) -> None:
         """A request comes."""
-        self._by_request.setdefault(req_context.req_id, RequestUses())
+        self._by_request.setdefault(req_context.req_id, RequestUses(self._times.next()))
 
     def touch(self, table: BlockTable, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         """Count a use of those of `keys`, in prefix order, that `table` holds and that count for this request."""
@@ -32,7 +34,7 @@ class TierUses:
             uses.note_offer(counted)
             counted, _ = uses.count(counted, table.slot_of)
         if counted:
-            table.touch(counted)
+            table.touch(counted, self._came(uses))
 
     def load(self, table: BlockTable, keys: Sequence[OffloadKey], req_context: ReqContext) -> None:
         """Count the use of blocks that are read for a request. Their place among others follows from a later touch."""
@@ -43,20 +45,28 @@ class TierUses:
             counted = [key for key in counted if key not in own]
             uses.note_stored(counted)
         if counted:
-            table.touch(counted)
+            table.touch(counted, self._came(uses))
 
     def plan_store(self, table: BlockTable, keys: Sequence[OffloadKey], req_context: ReqContext) -> Placement:
         """Choose places for a request's blocks; see `BlockTable.plan`."""
         uses = self._by_request.get(req_context.req_id)
-        spared = (uses.own,) if uses is not None and len(keys) > table.num_free else ()
-        return table.plan(keys, spared)
+        if len(keys) <= table.num_free:
+            return table.plan(keys)
+        table.touch((), self._came(uses))  # says whose blocks the victims are to make room for
+        return table.plan(keys, () if uses is None else (uses.own,))
 
-    def note_stored(self, offered: Sequence[OffloadKey], placed: list[OffloadKey], req_context: ReqContext) -> None:
-        """A request brings the blocks `placed`, those of `offered`, in prefix order, that were not here."""
+    def store(
+        self, table: BlockTable, offered: Sequence[OffloadKey], placement: Placement, req_context: ReqContext
+    ) -> list[int]:
+        """Put a request's blocks, those of `offered` that were not here, in the places planned; return the slots."""
         uses = self._by_request.get(req_context.req_id)
         if uses is not None:
             uses.note_offer(list(offered))
-            uses.note_stored(placed)
+            uses.note_stored(placement.keys)
+        return list(table.apply(placement, self._came(uses)).values())
+
+    def _came(self, uses: RequestUses | None) -> float:
+        return self._times.next() if uses is None else uses.came
 
     def end(self, table: BlockTable | None, req_context: ReqContext) -> None:
         """A request is over: settle its blocks by their position in the prompt, as far as that is known."""

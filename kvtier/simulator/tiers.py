@@ -77,7 +77,7 @@ class SimulatedTierManager(SecondaryTierManager):
         """
         super().__init__(None, primary_kv_view, name)
         self.table = BlockTable(policy.capacity, policy)
-        self._uses = TierUses()
+        self._uses = TierUses(clock)
         self.device: Device[SimulatedJob] = Device(speed, clock)
         self._block_bytes = block_bytes
         self._clock, self._observer = clock, observer
@@ -124,8 +124,7 @@ class SimulatedTierManager(SecondaryTierManager):
         if len(placement.keys) + placement.num_left_out < len(keys):
             here = [key for key in keys if table.is_ready(key)]
             self._uses.touch(table, here, job_metadata.req_context)
-        self._uses.note_stored(keys, placement.keys, job_metadata.req_context)
-        slots = list(table.apply(placement).values())
+        slots = self._uses.store(table, keys, placement, job_metadata.req_context)
         if placement.victims:
             self._observer.on_event(BlocksEvicted(self.tier_type, placement.victims))
         job = SimulatedJob(job_metadata, placement.keys, slots, here, self._clock())

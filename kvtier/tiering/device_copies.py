@@ -152,7 +152,7 @@ class DeviceTransfers:
 
     def begin_store(self, state: RequestState, placement: Placement) -> list[int]:
         """Apply the placement for `state` and return the slots to fill."""
-        placed = self._table.apply(placement)
+        placed = self._table.apply(placement, state.uses.came)
         if state.copies.storing:
             state.copies.storing.update(placed)
         else:

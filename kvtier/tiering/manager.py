@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from typing import Protocol
 
 from kvtier import forks
@@ -21,6 +21,7 @@ from kvtier.eviction.shadow_report import ShadowReport
 from kvtier.keys import OffloadKey
 from kvtier.metrics import EventCounters, tier_readings
 from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
+from kvtier.primary.uses import RequestUses
 from kvtier.secondary.jobs import Job
 from kvtier.tiering.audit import check_slots
 from kvtier.tiering.cascades import Cascades
@@ -124,7 +125,7 @@ class TieringOffloadingManager(OffloadingManager):
         self._table, self._tiers = self._primary.table, tiers
         self._shadows = ShadowReport(PRIMARY, self._table.policy, self._observer)
         table, guards, observer = self._table, self._tiers.guards, self._observer
-        self._requests = Requests(tiers)
+        self._requests = Requests(tiers, clock)
         self._transfers = DeviceTransfers(table, observer, self._primary.finished_sequence)
         self._flights = Flights()
         leases = Leases(table, settings.most_promoted(table.num_slots), settings.lease_timeout)
@@ -248,7 +249,7 @@ class TieringOffloadingManager(OffloadingManager):
         """Count one use of `keys`, given in prefix order, in every tier; of each block one for a request."""
         once = keys if isinstance(keys, list) and len(set(keys)) == len(keys) else list(dict.fromkeys(keys))
         state = self._requests.get(req_context.req_id)
-        self._note_use(once, req_context, None if state is None else state.uses)
+        self._note_use(once, req_context, RequestUses(self._clock()) if state is None else state.uses)
 
     @in_turn
     def prepare_store(self, keys: Collection[OffloadKey], req_context: ReqContext) -> PrepareStoreOutput | None:
@@ -270,7 +271,10 @@ class TieringOffloadingManager(OffloadingManager):
             self._note_use(
                 [key for key in dict.fromkeys(ordered) if key in slot_of], req_context, state.uses, all_held=True
             )
-        spared = (state.uses.own, self._scanned.found_by_waiting()) if len(ordered) > self._table.num_free else ()
+        spared: tuple[Set[OffloadKey], ...] = ()
+        if len(ordered) > self._table.num_free:
+            spared = (state.uses.own, self._scanned.found_by_waiting())
+            self._table.touch((), state.uses.came)  # says whose blocks the victims are to make room for
         placement = self._table.plan(ordered, spared, all_new)
         if placement.num_left_out and not placement.keys:
             return None

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 
+from kvtier.clock import Clock
 from kvtier.errors import InvariantError
 from kvtier.keys import OffloadKey
-from kvtier.primary.uses import RequestUses
+from kvtier.primary.uses import Arrivals, RequestUses
 from kvtier.tiering.tiers import SecondaryTiers
 from kvtier.types import ReqContext
 
@@ -150,6 +151,7 @@ class RequestState:
 
     context: ReqContext
     arrival: int
+    uses: RequestUses
     tiers: tuple[int, ...] = ()
     scan: Scan = field(default_factory=Scan)
     wait: Wait = field(default_factory=Wait)
@@ -158,7 +160,6 @@ class RequestState:
     plans: Plans = field(default_factory=Plans)
     progress: Progress = field(default_factory=Progress)
     copies: Copies = field(default_factory=Copies)
-    uses: RequestUses = field(default_factory=RequestUses)
     request_level_tiers: tuple[int, ...] = ()
     finished: bool = False
 
@@ -209,9 +210,9 @@ def _arrival(state: RequestState) -> int:
 class Requests:
     """The requests that are live, or whose copies between device and arena have not ended."""
 
-    def __init__(self, tiers: SecondaryTiers) -> None:
+    def __init__(self, tiers: SecondaryTiers, clock: Clock) -> None:
         """Args: tiers: they are told which requests are over."""
-        self._tiers = tiers
+        self._tiers, self._times = tiers, Arrivals(clock)
         self._by_id: dict[str, RequestState] = {}
         self.get: Callable[[str], RequestState | None] = self._by_id.get
         """Return the state of a request, or None. The dict's own method: it is called many times per request."""
@@ -235,7 +236,7 @@ class Requests:
             self._tiers.forget(former.context)  # its last copies go on under another request of that name
         self._arrivals += 1
         tiers = self._tiers.allowed(context.load_tier_filter)
-        state = RequestState(context, self._arrivals, tiers)
+        state = RequestState(context, self._arrivals, RequestUses(self._times.next()), tiers)
         if former is not None:
             state.copies = former.copies
         self._by_id[context.req_id] = state

@@ -17,19 +17,16 @@ class Usage:
         """Args: table: of the primary tier."""
         self._table, self._tiers, self._cascades = table, tiers, cascades
 
-    def note(
-        self, keys: list[OffloadKey], req_context: ReqContext, uses: RequestUses | None, all_held: bool = False
-    ) -> None:
+    def note(self, keys: list[OffloadKey], req_context: ReqContext, uses: RequestUses, all_held: bool = False) -> None:
         """Count one use of `keys`, in prefix order, each of them once.
 
         Args:
-            uses: of the request; None if nothing is known of it: then every use counts.
+            uses: of the request.
             all_held: the primary tier holds all of `keys`.
         """
-        uses = RequestUses() if uses is None else uses
         counted, fresh = uses.count(keys, None if all_held else self._table.slot_of)
         if counted:
-            self._table.touch(counted)
+            self._table.touch(counted, uses.came)
         if fresh:
             self._tiers.touch(fresh, req_context)
         if self._cascades.count_uses:

@@ -88,7 +88,7 @@ def test_a_block_counts_one_use_for_a_request(rig, monkeypatch):
     used = []
     for table in tables(rig):
         held = set(table.slot_of)
-        monkeypatch.setattr(table.policy, "touch", lambda keys, held=held: used.extend(held.intersection(keys)))
+        monkeypatch.setattr(table.policy, "touch", lambda keys, now, held=held: used.extend(held.intersection(keys)))
     begin(rig, "second")
     rig.load(range(4))
     rig.tier.touch([make_key(number) for number in range(4)], rig.request)

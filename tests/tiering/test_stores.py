@@ -343,7 +343,7 @@ def test_a_request_uses_a_block_once_however_often_the_engine_says_so(make_engin
     engine, keys, more = make_engine(num_blocks=8), make_keys(3), make_keys(2, "more")
     engine.store(keys[:2], engine.request("before"))
     used = []
-    engine.table.policy.touch = lambda keys: used.append([key for key in keys if key in engine.table])
+    engine.table.policy.touch = lambda keys, now: used.append([key for key in keys if key in engine.table])
     context = engine.request()
     for _ in range(3):  # a wait: all blocks of the request at every step, held or not
         engine.manager.touch(keys, context)
@@ -479,3 +479,26 @@ def test_a_request_of_an_ended_ones_name_starts_afresh(make_engine):
     engine.finish(context)
     assert engine.tier.finished_requests == ["r", "r"]
     assert len(engine.manager._requests) == 0
+
+
+def test_a_policy_is_told_when_the_request_came(make_engine):
+    engine, first, second = make_engine(num_blocks=4), make_keys(2, "first"), make_keys(3, "second")
+    told = {"touch": [], "insert": []}
+    for name, calls in told.items():
+        method = getattr(engine.table.policy, name)
+        setattr(
+            engine.table.policy, name, lambda keys, now, f=method, c=calls: (c.append((list(keys), now)), f(keys, now))
+        )
+    early = engine.request("early")
+    engine.manager.on_new_request(early)
+    same_moment = engine.request("same moment")
+    engine.manager.on_new_request(same_moment)
+    came = engine.clock()
+    engine.clock.advance(5.0)
+    engine.store(first, early)
+    engine.load(first, early)
+    engine.store(second, same_moment)
+    assert told["insert"][0] == (first, came)
+    assert told["touch"][0] == ([], pytest.approx(came)), "said before victims are asked for"
+    (_, later) = told["insert"][1]
+    assert came < later < came + 1e-3, "no two requests have the same time"

@@ -1,0 +1,57 @@
+"""Lets a policy whose methods take no time stand where one that takes it is called."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+
+from kvtier.abc import EvictionPolicy
+from kvtier.keys import OffloadKey
+
+
+class TimelessPolicy(EvictionPolicy):
+    """Passes every call on, without the time."""
+
+    def __init__(self, policy: EvictionPolicy) -> None:
+        super().__init__(policy.capacity)
+        self._policy = policy
+
+    def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
+        self._policy.insert(keys)
+
+    def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
+        self._policy.touch(keys)
+
+    def evict(self, keys: Sequence[OffloadKey]) -> None:
+        self._policy.evict(keys)
+
+    def remove(self, keys: Sequence[OffloadKey]) -> None:
+        self._policy.remove(keys)
+
+    def candidates(self, incoming: Sequence[OffloadKey] = ()) -> Iterator[OffloadKey]:
+        return self._policy.candidates(incoming)
+
+    def settle(self, keys: Sequence[OffloadKey]) -> None:
+        self._policy.settle(keys)
+
+    def clear(self) -> None:
+        self._policy.clear()
+
+    def __len__(self) -> int:
+        return len(self._policy)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._policy
+
+    def check_invariants(self) -> None:
+        self._policy.check_invariants()
+
+
+def with_time(policy: EvictionPolicy) -> EvictionPolicy:
+    """Return `policy`, or an adapter to it if its `insert` or `touch` takes keys only."""
+    try:
+        for method in (policy.insert, policy.touch):
+            inspect.signature(method).bind((), 0.0)
+    except TypeError:
+        return TimelessPolicy(policy)
+    return policy
