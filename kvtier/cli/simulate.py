@@ -84,7 +84,8 @@ def simulate(
         show_repeated(trace)
         return
     check_outputs(plot, json_path)
-    loaded = load_trace(trace, tokens_per_block, conversation_gap)
+    with tracked(f"reading {trace.name}") as progress:
+        loaded = load_trace(trace, tokens_per_block, conversation_gap, progress)
     block_bytes, doubling = block_bytes_and_doubling(loaded, model, kv_dtype)
     speed = prefill_speed(prefill_rate, prefill_curve, doubling)
     machine = make_machine(speed, host_bandwidth, disk_read, disk_write, disk_latency)

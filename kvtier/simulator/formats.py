@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import os
 from codecs import BOM_UTF8
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -56,15 +55,23 @@ class _Either(msgspec.Struct):
     requests: msgspec.Raw = msgspec.Raw()
 
 
+Progress = Callable[[float], None]
 S = TypeVar("S", bound=msgspec.Struct)
 
 
-def load_trace(path: Path, tokens_per_block: int | None = None, conversation_gap: float = 60.0) -> Trace:
+def load_trace(
+    path: Path,
+    tokens_per_block: int | None = None,
+    conversation_gap: float = 60.0,
+    progress: Progress = lambda share: None,
+) -> Trace:
     """Return the trace in a file, or in a folder of WEKA's files.
 
     Args:
-        tokens_per_block: replaces what the format says.
+        tokens_per_block: what a Mooncake or Qwen-Bailian file has, if it does not say; what the blocks of others, which
+            say it, are joined to.
         conversation_gap: seconds between the starts of two WEKA conversations, whose times are their own.
+        progress: told which share of a folder has been read, 0 to 1.
 
     Raises:
         ConfigError: a gap below 0, or without end.
@@ -73,29 +80,37 @@ def load_trace(path: Path, tokens_per_block: int | None = None, conversation_gap
     if not 0 <= conversation_gap < math.inf:
         raise ConfigError("conversation_gap", conversation_gap, "0 seconds or more, a finite number")
     try:
-        trace = _load(path, conversation_gap, tokens_per_block)
+        trace = _load(path, conversation_gap, tokens_per_block, progress)
     except RecursionError:
         raise TraceError(f"{path}: nested too deep") from None
     if not any(request.keys for request in trace.requests):
         raise TraceError(f"{path}: no request in it asks for a block")
-    return trace if tokens_per_block is None else replace(trace, tokens_per_block=tokens_per_block)
+    return trace
 
 
-def _load(path: Path, conversation_gap: float, tokens_per_block: int | None) -> Trace:
+def _load(path: Path, conversation_gap: float, tokens_per_block: int | None, progress: Progress) -> Trace:
     if os.path.isdir(path):
         files = sorted(filter(is_trace_name, path.iterdir()))
         if not files:
             raise TraceError(f"{path}: a folder without .json or .jsonl files, compressed by gzip (.gz) or not")
-        conversations = [(str(file), one) for file in files for _, one in _parsed(file, WekaConversation)]
-        return _weka(one_line(path.name), conversations, conversation_gap)
+        conversations = _conversations(files, progress)
+        return _weka(one_line(path.name), conversations, conversation_gap, tokens_per_block)
     check_regular(path)
     if is_recording(path):
-        return read_recorded_trace(path)
+        return read_recorded_trace(path, tokens_per_block)
     kind = _kind(path)
     if kind is WekaConversation:
-        conversations = [(f"{path}:{number}", one) for number, one in _parsed(path, WekaConversation)]
-        return _weka(one_line(path.name), conversations, conversation_gap)
+        conversations = _conversations([path], progress)
+        return _weka(one_line(path.name), conversations, conversation_gap, tokens_per_block)
     return _lines(path, tokens_per_block)
+
+
+def _conversations(files: Sequence[Path], progress: Progress) -> Iterator[tuple[str, WekaConversation]]:
+    """Yield (where it stands, conversation); after each file, say which share of all has been read."""
+    for count, file in enumerate(files, 1):
+        for number, one in _parsed(file, WekaConversation):
+            yield f"{file}:{number}", one
+        progress(count / len(files))
 
 
 def _kind(path: Path) -> type[msgspec.Struct]:
@@ -184,8 +199,8 @@ def _tokens_per_block(path: Path, requests: Sequence[TraceRequest], usual: int) 
     )
 
 
-def _weka(name: str, conversations: list[tuple[str, WekaConversation]], gap: float) -> Trace:
-    sizes = {one.block_size for _, one in conversations}
-    if len(sizes) != 1:
-        raise TraceError(f"{name}: conversations with blocks of {sorted(sizes)} tokens; one size expected")
-    return Trace(name, "WEKA", sizes.pop(), in_order(weka_requests(conversations, gap)))
+def _weka(
+    name: str, conversations: Iterable[tuple[str, WekaConversation]], gap: float, tokens_per_block: int | None
+) -> Trace:
+    requests, size = weka_requests(conversations, gap, tokens_per_block)
+    return Trace(name, "WEKA", size, in_order(requests))

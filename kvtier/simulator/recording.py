@@ -13,7 +13,7 @@ from kvtier.foreign_text import one_line
 from kvtier.keys import GROUP_BYTES, OffloadKey
 from kvtier.recording.format import PROMPT, Record
 from kvtier.recording.reader import read_recording
-from kvtier.simulator.trace import Trace, TraceRequest
+from kvtier.simulator.trace import Joiner, Trace, TraceRequest, blocks_to_join
 from kvtier.simulator.trace_files import check_regular
 
 
@@ -27,14 +27,16 @@ class _Request:
     keys: dict[OffloadKey, None] = field(default_factory=dict)
 
 
-def read_recorded_trace(path: Path) -> Trace:
+def read_recorded_trace(path: Path, tokens_per_block: int | None = None) -> Trace:
     """Return a recording as requests: the whole blocks of each prompt in order, those of its answer behind them.
+
+    The engine's blocks are joined to such of `tokens_per_block` tokens; None leaves them as they are.
 
     Of a model with several KV groups only the first group's blocks are taken, and the trace's note says so: what of
     the other groups an engine needs, its attention decides, and no record tells.
 
     Raises:
-        TraceError: as `read_recording`, a damaged record, or no request in it.
+        TraceError: as `read_recording`, a damaged record, no request in it, or blocks that cannot be joined so.
     """
     check_regular(path)
     header, records = read_recording(path)
@@ -42,7 +44,9 @@ def read_recorded_trace(path: Path) -> Trace:
         order, num_groups = _requests_in(records)
     except struct.error as error:
         raise TraceError(f"{path}: a damaged recording ({error})") from None
-    requests = [_as_trace_request(request, header.tokens_per_block) for request in order if request.keys]
+    count, joiner = blocks_to_join(str(path), header.tokens_per_block, tokens_per_block), Joiner()
+    made = [_as_trace_request(request, header.tokens_per_block, joiner, count) for request in order]
+    requests = [request for request in made if request.keys or request.answer_keys]
     if not requests:
         raise TraceError(f"{path}: a recording without requests")
     if not all(math.isfinite(request.time) for request in requests):
@@ -51,8 +55,8 @@ def read_recorded_trace(path: Path) -> Trace:
     first = requests[0].time
     shifted = [request._replace(time=request.time - first) for request in requests]
     note = f"of {num_groups} KV groups only the first is replayed: neither hits nor bytes count the others"
-    name, tokens = "kvtier recording", header.tokens_per_block
-    return Trace(one_line(path.name), name, tokens, shifted, header.block_bytes, note if num_groups > 1 else "")
+    name, tokens, num_bytes = "kvtier recording", header.tokens_per_block * count, header.block_bytes * count
+    return Trace(one_line(path.name), name, tokens, shifted, num_bytes, note if num_groups > 1 else "")
 
 
 def _requests_in(records: Iterable[Record]) -> tuple[list[_Request], int]:
@@ -80,8 +84,10 @@ def _requests_in(records: Iterable[Record]) -> tuple[list[_Request], int]:
     return order, 1 + len(others)
 
 
-def _as_trace_request(request: _Request, tokens_per_block: int) -> TraceRequest:
+def _as_trace_request(request: _Request, tokens_per_block: int, joiner: Joiner, count: int) -> TraceRequest:
+    """Return a request in blocks of `count` of the engine's, whole ones only, as an engine looks up and stores them."""
     keys = list(request.keys)
     tokens = request.num_prompt_tokens if request.num_prompt_tokens >= 0 else len(keys) * tokens_per_block
-    of_prompt = tokens // tokens_per_block  # an engine looks up whole blocks; the next one the answer filled
-    return TraceRequest(request.time, keys[:of_prompt], tokens, 0, keys[of_prompt:])
+    joined = joiner.join(keys[: len(keys) // count * count], count)
+    of_prompt = tokens // (tokens_per_block * count)  # the answer filled the next one
+    return TraceRequest(request.time, joined[:of_prompt], tokens, 0, joined[of_prompt:])

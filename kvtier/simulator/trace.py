@@ -8,6 +8,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
+from kvtier.errors import TraceError
 from kvtier.keys import OffloadKey, make_offload_key
 
 
@@ -95,6 +96,34 @@ class KeyMaker:
                 key = known[number] = make_offload_key(len(known).to_bytes(8, "big"), 0)
             made.append(key)
         return made
+
+
+class Joiner:
+    """Joins blocks that follow one another into larger ones, which are equal if all before and in them are."""
+
+    def __init__(self) -> None:
+        self._maker = KeyMaker()
+
+    def join(self, keys: Sequence[OffloadKey], count: int) -> list[OffloadKey]:
+        """Return the keys of larger blocks, of `count` each; fewer are left for the last."""
+        if count == 1:
+            return list(keys)
+        joined: list[OffloadKey] = []
+        for start in range(0, len(keys), count):
+            joined += self._maker.keys([(joined[-1] if joined else None, *keys[start : start + count])])
+        return joined
+
+
+def blocks_to_join(name: str, tokens_per_block: int, wanted: int | None) -> int:
+    """Return how many blocks of a trace make one of `wanted` tokens; 1 if None.
+
+    Raises:
+        TraceError: no whole number of them.
+    """
+    count, rest = divmod(wanted or tokens_per_block, tokens_per_block)
+    if rest:
+        raise TraceError(f"{name}: --tokens-per-block {wanted}: a multiple of the trace's {tokens_per_block} expected")
+    return count
 
 
 def in_order(requests: Iterable[TraceRequest]) -> list[TraceRequest]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated
 
 import msgspec
 
 from kvtier.errors import TraceError
-from kvtier.simulator.trace import KeyMaker, TraceRequest
+from kvtier.simulator.trace import Joiner, KeyMaker, TraceRequest, blocks_to_join
 
 _Time = Annotated[float, msgspec.Meta(ge=0)]
 
@@ -31,27 +31,40 @@ class WekaConversation(msgspec.Struct):
     hash_id_scope: str = "local"
 
 
-def weka_requests(conversations: Sequence[tuple[str, WekaConversation]], gap: float) -> list[TraceRequest]:
-    """Return the requests of all conversations; number n starts n * `gap` seconds after the first.
+def weka_requests(
+    conversations: Iterable[tuple[str, WekaConversation]], gap: float, tokens_per_block: int | None
+) -> tuple[list[TraceRequest], int]:
+    """Return the requests of all conversations, and the tokens in their blocks.
+
+    Conversation n starts n * `gap` seconds after the first. Blocks are joined to such of `tokens_per_block` tokens;
+    with None, all conversations must have blocks of one size.
 
     Sub-agents' times count from the conversation's start or from the sub-agent's, depending on who wrote the trace:
     from the sub-agent's if any request of one would otherwise come before it.
 
     Raises:
-        TraceError: an entry that is neither a request nor a sub-agent.
+        TraceError: an entry that is neither a request nor a sub-agent, or blocks that cannot be joined so.
     """
+    conversations = list(conversations)
+    sizes = {one.block_size for _, one in conversations}
+    if tokens_per_block is None and len(sizes) > 1:
+        raise TraceError(
+            f"{conversations[0][0]} and others: blocks of {sorted(sizes)} tokens: say with --tokens-per-block to which"
+            " common size they are joined"
+        )
     relative = any(_has_earlier(one.requests) for _, one in conversations)
-    maker = KeyMaker()
+    maker, joiner = KeyMaker(), Joiner()
     made: list[TraceRequest] = []
     for index, (place, one) in enumerate(conversations):
-        scope = "" if one.hash_id_scope == "global" else str(index)
+        scope = f"{one.block_size}" if one.hash_id_scope == "global" else f"{one.block_size} {index}"
+        count = blocks_to_join(place, one.block_size, tokens_per_block)
         for start, request in _flat(one.requests, 0.0, relative):
             if request.hash_ids is None:
                 raise TraceError(f"{place}: an entry at t={request.t:g} has neither hash_ids nor requests")
-            keys = maker.keys([(scope, number) for number in request.hash_ids])
+            keys = joiner.join(maker.keys([(scope, number) for number in request.hash_ids]), count)
             time = index * gap + start
             made.append(TraceRequest(time, keys, request.input_tokens, request.output_tokens))
-    return made
+    return made, tokens_per_block or min(sizes, default=0)
 
 
 def _has_earlier(requests: Sequence[WekaRequest]) -> bool:

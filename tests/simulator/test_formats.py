@@ -91,6 +91,34 @@ def test_weka_ids_are_local_to_a_conversation(tmp_path, scope, unique):
     assert trace.requests[3].time == 100.0
 
 
+def test_weka_blocks_are_joined_to_larger_ones(tmp_path):
+    small, middle = json.loads(json.dumps(WEKA)), json.loads(json.dumps(WEKA)) | {"block_size": 128}
+    (tmp_path / "a.json").write_text(json.dumps(small))
+    (tmp_path / "b.json").write_text(json.dumps(middle))
+    shares = []
+    trace = load_trace(tmp_path, 256, 100.0, shares.append)
+    assert (trace.tokens_per_block, shares) == (256, [0.5, 1.0])
+    # blocks 1 to 3 do not fill four, and are another block than 1 to 4; of twice as long ones two make one
+    assert [len(request.keys) for request in trace.requests] == [1, 1, 1, 2, 1, 2]
+    assert trace.num_unique == 3 + 4
+    assert trace.requests[3].keys[0] == trace.requests[5].keys[0]
+    assert [request.input_tokens for request in trace.requests[:3]] == [130, 64, 200]
+
+
+@pytest.mark.parametrize(("tokens", "complaint"), [(None, "common size"), (100, "a multiple of the trace's 128")])
+def test_weka_blocks_that_do_not_fit_one_another(tmp_path, tokens, complaint):
+    for size in (64, 128):
+        (tmp_path / f"{size}.json").write_text(json.dumps(WEKA | {"block_size": size}))
+    with pytest.raises(TraceError, match=complaint):
+        load_trace(tmp_path, tokens)
+
+
+def test_larger_blocks_are_equal_only_with_all_that_precedes_them(tmp_path):
+    requests = [{"t": float(n), "in": 256, "hash_ids": ids} for n, ids in enumerate([[1, 2, 3, 4], [5, 2, 3, 4]])]
+    trace = load_trace(write(tmp_path / "a.jsonl", [WEKA | {"requests": requests}]), 128)
+    assert trace.num_unique == 4
+
+
 def test_tokens_per_block_can_be_told(tmp_path):
     assert load_trace(write(tmp_path / "a.jsonl", MOONCAKE), tokens_per_block=256).tokens_per_block == 256
 

@@ -162,6 +162,10 @@ def test_a_block_that_the_answer_filled_is_none_of_the_prompt(tmp_path, tokens, 
     assert [request.input_tokens for request in trace.requests] == [tokens] * 3 + [80]
     result = Replay(trace, Setup("lru", 40, 0, BLOCK_BYTES), Machine()).run()
     assert (result.num_accesses, result.num_hits) == (3 * of_prompt + 5, 2 * of_prompt + 5)
+    joined = load_trace(tmp_path / "live.rec", tokens_per_block=32)
+    assert (joined.tokens_per_block, joined.block_bytes) == (32, 2 * BLOCK_BYTES)
+    assert [len(request.keys) for request in joined.requests] == [tokens // 32] * 3 + [2]
+    assert [len(request.keys) + len(request.answer_keys) for request in joined.requests] == [2] * 4
 
 
 @pytest.mark.parametrize("policy", ["lru", "arc", "s3fifo", "tinylfu", "prefix"])
