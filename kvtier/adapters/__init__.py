@@ -1,1 +1,1 @@
-"""Engine glue."""
+"""Adapters to engines: vLLM, transformers, and workers for torch tensors."""

@@ -1,7 +1,7 @@
 """Greedy decoding with exact control over where the prefill is split.
 
-A prefill split elsewhere multiplies matrices of other shapes and rounds differently. Whoever compares two runs bit
-by bit must split both at the same tokens, so splits are arguments here and nothing else decides them.
+A prefill that is split at another token multiplies matrices of other shapes, which rounds differently. To compare two
+runs bit by bit, both must be split at the same tokens. So the caller decides all splits here.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from kvtier.adapters.model_identity import accepts
 
 @dataclass(frozen=True)
 class Decoded:
-    """What one greedy run produced.
+    """The result of one greedy run.
 
     Attributes:
-        token_ids: the new tokens, in order; an end token, if one ended the run, is the last.
-        first_logits: shape (vocabulary,), those the first new token was chosen by.
+        token_ids: the new tokens, in order, with the end token if one ended the run.
+        first_logits: shape (vocabulary,), the logits from which the first new token was chosen.
         seconds_to_first: from the start of the prefill to the choice of the first token.
     """
 
@@ -32,9 +32,9 @@ class Decoded:
 
 
 def last_full_block(num_tokens: int, tokens_per_block: int) -> int:
-    """Return where the last block boundary before the last of `num_tokens` tokens is.
+    """Return the last block boundary, in tokens, that leaves at least one of `num_tokens` tokens after it.
 
-    Everything up to it can be restored later, and at least one token is left to compute logits from.
+    A prompt can be restored up to there: the model must compute at least one token to have logits.
     """
     return (num_tokens - 1) // tokens_per_block * tokens_per_block
 
@@ -48,14 +48,14 @@ def decode_greedily(
     max_new_tokens: int,
     end_tokens: Collection[int] = (),
 ) -> Decoded:
-    """Compute what the cache lacks of a prompt, then choose the most likely token until an end.
+    """Compute the tokens of a prompt that are not in the cache, then append the most likely token again and again.
 
     Args:
         model: a causal language model.
         input_ids: the whole prompt, shape (1, tokens), longer than the cache.
-        cache: KV of the prompt's first tokens, possibly none; grows by all tokens computed.
-        splits: tokens, ascending, before which the prefill starts a new forward pass; those within the cache or
-            at its end are ignored.
+        cache: KV of the prompt's first tokens, possibly empty; the KV of all computed tokens is added.
+        splits: positions in tokens, ascending, at which the prefill starts a new forward pass. Positions up to the
+            cache's end are ignored.
         max_new_tokens: at least 1.
         end_tokens: tokens that end the run.
     """

@@ -1,4 +1,4 @@
-"""The form of a transformers model's KV cache: its shape, and the namespace of blocks of this form."""
+"""The shape of a transformers model's KV cache, and the namespace of its blocks."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvtier.adapters.token_blocks import HASH_ALGORITHM
-from kvtier.adapters.weights_digest import plain_parts, weights_digest
+from kvtier.adapters.weights_digest import plain_parts
 from kvtier.errors import ConfigError
 from kvtier.namespace import Namespace
 
-__all__ = ["CacheShape", "accepts", "inspect_cache", "layout_namespace", "weights_digest"]
+__all__ = ["CacheShape", "accepts", "inspect_cache", "layout_namespace"]
 
 LAYOUT_VERSIONS: Mapping[str, str] = {}
-"""By a release of transformers, the earlier one that computes the same KV bit for bit, by test: both share blocks. A
-release that is not listed shares with none."""
+"""Releases of transformers that compute the same KV, bit for bit, as an earlier release, by test: maps each to the
+earlier one, whose blocks it shares. A release that is not listed shares no blocks with others."""
 
 ROPE_BY_LENGTH = frozenset({"dynamic", "longrope"})
-"""Rotary embeddings whose angles depend on the length of the whole prompt: a prefix has other KV in a longer prompt."""
+"""Rotary embeddings whose angles depend on the prompt's length: the same prefix has other KV in a longer prompt."""
 
 
 @dataclass(frozen=True)
 class CacheShape:
-    """Shape of a model's KV cache for one sequence.
+    """The shape of a model's KV cache for one sequence.
 
     Attributes:
         num_layers: layers that keep keys and values.
-        num_heads: key and value heads of each layer.
-        key_dim, value_dim: elements of one head's key and value of one token.
+        num_heads: KV heads per layer.
+        key_dim, value_dim: elements per head and token.
         dtype, device: of the cached tensors.
     """
 
@@ -50,19 +50,19 @@ class CacheShape:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes that one token takes in one layer."""
+        """Bytes per token and layer."""
         return self.num_heads * (self.key_dim + self.value_dim) * int(self.dtype.itemsize)
 
 
 def inspect_cache(model: Any) -> CacheShape:
-    """Return the shape of the model's KV cache, found by running the model on one token.
+    """Run the model on one token, and return the shape of its KV cache.
 
     Args:
         model: a causal language model of transformers, in evaluation mode.
 
     Raises:
-        ConfigError: no causal language model, one in training mode or without its weights in memory, or one whose cache
-            is not made of plain full-attention layers of one shape.
+        ConfigError: `model` is no causal language model, is in training mode, has weights that are not in memory, or
+            its cache does not consist of plain full-attention layers of one shape.
     """
     _check_model(model)
     cache = DynamicCache(config=model.config)
@@ -71,7 +71,7 @@ def inspect_cache(model: Any) -> CacheShape:
     try:
         with torch.inference_mode():
             model(input_ids=token, past_key_values=cache, use_cache=True)
-    except Exception as error:  # adapters may want more than tokens; what a model raises then is of any kind
+    except Exception as error:  # a model that needs more than token ids may raise anything
         allowed = f"a model that runs on token ids alone expected: {type(error).__name__}: {error}"
         raise ConfigError("model", type(model).__name__, allowed) from error
     _check_layers(model, cache)
@@ -98,7 +98,8 @@ def _check_model(model: Any) -> None:
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     by_layer = [rope, *(value for value in rope.values() if isinstance(value, Mapping))]
     if kinds := sorted(ROPE_BY_LENGTH & {str(parameters.get("rope_type")) for parameters in by_layer}):
-        raise ConfigError("rope_type", kinds[0], "one that turns a token by the same angle in prompts of any length")
+        allowed = "a type whose angles do not depend on the prompt's length: else a prefix cannot be reused"
+        raise ConfigError("rope_type", kinds[0], allowed)
 
 
 def _check_layers(model: Any, cache: Any) -> None:
@@ -120,10 +121,10 @@ def _layer_shape(model: Any, layer: Any) -> tuple[int, int, int, Any, Any]:
 
 
 def layout_namespace(model: Any, shape: CacheShape, tokens_per_block: int) -> Namespace:
-    """Return what all KV blocks of a tier have in common: the form of their bytes, and how keys are made.
+    """Return the namespace of all KV blocks of a model: the layout of their bytes, and how their keys are made.
 
-    What the bytes depend on besides, weights and settings, changes while a cache is open: it is part of each key (see
-    `ModelIdentity`). The name of a model in a local folder is left out: a moved folder is still the same model.
+    Weights and settings are not part of it: they can change while a cache is open, so each key contains them (see
+    `ModelIdentity`). The path of a local model is not part of it either: a moved folder is the same model.
     """
     name = str(getattr(model.config, "_name_or_path", "") or "")
     return Namespace(
@@ -145,5 +146,5 @@ def layout_namespace(model: Any, shape: CacheShape, tokens_per_block: int) -> Na
 
 
 def accepts(model: Any, argument: str) -> bool:
-    """Return whether the model's forward pass takes an argument of this name."""
+    """Return whether the model's forward pass has a parameter of this name."""
     return argument in inspect.signature(model.forward).parameters

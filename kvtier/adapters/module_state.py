@@ -1,6 +1,6 @@
-"""What a model computes with: its tensors, settings and functions, read so that a change is cheap to notice.
+"""Reads everything that a model computes with (tensors, settings, functions), so that a change is cheap to notice.
 
-Nothing here knows a kind of model. Layers of PEFT are known by their own words (`adapter_layer_names`,
+It knows no particular models. It recognises PEFT's layers by their attributes (`adapter_layer_names`,
 `merged_adapters`), so that adapters that are loaded but not active do not count.
 """
 
@@ -34,35 +34,35 @@ _VOLATILE_CONFIG = frozenset(
         *("dtype", "torch_dtype"),
     }
 )
-"""Settings of a configuration that change nothing in the KV cache, or that follow from the tensors."""
+"""Settings of a model's configuration that do not change its KV, or that follow from its tensors."""
 
 _NOT_SETTINGS = frozenset(vars(torch.nn.Module())) | {
     *("_is_hf_initialized", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"),
     *("name_or_path", "warnings_issued", "generation_config", "loss_type"),
     *("peft_config", "active_adapter", "_active_adapter", "_disable_adapters", "targeted_module_names"),
 }
-"""Attributes of modules that change nothing in the KV cache: torch's own, names, and what the layers of PEFT repeat."""
+"""Attributes of modules that do not change their KV: torch's own, names, and PEFT's settings that its layers repeat."""
 
 _HEAP_TYPE = 1 << 9
-"""Py_TPFLAGS_HEAPTYPE: the class is defined in Python, or by few extensions."""
+"""CPython's Py_TPFLAGS_HEAPTYPE: set for classes defined in Python, and for those of a few C extensions."""
 
 _HOLDERS = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _GLOBAL_HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks")
 _BY_WHOLE_PROMPTS = frozenset({"LilyLayer", "ALoraLinearVariant"})
-"""Adapters of PEFT whose KV for a token depends on tokens after it, or on where in the prompt certain tokens stand."""
+"""PEFT adapters with which a token's KV depends on later tokens, or on the position of certain tokens."""
 _ATOMS = (bool, int, float, complex, str, bytes, torch.dtype, torch.layout, torch.memory_format, os.PathLike)
 
 
 class ModuleState:
-    """A model as it was when this object was made.
+    """The state of a model when this object was made. A place is a path of attributes, such as "model.lm_head".
 
     Attributes:
-        lines: structure and settings as text, the same for equal models in all processes.
-        modules: place and class of each module that is no adapter's.
+        lines: structure and settings as text; equal for equal models in all processes.
+        modules: place and class of each module outside of adapters.
         tensors: plain tensors by place.
-        to_read: the tensors themselves, by place; to be emptied when they have been read, since it keeps them alive.
-        opaque: by place, what text cannot describe: closures, objects of unknown types.
+        to_read: the tensors themselves by place. The caller empties it after hashing, since it keeps tensors alive.
+        opaque: objects that text cannot describe, by place: closures, objects of unknown types.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -92,8 +92,8 @@ class ModuleState:
                 self._read(hook, f"{part}[{index}]", ())
 
     def is_current(self) -> bool:
-        """Return whether nothing that leaves a mark has changed since; about some us per module and tensor."""
-        # One pass in C over all items of all collections: a loop in Python would take ten times as long.
+        """Return whether no mark has changed since; takes a few microseconds per module and tensor."""
+        # map, chain and all run in C over all items of all collections: a Python loop takes ten times as long.
         if list(map(len, self._collections)) != self._lengths or list(map(type, self._objects)) != self._classes:
             return False
         if not all(map(operator.is_, itertools.chain.from_iterable(self._collections), self._items)):
@@ -107,7 +107,7 @@ class ModuleState:
     # -- reading ------------------------------------------------------------------------------------------
 
     def _read(self, value: Any, path: str, merged: tuple[str, ...]) -> None:
-        """Note a value and everything below it."""
+        """Record a value and everything below it; `merged` names the adapters merged into the weights around it."""
         if value is None or isinstance(value, _ATOMS):
             self.lines.append(f"{path}={value!r}")
         elif isinstance(value, (Enum, type)):
@@ -116,7 +116,7 @@ class ModuleState:
             self._read_tensor(value, path, merged)
         elif id(value) in self._places:
             self.lines.append(f"{path} is {self._places[id(value)][0]}")
-        elif not isinstance(value, torch.device):  # a model that moves keeps its weights; the layout names the device
+        elif not isinstance(value, torch.device):  # the namespace contains the device; a moved model is the same model
             self._places[id(value)] = (path, value)
             self._read_object(value, path, merged)
 
@@ -148,7 +148,7 @@ class ModuleState:
     def _read_module(
         self, module: torch.nn.Module, path: str, merged: tuple[str, ...], unused: frozenset[str] = frozenset()
     ) -> None:
-        """Note a module, leaving out `unused` adapters in it."""
+        """Record a module without its `unused` adapters."""
         if module.training and (path == "model" or _drops_out(module)):
             raise ConfigError(f"{path}.training", True, "false expected: call model.eval() first")
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
@@ -175,7 +175,7 @@ class ModuleState:
         for part in _HOOKS:
             hooks = vars(module)[part]
             self._watch(hooks)
-            for index, hook in enumerate(hooks.values()):  # the keys count all hooks of a process
+            for index, hook in enumerate(hooks.values()):  # not by its key: torch numbers all hooks of a process
                 self._read(hook, f"{path}.{part}[{index}]", merged)
         for name, item in _settings(module):
             if unused and isinstance(item, dict):
@@ -184,7 +184,7 @@ class ModuleState:
             self._read(item, f"{path}.{name}", merged)
 
     def _read_adapters_in_use(self, module: Any, path: str) -> tuple[tuple[str, ...], frozenset[str]]:
-        """Note which adapters of a layer of PEFT count; return those merged into its weights, and the unused ones."""
+        """Record which adapters a PEFT layer uses; return those merged into its weights, and the unused ones."""
         loaded: set[str] = set()
         for name in module.adapter_layer_names:
             adapters: Any = functools.reduce(lambda owner, part: getattr(owner, part, None), name.split("."), module)
@@ -199,7 +199,8 @@ class ModuleState:
         variants = getattr(module, "lora_variant", {})
         kinds = {kind.__name__ for name in used for kind in (*type(module).__mro__, type(variants.get(name)))}
         if found := sorted(kinds & _BY_WHOLE_PROMPTS):
-            raise ConfigError("model", found[0], "adapters whose KV depends on the tokens before it alone expected")
+            allowed = "adapters expected with which a token's KV depends only on the tokens before it"
+            raise ConfigError("model", found[0], allowed)
         return merged, frozenset(loaded.difference(merged, used))
 
     def _read_config(self, config: PretrainedConfig, path: str) -> None:
@@ -209,7 +210,7 @@ class ModuleState:
         self._watch_config(config)
         self._watch(ALL_ATTENTION_FUNCTIONS)
         attention = ALL_ATTENTION_FUNCTIONS.get(kinds[0]) if isinstance(kinds[0], str) else None
-        if attention and not attention.__module__.startswith("transformers."):  # a user's, under a name of his own
+        if attention and not attention.__module__.startswith("transformers."):  # a function that the user registered
             self._read(attention, f"{path}.attention", ())
 
     def _watch_config(self, config: PretrainedConfig) -> None:
@@ -227,13 +228,13 @@ class ModuleState:
             self.tensors[f"{path} {label}"] = TensorEntry(describe(label, part), mark, merged, self._in_adapter, pin)
             self.to_read[f"{path} {label}"] = part
         for name, item in vars(tensor).items():
-            if name not in ("_is_hf_initialized", NUMBER) and label:  # a subclass may keep its scales here
+            if name not in ("_is_hf_initialized", NUMBER) and label:  # a wrapper may keep its scales as attributes
                 self._read(item, f"{path}.{name}", merged)
 
     # -- watching -----------------------------------------------------------------------------------------
 
     def _watch(self, value: Any) -> None:
-        """Notice when a collection gets, loses or exchanges items; do not keep its tensors alive."""
+        """Let `is_current` compare the collection's items, without keeping its tensors alive."""
         is_mapping = isinstance(value, Mapping)
         items = list(value.values() if is_mapping else value)
         if any(isinstance(item, torch.Tensor) for item in items):
@@ -241,7 +242,7 @@ class ModuleState:
             for name, item in holder.items():
                 if isinstance(item, torch.Tensor):
                     self._slots.append((holder, name, mark_of(numbered(item))))
-                elif item is None:  # a bias that is not there may come
+                elif item is None:  # an absent bias, for example, which may be set later
                     self._slots.append((holder, name, ()))
             if is_mapping:
                 value, items = value.keys(), list(value)
@@ -253,7 +254,7 @@ class ModuleState:
 
 
 def _settings(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield a module's attributes that may change what it computes."""
+    """Yield the attributes of a module that may change what it computes."""
     is_model, is_adapter = isinstance(module, PreTrainedModel), hasattr(module, "adapter_layer_names")
     for name, item in vars(module).items():
         is_private = is_model and name.startswith(("_", "hf_", "is_", "kernel_")) and not callable(item)
@@ -269,14 +270,14 @@ def _drops_out(module: torch.nn.Module) -> bool:
 
 
 def _is_stateless(value: object) -> bool:
-    """Return whether an object of a class in Python has nothing of its own, so that the class says what it does."""
+    """Return whether an object has no attributes, so that the name of its class (defined in Python) identifies it."""
     kinds = type(value).__mro__[:-1]
     is_python = all(kind.__flags__ & _HEAP_TYPE and "__slots__" not in vars(kind) for kind in kinds)
     return is_python and getattr(value, "__dict__", None) == {} and _is_found_by_name(type(value))
 
 
 def _is_found_by_name(function: Callable[..., Any]) -> bool:
-    """Return whether a function is its module's own, so that its name says in every process what it is."""
+    """Return whether a function or class is found under its module and name: these identify it in all processes."""
     found: Any = sys.modules.get(function.__module__ or "")
     for name in function.__qualname__.split("."):
         found = getattr(found, name, None)

@@ -1,4 +1,4 @@
-"""What a caller gives as a prompt: token ids, checked, and inputs beside them that a block's key does not name."""
+"""Checks prompts: token ids, and other inputs that would make the KV depend on more than the tokens."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def read_token_ids(key: str, value: Any, vocabulary: int | None = None) -> list[
     """Return token ids as a list.
 
     Args:
-        key: what the caller calls them, for the message.
+        key: the parameter's name, for the message.
         value: integers, shape (1, tokens) or (tokens,), at least one.
-        vocabulary: number of the model's tokens, if known.
+        vocabulary: size of the model's vocabulary; None if unknown.
 
     Raises:
-        ConfigError: anything else; the message names the remedy.
+        ConfigError: `value` is anything else; the message says what to pass.
     """
     if isinstance(value, (str, bytes)):
         raise ConfigError(key, reprlib.repr(value), "token ids expected, not text: tokenizer(text).input_ids")
@@ -45,34 +45,34 @@ def read_token_ids(key: str, value: Any, vocabulary: int | None = None) -> list[
     lowest, highest = min(token_ids), max(token_ids)
     if lowest < 0 or (vocabulary is not None and highest >= vocabulary):
         limit = "at least 0" if vocabulary is None else f"from 0 to {vocabulary - 1}"
-        raise ConfigError(key, lowest if lowest < 0 else highest, f"token ids {limit} expected, as the model has them")
+        raise ConfigError(key, lowest if lowest < 0 else highest, f"token ids {limit} expected")
     return token_ids
 
 
 def vocabulary_of(model: Any) -> int | None:
-    """Return how many token ids the model's embedding takes; None if that cannot be known."""
+    """Return the size of the vocabulary of the model's embedding; None if unknown."""
     weight = getattr(model.get_input_embeddings(), "weight", None)
     return int(weight.shape[0]) if isinstance(weight, torch.Tensor) and weight.ndim == 2 else None
 
 
 def find_foreign_input(inputs: Mapping[str, Any], num_tokens: int) -> str | None:
-    """Return the name of the first input that makes KV depend on more than the token ids; None if there is none.
+    """Return the name of the first input that makes the KV depend on more than the token ids; None if there is none.
 
-    A mask without padding, positions that count from 0 and token types of 0 say what the model assumes anyway.
+    A mask without padding, positions that count from 0, and token types of 0 are the model's defaults, and allowed.
 
     Raises:
-        ConfigError: a cache was given, which the request makes itself.
+        ConfigError: a cache was given; the request makes its own.
     """
     if inputs.get("past_key_values") is not None:
         kind = type(inputs["past_key_values"]).__name__
-        raise ConfigError("past_key_values", kind, "absent: the request makes it, and restore() fills it")
+        raise ConfigError("past_key_values", kind, "no cache expected: the request makes it, and restore() fills it")
     for name, value in inputs.items():
-        if value is not None and not _says_nothing(name, value, num_tokens):
+        if value is not None and not _is_default(name, value, num_tokens):
             return name
     return None
 
 
-def _says_nothing(name: str, value: Any, num_tokens: int) -> bool:
+def _is_default(name: str, value: Any, num_tokens: int) -> bool:
     if name not in ("attention_mask", "position_ids", "token_type_ids"):
         return False
     try:
@@ -86,6 +86,6 @@ def _says_nothing(name: str, value: Any, num_tokens: int) -> bool:
 
 
 def placeholder_ids(config: Any) -> frozenset[int]:
-    """Return the token ids that stand for images, sound or video: their KV depends on what stands behind them."""
+    """Return the placeholder tokens for images, sound or video; their KV depends on more than the token."""
     values = (getattr(config, name, None) for name in vars(config) if _PLACEHOLDER.fullmatch(name))
     return frozenset(value for value in values if isinstance(value, int))

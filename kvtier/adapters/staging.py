@@ -1,8 +1,8 @@
-"""Pages between a transformers cache and a worker.
+"""The staging area between a worker and a `DynamicCache`.
 
-A worker moves pages of whole blocks; transformers keeps one tensor per layer with the tokens in the middle. The staging
-area is a few blocks of pages that one side fills and the other empties: one copy between arena and pages, one
-between pages and tensors.
+A worker copies pages, each with one layer of one block. A `DynamicCache` has per layer one tensor for all tokens. The
+staging area holds a few blocks as pages: the worker copies between arena and pages, this module between pages and
+tensors.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from kvtier.primary.copies import KVCaches
 
 
 class Staging:
-    """Room for some blocks of every layer, on the model's device.
+    """Memory for some blocks of all layers, on the model's device.
 
-    A page holds one block of one layer: its keys (heads, tokens, key_dim), then its values.
+    A page holds one layer of one block: keys of shape (heads, tokens, key_dim), then values.
 
     Attributes:
-        num_blocks: blocks that fit.
-        pages: one uint8 tensor a layer, shape (num_blocks, page_bytes).
-        views: the same memory as keys and values, a pair per layer, each shape (heads, num_blocks, tokens, dim).
+        num_blocks: number of blocks that fit.
+        pages: per layer a uint8 tensor, shape (num_blocks, page_bytes).
+        views: per layer the same memory as keys and values, each shape (heads, num_blocks, tokens, dim).
     """
 
     def __init__(self, shape: CacheShape, tokens_per_block: int, num_blocks: int) -> None:
@@ -40,7 +40,7 @@ class Staging:
         self.views = [self._split(page) for page in self.pages]
 
     def _split(self, page: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values of a layer's pages, each shape (heads, num_blocks, tokens, dim), sharing memory."""
+        """Return views of a layer's keys and values, each shape (heads, num_blocks, tokens, dim)."""
         shape, tokens = self._shape, self._tokens_per_block
         elements = page.view(shape.dtype)
         num_keys = shape.num_heads * tokens * shape.key_dim
@@ -49,15 +49,15 @@ class Staging:
         return keys.transpose(0, 1), values.transpose(0, 1)
 
     def kv_caches(self) -> KVCaches:
-        """Return the pages as a worker takes them: one KV group with every layer."""
+        """Return the pages in the form that workers take: one KV group with all layers."""
         return KVCaches(self.pages, [[(index, int(page.shape[1])) for index, page in enumerate(self.pages)]])
 
     def fill(self, cache: Any, blocks: Sequence[int]) -> None:
         """Copy blocks of the cache into the first pages.
 
         Args:
-            cache: a `DynamicCache` of the shape given, that reaches to the end of the last of the blocks.
-            blocks: indices of blocks from the first token on, at most `num_blocks`.
+            cache: a `DynamicCache` of the staging area's shape that holds all tokens of the blocks.
+            blocks: indices of blocks, counted from the first token; at most `num_blocks` of them.
         """
         for layer, views in zip(cache.layers, self.views, strict=True):
             for tensor, view in zip((layer.keys, layer.values), views, strict=True):
@@ -67,7 +67,7 @@ class Staging:
 
 
 class CacheBuilder:
-    """Keys and values of a prefix, put together from windows of blocks."""
+    """Collects the keys and values of a prefix from several fillings of the staging area."""
 
     def __init__(self, shape: CacheShape, tokens_per_block: int, num_blocks: int) -> None:
         self._tokens_per_block = tokens_per_block
@@ -81,13 +81,13 @@ class CacheBuilder:
         ]
 
     def take(self, staging: Staging, start: int, count: int) -> None:
-        """Copy the first `count` blocks of the pages to the blocks from `start` on."""
+        """Copy the first `count` blocks of the staging area to the prefix, from its block `start` on."""
         for tensors, views in zip(self._tensors, staging.views, strict=True):
             for tensor, view in zip(tensors, views, strict=True):
                 tensor[:, start : start + count] = view[:, :count]
 
     def build(self, config: Any, num_blocks: int) -> DynamicCache:
-        """Return a cache of the first `num_blocks` blocks; without a copy if those are all."""
+        """Return a cache of the first `num_blocks` blocks; if these are all, it shares the builder's memory."""
         cache = DynamicCache(config=config)
         if num_blocks:
             for layer, (keys, values) in zip(cache.layers, self._tensors, strict=True):

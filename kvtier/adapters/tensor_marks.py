@@ -1,4 +1,4 @@
-"""Marks of tensors: what changes when a tensor is written to, replaced or moved."""
+"""Marks of tensors. A tensor's mark changes when the tensor is written to, replaced or moved."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from kvtier.adapters.weights_digest import plain_parts
 
 NUMBER = "_kvtier_number"
-"""Attribute that tells a tensor from any other of this process. A weak reference would do it, too, but torch refuses to
-swap tensors that have one."""
+"""Attribute with a number that no other tensor of this process has. Not a weak reference, since torch refuses to swap
+tensors that have one."""
 _numbers = itertools.count()
 
 
@@ -22,13 +22,13 @@ class TensorEntry:
     """One plain tensor at one place of a model.
 
     Attributes:
-        label: what tells it apart from a tensor of equal bytes.
-        mark: as made by `mark_of`.
-        merged: adapters that the layer around it has added to its weights: PEFT does this through `.data`, which leaves
-            no mark.
-        in_adapter: whether it is an adapter's own: PEFT exchanges these through `.data`, and may then set a scale.
-        pin: while this lives, no other storage can get the same identity; it does not keep the memory.
-        digest: of its bytes; random if there was no time to read them; None until one of both.
+        label: what distinguishes it from a tensor of equal bytes, see `describe`.
+        mark: see `mark_of`.
+        merged: adapters that are merged into its bytes. PEFT merges by writing to `.data`, which changes no mark.
+        in_adapter: whether it belongs to an adapter. PEFT swaps adapters by writing to `.data`, which changes no mark.
+        pin: a weak reference to the storage. While it lives, torch gives no other storage the same address of its
+            descriptor, which is part of the mark; the memory itself may be freed.
+        digest: of its bytes, or random if there was no time to read them; None until it is set.
     """
 
     label: str
@@ -39,14 +39,15 @@ class TensorEntry:
     digest: bytes | None = None
 
     def is_same_as(self, other: TensorEntry) -> bool:
-        """Return whether nothing has happened to the tensor between the two entries, as far as its marks tell."""
+        """Return whether the tensor has not changed between the two entries, as far as marks can tell."""
         return not self.in_adapter and (self.mark, self.merged) == (other.mark, other.merged)
 
 
 def mark_of(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Return what changes when a tensor is written to, replaced or moved.
+    """Return values of which at least one changes when the tensor is written to, replaced or moved.
 
-    Writes through `.data` or from outside torch leave no mark, nor do any writes to tensors made in inference mode.
+    torch counts no writes through `.data` or from outside torch, and none to tensors made in inference mode: these do
+    not change the mark.
     """
     parts = plain_parts("", tensor) if type(tensor) not in (torch.nn.Parameter, torch.Tensor) else ()
     if parts and parts[0][1] is not tensor:
@@ -63,7 +64,7 @@ def mark_of(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def numbered(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor that has a number, as have those that it wraps."""
+    """Give numbers to the plain tensors of `tensor`, unless they have one; return `tensor`."""
     for _, part in plain_parts("", tensor):
         vars(part).setdefault(NUMBER, next(_numbers))
     return tensor

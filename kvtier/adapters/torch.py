@@ -1,7 +1,7 @@
-"""Device workers for torch tensors; the only file of the core that imports torch.
+"""Workers for torch tensors.
 
-CPU tensors are bytes that numpy can view, and take the plain worker. CUDA tensors are copied on a stream of
-their own, to and from an arena whose pages are registered with the driver.
+CPU tensors are viewed as numpy arrays and get `NumpyOffloadingWorker`. CUDA tensors are copied on a separate stream,
+and the arena's pages are registered with the CUDA driver.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def make_worker(
 
     Args:
         view: the arena, shape (num_blocks, block_bytes).
-        kv_caches: torch tensors of any dtype, shape (num_engine_blocks, ...), each engine block's elements next
-            to each other; viewed as int8 rows, never copied.
+        kv_caches: torch tensors of any dtype, shape (num_engine_blocks, ...). Each engine block must be contiguous; the
+            worker views it as a row of int8, without a copy.
 
     Raises:
-        ConfigError: tensors on several devices or on one without a worker, or shapes that do not fit.
-        CapacityError: the driver would not register the arena's pages.
+        ConfigError: the tensors are on several devices or on one without a worker, or their shapes do not fit.
+        CapacityError: the CUDA driver refused to register the arena's pages.
     """
     tensors: Sequence[torch.Tensor] = kv_caches.tensors
     rows = [byte_rows(index, tensor) for index, tensor in enumerate(tensors)]
@@ -64,7 +64,7 @@ def byte_rows(index: int, tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor's engine blocks as int8 rows, shape (num_engine_blocks, bytes), without a copy.
 
     Raises:
-        ConfigError: an engine block's elements are not next to each other.
+        ConfigError: an engine block is not contiguous.
     """
     try:
         return tensor.detach().view(tensor.shape[0], -1).view(torch.int8)
@@ -75,7 +75,7 @@ def byte_rows(index: int, tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class _Transfer:
-    """One transfer on the stream; `has_ended` completes after its last copy."""
+    """One transfer on the stream; the event `has_ended` completes after its last copy."""
 
     job_id: int
     sequence: int
@@ -88,8 +88,8 @@ class _Transfer:
 class TorchOffloadingWorker(OffloadingWorker):
     """Copies between slots and CUDA tensors on one side stream, in the order of submission.
 
-    The side stream waits for the stream that is current at `submit_*`: a store reads what was computed, a load
-    overwrites nothing that is still read. Ends are found by polling an event a transfer.
+    The side stream first waits for the stream that is current at `submit_*`: so a store reads finished results, and a
+    load overwrites nothing that is still read. `get_finished` polls one event per transfer.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class TorchOffloadingWorker(OffloadingWorker):
         control: ControlPage | None = None,
         rank: int = 0,
     ) -> None:
-        """Register the arena's pages with the driver and make the stream; arguments as in `make_worker`."""
+        """Register the arena's pages with the driver and create the stream; arguments as in `make_worker`."""
         self._layout = BlockLayout.of(kv_caches, engine_blocks_per_block)
         check_slot_bytes(self._layout, view)
         self._tensors = kv_caches.tensors
@@ -117,17 +117,17 @@ class TorchOffloadingWorker(OffloadingWorker):
         forks.register(self)
 
     def leave_to_parent(self) -> None:
-        """In a forked child, where CUDA does not work, copy nothing and give nothing back."""
+        """In a forked child, copy nothing and unregister nothing: CUDA does not work in a forked child."""
         self._left_to_parent = True
         self._running.clear()
 
     def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec) -> bool:
-        """Queue copies of engine blocks into slots, after all work that is queued on the current stream."""
+        """Queue copies of engine blocks into slots, after all work already queued on the current stream."""
         self._submit(job_id, src_spec, dst_spec, to_slots=True)
         return True
 
     def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec) -> bool:
-        """Queue copies of slots into engine blocks, after all work that is queued on the current stream."""
+        """Queue copies of slots into engine blocks, after all work already queued on the current stream."""
         self._submit(job_id, dst_spec, src_spec, to_slots=False)
         return True
 
@@ -135,7 +135,7 @@ class TorchOffloadingWorker(OffloadingWorker):
         """Return the transfers whose event has completed since the last call."""
         for transfer in list(self._running.values()):
             if not transfer.has_ended.query():
-                break  # one stream: what was submitted later ends later
+                break  # a CUDA stream runs in order: later transfers end later
             self._end(transfer)
         return self._book.take()
 
@@ -145,7 +145,7 @@ class TorchOffloadingWorker(OffloadingWorker):
             self._running[job_id].has_ended.synchronize()
 
     def shutdown(self) -> None:
-        """Wait for the stream, then give the arena's pages back; no call follows."""
+        """Wait for the stream, then unregister the arena's pages; no call may follow."""
         if self._left_to_parent:
             return
         self._stream.synchronize()
@@ -160,7 +160,7 @@ class TorchOffloadingWorker(OffloadingWorker):
         self._book.begin(sequence)
         try:
             if self._left_to_parent:
-                raise ValueError("the worker is the parent process's")
+                raise ValueError("this is a forked child: the worker belongs to the parent process")
             plan = plan_transfer(self._layout, gpu_spec, slots, len(self._arena))
         except ValueError as error:
             self._book.report(job_id, error)
@@ -171,7 +171,7 @@ class TorchOffloadingWorker(OffloadingWorker):
             try:
                 self._stream.wait_stream(current)
                 copy_pages(self._layout, plan, self._arena, self._tensors, to_slots=to_slots)
-            except RuntimeError as error:  # copies queued before it still run: their end counts
+            except RuntimeError as error:  # copies that were queued before the error still run: wait for their event
                 self._book.report(job_id, error)
                 success = False
             has_ended.record(self._stream)
@@ -187,7 +187,7 @@ class TorchOffloadingWorker(OffloadingWorker):
 def copy_pages(
     layout: BlockLayout, plan: CopyPlan, arena: torch.Tensor, tensors: Sequence[torch.Tensor], *, to_slots: bool
 ) -> None:
-    """Queue a plan on the current stream, page by page: a strided copy would go through pageable memory.
+    """Queue a plan on the current stream, page by page: torch copies strided memory through an unpinned buffer.
 
     Args:
         arena: int8, shape (num_slots, slot_bytes), pinned if the tensors are on a device.

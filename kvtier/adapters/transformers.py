@@ -13,7 +13,7 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,11 +21,11 @@ import torch
 
 from kvtier import forks
 from kvtier.abc import OffloadingManager, OffloadingSpec
-from kvtier.adapters.decoding import decode_greedily, last_full_block
-from kvtier.adapters.generation import Generation
+from kvtier.adapters.generation import Generation, check_end_tokens, end_tokens_of, generate
 from kvtier.adapters.model_identity import CacheShape, inspect_cache, layout_namespace
 from kvtier.adapters.model_watch import ModelIdentity, arithmetic
-from kvtier.adapters.prefix_request import POLL_SECONDS, Machinery, PrefixRequest, Prompt
+from kvtier.adapters.opened_cache import OpenedCache
+from kvtier.adapters.prefix_request import PrefixRequest, Prompt
 from kvtier.adapters.prompts import find_foreign_input, placeholder_ids, read_token_ids, vocabulary_of
 from kvtier.adapters.staging import Staging
 from kvtier.adapters.token_blocks import chain_keys, chain_root
@@ -35,29 +35,27 @@ from kvtier.events import TierState
 from kvtier.keys import OffloadKey
 from kvtier.namespace import Namespace
 from kvtier.spec.factory import create_spec
-from kvtier.tiering.manager import TieringOffloadingManager
-from kvtier.types import ReqContext
 
 __all__ = ["DEFAULT_TOKENS_PER_BLOCK", "Generation", "PrefixCache", "PrefixRequest"]
 
 DEFAULT_TOKENS_PER_BLOCK = 32
 STAGING_BLOCKS = 64
-"""Blocks that pass between arena and cache at once."""
+"""Blocks that the staging area holds, which are copied at a time."""
 READY_SECONDS = 10.0
-"""Longest that opening a cache waits for its tiers; they go on opening."""
+"""Longest wait for tiers to start when a cache is opened. A tier that takes longer goes on starting."""
 FLUSH_SECONDS = 30.0
-"""Longest that `flush` waits for tiers."""
+"""Longest that `flush` and `close` wait for tiers."""
 EPOCH_BYTES = 16
 FLOPS_PER_THREAD = 3e10
-"""Of a processor's core in float32: what a model on a CPU computes per second, until that is measured."""
+"""Assumed float32 operations per second of a processor's core, until the model's real rate has been measured."""
 MAX_GUESSED_RATE = 10_000.0
-"""Tokens per second, guessed of tiny models and of all on accelerators."""
+"""Highest guess, in tokens per second: in tiny models, work besides matrix products is the limit."""
 
 
 def guess_prefill_rate(model: torch.nn.Module) -> float:
-    """Return about how many tokens per second a model on a CPU computes: two operations per parameter and token.
+    """Return a guess of the tokens per second that a model on a CPU prefills: two operations per parameter and token.
 
-    Too high a guess declines loads that would pay, before anything has been measured.
+    It is used until the rate has been measured. Too high a guess makes requests recompute what is faster to load.
     """
     num_parameters = max(1, sum(parameter.numel() for parameter in model.parameters()))
     rate: float = torch.get_num_threads() * FLOPS_PER_THREAD / (2 * num_parameters)
@@ -65,50 +63,62 @@ def guess_prefill_rate(model: torch.nn.Module) -> float:
 
 
 class PrefixCache:
-    """Keeps the KV of prompts and answers in kvtier's tiers, and restores the longest stored prefix of a prompt.
+    """Stores the KV of prompts and answers in kvtier's tiers, and restores a prompt's longest stored prefix.
 
-    Threads may share it: each call restores and stores for one sequence, and one lock guards what they share, which is
-    not held while the model runs. The model must keep plain full-attention layers only. Blocks are found again by any
-    later `PrefixCache` over the same tiers whose model has equal weights, active adapters and settings; what changes in
-    the model while the cache is open is noticed at the next request.
+    All layers of the model must be plain full-attention layers. A later `PrefixCache` over the same tiers finds the
+    blocks if its model has equal weights, active adapters and settings. Changes of the model while the cache is open
+    are noticed at the next request.
+
+    Threads may share a cache. Each call works on one sequence; one lock guards the shared state, and is not held while
+    the model runs.
     """
 
-    def __init__(self, model: Any, config: Mapping[str, Any], *, staging_blocks: int = STAGING_BLOCKS) -> None:
-        """Check the model and the configuration; memory, processes and directories wait for `open`.
+    def __init__(
+        self,
+        model: Any,
+        config: Mapping[str, Any],
+        *,
+        staging_blocks: int = STAGING_BLOCKS,
+        make_identity: Callable[[Any], ModelIdentity] = ModelIdentity,
+    ) -> None:
+        """Check the model and the configuration. `open` allocates memory, starts processes and opens directories.
 
         Args:
             model: a causal language model of transformers, in evaluation mode.
-            config: as for `TieringOffloadingSpec`, the default spec here. `block_size` is in tokens, 32 by default.
-            staging_blocks: blocks copied at a time; bounds the extra memory on the model's device.
+            config: as for `TieringOffloadingSpec`, which is the default spec. `block_size` is in tokens, 32 by default.
+            staging_blocks: blocks copied at a time; this bounds the extra memory on the model's device.
+            make_identity: makes, of the model, the object that notices its changes.
 
         Raises:
-            ConfigError: a key holds what it may not, or the model's cache is of a kind that cannot be restored.
+            ConfigError: a key has a wrong value, or the model's cache is of a kind that cannot be restored.
         """
         if not isinstance(config, Mapping):
-            raise ConfigError("config", type(config).__name__, 'a dict expected, as {"cpu_bytes_to_use": "1GiB"}')
+            raise ConfigError("config", type(config).__name__, 'a dict expected, like {"cpu_bytes_to_use": "1GiB"}')
         if "blocks_per_chunk" in config:
-            raise ConfigError("blocks_per_chunk", config["blocks_per_chunk"], "absent: set block_size, in tokens")
+            allowed = "not for transformers, which have no engine blocks: set block_size, in tokens"
+            raise ConfigError("blocks_per_chunk", config["blocks_per_chunk"], allowed)
         block_size = config.get("block_size", DEFAULT_TOKENS_PER_BLOCK)
         self.model = model
         self.tokens_per_block = _at_least_one("block_size", block_size)
         self._config = dict(config)
         self._staging_blocks = _at_least_one("staging_blocks", staging_blocks)
+        self._make_identity = make_identity
         self._req_ids = itertools.count()
         self._lock = threading.RLock()
         self._epoch = b""
-        self._machinery: Machinery | None = None
+        self._opened: OpenedCache | None = None
         self._is_closed = False
         self._set_shape(inspect_cache(model))
         forks.register(self)
 
     def leave_to_parent(self) -> None:
-        """In a forked child, get a lock that no thread of the parent holds."""
+        """In a forked child, replace the lock: a parent's thread, which the child lacks, may hold the copy for ever."""
         self._lock = threading.RLock()
-        if self._machinery is not None:
-            self._machinery.lock = self._lock
+        if self._opened is not None:
+            self._opened.lock = self._lock
 
     def _set_shape(self, shape: CacheShape) -> None:
-        """Make the spec for KV of this shape."""
+        """Make the namespace and the spec for KV of this shape."""
         self._shape = shape
         self._layout = layout_namespace(self.model, shape, self.tokens_per_block)
         self._spec: OffloadingSpec = create_spec(
@@ -129,26 +139,26 @@ class PrefixCache:
     # -- life ---------------------------------------------------------------------------------------------
 
     def open(self, ready_timeout: float = READY_SECONDS) -> Self:
-        """Hash the model's weights, make the primary tier and start the others.
+        """Hash the model's weights, create the primary tier and start the secondary tiers.
 
         Args:
-            ready_timeout: most seconds to wait for tiers that are starting. One that is later, or cannot start,
-                is missed until it is up: see `tier_states`.
+            ready_timeout: most seconds to wait for starting tiers. Lookups in a tier that is not up miss; see
+                `tier_states`.
 
         Raises:
             CapacityError: the machine cannot hold `cpu_bytes_to_use`.
             ConfigError: a tier refuses its options, or the model's weights cannot be read.
-            RuntimeError: it is open, or was closed.
+            RuntimeError: the cache is open or was closed.
         """
-        if self._is_closed or self._machinery is not None:
+        if self._is_closed or self._opened is not None:
             raise RuntimeError("a prefix cache is opened once: make a new one")
-        self._start(ModelIdentity(self.model), ready_timeout)
+        self._start(self._make_identity(self.model), ready_timeout)
         return self
 
     def _start(self, identity: ModelIdentity, ready_timeout: float) -> None:
         self._form = identity.form
         staging = Staging(self._shape, self.tokens_per_block, self._staging_blocks)
-        self._machinery = Machinery(
+        self._opened = OpenedCache(
             manager=self._spec.get_manager(),
             worker=self._spec.get_worker(staging.kv_caches()),
             staging=staging,
@@ -158,26 +168,20 @@ class PrefixCache:
             identity=identity,
             lock=self._lock,
         )
-        deadline = time.monotonic() + ready_timeout
-        self._machinery.step()
-        while any(state is TierState.STARTING for state, _ in self.tier_states().values()):
-            if time.monotonic() > deadline:
-                break
-            time.sleep(POLL_SECONDS)  # who opens a cache waits for its tiers, until the deadline
-            self._machinery.step()
+        self._opened.wait_until_started(ready_timeout)
 
     def close(self) -> None:
-        """Write what is on its way to the tiers and release everything; idempotent.
+        """Let the tiers write what they have been given, then release everything. A second call does nothing.
 
-        Requests that are still in use in other threads restore and store nothing more.
+        Requests that other threads still use restore and store nothing more.
         """
-        if (machinery := self._machinery) is not None:
-            machinery.settle(FLUSH_SECONDS)
+        if (opened := self._opened) is not None:
+            opened.settle(FLUSH_SECONDS)
         with self._lock:
-            if machinery is not None:
-                machinery.is_open = False
-                machinery.identity.close()
-            self._machinery = None
+            if opened is not None:
+                opened.is_open = False
+                opened.identity.close()
+            self._opened = None
             self._is_closed = True
             self._spec.shutdown()
 
@@ -195,47 +199,46 @@ class PrefixCache:
 
     @property
     def manager(self) -> OffloadingManager:
-        """The manager that decides for this cache; whoever calls it must keep other threads away."""
-        return self._opened().manager
+        """The manager of this cache. It is not thread-safe: while you call it, no other thread may use the cache."""
+        return self._require_open().manager
 
-    def _opened(self) -> Machinery:
-        if self._machinery is None:
+    def _require_open(self) -> OpenedCache:
+        if self._opened is None:
             raise RuntimeError("the prefix cache is not open: use it in a with statement, or call open()")
-        return self._machinery
+        return self._opened
 
     def tier_states(self) -> dict[str, tuple[TierState, str]]:
-        """Return, by the name of each secondary tier, its state and the reason for it."""
+        """Return per secondary tier, by name, its state and the reason for it."""
         with self._lock:
-            manager = self._opened().manager
-            return manager.tier_states() if isinstance(manager, TieringOffloadingManager) else {}
+            return self._require_open().tier_states()
 
     def flush(self, timeout: float = FLUSH_SECONDS) -> bool:
-        """Wait until every stored block has reached the tiers that take it; return whether it did in time."""
-        return self._opened().settle(timeout)
+        """Wait until the tiers have written every stored block; return False if `timeout` seconds were not enough."""
+        return self._require_open().settle(timeout)
 
     # -- identity -----------------------------------------------------------------------------------------
 
     @property
     def namespace(self) -> Namespace:
-        """Everything that blocks stored now depend on, as the model is now.
+        """Everything that the KV of blocks stored now depends on.
 
         Raises:
             ConfigError: the model is in training mode, or its weights are no longer in memory.
         """
         with self._lock:
-            now = {"state": self._opened().identity.current(), "arithmetic": arithmetic(self._shape.device.type)}
+            now = {"state": self._require_open().identity.current(), "arithmetic": arithmetic(self._shape.device.type)}
             return Namespace({**self._layout.identity, **now}, self._epoch)
 
     _namespace = namespace  # its earlier name
 
     def reset(self) -> None:
-        """Find nothing that was stored so far, nor let requests that have begun store anything.
+        """Forget all blocks that were stored so far; requests that have begun store nothing.
 
-        For changes of the model that cannot be seen, as writes through `.data`: call it before the next request. What
-        is stored afterwards is found until the next reset, by this `PrefixCache` only.
+        Call it after a change of the model that cannot be noticed, such as a write through `.data`. Blocks that are
+        stored afterwards are found only by this `PrefixCache`, until the next reset.
         """
         with self._lock:
-            self._opened()
+            self._require_open()
             self._epoch = os.urandom(EPOCH_BYTES)
 
     def _root(self, cache_salt: str) -> bytes:
@@ -244,22 +247,22 @@ class PrefixCache:
     def _root_and_changes(self, identity: ModelIdentity, cache_salt: str) -> tuple[bytes, int]:
         return self._root(cache_salt), identity.num_changes
 
-    def _follow_model(self) -> Machinery:
-        """Return the machinery, made anew if the model's KV has got another form, as by `model.to(dtype)`."""
+    def _follow_model(self) -> OpenedCache:
+        """Return the opened cache; open it anew if the KV's shape has changed, for example by `model.to(dtype)`."""
         with self._lock:
-            machinery = self._opened()
-            machinery.identity.current()
-            if machinery.identity.form == self._form:
-                return machinery
-            self._form, shape = machinery.identity.form, inspect_cache(self.model)
+            opened = self._require_open()
+            opened.identity.current()
+            if opened.identity.form == self._form:
+                return opened
+            self._form, shape = opened.identity.form, inspect_cache(self.model)
             if shape == self._shape:
-                return machinery
-            machinery.settle(FLUSH_SECONDS)
-            machinery.is_open = False
+                return opened
+            opened.settle(FLUSH_SECONDS)
+            opened.is_open = False
             self._spec.shutdown()
             self._set_shape(shape)
-            self._start(machinery.identity, READY_SECONDS)
-            return self._opened()
+            self._start(opened.identity, READY_SECONDS)
+            return self._require_open()
 
     # -- use ----------------------------------------------------------------------------------------------
 
@@ -274,70 +277,46 @@ class PrefixCache:
     ) -> Generation:
         """Answer a prompt greedily: restore its longest stored prefix, compute the rest, store the new blocks.
 
-        Matrices of other shapes round differently, so where a prefill is split shows in the last bits. A prompt of
-        which nothing is stored is computed up to its last block boundary first, then the rest: the split that it
-        will have when it is restored, so that the same prompt gives the same bits both times.
+        A prompt gives the same bits whether its prefix is restored or computed. Matrices of different shapes round
+        differently, so a prefill must be split at the same token both times. A prompt without a stored prefix is
+        therefore computed up to its last block boundary first, and then the rest.
 
         Args:
             input_ids: one prompt, shape (1, tokens) or (tokens,), at least one token.
             max_new_tokens: at least 1.
-            end_tokens: tokens that end the answer; None takes those of the model's generation settings.
+            end_tokens: tokens that end the answer; None for those of the model's generation settings.
             cache_salt: prompts share blocks only with prompts of the same salt.
-            inputs: an `attention_mask` of ones, and the like: what says nothing beside the tokens.
+            inputs: other inputs, as a tokenizer returns them. Only those are allowed that change nothing, such as an
+                `attention_mask` of ones.
 
         Raises:
-            ConfigError: an argument holds what it may not, or the model is in training mode.
+            ConfigError: an argument has a wrong value, or the model is in training mode.
         """
         started = time.perf_counter()
         _at_least_one("max_new_tokens", max_new_tokens)
         token_ids = read_token_ids("input_ids", input_ids, vocabulary_of(self.model))
         if name := find_foreign_input(inputs, len(token_ids)):
-            allowed = "generate() answers from token ids alone: run the model yourself, in a request (see request())"
+            allowed = "generate() takes token ids alone: run the model yourself within request()"
             raise ConfigError(name, type(inputs[name]).__name__, allowed)
-        ends = self._end_tokens() if end_tokens is None else _as_end_tokens(end_tokens)
-        prompt = torch.tensor([token_ids], dtype=torch.long, device=self.model.device)
-        length = len(token_ids)
+        ends = end_tokens_of(self.model) if end_tokens is None else check_end_tokens(end_tokens)
         with self.request(token_ids, cache_salt=cache_salt) as request:
-            request.restore()
-            before = time.perf_counter() - started
-            split = request.restored_tokens or last_full_block(length, self.tokens_per_block)
-            splits = (split,) if split else ()
-            decoded = decode_greedily(
-                self.model,
-                prompt,
-                request.past_key_values,
-                splits=splits,
-                max_new_tokens=max_new_tokens,
-                end_tokens=ends,
-            )
-            new = torch.tensor([decoded.token_ids], dtype=prompt.dtype, device=prompt.device)
-            stored = request.store(token_ids + decoded.token_ids)
-        return Generation(
-            sequences=torch.cat([prompt, new], dim=1),
-            num_prompt_tokens=length,
-            restored_tokens=request.restored_tokens,
-            sources=request.sources,
-            splits=splits,
-            stored_blocks=stored,
-            seconds_to_first_token=before + decoded.seconds_to_first,
-            first_logits=decoded.first_logits,
-        )
+            return generate(self.model, request, token_ids, self.tokens_per_block, max_new_tokens, ends, started)
 
     def request(self, input_ids: Any = None, *, cache_salt: str = "", **inputs: Any) -> PrefixRequest:
-        """Return a prompt's request, to be used in a with statement by whoever runs the model himself.
+        """Return a request for a prompt, for programs that run the model themselves.
 
-        Inside: `restore()`, run the model on the rest with `past_key_values`, then `store(sequences)`, where the
-        sequences are prompt and answer.
+        Use it in a with statement: call `restore()`, run the model on the rest with `past_key_values`, then call
+        `store(sequence)` with the tokens of prompt and answer.
 
         Args:
             input_ids: one prompt, shape (1, tokens) or (tokens,); None if the model gets `inputs_embeds` instead.
             cache_salt: prompts share blocks only with prompts of the same salt.
-            inputs: whatever else the model is going to get. With images, embeddings, padding or positions of their
-                own, KV depends on more than the tokens: then nothing is restored, and `store` stores nothing. So it is,
-                told or not, with prompts that hold the model's tokens for images, sound or video.
+            inputs: all other inputs of the model. If one of them makes the KV depend on more than the tokens (images,
+                embeddings, padding, own positions), nothing is restored or stored. The same holds for prompts with the
+                model's placeholder tokens for images, sound or video.
 
         Raises:
-            ConfigError: an argument holds what it may not, or the model is in training mode.
+            ConfigError: an argument has a wrong value, or the model is in training mode.
         """
         if not isinstance(cache_salt, str):
             raise ConfigError("cache_salt", cache_salt, "a string")
@@ -347,50 +326,23 @@ class PrefixCache:
         foreign = find_foreign_input(inputs, len(token_ids)) is not None
         has_keys = not foreign and not placeholder_ids(self.model.config) & set(token_ids)
         with self._lock:
-            machinery = self._follow_model()
-            now = functools.partial(self._root_and_changes, machinery.identity, cache_salt)
+            opened = self._follow_model()
+            now = functools.partial(self._root_and_changes, opened.identity, cache_salt)
             prompt = Prompt(token_ids, *now(), now, has_keys)
-            return PrefixRequest(machinery, f"prompt-{next(self._req_ids)}", prompt)
+            return PrefixRequest(opened, f"prompt-{next(self._req_ids)}", prompt)
 
     def keys(self, token_ids: Sequence[int], cache_salt: str = "") -> list[OffloadKey]:
-        """Return the keys that the full blocks of `token_ids` have now."""
+        """Return the keys of the full blocks of `token_ids` for the model as it is now."""
         return chain_keys(token_ids, self.tokens_per_block, self._root(cache_salt))
 
     def forget_primary(self) -> None:
-        """Empty the primary tier and no other, as if it had been too small: for demonstrations and tests.
-
-        Blocks that never existed take every slot and are then given up, so that nothing new reaches the tiers.
-        """
-        machinery = self._opened()
-        machinery.settle(FLUSH_SECONDS)
-        context = ReqContext(f"forget-{next(self._req_ids)}")
-        with self._lock:
-            machinery.manager.on_new_request(context)
-            taken: list[OffloadKey] = []
-            while output := machinery.manager.prepare_store(self.keys(self._nonce(), cache_salt="forget"), context):
-                taken += output.keys_to_store
-            machinery.manager.complete_store(taken, context, success=False)
-            machinery.manager.on_request_finished(context)
-            machinery.step()
-
-    def _nonce(self) -> list[int]:
-        return [next(self._req_ids) for _ in range(self.tokens_per_block)]
-
-    def _end_tokens(self) -> Collection[int]:
-        settings = getattr(self.model, "generation_config", None)
-        ends = getattr(settings, "eos_token_id", None)
-        if ends is None:
-            return ()
-        return (ends,) if isinstance(ends, int) else tuple(ends)
+        """Evict all blocks from the primary tier, and keep them in the others. For demonstrations and tests."""
+        opened = self._require_open()
+        opened.settle(FLUSH_SECONDS)
+        opened.forget_primary()
 
 
 def _at_least_one(key: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(key, value, "an int, at least 1")
-    return value
-
-
-def _as_end_tokens(value: Any) -> Collection[int]:
-    if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(token, int) for token in value):
-        raise ConfigError("end_tokens", value, "a list of token ids")
     return value

@@ -1,5 +1,6 @@
 """Weights, adapters and settings that change while a cache is open: the answer is always that of the model as it is."""
 
+import functools
 import logging
 import subprocess
 import sys
@@ -18,9 +19,10 @@ from peft.utils.hotswap import hotswap_adapter
 from transformers import AttentionInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from kvtier.adapters import model_watch
 from kvtier.adapters.decoding import decode_greedily
+from kvtier.adapters.model_watch import ModelIdentity
 from kvtier.adapters.transformers import PrefixCache
+from kvtier.adapters.weights_digest import digest_tensors
 from kvtier.errors import ConfigError
 
 MEMORY_ONLY = {"cpu_bytes_to_use": "32MiB"}
@@ -167,11 +169,14 @@ def test_earlier_weights_find_their_blocks_again(tmp_path):
         assert cache.generate(PROMPT, max_new_tokens=4).sources == {"disk": BOUNDARY}
 
 
-def test_only_what_changed_is_hashed_again(monkeypatch):
+def test_only_changed_tensors_are_hashed_again():
     model, hashed = tiny_llama(), []
-    real = model_watch.digest_tensors
-    monkeypatch.setattr(model_watch, "digest_tensors", lambda found, deadline: hashed.extend(found) or real(found))
-    with PrefixCache(model, MEMORY_ONLY) as cache:
+
+    def digest(tensors, deadline):
+        hashed.extend(tensors)
+        return digest_tensors(tensors, deadline)
+
+    with PrefixCache(model, MEMORY_ONLY, make_identity=functools.partial(ModelIdentity, digest=digest)) as cache:
         hashed.clear()
         ask(cache)
         ask(cache)
@@ -181,10 +186,10 @@ def test_only_what_changed_is_hashed_again(monkeypatch):
         assert [tuple(tensor.shape) for tensor in hashed] == [(300, 64)]
 
 
-def test_a_change_too_large_to_read_in_time_is_like_nothing_before(tmp_path, monkeypatch, caplog):
+def test_weights_that_cannot_be_hashed_in_time_count_as_new_weights(tmp_path, caplog):
     model = tiny_llama()
-    monkeypatch.setattr(model_watch, "HASHING_SECONDS", 0.0)
-    with PrefixCache(model, tiers(tmp_path)) as cache, caplog.at_level(logging.WARNING):
+    hurried = functools.partial(ModelIdentity, hashing_seconds=0.0)
+    with PrefixCache(model, tiers(tmp_path), make_identity=hurried) as cache, caplog.at_level(logging.WARNING):
         assert ask(cache) == 0
         for _ in range(3):
             load_state(model)
@@ -293,11 +298,11 @@ def test_tensors_without_versions_are_read_at_each_request():
         assert ask(cache) == 0
 
 
-def test_many_tensors_without_versions_are_refused(monkeypatch):
-    monkeypatch.setattr(model_watch, "MAX_UNMARKED_BYTES", 1 << 10)
+def test_many_tensors_without_versions_are_refused():
     with torch.inference_mode():
         model = tiny_llama()
-    with pytest.raises(ConfigError, match="inference_mode"), PrefixCache(model, MEMORY_ONLY):
+    strict = functools.partial(ModelIdentity, max_unmarked_bytes=1 << 10)
+    with pytest.raises(ConfigError, match="inference_mode"), PrefixCache(model, MEMORY_ONLY, make_identity=strict):
         pass
 
 

@@ -1,6 +1,7 @@
 """What a `PrefixCache` takes for the same model: all bytes of its weights, and what it computes with besides."""
 
 import copy
+import functools
 import random
 import threading
 
@@ -14,10 +15,10 @@ from adapters_models import tiers, tiny_llama, tokens
 from transformers import AutoModelForCausalLM
 from transformers.activations import GELUActivation
 
-from kvtier.adapters import weights_digest as hashing
-from kvtier.adapters.model_identity import inspect_cache, weights_digest
+from kvtier.adapters.model_identity import inspect_cache
 from kvtier.adapters.model_watch import ModelIdentity
 from kvtier.adapters.transformers import PrefixCache
+from kvtier.adapters.weights_digest import PIECE_BYTES, digest_tensors
 from kvtier.errors import ConfigError
 
 MEMORY_ONLY = {"cpu_bytes_to_use": "32MiB"}
@@ -28,10 +29,18 @@ def namespace(model, **more):
         return cache.namespace.fingerprint
 
 
-def identity(model):
-    found = ModelIdentity(model)
+def identity(model, **limits):
+    found = ModelIdentity(model, **limits)
     found.close()
     return found.current()
+
+
+def holding(**tensors):
+    """Return a module with these tensors."""
+    module = torch.nn.Module()
+    for name, tensor in tensors.items():
+        module.register_buffer(name, tensor)
+    return module.eval()
 
 
 def test_models_are_told_apart():
@@ -113,44 +122,49 @@ def test_any_edit_makes_another_model(edit, tmp_path):
         assert cache.generate(prompt, max_new_tokens=1).sources == {"disk": 96}
 
 
-def test_no_byte_of_a_large_tensor_is_passed_over(monkeypatch):
-    monkeypatch.setattr(hashing, "PIECE_BYTES", 1 << 12)
+def test_every_byte_of_a_large_tensor_counts():
+    digest = functools.partial(digest_tensors, piece_bytes=1 << 12)
     weight = torch.zeros(300, 700, dtype=torch.bfloat16)
-    digest = weights_digest({"weight": weight})
+    expected = identity(holding(weight=weight), digest=digest)
     rng = random.Random(5)
     for _ in range(100):
         changed = weight.clone()
         changed[rng.randrange(300), rng.randrange(700)] = 2**-20
-        assert weights_digest({"weight": changed}) != digest
-    assert weights_digest({"other": weight}) != digest
-    assert weights_digest({"weight": weight.view(700, 300)}) != digest
+        assert identity(holding(weight=changed), digest=digest) != expected
+    assert identity(holding(weight=weight.clone()), digest=digest) == expected
+    assert identity(holding(other=weight), digest=digest) != expected
+    assert identity(holding(weight=weight.view(700, 300)), digest=digest) != expected
 
 
-def test_bytes_count_and_not_where_they_lie(monkeypatch):
-    """Gaps, transposition and the size of pieces do not change a tensor's bytes; many threads find what one finds."""
+def test_a_digest_depends_on_bytes_and_not_on_where_they_are_in_memory():
+    """Neither gaps, transposition, the size of pieces nor the number of threads change it."""
     tensor = torch.randn(64, 3, 96)
     apart = torch.randn(64, 3, 192)[:, :, ::2].copy_(tensor)
     turned = tensor.transpose(0, 2).contiguous().transpose(0, 2)
-    expected = hashing.digest_tensors([tensor])
-    for piece in (hashing.PIECE_BYTES, 4096, 100):
-        monkeypatch.setattr(hashing, "PIECE_BYTES", piece)
-        assert hashing.digest_tensors([tensor, apart, turned] * 5) == expected * 15
+    expected = digest_tensors([tensor])
+    for piece_bytes in (PIECE_BYTES, 4096, 100):
+        assert digest_tensors([tensor, apart, turned] * 5, piece_bytes=piece_bytes) == expected * 15
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.complex64, torch.float8_e4m3fn, torch.int8, torch.float64])
 def test_tensors_of_every_type_have_bytes(dtype):
     values = torch.tensor([0.0, 1.0, 0.0]).to(dtype)
     others = torch.tensor([0.0, 1.0, 1.0]).to(dtype)
-    assert weights_digest({"w": values}) != weights_digest({"w": others})
-    assert weights_digest({"w": values[0]}) != weights_digest({"w": values[:1]})
-    assert weights_digest({"w": values[:0]})
+    assert identity(holding(w=values)) == identity(holding(w=values.clone()))
+    assert identity(holding(w=values)) != identity(holding(w=others))
+    assert identity(holding(w=values[0])) != identity(holding(w=values[:1]))
+    assert identity(holding(w=values[:0])) == identity(holding(w=values[:0].clone()))
 
 
-def test_tied_weights_are_read_once(monkeypatch):
+def test_tied_weights_are_read_once():
     model = tiny_llama(tie_word_embeddings=True)
     read = []
-    monkeypatch.setattr(hashing, "_digest", lambda tensor, deadline: read.append(tensor.data_ptr()) or b"digest")
-    identity(model)
+
+    def digest(tensors, deadline):
+        read.extend(tensor.data_ptr() for tensor in tensors)
+        return digest_tensors(tensors, deadline)
+
+    ModelIdentity(model, digest=digest).close()
     assert read.count(model.lm_head.weight.data_ptr()) == 1
     assert len(read) == len(set(read))
 
