@@ -1,1 +1,1 @@
-"""Stores: blocking bytes, each in one I/O process."""
+"""Stores: blocking backends of bytes. Each store runs in its tier's I/O process."""

@@ -1,4 +1,4 @@
-"""What stores do with blocks that fail: count them by cause, log each kind of error once, delete what is unreadable."""
+"""What stores do about failed blocks: count them by cause, log each error once, delete unreadable blocks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvtier.stores.vectored import NO_SPACE_ERRORS
 from kvtier.types import FailureCause
 
 UNREADABLE = frozenset({FailureCause.CORRUPT, FailureCause.FOREIGN, FailureCause.OLD_FORMAT})
-"""Causes that no later read can cure: the store deletes the block."""
+"""Causes that a later read meets again. The store deletes such a block."""
 
 
 def fitting_buffers(
@@ -24,7 +24,7 @@ def fitting_buffers(
     """Return the indexes of the buffers that are `block_bytes` long; count the others as failures.
 
     Raises:
-        StoreError: there are more keys than buffers, or fewer.
+        StoreError: the numbers of keys and buffers differ.
     """
     if len(keys) != len(buffers):
         raise StoreError(f"{len(keys)} keys and {len(buffers)} buffers")
@@ -35,7 +35,7 @@ def fitting_buffers(
 
 
 class SystemErrors:
-    """Counts blocks that an OSError cost, and logs each error number once. Threads may share it."""
+    """Counts blocks that failed with an OSError, and logs each errno once. Threads may share it."""
 
     def __init__(self, path: Path, failures: FailureCounter) -> None:
         """Args: path: of the tier's directory, for messages."""
@@ -44,24 +44,24 @@ class SystemErrors:
         self._logged: set[int | None] = set()
 
     def count(self, error: OSError, blocks: int = 1) -> None:
-        """Count blocks that `error` cost, and log it."""
+        """Count the blocks that failed with `error`, and log it."""
         if blocks:
             cause = FailureCause.NO_SPACE if error.errno in NO_SPACE_ERRORS else FailureCause.IO_ERROR
             self._failures.count(cause, blocks)
         self.log(error)
 
     def log(self, error: OSError) -> None:
-        """Log an error that cost no block."""
+        """Log an error, without counting blocks."""
         if error.errno not in self._logged:
             self._logged.add(error.errno)
             logger.warning("%s: %s", self._path, describe(error))
 
 
 class CleanUp(AbstractContextManager[None]):
-    """Surrounds the deletion of blocks that failed verification. Threads may share it.
+    """A context around the deletion of blocks that failed verification. Threads may share it.
 
-    Blocks that were read in the same call stay good, so a StoreError is logged once and not raised. A
-    StoreUnavailableError is raised: the store must be opened anew.
+    It logs a StoreError once instead of raising it, since other blocks of the same call were read well. It raises a
+    StoreUnavailableError, since the store must be opened anew.
     """
 
     def __init__(self) -> None:

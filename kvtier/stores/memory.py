@@ -1,4 +1,4 @@
-"""A store in this process's memory: the reference for people who write stores."""
+"""A store in its process's memory. It is the reference for those who write stores."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class MemoryOptions(TierOptions, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 class MemoryStore(BlockStore):
-    """Opaque values in a dict, least recently used first out, never more than `capacity` bytes.
+    """Keeps at most `capacity` bytes of keys and values in a dict, and evicts the least recently used.
 
-    Keys and values count; a value that does not fit by itself is refused. Its blocks end with its process.
+    It refuses a value that is larger than the capacity. Its blocks are lost when the process ends.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -54,7 +54,7 @@ class MemoryStore(BlockStore):
         return self._used_bytes
 
     def snapshot(self) -> dict[OffloadKey, bytes]:
-        """Return everything held, least recently used first (for inspection; no use is counted)."""
+        """Return all keys and values, least recently used first, without counting this as a use."""
         with self._lock:
             return dict(self._values)
 

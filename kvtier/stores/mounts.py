@@ -1,8 +1,9 @@
-"""Which filesystem a directory belongs on, and whether it is there: an unmounted mount point looks like a folder.
+"""Checks that the filesystem of a tier's directory is mounted.
 
-A slab made there would fill the disk below, and hide from everybody when the right filesystem is mounted over it. What
-is mounted where is what the kernel's table says (proc(5), `mountinfo`), when the engine starts and later: a directory
-that is mounted from its own filesystem, as containers and systemd do, differs in nothing else from any folder.
+A mount point without its filesystem is an ordinary folder. A slab created in it would fill the disk below, and
+disappear when the filesystem is mounted over it. So the mount point is read from the kernel's table (`mountinfo`, see
+proc(5)) when the engine starts, and compared later. Device numbers would not do: containers and systemd mount
+directories of the same filesystem, which have the same device number.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from kvtier.stores.own_files import FOLDER_MODE
 FSTAB = Path("/etc/fstab")
 MOUNTS = Path("/proc/self/mountinfo")
 TELLS_UNWRITTEN = frozenset({"ext4", "xfs"})
-"""Filesystems that write in place and mark extents that were allocated and never written."""
+"""Filesystems that write in place, and that mark extents as unwritten when they are only allocated."""
 _LOCAL = frozenset(
     ("ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "zfs", "bcachefs", "tmpfs", "ramfs", "overlay", "devtmpfs", "proc")
 )
-"""Filesystems that answer at once, or not at all."""
+"""Filesystems without a server: a call on them does not hang because of a network."""
 _MAX_LINKS = 40
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
@@ -34,10 +35,10 @@ class Mount(NamedTuple):
     """One line of the kernel's table.
 
     Attributes:
-        number, parent: of this mount, and of the one that its place is in.
+        number, parent: ids of this mount and of the mount that contains its mount point.
         device: major and minor number, as "8:1".
-        place: where it is mounted.
-        kind: of filesystem.
+        place: the mount point.
+        kind: type of the filesystem.
     """
 
     number: str
@@ -48,7 +49,7 @@ class Mount(NamedTuple):
 
 
 class MountTable:
-    """What the kernel says is mounted where, at one moment; nothing if its table may not be read."""
+    """The kernel's table of mounts at one moment; empty if it cannot be read."""
 
     def __init__(self) -> None:
         self.mounts = list(_parsed())
@@ -59,7 +60,10 @@ class MountTable:
         }
 
     def at(self, place: str) -> Mount | None:
-        """Return the mount that a path without links leads to: others may lie over it, or over a folder above it."""
+        """Return the mount that a path without links is on.
+
+        Mounts may be stacked on one place: the topmost one counts, and so do mounts over the folders above.
+        """
         found = None
         for prefix in [*reversed(Path(place).parents), Path(place)]:
             while (over := self._on.get((found.number if found else "", str(prefix)))) is not None:
@@ -67,15 +71,15 @@ class MountTable:
         return found
 
     def kind_at(self, place: str) -> str | None:
-        """Return the kind of the filesystem that is mounted exactly here; None if there is none."""
+        """Return the type of the filesystem whose mount point is exactly `place`; None if there is none."""
         found = self.at(place)
         return found.kind if found is not None and found.place == place else None
 
 
 def mount_point_of(path: str) -> str:
-    """Return the mount point of the filesystem that `path` is on, or would be made on; "/" if it cannot be told.
+    """Return the mount point of the filesystem that `path` is on or would be created on; "/" if unknown.
 
-    Called by the engine's thread as it starts: what is on a filesystem that may hang, such as NFS, is not looked at.
+    The engine's thread calls it at the start. So it does no call on a filesystem that may hang, such as NFS.
     """
     table = MountTable()
     place, rest, links = "/", deque(Path(path).absolute().parts[1:]), 0
@@ -111,7 +115,7 @@ def check_mounted(path: Path, mount_point: str = "/") -> None:
     """
     table = MountTable()
     if not table.mounts:
-        return  # nobody says what is mounted
+        return  # the table cannot be read: nothing to compare
     real = Path(os.path.realpath(path))
     for place, why in [(mount_point, "was mounted when the engine started"), *_expected_above(real)]:
         try:
@@ -125,16 +129,16 @@ def check_mounted(path: Path, mount_point: str = "/") -> None:
 
 
 def check_size(path: Path, descriptor: int, capacity: int, min_free: int) -> None:
-    """Check that the filesystem of an open directory is large enough, if nobody else used it.
+    """Check that the whole filesystem of an open directory is large enough for the tier.
 
-    Space that others take comes and goes: it fails stores, not the start.
+    Space that others use now is ignored here, since it may become free. A store fails while there is too little.
 
     Args:
         path: of the directory, for messages.
-        capacity, min_free: bytes of the tier, and bytes that stay free.
+        capacity, min_free: bytes for the tier, and bytes that must stay free.
 
     Raises:
-        StoreUnavailableError: it is smaller, or does not say how large it is.
+        StoreUnavailableError: the filesystem is smaller, or its size cannot be read.
     """
     try:
         status = os.statvfs(descriptor)
@@ -147,14 +151,14 @@ def check_size(path: Path, descriptor: int, capacity: int, min_free: int) -> Non
 
 
 def filesystem_type(descriptor: int) -> str:
-    """Return the type of the filesystem that an open directory is on, "" if it cannot be told."""
+    """Return the type of the filesystem that an open directory is on; "" if unknown."""
     device = os.fstat(descriptor).st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     return next((mount.kind for mount in _parsed() if mount.device == number), "")
 
 
 def _target(place: str) -> tuple[str, ...] | None:
-    """Return the parts of what a symbolic link stands for; None for anything else."""
+    """Return the parts of a symbolic link's target; None if `place` is no link."""
     try:
         return Path(os.readlink(place)).parts
     except OSError:
@@ -162,7 +166,7 @@ def _target(place: str) -> tuple[str, ...] | None:
 
 
 def _expected_above(path: Path) -> list[tuple[str, str]]:
-    """Return the mount points in the system's own table that `path` is in or below."""
+    """Return the mount points of /etc/fstab that contain `path`, each with a reason for messages."""
     fields = [line.split() for line in _lines_of(FSTAB) if not line.lstrip().startswith("#")]
     places = [_plain(field[1]) for field in fields if len(field) > 2]
     above = {str(path), *map(str, path.parents)}
@@ -170,7 +174,7 @@ def _expected_above(path: Path) -> list[tuple[str, str]]:
 
 
 def _parsed() -> Iterator[Mount]:
-    """Yield the lines of the kernel's table."""
+    """Yield the entries of the kernel's table."""
     for line in _lines_of(MOUNTS):
         before, _, after = line.partition(" - ")
         fields = before.split(" ")
@@ -179,7 +183,7 @@ def _parsed() -> Iterator[Mount]:
 
 
 def _lines_of(table: Path) -> list[str]:
-    """Return the lines of a table, whose paths may hold any bytes but those of a blank or a line's end."""
+    """Return the lines of a table of mounts. Only blanks and line ends are escaped in its paths, not other bytes."""
     try:
         return os.fsdecode(table.read_bytes()).split("\n")
     except OSError:
@@ -187,24 +191,24 @@ def _lines_of(table: Path) -> list[str]:
 
 
 def _plain(field: str) -> str:
-    """Return a path as it is, from a table that writes blanks as octal numbers."""
+    """Return a field with its octal escapes decoded: the kernel writes a blank as backslash 040."""
     return _OCTAL.sub(lambda code: chr(int(code[1], 8)), field)
 
 
 def make_last_directory(path: Path) -> None:
-    """Make the directory if it is missing and its parent exists.
+    """Create the directory if it is missing and its parent exists.
 
     Raises:
-        StoreUnavailableError: there is no parent, or something else has this name.
-        OSError: it cannot be made.
+        StoreUnavailableError: the parent is missing, or `path` is something else.
+        OSError: the directory cannot be created.
     """
     try:
         path.mkdir(mode=FOLDER_MODE, exist_ok=True)
     except FileNotFoundError as error:
-        if path.parent.exists():  # a filesystem may refuse with this error, as /proc does
+        if path.parent.exists():  # some filesystems, such as /proc, refuse mkdir with this error
             raise
         raise StoreUnavailableError(
-            f"{path}: {path.parent} does not exist; kvtier makes only the last directory of a path, so that it never"
+            f"{path}: {path.parent} does not exist; kvtier creates only the last directory of a path, so that it never"
             " fills the disk below a filesystem that is not mounted"
         ) from error
     except FileExistsError as error:

@@ -1,9 +1,9 @@
-"""The only place that opens what others could have put there.
+"""Opens files and folders in a tier's directory, where others could have put something else. No other module does.
 
-A tier's directory is held by its descriptor. Everything below it is reached by one name at a time, relative to a
-descriptor, so that nobody can lead us elsewhere in between; links are never followed, and opening never waits. What is
-no plain file or folder of the directory's owner, or is mounted there, is a *stranger*: it is not read, not changed and
-not deleted, whatever its name is. Only a path that a person configured is followed wherever it leads, once.
+A tier's directory is held open by a descriptor. Everything below it is opened by one name relative to a descriptor, so
+that nobody can exchange a folder on the way. Links are never followed, and opening never blocks. Anything that is not a
+plain file or folder of the directory's owner, or that is a mount point, is a *stranger*: it is not read, changed or
+deleted, whatever its name. Links are followed only in a path that a user has configured.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _FILE = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _MOUNT_ID = b"mnt_id:"
 _STRANGE_ERRORS = frozenset({errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP})
-"""What opening a link, a folder, a pipe, a device or a socket gives instead of a file."""
+"""Errors of opening a link, a folder, a pipe, a device or a socket instead of a file."""
 _SAID = {stat.S_IFDIR: "Is a directory", stat.S_IFLNK: "symbolic links are not followed", stat.S_IFIFO: "a pipe"}
 LARGEST_NAMED_FILE = 1 << 20
 FOUND_BY_FSCK = "lost+found"
-"""Made with a filesystem, at the top of it; nobody's data."""
+"""mkfs creates it at the top of a filesystem; it holds nobody's data."""
 
 
 class StrangerError(OSError):
-    """Something that is not ours lies where one of our files belongs; it was left as it is."""
+    """Something that is not kvtier's has the name of one of its files. It was left alone."""
 
     def __init__(self, why: str, path: str | os.PathLike[str]) -> None:
         super().__init__(errno.EPERM, why, os.fspath(path))
 
 
 class Folder:
-    """A directory, held by its descriptor; a context that closes it. Threads may share it.
+    """An open directory; a context manager that closes it. Threads may share it.
 
     Attributes:
-        path: for messages only: what was opened stays this directory, wherever it is moved.
-        descriptor: open for as long as the context, or until `close`.
-        owner: the user to whom it and everything of ours in it belongs.
+        path: for messages only. The descriptor stays on this directory even if it is renamed.
+        descriptor: open until the context ends, or `close`.
+        owner: user id of the directory; all of kvtier's files in it must have it, too.
     """
 
     def __init__(self, path: Path, descriptor: int) -> None:
-        """Args: descriptor: of the directory; closed by `close`."""
+        """Args: descriptor: of the directory; `close` closes it."""
         self.path = path
         self.descriptor = descriptor
         self._status = os.fstat(descriptor)
@@ -53,14 +53,14 @@ class Folder:
 
     @classmethod
     def open(cls, path: Path, follow: bool = True) -> Self:
-        """Hold the directory at a path that a person configured.
+        """Open the directory at a path that a user has configured.
 
         Args:
-            follow: whether the last part of the path may be a link, as all others may.
+            follow: whether the last part of the path may be a link; the other parts may be links anyway.
 
         Raises:
-            StrangerError: it is a link and may not be.
-            OSError: there is none, or it may not be opened.
+            StrangerError: the last part is a link, and `follow` is False.
+            OSError: the directory cannot be opened.
         """
         try:
             return cls(path, os.open(path, _FOLDER | (0 if follow else os.O_NOFOLLOW)))
@@ -76,28 +76,28 @@ class Folder:
         self.close()
 
     def close(self) -> None:
-        """Let go of the directory."""
+        """Close the descriptor."""
         os.close(self.descriptor)
 
     @property
     def mode(self) -> int:
-        """Its permissions, as they were when it was opened."""
+        """The directory's permissions when it was opened."""
         return stat.S_IMODE(self._status.st_mode)
 
     @property
     def own_bytes(self) -> int:
-        """Bytes that the directory itself takes from the filesystem, without what is in it."""
+        """Bytes that the directory itself takes on the filesystem, without its files."""
         return os.fstat(self.descriptor).st_blocks * 512
 
     def folder(self, name: str, may_be_mounted: bool = False) -> Folder:
-        """Hold the folder of this name.
+        """Open a folder in this directory.
 
         Args:
-            may_be_mounted: whether a filesystem of its own may be mounted there.
+            may_be_mounted: whether the folder may be a mount point.
 
         Raises:
-            StrangerError: it is a link, a file, another user's, or mounted and may not be.
-            OSError: there is none, or it may not be opened.
+            StrangerError: it is a link, a file or another user's, or it is a mount point and may not be one.
+            OSError: the folder cannot be opened.
         """
         try:
             found = Folder(self.path / name, os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=self.descriptor))
@@ -113,10 +113,10 @@ class Folder:
         return found
 
     def make_folder(self, name: str) -> bool:
-        """Make the folder of this name, for its owner only; return False if there is something already.
+        """Create a folder with mode 0700; return False if the name exists.
 
         Raises:
-            OSError: it cannot be made; FileNotFoundError: this directory was removed.
+            OSError: the folder cannot be created; FileNotFoundError: this directory was removed.
         """
         try:
             os.mkdir(name, FOLDER_MODE, dir_fd=self.descriptor)
@@ -125,21 +125,21 @@ class Folder:
         return True
 
     def open_file(self, name: str, flags: int = os.O_RDONLY) -> int:
-        """Return a descriptor of a plain file that belongs to this directory's owner.
+        """Open a plain file of this directory's owner; return its descriptor.
 
         Args:
-            flags: as `os.open` has them. What is opened for writing has no second name: a write would show there, too.
+            flags: of `os.open`. A file with a second hard link is not opened for writing: the other name would change.
 
         Raises:
             StrangerError: something else has this name.
-            OSError: it cannot be opened.
+            OSError: the file cannot be opened.
         """
         try:
             descriptor = os.open(name, flags | _FILE, FILE_MODE, dir_fd=self.descriptor)
         except OSError as error:
             raise self._translated(error, name) from error
         if flags & os.O_EXCL:
-            return descriptor  # made by this call
+            return descriptor  # O_EXCL: this call has created the file
         try:
             why = self._strange(os.fstat(descriptor))
             if not why and flags & os.O_ACCMODE != os.O_RDONLY:
@@ -155,7 +155,7 @@ class Folder:
         return descriptor
 
     def read(self, name: str, most: int) -> bytes:
-        """Return what a file of at most `most` bytes holds; errors as `open_file`, StrangerError if it is longer."""
+        """Return the content of a file; raise as `open_file`, and StrangerError if it has more than `most` bytes."""
         descriptor = self.open_file(name)
         try:
             return _read_bounded(descriptor, most, self.path / name)
@@ -164,14 +164,15 @@ class Folder:
 
     def names(self) -> list[str]:
         """Return the names in the directory."""
-        descriptor = os.open(".", _FOLDER, dir_fd=self.descriptor)  # its own place in the list: threads may ask at once
+        # listdir moves the descriptor's offset, which threads would share: a descriptor of its own has its own offset.
+        descriptor = os.open(".", _FOLDER, dir_fd=self.descriptor)
         try:
             return os.listdir(descriptor)
         finally:
             os.close(descriptor)
 
     def status(self, name: str) -> os.stat_result:
-        """Return what the filesystem says of a name; of a link, not of where it leads.
+        """Return the status of a name; of a link, not of its target.
 
         Raises:
             OSError: nothing has this name.
@@ -189,10 +190,10 @@ class Folder:
             return False
 
     def holds(self, name: str, folder: Folder) -> bool:
-        """Return whether `folder` is still what has this name here.
+        """Return whether `name` still names `folder` here.
 
         Raises:
-            OSError: it cannot be told; ESTALE from a network filesystem of which the directory was removed.
+            OSError: this is unknown; ESTALE if another host has removed the directory from a network filesystem.
         """
         try:
             return os.path.samestat(self.status(name), folder._status)
@@ -200,10 +201,10 @@ class Folder:
             return False
 
     def has_file(self, folder: str, name: str) -> bool:
-        """Return whether a plain file of this name is in a folder here; quicker than to hold the folder.
+        """Return whether a folder in this directory has a plain file of this name; faster than `folder`.
 
         Raises:
-            OSError: it cannot be told; ENOTDIR or ELOOP: something else has the folder's name.
+            OSError: this is unknown; ENOTDIR or ELOOP: something else has the folder's name.
         """
         flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
@@ -218,14 +219,14 @@ class Folder:
             os.close(descriptor)
 
     def rename(self, old: str, new: str) -> None:
-        """Give a file another name here, in place of whatever file or link has it."""
+        """Rename a file within this directory; a file or link with the new name is replaced."""
         os.rename(old, new, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
 
     def unlink(self, name: str) -> bool:
-        """Delete a plain file of the directory's owner; return whether it is gone, False for a stranger.
+        """Delete a plain file of the directory's owner. Return True if the name is gone, False if a stranger has it.
 
         Raises:
-            OSError: it cannot be deleted.
+            OSError: the file cannot be deleted.
         """
         try:
             if self._strange(self.status(name)):
@@ -234,13 +235,13 @@ class Folder:
         except FileNotFoundError:
             return True
         except OSError as error:
-            if error.errno == errno.EBUSY:  # a file is mounted there
+            if error.errno == errno.EBUSY:  # the kernel's answer for a mount point
                 return False
             raise self._translated(error, name) from error
         return True
 
     def remove_empty(self, name: str) -> bool:
-        """Remove a folder if there is nothing in it; return whether it is gone."""
+        """Remove a folder if it is empty; return whether it is gone."""
         try:
             os.rmdir(name, dir_fd=self.descriptor)
         except FileNotFoundError:
@@ -250,13 +251,13 @@ class Folder:
         return True
 
     def _strange(self, status: os.stat_result) -> str:
-        """Return why what has this status is no file of ours; empty if it is one."""
+        """Return why something of this status is a stranger; "" if it is a file of the directory's owner."""
         if not stat.S_ISREG(status.st_mode):
             return _SAID.get(stat.S_IFMT(status.st_mode), "no plain file")
         return "" if status.st_uid == self.owner else f"belongs to user {status.st_uid}"
 
     def _translated(self, error: OSError, name: str) -> OSError:
-        """Return an error that names the whole path, and says what lies there instead of what was expected."""
+        """Return the error with the whole path and, if a stranger has the name, with its kind."""
         if error.errno in _STRANGE_ERRORS:
             try:
                 kind = stat.S_IFMT(os.stat(name, dir_fd=self.descriptor, follow_symlinks=False).st_mode)
@@ -267,11 +268,11 @@ class Folder:
 
 
 def read_named(path: str | os.PathLike[str], most: int = LARGEST_NAMED_FILE) -> bytes:
-    """Return what a file holds that a person named; links are followed.
+    """Return the content of a file that a user has named; links are followed.
 
     Raises:
-        StrangerError: no plain file, or longer than `most` bytes.
-        OSError: it cannot be read.
+        StrangerError: `path` is no plain file, or has more than `most` bytes.
+        OSError: the file cannot be read.
         ValueError: no file can have this name.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -294,9 +295,10 @@ def _read_bounded(descriptor: int, most: int, path: str | os.PathLike[str]) -> b
 
 
 def _mount_of(descriptor: int) -> int | None:
-    """Return which mount something was opened in; None where the kernel's list of descriptors is hidden.
+    """Return the id of the mount that a descriptor was opened in; None if /proc is not there.
 
-    Where it is hidden, a directory of the same filesystem that is mounted below ours looks like a folder of ours.
+    A bind mount within one filesystem has the same device number as any folder: only the mount id shows it. Without
+    /proc such a mount is taken for a folder.
     """
     try:
         own = os.open(f"/proc/self/fdinfo/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)

@@ -1,4 +1,4 @@
-"""Whole transfers: several buffers at one offset of a file, in as few system calls as they take."""
+"""Reads and writes several buffers at one offset of a file completely, in as few system calls as possible."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 PAGE_BYTES = 4096
-"""Alignment of offset, length and address that direct I/O accepts on every common device."""
+"""Direct I/O needs offset, length and address to be multiples of this on common devices."""
 MAX_BUFFERS = 1024
-"""IOV_MAX of Linux: buffers in one vectored call."""
+"""Most buffers per vectored call (IOV_MAX of Linux)."""
 NO_SPACE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 _VectoredCall = Callable[[int, Sequence[memoryview], int], int]
 
 
 def is_page_aligned(buffer: memoryview) -> bool:
-    """Return whether a contiguous buffer starts on a page."""
+    """Return whether a contiguous buffer starts at a multiple of a page."""
     address: int = np.frombuffer(buffer, np.uint8).__array_interface__["data"][0]
     return address % PAGE_BYTES == 0
 
 
 def read_fully(descriptor: int, buffers: Sequence[memoryview], offset: int, unit: int = 1) -> int:
-    """Fill `buffers` from `offset` on; return the bytes read, fewer than asked only at the end of the file.
+    """Fill `buffers` from `offset` on; return the bytes read: fewer only at the end of the file.
 
     Args:
-        unit: bytes of which every call moves a multiple, unless it is the last (PAGE_BYTES for direct I/O).
+        unit: PAGE_BYTES for direct I/O. After a call that moves no multiple of it, no further call could be aligned.
     """
     return _transfer(os.preadv, descriptor, buffers, offset, unit)
 
 
 def write_fully(descriptor: int, buffers: Sequence[memoryview], offset: int, unit: int = 1) -> int:
-    """Write `buffers` from `offset` on; return the bytes written, fewer only if the system takes no more.
+    """Write `buffers` from `offset` on; return the bytes written: fewer only if the kernel accepts no more.
 
     Args:
         unit: as in `read_fully`.
@@ -42,7 +42,7 @@ def write_fully(descriptor: int, buffers: Sequence[memoryview], offset: int, uni
 
 
 def _transfer(call: _VectoredCall, descriptor: int, buffers: Sequence[memoryview], offset: int, unit: int) -> int:
-    """Repeat `call` until everything is moved, or nothing moves any more, or the rest could not be aligned."""
+    """Repeat `call` until all bytes are moved, a call moves none, or the rest would not be aligned."""
     done = 0
     pending = list(buffers)
     while pending:
@@ -57,7 +57,7 @@ def _transfer(call: _VectoredCall, descriptor: int, buffers: Sequence[memoryview
 
 
 def _without_head(buffers: list[memoryview], count: int) -> list[memoryview]:
-    """Return what is left of `buffers` after their first `count` bytes."""
+    """Return `buffers` without their first `count` bytes."""
     for index, buffer in enumerate(buffers):
         if count < buffer.nbytes:
             return [buffer[count:], *buffers[index + 1 :]]

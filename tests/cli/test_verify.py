@@ -65,7 +65,7 @@ def test_a_namespace_that_says_nothing_readable_is_wrong(slab):
     next(slab.glob("*/namespace.json")).write_text("{")
     done = kvtier("verify", slab)
     assert done.returncode == 1
-    assert "no readable namespace.json" in done.stdout
+    assert "namespace.json cannot be read" in done.stdout
 
 
 def test_a_terminal_shows_a_bar_and_the_time_that_is_left(tmp_path):

@@ -300,7 +300,7 @@ def test_memory_that_is_full(rigs, servers, caplog):
     assert rig.causes.take().keys() == {FailureCause.NO_SPACE}
     assert rig.load(range(4))[1] == list(range(4))
     assert rig.tier.state is UP
-    assert len(lines(caplog, "takes no blocks", "OOM")) == 1
+    assert len(lines(caplog, "accepts no new blocks", "OOM")) == 1
     server.configure("maxmemory", "100mb")
     rig.wait(lambda: rig.store([50, 51]).success, "it stores again")
 

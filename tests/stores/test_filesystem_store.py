@@ -117,7 +117,7 @@ def test_a_directory_of_another_version_is_refused(shared):
 
 
 def test_a_parent_that_is_missing_is_not_made(tmp_path):
-    with pytest.raises(StoreUnavailableError, match="makes only the last directory"):
+    with pytest.raises(StoreUnavailableError, match="creates only the last directory"):
         open_store(tmp_path / "not mounted" / "shared")
 
 

@@ -356,10 +356,10 @@ def test_what_is_said_of_odd_namespaces(tmp_path, context):
     (slab / ("1" * 32) / "mine.txt").write_text("not kvtier's")
     surveys = {survey.folder: survey for survey in survey_slab(slab).namespaces}
     assert len(surveys) == 6
-    assert "no readable namespace.json" in surveys[folders["none"]].problems[0]
+    assert "namespace.json cannot be read" in surveys[folders["none"]].problems[0]
     assert "another namespace" in surveys[folders["wrong"]].problems[0]
     assert "format 77" in surveys[folders["old"]].remarks[0]
-    assert "epoch" in surveys[folder_of(slab, make_context("epoch", epoch=b"salt"))].remarks[0]
+    assert "stored after a reset" in surveys[folder_of(slab, make_context("epoch", epoch=b"salt"))].remarks[0]
     assert surveys[slab / ("0" * 32)].num_slots == 0
     with hold(slab):
         delete_namespace(folders["none"])
@@ -382,8 +382,8 @@ def test_which_directories_are_slabs(tmp_path, slab, context):
     (empty / "lock").write_text("some other program's lock, with text in it")
     for path, word in [
         (tmp_path / "no", "No such file"),
-        (slab / "lock", "no directory"),
-        (empty, "no directory of a"),
+        (slab / "lock", "not a directory"),
+        (empty, "not the directory of a"),
     ]:
         with pytest.raises(StoreUnavailableError, match=word):
             find_slabs(path)

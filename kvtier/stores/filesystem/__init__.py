@@ -1,1 +1,1 @@
-"""One file a block, on a filesystem that any number of hosts share."""
+"""One file per block, on a filesystem that any number of hosts share."""

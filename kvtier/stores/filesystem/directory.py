@@ -1,10 +1,10 @@
-"""The directory that hosts share: whose it is, where a block's file is, and what time it is there.
+"""The directory that hosts share: its owner, the paths of its files, and its clock.
 
-DIR/kvtier.json                     says what this directory is; its time of change, when touched, is the clock
-DIR/swept                           changed when some host last began to tidy up
-DIR/<fingerprint>/                  one folder a namespace, 32 hexadecimal digits
-DIR/<fingerprint>/<shard>/<key>     a block; 4,096 shards, 3 hexadecimal digits from a hash of the key
-DIR/<fingerprint>/<shard>/.<x>.new  a block that is being written, or that a dead writer left
+DIR/kvtier.json                     marks the directory as kvtier's; touched to read the filesystem's clock
+DIR/swept                           touched when a host begins to sweep
+DIR/<fingerprint>/                  one folder per namespace, 32 hexadecimal digits
+DIR/<fingerprint>/<shard>/<key>     a block; 4,096 shards, 3 hexadecimal digits of a hash of the key
+DIR/<fingerprint>/<shard>/.<x>.new  a block that is being written, or that a dead writer has left
 """
 
 from __future__ import annotations
@@ -39,35 +39,36 @@ UNFINISHED_SUFFIX = ".new"
 _CONTENT = json.dumps({"kvtier": "one file a block", "version": 1}).encode()
 _MAX_MARKER_BYTES = 4096
 _ATTEMPTS = 4
+"""To begin a file: a janitor may remove the empty folder before the file is in it."""
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 _SHARD = re.compile(rf"[0-9a-f]{{{SHARD_DIGITS}}}")
 _BLOCK = re.compile(r"([0-9a-f]{2}){5,68}")
 
 
 def shard_of(key: OffloadKey) -> str:
-    """Return the shard of a key: even, whatever the keys look like."""
+    """Return the shard of a key. It comes from a hash, so that shards fill evenly whatever the keys look like."""
     return f"{xxhash.xxh3_64_intdigest(key) >> (64 - 4 * SHARD_DIGITS):0{SHARD_DIGITS}x}"
 
 
 def is_block(name: str) -> bool:
-    """Return whether a file's name is one that a block has."""
+    """Return whether a file's name is that of a block."""
     return _BLOCK.fullmatch(name) is not None
 
 
 def is_unfinished(name: str) -> bool:
-    """Return whether a file's name is one that a block has while it is written."""
+    """Return whether a file's name is that of a block that is being written."""
     return name.startswith(".") and name.endswith(UNFINISHED_SUFFIX)
 
 
 class NewFile(NamedTuple):
-    """A block that is being written; a context that lets go of its folder.
+    """A file for a block that is being written; a context manager that closes its folder.
 
     Attributes:
-        folder: where it is, held.
-        name: one that nobody else uses.
-        descriptor: open for writing; who asked for the file closes it.
-        folder_bytes: what making the folder took; 0 if it was there.
-        held: what is held.
+        folder: the open folder of the file.
+        name: a name that no other writer uses.
+        descriptor: open for writing; the caller closes it.
+        folder_bytes: bytes that a new folder takes on the filesystem; 0 if the folder existed.
+        held: closes the folders.
     """
 
     folder: Folder
@@ -84,10 +85,10 @@ class NewFile(NamedTuple):
 
 
 class SharedDirectory:
-    """A directory of one user, shared by hosts. Nothing is locked; threads may share it."""
+    """A directory of one user that hosts share. It uses no locks; threads may share the object."""
 
     def __init__(self, path: Path, namespace: Namespace, folder: Folder) -> None:
-        """Args: folder: the directory, held; closed by `close`."""
+        """Args: folder: the open directory; `close` closes it."""
         self.path = path
         self.folder = folder
         self.namespace_name = namespace.fingerprint.hex()
@@ -97,13 +98,13 @@ class SharedDirectory:
 
     @classmethod
     def open(cls, path: Path, namespace: Namespace, mount_point: str = "/") -> SharedDirectory:
-        """Make the directory if it is missing and its parent is there.
+        """Open the directory; create it if it is missing and its parent exists.
 
         Args:
-            mount_point: what must be mounted for the directory to be the right one.
+            mount_point: a filesystem must be mounted here, see `check_mounted`.
 
         Raises:
-            StoreUnavailableError: of another owner, used for something else, or not usable at all.
+            StoreUnavailableError: the directory belongs to another user, holds something else, or cannot be used.
         """
         check_mounted(path, mount_point)
         try:
@@ -116,11 +117,11 @@ class SharedDirectory:
         return directory
 
     def close(self) -> None:
-        """Let go of the directory."""
+        """Close the directory's descriptor."""
         self.folder.close()
 
     def check_present(self) -> None:
-        """Raise StoreUnavailableError if the directory was removed, or another one is in its place."""
+        """Raise StoreUnavailableError if the directory was removed or replaced."""
         try:
             is_there = os.path.samestat(os.stat(self.path), os.fstat(self.folder.descriptor))
         except FileNotFoundError:
@@ -131,17 +132,17 @@ class SharedDirectory:
             raise StoreUnavailableError(f"{self.path}: the directory was removed while in use, or replaced")
 
     def namespace(self) -> Folder:
-        """Hold the folder of this namespace; errors as `Folder.folder`."""
+        """Open the folder of this namespace; raise as `Folder.folder`."""
         return self.folder.folder(self.namespace_name)
 
     def begin_file(self, shard: str) -> NewFile:
-        """Begin a file in a shard, whose folder is made if it is missing.
+        """Create a file in a shard, and the shard's folder if it is missing.
 
         Raises:
-            OSError: it cannot be made, or something else has its name.
+            OSError: the file cannot be created, or something else has the name of its folder.
         """
         is_new = False
-        for _ in range(_ATTEMPTS):  # a janitor removes folders that are empty
+        for _ in range(_ATTEMPTS):
             with contextlib.suppress(FileNotFoundError), ExitStack() as held:
                 namespace = held.enter_context(self.namespace())
                 is_new = namespace.make_folder(shard) or is_new
@@ -150,37 +151,37 @@ class SharedDirectory:
                 descriptor = folder.open_file(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
                 return NewFile(folder, name, descriptor, folder.own_bytes if is_new else 0, held.pop_all())
             self.folder.make_folder(self.namespace_name)
-        raise FileNotFoundError(errno.ENOENT, "its folders are removed again and again", str(self.path))
+        raise FileNotFoundError(errno.ENOENT, "its folders were removed again and again", str(self.path))
 
     def now(self) -> float:
-        """Return the time in seconds by the filesystem's clock: hosts need not agree on another."""
-        with contextlib.suppress(OSError):  # read-only: our own clock has to do
+        """Return the time in seconds by the filesystem's clock, which all hosts share, unlike their own clocks."""
+        with contextlib.suppress(OSError):  # a read-only filesystem: this host's clock has to do
             self._touch(MARKER_NAME)
             self._ahead = self.folder.status(MARKER_NAME).st_mtime - time.time()
         return self.roughly_now()
 
     def roughly_now(self) -> float:
-        """Return what `now` would, without asking the filesystem."""
+        """Return about the same as `now` without a call on the filesystem."""
         return time.time() + self._ahead
 
     def last_swept(self) -> float:
-        """Return when some host last began to tidy up.
+        """Return when a host last began to sweep, by the filesystem's clock.
 
         Raises:
-            OSError: it cannot be read.
+            OSError: the time cannot be read.
         """
         return self.folder.status(SWEPT_NAME).st_mtime
 
     def note_sweep(self) -> None:
-        """Let the other hosts know that we tidy up.
+        """Tell the other hosts that this one sweeps now.
 
         Raises:
-            OSError: it cannot be noted.
+            OSError: the file cannot be touched.
         """
         self._touch(SWEPT_NAME)
 
     def namespace_names(self) -> list[str]:
-        """Return what the folders of all namespaces are called.
+        """Return the names of all namespaces' folders.
 
         Raises:
             OSError: the directory cannot be read.
@@ -188,7 +189,7 @@ class SharedDirectory:
         return [name for name in self.folder.names() if _FINGERPRINT.fullmatch(name)]
 
     def own_bytes(self) -> int:
-        """Return the bytes that the directory and its own small files take."""
+        """Return the bytes that the directory and its two files take on the filesystem."""
         total = self.folder.own_bytes
         for name in (MARKER_NAME, SWEPT_NAME):
             with contextlib.suppress(FileNotFoundError):
@@ -204,10 +205,10 @@ class SharedDirectory:
 
 
 def shard_names(namespace: Folder, prefix: str) -> list[str]:
-    """Return the names of a namespace's shards that begin so.
+    """Return the names of a namespace's shards that begin with `prefix`.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the folder cannot be read.
     """
     if len(prefix) == SHARD_DIGITS:
         return [prefix]
@@ -215,7 +216,7 @@ def shard_names(namespace: Folder, prefix: str) -> list[str]:
 
 
 def _take(path: Path) -> Folder:
-    """Hold the directory, made if it is missing; it is ours alone, and for this."""
+    """Open the directory, create it if it is missing, and check that it is this user's and a tier's."""
     make_last_directory(path)
     folder = Folder.open(path, follow=rank_of(path.name) is None)
     try:
@@ -224,9 +225,9 @@ def _take(path: Path) -> Folder:
         content = _marker_of(folder)
         strange = next(_strangers_in(folder), None)
         if not content and strange is not None:
-            content = _marker_of(folder)  # another host may have been quicker
+            content = _marker_of(folder)  # another host may have marked the directory meanwhile
         if content not in (b"", _CONTENT):
-            raise StoreUnavailableError(f"{path}: {MARKER_NAME} is of another version")
+            raise StoreUnavailableError(f"{path}: {MARKER_NAME} is from another version of kvtier")
         if not content:
             if strange is not None:
                 raise StoreUnavailableError(f"{path}: holds something else ('{one_line(strange, MAX_QUOTED)}')")
@@ -240,7 +241,7 @@ def _take(path: Path) -> Folder:
 
 
 def _marker_of(folder: Folder) -> bytes:
-    """Return what the directory says it is; nothing if it does not."""
+    """Return the content of the marker file; empty if there is none."""
     try:
         return folder.read(MARKER_NAME, _MAX_MARKER_BYTES)
     except FileNotFoundError:
@@ -248,7 +249,7 @@ def _marker_of(folder: Folder) -> bytes:
 
 
 def _strangers_in(folder: Folder) -> Iterator[str]:
-    """Yield names that a directory has none of in which nothing was stored yet."""
+    """Yield names that are not expected in a new, empty directory."""
     for name in folder.names():
         is_ours = name in (MARKER_NAME, SWEPT_NAME) and folder.is_own_file(name) and not folder.status(name).st_size
         if not is_ours and name != FOUND_BY_FSCK:
@@ -256,7 +257,7 @@ def _strangers_in(folder: Folder) -> Iterator[str]:
 
 
 def _mark(folder: Folder) -> None:
-    """Let the directory say what it is."""
+    """Write the marker file."""
     os.close(folder.open_file(SWEPT_NAME, os.O_WRONLY | os.O_CREAT))
     descriptor = folder.open_file(MARKER_NAME, os.O_WRONLY | os.O_CREAT)
     try:

@@ -1,13 +1,14 @@
-"""Holds a shared directory within its capacity, without a lock, a leader or an index.
+"""Keeps a shared directory within its capacity, without locks, a leader or an index.
 
-The shards are dealt into groups, each with an equal share of the capacity: keys are hashed, so groups fill alike. Who
-looks into a group lists its files, of all namespaces, and deletes the oldest until the group keeps to its share. Two
-hosts that look at once choose the same files, and one of them finds them gone: nothing else happens.
+The shards form groups. Each group has an equal share of the capacity; keys are hashed, so groups fill evenly. To look
+into a group is to list its files, of all namespaces, and to delete the oldest until the group is within its share. If
+two hosts look at the same time, they choose the same files, and one of them finds the files gone.
 
-A writer looks into a group that it wrote to, with a probability that grows with what it wrote, and for certain after
-part of the group's room: a thousand writers together look about as often as one that writes as much. Besides, every
-group is looked into once an hour, by whichever host notices first that nobody did: for leftovers, and for a capacity
-that has become smaller.
+A writer looks into a group after it has written to it: with a probability that grows with the bytes, and certainly
+after a part of the group's free room. So a thousand writers together look about as often as one that writes as many
+bytes. In
+addition, hosts sweep: once per hour, the first host that finds a group's turn come looks into it, for files that dead
+writers have left, and in case the capacity is smaller now.
 """
 
 from __future__ import annotations
@@ -29,19 +30,20 @@ from kvtier.types import StoreUsage
 MIN_GROUP_BLOCKS = 64
 _USUAL_BLOCK_BYTES = 2 << 20
 _KEEP = 7 / 8
-"""Of its share, what a group keeps that had grown beyond that; the rest is for what is written until the next look."""
+"""A full group is cut down to this part of its share; the rest is room for writes until the next look."""
 _LOOK_EACH = 32
-"""Looks while a full group's share is written once."""
+"""Number of looks into a full group while its whole share is written once."""
 SECONDS_TO_LEAVE = 600.0
-"""After which a file that nobody finished is a leftover."""
+"""Age of an unfinished file at which its writer is taken for dead."""
 SWEEP_SECONDS = 3600.0
+"""Time in which the hosts together look into every group."""
 _BETWEEN_SWEEPS = (30.0, 60.0)
 _RELIEF = 1 / 16
-"""Of a group, what is deleted at once because the filesystem is full."""
+"""Part of a group that is deleted at once because the filesystem is full."""
 
 
 class Held(NamedTuple):
-    """A file; the order of these is that in which they go."""
+    """A file. Sorted, files come in the order in which they are deleted: oldest first."""
 
     changed: int
     shard: _Shard
@@ -50,7 +52,7 @@ class Held(NamedTuple):
 
 
 class _Shard(NamedTuple):
-    """Where a file is."""
+    """The folder of a file."""
 
     namespace: str
     name: str
@@ -58,12 +60,12 @@ class _Shard(NamedTuple):
 
 @dataclass
 class _Group:
-    """What this process knows of a group.
+    """What this process knows about a group.
 
     Attributes:
-        written: bytes that it wrote since it looked into the group.
-        room: bytes that were free then.
-        held: files and bytes that it left there; None if it has never looked.
+        written: bytes that it has written since its last look into the group.
+        room: free bytes of the group's share at that look.
+        held: files and bytes in the group after that look; None before the first look.
     """
 
     written: int = 0
@@ -72,20 +74,20 @@ class _Group:
 
 
 def group_digits(capacity: int, block_bytes: int) -> int:
-    """Return how many digits of a shard name its group: at most all, as long as a group holds blocks enough."""
+    """Return how many leading digits of a shard name its group: as many as leave room for enough blocks per group."""
     least = MIN_GROUP_BLOCKS * max(block_bytes, _USUAL_BLOCK_BYTES)
     return next((digits for digits in range(SHARD_DIGITS, 0, -1) if capacity >> 4 * digits >= least), 0)
 
 
 class Janitor:
-    """Looks after a directory. Threads may share it; any number of processes run one over the same directory.
+    """Deletes the oldest blocks of a directory. Threads may share it; any number of processes may each run one.
 
     Attributes:
-        usage: what the directory holds, estimated after each look; only the capacity is known before the first one.
+        usage: estimate of what the directory holds, made after each look; before the first one, only the capacity.
     """
 
     def __init__(self, directory: SharedDirectory, capacity: int, min_free: int, block_bytes: int) -> None:
-        """Args: capacity: most bytes of all files; min_free: bytes of the filesystem that stay free."""
+        """Args: capacity: most bytes of all files; min_free: bytes of the filesystem that must stay free."""
         self._directory = directory
         self._min_free = min_free
         self._digits = group_digits(capacity, block_bytes)
@@ -100,18 +102,18 @@ class Janitor:
         self._thread = threading.Thread(target=self._run, name="kvtier-janitor", daemon=True)
 
     def start(self) -> None:
-        """Begin to sweep, now and then."""
+        """Start the thread that sweeps."""
         self._thread.start()
 
     def close(self) -> bool:
-        """Stop; return whether it has, since a filesystem that hangs is not waited for."""
+        """Stop the thread; return False if it has not ended within a second, as when the filesystem hangs."""
         self._ending.set()
         if self._thread.ident is not None:
             self._thread.join(1.0)
         return not self._thread.is_alive()
 
     def wrote(self, shard: str, num_bytes: int) -> None:
-        """Take note of a block that was written, and look into its group when it is time."""
+        """Count a written block, and look into its group if it is time to."""
         name = shard[: self._digits]
         with self._lock:
             group = self._groups.setdefault(name, _Group())
@@ -124,14 +126,14 @@ class Janitor:
             self._guarded(lambda: self.look(name))
 
     def relieve(self, shard: str) -> None:
-        """Delete a few of the oldest blocks of a group: the filesystem is full, or a quota used up."""
+        """Delete a few of the oldest blocks of a group, because the filesystem or a quota is full."""
         self._guarded(lambda: self.look(shard[: self._digits], give_up=_RELIEF))
 
     def look(self, group: str, give_up: float = 0.0) -> None:
-        """Reap leftovers in a group, and delete its oldest blocks if they are too many.
+        """Delete unfinished files of dead writers in a group, and its oldest blocks if it exceeds its share.
 
         Args:
-            give_up: part of the group that goes in any case.
+            give_up: part of the group to delete in any case.
 
         Raises:
             OSError: the directory cannot be read.
@@ -151,16 +153,13 @@ class Janitor:
             self.usage = self._estimate(group_of_files.shared_bytes)
 
     def _estimate(self, shared_bytes: int) -> StoreUsage:
-        """Return what is held if all groups are as full as those that were looked into.
-
-        Keys are hashed: groups fill alike.
-        """
+        """Return the usage under the assumption that all groups are as full as those that this process has seen."""
         held = [group.held for group in self._groups.values() if group.held is not None]
         files, num_bytes = (sum(column) * self.num_groups // len(held) for column in zip(*held, strict=True))
         return StoreUsage(files, num_bytes + shared_bytes, self._capacity)
 
     def _enter(self, name: str, group: str, oldest: int, found: _Contents) -> None:
-        """Add what a group holds of one namespace; what is no folder of ours is left alone."""
+        """Add a group's files of one namespace; leave strangers alone."""
         try:
             with self._directory.folder.folder(name) as namespace:
                 found.shared_bytes += namespace.own_bytes
@@ -179,7 +178,7 @@ class Janitor:
             return
 
     def sweep(self) -> int:
-        """Look into the groups whose turn it is; return how many, 0 if another host has done so."""
+        """Look into the groups whose turn it is; return their number, 0 if another host has done so."""
         now = self._directory.now()
         step = SWEEP_SECONDS / self.num_groups
         turn = int(now / step)
@@ -198,7 +197,7 @@ class Janitor:
         return count
 
     def _shortage(self) -> float:
-        """Return a group's part of what is missing to `min_free`: others need the space more than a cache does."""
+        """Return this group's part of the bytes that the filesystem lacks to `min_free`."""
         if not self._min_free:
             return 0.0
         status = os.statvfs(self._directory.folder.descriptor)
@@ -212,29 +211,29 @@ class Janitor:
             pause = random.uniform(*_BETWEEN_SWEEPS)
 
     def _guarded(self, work: Callable[[], object]) -> None:
-        """Do `work`; what the filesystem refuses is said once, and tried again at the next turn."""
+        """Do `work`; log an OSError once. The next turn tries again."""
         try:
             work()
         except OSError as error:
             self._complain(error)
 
     def _complain(self, error: OSError) -> None:
-        """Say once, each, what is in the way, and what of somebody else's."""
+        """Log the first error of each type."""
         with self._lock:
             is_new = type(error) not in self._complained
             self._complained.add(type(error))
         if is_new:
-            what = "left alone, it is not kvtier's" if isinstance(error, StrangerError) else "cannot tidy up"
+            what = "left alone, it is not kvtier's" if isinstance(error, StrangerError) else "cannot delete old blocks"
             logger.warning("%s: %s: %s", error.filename or self._directory.path, what, error.strerror)
 
 
 class _Contents:
-    """The files of one group, and what they and their folders take.
+    """The files of one group, and the bytes that they and their folders take.
 
     Attributes:
-        num_files: blocks, and those that are being written.
-        num_bytes: of the files and of the folders that they are in.
-        shared_bytes: of what all groups have together: the directory itself, and the namespaces' folders.
+        num_files: blocks, including unfinished ones.
+        num_bytes: of the files and their folders.
+        shared_bytes: of the directory itself and of the namespaces' folders, which belong to no group.
     """
 
     def __init__(self, directory: SharedDirectory) -> None:
@@ -245,7 +244,7 @@ class _Contents:
         self._folders: dict[_Shard, tuple[int, int]] = {}
 
     def add(self, shard: _Shard, folder: Folder, oldest: int) -> None:
-        """Add the files of a shard; leftovers are deleted, what somebody else put there is left alone."""
+        """Add the files of a shard; delete unfinished files changed before `oldest` (ns), and leave strangers alone."""
         before = len(self._held)
         for name in folder.names():
             unfinished = is_unfinished(name)
@@ -266,13 +265,13 @@ class _Contents:
         self.num_bytes += folder.own_bytes
 
     def drop_if_empty(self, shard: _Shard) -> None:
-        """Remove the folder of a shard without files; writers make it again."""
+        """Remove the folder of a shard that has no files; a writer creates it again when needed."""
         num_bytes, count = self._folders.get(shard, (0, 1))
         if not count and self._is_gone(shard.namespace, lambda namespace: namespace.remove_empty(shard.name)):
             self.num_bytes -= num_bytes
 
     def shrink(self, most: float) -> None:
-        """Delete the oldest files until no more than `most` bytes are left, and folders that are then empty."""
+        """Delete the oldest files until at most `most` bytes are left, and the folders that this leaves empty."""
         for file in sorted(self._held):
             if self.num_bytes <= most:
                 break
@@ -284,7 +283,7 @@ class _Contents:
                 self.drop_if_empty(file.shard)
 
     def _is_gone(self, namespace: str, remove: Callable[[Folder], bool]) -> bool:
-        """Remove something from a namespace's folder; return whether it is gone, by us or by somebody else."""
+        """Remove something from a namespace's folder; return whether it is gone, whoever removed it."""
         try:
             with self._directory.folder.folder(namespace) as folder:
                 return remove(folder)
@@ -295,6 +294,6 @@ class _Contents:
 
 
 def _delete_in(shard: str, name: str, namespace: Folder) -> bool:
-    """Delete a file of a shard; return whether it is gone."""
+    """Delete a file of a shard; return True if its name is gone."""
     with namespace.folder(shard) as folder:
         return folder.unlink(name)

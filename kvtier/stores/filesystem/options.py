@@ -22,28 +22,31 @@ class FilesystemOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True,
     path: Annotated[
         str,
         msgspec.Meta(
-            description="directory, the same for all engines; empty, or kvtier's already. Made if it is missing, but"
-            " not its parent: a mount that is not there must not fill the disk below"
+            description="directory, the same for all engines. It must be empty or already kvtier's. It is created if it"
+            " is missing, but its parent is not, so that an absent mount does not fill the disk below"
         ),
     ]
     capacity: Annotated[
         int,
         size_of(
-            "most bytes that the files and folders of all engines take together; the same for all engines, since the"
-            " smallest wins. At least 64 blocks"
+            "most bytes that the files and folders of all engines take together. Set the same for all engines, since"
+            " the smallest value wins. At least 64 blocks"
         ),
     ]
     min_free: Annotated[
         int,
-        size_of("bytes of the filesystem that stay free: below that nothing is stored, and blocks give way", minimum=0),
+        size_of(
+            "bytes of the filesystem that must stay free. With less free, nothing is stored and old blocks are deleted",
+            minimum=0,
+        ),
     ] = 0
     threads: Threads = 8
 
     def for_store(self) -> SharedDirectoryOptions:
-        """Return what the store is opened with; what is mounted at the directory is noted now.
+        """Return the options for the store, with the mount point of the directory as it is now.
 
         Raises:
-            ConfigError: `path` is no directory's.
+            ConfigError: `path` is empty or a URL.
         """
         if not self.path or "://" in self.path:
             raise ConfigError("path", self.path, "a directory")
@@ -52,7 +55,7 @@ class FilesystemOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True,
         return SharedDirectoryOptions(**values, mount_point=mount_point_of(path))
 
     def check(self, block_bytes: int, policies: Mapping[str, type[Any]]) -> None:
-        """Refuse options that contradict each other, the size of a block, or what the environment shows."""
+        """Refuse options that contradict each other, the block size, or the environment."""
         self.for_store()
         least = MIN_GROUP_BLOCKS * (block_bytes + HEADER_BYTES)
         if self.capacity < least:
@@ -61,10 +64,10 @@ class FilesystemOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True,
 
 
 class SharedDirectoryOptions(FilesystemOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What `FilesystemStore` is opened with: the options of its tier.
+    """The options of `FilesystemStore`: those of its tier, and `mount_point`.
 
     Attributes:
-        mount_point: what must be mounted for `path` to be the right directory.
+        mount_point: a filesystem must be mounted here, see `check_mounted`.
     """
 
     mount_point: str = "/"

@@ -1,7 +1,8 @@
-"""Blocks as files: the payload, and behind it the seal of 128 bytes.
+"""The store of tier type `filesystem`: each block is a file that holds its payload and then its header of 128 bytes.
 
-A file appears whole, by a rename, and never changes; what a reader opened stays readable when it is deleted.
-Nothing is synchronised: a host that crashes may leave a file with a hole, which does not verify.
+A file gets its final name by a rename when it is complete, and never changes. A reader that has opened it can read it
+even after it was deleted. There is no fsync: a host that crashes may leave a file with a hole, which fails its
+checksum.
 """
 
 from __future__ import annotations
@@ -33,27 +34,27 @@ from kvtier.stores.vectored import NO_SPACE_ERRORS, read_fully, write_fully
 from kvtier.types import FailureCause, StoreUsage
 
 _ABSENT_ERRORS = frozenset({errno.ENOENT, errno.ESTALE, errno.ENOTDIR})
-"""ESTALE: another host deleted the file while we looked at it."""
+"""ESTALE is NFS's error when another host has deleted the file meanwhile."""
 _SECONDS_FRESH = 300.0
-"""A block that is read has its time of change renewed, at most so often: the janitor deletes the oldest."""
+"""A read renews the file's modification time if it is older than this, since the janitor deletes the oldest files."""
 _PROBES_FIRST = 32
-"""Asked one after the other, to see how quick the filesystem is."""
+"""Probes that are made one after the other, to measure the filesystem's latency."""
 _SLOW_PROBE = 0.0001
-"""Seconds for one question above which it is better to ask many at once."""
+"""Seconds per probe from which the remaining probes are made in parallel."""
 _PROBES_AT_ONCE = 16
 _SECONDS_BETWEEN_STATFS = 0.5
 _SECONDS_BETWEEN_RELIEFS = 1.0
 
 
 class FilesystemStore(BlockStore):
-    """Sealed blocks of one namespace in a directory that hosts share. What does not verify is counted and deleted."""
+    """Sealed blocks of one namespace in a shared directory. It counts and deletes blocks that do not verify."""
 
     seals_itself = True
 
     def __init__(
         self, directory: SharedDirectory, janitor: Janitor, sealer: Sealer, min_free: int, context: StoreContext
     ) -> None:
-        """Args: min_free: bytes of the filesystem that stay free."""
+        """Args: min_free: bytes of the filesystem that must stay free."""
         self._directory = directory
         self._janitor = janitor
         self._min_free = min_free
@@ -74,8 +75,8 @@ class FilesystemStore(BlockStore):
             options: `SharedDirectoryOptions`.
 
         Raises:
-            StoreUnavailableError: the secret is gone, the directory is foreign or not usable, or its filesystem is
-                smaller than the capacity.
+            StoreUnavailableError: the secret cannot be read, the directory is not kvtier's or cannot be used, or its
+                filesystem is smaller than the capacity.
         """
         _, sealer = open_sealer(options, context.namespace)
         read = SharedDirectoryOptions.read(options)
@@ -91,14 +92,14 @@ class FilesystemStore(BlockStore):
         return cls(directory, janitor, sealer, min_free, context)
 
     def path_of(self, key: OffloadKey) -> Path:
-        """Return where the file of a block is."""
+        """Return the path of a block's file."""
         return self._directory.path / self._directory.namespace_name / shard_of(key) / key.hex()
 
     def contains(self, keys: Sequence[OffloadKey]) -> list[bool]:
-        """Return which files there are; on a slow filesystem many are asked for at once.
+        """Return per key whether its file exists; on a slow filesystem, probe in parallel.
 
         Raises:
-            StoreError: it answers nothing at all.
+            StoreError: every probe failed.
         """
         self._directory.check_present()
         try:
@@ -114,7 +115,7 @@ class FilesystemStore(BlockStore):
         return [answer is True for answer in answers]
 
     def _ask(self, namespace: Folder, keys: Sequence[OffloadKey]) -> list[bool | OSError]:
-        """Return whether each block is there, or why that cannot be told."""
+        """Return per key whether its file exists, or the error of the probe."""
         started = time.perf_counter()
         answers = [_exists(namespace, key) for key in keys[:_PROBES_FIRST]]
         rest = keys[_PROBES_FIRST:]
@@ -125,7 +126,7 @@ class FilesystemStore(BlockStore):
         return answers
 
     def write(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
-        """Store the blocks, the last one first: of a prefix, the head is the newest, and goes last.
+        """Store the blocks, the last one first. So a prefix's head has the newest file, and is deleted last.
 
         Raises:
             StoreUnavailableError: the directory is gone.
@@ -150,7 +151,7 @@ class FilesystemStore(BlockStore):
         return results
 
     def read_into(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
-        """Fill buffers and verify them; one whose result is False may hold anything."""
+        """Fill and verify buffers; a buffer whose result is False may hold anything."""
         results = [False] * len(keys)
         fitting = fitting_buffers(keys, buffers, self._block_bytes, self._failures)
         try:
@@ -198,17 +199,17 @@ class FilesystemStore(BlockStore):
                     self._errors.log(error)
 
     def usage(self) -> StoreUsage:
-        """Return what the directory holds, of all namespaces and hosts, as the janitor estimates it."""
+        """Return the janitor's estimate of what the directory holds, of all namespaces and hosts."""
         return self._janitor.usage
 
     def close(self) -> None:
-        """Stop tidying up."""
+        """Stop the janitor and close the directory."""
         self._askers.shutdown(wait=False, cancel_futures=True)
         if self._janitor.close():
             self._directory.close()
 
     def _write_one(self, key: OffloadKey, shard: str, buffer: memoryview) -> int:
-        """Store a block; return the bytes that the filesystem gave for it."""
+        """Store a block; return the bytes that it takes on the filesystem."""
         with self._directory.begin_file(shard) as new:
             try:
                 try:
@@ -216,7 +217,7 @@ class FilesystemStore(BlockStore):
                     written = write_fully(new.descriptor, [stored, memoryview(header)], 0)
                     taken = max(written, os.fstat(new.descriptor).st_blocks * 512)
                 finally:
-                    os.close(new.descriptor)  # a network filesystem may say only here that there is no space
+                    os.close(new.descriptor)  # NFS writes back on close, and may report only here that space is out
                 if written < self._block_bytes + HEADER_BYTES:
                     raise OSError(errno.EIO, "only a part was written")
                 new.folder.rename(new.name, key.hex())
@@ -227,7 +228,7 @@ class FilesystemStore(BlockStore):
         return taken + new.folder_bytes
 
     def _read_from_shard(self, namespace: Folder, key: OffloadKey, buffer: memoryview) -> FailureCause | None:
-        """Fill a buffer from the file of a block, which is deleted if it is not what it should be."""
+        """Fill a buffer from a block's file; delete the file if the block is unreadable. Return why it failed."""
         with namespace.folder(shard_of(key)) as folder:
             cause = self._read_one(key, folder.open_file(key.hex()), buffer)
             if cause in UNREADABLE:
@@ -236,9 +237,9 @@ class FilesystemStore(BlockStore):
             return cause
 
     def _read_one(self, key: OffloadKey, descriptor: int, buffer: memoryview) -> FailureCause | None:
-        """Fill a buffer from an open file, and close it."""
+        """Fill a buffer from an open file, and close the file. Return why it failed."""
         try:
-            tail = memoryview(bytearray(HEADER_BYTES + 1))  # a file that is too long fills it
+            tail = memoryview(bytearray(HEADER_BYTES + 1))  # one byte more than expected shows a file that is too long
             rooms = self._sealer.rooms([buffer])
             length = read_fully(descriptor, [*rooms, tail], 0)
             if length != self._block_bytes + HEADER_BYTES:
@@ -254,7 +255,7 @@ class FilesystemStore(BlockStore):
             os.close(descriptor)
 
     def _check_free(self) -> None:
-        """Raise OSError if a block more would leave less than `min_free`."""
+        """Raise OSError (ENOSPC) if another block would leave less than `min_free`."""
         if not self._min_free:
             return
         with self._lock:
@@ -268,7 +269,7 @@ class FilesystemStore(BlockStore):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _relieve(self, shard: str) -> None:
-        """Let a full filesystem have some space back, so that new blocks replace old ones."""
+        """Delete some old blocks on a full filesystem, so that new blocks can replace them."""
         with self._lock:
             if (now := time.monotonic()) - self._relieved_at < _SECONDS_BETWEEN_RELIEFS:
                 return
@@ -277,7 +278,7 @@ class FilesystemStore(BlockStore):
 
 
 def _exists(namespace: Folder, key: OffloadKey) -> bool | OSError:
-    """Return whether a block's file is there, or why that cannot be told."""
+    """Return whether a block's file exists, or the error of the probe."""
     try:
         return namespace.has_file(shard_of(key), key.hex())
     except OSError as error:

@@ -1,6 +1,7 @@
-"""Integrity of stored blocks: what is read is what was stored, or a miss.
+"""Integrity of stored blocks: a read returns the bytes that were stored, or it is a miss.
 
-`open_sealer` is where a store begins: it seals payloads and opens them, and the store moves the bytes.
+A store calls `open_sealer` first. The sealer makes and verifies headers, and encrypts if configured; the store moves
+the bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from kvtier.stores.integrity.secrets import Authenticator, PayloadCipher, Secret
 
 
 def open_sealer(options: Mapping[str, Any], namespace: Namespace) -> tuple[dict[str, Any], Sealer]:
-    """Return a store's options without those of `SecretPlace`, and the sealer that these ask for.
+    """Return a store's options without those about the secret, and the sealer that the latter ask for.
 
     Raises:
         StoreUnavailableError: the secret cannot be read.
@@ -28,7 +29,7 @@ def open_sealer(options: Mapping[str, Any], namespace: Namespace) -> tuple[dict[
 
 
 def make_sealer(namespace: Namespace, secret: bytes, encrypt: bool) -> Sealer:
-    """Return the sealer for the namespace that a secret derives from `namespace`."""
+    """Return a sealer for the namespace that is derived from `namespace` and the secret."""
     if encrypt:
         return EncryptedSealer(PayloadCipher(secret, namespace))
     return PlainSealer(namespace, Authenticator(secret, namespace))

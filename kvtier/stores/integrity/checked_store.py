@@ -1,4 +1,4 @@
-"""Any plain `BlockStore`, sealed: what comes back is what went in, or nothing."""
+"""Seals the values of any plain `BlockStore`, so that a read returns the bytes that were stored, or fails."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _Answer = TypeVar("_Answer")
 
 
 class CheckedStore(BlockStore):
-    """Puts a header before every value and checks it on the way back.
+    """Wraps a store: adds a header to each value it writes, and verifies each value it reads.
 
-    Values pass through private memory: a caller's buffer is written only after its value has verified. A value that
-    fails is counted in `context.failures` and deleted. Whatever the inner store raises, or answers against its
-    contract, becomes a StoreError here. A thread's private memory is `MAX_SCRATCH_BYTES`, or that of one block, and one
-    block more where payloads are encrypted; a larger batch goes through it in parts.
+    Values pass through private memory, so that a caller's buffer is written only after its value has verified. A value
+    that does not verify is counted in `context.failures` and deleted. If the inner store raises or breaks its contract,
+    a StoreError is raised. Each thread has private memory of `MAX_SCRATCH_BYTES` (or one block, if that is more), and
+    of one block more if payloads are encrypted; larger batches are split.
     """
 
     seals_itself = True
@@ -39,9 +39,9 @@ class CheckedStore(BlockStore):
         scratch_bytes: int = MAX_SCRATCH_BYTES,
     ) -> None:
         """Args:
-        inner: a store of opaque values; this one closes it.
-        sealer: of the blocks, default a plain one; the inner store was opened with its namespace.
-        scratch_bytes: most private memory of a thread, or that of one block.
+        inner: a store of opaque values, opened with the sealer's namespace; `close` closes it.
+        sealer: of the blocks; None for a `PlainSealer` without a secret.
+        scratch_bytes: most private memory per thread, unless one block needs more.
         """
         self.inner = inner
         self._failures = context.failures
@@ -54,24 +54,24 @@ class CheckedStore(BlockStore):
 
     @classmethod
     def open(cls, options: Mapping[str, Any], context: StoreContext) -> Self:
-        """Open `options["store"]`, a BlockStore class, with the remaining options, and seal it; as `over`."""
+        """Open `options["store"]`, a BlockStore class, with the remaining options, and wrap it; see `over`."""
         return cls.over(options["store"], {name: value for name, value in options.items() if name != "store"}, context)
 
     @classmethod
     def over(cls, store_class: type[BlockStore], options: Mapping[str, Any], context: StoreContext) -> Self:
-        """Open a store of opaque values, and seal it.
+        """Open a store of opaque values, and wrap it.
 
         Args:
-            options: for the store; those of `SecretPlace` may be among them, and are for the seal.
+            options: of the inner store, and optionally those of `SecretPlace` for the sealer.
 
         Raises:
-            StoreUnavailableError: the store cannot be opened, or the secret is gone.
+            StoreUnavailableError: the store cannot be opened, or the secret cannot be read.
         """
         others, sealer = open_sealer(options, context.namespace)
         return cls(store_class.open(others, replace(context, namespace=sealer.namespace)), context, sealer)
 
     def contains(self, keys: Sequence[OffloadKey]) -> list[bool]:
-        """Return what the inner store says; nothing is verified before it is read."""
+        """Return the inner store's answers. Only `read_into` verifies values."""
         return self._answers(keys, lambda: self.inner.contains(keys), count=False)
 
     def write(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
@@ -87,7 +87,7 @@ class CheckedStore(BlockStore):
         self._guarded((), lambda: self.inner.delete(keys))
 
     def usage(self) -> StoreUsage | None:
-        """Return what the inner store says."""
+        """Return the inner store's usage."""
         return self.inner.usage()
 
     def close(self) -> None:
@@ -100,7 +100,7 @@ class CheckedStore(BlockStore):
         buffers: Sequence[memoryview],
         move: Callable[[Sequence[OffloadKey], Sequence[memoryview]], list[bool]],
     ) -> list[bool]:
-        """Call `move` for the pairs of the right length, as many at once as private memory holds."""
+        """Call `move` for the buffers of the right length, in parts that fit the private memory."""
         fitting = fitting_buffers(keys, buffers, self._block_bytes, self._failures)
         results = [False] * len(keys)
         step = max(1, self._scratch_bytes // self._value_bytes)
@@ -134,7 +134,7 @@ class CheckedStore(BlockStore):
         return results
 
     def _discard(self, broken: dict[OffloadKey, FailureCause]) -> None:
-        """Count what failed and delete what is there; a value that would not fill its buffer is corrupt."""
+        """Count failed values by cause, and delete those that exist. A value of another length is corrupt."""
         absent = [key for key, cause in broken.items() if cause is FailureCause.ABSENT]
         try:
             with self._clean_up:
@@ -149,7 +149,7 @@ class CheckedStore(BlockStore):
                 self._failures.count(cause)
 
     def _values(self, count: int) -> list[memoryview]:
-        """Return `count` value-sized pieces of this thread's private memory, their headers zeroed."""
+        """Return `count` pieces of this thread's private memory, as long as values, with zeros in their headers."""
         memory = self._scratch.piece(count * self._value_bytes)
         starts = range(0, count * self._value_bytes, self._value_bytes)
         for start in starts:
@@ -159,7 +159,7 @@ class CheckedStore(BlockStore):
     def _answers(
         self, keys: Sequence[OffloadKey], call: Callable[[], Sequence[bool]], count: bool = True
     ) -> list[bool]:
-        """Return one bool a key from the inner store, whatever it does."""
+        """Return one bool per key from the inner store; raise StoreError if it gives another number of answers."""
 
         def checked() -> list[bool]:
             answers = [bool(answer) for answer in call()]
@@ -170,7 +170,7 @@ class CheckedStore(BlockStore):
         return self._guarded(keys if count else (), checked)
 
     def _guarded(self, keys: Sequence[OffloadKey], call: Callable[[], _Answer]) -> _Answer:
-        """Run a call of the inner store; its errors are counted for `keys` and leave as StoreError."""
+        """Call the inner store. Count its errors as failures of `keys`, and raise them as StoreError."""
         try:
             return call()
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Payloads encrypted on their way through private memory; the header's layout is in `header.py`."""
+"""A sealer that encrypts payloads. `header.py` has the layout of their headers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kvtier.types import FailureCause
 
 
 class EncryptedSealer(Sealer):
-    """Encrypts payloads on their way out, and decrypts them on their way in, through private memory."""
+    """Encrypts payloads into private memory before they are stored, and decrypts them from there after a read."""
 
     def __init__(self, cipher: PayloadCipher) -> None:
         self.namespace = cipher.namespace
@@ -32,7 +32,7 @@ class EncryptedSealer(Sealer):
         self._scratch = Scratch(TAG_BYTES)
 
     def most_sealed(self, block_bytes: int) -> int | None:
-        """Return how many blocks the private memory of a thread holds."""
+        """Return how many blocks fit the private memory of a thread."""
         return max(1, MAX_SCRATCH_BYTES // whole_pages(block_bytes + TAG_BYTES))
 
     def most_opened(self, block_bytes: int) -> int | None:
@@ -42,7 +42,7 @@ class EncryptedSealer(Sealer):
     def seal(
         self, keys: Sequence[OffloadKey], payloads: Sequence[memoryview], slots: Iterable[int] = NO_SLOTS
     ) -> Sealed:
-        """Encrypt the payloads into private memory, on a page boundary each."""
+        """Encrypt each payload into private memory, at a page boundary."""
         targets = self._scratch.like(payloads)
         headers = []
         for key, payload, target, room, slot in zip(
@@ -55,7 +55,7 @@ class EncryptedSealer(Sealer):
         return Sealed(targets, headers)
 
     def rooms(self, buffers: Sequence[memoryview]) -> Sequence[memoryview]:
-        """Return private memory, on a page boundary for each buffer."""
+        """Return private memory for each buffer, at a page boundary."""
         return self._scratch.like(buffers)
 
     def open(
@@ -79,19 +79,19 @@ class EncryptedSealer(Sealer):
         return causes
 
     def verify(self, header: Bytes, key: OffloadKey, stored: Bytes, slot: int = 0) -> FailureCause | None:
-        """Decrypt to nowhere."""
+        """Check a payload without writing it anywhere."""
         return self._decrypt(header, key, stored, None, slot)
 
     def seal_stream(
         self, key: OffloadKey, payload_bytes: int, memory: Callable[[int], memoryview] | None = None
     ) -> SealStream:
-        """Return what encrypts the pieces."""
+        """Return a stream that encrypts each piece."""
         nonce = os.urandom(NONCE_BYTES)
         body = self.headers.begin(key, payload_bytes, 0, nonce)
         return _EncryptedSealStream(self._cipher.encryptor(key, nonce, body), body, memory or self._scratch.next_piece)
 
     def open_stream(self, key: OffloadKey, buffer: memoryview, slot: int = 0) -> OpenStream:
-        """Return what collects the pieces: they are decrypted with what stands in the header."""
+        """Return a stream that collects all pieces: decryption needs the nonce in the header, which comes last."""
         return _EncryptedOpenStream(self, key, buffer, slot)
 
     def _decrypt(
@@ -109,7 +109,7 @@ class EncryptedSealer(Sealer):
     def _decrypt_whole(
         self, header: Bytes, key: OffloadKey, room: memoryview, target: memoryview, slot: int
     ) -> FailureCause | None:
-        """Do as `_decrypt`, quicker: `room` has space for the tag behind the payload."""
+        """Decrypt as `_decrypt` does, but faster: `room` has space for the tag after the payload."""
         record = self.headers.expect(header, key, slot)
         if isinstance(record, FailureCause):
             return record

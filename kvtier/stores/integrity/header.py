@@ -1,4 +1,4 @@
-"""The header: 128 bytes that say what a stored block is, so that a reader can refuse anything else.
+"""The header of a stored block: 128 bytes that identify the block, so that a reader can refuse any other bytes.
 
 Layout, little endian, no padding:
 
@@ -26,10 +26,10 @@ Headers of encrypted payloads have the same layout, with these differences:
 | 36     | 16    | tag            | of AES-256-GCM over the encrypted payload and, in the clear, the 120 bytes of |
 |        |       |                | the header with zeros here                                                    |
 
-So an encrypted block is as long as a plain one, and its payload as long as the block's: direct I/O stays possible.
+Encryption changes no length, so that direct I/O stays possible.
 
-A header of zeros only means "nothing here". Magic and version keep their place in every version; the header
-checksum is looked at after them, since another version may compute it otherwise.
+A header of zeros means that there is no block. Magic and version are at the same place in every version. A reader
+checks them before the header checksum, which another version may compute in another way.
 XXH3: https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md
 """
 
@@ -49,7 +49,7 @@ from kvtier.types import FailureCause
 
 MAGIC = b"KVTB"
 ENCRYPTED_VERSION = FORMAT_VERSION | 0x80
-"""Stands for the version in headers of encrypted payloads: who expects plain ones sees another format."""
+"""Version in headers of encrypted payloads: a reader of plain payloads takes it for another format."""
 HEADER_BYTES = 128
 CHECKED_BYTES = 120
 """Bytes of the header that its own checksum covers."""
@@ -80,14 +80,14 @@ HEADER_DTYPE = np.dtype(
         ("header_checksum", "<u8"),
     ]
 )
-"""The same layout for reading many headers at once."""
+"""The same layout for numpy, to read many headers at once."""
 
 
 Bytes = bytes | bytearray | memoryview
 
 
 class Record(NamedTuple):
-    """What a valid header of this namespace says."""
+    """The content of a valid header of this namespace."""
 
     key: OffloadKey
     slot: int
@@ -97,19 +97,19 @@ class Record(NamedTuple):
 
 
 def header_checksum(header: bytes | memoryview) -> int:
-    """Return the checksum that belongs at the end of `header` (at least its first 120 bytes)."""
+    """Return the header checksum of `header`, of which at least the first 120 bytes must be given."""
     return xxhash.xxh3_64_intdigest(header[:CHECKED_BYTES])
 
 
 def complete(body: bytes, signature: bytes | None = None) -> bytes:
-    """Return the header that `BlockHeaders.begin` began; a signature or tag takes the place of the payload checksum."""
+    """Complete what `BlockHeaders.begin` returned; a signature or tag replaces the payload checksum."""
     if signature is not None:
         body = body[: _CHECKSUM.start] + signature + body[_CHECKSUM.stop : CHECKED_BYTES]
     return body + _HEADER_CHECKSUM.pack(header_checksum(body))
 
 
 def begun(header: Bytes) -> bytes:
-    """Return what a signature or tag vouches for: the first 120 bytes, with zeros for the payload checksum."""
+    """Return the bytes that a signature or tag covers: the first 120, with zeros for the payload checksum."""
     header = bytes(header)
     return header[: _CHECKSUM.start] + _NONE + header[_CHECKSUM.stop : CHECKED_BYTES]
 
@@ -120,12 +120,12 @@ def nonce_of(header: Bytes) -> bytes:
 
 
 class BlockHeaders:
-    """Makes and reads the headers of one namespace's blocks; vouches for no payload. Threads may share it.
+    """Makes and parses the headers of one namespace's blocks. It verifies no payloads. Threads may share it.
 
     Attributes:
         fingerprint: of the namespace, 16 bytes.
-        version: what the headers carry as the version of the format.
-        mark: the beginning of the fingerprint that every header carries.
+        version: format version in the headers.
+        mark: the part of the fingerprint that each header contains: its first 16 or 4 bytes.
     """
 
     def __init__(self, fingerprint: bytes, version: int = FORMAT_VERSION, mark_bytes: int = FINGERPRINT_BYTES) -> None:
@@ -136,11 +136,11 @@ class BlockHeaders:
 
     @classmethod
     def encrypted(cls, fingerprint: bytes) -> Self:
-        """Return the headers of a namespace whose payloads are encrypted."""
+        """Return one for a namespace whose payloads are encrypted."""
         return cls(fingerprint, ENCRYPTED_VERSION, _ENCRYPTED_MARK_BYTES)
 
     def continue_after(self, sequence: int) -> None:
-        """Number the next headers above `sequence`; called before the first one, by who recovers."""
+        """Give the next headers sequences above `sequence`. A recovering store calls it before the first header."""
         self._sequence = itertools.count(sequence + 1)
 
     def begin(
@@ -150,17 +150,17 @@ class BlockHeaders:
 
         Args:
             nonce: 12 bytes, for an encrypted payload.
-            checksum: of the payload, where nothing vouches for the header.
+            checksum: of the payload, if there is no signature or tag.
 
         Raises:
-            KeyFormatError: the key has a length that no key has.
+            KeyFormatError: the key's length is not allowed.
             ValueError: slot or payload length above 2**32 - 1.
         """
         if not MIN_KEY_BYTES <= len(key) <= MAX_KEY_BYTES:
             raise KeyFormatError(f"key of {len(key)} bytes: {MIN_KEY_BYTES} to {MAX_KEY_BYTES} allowed")
         if not 0 <= slot <= MAX_SLOT or payload_bytes > MAX_PAYLOAD_BYTES:
             raise ValueError(f"slot={slot}, payload of {payload_bytes} bytes: both up to 2**32 - 1 allowed")
-        sequence = next(self._sequence) % _MAX_SEQUENCES  # a forged header may have been the last one
+        sequence = next(self._sequence) % _MAX_SEQUENCES  # a forged header may have made the count start near the end
         return _BODY.pack(
             MAGIC,
             self.version,
@@ -174,10 +174,10 @@ class BlockHeaders:
         )
 
     def parse(self, header: Bytes) -> Record | FailureCause:
-        """Return what a header says, without its payload, or why it says nothing to this namespace.
+        """Return the content of a header, without looking at the payload.
 
         Returns:
-            ABSENT (zeros only), OLD_FORMAT (another version), CORRUPT or FOREIGN (another namespace) on failure.
+            On failure ABSENT (only zeros), OLD_FORMAT (another version), CORRUPT, or FOREIGN (another namespace).
         """
         header = bytes(header)
         if header == _NOTHING:
@@ -196,7 +196,7 @@ class BlockHeaders:
         return Record(OffloadKey(key[:key_length]), slot, length, int.from_bytes(sequence, "little"), checksum)
 
     def expect(self, header: Bytes, key: OffloadKey, slot: int) -> Record | FailureCause:
-        """Return what `parse` does; FOREIGN for a header of another key or slot."""
+        """Parse a header; return FOREIGN if it is of another key or slot."""
         record = self.parse(header)
         if isinstance(record, Record) and (record.key != key or record.slot != slot):
             return FailureCause.FOREIGN

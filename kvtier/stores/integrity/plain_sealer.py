@@ -1,4 +1,4 @@
-"""Payloads stored as they are, with a checksum; a secret, if there is one, vouches for them."""
+"""A sealer that stores payloads unchanged, with a checksum or, if there is a secret, a signature."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from kvtier.types import FailureCause
 
 
 class PlainSealer(Sealer):
-    """Stores payloads as they are; a secret, if there is one, vouches for them.
+    """Stores payloads unchanged, with a checksum or, if there is a secret, a signature.
 
-    A device moves its bytes into few large pages much faster than into many small ones, and an arena that several
-    processes share has small ones on most systems. `for_direct_reads` receives payloads in private memory and copies
-    them from there. That costs processor time (docs/performance.md has both), least in portions that stay in the
-    processor's cache: several small blocks, or a piece of a large one.
+    Direct I/O into large pages is much faster than into 4 KiB pages, since the device handles fewer segments. But an
+    arena, which processes share, has 4 KiB pages on most systems. The sealer of `for_direct_reads` therefore receives
+    payloads in private memory in huge pages, and copies them. The copy costs processor time (docs/performance.md has
+    both), and least if the bytes are still in the processor's cache: so it works in portions of several small blocks,
+    or of a part of a large one.
     """
 
     def __init__(
         self, namespace: Namespace, authenticator: Authenticator | None = None, *, scratch: Scratch | None = None
     ) -> None:
         """Args:
-        authenticator: of a secret; its namespace, made of `namespace`, is the one that counts then.
-        scratch: receives what is read; without it, the buffers do.
+        authenticator: signs blocks with a secret; the sealer then has the authenticator's namespace.
+        scratch: memory that receives payloads; None to read them into the caller's buffers.
         """
         self.namespace = namespace if authenticator is None else authenticator.namespace
         self.headers = BlockHeaders(self.namespace.fingerprint)
@@ -43,44 +44,44 @@ class PlainSealer(Sealer):
 
     @classmethod
     def for_reading(cls, fingerprint: bytes) -> Self:
-        """Return a sealer that verifies blocks of a namespace of which nothing but the fingerprint is known.
+        """Return a sealer that verifies blocks of a namespace of which only the fingerprint is known.
 
-        Only who knows the secret can verify payloads that one vouches for.
+        It cannot verify blocks that are signed with a secret.
         """
         sealer = cls(Namespace())
         sealer.headers = BlockHeaders(fingerprint)
         return sealer
 
     def for_direct_reads(self) -> Sealer:
-        """Return one that copies what it receives."""
+        """Return a sealer that receives payloads in private memory, and copies them."""
         return PlainSealer(self.namespace, self._authenticator, scratch=Scratch())
 
     def most_opened(self, block_bytes: int) -> int | None:
-        """Return how many blocks stay in the processor's cache until they are copied; any number without a copy."""
+        """Return how many blocks stay in the processor's cache until they are copied; None if none is copied."""
         return None if self._scratch is None else max(1, PORTION_BYTES // whole_pages(block_bytes))
 
     def reads_portions(self, block_bytes: int) -> bool:
-        """Return whether a block would not stay in the cache until it is copied."""
+        """Return True if a block is copied, and too large to stay in the processor's cache until then."""
         return self._scratch is not None and block_bytes > PORTION_BYTES
 
     def seal(
         self, keys: Sequence[OffloadKey], payloads: Sequence[memoryview], slots: Iterable[int] = NO_SLOTS
     ) -> Sealed:
         """Return the payloads themselves."""
-        # All checksums first: a payload leaves nothing else in the processor's cache, so that whatever is done after
-        # each of many starts cold.
+        # Compute all checksums first. Reading a payload evicts everything else from the processor's cache, so code
+        # between two payloads would start with a cold cache each time.
         summed = zip(keys, payloads, list(map(self._checksum_of, payloads)), slots, strict=False)
         return Sealed(payloads, [self.header_of(key, load.nbytes, sum_, slot) for key, load, sum_, slot in summed])
 
     def header_of(self, key: OffloadKey, payload_bytes: int, checksum: bytes, slot: int = 0) -> bytes:
-        """Return the header of a payload whose checksum is known."""
+        """Return the header for a payload with this checksum."""
         if self._authenticator is None:
             return complete(self.headers.begin(key, payload_bytes, slot, checksum=checksum))
         body = self.headers.begin(key, payload_bytes, slot)
         return complete(body, self._authenticator.sign(body, checksum))
 
     def rooms(self, buffers: Sequence[memoryview]) -> Sequence[memoryview]:
-        """Return the buffers themselves, or private memory, on a page boundary for each."""
+        """Return the buffers themselves, or private memory for each at a page boundary."""
         return buffers if self._scratch is None else self._scratch.like(buffers)
 
     def open(
@@ -91,7 +92,7 @@ class PlainSealer(Sealer):
         buffers: Sequence[memoryview],
         slots: Iterable[int] = NO_SLOTS,
     ) -> list[FailureCause | None]:
-        """Verify payloads where they are; copy those that did and are not in their buffers."""
+        """Verify payloads in place; copy the verified ones to their buffers if they are elsewhere."""
         summed = zip(headers, keys, stored, list(map(self._checksum_of, stored)), slots, strict=False)
         causes = [self.verify_summed(header, key, len(load), sum_, slot) for header, key, load, sum_, slot in summed]
         if stored is not buffers:
@@ -101,13 +102,13 @@ class PlainSealer(Sealer):
         return causes
 
     def verify(self, header: Bytes, key: OffloadKey, stored: Bytes, slot: int = 0) -> FailureCause | None:
-        """Return why not, if a payload is not what was sealed."""
+        """Return None if a payload is what was sealed, else the cause."""
         return self.verify_summed(header, key, len(stored), self._checksum_of(stored), slot)
 
     def verify_summed(
         self, header: Bytes, key: OffloadKey, payload_bytes: int, checksum: bytes, slot: int = 0
     ) -> FailureCause | None:
-        """Return what `verify` does, for a payload whose checksum is known."""
+        """Verify a payload of which only length and checksum are given."""
         record = self.headers.expect(header, key, slot)
         if isinstance(record, FailureCause):
             return record
@@ -119,17 +120,17 @@ class PlainSealer(Sealer):
         return None if vouched and record.payload_bytes == payload_bytes else FailureCause.CORRUPT
 
     def checksum(self) -> Any:
-        """Return the checksum of nothing yet, with `update` and `digest`."""
+        """Return a new checksum object, with `update` and `digest`."""
         return xxhash.xxh3_128() if self._authenticator is None else self._authenticator.checksum()
 
     def seal_stream(
         self, key: OffloadKey, payload_bytes: int, memory: Callable[[int], memoryview] | None = None
     ) -> SealStream:
-        """Return what sums the pieces."""
+        """Return a stream that adds each piece to the checksum."""
         return _PlainSealStream(self, key, payload_bytes)
 
     def open_stream(self, key: OffloadKey, buffer: memoryview, slot: int = 0) -> OpenStream:
-        """Return what sums the pieces."""
+        """Return a stream that adds each piece to the checksum, and copies it if the sealer has scratch memory."""
         if self._scratch is not None:
             return _CopiedOpenStream(self, key, buffer, slot, self._scratch)
         return _PlainOpenStream(self, key, buffer, slot)

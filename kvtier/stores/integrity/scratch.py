@@ -1,4 +1,4 @@
-"""Private memory of threads that payloads pass through: page-aligned, in huge pages, used again and again."""
+"""Private memory of threads, through which payloads pass. It is page-aligned, in huge pages, and reused."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from collections.abc import Sequence
 import numpy as np
 
 RING_BYTES = 1 << 20
-"""For pieces on their way out of a thread; a piece has a quarter of it at most."""
+"""Size of the ring for `next_piece`. A piece has at most a quarter of it."""
 _PAGE_BYTES = mmap.PAGESIZE
 _HUGE_PAGE_BYTES = 2 << 20
 
 
 class Scratch(threading.local):
-    """One thread's private memory."""
+    """Private memory; each thread that uses the object has its own (`threading.local`)."""
 
     def __init__(self, spare_bytes: int = 0) -> None:
-        """Args: spare_bytes: behind each piece."""
+        """Args: spare_bytes: extra bytes after each piece."""
         self._spare_bytes = spare_bytes
         self._memory = self._ring = memoryview(b"")
         self._next = 0
@@ -29,26 +29,26 @@ class Scratch(threading.local):
         self._handed_out: list[memoryview] = []
 
     def like(self, buffers: Sequence[memoryview]) -> list[memoryview]:
-        """Return memory as long as each of `buffers`, on a page boundary each; the former memory is good no more."""
+        """Return a piece per buffer, of its length and at a page boundary. Earlier pieces must not be used any more."""
         if not self._fits(buffers):
             self._divide([buffer.nbytes for buffer in buffers])
         self._handed_out = self._pieces[: len(buffers)]
         return self._handed_out
 
     def piece(self, num_bytes: int) -> memoryview:
-        """Return one piece of memory; the former memory is good no more."""
+        """Return one piece of memory. Earlier pieces must not be used any more."""
         self._spacious = self._pieces = self._handed_out = []
         if len(self._memory) < num_bytes:
             self._memory = _private_memory(num_bytes)
         return self._memory[:num_bytes]
 
     def handed_out(self, pieces: Sequence[object]) -> bool:
-        """Return whether these are the pieces that `like` handed out last, and no other memory."""
+        """Return whether `pieces` is the list that `like` has returned last."""
         return pieces is self._handed_out
 
     @property
     def spacious(self) -> list[memoryview]:
-        """The pieces that `like` handed out last, with the spare bytes behind each."""
+        """The pieces that `like` has returned last, each with its spare bytes."""
         return self._spacious[: len(self._handed_out)]
 
     def _divide(self, lengths: Sequence[int]) -> None:
@@ -61,11 +61,14 @@ class Scratch(threading.local):
         self._pieces = [room[:length] for room, length in zip(self._spacious, lengths, strict=True)]
 
     def _fits(self, buffers: Sequence[memoryview]) -> bool:
-        """Return whether the last division has the right lengths: blocks of a store have one length."""
+        """Return whether the last pieces have the right lengths; a store's blocks usually have one length."""
         return len(buffers) <= len(self._pieces) and all(map(_is_as_long, buffers, self._pieces))
 
     def next_piece(self, num_bytes: int) -> memoryview:
-        """Return memory for a piece of at most `RING_BYTES / 4`; good until half of `RING_BYTES` more are asked for."""
+        """Return memory for a piece of at most `RING_BYTES / 4`.
+
+        It may be used until another `RING_BYTES / 2` have been taken.
+        """
         if not self._ring:
             self._ring = _private_memory(RING_BYTES)
         if self._next + num_bytes > RING_BYTES:
@@ -79,7 +82,11 @@ def _is_as_long(one: memoryview, other: memoryview) -> bool:
 
 
 def _private_memory(num_bytes: int) -> memoryview:
-    """Return so many bytes at least, in huge pages if the system has them for who asks (madvise(2))."""
+    """Return at least `num_bytes`, in huge pages if the kernel gives them (see madvise(2)).
+
+    A huge page must begin at a multiple of its size, and mmap promises only small pages. So one more is mapped, and the
+    memory begins at the first multiple.
+    """
     length = -(-num_bytes // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
     mapping = mmap.mmap(-1, length + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):
@@ -90,5 +97,5 @@ def _private_memory(num_bytes: int) -> memoryview:
 
 
 def whole_pages(num_bytes: int) -> int:
-    """Return the bytes of the pages that so many bytes take."""
+    """Return `num_bytes`, rounded up to whole pages."""
     return -(-num_bytes // _PAGE_BYTES) * _PAGE_BYTES

@@ -1,7 +1,7 @@
-"""Seals payloads before they are stored, and opens what was stored: plain or encrypted, in batches or as a stream.
+"""The interface of sealers: to seal is to make the stored bytes of a block, to open is to verify and restore them.
 
-A store moves bytes and asks its sealer what they are, so that one code serves both kinds. Payloads are never encrypted
-where they are, since others read the arena at the same time.
+Stores only move bytes, so the same store serves plain and encrypted blocks, in batches or as a stream. Payloads are
+never encrypted in place, since other processes read the arena at the same time.
 """
 
 from __future__ import annotations
@@ -17,96 +17,98 @@ from kvtier.stores.integrity.header import BlockHeaders, Bytes
 from kvtier.types import FailureCause
 
 MAX_SCRATCH_BYTES = 16 << 20
-"""Private memory that a thread keeps for one batch, unless one block is more."""
+"""Private memory that a thread keeps for one batch, unless one block needs more."""
 PORTION_BYTES = 1 << 20
-"""Read at once into private memory, and then copied: less than a processor's own cache has."""
+"""Bytes that are read into private memory before they are copied: few enough for a core's own (L2) cache."""
 NO_SLOTS: Iterable[int] = itertools.repeat(0)
-"""For stores in which the key is the location."""
+"""The slots for stores without slots, in which the key is the location."""
 
 
 class Sealed(NamedTuple):
-    """What is to be stored: payloads as long as they were, and a header for each."""
+    """The bytes to store: payloads of unchanged length, and a header for each."""
 
     payloads: Sequence[memoryview]
     headers: list[bytes]
 
 
 class SealStream(ABC):
-    """One payload that leaves in pieces, for a header that follows it."""
+    """Seals one payload piece by piece; its header is known after the last piece."""
 
     @abstractmethod
     def take(self, piece: memoryview) -> memoryview:
-        """Return what is to be stored of the next piece, of the same length; good until half a MiB more is taken.
+        """Return the bytes to store for the next piece, of the same length.
+
+        They may be used until another half MiB has been taken.
 
         Args:
             piece: at most `RING_BYTES / 4` long.
         """
 
     def note(self, piece: memoryview) -> None:
-        """Learn that the next piece has left, or is about to; each is noted once, in order, as it was given."""
+        """Learn that the next piece was sent or will be. Call it once per plain piece, in order."""
         return
 
     @abstractmethod
     def header(self) -> bytes:
-        """Return the header; called once, after the last piece."""
+        """Return the header. Call it once, after the last piece."""
 
 
 class OpenStream(ABC):
-    """One payload that arrives in pieces, before its header."""
+    """Opens one payload that arrives piece by piece, before its header."""
 
     @abstractmethod
     def room(self, start: int, stop: int) -> memoryview:
-        """Return where bytes `start` to `stop` of what is stored are to be put; good until the next room."""
+        """Return memory for the stored bytes `start` to `stop`. It may be used until the next call."""
 
     def note(self, piece: memoryview, /) -> None:
-        """Learn that the next piece, a room or a part of one, is filled; each is noted once, in order."""
+        """Learn that the next piece, a room or a part of one, is filled. Call it once per piece, in order."""
         return
 
     @abstractmethod
     def verify(self, header: Bytes) -> FailureCause | None:
-        """Leave the payload in its buffer and return None, or return the cause; called once, after the last piece."""
+        """Write the payload to its buffer and return None, or return why it failed. Call it once, at the end."""
 
 
 class Sealer(ABC):
-    """Seals and opens the blocks of one namespace. Threads may share it; memory that it hands out is the thread's own.
+    """Seals and opens the blocks of one namespace. Threads may share it; memory that it returns is the thread's own.
 
     Attributes:
-        namespace: of the blocks; with a secret the one derived from it, which decides about names and paths.
-        headers: makes and reads their headers.
+        namespace: of the blocks; with a secret, the namespace derived from it. Stores use it in names and paths.
+        headers: makes and parses their headers.
     """
 
     namespace: Namespace
     headers: BlockHeaders
 
     def most_sealed(self, block_bytes: int) -> int | None:
-        """Return how many blocks one call of `seal` takes; None for any number."""
+        """Return the most blocks per call of `seal`; None for any number."""
         return None
 
     def most_opened(self, block_bytes: int) -> int | None:
-        """Return how many blocks one call of `rooms` and `open` takes; None for any number."""
+        """Return the most blocks per call of `rooms` and `open`; None for any number."""
         return self.most_sealed(block_bytes)
 
     def reads_portions(self, block_bytes: int) -> bool:
-        """Return whether a payload is better read through `open_stream`, in portions of `PORTION_BYTES`."""
+        """Return whether it is faster to read a payload through `open_stream`, in portions of `PORTION_BYTES`."""
         return False
 
     def for_direct_reads(self) -> Sealer:
-        """Return a sealer for the same blocks whose rooms are private memory in large pages."""
+        """Return a sealer for the same blocks that is faster with direct I/O: its rooms are in huge pages."""
         return self
 
     @abstractmethod
     def seal(
         self, keys: Sequence[OffloadKey], payloads: Sequence[memoryview], slots: Iterable[int] = NO_SLOTS
     ) -> Sealed:
-        """Return what is to be stored of payloads; good until this thread's next call.
+        """Return the bytes to store for payloads. They may be used until this thread's next call.
 
         Raises:
-            KeyFormatError: a key has a length that no key has.
+            KeyFormatError: a key's length is not allowed.
             ValueError: slot or payload length above 2**32 - 1.
         """
 
     def seal_into(self, key: OffloadKey, payload: memoryview, target: memoryview) -> bytes:
-        """Put what is to be stored of a payload into `target`, of the same length and elsewhere; return the header."""
+        """Write the bytes to store for a payload into `target`, other memory of the same length; return the header."""
         stream = self.seal_stream(key, payload.nbytes, lambda num_bytes: target)
         stored = stream.take(payload)
         if stored is payload:
@@ -116,7 +118,7 @@ class Sealer(ABC):
 
     @abstractmethod
     def rooms(self, buffers: Sequence[memoryview]) -> Sequence[memoryview]:
-        """Return where a store should put what it reads for `buffers`; good until this thread's next call."""
+        """Return memory for reading the blocks of `buffers`. It may be used until this thread's next call."""
 
     @abstractmethod
     def open(
@@ -127,29 +129,29 @@ class Sealer(ABC):
         buffers: Sequence[memoryview],
         slots: Iterable[int] = NO_SLOTS,
     ) -> list[FailureCause | None]:
-        """Leave what was `stored` in `buffers`; return, each, None if it verified, else the cause.
+        """Verify `stored` blocks and write their payloads to `buffers`; return per block None, or why it failed.
+
+        A buffer whose block failed may hold anything. Causes are those of `BlockHeaders.parse`, FOREIGN for a block of
+        another key or slot, and CORRUPT for a wrong payload.
 
         Args:
-            stored: what `rooms(buffers)` returned, filled, or any other memory.
-
-        A buffer whose payload did not verify may hold anything. Causes are as `BlockHeaders.parse` has them, FOREIGN
-        for a block of another key or slot, CORRUPT for another payload.
+            stored: the result of `rooms(buffers)`, filled, or any other memory.
         """
 
     @abstractmethod
     def verify(self, header: Bytes, key: OffloadKey, stored: Bytes, slot: int = 0) -> FailureCause | None:
-        """Return what `open` does for one block, and leave the payload nowhere."""
+        """Verify one block as `open` does, without writing its payload."""
 
     @abstractmethod
     def seal_stream(
         self, key: OffloadKey, payload_bytes: int, memory: Callable[[int], memoryview] | None = None
     ) -> SealStream:
-        """Return what takes a payload in pieces.
+        """Return a stream that seals a payload piece by piece.
 
         Args:
-            memory: gives memory for a piece of so many bytes, if one is needed; default the thread's own.
+            memory: returns memory for a piece of so many bytes; None for the thread's own memory.
         """
 
     @abstractmethod
     def open_stream(self, key: OffloadKey, buffer: memoryview, slot: int = 0) -> OpenStream:
-        """Return what receives a payload for `buffer`, and then its header; one at a time for a thread."""
+        """Return a stream that opens a payload for `buffer` piece by piece. A thread may use one at a time."""

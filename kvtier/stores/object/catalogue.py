@@ -1,4 +1,4 @@
-"""What is in the store, as far as this instance knows: packs, where each block is, and how much they take."""
+"""The index in memory: the known packs, the place of each block, and the bytes of all packs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _MAX_GONE = 100_000
 
 
 class Pack:
-    """An object of kvtier's; several digests share it.
+    """An object of kvtier's; it holds the values of several digests.
 
     Attributes:
         path: its name.
-        size: bytes.
+        size: in bytes.
         stamp: orders packs by time.
-        dead: bits of the values that count no more.
+        dead: bit mask of the values that were deleted or replaced.
     """
 
     __slots__ = ("dead", "path", "size", "stamp")
@@ -31,12 +31,12 @@ class Pack:
 
 
 class Place:
-    """Where a block is.
+    """The place of a block.
 
     Attributes:
         pack: the object.
-        place: which of its values.
-        num_values: how many values it has.
+        place: index of the value in the pack.
+        num_values: number of values in the pack.
     """
 
     __slots__ = ("num_values", "pack", "place")
@@ -49,7 +49,7 @@ class Catalogue:
     """Packs by stamp, blocks of one namespace by digest. Threads share it."""
 
     def __init__(self, root: str, fingerprint: str, value_bytes: int) -> None:
-        """Args: root: what all names begin with; value_bytes: of each value of this namespace."""
+        """Args: root: prefix of all names; value_bytes: length of each value of this namespace."""
         self._root = root
         self._fingerprint = fingerprint
         self._value_bytes = value_bytes
@@ -57,7 +57,7 @@ class Catalogue:
         self._packs: dict[str, Pack] = {}
         self._pack_of: dict[int, Pack] = {}
         self._gone: OrderedDict[str, None] = OrderedDict()
-        """Stamps that a listing, begun before they went, must not bring back."""
+        """Stamps of deleted packs. A listing that began before their deletion must not add them again."""
         self.total_bytes = 0
 
     def __len__(self) -> int:
@@ -65,7 +65,7 @@ class Catalogue:
 
     @property
     def num_packs(self) -> int:
-        """Objects of all namespaces."""
+        """Number of objects, of all namespaces."""
         return len(self._packs)
 
     def holds(self, digests: Iterable[int]) -> list[bool]:
@@ -74,7 +74,7 @@ class Catalogue:
         return [digest in pack_of for digest in digests]
 
     def find(self, digest: int) -> Place | None:
-        """Return where a block is."""
+        """Return the place of a block; None if it is unknown."""
         pack = self._pack_of.get(digest)
         if pack is None:
             return None
@@ -82,7 +82,7 @@ class Catalogue:
         return Place(pack, digests.index(digest), len(digests))
 
     def add(self, path: str, size: int) -> str | None:
-        """Learn of an object, in any order, any number of times; return its stamp, None if it is none of kvtier's."""
+        """Add an object, once or again, in any order; return its stamp, None if its name is not kvtier's."""
         name = parse(path, self._root)
         if name is None:
             return None
@@ -95,7 +95,7 @@ class Catalogue:
         return name.stamp
 
     def forget(self, stamps: Iterable[str]) -> None:
-        """Learn that objects are gone for good."""
+        """Remove objects that were deleted."""
         with self._lock:
             for stamp in stamps:
                 self._gone[stamp] = None
@@ -109,7 +109,7 @@ class Catalogue:
                 self._gone.popitem(last=False)
 
     def take_back(self, digests: Iterable[int]) -> list[tuple[Pack, int, bool]]:
-        """Forget blocks; return their packs, their places as bits, and whether nothing else is left there."""
+        """Remove blocks; return per pack a bit mask of their places, and whether the pack has no other blocks."""
         places: dict[str, list[int]] = {}
         with self._lock:
             for digest in digests:
@@ -125,7 +125,7 @@ class Catalogue:
             return taken
 
     def oldest(self, until_bytes: int, before: str = "") -> list[Pack]:
-        """Return the oldest packs whose end leaves at most `until_bytes`, and all with stamps below `before`."""
+        """Return the packs to delete: those with stamps below `before`, and the oldest until `until_bytes` are left."""
         with self._lock:
             count = sum(stamp < before for stamp in self._packs) if before else 0
             victims = heapq.nsmallest(count, self._packs) if count else []
@@ -141,22 +141,22 @@ class Catalogue:
             return [self._packs[stamp] for stamp in victims]
 
     def stamps(self, since: str = "", before: str = "~") -> list[str]:
-        """Return the stamps of known objects from `since` on and below `before`."""
+        """Return the stamps of known objects that are at least `since` and below `before`."""
         with self._lock:
             return [stamp for stamp in self._packs if since <= stamp < before]
 
     def writers(self, since: str) -> set[str]:
-        """Return who wrote from `since` on."""
+        """Return the writers of the objects with stamps from `since` on."""
         return {writer_of(stamp) for stamp in self.stamps(since)}
 
     def check_invariants(self) -> None:
         """Raise InvariantError if sizes, packs and blocks contradict each other."""
         with self._lock:
             if self.total_bytes != sum(pack.size for pack in self._packs.values()):
-                raise InvariantError(f"{self.total_bytes} bytes, and packs of another sum")
+                raise InvariantError(f"total_bytes is {self.total_bytes}, which is not the sum of the packs")
             for digest, pack in self._pack_of.items():
                 if self._packs.get(pack.stamp) is not pack or digest not in self._digests(pack):
-                    raise InvariantError("a block in a pack that is not known to hold it")
+                    raise InvariantError("a block's pack is unknown, or its name does not contain the block")
 
     def _index(self, name: PackName | TakenBack, pack: Pack) -> None:
         if isinstance(name, TakenBack):
@@ -168,7 +168,7 @@ class Catalogue:
                         del self._pack_of[digest]
             return
         if pack.size != len(name.digests) * self._value_bytes:
-            return  # not what the name says: it is counted, and leaves with its age
+            return  # its size contradicts its name: the bytes count, and it is deleted when it is the oldest
         for place, digest in enumerate(name.digests):
             former = self._pack_of.get(digest)
             if former is None or former.stamp < pack.stamp:

@@ -1,4 +1,4 @@
-"""One bucket, through obstore's synchronous calls; its errors are translated here, and requests are counted."""
+"""The client of one bucket: calls obstore's synchronous functions, translates their errors, and counts requests."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ _RETRIES = 2
 _FIRST_RETRY_SECONDS = 0.05
 _MAX_DELETED = 1000
 _FOREIGN = (exceptions.BaseError, OSError, ValueError)
-"""What obstore raises: its own family, FileNotFoundError, and ValueError for a configuration it does not take."""
+"""What obstore raises: its own errors, FileNotFoundError, and ValueError for an invalid configuration."""
 
 _Answer = TypeVar("_Answer")
 
 
 class Trouble(Enum):
-    """What went wrong with a request, as far as it matters what to do next."""
+    """Kinds of failed requests, by what to do next."""
 
     ABSENT = "absent"
-    """No such object."""
+    """The object does not exist."""
     SHORT = "short"
-    """The object ends before the range begins."""
+    """The object is shorter than expected, or has another size."""
     THROTTLED = "throttled"
-    """429, 503, SlowDown: later, less."""
+    """The server asks for fewer requests: 429, 503, SlowDown."""
     REFUSED = "refused"
-    """No such bucket, no such user, not allowed: nothing helps but another configuration."""
+    """The bucket or the user does not exist, or has no permission. Only another configuration helps."""
     FAILED = "failed"
-    """Anything else: no connection, too late, cut, an error of the server's."""
+    """Anything else: no connection, a timeout, an error of the server."""
 
 
 class RequestError(Exception):
-    """A request failed; the message is one line and shows no credential."""
+    """A request failed. The message is one line without credentials."""
 
     def __init__(self, trouble: Trouble, message: str) -> None:
         super().__init__(message)
@@ -53,10 +53,10 @@ class RequestError(Exception):
 
 
 def connect(settings: ObjectOptions) -> Any:
-    """Return obstore's client of the bucket; nothing is sent.
+    """Return obstore's client of the bucket; no request is sent.
 
     Raises:
-        StoreUnavailableError: obstore does not take the configuration, or a file of it cannot be read.
+        StoreUnavailableError: obstore refuses the configuration, or a configured file cannot be read.
     """
     options: dict[str, Any] = {
         "allow_http": settings.allow_http,
@@ -107,15 +107,15 @@ def _s3_options(settings: ObjectOptions) -> dict[str, Any]:
 
 
 class Client:
-    """The four things asked of a bucket. Threads share it.
+    """The requests to a bucket. Threads share it.
 
     Attributes:
-        requests: how many of each kind were made, retries by obstore not counted.
-        moved_bytes: of bodies, by kind.
+        requests: number of requests by kind, without obstore's retries.
+        moved_bytes: bytes of bodies by kind.
     """
 
     def __init__(self, bucket: Any, where: str) -> None:
-        """Args: bucket: as `connect` returns it; where: its place, for messages."""
+        """Args: bucket: the result of `connect`; where: the bucket's place, for messages."""
         self._bucket = bucket
         self.where = where
         self.requests: Counter[str] = Counter()
@@ -126,7 +126,7 @@ class Client:
         """Write an object in one request.
 
         Raises:
-            RequestError: it may or may not be there now.
+            RequestError: the object may exist or not.
         """
         self._ask("put", len(value), lambda: obstore.put(self._bucket, path, value, use_multipart=False))
 
@@ -134,7 +134,7 @@ class Client:
         """Return `length` bytes from `start` on of an object of `size` bytes.
 
         Raises:
-            RequestError: SHORT for an object of another size, too.
+            RequestError: SHORT also if the object has another size.
         """
 
         def ask() -> Any:
@@ -147,10 +147,10 @@ class Client:
         return memoryview(body)
 
     def list(self, root: str, after: str | None = None) -> Iterator[tuple[str, int]]:
-        """Yield names and sizes below `root`, in order, from names above `after` on; a request for each 1,000.
+        """Yield names above `after` below `root`, in order, with sizes; one request per 1,000 names.
 
         Raises:
-            RequestError: the listing could not be continued.
+            RequestError: a request of the listing failed.
         """
         pages = self._ask("list", 0, lambda: iter(obstore.list(self._bucket, root, offset=after, chunk_size=1000)))
         first = True
@@ -165,7 +165,7 @@ class Client:
         """Delete objects; absent ones are ignored.
 
         Raises:
-            RequestError: some may be there still.
+            RequestError: some objects may still exist.
         """
         for start in range(0, len(paths), _MAX_DELETED):
             some = list(paths[start : start + _MAX_DELETED])
@@ -203,7 +203,7 @@ def _trouble(error: Exception) -> Trouble:
 
 
 def _explain(error: Exception) -> str:
-    """Return one line of what obstore says, without addresses of requests and without its dump of the response."""
+    """Return obstore's message in one line, without the address, which may hold credentials."""
     text = str(error)
     status, code = _STATUS.search(text), _CODE.search(text)
     if status is not None:

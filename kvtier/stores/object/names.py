@@ -1,4 +1,4 @@
-"""The names of packs and of what takes blocks back; the package's docstring says why they are the index."""
+"""The names of packs, and of the objects that delete blocks. The package's docstring says why names are the index."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from kvtier.keys import OffloadKey
 
 LAYOUT = "v1"
 MAX_BLOCKS = 64
-"""Blocks of a pack: their digests take 683 of a name's 1,024 bytes."""
+"""Most blocks per pack: their digests take 683 of the 1,024 bytes of a name."""
 MAX_PREFIX_BYTES = 200
 _SEGMENT = 200
-"""Characters between two slashes: some servers keep each part of a name as a file."""
+"""Most characters between two slashes: some servers store each part of a name as a file name."""
 _STAMP = re.compile(r"[0-9a-f]{12}-[0-9a-f]{8}-[0-9a-f]{6}")
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 _TAKEN_BACK = "x"
 
 
 def digest_of(key: OffloadKey) -> int:
-    """Return the eight bytes that stand for a key in a name. Two keys with one digest are a miss, not a wrong byte."""
+    """Return the 64-bit digest of a key. If two keys have the same one, the header makes the other a miss."""
     return xxhash.xxh3_64_intdigest(key)
 
 
 @dataclass(frozen=True, slots=True)
 class PackName:
-    """A pack, as its name tells.
+    """The parts of a pack's name.
 
     Attributes:
-        stamp: when, by whom, which; sorts by time.
-        fingerprint: of the namespace, hex.
+        stamp: time, writer and a number; stamps sort by time.
+        fingerprint: of the namespace, hexadecimal.
         digests: of the keys, in the order of the values.
     """
 
@@ -56,12 +56,12 @@ class PackName:
 
 @dataclass(frozen=True, slots=True)
 class TakenBack:
-    """Blocks of a pack that count no more.
+    """The name of an object that deletes blocks of a pack.
 
     Attributes:
-        stamp, fingerprint: as of a pack.
+        stamp, fingerprint: as in `PackName`.
         target: stamp of the pack.
-        places: bit i for the value at place i.
+        places: bit mask of the deleted values: bit i for the value at place i.
     """
 
     stamp: str
@@ -75,7 +75,7 @@ class TakenBack:
 
 
 def parse(path: str, root: str) -> PackName | TakenBack | None:
-    """Return what an object's name says; None if kvtier did not make it."""
+    """Return the parts of an object's name; None if the name is not kvtier's."""
     if not path.startswith(root + "/"):
         return None
     stamp, _, rest = path[len(root) + 1 :].partition("/")
@@ -98,17 +98,17 @@ def parse(path: str, root: str) -> PackName | TakenBack | None:
 
 
 def stamp_at(seconds: float) -> str:
-    """Return what stamps of that time (`time.time`) and later are not below."""
+    """Return a lower bound of the stamps from a time on (`time.time`)."""
     return f"{max(0, int(seconds * 1000)):012x}"
 
 
 def writer_of(stamp: str) -> str:
-    """Return who wrote."""
+    """Return the writer's part of a stamp."""
     return stamp[13:21]
 
 
 class Stamps:
-    """Makes stamps, each above the one before. Threads may share it."""
+    """Makes ascending stamps, even if the system's clock is set back. Threads may share it."""
 
     def __init__(self) -> None:
         self.writer = secrets.token_hex(4)
@@ -117,18 +117,17 @@ class Stamps:
         self._last = 0
 
     def make(self) -> str:
-        """Return a new stamp."""
         with self._lock:
             self._last = max(self._last, int(time.time() * 1000))
             return f"{self._last:012x}-{self.writer}-{next(self._numbers) % 16**6:06x}"
 
 
 def split(count: int, most: int) -> list[range]:
-    """Return runs of indexes below `count`, none longer than `most`."""
+    """Return ranges of at most `most` indexes that together cover 0 to `count`."""
     step = max(1, most)
     return [range(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def places_of(places: Sequence[int]) -> int:
-    """Return the bits of `places`."""
+    """Return the bit mask of `places`."""
     return sum(1 << place for place in set(places))

@@ -1,4 +1,4 @@
-"""Where the bucket is and how long we wait: checked once, where it is configured. Credentials are left to the SDKs."""
+"""Options of tier type `object`. Credentials are not among them: the provider's SDK finds them in the environment."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _PREFIX = re.compile(r"[A-Za-z0-9._=-]+(/[A-Za-z0-9._=-]+)*")
 MAX_PACK_BYTES = 4 << 20
 MAX_TTL_SECONDS = 10 * 366 * 86400
 MIN_PACKS = 32
-"""Packs that the capacity must hold, so that a share of the free room is at least one."""
+"""Packs that the capacity must hold at least, so that a writer's share of the free room is at least one pack."""
 
 
 class Place(NamedTuple):
-    """Where packs are: "s3", "gs" or "az", the bucket, and what names in it begin with."""
+    """The place of the packs: provider ("s3", "gs" or "az"), bucket, and prefix of the names."""
 
     provider: str
     bucket: str
@@ -38,56 +38,62 @@ _Deadline = msgspec.Meta(ge=0.1, le=600)
 
 
 class ObjectOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Options of tier type `object`; they hold no credential."""
+    """Options of tier type `object`. They contain no credentials."""
 
     url: Annotated[
         str,
         msgspec.Meta(
-            description="`s3://BUCKET/PREFIX`, `gs://BUCKET/PREFIX`, `az://CONTAINER/PREFIX`; without a prefix,"
+            description="`s3://BUCKET/PREFIX`, `gs://BUCKET/PREFIX` or `az://CONTAINER/PREFIX`. The default prefix is"
             " `kvtier`"
         ),
     ]
     capacity: Annotated[
-        int, size_of("most bytes of all packs under the prefix, whoever wrote them; give every engine the same")
+        int, size_of("most bytes of all packs under the prefix, of all engines. Set the same value for all engines")
     ]
     endpoint: Annotated[
-        str | None, msgspec.Meta(description="`https://HOST:PORT` of another S3, or of an Azure emulator")
+        str | None,
+        msgspec.Meta(description="`https://HOST:PORT` of a server that is compatible with S3, or of Azurite"),
     ] = None
-    region: Annotated[str | None, msgspec.Meta(description="of S3, if the environment does not say")] = None
-    profile: Annotated[str | None, msgspec.Meta(description="of S3, if the environment does not say; needs boto3")] = (
-        None
-    )
+    region: Annotated[
+        str | None, msgspec.Meta(description="region of the S3 bucket, if the environment does not name it")
+    ] = None
+    profile: Annotated[
+        str | None, msgspec.Meta(description="profile of the AWS configuration with the credentials; needs boto3")
+    ] = None
     path_style: Annotated[
         bool | None,
         msgspec.Meta(
-            description="true: the bucket stands in the path, as most servers of one's own want it (S3); without it,"
-            " the client decides"
+            description="for S3: true to put the bucket's name into the path of requests, as most self-hosted servers"
+            " need it. Without it, the client decides"
         ),
     ] = None
-    allow_http: Annotated[bool, msgspec.Meta(description="whether blocks may travel in the clear")] = False
+    allow_http: Annotated[bool, msgspec.Meta(description="whether blocks may be sent without TLS")] = False
     tls_ca_file: Annotated[
         str | None,
-        msgspec.Meta(description="who signed the server's certificate (PEM), if the system's authorities did not"),
+        msgspec.Meta(
+            description="file with the authority that signed the server's certificate (PEM), if the system does not"
+            " trust it"
+        ),
     ] = None
     pack_size: Annotated[
         int,
         size_of(
-            "most bytes of blocks in one object; up to 4 MiB and 64 blocks. A larger block has an object of its own",
+            "most bytes of blocks in one object, up to 4 MiB and 64 blocks. A larger block has its own object",
             4096,
         ),
     ] = MAX_PACK_BYTES
     ttl: Annotated[
         Annotated[float, msgspec.Meta(ge=60, le=MAX_TTL_SECONDS)] | None,
         msgspec.Meta(
-            description="seconds after which a pack is deleted by whichever engine comes by; without it, only for room"
+            description="seconds after which any engine deletes a pack. Without it, packs are deleted only to make room"
         ),
     ] = None
     refresh: Annotated[
-        float, msgspec.Meta(ge=0.1, le=3600, description="seconds between two looks at what others wrote")
+        float, msgspec.Meta(ge=0.1, le=3600, description="seconds between two listings of other engines' packs")
     ] = 2.0
     threads: Threads = 4
     requests: Annotated[
-        int, msgspec.Meta(ge=1, le=64, description="requests at the same time, for reads scattered over many packs")
+        int, msgspec.Meta(ge=1, le=64, description="parallel requests for blocks in different packs")
     ] = 8
     connect_timeout: Annotated[float, _Deadline, msgspec.Meta(description="seconds to connect")] = 2.0
     timeout: Annotated[float, _Deadline, msgspec.Meta(description="seconds for a whole request")] = 10.0
@@ -95,24 +101,24 @@ class ObjectOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True, kw_
 
     @property
     def place(self) -> Place:
-        """What the url says.
+        """The parts of the url.
 
         Raises:
-            ConfigError: it is none; the error shows no credential.
+            ConfigError: the url is not valid; the error shows no credentials.
         """
         return _parse(self.url)
 
     def values_per_pack(self, block_bytes: int) -> int:
-        """Return how many blocks a pack holds."""
+        """Return how many blocks a full pack holds."""
         return max(1, min(self.pack_size // block_bytes, MAX_BLOCKS))
 
     def check(self, block_bytes: int, policies: Mapping[str, type[Any]]) -> None:
-        """Refuse options that contradict each other, the size of a block, or what the environment shows."""
+        """Refuse options that contradict each other, the block size, or the environment."""
         if find_spec("obstore") is None:
             raise ConfigError("type", "object", "needs obstore: pip install 'kvtier[object]'")
         self._check_place(self.place.provider)
         if self.pack_size > MAX_PACK_BYTES:
-            raise ConfigError("pack_size", self.pack_size, "at most 4 MiB, what one call into a store moves")
+            raise ConfigError("pack_size", self.pack_size, "at most 4 MiB, since one call of a store moves no more")
         least = MIN_PACKS * (block_bytes + HEADER_BYTES) * self.values_per_pack(block_bytes)
         if self.capacity < least:
             raise ConfigError("capacity", self.capacity, f"at least {least} bytes, {MIN_PACKS} packs")
@@ -120,12 +126,12 @@ class ObjectOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True, kw_
 
     @property
     def root(self) -> str:
-        """What the names of all objects begin with."""
+        """The prefix of all object names."""
         return f"{self.place.prefix}/{LAYOUT}"
 
     @property
     def where(self) -> str:
-        """The place, for a person."""
+        """The place, for messages."""
         at = f" at {self.endpoint}" if self.endpoint else ""
         provider, bucket, prefix = self.place
         return f"{provider}://{bucket}/{prefix}{at}"
@@ -136,13 +142,13 @@ class ObjectOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True, kw_
             if parts is None or parts.scheme not in ("http", "https") or not parts.hostname or provider == "gs":
                 raise ConfigError("endpoint", self.endpoint, '"https://HOST:PORT", for s3:// and az://')
             if "@" in self.endpoint or parts.query or parts.fragment:
-                allowed = "no credentials here: the environment or a profile has them"
+                allowed = "an address without credentials: put them in the environment or a profile"
                 raise ConfigError("endpoint", self.endpoint, allowed)
             if parts.scheme == "http" and not self.allow_http:
-                raise ConfigError("endpoint", self.endpoint, "https, or allow_http: true to go with it")
+                raise ConfigError("endpoint", self.endpoint, "https://; http:// needs allow_http: true")
         for key in ("region", "profile", "path_style"):
             if getattr(self, key) is not None and provider != "s3":
-                raise ConfigError(key, getattr(self, key), "for s3:// only")
+                raise ConfigError(key, getattr(self, key), "only with s3://")
         if self.profile is not None and find_spec("boto3") is None:
             raise ConfigError("profile", self.profile, "needs boto3: pip install boto3")
         if self.tls_ca_file is not None and not os.access(self.tls_ca_file, os.R_OK):
@@ -154,7 +160,7 @@ def _parse(url: str) -> Place:
     if parts is None:
         raise ConfigError("url", url, f"{_URL} expected")
     if "@" in parts.netloc or parts.query or parts.fragment:
-        raise ConfigError("url", url, "no credentials here: the environment or a profile has them")
+        raise ConfigError("url", url, "a URL without credentials: put them in the environment or a profile")
     if parts.scheme not in _SCHEMES or not parts.netloc:
         raise ConfigError("url", url, f"{_URL} expected")
     prefix = parts.path.strip("/") or "kvtier"

@@ -1,4 +1,4 @@
-"""What others wrote and deleted: read in the background, in the order of time; and the deleting of what is too much."""
+"""The background thread of an object store: lists other engines' packs, and deletes the oldest ones to make room."""
 
 from __future__ import annotations
 
@@ -16,23 +16,29 @@ from kvtier.stores.object.names import Stamps, stamp_at
 from kvtier.stores.object.options import ObjectOptions
 
 OVERLAP_SECONDS = 10.0
-"""How far clocks may differ and a write may take, so that its pack is seen at the next look."""
+"""A listing begins this much before the last one. So it finds packs whose writer's clock is late or whose write took
+long, as long as both together stay below it."""
 RESCAN_SECONDS = 600.0
-"""Between two listings of everything, which find what all others missed; more if they take many requests."""
+"""Least time between two full listings, which find what the short ones have missed."""
 _RECENT_SECONDS = 600.0
+"""The first listing begins this far in the past."""
 _START_SECONDS = 5.0
-"""How long a start waits for the listing of everything; a longer one goes on in the background."""
+"""How long the start waits for the first full listing, which then goes on in the background."""
 _PAGE = 1000
+"""Names per request of a listing."""
 _HEAD_SECONDS = 30.0
-"""Between two looks at which packs are the oldest that are left."""
+"""Time between two listings of the oldest packs, which show what other instances have deleted."""
 _HIGH, _LOW, _URGENT = 15 / 16, 7 / 8, 31 / 32
+"""Parts of the capacity: deletion begins at the first, ends at the second, and does not wait for a turn above the
+third."""
 _TURN_SECONDS = 10.0
+"""One instance at a time deletes; after this time it is another one's turn."""
 _FAILURES_TO_LOSE = 3
 _JOIN_SECONDS = 2.0
 
 
 class Room:
-    """How many bytes this instance may write before the next look. Threads share it."""
+    """The bytes that this instance may still write before the next listing. Threads share it."""
 
     def __init__(self, capacity: int, pack_bytes: int) -> None:
         self._capacity = capacity
@@ -51,7 +57,7 @@ class Room:
             return True
 
     def renew(self, total_bytes: int, num_writers: int) -> None:
-        """Learn what all packs take, and by how many writers the free room is shared."""
+        """Set the share of this instance, from the bytes of all packs and the number of writers."""
         free = max(0, self._capacity - total_bytes)
         share = free // (2 * num_writers + 2)
         if share < self._pack_bytes <= free // (num_writers + 1):
@@ -62,16 +68,16 @@ class Room:
 
 
 class Refresher:
-    """A thread that keeps a catalogue up to date and the bucket below its capacity.
+    """A thread that keeps the catalogue up to date and the bucket below its capacity.
 
     Attributes:
-        lost: why the bucket cannot be used, once that is certain.
+        lost: why the bucket cannot be used any more; None while it can.
     """
 
     def __init__(
         self, client: Client, catalogue: Catalogue, stamps: Stamps, settings: ObjectOptions, pack_bytes: int
     ) -> None:
-        """Args: pack_bytes: of a full pack."""
+        """Args: pack_bytes: size of a full pack."""
         self._client = client
         self._catalogue = catalogue
         self._stamps = stamps
@@ -88,9 +94,9 @@ class Refresher:
         self._thread = threading.Thread(target=self._run, name="kvtier-object", daemon=True)
 
     def start(self) -> None:
-        """Read what is recent, and all the rest if that is quick; go on in the background.
+        """List the recent packs and start the thread, which lists all; wait for that for `_START_SECONDS`.
 
-        Nothing may be written before everything was read: who does not know what there is, knows no room.
+        Nothing is written before all packs are listed, since the free room is unknown until then.
 
         Raises:
             RequestError: the bucket cannot be listed.
@@ -103,21 +109,21 @@ class Refresher:
         self._tried.wait(_START_SECONDS)
 
     def refresh(self) -> None:
-        """Read now what others wrote since the last look.
+        """List now what others have written since the last listing.
 
         Raises:
-            RequestError: it cannot be read.
+            RequestError: the bucket cannot be listed.
         """
         with self._busy:
             self._look()
             self._renew()
 
     def hurry(self) -> None:
-        """Let the next look come at once."""
+        """Let the thread list as soon as possible."""
         self._wake.set()
 
     def note(self, error: RequestError) -> None:
-        """Learn of a failed request, anybody's; too many in a row, or a refusal, and the bucket is lost."""
+        """Count a failed request of any thread. After a refusal or several failures in a row, the bucket is lost."""
         if error.trouble in (Trouble.ABSENT, Trouble.SHORT):
             return
         self._failures += 1
@@ -125,11 +131,11 @@ class Refresher:
             self.lost = str(error)
 
     def note_success(self) -> None:
-        """Learn of a request that succeeded."""
+        """Reset the count of failures in a row."""
         self._failures = 0
 
     def close(self) -> None:
-        """Stop; a request under way is waited for, briefly."""
+        """Stop the thread; wait for its present request at most until its timeout."""
         self._closing.set()
         self._wake.set()
         if self._thread.ident is not None:
@@ -140,7 +146,7 @@ class Refresher:
             woken = self._wake.wait(self._settings.refresh)
             self._wake.clear()
             if woken and self._scanned and not self._closing.is_set():
-                self._closing.wait(min(0.2, self._settings.refresh))  # all that is refused now gets one look
+                self._closing.wait(min(0.2, self._settings.refresh))  # one listing serves all stores refused meanwhile
             if self._closing.is_set():
                 return
             self._step()
@@ -160,13 +166,13 @@ class Refresher:
             self.note_success()
         except RequestError as error:
             self.note(error)
-        except Exception as error:  # noqa: BLE001 - a thread's defect: reported, and the store is opened anew
+        except Exception as error:  # noqa: BLE001 - a defect must not end the thread silently: the tier reports it
             self.lost = f"{type(error).__name__}: {error}"
         finally:
             self._tried.set()
 
     def _look(self) -> None:
-        """Learn of the packs written since the last look, and a little before it."""
+        """List the packs written since the last listing, and `OVERLAP_SECONDS` before."""
         started = time.time()
         after = f"{self._settings.root}/{stamp_at(self._looked_at - OVERLAP_SECONDS)}"
         for path, size in self._client.list(self._settings.root, after):
@@ -174,7 +180,7 @@ class Refresher:
         self._looked_at = started
 
     def _rescan(self) -> None:
-        """Learn of all packs, and that those which are not listed are gone."""
+        """List all packs; remove packs from the catalogue that are not listed."""
         started = time.time()
         seen: set[str] = set()
         for path, size in self._client.list(self._settings.root):
@@ -188,11 +194,11 @@ class Refresher:
         known = self._catalogue.stamps(before=stamp_at(started - OVERLAP_SECONDS))
         self._catalogue.forget(stamp for stamp in known if stamp not in seen)
         self._head_at = started
-        self._rescan_at = time.time() + max(RESCAN_SECONDS, len(seen) / _PAGE)  # a request a second at most
+        self._rescan_at = time.time() + max(RESCAN_SECONDS, len(seen) / _PAGE)  # on average at most 1 request per s
         self._scanned = True
 
     def _look_at_head(self) -> None:
-        """Learn from the first names of a listing that what was older is gone."""
+        """List the oldest packs; remove older ones from the catalogue, since they were deleted."""
         self._head_at = started = time.time()
         stamps = (self._catalogue.add(*entry) for entry in self._client.list(self._settings.root))
         first = next((stamp for stamp in itertools.islice(stamps, _PAGE) if stamp is not None), None)
@@ -200,7 +206,7 @@ class Refresher:
         self._catalogue.forget(self._catalogue.stamps(before=limit if first is None else min(first, limit)))
 
     def _make_room(self) -> None:
-        """Delete the oldest packs, if there are too many, or they are too old, and it is this instance's turn."""
+        """Delete the oldest packs if room is needed or their `ttl` is over, and it is this instance's turn."""
         ttl = self._settings.ttl
         before = "" if ttl is None else stamp_at(time.time() - ttl)
         above = self._is_above(_HIGH) or (self.room.refused and self._is_above(_LOW))
@@ -219,7 +225,7 @@ class Refresher:
                 raise
             if not self._complained:
                 self._complained = True
-                logger.warning("object: old packs stay, deleting is not allowed: %s", error)
+                logger.warning("object: old packs stay, since deleting is not allowed: %s", error)
             return
         self._catalogue.forget([pack.stamp for pack in packs])
 
@@ -227,7 +233,10 @@ class Refresher:
         return self._catalogue.total_bytes > share * self._settings.capacity
 
     def _is_my_turn(self) -> bool:
-        """Return whether, of all that wrote lately, this instance deletes; another one every few seconds."""
+        """Return whether it is this instance's turn among those that wrote within the last minute.
+
+        All instances compute the same choice, from a hash of the time and each writer, without talking to each other.
+        """
         now = time.time()
         turn = str(int(now / _TURN_SECONDS))
         writers = self._catalogue.writers(stamp_at(now - 60.0)) | {self._stamps.writer}

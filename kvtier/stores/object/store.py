@@ -1,4 +1,4 @@
-"""A BlockStore over a bucket: packs written whole, read by range, found in memory."""
+"""A `BlockStore` over a bucket: it writes whole packs, reads ranges of them, and finds blocks in memory."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from kvtier.stores.object.refresher import Refresher
 from kvtier.types import FailureCause, StoreUsage
 
 _SECONDS_BUSY = 0.5
-"""After the server asked for less, no pack is sent for so long: those that are queued already would all be refused. How
-long stores pause altogether, the tier decides."""
+"""After the server has asked for fewer requests, no pack is sent for this long, since queued ones would be refused,
+too. The tier decides about longer pauses."""
 _CAUSES = {
     Trouble.ABSENT: FailureCause.ABSENT,
     Trouble.SHORT: FailureCause.CORRUPT,
@@ -37,7 +37,7 @@ _CAUSES = {
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A block to be read: the caller's index, and its place in a pack of `num_values` values."""
+    """A block to read: its index in the call, and its place in a pack of `num_values` values."""
 
     index: int
     place: int
@@ -45,11 +45,11 @@ class Wanted:
 
 
 class ObjectStore(BlockStore):
-    """Sealed blocks in packs; a buffer is written only with a payload that verified. Threads share the store.
+    """Sealed blocks in packs. Only verified payloads are written to buffers. Threads share the store.
 
     Attributes:
         client: the bucket; it counts requests.
-        catalogue: what is known to be there.
+        catalogue: the index.
     """
 
     seals_itself = True
@@ -58,8 +58,8 @@ class ObjectStore(BlockStore):
         self, client: Client, settings: ObjectOptions, context: StoreContext, sealer: Sealer | None = None
     ) -> None:
         """Args:
-        client: of the bucket that the settings name. Nothing is sent before `start`.
-        sealer: of the blocks; default a plain one.
+        client: of the bucket in `settings`. No request is sent before `start`.
+        sealer: of the blocks; None for a `PlainSealer` without a secret.
         """
         self.client = client
         self._settings = settings
@@ -79,10 +79,11 @@ class ObjectStore(BlockStore):
 
     @classmethod
     def open(cls, options: Mapping[str, Any], context: StoreContext) -> Self:
-        """Read the index; options: `ObjectOptions`.
+        """Connect and read the index; options: `ObjectOptions`.
 
         Raises:
-            StoreUnavailableError: the bucket is missing, refuses us, or nobody answers; or the secret is gone.
+            StoreUnavailableError: the bucket does not exist, refuses access or does not answer, or the secret cannot be
+                read.
         """
         _, sealer = open_sealer(options, context.namespace)
         settings = ObjectOptions.read(options)
@@ -91,10 +92,10 @@ class ObjectStore(BlockStore):
         return store
 
     def start(self) -> None:
-        """Read the index and keep it up to date from now on.
+        """Read the index, and start the thread that keeps it up to date.
 
         Raises:
-            StoreUnavailableError: it cannot be read.
+            StoreUnavailableError: the bucket cannot be listed.
         """
         try:
             self._refresher.start()
@@ -103,7 +104,7 @@ class ObjectStore(BlockStore):
             raise StoreUnavailableError(str(error)) from None
 
     def refresh(self) -> None:
-        """Learn now of what others wrote, which otherwise takes up to `refresh` seconds.
+        """List other engines' packs now instead of within `refresh` seconds.
 
         Raises:
             StoreError: the bucket cannot be listed.
@@ -114,12 +115,12 @@ class ObjectStore(BlockStore):
             raise StoreError(str(error)) from None
 
     def contains(self, keys: Sequence[OffloadKey]) -> list[bool]:
-        """Return what the index in memory says; no request is made."""
+        """Look the keys up in memory; no request is sent."""
         self._check()
         return self.catalogue.holds(map(digest_of, keys))
 
     def write(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
-        """Store the blocks, as few packs; False for a buffer that is not `block_bytes` long, too."""
+        """Store the blocks in as few packs as possible; False also for a buffer of another length."""
         self._check()
         fitting = fitting_buffers(keys, buffers, self._block_bytes, self._failures)
         results = [False] * len(keys)
@@ -131,7 +132,7 @@ class ObjectStore(BlockStore):
         return results
 
     def read_into(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
-        """Fill buffers with verified payloads; one whose result is False is untouched."""
+        """Fill buffers with verified payloads; a buffer whose result is False is unchanged."""
         self._check()
         fitting = fitting_buffers(keys, buffers, self._block_bytes, self._failures)
         causes: dict[int, FailureCause] = {}
@@ -159,7 +160,7 @@ class ObjectStore(BlockStore):
         return [index in good for index in range(len(keys))]
 
     def delete(self, keys: Sequence[OffloadKey]) -> None:
-        """Forget `keys`, here and for all others."""
+        """Delete blocks for all engines."""
         self._check()
         try:
             whole = []
@@ -176,11 +177,11 @@ class ObjectStore(BlockStore):
             raise StoreError(str(error)) from None
 
     def usage(self) -> StoreUsage:
-        """Return this namespace's blocks, and the bytes of all packs, as the last refresh found them."""
+        """Return the number of this namespace's blocks, and the bytes of all packs, as of the last listing."""
         return StoreUsage(len(self.catalogue), self.catalogue.total_bytes, self._settings.capacity)
 
     def close(self) -> None:
-        """End the background thread and the others."""
+        """End all threads."""
         self._refresher.close()
         self._pool.shutdown()
 
@@ -211,7 +212,7 @@ class ObjectStore(BlockStore):
         return True
 
     def _pack(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> memoryview:
-        """Return sealed values in private memory: a request that fails may go on reading it for a moment."""
+        """Return the sealed values in new memory, which obstore may still read after a request has failed."""
         memory = np.empty(len(keys) * self._value_bytes, np.uint8).data
         for number, (key, buffer) in enumerate(zip(keys, buffers, strict=True)):
             start = number * self._value_bytes
@@ -222,7 +223,7 @@ class ObjectStore(BlockStore):
     def _read_run(
         self, pack: Pack, run: Sequence[Wanted], keys: Sequence[OffloadKey], buffers: Sequence[memoryview]
     ) -> dict[int, FailureCause]:
-        """Read neighbours with one request; return which failed, and why."""
+        """Read neighbouring values with one request; return the failed indexes and why they failed."""
         first, last = run[0].place, run[-1].place
         size = run[0].num_values * self._value_bytes
         try:
@@ -243,7 +244,10 @@ class ObjectStore(BlockStore):
         return causes
 
     def _learn(self, error: RequestError | None) -> None:
-        """Note how a request ended; who may not write may read still, and listing says who may do nothing."""
+        """Record how a request ended; None for success.
+
+        A refused write does not count: reading may still be allowed. If nothing is allowed, the listings show it.
+        """
         if error is None:
             self._refresher.note_success()
             return
@@ -254,7 +258,7 @@ class ObjectStore(BlockStore):
 
 
 def _runs(blocks: list[Wanted]) -> list[list[Wanted]]:
-    """Return the blocks of one pack as runs that one request reads: a gap of one value is cheaper than a request."""
+    """Group the blocks of one pack into runs, each for one request. A gap of one value is read along."""
     blocks.sort(key=lambda wanted: wanted.place)
     runs: list[list[Wanted]] = [[]]
     for wanted in blocks:

@@ -1,1 +1,3 @@
-"""Blocks in Valkey or Redis: redis-py connects, authenticates and knows the cluster; the bytes move here."""
+"""The store of tier type `resp`: blocks in Valkey or Redis. redis-py connects and authenticates; kvtier moves the
+bytes.
+"""

@@ -1,4 +1,4 @@
-"""Batches of commands on one connection: blocks go out sealed, and come back verified, in place."""
+"""Batches of commands on one connection. Blocks are sealed when sent, and verified in place when received."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ from kvtier.stores.resp.wire import Break, ConnectionBrokenError, Refused, Wire,
 from kvtier.types import FailureCause
 
 _MAX_SKIPPED = 4
-"""Times the length of a value: a longer reply is not received, the connection is closed instead."""
+"""Most bytes of a wrong value that are read and dropped, as a multiple of a value's length. For a longer one, the
+connection is closed."""
 _NO_PAYLOAD = memoryview(b"")
 _GROUP = 32
-"""Blocks whose existence is counted at once."""
+"""Keys per EXISTS command, which returns the number of existing ones."""
 _AHEAD_BYTES = 512 * 1024
-"""Asked for before they are received: enough to keep a connection busy, and no pile in the server's memory."""
+"""Bytes that are requested ahead of what is received: enough to keep a connection busy, and little server memory."""
 _SENT_BYTES = 256 * 1024
-"""Of payloads, sent at once."""
+"""Bytes of payloads per send call."""
 _LATE_BYTES = 256 * 1024
-"""Of a large block, still to be received when the next one is asked for: the server copies it out meanwhile."""
+"""The next block is requested when this much of a large block is still to be received: the server prepares its reply
+meanwhile."""
 _MAX_INFO_BYTES = 32 * 1024
-"""Of a section of INFO, which has some 2 KiB."""
+"""Most bytes of an INFO section, which usually has 2 KiB."""
 _ASKING = b"*1\r\n$6\r\nASKING\r\n"
 
 
@@ -34,25 +36,26 @@ class Outcome(Enum):
     """How a command ended that the server did not refuse."""
 
     DONE = "done"
-    """Stored, verified, deleted, or held."""
+    """The block was stored, read and verified, deleted, or exists."""
     NOT_HELD = "not held"
+    """The block does not exist."""
     UNANSWERED = "unanswered"
     """The connection broke before the reply."""
 
 
 Reply = Outcome | Refused | FailureCause
-"""A FailureCause is of a value that was received and is no block of this key and namespace."""
+"""A FailureCause says why a received value is not valid, or why the command was not carried out."""
 
 
 @dataclass(slots=True)
 class Request:
-    """One command about one block, and what became of it.
+    """One command for one block, and its reply.
 
     Attributes:
         name: the key on the server.
-        buffer: the payload to send, or where to put it.
-        server: where a server sent us, instead of the one that should have the block.
-        asking: the slot moves right now, and its new owner was named by its old one.
+        buffer: the payload to send, or the memory for a received one.
+        server: a server to which another one has redirected us; None for the one in the slot table.
+        asking: the cluster moves the slot right now, and its old owner redirected us (ASK).
     """
 
     key: OffloadKey
@@ -64,14 +67,15 @@ class Request:
 
 
 Operation = Callable[[Wire, Sequence[Request]], None]
-"""Sends the commands of a batch and notes each reply as it arrives; a broken connection leaves the rest UNANSWERED."""
+"""Sends the commands of a batch, and sets each request's reply as it arrives. If the connection breaks, the remaining
+requests stay UNANSWERED."""
 
 
 class Exchanges:
-    """What is said about blocks of one length and namespace."""
+    """The commands for blocks of one length and namespace."""
 
     def __init__(self, sealer: Sealer, block_bytes: int, prefix: str, ttl_milliseconds: int | None) -> None:
-        """Args: ttl_milliseconds: how long the server keeps a block after its last writing; None for ever."""
+        """Args: ttl_milliseconds: how long the server keeps a block after its last write; None for no limit."""
         self._sealer = sealer
         self._name_prefix = f"{prefix}:{sealer.namespace.fingerprint.hex()}:".encode()
         self._block_bytes = block_bytes
@@ -90,12 +94,13 @@ class Exchanges:
         return self._name_prefix + hexlify(key)
 
     def write(self, wire: Wire, requests: Sequence[Request]) -> None:
-        """SET every block: its payload leaves from where it is, or encrypted, and its header follows.
+        """SET every block: first its payload, plain or encrypted, then its header. A plain payload is not copied.
 
-        A large piece is summed when it has been sent: the processor's cache has it by then, and the server works. What
-        stands before a large payload goes ahead of it: the server finds room for it while the first piece is sent.
+        A piece is added to the checksum after it was sent: the send has brought it into the processor's cache, and the
+        server works meanwhile. The command before a large payload is sent separately: the server allocates the value
+        while the first piece is on its way.
         """
-        heads = [self._set_head(request) for request in requests]  # before payloads have emptied the caches
+        heads = [self._set_head(request) for request in requests]  # payloads will evict this code and data from caches
         pieces: list[bytes | memoryview] = []
         gathered = 0
         for head, request in zip(heads, requests, strict=True):
@@ -119,7 +124,7 @@ class Exchanges:
             request.reply = Refused.parse(line[1:]) if line[:1] == b"-" else _expect(line, b"+OK")
 
     def read(self, wire: Wire, requests: Sequence[Request]) -> None:
-        """GET every block into its buffer, and verify it there."""
+        """GET every block into its buffer, and verify it in place."""
         gets = [_packed(b"*2\r\n$3\r\nGET\r\n", [request]) for request in requests]
         wire.send([b"".join(gets[: self._ahead])])
         most = len(self._value_line)
@@ -139,14 +144,15 @@ class Exchanges:
                 self._note_no_value(wire, request, line)
 
     def find(self, wire: Wire, requests: Sequence[Request]) -> None:
-        """Ask whether each block is held."""
+        """Ask with one EXISTS per block whether it exists."""
         self._ask(wire, b"*2\r\n$6\r\nEXISTS\r\n", requests)
 
     def look(self, wire: Wire, keys: Sequence[OffloadKey]) -> list[bool | None]:
-        """Return which of `keys`, all of one length, a single server holds; None where it refused to say.
+        """Return which of `keys`, all of one length, exist on a single server; None where it refused to answer.
 
-        Groups are counted first, which is far cheaper than one question a block: of a prefix, all groups but one are
-        held whole or not at all. The blocks of the others are asked for one by one.
+        One EXISTS per group of keys is much cheaper than one per key. The keys of a prefix are usually stored up to
+        some point, so that all groups but one exist completely or not at all. Only the other groups are asked key by
+        key.
         """
         groups = [keys[start : start + _GROUP] for start in range(0, len(keys), _GROUP)]
         wire.send([self._counting(group) for group in groups])
@@ -161,7 +167,7 @@ class Exchanges:
         return held
 
     def delete(self, wire: Wire, requests: Sequence[Request]) -> None:
-        """Let the server forget the blocks."""
+        """UNLINK the blocks."""
         self._ask(wire, b"*2\r\n$6\r\nUNLINK\r\n", requests)
 
     def _ask(self, wire: Wire, command: bytes, requests: Sequence[Request]) -> None:
@@ -175,25 +181,25 @@ class Exchanges:
                 request.reply = flag if isinstance(flag, Refused) else _flag(flag)
 
     def _counting(self, keys: Sequence[OffloadKey]) -> bytes:
-        """Return the command that counts which of `keys` are held."""
+        """Return the EXISTS command that counts the existing ones of `keys`."""
         return b"*%d\r\n$6\r\nEXISTS%b\r\n" % (1 + len(keys), self._names(b"", keys))
 
     def _asking_each(self, keys: Sequence[OffloadKey]) -> bytes:
-        """Return the commands that ask for each of `keys`."""
+        """Return an EXISTS command for each of `keys`."""
         return self._names(b"\r\n*2\r\n$6\r\nEXISTS", keys)[2:] + b"\r\n"
 
     def _names(self, command: bytes, keys: Sequence[OffloadKey]) -> bytes:
-        """Return `command` and a name, for each of `keys`."""
+        """Return `command` followed by a name, for each of `keys`."""
         length = len(keys[0])
         before = b"%b\r\n$%d\r\n%b" % (command, len(self._name_prefix) + 2 * length, self._name_prefix)
         return before + hexlify(b"".join(keys), b"|", -length).replace(b"|", before)
 
     def _set_head(self, request: Request) -> bytes:
-        """Return what is sent before a payload."""
+        """Return the part of a SET command before the payload."""
         return (_ASKING if request.asking else b"") + self._set + _bulk(request.name) + self._value_line
 
     def _note_no_value(self, wire: Wire, request: Request, line: bytes) -> None:
-        """Note what a line says that announces no value of the right length; a value of another is skipped."""
+        """Set the reply for a line that announces no value of the right length; skip a value of another length."""
         if line[:1] == b"-":
             request.reply = Refused.parse(line[1:])
         elif line == b"$-1":
@@ -205,14 +211,14 @@ class Exchanges:
     def _skip(self, wire: Wire, line: bytes) -> None:
         length = parse_count(line[1:])
         if line[:1] != b"$" or length is None:
-            raise ConnectionBrokenError(Break.GARBAGE, "a reply that is no value")
+            raise ConnectionBrokenError(Break.GARBAGE, "a reply that is not a value")
         if length > _MAX_SKIPPED * self._value_bytes:
             raise ConnectionBrokenError(Break.CLOSED, "a value that is far too long")
         wire.skip(length)
 
 
 def ask_memory(wire: Wire) -> tuple[int, int] | None:
-    """Return the bytes that a server holds, and its `maxmemory` (0: no limit); None where it does not say.
+    """Return the bytes that a server uses, and its `maxmemory` (0: no limit); None if it does not tell.
 
     Source: https://valkey.io/commands/info/.
     """
@@ -222,7 +228,7 @@ def ask_memory(wire: Wire) -> tuple[int, int] | None:
         return None
     length = parse_count(line[1:])
     if line[:1] != b"$" or length is None or length > _MAX_INFO_BYTES:
-        raise ConnectionBrokenError(Break.GARBAGE, "a reply that is no text")
+        raise ConnectionBrokenError(Break.GARBAGE, "a reply that is not text")
     fields = dict(row.partition(b":")[::2] for row in wire.take(length, 0).splitlines())
     used, limit = (parse_count(fields.get(name, b"")) for name in (b"used_memory", b"maxmemory"))
     return None if used is None or limit is None else (used, limit)
@@ -248,7 +254,7 @@ def _packed(command: bytes, requests: Sequence[Request]) -> bytes:
 
 
 def _status(wire: Wire, request: Request, *most: int) -> bytes:
-    """Return the line that answers a request; what a server says about ASKING is not interesting."""
+    """Return the line that answers a request; drop the reply to ASKING before it."""
     if request.asking:
         wire.line(*most)
     return wire.line(*most)

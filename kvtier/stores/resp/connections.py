@@ -1,7 +1,7 @@
 """Connections to one server: redis-py opens them, `Wire` moves the bytes.
 
-What is redis-py's: addresses, TLS, authentication, choosing the database, the pool. A connection class of ours keeps
-the socket that redis-py's own class has connected; that class and the credential provider are its points of extension.
+redis-py handles addresses, TLS, authentication, the database and the pool. Subclasses of its connection classes keep
+the connected socket for `Wire`; these classes and the credential provider are redis-py's extension points.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from kvtier.stores.resp.options import RespOptions
 from kvtier.stores.resp.wire import ConnectionBrokenError, Wire
 
 _FOREIGN = (redis.RedisError, OSError, RecursionError, ValueError)
-"""What redis-py raises: its own family, and what its parser runs into with a server's oddities (pushes, numbers)."""
+"""What redis-py raises: its own errors, and those of its parser for unexpected replies (pushes, numbers)."""
 
 _Answer = TypeVar("_Answer")
 
 
 class ServerLostError(StoreError):
-    """No connection can be made; the message says where to and why."""
+    """No connection can be made; the message has the address and the reason."""
 
 
 class _WithWire:
-    """Keeps the socket, so that redis-py can be passed by once it has said who we are."""
+    """Keeps the socket, so that `Wire` can use it directly after redis-py has authenticated."""
 
     connected: socket
     wire: Wire
@@ -41,7 +41,7 @@ class _WithWire:
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        # Without these redis-py does not send CLIENT SETINFO, which a user of few rights may not: servers log that.
+        # With None, redis-py does not send CLIENT SETINFO. A user may lack the right to, and servers log each attempt.
         vars(self).update(driver_info=None, lib_name=None, lib_version=None)
 
     def _connect(self) -> HandshakeSocket:
@@ -62,7 +62,7 @@ class _UnixConnection(_WithWire, redis.UnixDomainSocketConnection):
 
 
 class Credentials(redis.CredentialProvider):
-    """Reads the password for each new connection, so that it may change while kvtier runs."""
+    """Reads the password for each new connection, so that it may change while kvtier is running."""
 
     def __init__(self, settings: RespOptions) -> None:
         self._settings = settings
@@ -73,13 +73,13 @@ class Credentials(redis.CredentialProvider):
 
 
 def _client_options(settings: RespOptions) -> dict[str, Any]:
-    """Return what redis-py's connections are told."""
+    """Return the arguments for redis-py's connections."""
     options: dict[str, Any] = {
         "socket_timeout": settings.timeout,
         "socket_connect_timeout": settings.connect_timeout,
         "protocol": 2,
-        # hiredis would make a list of as many elements as a server announces, whether they come or not: 16 GiB, which
-        # the garbage collector then visits.
+        # Not hiredis: it allocates a list of as many elements as a server announces, before they arrive. That can be
+        # 16 GiB, which the garbage collector then visits.
         "parser_class": _RESP2Parser,
     }
     if settings.password_env is not None or settings.password_file is not None:
@@ -104,7 +104,7 @@ class Server:
     """
 
     def __init__(self, settings: RespOptions, host: str | None = None, port: int = 0) -> None:
-        """Args: host, port: None for the server, or the Unix socket, of the settings."""
+        """Args: host, port: of the server; None for the address in the settings."""
         options = _client_options(settings)
         self.host = ""
         self.was_reached = False
@@ -124,14 +124,15 @@ class Server:
         self._settings = settings
         self._timeout = settings.timeout
         self._idle: list[Any] = []
-        """Connected, and kept out of the pool: its book-keeping costs more than the exchange of a small block."""
+        """Idle connections. They are not returned to redis-py's pool, whose bookkeeping takes longer than a small
+        block."""
         self._pool = redis.ConnectionPool(connection_class=kind, retry=Retry(NoBackoff(), 0), **options)
 
     def check(self) -> None:
-        """Ask the server for a sign of life.
+        """Send a PING.
 
         Raises:
-            ServerLostError: there is none, or it does not let us in.
+            ServerLostError: the server does not answer, or refuses the login.
         """
         connection = self._connection()
         try:
@@ -139,16 +140,16 @@ class Server:
             connection.read_response()
         except _FOREIGN as error:
             connection.disconnect()
-            raise ServerLostError(self._why(error)) from None  # redis-py's error has the server's words as they came
+            raise ServerLostError(self._why(error)) from None  # the original error may contain the password
         finally:
             self._pool.release(connection)
 
     def exchange(self, operation: Callable[[Wire], _Answer], deadline: float) -> _Answer:
-        """Return what `operation` returns, which has a connection to itself until `deadline` of `time.monotonic`.
+        """Run `operation` with a connection until `deadline` (of `time.monotonic`); return its result.
 
         Raises:
-            ServerLostError: nothing was sent, there is no connection.
-            ConnectionBrokenError: it broke; some of it may have been answered.
+            ServerLostError: there is no connection; nothing was sent.
+            ConnectionBrokenError: the connection broke; some commands may have been answered.
         """
         try:
             connection = self._idle.pop()
@@ -167,7 +168,7 @@ class Server:
             if whole:
                 self._idle.append(connection)
             else:
-                self._give_back([connection, *self._take_idle()])  # what broke one has often broken all
+                self._give_back([connection, *self._take_idle()])  # usually the other connections are broken, too
 
     def close(self) -> None:
         """Close every connection."""
@@ -195,6 +196,6 @@ class Server:
         return connection
 
     def _why(self, error: Exception) -> str:
-        """Return why there is no connection; whatever the server says, it does not show the password."""
+        """Return why there is no connection, with the password hidden in the server's words."""
         what = first_line(self._settings.without_password(str(error))) or type(error).__name__
         return what if self.address in what else f"{self.address}: {what}"

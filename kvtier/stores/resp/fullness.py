@@ -1,4 +1,4 @@
-"""Servers without memory: they get no payload for a moment, and a line says when that begins and ends."""
+"""Servers that are out of memory: they get no blocks for a moment, and a log line says when that begins and ends."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from kvtier.stores.resp.wire import Refused
 from kvtier.types import FailureCause
 
 _PAUSE_SECONDS = 1.0
-"""A server reads a whole block before it refuses it: one is tried a second, at most."""
+"""Time without stores after a refusal: a server receives a whole block before it refuses it."""
 _CALM_SECONDS = 10.0
-"""Without a refusal, before a server counts as having room again."""
+"""Time without a refusal after which a server counts as having room again."""
 
 
 class Fullness:
-    """Which servers have said that `maxmemory` is reached. Threads share it."""
+    """Remembers which servers have reached `maxmemory`. Threads share it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -27,7 +27,7 @@ class Fullness:
         self._said: set[Server] = set()
 
     def refuse(self, server: Server, share: Sequence[Request]) -> bool:
-        """Answer blocks without sending them, if the server refused some a moment ago; return whether it did."""
+        """If the server has refused blocks a moment ago, fail these without sending them, and return True."""
         if time.monotonic() - self._refused_at.get(server, -_PAUSE_SECONDS) >= _PAUSE_SECONDS:
             return False
         for request in share:
@@ -35,7 +35,7 @@ class Fullness:
         return True
 
     def learn(self, server: Server, share: Sequence[Request], refusals: Sequence[Refused]) -> None:
-        """Note what a server said to a batch of blocks to be stored."""
+        """Update a server's state from the replies to a batch of stores."""
         full = next((refused for refused in refusals if refused.code == "OOM"), None)
         if full is None and server not in self._said:
             return
@@ -45,9 +45,9 @@ class Fullness:
                 self._refused_at[server] = now
                 if server not in self._said:
                     self._said.add(server)
-                    logger.warning("resp: %s takes no blocks: %s; what it holds is served", server.address, full)
+                    logger.warning("resp: %s accepts no new blocks: %s; its blocks can be loaded", server.address, full)
             elif now - self._refused_at[server] >= _CALM_SECONDS and any(
                 request.reply is Outcome.DONE for request in share
             ):
                 self._said.discard(server)
-                logger.warning("resp: %s takes blocks again", server.address)
+                logger.warning("resp: %s accepts new blocks again", server.address)

@@ -1,4 +1,4 @@
-"""A socket as redis-py may read it: bounded in bytes and in time, whoever is at the other end."""
+"""The socket during redis-py's login: it bounds the bytes and the time that redis-py reads from an unknown server."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from socket import MSG_PEEK, socket
 from typing import Any
 
 _MAX_BYTES = 64 << 10
-"""Of replies to AUTH, SELECT and PING, which are lines; redis-py itself would collect whatever a server sends."""
+"""Most bytes of the replies to AUTH, SELECT and PING, which are short lines; redis-py itself has no limit."""
 
 
 class HandshakeSocket:
     """A connected socket, plain or TLS, until `Wire` takes over.
 
-    redis-py's timeout ends a single wait; this deadline also ends trickles, and replies that never end.
+    redis-py's timeout bounds each wait. The deadline here also bounds replies that arrive byte by byte or never end.
     """
 
     def __init__(self, connected: socket, seconds: float) -> None:
-        """Args: seconds: from now on, for all that is read."""
+        """Args: seconds: for all reads together, from now on."""
         self._connected = connected
         self._seconds = seconds
         self._deadline = time.monotonic() + seconds
@@ -46,8 +46,8 @@ class HandshakeSocket:
         """Raise OSError if no more may be read."""
         left = self._deadline - time.monotonic()
         if left <= 0:
-            raise TimeoutError("no whole reply in time")
+            raise TimeoutError("no complete reply in time")
         if self._bytes_left <= 0:
-            raise ConnectionAbortedError("a reply without an end")
+            raise ConnectionAbortedError("the reply is too long")
         if self._connected.gettimeout() != 0:
             self._connected.settimeout(min(left, self._seconds))

@@ -1,4 +1,4 @@
-"""Where the server is, who we are, and how long we wait: checked once, where it is configured."""
+"""Options of tier type `resp`: address, credentials, TLS and timeouts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SCHEMES = {"redis": False, "valkey": False, "rediss": True, "valkeys": True}
 _URL = '"redis://HOST:PORT/DATABASE", "rediss://..." for TLS, or "unix:///PATH"'
 _DATABASE = re.compile(r"[0-9]{1,9}")
 _PREFIX = re.compile(r"[!-z|~]{1,64}")
-"""Printable, and without the braces that would put every block into one slot of a cluster."""
+"""Printable characters without braces: in a cluster, a name in braces alone decides the slot of a key."""
 _NODE = re.compile(r"(?:\[([0-9A-Fa-f:.%]+)\]|([\w.-]+))(?::(\d{1,5}))?")
 _FILES = ("tls_ca_file", "tls_cert_file", "tls_key_file")
 MAX_TTL_SECONDS = 10 * 366 * 86400
@@ -30,10 +30,10 @@ MAX_TTL_SECONDS = 10 * 366 * 86400
 
 @dataclass(frozen=True)
 class Address:
-    """Where the server is, read from its urls.
+    """The address of the server, parsed from the urls.
 
     Attributes:
-        servers: host and port; for a cluster, any of its nodes. Empty if `unix_path` says where.
+        servers: host and port; for a cluster, of any of its nodes. Empty if `unix_path` is set.
     """
 
     servers: tuple[tuple[str, int], ...] = ()
@@ -46,7 +46,7 @@ _Seconds = msgspec.Meta(gt=0, le=3600)
 
 
 class RespOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Options of tier type `resp`; they name the place of a password, and never hold one."""
+    """Options of tier type `resp`. They contain the place of a password, but no password."""
 
     url: Annotated[
         str | list[str],
@@ -62,7 +62,7 @@ class RespOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True, kw_on
     address_map: Annotated[
         dict[str, str] | None,
         msgspec.Meta(
-            description="where nodes are that a cluster names by addresses of its own network (NAT, Docker):"
+            description="addresses of nodes that a cluster names by addresses of its own network (NAT, Docker):"
             ' `{"10.0.0.5:6379": "db.example:7001"}`, or `{"10.0.0.5": "db.example"}`, which leaves the port as it is'
         ),
     ] = None
@@ -70,57 +70,56 @@ class RespOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True, kw_on
     password_env: Annotated[
         str | None,
         msgspec.Meta(
-            description="name of an environment variable that holds the password. Read anew for each connection, so"
-            " that it may change; never logged; no process but this tier's gets it"
+            description="name of an environment variable with the password. It is read again for each connection, so"
+            " that it may change. It is never logged, and only this tier's I/O process gets it"
         ),
     ] = None
-    password_file: Annotated[str | None, msgspec.Meta(description="path of a file that holds the password instead")] = (
-        None
-    )
+    password_file: Annotated[str | None, msgspec.Meta(description="path of a file with the password instead")] = None
     tls_ca_file: Annotated[
         str | None,
-        msgspec.Meta(description="who signed the server's certificate (PEM), if the system's authorities did not"),
+        msgspec.Meta(
+            description="file with the authority that signed the server's certificate (PEM), if the system does not"
+            " trust it"
+        ),
     ] = None
     tls_cert_file: Annotated[
-        str | None, msgspec.Meta(description="our own certificate (PEM), if the server asks for one")
+        str | None, msgspec.Meta(description="file with the client's certificate (PEM), if the server asks for one")
     ] = None
-    tls_key_file: Annotated[str | None, msgspec.Meta(description="the key of our own certificate (PEM)")] = None
+    tls_key_file: Annotated[str | None, msgspec.Meta(description="file with the key of that certificate (PEM)")] = None
     tls_verify: Annotated[
-        bool, msgspec.Meta(description="whether the server must prove who it is; false is for tests")
+        bool, msgspec.Meta(description="whether to verify the server's certificate; set false only in tests")
     ] = True
     prefix: Annotated[
-        str, msgspec.Meta(description="how key names begin: 1 to 64 printable characters, no space and no brace")
+        str, msgspec.Meta(description="prefix of all key names: 1 to 64 printable characters, no space and no brace")
     ] = "kvtier"
     ttl: Annotated[
         Annotated[float, msgspec.Meta(ge=1, le=MAX_TTL_SECONDS)] | None,
         msgspec.Meta(
-            description="seconds that the server keeps a block after it was last written; without it, the server"
-            " decides"
+            description="seconds that the server keeps a block after its last write. Without it, the server's eviction"
+            " policy decides"
         ),
     ] = None
-    connections: Annotated[
-        int, msgspec.Meta(ge=1, le=64, description="connections to each server, used at the same time")
-    ] = 4
+    connections: Annotated[int, msgspec.Meta(ge=1, le=64, description="parallel connections to each server")] = 4
     connect_timeout: Annotated[float, _Seconds, msgspec.Meta(description="seconds to connect")] = 1.0
     timeout: Annotated[
         float,
         _Seconds,
         msgspec.Meta(
-            description="seconds for one batch: some 2 MiB of blocks, or one block, however slowly it arrives"
+            description="seconds for one batch, about 2 MiB of blocks or one block, also if bytes arrive slowly"
         ),
     ] = 5.0
 
     @property
     def threads(self) -> int:
-        """Calls into the store at the same time, each over a connection of its own."""
+        """Parallel calls of the store, each with its own connection."""
         return self.connections
 
     @property
     def address(self) -> Address:
-        """What the urls say.
+        """The address in the urls.
 
         Raises:
-            ConfigError: they are none, or do not go together; the error never shows a password.
+            ConfigError: a url is not valid, or the urls do not fit together; the error shows no password.
         """
         urls = [self.url] if isinstance(self.url, str) else self.url
         parts = [_parse(text) for text in urls]
@@ -128,7 +127,7 @@ class RespOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True, kw_on
             raise ConfigError("url", self.url, f"at least one of {_URL}")
         first = parts[0]
         if any((part.scheme, part.path) != (first.scheme, first.path) for part in parts):
-            raise ConfigError("url", urls, "the same scheme and database in each")
+            raise ConfigError("url", urls, "urls with the same scheme and database")
         if first.scheme == "unix":
             return Address(unix_path=unquote(first.path))
         return Address(
@@ -139,10 +138,10 @@ class RespOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True, kw_on
 
     @property
     def nodes_reached_at(self) -> dict[tuple[str, int], tuple[str, int]]:
-        """What the address map says: host and port by host and port; port 0 is any, or the same.
+        """The address map: host and port by host and port. Port 0 stands for any port, or for the same one.
 
         Raises:
-            ConfigError: an entry is no address, or names a port on one side only.
+            ConfigError: an entry is not an address, or only one of its sides has a port.
         """
         nodes = [(_parse_node(named), _parse_node(reached)) for named, reached in (self.address_map or {}).items()]
         known = {named: reached for named, reached in nodes if named and reached and bool(named[1]) == bool(reached[1])}
@@ -151,7 +150,7 @@ class RespOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True, kw_on
         return known
 
     def check(self, block_bytes: int, policies: Mapping[str, type[Any]]) -> None:
-        """Refuse options that contradict each other, or what the environment shows."""
+        """Refuse options that contradict each other or the environment."""
         if find_spec("redis") is None:
             raise ConfigError("type", "resp", "needs redis-py: pip install 'kvtier[redis]'")
         self._check_topology(self.address)
@@ -160,7 +159,7 @@ class RespOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True, kw_on
         super().check(block_bytes, policies)
 
     def read_password(self) -> str | None:
-        """Return the password as it is now, None if none is configured.
+        """Return the present password; None if none is configured.
 
         Raises:
             ConfigError: its place is empty or cannot be read; the error names the key and the place.
@@ -168,7 +167,7 @@ class RespOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True, kw_on
         if self.password_env is not None:
             password = os.environ.get(self.password_env, "")
             if not password or not is_utf8(password):
-                allowed = "the name of an environment variable that is set, to a text in UTF-8"
+                allowed = "the name of an environment variable that is set to text in UTF-8"
                 raise ConfigError("password_env", self.password_env, allowed)
             return password
         if self.password_file is None:
@@ -176,13 +175,13 @@ class RespOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True, kw_on
         content, why = read_place(self.password_file)
         password = content.decode("utf-8", "surrogateescape")
         if not why and not (password and is_utf8(password)):
-            why = "it is no UTF-8" if password else "it is empty"
+            why = "it is not UTF-8" if password else "it is empty"
         if why:
-            raise ConfigError("password_file", self.password_file, f"a readable file that holds a password; {why}")
+            raise ConfigError("password_file", self.password_file, f"a readable file with a password; {why}")
         return password
 
     def without_password(self, text: str) -> str:
-        """Return a server's words; one that does not know a command repeats it, the password of AUTH included."""
+        """Hide the password in a server's message: a server that does not know AUTH repeats the whole command."""
         for place in (self.password_env, self.password_file):
             if place is not None:
                 with contextlib.suppress(ConfigError):
@@ -193,7 +192,7 @@ class RespOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True, kw_on
         """Return (password,) or (username, password) for a new connection.
 
         Raises:
-            StoreUnavailableError: the password cannot be read now.
+            StoreUnavailableError: the password cannot be read.
         """
         try:
             password = self.read_password() or ""
@@ -203,26 +202,26 @@ class RespOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True, kw_on
 
     def _check_topology(self, address: Address) -> None:
         if self.cluster and address.unix_path is not None:
-            raise ConfigError("cluster", True, "a cluster is reached over TCP")
+            raise ConfigError("cluster", True, "only with addresses of hosts, not with a Unix socket")
         if self.cluster and address.database:
-            raise ConfigError("url", self.url, "no database: a cluster has one only")
+            raise ConfigError("url", self.url, "a url without a database: a cluster has only database 0")
         if len(address.servers) > 1 and not self.cluster:
             raise ConfigError("url", self.url, "one server; several need cluster: true")
         if self.nodes_reached_at and not self.cluster:
-            raise self._map_error("cluster: true to go with it")
+            raise self._map_error("only with cluster: true")
         if not address.tls:
             for key in _FILES:
                 if getattr(self, key) is not None:
-                    raise ConfigError(key, getattr(self, key), "a url with rediss:// to go with it")
+                    raise ConfigError(key, getattr(self, key), "only with a rediss:// url")
 
     def _map_error(self, allowed: str) -> ConfigError:
         return ConfigError("address_map", f"{len(self.address_map or {})} addresses", allowed)
 
     def _check_values(self) -> None:
         if self.password_env is not None and self.password_file is not None:
-            raise ConfigError("password_file", self.password_file, "either this or password_env")
+            raise ConfigError("password_file", self.password_file, "not together with password_env")
         if self.username is not None and self.password_env is None and self.password_file is None:
-            raise ConfigError("username", self.username, "password_env or password_file to go with it")
+            raise ConfigError("username", self.username, "only with password_env or password_file")
         if not _PREFIX.fullmatch(self.prefix):
             raise ConfigError("prefix", self.prefix, "1 to 64 printable characters, no space and no brace")
         for key in _FILES:
@@ -236,7 +235,7 @@ def _parse(url: str) -> SplitResult:
     if parts is None or parts.scheme not in (*_SCHEMES, "unix") or parts.query or parts.fragment:
         raise ConfigError("url", url, f"{_URL} expected")
     if "@" in parts.netloc:
-        raise ConfigError("url", url, "no user and no password here: username, password_env, password_file")
+        raise ConfigError("url", url, "a url without user and password: set username and password_env or password_file")
     if parts.scheme == "unix" and (parts.netloc or not parts.path.strip("/")):
         raise ConfigError("url", url, '"unix:///PATH" expected')
     return parts
@@ -252,5 +251,5 @@ def _parse_node(text: str) -> tuple[str, int] | None:
 def _database(parts: SplitResult, url: str) -> int:
     text = parts.path.strip("/")
     if text and not _DATABASE.fullmatch(text):
-        raise ConfigError("url", url, "a number after the last slash, the database")
+        raise ConfigError("url", url, "a database number after the last slash")
     return int(text or 0)

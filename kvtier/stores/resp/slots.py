@@ -1,4 +1,7 @@
-"""Who has which slot of a cluster: the reply to CLUSTER SLOTS (https://valkey.io/commands/cluster-slots/), bounded."""
+"""Asks a cluster for the owners of its slots: CLUSTER SLOTS (https://valkey.io/commands/cluster-slots/).
+
+A server's reply is untrusted, so its size and depth are bounded.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,14 @@ NUM_SLOTS = 16384
 _QUESTION = b"*2\r\n$7\r\nCLUSTER\r\n$5\r\nSLOTS\r\n"
 _MAX_DEPTH = 4
 _MAX_ITEMS = 1 << 20
-"""Of the whole reply: every slot a range of its own, with a dozen replicas."""
+"""Most items in the whole reply: enough for 16,384 ranges of one slot with a dozen replicas each."""
 _MAX_TEXT_BYTES = 1024
 _MAX_PORT = 65535
 _UNKNOWN_HOSTS = (None, b"", b"?")
 
 
 class SlotRange(NamedTuple):
-    """Slots `first` to `last`, and their primary; no host: the one that was asked."""
+    """Slots `first` to `last` and their primary server. A host of "" stands for the server that was asked."""
 
     first: int
     last: int
@@ -26,10 +29,10 @@ class SlotRange(NamedTuple):
 
 
 def ask_slots(wire: Wire) -> list[SlotRange]:
-    """Return all ranges.
+    """Return the ranges of all slots.
 
     Raises:
-        ConnectionBrokenError: the server refused, or its reply makes no sense.
+        ConnectionBrokenError: the server refused, or its reply is not valid.
     """
     wire.send([_QUESTION])
     ranges = _Reader(wire).value()
@@ -39,7 +42,7 @@ def ask_slots(wire: Wire) -> list[SlotRange]:
 
 
 def parse_port(text: str) -> int | None:
-    """Return the number of a port; None for anything else."""
+    """Return a port's number; None for anything else."""
     port = parse_count(text.encode("utf-8", "replace"))
     return port if port is not None and 0 < port <= _MAX_PORT else None
 
@@ -55,7 +58,7 @@ def _range_of(entry: Any) -> SlotRange:
 
 
 class _Reader:
-    """Reads one reply of any shape, up to the bounds."""
+    """Reads one reply of any type, within the bounds."""
 
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
@@ -81,4 +84,4 @@ class _Reader:
 
 
 def _garbage() -> ConnectionBrokenError:
-    return ConnectionBrokenError(Break.GARBAGE, "a reply that is no table of slots")
+    return ConnectionBrokenError(Break.GARBAGE, "a reply that is not a table of slots")

@@ -1,4 +1,4 @@
-"""Blocks as values of a Valkey or Redis: one key a block, named by prefix, namespace and the block's own key."""
+"""A `BlockStore` in Valkey or Redis: one value per block, named after prefix, namespace and the block's key."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from kvtier.stores.resp.wire import Break, ConnectionBrokenError, Refused
 from kvtier.types import FailureCause, StoreUsage
 
 _ATTEMPTS = 3
-"""Once more after a connection that the server closed, or a slot that has moved; and once more after both."""
+"""One more attempt for a closed connection, and one for a slot that has moved."""
 _LONGEST_PAUSE = 0.02
-"""Seconds before a new connection, drawn at random: all engines lose theirs at the same moment."""
+"""Longest random pause, in seconds, before a new connection: all engines lose their connections at the same moment."""
 _BREAKS_TO_LOSE = 3
-"""Connections that break one after the other, before the server is taken for lost."""
+"""Broken connections in a row after which a server counts as lost."""
 _SECONDS_BETWEEN_USAGES = 5.0
-"""Between two questions for a server's memory, which take a round trip each."""
+"""Time between two questions for a server's memory; each takes a round trip."""
 _USAGE_TIMEOUT_SECONDS = 1.0
-"""Blocks that have arrived wait for it."""
+"""Short, since the results of a job wait for the answer."""
 _REDIRECTIONS = frozenset({"MOVED", "ASK"})
 _UNUSABLE = frozenset({"LOADING", "MASTERDOWN", "NOAUTH", "CLUSTERDOWN"})
-"""What a server says that can do nothing for anybody at the moment."""
+"""Error codes of a server that cannot serve any command at the moment."""
 _KNOWN_REFUSALS = frozenset({"ERR", "NOPERM", "READONLY", "MISCONF", "BUSY", "NOREPLICAS", "NOPROTO", "CROSSSLOT"})
-"""Kinds of refusals that are logged, each once; any other word is of one kind more."""
+"""Error codes that are logged once each; all other codes together are logged once."""
 _CAUSES = {
     "OOM": FailureCause.NO_SPACE,
     "WRONGTYPE": FailureCause.CORRUPT,
@@ -49,15 +49,15 @@ _CAUSES = {
 class RespStore(BlockStore):
     """Sealed blocks in a server that engines share.
 
-    A value is header and payload, sent from where they are and received where they belong. What does not verify is
-    counted and deleted. Threads share the store, each call uses a connection of its own.
+    A value is a payload and its header. Plain payloads are sent from and received into the caller's buffers, without a
+    copy. Blocks that do not verify are counted and deleted. Threads share the store; each call uses its own connection.
     """
 
     seals_itself = True
 
     def __init__(self, topology: Topology, settings: RespOptions, sealer: Sealer, context: StoreContext) -> None:
         """Args:
-        topology: connected; this store closes it.
+        topology: connected; `close` closes it.
         sealer: of the blocks.
         """
         self._topology = topology
@@ -78,7 +78,7 @@ class RespStore(BlockStore):
         """Connect; options: `RespOptions`.
 
         Raises:
-            StoreUnavailableError: nobody answers, or nobody lets us in.
+            StoreUnavailableError: no server answers, or all refuse the login.
         """
         _, sealer = open_sealer(options, context.namespace)
         settings = RespOptions.read(options)
@@ -89,7 +89,7 @@ class RespStore(BlockStore):
         return self._exchanges.name(key)
 
     def contains(self, keys: Sequence[OffloadKey]) -> list[bool]:
-        """Return what the servers say; blocks of a cluster's lost node are not held."""
+        """Return per key whether the servers have it; the blocks of a cluster's lost node count as absent."""
         known = self._look(keys)
         requests = [Request(key, self.name(key)) for key, held in zip(keys, known, strict=True) if held is None]
         self._carry_out(self._exchanges.find, requests)
@@ -99,7 +99,7 @@ class RespStore(BlockStore):
         return [next(found).reply is Outcome.DONE if held is None else held for held in known]
 
     def _look(self, keys: Sequence[OffloadKey]) -> list[bool | None]:
-        """Return what a single server says in the short way; None for what has to be asked in the long one."""
+        """Ask a single server with few commands; return None for the keys that must be asked one by one."""
         server = self._topology.only_server
         unknown: list[bool | None] = [None] * len(keys)
         if server is None or len(set(map(len, keys))) != 1:
@@ -107,16 +107,16 @@ class RespStore(BlockStore):
         try:
             return server.exchange(lambda wire: self._exchanges.look(wire, keys), time.monotonic() + self._timeout)
         except (ServerLostError, ConnectionBrokenError):
-            return unknown  # and then it matters why
+            return unknown  # asking one by one will find out why
 
     def write(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
-        """Store header and payload; False for a buffer that is not `block_bytes` long, too."""
+        """Store the blocks; False also for a buffer of another length."""
         requests = self._requests(keys, buffers)
         self._carry_out(self._exchanges.write, [request for request in requests if request is not None])
         return self._results(requests)
 
     def read_into(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
-        """Fill buffers and verify them; one whose result is False may hold anything."""
+        """Fill and verify buffers; a buffer whose result is False may hold anything."""
         requests = self._requests(keys, buffers)
         self._carry_out(self._exchanges.read, [request for request in requests if request is not None])
         results = self._results(requests)
@@ -135,20 +135,20 @@ class RespStore(BlockStore):
             raise StoreError(f"deleting: {refusals[0]}")
 
     def usage(self) -> StoreUsage | None:
-        """Return the memory of all servers and their limits, as they said some seconds ago.
+        """Return the memory and the limits of all servers, as of some seconds ago.
 
-        It is that of all data: a server does not say which of it are blocks.
+        The memory includes all data of a server, since a server does not tell how much of it are blocks.
         """
         return self._usage
 
     def _ask_usage(self) -> None:
-        """Ask every server for its memory; one that refuses is not asked again, as it might log each attempt."""
+        """Ask all servers for their memory. After a refusal, never ask again: servers may log each attempt."""
         self._ask_usage_at = math.inf
         deadline = time.monotonic() + min(self._timeout, _USAGE_TIMEOUT_SECONDS)
         try:
             told = [server.exchange(ask_memory, deadline) for server in self._topology.servers]
         except (ServerLostError, ConnectionBrokenError):
-            self._usage = None  # the next blocks will tell whether a server is lost
+            self._usage = None  # this does not count as a broken connection; the next job will find out
         else:
             known = [memory for memory in told if memory is not None]
             if len(known) < len(told):
@@ -163,7 +163,7 @@ class RespStore(BlockStore):
         self._topology.close()
 
     def _requests(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[Request | None]:
-        """Return a request a block; None for one that is not as long as blocks are."""
+        """Return one request per block; None for a buffer of another length."""
         if len(keys) != len(buffers):
             raise StoreError(f"{len(keys)} keys and {len(buffers)} buffers")
         return [
@@ -172,7 +172,7 @@ class RespStore(BlockStore):
         ]
 
     def _carry_out(self, operation: Operation, requests: Sequence[Request]) -> None:
-        """Let the servers answer the requests, as far as they can within the timeout.
+        """Send the requests to their servers, and set the replies that arrive within the timeout.
 
         Raises:
             StoreUnavailableError: no server can be used.
@@ -192,7 +192,7 @@ class RespStore(BlockStore):
     def _run(
         self, operation: Operation, server: Server, share: list[Request], deadline: float, may_repeat: bool
     ) -> list[Request]:
-        """Run a batch on one server; return the requests that are worth another attempt."""
+        """Run a batch on one server; return the requests to send again."""
         closed = False
         try:
             server.exchange(lambda wire: operation(wire, share), deadline)
@@ -221,7 +221,7 @@ class RespStore(BlockStore):
             self._topology.lose(server, str(error))
 
     def _note_replies(self, server: Server, share: Sequence[Request], is_write: bool) -> None:
-        """Learn of the server what its replies say about it."""
+        """Update the server's state from its replies."""
         refusals = [request.reply for request in share if isinstance(request.reply, Refused)]
         unusable = next((refused for refused in refusals if refused.code in _UNUSABLE), None)
         if unusable is not None:
@@ -233,7 +233,7 @@ class RespStore(BlockStore):
                 self._fullness.learn(server, share, refusals)
 
     def _tell(self, server: Server, refusals: Sequence[Refused]) -> None:
-        """Log a refusal that nothing here deals with, such as a command that the user may not use; each kind once."""
+        """Log each kind of refusal once, except for those that are handled elsewhere."""
         for refused in refusals:
             kind = refused.code if refused.code in _KNOWN_REFUSALS else ""
             if refused.code not in _CAUSES and refused.code not in _REDIRECTIONS and kind not in self._told:
@@ -252,7 +252,7 @@ class RespStore(BlockStore):
         return redirected
 
     def _results(self, requests: Sequence[Request | None]) -> list[bool]:
-        """Return which blocks moved, and count the others by cause."""
+        """Return per block whether it was moved, and count the others by cause."""
         causes = [FailureCause.IO_ERROR if request is None else _cause(request) for request in requests]
         for cause, blocks in Counter(filter(None, causes)).items():
             self._failures.count(cause, blocks)

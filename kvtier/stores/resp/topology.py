@@ -1,4 +1,4 @@
-"""Which server has which block: one that has all of them, or a cluster that shares them out by slots."""
+"""Finds the server of a block: a single server, or the node of a cluster that owns the block's slot."""
 
 from __future__ import annotations
 
@@ -19,44 +19,44 @@ from kvtier.stores.resp.slots import NUM_SLOTS, SlotRange, ask_slots, parse_port
 from kvtier.stores.resp.wire import ConnectionBrokenError, Refused, parse_count
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
-"""Seconds before a lost node is tried again, doubled every time, and half as much more or less."""
+"""Seconds before a lost node is tried again: doubled each time, times a random factor of 0.5 to 1.5."""
 _MAX_SERVERS = 1024
-"""Named by a cluster, all together: Valkey's own bound is some 1,000 nodes."""
+"""Most servers that a cluster may name. Valkey recommends at most about 1,000 nodes."""
 _REFRESH_SECONDS = 0.5
-"""Between two looks at who has which slot."""
+"""Least time between two reads of the slot table."""
 
 
 class Topology(ABC):
-    """Servers, and the way to them. Threads share it."""
+    """The servers, and which of them has a block. Threads share it."""
 
     @abstractmethod
     def share_out(self, requests: Sequence[Request]) -> list[tuple[Server, list[Request]]]:
-        """Return each server with its requests; those of a server that is lost are left out."""
+        """Return each server with its requests; requests for a lost server are left out."""
 
     @property
     @abstractmethod
     def servers(self) -> Collection[Server]:
-        """Those that share the blocks, lost ones included."""
+        """All servers with blocks, including lost ones."""
 
     @property
     def only_server(self) -> Server | None:
-        """The server that has everything, if one has."""
+        """The server, if there is just one; else None."""
         return None
 
     @abstractmethod
     def redirect(self, request: Request, refused: Refused) -> bool:
-        """Note where the server sent us instead; return whether asking again can help."""
+        """Follow a redirection; return whether to send the request again."""
 
     @abstractmethod
     def lose(self, server: Server, reason: str) -> None:
-        """Note that a server cannot be used.
+        """Learn that a server cannot be used.
 
         Raises:
-            StoreUnavailableError: none is left.
+            StoreUnavailableError: no server is left.
         """
 
     def regain(self, server: Server) -> None:
-        """Note that a server answered."""
+        """Learn that a server has answered."""
         return
 
     @abstractmethod
@@ -65,10 +65,10 @@ class Topology(ABC):
 
 
 class SingleServer(Topology):
-    """One server has everything."""
+    """One server with all blocks."""
 
     def __init__(self, settings: RespOptions) -> None:
-        """Raises: StoreUnavailableError: it does not answer, or does not let us in."""
+        """Raises: StoreUnavailableError: the server does not answer, or refuses the login."""
         self._server = Server(settings)
         try:
             self._server.check()
@@ -78,28 +78,21 @@ class SingleServer(Topology):
 
     @property
     def servers(self) -> Collection[Server]:
-        """The one."""
         return [self._server]
 
     @property
     def only_server(self) -> Server:
-        """The one."""
         return self._server
 
     def share_out(self, requests: Sequence[Request]) -> list[tuple[Server, list[Request]]]:
-        """Return the server with all requests."""
         return [(self._server, list(requests))] if requests else []
 
     def redirect(self, request: Request, refused: Refused) -> bool:
-        """Return False: a single server that names another one is part of a cluster, and not configured so.
-
-        Raises:
-            StoreUnavailableError: that.
-        """
+        """Raise StoreUnavailableError: only a node of a cluster redirects, and `cluster` is not set."""
         raise StoreUnavailableError(f"{self._server.address} is a node of a cluster: set cluster: true")
 
     def lose(self, server: Server, reason: str) -> None:
-        """Give up: the tier tries again."""
+        """Raise StoreUnavailableError: the tier goes down, and opens the store anew later."""
         raise StoreUnavailableError(reason)
 
     def close(self) -> None:
@@ -108,7 +101,7 @@ class SingleServer(Topology):
 
 
 class _Absence:
-    """A node that was lost: when it is tried again, and how patiently."""
+    """A lost node: when it is tried again, and the pause after that."""
 
     def __init__(self) -> None:
         self.pause = _FIRST_PAUSE
@@ -121,10 +114,10 @@ class _Absence:
 
 
 class Cluster(Topology):
-    """Primaries share the slots; any of them says which has which, and we keep its answer in a table."""
+    """A cluster, whose primary nodes own the slots. The table of owners is read from any node."""
 
     def __init__(self, settings: RespOptions) -> None:
-        """Raises: StoreUnavailableError: no node answers, or none lets us in."""
+        """Raises: StoreUnavailableError: no node answers, or all refuse the login."""
         self._settings = settings
         self._reached_at = settings.nodes_reached_at
         self._lock = threading.Lock()
@@ -140,10 +133,10 @@ class Cluster(Topology):
             raise StoreUnavailableError(str(error)) from None
 
     def share_out(self, requests: Sequence[Request]) -> list[tuple[Server, list[Request]]]:
-        """Return each node with its requests; those of lost nodes, and of slots that nobody has, are left out."""
+        """Return each node with its requests; requests for lost nodes, or for slots without an owner, are left out."""
         shares: dict[Server, list[Request]] = {}
         if self._absent or None in self._table:
-            self._refresh()  # somebody may have taken over
+            self._refresh()  # another node may have taken over the slots
         table = self._table
         for request in requests:
             server = request.server or table[key_slot(request.name)]
@@ -153,11 +146,10 @@ class Cluster(Topology):
 
     @property
     def servers(self) -> Collection[Server]:
-        """The owners of slots."""
         return {owner for owner in self._table if owner is not None}
 
     def redirect(self, request: Request, refused: Refused) -> bool:
-        """Follow MOVED and ASK to where they point; after MOVED, the whole table is read anew."""
+        """Follow MOVED and ASK to the server that they name; after MOVED, also read the whole table again."""
         slot, _, address = refused.text.partition(" ")
         host, _, port = address.rpartition(":")
         slot_number, port_number = parse_count(slot.encode()), parse_port(port)
@@ -175,9 +167,9 @@ class Cluster(Topology):
         return True
 
     def lose(self, server: Server, reason: str) -> None:
-        """Leave a node alone for a while; a line says so, once."""
+        """Do not use a node for a while; log this once."""
         if not server.was_reached:
-            reason += " (the option address_map says where nodes are that the cluster names by other addresses)"
+            reason += " (if the cluster names its nodes by addresses of its own network, set address_map)"
         with self._lock:
             absence = self._absent.get(server)
             if absence is None:
@@ -186,12 +178,12 @@ class Cluster(Topology):
                 absence.postpone()
             all_lost = set(self.servers) <= self._absent.keys()
         if absence is None:
-            logger.warning("resp: lost a node of the cluster: %s; its blocks are misses, the others serve", reason)
+            logger.warning("resp: lost a node of the cluster: %s; its blocks are misses, other nodes serve", reason)
         if all_lost:
             raise StoreUnavailableError(f"no node of the cluster can be used: {reason}")
 
     def regain(self, server: Server) -> None:
-        """Use a node as before; a line says so, if it was lost."""
+        """Use a node again; log this if the node was lost."""
         if server in self._absent:
             with self._lock:
                 absence = self._absent.pop(server, None)
@@ -204,7 +196,7 @@ class Cluster(Topology):
             server.close()
 
     def _may_try(self, server: Server) -> bool:
-        """Return whether a node is there, or it is time for one thread to see whether it is there again."""
+        """Return whether to use a node: it is not lost, or it is time for one thread to try it again."""
         if server not in self._absent:
             return True
         with self._lock:
@@ -225,24 +217,24 @@ class Cluster(Topology):
             return server
 
     def _refresh(self) -> None:
-        """Ask the cluster who has which slot, unless somebody did a moment ago."""
+        """Read the table of slots, unless a thread has done so a moment ago."""
         if time.monotonic() - self._refreshed_at < _REFRESH_SECONDS or not self._refreshing.acquire(blocking=False):
             return
         try:
             self._refreshed_at = time.monotonic()
             seeds = [self._server_at(host, port) for host, port in self._settings.address.servers]
-            # lost ones last: each costs the time to connect
+            # try lost nodes last, since each may cost the connect timeout
             self._read_slots(sorted({*self.servers, *seeds}, key=lambda server: server in self._absent))
         except (ServerLostError, ConnectionBrokenError) as error:
-            logger.debug("resp: slots not read: %s", error)  # the table of before serves on; MOVED mends it
+            logger.debug("resp: slots not read: %s", error)  # the old table stays; MOVED replies correct it
         finally:
             self._refreshing.release()
 
     def _read_slots(self, servers: Sequence[Server]) -> None:
-        """Take the table of the first server that has one.
+        """Read the table from the first server that answers.
 
         Raises:
-            ServerLostError, ConnectionBrokenError: none has, the last one's reason.
+            ServerLostError, ConnectionBrokenError: no server answers; this is the last one's error.
         """
         deadline = time.monotonic() + self._settings.timeout
         for number, server in enumerate(servers, start=1):
@@ -265,16 +257,16 @@ class Cluster(Topology):
         self._forget_absent(set(filter(None, table)))
 
     def _forget_absent(self, owners: Iterable[Server]) -> None:
-        """A node that has no slots any more is not missed."""
+        """Forget lost nodes that own no slots any more."""
         with self._lock:
             for server in self._absent.keys() - set(owners):
                 del self._absent[server]
 
 
 def open_topology(settings: RespOptions) -> Topology:
-    """Connect, as the settings say.
+    """Connect to the server or cluster of the settings.
 
     Raises:
-        StoreUnavailableError: nobody answers, or nobody lets us in.
+        StoreUnavailableError: no server answers, or all refuse the login.
     """
     return Cluster(settings) if settings.cluster else SingleServer(settings)

@@ -1,6 +1,6 @@
-"""Bytes on one connection: commands go out and replies come in, and no payload is copied on the way.
+"""Sends commands and receives replies on one connection, without copying payloads.
 
-The protocol is RESP2 (https://valkey.io/topics/protocol/), as far as GET, SET, EXISTS and UNLINK need it.
+It knows the part of RESP2 (https://valkey.io/topics/protocol/) that GET, SET, EXISTS and UNLINK need.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from kvtier.errors import StoreError
 from kvtier.foreign_text import first_line
 
 BUFFER_BYTES = 64 * 1024
-"""Of replies other than payloads, received at once."""
+"""Bytes per receive call for replies other than payloads."""
 PIECE_BYTES = 512 * 1024
-"""Of a payload, received at once, and then summed: the processor's second cache still has it."""
+"""Bytes of a payload per receive call. A piece is added to the checksum while it is in the processor's L2 cache."""
 _TIMEVAL = struct.Struct("@ll")
 _MAX_LINE_BYTES = 8 * 1024
 _MAX_DIGITS = 20
 _MAX_PIECES = 512
-"""In one sendmsg; Linux takes 1,024."""
+"""Most buffers per sendmsg call; Linux allows 1,024."""
 
 
 class Break(Enum):
-    """What ended a connection."""
+    """Why a connection is of no more use."""
 
     CLOSED = "closed"
-    """The other side: another connection may work at once."""
+    """The server closed it; a new connection may work at once."""
     TIMED_OUT = "timed out"
     REFUSED = "refused"
-    """The server does not do what everything else depends on."""
+    """The server refused a command that is needed for all others."""
     GARBAGE = "garbage"
-    """The replies make no sense (any more)."""
+    """A reply was not valid, so the following bytes cannot be understood."""
 
 
 class ConnectionBrokenError(StoreError):
-    """The connection is of no more use; replies that had arrived stand."""
+    """The connection is of no more use. Replies that had arrived before are valid."""
 
     def __init__(self, kind: Break, what: str) -> None:
         super().__init__(what)
@@ -55,7 +55,7 @@ class Refused(NamedTuple):
 
     @classmethod
     def parse(cls, line: bytes) -> Refused:
-        """Return what an error line (without its "-") says."""
+        """Parse an error line without its "-"."""
         code, _, text = first_line(line.decode("utf-8", "replace")).partition(" ")
         return cls(code, text)
 
@@ -64,20 +64,20 @@ class Refused(NamedTuple):
 
 
 class Wire:
-    """One connected socket, plain or TLS, between two calls of a store.
+    """One connected socket, plain or TLS.
 
-    Every method may raise ConnectionBrokenError; the connection must then be closed. A timeout ends a single wait;
-    `begin` sets the deadline of a whole exchange, which ends trickles, too.
+    Every method may raise ConnectionBrokenError; the connection must then be closed. The timeout bounds each wait. The
+    deadline of `begin` bounds a whole exchange, also if bytes arrive one by one.
     """
 
     def __init__(self, connected: socket, timeout: float) -> None:
-        """Args: timeout: seconds for a single wait."""
+        """Args: timeout: seconds for each wait."""
         self._socket = connected
         self._scatters = not isinstance(connected, ssl.SSLSocket)
         self._whole = 0
         if self._scatters:
-            # The kernel keeps the time: it then fills a whole piece in one call, where Python would look at the clock,
-            # and wake up, for every packet.
+            # Let the kernel apply the timeout: with MSG_WAITALL it then fills a whole piece in one call. With Python's
+            # own timeout the socket is non-blocking, and Python wakes up for every packet.
             connected.settimeout(None)
             seconds, rest = divmod(timeout, 1)
             limit = _TIMEVAL.pack(int(seconds), int(rest * 1e6))
@@ -92,13 +92,13 @@ class Wire:
         self._deadline = 0.0
 
     def begin(self, deadline: float) -> None:
-        """Start an exchange that ends at `deadline` (of `time.monotonic`), come what may."""
+        """Start an exchange that must end by `deadline` (of `time.monotonic`)."""
         if self._start != self._end:
-            raise ConnectionBrokenError(Break.GARBAGE, "replies that nobody asked for")
+            raise ConnectionBrokenError(Break.GARBAGE, "a reply without a command")
         self._deadline = deadline
 
     def send(self, pieces: Sequence[bytes | memoryview]) -> None:
-        """Send the pieces one after the other."""
+        """Send the pieces in order."""
         if not self._scatters:
             for piece in pieces:
                 self._check_deadline()
@@ -123,10 +123,10 @@ class Wire:
                 left[0] = left[0][sent:]
 
     def line(self, most: int = BUFFER_BYTES) -> bytes:
-        """Return the next line without its end.
+        """Return the next line without its line end.
 
         Args:
-            most: bytes that may be held when it has been received, so that no payload is received with it.
+            most: most bytes to have in the buffer, so that no part of a following payload gets into it.
         """
         while (end := self._buffer.find(b"\r\n", self._start, self._end)) < 0:
             held = self._end - self._start
@@ -138,7 +138,7 @@ class Wire:
         return line
 
     def flags(self, count: int) -> list[bool | Refused]:
-        """Return the next `count` replies, each of them 0, 1 or an error."""
+        """Return the next `count` replies, each 0, 1 or an error."""
         answers: list[bool | Refused] = []
         while len(answers) < count:
             whole = min((self._end - self._start) // 4, count - len(answers))
@@ -158,8 +158,9 @@ class Wire:
         """Fill the view with the next bytes.
 
         Args:
-            note: called with each piece of the view as it arrives, while the processor's cache has it.
-            behind: bytes that are certain to follow, for `take`: they are received along with the end of the view.
+            note: called with each piece as it arrives, while it is in the processor's cache.
+            behind: number of bytes that will certainly follow; they are received together with the last piece, for
+                `take`, which saves a system call.
         """
         done = min(view.nbytes, self._end - self._start)
         if done:
@@ -176,9 +177,10 @@ class Wire:
             done += received
 
     def take(self, count: int, most_after: int) -> bytes:
-        """Return the next `count` bytes and drop the end of line behind them.
+        """Return the next `count` bytes, and drop the line end after them.
 
-        Args: most_after: bytes that may be received behind that: the head of the next reply, not its payload.
+        Args:
+            most_after: most bytes to receive after the line end, so that no part of a payload gets into the buffer.
         """
         while (held := self._end - self._start) < count + 2:
             self._receive_line(count + 2 + most_after - held)
@@ -188,7 +190,7 @@ class Wire:
         return taken
 
     def skip(self, count: int) -> None:
-        """Receive `count` bytes and an end of line, and forget them."""
+        """Receive and drop `count` bytes and a line end."""
         while count:
             if self._start == self._end:
                 self._receive_line(min(count, BUFFER_BYTES))
@@ -198,7 +200,7 @@ class Wire:
         self.take(0, 0)
 
     def integers(self, count: int) -> list[int | Refused]:
-        """Return the next `count` replies, each of them a number or an error."""
+        """Return the next `count` replies, each a number or an error."""
         return [self._integer(self.line()) for _ in range(count)]
 
     def _integer(self, line: bytes) -> int | Refused:
@@ -206,7 +208,7 @@ class Wire:
             return number
         if line[:1] == b"-":
             return Refused.parse(line[1:])
-        raise ConnectionBrokenError(Break.GARBAGE, "a reply that is no number")
+        raise ConnectionBrokenError(Break.GARBAGE, "a reply that is not a number")
 
     def _flag(self, line: bytes) -> bool | Refused:
         if line in (b":0", b":1"):
@@ -217,11 +219,11 @@ class Wire:
 
     def _drop_end_of_line(self) -> None:
         if self._buffer[self._start : self._start + 2] != b"\r\n":
-            raise ConnectionBrokenError(Break.GARBAGE, "a value that is longer than it said")
+            raise ConnectionBrokenError(Break.GARBAGE, "a value that is longer than announced")
         self._start += 2
 
     def _receive_with_line(self, view: memoryview, behind: int) -> int:
-        """Receive at least one byte into the view, and into the buffer, which is empty, only what is behind it."""
+        """Receive at least one byte into the view; bytes after the view go into the buffer, which must be empty."""
         self._check_deadline()
         try:
             received: int = self._socket.recvmsg_into([view, self._memory[:behind]], 0, self._whole)[0]
@@ -258,7 +260,7 @@ class Wire:
 
 
 def parse_count(digits: bytes) -> int | None:
-    """Return a number of the protocol, which has 64 bits; None for anything else."""
+    """Return a number of up to 19 digits; None for anything else. The protocol's numbers have 64 bits."""
     return int(digits) if digits.isdigit() and len(digits) < _MAX_DIGITS else None
 
 

@@ -1,4 +1,4 @@
-"""A local slab of fixed slots, for the disk tier."""
+"""The store of tier type `disk`: a slab, which keeps blocks in fixed slots of preallocated files."""
 
 from kvtier.stores.slab.store import SlabStore
 

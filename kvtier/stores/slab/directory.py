@@ -1,6 +1,6 @@
-"""The directory of a slab: its lock, its owner, the namespaces in it, and the bytes they take together.
+"""The directory of a slab: its lock, its owner, its namespaces, and the bytes that they take together.
 
-`layout.py` has the names in it.
+`layout.py` lists its files.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ from kvtier.stores.slab.namespaces import (
 
 
 class SlabDirectory:
-    """A directory that this process alone uses, until `close` or its end.
+    """A directory that only this process uses, until `close` or the process's end.
 
     Attributes:
         path, namespace_path: for messages.
-        namespace: the folder of this namespace, held.
+        namespace: the open folder of this namespace.
     """
 
     def __init__(
         self, path: Path, namespace: Namespace, folder: Folder, lock_descriptor: int, segment_bytes: int = SEGMENT_BYTES
     ) -> None:
         """Args:
-        folder: the directory; `close` closes it.
-        lock_descriptor: an open file that holds the lock; `close` closes it.
-        segment_bytes: most bytes of one data file, of every namespace.
+        folder: the open directory; `close` closes it.
+        lock_descriptor: the open, locked lock file; `close` closes it.
+        segment_bytes: most bytes per data file, in every namespace.
 
         Raises:
-            OSError: the namespace's folder cannot be made or used; then both are closed.
+            OSError: the namespace's folder cannot be created or used; `folder` and `lock_descriptor` are then closed.
         """
         self.path = path
         self.folder = folder
@@ -72,14 +72,15 @@ class SlabDirectory:
     def open(
         cls, path: Path, namespace: Namespace, mount_point: str = "/", segment_bytes: int = SEGMENT_BYTES
     ) -> SlabDirectory:
-        """Make the directory if it is missing, and take it.
+        """Create the directory if it is missing, and lock it.
 
         Args:
-            mount_point: what must be mounted for the directory to be the right one.
-            segment_bytes: most bytes of one data file, of every namespace.
+            mount_point: a filesystem must be mounted here, see `check_mounted`.
+            segment_bytes: most bytes per data file, in every namespace.
 
         Raises:
-            StoreUnavailableError: held by another process, of another owner, not a slab, or not usable at all.
+            StoreUnavailableError: another process holds the lock, the directory belongs to another user or is not a
+                slab, or it cannot be used.
         """
         check_mounted(path, mount_point)
         try:
@@ -90,7 +91,7 @@ class SlabDirectory:
             raise StoreUnavailableError(f"{path}: {describe(error)}") from error
 
     def close(self) -> None:
-        """Note the time of the last use and release the lock."""
+        """Record the time of the last use, and release the lock."""
         try:
             descriptor = self.namespace.open_file(DESCRIPTION_NAME, os.O_RDWR)
             try:
@@ -98,21 +99,21 @@ class SlabDirectory:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            logger.warning("%s: cannot note its last use: %s", self.namespace_path, error.strerror)
+            logger.warning("%s: cannot record the time of last use: %s", self.namespace_path, error.strerror)
         self.namespace.close()
         self.folder.close()
         os.close(self._lock_descriptor)
 
     def check_present(self, headers: os.stat_result) -> None:
-        """Check that the directory was not removed or replaced under us, nor the namespace's folder or headers in it.
+        """Check that the directory, the namespace's folder and its file of headers were not removed or replaced.
 
         Args:
-            headers: status of the file of headers that is in use. One look at its name tells of the folder, too: this
-                comes before each job, of which small ones are as quick as a few looks.
+            headers: status of the open file of headers. Comparing it with its name checks the folder, too. This runs
+                before each job, and a small job takes no longer than a few such system calls.
 
         Raises:
-            StoreUnavailableError: it was, and must be opened anew.
-            StoreError: it cannot be looked at; a disk that fails may be back with all that it has.
+            StoreUnavailableError: it was. The store must be opened anew.
+            StoreError: this is unknown, because a call failed. The disk may work again later, with all its blocks.
         """
         try:
             is_held = os.fstat(self._lock_descriptor).st_nlink > 0
@@ -127,7 +128,10 @@ class SlabDirectory:
             raise StoreUnavailableError(f"{self.path}: the directory was removed while in use, or some of it replaced")
 
     def give_way(self, own_bytes: int, capacity: int) -> None:
-        """Shorten, then delete other namespaces, least recently used first, until all keep to `capacity`."""
+        """Make room for `own_bytes` of this namespace within `capacity`.
+
+        Other namespaces give back space without blocks first. Then they are deleted, least recently used first.
+        """
         sizes = self._other_sizes()
         total = own_bytes + sum(sizes.values())
         for name in sizes:
@@ -142,9 +146,9 @@ class SlabDirectory:
             total += self._size_of(name) - sizes[name]
 
     def has_room(self, own_bytes: int, capacity: int) -> bool:
-        """Return whether so many bytes keep to `capacity` beside the blocks of other namespaces.
+        """Return whether `own_bytes` fit into `capacity` beside the blocks of other namespaces.
 
-        What others took ahead of their blocks gives way, if it has to.
+        If needed, other namespaces give back space without blocks.
         """
         others = self._other_sizes()
         if own_bytes + sum(others.values()) <= capacity:
@@ -153,37 +157,37 @@ class SlabDirectory:
         return any(shortened) and own_bytes + sum(map(self._size_of, others)) <= capacity
 
     def _shorten(self, name: str) -> bool:
-        """Let another namespace give back what lies behind its last block; False if it did so before."""
+        """Cut the space after another namespace's last block; return False if that was done before."""
         if name in self._shortened:
             return False
         self._shortened.add(name)
-        with contextlib.suppress(OSError), self.folder.folder(name) as other:  # damaged, it is deleted as it is
+        with contextlib.suppress(OSError), self.folder.folder(name) as other:  # if it is damaged, deletion comes next
             cut_spare(other, self._segment_bytes)
         return True
 
     def _delete_past(self) -> None:
-        """Delete namespaces that no engine can use again."""
+        """Delete namespaces of past epochs, which no engine can use again."""
         for name in namespaces_in(self.folder):
             if name == self._name or not is_past(self.folder, name):
                 continue
             try:
                 self._delete(name, "it can never be used again")
-            except OSError as error:  # it is in nobody's way
+            except OSError as error:  # not needed for the start
                 logger.warning("%s: cannot be deleted: %s", self.path / name, error.strerror)
 
     def _delete(self, name: str, why: str) -> None:
-        """Delete another namespace and say so."""
+        """Delete another namespace, and log why."""
         left = delete_namespace_in(self.folder, name)
         logger.info("%s: deleted, %s", self.path / name, why)
         if left:
             logger.warning(
-                "%s: its folder stays, %s in it is not kvtier's",
+                "%s: folder kept, %s in it is not kvtier's",
                 self.path / name,
                 one_line(left[0], MAX_QUOTED),
             )
 
     def _enter_namespace(self, description: str) -> Folder:
-        """Make this namespace's folder, say in it what it is, and hold it."""
+        """Create this namespace's folder, write its description, and return the open folder."""
         self.folder.make_folder(self._name)
         namespace = self.folder.folder(self._name)
         try:
@@ -201,12 +205,12 @@ class SlabDirectory:
         return namespace
 
     def _other_sizes(self) -> dict[str, int]:
-        """Return the other namespaces and their bytes, least recently used first."""
+        """Return the bytes of each other namespace, least recently used first."""
         names = [name for name in namespaces_in(self.folder) if name != self._name]
         return {name: self._size_of(name) for name in sorted(names, key=lambda name: last_use(self.folder, name))}
 
     def _size_of(self, name: str) -> int:
-        """Return the bytes that another namespace takes; 0 if it is gone."""
+        """Return the bytes that another namespace takes on the filesystem; 0 if it was deleted."""
         try:
             with self.folder.folder(name) as other:
                 return used_bytes(other)
@@ -215,7 +219,9 @@ class SlabDirectory:
 
 
 def _take(path: Path) -> tuple[Folder, int]:
-    """Make `path` ours: private and locked. Returns the directory and the lock's descriptor."""
+    """Create `path` if needed, check it, make it private and lock it; return the directory and the lock's
+    descriptor.
+    """
     if rank_of(path.name) is not None and path.parent.parent.is_dir() and not os.path.lexists(path):
         make_last_directory(path.parent)
         with Folder.open(path.parent) as shares:
@@ -239,7 +245,7 @@ def _take(path: Path) -> tuple[Folder, int]:
 
 
 def _check_ours(folder: Folder) -> None:
-    """Raise StoreUnavailableError for a directory of somebody else, before anything in it is changed."""
+    """Raise StoreUnavailableError if the directory is another user's or not a slab; change nothing in it."""
     if folder.owner != os.geteuid():
         raise StoreUnavailableError(f"{folder.path}: belongs to user {folder.owner}, not to {os.geteuid()}")
     strange = next(strangers_of(folder), None)
@@ -251,10 +257,10 @@ def _check_ours(folder: Folder) -> None:
 
 
 def strangers_of(folder: Folder) -> Iterator[str]:
-    """Yield names that show a directory to be no slab; none if it is one, or empty, or the parent of ranks' slabs.
+    """Yield names that show that a directory is not a slab; none for a slab, an empty directory, or ranks' directories.
 
-    What is in a directory counts, not what it is called: the lock has our sign, a folder holds a slab's files. Others'
-    files are let be where that, or a namespace that describes itself, shows that somebody put them into a slab.
+    Contents decide, not names: a lock file contains kvtier's sign, a namespace's folder contains a slab's files. If the
+    sign or a valid description shows that the directory is a slab, other files in it are allowed and left alone.
     """
     names = [name for name in folder.names() if name != FOUND_BY_FSCK]
     lock = read_lock(folder) if LOCK_NAME in names else b""
@@ -265,7 +271,7 @@ def strangers_of(folder: Folder) -> Iterator[str]:
 
 
 def _describes_itself(folder: Folder, name: str) -> bool:
-    """Return whether a folder is a namespace that says so, or a rank's directory with one."""
+    """Return whether a folder is a namespace with a valid description, or a rank's directory with one."""
     try:
         if is_fingerprint(name):
             with folder.folder(name) as namespace:
@@ -279,7 +285,7 @@ def _describes_itself(folder: Folder, name: str) -> bool:
 
 
 def _is_part(folder: Folder, name: str) -> bool:
-    """Return whether a folder is, or was about to be, a namespace or a rank's directory."""
+    """Return whether a folder is a namespace or a rank's directory, possibly still empty."""
     if rank_of(name) is None:
         return is_namespace(folder, name)
     try:

@@ -1,6 +1,6 @@
-"""What a directory of slabs holds, found out without taking it: for tools that look while an engine works.
+"""Reads what a slab's directory holds, without its lock: tools use it while an engine is running.
 
-Nothing here writes. What is said of a directory that is in use was true at some moment while it was read.
+It writes nothing. If the directory is in use, each fact was true at some moment during the read.
 """
 
 from __future__ import annotations
@@ -55,17 +55,17 @@ class NamespaceSurvey:
     """One namespace of a directory.
 
     Attributes:
-        folder: its folder; the name is the fingerprint.
-        description: None if there is no readable one.
-        block_bytes: payload bytes of a block; None while there is none.
-        num_blocks: blocks that the next start would find; payloads were not read.
-        num_slots: blocks that fit the capacity it was last opened with.
-        disk_bytes: bytes that it takes from the filesystem.
-        last_use: time at which it was last opened, closed or written, seconds since 1970.
-        broken: records that are no valid ones, by cause.
-        problems: what else is wrong with it, in words.
-        remarks: what is not wrong and good to know, in words.
-        is_readable: False if nothing but its size is known.
+        folder: its folder, named after the fingerprint.
+        description: None if it cannot be read.
+        block_bytes: payload bytes per block; None if there is no block.
+        num_blocks: blocks that the next start would find. Payloads are not read.
+        num_slots: blocks that fit the capacity with which it was last opened.
+        disk_bytes: bytes that it takes on the filesystem.
+        last_use: when it was last opened, closed or written, in seconds since 1970.
+        broken: number of invalid records by cause.
+        problems: what else is damaged, in words.
+        remarks: other facts, in words.
+        is_readable: False if only its size is known.
     """
 
     folder: Path
@@ -83,7 +83,7 @@ class NamespaceSurvey:
 
 @dataclass(frozen=True)
 class SlabSurvey:
-    """One directory: who uses it, its namespaces (latest use first), and free bytes of its filesystem."""
+    """One directory: the process that uses it, its namespaces (latest use first), and its filesystem's free bytes."""
 
     path: Path
     holder: Holder | None
@@ -96,10 +96,10 @@ def find_slabs(path: Path) -> list[Path]:
     """Return the slabs at `path`: itself, and `dp0`, `dp1`, ... of data-parallel engines below it.
 
     Returns:
-        An empty list for an empty directory, in which nothing was ever stored.
+        The paths; an empty list for an empty directory.
 
     Raises:
-        StoreUnavailableError: missing, no directory, not readable, or the directory of something else.
+        StoreUnavailableError: `path` does not exist, cannot be read, is no directory, or holds something else.
     """
     try:
         with open_slab(path) as folder:
@@ -111,12 +111,12 @@ def find_slabs(path: Path) -> list[Path]:
                 if _is_slab(share):
                     found.append(path / name)
     except NotADirectoryError:
-        raise StoreUnavailableError(f"{path}: no directory") from None
+        raise StoreUnavailableError(f"{path}: not a directory") from None
     except OSError as error:
         raise StoreUnavailableError(f"{error.filename or path}: {error.strerror}") from error
     if not found and names:
         raise StoreUnavailableError(
-            f"{path}: no directory of a disk tier (it is not empty, and no file {LOCK_NAME!r} of kvtier's is in it)"
+            f"{path}: not the directory of a disk tier (it is not empty, and has no file {LOCK_NAME!r} of kvtier's)"
         )
     return found
 
@@ -129,10 +129,10 @@ def namespace_folders(path: Path) -> list[Path]:
 
 
 def survey_slab(path: Path) -> SlabSurvey:
-    """Look at one slab; payloads are not read.
+    """Survey one slab; payloads are not read.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the directory cannot be read.
     """
     surveys = [survey for folder in namespace_folders(path) if (survey := _survey_if_there(folder)) is not None]
     others = {survey.folder.name for survey in surveys}
@@ -144,10 +144,10 @@ def survey_slab(path: Path) -> SlabSurvey:
 
 
 def survey_namespace(folder: Path) -> NamespaceSurvey:
-    """Look at one namespace; payloads are not read.
+    """Survey one namespace; payloads are not read.
 
     Raises:
-        OSError: it cannot be read; FileNotFoundError if it was deleted meanwhile.
+        OSError: the namespace cannot be read; FileNotFoundError if it was deleted meanwhile.
     """
     description = read_description(folder)
     geometry, inventory, num_slots, _ = read_records(folder, description)
@@ -170,13 +170,13 @@ def survey_namespace(folder: Path) -> NamespaceSurvey:
 
 
 def _survey_if_there(folder: Path) -> NamespaceSurvey | None:
-    """Look at a namespace, anew if an engine deletes some of it meanwhile; return None if it deletes all."""
+    """Survey a namespace, again if an engine deletes files meanwhile; return None if the namespace is deleted."""
     for _ in range(_ATTEMPTS):
         try:
             return survey_namespace(folder)
         except FileNotFoundError:
             continue
-        except OSError as error:  # the others are still looked at, and this one can be purged
+        except OSError as error:  # report it, so that others are still surveyed and this one can be purged
             problem = f"cannot be read: {Path(error.filename or folder).name}: {error.strerror}"
             with open_slab(folder.parent) as slab, slab.folder(folder.name) as namespace:
                 taken, latest = used_bytes(namespace), last_use(slab, folder.name)
@@ -185,7 +185,7 @@ def _survey_if_there(folder: Path) -> NamespaceSurvey | None:
 
 
 def _own_bytes(folder: Folder, name: str) -> int:
-    """Return the bytes of a file, or of a folder without what is in it; 0 if it is gone."""
+    """Return the bytes of a file, or of a folder without its files, on the filesystem; 0 if it was deleted."""
     try:
         return folder.status(name).st_blocks * 512
     except FileNotFoundError:
@@ -193,29 +193,31 @@ def _own_bytes(folder: Folder, name: str) -> int:
 
 
 def _is_slab(folder: Folder) -> bool:
-    """Return whether a directory has the lock of a slab, and is one."""
+    """Return whether a directory is a slab that has a lock file."""
     return folder.is_own_file(LOCK_NAME) and next(strangers_of(folder), None) is None
 
 
 def _said_of_strangers(namespace: Folder) -> list[str]:
-    """Return what to say of what somebody else put into a namespace's folder; empty if there is nothing."""
+    """Return remarks about files in a namespace's folder that are not kvtier's."""
     strangers = [name for name in namespace.names() if not (is_file_of_namespace(name) and namespace.is_own_file(name))]
     return [f"not kvtier's, and left alone: {one_line(name, MAX_QUOTED)}" for name in sorted(strangers)[:_MAX_NAMED]]
 
 
 def _assess(slab: Folder, name: str, description: Description | None) -> tuple[list[str], list[str]]:
-    """Return (problems, remarks) of a namespace, as far as its description goes."""
+    """Return (problems, remarks) about a namespace's description."""
     if description is None:
-        return [f"no readable {DESCRIPTION_NAME}: the next start of another model deletes it"], []
+        return [f"{DESCRIPTION_NAME} cannot be read: the next start of another model deletes the namespace"], []
     if description.format_version != FORMAT_VERSION:
-        return [], [f"format {description.format_version}, this kvtier reads {FORMAT_VERSION}: it gives way first"]
+        return [], [f"format {description.format_version}, this kvtier reads {FORMAT_VERSION}: deleted first"]
     if not description.is_ours:
         return [f"{DESCRIPTION_NAME} describes another namespace"], []
-    return [], ["of an epoch: no later engine can use it, the next start deletes it"] if is_past(slab, name) else []
+    if not is_past(slab, name):
+        return [], []
+    return [], ["stored after a reset: no later engine can use it, and the next start deletes it"]
 
 
 def _last_change(namespace: Folder) -> float:
-    """Return when anything of ours in a folder was last written, or its last use noted; 0 if there is nothing."""
+    """Return the latest modification time of kvtier's files in a folder; 0 if there are none."""
     names = [name for name in namespace.names() if is_file_of_namespace(name) and namespace.is_own_file(name)]
     return max((namespace.status(name).st_mtime for name in names), default=0.0)
 
@@ -224,8 +226,8 @@ class Records(NamedTuple):
     """The records of a namespace, as the next start would find them.
 
     Attributes:
-        geometry: None while no record says how long a block is.
-        inventory: the valid records, sorted, and the others.
+        geometry: None if the length of a block is unknown.
+        inventory: the valid records, sorted, and the invalid ones.
         num_slots: records that fit the file.
         sealer: verifies payloads; None if a secret guards them that was not given.
     """
@@ -237,11 +239,11 @@ class Records(NamedTuple):
 
 
 def read_records(folder: Path, description: Description | None, secret: bytes | None = None) -> Records:
-    """Read every record of a namespace and judge it as a start would; none if the file of records is missing.
+    """Read and check every record of a namespace, as a start does. Return no records if their file is missing.
 
     Args:
-        description: what `read_description` returned.
-        secret: what may guard the blocks; records can be read without it.
+        description: the result of `read_description`.
+        secret: that guards the blocks, if any; records can be read without it.
 
     Raises:
         OSError: the records cannot be read; FileNotFoundError if the namespace was deleted.
@@ -268,7 +270,7 @@ def read_records(folder: Path, description: Description | None, secret: bytes | 
 
 
 def _all_broken(found: Iterable[RawRecords], headers: BlockHeaders, num_slots: int) -> Inventory:
-    """Return an inventory that rejects every record, since none names a length that a block can have."""
+    """Return an inventory that rejects every record: the length of a block is unknown."""
     inventory = Inventory(headers, -1, num_slots)  # no block has this length
     for records in found:
         inventory.add(records)
@@ -276,7 +278,7 @@ def _all_broken(found: Iterable[RawRecords], headers: BlockHeaders, num_slots: i
 
 
 def _sealer_of(folder: Path, description: Description | None, secret: bytes | None) -> Sealer | None:
-    """Return what verifies payloads; None if a secret guards them and it is not this one."""
+    """Return a sealer that verifies payloads; None if another secret than this guards them."""
     if description is None or not description.needs_secret:
         return PlainSealer.for_reading(bytes.fromhex(folder.name))
     if secret is None or not description.is_ours:
@@ -287,14 +289,14 @@ def _sealer_of(folder: Path, description: Description | None, secret: bytes | No
 
 
 def _headers_of(folder: Path, description: Description | None) -> BlockHeaders:
-    """Return what reads the records of a namespace, but vouches for no payload."""
+    """Return an object that parses the records of a namespace; it verifies no payloads."""
     fingerprint = bytes.fromhex(folder.name)
     encrypted = description is not None and description.is_encrypted
     return BlockHeaders.encrypted(fingerprint) if encrypted else BlockHeaders(fingerprint)
 
 
 def _described_block_bytes(description: Description | None) -> int:
-    """Return the length of a block that the description names; 0 if it names none."""
+    """Return the length of a block according to the description; 0 if it is not there."""
     value = None if description is None else description.identity.get("kvtier.block_bytes")
     if not isinstance(value, int) or isinstance(value, bool):
         return 0

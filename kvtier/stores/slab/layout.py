@@ -1,8 +1,8 @@
-"""Every name and every offset on disk: what a slab's directory holds, and where a slot is in it.
+"""All names and offsets on disk: the files in a slab's directory, and the place of each slot in them.
 
-DIR/lock                        held (flock) as long as a process uses the directory; holds its pid and our sign
-DIR/<fingerprint>/              one folder a namespace, 32 hexadecimal digits
-    namespace.json              what the fingerprint stands for; its time of change is the last use
+DIR/lock                        locked (flock) while a process uses the directory; contains its pid and kvtier's sign
+DIR/<fingerprint>/              one folder per namespace, 32 hexadecimal digits
+    namespace.json              describes the namespace; its modification time is the last use
     headers                     a record of 128 bytes per slot, that of slot *s* at byte 128 * s; zeros: empty
     data-00000 ...              the payloads, in segments of up to 1 GiB
 DIR/dp0/ ...                    a slab of its own for each data-parallel rank
@@ -26,18 +26,18 @@ _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 _SHARE = re.compile(r"dp([0-9]{1,9})")
 _DATA_FILE = re.compile(r"data-([0-9]{5}|[1-9][0-9]{5,6})")
 SEGMENT_BYTES = 1 << 30
-"""Most bytes of one data file; part of the format, since it decides where a slot is."""
+"""Most bytes per data file. It is part of the format, since the place of a slot depends on it."""
 GROWTH_BYTES = 64 << 20
-"""Most space that a slab takes from the filesystem at once."""
+"""Most bytes that a slab allocates at once."""
 MIN_GROWTHS = 16
-"""A slab takes its space in at least so many steps, so that small slabs can share a directory, too."""
+"""A slab is allocated in at least this many steps, so that small slabs can share a directory, too."""
 FIXED_BYTES = 32 << 10
 """Allowance for directories, the lock, `namespace.json` and the end of the last page of `headers`."""
 FILESYSTEM_BYTES_PER_SLOT = 32
-"""Allowance for the filesystem's own records: at worst every slot is an extent (12 bytes on ext4, 16 on XFS),
-and so is the gap before it."""
+"""Allowance for the filesystem's metadata. In the worst case each slot is an extent of its own (12 bytes on ext4, 16 on
+XFS), and so is the gap before it."""
 FILESYSTEM_BYTES_PER_SEGMENT = 8 << 10
-"""Allowance for the roots of those records."""
+"""Allowance for the filesystem's metadata per data file."""
 
 
 def data_name(segment: int) -> str:
@@ -46,35 +46,35 @@ def data_name(segment: int) -> str:
 
 
 def segment_of(name: str) -> int | None:
-    """Return which data file has this name; None for any other name."""
+    """Return the number in a data file's name; None for any other name."""
     match = _DATA_FILE.fullmatch(name)
     return None if match is None else int(match[1])
 
 
 def rank_of(name: str) -> int | None:
-    """Return which rank's directory has this name; None for any other name."""
+    """Return the rank in the name of a data-parallel rank's directory; None for any other name."""
     match = _SHARE.fullmatch(name)
     return None if match is None else int(match[1])
 
 
 def is_fingerprint(name: str) -> bool:
-    """Return whether a namespace's folder may have this name."""
+    """Return whether a name has the form of a namespace's folder."""
     return _FINGERPRINT.fullmatch(name) is not None
 
 
 def is_file_of_namespace(name: str) -> bool:
-    """Return whether a file in a namespace's folder has a name that we give."""
+    """Return whether a name is that of one of kvtier's files in a namespace's folder."""
     return name in (DESCRIPTION_NAME, HEADERS_NAME) or segment_of(name) is not None
 
 
 class Run(NamedTuple):
-    """Neighbours in one segment.
+    """Neighbouring slots in one segment.
 
     Attributes:
         segment: number of the data file.
-        offset: where the first payload starts in it, bytes.
+        offset: of the first payload in it, in bytes.
         slot: the first slot.
-        positions: where the slots stand in the caller's sequence, in the order of the slots.
+        positions: per slot, its index in the caller's sequence.
     """
 
     segment: int
@@ -83,21 +83,21 @@ class Run(NamedTuple):
     positions: list[int]
 
     def split(self, block_bytes: int) -> Iterator[Run]:
-        """Yield a run for each slot alone."""
+        """Yield one run per slot."""
         for index, position in enumerate(self.positions):
             yield Run(self.segment, self.offset + index * block_bytes, self.slot + index, [position])
 
 
 @dataclass(frozen=True)
 class SlabGeometry:
-    """Slots, segments and offsets, in bytes.
+    """Slots, segments and offsets in bytes.
 
-    A slot's place depends on `block_bytes` only, so that a slab may grow and shrink.
+    The place of a slot depends only on `block_bytes`, so that the capacity may change.
 
     Attributes:
-        num_slots: slots that fit; the last segment may be shorter than the others.
-        slots_per_segment: slots of a full segment.
-        slots_per_growth: slots for which space is taken at once.
+        num_slots: slots that fit the capacity; the last segment may be shorter than the others.
+        slots_per_segment: slots per full segment.
+        slots_per_growth: slots that are allocated at once.
     """
 
     block_bytes: int
@@ -109,11 +109,11 @@ class SlabGeometry:
     def of(
         cls, capacity: int, block_bytes: int, segment_bytes: int = SEGMENT_BYTES, growth_bytes: int = GROWTH_BYTES
     ) -> Self:
-        """Return the largest slab within `capacity` bytes, headers and the filesystem's records included.
+        """Return the largest slab within `capacity` bytes, including records and the filesystem's metadata.
 
         Args:
-            segment_bytes: most bytes of one data file; the same at every start.
-            growth_bytes: most bytes that are taken from the filesystem at once.
+            segment_bytes: most bytes per data file; must be the same at every start.
+            growth_bytes: most bytes to allocate at once.
 
         Raises:
             ConfigError: the capacity does not hold one block, or a block is larger than a segment.
@@ -134,12 +134,12 @@ class SlabGeometry:
 
     @classmethod
     def found(cls, block_bytes: int, num_slots: int) -> Self:
-        """Return the geometry of a slab that exists and does not grow, from what its records say."""
+        """Return the geometry of an existing slab, which will not grow."""
         return cls(block_bytes, num_slots, SEGMENT_BYTES // block_bytes, slots_per_growth=1)
 
     @property
     def num_segments(self) -> int:
-        """Data files of a full slab."""
+        """Number of data files of a full slab."""
         return -(-self.num_slots // self.slots_per_segment)
 
     @property
@@ -148,7 +148,7 @@ class SlabGeometry:
         return self.num_slots * HEADER_BYTES
 
     def segment_bytes(self, segment: int) -> int:
-        """Return the full length of a data file; 0 beyond the last."""
+        """Return the full length of a data file; 0 if the slab has no such file."""
         slots = self.num_slots - segment * self.slots_per_segment
         return max(0, min(slots, self.slots_per_segment)) * self.block_bytes
 
@@ -158,7 +158,7 @@ class SlabGeometry:
         return segment, index * self.block_bytes
 
     def cost_bytes(self, lengths: Iterable[int]) -> int:
-        """Return the most bytes a slab takes whose data files have these lengths, every allowance included."""
+        """Return the most bytes that a slab with data files of these lengths takes, including all allowances."""
         total = FIXED_BYTES + self.headers_bytes
         for length in lengths:
             if length:
@@ -167,7 +167,7 @@ class SlabGeometry:
         return total
 
     def grown_bytes(self, segment: int, end: int) -> int:
-        """Return the length to which a data file grows when bytes up to `end` are about to be written."""
+        """Return the length that a data file gets when bytes up to `end` are needed."""
         step = self.slots_per_growth * self.block_bytes
         return min(self.segment_bytes(segment), -(-end // step) * step)
 
@@ -175,7 +175,7 @@ class SlabGeometry:
 def coalesce(
     slots: Sequence[int], positions: Sequence[int], geometry: SlabGeometry, most: int | None = None
 ) -> list[Run]:
-    """Return runs over `slots[p]` for p in `positions`, in the order of the slots; none longer than `most`."""
+    """Return runs of at most `most` slots that cover `slots[p]` for each p in `positions`, sorted by slot."""
     longest = MAX_BUFFERS if most is None else min(most, MAX_BUFFERS)
     runs: list[Run] = []
     run: list[int] = []

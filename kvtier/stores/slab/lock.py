@@ -1,4 +1,4 @@
-"""The lock of a slab's directory: whoever holds it is the only one that writes there. Also says who holds it."""
+"""The lock of a slab's directory. Only the process that holds it writes there; others can ask which process that is."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from kvtier.stores.slab.namespaces import open_slab, overwrite
 
 _MAX_LOCK_BYTES = 64
 SIGN = b" kvtier\n"
-"""Written behind the pid. It shows that a directory without any namespace is a slab, too."""
-_LOCK_CONTENT = re.compile(rb"[0-9]{0,20}( kvtier)?\n?\0*")  # zeros: a power cut came before the pid did
+"""Written after the pid. It shows that the directory is a slab, even without any namespace."""
+_LOCK_CONTENT = re.compile(rb"[0-9]{0,20}( kvtier)?\n?\0*")  # zeros: the file's length was on disk before a power cut
 _WAIT_SECONDS = 0.1
-"""Tools that ask who uses a directory hold its lock for a moment."""
+"""How long to retry: tools that ask for the holder hold the lock for a moment."""
 
 
 class Holder(NamedTuple):
-    """The process that uses a directory, and the one that started it, as far as this one may know.
+    """The process that uses a directory, and its parent.
 
     Attributes:
         pid, parent_pid: None if unknown.
-        command, parent_command: their command lines; empty if unknown.
+        command, parent_command: the command lines; "" if unknown.
     """
 
     pid: int | None
@@ -40,10 +40,10 @@ class Holder(NamedTuple):
 
 
 def take_lock(path: Path, descriptor: int) -> None:
-    """Lock `descriptor`, the open lock file of `path`, and write our pid into it.
+    """Lock `descriptor`, the open lock file of `path`, and write this process's pid into it.
 
     Raises:
-        StoreUnavailableError: another process holds it.
+        StoreUnavailableError: another process holds the lock.
     """
     deadline = time.monotonic() + _WAIT_SECONDS
     while True:
@@ -58,17 +58,17 @@ def take_lock(path: Path, descriptor: int) -> None:
                 raise StoreUnavailableError(
                     f"{path}: held by another process" + ("" if holder is None else f" (pid {holder})")
                 ) from error
-        time.sleep(0.01)  # in the I/O process or a command, never on the engine's thread
-    with contextlib.suppress(OSError):  # a full disk costs the name of the holder, not the lock
+        time.sleep(0.01)  # flock cannot wait with a timeout. This runs in the I/O process or a command
+    with contextlib.suppress(OSError):  # on a full disk the pid is missing, but the lock is held
         overwrite(descriptor, str(os.getpid()).encode() + SIGN)
 
 
 @contextlib.contextmanager
 def hold(path: Path) -> Iterator[None]:
-    """Keep every engine out of a slab while the context lasts.
+    """Hold the lock of a slab within the context, so that no engine can use it.
 
     Raises:
-        StoreUnavailableError: a process uses it; the message names its pid. Or the lock cannot be opened.
+        StoreUnavailableError: a process uses the slab (the message names its pid), or the lock cannot be opened.
     """
     try:
         with open_slab(path) as slab:
@@ -83,10 +83,12 @@ def hold(path: Path) -> Iterator[None]:
 
 
 def find_holder(path: Path) -> Holder | None:
-    """Return who uses a slab, or None. The lock is asked for and, if it is free, let go again at once.
+    """Return the process that uses a slab; None if there is none.
+
+    The kernel does not say who holds a flock. So this tries to lock, and releases the lock at once if that succeeds.
 
     Raises:
-        OSError: the lock cannot be asked for.
+        OSError: the lock file cannot be opened or locked.
     """
     try:
         with open_slab(path) as slab:
@@ -103,7 +105,7 @@ def find_holder(path: Path) -> Holder | None:
 
 
 def read_lock(folder: Folder) -> bytes | None:
-    """Return what the directory's lock holds; None if it is not one of a slab, which is empty or holds a pid."""
+    """Return the content of a slab's lock file; None if the file is not a slab's."""
     try:
         content = folder.read(LOCK_NAME, _MAX_LOCK_BYTES)
     except OSError:
@@ -112,7 +114,7 @@ def read_lock(folder: Folder) -> bytes | None:
 
 
 def _pid_in(descriptor: int) -> int | None:
-    """Return whose pid an open lock holds; None if it holds none."""
+    """Return the pid in an open lock file; None if there is none."""
     try:
         return int(os.pread(descriptor, _MAX_LOCK_BYTES, 0).partition(b" ")[0])
     except ValueError:
@@ -127,7 +129,7 @@ def _describe_holder(pid: int | None) -> Holder:
 
 
 def _command_of(pid: int) -> str:
-    """Return the command line of a process, its program without the folder."""
+    """Return the command line of a process, with the program's name instead of its path; "" if unknown."""
     try:
         program, _, arguments = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").partition(b"\0")
     except OSError:

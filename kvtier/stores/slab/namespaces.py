@@ -1,4 +1,4 @@
-"""The namespaces in a slab's directory: their descriptions, their sizes, and what may be done to an unused one."""
+"""The namespaces in a slab's directory: reads descriptions and sizes; deletes and shortens unused namespaces."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _MAX_DESCRIPTION_BYTES = 256 << 10
 
 
 class Description(NamedTuple):
-    """What `namespace.json` says.
+    """The content of `namespace.json`.
 
     Attributes:
-        identity: names and values that make bytes incompatible when they differ.
-        epoch: hexadecimal; empty before the first reset.
+        identity: names and values on which the blocks' bytes depend, see `Namespace`.
+        epoch: hexadecimal; "" before the first reset.
         format_version: of the blocks.
-        is_ours: whether it is the description of the namespace whose folder it lies in.
+        is_ours: whether it describes the namespace in whose folder it is.
     """
 
     identity: Mapping[str, Any]
@@ -53,17 +53,17 @@ class Description(NamedTuple):
 
 
 def open_slab(path: Path) -> Folder:
-    """Hold the directory of a slab; links in a path that a person configured are followed.
+    """Open the directory of a slab. Links are followed, except for the folder of a data-parallel rank.
 
     Raises:
         StrangerError: the folder of a data-parallel rank is a link.
-        OSError: it cannot be opened.
+        OSError: the directory cannot be opened.
     """
     return Folder.open(path, follow=rank_of(path.name) is None)
 
 
 def open_namespace(folder: Path) -> Folder:
-    """Hold the folder of a namespace; errors as `open_slab` and `Folder.folder`."""
+    """Open the folder of a namespace; raise as `open_slab` and `Folder.folder`."""
     with open_slab(folder.parent) as slab:
         return slab.folder(folder.name)
 
@@ -74,7 +74,7 @@ def namespaces_in(folder: Folder) -> list[str]:
 
 
 def is_namespace(slab: Folder, name: str) -> bool:
-    """Return whether a folder holds a slab, a part of one, or nothing; a stranger's folder is never touched."""
+    """Return whether a folder is a namespace: it has a fingerprint as its name, and is empty or has kvtier's files."""
     if not is_fingerprint(name):
         return False
     try:
@@ -86,11 +86,11 @@ def is_namespace(slab: Folder, name: str) -> bool:
 
 
 def read_fields(namespace: Folder) -> dict[str, Any]:
-    """Return the fields of a namespace's description; of its kind there are at least an epoch, a format, an identity.
+    """Return the fields of a namespace's description, with at least `epoch`, `format` and `identity`.
 
     Raises:
-        ValueError: it is not such a description.
-        OSError: there is none, it is not ours, or it may not be read.
+        ValueError: the file is no description.
+        OSError: the file does not exist, is not kvtier's, or cannot be read.
     """
     try:
         content = json.loads(namespace.read(DESCRIPTION_NAME, _MAX_DESCRIPTION_BYTES))
@@ -102,24 +102,24 @@ def read_fields(namespace: Folder) -> dict[str, Any]:
 
 
 def read_description(folder: Path) -> Description | None:
-    """Return what a namespace's folder stands for, or None if nothing readable says so.
+    """Return a namespace's description; None if there is no valid one.
 
     Raises:
-        OSError: the folder, or what says so, is not ours or may not be read.
+        OSError: the folder or the file is not kvtier's, or cannot be read.
     """
     try:
         with open_namespace(folder) as namespace:
             content = read_fields(namespace)
         identity, epoch, version = content["identity"], bytes.fromhex(content["epoch"]), int(content["format"])
         is_ours = version != FORMAT_VERSION or Namespace(identity, epoch).fingerprint.hex() == folder.name
-        json.dumps(identity, ensure_ascii=False).encode()  # raises a ValueError for what nobody could print
+        json.dumps(identity, ensure_ascii=False).encode()  # raises a ValueError if it cannot be printed as UTF-8
         return Description(dict(identity), epoch.hex(), version, is_ours)
     except (FileNotFoundError, ValueError, TypeError, OverflowError, RecursionError):
         return None
 
 
 def last_use(slab: Folder, name: str) -> float:
-    """Return when a namespace was last opened or closed; 0 for one without a description."""
+    """Return when a namespace was last opened or closed; 0 if it has no description."""
     try:
         with slab.folder(name) as folder:
             return folder.status(DESCRIPTION_NAME).st_mtime
@@ -128,7 +128,7 @@ def last_use(slab: Folder, name: str) -> float:
 
 
 def is_past(slab: Folder, name: str) -> bool:
-    """Return whether a folder is of an epoch that has ended, or an unfinished one; not one that cannot be read."""
+    """Return whether a namespace's epoch has ended, or it was never completed; False if it cannot be read."""
     try:
         with slab.folder(name) as folder:
             return bool(read_fields(folder)["epoch"])
@@ -139,7 +139,7 @@ def is_past(slab: Folder, name: str) -> bool:
 
 
 def used_bytes(folder: Folder) -> int:
-    """Return the bytes that a namespace's folder and our files in it take from the filesystem."""
+    """Return the bytes that a namespace's folder and kvtier's files in it take on the filesystem."""
     total = folder.own_bytes
     for name in filter(is_file_of_namespace, folder.names()):
         with contextlib.suppress(FileNotFoundError):
@@ -148,20 +148,17 @@ def used_bytes(folder: Folder) -> int:
 
 
 def delete_namespace(folder: Path) -> list[str]:
-    """Delete a namespace with everything of it; return the names in its folder that are not ours. The slab is held.
-
-    Raises:
-        OSError: it cannot be deleted, or not all of it.
-    """
+    """Delete a namespace; see `delete_namespace_in`. The caller holds the slab's lock."""
     with open_slab(folder.parent) as slab:
         return delete_namespace_in(slab, folder.name)
 
 
 def delete_namespace_in(slab: Folder, name: str) -> list[str]:
-    """Delete a namespace, file by file; return the names in its folder that are not ours and stay, with the folder.
+    """Delete the files and the folder of a namespace. Return the names that are not kvtier's: they stay, with the
+    folder.
 
     Raises:
-        OSError: it cannot be deleted, or not all of it.
+        OSError: a file or the folder cannot be deleted.
     """
     with slab.folder(name) as folder:
         left = [one for one in folder.names() if not (is_file_of_namespace(one) and folder.unlink(one))]
@@ -171,20 +168,20 @@ def delete_namespace_in(slab: Folder, name: str) -> list[str]:
 
 
 def empty_records(folder: Path, slots: Iterable[int]) -> None:
-    """Empty the records of `slots`: what they held is a miss from now on. The slab is held.
+    """Empty the records of `slots`, so that lookups of their blocks miss. The caller holds the slab's lock.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: the records cannot be written.
     """
     with open_namespace(folder) as namespace, RecordFile.open(namespace, os.O_RDWR) as records:
         records.clear(slots)
 
 
 def cut_spare(folder: Folder, segment_bytes: int = SEGMENT_BYTES) -> None:
-    """Shorten the data files of a namespace to its last record, whatever that says; nobody else may use it.
+    """Cut a namespace's data files after the slot of its last record. The caller holds the slab's lock.
 
-    Slabs take space ahead of their blocks. Without this, one with a handful of blocks would have to be deleted whole
-    as soon as another namespace needs the space.
+    Slabs allocate space ahead of their blocks. With this, a namespace with few blocks can give back that space, and
+    need not be deleted when another namespace needs it.
 
     Raises:
         OSError: the folder cannot be read or written.
@@ -205,7 +202,7 @@ def cut_spare(folder: Folder, segment_bytes: int = SEGMENT_BYTES) -> None:
 
 
 def _cut(folder: Folder, name: str, length: int) -> None:
-    """Cut a file; this is no use of the namespace, and does not look like one."""
+    """Cut a file, and restore its times: cutting does not count as a use of the namespace."""
     descriptor = folder.open_file(name, os.O_RDWR)
     try:
         status = os.fstat(descriptor)
@@ -216,7 +213,7 @@ def _cut(folder: Folder, name: str, length: int) -> None:
 
 
 def overwrite(descriptor: int, content: bytes) -> None:
-    """Make `content` all that a small file holds: in place, so that a full disk or a kill leaves what was there."""
+    """Replace the content of a small file. It is written in place, which needs no new space on a full disk."""
     if os.pread(descriptor, len(content) + 1, 0) != content:
         os.pwrite(descriptor, content, 0)
         os.ftruncate(descriptor, len(content))

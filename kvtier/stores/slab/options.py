@@ -23,20 +23,18 @@ class DiskOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True, kw_on
     path: Annotated[
         str | list[str],
         msgspec.Meta(
-            description="directory, made if it is missing and its parent exists; alone for this tier. Or a list of"
-            " directories, each on a device of its own: blocks are striped over them, and one that fails is done"
-            " without until it works again"
+            description="directory for this tier alone. It is created if it is missing and its parent exists. Or a list"
+            " of directories on different devices: blocks are striped over them, and a directory that fails is not used"
+            " until it works again"
         ),
     ]
-    capacity: Annotated[
-        int, size_of("most bytes of everything in the directory; several directories have equal shares of it")
-    ]
+    capacity: Annotated[int, size_of("most bytes of everything in the directory. Several directories get equal shares")]
     eviction_policy: Annotated[
         str,
-        msgspec.Meta(description="which blocks give way: `lru`, `arc` or any registered name, as in host memory"),
+        msgspec.Meta(description="which blocks are evicted first: `lru`, `arc` or any registered policy"),
     ] = "lru"
     min_free: Annotated[
-        int, size_of("bytes of each filesystem that stay free: below that nothing is stored", minimum=0)
+        int, size_of("bytes of each filesystem that must stay free. With less free, nothing is stored", minimum=0)
     ] = 0
     threads: Threads = 4
 
@@ -50,22 +48,22 @@ class DiskOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True, kw_on
         return check_directories(self.path)
 
     def in_directory(self, path: str, num_directories: int = 1) -> DirectoryOptions:
-        """Return what the store of one of the directories is opened with; what is mounted there is noted now."""
+        """Return the options for the store of one directory, with the mount point of the directory as it is now."""
         values = {**msgspec.structs.asdict(self), "path": path, "capacity": self.capacity // num_directories}
         return DirectoryOptions(**values, mount_point=mount_point_of(path))
 
     def check(self, block_bytes: int, policies: Mapping[str, type[Any]]) -> None:
-        """Refuse options that contradict each other, the size of a block, or what the environment shows."""
+        """Refuse options that contradict each other, the block size, or the environment."""
         SlabGeometry.of(self.capacity // len(self.directories), block_bytes)
         find_policy(self.eviction_policy, policies)
         super().check(block_bytes, policies)
 
 
 class DirectoryOptions(DiskOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What `SlabStore` is opened with: the options of its tier, for one directory.
+    """The options of `SlabStore`: those of its tier for one directory, and `mount_point`.
 
     Attributes:
-        mount_point: what must be mounted for `path` to be the right directory.
+        mount_point: a filesystem must be mounted here, see `check_mounted`.
     """
 
     path: str
@@ -76,15 +74,15 @@ def check_directories(path: object) -> list[str]:
     """Return directories as absolute paths.
 
     Raises:
-        ConfigError: not a list of directories, or two of them are one, or one lies within another.
+        ConfigError: `path` is not a list of directories, or two of them are the same or one within the other.
     """
     listed = [path] if isinstance(path, str) else path
     if not isinstance(listed, Sequence) or not listed or not all(map(_is_path, listed)):
-        raise ConfigError("path", path, "a directory, or a list of directories on devices of their own")
+        raise ConfigError("path", path, "a directory, or a list of directories on different devices")
     for index, one in enumerate(listed):
         for other in listed[:index]:
             if are_entangled(one, other):
-                raise ConfigError("path", path, f"{one!r} and {other!r} must be apart, neither in nor around the other")
+                raise ConfigError("path", path, f"separate directories: {one!r} and {other!r} contain each other")
     return [str(Path(one).absolute()) for one in listed]
 
 
@@ -93,7 +91,7 @@ def _is_path(value: object) -> bool:
 
 
 def are_entangled(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
-    """Return whether two directories are the same, under whatever names, or one lies within the other."""
+    """Return whether two paths lead to the same directory, or one directory is within the other."""
     real_one, real_other = os.path.realpath(one), os.path.realpath(other)
     if os.path.commonpath([real_one, real_other]) in (real_one, real_other):
         return True

@@ -1,4 +1,4 @@
-"""The file of a slab's records, for engine and tools: that of slot *s* is at byte 128 * s, and zeros if it is empty."""
+"""The file of a slab's records. The record of slot *s* is at byte 128 * s; zeros mean an empty slot."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from kvtier.stores.slab.layout import HEADERS_NAME, SlabGeometry
 from kvtier.stores.slab.segments import allocate, has_space
 
 MEDIUM_ERRORS = frozenset({errno.EIO, errno.EBADMSG, errno.ENODATA, errno.EREMOTEIO, errno.EILSEQ})
-"""What a device answers for a sector that it cannot read; any other error says nothing about what is stored."""
+"""Errors of a sector that the device cannot read. Other errors do not mean that the stored bytes are bad."""
 _RECORDS_PER_READ = 1 << 14
 _RECORDS_PER_SECTOR = mmap.PAGESIZE // HEADER_BYTES
 MAX_UNREADABLE = 64 * _RECORDS_PER_SECTOR
-"""Records that bad sectors may cost at once. A device may take half a minute to give up on each sector."""
+"""Most records in bad sectors before a read gives up: a device may try each bad sector for half a minute."""
 
 
 class RawRecords(NamedTuple):
-    """Whole records from slot `first` on, zeros for those in `unreadable` slots."""
+    """Whole records from slot `first` on; the records of `unreadable` slots are zeros."""
 
     first: int
     raw: bytes
@@ -33,26 +33,24 @@ class RawRecords(NamedTuple):
 
 
 class RecordFile:
-    """Reads and writes records by slot; a context. Threads may share it. Every error of the system is an OSError."""
+    """Reads and writes records by slot; a context manager. Threads may share it. Its methods raise OSError."""
 
     def __init__(self, descriptor: int) -> None:
-        """Args: descriptor: of the file; closed by `close`."""
+        """Args: descriptor: of the file; `close` closes it."""
         self._descriptor = descriptor
         self.status = os.fstat(descriptor)
         """What the file was when it was opened; its device and number stay."""
 
     @classmethod
     def open(cls, namespace: Folder, flags: int = os.O_RDONLY) -> Self:
-        """Open the file of records in a namespace's folder; errors as `Folder.open_file`."""
+        """Open the file of records in a namespace's folder; raise as `Folder.open_file`."""
         return cls(namespace.open_file(HEADERS_NAME, flags))
 
     @classmethod
     def make(cls, namespace: Folder, geometry: SlabGeometry, min_free: int = 0) -> Self:
-        """Open the file for reading and writing, and give it the length and the space that the geometry needs.
+        """Open or create the file for reading and writing, with the length that the geometry needs.
 
-        Args:
-            min_free: bytes of the filesystem that stay free. Where they would not, a record takes its space when it
-                is first written.
+        Its space is allocated, too, unless that would leave less than `min_free` bytes of the filesystem free.
         """
         records = cls.open(namespace, os.O_RDWR | os.O_CREAT)
         try:
@@ -78,29 +76,29 @@ class RecordFile:
 
     @property
     def is_present(self) -> bool:
-        """Whether the file still has its name."""
+        """Whether the file was not deleted."""
         return os.fstat(self._descriptor).st_nlink > 0
 
     @property
     def num_slots(self) -> int:
-        """Records that the file has room for."""
+        """Number of records that fit the file."""
         return min(os.fstat(self._descriptor).st_size // HEADER_BYTES, MAX_SLOT + 1)
 
     def read(self, slot: int, count: int) -> bytes:
-        """Return `count` records from `slot` on, zeros beyond the end of the file."""
+        """Return `count` records from `slot` on, with zeros after the end of the file."""
         found = self._read_records(slot, count)
         if found.unreadable:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return found.raw.ljust(count * HEADER_BYTES, b"\0")
 
     def write(self, slot: int, records: bytes) -> None:
-        """Write neighbours from `slot` on."""
+        """Write records of neighbouring slots, from `slot` on."""
         done = 0
         while done < len(records):
             done += os.pwrite(self._descriptor, records[done:], slot * HEADER_BYTES + done)
 
     def clear(self, slots: Iterable[int]) -> None:
-        """Empty the records of `slots`; the file does not grow."""
+        """Write zeros to the records of `slots`; slots after the end of the file are ignored."""
         end = os.fstat(self._descriptor).st_size // HEADER_BYTES
         existing = sorted(slot for slot in slots if slot < end)
         for _, pairs in itertools.groupby(enumerate(existing), lambda pair: pair[1] - pair[0]):
@@ -108,10 +106,11 @@ class RecordFile:
             self.write(run[0], bytes(len(run) * HEADER_BYTES))
 
     def each(self, num_slots: int) -> Iterator[RawRecords]:
-        """Yield the records of the first `num_slots` slots in order, without those that were never written.
+        """Yield the records of the first `num_slots` slots in order, without holes of the file.
 
-        A sector that cannot be read costs its own records only: clearing all of them writes it anew. If a device fails
-        in many places, this raises instead: the device may work again tomorrow, and its records must not be cleared.
+        A sector that cannot be read makes only its own records unreadable; the caller clears these, which rewrites the
+        sector. If many sectors cannot be read, this raises OSError: the device may work again later, so its records
+        must not be cleared.
         """
         num_unreadable = 0
         first = self._next_written(0, num_slots)
@@ -124,7 +123,7 @@ class RecordFile:
             first = self._next_written(first + _RECORDS_PER_READ, num_slots)
 
     def last_used(self) -> tuple[int, int]:
-        """Return slot and payload length of the last record that is not empty; zeros if all are."""
+        """Return slot and payload length of the last record that is not empty; zeros if there is none."""
         end = self.num_slots
         while end:
             start = max(0, end - _RECORDS_PER_READ)
@@ -139,7 +138,7 @@ class RecordFile:
         return 0, 0
 
     def _read_records(self, first: int, count: int) -> RawRecords:
-        """Return `count` records from slot `first` on, fewer at the end of the file; past bad sectors."""
+        """Return `count` records from slot `first` on, fewer at the end of the file; skip bad sectors."""
         try:
             raw = self._read(first, count)
         except OSError as error:
@@ -155,7 +154,7 @@ class RecordFile:
                 part = self._read(start, wanted)
             except OSError as error:
                 if error.errno not in MEDIUM_ERRORS or len(unreadable) >= MAX_UNREADABLE:
-                    raise  # this is no bad sector, the device is failing
+                    raise  # not just a bad sector: the device is failing
                 part = bytes(wanted * HEADER_BYTES)
                 unreadable += range(start, start + wanted)
             parts.append(part)
@@ -171,13 +170,13 @@ class RecordFile:
         return b"".join(parts)
 
     def _next_written(self, first: int, end: int) -> int:
-        """Return the first slot from `first` on that is in no hole of the file; `end` if there is none before it."""
+        """Return the first slot from `first` on that is not in a hole of the file, at most `end`."""
         try:
             found = os.lseek(self._descriptor, first * HEADER_BYTES, os.SEEK_DATA) // HEADER_BYTES
         except OSError as error:
-            # ENXIO: only holes follow. Other errors come from filesystems that cannot tell: then everything is read.
+            # ENXIO: only a hole follows. Other errors: the filesystem does not know holes, so everything is read.
             return end if error.errno == errno.ENXIO else min(first, end)
-        # Reads start at a sector, so that the records of a bad one are recognised as its own.
+        # Reads begin at a sector's start, so that a bad sector and its records are found together.
         return min(max(first, found // _RECORDS_PER_SECTOR * _RECORDS_PER_SECTOR), end)
 
 

@@ -1,4 +1,4 @@
-"""Decides which records of a slab count, many at a time: for the engine's start, and for tools."""
+"""Decides which records of a slab are valid, at an engine's start and for tools. It handles many records at a time."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ from kvtier.types import FailureCause
 _RECORDS_PER_BATCH = 1 << 14
 _MIN_RECORDS = 1 << 20
 _MAX_JUDGED = 64
-"""Most payloads that a start reads to settle double keys, and again to find the newest block that is whole."""
+"""Most payloads that a start reads to decide between records of the same key, and as many to find a valid newest
+one."""
 _KEY_OFFSET = HEADER_DTYPE.fields["key"][1] if HEADER_DTYPE.fields else 0
 _FINGERPRINT_WORDS = slice(5, 9)
-"""Where the fingerprint is in a record seen as 4-byte words."""
+"""Place of the fingerprint in a record of 4-byte words."""
 _KEY_WORDS = slice(6, 15)
-"""Where the key is in a record seen as 8-byte words; it begins in the middle of the first."""
+"""Place of the key in a record of 8-byte words. The key begins in the middle of the first."""
 _MULTIPLIERS = np.random.default_rng().integers(0, 2**64, 9, np.uint64) | np.uint64(1)
 
 Judge = Callable[[int, OffloadKey], FailureCause | None]
-"""Reads the payload in a slot; returns why it is not what a key's record says, None if it is or nobody can tell."""
+"""Verifies the payload of a slot against its key's record; returns why it failed, None if it is valid or unknown."""
 
 
 class Inventory:
-    """The records of a slab that count, in the order in which they were written.
+    """The valid records of a slab, in the order in which they were written.
 
-    Checksums of records are verified last, one batch at a time, so that the first blocks can be used before the last
-    record is verified. If records contradict one another, all checksums are verified first.
+    Checksums of records are verified last and in batches, so that the first blocks can be used early. Only if records
+    contradict each other, all checksums are verified first.
 
     Attributes:
-        broken: slots whose record must be emptied.
-        cause_of: why, by slot; not for superseded records, which are no failures.
+        broken: slots whose records must be emptied.
+        cause_of: by slot, why its record is invalid; superseded records are broken but not in here.
     """
 
     def __init__(self, headers: BlockHeaders, block_bytes: int, num_slots: int) -> None:
@@ -47,43 +48,43 @@ class Inventory:
         self.cause_of: dict[int, FailureCause] = {}
         self._headers = headers
         self._block_bytes = block_bytes
-        self._read = np.empty(min(num_slots, _MIN_RECORDS), HEADER_DTYPE)  # memory is taken when it is written to
+        self._read = np.empty(min(num_slots, _MIN_RECORDS), HEADER_DTYPE)  # untouched pages take no memory
         self._num_read = 0
         self._is_verified = False
         self._mixed = [np.empty(0, np.uint64)]
         self._kept: NDArray[np.intp] = np.empty(0, np.intp)
 
     def __len__(self) -> int:
-        """Return how many records are kept."""
+        """Return the number of valid records."""
         return len(self._kept)
 
     @property
     def slots(self) -> NDArray[np.int64]:
-        """The slots of the records that are kept."""
+        """The slots of the valid records."""
         return self._read["slot"][self._kept].astype(np.int64)
 
     @property
     def causes(self) -> dict[FailureCause, int]:
-        """How many records are broken, by cause."""
+        """Number of invalid records by cause."""
         return dict(Counter(self.cause_of.values()))
 
     @property
     def num_superseded(self) -> int:
-        """How many records have a key that a later record has, too."""
+        """Number of records that a later record of the same key replaces."""
         return len(self.broken) - len(self.cause_of)
 
     @property
     def last_sequence(self) -> int:
-        """The sequence of the newest record that is kept; 0 if there is none."""
+        """The sequence of the newest valid record; 0 if there is none."""
         return int(_sequences(self._read[self._kept[-1:]]).max(initial=0))
 
     def reject(self, slot: int, cause: FailureCause) -> None:
-        """Note a broken record and why it is broken."""
+        """Mark a slot's record as broken."""
         self.broken.append(slot)
         self.cause_of[slot] = cause
 
     def add(self, found: RawRecords) -> None:
-        """Add records; those that cannot be read are broken."""
+        """Add records; unreadable ones are broken."""
         raw, first = found.raw, found.first
         for slot in found.unreadable:
             self.reject(slot, FailureCause.IO_ERROR)
@@ -97,7 +98,7 @@ class Inventory:
         records = _those(records, np.flatnonzero(plausible))
         end = self._num_read + len(records)
         if end > len(self._read):
-            self._read.resize(end + end // 4, refcheck=False)  # in place; there are no views of it here
+            self._read.resize(end + end // 4, refcheck=False)  # no view exists here that a move could invalidate
         self._read[self._num_read : end] = records
         self._num_read = end
         self._mixed.append(_mixed_keys(records))
@@ -110,14 +111,14 @@ class Inventory:
         self._kept = np.arange(len(records)) if in_order else np.argsort(sequences, kind="stable")
 
     def drop_odd_keys(self) -> None:
-        """Reject records whose keys have another length than the latest one's: one index holds one length."""
+        """Reject records whose keys have another length than the newest one's: an index has keys of one length."""
         if len(np.bincount(self._lengths()).nonzero()[0]) > 1:
             self.verify()
             lengths = self._lengths()
             self._keep(lengths == lengths[-1:], FailureCause.FOREIGN)
 
     def drop_unbacked(self, geometry: SlabGeometry, lengths: Mapping[int, int]) -> None:
-        """Reject records whose payload lies beyond the end of its data file; `lengths` are by its number."""
+        """Reject records whose payload is beyond the end of its data file; `lengths` has the bytes of each file."""
         segments, indices = np.divmod(self.slots, geometry.slots_per_segment)
         numbers = sorted(lengths)
         ends = np.asarray([*(lengths[number] for number in numbers), 0], np.int64)
@@ -127,10 +128,10 @@ class Inventory:
         self._keep(backed, FailureCause.CORRUPT)
 
     def drop_superseded(self, judge: Judge | None = None) -> None:
-        """Of records with one key, keep the latest whose payload is there; earlier ones are no failures.
+        """Among records of the same key, keep the latest with a valid payload.
 
         Args:
-            judge: looks at payloads, of a bounded number of records; without it the latest record is believed.
+            judge: verifies the payloads of a limited number of records; with None, the latest record is kept.
         """
         if not _has_equals(np.concatenate(self._mixed)[self._kept]):
             return
@@ -156,9 +157,9 @@ class Inventory:
         self._kept = self._kept[stays]
 
     def drop_bad_newest(self, judge: Judge) -> None:
-        """Reject the newest records as long as their payloads are not there, up to a number of them.
+        """Reject the newest records while their payloads are not valid, up to a limit.
 
-        The next records are numbered after the newest: a forged number would have them start again from zero.
+        Sequences continue after the newest record's. If a forged record had the highest one, they would wrap to zero.
         """
         for _ in range(_MAX_JUDGED):
             newest = self._read[self._kept[-1:]]
@@ -172,14 +173,14 @@ class Inventory:
             self._kept = self._kept[:-1]
 
     def verify(self) -> None:
-        """Reject records whose checksum is wrong, all at once."""
+        """Verify the checksums of all records now, and reject those that are wrong."""
         if not self._is_verified:
             masks = [self._verified(self._read[batch]) for batch in self._batches()]
             self._keep(np.concatenate([*masks, np.empty(0, np.bool_)]), FailureCause.CORRUPT)
             self._is_verified = True
 
     def batches(self) -> Iterator[tuple[list[int], list[OffloadKey]]]:
-        """Yield (slots, keys) of the valid records; `broken` is complete after the last batch."""
+        """Yield (slots, keys) of the valid records. `broken` is complete after the last batch."""
         for batch in self._batches():
             records = self._read[batch]
             if not self._is_verified:
@@ -190,7 +191,7 @@ class Inventory:
             yield records["slot"].tolist(), _keys(records)
 
     def _batches(self) -> Iterator[NDArray[np.intp]]:
-        """Yield the positions of the records that are kept, so many that they fit the processor's cache."""
+        """Yield the positions of the records that are kept, in batches that fit the processor's cache."""
         kept = self._kept
         for start in range(0, len(kept), _RECORDS_PER_BATCH):
             yield kept[start : start + _RECORDS_PER_BATCH]
@@ -200,7 +201,7 @@ class Inventory:
         return lengths
 
     def _keep(self, mask: NDArray[np.bool_], cause: FailureCause | None) -> None:
-        """Keep the records where `mask` is set; the others must go, for a cause unless they are superseded."""
+        """Keep the records where `mask` is True. The others are rejected for `cause`; None if they are superseded."""
         if mask.all():
             return
         for slot in self.slots[~mask].tolist():
@@ -211,7 +212,7 @@ class Inventory:
         self._kept = self._kept[mask]
 
     def _verified(self, records: NDArray[np.void]) -> NDArray[np.bool_]:
-        """Return which records have the right checksum."""
+        """Return a mask of the records with the right checksum."""
         bodies = _rows(records.view("u1").reshape(-1, HEADER_BYTES)[:, :CHECKED_BYTES])
         found = np.fromiter(map(xxhash.xxh3_64_intdigest, bodies), np.uint64, len(bodies))
         intact: NDArray[np.bool_] = found == records["header_checksum"]
@@ -229,12 +230,12 @@ def take_inventory(
     lengths: Mapping[int, int],
     judge: Judge | None = None,
 ) -> Inventory:
-    """Return which records count, in the order in which they were written.
+    """Return the inventory of a slab.
 
     Args:
         found: all records of the slab.
-        lengths: of the data files, in bytes, by number.
-        judge: of payloads. Without it none is read, and the checksums of all records are verified at once.
+        lengths: bytes of the data files, by number.
+        judge: verifies payloads; with None, no payload is read, and the checksums of all records are verified first.
 
     Raises:
         OSError: `found` raises it.
@@ -254,7 +255,7 @@ def take_inventory(
 
 
 def payload_length(found: Iterable[RawRecords], headers: BlockHeaders) -> int:
-    """Return the payload length that most of the first records of this namespace name; 0 if there is none."""
+    """Return the most frequent payload length among the first records of this namespace; 0 if there are none."""
     for some in found:
         records = np.frombuffer(some.raw, HEADER_DTYPE)
         lengths, counts = np.unique(records["payload_length"][_marked_by(headers, records)], return_counts=True)
@@ -264,21 +265,21 @@ def payload_length(found: Iterable[RawRecords], headers: BlockHeaders) -> int:
 
 
 def _those(records: NDArray[np.void], positions: NDArray[np.intp]) -> NDArray[np.void]:
-    """Return the records at `positions`, which rise; as a rule that is all of them, and no copy."""
+    """Return the records at ascending `positions`; usually these are all records, and nothing is copied."""
     return records if len(positions) == len(records) else records[positions]
 
 
 def _has_equals(values: NDArray[np.uint64]) -> bool:
-    """Return whether a value comes twice. Sorting takes a twentieth of what a set does."""
+    """Return whether a value occurs twice. Sorting is twenty times as fast as a Python set."""
     ordered = np.sort(values)
     return bool((ordered[1:] == ordered[:-1]).any())
 
 
 def _mixed_keys(records: NDArray[np.void]) -> NDArray[np.uint64]:
-    """Return a hash of each key. Different keys rarely share one; the caller then compares the keys."""
+    """Return a hash of each key. If two hashes are equal, the caller compares the keys."""
     words = records.view("<u8").reshape(-1, HEADER_BYTES // 8)[:, _KEY_WORDS]
     mixed: NDArray[np.uint64] = np.einsum("rw,w->r", words[:, 1:], _MULTIPLIERS[1:])
-    mixed += (words[:, 0] >> np.uint64(32)) * _MULTIPLIERS[0]  # the other half is no key
+    mixed += (words[:, 0] >> np.uint64(32)) * _MULTIPLIERS[0]  # the lower half of this word is not part of the key
     return mixed
 
 
@@ -296,7 +297,7 @@ def _rows(matrix: NDArray[np.uint8]) -> list[bytes]:
 
 
 def _keys(records: NDArray[np.void]) -> list[OffloadKey]:
-    """Return the keys of records; as a rule all have one length."""
+    """Return the keys of records; usually all have the same length."""
     if not len(records):
         return []
     lengths = records["key_length"]
@@ -309,7 +310,7 @@ def _keys(records: NDArray[np.void]) -> list[OffloadKey]:
 
 
 def _marked_by(headers: BlockHeaders, records: NDArray[np.void]) -> NDArray[np.bool_]:
-    """Return which records say that they are of this kind and namespace."""
+    """Return a mask of the records with this namespace's magic, version and fingerprint."""
     marked = np.frombuffer(headers.mark, "<u4")
     words = records.view("<u4").reshape(-1, HEADER_BYTES // 4)[:, _FINGERPRINT_WORDS][:, : len(marked)]
     ours: NDArray[np.bool_] = (words == marked).all(axis=1)
@@ -320,7 +321,7 @@ def _marked_by(headers: BlockHeaders, records: NDArray[np.void]) -> NDArray[np.b
 def _plausible(
     records: NDArray[np.void], slots: NDArray[np.int64], headers: BlockHeaders, block_bytes: int
 ) -> NDArray[np.bool_]:
-    """Return which records would be valid if their checksum is right."""
+    """Return a mask of the records that are valid if their checksums are right."""
     ours = _marked_by(headers, records)
     key_length = records["key_length"]
     ours &= (records["slot"] == slots) & (records["payload_length"] == block_bytes)

@@ -1,4 +1,4 @@
-"""The data files of a slab: payloads at fixed places. Engine and tools read them alike; the engine makes them grow."""
+"""The data files of a slab, with payloads at fixed places. Engine and tools read them; the engine allocates them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from kvtier.stores.vectored import NO_SPACE_ERRORS, PAGE_BYTES, is_page_aligned,
 
 _NO_FALLOCATE = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV})
 AHEAD_BYTES = 4 << 20
-"""Written ahead at once: a store that needs to grow the slab waits for no more."""
+"""Bytes written ahead per call. A store that needs the slab to grow waits for at most one such call."""
 
 
 class DataFiles:
-    """Data files `data-00000`, ... of one namespace, opened when they are first used. Threads may share it.
+    """Data files `data-00000`, ... of one namespace, opened at first use. Threads may share it.
 
-    Direct I/O where filesystem, block size and buffers allow it, the page cache elsewhere. Every error of the system is
-    an OSError.
+    It uses direct I/O where filesystem, block size and buffers allow it, else the page cache. Its methods raise
+    OSError.
     """
 
     def __init__(
@@ -36,9 +36,9 @@ class DataFiles:
         on_indirect: Callable[[OSError], None] = lambda _: None,
     ) -> None:
         """Args:
-        folder: of the namespace, held by somebody else.
-        flags: to open the files with, as `os.open` has them.
-        on_indirect: called once if the filesystem turns out to have no direct I/O.
+        folder: the open folder of the namespace; the caller closes it.
+        flags: of `os.open`, for the files.
+        on_indirect: called once if the filesystem refuses direct I/O.
         """
         self._folder = folder
         self._flags = flags
@@ -49,11 +49,11 @@ class DataFiles:
         """Whether page-aligned buffers bypass the page cache."""
 
     def write(self, segment: int, offset: int, buffers: Sequence[memoryview]) -> int:
-        """Write payloads side by side; return the bytes written."""
+        """Write neighbouring payloads; return the bytes written."""
         return self._transfer(write_fully, segment, offset, buffers)
 
     def read(self, segment: int, offset: int, buffers: Sequence[memoryview]) -> int:
-        """Read payloads side by side; return the bytes read, fewer where the file ends or is gone."""
+        """Read neighbouring payloads; return the bytes read: fewer if the file ends, 0 if it does not exist."""
         try:
             return self._transfer(read_fully, segment, offset, buffers)
         except FileNotFoundError:
@@ -73,7 +73,9 @@ class DataFiles:
         offset: int,
         buffers: Sequence[memoryview],
     ) -> int:
-        """Move the bytes directly; the kernel sees for itself whether the buffers are aligned, at no cost."""
+        """Try direct I/O, else use the page cache. The kernel checks the alignment anyway, so it is not checked
+        first.
+        """
         if self.direct:
             try:
                 return call(self._descriptor(segment, direct=True), buffers, offset, PAGE_BYTES)
@@ -103,15 +105,15 @@ class DataFiles:
 
 
 class Segments:
-    """The data files of a slab in use: takes space when it is first needed, or ahead. Threads may share it."""
+    """The data files of a slab in use. It allocates space when it is needed, or ahead. Threads may share it."""
 
     def __init__(
         self, folder: Folder, geometry: SlabGeometry, make_room: Callable[[Sequence[int]], None], min_free: int = 0
     ) -> None:
         """Args:
-        folder: of the namespace, held by somebody else.
-        make_room: called before the files grow, with the lengths they will have.
-        min_free: bytes of the filesystem that stay free.
+        folder: the open folder of the namespace; the caller closes it.
+        make_room: called before the files grow, with the lengths that they will have.
+        min_free: bytes of the filesystem that must stay free.
         """
         self._folder = folder
         self._geometry = geometry
@@ -121,12 +123,12 @@ class Segments:
         self._files = DataFiles(folder, geometry, os.O_RDWR | os.O_CREAT, self._say_indirect)
         self._ahead = filesystem_type(folder.descriptor) in TELLS_UNWRITTEN
         self.write = self._files.write
-        """As `DataFiles.write`, in space that was reserved."""
+        """`DataFiles.write`, for space that was reserved."""
         self.lengths = [0] * geometry.num_segments
-        """Bytes of each data file that are backed."""
+        """Allocated bytes per data file."""
 
     def fit(self) -> None:
-        """Cut what lies beyond the geometry and learn how long the files are."""
+        """Cut or delete data files beyond the geometry, and read the lengths of the others."""
         for name in self._folder.names():
             segment = segment_of(name)
             if segment is None:
@@ -143,10 +145,10 @@ class Segments:
         return self._files.direct
 
     def reserve(self, segment: int, end: int) -> None:
-        """Take space up to offset `end` of a segment: a whole step of growth, or just what is needed.
+        """Allocate a segment up to offset `end`: by a whole step or, if there is no space for it, just to `end`.
 
         Raises:
-            OSError: ENOSPC when there is no space, or less than `min_free` would remain.
+            OSError: ENOSPC if there is no space, or less than `min_free` would stay free.
         """
         if self.lengths[segment] >= end:
             return
@@ -163,16 +165,16 @@ class Segments:
                 self._grow(segment, length, end)
 
     def write_ahead(self, has_room: Callable[[Sequence[int]], bool] = lambda _: True) -> tuple[int, int] | None:
-        """Back the next bytes of the slab and write zeros there, so that stores find written extents.
+        """Allocate the next bytes of the slab and write zeros there.
+
+        ext4 and XFS mark allocated extents as unwritten, and the first store into such an extent takes 1.4 to 2.1 times
+        as long. `lengths` changes only after the zeros are written, so no store writes there before.
 
         Args:
-            has_room: whether the files may have these lengths, in bytes, only to be ahead of their blocks.
-
-        Extents that were allocated and never written make the first store into them 1.4 to 2.1 times as slow, on
-        filesystems that tell them apart. The bytes belong to the slab when they are written: no store is there before.
+            has_room: returns whether data files may have these lengths (bytes) without blocks in them yet.
 
         Returns:
-            (bytes backed, bytes of a full slab); None when there is nothing to do any more, or no space for it.
+            (bytes allocated, bytes of a full slab); None if there is nothing left to do or no space.
         """
         if not self._ahead or not self.direct:
             return None
@@ -192,18 +194,18 @@ class Segments:
                 self._files.write(segment, start, [_zeros()[: end - start]])
             except OSError as error:
                 self._ahead = False
-                logger.info("%s: not written ahead any further: %s", self._folder.path, error.strerror)
+                logger.info("%s: stopped preparing space: %s", self._folder.path, error.strerror)
                 self._cut(segment, length)
                 return None
             self.lengths[segment] = end
             return sum(self.lengths), sum(map(self._geometry.segment_bytes, range(len(self.lengths))))
 
     def _missing(self, segment: int) -> int:
-        """Return how many bytes of a segment are not backed yet."""
+        """Return how many bytes of a segment are not allocated yet."""
         return self._geometry.segment_bytes(segment) - self.lengths[segment]
 
     def read(self, segment: int, offset: int, buffers: Sequence[memoryview]) -> int:
-        """Read payloads side by side; return the bytes read, fewer at the end of the file."""
+        """Read neighbouring payloads; return the bytes read: fewer at the end of the file."""
         return self._files.read(segment, offset, buffers) if self.lengths[segment] else 0
 
     def close(self) -> None:
@@ -214,17 +216,17 @@ class Segments:
         logger.warning("%s: no direct I/O here (%s), using the page cache", self._folder.path, error.strerror)
 
     def _grow(self, segment: int, length: int, grown: int) -> None:
-        """Make a data file longer, from `length` to `grown` bytes; after an error it is as long as before."""
+        """Allocate a data file from `length` to `grown` bytes, and note its length."""
         self._back(segment, length, grown)
         self.lengths[segment] = grown
 
     def _cut(self, segment: int, length: int) -> None:
-        """Give back what lies beyond `length`, if the system lets us."""
+        """Cut a data file to `length`; ignore an error."""
         with contextlib.suppress(OSError):
             self._cut_to(segment, length)
 
     def _back(self, segment: int, length: int, grown: int) -> None:
-        """Back a data file from `length` to `grown` bytes; after an error it is as long as before."""
+        """Allocate a data file from `length` to `grown` bytes; after an error it has its old length."""
         self._make_room(self._with_length(segment, grown))
         if not has_space(self._folder.descriptor, grown - length + self._min_free):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -238,11 +240,11 @@ class Segments:
             os.close(descriptor)
 
     def _with_length(self, segment: int, length: int) -> list[int]:
-        """Return the lengths of all data files once one of them has this one."""
+        """Return the lengths of all data files, with this length for one of them."""
         return [*self.lengths[:segment], length, *self.lengths[segment + 1 :]]
 
     def _cut_to(self, segment: int, length: int) -> int:
-        """Cut a data file that is longer than `length`; return how long it is."""
+        """Cut a data file if it is longer than `length`; return its length."""
         descriptor = self._folder.open_file(data_name(segment), os.O_RDWR)
         try:
             size = os.fstat(descriptor).st_size
@@ -254,7 +256,7 @@ class Segments:
 
 
 def data_lengths(namespace: Folder) -> dict[int, int]:
-    """Return the length of every data file, by its number."""
+    """Return the length of each data file by its number."""
     lengths = {}
     for name in namespace.names():
         segment = segment_of(name)
@@ -266,18 +268,18 @@ def data_lengths(namespace: Folder) -> dict[int, int]:
 
 @functools.cache
 def _zeros() -> memoryview:
-    """Return `AHEAD_BYTES` zeros on a page boundary; no page of it is ever written."""
+    """Return `AHEAD_BYTES` zeros at a page boundary. They take no memory: the kernel maps its one page of zeros."""
     return memoryview(mmap.mmap(-1, AHEAD_BYTES, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ))
 
 
 def has_space(descriptor: int, num_bytes: int) -> bool:
-    """Return whether so many bytes of the filesystem of an open file are free, as far as it says."""
+    """Return whether the filesystem of an open file has `num_bytes` free; True if it does not report its size."""
     status = os.statvfs(descriptor)
     return not status.f_blocks or status.f_bavail * status.f_frsize >= num_bytes
 
 
 def allocate(descriptor: int, start: int, end: int) -> None:
-    """Back bytes `start` to `end` of a file with space, or only lengthen it where the filesystem cannot."""
+    """Allocate bytes `start` to `end` of a file; only lengthen it if the filesystem cannot allocate."""
     try:
         os.posix_fallocate(descriptor, start, end - start)
     except OSError as error:

@@ -1,8 +1,8 @@
-"""A slab on a local filesystem: payloads at fixed places, a record of 128 bytes beside each.
+"""A slab on a local filesystem: payloads at fixed places, and a record of 128 bytes for each.
 
-A block is its payload, written first, and its record, written after. At any moment a process may be killed, a
-file cut, or a bit flipped: the record then does not match the payload, and the slot is a miss.
-Nothing is synchronised to the device; a power cut may cost the last seconds, never a wrong byte.
+The payload of a block is written first, its record afterwards. If the process is killed in between, a file is cut or a
+bit flips, the record does not match the payload, and the block is a miss. There is no fsync: a power cut may lose the
+blocks of the last seconds, but never makes a wrong byte valid.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from kvtier.types import FailureCause
 
 
 class SlabStore(SlotStore):
-    """Blocks of one namespace in a directory that this process alone uses."""
+    """Blocks of one namespace in a directory that only this process uses."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class SlabStore(SlotStore):
         sealer: Sealer,
     ) -> None:
         """Args:
-        directory: taken, for the sealer's namespace; the store closes it, also when this raises OSError.
+        directory: opened for the sealer's namespace. The store closes it, also if this raises OSError.
         sealer: of the blocks.
         """
         self._directory = directory
@@ -82,8 +82,8 @@ class SlabStore(SlotStore):
 
         Raises:
             ConfigError: the capacity does not hold one block.
-            StoreUnavailableError: the secret is gone, the directory is held by another process, foreign, or not
-                writable, or its filesystem is smaller than the capacity.
+            StoreUnavailableError: the secret cannot be read, another process uses the directory, the directory is not
+                kvtier's or not writable, or its filesystem is smaller than the capacity.
         """
         _, sealer = open_sealer(options, context.namespace)
         read = DirectoryOptions.read(options)
@@ -113,7 +113,7 @@ class SlabStore(SlotStore):
     def recover(self) -> Iterator[tuple[Sequence[int], Sequence[OffloadKey]]]:
         """Read the records; yield batches of (slots, keys), oldest first.
 
-        Records that are broken, foreign, superseded, or without payload are emptied after the last batch.
+        After the last batch, records that are broken, foreign, superseded or without payload are emptied.
 
         Raises:
             StoreError: the records cannot be read.
@@ -130,7 +130,7 @@ class SlabStore(SlotStore):
             self._failures.count(cause, count)
 
     def write(self, slots: Sequence[int], keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
-        """Replace what the slots hold; False with the cause counted where that failed.
+        """Replace the blocks of the slots; where that fails, count the cause and return False.
 
         Raises:
             StoreUnavailableError: the directory was removed.
@@ -141,7 +141,7 @@ class SlabStore(SlotStore):
         return results
 
     def read_into(self, slots: Sequence[int], keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
-        """Fill the buffers; False with the cause counted for what does not verify, which is then emptied.
+        """Fill and verify the buffers; for a block that fails, count the cause, empty its record and return False.
 
         Raises:
             StoreUnavailableError: the directory was removed.
@@ -152,7 +152,7 @@ class SlabStore(SlotStore):
         return results
 
     def prepare(self) -> tuple[int, int] | None:
-        """Write with zeros what the next blocks will take, unless blocks of another namespace have the space."""
+        """Write zeros to the space of the next blocks, unless blocks of other namespaces take it."""
         return self._segments.write_ahead(self._has_room)
 
     def close(self) -> None:
@@ -162,15 +162,15 @@ class SlabStore(SlotStore):
         self._directory.close()
 
     def _make_room(self, lengths: Sequence[int]) -> None:
-        """Let other namespaces give way to data files of these lengths."""
+        """Make room for data files of these lengths, at the cost of other namespaces."""
         self._directory.give_way(self._geometry.cost_bytes(lengths), self._capacity)
 
     def _has_room(self, lengths: Sequence[int]) -> bool:
-        """Return whether data files of these lengths fit beside other namespaces' blocks."""
+        """Return whether data files of these lengths fit beside the blocks of other namespaces."""
         return self._directory.has_room(self._geometry.cost_bytes(lengths), self._capacity)
 
     def _runs(self, slots: Sequence[int], buffers: Sequence[memoryview], most: int | None) -> list[Run]:
-        """Return the runs over the slots and buffers that can be served at all; count the others."""
+        """Return runs of the valid slots and buffers; count the invalid ones as failures."""
         self._directory.check_present(self._records.status)
         usable = [
             position
@@ -212,7 +212,7 @@ class SlabStore(SlotStore):
         results: list[bool],
         error: OSError,
     ) -> None:
-        """Save what can be saved of a run that failed: its slots one by one, until there is no space."""
+        """After a run has failed, write its blocks one by one, until there is no space."""
         if len(run.positions) == 1:
             self._errors.count(error)
             return
@@ -246,7 +246,7 @@ class SlabStore(SlotStore):
             self._empty(broken)
 
     def _judge(self, slot: int, key: OffloadKey) -> FailureCause | None:
-        """Return why a payload is not what its record says; None if it is, or cannot be read now."""
+        """Verify a slot's payload; return why it failed, None if it is valid or cannot be read now."""
         payload = memoryview(mmap.mmap(-1, whole_pages(self._geometry.block_bytes)))[: self._geometry.block_bytes]
         receive = self._receive_in_portions if self._in_portions else self._receive
         try:
@@ -258,7 +258,7 @@ class SlabStore(SlotStore):
     def _receive(
         self, run: Run, keys: Sequence[OffloadKey], payloads: Sequence[memoryview]
     ) -> list[FailureCause | None]:
-        """Fill the payloads of a run; return, each, None if it verified, else why not."""
+        """Fill the payloads of a run; return per block None, or why it failed."""
         rooms = self._sealer.rooms(payloads)
         filled = self._segments.read(run.segment, run.offset, rooms) // self._geometry.block_bytes
         records = self._records.read(run.slot, len(payloads))
@@ -274,7 +274,7 @@ class SlabStore(SlotStore):
     def _receive_in_portions(
         self, run: Run, keys: Sequence[OffloadKey], payloads: Sequence[memoryview]
     ) -> list[FailureCause | None]:
-        """Do as `_receive`, portion by portion, for the one block of a run."""
+        """Fill the one payload of a run, portion by portion; return as `_receive`."""
         (key,), (payload,) = keys, payloads
         stream = self._sealer.open_stream(key, payload, run.slot)
         for start in range(0, payload.nbytes, PORTION_BYTES):

@@ -1,8 +1,9 @@
-"""Reads every block of a namespace and holds it to its record, at the speed of the disk; writes nothing.
+"""Reads every block of a namespace and compares it with its record, at the speed of the disk; writes nothing.
 
-The directory is not taken, so that an engine may be using it. Such an engine writes a payload first and its record
-after; in between, the old record does not match. A block that does not verify is therefore looked at again, for some
-seconds where the directory is in use: if its record has changed by then, it was changed while reading, not corrupt.
+It takes no lock, so an engine may use the directory meanwhile. An engine writes a payload first and its record
+afterwards; in between, the old record does not match. So a block that does not verify is checked again, for some
+seconds if the directory is in use. If its record has changed by then, the engine has replaced it, and it is not
+corrupt.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from kvtier.stores.vectored import PAGE_BYTES
 from kvtier.types import FailureCause
 
 MAX_MEMORY_BYTES = 256 << 20
-"""Most memory of all threads together; at least one block."""
+"""Most memory of all threads together, unless one block needs more."""
 SETTLE_SECONDS = 3.0
-"""How long a block that is being rewritten may take until its record matches again."""
+"""How long a replaced block may be without a matching record, before it counts as corrupt."""
 _PAUSE_SECONDS = 0.1
 
 _Raw = TypeVar("_Raw", bytes, memoryview)
@@ -44,14 +45,14 @@ _Raw = TypeVar("_Raw", bytes, memoryview)
 
 @dataclass
 class Verification:
-    """What was found.
+    """The result.
 
     Attributes:
-        num_good: blocks whose bytes are those that were stored.
-        num_changed: blocks that an engine replaced or dropped while they were read.
-        bad: slots of all others, and why.
-        num_bytes: payload bytes read; seconds: it took.
-        direct: whether the page cache was bypassed.
+        num_good: blocks with the bytes that were stored.
+        num_changed: blocks that an engine has replaced or deleted during the read.
+        bad: all other slots, with the cause.
+        num_bytes, seconds: payload bytes read, and the time that took.
+        direct: whether direct I/O was used.
     """
 
     num_good: int = 0
@@ -64,15 +65,15 @@ class Verification:
 
 @dataclass(frozen=True)
 class Pace:
-    """How to read, and when to stop.
+    """How fast to read, and when to stop.
 
     Attributes:
-        threads: calls to the disk at the same time.
-        bytes_per_second: most that is read; None for as much as the disk gives.
-        on_bytes: told of payload bytes that were dealt with, by any thread.
-        stopped: set by who wants an early end, and after an error.
-        settle_seconds: how long a block in a used directory may stay unmatched.
-        read_bytes: neighbours are read together up to this size; one block at least.
+        threads: number of parallel reads.
+        bytes_per_second: most bytes read per second; None for no limit.
+        on_bytes: called with the number of payload bytes after they were read, by any thread.
+        stopped: set it to stop early; it is also set after an error.
+        settle_seconds: see `SETTLE_SECONDS`.
+        read_bytes: most bytes of neighbouring blocks per read; at least one block is read.
     """
 
     threads: int = 4
@@ -84,14 +85,14 @@ class Pace:
 
 
 def verify_namespace(folder: Path, records: Records, is_used: Callable[[], bool], pace: Pace) -> Verification:
-    """Read every block of a namespace.
+    """Read and verify every block of a namespace.
 
     Args:
-        records: as `read_records` gave them just now.
-        is_used: whether an engine may be writing.
+        records: a fresh result of `read_records`.
+        is_used: returns whether an engine may be writing.
 
     Raises:
-        StoreError: stopped before the end, or a secret guards the blocks that `read_records` was not given.
+        StoreError: `pace.stopped` was set, or the secret that guards the blocks was not given to `read_records`.
         OSError: the records cannot be read.
     """
     started = time.monotonic()
@@ -140,10 +141,10 @@ class _Verifier:
         self._doubtful: dict[int, tuple[FailureCause, bytes]] = {}
 
     def read_all(self, started: float) -> None:
-        """Read and judge every block that has a valid record.
+        """Read and verify every block that has a valid record.
 
         Raises:
-            StoreError: stopped before the end.
+            StoreError: `pace.stopped` was set.
         """
         buffer_bytes = self._per_read * self._block_bytes
         threads = max(1, min(self._pace.threads, MAX_MEMORY_BYTES // buffer_bytes))
@@ -154,13 +155,13 @@ class _Verifier:
                 for future in done:
                     future.result()
             except BaseException:
-                self._pace.stopped.set()  # the other threads end, too
+                self._pace.stopped.set()  # ends the other threads, for which the executor waits
                 raise
         if self._pace.stopped.is_set():
             raise StoreError("stopped before the end")
 
     def settle(self, seconds: float) -> None:
-        """Look at the doubtful blocks again until they are decided, or `seconds` have passed."""
+        """Check the doubtful blocks again until all are decided or `seconds` have passed."""
         for slot, cause in self._inventory.cause_of.items():
             self._doubtful[slot] = cause, self._records.read(slot, 1)
         deadline = time.monotonic() + seconds
@@ -178,12 +179,12 @@ class _Verifier:
                 self.found.num_changed += 1
 
     def _look_again(self, slot: int, memory: memoryview, latest: dict[int, tuple[FailureCause, bytes]]) -> None:
-        """Decide about a doubtful block, or note in `latest` what is known of it now."""
+        """Decide about a doubtful block, or update its entry in `latest`."""
         first_header = self._doubtful[slot][1]
         header = self._records.read(slot, 1)
         unchanged = header == first_header
         if unchanged and self._inventory.cause_of.get(slot) is FailureCause.FOREIGN:
-            return  # its record is whole, and not of this index
+            return  # a complete record with a key of another length
         cause = self._judge_single(slot, header, memory)
         if not self._records.is_present or cause is FailureCause.ABSENT or (cause is None and not unchanged):
             self.found.num_changed += 1
@@ -195,7 +196,7 @@ class _Verifier:
         del latest[slot]
 
     def _neighbours(self) -> Iterator[tuple[int, int]]:
-        """Yield (first slot, blocks): neighbours in one data file, in the order of the disk."""
+        """Yield (first slot, number of blocks) of neighbours within a data file, in the order on disk."""
         slots = np.sort(self._inventory.slots)
         starts = np.flatnonzero((np.diff(slots, prepend=-2) != 1) | (slots % self._geometry.slots_per_segment == 0))
         for start, end in pairwise([*starts.tolist(), len(slots)]):
@@ -203,7 +204,7 @@ class _Verifier:
                 yield int(slots[position]), min(self._per_read, end - position)
 
     def _work(self, buffer_bytes: int, started: float) -> None:
-        """Verify neighbours until there are no more; the work of one thread."""
+        """Verify runs of neighbours until there are no more; each thread runs this."""
         memory = _page_aligned(buffer_bytes)
         while not self._pace.stopped.is_set():
             with self._lock:
@@ -255,12 +256,12 @@ class _Verifier:
         return self._judge(header, payload, slot) if filled == self._block_bytes else FailureCause.CORRUPT
 
     def _read(self, slot: int, buffer: memoryview) -> int:
-        """Fill `buffer` from the place of `slot` on; return the bytes read, fewer where the file ends or is gone."""
+        """Fill `buffer` from a slot's place on; return the bytes read: fewer if the file ends or does not exist."""
         segment, offset = self._geometry.locate(slot)
         return self._files.read(segment, offset, [buffer])
 
     def _judge(self, header: bytes, payload: memoryview, slot: int) -> FailureCause | None:
-        """Return None if `payload` is what its record says, else the cause; ABSENT if the record was emptied."""
+        """Verify a payload against its record; return None or the cause, ABSENT if the record was emptied."""
         record = self._sealer.headers.parse(header)
         if isinstance(record, FailureCause):
             return record
@@ -268,7 +269,7 @@ class _Verifier:
 
 
 def _check_is_of_the_medium(error: OSError) -> None:
-    """Raise the error again unless the block itself cannot be read: what may not be opened may be whole."""
+    """Raise the error unless the device cannot read the block: after other errors the block may be intact."""
     if error.errno not in MEDIUM_ERRORS:
         raise error
 
@@ -282,5 +283,5 @@ def _page_aligned(num_bytes: int) -> memoryview:
 
 
 def causes_of(bad: Mapping[int, FailureCause]) -> dict[str, int]:
-    """Return how many bad blocks there are, by the name of the cause."""
+    """Return the number of bad blocks by the cause's name."""
     return dict(Counter(cause.value for cause in bad.values()))

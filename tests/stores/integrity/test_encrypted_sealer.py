@@ -225,7 +225,7 @@ def test_a_namespace_for_each_way_to_guard_blocks():
 
 
 def test_encrypting_needs_a_secret_and_the_package(monkeypatch, tmp_path):
-    with pytest.raises(ConfigError, match="secret_env or secret_file to go with it") as caught:
+    with pytest.raises(ConfigError, match="only with secret_env or secret_file") as caught:
         SecretPlace.checked(None, None, True)
     assert caught.value.key == "encrypt"
     with pytest.raises(ConfigError, match="true or false"):
