@@ -14,12 +14,13 @@ from typing import Any, get_args, get_type_hints
 
 import msgspec
 
-from kvtier.config import TIER_KEYS, TieringConfig
+from kvtier.config import TieringConfig
 from kvtier.metrics import GROUPS, Kind, Metric
 from kvtier.options import TierOptions
 from kvtier.registry import TIERS
 from kvtier.secondary.keyed import KeyedTierManager
 from kvtier.stores.integrity.secrets import GuardedOptions
+from kvtier.tier_config import TIER_KEYS
 
 DOCS = Path(__file__).parent
 TABLE = re.compile(r"(<!-- table ([\w ]+): make docs -->\n).*?(<!-- end of table -->)", re.S)

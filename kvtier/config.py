@@ -1,4 +1,7 @@
-"""Configuration: what an engine says about itself, and what a user may set; typed, closed, checked once, here."""
+"""Configuration: what an engine says about itself, and what a user may set. It is checked once, here.
+
+`tier_config.py` has the keys of one secondary tier.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +15,19 @@ import msgspec
 
 from kvtier.errors import ConfigError
 from kvtier.namespace import Namespace
-from kvtier.options import check_known, convert_option, join_key
+from kvtier.options import check_known, convert_option
 from kvtier.redaction import shown_option
 from kvtier.sizes import parse_size
 from kvtier.tiering.settings import ResetPolicy, TieringSettings
-from kvtier.types import Admission
 
 logger = logging.getLogger("kvtier")
 
 DEFAULT_SPEC = "CPUOffloadingSpec"
 DEFAULT_RECORD_LIMIT = "1GiB"
 
-_Text = Annotated[str, msgspec.Meta(min_length=1)]
+Text = Annotated[str, msgspec.Meta(min_length=1)]
 _Count = Annotated[int, msgspec.Meta(ge=1)]
-_Seconds = Annotated[float, msgspec.Meta(gt=0)]
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
 _Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 
 
@@ -128,13 +130,9 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         msgspec.Meta(description='host memory of one engine, over all its workers: bytes, or a text such as "10GiB"'),
     ]
     spec_name: Annotated[
-        _Text,
-        msgspec.Meta(description="registered name of the spec, or the name of its class in `spec_module_path`"),
+        Text, msgspec.Meta(description="registered name of the spec, or the name of its class in `spec_module_path`")
     ] = DEFAULT_SPEC
-    spec_module_path: Annotated[
-        _Text | None,
-        msgspec.Meta(description="module of a spec of your own"),
-    ] = None
+    spec_module_path: Annotated[Text | None, msgspec.Meta(description="module of a spec of your own")] = None
     block_size: Annotated[
         _Count | None,
         msgspec.Meta(
@@ -149,7 +147,7 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         ),
     ] = None
     eviction_policy: Annotated[
-        _Text,
+        Text,
         msgspec.Meta(
             description='which blocks leave host memory: "lru", "arc", "s3fifo", "tinylfu", "prefix", any registered'
             ' policy, or "auto", which changes it while the engine runs'
@@ -169,38 +167,32 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             " that do not say; absent, it is true if there are secondary tiers and each admits prompts only"
         ),
     ] = None
-    self_describing_kv_events: Annotated[
-        bool,
-        msgspec.Meta(description="engines attach token ids to KV events"),
-    ] = False
-    canonical_layout: Annotated[
-        bool,
-        msgspec.Meta(description="not supported: false only"),
-    ] = False
+    self_describing_kv_events: Annotated[bool, msgspec.Meta(description="engines attach token ids to KV events")] = (
+        False
+    )
+    canonical_layout: Annotated[bool, msgspec.Meta(description="not supported: false only")] = False
     load_deadline: Annotated[
-        _Seconds | None,
+        Seconds | None,
         msgspec.Meta(
             description="longest a request waits for tiers, seconds; then the rest is computed. Absent, it waits for"
             " blocks only while they arrive sooner than they are computed"
         ),
     ] = TieringSettings.load_deadline
     probe_deadline: Annotated[
-        _Seconds | None,
+        Seconds | None,
         msgspec.Meta(
             description="longest a request waits for one tier to say whether it has a block, seconds. A tier's own"
             " option goes before this one; without either, each tier has what fits its medium"
         ),
     ] = TieringSettings.probe_deadline
     lease_timeout: Annotated[
-        _Seconds,
-        msgspec.Meta(description="longest a request holds promoted blocks that it does not load, seconds"),
+        Seconds, msgspec.Meta(description="longest a request holds promoted blocks that it does not load, seconds")
     ] = TieringSettings.lease_timeout
     drain_timeout: Annotated[
-        _Seconds,
-        msgspec.Meta(description="longest a reset or an exit waits for tiers, seconds"),
+        Seconds, msgspec.Meta(description="longest a reset or an exit waits for tiers, seconds")
     ] = TieringSettings.drain_timeout
     tier_deadline: Annotated[
-        _Seconds,
+        Seconds,
         msgspec.Meta(
             description="a tier that has jobs, and of which nothing has progressed for so many seconds, is not used"
             " until something has. A long queue that moves is not late. A tier's own `job_deadline` is another"
@@ -208,11 +200,10 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         ),
     ] = TieringSettings.tier_deadline
     promotion_budget: Annotated[
-        _Share,
-        msgspec.Meta(description="share of host memory that blocks on their way up may take"),
+        _Share, msgspec.Meta(description="share of host memory that blocks on their way up may take")
     ] = TieringSettings.promotion_budget
     prefill_rate: Annotated[
-        _Seconds | None,
+        Seconds | None,
         msgspec.Meta(
             description="tokens per second that the engine computes, until kvtier has measured it; absent, 10,000, or"
             " less for transformers models on a CPU."
@@ -241,16 +232,15 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         ),
     ] = TrustedWeights.CONTENTS
     record: Annotated[
-        _Text | None,
+        Text | None,
         msgspec.Meta(
             description="path of a new file that gets a recording of the requests, for `kvtier simulate` and `kvtier"
             " plan`; keys are hashed with a salt that nobody keeps"
         ),
     ] = None
-    record_limit: Annotated[
-        int | str,
-        msgspec.Meta(description="most bytes of the recording, which then ends"),
-    ] = DEFAULT_RECORD_LIMIT
+    record_limit: Annotated[int | str, msgspec.Meta(description="most bytes of the recording, which then ends")] = (
+        DEFAULT_RECORD_LIMIT
+    )
 
     def settings(self, tokens_per_block: int, kv_events: bool) -> TieringSettings:
         """Return the part that the tiering manager reads."""
@@ -369,66 +359,3 @@ def primary_blocks(user: CPUConfig, block_bytes: int) -> int:
     if num_blocks < 1:
         raise ConfigError("cpu_bytes_to_use", user.cpu_bytes_to_use, f"at least {block_bytes} bytes, one block")
     return num_blocks
-
-
-@dataclass(frozen=True)
-class TierConfig:
-    """One secondary tier as configured: what kvtier handles, and the options that are the tier's own.
-
-    Attributes:
-        where: full name of its entry, for errors, for example "secondary_tiers[0]".
-        tier_type: registered name, or the class's name in `module_path`.
-        name: what events, statistics and logs call it.
-        probe_deadline: longest a request waits for it to say whether it has a block, seconds; None for its own.
-        options: keyword arguments of the tier's constructor.
-        tier_class: what its type stands for, once that was loaded.
-    """
-
-    where: str
-    tier_type: str
-    module_path: str | None = None
-    name: str = ""
-    admission: Admission | None = None
-    probe_deadline: float | None = None
-    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    tier_class: type | None = field(default=None, repr=False, compare=False)
-
-
-def _option(kind: Any, description: str) -> Any:
-    return Annotated[kind, msgspec.Meta(description=description)]
-
-
-TIER_KEYS: dict[str, Any] = {
-    "type": _option(_Text, "registered name of the tier, or the name of its class in `module_path`"),
-    "module_path": _option(_Text, "module of a tier of your own"),
-    "name": _option(_Text, "what events, statistics and logs call the tier; its type if absent"),
-    "admission": _option(Admission, "which blocks the tier gets"),
-    "probe_deadline": _option(_Seconds, "longest a request waits for the tier to say whether it has a block, seconds"),
-}
-"""The keys that kvtier handles for every tier; all others are the tier's own options."""
-
-
-def parse_tier(tier_config: Mapping[str, Any], where: str = "tier_config") -> TierConfig:
-    """Return one tier's configuration with the common keys taken out; the options are not checked yet.
-
-    Raises:
-        ConfigError: no mapping, `type` missing, or a common key of the wrong type.
-    """
-    if not isinstance(tier_config, Mapping):
-        raise ConfigError(where, tier_config, 'a mapping with at least "type" expected')
-    if "type" not in tier_config:
-        raise ConfigError(join_key(where, "type"), None, "required, the type of the tier")
-    common = {
-        key: convert_option(tier_config[key], hint, join_key(where, key))
-        for key, hint in TIER_KEYS.items()
-        if key in tier_config
-    }
-    return TierConfig(
-        where=where,
-        tier_type=common["type"],
-        module_path=common.get("module_path"),
-        name=common.get("name", common["type"]),
-        admission=common.get("admission"),
-        probe_deadline=common.get("probe_deadline"),
-        options={key: value for key, value in tier_config.items() if key not in TIER_KEYS},
-    )

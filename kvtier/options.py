@@ -106,6 +106,20 @@ class TierOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         """
 
 
+def options_type_of(tier_class: type) -> type[TierOptions] | None:
+    """Return the struct of a tier's options; None for a tier whose constructor declares its options as keywords.
+
+    A subclass with a constructor of its own has keywords of its own, whatever its base declares.
+    """
+    for kind in tier_class.__mro__:
+        declared = vars(kind).get("options_type")
+        if isinstance(declared, type) and issubclass(declared, TierOptions):
+            return declared
+        if "__init__" in vars(kind):
+            return None
+    return None
+
+
 def join_key(where: str, key: object) -> str:
     """Return the full name of an option, for example "secondary_tiers[0].path"."""
     return f"{where}.{key}" if where else str(key)
@@ -181,6 +195,8 @@ def _check_text(value: object, key: str) -> None:
             locale more than ASCII, or a path in a home directory that no shell has expanded.
     """
     if isinstance(value, str):
+        if value.isascii() and "\0" not in value and not value.startswith("~"):
+            return
         if not is_utf8(value) or "\0" in value:
             raise ConfigError(key, value, "a text that UTF-8 can hold expected, without NUL characters")
         try:

@@ -9,11 +9,10 @@ from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 from kvtier.abc import EvictionPolicy, OffloadingSpec, OffloadingWorker, SecondaryTierManager
-from kvtier.config import TierConfig, parse_tier
 from kvtier.errors import ConfigError
-from kvtier.options import convert_to_signature, join_key
+from kvtier.options import convert_to_signature, join_key, options_type_of
 from kvtier.secondary.first_interface import adapt_tier_class
-from kvtier.secondary.trial import options_type_of
+from kvtier.tier_config import TierConfig, parse_tier
 
 T = TypeVar("T")
 

@@ -12,10 +12,10 @@ from kvtier.config import (
     engine_blocks_per_block,
     json_schema,
     parse_config,
-    parse_tier,
     primary_blocks,
 )
 from kvtier.errors import ConfigError
+from kvtier.tier_config import parse_tier
 from kvtier.tiering.settings import ResetPolicy, TieringSettings
 from kvtier.types import Admission
 

@@ -8,21 +8,7 @@ from typing import Any
 
 from kvtier.abc import EvictionPolicy, SecondaryTierManager, TierContext
 from kvtier.namespace import Namespace
-from kvtier.options import TierOptions
-
-
-def options_type_of(tier_class: type) -> type[TierOptions] | None:
-    """Return the struct of a tier's options; None for a tier whose constructor declares its options as keywords.
-
-    A subclass with a constructor of its own has keywords of its own, whatever its base declares.
-    """
-    for kind in tier_class.__mro__:
-        declared = vars(kind).get("options_type")
-        if isinstance(declared, type) and issubclass(declared, TierOptions):
-            return declared
-        if "__init__" in vars(kind):
-            return None
-    return None
+from kvtier.options import options_type_of
 
 
 def check_or_try(

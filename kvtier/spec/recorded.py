@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvtier.abc import SecondaryTierManager
-from kvtier.config import TierConfig
 from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
 from kvtier.recording.recorder import RecordedManager
 from kvtier.recording.stream import Recorder
 from kvtier.sizes import parse_size
 from kvtier.spec.base import ArenaSpec
+from kvtier.tier_config import TierConfig
 from kvtier.tiering.manager import TieringOffloadingManager
 from kvtier.types import Admission
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from kvtier.abc import EvictionPolicy, SecondaryTierManager
-from kvtier.config import CPUConfig, TierConfig, TieringConfig
+from kvtier.config import CPUConfig, TieringConfig
 from kvtier.errors import ConfigError, KVTierError
 from kvtier.events import TierState, TierStateChanged
 from kvtier.foreign_text import MAX_QUOTED, one_line
@@ -23,6 +23,7 @@ from kvtier.secondary.stand_ins import LateTier, UnusableTierManager
 from kvtier.spec.cpu import CPUOffloadingSpec
 from kvtier.spec.recorded import make_manager
 from kvtier.spec.tiers import outlives_engine, parse_tiers, prompts_only
+from kvtier.tier_config import TierConfig
 from kvtier.tiering.manager import TieringOffloadingManager
 
 _POLL_SECONDS = 0.005

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from kvtier.config import OffloadingConfig, TierConfig, TieringConfig, parse_tier
+from kvtier.config import OffloadingConfig, TieringConfig
 from kvtier.errors import ConfigError
 from kvtier.options import join_key
 from kvtier.registry import check_tier, load_tier_class
 from kvtier.sizes import parse_size
 from kvtier.stores.slab.options import are_entangled
+from kvtier.tier_config import TierConfig, parse_tier
 from kvtier.types import Admission
 
 PRIMARY_NAME = "primary"

@@ -18,9 +18,9 @@ from kvtier.errors import KVTierError
 from kvtier.events import TierState
 from kvtier.log import logger
 from kvtier.namespace import Namespace
+from kvtier.options import options_type_of
 from kvtier.redaction import is_secret, shown_option
 from kvtier.registry import TIERS, construct_tier
-from kvtier.secondary.trial import options_type_of
 from kvtier.spec.tiering import TieringOffloadingSpec
 from kvtier.testing.patience import PATIENCE_SECONDS, wait_for
 from kvtier.types import ScheduleEndContext

@@ -4,13 +4,13 @@ import pytest
 from engine import make_keys
 
 from kvtier.abc import SecondaryTierManager
-from kvtier.config import parse_tier
 from kvtier.errors import ConfigError
 from kvtier.events import TierState
 from kvtier.secondary.filesystem import FilesystemTierManager
 from kvtier.secondary.object import ObjectTierManager
 from kvtier.secondary.resp import RespTierManager
 from kvtier.testing.scripted_tier import ScriptedTier
+from kvtier.tier_config import parse_tier
 from kvtier.tiering.patience import FIRST_SECONDS
 from kvtier.types import LookupResult
 

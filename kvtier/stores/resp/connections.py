@@ -7,8 +7,9 @@ the connected socket for `Wire`; these classes and the credential provider are r
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Sequence
-from socket import socket
+from socket import MSG_PEEK, socket
 from typing import Any, TypeVar
 
 import redis
@@ -18,18 +19,63 @@ from redis.retry import Retry
 
 from kvtier.errors import StoreError
 from kvtier.foreign_text import first_line
-from kvtier.stores.resp.handshake import HandshakeSocket
 from kvtier.stores.resp.options import RespOptions
 from kvtier.stores.resp.wire import ConnectionBrokenError, Wire
 
 _FOREIGN = (redis.RedisError, OSError, RecursionError, ValueError)
 """What redis-py raises: its own errors, and those of its parser for unexpected replies (pushes, numbers)."""
 
+_MAX_HANDSHAKE_BYTES = 64 << 10
+"""Most bytes of the replies to AUTH, SELECT and PING, which are short lines; redis-py itself has no limit."""
+
 _Answer = TypeVar("_Answer")
 
 
 class ServerLostError(StoreError):
     """No connection can be made; the message has the address and the reason."""
+
+
+class HandshakeSocket:
+    """A connected socket, plain or TLS, until `Wire` takes over: it bounds what redis-py reads during its login.
+
+    redis-py's timeout bounds each wait. The deadline here also bounds replies that arrive byte by byte or never end.
+    """
+
+    def __init__(self, connected: socket, seconds: float) -> None:
+        """Args: seconds: for all reads together, from now on."""
+        self._connected = connected
+        self._seconds = seconds
+        self._deadline = time.monotonic() + seconds
+        self._bytes_left = _MAX_HANDSHAKE_BYTES
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        """Receive as `socket.recv` does."""
+        if flags & MSG_PEEK:
+            return self._connected.recv(size, flags)
+        self._prepare()
+        received = self._connected.recv(min(size, self._bytes_left), flags)
+        self._bytes_left -= len(received)
+        return received
+
+    def recv_into(self, buffer: Any, size: int = 0, flags: int = 0) -> int:
+        """Receive as `socket.recv_into` does."""
+        self._prepare()
+        received = self._connected.recv_into(buffer, min(size or len(buffer), self._bytes_left), flags)
+        self._bytes_left -= received
+        return received
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connected, name)
+
+    def _prepare(self) -> None:
+        """Raise OSError if no more may be read."""
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("no complete reply in time")
+        if self._bytes_left <= 0:
+            raise ConnectionAbortedError("the reply is too long")
+        if self._connected.gettimeout() != 0:
+            self._connected.settimeout(min(left, self._seconds))
 
 
 class _WithWire:
