@@ -404,6 +404,14 @@ class SecondaryTierManager(ABC):
         touch the slots after it.
         """
 
+    def cancel_loads(self, job_ids: Collection[int]) -> None:
+        """Learn that nobody waits for these load jobs any more, some of which may have ended.
+
+        What has not begun may fail now, so that others come earlier. Each job still has its one result, and its slots
+        stay the tier's until then.
+        """
+        return
+
     @abstractmethod
     def get_finished_jobs(self) -> Iterable[JobResult]:
         """Return the results that arrived since the last call."""

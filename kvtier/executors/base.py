@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,8 +136,8 @@ class IOExecutor(ABC):
         return
 
     @abstractmethod
-    def cancel_waiting(self) -> None:
-        """Answer parts that have not started as CANCELLED, at the next polls."""
+    def cancel(self, serials: Collection[int]) -> None:
+        """Answer what has not started of these jobs as CANCELLED, at the next polls; what runs ends as it ends."""
 
     @abstractmethod
     def retire(self) -> None:

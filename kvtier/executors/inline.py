@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from kvtier import forks
 from kvtier.errors import StoreUnavailableError
@@ -60,9 +60,9 @@ class InlineExecutor(IOExecutor):
         reports, self._reports = self._reports, []
         return reports
 
-    def cancel_waiting(self) -> None:
-        """Answer what is queued as cancelled."""
-        self._reports.extend(self._loop.cancel())
+    def cancel(self, serials: Collection[int]) -> None:
+        """Answer what is queued of these jobs as cancelled."""
+        self._reports.extend(self._loop.cancel(serials))
 
     def retire(self) -> None:
         """Close the store."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 
 from kvtier.executors.protocol import Part, PartResult, Probe, ProbeAnswer, Unavailable, Usage
 from kvtier.executors.queue import TaskQueue
@@ -52,9 +52,12 @@ class StoreLoop:
         else:
             self._queue.put(task)
 
-    def cancel(self) -> list[PartResult]:
-        """Take parts that have not begun out of the queue; return what is to be reported of them."""
-        return self._joiner.add(map(cancelled, self._queue.cancel()))
+    def cancel(self, serials: Container[int]) -> list[PartResult]:
+        """Take what has not begun of these jobs out of the queue; return what is to be reported now.
+
+        That does not wait for the pieces of the same parts that run: they may take long.
+        """
+        return self._joiner.add(map(cancelled, self._queue.cancel(serials)), at_once=True)
 
     def close(self) -> None:
         """Begin no further task; `run` returns after the one that it is in."""
@@ -102,10 +105,15 @@ class Joiner:
                 for piece in pieces:
                     self._open[piece.serial, piece.first] = part
 
-    def add(self, results: Iterable[PartResult]) -> list[PartResult]:
-        """Take the results of pieces that ended; return what should be reported now."""
+    def add(self, results: Iterable[PartResult], *, at_once: bool = False) -> list[PartResult]:
+        """Take the results of pieces that ended; return what should be reported now.
+
+        Args:
+            at_once: report these results, and those of the same parts that were held back, in any case.
+        """
         now = time.monotonic()
         reported: list[PartResult] = []
+        changed: dict[int, _OpenPart] = {}
         with self._lock:
             for result in results:
                 part = self._open.pop((result.serial, result.first), None)
@@ -114,7 +122,9 @@ class Joiner:
                     continue
                 part.num_left -= 1
                 part.ended.append(result)
-                if not part.num_left or now - part.reported_at > self._max_silent_seconds:
+                changed[id(part)] = part
+            for part in changed.values():
+                if at_once or not part.num_left or now - part.reported_at > self._max_silent_seconds:
                     reported += join_results(part.ended)
                     part.ended, part.reported_at = [], now
         return reported

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
 
 from kvtier import forks
@@ -214,13 +214,18 @@ class IOProcess(IOExecutor):
         """Send what is queued, as far as the socket takes it."""
         self._send_queued()
 
-    def cancel_waiting(self) -> None:
-        """Answer what was not sent as cancelled, and ask the process to do so with what has not started."""
+    def cancel(self, serials: Collection[int]) -> None:
+        """Answer what was not sent of these jobs as cancelled, and ask the process to do so with what has not begun."""
         self._packet = None  # of messages that are unsent
-        parts = [task for task in self._unsent if isinstance(task, Part)] + self._queue.cancel()
-        self._unsent = [task for task in self._unsent if not isinstance(task, Part)]
+        parts, kept = self._queue.cancel(serials), []
+        for task in self._unsent:
+            if isinstance(task, Part) and task.serial in serials:
+                parts.append(task)
+            else:
+                kept.append(task)
+        self._unsent = kept
         self._local.extend(map(cancelled, parts))
-        self._queue.put(Cancel())
+        self._queue.put(*Cancel.of(list(serials)))
         self._send_queued()
 
     def retire(self) -> None:

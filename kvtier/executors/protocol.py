@@ -30,6 +30,9 @@ MAX_PACKET_BYTES = 64 * 1024
 MAX_MESSAGES = 256
 """Messages per packet."""
 
+MAX_CANCELLED = 4096
+"""Jobs that one message cancels, 9 bytes each at most."""
+
 MAX_REASON_CHARACTERS = 400
 _MAX_PART_HEAD_BYTES = 64
 """Everything of a part's packet beside its keys and slots."""
@@ -172,7 +175,18 @@ class Probe(_Keyed, frozen=True, tag=3):
 
 
 class Cancel(_Message, frozen=True, tag=4):
-    """Answer every part that no thread has begun as cancelled."""
+    """Answer as cancelled what no thread has begun of these jobs.
+
+    Attributes:
+        serials: as in `Part`; those of jobs that have ended change nothing.
+    """
+
+    serials: Annotated[list[U64], msgspec.Meta(min_length=1, max_length=MAX_CANCELLED)]
+
+    @classmethod
+    def of(cls, serials: Sequence[int]) -> list[Cancel]:
+        """Return as few messages as these jobs fit into."""
+        return [cls(list(serials[start : start + MAX_CANCELLED])) for start in range(0, len(serials), MAX_CANCELLED)]
 
 
 class Ready(_Message, frozen=True, tag=5):

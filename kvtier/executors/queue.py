@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Generic, TypeVar
 
 from kvtier.executors.protocol import Part
@@ -67,13 +67,16 @@ class TaskQueue(Generic[Urgent]):
                 tasks.append(task)
             return tasks
 
-    def cancel(self) -> list[Part]:
-        """Remove and return the parts that wait."""
+    def cancel(self, serials: Container[int]) -> list[Part]:
+        """Remove and return the parts of these jobs that wait."""
+        cancelled: list[Part] = []
         with self._changed:
-            parts = [*self._loads, *self._stores]
-            self._loads.clear()
-            self._stores.clear()
-        return parts
+            for queue in (self._loads, self._stores):
+                parts = list(queue)
+                queue.clear()
+                for part in parts:
+                    (cancelled if part.serial in serials else queue).append(part)
+        return cancelled
 
     def close(self) -> None:
         """Drop what waits and send every taker home."""

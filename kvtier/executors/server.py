@@ -185,7 +185,7 @@ class Server:
         elif isinstance(request, Probe):
             self._loop.put(request)
         elif isinstance(request, Cancel):
-            self._channel.send(self._loop.cancel())
+            self._channel.send(self._loop.cancel(frozenset(request.serials)))
         else:
             raise ProtocolError("a second store to open")
 

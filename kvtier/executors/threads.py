@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import compress
 
 from kvtier import forks
@@ -68,9 +68,9 @@ class ThreadExecutor(IOExecutor):
             reports.append(self._reports.popleft())
         return reports
 
-    def cancel_waiting(self) -> None:
-        """Answer parts that have not started as cancelled."""
-        self._report(self._loop.cancel())
+    def cancel(self, serials: Collection[int]) -> None:
+        """Answer what has not started of these jobs as cancelled."""
+        self._report(self._loop.cancel(serials))
 
     def retire(self) -> None:
         """Stop touching the arena now; threads go home after the call they are in, and close the store.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 
@@ -28,6 +28,7 @@ class Job:
         num_left: blocks that are not answered.
         successful: keys that are done, those included that had nothing to move.
         num_bytes: moved so far.
+        is_cancelled: nobody waits for it; what has not begun fails.
     """
 
     job_id: int
@@ -39,6 +40,7 @@ class Job:
     num_left: int
     successful: Collection[OffloadKey] = ()
     num_bytes: int = 0
+    is_cancelled: bool = False
 
     def as_metadata(self) -> JobMetadata:
         """Return what a tier is asked: copies, because a tier may change what it is given."""
@@ -116,6 +118,10 @@ class JobLedger:
     def num_jobs(self) -> int:
         """Jobs without a result."""
         return len(self._jobs)
+
+    def serials(self, job_ids: Container[int] | None = None) -> list[int]:
+        """Return the serials of the jobs without a result; given `job_ids`, of these only."""
+        return [serial for serial, job in self._jobs.items() if job_ids is None or job.job_id in job_ids]
 
     @property
     def oldest_submission(self) -> float | None:

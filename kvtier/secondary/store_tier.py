@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -195,6 +195,15 @@ class StoreTierManager(SecondaryTierManager):
             for part in job.parts():
                 executor.submit(part)
 
+    def cancel_loads(self, job_ids: Collection[int]) -> None:
+        """Have the executor leave out what it has not begun of these jobs."""
+        self._cancel(self._ledger.serials(frozenset(job_ids)))
+
+    def _cancel(self, serials: Collection[int]) -> None:
+        executor = self._supervisor.executor
+        if executor is not None and serials:
+            executor.cancel(serials)
+
     def get_finished_jobs(self) -> Iterable[JobResult]:
         """Look at the executor; return the results that arrived."""
         self._pump()
@@ -216,8 +225,7 @@ class StoreTierManager(SecondaryTierManager):
 
     def drain_jobs(self) -> None:
         """Cancel what waits, let what runs end within `deadlines.drain`, kill what does not."""
-        if self._supervisor.executor is not None and self._ledger.num_jobs:
-            self._supervisor.executor.cancel_waiting()
+        self._cancel(self._ledger.serials())
         self._wait_for_jobs(self.settings.deadlines.drain)
         if self._ledger.num_jobs:
             self._supervisor.fail("its jobs did not end at a drain")
@@ -233,8 +241,8 @@ class StoreTierManager(SecondaryTierManager):
     def shutdown(self) -> None:
         """Let jobs end within `deadlines.drain`, then end the executor, by force if need be."""
         self._wait_for_jobs(self.settings.deadlines.drain / 2)
-        if self._ledger.num_jobs and self._supervisor.executor is not None:
-            self._supervisor.executor.cancel_waiting()
+        if self._ledger.num_jobs:
+            self._cancel(self._ledger.serials())
             self._wait_for_jobs(self.settings.deadlines.drain / 2)
         self._supervisor.close()
         self._wait(self.settings.deadlines.drain, lambda: self._supervisor.has_executor)

@@ -183,6 +183,13 @@ class StripedTierManager(SecondaryTierManager):
         """Start loading each block from the stripe that has it."""
         self._submit(job_metadata, SlottedTierManager.submit_load, self._route_load)
 
+    def cancel_loads(self, job_ids: Collection[int]) -> None:
+        """Cancel the parts of these jobs, whichever stripes have them."""
+        wanted = frozenset(job_ids)
+        parts = [part_id for part_id, (job, _) in self._parts.items() if job.job_id in wanted]
+        for stripe in self._stripes:
+            stripe.cancel_loads(parts)
+
     def get_finished_jobs(self) -> Iterable[JobResult]:
         """Return the results of jobs whose parts have all ended."""
         finished = []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -65,6 +67,22 @@ class Device(Generic[T]):
         begin = max(self._clock(), self._writing_until)
         self._writing_until = end = begin + num_bytes / self._speed.write_bandwidth
         self._writes.append((end + self._speed.latency, job))
+
+    def cancel_reads(self, is_unwanted: Callable[[T], bool]) -> list[T]:
+        """Take unwanted reads that have not begun out of the queue and return them; those behind come earlier."""
+        now, bandwidth, latency = self._clock(), self._speed.read_bandwidth, self._speed.latency
+        saved, cancelled, kept = 0.0, [], deque[tuple[float, T]]()
+        ends = -math.inf
+        for answered, job in self._reads:
+            begins, ends = ends, answered - latency
+            if begins > now and is_unwanted(job):
+                saved += ends - begins
+                cancelled.append(job)
+            else:
+                kept.append((answered - saved, job))
+        self._asked_bytes -= int(saved * bandwidth)
+        self._reads, self._reading_until = kept, self._reading_until - saved
+        return cancelled
 
     @property
     def moved_bytes(self) -> int:

@@ -149,6 +149,14 @@ class SimulatedTierManager(SecondaryTierManager):
         else:
             self._unmoved.append(job)
 
+    def cancel_loads(self, job_ids: Collection[int]) -> None:
+        """Leave out what the device has not begun of these jobs."""
+        unwanted = frozenset(job_ids)
+        for job in self.device.cancel_reads(lambda job: job.metadata.job_id in unwanted):
+            self.table.unpin(job.slots)
+            job.keys = job.slots = ()
+            self._unmoved.append(job)
+
     def _write(self, job: SimulatedJob) -> None:
         num_bytes = len(job.slots) * self._block_bytes
         self.written.append((job.submitted, num_bytes))

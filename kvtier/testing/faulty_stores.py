@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from kvtier.abc import BlockStore, SlotStore, StoreContext
@@ -62,6 +63,7 @@ class Injection:
         skip: so many matching calls work first.
         times: so many calls fail then; None means all.
         while_path: the fault happens only while this file exists (and only then are calls counted).
+        begun_path: this file is made when the fault happens, so that a test outside the process sees it.
     """
 
     fault: Fault
@@ -69,6 +71,7 @@ class Injection:
     skip: int = 0
     times: int | None = None
     while_path: str | None = None
+    begun_path: str | None = None
     _seen: int = field(default=0, init=False)
 
     def active(self) -> bool:
@@ -117,6 +120,8 @@ class FaultPlan:
             injection = next((planned for planned in self._injections if planned.applies(call)), None)
         if injection is None:
             return None
+        if injection.begun_path is not None:
+            Path(injection.begun_path).touch()
         if injection.fault is Fault.RAISE:
             raise RuntimeError(f"injected into {call}")
         if injection.fault is Fault.EXIT:

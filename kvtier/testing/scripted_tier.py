@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, ClassVar
 
 from kvtier.abc import SecondaryTierManager
@@ -26,6 +26,7 @@ class ScriptedTier(SecondaryTierManager):
         fail: keys whose copy fails.
         raising: names of methods that raise.
         loads, stores: the jobs submitted so far.
+        cancelled: numbers of the loads that nobody waits for any more.
         results: answers waiting to be collected; tests may add any.
     """
 
@@ -42,6 +43,7 @@ class ScriptedTier(SecondaryTierManager):
         self.raising: set[str] = set()
         self.loads: list[JobMetadata] = []
         self.stores: list[JobMetadata] = []
+        self.cancelled: list[int] = []
         self.waiting: list[JobMetadata] = []
         self.results: list[JobResult] = []
         self.lookups: list[OffloadKey] = []
@@ -91,6 +93,11 @@ class ScriptedTier(SecondaryTierManager):
         self.waiting.append(job)
         if self.auto:
             self.finish(job)
+
+    def cancel_loads(self, job_ids: Collection[int]) -> None:
+        """Note the numbers; the jobs stay in `waiting`."""
+        self._maybe_raise("cancel_loads")
+        self.cancelled += job_ids
 
     def finish(self, job: JobMetadata) -> None:
         """Carry out a waiting job, key by key, and answer it."""

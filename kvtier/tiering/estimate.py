@@ -110,7 +110,7 @@ class TierSpeed:
             earliest = elapsed if seen_at_once else self._polled_at - self._busy_since
             predicted = (self.latency if self._is_first else 0.0) + num_moved / self.bandwidth
             self._learn(num_moved, max(_MIN_SECONDS, min(max(predicted, earliest), elapsed)))
-        self._busy_since, self._is_first = now, False
+            self._busy_since, self._is_first = now, False
 
     def poll(self, now: float) -> None:
         """The manager has looked for results."""

@@ -23,6 +23,8 @@ class Flights:
         waits for them any more."""
         self.late: set[OffloadKey] = set()
         """In-flight keys, from a tier or the device, for which a request has timed out; no other may wait for them."""
+        self.unwanted_slots: set[int] = set()
+        """Slots that jobs are filling with blocks for which no request waits."""
 
     def __len__(self) -> int:
         return len(self.by_key) + len(self.queued)
@@ -56,6 +58,7 @@ class Flights:
             elif key in self.by_key:
                 slot, waiters = self.by_key[key]
                 self.by_key[key] = slot, (*waiters, waiter)
+                self.unwanted_slots.discard(slot)
             else:
                 continue
             waiter.awaiting.add(key)
@@ -77,12 +80,17 @@ class Flights:
                     del self.queued[key]
                 continue
             slot, waiters = self.by_key[key]
-            self.by_key[key] = slot, tuple([other for other in waiters if other is not waiter])
+            others = tuple([other for other in waiters if other is not waiter])
+            self.by_key[key] = slot, others
+            if not others:
+                self.unwanted_slots.add(slot)
         waiter.awaiting.clear()
 
-    def land(self, keys: Iterable[OffloadKey], slots: Iterable[int]) -> dict[RequestState, list[OffloadKey]]:
+    def land(self, keys: Sequence[OffloadKey], slots: Sequence[int]) -> dict[RequestState, list[OffloadKey]]:
         """The flights of `keys` into `slots` have ended; return each waiting request with its keys."""
         flights, late = self.by_key, self.late
+        if self.unwanted_slots:
+            self.unwanted_slots.difference_update(slots)
         awaited: dict[RequestState, list[OffloadKey]] = {}
         group: tuple[RequestState, ...] | None = None
         lists: list[list[OffloadKey]] = []
@@ -117,7 +125,10 @@ class Flights:
         for key in keys:
             self.late.discard(key)
             flight = self.by_key.pop(key, None)
-            for waiter in flight[1] if flight is not None else ():
+            if flight is None:
+                continue
+            self.unwanted_slots.add(flight[0])
+            for waiter in flight[1]:
                 waiter.awaiting.discard(key)
 
     def clear(self) -> None:
@@ -142,6 +153,8 @@ class Flights:
                 raise InvariantError(f"a flight has slot {slot}, which is not filling")
             if any(key not in waiter.awaiting for waiter in waiters):
                 raise InvariantError("a flight counts a waiter that does not wait")
+            if (slot in self.unwanted_slots) is not (not waiters):
+                raise InvariantError(f"slot {slot} is wanted or not, as somebody waits or nobody does")
         for key, waiters in self.queued.items():
             if not waiters or any(key not in waiter.awaiting for waiter in waiters):
                 raise InvariantError("a block is queued for nobody, or for one that does not wait")

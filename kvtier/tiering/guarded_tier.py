@@ -127,6 +127,18 @@ class TierGuard(TierCalls):
         """Start a promotion into `slots`, which are filling; return whether the tier took it."""
         return self._hand_over(self._open(keys, slots, True, context))
 
+    def cancel_unwanted(self, unwanted: set[int]) -> None:
+        """Tell the tier, once, of the load jobs whose slots are all among `unwanted`."""
+        jobs = [
+            job
+            for job in self.jobs.values()
+            if job.is_promotion and not job.is_cancelled and unwanted.issuperset(job.slots)
+        ]
+        for job in jobs:
+            job.is_cancelled = True
+        if jobs:
+            self.cancel_loads([job.job_id for job in jobs])
+
     def _open(self, keys: Sequence[OffloadKey], slots: list[int], is_promotion: bool, context: ReqContext) -> Job:
         """Return a new job, whose slots stay pinned until it has ended."""
         job_id, now = next(self._job_ids), self._clock()

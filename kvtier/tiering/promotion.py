@@ -121,9 +121,11 @@ class Promoter:
     # -- loads --------------------------------------------------------------------------------------------
 
     def send(self) -> None:
-        """Ask every tier for as much as keeps it busy, at the end of a step."""
+        """Cancel what nobody waits for, and ask every tier for as much as keeps it busy, at the end of a step."""
         self._num_planned = 0
         for queue in self._queues:
+            if self._flights.unwanted_slots:
+                queue.guard.cancel_unwanted(self._flights.unwanted_slots)
             if queue.loads:
                 now = self._clock()
                 queue.arrange(self._flights.queued, now)
@@ -214,11 +216,15 @@ class Promoter:
         if arrived:
             self._observer.on_event(BlocksStored(arrived, guard.name))
         if bad_keys:
-            self._fail(guard, bad_keys, bad_slots)
+            self._fail(guard, bad_keys, bad_slots, is_final=not job.is_cancelled)
 
-    def _fail(self, guard: TierGuard, keys: Sequence[OffloadKey], slots: Sequence[int]) -> None:
+    def _fail(
+        self, guard: TierGuard, keys: Sequence[OffloadKey], slots: Sequence[int], *, is_final: bool = True
+    ) -> None:
+        """Make blocks that did not arrive misses; not final: who has come to wait since may ask for them again."""
         for state, theirs in self._flights.land(keys, slots).items():
-            state.plans.failed.update((guard.index, key) for key in theirs)
+            if is_final:
+                state.plans.failed.update((guard.index, key) for key in theirs)
             self._end_wait(state)
         self._table.discard(keys, slots)
 

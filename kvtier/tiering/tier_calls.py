@@ -59,6 +59,10 @@ class TierCalls(ABC):
         """Tell the tier that a step is over."""
         self._tell("on_schedule_end", self.tier.on_schedule_end, context)
 
+    def cancel_loads(self, job_ids: Collection[int]) -> None:
+        """Tell the tier that nobody waits for these jobs any more."""
+        self._tell("cancel_loads", self.tier.cancel_loads, job_ids)
+
     def enter_epoch(self, epoch: bytes) -> bool:
         """Tell the tier that another epoch begins; return whether it has done so."""
         return self._tell("start_epoch", self.tier.start_epoch, epoch)

@@ -100,6 +100,6 @@ def test_what_is_taken_to_be_sent_has_the_same_order():
     assert queue.take_any(10) == [question, *loads[:9]]
     assert queue.take_any(100) == [*loads[9:16], stores[0], *loads[16:32], stores[1], *loads[32:], stores[2]]
     assert not queue
-    queue.put(*stores, question)
-    assert queue.cancel() == stores
-    assert queue.take_any(100) == [question]
+    queue.put(*stores, *loads[:2], question)
+    assert queue.cancel({1, 41, 42}) == [loads[1], *stores[1:]]
+    assert queue.take_any(100) == [question, loads[0], stores[0]]

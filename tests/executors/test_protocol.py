@@ -58,7 +58,9 @@ def parts(draw):
 
 PROBES = blocks(0).map(lambda drawn: Probe.of(7, drawn[0]))
 BITS = st.lists(st.booleans(), min_size=1, max_size=200)
-SENT = st.one_of(st.builds(Open, st.binary(max_size=200)), parts(), PROBES, st.just(Cancel()))
+SENT = st.one_of(
+    st.builds(Open, st.binary(max_size=200)), parts(), PROBES, st.builds(Cancel, st.lists(U64, min_size=1, max_size=40))
+)
 REPORTED = st.one_of(
     st.builds(Ready, U32),
     st.builds(Unavailable, st.text(st.characters(exclude_categories=["Cs"]), max_size=MAX_REASON_CHARACTERS)),
@@ -124,12 +126,12 @@ def test_what_does_not_fit_waits_for_the_next_packet():
     big = Part.of(1, 0, True, [bytes([number]) * 68 for number in range(200)] * 2, range(400), range(400))
     packet, count = encode([big] * 5)
     assert (count, decode(packet, REQUESTS)) == (2, [big] * 2)
-    packet, count = encode([Cancel()] * 1000)
-    assert (count, decode(packet, REQUESTS)) == (MAX_MESSAGES, [Cancel()] * MAX_MESSAGES)
+    packet, count = encode([Cancel([1])] * 1000)
+    assert (count, decode(packet, REQUESTS)) == (MAX_MESSAGES, [Cancel([1])] * MAX_MESSAGES)
 
 
 def test_a_packet_holds_messages_of_one_direction_and_nothing_else():
-    requests, _ = encode([Cancel(), Cancel()])
+    requests, _ = encode([Cancel([1]), Cancel([2])])
     reports, _ = encode([IndexEnd(), Ready(3)])
     for direction, packet in (
         (REPORTS, requests),

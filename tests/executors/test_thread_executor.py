@@ -93,7 +93,7 @@ def test_what_waits_can_be_cancelled(tmp_path, is_load):
     rig = Rig({"fault": "hang", "while_path": str(tmp_path / "hang")})
     for serial in range(1, 7):
         rig.move(serial, is_load, [serial], serial)
-    rig.executor.cancel_waiting()
+    rig.executor.cancel(range(1, 7))
     rig.wait(lambda: len(rig.results()) >= 4)
     (tmp_path / "hang").unlink()
     rig.wait(lambda: len(rig.results()) == 6)

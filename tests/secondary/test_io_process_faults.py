@@ -315,7 +315,7 @@ def test_loads_overtake_stores_that_wait(tmp_path):
         encode([PartResult(12345, 0, [True])])[0][:-1],
         encode([PartResult(12345, 0, [True])])[0],
         encode([Ready(0)])[0],
-        encode([Cancel()])[0],
+        encode([Cancel([1])])[0],
         b"x" * 60_000,
     ],
     ids=["unknown type", "short", "unknown job", "out of turn", "request", "long"],

@@ -46,7 +46,7 @@ class PuppetExecutor(IOExecutor):
         reports, self.reports = self.reports, []
         return reports
 
-    def cancel_waiting(self):
+    def cancel(self, serials):
         pass
 
     def retire(self):

@@ -358,7 +358,7 @@ def test_locks_that_a_thread_held_at_the_fork_keep_no_child_waiting():
         def child():
             executor.retire()
             executor.kill()
-            executor.cancel_waiting()
+            executor.cancel([1])
             executor.wait(0.01)
             return [len(executor.poll()), executor.has_ended()]
 
