@@ -197,6 +197,7 @@ def choose_prefix(
     per_block: Mapping[int, float],
     outlook: Outlook,
     stride: int = 1,
+    waits_for: float = 0.0,
 ) -> Choice:
     """Choose how much of a prefix to load.
 
@@ -206,16 +207,22 @@ def choose_prefix(
         ready_in: per tier, seconds until all that is queued there has arrived, latency included.
         per_block: per tier, seconds per further block.
         stride: only a prefix of a multiple of so many blocks can be used.
+        waits_for: seconds that the request waits for other blocks in any case.
     """
     times = dict(ready_in)
-    best, best_gain, gained, arrives, cost = 0, 0.0, 0.0, 0.0, 0.0
-    worth = outlook.gain(1.0)
+    turn_in, idle_in, num_behind = outlook.turn_in, outlook.idle_in, outlook.num_behind
+    best, best_gain, gained, arrives = 0, 0.0, outlook.cost(waits_for), waits_for
+    cost, worth = gained, outlook.gain(1.0)
     for count, (source, seconds) in enumerate(zip(sources, saved, strict=True), 1):
         gained += seconds * worth
         if source >= 0:
             times[source] = at = times[source] + per_block[source]
             if at > arrives:
-                arrives, cost = at, outlook.cost(at)
+                arrives, cost = at, 0.0  # as `Outlook.cost`: this runs once per block
+                if at > turn_in:
+                    cost = at - turn_in
+                if at > idle_in:
+                    cost += (at - idle_in) * num_behind
         if gained - cost > best_gain and not count % stride:
             best, best_gain = count, gained - cost
     return Choice(best, best_gain)

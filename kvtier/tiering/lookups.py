@@ -8,7 +8,7 @@ from kvtier.keys import OffloadKey
 from kvtier.primary.table import BlockTable
 from kvtier.tiering.flights import Flights
 from kvtier.tiering.guarded_tier import TierGuard
-from kvtier.tiering.requests import RequestState
+from kvtier.tiering.requests import RequestState, Scan
 from kvtier.tiering.waiting import Waiting
 from kvtier.types import LookupResult
 
@@ -82,8 +82,4 @@ class Lookups:
     def end_scan(self, state: RequestState) -> None:
         """The step is over; the next scan replaces this one."""
         self._waiting.end_scan(state)
-        scan = state.scan
-        scan.keys.clear()
-        scan.found.clear()
-        scan.unresolved.clear()
-        scan.device_stores.clear()
+        state.scan = Scan()  # plans may go on with the one before

@@ -182,13 +182,13 @@ class TieringOffloadingManager(OffloadingManager):
         return self._lookups.find_prefix(self._state, keys)
 
     def is_still_deferred(self, first_key: OffloadKey, req_context: ReqContext, shortest: int = 1) -> bool:
-        """Return whether a scan of this request that starts at `first_key` would find what its last one found.
+        """Return whether a scan of this request that starts at `first_key` would be deferred, as its last one was.
 
         Args:
             shortest: least keys that were looked up in each KV group; else False.
 
-        True while all that the last plan awaits is on its way: no key of it has arrived or failed, and no deadline
-        has passed. The engine may then leave the scan out in this step, at a cost that does not depend on its length.
+        True while something is awaited or still to be planned, nothing of it has failed, and no deadline has passed.
+        The engine may then leave the scan out in this step, at a cost that does not depend on its length.
         """
         if not self._polled:
             self._poll_once()
@@ -347,8 +347,8 @@ class TieringOffloadingManager(OffloadingManager):
         for state in scanned:
             self._pace.note_scan(state)
         self._end_waits(now)
+        self._promoter.plan(scanned)
         for state in scanned:
-            self._promoter.plan(state)
             self._lookups.end_scan(state)
         self._promoter.send()
         self._tiers.end_step(context)

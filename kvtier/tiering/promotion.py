@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 
 from kvtier.clock import Clock
 from kvtier.errors import KeyFormatError
@@ -16,14 +15,21 @@ from kvtier.tiering.flights import Flights
 from kvtier.tiering.guarded_tier import TierGuard
 from kvtier.tiering.leases import Leases
 from kvtier.tiering.load_queue import LoadQueue, QueuedLoad
+from kvtier.tiering.outline import Outline, make_outline
 from kvtier.tiering.pace import Pace
-from kvtier.tiering.planning import PromotionPlan, Prospect, group_of, plan_promotions
-from kvtier.tiering.requests import RequestState
+from kvtier.tiering.planning import Holdings, PromotionPlan, Prospect, plan_promotions
+from kvtier.tiering.requests import RequestState, Scan, arrival
 from kvtier.tiering.waiting import Waiting
 
 PRIMARY = "primary"
-MAX_PLANNED = 2048
-"""Keys that one step considers, a request at least: planning them takes about as long as looking them up."""
+MAX_PLANNED = 512
+"""Keys that one step plans, and about as many that one request awaits: no call takes long, however long a prompt is."""
+
+MAX_ASKED = 2 * MAX_PLANNED
+"""Blocks that one tier is asked for in one step, and at most one part more: placing them takes longest."""
+
+_OUTLINED_PER_PLANNED = 8
+"""Keys of a scan that are put in order in the time in which one is planned."""
 
 
 class Promoter:
@@ -46,42 +52,60 @@ class Promoter:
         self._queues = [LoadQueue(guard, block_bytes) for guard in guards]
         self._flights, self._leases, self._waiting, self._pace = flights, leases, waiting, pace
         self._clock, self._observer = clock, observer
-        self._num_planned = 0
+        self._unfinished: list[RequestState] = []
+        """Requests of whose outlines something is left to plan."""
 
     # -- plans --------------------------------------------------------------------------------------------
 
-    def plan(self, state: RequestState) -> None:
-        """Plan for one request at the end of a step, if it asked tiers for anything."""
-        scan = state.scan
-        if not state.may_wait or not (scan.found or state.wait.since is not None):
-            return
-        is_whole = True
-        all_on_their_way = state.awaiting and not scan.unresolved and state.awaiting.issuperset(scan.keys)
-        if not all_on_their_way:
-            if self._num_planned >= MAX_PLANNED:
-                state.plans.last = None
-                return
-            self._num_planned += len(scan.keys)
-            is_whole = self._promote(state)
-        plans = state.plans
-        certain = scan.keys and not scan.unresolved and is_whole
-        plans.last = (scan.keys[0], len(state.awaiting)) if certain else None
-        if certain and state.awaiting:
-            plans.shortest_group = min(len(list(keys)) for _, keys in groupby(map(group_of, scan.keys)))
+    def plan(self, scanned: Sequence[RequestState]) -> None:
+        """Plan at the end of a step, oldest request first: for those that were looked up, and what is left of others.
 
-    def _promote(self, state: RequestState) -> bool:
+        A step deals with `MAX_PLANNED` keys, or what the first request can use; the rest waits for the next one.
+        """
+        for state in scanned:
+            asks = state.may_wait and (state.scan.found or state.wait.since is not None)
+            state.plans.scan = state.scan if asks and state.scan.keys else None
+            if not asks:
+                state.plans.outline = None
+        states = sorted({*self._unfinished, *scanned}, key=arrival)
+        self._unfinished = []
+        left = MAX_PLANNED
+        for position, state in enumerate(states):
+            if left <= 0:
+                self._unfinished += states[position:]
+                break
+            if state.plans.scan is not None:
+                left -= self._begin(state, state.plans.scan)
+            outline = state.plans.outline
+            if outline is None or not state.may_wait or (outline.is_done and state.awaiting):
+                continue
+            if len(state.awaiting) < MAX_PLANNED:
+                before = outline.num_planned
+                self._promote(state, outline, max(1, left))
+                left -= outline.num_planned - before
+            if not outline.is_done:
+                self._unfinished.append(state)
+
+    def _begin(self, state: RequestState, scan: Scan) -> int:
+        """Begin with what was looked up, behind what is leased or awaited already; return what that costs in keys."""
+        plans = state.plans
+        former, plans.scan = plans.outline, None
+        num_secured = len(state.lease.slots) + len(state.awaiting)
+        holds = former is not None and num_secured == plans.num_secured
+        if former is not None and holds and former.is_repeated_by(scan.keys, num_secured):
+            return 0
+        outline = plans.outline = make_outline(scan.keys, scan.found, scan.unresolved, state.context)
+        if former is not None and holds and outline.continues(former):
+            outline.num_planned = min(num_secured, len(outline.order))
+        return len(scan.keys) // _OUTLINED_PER_PLANNED
+
+    def _promote(self, state: RequestState, outline: Outline, most: int) -> None:
         flights, now = self._flights, self._clock()
         outlook = self._pace.outlook(now, state)
-        plan = plan_promotions(
-            state,
-            self._table,
-            self._leases.room(len(flights)),
-            self._prospect(state, outlook, now),
-            MAX_PLANNED,
-            late=flights.late,
-            held=self._leases.held,
-            queued=flights.queued,
-        )
+        room = self._leases.room(len(flights))
+        holdings = Holdings(self._table, room, flights.late, self._leases.held, flights.queued)
+        plan = plan_promotions(state, outline, holdings, self._prospect(state, outlook, now), most)
+        outline.num_planned = plan.num_planned
         if plan.waits or state.awaiting:
             self._leases.hold(state, plan.hits)
             flights.join(plan.joins, state)
@@ -90,13 +114,13 @@ class Promoter:
             for index, keys in plan.by_tier.items():
                 flights.queue(keys, state)
                 self._queues[index].add(keys, state, plan.gain, now + plan.computing)
+        state.plans.num_secured = len(state.lease.slots) + len(state.awaiting)
         self._give_up(state, plan.denied, "budget")
         self._give_up(state, plan.declined, "slower")
-        if not plan.waits and plan.is_whole and not state.scan.unresolved and not state.awaiting:
+        if not plan.waits and outline.is_done and outline.is_certain and not state.awaiting:
             self._waiting.stop(state, now)
         if state.lease.slots and not state.awaiting and state.lease.expires is None:
             self._leases.start_timeout(state, now)
-        return plan.is_whole
 
     def _note_plan(self, state: RequestState, plan: PromotionPlan) -> None:
         num_awaited = len(plan.joins) + sum(map(len, plan.by_tier.values()))
@@ -110,7 +134,15 @@ class Promoter:
             return None
         ready_in = {queue.guard.index: queue.speed.seconds(queue.num_queued, now) for queue in self._queues}
         per_block = {queue.guard.index: 1 / queue.speed.bandwidth for queue in self._queues}
-        return Prospect(*self._pace.block_seconds(state), ready_in, per_block, outlook)
+        waits_for = self._waits_for(state, now)
+        return Prospect(*self._pace.block_seconds(state), ready_in, per_block, outlook, waits_for)
+
+    def _waits_for(self, state: RequestState, now: float) -> float:
+        """Return the seconds until what the request awaits has arrived; 0 if it awaits nothing."""
+        if not state.awaiting:
+            return 0.0
+        asked = [queue for queue in self._queues if queue.guard.index in state.plans.asked]
+        return max([queue.speed.seconds(queue.num_up_to(state), now) for queue in asked], default=0.0)
 
     def _give_up(self, state: RequestState, keys: Sequence[OffloadKey], reason: str) -> None:
         """From now on these keys, for which there is no room or which are computed sooner, are misses for this one."""
@@ -122,23 +154,28 @@ class Promoter:
 
     def send(self) -> None:
         """Cancel what nobody waits for, and ask every tier for as much as keeps it busy, at the end of a step."""
-        self._num_planned = 0
         for queue in self._queues:
             if self._flights.unwanted_slots:
                 queue.guard.cancel_unwanted(self._flights.unwanted_slots)
             if queue.loads:
                 now = self._clock()
                 queue.arrange(self._flights.queued, now)
-                for load in list(queue.loads):
-                    while load.keys and queue.has_room(min(load.part, len(load.keys))):
+                most = queue.num_queued - MAX_ASKED
+                for load in queue.loads:
+                    while load.keys and queue.num_queued > most and queue.has_room(min(load.part, len(load.keys))):
                         self._ask(queue, load, now)
+                    if load.keys:
+                        break
+                queue.note_sent()
 
     def _ask(self, queue: LoadQueue, load: QueuedLoad, now: float) -> None:
         """Ask a tier for the next part of a load."""
         table, flights = self._table, self._flights
-        part = [key for key in queue.take(load) if key in flights.queued]
-        held = [key for key in part if key in table]  # somebody has stored it meanwhile: the next scan finds it there
-        if held:
+        part = queue.take(load)
+        if not all(map(flights.queued.__contains__, part)):
+            part = [key for key in part if key in flights.queued]
+        if not table.slot_of.keys().isdisjoint(part):
+            held = [key for key in part if key in table]  # somebody has stored them: the next scan finds them there
             flights.drop(held)
             part = [key for key in part if key in flights.queued]
         placement = self._place(part)
@@ -173,14 +210,9 @@ class Promoter:
         """Let a request go on with what has arrived if computing the rest takes less than waiting for it still does."""
         if not state.awaiting or not self._pace.is_known:
             return
-        ready_in = [
-            queue.speed.seconds(queue.num_up_to(state), now)
-            for queue in self._queues
-            if queue.guard.index in state.plans.asked
-        ]
         outlook = self._pace.outlook(now, state)
         saved = len(state.awaiting) * state.plans.block_seconds
-        if ready_in and outlook.cost(max(ready_in)) > outlook.gain(saved):
+        if outlook.cost(self._waits_for(state, now)) > outlook.gain(saved):
             rest = list(state.awaiting)
             self._flights.leave(state)
             self._give_up(state, rest, "slower")
@@ -223,6 +255,7 @@ class Promoter:
     ) -> None:
         """Make blocks that did not arrive misses; not final: who has come to wait since may ask for them again."""
         for state, theirs in self._flights.land(keys, slots).items():
+            self._drop_outline(state)
             if is_final:
                 state.plans.failed.update((guard.index, key) for key in theirs)
             self._end_wait(state)
@@ -253,22 +286,30 @@ class Promoter:
         plans.denied.clear()
         plans.asked.clear()
         plans.failed.clear()
-        plans.last = None
+        self._drop_outline(state)
+
+    def _drop_outline(self, state: RequestState) -> None:
+        """What was looked up would be answered otherwise now."""
+        state.plans.scan = state.plans.outline = None
 
     def forget_sources(self, state: RequestState) -> None:
         """Forget which tiers blocks came from: the cache was reset."""
         state.plans.sources.clear()
 
     def is_as_planned(self, state: RequestState, first_key: OffloadKey, shortest: int) -> bool:
-        """Return whether a scan from `first_key` on would meet the last plan, and nothing of it has arrived or failed.
+        """Return whether a scan from `first_key` on would be deferred, because what was planned is on its way.
 
         Args:
             shortest: least keys that the planned scan had in each KV group; else False.
         """
-        plans, awaiting = state.plans, state.awaiting
-        if not awaiting or not state.may_wait or plans.shortest_group < shortest:
+        scan, outline = state.plans.scan, state.plans.outline
+        if not state.may_wait:
             return False
-        return plans.last == (first_key, len(awaiting))
+        if scan is not None:
+            return not scan.unresolved and scan.keys[0] == first_key and shortest <= 1
+        if outline is None or not outline.is_certain or outline.shortest_group < shortest:
+            return False
+        return bool(state.awaiting or not outline.is_done) and outline.order[0] == first_key
 
     def check_invariants(self, requests: Iterable[RequestState]) -> None:
         """Raise InvariantError if flights, leases and requests contradict each other."""

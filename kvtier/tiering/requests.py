@@ -9,6 +9,7 @@ from kvtier.clock import Clock
 from kvtier.errors import InvariantError
 from kvtier.keys import OffloadKey
 from kvtier.primary.uses import Arrivals, RequestUses
+from kvtier.tiering.outline import Outline
 from kvtier.tiering.tiers import SecondaryTiers
 from kvtier.types import ReqContext
 
@@ -78,9 +79,9 @@ class Plans:
         denied: keys that no plan could place, or that are computed sooner than loaded.
         failed: (tier index, key) pairs whose promotion failed.
         sources: name of the tier that a promoted key came from.
-        last: first key of the scan that the last plan was made of, and how many keys were awaited then; None if that
-            scan left a probe unanswered.
-        shortest_group: least keys of a KV group in that scan.
+        scan: what was looked up last, if no plan has begun with it.
+        outline: the scan before that, as far as plans have come with it; None if nothing of it holds any more.
+        num_secured: keys that were leased or awaited after the last plan.
         asked: indices of the tiers that blocks were planned from; block_seconds: how long each of the blocks of the
             last plan takes to compute, on average.
     """
@@ -88,8 +89,9 @@ class Plans:
     denied: set[OffloadKey] = field(default_factory=set)
     failed: set[tuple[int, OffloadKey]] = field(default_factory=set)
     sources: dict[OffloadKey, str] = field(default_factory=dict)
-    last: tuple[OffloadKey, int] | None = None
-    shortest_group: int = 0
+    scan: Scan | None = None
+    outline: Outline | None = None
+    num_secured: int = 0
     asked: set[int] = field(default_factory=set)
     block_seconds: float = 0.0
 
@@ -196,14 +198,15 @@ class ScannedRequests:
 
     def take(self) -> list[RequestState]:
         """Return the requests, oldest first, and begin a new step."""
-        states = sorted(self._states, key=_arrival)
+        states = sorted(self._states, key=arrival)
         self._states.clear()
         self._found.clear()
         self._num_counted = 0
         return states
 
 
-def _arrival(state: RequestState) -> int:
+def arrival(state: RequestState) -> int:
+    """Return the place of a request in the order of arrival."""
     return state.arrival
 
 

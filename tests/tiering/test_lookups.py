@@ -3,7 +3,7 @@
 from engine import make_keys
 
 from kvtier.events import RequestGaveUp, TierState
-from kvtier.tiering.planning import split_scan
+from kvtier.tiering.outline import split_scan
 from kvtier.types import LookupResult, Medium, ScheduleEndContext, TierFilter, TierMatcher
 
 HIT, MISS, PENDING, RETRY = LookupResult.HIT, LookupResult.MISS, LookupResult.HIT_PENDING, LookupResult.RETRY

@@ -1,0 +1,100 @@
+"""A step plans a bounded number of blocks, however long a prompt is and however many requests wait."""
+
+from engine import make_keys, payload
+
+from kvtier.tiering.outline import MANY_KEYS, split_scan
+from kvtier.tiering.promotion import MAX_ASKED, MAX_PLANNED
+from kvtier.types import LookupResult
+
+HIT, MISS, PENDING = LookupResult.HIT, LookupResult.MISS, LookupResult.HIT_PENDING
+
+
+def num_asked(tier, first=0):
+    return sum(len(job.keys) for job in tier.loads[first:])
+
+
+def test_a_long_prompt_is_planned_step_by_step_and_looked_up_once(make_engine):
+    keys = make_keys(3000)
+    engine = make_engine(num_blocks=4096)
+    engine.plant(keys)
+    context = engine.request()
+    assert engine.scan(keys, context) == [PENDING] * 3000
+    num_steps = 0
+    while not num_steps or engine.manager.is_still_deferred(keys[0], context):
+        num_jobs = len(engine.tier.loads)
+        engine.step()
+        num_steps += 1
+        assert num_asked(engine.tier, num_jobs) <= MAX_ASKED + 64
+        assert num_steps < 100
+    assert num_steps >= 3000 // MAX_PLANNED
+    assert [key for job in engine.tier.loads for key in job.keys] == keys  # head first
+    assert engine.hits(keys, context) == 3000
+    assert engine.load(keys, context) == [payload(key) for key in keys]
+
+
+def test_what_a_slow_tier_is_to_bring_is_planned_as_it_arrives(make_engine):
+    keys = make_keys(3000)
+    engine = make_engine(num_blocks=4096)
+    engine.plant(keys)
+    engine.tier.auto = False
+    context = engine.request()
+    engine.scan(keys, context)
+    for _ in range(20):
+        engine.step()
+        assert engine.manager.is_still_deferred(keys[0], context)
+    assert num_asked(engine.tier) <= 2 * MAX_PLANNED
+    engine.manager.on_request_finished(context)  # gives up what waits, which is little
+    engine.step()
+    assert not engine.manager.has_pending_work()
+
+
+def test_the_oldest_requests_are_planned_first_and_the_others_in_the_next_steps(make_engine):
+    engine = make_engine(num_blocks=4096)
+    prompts = [make_keys(200, f"prompt {number}") for number in range(8)]
+    contexts = [engine.request(f"r{number}") for number in range(8)]
+    for keys in prompts:
+        engine.plant(keys)
+    for keys, context in reversed(list(zip(prompts, contexts, strict=True))):
+        assert engine.scan(keys, context) == [PENDING] * 200
+    order = []
+    for _ in range(20):
+        num_jobs = len(engine.tier.loads)
+        engine.step()
+        assert num_asked(engine.tier, num_jobs) <= MAX_ASKED + 64
+        order += [job.req_context.req_id for job in engine.tier.loads[num_jobs:]]
+    assert list(dict.fromkeys(order)) == [context.req_id for context in contexts]
+    for keys, context in zip(prompts, contexts, strict=True):
+        assert engine.hits(keys, context) == 200
+
+
+def test_a_prompt_whose_middle_fails_is_looked_up_again_at_once(make_engine):
+    keys = make_keys(1200)
+    engine = make_engine(num_blocks=4096)
+    engine.plant(keys)
+    engine.tier.fail = {keys[700]}
+    context = engine.request()
+    assert engine.wait_hits(keys, context, steps=100) == 700
+
+
+def test_a_prompt_that_has_grown_is_planned_behind_what_it_has(make_engine):
+    keys = make_keys(900)
+    engine = make_engine(num_blocks=4096)
+    engine.plant(keys[:600])
+    engine.tier.auto = False
+    context = engine.request()
+    engine.scan(keys, context)
+    for _ in range(4):
+        engine.step()
+    engine.plant(keys[600:])
+    engine.tier.auto = True
+    for job in list(engine.tier.waiting):
+        engine.tier.finish(job)
+    assert engine.wait_hits(keys, context, steps=100) == 900
+    assert num_asked(engine.tier) == 900  # nothing is read twice
+
+
+def test_groups_of_a_long_scan_are_found_without_a_look_at_each_key():
+    full, window = make_keys(MANY_KEYS, group=0), make_keys(100, group=1)[::-1]
+    assert split_scan([*full, *window]) == [full, window]
+    assert split_scan(full + full[:10]) == [full[:10]]  # it has started over
+    assert split_scan([*full, *window, *full[:10]]) == [full[:10], window]
