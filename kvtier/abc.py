@@ -286,6 +286,7 @@ class TierContext:
         clock, observer: time, and where events go.
         tokens_per_block: tokens in one offloaded block, for predictions.
         policies: eviction policies by name, in addition to the built-in ones.
+        retain_share: share of a tier's slots that blocks may hold which hints ask to keep, 0 to 1.
         inline_io: run stores on the caller's thread when the tier is polled: deterministic, for tests, manual
             clocks and the simulator.
     """
@@ -296,6 +297,7 @@ class TierContext:
     observer: Observer = field(default_factory=NullObserver)
     tokens_per_block: int = 0
     policies: Mapping[str, type[EvictionPolicy]] = field(default_factory=dict)
+    retain_share: float = 0.25
     inline_io: bool = False
 
 

@@ -202,6 +202,15 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     promotion_budget: Annotated[
         _Share, msgspec.Meta(description="share of host memory that blocks on their way up may take")
     ] = TieringSettings.promotion_budget
+    retain_share: Annotated[
+        float,
+        msgspec.Meta(
+            ge=0,
+            le=1,
+            description="share of host memory, and of each tier with an index, that blocks may hold which requests ask"
+            " to keep for a time by a hint; 0 for none",
+        ),
+    ] = TieringSettings.retain_share
     prefill_rate: Annotated[
         Seconds | None,
         msgspec.Meta(
@@ -252,6 +261,7 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             tier_deadline=self.tier_deadline,
             promotion_budget=self.promotion_budget,
             prefill_rate=self.prefill_rate,
+            retain_share=self.retain_share,
             tokens_per_block=tokens_per_block,
             on_reset=self.on_reset,
             kv_events=kv_events,

@@ -101,6 +101,13 @@ class PolicySwitched(NamedTuple):
     chosen_rate: float
 
 
+class HintIgnored(NamedTuple):
+    """A request's hint was malformed; logged once, counted, and the request goes on without it."""
+
+    req_id: str
+    fault: str
+
+
 class UnexpectedCall(NamedTuple):
     """A completion, or a tier's result, that nothing waited for: counted, never raised."""
 
@@ -119,6 +126,7 @@ Event = (
     | RequestGaveUp
     | CacheReset
     | PolicySwitched
+    | HintIgnored
     | UnexpectedCall
 )
 

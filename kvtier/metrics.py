@@ -20,6 +20,7 @@ from kvtier.events import (
     CacheReset,
     CascadeRefused,
     Event,
+    HintIgnored,
     JobFinished,
     PolicySwitched,
     RequestGaveUp,
@@ -131,6 +132,7 @@ _OF_REQUESTS = (
         "Requests that stopped waiting: deadline, budget, probe or slower", "requests_gave_up"),
     _on(RequestGaveUp, lambda event: ((event.reason, event.num_blocks),), "gave_up_blocks", _REASON,
         "Blocks that requests stopped waiting for"),
+    _on(HintIgnored, lambda event: (("", 1),), "ignored_hints", (), "Requests whose hint was malformed"),
 )  # fmt: skip
 
 _OF_BLOCKS = (
@@ -142,6 +144,7 @@ _OF_BLOCKS = (
     _gauge(_OWN, "bytes", "Bytes held; where the capacity counts headers, keys or folders, they are counted here, too"),
     _gauge(_OWN, "capacity_blocks", "Blocks that fit"),
     _gauge(_OWN, "capacity_bytes", "The most that bytes held may become"),
+    _gauge(_OWN, "kept_blocks", "Blocks that a hint keeps for a time; no victims until then"),
     _gauge(_MANAGER, "quarantined_blocks", "Slots of host memory that a late copy may still touch"),
     _gauge(_OWN, "prepared_share", "Share of a disk's space that is allocated ahead of use, 0 to 1"),
 )  # fmt: skip

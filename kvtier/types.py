@@ -77,7 +77,8 @@ class ReqContext:
 
     Attributes:
         req_id: unique among live requests.
-        kv_transfer_params: what the client sent for the transfer layer, unread by kvtier.
+        kv_transfer_params: what the client sent for the transfer layer; kvtier reads the hint in it, see
+            `kvtier.hints`.
         load_tier_filter: which secondary tiers the request may load from.
         num_prompt_tokens: length of the prompt, for `prompt_only` admission; None treats every block as prompt.
     """

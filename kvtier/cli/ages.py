@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
-
 from kvtier.errors import ConfigError
+from kvtier.hints import parse_duration
 
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _UNITS = (("day", 86400), ("hour", 3600), ("minute", 60))
-_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([smhdw])\s*")
 
 
 def parse_age(name: str, text: str) -> float:
@@ -21,9 +18,8 @@ def parse_age(name: str, text: str) -> float:
     Raises:
         ConfigError: `text` has another form, or is zero.
     """
-    match = _PATTERN.fullmatch(text)
-    seconds = float(match[1]) * _SECONDS[match[2]] if match else 0.0
-    if seconds <= 0:
+    seconds = parse_duration(text)
+    if not seconds:
         raise ConfigError(name, text, 'a time like "7d" expected: s, m, h, d or w after a number above zero')
     return seconds
 

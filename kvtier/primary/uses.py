@@ -12,6 +12,7 @@ from collections.abc import Callable, Container, Set
 from itertools import chain
 
 from kvtier.clock import Clock
+from kvtier.hints import NO_HINT, Hint
 from kvtier.keys import OffloadKey
 from kvtier.primary.table import BlockTable
 
@@ -38,12 +39,13 @@ class RequestUses:
 
     Attributes:
         came: when the request came, in seconds: policies know it by that.
+        request: its name; hint: what its caller said of its blocks.
     """
 
-    __slots__ = ("_aside", "_early", "_held", "_named", "came")
+    __slots__ = ("_aside", "_early", "_held", "_named", "came", "hint", "request")
 
-    def __init__(self, came: float) -> None:
-        self.came = came
+    def __init__(self, came: float, request: str = "", hint: Hint = NO_HINT) -> None:
+        self.came, self.request, self.hint = came, request, hint
         self._held: dict[OffloadKey, bool] = {}
         self._aside: list[Keys] = []
         self._early: set[OffloadKey] = set()

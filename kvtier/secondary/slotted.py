@@ -16,6 +16,7 @@ from kvtier.eviction.shadow_report import ShadowReport
 from kvtier.executors.base import Report
 from kvtier.executors.protocol import IndexBatch, IndexEnd, PartResult, Prepared, Ready
 from kvtier.keys import OffloadKey
+from kvtier.primary.retention import Retention, num_kept
 from kvtier.primary.table import BlockTable
 from kvtier.secondary.jobs import MovingJob
 from kvtier.secondary.store_tier import StoreTierManager, TierSettings
@@ -62,7 +63,8 @@ class SlottedTierManager(StoreTierManager):
         super().__init__(offloading_spec, primary_kv_view, tier_type, store=store, options=options, settings=settings)
         self._policy = find_policy(eviction_policy, self.context.policies)
         self._table: BlockTable | None = None
-        self._uses = TierUses(self.context.clock)
+        clock = self.context.clock
+        self._uses = TierUses(clock, Retention(clock, self.context.retain_share))
         self._events: deque[OffloadingEvent] = deque(maxlen=_MAX_EVENTS)
         self._full_until = -math.inf
         self._prepared: Prepared | None = None
@@ -120,6 +122,7 @@ class SlottedTierManager(StoreTierManager):
             "bytes": blocks * self.block_bytes,
             "capacity_blocks": capacity,
             "capacity_bytes": capacity * self.block_bytes,
+            "kept_blocks": 0 if self._table is None else num_kept(self._table),
         }
 
     def check_invariants(self) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from kvtier.errors import ConfigError
 from kvtier.events import Observer, Observers
 from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
+from kvtier.primary.retention import Retention
 from kvtier.registry import POLICIES
 from kvtier.simulator.devices import DeviceSpeed, SimulatedClock
 from kvtier.simulator.tiers import SimulatedTierManager
@@ -18,7 +19,7 @@ from kvtier.tiering.settings import TieringSettings
 from kvtier.types import Admission
 
 DISK = "disk"
-SIMULATED_OPTIONS = ("load_deadline", "lease_timeout", "tier_deadline", "promotion_budget")
+SIMULATED_OPTIONS = ("load_deadline", "lease_timeout", "tier_deadline", "promotion_budget", "retain_share")
 """Keys of the engine's configuration that a replay obeys, beside those that `Setup` and `Machine` have fields for."""
 
 
@@ -149,6 +150,7 @@ class SimulatedEngine:
                 speed=machine.disk,
                 clock=self.clock,
                 observer=observers,
+                retention=Retention(self.clock, setup.settings.retain_share),
             )
             self.tiers.append(disk)
         self.manager = TieringOffloadingManager(

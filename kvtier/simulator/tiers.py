@@ -13,6 +13,7 @@ from kvtier.abc import EvictionPolicy, SecondaryTierManager
 from kvtier.clock import Clock
 from kvtier.events import BlocksEvicted, Observer
 from kvtier.keys import OffloadKey
+from kvtier.primary.retention import Retention
 from kvtier.primary.table import BlockTable
 from kvtier.secondary.store_tier import TierSettings
 from kvtier.secondary.tier_uses import TierUses
@@ -70,6 +71,7 @@ class SimulatedTierManager(SecondaryTierManager):
         speed: DeviceSpeed,
         clock: Clock,
         observer: Observer,
+        retention: Retention,
     ) -> None:
         """Args:
         policy: empty; its capacity is the tier's, in blocks.
@@ -77,7 +79,7 @@ class SimulatedTierManager(SecondaryTierManager):
         """
         super().__init__(None, primary_kv_view, name)
         self.table = BlockTable(policy.capacity, policy)
-        self._uses = TierUses(clock)
+        self._uses = TierUses(clock, retention)
         self.device: Device[SimulatedJob] = Device(speed, clock)
         self._block_bytes = block_bytes
         self._clock, self._observer = clock, observer

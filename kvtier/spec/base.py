@@ -90,6 +90,7 @@ class ArenaSpec(OffloadingSpec):
             clock=clock,
             observer=self.observers,
             tokens_per_block=self.tokens_per_block,
+            retain_share=self.user_config.retain_share,
             inline_io=inline_io,
         )
         name = self.user_config.eviction_policy

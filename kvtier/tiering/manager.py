@@ -16,11 +16,23 @@ from typing import Protocol
 from kvtier import forks
 from kvtier.abc import OffloadingManager, SecondaryTierManager
 from kvtier.clock import Clock, monotonic_clock
-from kvtier.events import BlocksEvicted, BlocksLoaded, BlocksStored, CacheReset, Observer, Observers, TierState
+from kvtier.events import (
+    BlocksEvicted,
+    BlocksLoaded,
+    BlocksStored,
+    CacheReset,
+    HintIgnored,
+    Observer,
+    Observers,
+    TierState,
+)
 from kvtier.eviction.shadow_report import ShadowReport
+from kvtier.hints import Hint, read_hint
 from kvtier.keys import OffloadKey
+from kvtier.log import logger
 from kvtier.metrics import EventCounters, tier_readings
 from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
+from kvtier.primary.retention import Retention, num_kept
 from kvtier.primary.uses import RequestUses
 from kvtier.secondary.jobs import Job
 from kvtier.tiering.audit import check_slots
@@ -132,11 +144,21 @@ class TieringOffloadingManager(OffloadingManager):
         self._pace = Pace(settings)
         self._waiting = Waiting(table, guards, self._flights, leases, self._pace, settings, clock, observer)
         self._lookups = Lookups(table, guards, self._flights, self._waiting)
+        self._retention = Retention(clock, settings.retain_share)
         self._promoter = Promoter(
-            table, guards, self._flights, leases, self._waiting, self._pace, self._primary.block_bytes, clock, observer
+            table,
+            guards,
+            self._flights,
+            leases,
+            self._waiting,
+            self._pace,
+            self._retention,
+            self._primary.block_bytes,
+            clock,
+            observer,
         )
         self._cascades = Cascades(table, guards, self._primary.block_bytes, clock, observer)
-        self._note_use = Usage(self._table, self._tiers, self._cascades).note
+        self._note_use = Usage(self._table, self._tiers, self._cascades, self._retention).note
         self._scanned = ScannedRequests()
         self._polled = False
         self._current: ReqContext | None = None
@@ -272,6 +294,7 @@ class TieringOffloadingManager(OffloadingManager):
                 [key for key in dict.fromkeys(ordered) if key in slot_of], req_context, state.uses, all_held=True
             )
         spared: tuple[Set[OffloadKey], ...] = ()
+        self._retention.serve(self._table, state.uses)
         if len(ordered) > self._table.num_free:
             spared = (state.uses.own, self._scanned.found_by_waiting())
             self._table.touch((), state.uses.came)  # says whose blocks the victims are to make room for
@@ -315,9 +338,19 @@ class TieringOffloadingManager(OffloadingManager):
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         """Learn of a request; REQUEST_LEVEL if any tier wants all of its blocks."""
         state = self._requests.open(req_context)
+        state.uses.hint = self._read_hint(req_context)
         state.request_level_tiers = self._tiers.announce(req_context)
         wanted = OffloadPolicy.REQUEST_LEVEL if state.request_level_tiers else OffloadPolicy.BLOCK_LEVEL
         return RequestOffloadingContext(wanted)
+
+    def _read_hint(self, req_context: ReqContext) -> Hint:
+        """Return the request's hint; one that is malformed is counted, and the first one is logged."""
+        hint, fault = read_hint(req_context.kv_transfer_params)
+        if fault:
+            if not self._counters.snapshot().get("ignored_hints"):
+                logger.warning("kvtier: the hint of a request is ignored, as all are that are malformed: %s", fault)
+            self._observer.on_event(HintIgnored(req_context.req_id, fault))
+        return hint
 
     @in_turn
     def on_request_finished(self, req_context: ReqContext) -> None:
@@ -330,6 +363,7 @@ class TieringOffloadingManager(OffloadingManager):
         self._current = None
         self._promoter.let_go(state)
         self._lookups.end_scan(state)
+        self._retention.serve(self._table, state.uses)
         self._table.settle(state.uses.in_order(req_context.get_offload_key_position))
         self._requests.close(state)
 
@@ -418,6 +452,7 @@ class TieringOffloadingManager(OffloadingManager):
             "bytes": len(table) * block_bytes,
             "capacity_blocks": table.num_slots,
             "capacity_bytes": table.num_slots * block_bytes,
+            "kept_blocks": num_kept(table),
             "quarantined_blocks": table.num_quarantined,
         }
         counted = self._counters.snapshot()

@@ -8,6 +8,7 @@ from kvtier.clock import Clock
 from kvtier.errors import KeyFormatError
 from kvtier.events import BlocksEvicted, BlocksStored, Observer, RequestGaveUp
 from kvtier.keys import OffloadKey
+from kvtier.primary.retention import Retention
 from kvtier.primary.table import BlockTable, Placement
 from kvtier.secondary.jobs import Job
 from kvtier.tiering.estimate import Outlook
@@ -43,12 +44,13 @@ class Promoter:
         leases: Leases,
         waiting: Waiting,
         pace: Pace,
+        retention: Retention,
         block_bytes: int,
         clock: Clock,
         observer: Observer,
     ) -> None:
-        """Args: table: of the primary tier; guards: of the secondary tiers."""
-        self._table = table
+        """Args: table, retention: of the primary tier; guards: of the secondary tiers."""
+        self._table, self._retention = table, retention
         self._queues = [LoadQueue(guard, block_bytes) for guard in guards]
         self._flights, self._leases, self._waiting, self._pace = flights, leases, waiting, pace
         self._clock, self._observer = clock, observer
@@ -178,6 +180,7 @@ class Promoter:
             held = [key for key in part if key in table]  # somebody has stored them: the next scan finds them there
             flights.drop(held)
             part = [key for key in part if key in flights.queued]
+        self._retention.serve(table, load.state.uses)
         placement = self._place(part)
         if len(placement.keys) < len(part):
             for state, keys in flights.drop([*part[len(placement.keys) :], *load.keys]).items():

@@ -239,7 +239,8 @@ class Requests:
             self._tiers.forget(former.context)  # its last copies go on under another request of that name
         self._arrivals += 1
         tiers = self._tiers.allowed(context.load_tier_filter)
-        state = RequestState(context, self._arrivals, RequestUses(self._times.next()), tiers)
+        uses = RequestUses(self._times.next(), context.req_id)
+        state = RequestState(context, self._arrivals, uses, tiers)
         if former is not None:
             state.copies = former.copies
         self._by_id[context.req_id] = state

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from kvtier.eviction.retention import DEFAULT_RETAIN_SHARE
 from kvtier.tiering.estimate import DOUBLING_TOKENS
 
 
@@ -33,6 +34,7 @@ class TieringSettings:
         measures_prefill: whether the time between steps is what the engine computes; not so in a simulation.
         tokens_per_block: tokens in one offloaded block; 0 if unknown: then nothing is said of computing, and all
             that a tier has is waited for.
+        retain_share: share of a tier's slots that blocks may hold which hints ask to keep, 0 to 1.
         on_reset: whether a reset starts a new epoch.
         kv_events: whether `take_events` collects events.
     """
@@ -47,6 +49,7 @@ class TieringSettings:
     prefill_doubling: float = DOUBLING_TOKENS
     measures_prefill: bool = True
     tokens_per_block: int = 0
+    retain_share: float = DEFAULT_RETAIN_SHARE
     on_reset: ResetPolicy = ResetPolicy.NEW_EPOCH
     kv_events: bool = False
 

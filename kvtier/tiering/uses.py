@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvtier.keys import OffloadKey
+from kvtier.primary.retention import Retention
 from kvtier.primary.table import BlockTable
 from kvtier.primary.uses import RequestUses
 from kvtier.tiering.cascades import Cascades
@@ -13,9 +14,9 @@ from kvtier.types import ReqContext
 class Usage:
     """Reports uses to the primary's policy, to the secondary tiers and to `second_touch` admission."""
 
-    def __init__(self, table: BlockTable, tiers: SecondaryTiers, cascades: Cascades) -> None:
-        """Args: table: of the primary tier."""
-        self._table, self._tiers, self._cascades = table, tiers, cascades
+    def __init__(self, table: BlockTable, tiers: SecondaryTiers, cascades: Cascades, retention: Retention) -> None:
+        """Args: table, retention: of the primary tier."""
+        self._table, self._tiers, self._cascades, self._retention = table, tiers, cascades, retention
 
     def note(self, keys: list[OffloadKey], req_context: ReqContext, uses: RequestUses, all_held: bool = False) -> None:
         """Count one use of `keys`, in prefix order, each of them once.
@@ -26,6 +27,7 @@ class Usage:
         """
         counted, fresh = uses.count(keys, None if all_held else self._table.slot_of)
         if counted:
+            self._retention.serve(self._table, uses)
             self._table.touch(counted, uses.came)
         if fresh:
             self._tiers.touch(fresh, req_context)

@@ -24,8 +24,8 @@ def rig(request, tmp_path):
     rig.close()
 
 
-def begin(rig, name):
-    rig.request = ReqContext(name)
+def begin(rig, name, **hint):
+    rig.request = ReqContext(name, kv_transfer_params={"kvtier": hint} if hint else None)
     rig.tier.on_new_request(rig.request)
 
 
@@ -95,3 +95,16 @@ def test_a_block_counts_one_use_for_a_request(rig, monkeypatch):
     rig.store(range(4))
     rig.tier.touch([make_key(number) for number in range(4)], rig.request)
     assert sorted(used) == sorted(make_key(number) for number in range(4))
+
+
+def test_a_block_that_a_hint_keeps_stays(rig):
+    begin(rig, "keeps", retain="1h")
+    rig.store(range(60, 64))
+    rig.tier.on_request_finished(rig.request)
+    assert rig.tier.get_stats()["kept_blocks"] == 4
+    num_slots = sum(table.num_slots for table in tables(rig))
+    for number in range(1000, 1000 + 2 * num_slots, 8):
+        begin(rig, f"stores {number}")
+        rig.store(range(number, number + 8))
+        rig.tier.on_request_finished(rig.request)
+    assert all(rig.lookup(number) is LookupResult.HIT for number in range(60, 64))

@@ -9,6 +9,7 @@ import pytest
 from kvtier.simulator.formats import load_trace
 from kvtier.simulator.replay import Replay
 from kvtier.simulator.setup import Machine, Setup
+from kvtier.tiering.settings import TieringSettings
 
 DATA = Path(__file__).parents[1] / "data"
 AT_ONCE = Machine(prefill_rate=1e15, disk_read=1e18, disk_write=1e18, disk_latency=0)
@@ -68,7 +69,7 @@ def test_both_tiers_hit_what_an_independent_replay_hits(name, disk_share):
     trace = replace(trace, requests=one_by_one)
     memory_blocks = 1 + max(len(request.keys) for request in trace.requests)
     disk_blocks = int(memory_blocks * disk_share)
-    setup = Setup("lru", memory_blocks, disk_blocks, 64, promotion_budget=1.0, predicts=False)
+    setup = Setup("lru", memory_blocks, disk_blocks, 64, settings=TieringSettings(promotion_budget=1.0), predicts=False)
     run = Replay(trace, setup, AT_ONCE)
     run.run()
     hits = [(o.by_source.get("primary", 0), o.by_source.get("disk", 0)) for o in run.outcomes]

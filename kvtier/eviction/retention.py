@@ -1,0 +1,319 @@
+"""Retention: blocks of which a caller said something, in front of, behind and beside the order of a policy.
+
+The policy keeps what nobody said anything of, and does not know of the rest. Victims are, in this order: blocks that
+are not needed any more, those of low priority, the policy's, those of high priority. Blocks to be kept for a time are
+no victims; they hold at most a share of the capacity. Within a priority the block whose last use is oldest goes first.
+
+Its weakness: a policy that learns does not see the uses of these blocks.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from heapq import heappop, heappush
+from itertools import chain
+
+from kvtier.abc import EvictionPolicy
+from kvtier.errors import InvariantError
+from kvtier.hints import NO_HINT, Hint, Priority
+from kvtier.keys import OffloadKey
+
+DEFAULT_RETAIN_SHARE = 0.25
+
+
+class Rank(IntEnum):
+    """Where a block stands: the first give way first. A use may raise a block, and never lowers it."""
+
+    OVER = 0
+    """Its session has ended, or the time for which it was kept."""
+    LOW = 1
+    NORMAL = 2
+    """The policy's."""
+    HIGH = 3
+    KEPT = 4
+
+
+_RANK_OF = {Priority.LOW: Rank.LOW, Priority.NORMAL: Rank.NORMAL, Priority.HIGH: Rank.HIGH}
+
+
+@dataclass(slots=True)
+class _Held:
+    """A block that is not the policy's.
+
+    Attributes:
+        until: second of the clock from which on it is no more than `after`; None for no end.
+        came: time of the request that used it last, as policies know it.
+        after: what uses by requests that did not ask to keep it made of it.
+    """
+
+    rank: Rank
+    came: float
+    until: int | None = None
+    after: Rank = Rank.OVER
+
+
+class RetentionPolicy(EvictionPolicy):
+    """A policy, and the blocks that hints take out of its hands.
+
+    `serve` says whose calls follow. All methods but `serve` are those of a policy.
+
+    Attributes:
+        inner: the policy of the blocks of rank NORMAL.
+    """
+
+    def __init__(self, inner: EvictionPolicy, share: float = DEFAULT_RETAIN_SHARE) -> None:
+        """Args: inner: may hold keys; share: of the capacity that kept blocks may hold, 0 to 1."""
+        super().__init__(inner.capacity)
+        self.inner = inner
+        self._most_kept = int(inner.capacity * share)
+        self._orders: dict[Rank, OrderedDict[OffloadKey, None]] = {
+            rank: OrderedDict() for rank in Rank if rank is not Rank.NORMAL
+        }
+        self._held: dict[OffloadKey, _Held] = {}
+        self._ending: dict[int, dict[OffloadKey, None]] = {}
+        """Keys by the second in which their time ends: a later use moves them, so that nothing piles up."""
+        self._seconds: list[int] = []
+        """A heap of the keys of `_ending`."""
+        self._owner_of: dict[OffloadKey, str] = {}
+        self._owned: dict[str, dict[OffloadKey, None]] = {}
+        """Blocks that only one session has used so far, for sessions that say what they are."""
+        self._hint, self._owner, self._now = NO_HINT, "", 0.0
+
+    @property
+    def num_kept(self) -> int:
+        """Blocks that are kept for a time."""
+        return len(self._orders[Rank.KEPT])
+
+    def serve(self, hint: Hint, request: str, now: float) -> None:
+        """What follows is for this request.
+
+        Args:
+            request: its name, which stands for its session if the hint has none.
+            now: seconds of a clock that does not go back.
+        """
+        self._hint, self._now = hint, now
+        self._owner = f"s {hint.session}" if hint.session is not None else f"r {request}"
+        if self._seconds and self._seconds[0] <= now:
+            self._end_times()
+
+    # -- uses ---------------------------------------------------------------------------------------------
+
+    def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
+        """Hold `keys` as the request's hint wants it."""
+        if self._hint.session is not None or self._hint.ended:
+            self._owner_of.update(dict.fromkeys(keys, self._owner))
+            self._owned.setdefault(self._owner, {}).update(dict.fromkeys(keys))
+        self._place([(key, None) for key in keys], now)
+
+    def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
+        """Count one use: of the policy's blocks there, of others by putting them last in their order."""
+        if self._owner_of:
+            self._share_with(keys)
+        if not keys or (not self._held and self._asks_for(Rank.OVER) <= Rank.NORMAL and self._hint.retain is None):
+            self.inner.touch(keys, now)
+            return
+        ranks = [(key, held.rank if (held := self._held.get(key)) is not None else Rank.NORMAL) for key in keys]
+        self._place([(key, rank) for key, rank in ranks if rank is not Rank.NORMAL or key in self.inner], now)
+
+    def _asks_for(self, rank: Rank) -> Rank:
+        return max(rank, _RANK_OF[self._hint.priority])
+
+    def _place(self, keys: Sequence[tuple[OffloadKey, Rank | None]], now: float) -> None:
+        """Count a use of keys, given with their rank (None if they are new), and put them where they belong now."""
+        hint, room = self._hint, self._most_kept - self.num_kept
+        until = None if hint.retain is None else int(self._now + hint.retain) + 1
+        inserted: list[OffloadKey] = []
+        touched: list[OffloadKey] = []
+        taken: list[OffloadKey] = []
+        placed: list[tuple[OffloadKey, Rank]] = []
+        for key, rank in keys:
+            new = self._asks_for(Rank.OVER if rank is None else rank)
+            if until is not None and rank is not Rank.KEPT and room > 0:
+                new, room = Rank.KEPT, room - 1
+            if new is not Rank.NORMAL:
+                placed.append((key, new))
+                if rank is Rank.NORMAL:
+                    taken.append(key)
+            else:
+                (touched if rank is Rank.NORMAL else inserted).append(key)
+        formerly = frozenset(taken)
+        if taken:
+            self.inner.remove(taken)
+        for key, new in reversed(placed):
+            self._hold(key, new, until, now, key in formerly)
+        if inserted:
+            self._drop(inserted)
+            self.inner.insert(inserted, now)
+        if touched:
+            self.inner.touch(touched, now)
+
+    def _hold(self, key: OffloadKey, rank: Rank, until: int | None, now: float, was_the_policys: bool) -> None:
+        held = self._held.get(key)
+        if held is None:
+            held = self._held[key] = _Held(rank, now, after=Rank.NORMAL if was_the_policys else Rank.OVER)
+        else:
+            del self._orders[held.rank][key]
+            held.rank, held.came = rank, now
+        self._orders[rank][key] = None
+        if until is None:
+            held.after = self._asks_for(held.after)
+        elif held.until is not None or rank is Rank.KEPT or held.after is not Rank.HIGH:
+            self._set_end(key, held, max(until, held.until or 0))
+
+    def _set_end(self, key: OffloadKey, held: _Held, until: int | None) -> None:
+        if held.until is not None:
+            del self._ending[held.until][key]
+        held.until = until
+        if until is not None:
+            if until not in self._ending:
+                self._ending[until] = {}
+                heappush(self._seconds, until)
+            self._ending[until][key] = None
+
+    def _end_times(self) -> None:
+        """Let go of blocks whose time is over: most are not needed any more, others were used by others, too."""
+        normal: dict[float, list[OffloadKey]] = {}
+        while self._seconds and self._seconds[0] <= self._now:
+            for key in self._ending.pop(heappop(self._seconds)):
+                held = self._held[key]
+                held.until = None
+                if held.after is Rank.NORMAL:
+                    normal.setdefault(held.came, []).append(key)
+                else:
+                    del self._orders[held.rank][key]
+                    held.rank = held.after
+                    self._orders[held.rank][key] = None
+        for came, keys in normal.items():
+            self._drop(keys)
+            self.inner.insert(keys[::-1], came)  # they were put down tail first
+
+    # -- sessions -----------------------------------------------------------------------------------------
+
+    def _share_with(self, keys: Iterable[OffloadKey]) -> None:
+        """Blocks of another session are no longer its own."""
+        for key in keys:
+            owner = self._owner_of.get(key)
+            if owner is not None and owner != self._owner:
+                self._disown(key)
+
+    def _disown(self, key: OffloadKey) -> None:
+        owner = self._owner_of.pop(key, None)
+        if owner is not None:
+            owned = self._owned[owner]
+            del owned[key]
+            if not owned:
+                del self._owned[owner]
+
+    def _end_session(self) -> None:
+        """Nobody needs the session's own blocks any more; the blocks that it shares stay what they are."""
+        own = self._owned.pop(self._owner, {})
+        theirs = [key for key in own if key not in self._held]
+        if theirs:
+            self.inner.remove(theirs)
+        for key in reversed(own):
+            del self._owner_of[key]
+            held = self._held.setdefault(key, _Held(Rank.OVER, 0.0))
+            self._set_end(key, held, None)
+            self._orders[held.rank].pop(key, None)
+            held.rank = held.after = Rank.OVER
+            self._orders[Rank.OVER][key] = None
+
+    # -- victims ------------------------------------------------------------------------------------------
+
+    def candidates(self, incoming: Sequence[OffloadKey] = ()) -> Iterator[OffloadKey]:
+        """Yield victims rank by rank; the kept ones only where nothing comes in, that is, where all are asked for."""
+        orders = self._orders
+        if not self._held:
+            return self.inner.candidates(incoming)
+        return chain(orders[Rank.OVER], orders[Rank.LOW], self._others(incoming))
+
+    def _others(self, incoming: Sequence[OffloadKey]) -> Iterator[OffloadKey]:
+        num_left = len(self.inner)
+        # A policy may value its blocks above those that come; it cannot know that those are of high priority.
+        for key in self.inner.candidates(incoming if self._hint.priority is not Priority.HIGH else ()):
+            num_left -= 1
+            yield key
+        if num_left <= 0:
+            yield from self._orders[Rank.HIGH]
+            if not incoming:
+                yield from self._orders[Rank.KEPT]
+
+    def settle(self, keys: Sequence[OffloadKey]) -> None:
+        """Put `keys` in order, each within its rank; their time, if they have one, begins anew. A session may end."""
+        if not self._held:
+            self.inner.settle(keys)
+        else:
+            self.inner.settle([key for key in keys if key not in self._held])
+            retain = self._hint.retain
+            for key in reversed(keys):
+                held = self._held.get(key)
+                if held is not None:
+                    self._orders[held.rank].move_to_end(key)
+                    if retain is not None and held.until is not None:
+                        self._set_end(key, held, max(held.until, int(self._now + retain) + 1))
+        if self._hint.ended:
+            self._end_session()
+
+    def evict(self, keys: Sequence[OffloadKey]) -> None:
+        """Stop holding `keys`; the policy may remember its own."""
+        self.inner.evict(self._theirs(keys))
+
+    def remove(self, keys: Sequence[OffloadKey]) -> None:
+        """Stop holding `keys` and forget them."""
+        self.inner.remove(self._theirs(keys))
+
+    def _theirs(self, keys: Sequence[OffloadKey]) -> Sequence[OffloadKey]:
+        """Drop those of `keys` that are not the policy's, and return the others."""
+        if self._owner_of:
+            for key in keys:
+                self._disown(key)
+        if not self._held or self._held.keys().isdisjoint(keys):
+            return keys
+        theirs = [key for key in keys if key not in self._held]
+        self._drop([key for key in keys if key in self._held])
+        return theirs
+
+    def _drop(self, keys: Iterable[OffloadKey]) -> None:
+        for key in keys:
+            held = self._held.pop(key, None)
+            if held is not None:
+                self._set_end(key, held, None)
+                del self._orders[held.rank][key]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.inner.clear()
+        for order in self._orders.values():
+            order.clear()
+        for table in (self._held, self._ending, self._owner_of, self._owned):
+            table.clear()
+        self._seconds.clear()
+
+    def __len__(self) -> int:
+        return len(self.inner) + len(self._held)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._held or key in self.inner
+
+    def check_invariants(self) -> None:
+        """Raise InvariantError if a block stands in two places, or more are kept than may be."""
+        self.inner.check_invariants()
+        wrong: list[str] = []
+        if sum(map(len, self._orders.values())) != len(self._held):
+            wrong.append("orders and blocks differ in number")
+        if any(key not in self._orders[held.rank] or key in self.inner for key, held in self._held.items()):
+            wrong.append("a block stands in another place than its rank's")
+        if self.num_kept > self._most_kept:
+            wrong.append(f"{self.num_kept} blocks are kept, {self._most_kept} may be")
+        ending = {key: second for second, keys in self._ending.items() for key in keys}
+        if ending != {key: held.until for key, held in self._held.items() if held.until is not None}:
+            wrong.append("times and blocks differ")
+        if set(self._ending) != set(self._seconds) or len(self._ending) != len(self._seconds):
+            wrong.append("times and their order differ")
+        if any(key not in self for key in self._owner_of):
+            wrong.append("a session owns a block that is not held")
+        if wrong:
+            raise InvariantError("; ".join(wrong))

@@ -1,0 +1,87 @@
+"""Hints: what a caller says of its request's blocks. They are advice: a malformed one is ignored, never an error."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from enum import Enum
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
+
+HINT_KEY = "kvtier"
+"""Of a request's `kv_transfer_params`: its value is the hint."""
+MAX_RETAIN_SECONDS = 30 * 86400.0
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_DURATION = re.compile(r"\s*(\d{1,12}(?:\.\d{1,12})?)\s*([smhdw])\s*", re.ASCII)
+
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+
+
+def parse_duration(text: str) -> float | None:
+    """Return the seconds of a text such as "90s", "30m", "12h", "7d" or "2w"; None if it is no such text."""
+    match = _DURATION.fullmatch(text)
+    return float(match[1]) * _UNITS[match[2]] if match else None
+
+
+class Priority(Enum):
+    """Which blocks give way before others; within one priority, the eviction policy says."""
+
+    LOW = "low"
+    NORMAL = "normal"
+    HIGH = "high"
+
+
+class Hint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a caller may say.
+
+    Attributes:
+        retain: seconds after their last use for which the blocks are kept; None for no wish. A caller may write "10m".
+        priority: of the blocks; with `retain`, for that time.
+        session: name of what the request is a part of.
+        ended: with this request the session ends; without a session, the request is all of it.
+        tenant: on whose account the blocks are.
+    """
+
+    retain: Annotated[float, msgspec.Meta(gt=0, le=MAX_RETAIN_SECONDS)] | None = None
+    priority: Priority = Priority.NORMAL
+    session: _Name | None = None
+    ended: bool = False
+    tenant: _Name | None = None
+
+
+NO_HINT = Hint()
+
+
+class ReadHint(NamedTuple):
+    """A hint, and what is wrong with the one that was given; empty if nothing is."""
+
+    hint: Hint
+    fault: str = ""
+
+
+_NOTHING_READ = ReadHint(NO_HINT)
+
+
+def read_hint(kv_transfer_params: object) -> ReadHint:
+    """Return the hint in what a client sent for the transfer layer; NO_HINT if there is none, or it is malformed."""
+    if not isinstance(kv_transfer_params, Mapping) or HINT_KEY not in kv_transfer_params:
+        return _NOTHING_READ
+    given = kv_transfer_params[HINT_KEY]
+    if isinstance(given, Hint):
+        return ReadHint(given)
+    try:
+        hint = msgspec.convert(_with_seconds(given), Hint)
+        return ReadHint(hint) if hint != NO_HINT else _NOTHING_READ
+    except (msgspec.ValidationError, RecursionError, ValueError, TypeError) as error:
+        return ReadHint(NO_HINT, f"{error}")
+
+
+def _with_seconds(given: Any) -> Any:
+    """Return the mapping with its text of a duration as seconds; anything else as it is."""
+    if isinstance(given, Mapping) and isinstance(given.get("retain"), str):
+        seconds = parse_duration(given["retain"])
+        if seconds is None:
+            raise ValueError('retain: seconds, or a text like "10m" (s, m, h, d or w after a number)')
+        return {**given, "retain": seconds}
+    return given

@@ -1,0 +1,163 @@
+"""Hints, as a client sends them in `kv_transfer_params`, in the manager and in the tiers below host memory."""
+
+import logging
+
+import pytest
+from engine import make_keys
+
+from kvtier.events import HintIgnored, NullObserver
+from kvtier.eviction.lru import LRUPolicy
+from kvtier.eviction.retention import RetentionPolicy
+from kvtier.hints import NO_HINT, Hint, Priority, read_hint
+from kvtier.primary.retention import Retention
+from kvtier.simulator.devices import DeviceSpeed
+from kvtier.simulator.tiers import SimulatedTierManager
+from kvtier.testing.clock import ManualClock
+
+
+def hinted(engine, name, **hint):
+    return engine.request(name, kv_transfer_params={"kvtier": hint})
+
+
+def serve(engine, name, count=2, **hint):
+    """One request that loads what is there of `count` blocks and stores the rest."""
+    keys = make_keys(count, name)
+    context = hinted(engine, f"request {name}", **hint) if hint else engine.request(f"request {name}")
+    num_hits = engine.hits(keys, context)
+    if num_hits:
+        engine.load(keys[:num_hits], context)
+    engine.store(keys[num_hits:], context)
+    engine.finish(context)
+    engine.step()
+    return num_hits
+
+
+def num_held(engine, name, count=2):
+    return sum(key in engine.table for key in make_keys(count, name))
+
+
+def scan_by(engine, count):
+    for number in range(count):
+        serve(engine, f"passes {number}")
+
+
+def test_blocks_are_kept_for_a_time(make_engine):
+    engine = make_engine(num_blocks=16, num_tiers=0)
+    serve(engine, "kept", retain="10m")
+    scan_by(engine, 20)
+    assert num_held(engine, "kept") == 2
+    assert engine.manager.get_stats()["primary.kept_blocks"] == 2
+    engine.clock.advance(601)
+    scan_by(engine, 8)
+    assert num_held(engine, "kept") == 0
+    assert engine.manager.get_stats()["primary.kept_blocks"] == 0
+
+
+def test_a_request_is_told_as_little_room_as_the_share_leaves_and_other_requests_have_the_rest(make_engine):
+    engine = make_engine(num_blocks=16, num_tiers=0, retain_share=0.5)
+    serve(engine, "long", count=12, retain=600)
+    scan_by(engine, 20)
+    assert num_held(engine, "long", 12) == 8
+    assert all(key in engine.table for key in make_keys(8, "long"))
+    assert num_held(engine, "passes 19") == 2
+
+
+def test_priorities_order_victims(make_engine):
+    engine = make_engine(num_blocks=8, num_tiers=0)
+    serve(engine, "high", priority="high")
+    serve(engine, "plain")
+    serve(engine, "low", priority="low")
+    serve(engine, "new", count=4)
+    assert [num_held(engine, name) for name in ("high", "plain", "low")] == [2, 2, 0]
+    serve(engine, "newer", count=6)
+    assert [num_held(engine, name) for name in ("high", "plain", "low")] == [2, 0, 0]
+
+
+def test_the_end_of_a_session_frees_its_blocks_at_once(make_engine):
+    engine = make_engine(num_blocks=16, num_tiers=0)
+    serve(engine, "first turn", count=3, session="s", retain="1h")
+    serve(engine, "others", count=10)
+    serve(engine, "last turn", count=1, session="s", ended=True)
+    serve(engine, "next", count=6)
+    assert num_held(engine, "others", 10) == 10
+    assert num_held(engine, "first turn", 3) + num_held(engine, "last turn", 1) == 0
+
+
+MALFORMED = [
+    "10m",
+    [],
+    None,
+    {"retain": "ten minutes"},
+    {"retain": -1},
+    {"retain": "0s"},
+    {"retain": float("nan")},
+    {"retain": float("inf")},
+    {"retain": 10**400},
+    {"retain": "9999d"},
+    {"priority": "highest"},
+    {"priority": 3},
+    {"session": ""},
+    {"session": 7},
+    {"session": "s" * 1000},
+    {"ended": "yes"},
+    {"tenant": {}},
+    {"pin": True},
+    {1: 2},
+]
+
+
+@pytest.mark.parametrize("wrong", MALFORMED, ids=repr)
+def test_a_malformed_hint_is_ignored(make_engine, wrong):
+    engine = make_engine(num_tiers=0)
+    context = engine.request(kv_transfer_params={"kvtier": wrong})
+    keys = make_keys(2)
+    assert engine.store(keys, context) == keys
+    engine.finish(context)
+    assert [event.req_id for event in engine.log.of(HintIgnored)] == ["r"]
+    assert engine.manager.get_stats()["ignored_hints"] == 1
+    assert not isinstance(engine.table.policy, RetentionPolicy)
+
+
+def test_malformed_hints_are_logged_once(make_engine, caplog):
+    engine = make_engine(num_tiers=0)
+    with caplog.at_level(logging.WARNING, "kvtier"):
+        for number in range(3):
+            engine.finish(hinted(engine, str(number), retain="for ever"))
+    assert [record.getMessage().count("retain") for record in caplog.records] == [1]
+    assert engine.manager.get_stats()["ignored_hints"] == 3
+
+
+@pytest.mark.parametrize("params", [None, {}, {"other": 1}, {"kvtier": {}}, [], "text", 5])
+def test_without_a_hint_nothing_is_put_around_the_policy(make_engine, params):
+    engine = make_engine(num_tiers=0)
+    policy = engine.table.policy
+    context = engine.request(kv_transfer_params=params)
+    engine.store(make_keys(2), context)
+    engine.finish(context)
+    assert engine.table.policy is policy
+    assert not engine.log.of(HintIgnored)
+
+
+def test_what_a_hint_may_say():
+    given = {"retain": "1.5h", "priority": "low", "session": "s", "ended": True, "tenant": "t"}
+    expected = Hint(retain=5400, priority=Priority.LOW, session="s", ended=True, tenant="t")
+    assert read_hint({"kvtier": given}) == (expected, "")
+    assert read_hint({"kvtier": expected}) == (expected, "")
+    assert read_hint({"kvtier": {"retain": 3}}).hint == Hint(retain=3)
+    assert read_hint({"kvtier": {"priority": "normal"}}).hint is NO_HINT
+
+
+def free_disk(view):
+    clock = ManualClock()
+    options = {"policy": LRUPolicy(16), "block_bytes": 4096, "speed": DeviceSpeed(1e18, 1e18, 0)}
+    options |= {"clock": clock, "observer": NullObserver(), "retention": Retention(clock)}
+    return [SimulatedTierManager("disk", view, **options)]
+
+
+def test_a_hint_counts_in_the_tiers_below_too(make_engine):
+    engine = make_engine(num_blocks=8, tiers=free_disk)
+    serve(engine, "kept", retain="10m")
+    scan_by(engine, 40)
+    assert all(key in engine.tiers[0].table for key in make_keys(2, "kept"))
+    assert not any(key in engine.tiers[0].table for key in make_keys(2, "passes 3"))
+    engine.manager.check_invariants()
