@@ -1,8 +1,11 @@
 """The tier on a bad network and on bad servers, all of them real: misses, counted by cause, and recovery by itself."""
 
+import contextlib
 import logging
 import signal
+import threading
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from object_buckets import settings_for
@@ -247,6 +250,69 @@ def test_connections_cut_half_way_through_a_pack(rigs, through_proxy):
     proxy.heal()
     rig.wait_works(range(16))
     rig.assert_each_job_answered_once()
+
+
+class EndlessBucket(BaseHTTPRequestHandler):
+    """Answers any read with a body that never ends, and any listing with the same page again and again."""
+
+    protocol_version = "HTTP/1.1"
+    page = b"".join(
+        (
+            b"<?xml version='1.0'?><ListBucketResult><IsTruncated>true</IsTruncated>",
+            b"<NextContinuationToken>more</NextContinuationToken><Contents><Key>a/b</Key>",
+            b"<LastModified>2026-01-01T00:00:00Z</LastModified><Size>1</Size></Contents></ListBucketResult>",
+        )
+    )
+
+    def log_message(self, *words):
+        pass
+
+    def do_GET(self):
+        is_list = "list-type" in self.path
+        self.send_response(200 if is_list else 206)
+        for name, value in (
+            ("Content-Length", len(self.page) if is_list else 1 << 40),
+            ("Content-Range", "bytes 0-99/1000"),
+            ("ETag", '"x"'),
+            ("Last-Modified", "Sun, 01 Nov 2026 11:00:00 GMT"),
+        ):
+            self.send_header(name, str(value))
+        self.end_headers()
+        if is_list:
+            self.wfile.write(self.page)
+            return
+        with contextlib.suppress(OSError):
+            while True:
+                self.wfile.write(bytes(1 << 16))
+
+
+@pytest.fixture
+def endless(monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), EndlessBucket)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    settings = settings_for(url="s3://endless", endpoint=endpoint, region="x", allow_http=True, timeout=60.0)
+    yield Client(connect(settings), settings.where)
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_body_that_never_ends_is_read_as_far_as_was_asked(endless):
+    """With all of the timeout left, and gigabytes that could be read meanwhile."""
+    with pytest.raises(RequestError, match="another length") as caught:
+        endless.get("pack", 0, 100, 1000)
+    assert caught.value.trouble is Trouble.SHORT
+
+
+def test_a_listing_that_goes_in_circles_ends(endless):
+    with pytest.raises(RequestError, match="circles") as caught:
+        list(endless.list("a"))
+    assert caught.value.trouble is Trouble.FAILED
 
 
 def test_slow_replies_are_replies(rigs, through_proxy):

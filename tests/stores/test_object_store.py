@@ -1,11 +1,15 @@
 """The shipped suite over obstore's own bucket in memory, all of it; over servers in `test_object_servers.py`."""
 
+import time
+
 import pytest
 from object_buckets import Raw, open_over
 from obstore.store import MemoryStore
 
+from kvtier.stores.integrity.header import HEADER_BYTES
 from kvtier.stores.object import refresher
 from kvtier.stores.object.names import PackName, TakenBack, digest_of, parse
+from kvtier.testing.patience import wait_for
 from kvtier.testing.stores import StoreSuite, make_key
 from kvtier.types import FailureCause
 
@@ -116,6 +120,23 @@ class TestInMemory(OnBucket):
         assert self._read(range(3)) == [None] * 3
         assert self.context.failures.take() == {FailureCause.ABSENT: 3}
         assert not any(self.store.contains([make_key(number) for number in range(3)]))
+
+    def test_what_others_delete_is_noticed_though_the_clock_was_set_back(self, monkeypatch):
+        name = PackName("0" * 12 + "-" + "1" * 8 + "-" + "2" * 6, self.store._fingerprint, (digest_of(make_key(1)),))
+        self.raw.write(name.path("suite/v1"), bytes(HEADER_BYTES + self.block_bytes))
+        other = self.open_store(self.medium, self.make_context())
+        wait_for(lambda: list(other.contains([make_key(1)])) == [True], "the pack is listed")
+
+        class ADayBack:
+            """The clock of a host that was set back by a day, and an hour later."""
+
+            time = staticmethod(lambda: time.time() - 86400)
+            monotonic = staticmethod(lambda: time.monotonic() + 3600)
+
+        monkeypatch.setattr(refresher, "time", ADayBack)
+        self.raw.remove(name.path("suite/v1"))
+        wait_for(lambda: list(other.contains([make_key(1)])) == [False], "the pack is forgotten")
+        other.close()
 
     def test_names_fit_every_store(self):
         self._write(range(64))

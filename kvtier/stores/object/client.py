@@ -139,27 +139,35 @@ class Client:
 
         def ask() -> Any:
             found = obstore.get(self._bucket, path, options={"range": (start, start + length)})
-            return found.meta["size"], found.buffer()
+            # One chunk is all of it. A body that goes on is dropped here: `buffer()` would read it to its end, or until
+            # the timeout, whatever was asked for.
+            return found.meta["size"], next(iter(found.stream(min_chunk_size=length + 1)), b"")
 
         whole, body = self._ask("get", length, ask)
         if whole != size or len(body) != length:
-            raise RequestError(Trouble.SHORT, f"{self.where}: an object of {whole} bytes instead of {size}")
+            what = f"an object of {whole} bytes instead of {size}" if whole != size else "a body of another length"
+            raise RequestError(Trouble.SHORT, f"{self.where}: {what}")
         return memoryview(body)
 
     def list(self, root: str, after: str | None = None) -> Iterator[tuple[str, int]]:
         """Yield names above `after` below `root`, in order, with sizes; one request per 1,000 names.
 
         Raises:
-            RequestError: a request of the listing failed.
+            RequestError: a request of the listing failed, or the listing goes in circles.
         """
         pages = self._ask("list", 0, lambda: iter(obstore.list(self._bucket, root, offset=after, chunk_size=1000)))
-        first = True
+        starts: set[str] = set()
         while True:
-            page = self._ask(None if first else "list", 0, lambda: next(pages, None))
+            page = self._ask("list" if starts else None, 0, lambda: next(pages, None))
             if page is None:
                 return
-            first = False
-            yield from ((entry["path"], entry["size"]) for entry in page)
+            entries = [(entry["path"], entry["size"]) for entry in page]
+            if not entries:
+                continue
+            if entries[0][0] in starts:
+                raise RequestError(Trouble.FAILED, f"{self.where}: a listing that goes in circles")
+            starts.add(entries[0][0])
+            yield from entries
 
     def delete(self, paths: Sequence[str]) -> None:
         """Delete objects; absent ones are ignored.

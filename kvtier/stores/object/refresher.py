@@ -154,7 +154,7 @@ class Refresher:
     def _step(self) -> None:
         try:
             with self._busy:
-                now = time.time()
+                now = time.monotonic()  # the host's clock may be set back, by a day
                 if now >= self._rescan_at:
                     self._rescan()
                 else:
@@ -174,7 +174,7 @@ class Refresher:
     def _look(self) -> None:
         """List the packs written since the last listing, and `OVERLAP_SECONDS` before."""
         started = time.time()
-        after = f"{self._settings.root}/{stamp_at(self._looked_at - OVERLAP_SECONDS)}"
+        after = f"{self._settings.root}/{stamp_at(min(self._looked_at, started) - OVERLAP_SECONDS)}"
         for path, size in self._client.list(self._settings.root, after):
             self._catalogue.add(path, size)
         self._looked_at = started
@@ -187,19 +187,19 @@ class Refresher:
             stamp = self._catalogue.add(path, size)
             if stamp is not None:
                 seen.add(stamp)
-            if time.time() - self._looked_at >= self._settings.refresh:
+            if abs(time.time() - self._looked_at) >= self._settings.refresh:
                 if self._closing.is_set():
                     return
                 self._look()
         known = self._catalogue.stamps(before=stamp_at(started - OVERLAP_SECONDS))
         self._catalogue.forget(stamp for stamp in known if stamp not in seen)
-        self._head_at = started
-        self._rescan_at = time.time() + max(RESCAN_SECONDS, len(seen) / _PAGE)  # on average at most 1 request per s
+        self._head_at = time.monotonic()
+        self._rescan_at = self._head_at + max(RESCAN_SECONDS, len(seen) / _PAGE)  # on average at most 1 request per s
         self._scanned = True
 
     def _look_at_head(self) -> None:
         """List the oldest packs; remove older ones from the catalogue, since they were deleted."""
-        self._head_at = started = time.time()
+        started, self._head_at = time.time(), time.monotonic()
         stamps = (self._catalogue.add(*entry) for entry in self._client.list(self._settings.root))
         first = next((stamp for stamp in itertools.islice(stamps, _PAGE) if stamp is not None), None)
         limit = stamp_at(started - OVERLAP_SECONDS)
