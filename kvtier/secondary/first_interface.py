@@ -32,11 +32,12 @@ _ANSWERS = {True: LookupResult.HIT, False: LookupResult.MISS, None: LookupResult
 _NEEDED = ("lookup", "submit_store", "submit_load")
 
 
-def adapt_tier(tier: Any, primary_kv_view: memoryview) -> SecondaryTierManager:
+def adapt_tier(tier: Any, primary_kv_view: memoryview, drain_seconds: float = DRAIN_SECONDS) -> SecondaryTierManager:
     """Return `tier` itself if it speaks today's contract, else an adapter around it.
 
     Args:
         primary_kv_view: what the tier was made with, shape (num_blocks, block_bytes); it may not have kept it.
+        drain_seconds: longest that a drain waits for a tier that does not drain itself.
     """
     if isinstance(tier, SecondaryTierManager) and not _is_first_interface(type(tier)):
         return tier
@@ -46,7 +47,7 @@ def adapt_tier(tier: Any, primary_kv_view: memoryview) -> SecondaryTierManager:
         "verifies_payloads": getattr(tier, "verifies_payloads", False),
     }
     adapter: type[FirstInterfaceTier] = type("FirstInterfaceTier", (FirstInterfaceTier,), fixed)
-    return adapter(tier, primary_kv_view)
+    return adapter(tier, primary_kv_view, drain_seconds)
 
 
 class TierMaker:
@@ -94,10 +95,12 @@ class FirstInterfaceTier(SecondaryTierManager):
     bytes is checked by the manager, as for every tier that does not verify payloads.
     """
 
-    def __init__(self, tier: Any, primary_kv_view: memoryview) -> None:
+    def __init__(self, tier: Any, primary_kv_view: memoryview, drain_seconds: float = DRAIN_SECONDS) -> None:
+        """Args: as `adapt_tier`."""
         tier_type = getattr(tier, "tier_type", type(tier).__name__)
         super().__init__(getattr(tier, "offloading_spec", None), primary_kv_view, tier_type)
         self.tier = tier
+        self._drain_seconds = drain_seconds
         self._open_stores: dict[int, list[OffloadKey]] = {}
         self._open_loads: set[int] = set()
         self._answers: list[JobResult] = []
@@ -157,9 +160,9 @@ class FirstInterfaceTier(SecondaryTierManager):
         return bool(self._call_if_there("has_pending_work"))
 
     def drain_jobs(self) -> None:
-        """Let the tier drain itself if it can, and collect until every job is answered, at most DRAIN_SECONDS."""
+        """Let the tier drain itself if it can; collect until every job is answered, or `drain_seconds` have passed."""
         self._call_if_there("drain_jobs")
-        deadline = time.monotonic() + DRAIN_SECONDS
+        deadline = time.monotonic() + self._drain_seconds
         self._answers += self._collect()
         while (self._open_loads or self._open_stores) and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)  # a drain waits, at most so long; the interface has nothing to wait on

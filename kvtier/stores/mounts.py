@@ -51,8 +51,9 @@ class Mount(NamedTuple):
 class MountTable:
     """The kernel's table of mounts at one moment; empty if it cannot be read."""
 
-    def __init__(self) -> None:
-        self.mounts = list(_parsed())
+    def __init__(self, table: Path = MOUNTS) -> None:
+        """Args: table: the file to read it from, as proc(5) describes `mountinfo`."""
+        self.mounts = list(_parsed(table))
         numbers = {mount.number for mount in self.mounts}
         self._on = {
             (mount.parent if mount.parent in numbers and mount.parent != mount.number else "", mount.place): mount
@@ -76,12 +77,15 @@ class MountTable:
         return found.kind if found is not None and found.place == place else None
 
 
-def mount_point_of(path: str) -> str:
+def mount_point_of(path: str, mounts: Path = MOUNTS) -> str:
     """Return the mount point of the filesystem that `path` is on or would be created on; "/" if unknown.
 
     The engine's thread calls it at the start. So it does no call on a filesystem that may hang, such as NFS.
+
+    Args:
+        mounts: the kernel's table.
     """
-    table = MountTable()
+    table = MountTable(mounts)
     place, rest, links = "/", deque(Path(path).absolute().parts[1:]), 0
     while rest:
         name = rest.popleft()
@@ -107,17 +111,18 @@ def mount_point_of(path: str) -> str:
     return "/" if found is None else found.place
 
 
-def check_mounted(path: Path, mount_point: str = "/") -> None:
+def check_mounted(path: Path, mount_point: str = "/", *, mounts: Path = MOUNTS, fstab: Path = FSTAB) -> None:
     """Raise StoreUnavailableError if the filesystem for `path` is not mounted.
 
     Args:
         mount_point: where a filesystem was mounted when the engine started; "/" is always there.
+        mounts, fstab: the tables of what is mounted and of what should be.
     """
-    table = MountTable()
+    table = MountTable(mounts)
     if not table.mounts:
         return  # the table cannot be read: nothing to compare
     real = Path(os.path.realpath(path))
-    for place, why in [(mount_point, "was mounted when the engine started"), *_expected_above(real)]:
+    for place, why in [(mount_point, "was mounted when the engine started"), *_expected_above(real, fstab)]:
         try:
             os.lstat(place)
         except FileNotFoundError:
@@ -154,7 +159,7 @@ def filesystem_type(descriptor: int) -> str:
     """Return the type of the filesystem that an open directory is on; "" if unknown."""
     device = os.fstat(descriptor).st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
-    return next((mount.kind for mount in _parsed() if mount.device == number), "")
+    return next((mount.kind for mount in _parsed(MOUNTS) if mount.device == number), "")
 
 
 def _target(place: str) -> tuple[str, ...] | None:
@@ -165,17 +170,17 @@ def _target(place: str) -> tuple[str, ...] | None:
         return None
 
 
-def _expected_above(path: Path) -> list[tuple[str, str]]:
-    """Return the mount points of /etc/fstab that contain `path`, each with a reason for messages."""
-    fields = [line.split() for line in _lines_of(FSTAB) if not line.lstrip().startswith("#")]
+def _expected_above(path: Path, fstab: Path) -> list[tuple[str, str]]:
+    """Return the mount points of `fstab` that contain `path`, each with a reason for messages."""
+    fields = [line.split() for line in _lines_of(fstab) if not line.lstrip().startswith("#")]
     places = [_plain(field[1]) for field in fields if len(field) > 2]
     above = {str(path), *map(str, path.parents)}
-    return [(place, f"is in {FSTAB}") for place in map(os.path.normpath, places) if place in above]
+    return [(place, f"is in {fstab}") for place in map(os.path.normpath, places) if place in above]
 
 
-def _parsed() -> Iterator[Mount]:
+def _parsed(table: Path) -> Iterator[Mount]:
     """Yield the entries of the kernel's table."""
-    for line in _lines_of(MOUNTS):
+    for line in _lines_of(table):
         before, _, after = line.partition(" - ")
         fields = before.split(" ")
         if len(fields) > 4 and after:

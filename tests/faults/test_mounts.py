@@ -101,19 +101,17 @@ def test_an_unmounted_stripe_is_dropped_and_used_again(small_disk, rig, tmp_path
     assert rig.load(ALL)[1] == ALL
 
 
-def test_a_mount_point_of_the_systems_table_must_be_mounted(tmp_path, monkeypatch):
+def test_a_mount_point_of_the_systems_table_must_be_mounted(tmp_path):
     table = tmp_path / "fstab"
     place = tmp_path / "with space"
     place.mkdir()
     escaped = str(place).replace(" ", "\\040")
     table.write_text(f"# comment\n\nUUID=1 / ext4 defaults 0 1\nUUID=2 {escaped} xfs nofail 0 2\nshort\n")
-    monkeypatch.setattr(mounts, "FSTAB", table)
     for path in (place, place / "kv", place / "a" / "b"):
         with pytest.raises(StoreUnavailableError, match="not mounted now"):
-            check_mounted(path)
-    check_mounted(tmp_path / "elsewhere")
-    monkeypatch.setattr(mounts, "FSTAB", tmp_path / "none")
-    check_mounted(place)
+            check_mounted(path, fstab=table)
+    check_mounted(tmp_path / "elsewhere", fstab=table)
+    check_mounted(place, fstab=tmp_path / "none")
 
 
 def test_mount_points_are_found(tmp_path):
@@ -135,56 +133,68 @@ def is_mounted(place):
 LINE = "{number} {parent} 8:1 /root {place} rw,relatime shared:1 - {kind} /dev/sda1 rw\n"
 
 
-@pytest.fixture
-def table(tmp_path, monkeypatch):
-    """Return a function that replaces the kernel's table by (number, parent, place, kind)."""
+class Tables:
+    """A kernel's table of mounts, written by a test, and no /etc/fstab."""
 
-    def write(*lines):
+    def __init__(self, folder):
+        self.mounts, self.fstab = folder / "mountinfo", folder / "none"
+
+    def write(self, *lines):
+        """Replace the table by (number, parent, place, kind)."""
         text = "".join(
             LINE.format(**dict(zip(("number", "parent", "place", "kind"), line, strict=True))) for line in lines
         )
-        (tmp_path / "mountinfo").write_bytes(os.fsencode(text))
+        self.mounts.write_bytes(os.fsencode(text))
 
-    monkeypatch.setattr(mounts, "MOUNTS", tmp_path / "mountinfo")
-    monkeypatch.setattr(mounts, "FSTAB", tmp_path / "none")
-    return write
+    def mount_point_of(self, path):
+        return mount_point_of(path, self.mounts)
+
+    def kind_at(self, place):
+        return mounts.MountTable(self.mounts).kind_at(place)
+
+    def check_mounted(self, path, mount_point):
+        check_mounted(Path(path), mount_point, mounts=self.mounts, fstab=self.fstab)
 
 
-def test_what_a_path_reaches_is_what_lies_on_top(table):
+@pytest.fixture
+def tables(tmp_path):
+    return Tables(tmp_path)
+
+
+def test_what_a_path_reaches_is_what_lies_on_top(tables):
     root, lower, upper = (10, 9, "/", "ext4"), (20, 10, "/mnt", "xfs"), (30, 20, "/mnt", "nfs4")
     inner, hidden = (40, 30, "/mnt/in", "tmpfs"), (50, 20, "/mnt/in", "btrfs")
-    table(root, hidden, inner, upper, lower)
-    assert mount_point_of("/mnt/in/kv") == "/mnt", "nothing is asked of what lies below a server's filesystem"
-    assert mounts.MountTable().kind_at("/mnt/in") == "tmpfs"
-    table(root, lower, upper, hidden)
-    assert mounts.MountTable().kind_at("/mnt/in") is None, "a mount that no path reaches any more"
+    tables.write(root, hidden, inner, upper, lower)
+    assert tables.mount_point_of("/mnt/in/kv") == "/mnt", "nothing is asked of what lies below a server's filesystem"
+    assert tables.kind_at("/mnt/in") == "tmpfs"
+    tables.write(root, lower, upper, hidden)
+    assert tables.kind_at("/mnt/in") is None, "a mount that no path reaches any more"
     with pytest.raises(StoreUnavailableError, match="not mounted now"):
-        check_mounted(Path("/mnt/in/kv"), "/mnt/in")
-    table(root, lower, (40, 20, "/mnt/in", "tmpfs"))
-    check_mounted(Path("/mnt/in/kv"), "/mnt/in")
-    table((10, 10, "/", "rootfs"), (11, 10, "/", "overlay"), (12, 11, "/var/cache", "ext4"))
-    assert mount_point_of("/var/cache/kv") == "/var/cache"
-    table((12, 11, "/var/cache", "ext4"))  # a chroot whose own root is no mount
-    assert mount_point_of("/var/cache/kv") == "/var/cache"
-    assert mount_point_of("/var/kv") == "/"
+        tables.check_mounted("/mnt/in/kv", "/mnt/in")
+    tables.write(root, lower, (40, 20, "/mnt/in", "tmpfs"))
+    tables.check_mounted("/mnt/in/kv", "/mnt/in")
+    tables.write((10, 10, "/", "rootfs"), (11, 10, "/", "overlay"), (12, 11, "/var/cache", "ext4"))
+    assert tables.mount_point_of("/var/cache/kv") == "/var/cache"
+    tables.write((12, 11, "/var/cache", "ext4"))  # a chroot whose own root is no mount
+    assert tables.mount_point_of("/var/cache/kv") == "/var/cache"
+    assert tables.mount_point_of("/var/kv") == "/"
 
 
 @pytest.mark.parametrize("name", ["a b", "a\tb", "a\nb", "a\\b", "a\x0bb\x1cb", "a\u2028\xa0b", "a\udcff b", " - x"])
-def test_a_table_has_any_name_of_a_mount_point(table, name):
+def test_a_table_has_any_name_of_a_mount_point(tables, name):
     escaped = "".join(f"\\{ord(letter):03o}" if letter in " \t\n\\" else letter for letter in f"/mnt/{name}")
-    table((10, 9, "/", "ext4"), (20, 10, escaped, "xfs"), (30, 10, "/mnt/other", "tmpfs"))
-    assert mount_point_of(f"/mnt/{name}/kv") == f"/mnt/{name}"
-    assert mount_point_of("/mnt/other/kv") == "/mnt/other"
-    check_mounted(Path(f"/mnt/{name}/kv"), f"/mnt/{name}")
+    tables.write((10, 9, "/", "ext4"), (20, 10, escaped, "xfs"), (30, 10, "/mnt/other", "tmpfs"))
+    assert tables.mount_point_of(f"/mnt/{name}/kv") == f"/mnt/{name}"
+    assert tables.mount_point_of("/mnt/other/kv") == "/mnt/other"
+    tables.check_mounted(f"/mnt/{name}/kv", f"/mnt/{name}")
 
 
 @pytest.mark.parametrize("text", [None, "", "garbage\n", "1 2 3\n - \n"])
-def test_a_kernel_that_does_not_say_what_is_mounted_is_no_reason_to_stay_down(tmp_path, monkeypatch, text):
-    monkeypatch.setattr(mounts, "MOUNTS", tmp_path / "mountinfo")
+def test_a_kernel_that_does_not_say_what_is_mounted_is_no_reason_to_stay_down(tables, text):
     if text is not None:
-        (tmp_path / "mountinfo").write_text(text)
-    assert mount_point_of(str(tmp_path / "kv")) == "/"
-    check_mounted(tmp_path / "kv", str(tmp_path))
+        tables.mounts.write_text(text)
+    assert tables.mount_point_of("/srv/kv") == "/"
+    tables.check_mounted("/srv/kv", "/srv")
 
 
 @pytest.fixture

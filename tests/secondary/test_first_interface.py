@@ -5,7 +5,6 @@ import pytest
 from kvtier.abc import SecondaryTierManager
 from kvtier.errors import ConfigError
 from kvtier.primary.arena import arena_rows
-from kvtier.secondary import first_interface
 from kvtier.secondary.example import ExampleSecondaryTierManager
 from kvtier.secondary.first_interface import FirstInterfaceTier, adapt_tier, adapt_tier_class
 from kvtier.testing.stores import make_key
@@ -105,14 +104,13 @@ def test_what_is_no_tier_is_refused():
         adapt_tier_class(NoTier)
 
 
-def test_a_tier_that_never_answers_is_drained_for_a_bounded_time(monkeypatch):
+def test_a_tier_that_never_answers_is_drained_for_a_bounded_time():
     class Silent(EarlyTier):
         def get_finished(self):
             return []
 
-    monkeypatch.setattr(first_interface, "DRAIN_SECONDS", 0.05)
     rig_view = memoryview(bytearray(4096)).cast("B", (1, 4096))
-    tier = adapt_tier(Silent(None, rig_view, "silent"), rig_view)
+    tier = adapt_tier(Silent(None, rig_view, "silent"), rig_view, drain_seconds=0.05)
     job = type("Job", (), {"job_id": 1, "keys": [make_key(1)], "block_ids": [0]})()
     tier.submit_store(job)
     tier.drain_jobs()

@@ -4,6 +4,7 @@ from kvtier.stores.integrity.header import HEADER_BYTES
 from kvtier.stores.object.client import Client, connect
 from kvtier.stores.object.names import PackName, Stamps, digest_of
 from kvtier.stores.object.options import ObjectOptions
+from kvtier.stores.object.refresher import OVERLAP_SECONDS
 from kvtier.stores.object.store import ObjectStore
 
 CAPACITY = 64 << 20
@@ -13,10 +14,10 @@ def settings_for(url="s3://kvtier/suite", **options):
     return ObjectOptions.read({"url": url, "capacity": CAPACITY, "refresh": 0.3, **options})
 
 
-def open_over(bucket, context, **options):
+def open_over(bucket, context, overlap_seconds=OVERLAP_SECONDS, **options):
     """Return a store over obstore's client of a bucket."""
     settings = settings_for(**options)
-    store = ObjectStore(Client(bucket, settings.where), settings, context)
+    store = ObjectStore(Client(bucket, settings.where), settings, context, overlap_seconds=overlap_seconds)
     store.start()
     return store
 

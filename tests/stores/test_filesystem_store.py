@@ -181,13 +181,13 @@ def test_strange_files_are_misses(shared, opened):
     assert read(store, range(6)) == [0, 1, 3, 4, 5]
 
 
-def test_the_existence_of_many_on_a_quick_and_on_a_slow_filesystem(shared, opened, monkeypatch):
+def test_the_existence_of_many_on_a_quick_and_on_a_slow_filesystem(shared, opened):
     store = opened(shared)
     write(store, range(0, 200, 3))
     keys = [make_key(number) for number in range(200)]
     expected = [number % 3 == 0 for number in range(200)]
     assert store.contains(keys) == expected
-    monkeypatch.setattr(store_module, "_SLOW_PROBE", 0.0)
+    store.slow_probe_seconds = 0.0
     assert store.contains(keys) == expected
     assert store.contains([OffloadKey(bytes(36))]) == [False]
 

@@ -173,10 +173,9 @@ class TestCapacity:
         return store.write([make_key(number) for number in numbers], payloads)
 
     @pytest.mark.parametrize("instances", [1, 3])
-    def test_the_sum_of_all_writers_stays_below_the_capacity(self, suite, instances, monkeypatch):
-        monkeypatch.setattr(refresher, "OVERLAP_SECONDS", 0.0)  # one clock, and a listing that is never late
-        capacity = 1 << 20
-        stores = [self.open(suite, capacity, pack_size=8192) for _ in range(instances)]
+    def test_the_sum_of_all_writers_stays_below_the_capacity(self, suite, instances):
+        capacity, overlap = 1 << 20, 0.0  # one clock, and a listing that is never late
+        stores = [self.open(suite, capacity, pack_size=8192, overlap_seconds=overlap) for _ in range(instances)]
         written = 0
         for turn in range(120):
             for index, store in enumerate(stores):

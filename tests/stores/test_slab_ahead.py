@@ -3,15 +3,16 @@
 import errno
 import os
 import shutil
+import tempfile
 import threading
 from pathlib import Path
 
 import pytest
-from slab_files import make_context, open_slab, real_bytes, recovered, segment_file
+import slab_files
+from slab_files import make_context, real_bytes, recovered, segment_file
 
 from kvtier.stores.mounts import filesystem_type
 from kvtier.stores.own_files import Folder
-from kvtier.stores.slab import segments as segments_module
 from kvtier.stores.slab.layout import SlabGeometry
 from kvtier.testing.stores import make_key, make_payload
 
@@ -19,9 +20,9 @@ BLOCK = 8192
 CAPACITY = 24 << 20
 
 
-@pytest.fixture(autouse=True)
-def any_filesystem(monkeypatch):
-    monkeypatch.setattr(segments_module, "filesystem_type", lambda folder: "ext4")
+def open_slab(directory, context, capacity=CAPACITY, writes_ahead=True, **options):
+    """Open a slab that writes ahead on any filesystem."""
+    return slab_files.open_slab(directory, context, capacity, {"writes_ahead": writes_ahead}, **options)
 
 
 def prepare_all(store):
@@ -129,11 +130,12 @@ def test_a_full_namespace_leaves_nothing_to_take_ahead(tmp_path):
     first.close()
 
 
-def test_filesystems_that_gain_nothing_are_left_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(segments_module, "filesystem_type", lambda folder: "tmpfs")
-    store = open_slab(tmp_path / "slab", make_context(), capacity=CAPACITY)
-    assert store.prepare() is None
-    store.close()
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no tmpfs at /dev/shm")
+def test_filesystems_that_gain_nothing_are_left_alone():
+    with tempfile.TemporaryDirectory(prefix="kvtier-ahead-", dir="/dev/shm") as folder:
+        store = open_slab(Path(folder) / "slab", make_context(), writes_ahead=None)
+        assert store.prepare() is None
+        store.close()
 
 
 def test_the_kind_of_a_filesystem_is_known():

@@ -1,10 +1,9 @@
 """What a namespace took ahead of its blocks is given back before any of its blocks is."""
 
-import pytest
-from slab_files import folder_of, headers_file, make_context, open_slab, real_bytes, recovered, segment_file
+import slab_files
+from slab_files import folder_of, headers_file, make_context, real_bytes, recovered, segment_file
 
 from kvtier.stores.own_files import Folder
-from kvtier.stores.slab import segments as segments_module
 from kvtier.stores.slab.namespaces import cut_spare
 from kvtier.testing.stores import make_key, make_payload
 
@@ -12,9 +11,9 @@ BLOCK = 8192
 CAPACITY = 24 << 20
 
 
-@pytest.fixture(autouse=True)
-def any_filesystem(monkeypatch):
-    monkeypatch.setattr(segments_module, "filesystem_type", lambda folder: "ext4")
+def open_slab(directory, context, capacity=CAPACITY, writes_ahead=True, **options):
+    """Open a slab that writes ahead on any filesystem."""
+    return slab_files.open_slab(directory, context, capacity, {"writes_ahead": writes_ahead}, **options)
 
 
 def store_blocks(store, numbers):

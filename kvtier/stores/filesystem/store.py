@@ -39,8 +39,6 @@ _SECONDS_FRESH = 300.0
 """A read renews the file's modification time if it is older than this, since the janitor deletes the oldest files."""
 _PROBES_FIRST = 32
 """Probes that are made one after the other, to measure the filesystem's latency."""
-_SLOW_PROBE = 0.0001
-"""Seconds per probe from which the remaining probes are made in parallel."""
 _PROBES_AT_ONCE = 16
 _SECONDS_BETWEEN_STATFS = 0.5
 _SECONDS_BETWEEN_RELIEFS = 1.0
@@ -50,6 +48,8 @@ class FilesystemStore(BlockStore):
     """Sealed blocks of one namespace in a shared directory. It counts and deletes blocks that do not verify."""
 
     seals_itself = True
+    slow_probe_seconds = 0.0001
+    """From so long per probe on, the remaining probes of a call are made in parallel."""
 
     def __init__(
         self, directory: SharedDirectory, janitor: Janitor, sealer: Sealer, min_free: int, context: StoreContext
@@ -119,7 +119,7 @@ class FilesystemStore(BlockStore):
         started = time.perf_counter()
         answers = [_exists(namespace, key) for key in keys[:_PROBES_FIRST]]
         rest = keys[_PROBES_FIRST:]
-        if time.perf_counter() - started < _SLOW_PROBE * len(answers):
+        if time.perf_counter() - started < self.slow_probe_seconds * len(answers):
             answers += [_exists(namespace, key) for key in rest]
         else:
             answers += self._askers.map(_exists, itertools.repeat(namespace), rest)

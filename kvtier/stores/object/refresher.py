@@ -75,9 +75,19 @@ class Refresher:
     """
 
     def __init__(
-        self, client: Client, catalogue: Catalogue, stamps: Stamps, settings: ObjectOptions, pack_bytes: int
+        self,
+        client: Client,
+        catalogue: Catalogue,
+        stamps: Stamps,
+        settings: ObjectOptions,
+        pack_bytes: int,
+        overlap_seconds: float = OVERLAP_SECONDS,
     ) -> None:
-        """Args: pack_bytes: size of a full pack."""
+        """Args:
+        pack_bytes: size of a full pack.
+        overlap_seconds: a listing begins this much before the last one.
+        """
+        self._overlap_seconds = overlap_seconds
         self._client = client
         self._catalogue = catalogue
         self._stamps = stamps
@@ -172,9 +182,9 @@ class Refresher:
             self._tried.set()
 
     def _look(self) -> None:
-        """List the packs written since the last listing, and `OVERLAP_SECONDS` before."""
+        """List the packs written since the last listing, and `overlap_seconds` before."""
         started = time.time()
-        after = f"{self._settings.root}/{stamp_at(min(self._looked_at, started) - OVERLAP_SECONDS)}"
+        after = f"{self._settings.root}/{stamp_at(min(self._looked_at, started) - self._overlap_seconds)}"
         for path, size in self._client.list(self._settings.root, after):
             self._catalogue.add(path, size)
         self._looked_at = started
@@ -191,7 +201,7 @@ class Refresher:
                 if self._closing.is_set():
                     return
                 self._look()
-        known = self._catalogue.stamps(before=stamp_at(started - OVERLAP_SECONDS))
+        known = self._catalogue.stamps(before=stamp_at(started - self._overlap_seconds))
         self._catalogue.forget(stamp for stamp in known if stamp not in seen)
         self._head_at = time.monotonic()
         self._rescan_at = self._head_at + max(RESCAN_SECONDS, len(seen) / _PAGE)  # on average at most 1 request per s
@@ -202,7 +212,7 @@ class Refresher:
         started, self._head_at = time.time(), time.monotonic()
         stamps = (self._catalogue.add(*entry) for entry in self._client.list(self._settings.root))
         first = next((stamp for stamp in itertools.islice(stamps, _PAGE) if stamp is not None), None)
-        limit = stamp_at(started - OVERLAP_SECONDS)
+        limit = stamp_at(started - self._overlap_seconds)
         self._catalogue.forget(self._catalogue.stamps(before=limit if first is None else min(first, limit)))
 
     def _make_room(self) -> None:

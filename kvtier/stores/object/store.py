@@ -22,7 +22,7 @@ from kvtier.stores.object.catalogue import Catalogue, Pack
 from kvtier.stores.object.client import Client, RequestError, Trouble, connect
 from kvtier.stores.object.names import PackName, Stamps, TakenBack, digest_of, split
 from kvtier.stores.object.options import ObjectOptions
-from kvtier.stores.object.refresher import Refresher
+from kvtier.stores.object.refresher import OVERLAP_SECONDS, Refresher
 from kvtier.types import FailureCause, StoreUsage
 
 _SECONDS_BUSY = 0.5
@@ -55,11 +55,17 @@ class ObjectStore(BlockStore):
     seals_itself = True
 
     def __init__(
-        self, client: Client, settings: ObjectOptions, context: StoreContext, sealer: Sealer | None = None
+        self,
+        client: Client,
+        settings: ObjectOptions,
+        context: StoreContext,
+        sealer: Sealer | None = None,
+        overlap_seconds: float = OVERLAP_SECONDS,
     ) -> None:
         """Args:
         client: of the bucket in `settings`. No request is sent before `start`.
         sealer: of the blocks; None for a `PlainSealer` without a secret.
+        overlap_seconds: as `Refresher` has it.
         """
         self.client = client
         self._settings = settings
@@ -72,7 +78,7 @@ class ObjectStore(BlockStore):
         self.catalogue = Catalogue(settings.root, self._fingerprint, self._value_bytes)
         self._values_per_pack = settings.values_per_pack(context.block_bytes)
         pack_bytes = self._values_per_pack * self._value_bytes
-        self._refresher = Refresher(client, self.catalogue, self._stamps, settings, pack_bytes)
+        self._refresher = Refresher(client, self.catalogue, self._stamps, settings, pack_bytes, overlap_seconds)
         self._busy_until = 0.0
         self._pool = ThreadPoolExecutor(settings.requests, thread_name_prefix="kvtier-object")
         self._clean_up = CleanUp()

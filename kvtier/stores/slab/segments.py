@@ -108,12 +108,18 @@ class Segments:
     """The data files of a slab in use. It allocates space when it is needed, or ahead. Threads may share it."""
 
     def __init__(
-        self, folder: Folder, geometry: SlabGeometry, make_room: Callable[[Sequence[int]], None], min_free: int = 0
+        self,
+        folder: Folder,
+        geometry: SlabGeometry,
+        make_room: Callable[[Sequence[int]], None],
+        min_free: int = 0,
+        writes_ahead: bool | None = None,
     ) -> None:
         """Args:
         folder: the open folder of the namespace; the caller closes it.
         make_room: called before the files grow, with the lengths that they will have.
         min_free: bytes of the filesystem that must stay free.
+        writes_ahead: whether `write_ahead` does anything; None: if the filesystem has unwritten extents.
         """
         self._folder = folder
         self._geometry = geometry
@@ -121,7 +127,9 @@ class Segments:
         self._min_free = min_free
         self._lock = threading.Lock()
         self._files = DataFiles(folder, geometry, os.O_RDWR | os.O_CREAT, self._say_indirect)
-        self._ahead = filesystem_type(folder.descriptor) in TELLS_UNWRITTEN
+        if writes_ahead is None:
+            writes_ahead = filesystem_type(folder.descriptor) in TELLS_UNWRITTEN
+        self._ahead = writes_ahead
         self.write = self._files.write
         """`DataFiles.write`, for space that was reserved."""
         self.lengths = [0] * geometry.num_segments

@@ -42,10 +42,12 @@ class SlabStore(SlotStore):
         min_free: int,
         context: StoreContext,
         sealer: Sealer,
+        writes_ahead: bool | None = None,
     ) -> None:
         """Args:
         directory: opened for the sealer's namespace. The store closes it, also if this raises OSError.
         sealer: of the blocks.
+        writes_ahead: as in `Segments`.
         """
         self._directory = directory
         self._geometry = geometry
@@ -53,7 +55,7 @@ class SlabStore(SlotStore):
         self._failures = context.failures
         self._errors = SystemErrors(directory.path, context.failures)
         folder = directory.namespace
-        self._segments = Segments(folder, geometry, self._make_room, min_free)
+        self._segments = Segments(folder, geometry, self._make_room, min_free, writes_ahead)
         self._sealer = sealer.for_direct_reads() if self._segments.direct else sealer
         self._most_written = self._sealer.most_sealed(geometry.block_bytes)
         self._most_read = self._sealer.most_opened(geometry.block_bytes)
@@ -73,12 +75,14 @@ class SlabStore(SlotStore):
         context: StoreContext,
         segment_bytes: int = SEGMENT_BYTES,
         growth_bytes: int = GROWTH_BYTES,
+        writes_ahead: bool | None = None,
     ) -> Self:
         """Open a directory.
 
         Args:
             options: `DirectoryOptions`.
             segment_bytes, growth_bytes: as in `SlabGeometry.of`.
+            writes_ahead: as in `Segments`.
 
         Raises:
             ConfigError: the capacity does not hold one block.
@@ -96,7 +100,7 @@ class SlabStore(SlotStore):
             directory.close()
             raise
         try:
-            return cls(directory, geometry, read.capacity, read.min_free, context, sealer)
+            return cls(directory, geometry, read.capacity, read.min_free, context, sealer, writes_ahead)
         except OSError as error:
             raise StoreUnavailableError(f"{path}: {describe(error)}") from error
 
