@@ -147,11 +147,17 @@ class NullObserver:
 
 
 class Observers:
-    """Hands each event to several observers, in order. One that raises loses that event, and nobody else notices."""
+    """Hands each event to several observers, in order. One that raises loses that event, and nobody else notices.
+
+    Attributes:
+        held: `SystemExit`, `KeyboardInterrupt` and the like, raised by an observer or by a signal's handler while one
+            ran. Events come in the middle of a change of state, and of calls whose answer must not be lost.
+    """
 
     def __init__(self, observers: Sequence[Observer] = ()) -> None:
         self._observers = list(observers)
         self._failed: set[tuple[type, type]] = set()
+        self.held: list[BaseException] = []
 
     @classmethod
     def over(cls, observer: Observer) -> Observers:
@@ -169,6 +175,13 @@ class Observers:
                 observer.on_event(event)
             except Exception as fault:  # noqa: BLE001 - it comes in the middle of a change of state: reported
                 self._report(observer, event, fault)
+            except BaseException as fault:  # noqa: BLE001 - `raise_held` does that
+                self.held.append(fault)
+
+    def raise_held(self) -> None:
+        """Raise the oldest of what is held; to be called when a step has ended."""
+        if self.held:
+            raise self.held.pop(0)
 
     def _report(self, observer: Observer, event: Event, fault: Exception) -> None:
         kind = type(observer), type(event)

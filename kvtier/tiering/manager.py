@@ -16,6 +16,7 @@ from typing import Protocol
 from kvtier import forks
 from kvtier.abc import OffloadingManager, SecondaryTierManager
 from kvtier.clock import Clock, monotonic_clock
+from kvtier.errors import BlockNotReadyError
 from kvtier.events import (
     BlocksEvicted,
     BlocksLoaded,
@@ -256,6 +257,8 @@ class TieringOffloadingManager(OffloadingManager):
             {PRIMARY: len(ordered)} if not sources else Counter(map(sources.get, ordered, itertools.repeat(PRIMARY)))
         )
         self._observer.on_event(BlocksLoaded(req_context.req_id, by_source))
+        if self._left is not None and slots:  # an observer has forked, and this is the child
+            raise BlockNotReadyError("this process was forked during the call")
         return self._make_spec(slots)
 
     @in_turn
@@ -387,6 +390,7 @@ class TieringOffloadingManager(OffloadingManager):
         self._promoter.send()
         self._tiers.end_step(context)
         self._polled, self._current = False, None
+        self._observer.raise_held()
 
     def _end_waits(self, now: float) -> None:
         """End the waits that are over, and those that are not worth it any more."""
@@ -433,8 +437,8 @@ class TieringOffloadingManager(OffloadingManager):
             self._watcher.on_poll(self._tiers.guards)
 
     def has_pending_work(self) -> bool:
-        """True only for a live request's promotion or a cascade within its deadline."""
-        return self._flights.has_live or self._tiers.has_live_cascade(self._clock())
+        """True only for a live request's promotion or a cascade within its deadline, or for what a step is to raise."""
+        return bool(self._observer.held) or self._flights.has_live or self._tiers.has_live_cascade(self._clock())
 
     # -- reports ------------------------------------------------------------------------------------------
 
@@ -505,6 +509,7 @@ class TieringOffloadingManager(OffloadingManager):
         if not self._closed:
             self._closed = True
             self._tiers.shutdown()
+            self._observer.raise_held()
 
     def check_invariants(self) -> None:
         """Raise InvariantError if any part contradicts itself or another."""

@@ -15,7 +15,7 @@ from forked_child import ALL_WAYS, by_os, tell, without_the_interpreter
 from kvtier.clock import monotonic_clock
 from kvtier.config import KVCacheGroup, OffloadingConfig
 from kvtier.errors import BlockNotReadyError
-from kvtier.events import TierState
+from kvtier.events import BlocksLoaded, TierState
 from kvtier.executors.base import StoreDescription
 from kvtier.executors.inline import InlineExecutor
 from kvtier.executors.threads import ThreadExecutor
@@ -265,6 +265,40 @@ def test_calls_that_were_looked_up_before_the_fork_miss_too(engine):
     context, lookup = engine.request(), engine.manager.lookup
     assert lookup(keys[0], context) is LookupResult.HIT
     assert tell(by_os, lambda: [lookup(key, context).name for key in keys]) == ["MISS"] * len(keys)
+
+
+def test_a_fork_in_the_middle_of_a_call_loads_nothing_in_the_child(engine):
+    """By an observer: the call goes on in both processes."""
+    keys = make_keys("forked")
+    engine.store(keys)
+    reader, writer = os.pipe()
+
+    class Forking:
+        pid = None
+
+        def on_event(self, event):
+            if isinstance(event, BlocksLoaded):
+                self.pid = os.fork()
+
+    observer = Forking()
+    engine.spec.observers.add(observer)
+    context = engine.request()
+    assert {engine.manager.lookup(key, context) for key in keys} == {LookupResult.HIT}
+    try:
+        slots, answer = engine.manager.prepare_load(keys, context).block_ids.tolist(), b"slots"
+    except BlockNotReadyError:
+        slots, answer = [], b"nothing"
+    if observer.pid == 0:
+        os.write(writer, answer)
+        os._exit(0)
+    os.waitpid(observer.pid, 0)
+    assert os.read(reader, 100) == b"nothing"
+    assert [bytes(engine.arena.row(slot)) for slot in slots] == [content(key) for key in keys]
+    engine.manager.complete_load(keys, context)
+    engine.manager.on_request_finished(context)
+    engine.manager.check_invariants()
+    os.close(reader)
+    os.close(writer)
 
 
 def test_a_tier_that_a_child_asks_by_itself_has_nothing_and_takes_nothing(engine):

@@ -6,7 +6,15 @@ import pytest
 from engine import Engine, make_keys
 
 from kvtier.errors import InvariantError
-from kvtier.events import BlocksStored, Observers, TierState
+from kvtier.events import (
+    BlocksEvicted,
+    BlocksLoaded,
+    BlocksStored,
+    CacheReset,
+    JobFinished,
+    Observers,
+    TierState,
+)
 from kvtier.eviction.lru import LRUPolicy
 from kvtier.keys import make_offload_key
 
@@ -55,6 +63,50 @@ def test_an_observer_that_raises_costs_nothing_but_its_events(caplog):
     assert len(said) == len(observer.seen)
     assert behind_it.of(BlocksStored)
     assert num_usable_slots(engine) == engine.table.num_slots
+
+
+class Leaving:
+    """Ends the program at the first event of each kind, as a handler of SIGTERM does that comes while it runs."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_event(self, event):
+        if type(event) not in self.seen:
+            self.seen.append(type(event))
+            raise SystemExit(len(self.seen))
+
+
+def test_what_ends_the_program_in_an_observer_ends_it_when_the_step_has_ended():
+    engine = Engine()
+    observer, raised, step = Leaving(), [], engine.step
+
+    def step_to_the_end():
+        while True:
+            try:
+                return step()
+            except SystemExit as end:
+                raised.append(end.code)
+                engine.manager.check_invariants()
+
+    engine.step = step_to_the_end
+    engine.manager._observer.add(observer)
+    engine.run(make_keys(2), "first")
+    use(engine)
+    assert {BlocksStored, BlocksEvicted, BlocksLoaded, JobFinished, CacheReset} <= set(observer.seen)
+    assert raised == list(range(1, len(observer.seen) + 1))
+    assert not engine.manager.has_pending_work()
+    assert num_usable_slots(engine) == engine.table.num_slots
+
+
+def test_what_ends_the_program_in_an_observer_ends_it_at_the_latest_after_the_shutdown():
+    engine = Engine()
+    engine.manager._observer.add(Leaving())
+    engine.store(make_keys(2), engine.request())
+    assert engine.manager.has_pending_work(), "an engine without requests steps once more"
+    with pytest.raises(SystemExit):
+        engine.manager.shutdown()
+    engine.manager.shutdown()
 
 
 def test_a_tiers_own_events_are_guarded_too(caplog):
