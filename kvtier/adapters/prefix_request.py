@@ -18,6 +18,7 @@ from kvtier.adapters.prompts import read_token_ids
 from kvtier.adapters.staging import CacheBuilder
 from kvtier.adapters.token_blocks import chain_keys
 from kvtier.errors import BlockNotReadyError, ConfigError
+from kvtier.hints import HINT_KEY
 from kvtier.keys import OffloadKey
 from kvtier.types import GPULoadStoreSpec, LookupResult, ReqContext
 
@@ -60,10 +61,11 @@ class PrefixRequest:
         sources: restored tokens per tier, by the tier's name; "primary" is host memory.
     """
 
-    def __init__(self, opened: OpenedCache, req_id: str, prompt: Prompt) -> None:
+    def __init__(self, opened: OpenedCache, req_id: str, prompt: Prompt, hint: object = None) -> None:
         """Called by `PrefixCache.request`, not by users."""
         self._opened = opened
-        self._context = ReqContext(req_id, num_prompt_tokens=len(prompt.token_ids))
+        params = {HINT_KEY: hint} if hint is not None else None
+        self._context = ReqContext(req_id, params, num_prompt_tokens=len(prompt.token_ids))
         self._prompt = prompt
         self._keys = self._keys_of(prompt.token_ids)
         self._job_id = 0

@@ -32,6 +32,7 @@ from kvtier.adapters.token_blocks import chain_keys, chain_root
 from kvtier.config import KVCacheGroup, OffloadingConfig
 from kvtier.errors import ConfigError
 from kvtier.events import TierState
+from kvtier.hints import Hint
 from kvtier.keys import OffloadKey
 from kvtier.namespace import Namespace
 from kvtier.spec.factory import create_spec
@@ -273,6 +274,7 @@ class PrefixCache:
         max_new_tokens: int = 20,
         end_tokens: Collection[int] | None = None,
         cache_salt: str = "",
+        hint: Hint | Mapping[str, Any] | None = None,
         **inputs: Any,
     ) -> Generation:
         """Answer a prompt greedily: restore its longest stored prefix, compute the rest, store the new blocks.
@@ -286,6 +288,8 @@ class PrefixCache:
             max_new_tokens: at least 1.
             end_tokens: tokens that end the answer; None for those of the model's generation settings.
             cache_salt: prompts share blocks only with prompts of the same salt.
+            hint: what to do with the prompt's blocks, such as {"retain": "10m", "priority": "high"}; a malformed one is
+                ignored.
             inputs: other inputs, as a tokenizer returns them. Only those are allowed that change nothing, such as an
                 `attention_mask` of ones.
 
@@ -299,10 +303,17 @@ class PrefixCache:
             allowed = "generate() takes token ids alone: run the model yourself within request()"
             raise ConfigError(name, type(inputs[name]).__name__, allowed)
         ends = end_tokens_of(self.model) if end_tokens is None else check_end_tokens(end_tokens)
-        with self.request(token_ids, cache_salt=cache_salt) as request:
+        with self.request(token_ids, cache_salt=cache_salt, hint=hint) as request:
             return generate(self.model, request, token_ids, self.tokens_per_block, max_new_tokens, ends, started)
 
-    def request(self, input_ids: Any = None, *, cache_salt: str = "", **inputs: Any) -> PrefixRequest:
+    def request(
+        self,
+        input_ids: Any = None,
+        *,
+        cache_salt: str = "",
+        hint: Hint | Mapping[str, Any] | None = None,
+        **inputs: Any,
+    ) -> PrefixRequest:
         """Return a request for a prompt, for programs that run the model themselves.
 
         Use it in a with statement: call `restore()`, run the model on the rest with `past_key_values`, then call
@@ -311,6 +322,7 @@ class PrefixCache:
         Args:
             input_ids: one prompt, shape (1, tokens) or (tokens,); None if the model gets `inputs_embeds` instead.
             cache_salt: prompts share blocks only with prompts of the same salt.
+            hint: as for `generate`.
             inputs: all other inputs of the model. If one of them makes the KV depend on more than the tokens (images,
                 embeddings, padding, own positions), nothing is restored or stored. The same holds for prompts with the
                 model's placeholder tokens for images, sound or video.
@@ -329,7 +341,7 @@ class PrefixCache:
             opened = self._follow_model()
             now = functools.partial(self._root_and_changes, opened.identity, cache_salt)
             prompt = Prompt(token_ids, *now(), now, has_keys)
-            return PrefixRequest(opened, f"prompt-{next(self._req_ids)}", prompt)
+            return PrefixRequest(opened, f"prompt-{next(self._req_ids)}", prompt, hint)
 
     def keys(self, token_ids: Sequence[int], cache_salt: str = "") -> list[OffloadKey]:
         """Return the keys of the full blocks of `token_ids` for the model as it is now."""

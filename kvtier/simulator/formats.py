@@ -11,7 +11,7 @@ import os
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -39,13 +39,14 @@ _Time = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class _Line(msgspec.Struct):
-    """One request of Mooncake or Qwen-Bailian; `chat_id` only the latter have."""
+    """One request of Mooncake or Qwen-Bailian; `chat_id` only the latter have. `kvtier`, a hint, is ours."""
 
     timestamp: _Time
     input_length: _Count
     hash_ids: list[int]
     output_length: _Count = 0
     chat_id: int | str | None = None
+    kvtier: Any = None
 
 
 class _Either(msgspec.Struct):
@@ -171,7 +172,7 @@ def _lines(path: Path, tokens_per_block: int | None) -> Trace:
             raise TraceError(f"{path}:{number}: timestamp {line.timestamp}: a finite number expected")
         bailian = bailian or line.chat_id is not None
         keys = maker.keys(line.hash_ids)
-        requests.append(TraceRequest(line.timestamp, keys, line.input_length, line.output_length))
+        requests.append(TraceRequest(line.timestamp, keys, line.input_length, line.output_length, hint=line.kvtier))
     if not bailian:
         requests = [request._replace(time=request.time / 1000) for request in requests]
     name, usual = ("Qwen-Bailian", BAILIAN_TOKENS) if bailian else ("Mooncake", MOONCAKE_TOKENS)

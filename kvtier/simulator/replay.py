@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from kvtier.events import BlocksLoaded, Event
+from kvtier.hints import HINT_KEY
 from kvtier.simulator.results import Outcome, Result
 from kvtier.simulator.setup import Machine, Setup, SimulatedEngine
 from kvtier.simulator.trace import Trace, TraceRequest
@@ -102,7 +103,8 @@ class Replay:
                 if number % _STEP_EVERY == 0:
                     self._manager.on_schedule_end(_STEP)
                     self._report()
-                context = ReqContext(str(number), num_prompt_tokens=request.input_tokens)
+                params = None if request.hint is None else {HINT_KEY: request.hint}
+                context = ReqContext(str(number), params, num_prompt_tokens=request.input_tokens)
                 self._manager.on_new_request(context)
                 self._queue.append(_Waiting(request, context))
                 self._schedule()

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvtier.errors import TraceError
 from kvtier.keys import OffloadKey, make_offload_key
@@ -20,6 +20,7 @@ class TraceRequest(NamedTuple):
         keys: the blocks of its prompt, first block first; the last one may be filled in part (not in recordings).
         input_tokens, output_tokens: lengths of prompt and answer.
         answer_keys: blocks that the answer filled, where the trace knows them.
+        hint: what the caller said of the blocks, see `kvtier.hints`; None for nothing.
     """
 
     time: float
@@ -27,6 +28,7 @@ class TraceRequest(NamedTuple):
     input_tokens: int
     output_tokens: int
     answer_keys: Sequence[OffloadKey] = ()
+    hint: Any = None
 
 
 @dataclass(frozen=True)

@@ -305,3 +305,29 @@ def test_a_forked_child_answers_as_without_a_cache(model, tmp_path, fork):
             torch.set_num_threads(threads)
         answer = cache.generate(prompts[0], max_new_tokens=6)
         assert (answer.restored_tokens, answer.sequences[0].tolist()) == (128, expected[0])
+
+
+def fill_memory(cache):
+    for number in range(12):
+        cache.generate([(7 * number + token) % 300 for token in range(100, 230)], max_new_tokens=1)
+
+
+def test_a_hint_keeps_a_prompts_blocks(model):
+    small = MEMORY_ONLY | {"cpu_bytes_to_use": "1MiB", "retain_share": 0.5}
+    with PrefixCache(model, small) as cache:
+        kept, others = list(range(65)), list(range(65, 0, -1))
+        cache.generate(kept, max_new_tokens=1, hint={"retain": "10m", "priority": "high"})
+        cache.generate(others, max_new_tokens=1)
+        fill_memory(cache)
+        assert cache.manager.get_stats()["primary.kept_blocks"] > 0
+        assert cache.generate(kept, max_new_tokens=1).restored_tokens == 64
+        assert cache.generate(others, max_new_tokens=1).restored_tokens == 0
+
+
+def test_a_malformed_hint_changes_no_answer(model):
+    with PrefixCache(model, MEMORY_ONLY) as cache:
+        plain = cache.generate(list(range(65)), max_new_tokens=4)
+        for wrong in ("10m", {"retain": "soon"}, {"unknown": 1}, 7):
+            again = cache.generate(list(range(65)), max_new_tokens=4, hint=wrong)
+            assert torch.equal(again.sequences, plain.sequences)
+        assert cache.manager.get_stats()["ignored_hints"] == 4

@@ -10,9 +10,12 @@ from vllm.v1.kv_offload import base
 from kvtier import types
 from kvtier.adapters.vllm.compat import data_parallel_size, make_known
 from kvtier.config import KVCacheGroup, OffloadingConfig
+from kvtier.hints import HINT_KEY
 from kvtier.keys import OffloadKey
 from kvtier.primary.copies import KVCaches
 
+HINT_ACTION = "kvtier.hint"
+"""Type of the action in vLLM's `kv_hints` whose payload is a hint, as in `kv_transfer_params`."""
 ANSWERS = {answer: base.LookupResult[answer.name] for answer in types.LookupResult}
 MEDIA = {medium: base.Medium[medium.name] for medium in types.Medium}
 LOCALITIES = {locality: base.Locality[locality.name] for locality in types.Locality}
@@ -45,13 +48,23 @@ class EngineReqContext(types.ReqContext):
     """A request of vLLM; where its blocks end is asked of vLLM's own context, which learns it as the request grows."""
 
     def __init__(self, theirs: Any) -> None:
-        super().__init__(theirs.req_id, theirs.kv_transfer_params, _tier_filter(theirs))
+        super().__init__(theirs.req_id, _transfer_params(theirs), _tier_filter(theirs))
         self._theirs = theirs
 
     def get_offload_key_position(self, key: OffloadKey) -> int | None:
         """Return the end of the block `key` in tokens, or None if vLLM did not say."""
         position = getattr(self._theirs, "get_offload_key_position", None)
         return position(key) if position is not None else None
+
+
+def _transfer_params(theirs: Any) -> dict[str, Any] | None:
+    """Return what the client sent for the transfer layer, with the hint that an orchestrator sent beside it."""
+    params: dict[str, Any] | None = theirs.kv_transfer_params
+    envelope = getattr(theirs, "kv_hints", None)  # from 0.32 on; vLLM defines no action itself
+    if envelope is None or (params is not None and HINT_KEY in params):
+        return params
+    payloads = [action.payload for action in envelope.actions if action.action_type == HINT_ACTION]
+    return {**(params or {}), HINT_KEY: payloads[0]} if payloads else params
 
 
 def _tier_filter(theirs: Any) -> types.TierFilter:
