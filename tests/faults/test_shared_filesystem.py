@@ -19,7 +19,7 @@ ALL = list(range(20))
 def rig(faulty_disk):
     rig = make_rig()
     path = str(faulty_disk.path / "shared")
-    tier = FilesystemTierManager(rig.spec, rig.arena.view, "filesystem", path=path, capacity="16MiB", job_deadline=1.0)
+    tier = FilesystemTierManager(rig.spec, rig.arena.view, "filesystem", path=path, capacity="16MiB", job_deadline=5.0)
     tier._supervisor._breaker._longest_backoff = 0.5
     rig.attach(tier)
     tier.start()

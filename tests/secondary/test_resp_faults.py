@@ -316,7 +316,7 @@ def test_a_server_that_evicts(rigs, servers):
     assert not result.success
     assert len(loaded) < 8
     assert rig.causes.take() == {FailureCause.ABSENT: 8 - len(loaded)}
-    assert rig.load(range(56, 64))[1] == list(range(56, 64))
+    assert 63 in rig.load(range(56, 64))[1]  # the server evicts by samples: others of the latest may be gone, too
 
 
 def test_a_read_only_replica_is_read(rigs, servers, caplog):
