@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 
-from kvtier.foreign_text import MAX_QUOTED, one_line
+from kvtier.foreign_text import MAX_QUOTED, one_line, shown
 from kvtier.redaction import shown_option
 
 _WAYS_OUT = {
@@ -36,10 +36,9 @@ class ConfigError(KVTierError, ValueError):
     """A configuration key holds what it may not; neither the message nor `value` shows a secret."""
 
     def __init__(self, key: str, value: object, allowed: str) -> None:
-        shown = shown_option(key.rpartition(".")[2], value)
-        super().__init__(f"{one_line(key, MAX_QUOTED)}={one_line(repr(shown), MAX_QUOTED)}: {allowed}")
+        self.value = shown_option(key.rpartition(".")[2], value)
+        super().__init__(f"{one_line(key, MAX_QUOTED)}={one_line(shown(self.value), MAX_QUOTED)}: {allowed}")
         self.key = key
-        self.value = shown
         self.allowed = allowed
 
 

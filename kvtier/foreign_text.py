@@ -33,6 +33,14 @@ def one_line(text: object, most: int = MAX_LINE) -> str:
     return shown + _CUT if is_cut else shown
 
 
+def shown(value: object) -> str:
+    """Return `repr` of anything; its type's name where that fails, as for an int of thousands of digits."""
+    try:
+        return repr(value)
+    except Exception:  # noqa: BLE001 - of a user's class, or RecursionError
+        return f"<{type(value).__name__}>"
+
+
 def first_line(text: object, most: int = MAX_QUOTED) -> str:
     """Return what stands before the first line break: where a protocol has none, the rest is somebody's forgery."""
     return one_line(next(iter(str(text).lstrip()[: most + 1].splitlines()), ""), most)

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Self, get_args, get_origin, get_type_hints
 import msgspec
 
 from kvtier.errors import ConfigError
-from kvtier.foreign_text import is_utf8
-from kvtier.redaction import shown_option
+from kvtier.foreign_text import is_utf8, shown
+from kvtier.redaction import MAX_DEPTH, shown_option
 from kvtier.sizes import parse_size
 
 _PYTHON_WORDS = {"object": "mapping", "array": "list", "null": "None"}
@@ -54,6 +54,10 @@ JobDeadline = Annotated[
         description="seconds without any progress, after which the I/O process is killed and a new one started",
     ),
 ]
+
+
+MAX_INT_BITS = 63
+"""Of an option: no size, count or duration has more, and Python refuses to print one of thousands of digits."""
 
 
 class TierOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -122,7 +126,8 @@ def options_type_of(tier_class: type) -> type[TierOptions] | None:
 
 def join_key(where: str, key: object) -> str:
     """Return the full name of an option, for example "secondary_tiers[0].path"."""
-    return f"{where}.{key}" if where else str(key)
+    name = key if isinstance(key, str) else shown(key)
+    return f"{where}.{name}" if where else name
 
 
 def check_known(options: Mapping[Any, Any], known: Collection[str], where: str = "") -> None:
@@ -134,7 +139,7 @@ def check_known(options: Mapping[Any, Any], known: Collection[str], where: str =
     for key, value in options.items():
         if key in known:
             continue
-        nearest = difflib.get_close_matches(str(key), list(known), n=1)
+        nearest = difflib.get_close_matches(join_key("", key), list(known), n=1)
         hint = f', did you mean "{nearest[0]}"?' if nearest else ";"
         raise ConfigError(join_key(where, key), value, f"unknown key{hint} known are {', '.join(sorted(known))}")
 
@@ -151,7 +156,7 @@ def convert_option(value: object, hint: Any, key: str) -> Any:
     Raises:
         ConfigError: the value is of another type or out of range.
     """
-    _check_text(value, key)
+    _check_plain(value, key)
     complaint = ""
     try:
         converted = msgspec.convert(value, hint, strict=True)
@@ -187,13 +192,16 @@ def _least_size(hint: Any) -> int | None:
     return None
 
 
-def _check_text(value: object, key: str) -> None:
+def _check_plain(value: object, key: str, depth: int = 0) -> None:
     """Refuse, at any depth, what no file's name, no message and no log can hold.
 
     Raises:
         ConfigError: half of a surrogate pair (JSON can hold one), bytes that are no UTF-8, a NUL, in an ASCII
-            locale more than ASCII, or a path in a home directory that no shell has expanded.
+            locale more than ASCII, a path in a home directory that no shell has expanded; endless nesting; an int of
+            more than 64 bits.
     """
+    if depth > MAX_DEPTH:
+        raise ConfigError(key, value, f"at most {MAX_DEPTH} levels of lists and mappings")
     if isinstance(value, str):
         if value.isascii() and "\0" not in value and not value.startswith("~"):
             return
@@ -210,11 +218,13 @@ def _check_text(value: object, key: str) -> None:
             raise ConfigError(key, value, "only a shell knows ~: write the home directory out")
     elif isinstance(value, Mapping):
         for name, item in value.items():
-            _check_text(name, f"a name in {key}" if key else "a name")
-            _check_text(item, join_key(key, name))
+            _check_plain(name, f"a name in {key}" if key else "a name", depth + 1)
+            _check_plain(item, join_key(key, name), depth + 1)
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            _check_text(item, f"{key}[{index}]")
+            _check_plain(item, f"{key}[{index}]", depth + 1)
+    elif isinstance(value, int) and value.bit_length() > MAX_INT_BITS:
+        raise ConfigError(key, value, f"an int of at most {MAX_INT_BITS} bits")
 
 
 def convert_to_signature(

@@ -11,7 +11,11 @@ import re
 from collections.abc import Mapping
 from urllib.parse import SplitResult, urlsplit
 
+from kvtier.foreign_text import shown
+
 HIDDEN = "***"
+MAX_DEPTH = 16
+"""Of lists and mappings in an option's value: none has more than three levels."""
 _SECRET_PARTS = ("secret", "passw", "passphrase", "credential", "apikey", "connection_string")
 _SECRET_WORDS = frozenset({"token", "key", "pwd", "pw", "pass", "auth", "authorization", "sas", "dsn", "signature"})
 _ADDRESS_WORDS = frozenset({"url", "urls", "uri", "endpoint"})
@@ -21,12 +25,17 @@ _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.%]+\]|[\w.-]+)(?::\d{0,5})?")
 _HOST_AND_PORT = re.compile(r"(?:\[[0-9A-Fa-f:.%]+\]|[\w.-]+):\d{1,5}")
 
 
-def shown_option(name: str, value: object) -> object:
-    """Return what may be shown of the option `name`, items of lists and mappings included."""
+def shown_option(name: str, value: object, depth: int = 0) -> object:
+    """Return what may be shown of the option `name`, items of lists and mappings included, down to some depth."""
+    if depth > MAX_DEPTH:
+        return ...
     if isinstance(value, Mapping):
-        return {key: shown_option(str(key), item) for key, item in value.items()}
+        return {
+            key: shown_option(key if isinstance(key, str) else shown(key), item, depth + 1)
+            for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
-        items = [shown_option(name, item) for item in value]
+        items = [shown_option(name, item, depth + 1) for item in value]
         return tuple(items) if isinstance(value, tuple) else items
     if value is None or isinstance(value, bool):
         return value
@@ -39,6 +48,10 @@ def shown_option(name: str, value: object) -> object:
     if not _words(name).isdisjoint(_ADDRESS_WORDS) and "://" not in value:
         return value if _HOST_AND_PORT.fullmatch(value) else HIDDEN
     return _ADDRESS.sub(_shown_address, value)
+
+
+def _text_of(key: object) -> str:
+    return key if isinstance(key, str) else shown(key)
 
 
 def split_address(address: str) -> SplitResult | None:

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import msgspec
 import pytest
 
+from kvtier.config import TieringConfig, parse_config
 from kvtier.errors import ConfigError
 from kvtier.options import Threads, TierOptions, check_known, convert_option, convert_to_signature, schema_of, size_of
 from kvtier.types import Admission
@@ -26,6 +27,41 @@ def test_unknown_keys_are_named_with_the_nearest_known_one():
 
 def test_unknown_keys_without_a_near_one_list_the_known():
     assert error_of(check_known, {"zzz": 1}, ["path"]) == "zzz=1: unknown key; known are path"
+
+
+class Unprintable:
+    def __repr__(self):
+        raise ValueError("no words")
+
+    __str__ = __repr__
+
+
+def nested(levels, kind):
+    value = kind()
+    for _ in range(levels):
+        value = [value] if kind is list else {"a": value}
+    return value
+
+
+def circle():
+    value: list[Any] = []
+    value.append(value)
+    return value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [nested(5000, list), nested(5000, dict), circle(), 10**5000, Unprintable()],
+    ids=["lists", "mappings", "circle", "digits", "class"],
+)
+def test_what_cannot_be_printed_is_refused_in_a_short_line(value):
+    for config in ({"load_deadline": value}, {"block_size": value}, {"secondary_tiers": [value]}):
+        message = error_of(parse_config, {"cpu_bytes_to_use": 1, **config}, TieringConfig)
+        assert next(iter(config)) in message
+        assert len(message) < 600
+    for name in (value, Unprintable()):
+        if name.__hash__ is not None:
+            assert "unknown key" in error_of(check_known, {name: 1}, ["path"])
 
 
 @pytest.mark.parametrize(
