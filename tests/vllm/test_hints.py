@@ -81,7 +81,7 @@ def test_an_orchestrators_hint_comes_in_vllms_envelope(engine):
     kv_hints = pytest.importorskip("vllm.v1.kv_hints", reason="vLLM has kv_hints from 0.32 on")
     actions = [
         kv_hints.KvHintAction("1", "kv.fetch", "1.0", {}),
-        kv_hints.KvHintAction("2", "kvtier.hint", "1", {"retain": 600}),
+        kv_hints.KvHintAction("2", "kvtier", "1", {"retain": 600}),
     ]
     engine.serve(prompt("kept"), kv_hints=kv_hints.KvHintsEnvelope("0.1", "message", actions))
     engine.serve_others()

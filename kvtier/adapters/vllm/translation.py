@@ -14,8 +14,6 @@ from kvtier.hints import HINT_KEY
 from kvtier.keys import OffloadKey
 from kvtier.primary.copies import KVCaches
 
-HINT_ACTION = "kvtier.hint"
-"""Type of the action in vLLM's `kv_hints` whose payload is a hint, as in `kv_transfer_params`."""
 ANSWERS = {answer: base.LookupResult[answer.name] for answer in types.LookupResult}
 MEDIA = {medium: base.Medium[medium.name] for medium in types.Medium}
 LOCALITIES = {locality: base.Locality[locality.name] for locality in types.Locality}
@@ -63,7 +61,7 @@ def _transfer_params(theirs: Any) -> dict[str, Any] | None:
     envelope = getattr(theirs, "kv_hints", None)  # from 0.32 on; vLLM defines no action itself
     if envelope is None or (params is not None and HINT_KEY in params):
         return params
-    payloads = [action.payload for action in envelope.actions if action.action_type == HINT_ACTION]
+    payloads = [action.payload for action in envelope.actions if action.action_type == HINT_KEY]
     return {**(params or {}), HINT_KEY: payloads[0]} if payloads else params
 
 
