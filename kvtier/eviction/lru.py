@@ -32,6 +32,8 @@ class LRUPolicy(EvictionPolicy):
 
     def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         """Make the held ones of `keys` the most recent, the head of the call last."""
+        if not keys:
+            return
         queue = self._queue
         # A chain of C iterators: half the time of a loop. The deque of length 0 only drives it.
         deque(map(queue.move_to_end, filter(queue.__contains__, reversed(keys))), maxlen=0)

@@ -19,7 +19,9 @@ class Retention:
     def serve(self, table: BlockTable, uses: RequestUses) -> None:
         """What `table` is asked and told next is for this request."""
         policy = table.policy
-        if not isinstance(policy, RetentionPolicy):
+        if (
+            type(policy) is not RetentionPolicy
+        ):  # not isinstance: asking an abstract class takes 0.4 us, for each request
             if uses.hint is NO_HINT:
                 return
             policy = table.policy = RetentionPolicy(policy, self._share)

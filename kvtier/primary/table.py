@@ -169,6 +169,8 @@ class BlockTable:
         self, count: int, incoming: Sequence[OffloadKey], protected: Sequence[Set[OffloadKey]]
     ) -> list[OffloadKey]:
         get_slot, pins, filling = self.slot_of.__getitem__, self._pins, self.filling
+        if not (filling or pins or protected):
+            return list(islice(self.policy.candidates(incoming), count))
         most = MAX_SKIPPED + 4 * count + sum(map(len, protected))
         candidates = islice(self.policy.candidates(incoming), most)
         victims: list[OffloadKey] = []

@@ -62,16 +62,17 @@ class RequestUses:
             Those of `keys`, in order, whose use counts in the primary tier (none that it held at an earlier use), and
             those that were not used before at all, whose use counts in the other tiers.
         """
-        fresh = keys
+        fresh = keys = keys.copy()  # kept, in one or two lists that nobody changes
         if self._held or self._aside:
             known = self._known()
             if not known.keys().isdisjoint(keys):
                 fresh = [key for key in keys if key not in known]
                 keys = [key for key in keys if not known.get(key, False)]
         if fresh:
-            self._named.append(fresh.copy())
+            self._named.append(fresh)
         if primary is None or all(map(primary.__contains__, keys)):
-            self._put_aside(keys)
+            if keys:
+                self._aside.append(keys)
         else:
             self._held.update(zip(keys, map(primary.__contains__, keys), strict=True))
         return keys, fresh
@@ -92,8 +93,10 @@ class RequestUses:
 
     def note_stored(self, keys: Keys) -> None:
         """The request brings these blocks itself, which is a use in every tier."""
-        self._early.difference_update(keys)
-        self._put_aside(keys)
+        if self._early:
+            self._early.difference_update(keys)
+        if keys:
+            self._aside.append(keys.copy())
 
     def note_offer(self, keys: Keys) -> None:
         """The request offers these blocks, in prefix order: those that are held among those that are not."""
@@ -116,10 +119,6 @@ class RequestUses:
             if len(ends) == len(keys):
                 keys.sort(key=ends.__getitem__)
         return keys
-
-    def _put_aside(self, keys: Keys) -> None:
-        if keys:
-            self._aside.append(keys.copy())
 
     def _known(self) -> dict[OffloadKey, bool]:
         for keys in self._aside:
