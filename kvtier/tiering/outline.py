@@ -27,6 +27,7 @@ class Outline:
         num_rows: blocks in the longest KV group.
         found: index of the tier that answered HIT, by key.
         num_planned: keys at the head of `order` that plans have dealt with.
+        num_secured: keys at its head that were leased or awaited, without a gap, after the last plan.
         is_certain: no key was left without an answer.
         shortest_group: least keys that were looked up in a KV group.
     """
@@ -36,6 +37,7 @@ class Outline:
     num_rows: int
     found: Mapping[OffloadKey, int]
     num_planned: int = 0
+    num_secured: int = 0
     is_certain: bool = True
     shortest_group: int = 0
 
@@ -48,13 +50,16 @@ class Outline:
         """Return whether this is a scan of one KV group from its head on, and begins as a former one did."""
         return self._is_prefix and former._is_prefix and self.order[0] == former.order[0]
 
-    def is_repeated_by(self, keys: Sequence[OffloadKey], num_secured: int) -> bool:
-        """Return whether a later scan of the same request finds only what is leased or awaited already.
+    def is_repeated_by(self, keys: Sequence[OffloadKey]) -> bool:
+        """Return whether a later scan of the same request finds only what is leased or awaited already."""
+        return self._is_prefix and self.num_secured >= len(self.order) == len(keys) and keys[0] == self.order[0]
 
-        Args:
-            num_secured: keys of this outline that are.
-        """
-        return self._is_prefix and num_secured >= len(self.order) == len(keys) and keys[0] == self.order[0]
+    def note_held(self, *held: Container[OffloadKey]) -> None:
+        """Count on, as far as plans have come, what is among the `held` keys, which are leased or awaited."""
+        for key in self.order[self.num_secured : self.num_planned]:
+            if not any(key in keys for keys in held):
+                return
+            self.num_secured += 1
 
     @property
     def _is_prefix(self) -> bool:
@@ -84,7 +89,7 @@ def make_outline(
     if not is_certain:
         groups = [_certain_head(group, unresolved) for group in groups]
     order, stride = _in_step(groups, context)
-    return Outline(order, stride, max(map(len, groups)), found, 0, is_certain, shortest)
+    return Outline(order, stride, max(map(len, groups)), found, is_certain=is_certain, shortest_group=shortest)
 
 
 def _in_step(groups: Sequence[Sequence[OffloadKey]], context: ReqContext) -> tuple[Sequence[OffloadKey], int]:

@@ -92,13 +92,13 @@ class Promoter:
         """Begin with what was looked up, behind what is leased or awaited already; return what that costs in keys."""
         plans = state.plans
         former, plans.scan = plans.outline, None
-        num_secured = len(state.lease.slots) + len(state.awaiting)
-        holds = former is not None and num_secured == plans.num_secured
-        if former is not None and holds and former.is_repeated_by(scan.keys, num_secured):
+        if len(state.lease.slots) + len(state.awaiting) != plans.num_held:
+            former = None  # some of that is lost
+        if former is not None and former.is_repeated_by(scan.keys):
             return 0
         outline = plans.outline = make_outline(scan.keys, scan.found, scan.unresolved, state.context)
-        if former is not None and holds and outline.continues(former):
-            outline.num_planned = min(num_secured, len(outline.order))
+        if former is not None and outline.continues(former):
+            outline.num_planned = outline.num_secured = min(former.num_secured, len(outline.order))
         return len(scan.keys) // _OUTLINED_PER_PLANNED
 
     def _promote(self, state: RequestState, outline: Outline, most: int) -> None:
@@ -116,7 +116,8 @@ class Promoter:
             for index, keys in plan.by_tier.items():
                 flights.queue(keys, state)
                 self._queues[index].add(keys, state, plan.gain, now + plan.computing)
-        state.plans.num_secured = len(state.lease.slots) + len(state.awaiting)
+        outline.note_held(state.lease.slots, state.awaiting)
+        state.plans.num_held = len(state.lease.slots) + len(state.awaiting)
         self._give_up(state, plan.denied, "budget")
         self._give_up(state, plan.declined, "slower")
         if not plan.waits and outline.is_done and outline.is_certain and not state.awaiting:

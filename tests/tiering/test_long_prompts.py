@@ -93,6 +93,27 @@ def test_a_prompt_that_has_grown_is_planned_behind_what_it_has(make_engine):
     assert num_asked(engine.tier) == 900  # nothing is read twice
 
 
+def test_what_gives_way_in_the_middle_of_a_waiting_prompt_is_planned_again(make_engine):
+    keys = make_keys(7)
+    engine = make_engine(num_blocks=8, promotion_budget=0.5)
+    engine.store(keys[:6], engine.request("stores"))
+    engine.step()
+    engine.plant(keys)
+    engine.tier.auto, engine.tier.full = False, True
+    other = engine.request("holds the sixth, awaits the seventh")
+    assert engine.scan(keys[5:], other) == [HIT, PENDING]
+    engine.step()
+    context = engine.request("waits")
+    assert engine.scan(keys, context) == [HIT] * 6 + [PENDING]  # there is room to lease two, and the sixth
+    engine.step()
+    while engine.table.is_ready(keys[2]):
+        engine.store(make_keys(1, f"evicts {len(engine.log.events)}"), engine.request("evicts"))
+    for _ in range(3):
+        answers = engine.scan(keys, context)
+        engine.step()
+    assert MISS in answers  # it has no room for what it has lost, and must not wait for what nobody brings
+
+
 def test_groups_of_a_long_scan_are_found_without_a_look_at_each_key():
     full, window = make_keys(MANY_KEYS, group=0), make_keys(100, group=1)[::-1]
     assert split_scan([*full, *window]) == [full, window]
