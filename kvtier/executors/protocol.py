@@ -68,6 +68,12 @@ class _Keyed(_Message, frozen=True):
         """The keys, split at every access."""
         return _split_keys(self.joined_keys, self.key_bytes)
 
+    def _check_slots(self, packed: bytes) -> None:
+        """Raise ProtocolError unless there are whole keys, and one packed slot for each."""
+        length = len(self.joined_keys)
+        if not length or len(packed) * self.key_bytes != length * _SLOT_BYTES or length % self.key_bytes:
+            raise ProtocolError("keys and slots differ in number")
+
 
 class Open(_Message, frozen=True, tag=1):
     """The first request: which store to open, and how. It is not on the command line because it may hold secrets.
@@ -115,11 +121,9 @@ class Part(_Keyed, frozen=True, tag=2):
         return cls(*_join_keys(keys), serial, first, is_load, _pack_slots(arena_slots), packed)
 
     def __post_init__(self) -> None:
-        joined_slots, length = self.packed_arena_slots, len(self.joined_keys)
-        if not length or len(joined_slots) * self.key_bytes != length * _SLOT_BYTES or length % self.key_bytes:
-            raise ProtocolError("keys and slots differ in number")
-        if self.packed_store_slots is not None and len(self.packed_store_slots) != len(joined_slots):
-            raise ProtocolError("keys and slots differ in number")
+        self._check_slots(self.packed_arena_slots)
+        if self.packed_store_slots is not None:
+            self._check_slots(self.packed_store_slots)
 
     @property
     def num_blocks(self) -> int:
@@ -221,9 +225,7 @@ class IndexBatch(_Keyed, frozen=True, tag=7):
         return cls(*_join_keys(keys), _pack_slots(slots))
 
     def __post_init__(self) -> None:
-        length = len(self.joined_keys)
-        if not length or len(self.packed_slots) * self.key_bytes != length * _SLOT_BYTES or length % self.key_bytes:
-            raise ProtocolError("keys and slots differ in number")
+        self._check_slots(self.packed_slots)
 
     @property
     def slots(self) -> list[int]:

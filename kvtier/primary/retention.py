@@ -19,9 +19,7 @@ class Retention:
     def serve(self, table: BlockTable, uses: RequestUses) -> None:
         """What `table` is asked and told next is for this request."""
         policy = table.policy
-        if (
-            type(policy) is not RetentionPolicy
-        ):  # not isinstance: asking an abstract class takes 0.4 us, for each request
+        if type(policy) is not RetentionPolicy:  # isinstance would ask an abstract class: 0.4 us in each call
             if uses.hint is NO_HINT:
                 return
             policy = table.policy = RetentionPolicy(policy, self._share)

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from kvtier.abc import SecondaryTierManager
 from kvtier.errors import ConfigError
+from kvtier.secondary.settings import TierSettings
 from kvtier.secondary.slotted import SlottedTierManager
-from kvtier.secondary.store_tier import TierSettings
 from kvtier.secondary.striped import StripedTierManager, StripeSpec, share_settings
 from kvtier.stores.slab.layout import SlabGeometry
 from kvtier.stores.slab.options import DirectoryOptions, DiskOptions, check_directories

@@ -14,7 +14,8 @@ from kvtier.executors.protocol import IndexEnd, PartResult, ProbeAnswer, Ready, 
 from kvtier.keys import OffloadKey, common_key_bytes
 from kvtier.secondary.jobs import MovingJob
 from kvtier.secondary.probes import Probes
-from kvtier.secondary.store_tier import StoreTierManager, TierSettings
+from kvtier.secondary.settings import TierSettings
+from kvtier.secondary.store_tier import StoreTierManager
 from kvtier.types import FailureCause, JobMetadata, LookupResult, ReqContext, ScheduleEndContext
 
 _MISS, _RETRY = LookupResult.MISS, LookupResult.RETRY

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvtier.secondary.keyed import KeyedTierManager
-from kvtier.secondary.store_tier import TierSettings
+from kvtier.secondary.settings import TierSettings
 from kvtier.stores.memory import MemoryOptions
 from kvtier.types import Locality, Medium
 

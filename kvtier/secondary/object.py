@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from kvtier.secondary.keyed import KeyedTierManager
-from kvtier.secondary.store_tier import TierSettings
+from kvtier.secondary.settings import TierSettings
 from kvtier.stores.object.options import ObjectOptions
 from kvtier.types import Locality, Medium
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from kvtier.secondary.keyed import KeyedTierManager
-from kvtier.secondary.store_tier import TierSettings
+from kvtier.secondary.settings import TierSettings
 from kvtier.stores.resp.options import RespOptions
 from kvtier.types import Locality, Medium
 

@@ -6,7 +6,7 @@ import secrets
 import time
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from kvtier import forks
@@ -24,49 +24,14 @@ from kvtier.options import TierOptions
 from kvtier.primary.arena import arena_rows
 from kvtier.secondary.health import Breaker, TierHealth
 from kvtier.secondary.jobs import JobLedger, MovingJob
-from kvtier.secondary.supervisor import Deadlines, Supervisor
+from kvtier.secondary.settings import TierSettings
+from kvtier.secondary.supervisor import Supervisor
 from kvtier.secondary.trial import check_or_try
 from kvtier.types import FailureCause, JobMetadata, JobResult, ScheduleEndContext
 
 _UP = TierState.UP
 _BYTES = frozenset({bytes})
 _BREAKING = frozenset({FailureCause.IO_ERROR, FailureCause.TIER_DOWN})
-
-
-@dataclass(frozen=True)
-class TierSettings:
-    """How a tier over a store behaves.
-
-    Attributes:
-        threads: calls into the store at the same time.
-        deadlines: in seconds.
-        most_store_bytes: payload of store jobs in flight; more is back-pressure.
-        failures_to_open, first_backoff, longest_backoff: of the breaker.
-        environment_secrets: how the names of secret environment variables begin that the store's client reads by
-            itself, such as "AWS_". Its I/O process gets no other secrets than these and those that an option names.
-    """
-
-    threads: int = 4
-    deadlines: Deadlines = field(default_factory=Deadlines)
-    most_store_bytes: int = 256 << 20
-    failures_to_open: int = 3
-    first_backoff: float = 0.5
-    longest_backoff: float = 30.0
-    environment_secrets: tuple[str, ...] = ()
-
-    @classmethod
-    def checked(cls, threads: int, job_deadline: float) -> TierSettings:
-        """Return settings from the two values that users configure.
-
-        Raises:
-            ConfigError: out of range; the error names the key.
-        """
-        if not (isinstance(threads, int) and not isinstance(threads, bool) and 1 <= threads <= 64):
-            raise ConfigError("threads", threads, "an int, 1 to 64")
-        if isinstance(job_deadline, bool) or not isinstance(job_deadline, int | float) or not 0 < job_deadline < 3600:
-            raise ConfigError("job_deadline", job_deadline, "seconds, above 0 and below 3600")
-        drain = min(Deadlines.drain, float(job_deadline))
-        return cls(threads=threads, deadlines=Deadlines(job_deadline, 4 * job_deadline, drain=drain))
 
 
 def store_path(store: str | type[SlotStore] | type[BlockStore]) -> str:

@@ -18,8 +18,8 @@ from kvtier.errors import InvariantError
 from kvtier.events import BlocksEvicted, BlocksFailed, Event, Observer, TierState, TierStateChanged
 from kvtier.keys import OffloadKey
 from kvtier.secondary.jobs import Job
+from kvtier.secondary.settings import TierSettings
 from kvtier.secondary.slotted import SlottedTierManager
-from kvtier.secondary.store_tier import TierSettings
 from kvtier.secondary.trial import check_or_try
 from kvtier.types import (
     JobMetadata,

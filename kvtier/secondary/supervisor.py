@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
 
 from kvtier.clock import Clock
@@ -18,26 +17,7 @@ from kvtier.executors.base import Ended, IOExecutor, Report
 from kvtier.executors.protocol import IndexEnd, PartResult, Prepared, ProbeAnswer, Unavailable, Usage
 from kvtier.secondary.health import Breaker, BreakerState, TierHealth
 from kvtier.secondary.jobs import JobLedger
-
-
-@dataclass(frozen=True)
-class Deadlines:
-    """How long is too long, in seconds.
-
-    Attributes:
-        job: without any progress while jobs are open, and for an executor to end when told to.
-        overtaken_job: without progress of a job that later ones have overtaken; one that waits its turn is not late.
-        start: without any progress while a store opens.
-        drain: for `drain_jobs` and `shutdown` to let running jobs end by themselves.
-        kill: for a killed executor to be gone, while somebody waits for it.
-    """
-
-    job: float = 10.0
-    overtaken_job: float = 40.0
-    start: float = 60.0
-    drain: float = 2.0
-    kill: float = 1.0
-
+from kvtier.secondary.settings import Deadlines
 
 _BUSY = "its medium is busy and asks for less; stores pause, loads go on"
 _NO_STORES = "stores failed one after the other; what it holds can be loaded, kvtier tries again to store"

@@ -7,8 +7,7 @@ from kvtier.abc import TierContext
 from kvtier.events import TierStateChanged
 from kvtier.namespace import Namespace
 from kvtier.secondary.disk import DirectoryTier, StripedDiskTierManager
-from kvtier.secondary.store_tier import TierSettings
-from kvtier.secondary.supervisor import Deadlines
+from kvtier.secondary.settings import Deadlines, TierSettings
 from kvtier.stores.slab.options import DiskOptions
 from kvtier.testing.stores import make_key, make_payload
 from kvtier.testing.tier_rig import TierRig

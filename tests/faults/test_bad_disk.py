@@ -10,7 +10,7 @@ import pytest
 from disk_rigs import QUICK, Asleep, disk_tier, make_rig, start, striped_tier, submit_store
 
 from kvtier.events import BlocksFailed, TierState
-from kvtier.secondary.supervisor import Deadlines
+from kvtier.secondary.settings import Deadlines
 from kvtier.stores.slab.inspection import survey_slab
 from kvtier.testing.patience import TEST_SECONDS
 from kvtier.testing.stores import make_key, make_payload

@@ -13,7 +13,7 @@ import pytest
 from disk_rigs import QUICK, make_rig, start, striped_tier
 
 from kvtier.events import TierState
-from kvtier.secondary.supervisor import Deadlines
+from kvtier.secondary.settings import Deadlines
 from kvtier.testing.stores import make_key, make_payload
 from kvtier.testing.tier_rig import succeeded
 from kvtier.types import LookupResult

@@ -10,7 +10,7 @@ import pytest
 from disk_rigs import QUICK, Asleep, make_rig, start, submit_store
 
 from kvtier.events import TierState
-from kvtier.secondary.supervisor import Deadlines
+from kvtier.secondary.settings import Deadlines
 from kvtier.testing.stores import make_key
 from kvtier.testing.tier_rig import TierRig
 from kvtier.types import LookupResult

@@ -8,8 +8,7 @@ from kvtier.abc import TierContext
 from kvtier.events import TierStateChanged
 from kvtier.namespace import Namespace
 from kvtier.secondary.keyed import KeyedTierManager
-from kvtier.secondary.store_tier import TierSettings
-from kvtier.secondary.supervisor import Deadlines
+from kvtier.secondary.settings import Deadlines, TierSettings
 from kvtier.testing.patience import wait_for
 from kvtier.testing.tier_rig import TierRig
 

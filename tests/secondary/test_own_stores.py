@@ -11,7 +11,8 @@ from kvtier.abc import TierContext
 from kvtier.errors import ConfigError
 from kvtier.namespace import Namespace
 from kvtier.secondary.keyed import KeyedTierManager
-from kvtier.secondary.store_tier import TierSettings, store_path
+from kvtier.secondary.settings import TierSettings
+from kvtier.secondary.store_tier import store_path
 from kvtier.stores.memory import MemoryStore
 from kvtier.testing.tier_rig import TierRig
 

@@ -13,7 +13,8 @@ from kvtier.executors.base import Ended, IOExecutor
 from kvtier.executors.protocol import IndexEnd, PartResult, Ready, Unavailable
 from kvtier.secondary.health import Breaker, BreakerState, TierHealth
 from kvtier.secondary.jobs import JobLedger
-from kvtier.secondary.supervisor import Deadlines, Supervisor
+from kvtier.secondary.settings import Deadlines
+from kvtier.secondary.supervisor import Supervisor
 from kvtier.testing.clock import ManualClock
 from kvtier.testing.stores import make_key
 from kvtier.types import FailureCause, JobMetadata, ReqContext

@@ -7,7 +7,7 @@ from kvtier.abc import TierContext
 from kvtier.events import TierState
 from kvtier.namespace import Namespace
 from kvtier.secondary.keyed import KeyedTierManager
-from kvtier.secondary.store_tier import TierSettings
+from kvtier.secondary.settings import TierSettings
 from kvtier.testing.patience import wait_for
 from kvtier.testing.tier_rig import SuiteSpec
 from kvtier.types import JobResult, LookupResult
