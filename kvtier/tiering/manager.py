@@ -385,6 +385,7 @@ class TieringOffloadingManager(OffloadingManager):
         scanned = self._scanned.take()
         for state in scanned:
             self._pace.note_scan(state)
+        self._requests.note_lookups(scanned)
         self._end_waits(now)
         self._promoter.plan(scanned)
         for state in scanned:
@@ -396,11 +397,11 @@ class TieringOffloadingManager(OffloadingManager):
 
     def _end_waits(self, now: float) -> None:
         """End the waits that are over, and those that are not worth it any more."""
-        states = list(self._requests)
+        states = self._requests.looked_up()
         for state in states:
             if state.wait.since is not None or state.wait.probing_since or state.lease.expires is not None:
                 self._waiting.check(state, now)
-        self._pace.note_backlog(states)
+        self._pace.note_backlog(states, self._requests.num_new)
         for state in states:
             if state.awaiting:
                 self._promoter.reconsider(state, now)

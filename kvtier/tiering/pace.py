@@ -147,11 +147,12 @@ class Pace:
             computed = max(0, progress.num_computed - progress.num_loaded) * self._tokens_per_block
             self._usual += (computed - self._usual) / 16
 
-    def note_backlog(self, states: Iterable[RequestState]) -> None:
+    def note_backlog(self, states: Iterable[RequestState], num_new: int) -> None:
         """Add up what the engine has to compute beside what waits for tiers.
 
         Args:
-            states: all requests, oldest first.
+            states: the requests that were looked up, oldest first.
+            num_new: those that were not; they are taken to be behind.
         """
         self._backlog, self._num_waiting = 0.0, 0
         for state in states:
@@ -161,6 +162,9 @@ class Pace:
                 self._num_waiting += 1
                 if not state.awaiting:
                     self._backlog += left
+        if self._usual:
+            self._num_waiting += num_new
+            self._backlog += num_new * self._usual
 
     def _left(self, state: RequestState) -> float:
         if state.finished:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from kvtier.clock import Clock
 from kvtier.errors import InvariantError
@@ -217,6 +218,9 @@ class Requests:
         """Args: tiers: they are told which requests are over."""
         self._tiers, self._times = tiers, Arrivals(clock)
         self._by_id: dict[str, RequestState] = {}
+        # Engines hold thousands of requests that they have not looked up yet. No step looks at each of these.
+        self._new: set[RequestState] = set()
+        self._looked_up: set[RequestState] = set()
         self.get: Callable[[str], RequestState | None] = self._by_id.get
         """Return the state of a request, or None. The dict's own method: it is called many times per request."""
         self._arrivals = 0
@@ -226,6 +230,22 @@ class Requests:
 
     def __iter__(self) -> Iterator[RequestState]:
         return iter(list(self._by_id.values()))
+
+    @property
+    def num_new(self) -> int:
+        """Live requests that the engine has not looked up yet: they wait for nothing, and hold nothing."""
+        return len(self._new)
+
+    def looked_up(self) -> list[RequestState]:
+        """Return the live requests that the engine has looked up, oldest first."""
+        return sorted(self._looked_up, key=attrgetter("arrival"))
+
+    def note_lookups(self, states: Iterable[RequestState]) -> None:
+        """The engine has looked these up."""
+        for state in states:
+            if not state.finished and state not in self._looked_up:
+                self._new.discard(state)
+                self._looked_up.add(state)
 
     def open(self, context: ReqContext) -> RequestState:
         """Return the state of a request, made if it is new or comes again after its end.
@@ -244,10 +264,14 @@ class Requests:
         if former is not None:
             state.copies = former.copies
         self._by_id[context.req_id] = state
+        self._new.add(state)
         return state
 
     def close(self, state: RequestState) -> None:
         """Drop the request if it is finished and none of its copies is unfinished."""
+        if state.finished:
+            self._new.discard(state)
+            self._looked_up.discard(state)
         if state.finished and not state.copies.are_unfinished:
             self._by_id.pop(state.context.req_id, None)
             self._tiers.forget(state.context)
@@ -259,3 +283,7 @@ class Requests:
                 raise InvariantError(f"request {state.context.req_id} is over and holds a lease or waits")
             if state.finished and not state.copies.are_unfinished:
                 raise InvariantError(f"request {state.context.req_id} is over and was not dropped")
+            if (state in self._new) + (state in self._looked_up) != (not state.finished):
+                raise InvariantError(f"request {state.context.req_id} is counted wrongly among new and looked-up ones")
+            if state in self._new and (state.lease.slots or state.awaiting):
+                raise InvariantError(f"request {state.context.req_id} waits or holds a lease, and was not looked up")

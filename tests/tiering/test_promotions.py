@@ -1,11 +1,13 @@
 """DESIGN: plan, budget, lease, and promotions that several requests share."""
 
+import sys
+
 import pytest
 from engine import make_keys, payload
 
 from kvtier.errors import BlockNotReadyError
 from kvtier.events import BlocksEvicted, BlocksStored, RequestGaveUp
-from kvtier.types import LookupResult
+from kvtier.types import LookupResult, ScheduleEndContext
 
 HIT, MISS, PENDING, RETRY = LookupResult.HIT, LookupResult.MISS, LookupResult.HIT_PENDING, LookupResult.RETRY
 
@@ -281,3 +283,25 @@ def test_a_preempted_request_may_ask_again_for_what_was_over_the_budget(make_eng
     engine.load(keys[:4], context)
     engine.step(preempted=["r"])
     assert engine.wait_hits(keys[4:], context) == 2
+
+
+def test_a_step_looks_at_no_request_that_the_engine_has_not_looked_up(make_engine):
+    calls = []
+    for num_new in (10, 1000):
+        engine, keys = make_engine(), make_keys(4)
+        engine.plant(keys)
+        waiting = engine.request("waiting")
+        for number in range(num_new):
+            engine.request(f"new {number}")
+        engine.scan(keys, waiting)
+        engine.step()
+        engine.scan(keys, waiting)
+        seen = []
+        sys.setprofile(lambda frame, kind, _, seen=seen: seen.append(frame.f_code.co_name) if kind == "call" else None)
+        try:
+            engine.manager.on_schedule_end(ScheduleEndContext())
+        finally:
+            sys.setprofile(None)
+        calls.append(seen)
+        engine.close()
+    assert calls[0] == calls[1]
