@@ -109,7 +109,10 @@ class Recorder:
             self._give_up("the process that writes it does not keep up")
 
     def close(self) -> None:
-        """Hand over the rest and end the process, within two seconds; idempotent."""
+        """Hand over what the pipe takes, and wait for the writing process, two seconds in all; idempotent.
+
+        A later one, on a machine so busy that it has not even started, ends by itself: it has all that it needs.
+        """
         deadline = time.monotonic() + _CLOSE_SECONDS
         while self.active and self._buffer and (left := deadline - time.monotonic()) > 0:
             if self._pipe is not None and self._pipe.is_ours():
@@ -118,12 +121,8 @@ class Recorder:
             self.flush()
         self._end()
         if self._writer is not None:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._writer.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                self._writer.kill()
-                self._writer.wait()
-            self._writer = None
 
     def _give_up(self, reason: str) -> None:
         logger.warning("the recording %s ends here: %s", self._path, reason)

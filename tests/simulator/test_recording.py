@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -12,17 +14,20 @@ from typer.testing import CliRunner
 
 from kvtier import KVCacheGroup, Namespace, OffloadingConfig, create_spec, make_offload_key
 from kvtier.cli import app
+from kvtier.clock import monotonic_clock
 from kvtier.errors import ConfigError, KVTierError, TraceError
 from kvtier.events import BlocksLoaded, RequestGaveUp, TierState
 from kvtier.keys import MAX_KEY_BYTES
 from kvtier.recording.format import FRAME, HASH_BYTES, LENGTH, MAGIC, RECORD
 from kvtier.recording.reader import is_recording, read_recording
+from kvtier.recording.stream import Recorder
 from kvtier.simulator.again import repeat
 from kvtier.simulator.formats import load_trace
 from kvtier.simulator.replay import Replay
 from kvtier.simulator.report import facts
 from kvtier.simulator.setup import Machine, Setup
 from kvtier.simulator.trace import Trace, TraceRequest
+from kvtier.spec.recorded import describe
 from kvtier.spec.tiering import TieringOffloadingSpec
 from kvtier.testing.patience import PATIENCE_SECONDS, wait_for
 from kvtier.types import LookupResult, ReqContext, ScheduleEndContext
@@ -108,6 +113,8 @@ class LiveEngine:
 
     def close(self):
         self.spec.shutdown()
+        writer = self.manager._recorder._writer
+        wait_for(lambda: writer.poll() is not None, "the process that writes")  # on a busy machine it ends later
 
 
 def prompts(count, seed=7):
@@ -209,6 +216,24 @@ def test_the_engine_does_not_notice_that_a_recording_fails(tmp_path):
     engine.serve(prompts(100))
     engine.close()
     assert log.loads
+
+
+def test_a_process_that_writes_late_writes_all_of_it(tmp_path):
+    """As on a machine so busy that it has not started by the time that the engine ends."""
+    engine = LiveEngine(tmp_path, LoadLog(), disks=0)
+    path = tmp_path / "late.rec"
+    recorder = Recorder(str(path), describe(engine.spec, ()), monotonic_clock)
+    recorder.start()
+    writer = recorder._writer.pid
+    os.kill(writer, signal.SIGSTOP)
+    recorder.note(b"N", 1, bytes(8))
+    recorder.close()
+    assert not path.exists()
+    os.kill(writer, signal.SIGCONT)
+    wait_for(lambda: recorder._writer.poll() is not None, "the process that writes")
+    assert [(record.kind, record.request) for record in read_recording(path)[1]] == [(b"N", 1)]
+    recorder.close()
+    engine.close()
 
 
 def test_a_recording_ends_at_its_limit_and_stays_readable(tmp_path):

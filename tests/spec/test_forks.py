@@ -435,6 +435,7 @@ def test_a_recording_is_not_written_by_a_child(tmp_path):
     assert tell(by_os, child) is False
     recorder.note(b"E", 1)
     recorder.close()
+    wait_for(lambda: recorder._writer.poll() is not None, "the process that writes")
     _, records = read_recording(tmp_path / "recording")
     assert [(record.kind, record.request) for record in records] == [(b"N", 1), (b"E", 1)]
 
