@@ -22,6 +22,7 @@ from kvtier.registry import POLICIES, construct_tier, load_tier_class, try_tier
 from kvtier.secondary.stand_ins import LateTier, UnusableTierManager
 from kvtier.spec.cpu import CPUOffloadingSpec
 from kvtier.spec.recorded import make_manager
+from kvtier.spec.room import RoomWarnings
 from kvtier.spec.tiers import outlives_engine, parse_tiers, prompts_only
 from kvtier.tier_config import TierConfig
 from kvtier.tiering.manager import TieringOffloadingManager
@@ -56,6 +57,8 @@ class TieringOffloadingSpec(CPUOffloadingSpec):
         self.offload_prompt_only = prompts_only(user, self.tiers)
         self.tier_context = replace(self.tier_context, policies=_policies_named_by(self.tiers))
         self._late_tiers: list[tuple[TierConfig, LateTier]] = []
+        if self.tiers:
+            self.observers.add(RoomWarnings(self.settings, self.num_blocks, self.block_bytes))
         if self._arena is None:
             for tier in self.tiers:
                 try_tier(tier, self.block_bytes, self.tier_context.policies)

@@ -1,6 +1,7 @@
 import logging
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -350,3 +351,26 @@ def test_first_interface_tiers_see_the_engine_s_config():
         assert spec.vllm_config is None
         assert spec.wait_for_tiers(0) == {"FirstInterfaceTier": TierState.UP}
         store(spec.get_manager(), KEYS[:1])
+
+
+def test_says_how_much_memory_a_long_prompt_needs(caplog):
+    keys = [make_offload_key(bytes([1, index]) * 16, 0) for index in range(48)]
+    tier = {"type": "memory", "capacity": "1MiB"}
+    with spec_of(tier, promotion_budget=0.5, keywords={"inline_io": True}) as spec:
+        manager = spec.get_manager()
+        for start in range(0, 48, 8):
+            store(manager, keys[start : start + 8])
+            wait_for(partial(has_written, manager, start + 8), "the cascade")
+        reader = ReqContext("reader", num_prompt_tokens=12 * 16)
+        manager.on_new_request(reader)
+        for key in keys[:12]:  # long gone from 16 slots
+            manager.lookup(key, reader)
+        manager.on_schedule_end(ScheduleEndContext())
+    (said,) = [line for line in caplog.messages if "promotion_budget" in line]
+    assert "computes 4 blocks that a tier has: with 64.0 KiB of host memory at most 8 blocks" in said
+    assert "with cpu_bytes_to_use of 96.0 KiB these would have had room" in said
+
+
+def has_written(manager, num_blocks):
+    manager.on_schedule_end(ScheduleEndContext())
+    return manager.get_stats().get("memory.blocks") == num_blocks
