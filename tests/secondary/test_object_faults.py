@@ -25,6 +25,8 @@ from kvtier.types import FailureCause
 
 BLOCK_BYTES = 64 * 1024
 DOWN, UP = TierState.DOWN, TierState.UP
+PATIENT = {"timeout": 300.0, "connect_timeout": 300.0, "job_deadline": 1200.0}
+"""Where no server hangs, so that nothing but a busy machine could be late."""
 QUICK = {"capacity": "256MiB", "timeout": 2.0, "connect_timeout": 1.0, "job_deadline": 8.0, "refresh": 0.5}
 
 
@@ -50,7 +52,7 @@ class Rig(TierRig):
         self.causes = Causes()
         context = TierContext(namespace=Namespace({"model": "faults"}), observer=self.causes)
         super().__init__(context, num_blocks=48, block_bytes=BLOCK_BYTES)
-        self.attach(ObjectTierManager(self.spec, self.arena.view, "object", **{**options, **QUICK}))
+        self.attach(ObjectTierManager(self.spec, self.arena.view, "object", **{**QUICK, **options}))
         self.tier.start()
 
     def wait_state(self, state):
@@ -130,7 +132,7 @@ def answer(status, code, *headers):
 
 def test_servers_killed_in_mid_transfer_and_started_again(rigs, own_swift, swift_options, caplog):
     caplog.set_level(logging.INFO, "kvtier")
-    rig = rigs(swift_options)
+    rig = rigs(swift_options | PATIENT)
     assert rig.store(range(16)).success
     jobs = [rig.submit([make_key(number) for number in range(16)], range(16, 32), load=True)]
     own_swift.kill()

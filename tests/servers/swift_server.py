@@ -46,7 +46,13 @@ mount_check = false
 disable_fallocate = true
 log_level = ERROR
 log_address = {folder}/no-syslog
+conn_timeout = {patience}
+node_timeout = {patience}
+recoverable_node_timeout = {patience}
+container_update_timeout = {patience}
 """
+"""Without a daemon that repeats updates, an object whose container did not hear of it within a second, the default, is
+never listed; and a proxy that waits half a second for a node of a busy machine gives it up."""
 BACKEND = """
 [pipeline:main]
 pipeline = {kind}-server
@@ -133,7 +139,7 @@ class SwiftServer:
         (self.folder / "swift.conf").write_text(SWIFT_CONF)
         user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
         for kind, port in self.ports.items():
-            text = COMMON.format(host=self.host, port=port, user=user, folder=self.folder)
+            text = COMMON.format(host=self.host, port=port, user=user, folder=self.folder, patience=PATIENCE_SECONDS)
             text += PROXY if kind == "proxy" else BACKEND.format(kind=kind)
             (self.folder / f"{kind}.conf").write_text(text)
 

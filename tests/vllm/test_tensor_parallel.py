@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from vllm_engine import Engine, prompt, wait_until_up, written
 
-from kvtier.testing.patience import wait_for
+from kvtier.testing.patience import PATIENCE_SECONDS, wait_for
 
 TOKENS = 5 * 128
 PROMPTS = [prompt(seed, 700) for seed in (800, 801)]
@@ -19,7 +19,8 @@ VLLMS_OWN = ("vllm_dist_", "psm_", "sem.mp-")
 
 def over(directory):
     """Return kvtier's keys; processes that want more than there are processors make loads late."""
-    return {"secondary_tiers": [{"type": "disk", "path": str(directory), "capacity": "64MiB"}], "load_deadline": 30.0}
+    disk = {"type": "disk", "path": str(directory), "capacity": "64MiB", "job_deadline": PATIENCE_SECONDS}
+    return {"secondary_tiers": [disk], "load_deadline": PATIENCE_SECONDS, "tier_deadline": PATIENCE_SECONDS}
 
 
 def workers(engine):
@@ -63,6 +64,7 @@ def left(model, baseline, tmp_path_factory):
 
 def test_a_killed_worker_leaves_a_disk_that_the_next_engine_reads(model, baseline, left, tmp_path):
     with Engine(model, tmp_path / "log", kvtier=over(left), **TWO) as engine:
+        wait_until_up(engine)
         assert answers_of(engine) == (baseline(*PROMPTS), 2 * TOKENS)
         assert engine.metrics()["kvtier_hit_blocks.disk"] == 10
         engine.reset()
