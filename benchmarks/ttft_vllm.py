@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
     "hidden_size": 896,
@@ -47,6 +47,8 @@ TOKEN_BYTES = 24 * 2 * 2 * 64 * 2
 """Layers, key and value, heads, head size, bytes of a bf16."""
 
 HITS_A_ROUND = 3
+SMALL = 1000
+"""Tokens that every model has."""
 
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "2",
@@ -59,10 +61,10 @@ ENVIRONMENT = {
 }
 
 
-def prompt(seed: int, length: int) -> list[int]:
+def prompt(seed: int, length: int, vocabulary: int = SHAPE["vocab_size"]) -> list[int]:
     """Return random token ids."""
     tokens = random.Random(seed)
-    return [tokens.randrange(3, SHAPE["vocab_size"]) for _ in range(length)]
+    return [tokens.randrange(3, vocabulary) for _ in range(length)]
 
 
 def make_engine(task: dict[str, Any]) -> Any:
@@ -70,14 +72,14 @@ def make_engine(task: dict[str, Any]) -> Any:
     from vllm import LLM
 
     extra: dict[str, Any] = {"spec_name": "KVTierOffloadingSpec", "cpu_bytes_to_use": "2GiB"}
-    extra["secondary_tiers"] = [{"type": "disk", "path": task["disk"], "capacity": "4GiB"}]
+    extra["secondary_tiers"] = [{"type": "disk", "path": task["disk"], "capacity": task.get("capacity", "4GiB")}]
     connector = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
     return LLM(
         model=task["model"],
         load_format="dummy",
         skip_tokenizer_init=True,
         enforce_eager=True,
-        dtype="bfloat16",
+        dtype="auto",
         max_model_len=max(task["lengths"]) + 64,
         max_num_seqs=2,
         seed=0,
@@ -88,6 +90,8 @@ def make_engine(task: dict[str, Any]) -> Any:
 
 def child(task: dict[str, Any]) -> None:
     """Run one engine: a JSON line on standard input is a command, its answer a line on descriptor `replies`."""
+    if "group" in task:  # a control group, which the processes of the tiers inherit
+        Path(task["group"], "cgroup.procs").write_text(str(os.getpid()))
     from vllm import SamplingParams
 
     replies = os.fdopen(task["replies"], "w", buffering=1)
@@ -102,20 +106,21 @@ def child(task: dict[str, Any]) -> None:
     def metric(name: str) -> float:
         return sum(metric.value for metric in engine.get_metrics() if metric.name == name)
 
-    first_token(prompt(0, 300))
+    if not task.get("is_fresh"):
+        first_token(prompt(0, 300, SMALL))
     print(json.dumps("started"), file=replies)
     for line in sys.stdin:
         command, *arguments = json.loads(line)
         answer: Any = None
         if command == "first_token":
-            answer = first_token(prompt(*arguments))
+            answer = first_token(*arguments)
         elif command == "forget":  # stores go out a step later than their request
-            first_token(prompt(1, 40))
+            first_token(prompt(1, 40, SMALL))
             engine.reset_prefix_cache()
         elif command == "flush":
             deadline = time.monotonic() + 60
             while metric("vllm:kvtier_jobs") and time.monotonic() < deadline:
-                first_token(prompt(2, 30))
+                first_token(prompt(2, 30, SMALL))
         elif command == "hits":
             answer = metric("vllm:external_prefix_cache_hits")
         print(json.dumps(answer), file=replies)
@@ -125,6 +130,12 @@ class Engine:
     """An engine in a process of its own."""
 
     def __init__(self, **task: Any) -> None:
+        """Start it.
+
+        Args:
+            task: model, disk (a folder), lengths (of the prompts), kvtier (whether it has a connector); is_fresh
+                leaves out the prompt that warms it up, group is a control group of the kernel to run in.
+        """
         reading, writing = os.pipe()
         command = [sys.executable, __file__, "--child", json.dumps(task | {"replies": writing})]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `stop`
@@ -148,9 +159,9 @@ class Engine:
         self._process.stdin.flush()
         return self._receive()
 
-    def first_token(self, seed: int, length: int) -> float:
+    def first_token(self, tokens: list[int]) -> float:
         """Return the seconds to the first token of a prompt."""
-        return float(self.ask("first_token", seed, length))
+        return float(self.ask("first_token", tokens))
 
     def stop(self) -> None:
         """End it."""
@@ -190,19 +201,19 @@ def measure(task: dict[str, Any], rounds: int) -> Figures:
         engine = stack.enter_context(Engine(**task, kvtier=True))
         for length in lengths:
             for index in range(rounds):
-                seed = 1000 * length + index
+                tokens = prompt(1000 * length + index, length)
                 order = [("control", control), ("cold", engine)]
                 for kind, which in order if index % 2 else order[::-1]:
-                    note(kind, length, which.first_token(seed, length))
+                    note(kind, length, which.first_token(tokens))
                 for _ in range(HITS_A_ROUND):
-                    note("device", length, engine.first_token(seed, length))
+                    note("device", length, engine.first_token(tokens))
                     engine.ask("forget")
-                    note("host", length, engine.first_token(seed, length))
+                    note("host", length, engine.first_token(tokens))
         engine.ask("flush")
     with Engine(**task, kvtier=True) as engine:
         for length in lengths:
             for index in range(rounds):
-                note("disk", length, engine.first_token(1000 * length + index, length))
+                note("disk", length, engine.first_token(prompt(1000 * length + index, length)))
         hits, prompts = engine.ask("hits"), rounds * sum(lengths)
         if hits < 0.9 * prompts:
             raise SystemExit(f"only {hits} of {prompts} tokens came from the disk")
