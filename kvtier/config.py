@@ -215,7 +215,7 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         Seconds | None,
         msgspec.Meta(
             description="tokens per second that the engine computes, until kvtier has measured it; absent, 10,000, or"
-            " less for transformers models on a CPU."
+            " less on a CPU."
             " Given, it bounds the wait for answers of tiers, too"
         ),
     ] = TieringSettings.prefill_rate

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any, ClassVar, NamedTuple
@@ -92,6 +92,11 @@ class ReqContext:
     def set_offload_key_position(self, key: OffloadKey, end_token: int) -> None:
         """Record that the block `key` ends before token `end_token` of the request."""
         self._key_positions[key] = end_token
+
+    @property
+    def offload_key_positions(self) -> Mapping[OffloadKey, int]:
+        """Where the blocks that the engine has keys for end, in tokens, by key; those on the device are among them."""
+        return self._key_positions
 
     def get_offload_key_position(self, key: OffloadKey) -> int | None:
         """Return the end of the block `key` in tokens, or None if it was never recorded."""

@@ -25,6 +25,7 @@ from kvtier.adapters.generation import Generation, check_end_tokens, end_tokens_
 from kvtier.adapters.model_identity import CacheShape, inspect_cache, layout_namespace
 from kvtier.adapters.model_watch import ModelIdentity, arithmetic
 from kvtier.adapters.opened_cache import OpenedCache
+from kvtier.adapters.prefill_guess import guess_cpu_rate
 from kvtier.adapters.prefix_request import PrefixRequest, Prompt
 from kvtier.adapters.prompts import find_foreign_input, placeholder_ids, read_token_ids, vocabulary_of
 from kvtier.adapters.staging import Staging
@@ -47,20 +48,11 @@ READY_SECONDS = 10.0
 FLUSH_SECONDS = 30.0
 """Longest that `flush` and `close` wait for tiers."""
 EPOCH_BYTES = 16
-FLOPS_PER_THREAD = 3e10
-"""Assumed float32 operations per second of a processor's core, until the model's real rate has been measured."""
-MAX_GUESSED_RATE = 10_000.0
-"""Highest guess, in tokens per second: in tiny models, work besides matrix products is the limit."""
 
 
 def guess_prefill_rate(model: torch.nn.Module) -> float:
-    """Return a guess of the tokens per second that a model on a CPU prefills: two operations per parameter and token.
-
-    It is used until the rate has been measured. Too high a guess makes requests recompute what is faster to load.
-    """
-    num_parameters = max(1, sum(parameter.numel() for parameter in model.parameters()))
-    rate: float = torch.get_num_threads() * FLOPS_PER_THREAD / (2 * num_parameters)
-    return min(MAX_GUESSED_RATE, rate)
+    """Return a guess of the tokens per second that a model on a CPU prefills, until the rate has been measured."""
+    return guess_cpu_rate(sum(parameter.numel() for parameter in model.parameters()), torch.get_num_threads())
 
 
 class PrefixCache:

@@ -8,13 +8,14 @@ trace, in which a request asks once, would foretell other hits than the engine h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Set
+from collections.abc import Container, Set
 from itertools import chain
 
 from kvtier.clock import Clock
 from kvtier.hints import NO_HINT, Hint
 from kvtier.keys import OffloadKey
 from kvtier.primary.table import BlockTable
+from kvtier.types import ReqContext
 
 Keys = list[OffloadKey]
 
@@ -107,18 +108,21 @@ class RequestUses:
         """Every block that the request has used or stored: no victim of what else it stores."""
         return self._known().keys()
 
-    def in_order(self, end_of: Callable[[OffloadKey], int | None]) -> Keys:
-        """Return every block that was named, each once, by its position in the prompt, whatever its KV group.
+    def in_order(self, context: ReqContext) -> Keys:
+        """Return the blocks up to the last one that was named, by their position in the prompt, all KV groups together.
 
-        Args:
-            end_of: returns where a block ends, in tokens; None for any of them leaves the order of the calls.
+        Those that the engine found on its device were never named. They were used as much as the blocks behind them,
+        which are worth nothing without them. Where the engine does not say where all blocks end, those that were named
+        come in the order of the calls.
         """
         keys = list(dict.fromkeys(chain.from_iterable(self._named)))
-        if keys and end_of(keys[0]) is not None:
-            ends = {key: end for key in keys if (end := end_of(key)) is not None}
-            if len(ends) == len(keys):
-                keys.sort(key=ends.__getitem__)
-        return keys
+        end_of = context.get_offload_key_position
+        ends = {key: end for key in keys if (end := end_of(key)) is not None}
+        if not keys or len(ends) < len(keys):
+            return keys
+        last = max(ends.values())
+        ends.update((key, end) for key, end in context.offload_key_positions.items() if end <= last)
+        return sorted(ends, key=ends.__getitem__)
 
     def _known(self) -> dict[OffloadKey, bool]:
         for keys in self._aside:

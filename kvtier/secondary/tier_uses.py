@@ -85,7 +85,7 @@ class TierUses:
         if uses is not None and table is not None:
             self._retention.serve(table, uses)
             uses.note_offer(list(uses.own))  # blocks that were read and never touched
-            table.settle(uses.in_order(req_context.get_offload_key_position))
+            table.settle(uses.in_order(req_context))
 
     def clear(self) -> None:
         """The tier has lost its blocks: what requests used of them does not count any more."""

@@ -369,7 +369,7 @@ class TieringOffloadingManager(OffloadingManager):
         self._promoter.let_go(state)
         self._lookups.end_scan(state)
         self._retention.serve(self._table, state.uses)
-        self._table.settle(state.uses.in_order(req_context.get_offload_key_position))
+        self._table.settle(state.uses.in_order(req_context))
         self._requests.close(state)
 
     @in_turn

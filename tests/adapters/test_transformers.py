@@ -15,7 +15,8 @@ from forked_child import ALL_WAYS, tell
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from kvtier.adapters.decoding import decode_greedily
-from kvtier.adapters.transformers import MAX_GUESSED_RATE, PrefixCache, guess_prefill_rate
+from kvtier.adapters.prefill_guess import MAX_GUESSED_RATE
+from kvtier.adapters.transformers import PrefixCache, guess_prefill_rate
 from kvtier.errors import ConfigError
 from kvtier.events import TierState
 

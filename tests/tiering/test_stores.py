@@ -124,6 +124,19 @@ def test_kv_groups_are_settled_interleaved_by_position(make_engine):
     assert set(engine.table.policy.candidates()) == set(order)
 
 
+def test_blocks_that_the_engine_has_on_its_device_are_settled_before_those_that_need_them(make_engine):
+    engine, keys = make_engine(num_tiers=0), make_keys(5)
+    engine.store(keys[:4], engine.request("before"))
+    engine.store(make_keys(2, "other"), engine.request("other"))
+    context = engine.request()
+    for index, key in enumerate([*keys, *make_keys(1, "not computed")]):
+        context.set_offload_key_position(key, 16 * (index + 1))
+    engine.load(keys[2:4], context)  # the first two are on the device
+    engine.store(keys[4:], context)
+    engine.finish(context)
+    assert list(engine.table.policy.candidates()) == [*make_keys(2, "other")[::-1], *keys[::-1]]
+
+
 def test_a_store_leaves_what_a_waiting_request_found_in_the_same_step(make_engine):
     engine, keys = make_engine(num_blocks=4), make_keys(3)
     engine.tier.auto = False

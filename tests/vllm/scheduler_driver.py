@@ -63,7 +63,7 @@ class Driver:
         self.connector.manager = manager
         init_none_hash(sha256)
         self.hasher = get_request_block_hasher(BLOCK, sha256)
-        self.hits = 0
+        self.hits = self.num_computed = 0
         self.jobs = OffloadingWorkerMetadata()
         self.received = set()
         whole = self.connector.update_state_after_alloc
@@ -83,6 +83,7 @@ class Driver:
 
     def step(self):
         planned = self.scheduler.schedule()
+        self.num_computed += planned.total_num_scheduled_tokens
         metadata = planned.kv_connector_metadata
         done = KVConnectorOutput(kv_connector_worker_meta=self.jobs, finished_recving=self.received)
         self.jobs, self.received = OffloadingWorkerMetadata(), set()
@@ -104,6 +105,6 @@ class Driver:
                 number, tokens = waiting.pop(0)
                 self.add(str(number), tokens)
             if not waiting and not self.scheduler.has_unfinished_requests():
-                return self.hits
+                return self
             self.step()
         raise AssertionError("the scheduler does not come to an end")

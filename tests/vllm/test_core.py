@@ -1,6 +1,7 @@
 """What the core makes of what its workers say."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 
@@ -40,6 +41,16 @@ def opened(spec, *announcements, weights=WEIGHTS):
 
 def says(rank=0, identity=LAYOUT, lora=False, problem=""):
     return Announcement(rank, 16, 4096, identity, lora, problem)
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, 40.0), ({"prefill_rate": 7.0}, 7.0)], ids=["guessed", "given"])
+def test_the_slowest_workers_guess_is_the_engines_until_it_is_measured(tmp_path, given, expected):
+    core = CoreHalf(first_spec(tmp_path, 2, **given))
+    try:
+        core._open([replace(says(0), prefill_rate=50.0), replace(says(1), prefill_rate=40.0)])
+        assert core.manager.prefill_rate == expected
+    finally:
+        core.shutdown()
 
 
 BOTH_UP, DISK_DOWN = {"disk": "up", "memory": "up"}, {"disk": "down", "memory": "up"}

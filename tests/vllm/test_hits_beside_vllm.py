@@ -1,4 +1,4 @@
-"""kvtier's LRU hits no fewer tokens than vLLM's own of the same size, under vLLM's real scheduler and connector."""
+"""kvtier's LRU finds no fewer tokens than vLLM's own of the same size, under vLLM's real scheduler and connector."""
 
 import random
 
@@ -25,9 +25,13 @@ def prompts_that_share_prefixes(seed):
     return prompts
 
 
-@pytest.mark.parametrize("with_window", [False, True], ids=["full", "full and window"])
-def test_no_fewer_hits_than_vllms_own_lru(model, with_window):
-    """Over all seeds: a single run of full attention differs by a tenth either way, by what happens to be in memory."""
+@pytest.mark.parametrize(("with_window", "most_seeds_behind"), [(False, 3), (True, 0)], ids=["full", "full and window"])
+def test_no_fewer_hits_than_vllms_own_lru(model, with_window, most_seeds_behind):
+    """Over all seeds, and in each of them with a window.
+
+    A run of full attention alone differs by a tenth either way, by what happens to be in memory: which of 12 sessions
+    goes on is chance, and no order of eviction foretells it.
+    """
     ours, theirs = {}, {}
     for seed in range(12):
         prompts = prompts_that_share_prefixes(seed)
@@ -35,5 +39,9 @@ def test_no_fewer_hits_than_vllms_own_lru(model, with_window):
         ours[seed] = Driver(model, manager, with_window).run(prompts)
         manager.shutdown()
         theirs[seed] = Driver(model, CPUOffloadingManager(HOST_BLOCKS, "lru"), with_window).run(prompts)
-    assert min(theirs.values()) > 0
-    assert sum(ours.values()) >= sum(theirs.values()), f"tokens hit by seed: kvtier {ours}, vLLM {theirs}"
+    pairs = [(ours[seed], theirs[seed]) for seed in ours]
+    told = [(mine.hits, other.hits, mine.num_computed, other.num_computed) for mine, other in pairs]
+    assert all(other.hits for _, other in pairs)
+    assert sum(mine.hits for mine, _ in pairs) >= sum(other.hits for _, other in pairs), told
+    num_behind = sum(mine.num_computed > other.num_computed for mine, other in pairs)
+    assert num_behind <= most_seeds_behind, f"tokens hit by kvtier and vLLM, and computed, by seed: {told}"

@@ -9,6 +9,8 @@ from typing import Any
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_offload import base
 
+from kvtier.keys import OffloadKey
+
 NEWLY_COMPUTED_ONLY = getattr(base.OffloadPolicy, "CHUNK_LEVEL", None) or base.OffloadPolicy.BLOCK_LEVEL
 """The policy of offering newly computed blocks only: `CHUNK_LEVEL` in 0.32."""
 
@@ -35,6 +37,15 @@ def cache_hit_source(name: str, is_storage: bool) -> Any:
 def kv_bytes_per_block(config: Any) -> int:
     """Return the bytes of one engine block in one worker, over all layers of the largest group."""
     return int(config.worker_kv_bytes_per_block)
+
+
+def key_positions(context: Any) -> dict[OffloadKey, int]:
+    """Return where each block of a request ends, in tokens, by key, KV group by group; empty in 0.28 and 0.30.
+
+    vLLM records it as the request grows, for the prompt before the first lookup. It has no public name for all of it.
+    """
+    positions: dict[OffloadKey, int] = getattr(context, "_offload_key_positions", {})
+    return positions
 
 
 def make_known(kind: type, **values: Any) -> Any:

@@ -15,6 +15,7 @@ from vllm.logger import init_logger
 from kvtier import forks
 from kvtier.adapters.vllm.compat import hash_seed_is_random
 from kvtier.adapters.vllm.handover import Announcement, ArenaHost, Weights
+from kvtier.config import OffloadingConfig
 from kvtier.errors import ConfigError
 from kvtier.log import cleaned
 from kvtier.namespace import Namespace
@@ -113,7 +114,7 @@ class CoreHalf:
             self._on_attached()
             self._announcements = announcements
             first = self._first
-            config = replace(first.config, namespace_follows=True)
+            config = replace(guess_speed(first.config, announcements), namespace_follows=True)
             spec = type(first)(config, arena=first.arena, observers=(first.observers,))
             with self._lock:
                 if not self._closed:
@@ -156,6 +157,14 @@ class CoreHalf:
         if any(said.uses_lora for said in announcements) and not self._first.user_config.allow_lora:
             return "with LoRA, block hashes carry the adapters' names, not their contents; set allow_lora to trust them"
         return ""
+
+
+def guess_speed(config: OffloadingConfig, announcements: Sequence[Announcement]) -> OffloadingConfig:
+    """Return a configuration with the guessed rate of the slowest worker, unless the user gave one."""
+    rates = [said.prefill_rate for said in announcements if said.prefill_rate is not None]
+    if not rates or "prefill_rate" in config.extra_config:
+        return config
+    return replace(config, extra_config={**config.extra_config, "prefill_rate": min(rates)})
 
 
 def namespace_of(announcements: Sequence[Announcement], weights: Mapping[str, str | int]) -> Namespace:

@@ -53,6 +53,7 @@ class Announcement:
         uses_lora: the model serves LoRA adapters.
         problem: why there is no identity, in a few words.
         weights_follow: it will say which weights these are, for all workers.
+        prefill_rate: guess of the tokens per second that it prefills; None on accelerators.
     """
 
     rank: int
@@ -62,6 +63,7 @@ class Announcement:
     uses_lora: bool = False
     problem: str = ""
     weights_follow: bool = False
+    prefill_rate: float | None = None
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,7 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
 
     def _repeated_scan(self, manager: TieringOffloadingManager, key: OffloadKey, theirs: Any) -> RepeatedScan | None:
         ours = self._translated(theirs)
+        ours.note_prompt()
         shortest = 1 if ours.get_offload_key_position(key) is not None else MIN_KEYS
         if not manager.is_still_deferred(key, ours, shortest):
             return None

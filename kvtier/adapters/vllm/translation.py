@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from vllm.v1.kv_offload import base
 
 from kvtier import types
-from kvtier.adapters.vllm.compat import data_parallel_size, make_known
+from kvtier.adapters.vllm.compat import data_parallel_size, key_positions, make_known
 from kvtier.config import KVCacheGroup, OffloadingConfig
 from kvtier.hints import HINT_KEY
 from kvtier.keys import OffloadKey
@@ -48,6 +49,16 @@ class EngineReqContext(types.ReqContext):
     def __init__(self, theirs: Any) -> None:
         super().__init__(theirs.req_id, _transfer_params(theirs), _tier_filter(theirs))
         self._theirs = theirs
+
+    @property
+    def offload_key_positions(self) -> Mapping[OffloadKey, int]:
+        """Where the blocks that vLLM has keys for end, in tokens; empty if vLLM does not say."""
+        return key_positions(self._theirs)
+
+    def note_prompt(self) -> None:
+        """Take what vLLM has keys for before the first lookup for the prompt, in whole blocks."""
+        if self.num_prompt_tokens is None and (positions := key_positions(self._theirs)):
+            self.num_prompt_tokens = positions[next(reversed(positions))]
 
     def get_offload_key_position(self, key: OffloadKey) -> int | None:
         """Return the end of the block `key` in tokens, or None if vLLM did not say."""

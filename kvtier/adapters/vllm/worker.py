@@ -54,6 +54,7 @@ class KVTierOffloadingWorker(base.OffloadingWorker):  # type: ignore[misc]  # vL
         describe: Callable[[], dict[str, str | int]],
         lora: bool,
         identify: Identify | None = None,
+        prefill_rate: float | None = None,
     ) -> None:
         """Start to attach, on a thread, and to read the weights, on another.
 
@@ -63,12 +64,14 @@ class KVTierOffloadingWorker(base.OffloadingWorker):  # type: ignore[misc]  # vL
             describe: returns the worker's identity but for the weights.
             lora: the model serves adapters.
             identify: returns the identity of the weights; None if another worker does, or nobody needs it.
+            prefill_rate: guess of the tokens per second that this worker prefills; None on accelerators.
         """
         self._spec = spec
         self._kv_caches = kv_caches
         self._describe = describe
         self._identify = identify
         self._lora = lora
+        self._prefill_rate = prefill_rate
         self._weights = Weights(None, "stopped")
         self._has_weights = threading.Event()
         self._attached: _Attached | None = None
@@ -161,8 +164,17 @@ class KVTierOffloadingWorker(base.OffloadingWorker):  # type: ignore[misc]  # vL
         except Exception as error:
             logger.exception("kvtier cannot tell what this worker's blocks look like")
             problem = f"{type(error).__name__}: {error}"
-        spec, follow = self._spec, self._identify is not None
-        return Announcement(spec.config.rank, spec.num_blocks, spec.block_bytes, identity, self._lora, problem, follow)
+        spec = self._spec
+        return Announcement(
+            spec.config.rank,
+            spec.num_blocks,
+            spec.block_bytes,
+            identity,
+            uses_lora=self._lora,
+            problem=problem,
+            weights_follow=self._identify is not None,
+            prefill_rate=self._prefill_rate,
+        )
 
     def _read_weights(self, identify: Identify) -> None:
         try:
