@@ -287,6 +287,7 @@ class TierContext:
         tokens_per_block: tokens in one offloaded block, for predictions.
         policies: eviction policies by name, in addition to the built-in ones.
         retain_share: share of a tier's slots that blocks may hold which hints ask to keep, 0 to 1.
+        tenant_quotas: whether no tenant that a hint names takes more than its share while others want theirs.
         inline_io: run stores on the caller's thread when the tier is polled: deterministic, for tests, manual
             clocks and the simulator.
     """
@@ -298,6 +299,7 @@ class TierContext:
     tokens_per_block: int = 0
     policies: Mapping[str, type[EvictionPolicy]] = field(default_factory=dict)
     retain_share: float = 0.25
+    tenant_quotas: bool = False
     inline_io: bool = False
 
 

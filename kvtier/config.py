@@ -211,6 +211,13 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             " to keep for a time by a hint; 0 for none",
         ),
     ] = TieringSettings.retain_share
+    tenant_quotas: Annotated[
+        bool,
+        msgspec.Meta(
+            description="no tenant that requests name by a hint holds more than an equal share of host memory, and of"
+            " each tier with an index, while others want theirs"
+        ),
+    ] = TieringSettings.tenant_quotas
     prefill_rate: Annotated[
         Seconds | None,
         msgspec.Meta(
@@ -262,6 +269,7 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             promotion_budget=self.promotion_budget,
             prefill_rate=self.prefill_rate,
             retain_share=self.retain_share,
+            tenant_quotas=self.tenant_quotas,
             tokens_per_block=tokens_per_block,
             on_reset=self.on_reset,
             kv_events=kv_events,

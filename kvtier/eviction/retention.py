@@ -9,6 +9,7 @@ Its weakness: a policy that learns does not see the uses of these blocks.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -55,7 +56,25 @@ class _Held:
     after: Rank = Rank.OVER
 
 
-class RetentionPolicy(EvictionPolicy):
+class ServedPolicy(EvictionPolicy):
+    """A policy that is told which request each call is for."""
+
+    @property
+    @abstractmethod
+    def num_kept(self) -> int:
+        """Blocks that are kept for a time."""
+
+    @abstractmethod
+    def serve(self, hint: Hint, request: str, now: float) -> None:
+        """What follows is for this request.
+
+        Args:
+            request: its name, which stands for its session if the hint has none.
+            now: seconds of a clock that does not go back.
+        """
+
+
+class RetentionPolicy(ServedPolicy):
     """A policy, and the blocks that hints take out of its hands.
 
     `serve` says whose calls follow. All methods but `serve` are those of a policy.
@@ -84,20 +103,12 @@ class RetentionPolicy(EvictionPolicy):
 
     @property
     def num_kept(self) -> int:
-        """Blocks that are kept for a time."""
         return len(self._orders[Rank.KEPT])
 
     def serve(self, hint: Hint, request: str, now: float) -> None:
-        """What follows is for this request.
-
-        Args:
-            request: its name, which stands for its session if the hint has none.
-            now: seconds of a clock that does not go back.
-        """
         self._hint, self._now = hint, now
         self._owner = f"s {hint.session}" if hint.session is not None else f"r {request}"
-        if self._seconds and self._seconds[0] <= now:
-            self._end_times()
+        self.end_times(now)
 
     # -- uses ---------------------------------------------------------------------------------------------
 
@@ -173,10 +184,12 @@ class RetentionPolicy(EvictionPolicy):
                 heappush(self._seconds, until)
             self._ending[until][key] = None
 
-    def _end_times(self) -> None:
+    def end_times(self, now: float) -> None:
         """Let go of blocks whose time is over: most are not needed any more, others were used by others, too."""
+        if not self._seconds or self._seconds[0] > now:
+            return
         normal: dict[float, list[OffloadKey]] = {}
-        while self._seconds and self._seconds[0] <= self._now:
+        while self._seconds and self._seconds[0] <= now:
             for key in self._ending.pop(heappop(self._seconds)):
                 held = self._held[key]
                 held.until = None

@@ -14,37 +14,44 @@ class TimelessPolicy(EvictionPolicy):
 
     def __init__(self, policy: EvictionPolicy) -> None:
         super().__init__(policy.capacity)
-        self._policy = policy
+        self.policy = policy
 
     def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
-        self._policy.insert(keys)
+        self.policy.insert(keys)
 
     def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
-        self._policy.touch(keys)
+        self.policy.touch(keys)
 
     def evict(self, keys: Sequence[OffloadKey]) -> None:
-        self._policy.evict(keys)
+        self.policy.evict(keys)
 
     def remove(self, keys: Sequence[OffloadKey]) -> None:
-        self._policy.remove(keys)
+        self.policy.remove(keys)
 
     def candidates(self, incoming: Sequence[OffloadKey] = ()) -> Iterator[OffloadKey]:
-        return self._policy.candidates(incoming)
+        return self.policy.candidates(incoming)
 
     def settle(self, keys: Sequence[OffloadKey]) -> None:
-        self._policy.settle(keys)
+        self.policy.settle(keys)
 
     def clear(self) -> None:
-        self._policy.clear()
+        self.policy.clear()
 
     def __len__(self) -> int:
-        return len(self._policy)
+        return len(self.policy)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._policy
+        return key in self.policy
 
     def check_invariants(self) -> None:
-        self._policy.check_invariants()
+        self.policy.check_invariants()
+
+
+def empty_like(policy: EvictionPolicy) -> EvictionPolicy:
+    """Return an empty policy of the same kind and capacity."""
+    if isinstance(policy, TimelessPolicy):
+        policy = policy.policy
+    return with_time(type(policy)(policy.capacity))
 
 
 def with_time(policy: EvictionPolicy) -> EvictionPolicy:

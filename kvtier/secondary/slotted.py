@@ -65,7 +65,7 @@ class SlottedTierManager(StoreTierManager):
         self._policy = find_policy(eviction_policy, self.context.policies)
         self._table: BlockTable | None = None
         clock = self.context.clock
-        self._uses = TierUses(clock, Retention(clock, self.context.retain_share))
+        self._uses = TierUses(clock, Retention(clock, self.context.retain_share, self.context.tenant_quotas))
         self._events: deque[OffloadingEvent] = deque(maxlen=_MAX_EVENTS)
         self._full_until = -math.inf
         self._prepared: Prepared | None = None

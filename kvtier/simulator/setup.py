@@ -19,7 +19,14 @@ from kvtier.tiering.settings import TieringSettings
 from kvtier.types import Admission
 
 DISK = "disk"
-SIMULATED_OPTIONS = ("load_deadline", "lease_timeout", "tier_deadline", "promotion_budget", "retain_share")
+SIMULATED_OPTIONS = (
+    "load_deadline",
+    "lease_timeout",
+    "tier_deadline",
+    "promotion_budget",
+    "retain_share",
+    "tenant_quotas",
+)
 """Keys of the engine's configuration that a replay obeys, beside those that `Setup` and `Machine` have fields for."""
 
 
@@ -150,7 +157,7 @@ class SimulatedEngine:
                 speed=machine.disk,
                 clock=self.clock,
                 observer=observers,
-                retention=Retention(self.clock, setup.settings.retain_share),
+                retention=Retention(self.clock, setup.settings.retain_share, setup.settings.tenant_quotas),
             )
             self.tiers.append(disk)
         self.manager = TieringOffloadingManager(

@@ -91,6 +91,7 @@ class ArenaSpec(OffloadingSpec):
             observer=self.observers,
             tokens_per_block=self.tokens_per_block,
             retain_share=self.user_config.retain_share,
+            tenant_quotas=self.user_config.tenant_quotas,
             inline_io=inline_io,
         )
         name = self.user_config.eviction_policy

@@ -145,7 +145,7 @@ class TieringOffloadingManager(OffloadingManager):
         self._pace = Pace(settings)
         self._waiting = Waiting(table, guards, self._flights, leases, self._pace, settings, clock, observer)
         self._lookups = Lookups(table, guards, self._flights, self._waiting)
-        self._retention = Retention(clock, settings.retain_share)
+        self._retention = Retention(clock, settings.retain_share, settings.tenant_quotas)
         self._promoter = Promoter(
             table,
             guards,

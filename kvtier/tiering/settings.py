@@ -35,6 +35,7 @@ class TieringSettings:
         tokens_per_block: tokens in one offloaded block; 0 if unknown: then nothing is said of computing, and all
             that a tier has is waited for.
         retain_share: share of a tier's slots that blocks may hold which hints ask to keep, 0 to 1.
+        tenant_quotas: whether no tenant that a hint names takes more than its share while others want theirs.
         on_reset: whether a reset starts a new epoch.
         kv_events: whether `take_events` collects events.
     """
@@ -50,6 +51,7 @@ class TieringSettings:
     measures_prefill: bool = True
     tokens_per_block: int = 0
     retain_share: float = DEFAULT_RETAIN_SHARE
+    tenant_quotas: bool = False
     on_reset: ResetPolicy = ResetPolicy.NEW_EPOCH
     kv_events: bool = False
 

@@ -60,3 +60,15 @@ def test_hints_of_normal_priority_change_nothing(tmp_path):
     hinted = replace(plain, requests=[request._replace(hint={"priority": "normal"}) for request in plain.requests])
     runs = [Replay(trace, Setup("lru", 24, 0, 4096), QUICK).run() for trace in (plain, hinted)]
     assert runs[0].num_hits == runs[1].num_hits > 0
+
+
+@pytest.mark.parametrize(("quotas", "hits"), [(False, 0), (True, 8)])
+def test_lines_may_name_tenants(tmp_path, quotas, hits):
+    small, first = {"tenant": "small"}, list(range(8))
+    lines = [line(0, first, kvtier=small)]
+    for number in range(20):
+        ids = list(range(100 + 8 * number, 108 + 8 * number))
+        lines.append(line(1 + number, ids, kvtier={"tenant": "large"}))
+    trace = load_trace(write(tmp_path / "trace.jsonl", [*lines, line(30, first, kvtier=small)]))
+    setup = Setup("lru", 32, 0, 4096, settings=TieringSettings(tenant_quotas=quotas))
+    assert Replay(trace, setup, QUICK).run().num_hits == hits

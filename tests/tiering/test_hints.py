@@ -161,3 +161,25 @@ def test_a_hint_counts_in_the_tiers_below_too(make_engine):
     assert all(key in engine.tiers[0].table for key in make_keys(2, "kept"))
     assert not any(key in engine.tiers[0].table for key in make_keys(2, "passes 3"))
     engine.manager.check_invariants()
+
+
+def test_no_tenant_takes_more_than_its_share_while_others_want_theirs(make_engine):
+    engine = make_engine(num_blocks=16, num_tiers=0, tenant_quotas=True)
+    for number in range(10):
+        serve(engine, f"a {number}", tenant="a")
+        engine.manager.check_invariants()
+    for number in range(4):
+        serve(engine, f"b {number}", tenant="b")
+    for number in range(10, 20):
+        serve(engine, f"a {number}", tenant="a")
+    assert sum(num_held(engine, f"b {number}") for number in range(4)) == 8
+    assert sum(num_held(engine, f"a {number}") for number in range(20)) == 8
+
+
+def test_without_quotas_a_tenants_name_means_nothing(make_engine):
+    engine = make_engine(num_blocks=16, num_tiers=0)
+    for number in range(4):
+        serve(engine, f"b {number}", tenant="b")
+    for number in range(10):
+        serve(engine, f"a {number}", tenant="a")
+    assert sum(num_held(engine, f"b {number}") for number in range(4)) == 0

@@ -25,9 +25,9 @@ HOST_BLOCKS = 192
 WINDOW = 64
 
 
-def kvtier_manager():
+def kvtier_manager(**options):
     groups = (KVCacheGroup(BLOCK), KVCacheGroup(BLOCK))
-    spec = TieringOffloadingSpec(OffloadingConfig({"cpu_bytes_to_use": HOST_BLOCKS * 4096}, groups, 4096))
+    spec = TieringOffloadingSpec(OffloadingConfig({"cpu_bytes_to_use": HOST_BLOCKS * 4096, **options}, groups, 4096))
     core = SimpleNamespace(manager=spec.get_manager(), control=spec.arena.control, shutdown=spec.shutdown)
     assert core.manager.get_stats()["primary.capacity_blocks"] == HOST_BLOCKS
     return KVTierOffloadingManager(core)

@@ -16,8 +16,8 @@ def prompt(name):
 class Engine:
     """Serves one request after the other."""
 
-    def __init__(self, model):
-        self.manager = kvtier_manager()
+    def __init__(self, model, **options):
+        self.manager = kvtier_manager(**options)
         self.driver = Driver(model, self.manager, with_window=False)
         self.count = 0
 
@@ -86,3 +86,12 @@ def test_an_orchestrators_hint_comes_in_vllms_envelope(engine):
     engine.serve(prompt("kept"), kv_hints=kv_hints.KvHintsEnvelope("0.1", "message", actions))
     engine.serve_others()
     assert engine.serve(prompt("kept")) == PROMPT_BLOCKS * BLOCK
+
+
+def test_a_tenant_leaves_another_ones_share_alone(model):
+    engine = Engine(model, tenant_quotas=True)
+    engine.serve(prompt("theirs"), {"tenant": "small"})
+    for number in range(20):
+        engine.serve(prompt(f"other {number}"), {"tenant": "large"})
+    assert engine.serve(prompt("theirs"), {"tenant": "small"}) == PROMPT_BLOCKS * BLOCK
+    engine.manager.shutdown()

@@ -1,0 +1,161 @@
+"""Quotas: no tenant holds more than its share of a tier while others want theirs.
+
+Each tenant has a policy of its own. Shares are equal; a tenant without a request for some minutes has none. What the
+others hold, and what a tenant holds beyond its share, gives way first. A block is on the account of the tenant that
+brought it, whoever uses it.
+
+Its weakness: a policy that learns starts anew with every tenant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+
+from kvtier.errors import InvariantError
+from kvtier.eviction.retention import RetentionPolicy, ServedPolicy
+from kvtier.hints import NO_HINT, Hint
+from kvtier.keys import OffloadKey
+
+IDLE_SECONDS = 600.0
+"""A tenant without a request for so long does not want its share."""
+MAX_TENANTS = 256
+"""Further names, which any client may make up, share the account of requests without a tenant."""
+_NOBODY = ""
+
+
+class TenantPolicy(ServedPolicy):
+    """The policies of all tenants, as one."""
+
+    def __init__(self, first: RetentionPolicy, make: Callable[[], RetentionPolicy]) -> None:
+        """Args:
+        first: of requests without a tenant; may hold keys.
+        make: makes an empty policy of the same capacity.
+        """
+        super().__init__(first.capacity)
+        self._make = make
+        self._policies: dict[str, RetentionPolicy] = {_NOBODY: first}
+        self._owner_of = dict.fromkeys(first.candidates(), _NOBODY)
+        self._last_request: dict[str, float] = {}
+        self._tenant, self._request, self._now = _NOBODY, "", 0.0
+
+    @property
+    def num_kept(self) -> int:
+        return sum(policy.num_kept for policy in self._policies.values())
+
+    def num_held(self, tenant: str) -> int:
+        """Return how many blocks are on a tenant's account."""
+        return len(self._policies.get(tenant, ()))
+
+    def serve(self, hint: Hint, request: str, now: float) -> None:
+        """What follows is for this request; see `RetentionPolicy.serve`."""
+        for policy in self._policies.values():
+            policy.end_times(now)
+        self._tenant = self._account(hint.tenant or _NOBODY)
+        self._request, self._now = request, now
+        self._last_request[self._tenant] = now
+        self._policies[self._tenant].serve(hint, request, now)
+
+    def _account(self, tenant: str) -> str:
+        if tenant in self._policies:
+            return tenant
+        if len(self._policies) >= MAX_TENANTS:
+            empty = next((name for name, policy in self._policies.items() if name and not len(policy)), None)
+            if empty is None:
+                return _NOBODY
+            del self._policies[empty]
+            self._last_request.pop(empty, None)
+        self._policies[tenant] = self._make()
+        return tenant
+
+    # -- uses ---------------------------------------------------------------------------------------------
+
+    def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
+        """Hold `keys` on the account of the request's tenant."""
+        self._owner_of.update(dict.fromkeys(keys, self._tenant))
+        self._policies[self._tenant].insert(keys, now)
+
+    def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
+        """Count one more use of each of `keys`. The request's hint speaks of its own tenant's blocks only."""
+        if not keys:
+            self._policies[self._tenant].touch(keys, now)
+        for policy, theirs in self._by_account(keys):
+            policy.touch(theirs, now)
+
+    def settle(self, keys: Sequence[OffloadKey]) -> None:
+        """Put `keys` in order, each on its account."""
+        for policy, theirs in self._by_account(keys, always=True):
+            policy.settle(theirs)
+
+    def _by_account(
+        self, keys: Sequence[OffloadKey], always: bool = False
+    ) -> Iterator[tuple[RetentionPolicy, list[OffloadKey]]]:
+        """Yield policies with their keys; with `always`, the request's own even without a key."""
+        theirs: dict[str, list[OffloadKey]] = {self._tenant: []} if always else {}
+        for key in keys:
+            owner = self._owner_of.get(key)
+            if owner is not None:
+                theirs.setdefault(owner, []).append(key)
+        for owner, some in theirs.items():
+            policy = self._policies[owner]
+            if owner != self._tenant:
+                policy.serve(NO_HINT, self._request, self._now)
+            yield policy, some
+
+    # -- victims ------------------------------------------------------------------------------------------
+
+    def candidates(self, incoming: Sequence[OffloadKey] = ()) -> Iterator[OffloadKey]:
+        """Yield what tenants hold beyond their shares, most beyond it first, then the request's own tenant's blocks."""
+        if not incoming:
+            for policy in self._policies.values():
+                yield from policy.candidates()
+            return
+        for tenant, excess in self._excesses(len(incoming)):
+            if tenant != self._tenant:
+                yield from islice(self._policies[tenant].candidates(incoming), excess)
+        yield from self._policies[self._tenant].candidates(incoming)
+
+    def _excesses(self, num_incoming: int) -> list[tuple[str, int]]:
+        """Return the tenants that hold more than their share, and how much more, the greatest first."""
+        since = self._now - IDLE_SECONDS
+        active = {tenant for tenant, last in self._last_request.items() if last > since}
+        share = self.capacity // max(1, len(active))
+        held = {tenant: len(policy) for tenant, policy in self._policies.items()}
+        held[self._tenant] += num_incoming
+        beyond = [(tenant, count - (share if tenant in active else 0)) for tenant, count in held.items()]
+        return sorted([one for one in beyond if one[1] > 0], key=lambda one: -one[1])
+
+    def evict(self, keys: Sequence[OffloadKey]) -> None:
+        for policy, theirs in self._by_account(keys):
+            policy.evict(theirs)
+        self._forget(keys)
+
+    def remove(self, keys: Sequence[OffloadKey]) -> None:
+        for policy, theirs in self._by_account(keys):
+            policy.remove(theirs)
+        self._forget(keys)
+
+    def _forget(self, keys: Sequence[OffloadKey]) -> None:
+        for key in keys:
+            del self._owner_of[key]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._owner_of.clear()
+        for policy in self._policies.values():
+            policy.clear()
+
+    def __len__(self) -> int:
+        return len(self._owner_of)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._owner_of
+
+    def check_invariants(self) -> None:
+        """Raise InvariantError if accounts and policies differ, or a policy contradicts itself."""
+        for policy in self._policies.values():
+            policy.check_invariants()
+        if sum(map(len, self._policies.values())) != len(self._owner_of):
+            raise InvariantError("accounts and policies differ in number")
+        if any(key not in self._policies[owner] for key, owner in self._owner_of.items()):
+            raise InvariantError("a block is on the account of a tenant whose policy does not hold it")

@@ -1,0 +1,155 @@
+"""Quotas: the suite for one tenant and for many, and who gives way to whom."""
+
+import random
+from itertools import islice
+
+import pytest
+
+from kvtier.eviction.lru import LRUPolicy
+from kvtier.eviction.retention import RetentionPolicy
+from kvtier.eviction.s3fifo import S3FIFOPolicy
+from kvtier.eviction.tenants import IDLE_SECONDS, MAX_TENANTS, TenantPolicy
+from kvtier.hints import NO_HINT, Hint, Priority
+from kvtier.testing.policies import PolicySuite, keys_of
+
+
+def make(capacity, inner=LRUPolicy):
+    return TenantPolicy(RetentionPolicy(inner(capacity)), lambda: RetentionPolicy(inner(capacity)))
+
+
+class TestWithoutTenants(PolicySuite):
+    def make_policy(self, capacity: int) -> TenantPolicy:
+        return make(capacity)
+
+
+class TestOneTenant(PolicySuite):
+    def make_policy(self, capacity: int) -> TenantPolicy:
+        policy = make(capacity)
+        policy.serve(Hint(tenant="one"), "all", 0.0)
+        return policy
+
+
+class Tier:
+    """Stores blocks of tenants as a table does."""
+
+    def __init__(self, capacity=12):
+        self.policy, self.now, self.next = make(capacity), 0.0, 0
+        self.held = {}
+
+    def store(self, tenant, count, **hint):
+        """Store so many new blocks of a tenant."""
+        self.now += 1
+        self.policy.serve(Hint(tenant=tenant, **hint) if tenant else NO_HINT, "r", self.now)
+        keys = keys_of(*range(self.next, self.next + count))
+        self.next += count
+        victims = list(islice(self.policy.candidates(keys), max(0, len(self.held) + count - self.policy.capacity)))
+        self.policy.evict(victims)
+        for key in victims:
+            del self.held[key]
+        keys = keys[: self.policy.capacity - len(self.held)]
+        self.policy.insert(keys, self.now)
+        self.held.update(dict.fromkeys(keys, tenant))
+        self.policy.check_invariants()
+
+    def use(self, tenant):
+        self.now += 1
+        self.policy.serve(Hint(tenant=tenant), "r", self.now)
+        self.policy.touch([key for key, owner in self.held.items() if owner == tenant], self.now)
+
+    def counts(self, *tenants):
+        return [sum(owner == tenant for owner in self.held.values()) for tenant in tenants]
+
+
+def test_a_tenant_alone_takes_everything():
+    tier = Tier()
+    for _ in range(10):
+        tier.store("a", 2)
+    assert tier.counts("a") == [12]
+
+
+def test_who_is_over_its_share_gives_way_to_who_is_below():
+    tier = Tier()
+    tier.store("a", 12)
+    for _ in range(6):
+        tier.store("b", 2)
+    assert tier.counts("a", "b") == [6, 6]
+    for _ in range(20):
+        tier.store("b", 2)
+        tier.store("b", 1)
+    assert tier.counts("a", "b") == [6, 6]
+    for _ in range(4):
+        tier.store("c", 2)
+    assert tier.counts("a", "b", "c") == [4, 4, 4]
+
+
+def test_who_wants_little_leaves_the_rest_to_others():
+    tier = Tier()
+    tier.store("small", 2)
+    for _ in range(20):
+        tier.store("large", 3)
+        tier.use("small")
+    assert tier.counts("small", "large") == [2, 10]
+
+
+def test_requests_without_a_tenant_have_a_share_together():
+    tier = Tier()
+    tier.store(None, 12)
+    for _ in range(10):
+        tier.store("a", 2)
+    assert tier.counts(None, "a") == [6, 6]
+
+
+def test_a_tenant_that_went_away_keeps_no_share():
+    tier = Tier()
+    tier.store("gone", 6)
+    tier.store("here", 6)
+    tier.now += IDLE_SECONDS
+    for _ in range(3):
+        tier.store("here", 2)
+    assert tier.counts("gone", "here") == [0, 12]
+
+
+def test_hints_of_a_tenant_speak_of_its_own_blocks():
+    tier = Tier()
+    tier.store("a", 2, priority=Priority.HIGH)
+    for _ in range(10):
+        tier.store("a", 2)
+        tier.store("b", 2, priority=Priority.HIGH)
+    assert tier.counts("a", "b") == [6, 6]
+    assert set(keys_of(0, 1)) <= tier.held.keys()
+
+
+def test_names_that_a_client_makes_up_cost_a_bounded_number_of_accounts():
+    tier = Tier(capacity=MAX_TENANTS * 2)
+    for number in range(MAX_TENANTS * 3):
+        tier.store(f"tenant {number}", 1)
+    assert len(tier.policy) == MAX_TENANTS * 2
+    assert tier.policy.num_held("") > 0
+
+
+@pytest.mark.parametrize("inner", [LRUPolicy, S3FIFOPolicy])
+@pytest.mark.parametrize("seed", range(4))
+def test_any_history_keeps_each_block_on_one_account(inner, seed):
+    rng, held, policy, now = random.Random(seed), set(), make(40, inner), 0.0
+    hints = [NO_HINT, Hint(priority=Priority.HIGH), Hint(retain=9.0), Hint(session="s"), Hint(session="s", ended=True)]
+    for _ in range(500):
+        now += rng.random() * 20
+        said = rng.choice(hints)
+        tenant = rng.choice([None, "a", "b", "c"])
+        policy.serve(Hint(tenant=tenant, retain=said.retain, priority=said.priority, session=said.session), "r", now)
+        keys, call = keys_of(*rng.sample(range(80), 6)), rng.choice(["insert", "touch", "settle", "remove"])
+        if call == "insert":
+            keys = [key for key in keys if key not in held]
+            victims = list(islice(policy.candidates(keys), max(0, len(held) + len(keys) - 40)))
+            policy.evict(victims)
+            held.difference_update(victims)
+            keys = keys[: 40 - len(held)]
+            policy.insert(keys, now)
+            held.update(keys)
+        elif call == "remove":
+            policy.remove([key for key in keys if key in held])
+            held.difference_update(keys)
+        else:
+            getattr(policy, call)(keys)
+        policy.check_invariants()
+        assert set(policy.candidates()) == held
