@@ -228,9 +228,14 @@ class DigestMemory:
 
     def _forget_oldest(self, max_entries: int) -> None:
         names = self._folder.names()
-        if len(names) > max_entries:
-            by_age = sorted(names, key=lambda name: self._folder.status(name).st_mtime)
-            for name in by_age[: len(names) - max_entries]:
+        if len(names) <= max_entries:
+            return
+        ages = []
+        for name in names:
+            with suppress(OSError):  # another process forgets the same ones
+                ages.append((self._folder.status(name).st_mtime, name))
+        for _, name in sorted(ages)[: len(names) - max_entries]:
+            with suppress(OSError):  # or somebody made a folder here
                 self._folder.unlink(name)
 
 

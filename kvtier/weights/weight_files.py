@@ -20,6 +20,7 @@ from pathlib import Path
 
 import xxhash
 
+from kvtier.stores.own_files import StrangerError, read_named
 from kvtier.weights.file_digests import ChangedFileError, DigestMemory, digest_file
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.tensors")
@@ -31,6 +32,10 @@ _NOT_READ = (
 )
 """Leftovers of training that no engine loads, and what decides about tokens, not about their keys and values."""
 _FOLDERS_NOT_READ = (".*", "__pycache__", "checkpoint-*", "global_step*")
+_MAX_LINKS = 40
+"""On one path: the kernel's own limit."""
+_MAX_INDEX_BYTES = 64 << 20
+"""Indices of models with 100,000 tensors have 10 MB."""
 _SHARD_OF_GGUF = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _SHA256_NAME = re.compile(r"[0-9a-f]{64}")
 
@@ -81,7 +86,8 @@ def identify_files(
     Args:
         stop: ends the work early; see `digest_file`.
         loaded_after: time in seconds since 1970 before which nothing of the files was loaded. A file that changed
-            later may not be what was loaded, and is refused, unless it came into a hub's cache meanwhile.
+            later may not be what was loaded, and is refused, unless it came into a hub's cache meanwhile. So is one
+            whose folder, or a link on the way to it, was exchanged later.
 
     Raises:
         UnknownWeightsError: a file cannot be read, or changes.
@@ -89,6 +95,9 @@ def identify_files(
     paths = sorted(files)
     base = os.path.commonpath([path.parent for path in paths]) if paths else ""
     started, lines, size, named, remembered, num_read = time.monotonic(), [], 0, 0, 0, 0
+    if loaded_after is not None:
+        for folder in sorted({path.parent for path in paths}):
+            _check_way(folder, loaded_after)
     memory = DigestMemory.of_user()
     with closing(memory) if memory else nullcontext():
         for path in paths:
@@ -110,6 +119,31 @@ def identify_files(
             lines.append(f"{os.path.relpath(path, base)}\0{status.st_size}\0{token}\n")
     digest = xxhash.xxh3_128("".join(lines).encode(errors="surrogateescape")).hexdigest()
     return WeightsDigest(digest, len(paths), size, named, remembered, num_read, time.monotonic() - started)
+
+
+def _check_way(folder: Path, moment: float) -> None:
+    """Refuse a folder that is reached through a link, or another folder, that was put there after `moment`.
+
+    Raises:
+        UnknownWeightsError: that, or the folder is gone.
+    """
+    left, here, num_links = [*reversed(folder.absolute().parts)], Path("/"), 0
+    try:
+        while left:
+            here /= left.pop()
+            status = here.lstat()
+            is_link = stat.S_ISLNK(status.st_mode)
+            # A rename sets the change time of a folder only; what comes and goes in it sets its modification time, too.
+            if status.st_ctime > moment and (is_link or status.st_ctime_ns != status.st_mtime_ns):
+                raise UnknownWeightsError(f"{here} was exchanged after this process had started: which was loaded?")
+            if is_link:
+                num_links += 1
+                if num_links > _MAX_LINKS:
+                    raise UnknownWeightsError(f"{folder}: a ring of links")
+                left += reversed(Path(os.readlink(here)).parts)
+                here = here.parent
+    except OSError as error:
+        raise UnknownWeightsError(f"weights cannot be read: {error}") from error
 
 
 def blob_name(path: Path) -> str | None:
@@ -191,9 +225,9 @@ def _files_of_indices(folder: Path) -> set[Path]:
     found = set()
     for index in folder.glob("*.index.json"):
         try:
-            names = set(json.loads(index.read_bytes())["weight_map"].values())
+            names = set(json.loads(read_named(index, _MAX_INDEX_BYTES))["weight_map"].values())
             found |= {folder / name for name in names if (folder / name).is_file()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (StrangerError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue  # no index that an engine could read; its bytes count
     return found
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -9,6 +10,7 @@ import threading
 import numpy as np
 import pytest
 
+from kvtier.testing.patience import wait_for
 from kvtier.weights.file_digests import StoppedError
 from kvtier.weights.weight_files import (
     UnknownWeightsError,
@@ -212,6 +214,73 @@ def test_files_that_changed_after_they_were_loaded_are_unknown(folder):
     assert identify_files(files, loaded_after=latest).num_files == len(files)
     with pytest.raises(UnknownWeightsError, match="changed after this process had started"):
         identify_files(files, loaded_after=latest - 1)
+
+
+def everything_in(folder):
+    return [folder, *folder.rglob("*")]
+
+
+def exchange(place, new, moment):
+    """Put `new` in the place of `place` by renames, as a deployment does, later than `moment` by the files' clock."""
+    former = place.with_name("former")
+
+    def swap():
+        place.rename(former)
+        new.rename(place)
+        if place.lstat().st_ctime > moment:
+            return True
+        place.rename(new)
+        former.rename(place)
+        return False
+
+    wait_for(swap, "the clock of the filesystem")
+
+
+@pytest.mark.parametrize("what", ["folder", "folder above", "link"])
+def test_other_weights_in_the_place_of_those_that_were_loaded_are_unknown(folder, tmp_path, what):
+    """Files keep their times when a folder above them, or a link to it, is exchanged."""
+    for name in ("models", "new-models"):
+        shutil.copytree(folder, tmp_path / name / "m")
+    (tmp_path / "models" / "current").symlink_to("m")
+    (tmp_path / "models" / "next").symlink_to("../new-models/m")
+    loaded = tmp_path / "models" / ("current" if what == "link" else "m")
+    moment = max(file.lstat().st_ctime for file in everything_in(tmp_path))
+    files = weight_files(loaded)
+    assert identify_files(files, loaded_after=moment).num_files == len(files)
+    if what == "folder":
+        exchange(loaded, tmp_path / "new-models" / "m", moment)
+    elif what == "folder above":
+        exchange(tmp_path / "models", tmp_path / "new-models", moment)
+    else:
+        exchange(loaded, tmp_path / "models" / "next", moment)
+    with pytest.raises(UnknownWeightsError, match="exchanged after this process had started"):
+        identify_files(weight_files(loaded), loaded_after=moment)
+
+
+def test_what_else_comes_and_goes_beside_the_weights_is_no_exchange(folder, tmp_path):
+    files, moment = weight_files(folder), max(file.lstat().st_ctime for file in everything_in(tmp_path))
+
+    def come_and_go():
+        for place in (tmp_path, folder):
+            (place / "later").mkdir()
+            (place / "later").rmdir()
+        return min(tmp_path.stat().st_ctime, folder.stat().st_ctime) > moment
+
+    wait_for(come_and_go, "the clock of the filesystem")
+    assert identify_files(files, loaded_after=moment).num_files == len(files)
+
+
+@pytest.mark.parametrize("index", ["pipe", "huge"])
+def test_an_index_that_is_none_is_not_read(folder, index):
+    path = folder / "other.safetensors.index.json"
+    if index == "pipe":
+        os.mkfifo(path)
+        with pytest.raises(UnknownWeightsError, match="no regular file"):
+            identify_files(weight_files(folder))
+    else:
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+        assert path in weight_files(folder)
 
 
 def test_a_process_knows_when_it_started(tmp_path):
