@@ -12,12 +12,16 @@ from kvtier.primary.table import BlockTable
 from kvtier.secondary.jobs import Job
 from kvtier.tiering.estimate import TierSpeed
 from kvtier.tiering.guarded_tier import TierGuard
+from kvtier.tiering.pace import Pace
 from kvtier.types import Admission, ReqContext
 
 MAX_SEEN = 1_000_000
 """Keys that `second_touch` remembers, about 175 bytes each; the oldest are forgotten."""
 MAX_STORE_SECONDS = 5.0
 """Of one tier's writing, the most that waits for it: these blocks keep their slots until they are written."""
+MAX_STORE_SHARE = 0.25
+"""Of the time in which the engine computes as many blocks as the primary tier holds, the most that one tier's writing
+may take: these blocks would have stayed that long in any case, and nothing else gives way for them."""
 _ALWAYS = Admission.ALWAYS
 
 Offer = tuple[TierGuard, list[OffloadKey]]
@@ -76,8 +80,16 @@ class Cascades:
     """
 
     def __init__(
-        self, table: BlockTable, guards: Sequence[TierGuard], block_bytes: int, clock: Clock, observer: Observer
+        self,
+        table: BlockTable,
+        guards: Sequence[TierGuard],
+        pace: Pace,
+        block_bytes: int,
+        clock: Clock,
+        observer: Observer,
     ) -> None:
+        """Args: table: of the primary tier."""
+        self._pace = pace
         self._table, self._block_bytes, self._clock = table, block_bytes, clock
         self._ended: dict[int, tuple[int, int]] = {}
         """Blocks of the stores that have ended since the last `note_polled`, and those that moved, by tier."""
@@ -130,7 +142,9 @@ class Cascades:
     def _bounded(self, guard: TierGuard, keys: list[OffloadKey]) -> list[OffloadKey]:
         """Return the head of `keys` that a tier writes soon: what it pins for long, better blocks give way to."""
         speed = self._speeds[guard.index]
-        most = int(speed.bandwidth * MAX_STORE_SECONDS) - speed.in_flight if speed.is_measured else len(keys)
+        turnover = self._table.num_slots * self._pace.seconds(1)
+        seconds = min(MAX_STORE_SECONDS, turnover * MAX_STORE_SHARE)
+        most = int(speed.bandwidth * seconds) - speed.in_flight if speed.is_measured else len(keys)
         return keys[: max(1 if not speed.in_flight else 0, most)]
 
     def _taken(self, offers: list[Offer]) -> list[Offer]:

@@ -158,7 +158,7 @@ class TieringOffloadingManager(OffloadingManager):
             clock,
             observer,
         )
-        self._cascades = Cascades(table, guards, self._primary.block_bytes, clock, observer)
+        self._cascades = Cascades(table, guards, self._pace, self._primary.block_bytes, clock, observer)
         self._note_use = Usage(self._table, self._tiers, self._cascades, self._retention).note
         self._scanned = ScannedRequests()
         self._polled = False

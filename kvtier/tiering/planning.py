@@ -31,6 +31,11 @@ class Prospect:
     outlook: Outlook
     waits_for: float = 0.0
 
+    def is_early(self, num_keys: int) -> bool:
+        """Return whether so many keys would come in time for the request if they were asked for much later."""
+        slowest = max([self.ready_in[index] + num_keys * each for index, each in self.per_block.items()], default=0.0)
+        return self.outlook.turn_in > 2 * slowest
+
     def saved(self, outline: Outline, num_keys: int) -> list[float]:
         """Return what each of the next keys saves; those of all KV groups for one block save its time together."""
         share = outline.num_rows / max(1, len(outline.order))

@@ -29,6 +29,9 @@ MAX_PLANNED = 512
 MAX_ASKED = 2 * MAX_PLANNED
 """Blocks that one tier is asked for in one step, and at most one part more: placing them takes longest."""
 
+EARLY_FREE = 0.6
+"""Share of the budget of promotions that is kept for requests whose turn comes soon."""
+
 _OUTLINED_PER_PLANNED = 8
 """Keys of a scan that are put in order in the time in which one is planned."""
 
@@ -105,8 +108,12 @@ class Promoter:
         flights, now = self._flights, self._clock()
         outlook = self._pace.outlook(now, state)
         room = self._leases.room(len(flights))
+        prospect = self._prospect(state, outlook, now)
+        if prospect is not None and room < EARLY_FREE * self._leases.budget and prospect.is_early(len(outline.order)):
+            self._waiting.postpone(state, outlook.turn_in)
+            return
         holdings = Holdings(self._table, room, flights.late, self._leases.held, flights.queued)
-        plan = plan_promotions(state, outline, holdings, self._prospect(state, outlook, now), most)
+        plan = plan_promotions(state, outline, holdings, prospect, most)
         outline.num_planned = plan.num_planned
         if plan.waits or state.awaiting:
             self._leases.hold(state, plan.hits)

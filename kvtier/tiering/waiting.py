@@ -103,6 +103,13 @@ class Waiting:
         wait.computing += computing
         wait.deadline = self.longest_wait(wait.computing + idle_in if wait.computing else 0.0)
 
+    def postpone(self, state: RequestState, turn_in: float) -> None:
+        """The request is to wait for blocks that are planned when its turn is nearer, in about `turn_in` seconds."""
+        wait = state.wait
+        if wait.since is not None:
+            waited = wait.waited + (self._clock() - wait.since)
+            wait.deadline = max(wait.deadline, self.longest_wait(waited + turn_in + UNKNOWN_SECONDS))
+
     def check(self, state: RequestState, now: float) -> None:
         """End the wait and the lease if their time is over; stop the clock if nothing was asked in this step."""
         wait = state.wait

@@ -19,3 +19,10 @@ def test_the_quick_run_prints_a_table_and_writes_json(tmp_path):
     }
     for row in figures["rows"]:
         assert all(row[operation] > 0 for operation in figures["targets"]), row
+    assert "longest calls" in done.stdout
+    assert {(row["requests"], row["policy"]) for row in figures["waits"]} == {
+        (count, policy) for count in (1, 25) for policy in ("lru", "arc")
+    }
+    for row in figures["waits"]:
+        calls = ("plan", "step", "expiry", "finish after expiry", "prepare_load", "complete_load", "finish")
+        assert all(row[call] >= 0 for call in calls), row

@@ -119,3 +119,36 @@ def test_groups_of_a_long_scan_are_found_without_a_look_at_each_key():
     assert split_scan([*full, *window]) == [full, window]
     assert split_scan(full + full[:10]) == [full[:10]]  # it has started over
     assert split_scan([*full, *window, *full[:10]]) == [full[:10], window]
+
+
+def test_a_request_whose_turn_is_far_leaves_room_for_those_before_it(make_engine):
+    engine = make_engine(num_blocks=100, prefill_rate=100.0, tokens_per_block=10, measures_prefill=False)
+    computed, near, far = (make_keys(40, name) for name in ("computed", "near", "far"))
+    engine.plant([*near, *far])
+    contexts = [engine.request(name, num_prompt_tokens=400) for name in ("first", "second", "third")]
+    assert engine.scan(computed, contexts[0]) == [MISS]  # four seconds to compute
+    for keys, context in ((near, contexts[1]), (far, contexts[2])):
+        assert engine.scan(keys, context) == [PENDING] * 40
+    for _ in range(3):
+        engine.step()
+    assert num_asked(engine.tier) == 40
+    engine.clock.advance(3.0)
+    engine.step()
+    assert engine.manager.is_still_deferred(far[0], contexts[2])
+    engine.finish(contexts[0])
+    assert engine.load(near, contexts[1]) == [payload(key) for key in near]
+    for _ in range(3):
+        engine.step()
+    assert num_asked(engine.tier) == 80  # its turn is near
+    assert engine.hits(far, contexts[2]) == 40
+
+
+def test_blocks_wait_to_be_written_no_longer_than_they_would_stay_in_any_case(make_engine):
+    engine = make_engine(num_blocks=100, prefill_rate=1000.0, tokens_per_block=100, measures_prefill=False)
+    engine.tier.auto = False
+    engine.store(make_keys(10, "first"), engine.request("first"))
+    engine.clock.advance(1.0)  # 10 blocks per second, of which memory holds 100 and the engine computes as many
+    engine.tier.finish(engine.tier.stores[0])
+    engine.step()
+    engine.store(make_keys(60, "second"), engine.request("second"))
+    assert [len(job.keys) for job in engine.tier.stores] == [10, 25]
