@@ -7,7 +7,7 @@ Its weakness: p moves by single steps, so that a large cache is slow to follow a
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from math import ceil, floor
@@ -70,6 +70,11 @@ class ARCPolicy(EvictionPolicy):
         """Make the held ones of `keys` the most recent of T2."""
         t1, t2 = self._t1, self._t2
         move_to_end = t2.move_to_end
+        try:  # most are in T2; a chain of C iterators takes half the time of the loop
+            deque(map(move_to_end, reversed(keys)), maxlen=0)
+            return
+        except KeyError:
+            pass
         for key in reversed(keys):
             if key in t2:
                 move_to_end(key)
