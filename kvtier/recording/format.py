@@ -13,6 +13,7 @@ from typing import Annotated, NamedTuple
 
 import msgspec
 
+from kvtier.eviction.retention import DEFAULT_RETAIN_SHARE
 from kvtier.keys import OffloadKey
 
 MAGIC = b"kvtier recording 1\n"
@@ -28,7 +29,7 @@ TIER = struct.Struct("<B?")
 NOT_SURE, NOT_FOUND = 128, 127
 """Extra bytes of "L" and "R", one a key: the tier that has it, `NOT_SURE` + the tier that did not say, `NOT_FOUND`."""
 PROMPT = struct.Struct("<q")
-"""Extra bytes of "N": tokens of the prompt, -1 if unknown."""
+"""Extra bytes of "N": tokens of the prompt, -1 if unknown; then the request's hint in JSON, if it has one."""
 
 _Count = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -54,6 +55,8 @@ class Header(msgspec.Struct, frozen=True):
     lease_timeout: float
     promotion_budget: float
     prefill_rate: float | None = None
+    retain_share: float = DEFAULT_RETAIN_SHARE
+    tenant_quotas: bool = False
     tiers: tuple[RecordedTier, ...] = ()
 
 
@@ -65,3 +68,29 @@ class Record(NamedTuple):
     time: float
     extra: bytes
     keys: list[OffloadKey]
+
+
+class NewRequest(NamedTuple):
+    """What a record "N" says.
+
+    Attributes:
+        num_prompt_tokens: None if the engine did not say.
+        hint: as `kvtier.hints` reads it; None for none.
+    """
+
+    num_prompt_tokens: int | None
+    hint: object = None
+
+    @classmethod
+    def of(cls, extra: bytes) -> NewRequest:
+        """Return what the extra bytes of a record say.
+
+        Raises:
+            struct.error: they are damaged.
+        """
+        tokens = PROMPT.unpack_from(extra)[0]
+        try:
+            hint = msgspec.json.decode(extra[PROMPT.size :]) if len(extra) > PROMPT.size else None
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise struct.error(f"a hint: {error}") from None
+        return cls(tokens if tokens >= 0 else None, hint)

@@ -6,13 +6,18 @@ and writes (`stream`, `writer`). A recording that cannot go on ends, and the eng
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 import struct
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import msgspec
+
 from kvtier.events import CascadeRefused, Event, Observer, Observers
+from kvtier.hints import NO_HINT, read_hint
 from kvtier.keys import OffloadKey
-from kvtier.recording.format import JOB, NOT_FOUND, NOT_SURE, PROMPT, TIER
+from kvtier.recording.format import HASH_BYTES, JOB, NOT_FOUND, NOT_SURE, PROMPT, TIER
 from kvtier.recording.stream import Recorder
 from kvtier.secondary.jobs import Job
 from kvtier.tiering.guarded_tier import TierGuard
@@ -43,6 +48,7 @@ class CallLog:
         self._recorder = recorder
         self._tiers = tuple(tiers)
         self._usable = [False] * len(self._tiers)
+        self._salt = secrets.token_bytes(32)
         self._numbers: dict[str, int] = {}
         self._num_requests = 0
         self._scanning: RequestState | None = None
@@ -89,10 +95,24 @@ class CallLog:
             self._num_requests += 1
             number = self._numbers[req_context.req_id] = self._num_requests
             prompt = req_context.num_prompt_tokens
-            self._recorder.note(b"N", number, PROMPT.pack(-1 if prompt is None else prompt))
+            extra = PROMPT.pack(-1 if prompt is None else prompt) + self._hint_of(req_context)
+            self._recorder.note(b"N", number, extra)
             if len(self._numbers) > MAX_NUMBERED_REQUESTS:
                 del self._numbers[next(iter(self._numbers))]
         return number
+
+    def _hint_of(self, req_context: ReqContext) -> bytes:
+        """Return a request's hint in JSON, with names that nobody can read; empty if it has none."""
+        hint = read_hint(req_context.kv_transfer_params).hint
+        if hint is NO_HINT:
+            return b""
+        names = {"session": self._alias(hint.session), "tenant": self._alias(hint.tenant)}
+        return msgspec.json.encode(msgspec.structs.replace(hint, **names))
+
+    def _alias(self, name: str | None) -> str | None:
+        if name is None:
+            return None
+        return hashlib.blake2b(name.encode(errors="replace"), digest_size=HASH_BYTES, key=self._salt).hexdigest()
 
     # -- scans --------------------------------------------------------------------------------------------
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from kvtier.abc import SecondaryTierManager
 from kvtier.errors import BlockNotReadyError, KVTierError, TraceError
 from kvtier.events import BlocksLoaded, Event, Observers, TierState
+from kvtier.hints import HINT_KEY
 from kvtier.keys import OffloadKey
 from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
-from kvtier.recording.format import JOB, NOT_SURE, PROMPT, TIER, Header, Record
+from kvtier.recording.format import JOB, NOT_SURE, TIER, Header, NewRequest, Record
 from kvtier.recording.reader import read_recording
 from kvtier.registry import POLICIES
 from kvtier.simulator.devices import SimulatedClock
@@ -145,6 +146,8 @@ class Repeater:
                 lease_timeout=header.lease_timeout,
                 promotion_budget=header.promotion_budget,
                 prefill_rate=header.prefill_rate,
+                retain_share=header.retain_share,
+                tenant_quotas=header.tenant_quotas,
                 tokens_per_block=header.tokens_per_block,
             ),
             clock=self._clock,
@@ -194,8 +197,9 @@ class Repeater:
             manager.reset_cache()
             return
         if kind == b"N":
-            tokens = PROMPT.unpack(record.extra)[0]
-            context = ReqContext(str(record.request), num_prompt_tokens=None if tokens < 0 else tokens)
+            new = NewRequest.of(record.extra)
+            params = None if new.hint is None else {HINT_KEY: new.hint}
+            context = ReqContext(str(record.request), params, num_prompt_tokens=new.num_prompt_tokens)
             self._contexts[record.request] = context
             manager.on_new_request(context)
             return

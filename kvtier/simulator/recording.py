@@ -11,7 +11,7 @@ from pathlib import Path
 from kvtier.errors import TraceError
 from kvtier.foreign_text import one_line
 from kvtier.keys import GROUP_BYTES, OffloadKey
-from kvtier.recording.format import PROMPT, Record
+from kvtier.recording.format import NewRequest, Record
 from kvtier.recording.reader import read_recording
 from kvtier.simulator.trace import Joiner, Trace, TraceRequest, blocks_to_join
 from kvtier.simulator.trace_files import check_regular
@@ -22,7 +22,7 @@ class _Request:
     """What is known of a recorded request."""
 
     time: float
-    num_prompt_tokens: int
+    new: NewRequest
     asked: bool = False
     keys: dict[OffloadKey, None] = field(default_factory=dict)
 
@@ -70,8 +70,7 @@ def _requests_in(records: Iterable[Record]) -> tuple[list[_Request], int]:
     others: set[bytes] = set()
     for record in records:
         if record.kind == b"N":
-            tokens = PROMPT.unpack(record.extra)[0]
-            live[record.request] = request = _Request(record.time, tokens)
+            live[record.request] = request = _Request(record.time, NewRequest.of(record.extra))
             order.append(request)
         elif record.kind in b"LS" and record.request in live:
             found = live[record.request]
@@ -87,7 +86,8 @@ def _requests_in(records: Iterable[Record]) -> tuple[list[_Request], int]:
 def _as_trace_request(request: _Request, tokens_per_block: int, joiner: Joiner, count: int) -> TraceRequest:
     """Return a request in blocks of `count` of the engine's, whole ones only, as an engine looks up and stores them."""
     keys = list(request.keys)
-    tokens = request.num_prompt_tokens if request.num_prompt_tokens >= 0 else len(keys) * tokens_per_block
+    told = request.new.num_prompt_tokens
+    tokens = len(keys) * tokens_per_block if told is None else told
     joined = joiner.join(keys[: len(keys) // count * count], count)
     of_prompt = tokens // (tokens_per_block * count)  # the answer filled the next one
-    return TraceRequest(request.time, joined[:of_prompt], tokens, 0, joined[of_prompt:])
+    return TraceRequest(request.time, joined[:of_prompt], tokens, 0, joined[of_prompt:], request.new.hint)

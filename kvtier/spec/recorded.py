@@ -52,6 +52,8 @@ def describe(spec: ArenaSpec, tiers: MadeTiers) -> dict[str, Any]:
         "lease_timeout": settings.lease_timeout,
         "promotion_budget": settings.promotion_budget,
         "prefill_rate": settings.prefill_rate,
+        "retain_share": settings.retain_share,
+        "tenant_quotas": settings.tenant_quotas,
         "tiers": [
             {
                 "name": config.name,

@@ -76,11 +76,16 @@ class LiveEngine:
         assert set(states.values()) <= {TierState.UP}
         self.manager = self.spec.get_manager()
 
-    def serve(self, prompts, width=3, tokens=None):
-        """Serve prompts, `width` at a time, a step after the other, as a scheduler does; `tokens`: of each prompt."""
-        waiting = [
-            (ReqContext(f"r{number}", num_prompt_tokens=tokens or 16 * len(keys)), keys) for number, keys in prompts
-        ]
+    def serve(self, prompts, width=3, tokens=None, hints=(None,)):
+        """Serve prompts, `width` at a time, a step after the other, as a scheduler does.
+
+        `tokens`: of each prompt; `hints`: of the requests, in turn.
+        """
+        waiting = []
+        for number, keys in prompts:
+            hint = hints[number % len(hints)]
+            params = None if hint is None else {"kvtier": hint}
+            waiting.append((ReqContext(f"r{number}", params, num_prompt_tokens=tokens or 16 * len(keys)), keys))
         live = []
         while waiting or live:
             while waiting and len(live) < width:
@@ -143,6 +148,32 @@ def test_a_recorded_live_run_replays_to_the_same_hits(tmp_path, disks, policy):
     assert [by_source for _, by_source in again.loads] == log.loads
     assert sum(again.hits.values()) > 200
     assert not disks or log.from_disk()
+
+
+HINTS = [
+    None,
+    {"retain": "1h", "session": "of a customer"},
+    {"priority": "high", "tenant": "another customer"},
+    {"priority": "low"},
+    {"session": "of a customer", "ended": True},
+    {"retain": "for ever"},
+]
+
+
+@pytest.mark.parametrize("quotas", [False, True])
+def test_hints_are_recorded_and_names_in_them_are_not(tmp_path, quotas):
+    log = LoadLog()
+    engine = LiveEngine(tmp_path, log, disks=0, tenant_quotas=quotas)
+    engine.serve(prompts(250), hints=HINTS)
+    engine.close()
+    again = repeat(tmp_path / "live.rec")
+    assert again.num_diverged == 0
+    assert [by_source for _, by_source in again.loads] == log.loads
+    assert b"customer" not in gzip.decompress((tmp_path / "live.rec").read_bytes())
+    trace = load_trace(tmp_path / "live.rec")
+    said = [request.hint for request in trace.requests if request.hint]
+    assert sum(hint.get("retain") == 3600 for hint in said) > 30
+    assert len({hint["tenant"] for hint in said if hint.get("tenant")}) == 1
 
 
 def test_a_recording_is_a_trace_too(tmp_path):
