@@ -111,9 +111,9 @@ class TierOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
 
 def options_type_of(tier_class: type) -> type[TierOptions] | None:
-    """Return the struct of a tier's options; None for a tier whose constructor declares its options as keywords.
+    """Return the struct of a tier's options; None if the constructor's keywords declare them.
 
-    A subclass with a constructor of its own has keywords of its own, whatever its base declares.
+    A subclass with its own constructor has its own keywords, whatever struct its base declares.
     """
     for kind in tier_class.__mro__:
         declared = vars(kind).get("options_type")

@@ -1,1 +1,1 @@
-"""Recordings of what an engine asks of its manager: format, writer, reader, recorder."""
+"""Recordings of an engine's calls to its manager: their format, writer, reader and recorder."""

@@ -1,9 +1,9 @@
-"""The format of a recording, and of the frames that make one.
+"""The format of a recording, and of the frames that the engine sends to the process that writes it.
 
-The file is a gzip stream: the magic, a JSON header of u32 length, then records. A record is `RECORD` (kind, number of
-the request, seconds, numbers of extra bytes and of keys, whether groups follow), the extra bytes, 8 bytes per key
-(BLAKE2b of key and salt) and, if any group is not 0, 2 bytes per key. A file that ends early is a recording that ended
-early.
+The file is a gzip stream: the magic, the length of the header (u32), the header in JSON, then records. A record is
+`RECORD` (kind, number of the request, seconds, number of extra bytes, number of keys, whether groups follow), the extra
+bytes, 8 bytes per key (BLAKE2b of key and salt) and, if a group is not 0, 2 bytes per key. A file may end anywhere: it
+is then a shorter recording.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ from kvtier.keys import OffloadKey
 
 MAGIC = b"kvtier recording 1\n"
 FRAME = struct.Struct("<cIdIIH")
-"""Kind, request, seconds, extra bytes, keys, bytes of a key; then the extra bytes and the keys."""
+"""Kind, request, seconds, number of extra bytes, number of keys, bytes per key; the extra bytes and the keys follow."""
 RECORD = struct.Struct("<cIdII?")
 LENGTH = struct.Struct("<I")
 HASH_BYTES = 8
 JOB = struct.Struct("<BQ?")
-"""Extra bytes of "J": tier, job, whether all of it succeeded (else the record's keys did)."""
+"""Extra bytes of "J" (end of a job): tier, job, whether all keys succeeded; if not, the record's keys are those that
+did.
+"""
 TIER = struct.Struct("<B?")
 """Extra bytes of "U": tier, whether it is used from now on."""
 NOT_SURE, NOT_FOUND = 128, 127
-"""Extra bytes of "L" and "R", one a key: the tier that has it, `NOT_SURE` + the tier that did not say, `NOT_FOUND`."""
+"""Extra bytes of "L" and "R", one per key: the tier that has the key, `NOT_SURE` + the tier that has not answered yet,
+or `NOT_FOUND`."""
 PROMPT = struct.Struct("<q")
 """Extra bytes of "N": tokens of the prompt, -1 if unknown; then the request's hint in JSON, if it has one."""
 
@@ -35,7 +38,7 @@ _Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class RecordedTier(msgspec.Struct, frozen=True):
-    """One secondary tier of the engine that was recorded."""
+    """One secondary tier of the recorded engine."""
 
     name: str
     admission: str
@@ -44,7 +47,7 @@ class RecordedTier(msgspec.Struct, frozen=True):
 
 
 class Header(msgspec.Struct, frozen=True):
-    """What a recording says of the engine; see `kvtier.spec.recorded.describe`."""
+    """The recorded engine's configuration; see `kvtier.spec.recorded.describe`."""
 
     tokens_per_block: _Count
     block_bytes: _Count
@@ -61,7 +64,7 @@ class Header(msgspec.Struct, frozen=True):
 
 
 class Record(NamedTuple):
-    """One call or answer; kinds and extra bytes as `CallLog` notes them."""
+    """One call or answer. `CallLog` defines the kinds and their extra bytes."""
 
     kind: bytes
     request: int

@@ -1,4 +1,4 @@
-"""Reads recordings as records, up to their end or to where they were cut."""
+"""Reads the records of a recording, up to its end or to where it was cut."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from kvtier.recording.format import HASH_BYTES, LENGTH, MAGIC, RECORD, Header, R
 
 _GZIP = b"\x1f\x8b"
 _MAX_RECORD_BYTES = 1 << 30
-"""A damaged length must not take the memory."""
+"""Most bytes per record: a damaged length must not allocate all memory."""
 
 
 def is_recording(path: Path) -> bool:
-    """Return whether a file begins as a recording does, or as one that was cut or damaged there."""
+    """Return whether a file begins like a recording, which may be cut or damaged."""
     try:
         with path.open("rb") as raw:
             begin = raw.read(len(_GZIP))
@@ -34,7 +34,7 @@ def is_recording(path: Path) -> bool:
 
 
 def _readable(file: gzip.GzipFile, size: int) -> bytes:
-    """Return at most `size` bytes, fewer where the file is cut or damaged."""
+    """Read `size` bytes; fewer if the file is cut or damaged."""
     try:
         return file.read(size)
     except (OSError, EOFError, zlib.error):
@@ -45,22 +45,22 @@ def read_recording(path: Path) -> tuple[Header, Iterator[Record]]:
     """Return the header, and the records up to the file's end or to where it was cut.
 
     Args:
-        path: of a regular file; a pipe would make its reader wait.
+        path: of a regular file; reading a pipe could block.
 
     Raises:
-        TraceError: no recording, or one whose header cannot be read.
+        TraceError: the file is no recording, or its header cannot be read.
     """
     file = gzip.open(path, "rb")  # noqa: SIM115 - the iterator closes it
     try:
         begin = file.read(len(MAGIC))
         if not MAGIC.startswith(begin):
-            raise TraceError(f"{path}: no recording of kvtier")
+            raise TraceError(f"{path}: not a recording of kvtier")
         if begin != MAGIC:
             raise EOFError("it was cut")
         header = msgspec.json.decode(file.read(LENGTH.unpack(file.read(LENGTH.size))[0]), type=Header)
     except (OSError, EOFError, zlib.error, struct.error, msgspec.DecodeError, ValueError) as error:
         file.close()
-        raise TraceError(f"{path}: a recording whose beginning cannot be read ({error})") from None
+        raise TraceError(f"{path}: the beginning of this recording cannot be read ({error})") from None
     return header, _records(file)
 
 
@@ -75,7 +75,7 @@ def _records(file: gzip.GzipFile) -> Iterator[Record]:
                 kind, request, time, num_extra, num_keys, has_groups = RECORD.unpack(head)
                 size = num_extra + num_keys * (HASH_BYTES + 2 * has_groups)
                 body = file.read(size) if size < _MAX_RECORD_BYTES else b""
-            except (OSError, EOFError, zlib.error):  # the engine was killed, or the limit reached
+            except (OSError, EOFError, zlib.error):  # the engine was killed, or the size limit was reached
                 return
             if len(body) < size:
                 return

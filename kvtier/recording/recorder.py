@@ -1,7 +1,7 @@
-"""Records what an engine asks of its manager, so that the simulator can replay it.
+"""Records an engine's calls to its manager, so that the simulator can replay them.
 
-On the scheduler's thread a call costs one copy of its keys into a buffer, a lookup nothing; a process of its own hashes
-and writes (`stream`, `writer`). A recording that cannot go on ends, and the engine never notices.
+On the scheduler's thread, a call copies its keys into a buffer, and a lookup does nothing. Another process hashes and
+writes the records (`stream`, `writer`). If a recording cannot continue, it ends; the engine is not affected.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from kvtier.types import (
 )
 
 MAX_NUMBERED_REQUESTS = 100_000
-"""Requests whose numbers are remembered; an engine that never ends its requests must not fill the memory."""
+"""Most requests whose numbers are remembered, for engines that do not end their requests."""
 
 
 class CallLog:
-    """Turns what it is told into records.
+    """Makes the records.
 
-    It watches the manager for scans and for what tiers answer, and observes events for refusals; `RecordedManager`
-    tells it of calls. What has been looked up is noted just before the next record.
+    `RecordedManager` tells it of calls. It watches the manager for scans (a request's lookups) and for tiers' answers,
+    and observes events for refusals. Lookups are recorded just before the next other record.
     """
 
     def __init__(self, recorder: Recorder, tiers: Sequence[str]) -> None:
-        """Args: recorder: already started; tiers: names of the secondary tiers, in their order."""
+        """Args: recorder: already started; tiers: names of the secondary tiers, in order."""
         self._recorder = recorder
         self._tiers = tuple(tiers)
         self._usable = [False] * len(self._tiers)
@@ -53,40 +53,40 @@ class CallLog:
         self._num_requests = 0
         self._scanning: RequestState | None = None
         self._scanning_number = self._num_noted = 0
-        """The number of that request, and the keys of its scan that are in the recording."""
+        """The number of the scanning request, and how many keys of its scan are recorded."""
         self._last_scans: dict[int, tuple[int, OffloadKey, OffloadKey]] = {}
 
     # -- calls --------------------------------------------------------------------------------------------
 
     def note_call(self, kind: bytes, req_context: ReqContext, keys: Collection[OffloadKey] = ()) -> None:
-        """Note a call for one request."""
+        """Record a call for one request."""
         if self._recorder.active:
             self.note_scan()
             self._recorder.note(kind, self._number(req_context), keys=keys)
 
     def note_new_request(self, req_context: ReqContext) -> None:
-        """Note a request, which gets a new number."""
+        """Record a new request, which gets a number."""
         if self._recorder.active:
             self.note_scan()
             self._numbers.pop(req_context.req_id, None)
             self._number(req_context)
 
     def note_finished_request(self, req_context: ReqContext) -> None:
-        """Note the end of a request, and forget what it looked up."""
+        """Record the end of a request, and forget its lookups."""
         if self._recorder.active:
             number = self._number(req_context)
             self._last_scans.pop(number, None)
             self._recorder.note(b"E", number)
 
     def note_step(self, context: ScheduleEndContext) -> None:
-        """Note the end of a step."""
+        """Record the end of a step."""
         if self._recorder.active:
             numbers = [self._numbers.get(req_id, 0) for req_id in context.preempted_req_ids]
             self._recorder.note(b"Z", 0, struct.pack(f"<{len(numbers)}I", *numbers))
             self._recorder.flush()
 
     def note_reset(self) -> None:
-        """Note a reset."""
+        """Record a reset."""
         self._recorder.note(b"X", 0)
 
     def _number(self, req_context: ReqContext) -> int:
@@ -117,20 +117,20 @@ class CallLog:
     # -- scans --------------------------------------------------------------------------------------------
 
     def on_scan(self, state: RequestState) -> None:
-        """Note, with the next record, what this request looks up from now on."""
+        """Learn that a request begins lookups; they will be recorded before the next other record."""
         if self._recorder.active:
             self.note_scan()
             self._scanning, self._num_noted = state, len(state.scan.keys)
             self._scanning_number = self._number(state.context)
 
     def end_scan(self) -> None:
-        """Note what has been looked up; the manager is about to forget it."""
+        """Record the lookups so far, since the manager is about to forget them."""
         if self._recorder.active:
             self.note_scan()
         self._scanning = None
 
     def note_scan(self) -> None:
-        """Note what has been looked up since the last record, in short if the request looked up the same before."""
+        """Record the lookups since the last record: without keys if the request looked up the same ones before."""
         state = self._scanning
         if state is None:
             return
@@ -145,30 +145,30 @@ class CallLog:
             self._last_scans[number] = shape
             self._recorder.note(b"L", number, _answers(state, keys), keys)
 
-    # -- what tiers say -----------------------------------------------------------------------------------
+    # -- answers of tiers ---------------------------------------------------------------------------------
 
     def on_job_ended(self, guard: TierGuard, job: Job) -> None:
-        """Note which blocks of a job succeeded."""
+        """Record which blocks of a job succeeded."""
         complete = len(job.successful) == len(job.keys)
         successful = () if complete else list(job.successful)
         self._recorder.note(b"J", 0, JOB.pack(guard.index, job.job_id, complete), successful)
 
     def on_poll(self, guards: Sequence[TierGuard]) -> None:
-        """Note the tiers that came into use or went out of it."""
+        """Record the tiers that began or ceased to be used."""
         for guard in guards:
             if guard.usable != self._usable[guard.index]:
                 self._usable[guard.index] = guard.usable
                 self._recorder.note(b"U", 0, TIER.pack(guard.index, guard.usable))
 
     def on_event(self, event: Event) -> None:
-        """Note that a tier took no cascade."""
+        """Record that a tier refused a cascade because it was too busy."""
         if isinstance(event, CascadeRefused) and event.reason != "admission":
             self.note_scan()
             self._recorder.note(b"B", 0, bytes([self._tiers.index(event.tier)]))
 
 
 def _answers(state: RequestState, keys: Sequence[OffloadKey]) -> bytes:
-    """Return what tiers answered for the keys of a scan, one byte per key; nothing if no tier had any."""
+    """Return the tiers' answers for the keys of a scan, one byte per key; b"" if no tier has any of them."""
     found, unresolved = state.scan.found, state.scan.unresolved
     if not found and not unresolved:
         return b""
@@ -177,16 +177,16 @@ def _answers(state: RequestState, keys: Sequence[OffloadKey]) -> bytes:
 
 
 class RecordedManager(TieringOffloadingManager):
-    """The manager, with its calls and its tiers' answers written down.
+    """A manager that records its calls and its tiers' answers.
 
-    A record follows the call that it stands for. A tier's answers, refusals and states come before the call that learnt
-    of them.
+    A call is recorded after it has returned. The answers, refusals and states of tiers that it has learnt of are
+    recorded before it.
     """
 
     def __init__(
         self, *args: Any, recorder: Recorder, names: Sequence[str], observer: Observer | None = None, **keywords: Any
     ) -> None:
-        """Args: as `TieringOffloadingManager`; recorder: started here, closed at `shutdown`."""
+        """Args: as `TieringOffloadingManager`; recorder: this starts it, and `shutdown` closes it."""
         self._recorder = recorder
         self._log = CallLog(recorder, names)
         observers = Observers() if observer is None else Observers.over(observer)

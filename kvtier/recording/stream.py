@@ -1,6 +1,6 @@
 """The engine's end of a recording: a pipe to the process that hashes and writes (`writer`).
 
-A recording that cannot go on ends, and the engine never notices.
+If a recording cannot continue, it ends; the engine is not affected.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ from kvtier.recording.format import FRAME, LENGTH
 
 DEFAULT_LIMIT_BYTES = 1 << 30
 _PIPE_BYTES = 1 << 20
-"""The most that Linux lets an ordinary user ask for (fs.pipe-max-size)."""
+"""Largest pipe that Linux gives to ordinary users by default (fs.pipe-max-size)."""
 _FLUSH_BYTES = 32 << 10
 _FLUSH_SECONDS = 0.25
-"""A write costs microseconds whatever its size: with less than that, and sooner than this, it is not worth one."""
+"""The buffer is written when it has so many bytes, or after so many seconds: a system call takes microseconds for any
+size."""
 _MAX_BUFFERED_BYTES = 64 << 20
-"""Of a writer that does not keep up, what is kept in the engine's memory."""
+"""Most bytes in the engine's memory when the writing process is too slow; then the recording ends."""
 _CLOSE_SECONDS = 2.0
-"""Longest that an exit waits for the last records."""
+"""Longest wait for the last records at shutdown."""
 
 
 class Recorder:
-    """Sends frames to the writing process; drops everything from the first thing that goes wrong on."""
+    """Sends frames to the writing process. After the first failure it drops everything."""
 
     def __init__(self, path: str, header: Mapping[str, Any], clock: Clock, limit: int = DEFAULT_LIMIT_BYTES) -> None:
-        """Args: path: of a new file; header: JSON values; limit: bytes on disk after which the recording ends."""
+        """Args: path: of the new file; header: JSON values; limit: size of the file at which the recording ends."""
         self._path, self._limit, self._clock = path, limit, clock
         text = json.dumps(dict(header)).encode()
         self._buffer = bytearray(LENGTH.pack(len(text)) + text)
@@ -54,7 +55,7 @@ class Recorder:
         """In a forked child, record nothing; the parent's recording goes on."""
         self._end()
         if self._writer is not None:
-            self._writer.returncode = 0  # it is not this process's child: nothing can be learnt of its end
+            self._writer.returncode = 0  # not a child of this process, which cannot wait for it
             self._writer = None
 
     def start(self) -> None:
@@ -72,12 +73,12 @@ class Recorder:
             if theirs >= 0:
                 os.close(theirs)
         os.set_blocking(ours, False)
-        with contextlib.suppress(OSError):  # a user's pipes have a limit together: it stays a short one
+        with contextlib.suppress(OSError):  # the kernel limits all pipes of a user together; a short pipe works, too
             fcntl.fcntl(ours, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         self.active = True
 
     def note(self, kind: bytes, request: int, extra: bytes = b"", keys: Collection[OffloadKey] = ()) -> None:
-        """Add a record; keys all have one length."""
+        """Add a record. All keys must have one length."""
         if self.active:
             body = b"".join(keys)
             count = len(keys)
@@ -87,7 +88,7 @@ class Recorder:
             self._buffer += body
 
     def flush(self) -> None:
-        """Hand over what the pipe takes, if there is much of it or a while has passed; never waits."""
+        """Write as much as the pipe accepts, if there is enough or enough time has passed; never block."""
         if not self.active or not self._buffer:
             return
         now = self._clock()
@@ -104,14 +105,14 @@ class Recorder:
             pass
         except OSError as error:
             ended = isinstance(error, BrokenPipeError)
-            self._give_up("its limit is reached, or it cannot be written" if ended else str(error))
+            self._give_up("its size limit is reached, or it cannot be written" if ended else str(error))
         if len(self._buffer) > _MAX_BUFFERED_BYTES:
-            self._give_up("the process that writes it does not keep up")
+            self._give_up("the process that writes it is too slow")
 
     def close(self) -> None:
-        """Hand over what the pipe takes, and wait for the writing process, two seconds in all; idempotent.
+        """Send the rest and wait for the writing process, two seconds in total. A second call does nothing.
 
-        A later one, on a machine so busy that it has not even started, ends by itself: it has all that it needs.
+        If the process needs longer, on a busy machine, it ends by itself: it has all that it needs.
         """
         deadline = time.monotonic() + _CLOSE_SECONDS
         while self.active and self._buffer and (left := deadline - time.monotonic()) > 0:
@@ -130,6 +131,7 @@ class Recorder:
 
     def _end(self) -> None:
         self.active = False
-        self._buffer = bytearray()  # the old one cannot shrink in a child that was forked while it was being written
+        # Not cleared: in a child that was forked during os.write, the old buffer is exported and cannot be resized.
+        self._buffer = bytearray()
         if self._pipe is not None:
             self._pipe.close()

@@ -1,6 +1,7 @@
-"""The process that writes a recording: hashes keys with a salt that nobody keeps, compresses, and stops at a limit.
+"""The process that writes a recording: it hashes keys with a salt that it does not keep, compresses, and stops at a
+limit.
 
-Run as `python -m kvtier.recording.writer PATH LIMIT`; frames come on standard input (see `format`).
+It runs as `python -m kvtier.recording.writer PATH LIMIT`, and reads frames from standard input (see `format`).
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from kvtier.keys import GROUP_BYTES
 from kvtier.recording.format import FRAME, HASH_BYTES, LENGTH, MAGIC, RECORD
 
 _FLUSH_SECONDS = 1.0
-"""The most that a killed engine's recording lacks at its end."""
+"""At most this much time is missing at the end of a killed engine's recording."""
 _MAX_NAMES = 1000
-"""Engines that share a configuration take numbered names."""
+"""Engines that share a configuration write to numbered names."""
 
 
 def open_new(path: str) -> BinaryIO:
-    """Return a new file for writing, readable by its owner only; a name that is taken gets a number appended.
+    """Open a new file for writing, with mode 0600. If the name exists, append a number.
 
     Raises:
         OSError: the folder cannot be written.
@@ -38,7 +39,7 @@ def open_new(path: str) -> BinaryIO:
 
 
 def write_recording(source: BinaryIO, target: BinaryIO, limit: int) -> None:
-    """Copy frames from `source` to `target` until the source ends or the file has `limit` bytes."""
+    """Write the frames of `source` to `target`, until `source` ends or the file has `limit` bytes."""
     salt = secrets.token_bytes(32)
     with gzip.GzipFile(fileobj=target, mode="wb", compresslevel=1, mtime=0) as file:
         file.write(MAGIC)

@@ -1,1 +1,1 @@
-"""Secondary tiers: any store made a tier, its bytes moved by an executor."""
+"""Secondary tiers: what a tier decides about its blocks. A store holds the bytes, an executor moves them."""

@@ -1,4 +1,4 @@
-"""Tier type `disk`: slots in files of a local directory, or of several, each on a device of its own."""
+"""Tier type `disk`: slots in files of one local directory, or of several on different devices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvtier.types import Locality, Medium
 
 
 class DirectoryTier(SlottedTierManager):
-    """Blocks in one directory; its options have been read."""
+    """A tier over one directory, made from options that were already read."""
 
     medium = Medium.STORAGE
     locality = Locality.LOCAL
@@ -44,10 +44,10 @@ class DirectoryTier(SlottedTierManager):
 
 
 class DiskTierManager(DirectoryTier):
-    """Blocks on a local disk; they outlive the engine, within one exact capacity."""
+    """Blocks on a local disk, within an exact capacity. They outlive the engine."""
 
     persistent: ClassVar[bool] = True
-    """Blocks outlive the engine: with LoRA, only where the user allows it."""
+    """Blocks outlive the engine. With LoRA, such a tier needs `allow_lora`."""
     options_type = DiskOptions
 
     @classmethod
@@ -56,7 +56,7 @@ class DiskTierManager(DirectoryTier):
         return cls if isinstance(options.get("path"), str) else StripedDiskTierManager
 
     def __init__(self, offloading_spec: Any, primary_kv_view: memoryview, tier_type: str, **options: Any) -> None:
-        """Args: options: `DiskOptions`, with one directory.
+        """Args: options: `DiskOptions` with one directory.
 
         Raises:
             ConfigError: a value is not allowed; the error names its key.
@@ -75,7 +75,7 @@ class DiskTierManager(DirectoryTier):
 
 
 class StripedDiskTierManager(StripedTierManager):
-    """Blocks striped over several directories, each on a device of its own; one that fails is done without."""
+    """Blocks striped over directories on different devices. A directory that fails is not used until it works again."""
 
     medium = Medium.STORAGE
     locality = Locality.LOCAL
@@ -83,7 +83,7 @@ class StripedDiskTierManager(StripedTierManager):
     options_type = DiskOptions
 
     def __init__(self, offloading_spec: Any, primary_kv_view: memoryview, tier_type: str, **options: Any) -> None:
-        """Args: options: `DiskOptions`; each directory has an equal share of the capacity, and `threads` of its own.
+        """Args: options: `DiskOptions`. Each directory has an equal share of the capacity, and its own `threads`.
 
         Raises:
             ConfigError: a value is not allowed; the error names its key.

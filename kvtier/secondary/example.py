@@ -1,4 +1,4 @@
-"""The smallest complete secondary tier: a dict. The model for tiers of your own."""
+"""The smallest complete secondary tier, which keeps blocks in a dict. Copy it to write your own."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from kvtier.types import JobMetadata, JobResult, Locality, LookupResult, Medium,
 
 
 class ExampleSecondaryTierManager(SecondaryTierManager):
-    """Holds copies of blocks in this process, without bound; every job is done when it is submitted.
+    """Keeps copies of blocks in this process, without a limit. Each job is done when `submit_*` returns.
 
-    A tier that really does I/O must not do it here, on the engine's thread: give a store to
-    `KeyedTierManager` or `SlottedTierManager` instead.
+    These methods run on the engine's thread, so a tier with real I/O must not do it here. Write a store for such a
+    tier, and give it to `KeyedTierManager` or `SlottedTierManager`.
     """
 
     medium = Medium.CPU
@@ -30,13 +30,13 @@ class ExampleSecondaryTierManager(SecondaryTierManager):
     def check_options(
         cls, options: Mapping[str, Any], block_bytes: int, policies: Mapping[str, type[EvictionPolicy]]
     ) -> None:
-        """Let the constructor check them: it has no side effects."""
+        """Check the options by calling the constructor, which has no side effects."""
         construct_on_trial(cls, options, block_bytes, policies)
 
     def __init__(
         self, offloading_spec: Any, primary_kv_view: memoryview, tier_type: str, *, custom_param: int = 0
     ) -> None:
-        """Args: custom_param: any int; shows how a tier takes options of its own."""
+        """Args: custom_param: any int; it shows how a tier declares its own options."""
         super().__init__(offloading_spec, primary_kv_view, tier_type)
         if isinstance(custom_param, bool) or not isinstance(custom_param, int):
             raise ConfigError("custom_param", custom_param, "an int")
@@ -47,22 +47,22 @@ class ExampleSecondaryTierManager(SecondaryTierManager):
         self._results: list[JobResult] = []
 
     def get_num_blocks(self) -> int:
-        """Return how many blocks are held."""
+        """Return the number of blocks."""
         return len(self._blocks)
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
-        """Return HIT or MISS: nothing here takes time."""
+        """Return HIT or MISS; RETRY is for tiers that must ask their store."""
         return LookupResult.HIT if key in self._blocks else LookupResult.MISS
 
     def submit_store(self, job_metadata: JobMetadata) -> None:
-        """Copy the blocks and remember a digest of each."""
+        """Copy the blocks, and keep a digest of each."""
         for key, slot in zip(job_metadata.keys, job_metadata.block_ids, strict=True):
             payload = bytes(self._rows[int(slot)])
             self._blocks[key] = (payload, xxhash.xxh3_128_digest(payload))
         self._finish(job_metadata, list(job_metadata.keys))
 
     def submit_load(self, job_metadata: JobMetadata) -> None:
-        """Copy back the blocks that are here and still what they were; forget those that are not."""
+        """Copy back the blocks whose digest is right; forget the others."""
         loaded = []
         for key, slot in zip(job_metadata.keys, job_metadata.block_ids, strict=True):
             payload, digest = self._blocks.get(key, (b"", b""))
@@ -78,10 +78,10 @@ class ExampleSecondaryTierManager(SecondaryTierManager):
         return results
 
     def drain_jobs(self) -> None:
-        """Return at once: no job is ever unfinished."""
+        """Return at once, since no job is ever in flight."""
 
     def start_epoch(self, epoch: bytes) -> None:
-        """Forget everything: blocks of another epoch were made by other weights."""
+        """Forget everything: the blocks were computed with earlier weights."""
         self._blocks.clear()
 
     def get_stats(self) -> Mapping[str, float]:

@@ -11,12 +11,12 @@ from kvtier.types import Locality, Medium
 
 
 class FilesystemTierManager(KeyedTierManager):
-    """Blocks on NFS, Lustre, CephFS and the like; the oldest leave when the capacity is reached."""
+    """Blocks on NFS, Lustre, CephFS and the like. The oldest are deleted when the capacity is reached."""
 
     medium = Medium.STORAGE
     locality = Locality.REMOTE
     persistent: ClassVar[bool] = True
-    """Blocks outlive the engine: with LoRA, only where the user allows it."""
+    """Blocks outlive the engine. With LoRA, such a tier needs `allow_lora`."""
     probe_deadline: ClassVar[float] = 0.5
     options_type = FilesystemOptions
 

@@ -1,7 +1,7 @@
-"""Tiers written to the layer's first interface, turned into today's contract when they are created.
+"""Adapts tiers that were written for the first interface of vLLM's offloading layer to today's contract.
 
-There, `lookup` returns True, False or None (ask again), results come from `get_finished`, nothing drains, and the
-constructor takes `vllm_config=`. Such a class need not know kvtier's base class.
+In that interface, `lookup` returns True, False or None (ask again), results come from `get_finished`, there is no
+`drain_jobs`, and the constructor takes `vllm_config=`. The tier's class need not be derived from kvtier's base class.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from kvtier.types import (
 
 DRAIN_SECONDS = 2.0
 _POLL_SECONDS = 0.001
-"""Between two looks at a tier that has no `drain_jobs`: short, since a reset waits."""
+"""Time between two polls of a tier without `drain_jobs`: short, since a reset waits for the drain."""
 _ANSWERS = {True: LookupResult.HIT, False: LookupResult.MISS, None: LookupResult.RETRY}
 _NEEDED = ("lookup", "submit_store", "submit_load")
 
 
 def adapt_tier(tier: Any, primary_kv_view: memoryview, drain_seconds: float = DRAIN_SECONDS) -> SecondaryTierManager:
-    """Return `tier` itself if it speaks today's contract, else an adapter around it.
+    """Return `tier` itself if it follows today's contract, else an adapter around it.
 
     Args:
-        primary_kv_view: what the tier was made with, shape (num_blocks, block_bytes); it may not have kept it.
-        drain_seconds: longest that a drain waits for a tier that does not drain itself.
+        primary_kv_view: the view that the tier was constructed with, shape (num_blocks, block_bytes).
+        drain_seconds: longest time that a drain waits for a tier without `drain_jobs`.
     """
     if isinstance(tier, SecondaryTierManager) and not _is_first_interface(type(tier)):
         return tier
@@ -51,20 +51,20 @@ def adapt_tier(tier: Any, primary_kv_view: memoryview, drain_seconds: float = DR
 
 
 class TierMaker:
-    """Makes tiers of a class of the first interface; called like a tier class of today."""
+    """Makes adapted tiers of a class of the first interface. It is called like a tier class."""
 
     def __init__(self, tier_class: type) -> None:
         self.tier_class = tier_class
         self._parameters = inspect.signature(tier_class).parameters
         missing = {"get_finished_jobs", "drain_jobs"} & set(getattr(tier_class, "__abstractmethods__", ()))
-        if missing:  # it inherits today's base class, and is abstract for want of today's names
+        if missing:  # derived from today's base class, which makes a class without these methods abstract
             stand_ins = {"get_finished_jobs": _get_finished, "drain_jobs": _drain_nothing}
             self.tier_class = type(tier_class.__name__, (tier_class,), {name: stand_ins[name] for name in missing})
 
     def __call__(
         self, offloading_spec: Any, primary_kv_view: memoryview, tier_type: str, **options: Any
     ) -> SecondaryTierManager:
-        """Make a tier; one whose constructor knows no `offloading_spec` is given the spec's `vllm_config`."""
+        """Make a tier. If its constructor has `vllm_config`, pass the spec's instead of `offloading_spec`."""
         arguments: dict[str, Any] = {"primary_kv_view": primary_kv_view, "tier_type": tier_type, **options}
         if "vllm_config" in self._parameters:
             arguments["vllm_config"] = getattr(offloading_spec, "vllm_config", None)
@@ -74,25 +74,26 @@ class TierMaker:
 
 
 def adapt_tier_class(tier_class: type) -> type[SecondaryTierManager] | TierMaker:
-    """Return `tier_class` itself if it follows today's contract, else what makes adapted tiers of it.
+    """Return `tier_class` itself if it follows today's contract, else a maker of adapted tiers.
 
     Raises:
-        ConfigError: it follows neither.
+        ConfigError: the class follows neither interface.
     """
     missing = [name for name in _NEEDED if not callable(getattr(tier_class, name, None))]
     if missing or not (_has(tier_class, "get_finished_jobs") or _has(tier_class, "get_finished")):
         wanted = ", ".join(missing or ["get_finished_jobs"])
-        raise ConfigError("type", tier_class.__name__, f"a secondary tier; it has no {wanted}")
+        raise ConfigError("type", tier_class.__name__, f"a secondary tier; this class has no {wanted}")
     if issubclass(tier_class, SecondaryTierManager) and not _is_first_interface(tier_class):
         return tier_class
     return TierMaker(tier_class)
 
 
 class FirstInterfaceTier(SecondaryTierManager):
-    """Today's contract around a tier of the first interface.
+    """Wraps a tier of the first interface in today's contract.
 
-    After `start_epoch` only keys stored since are looked up, whatever the tier still holds; that these are the new
-    bytes is checked by the manager, as for every tier that does not verify payloads.
+    Such a tier knows no epochs. After `start_epoch` the adapter therefore answers MISS for all keys that were not
+    stored since. The manager keeps digests for tiers that do not verify payloads, so it notices if the tier loads old
+    bytes.
     """
 
     def __init__(self, tier: Any, primary_kv_view: memoryview, drain_seconds: float = DRAIN_SECONDS) -> None:
@@ -111,7 +112,7 @@ class FirstInterfaceTier(SecondaryTierManager):
         self._call_if_there("start")
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
-        """Return the tier's answer in today's words."""
+        """Return the tier's answer as a `LookupResult`."""
         if self._stored_in_epoch is not None and key not in self._stored_in_epoch:
             return LookupResult.MISS
         answer = self.tier.lookup(key, req_context)
@@ -122,7 +123,7 @@ class FirstInterfaceTier(SecondaryTierManager):
         self.tier.submit_store(job_metadata)
 
     def submit_load(self, job_metadata: JobMetadata) -> None:
-        """Pass the job on, without blocks of an earlier epoch."""
+        """Submit the job without blocks of an earlier epoch."""
         known = self._stored_in_epoch
         kept = [index for index, key in enumerate(job_metadata.keys) if known is None or key in known]
         if len(kept) < len(job_metadata.keys):
@@ -160,16 +161,16 @@ class FirstInterfaceTier(SecondaryTierManager):
         return bool(self._call_if_there("has_pending_work"))
 
     def drain_jobs(self) -> None:
-        """Let the tier drain itself if it can; collect until every job is answered, or `drain_seconds` have passed."""
+        """Call the tier's own `drain_jobs`, if any; then poll until all jobs have results, at most `drain_seconds`."""
         self._call_if_there("drain_jobs")
         deadline = time.monotonic() + self._drain_seconds
         self._answers += self._collect()
         while (self._open_loads or self._open_stores) and time.monotonic() < deadline:
-            time.sleep(_POLL_SECONDS)  # a drain waits, at most so long; the interface has nothing to wait on
+            time.sleep(_POLL_SECONDS)  # the first interface can only be polled; the deadline bounds the wait
             self._answers += self._collect()
 
     def start_epoch(self, epoch: bytes) -> None:
-        """Look up only what is stored from now on; tell the tier if it knows of epochs."""
+        """Answer MISS for everything stored before now; tell the tier, too, if it has `start_epoch`."""
         self._stored_in_epoch = set()
         self._call_if_there("start_epoch", epoch)
 
@@ -203,7 +204,7 @@ class FirstInterfaceTier(SecondaryTierManager):
 
 
 def _as_result(answer: Any) -> JobResult:
-    """Return a result given as an object with its fields, or as a pair (job_id, success)."""
+    """Return a `JobResult` of a pair (job_id, success), or of an object with these attributes."""
     if isinstance(answer, tuple):
         job_id, success = answer
         return JobResult(job_id, bool(success))
@@ -217,7 +218,7 @@ def _as_result(answer: Any) -> JobResult:
 
 
 def _has(tier_class: type, name: str) -> bool:
-    """Return whether a class implements a method, not only inherits its declaration."""
+    """Return whether a class implements a method, instead of only inheriting the abstract one."""
     return callable(getattr(tier_class, name, None)) and name not in getattr(tier_class, "__abstractmethods__", ())
 
 
@@ -234,7 +235,7 @@ def _get_finished(self: Any) -> Any:
 
 
 def _drain_nothing(self: Any) -> None:
-    """Do nothing: the adapter collects until every job is answered."""
+    """Do nothing: `FirstInterfaceTier.drain_jobs` polls for the results."""
 
 
 _STAND_INS = (("get_finished_jobs", _get_finished), ("drain_jobs", _drain_nothing))

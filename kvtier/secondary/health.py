@@ -1,4 +1,4 @@
-"""A tier's health: the breaker that decides when to try, and the state that everybody sees."""
+"""A tier's health: a breaker, which decides when a failed tier is tried again, and the tier's published state."""
 
 from __future__ import annotations
 
@@ -14,34 +14,36 @@ from kvtier.foreign_text import MAX_REASON, one_line
 from kvtier.log import logger
 
 _MAX_SAID = 8
-"""Different reasons that are logged before the tier has proved that it works: a server may word each refusal anew."""
+"""Most different reasons that are logged until the tier works again, since a server may word each refusal
+differently."""
 _ANOTHER_REASON = "another reason"
 CALM_PAUSES = 4.0
-"""Pauses without a failure after which the next one is short again."""
+"""After this many times the last pause without a failure, the next pause is the first one again."""
 _JITTER = 0.5
-"""Of a pause, how much may be left out: engines that lost a shared server together come back one after the other."""
+"""Most of a pause that is left out at random, so that engines that lost a shared server together do not return
+together."""
 
 
 class BreakerState(Enum):
     """Whether a tier may be used."""
 
     CLOSED = "closed"
-    """Works."""
+    """The tier works."""
     OPEN = "open"
-    """Does not; nothing is tried before `retry_at`."""
+    """The tier has failed. It is not used before `retry_at`."""
     HALF_OPEN = "half_open"
-    """Is being tried: one success closes it, one failure opens it for twice as long."""
+    """The tier is on trial: one success closes the breaker, one failure opens it for twice as long."""
 
 
 _OPEN = BreakerState.OPEN
 
 
 class Breaker:
-    """Counts failures in a row and spaces the attempts after them: 0.5 s, doubled up to 30 s.
+    """Opens after several failures in a row; then it allows a trial after a pause of 0.5 s, doubled each time to 30 s.
 
-    Each pause is cut short at random, by up to half. The spacing starts anew only after a calm as long as a few of
-    the last pauses: a job that kills its process every time, among others that succeed, must not restart it twice a
-    second.
+    Up to half of each pause is left out at random. The pauses become short again only after a time without failures, a
+    few times as long as the last pause. Otherwise a job that always kills its process, among others that succeed, would
+    make the process restart twice per second.
     """
 
     def __init__(
@@ -56,10 +58,10 @@ class Breaker:
         """Start closed.
 
         Args:
-            failures_to_open: failed jobs in a row.
-            first_backoff, longest_backoff: seconds.
-            draw: returns a number of [0, 1), of which half is left out of a pause.
-            calm: pauses without a failure, after which the next one is short again.
+            failures_to_open: failed jobs in a row that open the breaker.
+            first_backoff, longest_backoff: shortest and longest pause, in seconds.
+            draw: returns a random number of [0, 1); half of it is the part of a pause that is left out.
+            calm: see `CALM_PAUSES`.
         """
         self._clock = clock
         self._failures_to_open = failures_to_open
@@ -74,7 +76,7 @@ class Breaker:
         self.num_openings = 0
 
     def succeed(self) -> None:
-        """Note a success of the thing itself; after a calm, all is forgiven."""
+        """Count a success: close the breaker and, if there was no failure for long, make the next pause short."""
         if self.state is not BreakerState.OPEN:
             self.state = BreakerState.CLOSED
             self._failures = 0
@@ -82,7 +84,7 @@ class Breaker:
                 self._backoff = self._first_backoff
 
     def fail(self) -> bool:
-        """Note a failed job; return whether that opened the breaker."""
+        """Count a failed job; return whether this opened the breaker."""
         if self.state is BreakerState.OPEN:
             return False
         self._failures += 1
@@ -92,7 +94,7 @@ class Breaker:
         return False
 
     def open(self) -> None:
-        """Open, for the next backoff (the process died, or could not start)."""
+        """Open for the next pause, whatever was counted: the process has died or could not start."""
         self.state = BreakerState.OPEN
         self.num_openings += 1
         self._failures = 0
@@ -100,7 +102,7 @@ class Breaker:
         self._backoff = min(2 * self._backoff, self._longest_backoff)
 
     def try_again(self) -> bool:
-        """Go from open to half open if the backoff is over; return whether it did."""
+        """Change from open to half open if the pause is over; return whether it was."""
         if self.state is not _OPEN or (now := self._clock()) < self.retry_at:
             return False
         self.state, self._tried_at = BreakerState.HALF_OPEN, now
@@ -108,11 +110,11 @@ class Breaker:
 
     @property
     def has_passed_trial(self) -> bool:
-        """Whether it has been half open for a whole pause: for what proves itself by nothing but the lack of faults."""
+        """Whether the breaker has been half open for a whole pause, for users who see faults but no successes."""
         return self.state is BreakerState.HALF_OPEN and self._clock() - self._tried_at >= self._backoff
 
     def try_now(self) -> None:
-        """Go from open to half open at once: what failed has been replaced."""
+        """Change from open to half open at once, because the failed executor was replaced."""
         if self.state is BreakerState.OPEN:
             self.state, self._tried_at = BreakerState.HALF_OPEN, self._clock()
 
@@ -125,10 +127,10 @@ class Breaker:
 
 
 class TierHealth:
-    """State and reason of a tier; every change is emitted, and logged once.
+    """The state of a tier and its reason. Every change is an event, and is logged once.
 
-    A tier that comes and goes for one reason says so once: the log starts afresh when the tier has proved that it
-    works, and not when it is only tried again. Of reasons that differ every time, a few are logged.
+    A tier that fails again and again for the same reason is logged once. It is logged again only after the tier has
+    worked in between, which a trial alone does not show. If the reasons differ every time, only a few are logged.
     """
 
     def __init__(self, tier_type: str, observer: Observer) -> None:
@@ -139,17 +141,18 @@ class TierHealth:
         self._said: set[tuple[TierState, str]] = set()
 
     def prove(self) -> None:
-        """Note that the tier, after a failure, served something: what happens next is news again."""
+        """Learn that the tier has worked again after a failure, so that the next failure is logged."""
         self._said.clear()
 
     def leave_to_parent(self) -> None:
-        """Be CLOSED without a word: in a forked child, the tier is its parent's."""
+        """In a forked child, become CLOSED without an event or a log line: the tier belongs to the parent."""
         self.state, self.reason = TierState.CLOSED, "it belongs to the parent process"
 
     def change(self, state: TierState, reason: str = "", *, warn: bool = False) -> None:
-        """Enter a state; the same state for the same reason is no change. Nothing follows CLOSED.
+        """Enter a state, unless state and reason are the same as before, or the state is CLOSED.
 
-        Args: warn: users should know, though the tier is not DOWN.
+        Args:
+            warn: log a warning although the tier is not DOWN.
         """
         reason = one_line(reason, MAX_REASON)
         if (state, reason) == (self.state, self.reason) or self.state is TierState.CLOSED:
@@ -164,7 +167,7 @@ class TierHealth:
     def _say(self, state: TierState, reason: str, warn: bool) -> None:
         if state is TierState.DOWN:
             logger.warning(
-                "tier %s is down: %s; the engine runs without it, kvtier tries again", self._tier_type, reason
+                "tier %s is down: %s; the engine runs without it, and kvtier tries again", self._tier_type, reason
             )
         else:
             level = logging.WARNING if warn else logging.INFO

@@ -1,4 +1,4 @@
-"""Jobs that are not answered, and a tier's ledger of them: exactly one result per job, whoever works on it."""
+"""Jobs without a result yet, and a tier's ledger of them, which makes exactly one result per job."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from kvtier.types import FailureCause, JobMetadata, JobResult, ReqContext
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A job that is not answered yet, as whoever waits for its answer keeps it.
+    """A job without a result yet.
 
-    The manager's guard keeps one, a tier of several stripes another, a tier over a store a `MovingJob`.
+    The guard in `tiering/` keeps one per job, a striped tier another one, and a tier over a store a `MovingJob`.
 
     Attributes:
-        job_id, keys, slots, is_promotion, req_context: what was asked; the slots are of the primary arena.
-        submitted: seconds of the clock.
-        num_left: blocks that are not answered.
-        successful: keys that are done, those included that had nothing to move.
-        num_bytes: moved so far.
-        is_cancelled: nobody waits for it; what has not begun fails.
+        job_id, keys, slots, is_promotion, req_context: as in `JobMetadata`; the slots are of the primary arena.
+        submitted: time of the clock.
+        num_left: blocks without an answer.
+        successful: keys that succeeded, including those that needed no move.
+        num_bytes: bytes moved so far.
+        is_cancelled: nobody waits for it; blocks that are not begun fail.
     """
 
     job_id: int
@@ -43,12 +43,12 @@ class Job:
     is_cancelled: bool = False
 
     def as_metadata(self) -> JobMetadata:
-        """Return what a tier is asked: copies, because a tier may change what it is given."""
+        """Return the job for a tier. Keys and slots are copies, because a tier may change them."""
         slots = np.array(self.slots, dtype=np.int32)
         return JobMetadata(self.job_id, list(self.keys), slots, self.is_promotion, self.req_context)
 
     def result(self, now: float) -> JobResult:
-        """Return the one answer, when no block is left."""
+        """Return the result of the job, whose blocks must all be answered."""
         seconds = max(0.0, now - self.submitted)
         if len(self.successful) == len(self.keys):
             return JobResult(self.job_id, True, None, seconds, self.num_bytes)
@@ -63,11 +63,11 @@ class MovingJob(Job):
     """A job whose blocks an executor moves.
 
     Attributes:
-        serial: number of the job in its tier, which no other job has or had.
-        moving: the keys that move; in their order, `slots`, and `store_slots` as in `Part`.
-        failures: failed blocks by cause.
-        answered: 1 for each block of `moving` that is answered.
-        progressed: when any block was answered last.
+        serial: a number of the job that is unique in its tier.
+        moving: the keys that must move. `slots`, and `store_slots` as in `Part`, have the same order.
+        failures: number of failed blocks by cause.
+        answered: per block of `moving`, 1 if it is answered.
+        progressed: when a block was answered last.
     """
 
     serial: int = 0
@@ -84,7 +84,7 @@ class MovingJob(Job):
                 self.failures[cause] = self.failures.get(cause, 0) + count
 
     def parts(self) -> list[Part]:
-        """Return everything that moves, in parts that fit a packet each."""
+        """Split the blocks that must move into parts, of which each fits a packet."""
         step = blocks_per_packet(len(self.moving[0]))
         if len(self.moving) <= step:
             return [Part.of(self.serial, 0, self.is_promotion, self.moving, self.slots, self.store_slots)]
@@ -96,7 +96,10 @@ class MovingJob(Job):
 
 
 class JobLedger:
-    """Jobs in flight and results not collected yet. Emits BlocksFailed; the manager says that a job ended."""
+    """A tier's jobs in flight, and results that were not collected yet.
+
+    It emits BlocksFailed. The events about the end of a job are the manager's.
+    """
 
     def __init__(self, tier_type: str, clock: Clock, observer: Observer) -> None:
         self._tier_type = tier_type
@@ -104,19 +107,20 @@ class JobLedger:
         self._observer = observer
         self._jobs: dict[int, MovingJob] = {}
         self._overtaken: dict[int, tuple[MovingJob, float]] = {}
-        """Jobs, and since when a later one of their kind has had an answer. Jobs of a kind are begun in their order:
-        these do not wait, they run."""
+        """Jobs that a later job of their kind has overtaken, and since when. Executors begin jobs of a kind in order,
+        so an overtaken job is running and does not wait."""
         self._ended: list[MovingJob] = []
         self._next_serial = 1
         self.num_store_blocks = 0
-        """Blocks of unanswered store jobs that have not moved yet."""
+        """Blocks of store jobs without an answer."""
         self.num_load_blocks = 0
+        """Blocks of load jobs without an answer."""
         self.num_answered = 0
-        """Blocks that have been answered so far; it grows whenever anything progresses."""
+        """Blocks answered so far. It grows whenever a job progresses."""
 
     @property
     def num_jobs(self) -> int:
-        """Jobs without a result."""
+        """Number of jobs without a result."""
         return len(self._jobs)
 
     def serials(self, job_ids: Container[int] | None = None) -> list[int]:
@@ -125,12 +129,12 @@ class JobLedger:
 
     @property
     def oldest_submission(self) -> float | None:
-        """When the oldest unanswered job was submitted; None if there is none."""
+        """When the oldest job without a result was submitted; None if there is none."""
         return next(iter(self._jobs.values())).submitted if self._jobs else None
 
     @property
     def held_up_since(self) -> float | None:
-        """Since when a job that others have overtaken shows no progress; None if there is no such job."""
+        """Since when an overtaken job has made no progress; None if there is no such job."""
         return min((max(since, job.progressed) for job, since in self._overtaken.values()), default=None)
 
     def open(
@@ -142,12 +146,13 @@ class JobLedger:
         successful: list[OffloadKey],
         failures: Mapping[FailureCause, int],
     ) -> MovingJob | None:
-        """Note a job of which the keys `moving` must move; None, and a result at once, if there are none.
+        """Add a job. If none of its blocks must move, make its result at once and return None.
 
         Args:
+            moving: keys of the job that must move.
             slots, store_slots: as in `MovingJob`.
             successful: keys of the job that need no move.
-            failures: those of its keys that cannot be moved, by cause.
+            failures: number of keys that cannot be moved, by cause.
         """
         now, count = self._clock(), len(moving)
         job = MovingJob(
@@ -175,14 +180,14 @@ class JobLedger:
         return job
 
     def refuse(self, metadata: JobMetadata, cause: FailureCause) -> None:
-        """Answer a job that cannot be taken: every block failed."""
+        """Make the result of a job that cannot be accepted: all of its blocks failed."""
         self.open(metadata, (), (), None, [], {cause: len(metadata.keys)})
 
     def apply(self, result: PartResult) -> MovingJob:
-        """Note how some blocks of a job ended, and return the job; its last blocks make its result.
+        """Apply a result for some blocks of a job, and return the job. After its last blocks, make the job's result.
 
         Raises:
-            ProtocolError: no such job, no such blocks, or they were answered before.
+            ProtocolError: the job or the blocks do not exist, or were answered before.
         """
         job = self._jobs.get(result.serial)
         span, count = result.span, len(result.successes)
@@ -206,7 +211,7 @@ class JobLedger:
         return job
 
     def _note_progress(self, job: MovingJob) -> None:
-        """Some blocks of a job were answered: jobs of its kind before it are overtaken."""
+        """Learn that blocks of a job were answered: earlier jobs of its kind are overtaken now."""
         now = job.progressed = self._clock()
         for serial, other in self._jobs.items():
             if other is job:
@@ -215,7 +220,7 @@ class JobLedger:
                 self._overtaken[serial] = (other, now)
 
     def fail_all(self, cause: FailureCause) -> None:
-        """Answer every open job: what has not moved failed. Only when nothing can move any more."""
+        """Make the results of all jobs; their unanswered blocks failed. Only after the executor has certainly ended."""
         jobs, self._jobs = self._jobs, {}
         self._overtaken.clear()
         now = self._clock()
@@ -226,7 +231,7 @@ class JobLedger:
             self._finish(job)
 
     def forget(self) -> None:
-        """Drop every job and result unanswered: whoever waits for them is in another process."""
+        """In a forked child, drop all jobs and results: they belong to the parent."""
         self._jobs, self._ended = {}, []
         self.num_store_blocks = self.num_load_blocks = 0
 

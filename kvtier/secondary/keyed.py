@@ -1,4 +1,4 @@
-"""Any BlockStore as a secondary tier: existence is asked in batches and remembered for a while."""
+"""A secondary tier over any `BlockStore`. It asks the store in batches whether keys exist, and caches the answers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from kvtier.types import FailureCause, JobMetadata, LookupResult, ReqContext, Sc
 _MISS, _RETRY = LookupResult.MISS, LookupResult.RETRY
 _UP = TierState.UP
 _UNREADABLE = frozenset({FailureCause.CORRUPT, FailureCause.FOREIGN, FailureCause.OLD_FORMAT})
-"""A store that could not delete such a block goes on saying that it holds it."""
+"""Causes after which a block stays a miss for long: a store that could not delete the block still says that it
+exists."""
 _LOOK_SECONDS = 0.0002
-"""A long prefix of unknown keys is thousands of lookups; not each of them looks for answers."""
+"""Least time between two polls in `lookup`: a long prefix of unknown keys is thousands of lookups."""
 
 
 class KeyedTierManager(StoreTierManager):
-    """Blocks by key in a BlockStore, sealed by kvtier unless the store does it itself."""
+    """Blocks by key in a `BlockStore`. kvtier seals them unless the store does it itself (`seals_itself`)."""
 
     verifies_payloads = True
 
@@ -48,7 +49,7 @@ class KeyedTierManager(StoreTierManager):
         self._probes = Probes(self.context.clock, self._send_probe)
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
-        """Return what is known of a key; RETRY while it is being asked, MISS while the tier is not UP."""
+        """Return HIT or MISS if known, RETRY while the store is asked, MISS while the tier is not UP."""
         if self._health.state is not _UP:
             self.start()
             if self._health.state is not _UP:
@@ -63,7 +64,7 @@ class KeyedTierManager(StoreTierManager):
         return answer
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
-        """Ask what waits, give up what nobody answers."""
+        """Send waiting probes, and give up those that are unanswered for too long."""
         if self._health.state is _UP:
             self._probes.flush()
         super().on_schedule_end(context)
@@ -71,7 +72,7 @@ class KeyedTierManager(StoreTierManager):
             self._supervisor.question_expired()
 
     def get_stats(self) -> Mapping[str, float]:
-        """Return how full the store is, too, as far as it says so."""
+        """Add the store's usage, as far as the store reports it."""
         usage = self._usage
         stats = dict(super().get_stats())
         if usage is not None:
@@ -85,7 +86,7 @@ class KeyedTierManager(StoreTierManager):
         self._probes.check_invariants()
 
     def _is_sound(self, metadata: JobMetadata) -> bool:
-        """Return, besides, whether the keys have one length; there is no index that would know them."""
+        """Check also that the keys have one length, since no index checks them here."""
         if not super()._is_sound(metadata):
             return False
         try:

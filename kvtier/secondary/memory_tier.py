@@ -1,4 +1,4 @@
-"""Tier type `memory`: host memory beyond the arena, in a process of its own."""
+"""Tier type `memory`: more host memory besides the arena, in the tier's I/O process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvtier.types import Locality, Medium
 
 
 class MemoryTierManager(KeyedTierManager):
-    """Blocks in memory; they end with their process."""
+    """Blocks in memory. They are lost when the I/O process ends."""
 
     medium = Medium.CPU
     locality = Locality.LOCAL

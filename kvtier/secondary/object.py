@@ -1,4 +1,4 @@
-"""Tier type `object`: a bucket of S3, GCS, Azure or whatever speaks like them, shared by any number of engines."""
+"""Tier type `object`: a bucket in S3, GCS, Azure or a compatible server, shared by any number of engines."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from kvtier.stores.object.options import ObjectOptions
 from kvtier.types import Locality, Medium
 
 _SECRETS_OF_CLIENTS = {"s3": ("AWS_",), "gs": ("GOOGLE_",), "az": ("AZURE_",)}
+"""Prefixes of the environment variables with credentials that each provider's client reads by itself."""
 
 
 class ObjectTierManager(KeyedTierManager):
-    """Blocks in packs in a bucket; the oldest leave when the capacity is reached."""
+    """Blocks in packs in a bucket. The oldest packs are deleted when the capacity is reached."""
 
     medium = Medium.STORAGE
     locality = Locality.REMOTE
     persistent: ClassVar[bool] = True
-    """Blocks outlive the engine: with LoRA, only where the user allows it."""
+    """Blocks outlive the engine. With LoRA, such a tier needs `allow_lora`."""
     probe_deadline: ClassVar[float] = 1.0
     options_type = ObjectOptions
 

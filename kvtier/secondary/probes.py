@@ -1,4 +1,4 @@
-"""What a tier knows of keys it holds no index of: questions, asked in batches, and answers, kept for a while."""
+"""Probes: a tier without an index asks its store in batches whether keys exist, and caches the answers for a while."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HIT, _MISS, _RETRY = LookupResult.HIT, LookupResult.MISS, LookupResult.RETRY
 
 
 class AnswerCache:
-    """Bounded answers that expire; the one that is set first goes first."""
+    """A bounded set of keys that expire. When it is full, the oldest entry is dropped."""
 
     def __init__(self, clock: Clock, most: int, seconds: float) -> None:
         self._clock = clock
@@ -35,7 +35,7 @@ class AnswerCache:
         return False
 
     def add(self, keys: Iterable[OffloadKey], seconds: float | None = None) -> None:
-        """Hold `keys` from now on, for `seconds` or the time of this cache."""
+        """Add `keys` for `seconds`; None for the cache's own time."""
         expiry = self._clock() + (self._seconds if seconds is None else seconds)
         for key in keys:
             self._expiry[key] = expiry
@@ -44,17 +44,17 @@ class AnswerCache:
             self._expiry.popitem(last=False)
 
     def remove(self, keys: Iterable[OffloadKey]) -> None:
-        """Hold `keys` no more."""
+        """Remove `keys`."""
         for key in keys:
             self._expiry.pop(key, None)
 
     def clear(self) -> None:
-        """Hold nothing."""
+        """Remove all keys."""
         self._expiry.clear()
 
 
 class Probes:
-    """Existence of keys: known, unknown, or being asked."""
+    """Whether keys exist in a store: known, or being asked."""
 
     def __init__(
         self,
@@ -67,7 +67,12 @@ class Probes:
         batch: int = 256,
         batch_seconds: float = 0.0005,
     ) -> None:
-        """Args: send: asks about a batch; batch, batch_seconds: a batch so full or so old goes at the next lookup."""
+        """Args:
+        send: sends a batch of keys to the store, with an id for the answer.
+        most_answers: most keys in each of the two caches.
+        present_seconds, absent_seconds: how long the caches keep answers.
+        batch, batch_seconds: a batch with this many keys, or of this age, is sent at the next lookup.
+        """
         self._clock = clock
         self._send = send
         self._batch = batch
@@ -84,13 +89,13 @@ class Probes:
 
     @property
     def num_unanswered(self) -> int:
-        """Keys asked about, or waiting to be."""
+        """Number of keys that are asked or waiting to be."""
         return len(self._waiting) + len(self._asked)
 
     def lookup(self, key: OffloadKey) -> LookupResult:
-        """Answer from the cache; an unknown key is queued, and RETRY until its answer arrives.
+        """Answer from the caches. An unknown key is queued, and answered RETRY until its answer arrives.
 
-        What cannot be a key is a MISS and is never asked. Keys of one length share a question.
+        Anything that cannot be a key is a MISS, and is not asked. A batch has keys of one length.
         """
         if key in self._present:
             return _HIT
@@ -111,7 +116,7 @@ class Probes:
         return _RETRY
 
     def flush(self) -> None:
-        """Ask about everything that waits."""
+        """Send all waiting keys."""
         keys, self._waiting = list(self._waiting), {}
         for start in range(0, len(keys), self._batch):
             batch = keys[start : start + self._batch]
@@ -121,10 +126,10 @@ class Probes:
             self._send(probe_id, batch)
 
     def answer(self, probe_id: int, found: Sequence[bool]) -> None:
-        """Note an answer; what was learned otherwise meanwhile stands.
+        """Cache an answer, except for keys about which something newer is known.
 
         Raises:
-            ProtocolError: nobody asked, or about another number of keys.
+            ProtocolError: there is no such probe, or it has another number of keys.
         """
         _, keys = self._batches.pop(probe_id, (0.0, ()))
         if not keys or len(keys) != len(found):
@@ -134,23 +139,27 @@ class Probes:
         self._absent.add(key for key, held, is_open in zip(keys, found, open_keys, strict=True) if is_open and not held)
 
     def is_present(self, key: OffloadKey) -> bool:
-        """Return whether the block is known to be there."""
+        """Return whether the block is known to exist."""
         return key in self._present
 
     def set_present(self, keys: Sequence[OffloadKey]) -> None:
-        """Note that `keys` were stored."""
+        """Learn that `keys` were stored."""
         self._forget_questions(keys)
         self._absent.remove(keys)
         self._present.add(keys)
 
     def set_absent(self, keys: Sequence[OffloadKey], *, for_long: bool = False) -> None:
-        """Note that `keys` could not be loaded; `for_long` as long as a positive answer lasts, or until stored."""
+        """Learn that `keys` could not be loaded.
+
+        Args:
+            for_long: remember this as long as a positive answer, or until the keys are stored.
+        """
         self._forget_questions(keys)
         self._present.remove(keys)
         self._absent.add(keys, self._present_seconds if for_long else None)
 
     def expire(self, seconds: float) -> int:
-        """Make MISS of keys asked about so long ago; return how many."""
+        """Answer MISS for keys that were asked more than `seconds` ago; return their number."""
         limit = self._clock() - seconds
         late = [probe_id for probe_id, (asked_at, _) in self._batches.items() if asked_at < limit]
         num_late = 0
@@ -159,11 +168,11 @@ class Probes:
             self.set_absent(keys)
             num_late += len(keys)
             asked_keys = self._batches[probe_id][1]
-            self._batches[probe_id] = (float("inf"), asked_keys)  # its late answer is still no news
+            self._batches[probe_id] = (float("inf"), asked_keys)  # its answer may still come, and is then ignored
         return num_late
 
     def clear(self) -> None:
-        """Forget every answer and every question (another life, another epoch)."""
+        """Forget all answers and probes: the executor or the epoch has changed."""
         self._present.clear()
         self._absent.clear()
         self._waiting.clear()

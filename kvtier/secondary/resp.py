@@ -11,12 +11,12 @@ from kvtier.types import Locality, Medium
 
 
 class RespTierManager(KeyedTierManager):
-    """Blocks in a server that any number of engines share; it decides how many it keeps, and which."""
+    """Blocks in a server that any number of engines share. The server decides how many and which blocks it keeps."""
 
     medium = Medium.CPU
     locality = Locality.REMOTE
     persistent: ClassVar[bool] = True
-    """Blocks outlive the engine: with LoRA, only where the user allows it."""
+    """Blocks outlive the engine. With LoRA, such a tier needs `allow_lora`."""
     probe_deadline: ClassVar[float] = 0.5
     options_type = RespOptions
 

@@ -1,4 +1,4 @@
-"""How a tier over a store behaves: threads, deadlines, back-pressure, and the pauses after failures."""
+"""Settings of a tier over a store: threads, deadlines, back-pressure, and pauses after failures."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from kvtier.errors import ConfigError
 
 @dataclass(frozen=True)
 class Deadlines:
-    """How long is too long, in seconds.
+    """Deadlines of a tier, in seconds.
 
     Attributes:
-        job: without any progress while jobs are open, and for an executor to end when told to.
-        overtaken_job: without progress of a job that later ones have overtaken; one that waits its turn is not late.
-        start: without any progress while a store opens.
-        drain: for `drain_jobs` and `shutdown` to let running jobs end by themselves.
-        kill: for a killed executor to be gone, while somebody waits for it.
+        job: longest time without any progress while there are jobs, and for an executor to end when told to.
+        overtaken_job: longest time without progress of a job that later ones have overtaken. A job that is not
+            overtaken may just be waiting for its turn.
+        start: longest time without any progress while a store opens.
+        drain: how long `drain_jobs` and `shutdown` wait for running jobs.
+        kill: how long they wait for a killed executor to end.
     """
 
     job: float = 10.0
@@ -28,15 +29,15 @@ class Deadlines:
 
 @dataclass(frozen=True)
 class TierSettings:
-    """How a tier over a store behaves.
+    """Settings of a tier over a store.
 
     Attributes:
-        threads: calls into the store at the same time.
+        threads: parallel calls of the store.
         deadlines: in seconds.
-        most_store_bytes: payload of store jobs in flight; more is back-pressure.
+        most_store_bytes: most payload bytes of store jobs in flight; beyond that, `can_store` returns False.
         failures_to_open, first_backoff, longest_backoff: of the breaker.
-        environment_secrets: how the names of secret environment variables begin that the store's client reads by
-            itself, such as "AWS_". Its I/O process gets no other secrets than these and those that an option names.
+        environment_secrets: prefixes of environment variables with credentials that the store's client reads by itself,
+            such as "AWS_". The I/O process gets only these secrets, and those that an option names.
     """
 
     threads: int = 4
@@ -49,10 +50,10 @@ class TierSettings:
 
     @classmethod
     def checked(cls, threads: int, job_deadline: float) -> TierSettings:
-        """Return settings from the two values that users configure.
+        """Return settings with the two values that users configure.
 
         Raises:
-            ConfigError: out of range; the error names the key.
+            ConfigError: a value is out of range; the error names the key.
         """
         if not (isinstance(threads, int) and not isinstance(threads, bool) and 1 <= threads <= 64):
             raise ConfigError("threads", threads, "an int, 1 to 64")

@@ -1,4 +1,4 @@
-"""Any SlotStore as a secondary tier: an index in memory, exact capacity, eviction by a policy."""
+"""A secondary tier over any `SlotStore`: it has an index in memory, an exact capacity and an eviction policy."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from kvtier.types import (
 )
 
 _MAX_EVENTS = 10_000
-"""Kept while nobody asks for them; each names at least one block."""
+"""Most events that are kept until they are taken. Each names at least one block."""
 _MAX_SLOTS = 1 << 26
-"""Of a store of which nothing is known: an index of so many takes some gigabytes."""
+"""Most slots of a store of unknown size: their index takes some gigabytes."""
 _FULL_SECONDS = 5.0
-"""How long a medium without space is not asked for more of it."""
+"""After a store has failed for lack of space, no unused slot is tried for this long."""
 _HIT, _MISS, _UP = LookupResult.HIT, LookupResult.MISS, TierState.UP
 
 
 class SlottedTierManager(StoreTierManager):
-    """Blocks in the slots of a SlotStore; the index is rebuilt from the store at every start."""
+    """Blocks in the slots of a `SlotStore`. The index is read from the store at every start."""
 
     verifies_payloads = True
 
@@ -70,10 +70,10 @@ class SlottedTierManager(StoreTierManager):
         self._full_until = -math.inf
         self._prepared: Prepared | None = None
         self._most_slots = _MAX_SLOTS
-        """A process that claims more is not believed: the index would take the engine's memory."""
+        """Most slots that the I/O process may report: it must not make the engine allocate an index of any size."""
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
-        """Return HIT for a block that can be loaded now, MISS for any other: the index knows."""
+        """Return HIT for a block that can be loaded now, else MISS."""
         if self._health.state is not _UP:
             self.start()
         table = self._table
@@ -82,13 +82,13 @@ class SlottedTierManager(StoreTierManager):
         return _HIT
 
     def held(self, keys: Set[OffloadKey]) -> Set[OffloadKey]:
-        """Return those of `keys` whose blocks are here or being stored; none while the tier is not UP."""
+        """Return those of `keys` whose blocks are stored or being stored; none while the tier is not UP."""
         if self._table is None or self._health.state is not _UP:
             return frozenset()
         return self._table.slot_of.keys() & keys
 
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
-        """Count one use of the keys that are here, given in prefix order; of each block one for a request."""
+        """Count a use of the stored ones of `keys`, given in prefix order: at most one per block and request."""
         if self._table is not None:
             self._uses.touch(self._table, keys, req_context)
 
@@ -97,23 +97,23 @@ class SlottedTierManager(StoreTierManager):
         return super().on_new_request(req_context)
 
     def on_request_finished(self, req_context: ReqContext) -> None:
-        """Let the request's blocks take their places in the order of recency."""
+        """Order the request's blocks by recency, tail first."""
         self._uses.end(self._table, req_context)
 
     def start_epoch(self, epoch: bytes) -> None:
-        """Go on without any block; those that were here are said to be gone."""
+        """Forget all blocks, with removal events for them."""
         if self._table is not None:
             self._note(list(self._table.ready_keys()), removed=True)
         super().start_epoch(epoch)
 
     def take_events(self) -> Iterable[OffloadingEvent]:
-        """Return blocks that came and went; the oldest are lost if nobody asks for long."""
+        """Return the events of stored and removed blocks since the last call; if there are too many, the newest."""
         events = list(self._events)
         self._events.clear()
         return events
 
     def get_stats(self) -> Mapping[str, float]:
-        """Return the prepared share, and what is held and what fits, in blocks and bytes; 0 without an index."""
+        """Add the prepared share, and used and total capacity in blocks and bytes; 0 before the index is read."""
         blocks, capacity = (0, 0) if self._table is None else (len(self._table), self._table.num_slots)
         prepared = self._prepared
         return {
@@ -155,7 +155,7 @@ class SlottedTierManager(StoreTierManager):
             return None
         try:
             placement = self._uses.plan_store(table, metadata.keys, metadata.req_context)
-        except KeyFormatError:  # keys of another length than those that are here
+        except KeyFormatError:  # keys of another length than those in the index
             self._ledger.refuse(metadata, FailureCause.CANCELLED)
             return None
         if self.context.clock() < self._full_until:
@@ -176,9 +176,10 @@ class SlottedTierManager(StoreTierManager):
         return self._ledger.open(metadata, placement.keys, arena_slots, slots, here, left_out)
 
     def _free_used_slots(self, table: BlockTable, count: int, protected: Collection[OffloadKey]) -> None:
-        """Evict blocks whose slots, which have space already, are then the first that the table gives away.
+        """Evict `count` blocks, so that the next stores get their slots.
 
-        The medium has less space than the capacity allows: slots that were never used cannot be.
+        The filesystem is full before the tier's capacity is reached. So unused slots cannot get space, but used slots
+        have theirs. The table gives freed slots away before unused ones.
         """
         keep = set(protected)
         evictable = (
@@ -194,7 +195,7 @@ class SlottedTierManager(StoreTierManager):
         self.context.observer.on_event(BlocksEvicted(self.tier_type, keys))
 
     def _end_load(self, job: MovingJob, result: PartResult) -> None:
-        """Unpin blocks, and forget those that did not come back as what they were."""
+        """Unpin the blocks, and remove those that could not be loaded."""
         table, span = self._table, result.span
         if table is None or job.store_slots is None:
             return
@@ -206,7 +207,7 @@ class SlottedTierManager(StoreTierManager):
         table.unpin(slots)
 
     def _end_store(self, job: MovingJob, result: PartResult) -> None:
-        """Publish blocks, and forget those that could not be stored."""
+        """Publish the stored blocks, and remove those that could not be stored."""
         table, span = self._table, result.span
         if table is None or job.store_slots is None:
             return
@@ -226,7 +227,7 @@ class SlottedTierManager(StoreTierManager):
         table = self._table
         if isinstance(report, Ready):
             if not 0 < report.num_slots <= self._most_slots:
-                raise ProtocolError(f"a store of {report.num_slots} slots: 1 to {self._most_slots} can be")
+                raise ProtocolError(f"a store of {report.num_slots} slots: 1 to {self._most_slots} allowed")
             policy = self._policy(report.num_slots)
             ShadowReport(self.tier_type, policy, self.context.observer)
             self._table = BlockTable(report.num_slots, policy)

@@ -1,4 +1,4 @@
-"""What stands in a tier's place: for good where none could be made, or until the tier comes."""
+"""Placeholders for a tier: for ever if the tier could not be made, or until it can be started."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from kvtier.types import JobMetadata, JobResult, LookupResult, ReqContext
 
 
 class UnusableTierManager(SecondaryTierManager):
-    """DOWN for good; holds nothing and takes nothing."""
+    """A placeholder that stays DOWN: it has no blocks and accepts none."""
 
     verifies_payloads = True
 
     def __init__(self, primary_kv_view: memoryview, tier_type: str, reason: str) -> None:
-        """Args: reason: why there is no better tier in this place, in a few words."""
+        """Args: reason: why the tier cannot be used, for `state_reason`."""
         super().__init__(None, primary_kv_view, tier_type)
         self._reason = reason
         self._results: list[JobResult] = []
@@ -55,16 +55,16 @@ _REASON = "the engine has not said yet which model this is"
 
 
 class LateTier(UnusableTierManager):
-    """STARTING until the guard puts the tier that comes in its place; holds nothing and takes nothing.
+    """A placeholder that is STARTING until the guard replaces it by its successor, the real tier.
 
-    `succeed` may be called on any thread, everything else on the scheduler's.
+    `succeed` may be called by any thread, everything else by the scheduler's.
 
     Attributes:
-        epoch: the one that began meanwhile, for the tier that comes.
+        epoch: the epoch that has begun meanwhile, for the successor; None if there was no reset.
     """
 
     def __init__(self, primary_kv_view: memoryview, tier_type: str, tier_class: Any) -> None:
-        """Args: tier_class: of the tier that will come, which managers must not tell from this one."""
+        """Args: tier_class: of the successor; managers must see the same class attributes on this placeholder."""
         super().__init__(primary_kv_view, tier_type, _REASON)
         for name in ("medium", "locality", "verifies_payloads", "probe_deadline"):
             setattr(self, name, getattr(tier_class, name, getattr(SecondaryTierManager, name)))
@@ -79,7 +79,7 @@ class LateTier(UnusableTierManager):
         return TierState.CLOSED if self._has_ended else TierState.STARTING
 
     def succeed(self, tier: SecondaryTierManager) -> None:
-        """Take the started tier that comes in this one's place; after `shutdown` it is ended at once."""
+        """Set the successor, a started tier; after `shutdown`, shut it down at once."""
         with self._lock:
             if not self._has_ended:
                 self._successor = tier
@@ -87,7 +87,10 @@ class LateTier(UnusableTierManager):
         tier.shutdown()
 
     def take_successor(self) -> SecondaryTierManager | None:
-        """Return the tier that has come, the caller's from now on; None before. It does not know of `epoch` yet."""
+        """Return the successor, which the caller owns from now on; None if there is none yet.
+
+        The caller must tell it the `epoch`.
+        """
         if self._successor is None:
             return None
         with self._lock:
@@ -95,11 +98,11 @@ class LateTier(UnusableTierManager):
         return tier
 
     def start_epoch(self, epoch: bytes) -> None:
-        """Remember the epoch for the tier that comes."""
+        """Remember the epoch for the successor."""
         self.epoch = epoch
 
     def shutdown(self) -> None:
-        """End, and end the tier that nobody took."""
+        """Shut down, and shut down the successor if the guard has not taken it."""
         with self._lock:
             self._has_ended = True
             tier, self._successor = self._successor, None

@@ -1,4 +1,4 @@
-"""What every tier over a store shares: executor, jobs, deadlines, back-pressure, drain, epochs, shutdown."""
+"""The base of all tiers over a store: executor, jobs, deadlines, back-pressure, drain, epochs, shutdown."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ _BREAKING = frozenset({FailureCause.IO_ERROR, FailureCause.TIER_DOWN})
 
 
 def store_path(store: str | type[SlotStore] | type[BlockStore]) -> str:
-    """Return "module:Class" of a store, given as that or as the class.
+    """Return "module:Class" for a store that is given as such a string or as a class.
 
     Raises:
-        ConfigError: a class that an I/O process could not import: of the main program, or made in a function.
+        ConfigError: the I/O process could not import the class, since it is of `__main__` or defined in a function.
     """
     if isinstance(store, str):
         return store
@@ -49,18 +49,20 @@ def store_path(store: str | type[SlotStore] | type[BlockStore]) -> str:
 
 
 class StoreTierManager(SecondaryTierManager):
-    """A tier over a store that an executor runs elsewhere; its index, if it has one, is a subclass's."""
+    """A tier over a store that an executor runs, usually in another process. Subclasses have the index, if any."""
 
     needs_namespace: ClassVar[bool] = True
-    """Whether blocks outlive the process: such a tier refuses to work for an engine that does not say who it is."""
+    """Whether blocks outlive the process. Such a tier needs a namespace from the engine."""
     options_type: ClassVar[type[TierOptions] | None] = None
-    """What the constructor's keywords are, if a struct declares them; else the constructor's signature does."""
+    """The struct that declares the constructor's keywords; None if the constructor's signature declares them."""
 
     @classmethod
     def check_options(
         cls, options: Mapping[str, Any], block_bytes: int, policies: Mapping[str, type[EvictionPolicy]]
     ) -> None:
-        """Ask the struct of the options; without one, the constructor, which has no side effects."""
+        """Check the options with their struct or, without one, by calling the constructor, which has no side
+        effects.
+        """
         check_or_try(cls, options, block_bytes, policies)
 
     def __init__(
@@ -73,10 +75,13 @@ class StoreTierManager(SecondaryTierManager):
         options: Mapping[str, Any],
         settings: TierSettings | None = None,
     ) -> None:
-        """Args: store: "module:Class" or the class; options: for its `open`, JSON values.
+        """Args:
+        store: the class, or "module:Class".
+        options: for the store's `open`; JSON values.
+        settings: None for the defaults.
 
         Raises:
-            ConfigError: the engine gave no namespace, and blocks would outlive it; or a class as in `store_path`.
+            ConfigError: the engine gave no namespace, and the tier needs one; or `store_path` refuses the class.
         """
         super().__init__(offloading_spec, primary_kv_view, tier_type)
         context = getattr(offloading_spec, "tier_context", None)
@@ -89,7 +94,7 @@ class StoreTierManager(SecondaryTierManager):
                 raise ConfigError(
                     "namespace",
                     None,
-                    f"tier {tier_type} keeps blocks for later engines: the engine must say which model they belong to",
+                    f"expected for tier {tier_type}: it keeps blocks for later engines, so it must know their model",
                 )
             namespace = Namespace({"process": secrets.token_hex(8)})
         self.num_blocks, self.block_bytes = _shape(primary_kv_view)
@@ -113,28 +118,28 @@ class StoreTierManager(SecondaryTierManager):
         forks.register(self)
 
     def leave_to_parent(self) -> None:
-        """In a forked child, hold nothing and take nothing; the parent's executor goes on."""
+        """In a forked child, have no blocks and accept none; the parent's executor goes on."""
         self._supervisor.leave_to_parent()
         self._forget()
 
     @property
     def state(self) -> TierState:
-        """Health of the tier."""
+        """The tier's state."""
         return self._health.state
 
     @property
     def state_reason(self) -> str:
-        """Why it is so."""
+        """Why the tier has this state; "" if there is nothing to say."""
         return self._health.reason
 
     @property
     def progress(self) -> int:
-        """Blocks that the executor has answered so far."""
+        """Number of blocks that the executor has answered so far."""
         return self._ledger.num_answered
 
     @property
     def io_pid(self) -> int | None:
-        """Process that moves this tier's bytes, if one does at the moment."""
+        """Pid of the tier's I/O process; None if there is none at the moment."""
         executor = self._supervisor.executor
         return executor.pid if executor is not None else None
 
@@ -145,14 +150,14 @@ class StoreTierManager(SecondaryTierManager):
             self._pump()
 
     def submit_store(self, job_metadata: JobMetadata) -> None:
-        """Start a store job; refused, as a failed result, when `can_store` says no."""
+        """Start a store job. If `can_store` is False, the job's result is a failure."""
         executor = self._executor_for(job_metadata, self.can_store(len(job_metadata.keys)))
         if executor is not None and (job := self._begin_store(job_metadata)) is not None:
             for part in job.parts():
                 executor.submit(part)
 
     def submit_load(self, job_metadata: JobMetadata) -> None:
-        """Start a load job; refused, as a failed result, when the tier is not UP."""
+        """Start a load job. If the tier is not UP, the job's result is a failure."""
         if self._health.state is not _UP:
             self.start()
         executor = self._executor_for(job_metadata, True)
@@ -161,7 +166,7 @@ class StoreTierManager(SecondaryTierManager):
                 executor.submit(part)
 
     def cancel_loads(self, job_ids: Collection[int]) -> None:
-        """Have the executor leave out what it has not begun of these jobs."""
+        """Tell the executor not to begin the remaining blocks of these jobs."""
         self._cancel(self._ledger.serials(frozenset(job_ids)))
 
     def _cancel(self, serials: Collection[int]) -> None:
@@ -170,12 +175,12 @@ class StoreTierManager(SecondaryTierManager):
             executor.cancel(serials)
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
-        """Look at the executor; return the results that arrived."""
+        """Poll the executor; return the results since the last call."""
         self._pump()
         return self._ledger.take_results()
 
     def can_store(self, num_blocks: int) -> bool:
-        """Return whether stores work and the blocks fit the queue; a queue that is nearly empty takes any job."""
+        """Return whether stores work and the queue has room for the blocks; a nearly empty queue accepts any job."""
         if self._health.state is not _UP:
             self.start()
         waiting = self._ledger.num_store_blocks
@@ -183,13 +188,13 @@ class StoreTierManager(SecondaryTierManager):
         return self._supervisor.takes_stores and (not waiting or room)
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
-        """Send what was submitted in this step, together; `get_finished_jobs` looks at the executor every step."""
+        """Send the parts submitted in this step together. Polling is done by `get_finished_jobs`, once per step."""
         executor = self._supervisor.executor
         if executor is not None:
             executor.flush()
 
     def drain_jobs(self) -> None:
-        """Cancel what waits, let what runs end within `deadlines.drain`, kill what does not."""
+        """Cancel waiting jobs, wait at most `deadlines.drain` for running ones, then kill the executor."""
         self._cancel(self._ledger.serials())
         self._wait_for_jobs(self.settings.deadlines.drain)
         if self._ledger.num_jobs:
@@ -198,13 +203,13 @@ class StoreTierManager(SecondaryTierManager):
             self._wait_for_jobs(self.settings.deadlines.kill)
 
     def start_epoch(self, epoch: bytes) -> None:
-        """Go on under another namespace, with a new executor; STARTING until its store is open."""
+        """Start a new executor with the epoch's namespace. The tier is STARTING until its store is open."""
         self._namespace = self._namespace.with_epoch(epoch)
         self._forget()
         self._supervisor.restart()
 
     def shutdown(self) -> None:
-        """Let jobs end within `deadlines.drain`, then end the executor, by force if need be."""
+        """Wait at most `deadlines.drain` for jobs, then end the executor; kill it if it does not end."""
         self._wait_for_jobs(self.settings.deadlines.drain / 2)
         if self._ledger.num_jobs:
             self._cancel(self._ledger.serials())
@@ -216,7 +221,7 @@ class StoreTierManager(SecondaryTierManager):
             self._wait(self.settings.deadlines.kill, lambda: self._supervisor.has_executor)
 
     def get_stats(self) -> Mapping[str, float]:
-        """Return how often a breaker opened."""
+        """Return the number of breaker openings."""
         return {"breaker_openings": self._supervisor.num_breaker_openings}
 
     def check_invariants(self) -> None:
@@ -226,7 +231,7 @@ class StoreTierManager(SecondaryTierManager):
 
     @abstractmethod
     def _begin_store(self, metadata: JobMetadata) -> MovingJob | None:
-        """Open a store job in the ledger and take the slots that it needs; None if it is answered already."""
+        """Open a store job in the ledger, with the slots that it needs; return None if it already has its result."""
 
     @abstractmethod
     def _begin_load(self, metadata: JobMetadata) -> MovingJob | None:
@@ -234,26 +239,26 @@ class StoreTierManager(SecondaryTierManager):
 
     @abstractmethod
     def _end_store(self, job: MovingJob, result: PartResult) -> None:
-        """Note what became of some blocks of a store job."""
+        """Apply a result for some blocks of a store job to the index."""
 
     @abstractmethod
     def _end_load(self, job: MovingJob, result: PartResult) -> None:
-        """Note what became of some blocks of a load job."""
+        """Apply a result for some blocks of a load job to the index."""
 
     @abstractmethod
     def _handle(self, report: Report) -> None:
-        """Note any report that is no result.
+        """Handle a report that is not a `PartResult`.
 
         Raises:
-            ProtocolError: it makes no sense.
+            ProtocolError: the report is not valid for this tier or at this time.
         """
 
     @abstractmethod
     def _forget(self) -> None:
-        """Answer MISS for everything until something is known anew."""
+        """Forget the index, so that all lookups miss until it is known again."""
 
     def _executor_for(self, metadata: JobMetadata, fits: bool) -> IOExecutor | None:
-        """Return the executor that a job may go to; None, and the job is refused, if it cannot be taken."""
+        """Return the executor for a job; if the job cannot be accepted, refuse it and return None."""
         executor = self._supervisor.executor
         if executor is None or self._health.state is not _UP:
             self._ledger.refuse(metadata, FailureCause.TIER_DOWN)
@@ -264,7 +269,7 @@ class StoreTierManager(SecondaryTierManager):
         return None
 
     def _is_sound(self, metadata: JobMetadata) -> bool:
-        """Return whether a job names one slot of the arena per key, and keys that are some."""
+        """Return whether a job has bytes as keys and one slot of the arena per key."""
         slots, keys = metadata.block_ids, metadata.keys
         if len(slots) != len(keys) or not _BYTES.issuperset(map(type, keys)):
             return False
@@ -289,7 +294,7 @@ class StoreTierManager(SecondaryTierManager):
                     is_broken = not _BREAKING.isdisjoint(job.failures)
                     self._supervisor.job_ended(job.num_bytes > 0, is_broken, is_store=not job.is_promotion)
         except ProtocolError as error:
-            self._supervisor.fail(f"I/O process sent garbage: {error}")
+            self._supervisor.fail(f"I/O process sent an invalid message: {error}")
             return
         self._supervisor.check_hang()
 
@@ -301,7 +306,7 @@ class StoreTierManager(SecondaryTierManager):
         self._wait(seconds, lambda: self._ledger.num_jobs > 0)
 
     def _wait(self, seconds: float, busy: Any) -> None:
-        """Pump until `busy()` is false, at most `seconds` of real time."""
+        """Poll until `busy()` is False, at most `seconds` of real time."""
         deadline = time.monotonic() + seconds
         self._pump()
         while busy() and (left := deadline - time.monotonic()) > 0:

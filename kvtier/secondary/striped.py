@@ -1,7 +1,7 @@
-"""Several slotted tiers as one: jobs are spread over them, and one that fails is done without.
+"""One tier made of several slotted tiers, its stripes. Jobs are spread over the stripes that work.
 
-Each stripe has its own I/O process, index, breaker and back-pressure, so that a device that hangs or dies takes its own
-blocks along and nothing else. A block is in the stripe that had room for it, wherever that was: the indexes know.
+Each stripe has its own I/O process, index, breaker and back-pressure. So if a device hangs or dies, only its own blocks
+are lost. A block may be in any stripe; the stripes' indexes tell in which.
 """
 
 from __future__ import annotations
@@ -32,32 +32,31 @@ from kvtier.types import (
 )
 
 MIN_RUN_BYTES = 2 << 20
-"""A job is not cut into smaller runs than this: what lies side by side moves in one call."""
+"""A job is not split into smaller runs, since neighbouring blocks move in one call."""
 _HIT, _MISS, _UP = LookupResult.HIT, LookupResult.MISS, TierState.UP
 _BEST_FIRST = (TierState.UP, TierState.STARTING, TierState.DOWN)
 
 Route = tuple[int, Sequence[int]]
-"""A stripe, and which blocks of a job go there."""
+"""A stripe's index, and the positions in a job of the blocks that go there."""
 
 
 @dataclass(frozen=True)
 class StripeSpec:
-    """What a stripe sees of the engine: the same context, with an observer that knows whose part it is."""
+    """The spec for a stripe: the tier's context with a `StripeObserver`."""
 
     tier_context: TierContext
 
 
 class StripeObserver:
-    """Passes a stripe's events on under the name of the whole tier."""
+    """Reports a stripe's events under the name of the whole tier."""
 
     def __init__(self, observer: Observer, tier_type: str, on_state: Callable[[], None]) -> None:
-        """Args: on_state: called instead, when the stripe's health has changed."""
+        """Args: on_state: called when the stripe's state has changed, instead of the event."""
         self._observer = observer
         self._tier_type = tier_type
         self._on_state = on_state
 
     def on_event(self, event: Event) -> None:
-        """Pass one event on."""
         if isinstance(event, TierStateChanged):
             self._on_state()
         elif isinstance(event, BlocksFailed | BlocksEvicted):
@@ -67,14 +66,17 @@ class StripeObserver:
 
 
 def share_settings(settings: TierSettings, count: int) -> TierSettings:
-    """Return the settings of one of `count` stripes, which wait for each other and share what is bounded."""
+    """Return the settings for one of `count` stripes.
+
+    Stripes are drained and killed one after the other, so each has a part of the deadlines; limits are shared, too.
+    """
     deadlines = settings.deadlines
     deadlines = replace(deadlines, drain=deadlines.drain / count, kill=deadlines.kill / count)
     return replace(settings, deadlines=deadlines, most_store_bytes=max(1, settings.most_store_bytes // count))
 
 
 class StripedTierManager(SecondaryTierManager):
-    """One tier over several stripes; UP while any of them is."""
+    """One tier over several stripes. It is UP while any stripe is."""
 
     verifies_payloads = True
 
@@ -82,7 +84,9 @@ class StripedTierManager(SecondaryTierManager):
     def check_options(
         cls, options: Mapping[str, Any], block_bytes: int, policies: Mapping[str, type[EvictionPolicy]]
     ) -> None:
-        """Ask the struct of the options; without one, the constructor, which has no side effects."""
+        """Check the options with their struct or, without one, by calling the constructor, which has no side
+        effects.
+        """
         check_or_try(cls, options, block_bytes, policies)
 
     def __init__(
@@ -95,8 +99,8 @@ class StripedTierManager(SecondaryTierManager):
         make_stripe: Callable[[StripeSpec, str, int], SlottedTierManager],
     ) -> None:
         """Args:
-        names: of the stripes, for people; at least one.
-        make_stripe: makes a stripe from its spec, its full name and its index; not started.
+        names: of the stripes, for messages; at least one.
+        make_stripe: makes a stripe from its spec, full name and index, without starting it.
 
         Raises:
             ConfigError: a stripe refuses its configuration.
@@ -130,7 +134,7 @@ class StripedTierManager(SecondaryTierManager):
 
     @property
     def state_reason(self) -> str:
-        """What is the matter with which stripe."""
+        """Per stripe that is not UP, or has a reason: its name and reason."""
         if self._closed:
             return ""
         return "; ".join(
@@ -141,12 +145,12 @@ class StripedTierManager(SecondaryTierManager):
 
     @property
     def progress(self) -> int:
-        """Blocks that the stripes' executors have answered so far."""
+        """Number of blocks that the stripes' executors have answered so far."""
         return sum(stripe.progress for stripe in self._stripes)
 
     @property
     def io_pids(self) -> list[int | None]:
-        """Processes that move this tier's bytes, one per stripe; None where there is none at the moment."""
+        """Pid of the I/O process of each stripe; None where there is none at the moment."""
         return [stripe.io_pid for stripe in self._stripes]
 
     def start(self) -> None:
@@ -154,7 +158,7 @@ class StripedTierManager(SecondaryTierManager):
             stripe.start()
 
     def _say_state(self) -> None:
-        """Tell the observer what became of the whole; each stripe has logged its own change."""
+        """Emit an event if the whole tier's state or reason has changed. Each stripe logs its own changes."""
         if len(self._stripes) < len(self._names):
             return
         now = (self.state, self.state_reason)
@@ -165,18 +169,20 @@ class StripedTierManager(SecondaryTierManager):
     # -- lookups and jobs ---------------------------------------------------------------------------------
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
-        """Return HIT if any stripe can load the block now."""
+        """Return HIT if a stripe can load the block now."""
         for stripe in self._stripes:
             if stripe.lookup(key, req_context) is _HIT:
                 return _HIT
         return _MISS
 
     def can_store(self, num_blocks: int) -> bool:
-        """Return whether some stripes would take a job of this size between them."""
+        """Return whether the stripes together accept a job of this size."""
         return bool(self._choose(num_blocks))
 
     def submit_store(self, job_metadata: JobMetadata) -> None:
-        """Start storing: blocks that a stripe has stay there, the others go to stripes in turn, in contiguous runs."""
+        """Start a store job. Blocks that a stripe has stay there; the others go to stripes in turn, in contiguous
+        runs.
+        """
         self._submit(job_metadata, SlottedTierManager.submit_store, self._route_store)
 
     def submit_load(self, job_metadata: JobMetadata) -> None:
@@ -211,7 +217,7 @@ class StripedTierManager(SecondaryTierManager):
     ) -> None:
         keys, slots = metadata.keys, metadata.block_ids
         routes = route(keys) if len(keys) == len(slots) else []
-        if len(routes) <= 1:  # whole; what nobody can take, a stripe refuses and counts
+        if len(routes) <= 1:  # without a route, the first stripe gets the job, refuses it and counts that
             index = routes[0][0] if routes else 0
             parts = [(index, keys, slots)]
         else:
@@ -228,7 +234,7 @@ class StripedTierManager(SecondaryTierManager):
             submit(self._stripes[index], JobMetadata(part_id, part_keys, part_slots, is_promotion, context))
 
     def _route_load(self, keys: Sequence[OffloadKey]) -> list[Route]:
-        """Return where to load `keys` from; those that nobody has go along with the others, and fail there."""
+        """Return the stripes to load `keys` from. Keys that no stripe has are added to one route, and fail there."""
         routes, rest = self._route_held(keys)
         if not rest:
             return routes
@@ -239,7 +245,7 @@ class StripedTierManager(SecondaryTierManager):
         return [(index, [*positions, *rest]), *routes[1:]]
 
     def _route_store(self, keys: Sequence[OffloadKey]) -> list[Route]:
-        """Return where to store `keys`, each once."""
+        """Return the stripes to store `keys` in; a repeated key is stored once."""
         routes, rest = self._route_held(keys)
         first_of: dict[OffloadKey, int] = {}
         for position in rest:
@@ -256,7 +262,7 @@ class StripedTierManager(SecondaryTierManager):
         return _merge([*routes, *((index, run) for index, run in runs if run)])
 
     def _route_held(self, keys: Sequence[OffloadKey]) -> tuple[list[Route], list[int]]:
-        """Return routes for the blocks that stripes have or are storing, and the positions of all the others."""
+        """Return routes for the blocks that stripes have or are storing, and the positions of the others."""
         wanted = set(keys)
         owner: dict[OffloadKey, int] = {}
         for index, stripe in enumerate(self._stripes):
@@ -271,7 +277,10 @@ class StripedTierManager(SecondaryTierManager):
         return list(positions.items()), rest
 
     def _choose(self, num_blocks: int) -> list[int]:
-        """Return stripes, from the one whose turn it is, that take equal runs of so many blocks; as many as pay off."""
+        """Return the stripes for a job, beginning with the one whose turn it is.
+
+        They get equal runs, so there are only as many as have runs of at least `MIN_RUN_BYTES` and accept them.
+        """
         turn, total = self._next_stripe, len(self._stripes)
         count = min(total, max(1, num_blocks // self._least_run))
         while count:
@@ -283,10 +292,10 @@ class StripedTierManager(SecondaryTierManager):
             count = len(takers)
         return []
 
-    # -- everything else is passed on ---------------------------------------------------------------------
+    # -- calls for every stripe ---------------------------------------------------------------------------
 
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
-        """Count one use of the keys that are here, given in prefix order."""
+        """Count a use of the stored ones of `keys`, given in prefix order."""
         for stripe in self._stripes:
             stripe.touch(keys, req_context)
 
@@ -296,12 +305,11 @@ class StripedTierManager(SecondaryTierManager):
         return super().on_new_request(req_context)
 
     def on_request_finished(self, req_context: ReqContext) -> None:
-        """Let the request's blocks take their places in the order of recency, in every stripe."""
+        """Order the request's blocks by recency, tail first, in every stripe."""
         for stripe in self._stripes:
             stripe.on_request_finished(req_context)
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
-        """Push what is queued and look at everybody's health."""
         for stripe in self._stripes:
             stripe.on_schedule_end(context)
 
@@ -309,12 +317,11 @@ class StripedTierManager(SecondaryTierManager):
         return any(stripe.has_pending_work() for stripe in self._stripes)
 
     def drain_jobs(self) -> None:
-        """Drain every stripe, each within its share of the deadline; the others go on meanwhile."""
+        """Drain every stripe within its share of the deadline; the others work meanwhile."""
         for stripe in self._stripes:
             stripe.drain_jobs()
 
     def start_epoch(self, epoch: bytes) -> None:
-        """Go on under another namespace everywhere."""
         for stripe in self._stripes:
             stripe.start_epoch(epoch)
 
@@ -322,7 +329,7 @@ class StripedTierManager(SecondaryTierManager):
         return [event for stripe in self._stripes for event in stripe.take_events()]
 
     def get_stats(self) -> Mapping[str, float]:
-        """Return the sums over the stripes, of shares the mean, and how many stripes there are and are up."""
+        """Return sums over the stripes, the mean of `prepared_share`, and the numbers of stripes and of those UP."""
         stats: dict[str, float] = {}
         num_preparing = 0
         for stripe in self._stripes:
@@ -336,7 +343,7 @@ class StripedTierManager(SecondaryTierManager):
         return {**stats, "stripes": len(self._stripes), "stripes_up": stripes_up}
 
     def shutdown(self) -> None:
-        """Shut every stripe down, each within its share of the deadline."""
+        """Shut down every stripe within its share of the deadline."""
         self._closed = True
         self._say_state()
         for stripe in self._stripes:
@@ -350,7 +357,7 @@ class StripedTierManager(SecondaryTierManager):
         for job, keys in self._parts.values():
             left[job] += len(keys)
         if any(job.num_left != count for job, count in left.items()):
-            raise InvariantError("a job waits for parts that nobody works on")
+            raise InvariantError("a job waits for blocks that are in no part")
 
 
 def _merge(routes: Sequence[Route]) -> list[Route]:

@@ -1,7 +1,7 @@
-"""Keeps a tier's executor alive: starts it, notices death and hang, ends it, waits, starts the next.
+"""Keeps a tier's executor running: starts it, notices when it dies or hangs, ends it, waits, and starts the next one.
 
-The one rule that everything here serves: the jobs of an executor are answered as failed only after it is
-certain that it touches the arena no more. Until then its tier is DOWN and no other executor starts.
+Rule: an executor's jobs get failed results only after it is certain that the executor does not touch the arena any
+more. Until then the tier is DOWN, and no other executor starts.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from kvtier.secondary.health import Breaker, BreakerState, TierHealth
 from kvtier.secondary.jobs import JobLedger
 from kvtier.secondary.settings import Deadlines
 
-_BUSY = "its medium is busy and asks for less; stores pause, loads go on"
-_NO_STORES = "stores failed one after the other; what it holds can be loaded, kvtier tries again to store"
+_BUSY = "its medium is busy and asks for fewer requests: stores pause, loads go on"
+_NO_STORES = "stores failed one after the other: its blocks can be loaded, and kvtier tries again to store"
 
 
 class _Phase(Enum):
@@ -32,19 +32,19 @@ class _Phase(Enum):
     CLOSED = "closed"
 
 
-# An enum's members are bound once for what runs every step: looking them up costs 0.1 us each.
+# In CPython 3.11, reading a member of an enum class costs 0.1 us; these run in every step.
 _OPENING, _WORKING, _ENDING, _WAITING = _Phase.OPENING, _Phase.WORKING, _Phase.ENDING, _Phase.WAITING
 _UP = TierState.UP
 _OPEN, _HALF_OPEN = BreakerState.OPEN, BreakerState.HALF_OPEN
 _WHILE_WORKING = (PartResult, ProbeAnswer, Prepared, Usage)
-"""Reports of an executor whose store is open."""
+"""Reports that an executor may send after its store is open."""
 
 
 class Supervisor:
-    """One executor after the other.
+    """Runs one executor after the other. An executor's time from start to end is a *life*.
 
     Attributes:
-        executor: the one that lives; None between two lives.
+        executor: the present executor; None between two lives.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class Supervisor:
     ) -> None:
         """Args:
         breaker: of the whole tier.
-        store_breaker: of its stores: a medium that nobody can write may still be read.
-        on_life_ended: called when an executor is certain to touch nothing, before its jobs fail.
+        store_breaker: of store jobs alone: a medium that cannot be written may still be read.
+        on_life_ended: called when an executor certainly does not touch the arena any more; it fails the jobs.
         """
         self._make_executor = make_executor
         self._ledger = ledger
@@ -82,17 +82,17 @@ class Supervisor:
 
     @property
     def works(self) -> bool:
-        """Whether jobs and probes are taken now: while the tier's health is UP, and only then."""
+        """Whether jobs and probes are accepted now, which is the same as the tier being UP."""
         return self._phase is _WORKING and self._breaker.state is not _OPEN
 
     @property
     def takes_stores(self) -> bool:
-        """Whether store jobs are taken now."""
+        """Whether store jobs are accepted now."""
         return self._health.state is _UP and self._store_breaker.state is not _OPEN
 
     @property
     def num_breaker_openings(self) -> int:
-        """Times that the tier, or its stores alone, were given up for a while."""
+        """How often one of the two breakers has opened."""
         return self._breaker.num_openings + self._store_breaker.num_openings
 
     @property
@@ -102,7 +102,7 @@ class Supervisor:
 
     @property
     def has_executor(self) -> bool:
-        """Whether something may still touch the arena."""
+        """Whether an executor may still touch the arena."""
         return self.executor is not None
 
     def start(self) -> None:
@@ -111,7 +111,7 @@ class Supervisor:
             self._begin()
 
     def attend(self) -> IOExecutor | None:
-        """Do what is due; return the executor, if it may have news, for its tier to `poll`."""
+        """Do what is due; return the executor for the tier to poll, None if it cannot have reports."""
         now = self._clock()
         self._gap, self._watched_at = now - self._watched_at, now
         if self._phase is _WORKING:
@@ -125,7 +125,7 @@ class Supervisor:
         return self.executor if self._phase is _WORKING or self._phase is _OPENING else None
 
     def heed(self, reports: list[Report]) -> list[Report]:
-        """Take in what the executor reported; return what its tier must handle."""
+        """Handle reports about the executor itself; return those that the tier must handle."""
         if not reports:
             return reports
         self._progress_at = self._clock()
@@ -139,7 +139,7 @@ class Supervisor:
                 break
             opening = not isinstance(report, _WHILE_WORKING)
             if opening is not (self._phase is _OPENING):
-                self.fail(f"I/O process sent garbage: {type(report).__name__} out of turn")
+                self.fail(f"I/O process sent an invalid message: {type(report).__name__} out of turn")
                 break
             if isinstance(report, IndexEnd):
                 self._phase = _WORKING
@@ -148,13 +148,15 @@ class Supervisor:
         return kept
 
     def fail(self, reason: str) -> None:
-        """Kill the executor and be DOWN; its jobs are answered when it is gone."""
+        """Set the tier DOWN and kill the executor. Its jobs get results when it has ended."""
         self._go_down(reason, kill=True)
 
     def job_ended(self, served: bool, broken: bool, *, is_store: bool = False) -> None:
-        """Tell the breakers of a finished job: some block was `served`, or all of them failed by I/O errors.
+        """Count a finished job in the breakers. Failed stores stop stores only, not loads.
 
-        Stores that fail end stores, never loads.
+        Args:
+            served: a block was moved.
+            broken: blocks failed with I/O errors.
         """
         if served:
             if self._breaker.state is _HALF_OPEN:
@@ -172,28 +174,30 @@ class Supervisor:
             self._health.change(TierState.DOWN, "jobs failed one after the other")
 
     def question_expired(self) -> None:
-        """Note that a question was not answered within `deadlines.job`; with nothing else heard, that is a hang."""
+        """Learn that a probe was not answered within `deadlines.job`. If there was no other report either, it is a
+        hang.
+        """
         if self._clock() - self._progress_at >= self._deadlines.job:
-            self.fail("no answer to its questions")
+            self.fail("its probes were not answered")
         else:
             self.job_ended(served=False, broken=True)
 
     def pause_stores(self) -> None:
-        """Store nothing for a while: the medium is busy, which is not down."""
+        """Accept no stores for a while, because the medium is busy. The tier stays UP."""
         if self._store_breaker.state is not _OPEN:
             self._store_breaker.open()
             if self.works:
                 self._health.change(TierState.UP, _BUSY, warn=True)
 
     def restart(self) -> None:
-        """End this life in peace and begin another at once (the namespace has changed)."""
+        """Let the executor end by itself, then start another one at once: the namespace has changed."""
         if self._phase in (_Phase.OPENING, _Phase.WORKING):
             self._begin_when_ended = True
             self._health.change(TierState.STARTING, "new epoch")
             self._end(kill=False)
 
     def close(self) -> None:
-        """End for good; `pump` until `has_executor` is False."""
+        """End for good. The tier must poll until `has_executor` is False."""
         self._health.change(TierState.CLOSED)
         self._begin_when_ended = False
         if self._phase in (_Phase.OPENING, _Phase.WORKING):
@@ -202,13 +206,13 @@ class Supervisor:
             self._phase = _Phase.CLOSED
 
     def leave_to_parent(self) -> None:
-        """In a forked child, be closed: the executor is the parent's, and no other one starts."""
+        """In a forked child, be closed: the executor belongs to the parent, and no other one starts."""
         self._health.leave_to_parent()
         self._ledger.forget()
         self._phase, self.executor = _Phase.CLOSED, None
 
     def kill(self) -> None:
-        """Kill what was told to end."""
+        """Kill the executor, which was told to end before."""
         if self.executor is not None:
             self.executor.kill()
 
@@ -229,10 +233,10 @@ class Supervisor:
         self._phase = _Phase.OPENING
 
     def check_hang(self) -> None:
-        """Kill what hangs; called when everything that `pump` returned has been handled.
+        """Kill the executor if it hangs. Called after all reports have been handled.
 
-        An engine that looked away for long may find what is neither sent nor read, and no hang: what is too late at
-        the first look gets a little longer.
+        If the engine has not called for long, requests may be unsent and reports unread although nothing hangs. So
+        after such a gap, a missed deadline is extended a little.
         """
         if self._phase is _WORKING and not self._ledger.num_jobs:
             self._suspected_at = None
@@ -248,17 +252,17 @@ class Supervisor:
             self.fail(reason)
 
     def _find_hang(self, now: float) -> tuple[str | None, float]:
-        """Return what is too late, if anything, and how much longer it gets after a look away, in seconds."""
+        """Return why the executor hangs (None if it does not), and the extension after a gap, in seconds."""
         deadlines = self._deadlines
         grace = min(1.0, deadlines.job / 4)
         if self._phase is _OPENING and now - self._progress_at > deadlines.start:
             return "its store did not open in time", grace
         oldest = self._ledger.oldest_submission if self._phase is _WORKING else None
         if oldest is not None and now - max(self._progress_at, oldest) > deadlines.job:
-            return "no progress of its jobs", grace
+            return "its jobs made no progress", grace
         held_up = self._ledger.held_up_since if oldest is not None else None
         if held_up is not None and now - held_up > deadlines.overtaken_job:
-            return "a job that does not end", deadlines.job
+            return "one of its jobs does not end", deadlines.job
         return None, grace
 
     def _go_down(self, reason: str, kill: bool) -> None:
@@ -297,7 +301,7 @@ class Supervisor:
         if alive is not self.has_executor:
             raise InvariantError(f"{self._phase} with executor {self.executor}")
         if self.executor is None and self._ledger.num_jobs:
-            raise InvariantError(f"{self._ledger.num_jobs} jobs open and nobody who works on them")
+            raise InvariantError(f"{self._ledger.num_jobs} jobs without an executor")
         if self.works is not (self._health.state is TierState.UP):
             raise InvariantError(f"{self._health.state} while works is {self.works}")
         self._breaker.check_invariants()

@@ -1,4 +1,4 @@
-"""The blocks of a tier that each live request uses: the primary tier's rules for a request, in a tier below it."""
+"""The uses of a slotted tier's blocks by each live request, by the same rules as in the primary tier."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ _UNKNOWN = RequestUses(0.0)
 
 
 class TierUses:
-    """Three rules for every request between `begin` and `end`; a request that was not announced just uses blocks.
+    """Applies three rules to each request between `begin` and `end`; they do not hold for unannounced requests.
 
-    What it has used is no victim of what it stores. A block counts one use for it. At its end all of its blocks take
-    their places tail-first, so that the next evictions shorten chains and do not cut them. Its hint counts here, too.
+    A request's stores do not evict blocks that it has used. A block counts at most one use per request. At the end of a
+    request its blocks are ordered by recency, tail first, so that evictions shorten prefixes from their ends. A
+    request's hint applies here, too.
     """
 
     def __init__(self, clock: Clock, retention: Retention) -> None:
@@ -28,7 +29,7 @@ class TierUses:
         self._by_request: dict[str, RequestUses] = {}
 
     def begin(self, req_context: ReqContext) -> None:
-        """A request comes."""
+        """Learn of a new request."""
         hint = read_hint(req_context.kv_transfer_params).hint
         self._by_request.setdefault(req_context.req_id, RequestUses(self._times.next(), req_context.req_id, hint))
 
@@ -48,7 +49,7 @@ class TierUses:
             table.touch(counted, self._came(uses))
 
     def load(self, table: BlockTable, keys: Sequence[OffloadKey], req_context: ReqContext) -> None:
-        """Count the use of blocks that are read for a request. Their place among others follows from a later touch."""
+        """Count the use of blocks that are loaded for a request. A later touch decides their order of recency."""
         counted = list(dict.fromkeys(keys))
         uses = self._serve(table, req_context)
         if uses is not None:
@@ -63,13 +64,13 @@ class TierUses:
         uses = self._serve(table, req_context)
         if len(keys) <= table.num_free:
             return table.plan(keys)
-        table.touch((), self._came(uses))  # says whose blocks the victims are to make room for
+        table.touch((), self._came(uses))  # tells the policy the time of the request for which it chooses victims
         return table.plan(keys, () if uses is None else (uses.own,))
 
     def store(
         self, table: BlockTable, offered: Sequence[OffloadKey], placement: Placement, req_context: ReqContext
     ) -> list[int]:
-        """Put a request's blocks, those of `offered` that were not here, in the places planned; return the slots."""
+        """Apply the plan for a request's blocks, which were `offered` in prefix order; return the slots."""
         uses = self._by_request.get(req_context.req_id)
         if uses is not None:
             uses.note_offer(list(offered))
@@ -80,14 +81,14 @@ class TierUses:
         return self._times.next() if uses is None else uses.came
 
     def end(self, table: BlockTable | None, req_context: ReqContext) -> None:
-        """A request is over: settle its blocks by their position in the prompt, as far as that is known."""
+        """Learn of a request's end, and order its blocks by their positions in the prompt, as far as known."""
         uses = self._by_request.pop(req_context.req_id, None)
         if uses is not None and table is not None:
             self._retention.serve(table, uses)
-            uses.note_offer(list(uses.own))  # blocks that were read and never touched
+            uses.note_offer(list(uses.own))  # includes blocks that were loaded but never touched
             table.settle(uses.in_order(req_context))
 
     def clear(self) -> None:
-        """The tier has lost its blocks: what requests used of them does not count any more."""
+        """Forget all uses, since the tier has lost its blocks."""
         for uses in self._by_request.values():
             uses.clear()

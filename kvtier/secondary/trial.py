@@ -1,4 +1,4 @@
-"""Finds what is wrong with a tier's options before an engine starts, without starting the tier."""
+"""Checks a tier's options before an engine starts, without starting the tier."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def check_or_try(
     block_bytes: int,
     policies: Mapping[str, type[EvictionPolicy]],
 ) -> None:
-    """Refuse, as `SecondaryTierManager.check_options` promises, what cannot work here.
+    """Check options with their struct or, without one, by a trial construction; see `check_options` in `abc.py`.
 
     Raises:
-        ConfigError: the struct of the options, or else the constructor, refuses an option.
+        ConfigError: the struct or the constructor refuses an option.
     """
     if (options_type := options_type_of(tier_class)) is None:
         construct_on_trial(tier_class, options, block_bytes, policies)
@@ -34,7 +34,7 @@ def construct_on_trial(
     block_bytes: int,
     policies: Mapping[str, type[EvictionPolicy]],
 ) -> None:
-    """Make a tier whose constructor has no side effects, over memory for one block, and forget it.
+    """Construct a tier over memory for one block, and drop it. The constructor must have no side effects.
 
     Raises:
         ConfigError: the constructor refuses an option.

@@ -1,1 +1,1 @@
-"""Specs: validated configuration that makes a manager and a worker."""
+"""Specs: a spec checks a configuration, and makes the manager and the worker for it."""

@@ -1,4 +1,4 @@
-"""What every spec of kvtier shares: sizes worked out once, one arena, one manager, one worker, one shutdown."""
+"""The base of kvtier's specs: it checks the configuration and owns one arena, one manager and one worker."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from kvtier.tiering.settings import TieringSettings
 
 
 class ArenaSpec(OffloadingSpec):
-    """A configuration checked and worked out; subclasses say what the manager consists of.
+    """A checked configuration. Subclasses make the manager.
 
-    The constructor checks and allocates nothing. The arena is made at the first `get_manager` or `get_worker`, unless
-    it was given.
+    The constructor checks, and allocates nothing. The first `get_manager` or `get_worker` creates the arena, unless it
+    was given.
 
     Attributes:
-        config: what the engine said.
-        vllm_config: the first of the layer's earlier pair, as it was given, for tiers that ask for it; else None.
-        extra_config: what the user set, as it was given.
-        user_config: the same, checked.
-        block_bytes: bytes of one offloaded block, a multiple of the page size.
+        config: the engine's part of the configuration.
+        vllm_config: the first object of vLLM's earlier pair, for tiers that ask for it; None if no pair was given.
+        extra_config: the user's part, as it was given.
+        user_config: the user's part, checked.
+        block_bytes: bytes per offloaded block, a multiple of the page size.
         num_blocks: blocks in the primary tier.
-        engine_blocks_per_block: engine blocks joined into one offloaded block.
-        offload_prompt_only: engines should offer blocks of prompts only.
-        tier_context: what secondary tiers learn; its `arena_fd` is None until there is an arena.
+        engine_blocks_per_block: engine blocks per offloaded block.
+        offload_prompt_only: whether engines should offer blocks of prompts only.
+        tier_context: the context for secondary tiers; its `arena_fd` is None until there is an arena.
         secondary_tier_configs: the configured tiers' mappings, in order.
     """
 
@@ -63,17 +63,17 @@ class ArenaSpec(OffloadingSpec):
         """Check the configuration.
 
         Args:
-            config: what the engine says, or the first of the layer's earlier pair.
-            kv_cache_config: the second of that pair.
-            progress: told how far the backing of the arena is, from the thread that makes it.
-            clock: time, for tests.
+            config: the engine's part, or the first object of vLLM's earlier pair.
+            kv_cache_config: the second object of that pair.
+            progress: called while the arena's memory is allocated, by the thread that allocates it.
+            clock: another clock for tests.
             observers: sinks of events.
-            inline_io: tiers do their I/O on the caller's thread, when they are polled: for tests and simulations.
-            arena: the primary tier's memory where it exists already, made by an earlier spec or another process;
-                this spec's from now on, unless the constructor raises.
+            inline_io: whether tiers do their I/O on the caller's thread when polled, for tests and simulations.
+            arena: an existing arena, of an earlier spec or another process. This spec owns it from now on, unless the
+                constructor raises.
 
         Raises:
-            ConfigError: a key holds what it may not, or the arena has another shape.
+            ConfigError: a key has a wrong value, or the arena has another shape.
         """
         self.vllm_config = None if isinstance(config, OffloadingConfig) else config
         self.config = as_offloading_config(config, kv_cache_config)
@@ -109,12 +109,12 @@ class ArenaSpec(OffloadingSpec):
         forks.register(self)
 
     def leave_to_parent(self) -> None:
-        """In a forked child, make nothing over the parent's arena; a spec that has none yet can still be used."""
+        """In a forked child, close a spec with an arena, which belongs to the parent; one without can be used."""
         self._closed = self._closed or self._arena is not None
 
     @property
     def tokens_per_block(self) -> int:
-        """Tokens in one offloaded block, of the group with the smallest engine block."""
+        """Tokens per offloaded block, in the group with the smallest engine block."""
         return min(group.tokens_per_block for group in self.config.groups) * self.engine_blocks_per_block
 
     @property
@@ -123,7 +123,7 @@ class ArenaSpec(OffloadingSpec):
         return self.user_config.settings(self.tokens_per_block, self.config.enable_kv_cache_events)
 
     def get_manager(self) -> TieringOffloadingManager:
-        """Return the manager, made at the first call together with the arena; tiers start, nothing is waited for.
+        """Return the manager. The first call creates it and the arena, and starts the tiers without waiting for them.
 
         Raises:
             CapacityError: the machine cannot hold the arena.
@@ -139,27 +139,27 @@ class ArenaSpec(OffloadingSpec):
         return self._manager
 
     def get_worker(self, kv_caches: KVCaches) -> OffloadingWorker:
-        """Return the worker over the engine's KV caches, made at the first call.
+        """Return the worker over the engine's KV caches. The first call creates it.
 
         Args:
-            kv_caches: numpy arrays or torch tensors, and where each group's pages are in them.
+            kv_caches: numpy arrays or torch tensors, and the places of each group's pages in them.
 
         Raises:
             CapacityError: the machine cannot hold the arena.
-            ConfigError: tensors that no worker is registered for, that do not fit the blocks, or that are not those
-                of the first call.
+            ConfigError: no worker is registered for the tensors, they do not fit the blocks, or they are not those of
+                the first call.
         """
         if self._worker is None:
             self._check_open()
             self._worker = self._make_worker(kv_caches)
             self._worker_tensors = list(kv_caches.tensors)
         elif not _are_same(self._worker_tensors, kv_caches.tensors):
-            raise ConfigError("kv_caches", f"{len(kv_caches.tensors)} tensors", "those that the worker was made for")
+            raise ConfigError("kv_caches", f"{len(kv_caches.tensors)} tensors", "the tensors of the first call")
         return self._worker
 
     @property
     def arena(self) -> Arena:
-        """The primary tier's memory, made at the first use.
+        """The primary tier's memory, created at the first use.
 
         Raises:
             CapacityError: the machine cannot hold it.
@@ -176,10 +176,10 @@ class ArenaSpec(OffloadingSpec):
             raise RuntimeError("the spec has been shut down, or its arena belongs to the parent process")
 
     def shutdown(self) -> None:
-        """Release manager, worker and arena, in this order and whatever each of them raises; idempotent.
+        """Release manager, worker and arena, in this order, even if one of them raises. A second call does nothing.
 
         Raises:
-            OverlappingCallError: another thread is in a call of the manager; nothing was released.
+            OverlappingCallError: another thread is in a call of the manager. Nothing was released; call again.
         """
         with ExitStack() as stack:
             if self._arena is not None:
@@ -201,10 +201,10 @@ class ArenaSpec(OffloadingSpec):
     def _check_arena(self, arena: Arena) -> None:
         found, wanted = (arena.num_blocks, arena.block_bytes), (self.num_blocks, self.block_bytes)
         if found != wanted:
-            raise ConfigError("arena", found, f"{wanted} (blocks, bytes of a block) wanted")
+            raise ConfigError("arena", found, f"{wanted} (blocks, bytes per block) expected")
 
     def _release_arena(self) -> None:
-        """Give the memory back, unless a worker uses it."""
+        """Close the arena, unless a worker uses it."""
         if self._arena is not None and self._worker is None:
             self._arena.close()
             self._arena = None
@@ -219,7 +219,7 @@ class ArenaSpec(OffloadingSpec):
 
     @abstractmethod
     def _make_manager(self, arena: Arena) -> TieringOffloadingManager:
-        """Return a new manager over the arena."""
+        """Make the manager over the arena."""
 
     def _make_worker(self, kv_caches: KVCaches) -> OffloadingWorker:
         make_worker = WORKERS.load(device_of(kv_caches))
@@ -229,14 +229,14 @@ class ArenaSpec(OffloadingSpec):
         )
 
     def _share_of(self, rank: int, view: memoryview) -> memoryview:
-        """Return the part of every slot that one worker fills, shape (num_blocks, its bytes of a block)."""
+        """Return the part of every slot that one worker copies, shape (num_blocks, the worker's bytes per block)."""
         if self.config.world_size == 1:
             return view
         share = self.config.engine_block_bytes * self.engine_blocks_per_block // self.config.world_size
         return np.asarray(view)[:, rank * share : (rank + 1) * share].data
 
     def _namespace(self) -> Namespace | None:
-        """Return the engine's namespace joined with what this spec decides about the bytes of a block."""
+        """Return the engine's namespace, with what this spec decides about the bytes of a block."""
         namespace = self.config.namespace
         if namespace is None:
             return None
@@ -252,10 +252,10 @@ class ArenaSpec(OffloadingSpec):
 
 
 def device_of(kv_caches: KVCaches) -> str:
-    """Return the registered name of the worker for these tensors, by the package of their type (none is imported).
+    """Return the registered name of the worker for these tensors. Their types' packages decide; nothing is imported.
 
     Raises:
-        ConfigError: no tensors, or tensors of a package without a worker.
+        ConfigError: there are no tensors, or no worker is registered for their package.
     """
     for kind in type(kv_caches.tensors[0]).__mro__ if len(kv_caches.tensors) else ():
         package = kind.__module__.partition(".")[0]
@@ -271,10 +271,10 @@ def _are_same(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
 
 
 def as_offloading_config(config: OffloadingConfig | Any, kv_cache_config: Any) -> OffloadingConfig:
-    """Return kvtier's own configuration, whichever of the two forms was given.
+    """Return an `OffloadingConfig`, made from vLLM's earlier pair if that was given.
 
     Raises:
-        ConfigError: neither an `OffloadingConfig` nor the layer's earlier pair.
+        ConfigError: neither was given.
     """
     if isinstance(config, OffloadingConfig):
         return config

@@ -1,4 +1,4 @@
-"""The spec of the primary tier alone."""
+"""The spec with only the primary tier."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kvtier.tiering.manager import TieringOffloadingManager
 
 
 class CPUOffloadingSpec(ArenaSpec):
-    """KV blocks go to host memory, and nowhere else. The keys are those of `kvtier.config.CPUConfig`."""
+    """Stores KV blocks in host memory only. `kvtier.config.CPUConfig` has the keys of its configuration."""
 
     def _make_manager(self, arena: Arena) -> TieringOffloadingManager:
         return make_manager(self, self._make_primary(arena))

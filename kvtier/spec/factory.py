@@ -1,4 +1,4 @@
-"""Specs by name."""
+"""Makes specs by their registered names."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from kvtier.spec.first_interface import extra_config_of
 
 
 class OffloadingSpecFactory:
-    """Makes specs by name; "CPUOffloadingSpec" and "TieringOffloadingSpec" are built in."""
+    """Makes specs by name. "CPUOffloadingSpec" and "TieringOffloadingSpec" are built in."""
 
     @classmethod
     def register_spec(cls, name: str, module_path: str, class_name: str) -> None:
-        """Let `name` stand for an `OffloadingSpec`, imported when it is first used.
+        """Register an `OffloadingSpec` class under `name`. It is imported at its first use.
 
         Raises:
-            ValueError: `name` is taken.
+            ValueError: `name` is already registered.
         """
         SPECS.register(name, module_path, class_name)
 
     @classmethod
     def get_spec_cls(cls, extra_config: Mapping[str, Any]) -> type[OffloadingSpec]:
-        """Return the class that `spec_name` (and, for names not registered, `spec_module_path`) stands for.
+        """Return the class registered as `spec_name` or, if there is none, found in the module `spec_module_path`.
 
         Raises:
-            ConfigError: an unknown name without `spec_module_path` (the message lists the supported ones), a
-                module that cannot be imported, or a class that is no `OffloadingSpec`.
+            ConfigError: the name is unknown and there is no `spec_module_path` (the message lists the known names), the
+                module cannot be imported, or the class is no `OffloadingSpec`.
         """
         name = extra_config.get("spec_name", DEFAULT_SPEC)
         if not isinstance(name, str) or not name:
@@ -47,12 +47,12 @@ class OffloadingSpecFactory:
         """Return a new spec.
 
         Args:
-            config: what the engine says; or, with `kv_cache_config`, the first of the layer's earlier pair
-                (attributes as in `kvtier.spec.first_interface.config_from_pair`). The spec's class gets what
-                was given here.
+            config: kvtier's configuration; or the first object of vLLM's earlier pair, with `kv_cache_config` as the
+                second (`kvtier.spec.first_interface.config_from_pair` lists their attributes). The spec's class gets
+                the same arguments.
 
         Raises:
-            ConfigError: as `get_spec_cls`, or a configuration that the spec refuses.
+            ConfigError: as `get_spec_cls`, or the spec refuses the configuration.
         """
         if isinstance(config, OffloadingConfig):
             return _construct(cls.get_spec_cls(config.extra_config), config)
@@ -65,6 +65,6 @@ def create_spec(config: OffloadingConfig | Any, kv_cache_config: Any = None) -> 
 
 
 def _construct(spec_class: Any, *args: Any) -> OffloadingSpec:
-    """Call a spec's constructor, whose signature is its own."""
+    """Call the constructor of a spec's class, which may have any signature."""
     spec: OffloadingSpec = spec_class(*args)
     return spec

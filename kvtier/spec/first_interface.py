@@ -1,6 +1,6 @@
-"""The layer's earlier pair `(config, kv_cache_config)`, read without importing the engine.
+"""Reads vLLM's earlier pair `(config, kv_cache_config)`, without importing vLLM.
 
-Source of the attribute names: vLLM up to 0.27, whose specs were made from a `VllmConfig` and a `KVCacheConfig`.
+Up to 0.27, vLLM made specs from a `VllmConfig` and a `KVCacheConfig`; the attribute names are theirs.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _ALLOWED = "a kvtier OffloadingConfig, or the pair (config, kv_cache_config), ex
 
 
 def extra_config_of(config: Any) -> Mapping[str, Any]:
-    """Return the user's configuration that an engine's config carries.
+    """Return the user's configuration in an engine's config.
 
     Raises:
-        ConfigError: it carries none.
+        ConfigError: there is none.
     """
     found = _read(config, "config", "kv_transfer_config.kv_connector_extra_config")
     if not isinstance(found, Mapping):
@@ -29,7 +29,7 @@ def extra_config_of(config: Any) -> Mapping[str, Any]:
 
 
 def config_from_pair(config: Any, kv_cache_config: Any) -> OffloadingConfig:
-    """Return what the pair says.
+    """Return the `OffloadingConfig` for the pair.
 
     Args:
         config: with `kv_transfer_config` (`kv_connector_extra_config`, `engine_id`), `model_config.model`,
@@ -38,7 +38,7 @@ def config_from_pair(config: Any, kv_cache_config: Any) -> OffloadingConfig:
             `kv_cache_groups` (each `.layer_names` and `.kv_cache_spec.block_size` in tokens).
 
     Raises:
-        ConfigError: an attribute is missing or holds what it may not; the message names it.
+        ConfigError: an attribute is missing or has a wrong value; the message names it.
     """
     extra_config = extra_config_of(config)
     world_size = _count(config, "config", "parallel_config.world_size")
@@ -70,7 +70,7 @@ def _groups(kv_cache_config: Any) -> tuple[KVCacheGroup, ...]:
 
 
 def _identity(config: Any, world_size: int) -> dict[str, str | int]:
-    """Return what the pair knows of the model; parts that not every version has are left out if missing."""
+    """Return what the pair says about the model; attributes that not all versions have may be missing."""
     identity: dict[str, str | int] = {
         "model": str(_read(config, "config", "model_config.model")),
         "cache_dtype": str(_read(config, "config", "cache_config.cache_dtype")),
@@ -85,7 +85,7 @@ def _identity(config: Any, world_size: int) -> dict[str, str | int]:
 
 
 def _count(root: Any, name: str, path: str) -> int:
-    """Return the number, at least 1, that the dotted `path` names."""
+    """Return the int at the dotted `path`, which must be at least 1."""
     value = _read(root, name, path)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{name}.{path}", value, "an int, at least 1, expected")
@@ -93,7 +93,7 @@ def _count(root: Any, name: str, path: str) -> int:
 
 
 def _read(root: Any, name: str, path: str) -> Any:
-    """Return the attribute that the dotted `path` names."""
+    """Return the attribute at the dotted `path`."""
     found = root
     for index, part in enumerate(parts := path.split(".")):
         found = getattr(found, part, _MISSING)

@@ -1,4 +1,4 @@
-"""Makes a spec's manager: one that records what it is asked if the user wants that."""
+"""Makes a spec's manager, which records its calls if the configuration has `record`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MadeTiers = Sequence[tuple[TierConfig, SecondaryTierManager]]
 def make_manager(
     spec: ArenaSpec, primary: CPUPrimaryTierOffloadingManager, tiers: MadeTiers = ()
 ) -> TieringOffloadingManager:
-    """Return the manager over a spec's primary and started tiers; it records if the configuration has `record`."""
+    """Make the manager over a spec's primary tier and its started secondary tiers."""
     keywords: dict[str, Any] = {
         "names": [config.name for config, _ in tiers],
         "admissions": [config.admission or Admission.ALWAYS for config, _ in tiers],
@@ -40,7 +40,7 @@ def make_manager(
 
 
 def describe(spec: ArenaSpec, tiers: MadeTiers) -> dict[str, Any]:
-    """Return the header of a recording: what a replay must know of the engine, and nothing of its model."""
+    """Return the header of a recording: what a replay needs of the configuration, and nothing about the model."""
     settings = spec.settings
     return {
         "tokens_per_block": spec.tokens_per_block,

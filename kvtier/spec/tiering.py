@@ -1,4 +1,4 @@
-"""The spec of a primary tier with secondary tiers below it."""
+"""The spec with a primary tier and secondary tiers."""
 
 from __future__ import annotations
 
@@ -28,24 +28,26 @@ from kvtier.tier_config import TierConfig
 from kvtier.tiering.manager import TieringOffloadingManager
 
 _POLL_SECONDS = 0.005
-"""Between two looks at tiers that open in the background."""
+"""Time between two polls of tiers that are starting."""
 
 
 class TieringOffloadingSpec(CPUOffloadingSpec):
-    """KV blocks go to host memory and from there to secondary tiers. Keys: `kvtier.config.TieringConfig`.
+    """Stores KV blocks in host memory and, from there, in secondary tiers.
+
+    `kvtier.config.TieringConfig` has the keys of its configuration.
 
     Attributes:
         tiers: the configured secondary tiers, checked.
-        persistent_tiers: names of those whose blocks a later engine may find.
+        persistent_tiers: names of the tiers whose blocks outlive the engine.
     """
 
     config_type: ClassVar[type[CPUConfig]] = TieringConfig
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
-        """Check the configuration, tiers included; other arguments and errors as `CPUOffloadingSpec`.
+        """Check the configuration and its tiers; arguments and errors as `CPUOffloadingSpec`.
 
-        With an arena of an earlier spec, what only the environment can make wrong is not checked again: that spec has
-        checked it, and what has changed since costs one tier, not all.
+        With the arena of an earlier spec, tiers' options are not checked against the environment again: the earlier
+        spec has checked them. If the environment has changed since, only the affected tier goes down.
         """
         super().__init__(*args, **keywords)
         user = self.user_config
@@ -64,9 +66,9 @@ class TieringOffloadingSpec(CPUOffloadingSpec):
                 try_tier(tier, self.block_bytes, self.tier_context.policies)
 
     def identify(self, namespace: Namespace) -> None:
-        """Say whose blocks they are, once, after `config.namespace_follows`: tiers that outlive the engine open.
+        """Set the namespace that `config.namespace_follows` has announced, and open the persistent tiers.
 
-        On any thread. A tier that cannot be used then is down, and costs nothing else.
+        Call it once, on any thread. A tier that cannot be used is down; other tiers are not affected.
         """
         self.config = replace(self.config, namespace=namespace, namespace_follows=False)
         self.tier_context = replace(self.tier_context, namespace=self._namespace())
@@ -75,15 +77,15 @@ class TieringOffloadingSpec(CPUOffloadingSpec):
         self._late_tiers.clear()
 
     def remain_unidentified(self, reason: str) -> None:
-        """Say, once and on any thread, that nobody will say whose blocks they are: such tiers stay down."""
+        """Declare that no namespace will be set: persistent tiers stay down. Call it once, on any thread."""
         for config, late in self._late_tiers:
             late.succeed(self._leave_out(config, late.primary_kv_view, one_line(reason, MAX_QUOTED)))
         self._late_tiers.clear()
 
     def wait_for_tiers(self, timeout: float) -> dict[str, TierState]:
-        """Wait until no tier is starting any more, or `timeout` seconds have passed; return their states by name.
+        """Wait until no tier is starting, at most `timeout` seconds; return the tiers' states by name.
 
-        For command lines: engines do not wait, a tier serves once it is up.
+        Meant for command lines. Engines do not wait; a tier is used as soon as it is up.
         """
         manager = self.get_manager()
         deadline = time.monotonic() + timeout
@@ -100,7 +102,7 @@ class TieringOffloadingSpec(CPUOffloadingSpec):
         return make_manager(self, primary, made)
 
     def _make_tiers(self, view: memoryview) -> list[tuple[TierConfig, SecondaryTierManager]]:
-        """Make all tiers, then start them; a fault of any kind costs that tier only."""
+        """Make all tiers, then start them. A tier that fails is replaced; the others are not affected."""
         made = [(config, self._make_tier(config, view)) for config in self.tiers]
         with ExitStack() as started:
             running = []
@@ -118,15 +120,15 @@ class TieringOffloadingSpec(CPUOffloadingSpec):
         try:
             tier = construct_tier(config, view, self)
             _check_attributes(tier)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it is, it costs this tier only: reported
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a tier's fault must not stop the engine
             return self._leave_out(config, view, _reason_of(error), error)
         return tier
 
     def _start_tier(self, config: TierConfig, tier: SecondaryTierManager) -> SecondaryTierManager:
         try:
             tier.start()
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it is, it costs this tier only: reported
-            with suppress(Exception, SystemExit):  # half started, it may not even end
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a tier's fault must not stop the engine
+            with suppress(Exception, SystemExit):  # the shutdown of a half-started tier may fail, too
                 tier.shutdown()
             return self._leave_out(config, tier.primary_kv_view, _reason_of(error), error)
         return tier
@@ -134,10 +136,12 @@ class TieringOffloadingSpec(CPUOffloadingSpec):
     def _leave_out(
         self, config: TierConfig, view: memoryview, reason: str, error: BaseException | None = None
     ) -> UnusableTierManager:
-        """Return what stands in the tier's place, and say why; with a traceback only where the code is at fault."""
+        """Log why a tier cannot be used, and return a placeholder. Only unexpected errors are logged with a
+        traceback.
+        """
         known = error is None or isinstance(error, KVTierError)
         logger.error(
-            "kvtier: tier %s cannot be used, the engine runs without it: %s",
+            "kvtier: tier %s cannot be used, and the engine runs without it: %s",
             config.name,
             reason,
             exc_info=None if known else error,
@@ -151,19 +155,19 @@ def _reason_of(error: BaseException) -> str:
 
 
 def _check_attributes(tier: SecondaryTierManager) -> None:
-    """Touch what a manager reads of a tier, so that a constructor that never called the base's is found here.
+    """Read the attributes of a tier that a manager uses. They are missing if its constructor did not call the base's.
 
     Raises:
-        Exception: of any kind: the tier is not fit to be used.
+        Exception: of any kind; the tier cannot be used.
     """
     len(tier.primary_kv_view)
     _ = tier.tier_type, tier.medium, tier.locality, tier.verifies_payloads, tier.persistent
     if not tier.probe_deadline > 0:
-        raise ConfigError("probe_deadline", tier.probe_deadline, "seconds, more than 0")
+        raise ConfigError("probe_deadline", tier.probe_deadline, "seconds above 0")
 
 
 def _policies_named_by(tiers: Sequence[TierConfig]) -> dict[str, type[EvictionPolicy]]:
-    """Return the registered policies that the tiers' options name; tiers cannot reach the registry themselves."""
+    """Return the registered policies that tiers' options name: tiers are on a lower floor, and import no registry."""
     names = {tier.options.get("eviction_policy"): tier for tier in tiers}
     return {
         name: POLICIES.load(name, join_key(tier.where, "eviction_policy"))

@@ -1,4 +1,4 @@
-"""The list of secondary tiers: each checked alone, then all against each other, before anything is made."""
+"""Checks the list of secondary tiers before any is made: each alone, then all together."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ PRIMARY_NAME = "primary"
 
 
 def parse_tiers(user: TieringConfig, config: OffloadingConfig) -> tuple[TierConfig, ...]:
-    """Return the configured tiers: options checked, names distinct, admission decided, paths of this rank.
+    """Return the configured tiers with checked options, distinct names, admission rules, and paths of this rank.
 
     Raises:
-        ConfigError: a tier's configuration is wrong, two tiers use one name or one directory, or a persistent tier
-            would trust the names of LoRA adapters unasked.
+        ConfigError: a tier's configuration is wrong, two tiers have the same name or directory, or a persistent tier is
+            used with LoRA without `allow_lora`.
     """
     listed = [parse_tier(entry, f"secondary_tiers[{index}]") for index, entry in enumerate(user.secondary_tiers)]
     named = _with_names(listed, user.secondary_tiers)
@@ -37,14 +37,14 @@ def parse_tiers(user: TieringConfig, config: OffloadingConfig) -> tuple[TierConf
 
 
 def prompts_only(user: TieringConfig, tiers: Sequence[TierConfig]) -> bool:
-    """Return whether engines should offer blocks of prompts only: as configured, else if no tier takes others."""
+    """Return whether engines should offer blocks of prompts only: as configured, else if no tier accepts others."""
     if user.offload_prompt_only is not None:
         return user.offload_prompt_only
     return bool(tiers) and all(tier.admission is Admission.PROMPT_ONLY for tier in tiers)
 
 
 def _with_names(tiers: Sequence[TierConfig], entries: Sequence[Mapping[str, Any]]) -> list[TierConfig]:
-    """Return the tiers with distinct names; a type used twice without names gets the position appended."""
+    """Return the tiers with distinct names: unnamed tiers of the same type get their positions appended."""
     names = [tier.name for tier in tiers]
     named = [
         tier if "name" in entry or names.count(tier.name) == 1 else replace(tier, name=f"{tier.name}-{index}")
@@ -53,25 +53,25 @@ def _with_names(tiers: Sequence[TierConfig], entries: Sequence[Mapping[str, Any]
     seen = {PRIMARY_NAME: "the primary tier"}
     for tier in named:
         if tier.name in seen:
-            raise ConfigError(join_key(tier.where, "name"), tier.name, f"another name, {seen[tier.name]} has this one")
+            raise ConfigError(join_key(tier.where, "name"), tier.name, f"another name: {seen[tier.name]} has this one")
         seen[tier.name] = tier.where
     return named
 
 
 def _check_directories(tiers: Sequence[TierConfig]) -> None:
-    """Refuse two tiers over one directory, and one tier's directory inside another's."""
+    """Refuse tiers whose directories are the same or within each other."""
     seen: list[tuple[str, str]] = []
     for tier in tiers:
         for path, name in _directories(tier):
             key = join_key(tier.where, name)
             for other, other_key in seen:
                 if are_entangled(path, other):
-                    raise ConfigError(key, path, f"a directory of its own, neither in nor around that of {other_key}")
+                    raise ConfigError(key, path, f"a separate directory: this one and {other_key} contain each other")
             seen.append((path, key))
 
 
 def _directories(tier: TierConfig) -> list[tuple[str, str]]:
-    """Return the directories that a tier names, each with the name of its option."""
+    """Return the directories in a tier's options, each with its option's name."""
     path = tier.options.get("path")
     if isinstance(path, str | os.PathLike):
         return [(os.fspath(path), "path")]
@@ -82,21 +82,21 @@ def _directories(tier: TierConfig) -> list[tuple[str, str]]:
 def _check_lora(tier: TierConfig, user: TieringConfig, config: OffloadingConfig) -> None:
     if config.uses_lora and not user.allow_lora and outlives_engine(load_tier_class(tier)):
         allowed = (
-            f"must be true for {tier.where} to start with LoRA: block hashes carry the adapters' names, not their"
-            " contents, so that blocks of another adapter under the same name would be taken for this one's"
+            f"true expected, since {tier.where} keeps blocks and the engine uses LoRA: block hashes contain adapters'"
+            " names, not their weights, so blocks of another adapter with the same name would be loaded"
         )
         raise ConfigError("allow_lora", user.allow_lora, allowed)
 
 
 def outlives_engine(tier_class: type) -> bool:
-    """Return whether blocks may be found by a later engine; tiers say so, tiers that need a namespace do, too."""
+    """Return whether a tier's blocks outlive the engine: the class has `persistent`, or needs a namespace."""
     return bool(getattr(tier_class, "persistent", False) or getattr(tier_class, "needs_namespace", False))
 
 
 def _for_data_parallel(tier: TierConfig, config: OffloadingConfig) -> TierConfig:
-    """Return the tier as this engine's rank uses it: a directory of its own, and its share of the capacity.
+    """Return the tier for this data-parallel rank: with its own directory and its share of the capacity.
 
-    An engine that does not know of how many it is one takes the whole capacity for itself.
+    An engine that does not know the number of ranks uses the whole capacity.
     """
     path = tier.options.get("path")
     if config.data_parallel_size == 1 or not _directories(tier):

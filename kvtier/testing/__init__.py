@@ -1,1 +1,1 @@
-"""Shipped with kvtier: conformance suites, faults and a clock for tests."""
+"""Helps to test stores, tiers and policies, and is shipped with kvtier: conformance suites, faulty stores, a clock."""

@@ -1,23 +1,23 @@
-"""A clock that moves only when a test says so."""
+"""A clock for tests, which moves only when the test advances it."""
 
 from __future__ import annotations
 
 
 class ManualClock:
-    """A `Clock` (seconds) that stands still until `advance`."""
+    """A `Clock` (in seconds) that stands still until `advance`."""
 
     def __init__(self, start: float = 1000.0) -> None:
         self._now = start
 
     def __call__(self) -> float:
-        """Return the seconds that the test set."""
+        """Return the present time."""
         return self._now
 
     def advance(self, seconds: float) -> None:
-        """Let `seconds` pass.
+        """Move the clock forward.
 
         Raises:
-            ValueError: time would go back.
+            ValueError: `seconds` is negative.
         """
         if seconds < 0:
             raise ValueError(f"advance({seconds}): time never goes back")

@@ -1,11 +1,11 @@
-"""Stores that fail on demand, around any store.
+"""Stores that wrap any store and fail as planned.
 
-A plan says which calls fail, and how. It is made in the test's process, or comes as JSON to a tier's I/O process:
+A plan says which calls fail, and how. A test makes it, or a tier's I/O process gets it as JSON:
 
     {"inner": "kvtier.stores.memory:MemoryStore", "inner_options": {"capacity": 1048576},
      "plan": [{"fault": "hang", "calls": ["read_into"], "skip": 2, "times": 1, "while_path": "/tmp/x"}]}
 
-With `while_path` a fault happens only as long as that file exists, so that a test starts and ends it from outside.
+With `while_path`, a fault happens only while that file exists, so that a test in another process can start and end it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kvtier.stores.integrity.checked_store import CheckedStore
 from kvtier.types import StoreUsage
 
 EXIT_STATUS = 86
-"""How a process ends that the fault EXIT ended."""
+"""Exit status of a process that the fault EXIT has ended."""
 _POLL_SECONDS = 0.01
 
 
@@ -33,25 +33,25 @@ class Fault(Enum):
     """What goes wrong in a call."""
 
     RAISE = "raise"
-    """RuntimeError: an error that is not of kvtier's family."""
+    """The call raises RuntimeError, which is none of kvtier's errors."""
     HANG = "hang"
-    """The call waits for `FaultPlan.release`, or the end of its `while_path`, and then goes on as usual."""
+    """The call waits for `FaultPlan.release`, or until `while_path` is removed; then it works."""
     EXIT = "exit"
-    """The process ends, without any clean-up."""
+    """The process ends without any clean-up."""
     RETURN_FALSE = "return_false"
-    """Nothing is done, every answer is False."""
+    """The call does nothing, and returns False for each block."""
     TOO_FEW_ANSWERS = "too_few_answers"
-    """The call works, the last answer is missing."""
+    """The call works, but its last answer is missing."""
     FLIP_BIT = "flip_bit"
-    """One bit of every payload changes on its way."""
+    """One bit of every payload is flipped."""
     HALF_VALUE = "half_value"
     """The second half of every payload is zeros."""
     OTHER_KEYS_VALUE = "other_keys_value"
-    """A read brings what was last written under another key."""
+    """A read returns the last value of another key."""
     OLD_VALUE = "old_value"
-    """A read brings what the last write replaced."""
+    """A read returns the value before the last write."""
     LIE_ABOUT_PRESENCE = "lie_about_presence"
-    """Every key is said to be held; a write is said to have happened."""
+    """`contains` returns True for all keys; `write` returns True without writing."""
 
 
 @dataclass
@@ -59,11 +59,11 @@ class Injection:
     """One fault and when it happens.
 
     Attributes:
-        calls: names of the methods that fail; empty means all, except `open` and `close`.
-        skip: so many matching calls work first.
-        times: so many calls fail then; None means all.
-        while_path: the fault happens only while this file exists (and only then are calls counted).
-        begun_path: this file is made when the fault happens, so that a test outside the process sees it.
+        calls: names of the methods that fail; empty for all except `open` and `close`.
+        skip: number of matching calls that work first.
+        times: number of calls that fail after that; None for all.
+        while_path: the fault happens, and calls are counted, only while this file exists.
+        begun_path: this file is created when the fault happens, so that a test in another process sees it.
     """
 
     fault: Fault
@@ -75,7 +75,7 @@ class Injection:
     _seen: int = field(default=0, init=False)
 
     def active(self) -> bool:
-        """Return whether the fault's own file, if it has one, exists."""
+        """Return whether `while_path` exists, or is None."""
         return self.while_path is None or os.path.exists(self.while_path)
 
     def applies(self, call: str) -> bool:
@@ -88,11 +88,11 @@ class Injection:
 
 
 class FaultPlan:
-    """The faults to come; the first that applies happens. Threads may share and change it."""
+    """A list of injections; the first that applies to a call happens. Threads may share and change it."""
 
     def __init__(self, *injections: Injection | Fault) -> None:
         self.release = threading.Event()
-        """Set it to let every hanging call go on."""
+        """Set it to end the hang of all calls."""
         self._lock = threading.Lock()
         self._injections: list[Injection] = []
         for injection in injections:
@@ -100,22 +100,24 @@ class FaultPlan:
 
     @classmethod
     def parse(cls, rows: Sequence[Mapping[str, Any]]) -> Self:
-        """Make a plan of JSON rows: the fields of `Injection`, the fault by its value."""
+        """Make a plan from JSON rows with the fields of `Injection`; `fault` is a value of `Fault`."""
         return cls(*(Injection(**{**row, "fault": Fault(row["fault"])}) for row in rows))
 
     def add(self, injection: Injection | Fault) -> None:
-        """Plan one more fault; a bare Fault happens in every call."""
+        """Add an injection. A bare Fault happens in every call."""
         with self._lock:
             self._injections.append(Injection(injection) if isinstance(injection, Fault) else injection)
 
     def clear(self) -> None:
-        """Plan nothing any more, and let hanging calls go on."""
+        """Remove all injections, and end the hang of all calls."""
         with self._lock:
             self._injections.clear()
         self.release.set()
 
     def enter(self, call: str) -> Fault | None:
-        """Raise, hang or exit if that is planned for this call; return a fault that the caller must make."""
+        """Raise, hang or exit if this is planned for the call; return any other planned fault for the caller to
+        make.
+        """
         with self._lock:
             injection = next((planned for planned in self._injections if planned.applies(call)), None)
         if injection is None:
@@ -134,7 +136,7 @@ class FaultPlan:
 
 
 class _History:
-    """The last two payloads of every key written through one store."""
+    """Keeps the last two payloads of each key that was written through a store."""
 
     def __init__(self) -> None:
         self._payloads: dict[object, list[bytes]] = {}
@@ -152,11 +154,11 @@ class _History:
 
 
 READ_BIT, WRITE_BIT = 1, 2
-"""Bits that FLIP_BIT flips: two, so that a value flipped both ways is not whole again."""
+"""Bits that FLIP_BIT flips. They differ, so that a value that is flipped on both ways is not restored."""
 
 
 def _damaged(fault: Fault | None, payload: bytes, bit: int) -> bytes:
-    """Return a payload as FLIP_BIT or HALF_VALUE leave it."""
+    """Apply FLIP_BIT or HALF_VALUE to a payload."""
     if fault is Fault.FLIP_BIT and payload:
         middle = len(payload) // 2
         return payload[:middle] + bytes([payload[middle] ^ bit]) + payload[middle + 1 :]
@@ -173,7 +175,7 @@ def _spoil_reads(
     buffers: Sequence[memoryview],
     results: Sequence[bool],
 ) -> list[bool]:
-    """Change buffers that were filled as the fault wants it; return the results as it wants them."""
+    """Apply a fault of a read to the filled buffers and the results."""
     spoiled = list(results)
     for index, (place, buffer) in enumerate(zip(places, buffers, strict=True)):
         payload = bytes(buffer)
@@ -197,7 +199,7 @@ def _open_inner(options: Mapping[str, Any], context: StoreContext) -> Any:
 
 
 class FaultyBlockStore(BlockStore):
-    """A plain store that fails by plan; kvtier seals it, and must survive it."""
+    """A plain store that fails as planned. kvtier seals it, and must survive its faults."""
 
     def __init__(self, inner: BlockStore, plan: FaultPlan) -> None:
         self.inner = inner
@@ -206,13 +208,12 @@ class FaultyBlockStore(BlockStore):
 
     @classmethod
     def open(cls, options: Mapping[str, Any], context: StoreContext) -> Self:
-        """Open with options as this module's docstring shows; the call "open" can fail, too."""
+        """Open with the options shown in this module's docstring; `open` itself may fail, too."""
         plan = FaultPlan.parse(options.get("plan", ()))
         plan.enter("open")
         return cls(_open_inner(options, context), plan)
 
     def contains(self, keys: Sequence[OffloadKey]) -> list[bool]:
-        """Ask the inner store, by plan."""
         fault = self.plan.enter("contains")
         if fault in (Fault.RETURN_FALSE, Fault.LIE_ABOUT_PRESENCE):
             return [fault is Fault.LIE_ABOUT_PRESENCE] * len(keys)
@@ -220,7 +221,6 @@ class FaultyBlockStore(BlockStore):
         return results[:-1] if fault is Fault.TOO_FEW_ANSWERS else results
 
     def write(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
-        """Write to the inner store, by plan."""
         fault = self.plan.enter("write")
         if fault in (Fault.RETURN_FALSE, Fault.LIE_ABOUT_PRESENCE):
             return [fault is Fault.LIE_ABOUT_PRESENCE] * len(keys)
@@ -231,19 +231,16 @@ class FaultyBlockStore(BlockStore):
         return results[:-1] if fault is Fault.TOO_FEW_ANSWERS else results
 
     def read_into(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
-        """Read from the inner store, by plan."""
         fault = self.plan.enter("read_into")
         if fault is Fault.RETURN_FALSE:
             return [False] * len(keys)
         return _spoil_reads(fault, self._history, keys, buffers, self.inner.read_into(keys, buffers))
 
     def delete(self, keys: Sequence[OffloadKey]) -> None:
-        """Delete from the inner store, by plan."""
         if self.plan.enter("delete") is not Fault.RETURN_FALSE:
             self.inner.delete(keys)
 
     def usage(self) -> StoreUsage | None:
-        """Ask the inner store."""
         return self.inner.usage()
 
     def close(self) -> None:
@@ -253,20 +250,20 @@ class FaultyBlockStore(BlockStore):
 
 
 class LyingBlockStore(FaultyBlockStore):
-    """The same around a sealed store, claiming to seal itself: what it spoils, nobody behind it checks."""
+    """A faulty store around a sealed one. It says that it seals itself, so kvtier does not check what it spoils."""
 
     seals_itself: ClassVar[bool] = True
 
     @classmethod
     def open(cls, options: Mapping[str, Any], context: StoreContext) -> Self:
-        """Open as `FaultyBlockStore`, with the inner store sealed."""
+        """Open as `FaultyBlockStore`, and seal the inner store."""
         plan = FaultPlan.parse(options.get("plan", ()))
         plan.enter("open")
         return cls(CheckedStore(_open_inner(options, context), context), plan)
 
 
 class FaultySlotStore(SlotStore):
-    """A slot store that fails by plan."""
+    """A slot store that fails as planned."""
 
     def __init__(self, inner: SlotStore, plan: FaultPlan) -> None:
         self.inner = inner
@@ -275,18 +272,17 @@ class FaultySlotStore(SlotStore):
 
     @classmethod
     def open(cls, options: Mapping[str, Any], context: StoreContext) -> Self:
-        """Open with options as this module's docstring shows; the call "open" can fail, too."""
+        """Open with the options shown in this module's docstring; `open` itself may fail, too."""
         plan = FaultPlan.parse(options.get("plan", ()))
         plan.enter("open")
         return cls(_open_inner(options, context), plan)
 
     @property
     def num_slots(self) -> int:
-        """Slots of the inner store."""
         return self.inner.num_slots
 
     def recover(self) -> Iterator[tuple[Sequence[int], Sequence[OffloadKey]]]:
-        """Recover the inner store, by plan; LIE_ABOUT_PRESENCE names keys in the wrong slots."""
+        """Recover the inner store; LIE_ABOUT_PRESENCE returns keys with wrong slots."""
         fault = self.plan.enter("recover")
         if fault is Fault.RETURN_FALSE:
             return
@@ -294,7 +290,6 @@ class FaultySlotStore(SlotStore):
             yield slots, [*keys[1:], *keys[:1]] if fault is Fault.LIE_ABOUT_PRESENCE else keys
 
     def write(self, slots: Sequence[int], keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
-        """Write to the inner store, by plan."""
         fault = self.plan.enter("write")
         if fault in (Fault.RETURN_FALSE, Fault.LIE_ABOUT_PRESENCE):
             return [fault is Fault.LIE_ABOUT_PRESENCE] * len(slots)
@@ -304,7 +299,6 @@ class FaultySlotStore(SlotStore):
         return results[:-1] if fault is Fault.TOO_FEW_ANSWERS else results
 
     def read_into(self, slots: Sequence[int], keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
-        """Read from the inner store, by plan."""
         fault = self.plan.enter("read_into")
         if fault is Fault.RETURN_FALSE:
             return [False] * len(slots)

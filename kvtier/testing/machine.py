@@ -1,8 +1,8 @@
-"""The stateful test of the whole manager against a dict: bytes loaded equal bytes stored.
+"""A stateful Hypothesis test of the whole manager: the bytes that are loaded must be the bytes that were stored.
 
-Requests look up, wait, load, store, finish and are preempted; tiers are slow, fail, lose and spoil blocks;
-the cache is reset under them, after which the same keys have other bytes, as after a change of weights.
-Subclass, define `make_tiers`, and run with Hypothesis: `TestMine = MyMachine.TestCase`.
+Requests look up, wait, load, store, finish and are preempted. Tiers are slow, fail, lose and spoil blocks. The cache is
+reset meanwhile; after a reset the same keys have other bytes, as after a change of weights. To use it, derive a class,
+define `make_tiers`, and let pytest collect `TestMine = MyMachine.TestCase`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LONGEST = 6
 
 
 def chain(prefix: int) -> list[OffloadKey]:
-    """Return the keys of one prefix; the first two blocks are shared by all."""
+    """Return the keys of one prefix. All prefixes share the first two blocks."""
     return [
         make_offload_key(hashlib.sha256(f"{prefix if i > 1 else 's'}/{i}".encode()).digest(), 0) for i in range(LONGEST)
     ]
@@ -62,18 +62,18 @@ class _Request:
 
 
 class TieringMachine(RuleBasedStateMachine):
-    """An engine with a handful of requests over one manager; `weights` counts resets."""
+    """An engine with up to five requests and one manager. `weights` counts the resets."""
 
     settings_of_manager = TieringSettings(
         load_deadline=2.0, lease_timeout=5.0, drain_timeout=5.0, tier_deadline=8.0, promotion_budget=0.7
     )
 
     def make_tiers(self, arena: Arena, clock: ManualClock) -> Sequence[SecondaryTierManager]:
-        """Return the tiers to test, started."""
+        """Return the tiers to test, which must be started."""
         raise NotImplementedError
 
     def make_policy(self, capacity: int) -> EvictionPolicy:
-        """Return the primary's policy."""
+        """Return the primary tier's policy."""
         return LRUPolicy(capacity)
 
     def __init__(self) -> None:
@@ -93,7 +93,7 @@ class TieringMachine(RuleBasedStateMachine):
         self.loaded = 0
 
     def payload(self, key: OffloadKey, weights: int) -> bytes:
-        """Return what the model computes for a block under these weights."""
+        """Return the bytes of a block, which the model computes with these weights."""
         return hashlib.blake2b(key + weights.to_bytes(4, "big")).digest() * (BLOCK_BYTES // 64)
 
     @rule(prefix=st.integers(0, PREFIXES - 1), length=st.integers(1, LONGEST))
@@ -111,7 +111,7 @@ class TieringMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
     def scan(self, data: st.DataObject) -> None:
-        """A request looks its prefix up, to the first miss."""
+        """A request looks up its prefix, up to the first miss."""
         request = self._pick(data)
         request.num_hits = 0
         ready = True
@@ -125,7 +125,7 @@ class TieringMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
     def begin_load(self, data: st.DataObject) -> None:
-        """A request that has just found hits loads them; the device copy takes a while."""
+        """A request looks up its prefix and begins to load the hits."""
         request = self._pick(data)
         self.scan_one(request)
         if request.num_hits:
@@ -134,7 +134,7 @@ class TieringMachine(RuleBasedStateMachine):
             request.loads.append(_Load(keys, spec.block_ids.tolist(), self.weights))
 
     def scan_one(self, request: _Request) -> None:
-        """Count the ready head of a request."""
+        """Count the blocks at the head of a request that are ready."""
         request.num_hits = 0
         for key in request.keys:
             if self.manager.lookup(key, request.context) is not LookupResult.HIT:
@@ -144,7 +144,7 @@ class TieringMachine(RuleBasedStateMachine):
     @precondition(lambda self: any(request.loads for request in self.requests))
     @rule(data=st.data())
     def end_load(self, data: st.DataObject) -> None:
-        """A device copy ends: it has read, until now, the bytes that were stored."""
+        """A device copy from slots ends. Until now, the slots must hold the bytes that were stored."""
         request = data.draw(st.sampled_from([request for request in self.requests if request.loads]))
         load = request.loads.pop(0)
         for key, slot in zip(load.keys, load.slots, strict=True):
@@ -156,7 +156,7 @@ class TieringMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
     def begin_store(self, data: st.DataObject) -> None:
-        """A request stores its prefix; the device copy takes a while."""
+        """A request begins to store its prefix."""
         request = self._pick(data)
         output = self.manager.prepare_store(request.keys, request.context)
         if output is not None and output.keys_to_store:
@@ -167,7 +167,7 @@ class TieringMachine(RuleBasedStateMachine):
     @precondition(lambda self: any(request.stores for request in self.requests))
     @rule(data=st.data(), success=st.booleans())
     def end_store(self, data: st.DataObject, success: bool) -> None:
-        """A device copy ends: it has written, until now, into the slots it was given."""
+        """A device copy to slots ends; it may write to the slots until now."""
         request = data.draw(st.sampled_from([request for request in self.requests if request.stores]))
         store = request.stores.pop(0)
         for key, slot in zip(store.keys, store.slots, strict=True):
@@ -177,7 +177,7 @@ class TieringMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
     def finish(self, data: st.DataObject) -> None:
-        """A request ends; its copies go on, and their completions come later."""
+        """A request ends. Its device copies go on, and complete later."""
         request = self._pick(data)
         self.manager.on_request_finished(request.context)
         if not request.loads and not request.stores:
@@ -196,17 +196,17 @@ class TieringMachine(RuleBasedStateMachine):
 
     @rule()
     def reset(self) -> None:
-        """The weights change under everybody."""
+        """The weights change while requests are in progress."""
         self.manager.reset_cache()
         self.weights += 1
 
     @invariant()
     def agrees_with_itself(self) -> None:
-        """All parts agree, at any moment."""
+        """The manager's parts agree with each other after every step."""
         self.manager.check_invariants()
 
     def settle(self) -> None:
-        """Let everything end: copies, jobs and requests."""
+        """End all copies, jobs and requests."""
         for request in self.requests:
             while request.loads:
                 self.manager.complete_load(set(request.loads.pop().keys), request.context)
@@ -217,7 +217,7 @@ class TieringMachine(RuleBasedStateMachine):
         self.manager.on_schedule_end(ScheduleEndContext())
 
     def teardown(self) -> None:
-        """Nothing leaked: once everything has ended, every slot is free."""
+        """Check that every slot is free after everything has ended."""
         try:
             self.settle()
             self.manager.check_invariants()

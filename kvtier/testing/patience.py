@@ -1,4 +1,4 @@
-"""How long a test waits for what must happen: one patience for all waits, generous, and scaled for slow machines."""
+"""How long tests wait for something that must happen: one long limit for all waits, which can be scaled."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import TypeVar
 
 _SCALE = float(os.environ.get("KVTIER_TEST_PATIENCE", "1"))
 PATIENCE_SECONDS = 300.0 * _SCALE
-"""Only a test that fails waits so long. `KVTIER_TEST_PATIENCE` multiplies it."""
+"""Only a failing test waits so long. The environment variable `KVTIER_TEST_PATIENCE` multiplies it."""
 TEST_SECONDS = 3 * PATIENCE_SECONDS
-"""How long one whole test may take, with the start of a server or the making of a model that it is the first to use."""
+"""How long a whole test may take, including the start of a server or the making of a model."""
 _POLL_SECONDS = 0.001
 
 Answer = TypeVar("Answer")
 
 
 def wait_for(condition: Callable[[], Answer], what: str = "the condition") -> Answer:
-    """Ask `condition` until its answer is true, and return that; fail with `what` when the patience ends."""
+    """Call `condition` until its answer is true, and return that; after `PATIENCE_SECONDS`, fail with `what`."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not (answer := condition()):
         assert time.monotonic() < deadline, f"{what}: not within {PATIENCE_SECONDS:g} s"

@@ -1,4 +1,4 @@
-"""The suite that every eviction policy must pass, kvtier's own and anybody's.
+"""The conformance suite for eviction policies. Derive a test class from it for your own policy:
 
 class TestMine(PolicySuite):
     def make_policy(self, capacity):
@@ -21,7 +21,7 @@ from kvtier.eviction.timeless import with_time
 from kvtier.keys import OffloadKey, make_offload_key
 
 Steps = Sequence[tuple[str, Sequence[int]]]
-"""Calls with the numbers of the keys they name; a step drops what its call may not name."""
+"""Calls, each with the numbers of its keys. Keys that a call may not name are left out."""
 
 _STEPS = st.lists(
     st.tuples(
@@ -34,11 +34,11 @@ _STEPS = st.lists(
 
 
 class PolicySuite:
-    """Subclass it, define `make_policy`, and let pytest collect it.
+    """Derive from it, define `make_policy`, and let pytest collect the class.
 
     Attributes:
-        tail_first: whether, of the keys of one `insert`, `touch` or `settle`, the last ones go first. A policy
-            that ignores recency says False.
+        tail_first: whether, of the keys of one `insert`, `touch` or `settle`, the last are evicted first. False for a
+            policy that ignores recency.
     """
 
     tail_first: ClassVar[bool] = True
@@ -160,7 +160,7 @@ class PolicySuite:
         assert list(policy.candidates()) == keys_of(6, 5, 4)
 
     def test_churn_keeps_memory_bounded(self) -> None:
-        """Whatever is remembered of evicted keys is a small multiple of the capacity."""
+        """The memory of evicted keys is bounded by a small multiple of the capacity."""
         policy = self._make(16)
         size = 0
         for round_number in range(240):
@@ -178,11 +178,11 @@ class PolicySuite:
     )
     @given(capacity=st.integers(1, 8), steps=_STEPS)
     def test_any_history_agrees_with_a_set(self, capacity: int, steps: Steps) -> None:
-        """Random calls: after each, the policy holds what a plain set holds."""
+        """After each of some random calls, the policy holds the same keys as a set."""
         self.run_history(capacity, steps)
 
     def run_history(self, capacity: int, steps: Steps) -> None:
-        """Make the calls and compare with a set after each; for a history worth keeping as a test of its own."""
+        """Make the calls, and compare with a set after each. Use it to keep a history as a test of its own."""
         policy, held = self._make(capacity), set[OffloadKey]()
         for now, (call, numbers) in enumerate(steps):
             self._apply(policy, held, call, keys_of(*numbers), now)
@@ -216,12 +216,12 @@ class PolicySuite:
 
 
 def keys_of(*numbers: int) -> list[OffloadKey]:
-    """Return one key a number; equal numbers give equal keys."""
+    """Return one key per number; equal numbers give equal keys."""
     return [make_offload_key(number.to_bytes(8, "big"), 0) for number in numbers]
 
 
 def make_room(policy: EvictionPolicy, incoming: Sequence[OffloadKey]) -> list[OffloadKey]:
-    """Evict what must go before `incoming` fits, as a tier does; return the victims."""
+    """Evict enough keys for `incoming`, as a tier does; return the victims."""
     wanted = len(policy) + len(incoming) - policy.capacity
     victims = list(islice(policy.candidates(incoming), max(0, wanted)))
     policy.evict(victims)
@@ -229,7 +229,7 @@ def make_room(policy: EvictionPolicy, incoming: Sequence[OffloadKey]) -> list[Of
 
 
 def admit(policy: EvictionPolicy, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
-    """Use `keys` for a request of that time: touch what is held, insert what there is room for, as a tier does."""
+    """Use `keys` as a tier does for a request at time `now`: touch the held ones, insert others if there is room."""
     missing = [key for key in keys if key not in policy]
     policy.touch([key for key in keys if key in policy], now)
     make_room(policy, missing)
@@ -238,7 +238,7 @@ def admit(policy: EvictionPolicy, keys: Sequence[OffloadKey], now: float = 0.0) 
 
 
 def check_holds(policy: EvictionPolicy, keys: Sequence[OffloadKey], absent: Sequence[OffloadKey] = ()) -> None:
-    """Assert that the policy holds exactly `keys`, says so in every way, and is sound."""
+    """Assert that the policy holds exactly `keys`, by all of its methods, and that its invariants hold."""
     assert len(policy) == len(keys)
     assert all(key in policy for key in keys)
     assert not any(key in policy for key in absent)
@@ -248,7 +248,7 @@ def check_holds(policy: EvictionPolicy, keys: Sequence[OffloadKey], absent: Sequ
 
 
 def _reachable_keys(policy: EvictionPolicy) -> int:
-    """Count the bytes objects which the policy's attributes reach, containers and plain objects followed."""
+    """Count the bytes objects that can be reached from the policy's attributes."""
     seen: set[int] = set()
     count, todo = 0, list[object]([policy])
     while todo:

@@ -1,4 +1,4 @@
-"""A secondary tier that does exactly what a test tells it to."""
+"""A secondary tier that a test controls."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from kvtier.types import JobMetadata, JobResult, Locality, LookupResult, Medium,
 
 
 class ScriptedTierError(RuntimeError):
-    """What a scripted tier raises when told to."""
+    """Raised by the methods in `ScriptedTier.raising`."""
 
 
 class ScriptedTier(SecondaryTierManager):
-    """Holds real bytes in this process; answers when and how the test says.
+    """Holds real bytes in this process. The test decides when and how it answers.
 
     Attributes:
-        blocks: what is stored, by key; tests may plant and change bytes.
-        unknown: keys whose lookup answers RETRY.
-        auto: whether jobs are carried out as they are submitted; else they wait in `waiting` for `finish`.
+        blocks: stored bytes by key; tests may change them.
+        unknown: keys whose lookup returns RETRY.
+        auto: whether jobs are done at once; else they wait in `waiting` for `finish`.
         fail: keys whose copy fails.
         raising: names of methods that raise.
         loads, stores: the jobs submitted so far.
-        cancelled: numbers of the loads that nobody waits for any more.
-        results: answers waiting to be collected; tests may add any.
+        cancelled: ids of the loads that were cancelled.
+        results: results that were not collected yet; tests may add any.
+        full: whether `can_store` returns False.
     """
 
     medium: ClassVar[Medium | None] = Medium.STORAGE
@@ -60,12 +61,12 @@ class ScriptedTier(SecondaryTierManager):
 
     @property
     def state(self) -> TierState:
-        """The state the test set."""
+        """The state that the test has set."""
         self._maybe_raise("state")
         return self.current_state
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
-        """RETRY for unknown keys, HIT for held ones, else MISS."""
+        """Return RETRY for unknown keys, HIT for stored ones, else MISS."""
         self._maybe_raise("lookup")
         self.lookups.append(key)
         if key in self.unknown:
@@ -73,18 +74,15 @@ class ScriptedTier(SecondaryTierManager):
         return LookupResult.HIT if key in self.blocks else LookupResult.MISS
 
     def can_store(self, num_blocks: int) -> bool:
-        """False while `full`."""
         self._maybe_raise("can_store")
         return not self.full
 
     def submit_store(self, job_metadata: JobMetadata) -> None:
-        """Take a store job."""
         self._maybe_raise("submit_store")
         self.stores.append(job_metadata)
         self._take(job_metadata)
 
     def submit_load(self, job_metadata: JobMetadata) -> None:
-        """Take a load job."""
         self._maybe_raise("submit_load")
         self.loads.append(job_metadata)
         self._take(job_metadata)
@@ -100,7 +98,7 @@ class ScriptedTier(SecondaryTierManager):
         self.cancelled += job_ids
 
     def finish(self, job: JobMetadata) -> None:
-        """Carry out a waiting job, key by key, and answer it."""
+        """Do a waiting job, key by key, and add its result."""
         self.waiting.remove(job)
         done = [key for key, slot in zip(job.keys, job.block_ids.tolist(), strict=True) if self._copy(job, key, slot)]
         success = len(done) == len(job.keys)
@@ -117,23 +115,20 @@ class ScriptedTier(SecondaryTierManager):
         return True
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
-        """Return the answers waiting."""
         self._maybe_raise("get_finished_jobs")
         results, self.results = self.results, []
         return results
 
     def touch(self, keys: Iterable[OffloadKey], req_context: ReqContext) -> None:
-        """Note the keys."""
         self._maybe_raise("touch")
         self.touched += keys
 
     def on_request_finished(self, req_context: ReqContext) -> None:
-        """Note the request."""
         self._maybe_raise("on_request_finished")
         self.finished_requests.append(req_context.req_id)
 
     def drain_jobs(self) -> None:
-        """Carry out what waits."""
+        """Do all waiting jobs."""
         self._maybe_raise("drain_jobs")
         for job in list(self.waiting):
             self.finish(job)
@@ -145,5 +140,4 @@ class ScriptedTier(SecondaryTierManager):
         self.blocks.clear()
 
     def shutdown(self) -> None:
-        """Do nothing."""
         self._maybe_raise("shutdown")

@@ -1,4 +1,4 @@
-"""What every store by slot must do, as a test class to inherit from; see `stores.py` for how."""
+"""The conformance suite for a `SlotStore`. `stores.py` shows how to use it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from kvtier.testing.stores import NUM_THREADS, Suite, flip_bit, make_key, run_th
 
 
 class SlotStoreSuite(Suite):
-    """For a `SlotStore`; `plant` and `peek` reach the payload of a slot, `*_record` what vouches for it."""
+    """For a `SlotStore`. `plant` and `peek` access the payload of a slot, `*_record` its header, past the store's
+    API.
+    """
 
     capacity_slots: ClassVar[int] = 64
     store: SlotStore
@@ -23,19 +25,19 @@ class SlotStoreSuite(Suite):
         raise NotImplementedError
 
     def plant(self, store: Any, slot: int, raw: bytes) -> None:
-        """Replace the payload of a slot, past the store's API."""
+        """Replace the payload of a slot."""
         raise NotImplementedError
 
     def peek(self, store: Any, slot: int) -> bytes:
-        """Return the payload of a slot, past the store's API."""
+        """Return the payload of a slot."""
         raise NotImplementedError
 
     def plant_record(self, store: Any, slot: int, raw: bytes) -> None:
-        """Replace what the store keeps beside the payload of a slot, past its API."""
+        """Replace what the store keeps beside the payload of a slot."""
         raise NotImplementedError
 
     def peek_record(self, store: Any, slot: int) -> bytes:
-        """Return what the store keeps beside the payload of a slot, past its API."""
+        """Return what the store keeps beside the payload of a slot."""
         raise NotImplementedError
 
     def _open(self, context: StoreContext) -> SlotStore:
@@ -44,7 +46,7 @@ class SlotStoreSuite(Suite):
         return store
 
     def _recover(self, store: SlotStore) -> dict[int, OffloadKey]:
-        """Return what a store recovers, in its order; slots and keys must be unique."""
+        """Return the keys that a store recovers, by slot and in its order; both must be unique."""
         pairs = [pair for slots, keys in store.recover() for pair in zip(slots, keys, strict=True)]
         recovered = dict(pairs)
         assert len(recovered) == len(pairs), "a slot was recovered twice"
@@ -53,7 +55,7 @@ class SlotStoreSuite(Suite):
         return recovered
 
     def _reopen(self, model: str | None = None) -> dict[int, OffloadKey]:
-        """Close and open again, as another model if one is named; return what was recovered."""
+        """Close and reopen the store, for another model if one is given; return the recovered keys by slot."""
         self.store.close()
         if model is not None:
             self.context = self.make_context(model)
@@ -74,7 +76,7 @@ class SlotStoreSuite(Suite):
         return [bytes(buffer) if result else None for result, buffer in zip(results, buffers, strict=True)]
 
     def _assert_lost(self, slot: int, what: str) -> None:
-        """The slot, written as the block of its own number, must be a miss, counted, and not recovered."""
+        """Assert that a slot, which was written with the block of its own number, is a counted miss."""
         self.context.failures.take()
         assert self._read([slot]) == [None], f"a block was served whose slot was {what}"
         assert sum(self.context.failures.take().values()) >= 1, f"not counted: slot {what}"

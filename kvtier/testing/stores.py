@@ -1,9 +1,9 @@
-"""What every store by key must do, as a test class to inherit from (for stores by slot: `slot_stores.py`).
+"""The conformance suite for a `BlockStore` (for a `SlotStore`: `slot_stores.py`). Derive a test class from it:
 
     class TestMyStore(StoreSuite):
         def open_store(self, medium, context): ...
-        def plant(self, store, key, raw): ...     # put raw bytes where the store keeps its value
-        def peek(self, store, key): ...           # the raw bytes the store keeps, or None
+        def plant(self, store, key, raw): ...     # replace the store's raw value, past its API
+        def peek(self, store, key): ...           # return the store's raw value, or None
 
 The suite needs no fixtures: pytest calls `setup_method` and `teardown_method`.
 """
@@ -25,17 +25,17 @@ from kvtier.namespace import Namespace
 from kvtier.testing.patience import PATIENCE_SECONDS
 
 FILLING = 0xA5
-"""What fills a buffer before it is read into."""
+"""The byte that fills buffers before a read."""
 NUM_THREADS = 4
 
 
 def make_key(number: int, group_idx: int = 0) -> OffloadKey:
-    """Return a key of the usual length, other numbers giving other keys."""
+    """Return a key of the usual length; different numbers give different keys."""
     return make_offload_key(random.Random(number).randbytes(32), group_idx)
 
 
 def make_payload(number: int, length: int) -> bytes:
-    """Return `length` bytes that are the same for the same number."""
+    """Return `length` bytes; the same number gives the same bytes."""
     return random.Random(~number).randbytes(length)
 
 
@@ -47,14 +47,14 @@ def flip_bit(raw: bytes, bit: int) -> bytes:
 
 
 def some_bits(length: int) -> list[int]:
-    """Return bits of a value of `length` bytes: one in every byte near its ends, and some between."""
+    """Return positions of bits in a value of `length` bytes: one per byte near its ends, and some in between."""
     edge = min(length, 160)
     between = random.Random(length).sample(range(length), min(length, 40))
     return [byte * 8 + byte % 8 for byte in sorted({*range(edge), *range(length - edge, length), *between})]
 
 
 def run_threads(work: Callable[[int], None], count: int = NUM_THREADS) -> None:
-    """Call `work(0)` to `work(count - 1)` at once; raise the first error any of them raised."""
+    """Call `work(0)` to `work(count - 1)` at the same time; raise the first error of them."""
     errors: list[BaseException] = []
     start = threading.Barrier(count)
 
@@ -75,7 +75,7 @@ def run_threads(work: Callable[[int], None], count: int = NUM_THREADS) -> None:
 
 
 class Suite:
-    """A medium, a context, and a store opened on them for each test."""
+    """Opens a store for each test, with a new medium and context."""
 
     block_bytes: ClassVar[int] = 8192
     store: Any
@@ -85,7 +85,7 @@ class Suite:
         return Path(tempfile.mkdtemp(prefix="kvtier-suite-"))
 
     def make_context(self, model: str = "suite") -> StoreContext:
-        """Return a context; another model makes another namespace."""
+        """Return a context; different models have different namespaces."""
         return StoreContext(Namespace({"model": model}), self.block_bytes)
 
     def _open(self, context: StoreContext) -> Any:
@@ -98,7 +98,7 @@ class Suite:
         self.store = self._open(self.context)
 
     def teardown_method(self, method: object = None) -> None:
-        """Close it and remove the medium."""
+        """Close the store and remove the medium."""
         try:
             if self.store is not None:
                 self.store.close()
@@ -110,13 +110,13 @@ class Suite:
         return make_payload(number, self.block_bytes)
 
     def buffers(self, count: int, length: int | None = None) -> list[memoryview]:
-        """Return buffers full of FILLING."""
+        """Return buffers that are filled with FILLING."""
         size = self.block_bytes if length is None else length
         return [memoryview(bytearray([FILLING]) * size) for _ in range(count)]
 
 
 def _refused(call: Callable[[], Sequence[bool]]) -> bool:
-    """Return whether a call failed in one of the two ways it may: all False, or a StoreError."""
+    """Return whether a call failed in one of the two allowed ways: all False, or a StoreError."""
     try:
         return not any(call())
     except StoreError:
@@ -124,33 +124,33 @@ def _refused(call: Callable[[], Sequence[bool]]) -> bool:
 
 
 class StoreSuite(Suite):
-    """For a `BlockStore` as kvtier uses it: sealed by `CheckedStore`, or sealing itself.
+    """For a `BlockStore` as kvtier uses it: wrapped in a `CheckedStore`, or sealing its values itself.
 
     Attributes:
-        keeps_failed_buffers: a buffer whose read failed is untouched (`CheckedStore` promises it; the contract
-            of `BlockStore` alone does not).
+        keeps_failed_buffers: whether a buffer is unchanged if its read failed. `CheckedStore` promises this; the
+            contract of `BlockStore` does not.
     """
 
     keeps_failed_buffers: ClassVar[bool] = True
     store: BlockStore
 
     def open_store(self, medium: Path, context: StoreContext) -> BlockStore:
-        """Return a store as kvtier would use it; called again, one that shares the medium if the store has one."""
+        """Return a store as kvtier uses it. A second store of the same medium must share its contents."""
         raise NotImplementedError
 
     def plant(self, store: Any, key: OffloadKey, raw: bytes) -> None:
-        """Replace the raw value of `key`, past the store's API."""
+        """Replace the store's raw value of `key`, past its API."""
         raise NotImplementedError
 
     def peek(self, store: Any, key: OffloadKey) -> bytes | None:
-        """Return the raw value of `key`, past the store's API."""
+        """Return the store's raw value of `key`, past its API; None if there is none."""
         raise NotImplementedError
 
     def _open(self, context: StoreContext) -> BlockStore:
         return self.open_store(self.medium, context)
 
     def _write(self, numbers: Iterable[int], store: BlockStore | None = None) -> None:
-        """Store blocks; every one must be taken."""
+        """Store blocks, and assert that all of them succeed."""
         numbers = list(numbers)
         payloads = [memoryview(self.payload(number)) for number in numbers]
         results = (store or self.store).write([make_key(number) for number in numbers], payloads)
@@ -168,7 +168,7 @@ class StoreSuite(Suite):
         return [bytes(buffer) if result else None for result, buffer in zip(results, buffers, strict=True)]
 
     def _assert_lost(self, number: int, what: str) -> None:
-        """Block `number` must be a miss now, counted and deleted; the store must go on working."""
+        """Assert that block `number` is a miss now, and was counted and deleted."""
         self.context.failures.take()
         assert self._read([number]) == [None], f"a block was served whose value was {what}"
         assert sum(self.context.failures.take().values()) >= 1, f"not counted: value {what}"

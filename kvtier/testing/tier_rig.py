@@ -1,4 +1,4 @@
-"""A tier over a real arena, driven by hand as the tiering manager drives it."""
+"""Drives a secondary tier in tests, as the tiering manager would."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ _UNTOUCHED = 0x5A
 
 
 class SuiteSpec:
-    """The engine's spec, as far as a tier needs one."""
+    """Stands in for the engine's spec: a tier reads only its `tier_context`."""
 
     def __init__(self, tier_context: TierContext) -> None:
         self.tier_context = tier_context
 
 
 class TierRig:
-    """A tier over a real arena, driven by hand as the tiering manager drives it.
+    """A tier over a real arena; each method makes the calls that the tiering manager would make.
 
     Attributes:
         arena: `num_blocks` slots of `block_bytes` bytes.
-        answers: how often each job was answered.
-        results: the answers, by job.
+        answers: number of results per job.
+        results: the last result per job.
     """
 
     def __init__(self, context: TierContext, num_blocks: int = 64, block_bytes: int = 8192) -> None:
-        """Args: context: `arena_fd` is set to the arena's."""
+        """Args: context: for the tier; its `arena_fd` is replaced by the arena's."""
         self.arena = Arena.create(num_blocks, block_bytes)
         self.num_blocks, self.block_bytes = num_blocks, block_bytes
         self.spec = SuiteSpec(replace(context, arena_fd=self.arena.fd))
@@ -48,12 +48,12 @@ class TierRig:
         self._attached = False
 
     def attach(self, tier: SecondaryTierManager) -> None:
-        """Drive this tier from now on."""
+        """Set the tier to drive."""
         self.tier = tier
         self._attached = True
 
     def poll(self) -> None:
-        """One step of the scheduler, as a tier sees it."""
+        """Make the calls of one scheduler step, and check the tier's invariants."""
         self.tier.on_schedule_end(ScheduleEndContext())
         for result in self.tier.get_finished_jobs():
             self.answers[result.job_id] += 1
@@ -61,7 +61,7 @@ class TierRig:
         self.tier.check_invariants()
 
     def wait(self, condition: Callable[[], bool], what: str) -> None:
-        """Step until `condition()`; fail with `what` when the suite's patience ends."""
+        """Poll until `condition()` is true; fail with `what` after `PATIENCE_SECONDS`."""
 
         def stepped() -> bool:
             self.poll()
@@ -74,11 +74,11 @@ class TierRig:
             raise
 
     def wait_up(self) -> None:
-        """Step until the tier is UP."""
+        """Poll until the tier is UP."""
         self.wait(lambda: self.tier.state is TierState.UP, "the tier is up")
 
     def fill(self, slot: int, payload: bytes) -> None:
-        """Put bytes into a slot."""
+        """Write bytes into a slot."""
         self.arena.row(slot)[:] = payload
 
     def read(self, slot: int) -> bytes:
@@ -94,21 +94,21 @@ class TierRig:
         return job_id
 
     def finish(self, job_id: int) -> JobResult:
-        """Step until a job is answered; return the answer."""
+        """Poll until a job has its result; return the result."""
         self.wait(lambda: job_id in self.results, f"job {job_id} is answered")
         return self.results[job_id]
 
     def store(self, numbers: Sequence[int], first_slot: int = 0) -> JobResult:
-        """Store the blocks of these numbers from slots `first_slot` on; return the answer."""
+        """Store the blocks with these numbers from slots `first_slot` on; return the result."""
         slots = range(first_slot, first_slot + len(numbers))
         for slot, number in zip(slots, numbers, strict=True):
             self.fill(slot, make_payload(number, self.block_bytes))
         return self.finish(self.submit([make_key(number) for number in numbers], slots, load=False))
 
     def load(self, numbers: Sequence[int], first_slot: int = 32) -> tuple[JobResult, list[int]]:
-        """Load blocks into slots from `first_slot` on; return the answer and the numbers that succeeded.
+        """Load blocks into slots from `first_slot` on; return the result and the numbers that succeeded.
 
-        Fails if a block that is said to have succeeded has other bytes than it was stored with.
+        Fail if a successful block has other bytes than were stored.
         """
         slots = range(first_slot, first_slot + len(numbers))
         for slot in slots:
@@ -122,7 +122,7 @@ class TierRig:
         return result, loaded
 
     def lookup(self, number: int) -> LookupResult:
-        """Ask for a block until the answer is not RETRY; return it."""
+        """Look up a block until the answer is not RETRY; return the answer."""
         answer = LookupResult.RETRY
 
         def answered() -> bool:
@@ -135,13 +135,13 @@ class TierRig:
         return answer
 
     def assert_each_job_answered_once(self) -> None:
-        """Fail if a job was answered twice, never, or was never submitted."""
+        """Fail unless each submitted job, and no other, has exactly one result."""
         assert set(self.answers) <= self.submitted, "an answer for a job that was never submitted"
         assert all(count == 1 for count in self.answers.values()), f"answers by job: {dict(self.answers)}"
         assert set(self.answers) == self.submitted, f"unanswered: {self.submitted - set(self.answers)}"
 
     def close(self) -> None:
-        """Shut the tier down and release the arena."""
+        """Shut down the tier, and close the arena."""
         if self._attached:
             self.tier.shutdown()
         self.arena.close()

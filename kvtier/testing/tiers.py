@@ -1,9 +1,9 @@
-"""What every secondary tier must do, as a test class to inherit from.
+"""The conformance suite for secondary tiers. Derive a test class from it:
 
     class TestMyTier(TierSuite):
         def make_tier(self, offloading_spec, primary_kv_view): return MyTier(offloading_spec, primary_kv_view, "mine")
-        def plant(self, tier, key, raw): ...   # optional: put raw bytes where the tier keeps a block
-        def peek(self, tier, key): ...         # optional: the raw bytes it keeps, or None
+        def plant(self, tier, key, raw): ...   # optional: replace the raw bytes of a block, past the tier's API
+        def peek(self, tier, key): ...         # optional: return the raw bytes of a block, or None
 
 The suite needs no fixtures: pytest calls `setup_method` and `teardown_method`. The tier works on a real arena.
 """
@@ -23,25 +23,25 @@ from kvtier.types import LookupResult, ReqContext
 
 
 class TierSuite:
-    """For a `SecondaryTierManager` that holds at least `capacity_blocks` blocks of 8 KiB."""
+    """For a `SecondaryTierManager` with room for at least `capacity_blocks` blocks of 8 KiB."""
 
     capacity_blocks: ClassVar[int] = 24
     rig: TierRig
 
     def make_tier(self, offloading_spec: Any, primary_kv_view: memoryview) -> SecondaryTierManager:
-        """Make the tier; the suite starts it."""
+        """Make the tier, without starting it."""
         raise NotImplementedError
 
     def plant(self, tier: Any, key: OffloadKey, raw: bytes) -> None:
-        """Replace the raw bytes of a block, past the tier's API; leave out if that is impossible."""
+        """Replace the raw bytes of a block, past the tier's API. Do not define it if that is impossible."""
         raise NotImplementedError
 
     def peek(self, tier: Any, key: OffloadKey) -> bytes | None:
-        """Return the raw bytes of a block, past the tier's API; leave out if that is impossible."""
+        """Return the raw bytes of a block, past the tier's API. Do not define it if that is impossible."""
         raise NotImplementedError
 
     def make_context(self) -> TierContext:
-        """Return what the tier learns of the engine."""
+        """Return the context for the tier."""
         return TierContext(namespace=Namespace({"model": "suite"}))
 
     def setup_method(self) -> None:
@@ -52,7 +52,7 @@ class TierSuite:
         self.rig.wait_up()
 
     def teardown_method(self) -> None:
-        """Shut it down; it must have kept its contract."""
+        """Shut down the tier."""
         self.rig.close()
 
     def test_an_unknown_key_is_a_miss(self) -> None:

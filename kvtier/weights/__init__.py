@@ -1,1 +1,1 @@
-"""Which weights an engine has loaded: the files they are in, and a digest of all their bytes."""
+"""Identifies the weights that an engine has loaded: finds their files, and hashes all of their bytes."""

@@ -1,11 +1,12 @@
-"""XXH3-128 of whole files, on threads, and remembered in the user's cache folder.
+"""XXH3-128 of whole files, computed on threads, and remembered in the user's cache folder.
 
-A digest is remembered under device, inode, size, modification and change time. Nobody can set the last one, so a
-file that still has all five holds the bytes that were hashed, with two exceptions that are hashed anew each time: a
-file that changed within the granularity of its filesystem's clock, and one that changed while it was read.
+A digest is remembered with device, inode, size, modification time and change time of its file. Programs cannot set a
+file's change time, so a file with the same five values has the same bytes. There are two exceptions, which are hashed
+again each time: a file that changed within the resolution of its filesystem's clock, and one that changed during the
+read.
 
-An entry is one file, `<device>-<inode>`, locked by whoever hashes: other processes of the host wait for its answer
-instead of reading the same bytes. The kernel drops the lock of a process that ends.
+Each entry is a file, `<device>-<inode>`. The process that hashes holds its lock; other processes of the host wait for
+the digest instead of reading the same bytes. The kernel releases the lock of a process that ends.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ from kvtier.log import logger
 from kvtier.stores.own_files import FOLDER_MODE, Folder
 
 LEAF_BYTES = 64 << 20
-"""Threads take a file in leaves of this size; its digest is that of the leaves' digests, one after the other."""
+"""Threads hash leaves of this size; a file's digest is the digest of its leaves' digests, in order."""
 PIECE_BYTES = 4 << 20
-"""A read and an update: short enough for the cache, long enough for a thread that must win the interpreter lock."""
+"""Bytes per read: few enough for the processor's cache, and enough work per acquisition of the interpreter lock."""
 _MAX_THREADS = 4
-"""The engine starts meanwhile, and needs processors, too."""
+"""Few, since the engine starts meanwhile."""
 CLOCK_SECONDS = 2.0
-"""The coarsest clock of a filesystem in use (FAT, ext3, some NFS servers): a younger change may not show."""
+"""Resolution of the coarsest clock of filesystems in use (FAT, ext3, some NFS servers)."""
 PATIENCE_SECONDS = 120.0
-"""Longest wait for another process that hashes the same file; a stopped one must not hold anybody for ever."""
+"""Longest wait for another process that hashes the same file; that process may be stopped."""
 _PAUSE_SECONDS = 0.05
 MAX_ENTRIES = 1024
 _MAX_ENTRY_BYTES = 4096
@@ -44,16 +45,16 @@ _DIGEST_DIGITS = 32
 
 
 class ChangedFileError(Exception):
-    """A file changed while it was read, or is none; the message names it."""
+    """A file changed during the read, or is no regular file; the message names it."""
 
 
 class StoppedError(Exception):
-    """The caller asked to stop before all was read."""
+    """The caller has asked to stop."""
 
 
 @dataclass(frozen=True)
 class FileDigest:
-    """Attributes: digest: 32 hexadecimal digits; size: bytes of the file; remembered: it was not read."""
+    """Attributes: digest: 32 hexadecimal digits; size: bytes of the file; remembered: the file was not read."""
 
     digest: str
     size: int
@@ -71,22 +72,22 @@ def digest_file(
     """Return the digest of all bytes of a file.
 
     Args:
-        memory: where digests are remembered; None reads the file.
-        stop: set by another thread when nobody wants the answer any more.
-        leaf_bytes: what one thread hashes at a time; another size makes another digest.
-        piece_bytes: what it reads at a time.
+        memory: the remembered digests; None to read the file in any case.
+        stop: another thread sets it to stop the work.
+        leaf_bytes: bytes that a thread hashes at a time; the digest depends on it.
+        piece_bytes: bytes per read; the digest does not depend on it.
 
     Raises:
-        ChangedFileError: it changed meanwhile, or is no regular file.
+        ChangedFileError: the file changed meanwhile, or is no regular file.
         StoppedError: `stop` was set.
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     stop = stop or threading.Event()
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not hang
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a FIFO must not block
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise ChangedFileError(f"{path} is no regular file")
+            raise ChangedFileError(f"{path} is not a regular file")
         with _claimed(memory, status, stop) as entry:
             known = entry.read(status) if entry else None
             if known is not None:
@@ -108,7 +109,7 @@ def _marks(status: os.stat_result) -> list[int]:
 
 @dataclass
 class _Leaves:
-    """The leaves of an open file, hashed by several threads."""
+    """Hashes the leaves of an open file on several threads."""
 
     descriptor: int
     size: int
@@ -120,17 +121,17 @@ class _Leaves:
         leaves = -(-self.size // self.leaf_bytes)
         digests: list[bytes] = [b""] * leaves
         faults: list[Exception] = []
-        numbers = itertools.count()  # its next() is atomic
+        numbers = itertools.count()  # next() of it is atomic: it runs in C under the interpreter lock
 
         def work() -> None:
             buffer = memoryview(bytearray(min(self.piece_bytes, self.size)))
             try:
                 while not faults and (number := next(numbers)) < leaves:
                     digests[number] = self._leaf(number * self.leaf_bytes, buffer)
-            except Exception as fault:  # noqa: BLE001 - handed to the caller's thread, which raises it
+            except Exception as fault:  # noqa: BLE001 - the calling thread raises it
                 faults.append(fault)
 
-        # Daemons: an interpreter that exits does not wait for a read that hangs.
+        # Daemon threads: Python does not wait for them at exit, where a read may hang on a network filesystem.
         count = min(_MAX_THREADS, len(os.sched_getaffinity(0)), leaves)
         helpers = [threading.Thread(target=work, name="kvtier-digest", daemon=True) for _ in range(count - 1)]
         for helper in helpers:
@@ -156,7 +157,7 @@ class _Leaves:
 
 
 class DigestMemory:
-    """A folder of remembered digests that only its owner can read and write."""
+    """The folder of remembered digests, which only its owner can read and write."""
 
     def __init__(
         self,
@@ -166,15 +167,15 @@ class DigestMemory:
         clock_seconds: float = CLOCK_SECONDS,
         patience_seconds: float = PATIENCE_SECONDS,
     ) -> None:
-        """Make the folder, or check it.
+        """Create the folder, or check it.
 
         Args:
-            max_entries: digests kept from earlier starts; the oldest go.
-            clock_seconds: a file that changed later than that before it was read is not remembered.
-            patience_seconds: longest wait for another process that hashes the same file.
+            max_entries: most digests kept from earlier starts; the oldest are deleted.
+            clock_seconds: see `CLOCK_SECONDS`. A file that changed less than this before the read is not remembered.
+            patience_seconds: see `PATIENCE_SECONDS`.
 
         Raises:
-            OSError: it cannot be made or written, is a link or somebody else's, or open to others.
+            OSError: the folder cannot be created or written, is a link or another user's, or is open to other users.
         """
         self.clock_seconds, self.patience_seconds = clock_seconds, patience_seconds
         self._complained = False
@@ -191,7 +192,7 @@ class DigestMemory:
 
     @classmethod
     def of_user(cls) -> DigestMemory | None:
-        """Return the memory in the user's cache folder; None, and one line in the log, if there can be none."""
+        """Return the memory in the user's cache folder; log a line and return None if it cannot be used."""
         candidates = (os.environ.get("XDG_CACHE_HOME", ""), os.path.join(os.environ.get("HOME", ""), ".cache"))
         try:
             base = next((base for base in candidates if os.path.isabs(base)), None)
@@ -203,11 +204,11 @@ class DigestMemory:
             return None
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Close the folder."""
         self._folder.close()
 
     def open_entry(self, status: os.stat_result) -> DigestEntry | None:
-        """Return the entry of a file, made if there is none, not locked; None, said once, if that cannot be."""
+        """Open or create the entry of a file, without locking it; log once and return None if that fails."""
         try:
             return self._open_entry(status)
         except OSError as error:
@@ -241,12 +242,12 @@ class DigestMemory:
 
 @dataclass(frozen=True)
 class DigestEntry:
-    """One remembered digest: version, device, inode, size, times and digest in one line, a checksum in the next."""
+    """One remembered digest. A line has version, device, inode, size, times and digest, the next line a checksum."""
 
     descriptor: int
 
     def try_to_lock(self) -> bool:
-        """Return whether nobody else has the entry's lock, and this one has it now, until `close`."""
+        """Lock the entry until `close`; return False if another process holds the lock."""
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -254,23 +255,23 @@ class DigestEntry:
         return True
 
     def read(self, status: os.stat_result) -> str | None:
-        """Return what is remembered of exactly this file; None if nothing is, or the entry is damaged."""
+        """Return the remembered digest of exactly this file; None if there is none, or the entry is damaged."""
         raw = os.pread(self.descriptor, _MAX_ENTRY_BYTES, 0)
         text, _, checksum = raw.rpartition(b"\n")
         digest = text[-_DIGEST_DIGITS:]
-        # What an intact entry of this file would be, compared as a whole: nothing in it has to be understood.
+        # The entry is compared with the text that this file would have, so it need not be parsed.
         expected = _entry_text(status, digest)
         return digest.decode() if text == expected and checksum == _checksum(text) else None
 
     def write(self, status: os.stat_result, digest: str) -> None:
-        """Remember; an entry half written has a wrong checksum."""
+        """Write the entry. If it is written only in part, its checksum is wrong."""
         text = _entry_text(status, digest.encode())
-        with suppress(OSError):  # a full disk: it is hashed again next time
+        with suppress(OSError):  # on a full disk the file is hashed again next time
             os.ftruncate(self.descriptor, 0)
             os.pwrite(self.descriptor, text + b"\n" + _checksum(text), 0)
 
     def close(self) -> None:
-        """Let go of the entry and its lock, which a forked child would hold on to."""
+        """Unlock and close the entry. A flock belongs to the open file, which a forked child has open, too."""
         with suppress(OSError):
             fcntl.flock(self.descriptor, fcntl.LOCK_UN)
         os.close(self.descriptor)
@@ -280,7 +281,7 @@ class DigestEntry:
 def _claimed(
     memory: DigestMemory | None, status: os.stat_result, stop: threading.Event
 ) -> Iterator[DigestEntry | None]:
-    """Yield the file's entry, locked; None where there is no memory, or another process has it for too long."""
+    """Yield the file's entry, locked; None without a memory, or if another process holds the lock for too long."""
     entry = memory.open_entry(status) if memory else None
     if memory is None or entry is None:
         yield None
@@ -299,7 +300,7 @@ def _wait_for_lock(entry: DigestEntry, stop: threading.Event, patience_seconds: 
                 raise StoppedError
             if time.monotonic() > deadline:
                 return False
-    except OSError:  # a filesystem without locks
+    except OSError:  # the filesystem has no locks
         return False
     return True
 

@@ -1,7 +1,7 @@
-"""Which files hold a model's weights, and one digest of all their bytes.
+"""Finds the files of a model's weights, and computes one digest of all their bytes. It needs no engine.
 
-Needs no engine. Files in a hub's cache may be identified without being read: a large file there is a blob whose name
-is the SHA-256 of its content, and the name that the model's folder has for it is a link to the blob.
+Large files in the cache of the Hugging Face hub need not be read: such a file is a link to a blob whose name is the
+SHA-256 of its content.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from kvtier.weights.file_digests import ChangedFileError, DigestMemory, digest_f
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.tensors")
 SIDE_PATTERNS = ("*.json", "*.py")
-"""Files beside the weights that change what is computed: scales, quantization, preprocessing, the model's own code."""
+"""Files that also decide what the model computes: scales, quantization, preprocessing, the model's own code."""
 _NOT_READ = (
     *("training_args.bin", "optimizer*", "scheduler.*", "scaler.pt", "rng_state*", "trainer_state.json"),
     *("tokenizer*.json", "vocab.json", "added_tokens.json", "special_tokens_map.json", "generation_config.json"),
 )
-"""Leftovers of training that no engine loads, and what decides about tokens, not about their keys and values."""
+"""Files of a training run, which no engine loads, and files about tokens, which do not change the KV of given
+tokens."""
 _FOLDERS_NOT_READ = (".*", "__pycache__", "checkpoint-*", "global_step*")
 _MAX_LINKS = 40
 """On one path: the kernel's own limit."""
@@ -41,18 +42,19 @@ _SHA256_NAME = re.compile(r"[0-9a-f]{64}")
 
 
 class UnknownWeightsError(Exception):
-    """The weights cannot be told from other weights, for the reason in the message."""
+    """The weights cannot be identified; the message says why."""
 
 
 @dataclass(frozen=True)
 class WeightsDigest:
-    """What names a set of files, and what it cost to find out.
+    """The digest of a set of files, and what it cost.
 
     Attributes:
         digest: 32 hexadecimal digits, of the files' names and contents.
-        num_files, num_bytes: all of them; num_named, num_remembered: those of them that were not read, since their
-            names in a hub's cache say their SHA-256, or since their digests were remembered.
-        bytes_read, seconds: of the others.
+        num_files, num_bytes: of all files.
+        num_named: files that were not read, since their names in a hub's cache are their SHA-256.
+        num_remembered: files that were not read, since their digests were remembered.
+        bytes_read, seconds: of the other files.
     """
 
     digest: str
@@ -64,30 +66,30 @@ class WeightsDigest:
     seconds: float
 
     def describe(self) -> str:
-        """Return the cost in one line."""
+        """Return sizes and cost in one line."""
         rate = f" at {self.bytes_read / self.seconds / 1e9:.1f} GB/s" if self.bytes_read and self.seconds else ""
         return (
             f"{self.num_files} files of {self.num_bytes / 1e9:.1f} GB in {self.seconds:.1f} s:"
             f" {self.bytes_read / 1e9:.1f} GB read{rate}, {self.num_remembered} files remembered,"
-            f" {self.num_named} identified by the SHA-256 that a hub's cache names them by"
+            f" {self.num_named} identified by their SHA-256 in the hub's cache"
         )
 
 
 def digest_files(files: Iterable[Path]) -> str:
-    """Return a digest of the names and of all bytes of files; errors as `identify_files`."""
+    """Return a digest of the names and all bytes of files; raise as `identify_files`."""
     return identify_files(files).digest
 
 
 def identify_files(
     files: Iterable[Path], stop: threading.Event | None = None, loaded_after: float | None = None
 ) -> WeightsDigest:
-    """Return what names a set of files. Names count from the folder that they have in common.
+    """Return the digest of a set of files. Names are relative to the files' common folder.
 
     Args:
-        stop: ends the work early; see `digest_file`.
-        loaded_after: time in seconds since 1970 before which nothing of the files was loaded. A file that changed
-            later may not be what was loaded, and is refused, unless it came into a hub's cache meanwhile. So is one
-            whose folder, or a link on the way to it, was exchanged later.
+        stop: see `digest_file`.
+        loaded_after: seconds since 1970; the engine has read no file before. A file that changed later may differ from
+            what the engine has read, and is refused, unless it is a verified blob of a hub's cache. A file is refused,
+            too, if its folder, or a link on the way to it, was exchanged later.
 
     Raises:
         UnknownWeightsError: a file cannot be read, or changes.
@@ -105,7 +107,7 @@ def identify_files(
                 status, blob = path.stat(), blob_name(path)
                 changed = max(status.st_ctime, path.lstat().st_ctime)
                 if loaded_after is not None and blob is None and changed > loaded_after:
-                    raise UnknownWeightsError(f"{path} changed after this process had started: which was loaded?")
+                    raise UnknownWeightsError(f"{path} changed after this process had started, so it may not be loaded")
                 if blob is not None and _SHA256_NAME.fullmatch(blob):
                     token, named = f"sha256 {blob}", named + 1
                 else:
@@ -147,13 +149,13 @@ def _check_way(folder: Path, moment: float) -> None:
 
 
 def blob_name(path: Path) -> str | None:
-    """Return the name of the blob that a file of a hub's cache is, if nobody wrote to it since it came there.
+    """Return the name of a file's blob in a hub's cache, if the blob was not changed since; else None.
 
     The layout is `<repository>/snapshots/<revision>/<path>`, a link to `<repository>/blobs/<name>`. The hub's client
-    makes the link when the blob is complete: a blob that has changed since any of its links was made is not trusted.
+    makes the link when the blob is complete. A blob that has changed after the first link to it is not trusted.
 
     Raises:
-        OSError: there is no such file.
+        OSError: the file does not exist.
     """
     if not path.is_symlink():
         return None
@@ -164,7 +166,7 @@ def blob_name(path: Path) -> str | None:
     status, relative = blob.lstat(), path.relative_to(snapshots).parts[1:]
     links = [revision.joinpath(*relative) for revision in snapshots.iterdir()]
     linked_at = min(link.lstat().st_ctime_ns for link in links if os.path.lexists(link))
-    # Written strictly before: clocks of filesystems tick every few milliseconds.
+    # mtime must be strictly before: filesystems' clocks tick every few milliseconds, so equal times prove nothing.
     untouched = status.st_mtime_ns < linked_at and status.st_ctime_ns <= linked_at
     return blob.name if untouched and stat.S_ISREG(status.st_mode) else None
 
@@ -176,15 +178,15 @@ def _is_of_hub(snapshots: Path, blob: Path) -> bool:
 
 
 def weight_files(source: Path) -> list[Path]:
-    """Return the files that decide what a model computes: its weights and what stands beside them, sorted.
+    """Return the files that decide what a model computes, sorted: `WEIGHT_PATTERNS`, `SIDE_PATTERNS`, and shards.
 
     Args:
-        source: the model's folder, searched with its sub-folders and through links; or one file, a GGUF one with its
-            other shards and projectors.
+        source: the model's folder, searched with subfolders and through links; or one file. A GGUF file includes its
+            other shards and its projectors.
 
     Raises:
         UnknownWeightsError: there are no weights.
-        OSError: there is no such folder.
+        OSError: the folder does not exist.
     """
     if source.is_file():
         return _with_siblings(source)
@@ -210,7 +212,7 @@ def _files_below(folder: Path) -> set[Path]:
 
     for here, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         status = os.stat(here)
-        if (status.st_dev, status.st_ino) in seen:  # a link that leads upwards
+        if (status.st_dev, status.st_ino) in seen:  # a link to a folder above, or to one seen before
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
@@ -221,14 +223,14 @@ def _files_below(folder: Path) -> set[Path]:
 
 
 def _files_of_indices(folder: Path) -> set[Path]:
-    """Return the shards that the folder's indices name, wherever they are."""
+    """Return the shards that the index files in a folder name, wherever they are."""
     found = set()
     for index in folder.glob("*.index.json"):
         try:
             names = set(json.loads(read_named(index, _MAX_INDEX_BYTES))["weight_map"].values())
             found |= {folder / name for name in names if (folder / name).is_file()}
         except (StrangerError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            continue  # no index that an engine could read; its bytes count
+            continue  # no valid index; its bytes are part of the digest anyway
     return found
 
 
@@ -237,9 +239,10 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def process_started_at() -> float:
-    """Return when this process started, at the latest, in seconds since 1970: it cannot have loaded anything before.
+    """Return an upper bound of this process's start, in seconds since 1970. It has loaded nothing before.
 
-    The kernel's clocks for processes and for files tick every few milliseconds; no engine loads weights so soon.
+    The kernel counts a process's start in ticks of 10 ms, and files' times in ticks of a few milliseconds. The bound
+    adds two ticks; no engine loads weights so early.
     """
     tick = 1 / os.sysconf("SC_CLK_TCK")
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])

@@ -355,7 +355,7 @@ def test_a_tier_whose_server_asks_for_less_is_busy_and_not_down(rigs, through_pr
     assert rig.causes.take() == {FailureCause.BUSY: 1}
     proxy.heal()
     assert rig.tier.state is UP
-    assert "asks for less" in rig.tier.state_reason
+    assert "asks for fewer" in rig.tier.state_reason
     assert rig.load(range(4))[1] == list(range(4)), "loads go on"
     rig.wait(lambda: rig.tier.can_store(1), "stores are tried again")
     rig.wait(lambda: rig.store([5]).success, "stores are taken again")

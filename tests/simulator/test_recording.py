@@ -339,7 +339,7 @@ def recorded(tmp_path):
 @pytest.mark.parametrize("size", [1, 2, 9, 12, 20, 30])
 def test_a_recording_cut_in_its_first_bytes_is_said_to_be_one(recorded, size):
     recorded.write_bytes(recorded.read_bytes()[:size])
-    with pytest.raises(TraceError, match="a recording whose beginning cannot be read"):
+    with pytest.raises(TraceError, match="the beginning of this recording cannot be read"):
         load_trace(recorded)
 
 

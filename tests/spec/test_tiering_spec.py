@@ -125,7 +125,7 @@ def test_a_tier_that_cannot_be_used_costs_that_tier_only(broken, reason, caplog)
     assert reason in down[0].reason
     lines = [record.getMessage() for record in caplog.records if name in record.getMessage()]
     assert len(lines) == 1
-    assert lines[0].startswith(f"kvtier: tier {name} cannot be used, the engine runs without it: ")
+    assert lines[0].startswith(f"kvtier: tier {name} cannot be used, and the engine runs without it: ")
 
 
 def test_a_tier_that_could_not_start_is_ended():
@@ -280,8 +280,8 @@ def test_two_tiers_need_two_directories(tmp_path):
         tmp_path,
     ):
         assert error_of(one, own("OwnTier", path=str(path))) == (
-            f"secondary_tiers[1].path={str(path)!r}: a directory of its own, neither in nor around that of"
-            " secondary_tiers[0].path"
+            f"secondary_tiers[1].path={str(path)!r}: a separate directory: this one and"
+            " secondary_tiers[0].path contain each other"
         )
     assert len(spec_of(one, own("OwnTier", path=str(tmp_path / "one-more"))).tiers) == 2
 
@@ -290,10 +290,10 @@ def test_names():
     tiers = spec_of(own("OpenTier"), own("OpenTier"), own("OpenTier", name="ssd"), own("OwnTier", path="p")).tiers
     assert [tier.name for tier in tiers] == ["OpenTier-0", "OpenTier-1", "ssd", "OwnTier"]
     assert error_of(own("OpenTier", name="a"), own("OpenTier", name="a")) == (
-        "secondary_tiers[1].name='a': another name, secondary_tiers[0] has this one"
+        "secondary_tiers[1].name='a': another name: secondary_tiers[0] has this one"
     )
     assert error_of(own("OpenTier", name="primary")) == (
-        "secondary_tiers[0].name='primary': another name, the primary tier has this one"
+        "secondary_tiers[0].name='primary': another name: the primary tier has this one"
     )
 
 
@@ -333,7 +333,9 @@ def test_each_data_parallel_rank_has_a_directory_and_a_share():
 )
 def test_lasting_tiers_trust_no_adapter_names_unasked(tier):
     message = error_of(own("OpenTier"), tier, said={"uses_lora": True})
-    assert message.startswith("allow_lora=False: must be true for secondary_tiers[1] to start with LoRA: ")
+    assert message.startswith(
+        "allow_lora=False: true expected, since secondary_tiers[1] keeps blocks and the engine uses LoRA: "
+    )
     assert len(spec_of(tier, said={"uses_lora": True}, allow_lora=True).tiers) == 1
     assert len(spec_of(tier).tiers) == 1
     assert len(spec_of({"type": "memory", "capacity": "1MiB"}, said={"uses_lora": True}).tiers) == 1

@@ -51,7 +51,7 @@ def test_tensors_take_the_worker_of_their_package():
 def test_a_worker_is_not_handed_out_for_other_tensors_than_its_own():
     with make_spec() as spec:
         spec.get_worker(KVCaches([np.zeros((4, 4096), np.int8)], [[(0, 4096)]]))
-        with pytest.raises(ConfigError, match="kv_caches='1 tensors': those that the worker was made for"):
+        with pytest.raises(ConfigError, match="kv_caches='1 tensors': the tensors of the first call"):
             spec.get_worker(KVCaches([np.zeros((4, 4096), np.int8)], [[(0, 4096)]]))
 
 

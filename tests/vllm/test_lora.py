@@ -63,7 +63,7 @@ def test_adapters_are_served_from_host_memory_and_never_from_what_outlives_the_e
         assert hits_of(engine, folder) == (with_first, 0)
         engine.reset()
         assert hits_of(engine, folder) == (with_first, TOKENS)
-        assert "tier disk cannot be used, the engine runs without it: with LoRA, block hashes carry" in engine.log()
+        assert "tier disk cannot be used, and the engine runs without it: with LoRA, block hashes carry" in engine.log()
         assert "set allow_lora to trust them" in engine.log()
         metrics = engine.metrics()
         assert metrics["kvtier_tier_up.disk"] == 0

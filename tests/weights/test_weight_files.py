@@ -200,7 +200,7 @@ def test_files_that_vanish_or_hang_are_unknown(folder, tmp_path):
     with pytest.raises(UnknownWeightsError, match=r"model-1\.safetensors"):
         identify_files(files)
     os.mkfifo(folder / "model-1.safetensors")
-    with pytest.raises(UnknownWeightsError, match="no regular file"):
+    with pytest.raises(UnknownWeightsError, match="not a regular file"):
         identify_files(files)
     (folder / "model-1.safetensors").unlink()
     (folder / "model-1.safetensors").symlink_to("nowhere")
