@@ -1,6 +1,6 @@
 """kvtier keeps the KV cache of language models alive in host memory, on disk and beyond.
 
-Every public name is importable from here and loaded at its first use: `import kvtier` loads this file alone.
+Every public name can be imported from here. `import kvtier` loads only this file; a name's module loads at first use.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Every contract on one page.
+"""All contracts, on one page.
 
-Who runs where: managers and `SecondaryTierManager`s live on the engine's scheduler thread and never wait;
-workers live next to the device; stores live in a tier's I/O process and block.
+Managers and secondary tiers run on the engine's scheduler thread and never wait. Workers run in the device's process.
+Stores run in a tier's I/O process and may block.
 """
 
 from __future__ import annotations
@@ -52,17 +52,18 @@ __all__ = [
 
 
 class EvictionPolicy(ABC):
-    """Orders keys by how soon they should go; knows no slot, pin or I/O, and owns no clock.
+    """Orders keys by how soon they should be evicted. It knows neither slots, pins nor I/O, and has no clock.
 
-    Keys come in prefix order (head first). A policy that cares for recency makes the tail of one call older
-    than its head, so that eviction eats a prefix from its end.
+    Keys come in prefix order (head first). A policy that orders by recency makes the tail of one call older than its
+    head, so that evictions shorten a prefix from its end.
 
-    `now` is when the request came that uses the keys, in seconds: all calls for one request have the same, no two
-    requests do, and it may lie before that of an earlier call. Policies to which time means nothing ignore it; one
-    whose methods do not take it at all works, too.
+    `now` is the time, in seconds, at which the request came that uses the keys. All calls for one request have the same
+    `now`, two requests never have, and it may be earlier than that of the call before. Policies may ignore it, and
+    their methods need not even take it.
 
-    Caller guarantees: `insert` only keys not held, `evict`, `remove` only keys held; no key twice in one call.
-    Implementer must: hold exactly the keys inserted and not yet evicted or removed; hash and compare keys only.
+    Caller guarantees: `insert` gets only keys not held; `evict` and `remove` get only keys held; no key comes twice in
+    one call.
+    Implementer must: hold exactly the keys inserted and not yet evicted or removed; only hash and compare keys.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -71,37 +72,37 @@ class EvictionPolicy(ABC):
 
     @classmethod
     def for_sample(cls, capacity: int, share: float) -> Self:
-        """Return a policy that will be shown a share, in (0, 1], of the keys only: a shadow.
+        """Return a policy for a shadow cache, which sees only a `share`, in (0, 1], of the keys.
 
-        Policies with constants that count uses, and not uses for each key held, scale them.
+        A policy with constants that count uses of all keys together scales them by `share`.
         """
         return cls(capacity)
 
     @abstractmethod
     def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
-        """Start holding `keys`: one use of each."""
+        """Start to hold `keys`; this counts one use of each."""
 
     @abstractmethod
     def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         """Count one more use of each of `keys`; keys not held are ignored.
 
-        A call without keys says which request the next `candidates` is for.
+        A call without keys only tells, by `now`, for which request the next `candidates` is called.
         """
 
     @abstractmethod
     def evict(self, keys: Sequence[OffloadKey]) -> None:
-        """Stop holding `keys`, which this policy proposed; it may remember that it did (ghosts)."""
+        """Stop holding `keys`, which `candidates` yielded; the policy may remember them (ghosts)."""
 
     @abstractmethod
     def remove(self, keys: Sequence[OffloadKey]) -> None:
-        """Stop holding `keys` at the caller's wish and forget everything about them."""
+        """Stop holding `keys`, for reasons of the caller, and forget everything about them."""
 
     @abstractmethod
     def candidates(self, incoming: Sequence[OffloadKey] = ()) -> Iterator[OffloadKey]:
         """Yield the held keys, best victim first; change nothing.
 
-        Without `incoming` all of them come. With it, a policy may end earlier: those left are worth more than the
-        tail of `incoming`, for which there is then no room.
+        Without `incoming`, all held keys are yielded. With it, a policy may end earlier: the keys left are worth more
+        than the tail of `incoming`, which is then not stored.
 
         Args:
             incoming: the keys that are about to be inserted, in prefix order.
@@ -110,7 +111,7 @@ class EvictionPolicy(ABC):
         """
 
     def settle(self, keys: Sequence[OffloadKey]) -> None:
-        """Put `keys`, which one finished use brought in several calls, in tail-first order; no use is counted."""
+        """Order `keys` by recency, tail first, after a request that gave them in several calls; count no use."""
         return
 
     @abstractmethod
@@ -131,7 +132,7 @@ class EvictionPolicy(ABC):
 
 
 class FailureCounter:
-    """Counts failed blocks by cause; shared by a store's threads."""
+    """Counts failed blocks by cause; safe for several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -143,7 +144,7 @@ class FailureCounter:
             self._counts[cause] += blocks
 
     def take(self) -> dict[FailureCause, int]:
-        """Return the counts since the last call and start at zero."""
+        """Return the counts since the last call."""
         with self._lock:
             counts, self._counts = dict(self._counts), Counter()
         return counts
@@ -151,12 +152,12 @@ class FailureCounter:
 
 @dataclass(frozen=True)
 class StoreContext:
-    """What a store learns of the tier it serves.
+    """What a store knows of its tier.
 
     Attributes:
-        namespace: blocks of any other namespace must be invisible.
+        namespace: the store must not show blocks of any other namespace.
         block_bytes: payload bytes of every block.
-        failures: where the store counts blocks it could not serve, by cause.
+        failures: counts the blocks that the store could not read or write, by cause.
     """
 
     namespace: Namespace
@@ -165,13 +166,13 @@ class StoreContext:
 
 
 class BlockStore(ABC):
-    """Blocking bytes by key; the location is the key (network stores, shared filesystems).
+    """A blocking store of bytes by key, whose key says where a block is (network stores, shared filesystems).
 
-    Runs in the tier's I/O process, called by several threads at once. Faults of the medium are raised as
-    StoreError (the whole call failed) or returned as False (that block failed); both are misses. After a
-    StoreUnavailableError the store is closed, and opened anew some time later (slot stores, too).
-    A plain store keeps opaque values: kvtier seals each with a header and checks it on the way back. A store
-    that can move header and payload without joining them sets `seals_itself` and uses `kvtier.stores.integrity`.
+    It runs in the tier's I/O process; several threads call it at once. It reports faults of the medium by StoreError
+    (the whole call failed) or by False (that block failed); both are misses. After a StoreUnavailableError the tier
+    closes the store and opens it again later. This holds for slot stores, too.
+    A plain store keeps opaque values: kvtier adds a header to each and checks it after a read. A store that can move
+    header and payload without joining them sets `seals_itself` and uses `kvtier.stores.integrity`.
     """
 
     seals_itself: ClassVar[bool] = False
@@ -182,36 +183,36 @@ class BlockStore(ABC):
         """Connect to the medium.
 
         Args:
-            options: the tier's own options, already checked.
+            options: the tier's own options, checked.
 
         Raises:
-            StoreUnavailableError: the medium cannot be used now; the tier tries again later.
+            StoreUnavailableError: the medium cannot be used now. The tier tries again later.
         """
 
     @abstractmethod
     def contains(self, keys: Sequence[OffloadKey]) -> Sequence[bool]:
-        """Return, per key, whether a value is held."""
+        """Return, per key, whether the store has a value."""
 
     @abstractmethod
     def write(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> Sequence[bool]:
-        """Store `buffers[i]` under `keys[i]`; return, per key, whether a later read will find it.
+        """Store `buffers[i]` under `keys[i]`; return, per key, whether later reads will find it.
 
-        The buffers must not be kept after the call returns.
+        The store must not keep the buffers after the call.
         """
 
     @abstractmethod
     def read_into(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> Sequence[bool]:
-        """Fill `buffers[i]` with the value of `keys[i]`; return, per key, whether it was filled exactly.
+        """Read the value of `keys[i]` into `buffers[i]`; return, per key, whether this worked.
 
-        A value of another length than its buffer is a failure. A buffer whose result is False may hold anything.
+        A value of another length than its buffer is a failure. After a failure the buffer may hold any bytes.
         """
 
     @abstractmethod
     def delete(self, keys: Sequence[OffloadKey]) -> None:
-        """Forget `keys`; absent ones are ignored."""
+        """Delete the values of `keys`; absent keys are ignored."""
 
     def usage(self) -> StoreUsage | None:
-        """Return how full the store is, as far as it knows at once: it is asked often, and must not ask its medium."""
+        """Return how full the store is, without I/O: it is called often. None if that is not known."""
         return None
 
     @abstractmethod
@@ -220,53 +221,53 @@ class BlockStore(ABC):
 
 
 class SlotStore(ABC):
-    """Blocking bytes by slot (local devices); index, capacity and eviction are the tier's, in the scheduler's process.
+    """A blocking store of bytes by slot (local devices). The tier, in the scheduler's process, keeps index and policy.
 
-    Runs in the tier's I/O process, called by several threads at once, never for one slot at the same time.
-    Verifies by itself: `read_into` returns True only for bytes that were stored under that key and namespace.
+    It runs in the tier's I/O process. Several threads call it at once, but never two for one slot.
+    It verifies payloads: `read_into` returns True only for bytes that were stored under that key and namespace.
     """
 
     @classmethod
     @abstractmethod
     def open(cls, options: Mapping[str, Any], context: StoreContext) -> Self:
-        """Open the medium, alone: nobody else may write it until `close` or the end of the process.
+        """Open and lock the medium: nobody else may write it until `close` or the end of the process.
 
         Raises:
-            StoreUnavailableError: locked by another process, full, missing or foreign.
+            StoreUnavailableError: it is locked by another process, full, missing, or no store of kvtier's.
         """
 
     @property
     @abstractmethod
     def num_slots(self) -> int:
-        """Slots that fit the capacity; slot indices are below it."""
+        """Number of slots; slot indices are below it."""
 
     @abstractmethod
     def recover(self) -> Iterator[tuple[Sequence[int], Sequence[OffloadKey]]]:
-        """Yield batches of (slots, keys) that a former process left, oldest first; payloads are not read.
+        """Yield batches of (slots, keys) that a former process stored, oldest first, without reading payloads.
 
-        Called once, before any other I/O. A key appears once, a slot appears once.
+        Called once, before any other I/O. No key and no slot is yielded twice.
         """
 
     @abstractmethod
     def write(self, slots: Sequence[int], keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> Sequence[bool]:
-        """Replace what the slots hold; return, per slot, whether a later read will find it."""
+        """Overwrite the slots; return, per slot, whether later reads will find the block."""
 
     @abstractmethod
     def read_into(
         self, slots: Sequence[int], keys: Sequence[OffloadKey], buffers: Sequence[memoryview]
     ) -> Sequence[bool]:
-        """Fill `buffers[i]` (block_bytes each) from `slots[i]`; True only if it verified as `keys[i]`.
+        """Read `slots[i]` into `buffers[i]` (block_bytes each); return, per slot, whether it held `keys[i]`, intact.
 
-        A slot that fails verification is invalidated, so that `recover` never reports it again.
+        A slot that fails this check is invalidated: `recover` never yields it again.
         """
 
     def prepare(self) -> tuple[int, int] | None:
-        """Do a few milliseconds of work that will make later calls quicker; None when there is nothing to do any more.
+        """Do a few milliseconds of work that makes later calls quicker.
 
-        Called again and again, by one thread, while others read and write.
+        One thread calls it repeatedly while others read and write.
 
         Returns:
-            (bytes prepared so far, bytes in total).
+            (bytes prepared so far, bytes in total); None when nothing is left to do.
         """
         return None
 
@@ -277,18 +278,19 @@ class SlotStore(ABC):
 
 @dataclass(frozen=True)
 class TierContext:
-    """What a tier learns of the engine it serves.
+    """What a tier knows of its engine.
 
     Attributes:
-        namespace: identity of the blocks; None if the engine did not say (persistent tiers then refuse to start).
-        arena_fd: descriptor of the memfd behind the primary view, mapped by I/O processes; None if the view is
-            plain memory, which only this process can reach.
-        clock, observer: time, and where events go.
+        namespace: identity of the blocks; None if the engine did not give one (persistent tiers then do not start).
+        arena_fd: descriptor of the memfd behind the primary view, which I/O processes map; None if the view is memory
+            of this process only.
+        clock: source of time.
+        observer: gets the events.
         tokens_per_block: tokens in one offloaded block, for predictions.
         policies: eviction policies by name, in addition to the built-in ones.
-        retain_share: share of a tier's slots that blocks may hold which hints ask to keep, 0 to 1.
-        tenant_quotas: whether no tenant that a hint names takes more than its share while others want theirs.
-        inline_io: run stores on the caller's thread when the tier is polled: deterministic, for tests, manual
+        retain_share: largest share of a tier's slots for blocks that hints ask to keep, 0 to 1.
+        tenant_quotas: True if each tenant that a hint names gets an equal share while others want theirs.
+        inline_io: run stores on the caller's thread when the tier is polled. This is deterministic, for tests, manual
             clocks and the simulator.
     """
 
@@ -306,17 +308,17 @@ class TierContext:
 class SecondaryTierManager(ABC):
     """One secondary tier, as the tiering manager sees it.
 
-    All methods run on the scheduler's thread and return without I/O and without waiting, except `drain_jobs`
-    and `shutdown`, which the manager calls with a deadline of its own.
+    All methods run on the scheduler's thread and return without I/O and without waiting. `drain_jobs` and `shutdown`
+    may wait; the manager bounds their time.
 
     Attributes:
         medium, locality: for `load_tier_filter`; None matches every filter.
         verifies_payloads: True if a load never succeeds with bytes other than those stored under that key in the
-            current namespace and epoch. The manager keeps digests for tiers that do not, and trusts them only
-            with blocks whose digest it knows.
-        persistent: blocks of earlier engines may be here: a request waits a moment for such a tier to open.
-        probe_deadline: longest a request waits for this tier while its `lookup` answers RETRY, in seconds; longer
-            before the first answer, shorter when waits were in vain. Configurations may set another.
+            current namespace and epoch. For other tiers the manager keeps digests, and loads only blocks whose digest
+            it knows.
+        persistent: True if the tier may have blocks of earlier engines. Requests then wait a moment while it opens.
+        probe_deadline: longest that a request waits while `lookup` answers RETRY, in seconds. The manager waits longer
+            before the tier's first answer, and shorter after waits in vain. A configuration may set another value.
     """
 
     medium: ClassVar[Medium | None] = None
@@ -327,19 +329,20 @@ class SecondaryTierManager(ABC):
 
     @classmethod
     def class_for(cls, options: Mapping[str, Any]) -> type[SecondaryTierManager]:
-        """Return the class that serves these options, not checked yet: this one, unless they choose another."""
+        """Return the class for these options, which are not checked yet: this one, unless an option chooses another."""
         return cls
 
     @classmethod
     def check_options(
         cls, options: Mapping[str, Any], block_bytes: int, policies: Mapping[str, type[EvictionPolicy]]
     ) -> None:
-        """Refuse what cannot work here; called where a spec is made, in every process of an engine.
+        """Refuse options that cannot work here. Called when a spec is made, in every process of an engine.
 
-        What is refused here stops the engine's start; what a constructor or `start` refuses leaves the tier out.
+        An error here stops the engine's start. After an error of the constructor or of `start`, the engine runs
+        without the tier.
 
         Args:
-            options: the constructor's keyword arguments, of the right names and types.
+            options: keyword arguments of the constructor, with names and types checked.
             block_bytes: bytes of one block.
             policies: registered eviction policies that the options name.
 
@@ -349,12 +352,12 @@ class SecondaryTierManager(ABC):
         return
 
     def __init__(self, offloading_spec: Any, primary_kv_view: memoryview, tier_type: str) -> None:
-        """Set up without side effects; threads, processes and connections start in `start`.
+        """Set up without side effects: threads, processes and connections belong into `start`.
 
         Args:
             offloading_spec: the engine's spec; kvtier's own carries a `tier_context`.
             primary_kv_view: the primary arena, shape (num_blocks, block_bytes), bytes; slot s is `view[s]`.
-            tier_type: name under which the tier was configured.
+            tier_type: name of the tier in the configuration.
         """
         self.offloading_spec = offloading_spec
         self.primary_kv_view = primary_kv_view
@@ -362,31 +365,33 @@ class SecondaryTierManager(ABC):
 
     @property
     def state(self) -> TierState:
-        """Health of the tier; a tier that is not UP answers MISS and takes no job."""
+        """Health of the tier. A tier that is not UP answers MISS and takes no jobs."""
         return TierState.UP
 
     @property
     def state_reason(self) -> str:
-        """Why the tier is in its state, in a few words; empty if there is nothing to say."""
+        """Why the tier is in its state, in a few words; may be empty."""
         return ""
 
     @property
     def progress(self) -> int:
-        """A number that grows when a part of any job is done; for tiers whose jobs may take longer than a deadline.
+        """A number that grows when a part of any job is done, for tiers whose jobs may take longer than
+        `tier_deadline`.
 
-        A tier with jobs, of which for `tier_deadline` none has ended and this has not grown, is not used.
+        The manager stops using a tier with jobs if for `tier_deadline` no job ends and this number does not grow.
         """
         return 0
 
     def start(self) -> None:
-        """Begin working, without waiting; called once before any other call. A tier may be STARTING for a while."""
+        """Start to work, without waiting; called once, before all calls below. The tier may be STARTING for a while."""
         return
 
     @abstractmethod
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
-        """Return HIT if the block is here and loadable, MISS if not, RETRY while not known or in transfer.
+        """Return HIT if the block can be loaded, MISS if not, RETRY while that is not known or the block is in
+        transfer.
 
-        Called thousands of times per step; answers from memory.
+        Called thousands of times per step, so it must answer from memory.
         """
 
     @abstractmethod
@@ -394,25 +399,25 @@ class SecondaryTierManager(ABC):
         """Start copying the job's blocks into this tier.
 
         Caller guarantees: the slots stay pinned until the job's result is collected.
-        Implementer must: return without I/O; report exactly one JobResult; a call that raises has not taken the
-        job and touches no slot afterwards. Blocks already here count as successful. A job that cannot be taken now
-        fails at the next `get_finished_jobs`.
+        Implementer must: return without I/O; report exactly one JobResult, except if the call raises: then the job is
+        not taken, and no slot is touched afterwards. Blocks that the tier already has count as successful. A job that
+        the tier cannot take now fails at the next `get_finished_jobs`.
         """
 
     @abstractmethod
     def submit_load(self, job_metadata: JobMetadata) -> None:
         """Start copying the job's blocks from this tier into the slots.
 
-        Caller guarantees: the slots are allocated to this job alone until its result is collected.
-        Implementer must: return without I/O; report exactly one JobResult, partial success included, and not
-        touch the slots after it.
+        Caller guarantees: no other job uses the slots until the job's result is collected.
+        Implementer must: return without I/O; report exactly one JobResult, also after a partial success; not touch the
+        slots after that.
         """
 
     def cancel_loads(self, job_ids: Collection[int]) -> None:
-        """Learn that nobody waits for these load jobs any more, some of which may have ended.
+        """Learn that no request waits for these load jobs any more. Some may have ended.
 
-        What has not begun may fail now, so that others come earlier. Each job still has its one result, and its slots
-        stay the tier's until then.
+        Blocks that are not begun may fail now, so that other jobs begin earlier. Each job still gets exactly one
+        result, and the tier may use its slots until then.
         """
         return
 
@@ -421,41 +426,41 @@ class SecondaryTierManager(ABC):
         """Return the results that arrived since the last call."""
 
     def can_store(self, num_blocks: int) -> bool:
-        """Return whether the tier would take a store job of this size now (back-pressure is a value)."""
+        """Return whether the tier would take a store job of this size now (back-pressure)."""
         return True
 
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
-        """Note that `keys` were used; a recency hint, no I/O."""
+        """Count one use of `keys`, without I/O."""
         return
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
-        """Learn of a request; return how its blocks should be offered."""
+        """Learn of a new request; return which of its blocks the engine should offer."""
         return RequestOffloadingContext()
 
     def on_request_finished(self, req_context: ReqContext) -> None:
-        """Release what is kept for a request; no call names it afterwards, though its jobs may still be running."""
+        """Drop what is kept for a request. No later call names it, but its jobs may still run."""
         return
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
-        """End of a scheduler step: flush what was batched."""
+        """Learn that a scheduler step ends; send what was batched."""
         return
 
     def has_pending_work(self) -> bool:
-        """Return whether the tier has work of its own beyond its jobs; kvtier's manager steps on for jobs only."""
+        """Return whether the tier has work besides its jobs. kvtier's manager lets the engine step for jobs only."""
         return False
 
     @abstractmethod
     def drain_jobs(self) -> None:
-        """Wait until no I/O touches primary memory; every submitted job's result is then available.
+        """Wait until no I/O touches primary memory. After that, the result of every submitted job is available.
 
-        Jobs not yet started may be cancelled (their results say so); a running copy is never cut short.
+        Jobs that are not begun may be cancelled (they fail); a running copy must end by itself.
         """
 
     def start_epoch(self, epoch: bytes) -> None:
-        """Forget: blocks stored before this call must miss from now on. Called with no job in flight.
+        """From now on, miss for all blocks stored before this call. Called while no job is in flight.
 
         Args:
-            epoch: random salt, to be joined to the namespace (`Namespace.with_epoch`).
+            epoch: random salt for the namespace (`Namespace.with_epoch`).
         """
         return
 
@@ -464,15 +469,16 @@ class SecondaryTierManager(ABC):
         return ()
 
     def get_stats(self) -> Mapping[str, float]:
-        """Return what this tier knows of itself, by name: numbers.
+        """Return gauges and counters of this tier, by name.
 
-        Names of `kvtier.metrics` with `Source.TIER` (blocks, bytes, capacity_blocks and so on) reach engines; others,
-        gauges of your own, only `OffloadingManager.get_stats`. A name that the manager reads itself is ignored.
+        Names of `kvtier.metrics` with `Source.TIER` (blocks, bytes, capacity_blocks and so on) are exported by engines.
+        Other names, gauges of your own, appear only in `OffloadingManager.get_stats`. Names that the manager reads
+        itself are ignored.
         """
         return {}
 
     def shutdown(self) -> None:
-        """Release everything, within the tier's own deadline; no call follows."""
+        """Release everything, in bounded time; no call follows."""
         return
 
     def check_invariants(self) -> None:
@@ -481,20 +487,20 @@ class SecondaryTierManager(ABC):
 
 
 class OffloadingManager(ABC):
-    """Decides, on the scheduler's thread, what is stored and loaded; never waits, moves no bytes.
+    """Decides which blocks are stored and loaded, on the scheduler's thread; never waits and moves no bytes.
 
-    `complete_*` for a key in an unexpected state is counted (`UnexpectedCall`), never raised.
+    `complete_*` for a key in an unexpected state is no error; it is counted as an `UnexpectedCall`.
     """
 
     @abstractmethod
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         """Return whether one block can be loaded now (HIT), soon (HIT_PENDING), maybe (RETRY) or not (MISS).
 
-        No key answers HIT_PENDING or RETRY for ever.
+        HIT_PENDING and RETRY end after a bounded time.
         """
 
     def get_load_source(self, key: OffloadKey, req_context: ReqContext) -> str:
-        """Return the name of the tier that a HIT of this request comes from, "primary" if no promotion was needed."""
+        """Return the name of the tier from which this request's HIT came, "primary" if no promotion was needed."""
         return "primary"
 
     @abstractmethod
@@ -502,45 +508,45 @@ class OffloadingManager(ABC):
         """Pin `keys` until `complete_load` and return their slots, in the order of `keys`.
 
         Raises:
-            BlockNotReadyError: a key is not ready; nothing was pinned.
+            BlockNotReadyError: a key is not ready; no key was pinned.
         """
 
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
-        """Count one use of `keys`, given in prefix order; unknown ones are ignored."""
+        """Count one use of `keys`, given in prefix order; unknown keys are ignored."""
         return
 
     def complete_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
-        """Unpin `keys`, whose copy to the device has ended, well or not."""
+        """Unpin `keys` after their copy to the device succeeded or failed."""
         return
 
     @abstractmethod
     def prepare_store(self, keys: Collection[OffloadKey], req_context: ReqContext) -> PrepareStoreOutput | None:
-        """Choose slots for those of `keys` that are not held, evicting as needed.
+        """Choose slots for those of `keys` that are not held, and evict others as needed.
 
         Args:
             keys: in prefix order; a key given twice counts once.
 
         Returns:
-            The longest head that can be placed (possibly nothing to store); None if not one block can be.
+            Slots for as many keys from the head as possible, none if all are held; None if not even one block fits.
 
         Raises:
             KeyFormatError: a key has the wrong length or type.
         """
 
     def complete_store(self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True) -> None:
-        """Make stored blocks loadable, or forget them if the copy failed. `keys` may come in any order."""
+        """Make stored blocks ready to load, or drop them if the copy failed. `keys` may be in any order."""
         return
 
     @abstractmethod
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
-        """Learn of a request before any other call names it."""
+        """Learn of a new request, before any other call names it."""
 
     def on_request_finished(self, req_context: ReqContext) -> None:
-        """Learn that a request is over; completions of its transfers may still follow."""
+        """Learn that a request is over; its transfers may still be completed later."""
         return
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
-        """End of a scheduler step: plan promotions, collect results, flush what was batched."""
+        """Learn that a scheduler step ends; plan promotions, collect results, send what was batched."""
         return
 
     def has_pending_work(self) -> bool:
@@ -552,20 +558,20 @@ class OffloadingManager(ABC):
         return ()
 
     def get_stats(self) -> Mapping[str, float] | None:
-        """Return counters and gauges by the names that `kvtier.metrics` declares, or None if there are none."""
+        """Return counters and gauges, by the names of `kvtier.metrics`; None if there are none."""
         return None
 
     def reset_cache(self) -> None:
-        """Forget every block, because the weights may have changed; bounded in time."""
+        """Forget every block, in bounded time, since the weights may have changed."""
         return
 
     def shutdown(self) -> None:
-        """Release everything, bounded in time; idempotent."""
+        """Release everything, in bounded time; idempotent."""
         return
 
 
 class OffloadingWorker(ABC):
-    """Moves blocks between the device and the primary arena, next to the device."""
+    """Moves blocks between the device and the primary arena, in the device's process."""
 
     @abstractmethod
     def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec) -> bool:
@@ -594,7 +600,7 @@ class OffloadingWorker(ABC):
 
 
 class OffloadingSpec(ABC):
-    """A validated configuration that makes a manager (scheduler's process) and a worker (next to the device)."""
+    """A checked configuration that makes a manager (in the scheduler's process) and a worker (in the device's)."""
 
     @classmethod
     def build_metric_definitions(cls, extra_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -603,11 +609,11 @@ class OffloadingSpec(ABC):
 
     @abstractmethod
     def get_manager(self) -> OffloadingManager:
-        """Return the manager, made at the first call."""
+        """Return the manager; the first call makes it."""
 
     @abstractmethod
     def get_worker(self, kv_caches: Any) -> OffloadingWorker:
-        """Return the worker over the engine's KV caches, made at the first call."""
+        """Return the worker over the engine's KV caches; the first call makes it."""
 
     def shutdown(self) -> None:
         """Release manager, worker and arena; idempotent."""

@@ -1,4 +1,4 @@
-"""Time, injected: everything that waits or expires asks a `Clock`."""
+"""The clock that everything uses which waits or expires, so that tests can set the time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configuration: what an engine says about itself, and what a user may set. It is checked once, here.
+"""The configuration: what an engine tells of itself, and the options of a user, which are checked here.
 
 `tier_config.py` has the keys of one secondary tier.
 """
@@ -52,29 +52,30 @@ class KVCacheGroup:
         """Check the sizes.
 
         Raises:
-            ConfigError: a size is no positive int.
+            ConfigError: a size is not a positive int.
         """
         _check_count("tokens_per_block", self.tokens_per_block)
 
 
 @dataclass(frozen=True)
 class OffloadingConfig:
-    """What an engine says when it asks for a spec.
+    """What an engine tells of itself when it makes a spec.
 
     Attributes:
-        extra_config: the user's configuration, as `TieringConfig` declares it; not changed.
+        extra_config: the user's configuration, as `TieringConfig` declares it; it is not changed.
         groups: the KV cache groups, at least one, by group index.
-        engine_block_bytes: bytes of one engine block over all layers and all workers, of the largest group; the
+        engine_block_bytes: bytes of one engine block of the largest group, over all layers and all workers. The
             workers have equal shares of it, in the order of their ranks.
-        namespace: identity of the blocks; None if the engine cannot tell (persistent tiers then refuse to start).
+        namespace: identity of the blocks; None if the engine cannot give one (persistent tiers then do not start).
         engine_id: unique among the engines of one machine.
-        world_size: workers that share the arena.
-        rank: this process's place among them.
-        data_parallel_index, data_parallel_size: this engine among equal ones that share a configuration; a size of
-            None is a number that the engine does not know.
-        uses_lora: block hashes carry the names of adapters, not their contents.
-        enable_kv_cache_events: the engine asks for `take_events`.
-        namespace_follows: the engine tells later, by `TieringOffloadingSpec.identify`; persistent tiers wait for it.
+        world_size: number of workers that share the arena.
+        rank: index of this process among them.
+        data_parallel_index: index of this engine among equal engines that share a configuration.
+        data_parallel_size: number of these engines; None if the engine does not know it.
+        uses_lora: True if the engine uses LoRA; block hashes contain adapters' names, not their contents.
+        enable_kv_cache_events: True if the engine calls `take_events`.
+        namespace_follows: True if the engine gives the namespace later, by `TieringOffloadingSpec.identify`;
+            persistent tiers start then.
     """
 
     extra_config: Mapping[str, Any] = field(repr=False)  # where users put passwords, allowed or not
@@ -91,10 +92,10 @@ class OffloadingConfig:
     namespace_follows: bool = False
 
     def __post_init__(self) -> None:
-        """Check what every spec relies on.
+        """Check the values.
 
         Raises:
-            ConfigError: `extra_config` is no mapping, no group, or a count out of range.
+            ConfigError: `extra_config` is not a mapping, there is no group, or a count is out of range.
         """
         if not isinstance(self.extra_config, Mapping):
             raise ConfigError("extra_config", self.extra_config, "a mapping of option names to values expected")
@@ -116,14 +117,14 @@ class OffloadingConfig:
 
 
 class TrustedWeights(Enum):
-    """What tells weights from others."""
+    """What identifies a model's weights."""
 
     CONTENTS = "contents"
     NAME = "name"
 
 
 class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a user may set for `CPUOffloadingSpec`."""
+    """A user's options for `CPUOffloadingSpec`."""
 
     cpu_bytes_to_use: Annotated[
         int | str,
@@ -143,28 +144,30 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     blocks_per_chunk: Annotated[
         _Count | None,
         msgspec.Meta(
-            description="the same in the engine's blocks; the one to use where KV groups have blocks of several sizes"
+            description="the size of an offloaded block in engine blocks, instead of `block_size`; needed if KV groups"
+            " have blocks of different sizes"
         ),
     ] = None
     eviction_policy: Annotated[
         Text,
         msgspec.Meta(
-            description='which blocks leave host memory: "lru", "arc", "s3fifo", "tinylfu", "prefix", any registered'
-            ' policy, or "auto", which changes it while the engine runs'
+            description='which blocks are evicted from host memory: "lru", "arc", "s3fifo", "tinylfu", "prefix", any'
+            ' registered policy, or "auto", which changes the policy while the engine runs'
         ),
     ] = "lru"
     shadow_caches: Annotated[
         bool,
         msgspec.Meta(
-            description="count what other policies, and half and twice the size, would have hit (metrics"
+            description="count the hits that other policies, and half and twice the size, would have had (metrics"
             ' `kvtier_shadow_*`); "auto" always does'
         ),
     ] = False
     offload_prompt_only: Annotated[
         bool | None,
         msgspec.Meta(
-            description="engines offer only blocks of prompts, not of answers. Given, it is the admission of tiers"
-            " that do not say; absent, it is true if there are secondary tiers and each admits prompts only"
+            description="engines offer only blocks of prompts, not of answers. If given, it is also the `admission` of"
+            " tiers without one. If absent, it is true if there are secondary tiers and each has `admission`"
+            ' "prompt_only"'
         ),
     ] = None
     self_describing_kv_events: Annotated[bool, msgspec.Meta(description="engines attach token ids to KV events")] = (
@@ -174,92 +177,92 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     load_deadline: Annotated[
         Seconds | None,
         msgspec.Meta(
-            description="longest a request waits for tiers, seconds; then the rest is computed. Absent, it waits for"
-            " blocks only while they arrive sooner than they are computed"
+            description="longest time that a request waits for tiers, seconds; then the engine computes the rest. If"
+            " absent, it waits for blocks only while they are expected sooner than the engine could compute them"
         ),
     ] = TieringSettings.load_deadline
     probe_deadline: Annotated[
         Seconds | None,
         msgspec.Meta(
-            description="longest a request waits for one tier to say whether it has a block, seconds. A tier's own"
-            " option goes before this one; without either, each tier has what fits its medium"
+            description="longest time that a request waits for one tier to say whether it has a block, seconds. A"
+            " tier's own `probe_deadline` overrides this one; without either, the tier's type decides"
         ),
     ] = TieringSettings.probe_deadline
     lease_timeout: Annotated[
-        Seconds, msgspec.Meta(description="longest a request holds promoted blocks that it does not load, seconds")
+        Seconds,
+        msgspec.Meta(description="longest time that a request holds promoted blocks that it does not load, seconds"),
     ] = TieringSettings.lease_timeout
     drain_timeout: Annotated[
-        Seconds, msgspec.Meta(description="longest a reset or an exit waits for tiers, seconds")
+        Seconds, msgspec.Meta(description="longest time that a reset or an exit waits for tiers, seconds")
     ] = TieringSettings.drain_timeout
     tier_deadline: Annotated[
         Seconds,
         msgspec.Meta(
-            description="a tier that has jobs, and of which nothing has progressed for so many seconds, is not used"
-            " until something has. A long queue that moves is not late. A tier's own `job_deadline` is another"
-            " option: it ends the tier's I/O process"
+            description="a tier with jobs that makes no progress for this time, in seconds, is not used until it makes"
+            " some. A long queue that moves is no reason. A tier's own `job_deadline` is another option: it ends the"
+            " tier's I/O process"
         ),
     ] = TieringSettings.tier_deadline
     promotion_budget: Annotated[
-        _Share, msgspec.Meta(description="share of host memory that blocks on their way up may take")
+        _Share, msgspec.Meta(description="largest share of host memory for blocks that are being promoted")
     ] = TieringSettings.promotion_budget
     retain_share: Annotated[
         float,
         msgspec.Meta(
             ge=0,
             le=1,
-            description="share of host memory, and of each tier with an index, that blocks may hold which requests ask"
-            " to keep for a time by a hint; 0 for none",
+            description="largest share of host memory, and of each tier with an index, for blocks that requests' hints"
+            " ask to keep for a time; 0 for none",
         ),
     ] = TieringSettings.retain_share
     tenant_quotas: Annotated[
         bool,
         msgspec.Meta(
-            description="no tenant that requests name by a hint holds more than an equal share of host memory, and of"
-            " each tier with an index, while others want theirs"
+            description="while tenants, which hints of requests name, compete for host memory or for a tier with an"
+            " index, none of them holds more than an equal share of it"
         ),
     ] = TieringSettings.tenant_quotas
     prefill_rate: Annotated[
         Seconds | None,
         msgspec.Meta(
-            description="tokens per second that the engine computes, until kvtier has measured it; absent, 10,000, or"
-            " less on a CPU."
-            " Given, it bounds the wait for answers of tiers, too"
+            description="tokens per second that the engine computes, used until kvtier has measured it. If absent, it"
+            " is 10,000, or less on a CPU. If given, it also bounds the wait for answers of tiers"
         ),
     ] = TieringSettings.prefill_rate
     on_reset: Annotated[
         ResetPolicy,
         msgspec.Meta(
-            description='"new_epoch": after the engine resets its prefix cache, nothing stored before is served'
-            ' again, in any tier; "keep": it is'
+            description='"new_epoch": after the engine resets its prefix cache, all blocks stored before miss, in'
+            ' every tier; "keep": blocks in secondary tiers still hit'
         ),
     ] = TieringSettings.on_reset
     allow_lora: Annotated[
         bool,
         msgspec.Meta(
-            description="trust the names of LoRA adapters: block hashes carry names, not contents. Without it, tiers"
-            " that outlive the engine stay off under LoRA"
+            description="trust the names of LoRA adapters: block hashes contain names, not contents. Without it, an"
+            " engine with LoRA does not use tiers that outlive it"
         ),
     ] = False
     trust_weights: Annotated[
         TrustedWeights,
         msgspec.Meta(
-            description="how engines that read weights from files tell them from others across restarts: by all of"
-            ' their "contents", or by their "name" alone, a path, or a repository and its revision'
+            description="how an engine that reads weights from files recognizes them after a restart: by all of their"
+            ' "contents", or only by their "name": a path, or a repository and its revision'
         ),
     ] = TrustedWeights.CONTENTS
     record: Annotated[
         Text | None,
         msgspec.Meta(
-            description="path of a new file that gets a recording of the requests, for `kvtier simulate` and `kvtier"
-            " plan`; keys are hashed with a salt that nobody keeps"
+            description="path of a new file for a recording of the requests, for `kvtier simulate` and `kvtier plan`;"
+            " keys are hashed with a random salt that is not saved"
         ),
     ] = None
-    record_limit: Annotated[int | str, msgspec.Meta(description="most bytes of the recording, which then ends")] = (
-        DEFAULT_RECORD_LIMIT
-    )
+    record_limit: Annotated[
+        int | str, msgspec.Meta(description="size at which the recording ends, bytes, or a text")
+    ] = DEFAULT_RECORD_LIMIT
 
     def settings(self, tokens_per_block: int, kv_events: bool) -> TieringSettings:
-        """Return the part that the tiering manager reads."""
+        """Return the tiering manager's settings."""
         return TieringSettings(
             load_deadline=self.load_deadline,
             probe_deadline=self.probe_deadline,
@@ -277,14 +280,14 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 class TieringConfig(CPUConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a user may set for `TieringOffloadingSpec`."""
+    """A user's options for `TieringOffloadingSpec`."""
 
     secondary_tiers: Annotated[
         list[dict[str, Any]],
         msgspec.Meta(
-            description="tiers below host memory, asked in this order. Each is a mapping with `type`, and optionally"
-            ' `module_path`, `name`, `admission` ("always", "second_touch", "prompt_only") and `probe_deadline`;'
-            " every other key is an option of the tier"
+            description="tiers below host memory, in the order in which they are asked. Each is a mapping with `type`,"
+            ' and optionally `module_path`, `name`, `admission` ("always", "second_touch", "prompt_only") and'
+            " `probe_deadline`; every other key is an option of the tier"
         ),
     ] = []  # msgspec copies the default for every instance
 
@@ -297,15 +300,15 @@ C = TypeVar("C", bound=CPUConfig)
 
 
 def parse_config(extra_config: Mapping[str, Any], kind: type[C]) -> C:
-    """Return the user's configuration, checked.
+    """Check the user's configuration and return it.
 
     Args:
-        extra_config: as the user wrote it; not changed.
-        kind: `CPUConfig`, `TieringConfig`, or a subclass with keys of its own.
+        extra_config: as the user wrote it; it is not changed.
+        kind: `CPUConfig`, `TieringConfig`, or a subclass with its own keys.
 
     Raises:
-        ConfigError: an unknown key, a wrong type, a value out of range, `cpu_bytes_to_use` missing, or
-            `canonical_layout` asked for.
+        ConfigError: a key is unknown, a value is of a wrong type or out of range, `cpu_bytes_to_use` is missing, or
+            `canonical_layout` is true.
     """
     fields = {item.name: item for item in msgspec.structs.fields(kind)}
     if "secondary_tiers" in extra_config and "secondary_tiers" not in fields:
@@ -327,16 +330,16 @@ _RENAMED = {"job_deadline": "tier_deadline"}
 
 
 def _with_new_names(extra_config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the options by their names of today, and say once per call which to change.
+    """Return the options under their current names; log a warning for each old name.
 
     Raises:
-        ConfigError: an option is there under both names.
+        ConfigError: an option is given under both names.
     """
     former = {old: new for old, new in _RENAMED.items() if old in extra_config}
     for old, new in former.items():
         if new in extra_config:
-            raise ConfigError(old, extra_config[old], f"not together with {new}, which is its name now")
-        logger.warning("kvtier: the option %s is called %s now; the old name still works", old, new)
+            raise ConfigError(old, extra_config[old], f"not together with {new}, its new name")
+        logger.warning("kvtier: the option %s is now called %s; the old name still works", old, new)
     return {former.get(key, key): value for key, value in extra_config.items()}
 
 
@@ -346,10 +349,10 @@ def json_schema(kind: type[CPUConfig] = TieringConfig) -> dict[str, Any]:
 
 
 def engine_blocks_per_block(user: CPUConfig, groups: Sequence[KVCacheGroup]) -> int:
-    """Return how many engine blocks one offloaded block joins.
+    """Return the number of engine blocks in one offloaded block.
 
     Raises:
-        ConfigError: `block_size` is no multiple of the engine block, contradicts `blocks_per_chunk`, or is given
+        ConfigError: `block_size` is not a multiple of the engine block, contradicts `blocks_per_chunk`, or is given
             although the groups' engine blocks differ.
     """
     if user.block_size is None:
@@ -371,7 +374,7 @@ def primary_blocks(user: CPUConfig, block_bytes: int) -> int:
     """Return how many blocks of `block_bytes` the primary tier holds, at least 1.
 
     Raises:
-        ConfigError: not even one fits.
+        ConfigError: not even one block fits.
     """
     num_blocks = parse_size("cpu_bytes_to_use", user.cpu_bytes_to_use) // block_bytes
     if num_blocks < 1:

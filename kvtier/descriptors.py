@@ -1,4 +1,7 @@
-"""File descriptors that others may close: daemons close all that they have not opened, and numbers are used again."""
+"""File descriptors that other code of the process may close.
+
+A process that becomes a daemon closes all descriptors it did not open, and the kernel gives their numbers to new files.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,14 @@ import os
 
 
 class Descriptor:
-    """A descriptor that is closed only while it is still what it was.
+    """A descriptor that `close` closes only if its number still refers to the same file.
 
     Attributes:
-        number: what system calls take; -1 when it is closed.
+        number: for system calls; -1 when it is closed.
     """
 
     def __init__(self, number: int) -> None:
-        """Own an open descriptor from now on.
+        """Take over an open descriptor.
 
         Raises:
             OSError: it is not open.
@@ -22,14 +25,14 @@ class Descriptor:
         self._identity = _identity(number)
 
     def is_ours(self) -> bool:
-        """Return whether the number still means the file, socket or process that it meant at first."""
+        """Return whether the number still refers to the same file, socket or process."""
         try:
             return self.number >= 0 and _identity(self.number) == self._identity
         except OSError:
             return False
 
     def close(self) -> None:
-        """Close it, if nobody has; idempotent."""
+        """Close it, if it is still ours; idempotent."""
         if self.is_ours():
             os.close(self.number)
         self.number = -1

@@ -1,7 +1,7 @@
-"""The one family of errors.
+"""All exceptions of kvtier.
 
-Misses and throttling are values; only faults are exceptions. Foreign errors are translated into this
-family where they enter, once.
+Misses and throttling are return values; only faults are exceptions. Code that calls a library or the system turns its
+errors into one of these.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ _WAYS_OUT = {
 
 
 def describe(error: OSError) -> str:
-    """Return the words of an error of the system, and the way out where a limit of the process is the cause."""
+    """Return the message of a system error and, if a limit of the process is the cause, what to change."""
     words = error.strerror or (os.strerror(error.errno) if error.errno else str(error))
     return f"{words}; {_WAYS_OUT[error.errno]}" if error.errno in _WAYS_OUT else words
 
 
 class KVTierError(Exception):
-    """Base of everything kvtier raises on purpose; the message is one line, whatever it quotes."""
+    """Base of all exceptions of kvtier. The message is one line, whatever it quotes."""
 
     def __init__(self, *args: object) -> None:
         super().__init__(*(one_line(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class ConfigError(KVTierError, ValueError):
-    """A configuration key holds what it may not; neither the message nor `value` shows a secret."""
+    """A configuration key has a wrong value. Neither the message nor `value` shows a secret."""
 
     def __init__(self, key: str, value: object, allowed: str) -> None:
         self.value = shown_option(key.rpartition(".")[2], value)
@@ -43,11 +43,11 @@ class ConfigError(KVTierError, ValueError):
 
 
 class KeyFormatError(KVTierError, ValueError):
-    """A key that `make_offload_key` cannot have made, or of another length than its neighbours."""
+    """A key that `make_offload_key` did not make, or of another length than the other keys."""
 
 
 class CapacityError(KVTierError):
-    """The machine cannot hold what the configuration asks for."""
+    """The machine has less memory or space than the configuration asks for."""
 
 
 class BlockNotReadyError(KVTierError, KeyError):
@@ -55,7 +55,7 @@ class BlockNotReadyError(KVTierError, KeyError):
 
 
 class OverlappingCallError(KVTierError, RuntimeError):
-    """A call would have changed a manager's state while another thread was in a call of it; it did nothing."""
+    """A manager was called while another thread was in a call of it; the call changed nothing."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -65,20 +65,20 @@ class OverlappingCallError(KVTierError, RuntimeError):
 
 
 class StoreError(KVTierError):
-    """A backend failed; the operation counts as a miss, the tier's breaker counts the failure."""
+    """A store failed. The operation counts as a miss, and the tier's circuit breaker counts the failure."""
 
 
 class StoreUnavailableError(StoreError):
-    """A backend cannot start (locked, full, missing, foreign); the engine runs without its tier."""
+    """A store cannot be opened (locked, full, missing, not of kvtier); the engine runs without its tier."""
 
 
 class ProtocolError(KVTierError):
-    """A message between a tier and its I/O process is malformed; treated as the process's death."""
+    """A message between a tier and its I/O process is malformed; the tier ends the process and starts a new one."""
 
 
 class InvariantError(KVTierError, AssertionError):
-    """`check_invariants()` found state that contradicts itself: a defect of kvtier or of a plug-in."""
+    """`check_invariants()` found state that contradicts itself: a bug in kvtier or in a plug-in."""
 
 
 class TraceError(KVTierError):
-    """A trace that cannot be read; the message is one line and names the place."""
+    """A trace cannot be read. The message is one line and says where the fault is."""

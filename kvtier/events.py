@@ -1,4 +1,4 @@
-"""Events: what happened, said once. Metrics, logs, recordings and tests are observers of these."""
+"""Events: the tiering manager reports each once; metrics, logs, recordings and tests observe them."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from kvtier.types import FailureCause
 
 
 class BlocksStored(NamedTuple):
-    """Blocks became ready in the primary tier, from the device (`source` None) or a tier's promotion."""
+    """Blocks became ready in the primary tier; they came from the device (`source` None) or from the tier `source`."""
 
     keys: Sequence[OffloadKey]
     source: str | None = None
 
 
 class BlocksEvicted(NamedTuple):
-    """Blocks left a tier by its policy's choice."""
+    """A tier's policy evicted blocks."""
 
     tier: str
     keys: Sequence[OffloadKey]
 
 
 class BlocksLoaded(NamedTuple):
-    """A request took blocks from the primary tier to the device; `by_source` counts blocks per origin tier."""
+    """A request loaded blocks to the device; `by_source` counts them per tier from which they came."""
 
     req_id: str
     by_source: Mapping[str, int]
 
 
 class JobFinished(NamedTuple):
-    """A job of a secondary tier was answered: blocks asked, blocks that succeeded, bytes, seconds."""
+    """A secondary tier answered a job of `num_blocks`, of which `num_successful` succeeded."""
 
     tier: str
     is_promotion: bool
@@ -44,7 +44,7 @@ class JobFinished(NamedTuple):
 
 
 class BlocksFailed(NamedTuple):
-    """A tier could not serve or store blocks, by cause."""
+    """A tier could not load or store blocks."""
 
     tier: str
     cause: FailureCause
@@ -52,7 +52,7 @@ class BlocksFailed(NamedTuple):
 
 
 class CascadeRefused(NamedTuple):
-    """A cascade was not taken: `reason` is "admission", "throttled" or "down"."""
+    """Blocks were not offered to a tier: `reason` is "admission", "throttled" or "down"."""
 
     tier: str
     num_blocks: int
@@ -60,7 +60,7 @@ class CascadeRefused(NamedTuple):
 
 
 class TierState(Enum):
-    """Health of a secondary tier, as its breaker sees it."""
+    """Health of a secondary tier."""
 
     STARTING = "starting"
     UP = "up"
@@ -69,7 +69,7 @@ class TierState(Enum):
 
 
 class TierStateChanged(NamedTuple):
-    """A tier's health changed; logged once, here."""
+    """A tier's health changed."""
 
     tier: str
     state: TierState
@@ -77,7 +77,9 @@ class TierStateChanged(NamedTuple):
 
 
 class RequestGaveUp(NamedTuple):
-    """A request waits for no more: `reason` is "deadline", "budget", "probe" or "slower"; `num_blocks` miss for it."""
+    """A request stopped waiting for tiers, so `num_blocks` miss: `reason` is "deadline", "budget", "probe" or
+    "slower".
+    """
 
     req_id: str
     reason: str
@@ -85,14 +87,14 @@ class RequestGaveUp(NamedTuple):
 
 
 class CacheReset(NamedTuple):
-    """The primary tier was forgotten; `quarantined` slots are still under a copy; `epoch` salts the namespace."""
+    """The cache was reset. `quarantined` slots are still being copied; `epoch` is the namespace's new salt."""
 
     quarantined: int
     epoch: bytes
 
 
 class PolicySwitched(NamedTuple):
-    """`eviction_policy: auto` chose another policy; the rates are what shadows of both hit of a sample, 0 to 1."""
+    """`eviction_policy: auto` chose another policy; the rates are the hit rates of both policies' shadows, 0 to 1."""
 
     tier: str
     former: str
@@ -102,14 +104,14 @@ class PolicySwitched(NamedTuple):
 
 
 class HintIgnored(NamedTuple):
-    """A request's hint was malformed; logged once, counted, and the request goes on without it."""
+    """A request's hint was malformed. It is counted and logged once, and the request goes on without it."""
 
     req_id: str
     fault: str
 
 
 class UnexpectedCall(NamedTuple):
-    """A completion, or a tier's result, that nothing waited for: counted, never raised."""
+    """A completion or a tier's result came that nothing waited for. It is counted and is no error."""
 
     what: str
     times: int
@@ -132,26 +134,24 @@ Event = (
 
 
 class Observer(Protocol):
-    """A sink of events. Called on the engine's thread: return at once, do no I/O, and do not call kvtier."""
+    """Receives events, on the engine's thread: return at once, do no I/O, and do not call kvtier."""
 
-    def on_event(self, event: Event) -> None:
-        """Take note of one event."""
-        ...
+    def on_event(self, event: Event) -> None: ...
 
 
 class NullObserver:
-    """Takes note of nothing."""
+    """Ignores events."""
 
-    def on_event(self, event: Event) -> None:
-        """Ignore the event."""
+    def on_event(self, event: Event) -> None: ...
 
 
 class Observers:
-    """Hands each event to several observers, in order. One that raises loses that event, and nobody else notices.
+    """Passes each event to several observers, in order. If one raises, the others still get the event.
 
     Attributes:
-        held: `SystemExit`, `KeyboardInterrupt` and the like, raised by an observer or by a signal's handler while one
-            ran. Events come in the middle of a change of state, and of calls whose answer must not be lost.
+        held: `SystemExit`, `KeyboardInterrupt` and the like, raised by an observer, or by a signal's handler while an
+            observer ran. They are kept until the step ends: events come in the middle of changes of state, and of calls
+            whose answers must not be lost.
     """
 
     def __init__(self, observers: Sequence[Observer] = ()) -> None:
@@ -161,25 +161,25 @@ class Observers:
 
     @classmethod
     def over(cls, observer: Observer) -> Observers:
-        """Return `observer`, guarded."""
+        """Return `observer` as `Observers`, so that its exceptions are caught."""
         return observer if isinstance(observer, Observers) else cls([observer])
 
     def add(self, observer: Observer) -> None:
-        """Add a sink; it sees the events from now on."""
+        """Pass events to this observer, too, from now on."""
         self._observers.append(observer)
 
     def on_event(self, event: Event) -> None:
-        """Pass the event on; what an observer raises is logged, once per observer and kind of event."""
+        """Pass the event on; log an observer's exception once per type of observer and event."""
         for observer in self._observers:
             try:
                 observer.on_event(event)
-            except Exception as fault:  # noqa: BLE001 - it comes in the middle of a change of state: reported
+            except Exception as fault:  # noqa: BLE001 - logged: callers are in the middle of a change of state
                 self._report(observer, event, fault)
-            except BaseException as fault:  # noqa: BLE001 - `raise_held` does that
+            except BaseException as fault:  # noqa: BLE001 - kept for `raise_held`
                 self.held.append(fault)
 
     def raise_held(self) -> None:
-        """Raise the oldest of what is held; to be called when a step has ended."""
+        """Raise the oldest exception in `held`, if any; called at the end of a step."""
         if self.held:
             raise self.held.pop(0)
 

@@ -1,29 +1,29 @@
-"""Text of others (servers, files, plug-ins, users), made fit for one line of a log, an error or a terminal.
+"""Makes text from servers, files, plug-ins and users safe to show on one line of a log, an error or a terminal.
 
-A line break forges a line of a log. An escape sequence moves a terminal's cursor. A bidirectional control changes what
-a reader sees. A megabyte of either hides everything else. Whoever shows text that is not kvtier's own calls `one_line`.
+A line break forges a log line. An escape sequence moves a terminal's cursor. A bidirectional control changes what a
+reader sees. A megabyte of text hides everything else. All code that shows text from outside kvtier calls `one_line`.
 """
 
 from __future__ import annotations
 
 MAX_QUOTED = 200
-"""Characters of a quotation."""
+"""Most characters of a quotation."""
 MAX_REASON = 400
-"""Characters of the reason why a tier is down: paths of containers' volumes alone have some 150."""
+"""Most characters of the reason why a tier is down; the path of a container's volume alone has about 150."""
 MAX_LINE = 2000
-"""Characters of a whole message, quotations included."""
+"""Most characters of a whole message, with its quotations."""
 _CUT = " ..."
 
 
 def one_line(text: object, most: int = MAX_LINE) -> str:
-    """Return `text` as one line of printable characters; all others stand as Python's escapes of them.
+    """Return `text` as one line of printable characters; others are escaped as in Python.
 
     Args:
-        text: anything; bytes are taken for UTF-8.
-        most: characters of it that are shown; what is cut shows as " ...".
+        text: any object; bytes are decoded as UTF-8.
+        most: number of characters shown; a longer text is cut and ends in " ...".
     """
     if isinstance(text, bytes | bytearray | memoryview):
-        shown = bytes(text[: 4 * most]).decode("utf-8", "backslashreplace")  # a character has four bytes at most
+        shown = bytes(text[: 4 * most]).decode("utf-8", "backslashreplace")  # in UTF-8 a character has at most 4 bytes
     else:
         shown = str(text)
     is_cut = len(shown) > most
@@ -42,12 +42,12 @@ def shown(value: object) -> str:
 
 
 def first_line(text: object, most: int = MAX_QUOTED) -> str:
-    """Return what stands before the first line break: where a protocol has none, the rest is somebody's forgery."""
+    """Return the text before the first line break, for protocols whose messages have one line; the rest is forged."""
     return one_line(next(iter(str(text).lstrip()[: most + 1].splitlines()), ""), most)
 
 
 def is_utf8(text: str) -> bool:
-    """Return whether a text can leave Python: not if it holds half of a surrogate pair, or bytes that are no UTF-8."""
+    """Return whether a text can be encoded: it cannot with half of a surrogate pair, as in escaped bytes."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -56,5 +56,5 @@ def is_utf8(text: str) -> bool:
 
 
 def _escaped(character: str) -> str:
-    # printable are neither controls nor format characters (bidirectional ones, joiners), surrogates, or separators
+    # `isprintable` is False for controls, format characters (bidirectional ones, joiners), surrogates and separators
     return character if character.isprintable() else character.encode("unicode_escape").decode("ascii")

@@ -1,11 +1,11 @@
-"""What a forked child does with the caches of its parent: nothing.
+"""Keeps a forked child from using its parent's caches.
 
-A fork copies kvtier's tables and shares its arena, sockets and processes. Two processes that decide over one arena
-would overwrite each other's blocks. So every object that holds one of these registers here, and lets go of it in the
-child: its lookups miss, it stores nothing, and its end touches nothing. The parent goes on as if nothing had happened.
+A fork copies kvtier's tables, but parent and child share the arena, sockets and I/O processes. If both used one arena,
+they would overwrite each other's blocks. So every object that holds an arena, a socket or a process registers here. In
+the child, it lets go of them: its lookups miss, it stores nothing, and its shutdown does nothing. The parent goes on.
 
-The interpreter's fork calls a hook in the child. A server that forks in C (uWSGI) calls none, so each call of a cache
-looks at `mark`: to ask the kernel for the process took 0.25 to 1 us on virtual machines, as long as 2 to 8 lookups.
+After a fork by the interpreter, a hook runs in the child. A server that forks in C (uWSGI) runs no hook, so each call
+of a cache checks `mark`. `os.getpid` would take 0.25 to 1 us on virtual machines, as long as 2 to 8 lookups.
 """
 
 from __future__ import annotations
@@ -25,26 +25,27 @@ _ADVICE = (
 
 
 class Owner(Protocol):
-    """Holds a descriptor, a process or memory that a forked child shares with its parent."""
+    """An object with a descriptor, a process or memory that a forked child shares with its parent."""
 
     def leave_to_parent(self) -> None:
         """Let go of it, in a forked child, and serve nothing from now on; called once.
 
-        Implementer must: wait for no lock, since the thread that holds it is not there; change nothing that the parent
-        sees, such as the state of a socket, but close the child's own copies of descriptors; rely on no other owner.
+        Implementer must: wait for no lock, since the thread that holds it does not exist in the child; close the
+        child's copies of descriptors, but change nothing that the parent sees, such as a socket's state; not rely on
+        other owners, which may already have let go.
         """
         ...
 
 
 class Mark(Protocol):
-    """A place whose item 0 is 0 in a forked child that has not left its parent's caches yet."""
+    """A sequence whose item 0 is 0 in a forked child until the child has left its caches to the parent."""
 
     def __getitem__(self, index: int, /) -> int: ...
     def __setitem__(self, index: int, value: int, /) -> None: ...
 
 
 class _AskedMark:
-    """For kernels that cannot wipe a page: asks which process this is."""
+    """Compares process ids, for kernels that cannot wipe a page at a fork."""
 
     def __getitem__(self, index: int, /) -> int:
         return os.getpid() == _pid
@@ -54,14 +55,14 @@ class _AskedMark:
 
 
 _MADV_WIPEONFORK = 18
-"""Linux 4.14: a child finds zeros in the page, however it was forked (madvise(2)); Python 3.11 has no name for it."""
+"""Since Linux 4.14, the kernel zeroes the page in every forked child (madvise(2)). Python 3.11 has no name for it."""
 
 
 def _make_mark() -> Mark:
     page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         page.madvise(_MADV_WIPEONFORK)
-    except (AttributeError, OSError):  # an old kernel, another system, or a sandbox that stands for a kernel
+    except (AttributeError, OSError):  # an old kernel, another system, or a sandbox (gVisor) that does not know it
         page.close()
         return _AskedMark()
     page[0] = 1
@@ -70,23 +71,23 @@ def _make_mark() -> Mark:
 
 _owners: weakref.WeakSet[Owner] = weakref.WeakSet()
 _left: list[Owner] = []
-"""Kept as long as the child lives: a destructor of a client library might speak to a server."""
+"""The parent's objects, never destroyed in the child: the destructor of a client library might send to a server."""
 _pid = os.getpid()
 _advised_pid = 0
 mark = _make_mark()
-"""The mark of this process: looked at by each call that changes a cache."""
+"""The mark of this process; every call that changes a cache checks it."""
 
 
 def register(owner: Owner) -> None:
-    """Let `owner` know when it is in a forked child; it is not kept alive by this."""
+    """Call `owner.leave_to_parent` in each forked child. This does not keep `owner` alive."""
     _owners.add(owner)
 
 
 def advise() -> None:
-    """Say, once per process, why a cache from before the fork is empty, and what to do.
+    """Log, once per process, why a cache from before the fork is empty, and what to do.
 
-    To be called by a cache that finds itself in another process than the one that made it. Servers that fork without
-    the interpreter (uWSGI) have the caches left to the parent here.
+    A cache calls this when it finds that it is in a forked child. In servers that fork without the interpreter (uWSGI),
+    this call also leaves the caches to the parent.
     """
     global _advised_pid
     notice()
@@ -96,7 +97,7 @@ def advise() -> None:
 
 
 def notice() -> None:
-    """Leave everything to the parent if this is a child that the interpreter was not told of."""
+    """Leave all caches to the parent if this is a forked child whose hook did not run."""
     if not mark[0]:
         _leave_to_parent()
 
@@ -111,7 +112,7 @@ def _leave_to_parent() -> None:
     for owner in owners:
         try:
             owner.leave_to_parent()
-        except Exception:  # the others must let go, too
+        except Exception:  # logged: the other owners must let go, too
             logger.exception("kvtier: %s could not be left to the parent process", type(owner).__name__)
 
 

@@ -1,4 +1,4 @@
-"""Hints: what a caller says of its request's blocks. They are advice: a malformed one is ignored, never an error."""
+"""Hints: a client's wishes for the blocks of its request. A malformed hint is ignored; it is never an error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 
 HINT_KEY = "kvtier"
-"""Of a request's `kv_transfer_params`: its value is the hint."""
+"""Key of the hint in a request's `kv_transfer_params`."""
 MAX_RETAIN_SECONDS = 30 * 86400.0
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _DURATION = re.compile(r"\s*(\d{1,12}(?:\.\d{1,12})?)\s*([smhdw])\s*", re.ASCII)
@@ -19,13 +19,13 @@ _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 
 
 def parse_duration(text: str) -> float | None:
-    """Return the seconds of a text such as "90s", "30m", "12h", "7d" or "2w"; None if it is no such text."""
+    """Return the seconds of a text such as "90s", "30m", "12h", "7d" or "2w"; None if it is malformed."""
     match = _DURATION.fullmatch(text)
     return float(match[1]) * _UNITS[match[2]] if match else None
 
 
 class Priority(Enum):
-    """Which blocks give way before others; within one priority, the eviction policy says."""
+    """Blocks of a lower priority are evicted first; within one priority, the eviction policy decides."""
 
     LOW = "low"
     NORMAL = "normal"
@@ -33,14 +33,14 @@ class Priority(Enum):
 
 
 class Hint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a caller may say.
+    """One request's hint.
 
     Attributes:
-        retain: seconds after their last use for which the blocks are kept; None for no wish. A caller may write "10m".
-        priority: of the blocks; with `retain`, for that time.
-        session: name of what the request is a part of.
-        ended: with this request the session ends; without a session, the request is all of it.
-        tenant: on whose account the blocks are.
+        retain: seconds after its last use for which a block is kept; None for no wish. A client may write "10m".
+        priority: of the blocks; with `retain`, for that time only.
+        session: name of the session to which the request belongs.
+        ended: True if the session ends with this request. A request without a session is a session of its own.
+        tenant: name of the customer to whom the blocks are charged.
     """
 
     retain: Annotated[float, msgspec.Meta(gt=0, le=MAX_RETAIN_SECONDS)] | None = None
@@ -54,7 +54,7 @@ NO_HINT = Hint()
 
 
 class ReadHint(NamedTuple):
-    """A hint, and what is wrong with the one that was given; empty if nothing is."""
+    """A hint, and what was wrong with the client's (empty if nothing was)."""
 
     hint: Hint
     fault: str = ""
@@ -64,7 +64,7 @@ _NOTHING_READ = ReadHint(NO_HINT)
 
 
 def read_hint(kv_transfer_params: object) -> ReadHint:
-    """Return the hint in what a client sent for the transfer layer; NO_HINT if there is none, or it is malformed."""
+    """Return the hint in a request's `kv_transfer_params`; NO_HINT if there is none, or it is malformed."""
     if not isinstance(kv_transfer_params, Mapping) or HINT_KEY not in kv_transfer_params:
         return _NOTHING_READ
     given = kv_transfer_params[HINT_KEY]
@@ -78,7 +78,7 @@ def read_hint(kv_transfer_params: object) -> ReadHint:
 
 
 def _with_seconds(given: Any) -> Any:
-    """Return the mapping with its text of a duration as seconds; anything else as it is."""
+    """Return a mapping with a `retain` text replaced by seconds; anything else unchanged."""
     if isinstance(given, Mapping) and isinstance(given.get("retain"), str):
         seconds = parse_duration(given["retain"])
         if seconds is None:

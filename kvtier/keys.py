@@ -1,4 +1,4 @@
-"""Keys: the block hash followed by a 4-byte big-endian KV-cache-group index."""
+"""Keys of blocks: the block hash, followed by the index of the KV cache group (4 bytes, big-endian)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import NewType
 from kvtier.errors import KeyFormatError
 
 OffloadKey = NewType("OffloadKey", bytes)
-"""Bytes that name one block: block hash, then group index. Made by `make_offload_key` only."""
+"""The key of one block. Only `make_offload_key` makes keys."""
 
 GROUP_BYTES = 4
 MIN_KEY_BYTES = 1 + GROUP_BYTES
 MAX_KEY_BYTES = 64 + GROUP_BYTES
-"""Longest key every tier can hold: a 512-bit block hash and the group index."""
+"""Longest key that every tier can store: a 512-bit block hash and the group index."""
 
 
 def make_offload_key(block_hash: bytes, group_idx: int) -> OffloadKey:
@@ -40,22 +40,22 @@ def get_offload_block_hash(key: OffloadKey) -> bytes:
 
 
 def get_offload_group_idx(key: OffloadKey) -> int:
-    """Return the KV-cache-group index of a key."""
+    """Return the index of the KV cache group in a key."""
     return int.from_bytes(key[-GROUP_BYTES:], "big")
 
 
 def common_key_bytes(keys: Collection[OffloadKey], expected: int | None) -> int:
-    """Return the one length, in bytes, that all `keys` have.
+    """Check that all keys have one length, and return it, in bytes.
 
     Args:
         keys: at least one key.
-        expected: the length that earlier keys had, or None.
+        expected: length of earlier keys, or None.
 
     Raises:
-        KeyFormatError: a key is no bytes object, too short, too long, or of another length.
+        KeyFormatError: a key is not bytes, is too short or too long, or has another length.
     """
     try:
-        b"".join(keys)  # the quickest way to see that all are bytes
+        b"".join(keys)  # raises unless all are bytes; quicker than a loop in Python over thousands of keys
     except TypeError:
         raise KeyFormatError("a key must be bytes made by make_offload_key") from None
     lengths = set(map(len, keys))

@@ -1,7 +1,7 @@
-"""The table of metrics: one row per metric. `get_stats`, vLLM's and Prometheus' names and docs/metrics.md follow it.
+"""All metrics, one row each. `get_stats`, vLLM, Prometheus and docs/metrics.md take names and texts from here.
 
-A counter rises from 0 since the manager was made; a gauge is a value of now. In `get_stats` a counter is called
-`name.label.label`, a gauge `tier.name`.
+A counter starts at 0 when the manager is made and only rises; a gauge is the value at this moment. In `get_stats` a
+counter is called `name.label.label`, a gauge `tier.name`.
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ class Kind(Enum):
 
 
 class Source(Enum):
-    """Who knows the value."""
+    """Where the value comes from."""
 
     EVENT = "event"
+    """Counted from events."""
     MANAGER = "manager"
-    """Read by the tiering manager: from the primary's table, or from what guards a secondary tier."""
+    """Read by the tiering manager from its own state."""
     TIER = "tier"
     """Read from `SecondaryTierManager.get_stats`; a tier may leave it out."""
     POLICY = "policy"
-    """Read from the shadow caches of the primary's eviction policy."""
+    """Read from the shadow caches of the primary tier's eviction policy."""
     ENGINE = "engine"
     """Counted by the engine's adapter; not in `get_stats`."""
 
@@ -53,7 +54,7 @@ class Source(Enum):
 _COUNTER, _GAUGE = Kind.COUNTER, Kind.GAUGE
 
 Amounts = Iterable[tuple[str, float]]
-"""How much to add, and the values of the labels joined by dots ("" without labels)."""
+"""Pairs of label values, joined by dots ("" without labels), and the amount to add."""
 
 
 class Metric(NamedTuple):
@@ -61,9 +62,9 @@ class Metric(NamedTuple):
 
     Attributes:
         name: in `get_stats`.
-        labels: of a gauge "tier" only; of a counter what it is split by, the tier first.
-        exported: what engines call it, without their prefix.
-        event, read: for `Source.EVENT`, what moves the counter, and by how much.
+        labels: names of the labels; the tier is the first, and the only one of a gauge.
+        exported: name in engines, without their prefix.
+        event, read: for `Source.EVENT`, the event that is counted, and the function that gives the amounts.
     """
 
     name: str
@@ -87,7 +88,7 @@ class Metric(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What a name of `get_stats` stands for."""
+    """The metric and the label values of one name in `get_stats`."""
 
     metric: Metric
     labels: tuple[str, ...]
@@ -207,16 +208,16 @@ _READ_COUNTERS = frozenset(m.name for m in METRICS.values() if m.kind is _COUNTE
 
 
 def tier_readings(tier: str, readings: Mapping[str, float]) -> dict[str, float]:
-    """Return values that were read for one tier, named as in `get_stats`; a gauge of no row keeps its own name."""
+    """Return the values read for one tier under their names in `get_stats`; names without a row are gauges."""
     return {f"{name}.{tier}" if name in _READ_COUNTERS else f"{tier}.{name}": value for name, value in readings.items()}
 
 
 def find_sample(name: str) -> Sample | None:
-    """Return the metric and the labels of a name in `get_stats`; None if no row declares it (a tier's own gauge)."""
+    """Return the metric and label values of a name in `get_stats`; None if it has no row (a tier's own gauge)."""
     first, _, rest = name.partition(".")
     metric = METRICS.get(first)
     if metric is not None and metric.kind is _COUNTER:
-        # Only the first label, a tier's or a call's name, may have dots.
+        # Only the value of the first label (a tier's or a call's name) may contain dots.
         labels = tuple(rest.rsplit(".", len(metric.labels) - 1)) if rest else ()
         if len(labels) == len(metric.labels):
             return Sample(metric, labels)
@@ -226,7 +227,7 @@ def find_sample(name: str) -> Sample | None:
 
 
 class EventCounters:
-    """Observes events and counts what the rows say, since the beginning."""
+    """Counts events as the rows say, since it was made."""
 
     def __init__(self) -> None:
         self._counts: defaultdict[str, float] = defaultdict(float)
@@ -237,7 +238,6 @@ class EventCounters:
                 self._readers[metric.event].append((prefix, metric.read))
 
     def on_event(self, event: Event) -> None:
-        """Count one event."""
         counts = self._counts
         for prefix, read in self._readers.get(type(event), ()):
             for labels, amount in read(event):

@@ -1,4 +1,4 @@
-"""The namespace: everything that makes stored bytes incompatible, and its fingerprint."""
+"""The namespace: all facts that decide which engines can share blocks, and their fingerprint."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 FORMAT_VERSION = 1
-"""Version of what kvtier writes; part of every fingerprint, so that another version's blocks are misses."""
+"""Version of kvtier's stored format. It is part of every fingerprint, so blocks of another version are misses."""
 
 FINGERPRINT_BYTES = 16
 
 
 @dataclass(frozen=True)
 class Namespace:
-    """Identity shared by all blocks that may be exchanged.
+    """Identity of blocks; engines share blocks only if their namespaces are equal.
 
     Attributes:
-        identity: names and values that make bytes incompatible when they differ (model, revision, weights
-            digest, dtype, layout, tokens per block, groups, parallel sizes and rank, hash algorithm and seed).
-        epoch: random salt drawn at a reset; empty before the first one.
+        identity: all that must be equal, by name (model, revision, weights digest, dtype, layout, tokens per block,
+            groups, parallel sizes and rank, hash algorithm and seed).
+        epoch: random salt of the last reset; empty before the first one.
     """
 
     identity: Mapping[str, str | int] = field(default_factory=dict)
@@ -28,13 +28,13 @@ class Namespace:
 
     @property
     def fingerprint(self) -> bytes:
-        """16 bytes: BLAKE2b over the canonical JSON of identity, epoch and format version."""
+        """16 bytes: the BLAKE2b hash of the canonical JSON of identity, epoch and format version."""
         return hashlib.blake2b(
             self.describe().encode(), digest_size=FINGERPRINT_BYTES, person=b"kvtier-namespce"
         ).digest()
 
     def describe(self) -> str:
-        """Return the canonical JSON that the fingerprint covers (for a person, and for `namespace.json`)."""
+        """Return the canonical JSON of which the fingerprint is the hash (for people, and for `namespace.json`)."""
         return json.dumps(
             {"format": FORMAT_VERSION, "epoch": self.epoch.hex(), "identity": dict(self.identity)},
             sort_keys=True,
@@ -42,5 +42,5 @@ class Namespace:
         )
 
     def with_epoch(self, epoch: bytes) -> Namespace:
-        """Return this namespace under another epoch."""
+        """Return this namespace with another epoch."""
         return Namespace(self.identity, epoch)

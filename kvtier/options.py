@@ -1,4 +1,4 @@
-"""Closed options: every wrong one becomes a `ConfigError` of one line that names key, value and what is allowed."""
+"""Options with declared names, types and ranges. A wrong one is a `ConfigError` with key, value and what is allowed."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from kvtier.sizes import parse_size
 _PYTHON_WORDS = {"object": "mapping", "array": "list", "null": "None"}
 _JSON_WORD = re.compile(r"\b(?:object|array|null)\b")
 _SIZE = "size"
-"""In the `extra` of an option's annotation, the smallest size; in a schema, the format of the option."""
+"""Key of the smallest size in the `extra` of an option's annotation, and the option's format in a schema."""
 
 
 def size_of(description: str, minimum: int = 1) -> msgspec.Meta:
-    """Return what makes an int option a size: bytes, or a text such as "10GiB" (see `parse_size`)."""
+    """Return the annotation of an int option that is a size: bytes, or a text such as "10GiB" (see `parse_size`)."""
     return msgspec.Meta(
         description=description,
         ge=minimum,
@@ -36,7 +36,7 @@ def size_of(description: str, minimum: int = 1) -> msgspec.Meta:
 
 
 def schema_of(kind: type[msgspec.Struct]) -> dict[str, Any]:
-    """Return the JSON schema of a struct of options; a size may be a text, too."""
+    """Return the JSON schema of a struct of options. Sizes may be integers or texts."""
     schema = msgspec.json.schema(kind)
     for struct in schema["$defs"].values():
         for option in struct.get("properties", {}).values():
@@ -45,13 +45,13 @@ def schema_of(kind: type[msgspec.Struct]) -> dict[str, Any]:
     return schema
 
 
-Threads = Annotated[int, msgspec.Meta(ge=1, le=64, description="calls into the store at the same time")]
+Threads = Annotated[int, msgspec.Meta(ge=1, le=64, description="parallel calls of the store")]
 JobDeadline = Annotated[
     float,
     msgspec.Meta(
         gt=0,
         lt=3600,
-        description="seconds without any progress, after which the I/O process is killed and a new one started",
+        description="seconds without progress after which the I/O process is killed and a new one started",
     ),
 ]
 
@@ -63,26 +63,26 @@ MAX_INT_BITS = 63
 class TierOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Base of the options of one tier type.
 
-    A subclass declares each option once, with its type, range, default and description. From that come the check of a
-    configuration, the JSON schema, the table in the documentation, and what the tier's store is opened with. An option
-    names the variable or the file that holds a secret, never the secret.
+    A subclass declares each option with its type, range, default and description. From this, kvtier makes the check of
+    a configuration, the JSON schema, the table in the documentation and the options of the tier's store. An option
+    names the environment variable or the file of a secret; it never is the secret.
     """
 
     job_deadline: JobDeadline = 10.0
 
     def __repr__(self) -> str:
-        """Show the options without secrets, and without what people take for the place of one."""
+        """Show the options without secrets, also those that users put into options for the place of a secret."""
         return f"{type(self).__name__}({shown_option('', msgspec.structs.asdict(self))})"
 
     @classmethod
     def read(cls, options: Mapping[str, Any], where: str = "") -> Self:
-        """Return options as a user, or `to_json`, wrote them; sizes become bytes.
+        """Return options from a mapping written by a user or by `to_json`; sizes become bytes.
 
         Args:
             where: full name of the mapping, for errors.
 
         Raises:
-            ConfigError: an unknown name, a wrong type, a value out of range, or a required option that is missing.
+            ConfigError: a name is unknown, a value is of a wrong type or out of range, or a required option is missing.
         """
         fields = {field.name: field for field in msgspec.structs.fields(cls)}
         check_known(options, fields, where)
@@ -95,15 +95,15 @@ class TierOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON values that `read` understands."""
+        """Return JSON values, for `read`."""
         values: dict[str, Any] = msgspec.to_builtins(self)
         return values
 
     def check(self, block_bytes: int, policies: Mapping[str, type[Any]]) -> None:
-        """Refuse options that contradict each other, the size of a block, or what the environment shows.
+        """Refuse options that contradict each other, the size of a block, or the environment.
 
         Args:
-            policies: eviction policies by name, beside the built-in ones.
+            policies: eviction policies by name, in addition to the built-in ones.
 
         Raises:
             ConfigError: names the option.
@@ -131,10 +131,10 @@ def join_key(where: str, key: object) -> str:
 
 
 def check_known(options: Mapping[Any, Any], known: Collection[str], where: str = "") -> None:
-    """Refuse the first option whose name is not known, and suggest the nearest name that is.
+    """Refuse unknown names of options.
 
     Raises:
-        ConfigError: names the option, and lists the known names.
+        ConfigError: names the first unknown option, suggests the most similar name and lists the known names.
     """
     for key, value in options.items():
         if key in known:
@@ -145,13 +145,13 @@ def check_known(options: Mapping[Any, Any], known: Collection[str], where: str =
 
 
 def convert_option(value: object, hint: Any, key: str) -> Any:
-    """Return `value` as the type `hint` says, without guessing (no "1" for 1, no True for 1, no NaN, no infinity).
+    """Convert `value` to the type `hint`, strictly: "1" and True are no ints; NaN and infinity are refused.
 
-    A float without a fraction is an int where only an int is allowed: Helm renders large integers as 1.6e+07.
+    Where only an int is allowed, a float without a fraction is one: Helm renders large integers as 1.6e+07.
 
     Args:
-        hint: a type that msgspec understands; any other type is left to the code that declares it.
-        key: full name of the option, for the error.
+        hint: a type. Values of types that msgspec does not know are returned unchecked.
+        key: full name of the option, for errors.
 
     Raises:
         ConfigError: the value is of another type or out of range.
@@ -163,7 +163,9 @@ def convert_option(value: object, hint: Any, key: str) -> Any:
     except msgspec.ValidationError as error:
         if isinstance(value, float) and value.is_integer():
             return convert_option(int(value), hint, key)
-        complaint = str(error)  # raised below: msgspec's error quotes the value, and would stay as our error's context
+        # Our error is raised below, outside `except`: msgspec's error quotes the value, which may be a secret, and
+        # Python would keep it as the context of an error raised here.
+        complaint = str(error)
     except TypeError:
         return value
     if complaint:
@@ -185,7 +187,7 @@ def _convert_size(value: object, key: str, least: int) -> int:
 
 
 def _least_size(hint: Any) -> int | None:
-    """Return the smallest size of an option that is one, None for any other option."""
+    """Return the smallest value of an option that is a size; None for other options."""
     for meta in getattr(hint, "__metadata__", ()):
         if isinstance(meta, msgspec.Meta) and _SIZE in (meta.extra or {}):
             return int((meta.extra or {})[_SIZE])
@@ -193,12 +195,12 @@ def _least_size(hint: Any) -> int | None:
 
 
 def _check_plain(value: object, key: str, depth: int = 0) -> None:
-    """Refuse, at any depth, what no file's name, no message and no log can hold.
+    """Refuse values, at any depth, that cannot be in a file's name, a message, a log or a configuration.
 
     Raises:
-        ConfigError: half of a surrogate pair (JSON can hold one), bytes that are no UTF-8, a NUL, in an ASCII
-            locale more than ASCII, a path in a home directory that no shell has expanded; endless nesting; an int of
-            more than 64 bits.
+        ConfigError: a text has half of a surrogate pair (JSON allows one), bytes that are not UTF-8, a NUL, or other
+            characters than ASCII in an ASCII locale; it starts with "~", which only a shell expands; the nesting is too
+            deep; or an int has more than 64 bits.
     """
     if depth > MAX_DEPTH:
         raise ConfigError(key, value, f"at most {MAX_DEPTH} levels of lists and mappings")
@@ -211,11 +213,11 @@ def _check_plain(value: object, key: str, depth: int = 0) -> None:
             os.fsencode(value)
         except UnicodeEncodeError:
             allowed = (
-                f"this process's locale knows {sys.getfilesystemencoding()} only: set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
+                f"this process's locale allows {sys.getfilesystemencoding()} only: set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
             )
             raise ConfigError(key, value, allowed) from None
         if value == "~" or value.startswith("~/"):
-            raise ConfigError(key, value, "only a shell knows ~: write the home directory out")
+            raise ConfigError(key, value, "only a shell expands ~: write out the home directory")
     elif isinstance(value, Mapping):
         for name, item in value.items():
             _check_plain(name, f"a name in {key}" if key else "a name", depth + 1)
@@ -230,14 +232,14 @@ def _check_plain(value: object, key: str, depth: int = 0) -> None:
 def convert_to_signature(
     function: Callable[..., Any], options: Mapping[str, Any], where: str, given: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Return the options as keyword arguments that `function` accepts, checked before it is called.
+    """Check the options against a signature; return them as keyword arguments for `function`.
 
     Args:
-        function: a function or class, called with keyword arguments only; one with `**kwargs` takes any name.
-        given: parameters that the caller adds itself, which are no options.
+        function: a function or class with keyword arguments; one with `**kwargs` takes all names.
+        given: parameters that the caller adds itself; they are not options.
 
     Raises:
-        ConfigError: an unknown name, a wrong type, or a required option that is missing.
+        ConfigError: a name is unknown, a value is of a wrong type, or a required option is missing.
     """
     parameters = inspect.signature(function).parameters
     named = {
@@ -258,7 +260,7 @@ def convert_to_signature(
 
 
 def _type_hints(function: Callable[..., Any]) -> dict[str, Any]:
-    """Return the types that a signature declares; none if they cannot be resolved at run time."""
+    """Return the types that a signature declares; an empty dict if they cannot be resolved at run time."""
     try:
         target = vars(type).get("__init__") if function is type else getattr(function, "__init__", function)
         return get_type_hints(function if inspect.isfunction(function) else target, include_extras=True)
@@ -267,7 +269,9 @@ def _type_hints(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _item_at(value: Any, path: str) -> object:
-    """Return the item that msgspec's `path` names in nested lists, such as "[0][2]"; the whole if it cannot be told."""
+    """Return the item at msgspec's `path`, such as "[0][2]", in nested lists; for other paths, the item reached so
+    far.
+    """
     for index in re.findall(r"\[([^\]]*)\]", path):
         if not index.isdigit():
             break
@@ -276,7 +280,7 @@ def _item_at(value: Any, path: str) -> object:
 
 
 def _allowed(reason: str, hint: Any) -> str:
-    """Return what an option may hold, from msgspec's complaint about it."""
+    """Return which values an option may have, from msgspec's error message."""
     enums = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and issubclass(kind, Enum)]
     if enums:
         return "one of " + ", ".join(f'"{member.value}"' for kind in enums for member in kind)
@@ -288,7 +292,7 @@ def _allowed(reason: str, hint: Any) -> str:
 
 
 def _other_ends(hint: Any, sign: str) -> str:
-    """Return the ends of a range besides the one with this sign, such as " and <= 64"."""
+    """Return the limits of a range, such as " and <= 64", without the one of this sign."""
     metas = [meta for meta in getattr(hint, "__metadata__", ()) if isinstance(meta, msgspec.Meta)]
     ends = [end for meta in metas for end in ((">=", meta.ge), (">", meta.gt), ("<=", meta.le), ("<", meta.lt))]
     return "".join(f" and {other} {value}" for other, value in ends if value is not None and other != sign)

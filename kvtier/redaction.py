@@ -1,8 +1,8 @@
-"""What may be shown of an option: never a secret, whoever put it there.
+"""Hides secrets in options that are shown.
 
-A value is hidden by its option's name, also where the option wants the *place* of a secret: people put the secret
-itself there. Of an address only scheme, host and port are shown: passwords stand in front of the host, in the path, the
-query and the fragment.
+A value is hidden if its option's name suggests a secret. This includes options for the *place* of a secret, since users
+put the secret itself there. Of an address only scheme, host and port are shown: passwords may be before the host, in
+the path, the query and the fragment.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _HOST_AND_PORT = re.compile(r"(?:\[[0-9A-Fa-f:.%]+\]|[\w.-]+):\d{1,5}")
 
 
 def shown_option(name: str, value: object, depth: int = 0) -> object:
-    """Return what may be shown of the option `name`, items of lists and mappings included, down to some depth."""
+    """Return the value of the option `name` without secrets, also in lists and mappings, down to `MAX_DEPTH`."""
     if depth > MAX_DEPTH:
         return ...
     if isinstance(value, Mapping):
@@ -55,24 +55,24 @@ def _text_of(key: object) -> str:
 
 
 def split_address(address: str) -> SplitResult | None:
-    """Return the parts of an address, None if it is none: Python's error would quote what may be a password."""
+    """Return the parts of an address; None if it is malformed: Python's error would quote it, with a password."""
     try:
         parts = urlsplit(address)
-        _ = parts.port  # checked when it is asked for
+        _ = parts.port  # `urlsplit` checks the port only here
     except ValueError:
         return None
     return parts
 
 
 def is_secret(name: str) -> bool:
-    """Return whether an option's name speaks of a secret, or of a secret's place."""
+    """Return whether an option's name suggests a secret, or the place of one."""
     return any(part in name.lower() for part in _SECRET_PARTS) or not _words(name).isdisjoint(_SECRET_WORDS)
 
 
 def is_secret_variable(name: str, value: str) -> bool:
-    """Return whether a variable of the environment is named like a secret, or is an address with a password.
+    """Return whether an environment variable is named like a secret, or is an address with a password.
 
-    The address of a proxy is neither: clients of all kinds need it.
+    Addresses of proxies do not count, since many client libraries need them.
     """
     return is_secret(name) or (_PASSWORD.search(value) is not None and not name.lower().endswith("_proxy"))
 

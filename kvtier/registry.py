@@ -1,4 +1,4 @@
-"""Registries: names in a configuration, and the classes they stand for, imported when they are first used."""
+"""Registries: map names in a configuration to classes, which are imported at their first use."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Names and the objects they stand for, loaded lazily.
+    """Maps names to classes or functions, which are imported lazily.
 
     Args:
-        key: the configuration key that holds the names, for errors.
-        base: what every class must be a subclass of; None for plain callables.
+        key: the configuration key whose values are the names, for errors.
+        base: base class of all classes; None for functions.
     """
 
     def __init__(self, key: str, base: type | None = None) -> None:
@@ -31,7 +31,7 @@ class Registry(Generic[T]):
         self._entries: dict[str, tuple[str, str]] = {}
 
     def register(self, name: str, module_path: str, class_name: str) -> None:
-        """Let `name` stand for `class_name` of the module `module_path`, which is imported at the first `load`.
+        """Register `class_name` of the module `module_path`, which the first `load` imports, under `name`.
 
         Raises:
             ValueError: `name` is taken.
@@ -48,14 +48,14 @@ class Registry(Generic[T]):
         return name in self._entries
 
     def load(self, name: str, key: str | None = None) -> T:
-        """Return what `name` stands for.
+        """Return the class or function registered under `name`.
 
         Args:
-            key: full name of the configuration key, for the error, if it is not the registry's own.
+            key: full name of the configuration key, for errors; None for the registry's own.
 
         Raises:
-            ConfigError: the name is not registered (the message lists those that are), its module cannot be
-                imported, or it names something else than a subclass of the registry's base.
+            ConfigError: the name is not registered (the message lists those that are), its module cannot be imported,
+                or the class is not a subclass of the registry's base.
         """
         try:
             module_path, class_name = self._entries[name]
@@ -64,7 +64,7 @@ class Registry(Generic[T]):
         return self.load_from(module_path, class_name, key)
 
     def load_from(self, module_path: str, class_name: str, key: str | None = None) -> T:
-        """Return `class_name` of a module that need not be registered; errors as `load`."""
+        """Return `class_name` of a module, which need not be registered; raises as `load` does."""
         key = key or self._key
         try:
             module = importlib.import_module(module_path)
@@ -116,7 +116,7 @@ class EvictionPolicyFactory:
 
     @classmethod
     def register_policy(cls, name: str, module_path: str, class_name: str) -> None:
-        """Let `name` stand for an `EvictionPolicy`, imported when it is first used.
+        """Register an `EvictionPolicy`, which is imported at its first use, under `name`.
 
         Raises:
             ValueError: `name` is taken.
@@ -128,7 +128,7 @@ class EvictionPolicyFactory:
         """Return a new policy for at most `capacity` keys.
 
         Raises:
-            ConfigError: unknown name, or no `EvictionPolicy`.
+            ConfigError: the name is unknown, or not of an `EvictionPolicy`.
         """
         return POLICIES.load(name)(capacity)
 
@@ -144,7 +144,7 @@ class SecondaryTierFactory:
 
     @classmethod
     def register_tier(cls, tier_type: str, module_path: str, class_name: str) -> None:
-        """Let `tier_type` stand for a `SecondaryTierManager`, imported when it is first used.
+        """Register a `SecondaryTierManager`, which is imported at its first use, under `tier_type`.
 
         Raises:
             ValueError: `tier_type` is taken.
@@ -153,13 +153,13 @@ class SecondaryTierFactory:
 
     @classmethod
     def get_tier_class(cls, tier_config: Mapping[str, Any]) -> type:
-        """Return the class that the configuration's `type` (with `module_path`: its class of that name) stands for.
+        """Return the class registered under the configuration's `type` or, with `module_path`, the class of that name.
 
-        It is a `SecondaryTierManager`, or a class written to the layer's first interface.
+        It is a `SecondaryTierManager`, or a class with the layer's first interface.
 
         Raises:
-            ConfigError: `type` missing or unknown (the message lists the supported ones), a module that cannot be
-                imported, or a class that is no tier.
+            ConfigError: `type` is missing or unknown (the message lists the supported ones), the module cannot be
+                imported, or the class is not a tier.
         """
         return load_tier_class(parse_tier(tier_config))
 
@@ -170,14 +170,13 @@ class SecondaryTierFactory:
         """Return a new tier, not started.
 
         Args:
-            tier_config: `type`; optionally `module_path`, `name`, `admission`; every other key is an argument of
-                the tier's constructor, checked against its signature before the call. Not changed.
+            tier_config: `type`; optionally `module_path`, `name`, `admission`, `probe_deadline`. All other keys are
+                options of the tier, which are checked before the tier is constructed. It is not changed.
             primary_kv_view: the primary arena, shape (num_blocks, block_bytes), bytes.
             offloading_spec: the engine's spec; kvtier's own carries a `tier_context`.
 
         Raises:
-            ConfigError: as `get_tier_class`, or an option that is unknown, of the wrong type, out of range or
-                missing.
+            ConfigError: as `get_tier_class`; or an option is unknown, of the wrong type, out of range or missing.
         """
         return construct_tier(check_tier(parse_tier(tier_config)), primary_kv_view, offloading_spec)
 
@@ -190,7 +189,7 @@ def create_secondary_tier(
 
 
 def load_tier_class(tier: TierConfig) -> type:
-    """Return the class as it was written, to today's interface or the layer's first, and as its options choose.
+    """Return the tier's class, with today's or the layer's first interface; its options may choose a subclass.
 
     Raises:
         ConfigError: as `SecondaryTierFactory.get_tier_class`.
@@ -208,7 +207,7 @@ def load_tier_class(tier: TierConfig) -> type:
 
 
 def check_tier(tier: TierConfig) -> TierConfig:
-    """Return the tier's configuration with its options checked and converted, without making the tier.
+    """Return the configuration with its options checked and converted; do not construct the tier.
 
     Raises:
         ConfigError: as `SecondaryTierFactory.create_secondary_tier`.
@@ -226,13 +225,13 @@ def check_tier(tier: TierConfig) -> TierConfig:
 
 
 def try_tier(tier: TierConfig, block_bytes: int, policies: Mapping[str, type[EvictionPolicy]]) -> None:
-    """Refuse options, from `check_tier`, with which the tier could not work here.
+    """Refuse options, returned by `check_tier`, with which the tier cannot work on this machine.
 
     Raises:
         ConfigError: as `SecondaryTierManager.check_options`.
     """
     tier_class = load_tier_class(tier)
-    if not issubclass(tier_class, SecondaryTierManager):  # of the layer's first interface, which cannot be asked
+    if not issubclass(tier_class, SecondaryTierManager):  # the layer's first interface has no `check_options`
         return
     with _errors_name(tier.where):
         tier_class.check_options(tier.options, block_bytes, policies)
@@ -256,7 +255,7 @@ def construct_tier(tier: TierConfig, primary_kv_view: memoryview, offloading_spe
 
 @contextmanager
 def _errors_name(where: str) -> Iterator[None]:
-    """Put the full name of an option into errors of code that knows only the last part."""
+    """Replace the option's name in a ConfigError by its full name, for code that knows only the last part."""
     try:
         yield
     except ConfigError as error:

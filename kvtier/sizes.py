@@ -15,22 +15,22 @@ _PATTERN = re.compile(
     r"\s*(?P<number>\d{1,30}(?:\.\d{1,30})?)(?:[eE](?P<exponent>[+-]?\d{1,2})|\s*(?P<unit>[a-zA-Z]*))\s*", re.ASCII
 )
 _TOO_MANY_BYTES = 2**63
-"""A file's offsets are signed."""
+"""The kernel's file offsets are signed 64-bit integers."""
 
 
 def parse_size(name: str, value: object, minimum: int = 1) -> int:
-    """Return a size in bytes. A text that is a quantity of Kubernetes means what it means there.
+    """Return a size in bytes. Quantities of Kubernetes have the same meaning as there.
 
     Source: https://kubernetes.io/docs/reference/kubernetes-api/common-definitions/quantity/
 
     Args:
         name: the configuration key, for the error.
         value: an int; a float without a fraction, as Helm renders a large integer; or a string: "10GiB", "10Gi" and
-            "512 MiB" are binary, "10GB", "10G" and "1e9" are decimal, and "5000m" is thousandths of a byte.
+            "512 MiB" are binary, "10GB", "10G" and "1e9" are decimal, and "m" as in "5000m" is a thousandth of a byte.
         minimum: smallest size allowed, in bytes.
 
     Raises:
-        ConfigError: not a size, no whole number of bytes, below `minimum`, or 8 EiB and more.
+        ConfigError: not a size, not a whole number of bytes, below `minimum`, or 8 EiB and more.
     """
     allowed = f'an int or a string like "10GiB", at least {minimum} bytes'
     if isinstance(value, str):
@@ -49,7 +49,7 @@ def parse_size(name: str, value: object, minimum: int = 1) -> int:
 
 
 def _parse_text(text: str) -> int | None:
-    """Return whole bytes, None if the text is no size."""
+    """Return a size in bytes; None if the text is not a size."""
     match = _PATTERN.fullmatch(text)
     if match is None:
         return None
@@ -61,7 +61,7 @@ def _parse_text(text: str) -> int | None:
     elif unit.lower() not in _UNITS:
         return None
     elif _UNITS[unit.lower()] > 1:
-        return int(number * _UNITS[unit.lower()])  # "0.1GiB" is no whole number of bytes, and nobody minds
+        return int(number * _UNITS[unit.lower()])  # rounded down: "0.1GiB" is not a whole number of bytes
     return int(number) if number.denominator == 1 else None
 
 

@@ -1,4 +1,4 @@
-"""One secondary tier as a user configures it: the keys that every tier has, and the options that are its own."""
+"""The configuration of one secondary tier: the keys that all tiers have, and the tier's own options."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from kvtier.types import Admission
 
 @dataclass(frozen=True)
 class TierConfig:
-    """One secondary tier as configured: what kvtier handles, and the options that are the tier's own.
+    """The configuration of one secondary tier.
 
     Attributes:
         where: full name of its entry, for errors, for example "secondary_tiers[0]".
-        tier_type: registered name, or the class's name in `module_path`.
-        name: what events, statistics and logs call it.
-        probe_deadline: longest a request waits for it to say whether it has a block, seconds; None for its own.
+        tier_type: registered name, or the name of a class in `module_path`.
+        name: name of the tier in events, statistics and logs.
+        probe_deadline: longest time that a request waits for it to say whether it has a block, seconds; None for the
+            default of its type.
         options: keyword arguments of the tier's constructor.
-        tier_class: what its type stands for, once that was loaded.
+        tier_class: the class, once it was loaded.
     """
 
     where: str
@@ -44,18 +45,20 @@ def _option(kind: Any, description: str) -> Any:
 TIER_KEYS: dict[str, Any] = {
     "type": _option(Text, "registered name of the tier, or the name of its class in `module_path`"),
     "module_path": _option(Text, "module of a tier of your own"),
-    "name": _option(Text, "what events, statistics and logs call the tier; its type if absent"),
+    "name": _option(Text, "name of the tier in events, statistics and logs; its type if absent"),
     "admission": _option(Admission, "which blocks the tier gets"),
-    "probe_deadline": _option(Seconds, "longest a request waits for the tier to say whether it has a block, seconds"),
+    "probe_deadline": _option(
+        Seconds, "longest time that a request waits for the tier to say whether it has a block, seconds"
+    ),
 }
-"""The keys that kvtier handles for every tier; all others are the tier's own options."""
+"""Keys of every tier; all other keys are the tier's own options."""
 
 
 def parse_tier(tier_config: Mapping[str, Any], where: str = "tier_config") -> TierConfig:
-    """Return one tier's configuration with the common keys taken out; the options are not checked yet.
+    """Split one tier's configuration into the common keys and its options, which are not checked yet.
 
     Raises:
-        ConfigError: no mapping, `type` missing, or a common key of the wrong type.
+        ConfigError: it is not a mapping, `type` is missing, or a common key has the wrong type.
     """
     if not isinstance(tier_config, Mapping):
         raise ConfigError(where, tier_config, 'a mapping with at least "type" expected')

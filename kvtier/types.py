@@ -1,4 +1,4 @@
-"""The values that pass between the floors: results, contexts, jobs, specs. No behaviour beyond access."""
+"""Values that managers, tiers, workers and engines exchange: results, contexts, jobs, specs."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ class LookupResult(Enum):
     """Answer of a lookup for one key."""
 
     MISS = auto()
-    """Not held, or not for this request any more."""
+    """The block is not held, or this request has stopped waiting for it."""
     HIT = auto()
-    """Ready: in the primary tier for a manager, in the tier for a secondary tier."""
+    """The block can be loaded: a manager has it in the primary tier, a secondary tier has it itself."""
     HIT_PENDING = auto()
-    """Held, and on its way to the primary tier: ask again."""
+    """The block is being promoted to the primary tier: ask again."""
     RETRY = auto()
-    """Not known yet: a probe is unanswered."""
+    """Not known yet, since a tier has not answered: ask again."""
 
 
 class Medium(Enum):
-    """What a tier keeps its blocks on."""
+    """Medium of a tier's blocks."""
 
     CPU = "CPU"
     STORAGE = "STORAGE"
 
 
 class Locality(Enum):
-    """Where a tier's medium is, seen from this engine."""
+    """Whether a tier's medium is on the engine's machine."""
 
     LOCAL = "LOCAL"
     REMOTE = "REMOTE"
 
 
 class TierMatcher(NamedTuple):
-    """Matches tiers by medium and locality; None matches anything, on either side."""
+    """Matches tiers by medium and locality; None, of the matcher or the tier, matches everything."""
 
     medium: Medium | None = None
     locality: Locality | None = None
 
     def matches(self, medium: Medium | None, locality: Locality | None) -> bool:
-        """Return whether a tier with this medium and locality is meant."""
+        """Return whether it matches a tier with this medium and locality."""
         return (self.medium is None or medium is None or self.medium is medium) and (
             self.locality is None or locality is None or self.locality is locality
         )
@@ -57,14 +57,14 @@ class TierMatcher(NamedTuple):
 
 @dataclass(frozen=True)
 class TierFilter:
-    """Which secondary tiers a request may load from: those that any matcher matches."""
+    """Allows a request to load from those secondary tiers that any matcher matches."""
 
     matchers: tuple[TierMatcher, ...] = ()
 
     ALL: ClassVar[TierFilter]
 
     def allows(self, medium: Medium | None, locality: Locality | None) -> bool:
-        """Return whether a tier with this medium and locality may serve the request."""
+        """Return whether the request may load from a tier with this medium and locality."""
         return any(matcher.matches(medium, locality) for matcher in self.matchers)
 
 
@@ -73,14 +73,14 @@ TierFilter.ALL = TierFilter((TierMatcher(),))
 
 @dataclass(eq=False)
 class ReqContext:
-    """One request, as every call about it names it.
+    """One request.
 
     Attributes:
         req_id: unique among live requests.
-        kv_transfer_params: what the client sent for the transfer layer; kvtier reads the hint in it, see
-            `kvtier.hints`.
-        load_tier_filter: which secondary tiers the request may load from.
-        num_prompt_tokens: length of the prompt, for `prompt_only` admission; None treats every block as prompt.
+        kv_transfer_params: parameters that the client sent with the request; kvtier reads the hint in them
+            (`kvtier.hints`).
+        load_tier_filter: secondary tiers from which the request may load.
+        num_prompt_tokens: length of the prompt, for `prompt_only` admission; if None, all blocks count as prompt.
     """
 
     req_id: str
@@ -90,7 +90,7 @@ class ReqContext:
     _key_positions: dict[OffloadKey, int] = field(default_factory=dict, init=False, repr=False)
 
     def set_offload_key_position(self, key: OffloadKey, end_token: int) -> None:
-        """Record that the block `key` ends before token `end_token` of the request."""
+        """Record that the last token of the block `key` is token `end_token - 1` of the request."""
         self._key_positions[key] = end_token
 
     @property
@@ -99,7 +99,7 @@ class ReqContext:
         return self._key_positions
 
     def get_offload_key_position(self, key: OffloadKey) -> int | None:
-        """Return the end of the block `key` in tokens, or None if it was never recorded."""
+        """Return the recorded `end_token` of the block `key`; None if there is none."""
         return self._key_positions.get(key)
 
 
@@ -120,18 +120,18 @@ class RequestOffloadingContext:
 
 
 class ScheduleEndContext(NamedTuple):
-    """What one scheduler step did, as `on_schedule_end` learns it."""
+    """New and preempted requests of one scheduler step."""
 
     new_req_ids: Collection[str] = ()
     preempted_req_ids: Collection[str] = ()
 
 
 class LoadStoreSpec:
-    """Where a worker finds or puts blocks; opaque to everybody but the worker."""
+    """Places of blocks, for a worker; opaque to all other code."""
 
 
 class BlockIDsLoadStoreSpec(LoadStoreSpec):
-    """A spec that lists block indices.
+    """Places of blocks, as a list of indices.
 
     Attributes:
         block_ids: int32 array of shape (n,).
@@ -145,12 +145,12 @@ class BlockIDsLoadStoreSpec(LoadStoreSpec):
 
 
 class GPULoadStoreSpec(BlockIDsLoadStoreSpec):
-    """Engine blocks, ordered by KV group ("GPU" whatever the device is).
+    """Engine blocks, ordered by KV group. The device need not be a GPU.
 
     Attributes:
-        group_sizes: number of engine blocks per KV group; sums to `len(block_ids)`.
-        block_indices: per group, the index within its request of the group's first engine block, so that a
-            worker can skip the part of the first offloaded block that lies before it.
+        group_sizes: number of engine blocks per KV group; the sum is `len(block_ids)`.
+        block_indices: per group, the index in its request of the group's first engine block. If this is not the first
+            engine block of an offloaded block, the worker skips the part before it.
     """
 
     def __init__(
@@ -171,11 +171,11 @@ class GPULoadStoreSpec(BlockIDsLoadStoreSpec):
 
 
 class CPULoadStoreSpec(BlockIDsLoadStoreSpec):
-    """Slots of the primary arena, in the order of the keys they were prepared for.
+    """Slots of the primary arena, in the order of the keys.
 
     Attributes:
-        sequence: number of this transfer; the worker publishes it in the arena's control page when the copy
-            has ended, so that a reset knows when the slots are untouched.
+        sequence: number of this transfer. The worker writes it to the arena's control page when the copy has ended,
+            so that a reset knows when the slots can be used again.
     """
 
     def __init__(self, block_ids: Sequence[int] | BlockIds, sequence: int = 0) -> None:
@@ -185,12 +185,12 @@ class CPULoadStoreSpec(BlockIDsLoadStoreSpec):
 
 @dataclass
 class PrepareStoreOutput:
-    """What `prepare_store` decided.
+    """Result of `prepare_store`.
 
     Attributes:
         keys_to_store: the keys to copy, in the order of the input.
         store_spec: their slots, in the same order.
-        evicted_keys: keys that gave way.
+        evicted_keys: keys that were evicted for them.
     """
 
     keys_to_store: list[OffloadKey]
@@ -200,7 +200,7 @@ class PrepareStoreOutput:
 
 @dataclass
 class OffloadingEvent:
-    """Blocks that entered or left a medium, for engines that publish KV events."""
+    """Blocks that were stored in or removed from a medium, for engines that publish KV events."""
 
     keys: list[OffloadKey]
     medium: Medium
@@ -211,13 +211,13 @@ class OffloadingEvent:
 
 @dataclass
 class JobMetadata:
-    """One asynchronous batch in one tier.
+    """A job: an asynchronous copy of blocks between the primary arena and one tier.
 
     Attributes:
-        job_id: unique in one manager; exactly one `JobResult` answers it.
-        keys: the blocks, neighbours in a prefix side by side.
+        job_id: unique per manager; exactly one `JobResult` answers it.
+        keys: the blocks, in prefix order.
         block_ids: int32 array of shape (len(keys),): slots of the primary arena.
-        is_promotion: True reads the tier into the slots, False writes the slots to the tier.
+        is_promotion: True to copy from the tier to the slots, False to copy from the slots to the tier.
         req_context: the request that caused it.
     """
 
@@ -230,11 +230,11 @@ class JobMetadata:
 
 @dataclass
 class JobResult:
-    """The one answer to a job.
+    """The answer to a job.
 
     Attributes:
         success: True if every block succeeded.
-        successful_keys: after a partial failure, those that did succeed; None means all share `success`.
+        successful_keys: blocks that succeeded in a job that failed partly; None if all succeeded or all failed.
         transfer_time: seconds.
         transfer_bytes: bytes moved.
     """
@@ -248,7 +248,7 @@ class JobResult:
 
 @dataclass
 class TransferResult:
-    """End of one device copy in a worker; `transfer_time` in seconds, `transfer_size` in bytes."""
+    """Result of one copy of a worker's; `transfer_time` in seconds, `transfer_size` in bytes."""
 
     job_id: int
     success: bool
@@ -265,12 +265,12 @@ class Admission(Enum):
 
 
 class StoreUsage(NamedTuple):
-    """How full a store is; None stands for what it does not know.
+    """How full a store is; None where that is not known.
 
     Attributes:
-        blocks: held.
-        bytes: held, with what the store keeps beside payloads, such as headers.
-        capacity_bytes: the most that `bytes` may become.
+        blocks: number of blocks held.
+        bytes: bytes held, with everything that the store keeps besides payloads, such as headers.
+        capacity_bytes: upper limit of `bytes`.
     """
 
     blocks: int | None = None
@@ -279,7 +279,7 @@ class StoreUsage(NamedTuple):
 
 
 class FailureCause(Enum):
-    """Why a block could not be served or stored; every miss that is no plain absence has one."""
+    """Why a block could not be loaded or stored. Every failure has a cause; a plain miss has none."""
 
     ABSENT = "absent"
     CORRUPT = "corrupt"
@@ -290,6 +290,6 @@ class FailureCause(Enum):
     TIER_DOWN = "tier_down"
     CANCELLED = "cancelled"
     UNREACHABLE = "unreachable"
-    """A part of the tier is lost (a node of a cluster); the other parts serve."""
+    """A part of the tier (a node of a cluster) cannot be reached; the other parts work."""
     BUSY = "busy"
-    """The medium asks for less. The tier pauses its stores for a while; it is not down."""
+    """The medium asked for fewer requests. The tier pauses its stores for a while; it is not down."""

@@ -216,7 +216,7 @@ def test_the_schema_lists_every_key():
 def test_an_option_with_a_former_name_still_works_and_is_named_in_the_log(caplog):
     with caplog.at_level(logging.WARNING):
         assert parse(job_deadline=7.0).tier_deadline == 7.0
-    assert "kvtier: the option job_deadline is called tier_deadline now" in caplog.text
+    assert "kvtier: the option job_deadline is now called tier_deadline" in caplog.text
     with pytest.raises(ConfigError, match="not together with tier_deadline"):
         parse(job_deadline=7.0, tier_deadline=8.0)
     with pytest.raises(ConfigError, match="tier_deadline=True"):

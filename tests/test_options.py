@@ -68,8 +68,8 @@ def test_what_cannot_be_printed_is_refused_in_a_short_line(value):
     ("value", "hint", "message"),
     [
         ("1", int, "k='1': expected int, got str"),
-        ("~/kv", str, "k='~/kv': only a shell knows ~: write the home directory out"),
-        (["/a", "~"], list[str], "k[1]='~': only a shell knows ~: write the home directory out"),
+        ("~/kv", str, "k='~/kv': only a shell expands ~: write out the home directory"),
+        (["/a", "~"], list[str], "k[1]='~': only a shell expands ~: write out the home directory"),
         (True, int, "k=True: expected int, got bool"),
         (1, bool, "k=1: expected bool, got int"),
         (float("nan"), float, "k=nan: a finite number expected"),

@@ -1,4 +1,4 @@
-"""`kvtier schema`: the JSON schema of a whole configuration, with what every tier type declares that it takes."""
+"""`kvtier schema`: the JSON schema of a whole configuration, with the options of every tier type."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def configuration_schema() -> dict[str, Any]:
 
 
 def _tier_schema(name: str, common: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of one tier type; of one without a struct, only the keys that all tiers share."""
+    """Return the schema of one tier type; only the keys of all tiers if the type has no struct."""
     keys = {**common, "type": {**common["type"], "const": name}}
-    del keys["module_path"]  # names a class of that module: another tier
+    del keys["module_path"]  # with it, the tier's class comes from that module, whatever the type
     options_type = options_type_of(TIERS.load(name))
     if options_type is None:
         return {"type": "object", "properties": keys, "required": ["type"], "not": {"required": ["module_path"]}}

@@ -86,9 +86,9 @@ def test_an_empty_directory_is_fine(tmp_path):
 def test_what_is_no_directory_of_a_tier_is_refused(tmp_path):
     (tmp_path / "photo.jpg").write_text("")
     assert "No such file" in refused("inspect", tmp_path / "nothing")
-    assert "no directory" in refused("inspect", tmp_path / "photo.jpg")
+    assert "not a directory" in refused("inspect", tmp_path / "photo.jpg")
     assert "not the directory of a disk tier" in refused("inspect", tmp_path)
-    assert "no directory" in as_json("inspect", tmp_path, code=2)["error"]
+    assert "not the directory" in as_json("inspect", tmp_path, code=2)["error"]
 
 
 STRANGER = """

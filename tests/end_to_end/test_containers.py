@@ -101,6 +101,6 @@ def test_an_ascii_locale(tmp_path):
 def test_a_path_that_an_ascii_locale_cannot_write_is_refused_by_name(tmp_path):
     found, said = run_in_sandbox(tmp_path / "données", environment=ASCII)
     assert found["refused"].startswith("ConfigError: secondary_tiers[0].path=")
-    assert found["refused"].endswith("knows ascii only: set LC_ALL=C.UTF-8 or PYTHONUTF8=1")
+    assert found["refused"].endswith("allows ascii only: set LC_ALL=C.UTF-8 or PYTHONUTF8=1")
     assert "\n" not in found["refused"]
     assert said == ""

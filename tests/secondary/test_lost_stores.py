@@ -232,7 +232,7 @@ def test_questions_that_are_never_answered_are_a_hang(rig, tmp_path):
     pid = tier.io_pid
     assert tier.lookup(make_key(1), rig.request) is LookupResult.RETRY
     rig.wait(lambda: tier.state is TierState.DOWN, "it is down")
-    assert "questions" in tier.state_reason
+    assert "probes" in tier.state_reason
     hang.unlink()
     rig.wait_up()
     assert tier.io_pid != pid

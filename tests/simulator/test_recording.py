@@ -324,7 +324,7 @@ def test_a_trace_of_several_groups_says_that_it_has_the_first_one_only(tmp_path)
 def test_refuses_what_is_no_recording(tmp_path):
     path = tmp_path / "other.gz"
     path.write_bytes(gzip.compress(b"something else"))
-    with pytest.raises(TraceError, match="no recording"):
+    with pytest.raises(TraceError, match="not a recording"):
         repeat(path)
 
 
@@ -357,7 +357,7 @@ def test_a_flipped_bit_raises_no_foreign_error(recorded, compressed):
                 read(recorded)
             except KVTierError as error:
                 complaints.add(str(error).partition(": ")[2])
-    assert any("damaged" in said or "cannot be read" in said or "no recording" in said for said in complaints)
+    assert any("damaged" in said or "cannot be read" in said or "not a recording" in said for said in complaints)
 
 
 def test_a_record_of_another_size_is_damage(recorded):

@@ -138,6 +138,6 @@ def store_and_reset(model, tmp_path):
 
 
 def test_who_cannot_say_whose_blocks_they_are_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="the engine must say which model they belong to"):
+    with pytest.raises(ValueError, match="it must know their model"):
         OwnTiering("some/hub-model", tmp_path / "disk")
     OwnTiering("some/hub-model", tmp_path / "disk", namespace="some/hub-model at revision 1").close()

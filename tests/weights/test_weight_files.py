@@ -275,7 +275,7 @@ def test_an_index_that_is_none_is_not_read(folder, index):
     path = folder / "other.safetensors.index.json"
     if index == "pipe":
         os.mkfifo(path)
-        with pytest.raises(UnknownWeightsError, match="no regular file"):
+        with pytest.raises(UnknownWeightsError, match="not a regular file"):
             identify_files(weight_files(folder))
     else:
         with path.open("wb") as file:
@@ -328,7 +328,7 @@ def snapshot(repository):
 def test_large_files_of_a_hub_are_known_by_their_names(snapshot):
     found = identify_files(weight_files(snapshot))
     assert (found.num_files, found.num_named) == (3, 2)
-    assert "2 identified by the SHA-256" in found.describe()
+    assert "2 identified by their SHA-256" in found.describe()
     assert blob_name(snapshot / "config.json") == SHA1
 
 
