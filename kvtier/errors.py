@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+from typing import Any
 
 from kvtier.foreign_text import MAX_QUOTED, one_line, shown
 from kvtier.redaction import shown_option
@@ -30,6 +31,16 @@ class KVTierError(Exception):
 
     def __init__(self, *args: object) -> None:
         super().__init__(*(one_line(arg) if isinstance(arg, str) else arg for arg in args))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let other processes raise it: Python would call the constructor with the message as its only argument."""
+        return _remake, (type(self), self.args, vars(self))
+
+
+def _remake(kind: type[KVTierError], args: tuple[object, ...], values: dict[str, Any]) -> KVTierError:
+    error = kind.__new__(kind, *args)
+    vars(error).update(values)
+    return error
 
 
 class ConfigError(KVTierError, ValueError):

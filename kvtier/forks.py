@@ -13,7 +13,7 @@ from __future__ import annotations
 import mmap
 import os
 import weakref
-from typing import Protocol
+from typing import NoReturn, Protocol, SupportsIndex
 
 from kvtier.log import logger
 
@@ -67,6 +67,21 @@ def _make_mark() -> Mark:
         return _AskedMark()
     page[0] = 1
     return page
+
+
+class ProcessBound:
+    """Holds what another process, or a copy, cannot have: it is neither pickled nor copied."""
+
+    __slots__ = ()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Refuse.
+
+        Raises:
+            TypeError: always.
+        """
+        name = type(self).__name__
+        raise TypeError(f"a {name} belongs to the process that made it: make one there, of the same configuration")
 
 
 _owners: weakref.WeakSet[Owner] = weakref.WeakSet()

@@ -55,7 +55,7 @@ def guess_prefill_rate(model: torch.nn.Module) -> float:
     return guess_cpu_rate(sum(parameter.numel() for parameter in model.parameters()), torch.get_num_threads())
 
 
-class PrefixCache:
+class PrefixCache(forks.ProcessBound):
     """Stores the KV of prompts and answers in kvtier's tiers, and restores a prompt's longest stored prefix.
 
     All layers of the model must be plain full-attention layers. A later `PrefixCache` over the same tiers finds the

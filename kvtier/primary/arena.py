@@ -151,7 +151,7 @@ class SharedMapping(mmap.mmap):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-class Arena:
+class Arena(forks.ProcessBound):
     """`num_blocks` blocks of `block_bytes` bytes in a file in memory, which has no name and leaves nothing behind.
 
     Attributes:

@@ -48,7 +48,7 @@ def store_path(store: str | type[SlotStore] | type[BlockStore]) -> str:
     return path
 
 
-class StoreTierManager(SecondaryTierManager):
+class StoreTierManager(forks.ProcessBound, SecondaryTierManager):
     """A tier over a store that an executor runs, usually in another process. Subclasses have the index, if any."""
 
     needs_namespace: ClassVar[bool] = True

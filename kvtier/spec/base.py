@@ -28,7 +28,7 @@ from kvtier.tiering.manager import TieringOffloadingManager
 from kvtier.tiering.settings import TieringSettings
 
 
-class ArenaSpec(OffloadingSpec):
+class ArenaSpec(forks.ProcessBound, OffloadingSpec):
     """A checked configuration. Subclasses make the manager.
 
     The constructor checks, and allocates nothing. The first `get_manager` or `get_worker` creates the arena, unless it

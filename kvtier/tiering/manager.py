@@ -83,7 +83,7 @@ class Watcher(Protocol):
         """Note that all tiers have been asked for results, and which of them are used from now on."""
 
 
-class TieringOffloadingManager(OffloadingManager):
+class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
     """A primary tier and any number of secondary tiers, as one cache."""
 
     # What `lookup` reads. CPython finds these at once. The others are more than an instance holds without a dict (29),
