@@ -37,9 +37,10 @@ class StoreLoop:
         busy_at: when a task was last begun, in seconds of `time.monotonic`.
     """
 
-    def __init__(self, block_bytes: int) -> None:
+    def __init__(self, block_bytes: int, threads: int = 1) -> None:
+        """Args: threads: that share it. All but one of them may store at the same time: no load waits for a store."""
         self.blocks_per_call = blocks_per_call(block_bytes)
-        self._queue = TaskQueue[Probe]()
+        self._queue = TaskQueue[Probe](max(1, threads - 1))
         self._joiner = Joiner()
         self.busy_at = time.monotonic()
 
@@ -73,6 +74,8 @@ class StoreLoop:
             parts = [task for task in tasks if isinstance(task, Part)]
             if parts:
                 reports += self._joiner.add(move(runner, parts))
+                if not parts[0].is_load:
+                    self._queue.end_store()
             reports += runner.usage_news()
             if runner.lost is not None:
                 reports.append(Unavailable.because(runner.lost))

@@ -19,7 +19,9 @@ Urgent = TypeVar("Urgent")
 class TaskQueue(Generic[Urgent]):
     """A queue with three priorities, safe between threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_storing: int | None = None) -> None:
+        """Args: max_storing: most stores that `take` gives out before `end_store`; None for any number."""
+        self._max_storing, self._num_storing = max_storing, 0
         self._changed = threading.Condition()
         self._urgent: deque[Urgent] = deque()
         self._loads: deque[Part] = deque()
@@ -57,7 +59,16 @@ class TaskQueue(Generic[Urgent]):
                 self._changed.wait()
             if task is None:
                 return ()
-            return self._with_those_behind(task, max_blocks) if isinstance(task, Part) else (task,)
+            if not isinstance(task, Part):
+                return (task,)
+            self._num_storing += not task.is_load
+            return self._with_those_behind(task, max_blocks)
+
+    def end_store(self) -> None:
+        """What one `take` gave out to be stored has ended."""
+        with self._changed:
+            self._num_storing -= 1
+            self._changed.notify()
 
     def take_any(self, count: int) -> list[Part | Urgent]:
         """Take up to `count` tasks of any kind, without waiting."""
@@ -89,10 +100,11 @@ class TaskQueue(Generic[Urgent]):
     def _pop(self) -> Part | Urgent | None:
         if self._urgent:
             return self._urgent.popleft()
-        if self._loads and (self._loads_in_a_row < _MAX_LOADS_IN_A_ROW or not self._stores):
+        may_store = self._stores and (self._max_storing is None or self._num_storing < self._max_storing)
+        if self._loads and (self._loads_in_a_row < _MAX_LOADS_IN_A_ROW or not may_store):
             self._loads_in_a_row += 1
             return self._loads.popleft()
-        if self._stores:
+        if may_store:
             self._loads_in_a_row = 0
             return self._stores.popleft()
         return None

@@ -28,7 +28,7 @@ class ThreadExecutor(IOExecutor):
     def __init__(self, description: StoreDescription, rows: Rows) -> None:
         self._description = description
         self._rows = rows
-        self._loop = StoreLoop(description.block_bytes)
+        self._loop = StoreLoop(description.block_bytes, description.threads)
         self._arena_lock = threading.Lock()
         self._wanted = True
         self._killed = False

@@ -90,6 +90,20 @@ def test_small_parts_of_one_kind_are_taken_together():
     assert queue.take(8) == ()
 
 
+def test_loads_find_a_thread_while_stores_wait_for_one():
+    queue = TaskQueue(max_storing=2)
+    stores = [make_part(number, number, 1, is_load=False, store_slots=False) for number in range(4)]
+    load = make_part(9, 9, 1)
+    queue.put(*stores)
+    assert [queue.take(1), queue.take(1)] == [stores[:1], stores[1:2]]
+    assert queue.take(1, wait=False) == ()
+    queue.put(load)
+    assert queue.take(1) == [load]
+    queue.end_store()
+    assert queue.take(1) == stores[2:3]
+    assert queue.take(1, wait=False) == ()
+
+
 def test_what_is_taken_to_be_sent_has_the_same_order():
     queue = TaskQueue()
     loads = [make_part(number, number, 1) for number in range(40)]

@@ -1,4 +1,4 @@
-"""Loads that nobody waits for any more: what has not begun is answered at once, what runs ends as it ends."""
+"""Loads in an I/O process: they wait for no store, and are cancelled where they wait when nobody wants them."""
 
 from dataclasses import replace
 
@@ -111,6 +111,26 @@ def test_stores_of_the_same_tier_are_not_cancelled(rig, tmp_path):
     (tmp_path / "hang").unlink()
     assert rig.finish(store).success
     assert rig.finish(running).success
+
+
+def test_a_load_does_not_wait_for_stores_that_hang(tmp_path):
+    rig = make_rig(num_blocks=256)
+    try:
+        path = tmp_path / "hang"
+        plan = {"fault": "hang", "calls": ["write"], "while_path": str(path), "begun_path": str(begun(path))}
+        tier = faulty_tier(rig, plan, settings=replace(PATIENT, threads=3))
+        tier.start()
+        rig.wait_up()
+        assert rig.store(range(8)).success
+        path.touch()
+        stores = [rig.submit([make_key(number)], [number], load=False) for number in range(100, 110)]
+        wait_begun(rig, path)
+        assert rig.load(range(8), 200)[1] == list(range(8))
+        assert not set(stores) & set(rig.results)
+        path.unlink()
+        assert all(rig.finish(job).success for job in stores)
+    finally:
+        rig.close()
 
 
 def test_every_stripe_hears_of_a_cancelled_job(tmp_path):
