@@ -31,9 +31,12 @@ def run(command: str, traces: Path) -> str:
     return "\n".join(lines)
 
 
-def up_to_date(text: str, traces: Path) -> str:
-    """Return a page with the output of its examples made anew."""
-    return EXAMPLE.sub(lambda found: f"```console\n$ kvtier {found[1]}\n{run(found[1], traces)}\n```", text)
+def update(page: Path, traces: Path) -> None:
+    """Make the output of a page's examples anew, and write the page after each."""
+    text = page.read_text(encoding="utf-8")
+    for found in EXAMPLE.finditer(text):
+        made = f"```console\n$ kvtier {found[1]}\n{run(found[1], traces)}\n```"
+        page.write_text(page.read_text(encoding="utf-8").replace(found[0], made), encoding="utf-8")
 
 
 def main() -> None:
@@ -43,7 +46,7 @@ def main() -> None:
     parser.add_argument("pages", nargs="*", type=Path, default=PAGES)
     arguments = parser.parse_args()
     for page in arguments.pages:
-        page.write_text(up_to_date(page.read_text(encoding="utf-8"), arguments.traces), encoding="utf-8")
+        update(page, arguments.traces)
 
 
 if __name__ == "__main__":

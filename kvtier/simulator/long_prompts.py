@@ -38,9 +38,9 @@ def long_prompts_note(trace: Trace, setups: Sequence[Setup]) -> str:
         return ""
     share = sum(len(request.keys) > most for request in trace.requests) / len(trace.requests)
     wanted = math.ceil(longest / setup.settings.promotion_budget) * setup.block_bytes
+    alone = percent(best_share_in_parts(trace, most))
     return (
-        f"with {format_size(setup.dram_bytes)} of memory at most {most:,} blocks of a prompt come back from a disk, and"
-        f" {percent(share)} of the prompts have more: with memory for no other, at most"
-        f" {percent(best_share_in_parts(trace, most))} of the blocks are found; the longest prompt has {longest:,}"
-        f" blocks, and comes back whole with {format_size(wanted)} of memory"
+        f"with {format_size(setup.dram_bytes)} of memory a request gets at most {most:,} blocks from a disk, and"
+        f" {percent(share)} of the prompts have more: disks alone find at most {alone} of the blocks; the longest"
+        f" prompt has {longest:,}, and comes back whole with {format_size(wanted)} of memory"
     )

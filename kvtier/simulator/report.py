@@ -25,7 +25,7 @@ HEADER = (
     "tokens saved",
     "read from disk",
     "written to disk",
-    "writes a day, busiest / mean",
+    "writes a day",
     "TTFT p50",
     "p95",
     "p99",

@@ -217,12 +217,12 @@ def test_says_what_memory_long_prompts_need(trace, tmp_path):
         trace, *PRICES, "--dram", "2GiB", "--disk", "512GiB", "--target-hit-rate", 0.001, "--json", path, "--plot", page
     )
     assert result.exit_code == 0, result.output
-    (said,) = [line for line in result.stdout.splitlines() if "come back from a disk" in line]
-    assert said.startswith("with 2.0 GiB of memory at most 25 blocks of a prompt come back from a disk")
+    (said,) = [line for line in result.stdout.splitlines() if "blocks from a disk" in line]
+    assert said.startswith("with 2.0 GiB of memory a request gets at most 25 blocks from a disk")
     assert said in read(path)["warnings"]
-    assert "come back from a disk" in page.read_text()
+    assert "blocks from a disk" in page.read_text()
     enough = run(trace, *PRICES, "--dram", "64GiB", "--disk", "512GiB", "--target-hit-rate", 0.001)
-    assert "come back from a disk" not in enough.stdout
+    assert "blocks from a disk" not in enough.stdout
 
 
 def test_long_prompts_cost_what_a_measured_curve_says(trace, tmp_path):
