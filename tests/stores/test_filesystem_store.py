@@ -293,6 +293,23 @@ def test_a_sweep_covers_every_group_once_an_hour_whoever_runs_it(shared, opened,
     assert many[0].sweep() < 50
 
 
+def test_a_clock_that_was_set_back_stops_no_sweep_and_keeps_no_block_for_ever(shared, opened):
+    """For a while it was 2090; what was written then looks younger than all that is written now."""
+    store = opened(shared, capacity=100 * ON_DISK)
+    store._janitor._ending.set()
+    write(store, range(60))
+    left = store.path_of(make_key(1)).parent / ".dead-1.new"
+    left.write_bytes(b"x")
+    for file in (*blocks_in(shared), left, shared / "swept"):
+        os.utime(file, (3_800_000_000, 3_800_000_000))
+    write(store, range(100, 160))
+    another = janitor(shared, 70 * ON_DISK)
+    assert another.sweep() == another.num_groups
+    assert another.sweep() == 0
+    assert not left.exists()
+    assert read(store, range(120, 160)) == list(range(120, 160))
+
+
 def test_a_sweep_removes_what_is_empty_and_holds_a_smaller_capacity(shared, opened):
     store = opened(shared)
     for number in range(100):

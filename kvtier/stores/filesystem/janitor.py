@@ -35,6 +35,7 @@ _LOOK_EACH = 32
 """Number of looks into a full group while its whole share is written once."""
 SECONDS_TO_LEAVE = 600.0
 """Age of an unfinished file at which its writer is taken for dead."""
+_LEAVE_NS = int(SECONDS_TO_LEAVE * 1e9)
 SWEEP_SECONDS = 3600.0
 """Time in which the hosts together look into every group."""
 _BETWEEN_SWEEPS = (30.0, 60.0)
@@ -139,9 +140,9 @@ class Janitor:
             OSError: the directory cannot be read.
         """
         group_of_files = _Contents(self._directory)
-        oldest = int((self._directory.now() - SECONDS_TO_LEAVE) * 1e9)
+        now = int(self._directory.now() * 1e9)
         for name in self._directory.namespace_names():
-            self._enter(name, group, oldest, group_of_files)
+            self._enter(name, group, now, group_of_files)
         used = group_of_files.num_bytes
         share = max(0.0, (self._capacity - group_of_files.shared_bytes) / self.num_groups - self._shortage())
         most = used * (1 - give_up) if give_up else share * (_KEEP if used > share * (_KEEP + 1) / 2 else 1)
@@ -158,7 +159,7 @@ class Janitor:
         files, num_bytes = (sum(column) * self.num_groups // len(held) for column in zip(*held, strict=True))
         return StoreUsage(files, num_bytes + shared_bytes, self._capacity)
 
-    def _enter(self, name: str, group: str, oldest: int, found: _Contents) -> None:
+    def _enter(self, name: str, group: str, now: int, found: _Contents) -> None:
         """Add a group's files of one namespace; leave strangers alone."""
         try:
             with self._directory.folder.folder(name) as namespace:
@@ -166,7 +167,7 @@ class Janitor:
                 for shard in shard_names(namespace, group):
                     try:
                         with namespace.folder(shard) as folder:
-                            found.add(_Shard(name, shard), folder, oldest)
+                            found.add(_Shard(name, shard), folder, now)
                     except StrangerError as error:
                         self._complain(error)
                     except FileNotFoundError:
@@ -182,7 +183,9 @@ class Janitor:
         now = self._directory.now()
         step = SWEEP_SECONDS / self.num_groups
         turn = int(now / step)
-        count = min(self.num_groups, turn - int(self._directory.last_swept() / step))
+        last = self._directory.last_swept()
+        # A time to come is of a clock that was set back since: by it, nobody would sweep until then.
+        count = min(self.num_groups, turn - int(last / step)) if last < now + SWEEP_SECONDS else self.num_groups
         if count <= 0:
             return 0
         self._directory.note_sweep()
@@ -243,8 +246,8 @@ class _Contents:
         self._held: list[Held] = []
         self._folders: dict[_Shard, tuple[int, int]] = {}
 
-    def add(self, shard: _Shard, folder: Folder, oldest: int) -> None:
-        """Add the files of a shard; delete unfinished files changed before `oldest` (ns), and leave strangers alone."""
+    def add(self, shard: _Shard, folder: Folder, now: int) -> None:
+        """Add the files of a shard; delete unfinished files of dead writers, and leave strangers alone; now: in ns."""
         before = len(self._held)
         for name in folder.names():
             unfinished = is_unfinished(name)
@@ -254,11 +257,13 @@ class _Contents:
                 status = folder.status(name)
             except FileNotFoundError:
                 continue
-            if unfinished and status.st_mtime_ns < oldest:
+            # What is younger than now was written by a clock that was set back since: it is taken for the oldest.
+            changed = status.st_mtime_ns if status.st_mtime_ns < now + _LEAVE_NS else 0
+            if unfinished and changed < now - _LEAVE_NS:
                 with contextlib.suppress(OSError):
                     folder.unlink(name)
                     continue
-            self._held.append(Held(status.st_mtime_ns, shard, name, max(status.st_size, status.st_blocks * 512)))
+            self._held.append(Held(changed, shard, name, max(status.st_size, status.st_blocks * 512)))
             self.num_files += 1
             self.num_bytes += self._held[-1].size
         self._folders[shard] = folder.own_bytes, len(self._held) - before
