@@ -149,7 +149,10 @@ def fill(task: dict[str, Any], length: int, num_pairs: int) -> None:
     with Engine(**task, kvtier=True) as engine:
         for index in range(num_pairs):
             engine.first_token(head_of(index, num_tokens_on_disk(length)))
-        engine.ask("flush")
+            num_written = engine.ask("flush")
+    num_blocks = num_pairs * num_tokens_on_disk(length) // BLOCK
+    if num_written < num_blocks:
+        raise SystemExit(f"only {num_written:.0f} of {num_blocks} blocks are on the disk")
 
 
 def measure(task: dict[str, Any], asked: list[list[int]], group: Path) -> Speed:

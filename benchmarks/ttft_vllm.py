@@ -119,8 +119,10 @@ def child(task: dict[str, Any]) -> None:
             engine.reset_prefix_cache()
         elif command == "flush":
             deadline = time.monotonic() + 60
+            first_token(prompt(2, 30, SMALL))  # stores go out a step later than their request
             while metric("vllm:kvtier_jobs") and time.monotonic() < deadline:
                 first_token(prompt(2, 30, SMALL))
+            answer = metric("vllm:kvtier_written_blocks")
         elif command == "hits":
             answer = metric("vllm:external_prefix_cache_hits")
         print(json.dumps(answer), file=replies)

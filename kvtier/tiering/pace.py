@@ -89,10 +89,13 @@ class Pace:
                 return
         own = _of_group(keys, progress.first_key[-GROUP_BYTES:])
         if not progress.is_past_first:
-            if progress.first_key not in own:
+            if progress.first_key in own:
+                own = own[own.index(progress.first_key) :]
+            elif num_left_out := self._blocks_before(state, own):
+                progress.num_computed = num_left_out  # vLLM from 0.32 on does not offer what a request has loaded
+            else:
                 return
             progress.is_past_first = True
-            own = own[own.index(progress.first_key) :]
         num_passed = progress.num_computed
         progress.num_computed += len(own)
         first = max(num_passed, progress.num_loaded)
@@ -103,6 +106,11 @@ class Pace:
             self._busy_until = max(self._busy_until, self._began) + work / self.speed.rate
             self._witnesses.append(state)
             progress.left = max(0.0, progress.left - (progress.num_computed - first) * size)
+
+    def _blocks_before(self, state: RequestState, keys: Sequence[OffloadKey]) -> int:
+        """Return how many blocks lie between the first key that was looked up and `keys`; 0 if that is not known."""
+        end = state.context.get_offload_key_position(keys[0]) if keys else None
+        return 0 if end is None else max(0, (end - state.progress.start) // self._tokens_per_block - 1)
 
     def begin_attempt(self, state: RequestState) -> None:
         """The request was preempted: it is looked up, loaded and computed anew."""

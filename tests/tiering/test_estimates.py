@@ -106,6 +106,26 @@ def test_tokens_found_on_the_device_are_not_computed_ones(make_engine, device_hi
     assert engine.manager.prefill_rate == pytest.approx(2000.0, rel=0.2)
 
 
+def test_what_follows_a_load_is_computed_though_the_loaded_blocks_are_never_offered(make_engine):
+    engine = make_engine(num_blocks=512, num_tiers=0, tokens_per_block=100, prefill_doubling=math.inf)
+    for number in range(12):
+        keys, context = make_keys(20, f"prompt {number}"), engine.request(f"r{number}")
+        for index, key in enumerate(keys):
+            context.set_offload_key_position(key, 100 * (index + 1))
+        engine.store(keys[:5], engine.request(f"before {number}"))
+        engine.finish(engine.request(f"before {number}"))
+        engine.scan(keys, context)
+        engine.step()
+        engine.load(keys[:5], context)
+        engine.store(keys[5:], context)
+        engine.clock.advance(1500 / 2000.0)
+        engine.manager.take_events()  # the step has ended
+        engine.step()
+        engine.finish(context)
+        engine.step()
+    assert engine.manager.prefill_rate == pytest.approx(2000.0, rel=0.2)
+
+
 def test_what_is_computed_sooner_is_declined_at_once(make_engine):
     engine, keys = make_engine(prefill_rate=1e9, tokens_per_block=100), make_keys(4)
     engine.plant(keys)
