@@ -60,12 +60,12 @@ def replay_bare(policy: EvictionPolicy, trace: Trace) -> int:
         keys, own = request.keys, set(request.keys)
         hits = leading(key in policy for key in keys)
         total += hits
-        policy.touch(keys[:hits])
-        policy.touch([key for key in keys[hits:] if key in policy])
+        policy.touch(keys[:hits], request.time)
+        policy.touch([key for key in keys[hits:] if key in policy], request.time)
         missing = [key for key in keys[hits:] if key not in policy]
         wanted = max(0, len(policy) + len(missing) - policy.capacity)
         policy.evict(list(islice((key for key in policy.candidates(missing) if key not in own), wanted)))
-        policy.insert(missing[: policy.capacity - len(policy)])
+        policy.insert(missing[: policy.capacity - len(policy)], request.time)
         policy.settle(keys)
     return total
 

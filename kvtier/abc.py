@@ -66,17 +66,12 @@ class EvictionPolicy(ABC):
     Implementer must: hold exactly the keys inserted and not yet evicted or removed; only hash and compare keys.
     """
 
+    may_decline: bool = True
+    """Whether `candidates` may end early; a tier sets False where no incoming key may be left out."""
+
     def __init__(self, capacity: int) -> None:
         """Args: capacity: most keys that will be held at once, at least 1."""
         self.capacity = capacity
-
-    @classmethod
-    def for_sample(cls, capacity: int, share: float) -> Self:
-        """Return a policy for a shadow cache, which sees only a `share`, in (0, 1], of the keys.
-
-        A policy with constants that count uses of all keys together scales them by `share`.
-        """
-        return cls(capacity)
 
     @abstractmethod
     def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
@@ -101,8 +96,8 @@ class EvictionPolicy(ABC):
     def candidates(self, incoming: Sequence[OffloadKey] = ()) -> Iterator[OffloadKey]:
         """Yield the held keys, best victim first; change nothing.
 
-        Without `incoming`, all held keys are yielded. With it, a policy may end earlier: the keys left are worth more
-        than the tail of `incoming`, which is then not stored.
+        Without `incoming`, all held keys are yielded. With it, a policy that may decline may end earlier: the keys left
+        are worth more than the tail of `incoming`, which is then not stored.
 
         Args:
             incoming: the keys that are about to be inserted, in prefix order.

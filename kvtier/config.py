@@ -151,17 +151,10 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     eviction_policy: Annotated[
         Text,
         msgspec.Meta(
-            description='which blocks are evicted from host memory: "lru", "arc", "s3fifo", "tinylfu", "prefix", any'
-            ' registered policy, or "auto", which changes the policy while the engine runs'
+            description='which blocks are evicted from host memory: "lru", "arc", "s3fifo", "tinylfu", "prefix" ("auto"'
+            " is the same), or any registered policy"
         ),
     ] = "lru"
-    shadow_caches: Annotated[
-        bool,
-        msgspec.Meta(
-            description="count the hits that other policies, and half and twice the size, would have had (metrics"
-            ' `kvtier_shadow_*`); "auto" always does'
-        ),
-    ] = False
     offload_prompt_only: Annotated[
         bool | None,
         msgspec.Meta(

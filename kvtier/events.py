@@ -93,16 +93,6 @@ class CacheReset(NamedTuple):
     epoch: bytes
 
 
-class PolicySwitched(NamedTuple):
-    """`eviction_policy: auto` chose another policy; the rates are the hit rates of both policies' shadows, 0 to 1."""
-
-    tier: str
-    former: str
-    chosen: str
-    former_rate: float
-    chosen_rate: float
-
-
 class HintIgnored(NamedTuple):
     """A request's hint was malformed. It is counted and logged once, and the request goes on without it."""
 
@@ -127,7 +117,6 @@ Event = (
     | TierStateChanged
     | RequestGaveUp
     | CacheReset
-    | PolicySwitched
     | HintIgnored
     | UnexpectedCall
 )

@@ -22,7 +22,6 @@ from kvtier.events import (
     Event,
     HintIgnored,
     JobFinished,
-    PolicySwitched,
     RequestGaveUp,
     TierState,
     UnexpectedCall,
@@ -45,8 +44,6 @@ class Source(Enum):
     """Read by the tiering manager from its own state."""
     TIER = "tier"
     """Read from `SecondaryTierManager.get_stats`; a tier may leave it out."""
-    POLICY = "policy"
-    """Read from the shadow caches of the primary tier's eviction policy."""
     ENGINE = "engine"
     """Counted by the engine's adapter; not in `get_stats`."""
 
@@ -122,8 +119,8 @@ def _stores(amount: Callable[[JobFinished], float]) -> Callable[[JobFinished], A
 
 
 _BLOCKS, _BYTES, _SECONDS = (attrgetter(name) for name in ("num_successful", "num_bytes", "seconds"))
-_MANAGER, _OWN, _POLICY, _ENGINE = Source.MANAGER, Source.TIER, Source.POLICY, Source.ENGINE
-_TIER, _REASON, _CALL, _SHADOW = ("tier",), ("reason",), ("call",), ("shadow",)
+_MANAGER, _OWN, _ENGINE = Source.MANAGER, Source.TIER, Source.ENGINE
+_TIER, _REASON, _CALL = ("tier",), ("reason",), ("call",)
 
 _OF_REQUESTS = (
     _on(BlocksLoaded, lambda event: event.by_source.items(), "loaded_blocks", _TIER,
@@ -185,20 +182,11 @@ _OF_HEALTH = (
     _on(CacheReset, lambda event: (("", 1),), "resets", (), "Times that the cache was reset"),
 )  # fmt: skip
 
-_OF_POLICIES = (
-    _counter(_POLICY, "shadow_hits", _SHADOW, "Sampled blocks that another policy or size would have had",
-             "shadow_hit_blocks"),
-    _counter(_POLICY, "shadow_blocks", _SHADOW, "Sampled blocks that another policy or size was asked for"),
-    _on(PolicySwitched, lambda event: ((f"{event.tier}.{event.former}.{event.chosen}", 1),), "policy_switches",
-        ("tier", "former", "chosen"), "Times that another policy took over"),
-)  # fmt: skip
-
 GROUPS = {
     "Requests": _OF_REQUESTS,
     "Blocks held": _OF_BLOCKS,
     "Jobs of tiers": _OF_JOBS,
     "Health": _OF_HEALTH,
-    "Eviction policies": _OF_POLICIES,
 }
 """Every metric, by what it is about, in the order of the documentation."""
 

@@ -104,7 +104,7 @@ POLICIES.register("arc", "kvtier.eviction.arc", "ARCPolicy")
 POLICIES.register("s3fifo", "kvtier.eviction.s3fifo", "S3FIFOPolicy")
 POLICIES.register("tinylfu", "kvtier.eviction.tinylfu", "TinyLFUPolicy")
 POLICIES.register("prefix", "kvtier.eviction.prefix", "PrefixPolicy")
-POLICIES.register("auto", "kvtier.eviction.auto", "AutoPolicy")
+POLICIES.register("auto", "kvtier.eviction.prefix", "PrefixPolicy")
 
 WORKERS: Registry[Callable[..., OffloadingWorker]] = Registry("device")
 WORKERS.register("cpu-numpy", "kvtier.primary.worker", "NumpyOffloadingWorker")

@@ -6,9 +6,21 @@ from collections.abc import Mapping
 
 from kvtier.abc import EvictionPolicy
 from kvtier.errors import ConfigError
-from kvtier.eviction.auto import FOLLOWED, AutoPolicy
+from kvtier.eviction.arc import ARCPolicy
+from kvtier.eviction.lru import LRUPolicy
+from kvtier.eviction.prefix import PrefixPolicy
+from kvtier.eviction.s3fifo import S3FIFOPolicy
+from kvtier.eviction.tinylfu import TinyLFUPolicy
 
-BUILT_IN_POLICIES: Mapping[str, type[EvictionPolicy]] = {**FOLLOWED, "auto": AutoPolicy}
+BUILT_IN_POLICIES: Mapping[str, type[EvictionPolicy]] = {
+    "lru": LRUPolicy,
+    "arc": ARCPolicy,
+    "s3fifo": S3FIFOPolicy,
+    "tinylfu": TinyLFUPolicy,
+    "prefix": PrefixPolicy,
+    "auto": PrefixPolicy,
+}
+"""`auto` once chose among the others while the cache was in use; configurations still have it."""
 
 
 def find_policy(name: object, more: Mapping[str, type[EvictionPolicy]]) -> type[EvictionPolicy]:

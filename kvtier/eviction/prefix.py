@@ -1,8 +1,8 @@
 """Prefix: blocks in chains, ranked by what chains of their history have given so far.
 
-What it knows of a KV cache: a block is worth nothing without those before it; those before it were used at least as
-often, and as lately; sessions that came back once come back more often than new ones; and how soon depends on the
-workload, which is learned while it runs.
+What it knows of a KV cache: a block is worth nothing without those before it; sessions that came back once come back
+more often than new ones; how soon they do, their last gap tells; and all of that depends on the workload, which is
+learned while it runs.
 
 Sources: hit density, and ranking by what is expected within the best horizon: N. Beckmann, H. Chen and A. Cidon, "LHD:
 Improving Cache Hit Rate by Maximizing Hit Density", NSDI 2018. Reuse probability by class and age of KV blocks:
@@ -16,16 +16,16 @@ that little is evicted has nothing to choose.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from heapq import heapify, heappop, heapreplace
 from itertools import groupby, islice
-from typing import Self
 
 from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
-from kvtier.eviction.reuse import MAX_TURN_BLOCKS, NEW, NEW_BRANCH, NEW_TURN, NUM_CLASSES, ReuseTable, class_of
+from kvtier.eviction.ages import Ages
+from kvtier.eviction.chains import Chains, Part, Request
+from kvtier.eviction.leaves import Leaves
+from kvtier.eviction.reuse import ReuseTable, class_of
 from kvtier.keys import OffloadKey
 
 GHOSTS_PER_KEY = 4
@@ -35,224 +35,267 @@ LEARN_AFTER = 2048
 """Uses of blocks between two computations of the ranks; the first ones come earlier."""
 
 _FIRST_LEARNING = 256
-_ONCE_USED = (NEW, NEW_BRANCH, NEW_TURN)
-_MIN_BETWEEN_LEARNINGS = 128
-"""A shadow learns more often than its share of the uses says, but no more often than this: learning is not cheap."""
-
-_MIN_FIRST_LEARNING = 32
-
-
-class Part:
-    """Blocks that one call used, which follow one another and have one history.
-
-    Attributes:
-        keys: in prefix order; those that a later call used, or that were evicted, may still be named.
-        kind: class, for the table; uses: of each block.
-        time: of the use, in uses of blocks.
-        held, ghosts: blocks of it that are held, and those evicted that are remembered.
-    """
-
-    __slots__ = ("ghosts", "held", "keys", "kind", "time", "uses")
-
-    def __init__(self, keys: list[OffloadKey], kind: int, uses: int, time: int) -> None:
-        self.keys, self.kind, self.uses, self.time = keys, kind, uses, time
-        self.held, self.ghosts = len(keys), 0
+_MAX_REQUESTS = 1024
+"""Requests at a time of which it is known what they used before."""
 
 
 class PrefixPolicy(EvictionPolicy):
-    """Lowest expected hits for a block's room first, tail-first within one call.
+    """Lowest expected hits for a block's room and second first, tail-first within a chain.
 
-    A block is held in the part of its last use; parts of a class wait in the order of their time. Ranks never rise with
-    age, so that the next victim is the oldest part of some class, and finding it costs a comparison of classes.
-    A request is what comes up to and with one insert: a `touch` of what it found, then its new blocks.
+    Ranks may rise with age: an agent's tool call returns after a while. Only leaves are victims, so that no block goes
+    before those that need it. What a request brings goes before what is held and ranks higher: its tail finds no room.
     """
 
-    def __init__(self, capacity: int, share: float = 1.0) -> None:
-        """Args: capacity: as for every policy; share: of all keys that it is shown, see `for_sample`."""
+    def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
-        self._table = ReuseTable(capacity, share)
-        self._learn_after = max(_MIN_BETWEEN_LEARNINGS, int(LEARN_AFTER * share))
-        self._first_learning = max(_MIN_FIRST_LEARNING, int(_FIRST_LEARNING * share))
-        self._part_of: dict[OffloadKey, Part] = {}
+        self._table = ReuseTable()
+        self._chains = Chains()
+        self._part_of = self._chains.part_of
         self._ghosts: OrderedDict[OffloadKey, Part] = OrderedDict()
-        self._queues: list[OrderedDict[Part, None]] = [OrderedDict() for _ in range(NUM_CLASSES)]
-        # Parts by the bin of age they are in, oldest first; those without a block leave at the next border.
-        self._ageing: list[deque[Part]] = [deque() for _ in range(len(self._table.edges) + 1)]
-        self._now = 0
-        self._learn_at = self._first_learning
-        self._num_found = 0
+        self._requests: OrderedDict[float, Request] = OrderedDict()
+        self._leaves = Leaves(self._table)
+        self._ages = Ages(self._table, self._leaves)
+        self._begin()
 
-    @classmethod
-    def for_sample(cls, capacity: int, share: float) -> Self:
-        """Return a policy that learns from as many uses of all keys as it would if it were shown them all."""
-        return cls(capacity, share)
+    def _begin(self) -> None:
+        self._current = Request(0.0)
+        self._now = 0.0
+        self._num_uses = 0
+        self._learn_at = _FIRST_LEARNING
+
+    # -- uses ---------------------------------------------------------------------------------------------
 
     def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
-        """Count a use of the held ones of `keys`; a use at once after another by the same keys is the same use."""
-        part_of = self._part_of
-        parts = [part_of.get(key) for key in keys]
-        if None in parts:
-            keys = [key for key, part in zip(keys, parts, strict=True) if part is not None]
-            parts = [part for part in parts if part is not None]
-        if keys:
-            self._num_found += len(keys)
-            self._use(keys, parts, NEW)
+        """Count a use of the held ones of `keys`, unless the same request has used them already."""
+        request, part_of = self._request(now), self._part_of
+        held = [key for key in keys if key in part_of]
+        if not held:
+            return
+        used: list[Part] = []
+        for part, same in groupby(held, key=part_of.__getitem__):
+            if part.request is not request:
+                used += self._take(part, list(same), request)
+        request.last = held[-1]
+        self._end_use(request, used, len(held))
+
+    def _take(self, part: Part, keys: list[OffloadKey], request: Request) -> list[Part]:
+        """Take `keys` of a part out of it, for a use of them; return the parts that have them then."""
+        first = part.keys.index(keys[0])
+        if part.keys[first : first + len(keys)] != keys:  # not the order of a chain
+            return [taken for key in keys for taken in self._take(self._part_of[key], [key], request)]
+        request.note_known(part.request, len(keys))
+        self._table.note_used(part.kind, request.time - part.request.time, len(keys))
+        if first:
+            self._ages.enter(self._chains.cut(part, first))
+        rest = part
+        if len(keys) < len(part.keys):
+            part = self._chains.cut(part, len(keys))
+            if rest.is_leaf:
+                self._leaves.enter(rest)
+        else:
+            self._leaves.leave(part)
+            part = self._chains.renew(part) if part.ghosts else part
+        part.uses += 1
+        part.request = request
+        return [part]
 
     def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         """Hold `keys`: with their former uses those that a ghost remembers, as new the others."""
+        request, ghosts = self._request(now), self._ghosts
         if not keys:
             return
-        ghosts = self._ghosts
-        parts: list[Part | None] = [None] * len(keys)
-        num_found, self._num_found = self._num_found, 0
+        former: list[Part | None] = [None] * len(keys)
         if not ghosts.keys().isdisjoint(keys):
-            parts = [ghosts.pop(key, None) for key in keys]
-            num_found += len(keys) - parts.count(None)
-        kind = NEW
-        if num_found > 1:
-            kind = NEW_TURN if parts.count(None) <= MAX_TURN_BLOCKS else NEW_BRANCH
-        self._use(keys, parts, kind)
+            former = [ghosts.pop(key, None) for key in keys]
+        new: list[Part] = []
+        end = 0
+        for ghost, same in groupby(former):
+            begin, end = end, end + len(list(same))
+            part = Part(list(keys[begin:end]), 0, self._uses_with(ghost, request, end - begin), request)
+            self._chains.hold(part)
+            self._link(part, request.last)
+            request.last = part.keys[-1]
+            new.append(part)
+        self._end_use(request, new, len(keys))
 
-    def _use(self, keys: Sequence[OffloadKey], parts: Sequence[Part | None], kind_of_new: int) -> None:
-        """Move `keys` from `parts` into new ones."""
-        now, begin = self._now, 0
-        groups: list[tuple[list[OffloadKey], int, int]] = []
-        for part, same in groupby(parts):
-            end = begin + len(list(same))
-            block, begin = list(keys[begin:end]), end
+    def _uses_with(self, ghost: Part | None, request: Request, num_blocks: int) -> int:
+        """Return how often blocks were used, this request included, that come back from a ghost, or are new."""
+        if ghost is None:
+            return 1
+        ghost.ghosts -= num_blocks
+        if ghost.request is request:
+            return ghost.uses
+        request.note_known(ghost.request, num_blocks)
+        self._table.note_used(ghost.kind, request.time - ghost.request.time, num_blocks)
+        return ghost.uses + 1
+
+    def _request(self, now: float) -> Request:
+        """Return the request that came at that time, and let parts age up to it."""
+        request = self._requests.get(now)
+        if request is None:
+            request = self._requests[now] = Request(now)
+            if len(self._requests) > min(_MAX_REQUESTS, self.capacity):
+                self._requests.popitem(last=False)
+            if now > self._now:
+                self._now = now
+                self._ages.advance(now)
+        self._current = request
+        return request
+
+    def _end_use(self, request: Request, parts: Sequence[Part], num_blocks: int) -> None:
+        """Let `parts` be of the present, and learn from time to time."""
+        for part in parts:
+            part.kind, part.bin = class_of(part.uses, request.gap), 0
+            self._table.note_reached(part.kind, 0, len(part.keys))
+            self._ages.enter(part)
+            if not part.children:
+                self._leaves.enter(part)
+        request.length += num_blocks
+        self._num_uses += num_blocks
+        if self._num_uses >= self._learn_at:
+            self._learn_at = self._num_uses + min(LEARN_AFTER, self._num_uses)
+            self._leaves.learn()
+
+    def settle(self, keys: Sequence[OffloadKey]) -> None:
+        """Join the parts of a request that is over; what found no room is remembered, too."""
+        named = [(part, list(same)) for part, same in groupby(keys, key=self._part_of.get)]
+        users = [part.request for part, _ in named if part is not None]
+        request = min(users, key=lambda request: request.time, default=self._current)
+        request.length = len(keys)
+        before: OffloadKey | None = None
+        above: Part | None = None
+        for part, block in named:
             if part is None:
-                groups.append((block, 1, kind_of_new))
-                continue
-            is_again = part.time == now
-            if not is_again:
-                self._table.note_used(part.kind, now - part.time, len(block))
-            groups.append((block, part.uses + (not is_again), part.kind))
-            self._leave(part, block)
-        self._now = now + len(keys)
-        self._add_all(groups)
-        self._age()
+                self._remember([key for key in block if key not in self._ghosts], request)
+            elif part.keys[0] == block[0]:
+                self._link(part, before)
+                if part.request is request:
+                    self._classify(part)
+                    part = self._join(part) if above is not None and part.parent is above else part
+            before, above = block[-1], part
+        request.last = None
+        self._forget_ghosts()
 
-    def _add_all(self, groups: list[tuple[list[OffloadKey], int, int]]) -> None:
-        """Make parts of the present of (blocks, uses, class if that is one), in prefix order.
+    def _classify(self, part: Part) -> None:
+        """Put a part of the present in the class that its request has in the end."""
+        kind = class_of(part.uses, part.request.gap)
+        if kind != part.kind:
+            if not part.bin:
+                self._table.take_back(part.kind, len(part.keys))
+                self._table.note_reached(kind, 0, len(part.keys))
+            is_leaf = self._leaves.leave(part)
+            part.kind = kind
+            if is_leaf:
+                self._leaves.enter(part)
 
-        From the tail, lest a block seem less used than those behind it.
-        """
-        fresh: list[Part] = []
-        most_uses = 0
-        for block, uses, kind_of_one in reversed(groups):
-            most_uses = max(uses, most_uses)
-            kind = class_of(most_uses) if most_uses > 1 else kind_of_one
-            if fresh and fresh[-1].kind == kind:
-                former = fresh.pop()
-                block = block + former.keys
-            fresh.append(Part(block, kind, most_uses, self._now))
-        for part in fresh:
-            self._add(part)
+    def _join(self, part: Part) -> Part:
+        """Join a part to its parent if they cannot be told apart; return what it is in then."""
+        above = part.parent
+        if (
+            above is None
+            or above.request is not part.request
+            or (above.uses, above.kind, above.bin) != (part.uses, part.kind, part.bin)
+            or len(above.children) > 1
+            or part.place + 1 < len(above.keys)
+            or above.ghosts
+            or part.ghosts
+        ):
+            return part
+        self._leaves.leave(part)
+        if not part.bin:
+            for kept in (part, above):
+                self._table.take_back(kept.kind, len(kept.keys))
+        above = self._chains.join(part)
+        if not above.bin:
+            self._table.note_reached(above.kind, 0, len(above.keys))
+        if above.is_leaf:
+            self._leaves.enter(above)
+        return above
 
-    def _leave(self, part: Part, keys: Sequence[OffloadKey]) -> None:
-        """Blocks of `part` go elsewhere: all of them are held, or all of them were ghosts."""
-        if keys[0] in self._part_of:
-            part.held -= len(keys)
-            self._tidy(part)
-        else:
-            part.ghosts -= len(keys)
+    def _remember(self, keys: Sequence[OffloadKey], request: Request) -> None:
+        """Keep ghosts of blocks that a request brought in vain."""
+        if keys:
+            ghost = Part([], class_of(1, request.gap), 1, request)
+            ghost.ghosts = len(keys)
+            self._ghosts.update(dict.fromkeys(keys, ghost))
+            self._table.note_reached(ghost.kind, 0, len(keys))
+            self._ages.enter(ghost)
 
-    def _tidy(self, part: Part) -> None:
-        """Drop what the part no longer holds, once that is most of it."""
-        if not part.held:
-            self._queues[part.kind].pop(part, None)
-            part.keys = []
-        elif len(part.keys) > 2 * part.held + 4:
-            part_of = self._part_of
-            part.keys = [key for key in part.keys if part_of.get(key) is part]
+    def _link(self, part: Part, before: OffloadKey | None) -> None:
+        parent = self._chains.link(part, before) if before is not None else None
+        if parent is not None:
+            self._leaves.leave(parent)
 
-    def _add(self, part: Part) -> None:
-        self._part_of.update(dict.fromkeys(part.keys, part))
-        self._queues[part.kind][part] = None
-        self._ageing[0].append(part)
-        self._table.note_reached(part.kind, 0, part.held)
-
-    def _age(self) -> None:
-        """Count the parts that came into the next bin of age, and learn from time to time."""
-        now, ageing = self._now, self._ageing
-        for index, edge in enumerate(self._table.edges):
-            queue = ageing[index]
-            while queue and now - queue[0].time >= edge:
-                part = queue.popleft()
-                if size := part.held + part.ghosts:
-                    self._table.note_reached(part.kind, index + 1, size)
-                    ageing[index + 1].append(part)
-        last = ageing[-1]
-        while last and now - last[0].time >= 2 * self._table.edges[-1]:
-            last.popleft()
-        if now >= self._learn_at:
-            self._table.learn()
-            self._learn_at = now + min(self._learn_after, now)
+    # -- victims ------------------------------------------------------------------------------------------
 
     def candidates(self, incoming: Sequence[OffloadKey] = ()) -> Iterator[OffloadKey]:
-        """Yield the held keys, lowest rank first, among equals oldest first; `incoming` does not matter."""
-        ranks, edges, now, part_of = self._table.ranks, self._table.edges, self._now, self._part_of
+        """Yield the held keys, lowest rank first; end where what is left ranks above the tail of `incoming`."""
+        current, num_given = self._current, 0
+        ranks = self._ranks_of(incoming)
+        num_wanted = len(incoming) - (self.capacity - len(self))
+        num_declined = 0
+        for rank, part in self._leaves.victims():
+            while num_declined < len(ranks) and ranks[num_declined] < rank:
+                num_declined += 1
+            if ranks and num_given >= num_wanted - num_declined:
+                return
+            yield from reversed(part.keys)
+            if part.request is not current:  # the caller spares what the same request has used
+                num_given += len(part.keys)
 
-        def entry(parts: Iterator[Part]) -> tuple[float, int, int, Part, Iterator[Part]] | None:
-            part = next(parts, None)
-            if part is None:
-                return None
-            rank = ranks[part.kind][bisect_right(edges, now - part.time)]
-            return rank, part.time, part.kind, part, parts
-
-        heap = [found for queue in self._queues if (found := entry(iter(queue)))]
-        heapify(heap)
-        while heap:
-            *_, part, parts = heap[0]
-            if part.held == len(part.keys):
-                yield from reversed(part.keys)
-            else:
-                yield from [key for key in reversed(part.keys) if part_of.get(key) is part]
-            following = entry(parts)
-            if following is None:
-                heappop(heap)
-            else:
-                heapreplace(heap, following)
+    def _ranks_of(self, incoming: Sequence[OffloadKey]) -> list[float]:
+        """Return the ranks that `incoming` will have, tail first; none lower than one that needs it."""
+        if not incoming or not self.may_decline:
+            return []
+        request = Request(self._current.time)
+        request.num_known, request.oldest = self._current.num_known, self._current.oldest
+        if self._ghosts.keys().isdisjoint(incoming):
+            return [self._table.ranks[class_of(1, request.gap)][0]] * len(incoming)
+        former = [self._ghosts.get(key) for key in incoming]
+        for ghost in former:
+            if ghost is not None and ghost.request is not self._current:
+                request.note_known(ghost.request, 1)
+        gap, highest, ranks = request.gap, -1.0, list[float]()
+        for ghost, same in groupby(reversed(former)):
+            kind = class_of(1 if ghost is None else ghost.uses + 1, gap)
+            highest = max(highest, self._table.ranks[kind][0])
+            ranks += [highest for _ in same]
+        return ranks
 
     def evict(self, keys: Sequence[OffloadKey]) -> None:
         """Stop holding `keys` and remember their parts, as long as there is room for ghosts."""
-        part_of, ghosts = self._part_of, self._ghosts
-        for part, same in groupby(keys, key=part_of.pop):
+        ghosts = self._ghosts
+        for part, same in groupby(keys, key=self._part_of.pop):
             block = list(same)
-            for key in block:
-                ghosts[key] = part
-            part.held -= len(block)
+            ghosts.update(dict.fromkeys(block, part))
             part.ghosts += len(block)
-            while part.keys and part_of.get(part.keys[-1]) is not part:
-                part.keys.pop()
-            self._tidy(part)
+            self._drop(part, block)
+        self._forget_ghosts()
+
+    def _drop(self, part: Part, keys: Sequence[OffloadKey]) -> None:
+        self._chains.drop(part, keys)
+        if part.keys:
+            return
+        self._leaves.leave(part)
+        parent = self._chains.unlink(part)
+        if parent is not None:
+            self._leaves.enter(parent)
+
+    def _forget_ghosts(self) -> None:
+        ghosts = self._ghosts
         for key in list(islice(ghosts, max(0, len(ghosts) - GHOSTS_PER_KEY * self.capacity))):
             ghosts.pop(key).ghosts -= 1
 
     def remove(self, keys: Sequence[OffloadKey]) -> None:
         """Forget `keys`, as held keys and as ghosts, and if nothing is left, what was learned, too."""
         for key in keys:
-            part = self._part_of.pop(key, None)
+            part, ghost = self._part_of.pop(key, None), self._ghosts.pop(key, None)
             if part is not None:
-                part.held -= 1
-                self._tidy(part)
-            ghost = self._ghosts.pop(key, None)
+                self._drop(part, [key])
             if ghost is not None:
                 ghost.ghosts -= 1
         if not self._part_of and not self._ghosts:
             self.clear()
-
-    def settle(self, keys: Sequence[OffloadKey]) -> None:
-        """Join the held ones of `keys` to parts of the present, as if one call had brought them; no use is counted."""
-        held = [key for key in keys if key in self._part_of]
-        groups = [(part, list(same)) for part, same in groupby(held, key=self._part_of.__getitem__)]
-        kind_of_new = _kind_of_new_in(groups)
-        for part, block in groups:
-            if len(block) == len(part.keys) and self._now - part.time < self._table.edges[0]:
-                self._table.take_back(part.kind, len(block))
-            part.held -= len(block)
-            self._tidy(part)
-        self._add_all([(block, part.uses, kind_of_new) for part, block in groups])
 
     def uses_of(self, key: OffloadKey) -> int:
         """Return how often a block is known to have been used; 0 if it is not held."""
@@ -261,15 +304,9 @@ class PrefixPolicy(EvictionPolicy):
 
     def clear(self) -> None:
         """Forget everything, what was learned included."""
-        self._part_of.clear()
-        self._ghosts.clear()
-        for queue in self._queues:
-            queue.clear()
-        for parts in self._ageing:
-            parts.clear()
-        self._table.clear()
-        self._now = self._num_found = 0
-        self._learn_at = self._first_learning
+        for state in (self._part_of, self._ghosts, self._requests, self._leaves, self._ages, self._table):
+            state.clear()
+        self._begin()
 
     def __len__(self) -> int:
         return len(self._part_of)
@@ -283,24 +320,5 @@ class PrefixPolicy(EvictionPolicy):
             raise InvariantError(f"prefix: {len(self)} keys, {len(self._ghosts)} ghosts, capacity {self.capacity}")
         if not self._ghosts.keys().isdisjoint(self._part_of):
             raise InvariantError("prefix: a key is held and a ghost")
-        held = [part for queue in self._queues for part in queue]
-        if sum(part.held for part in held) != len(self) or {*self._part_of.values()} != set(held):
-            raise InvariantError("prefix: parts and keys differ")
-        for part in held:
-            if part.held != sum(self._part_of.get(key) is part for key in part.keys):
-                raise InvariantError("prefix: a part miscounts its keys")
-
-
-def _kind_of_new_in(groups: Sequence[tuple[Part, Sequence[OffloadKey]]]) -> int:
-    """Return the class of the blocks used once in one request: the first call knew what it had found before them."""
-    num_known, num_new, first_kind = 0, 0, NEW
-    for part, block in groups:
-        if part.kind not in _ONCE_USED:
-            num_known += len(block) if not num_new else 0
-            continue
-        if not num_new:
-            first_kind = part.kind
-        num_new += len(block)
-    if first_kind == NEW and num_known <= 1:
-        return NEW
-    return NEW_TURN if num_new <= MAX_TURN_BLOCKS else NEW_BRANCH
+        self._chains.check_invariants()
+        self._leaves.check_invariants({*self._part_of.values()})

@@ -69,6 +69,7 @@ class BlockTable:
         """Args: num_slots: at least 1; policy: empty, with a capacity of at least `num_slots`."""
         self.num_slots = num_slots
         self.policy = with_time(policy)
+        self.policy.may_decline = False
         self.slot_of: dict[OffloadKey, int] = {}
         self.filling: set[int] = set()
         self._pins: dict[int, int] = {}

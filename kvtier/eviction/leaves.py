@@ -1,0 +1,94 @@
+"""The parts that may be evicted next: those without a held continuation, by rank."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import OrderedDict
+from collections.abc import Iterator
+from heapq import heappop, heappush
+
+from kvtier.errors import InvariantError
+from kvtier.eviction.chains import Part
+from kvtier.eviction.reuse import ReuseTable
+
+Cell = tuple[float, int, int]
+"""A class and bin of age: (rank, minus the bin, class), so that cells sort as victims, older ones first."""
+
+
+class Leaves:
+    """Leaves in cells of one class and bin of age, each in the order in which they came there."""
+
+    def __init__(self, table: ReuseTable) -> None:
+        self._table = table
+        self._parts: dict[tuple[int, int], OrderedDict[Part, None]] = {}
+        self._cells: list[Cell] = []
+        """Those that hold a part, in order."""
+
+    def enter(self, part: Part) -> None:
+        """Take in a part that is a leaf now, or still."""
+        place = part.kind, part.bin
+        parts = self._parts.get(place)
+        if parts is None:
+            parts = self._parts[place] = OrderedDict()
+            insort(self._cells, self._cell(place))
+        parts[part] = None
+
+    def leave(self, part: Part) -> bool:
+        """Let a part go that will be none, or of another cell; return whether it was here."""
+        place = part.kind, part.bin
+        parts = self._parts.get(place)
+        if parts is None or part not in parts:
+            return False
+        del parts[part]
+        if not parts:
+            del self._parts[place]
+            del self._cells[bisect_left(self._cells, self._cell(place))]
+        return True
+
+    def learn(self) -> None:
+        """Compute the ranks anew, and put the cells in their order."""
+        self._table.learn()
+        self._cells = sorted(map(self._cell, self._parts))
+
+    def _cell(self, place: tuple[int, int]) -> Cell:
+        kind, index = place
+        return self._table.ranks[kind][index], -index, kind
+
+    def victims(self) -> Iterator[tuple[float, Part]]:
+        """Yield every part that holds blocks, with its rank, lowest first; a part after all that continue it."""
+        bared: list[tuple[Cell, int, Part]] = []
+        num_left: dict[Part, int] = {}
+        for cell in self._cells:
+            for part in self._parts[cell[2], -cell[1]]:
+                while bared and bared[0][0] <= cell:
+                    (rank, _, _), _, parent = heappop(bared)
+                    yield rank, parent
+                    self._bare(parent, bared, num_left)
+                yield cell[0], part
+                self._bare(part, bared, num_left)
+        while bared:
+            (rank, _, _), _, parent = heappop(bared)
+            yield rank, parent
+            self._bare(parent, bared, num_left)
+
+    def _bare(self, part: Part, bared: list[tuple[Cell, int, Part]], num_left: dict[Part, int]) -> None:
+        """Once all that continues its parent would be gone, the parent comes next, in the order of ranks."""
+        parent = part.parent
+        if parent is None:
+            return
+        num_left[parent] = left = num_left.get(parent, len(parent.children)) - 1
+        if not left:
+            heappush(bared, (self._cell((parent.kind, parent.bin)), len(num_left), parent))
+
+    def clear(self) -> None:
+        """Forget all parts."""
+        self._parts.clear()
+        self._cells.clear()
+
+    def check_invariants(self, parts: set[Part]) -> None:
+        """Raise InvariantError unless the leaves of `parts` are here, in order."""
+        here = {part: place for place, row in self._parts.items() for part in row}
+        if here != {part: (part.kind, part.bin) for part in parts if part.is_leaf}:
+            raise InvariantError("leaves: some are missing, or no leaves, or in a wrong place")
+        if self._cells != sorted(map(self._cell, self._parts)):
+            raise InvariantError("leaves: cells are out of order")
