@@ -15,14 +15,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from heapq import heappop, heappush
-from itertools import chain
+from itertools import chain, islice
 
 from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
+from kvtier.eviction.sessions import SessionBlocks
 from kvtier.hints import NO_HINT, Hint, Priority
 from kvtier.keys import OffloadKey
 
 DEFAULT_RETAIN_SHARE = 0.25
+MAX_ENDED = 1024
+"""Blocks whose time, or whose session, ends in one call; the next calls go on with the others. It must not stall."""
 
 
 class Rank(IntEnum):
@@ -96,9 +99,7 @@ class RetentionPolicy(ServedPolicy):
         """Keys by the second in which their time ends: a later use moves them, so that nothing piles up."""
         self._seconds: list[int] = []
         """A heap of the keys of `_ending`."""
-        self._owner_of: dict[OffloadKey, str] = {}
-        self._owned: dict[str, dict[OffloadKey, None]] = {}
-        """Blocks that only one session has used so far, for sessions that say what they are."""
+        self._sessions = SessionBlocks()
         self._hint, self._owner, self._now = NO_HINT, "", 0.0
 
     @property
@@ -109,20 +110,21 @@ class RetentionPolicy(ServedPolicy):
         self._hint, self._now = hint, now
         self._owner = f"s {hint.session}" if hint.session is not None else f"r {request}"
         self.end_times(now)
+        if self._sessions.has_ended:
+            self._free(self._sessions.take(MAX_ENDED))
 
     # -- uses ---------------------------------------------------------------------------------------------
 
     def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         """Hold `keys` as the request's hint wants it."""
         if self._hint.session is not None or self._hint.ended:
-            self._owner_of.update(dict.fromkeys(keys, self._owner))
-            self._owned.setdefault(self._owner, {}).update(dict.fromkeys(keys))
+            self._sessions.bring(keys, self._owner)
         self._place([(key, None) for key in keys], now)
 
     def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         """Count one use: of the policy's blocks there, of others by putting them last in their order."""
-        if self._owner_of:
-            self._share_with(keys)
+        if self._sessions:
+            self._sessions.share(keys, self._owner)
         if not keys or (not self._held and self._asks_for(Rank.OVER) <= Rank.NORMAL and self._hint.retain is None):
             self.inner.touch(keys, now)
             return
@@ -189,8 +191,13 @@ class RetentionPolicy(ServedPolicy):
         if not self._seconds or self._seconds[0] > now:
             return
         normal: dict[float, list[OffloadKey]] = {}
-        while self._seconds and self._seconds[0] <= now:
-            for key in self._ending.pop(heappop(self._seconds)):
+        num_left = MAX_ENDED
+        while num_left and self._seconds and self._seconds[0] <= now:
+            ending = self._ending[self._seconds[0]]
+            over = list(islice(ending, num_left))
+            num_left -= len(over)
+            for key in over:
+                del ending[key]
                 held = self._held[key]
                 held.until = None
                 if held.after is Rank.NORMAL:
@@ -199,35 +206,18 @@ class RetentionPolicy(ServedPolicy):
                     del self._orders[held.rank][key]
                     held.rank = held.after
                     self._orders[held.rank][key] = None
+            if not ending:
+                del self._ending[heappop(self._seconds)]
         for came, keys in normal.items():
             self._drop(keys)
             self.inner.insert(keys[::-1], came)  # they were put down tail first
 
-    # -- sessions -----------------------------------------------------------------------------------------
-
-    def _share_with(self, keys: Iterable[OffloadKey]) -> None:
-        """Blocks of another session are no longer its own."""
-        for key in keys:
-            owner = self._owner_of.get(key)
-            if owner is not None and owner != self._owner:
-                self._disown(key)
-
-    def _disown(self, key: OffloadKey) -> None:
-        owner = self._owner_of.pop(key, None)
-        if owner is not None:
-            owned = self._owned[owner]
-            del owned[key]
-            if not owned:
-                del self._owned[owner]
-
-    def _end_session(self) -> None:
-        """Nobody needs the session's own blocks any more; the blocks that it shares stay what they are."""
-        own = self._owned.pop(self._owner, {})
-        theirs = [key for key in own if key not in self._held]
+    def _free(self, keys: Sequence[OffloadKey]) -> None:
+        """Nobody needs these blocks any more."""
+        theirs = [key for key in keys if key not in self._held]
         if theirs:
             self.inner.remove(theirs)
-        for key in reversed(own):
-            del self._owner_of[key]
+        for key in keys:
             held = self._held.setdefault(key, _Held(Rank.OVER, 0.0))
             self._set_end(key, held, None)
             self._orders[held.rank].pop(key, None)
@@ -268,7 +258,8 @@ class RetentionPolicy(ServedPolicy):
                     if retain is not None and held.until is not None:
                         self._set_end(key, held, max(held.until, int(self._now + retain) + 1))
         if self._hint.ended:
-            self._end_session()
+            self._sessions.end(self._owner)
+            self._free(self._sessions.take(MAX_ENDED))
 
     def evict(self, keys: Sequence[OffloadKey]) -> None:
         """Stop holding `keys`; the policy may remember its own."""
@@ -280,9 +271,8 @@ class RetentionPolicy(ServedPolicy):
 
     def _theirs(self, keys: Sequence[OffloadKey]) -> Sequence[OffloadKey]:
         """Drop those of `keys` that are not the policy's, and return the others."""
-        if self._owner_of:
-            for key in keys:
-                self._disown(key)
+        if self._sessions:
+            self._sessions.forget(keys)
         if not self._held or self._held.keys().isdisjoint(keys):
             return keys
         theirs = [key for key in keys if key not in self._held]
@@ -301,8 +291,8 @@ class RetentionPolicy(ServedPolicy):
         self.inner.clear()
         for order in self._orders.values():
             order.clear()
-        for table in (self._held, self._ending, self._owner_of, self._owned):
-            table.clear()
+        for part in (self._held, self._ending, self._sessions):
+            part.clear()
         self._seconds.clear()
 
     def __len__(self) -> int:
@@ -326,7 +316,7 @@ class RetentionPolicy(ServedPolicy):
             wrong.append("times and blocks differ")
         if set(self._ending) != set(self._seconds) or len(self._ending) != len(self._seconds):
             wrong.append("times and their order differ")
-        if any(key not in self for key in self._owner_of):
+        if any(key not in self for key in self._sessions):
             wrong.append("a session owns a block that is not held")
         if wrong:
             raise InvariantError("; ".join(wrong))

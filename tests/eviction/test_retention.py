@@ -206,3 +206,31 @@ def test_any_history_keeps_each_block_in_one_place(inner, seed):
         policy.check_invariants()
         assert len(policy) == len(held)
         assert set(policy.candidates()) == set(held)
+
+
+def test_what_ends_at_once_in_large_numbers_ends_in_parts():
+    served = Served(capacity=8000, share=0.5)
+    served.insert(*range(3000), hint=Hint(session="s", retain=600))
+    served.insert(*range(3000, 4000), hint=KEEP)
+    served.settle(hint=Hint(session="s", ended=True))
+    freed = [len(list(served.policy.candidates(keys_of(9000))))]
+    for _ in range(3):
+        served.touch(9000)
+        freed.append(len(list(served.policy.candidates(keys_of(9000)))))
+    assert 0 < freed[0] < freed[1] < freed[2] == freed[3] == 3000
+    served.now = 602
+    served.touch(9000)
+    assert served.policy.num_kept == 0
+
+
+def test_a_session_that_comes_again_keeps_what_it_brings_then():
+    served = Served(capacity=8000)
+    served.insert(*range(3000), hint=Hint(session="s"))
+    served.settle(hint=Hint(session="s", ended=True))
+    served.insert(4000, hint=Hint(session="s"))
+    for _ in range(3):
+        served.touch(9000)
+    assert list(served.policy.candidates(keys_of(9000)))[-1] == keys_of(4000)[0]
+    served.touch(5, hint=Hint(session="s"))
+    served.settle(hint=Hint(session="s", ended=True))
+    assert list(served.policy.candidates(keys_of(9000)))[-1] == keys_of(5)[0]

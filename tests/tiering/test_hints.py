@@ -183,3 +183,22 @@ def test_without_quotas_a_tenants_name_means_nothing(make_engine):
     for number in range(10):
         serve(engine, f"a {number}", tenant="a")
     assert sum(num_held(engine, f"b {number}") for number in range(4)) == 0
+
+
+class Raises(LRUPolicy):
+    """Fails once it is asked for a victim."""
+
+    def candidates(self, incoming=()):
+        raise RuntimeError("of somebody else's policy")
+
+
+def test_a_policy_that_fails_under_hints_loses_no_slot(make_engine, caplog):
+    engine = make_engine(num_blocks=8, num_tiers=0, policy=Raises)
+    serve(engine, "kept", retain="10m")
+    scan_by(engine, 6)
+    assert type(engine.table.policy) is LRUPolicy
+    assert "of somebody else's policy" in caplog.text
+    serve(engine, "kept again", retain="10m")
+    scan_by(engine, 6)
+    assert num_held(engine, "kept again") == 2
+    engine.manager.check_invariants()
