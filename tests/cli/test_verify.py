@@ -49,6 +49,18 @@ def test_corrupt_blocks_are_found_and_emptied(slab, tmp_path):
     assert as_json("inspect", slab)["directories"][0]["namespaces"][0]["blocks"] == 8
 
 
+@pytest.mark.parametrize("name", ["headers", "data-00000"])
+def test_a_repair_never_grows_a_file(slab, name):
+    """A sparse file of terabytes has some KiB on disk, and keeps them."""
+    folder = next(path for path in slab.iterdir() if path.is_dir())
+    flip(folder, 2)
+    os.truncate(folder / name, 1 << 40)
+    before = sum(file.stat().st_blocks for file in folder.iterdir())
+    kvtier("verify", slab, "--repair")
+    assert sum(file.stat().st_blocks for file in folder.iterdir()) <= before
+    assert kvtier("verify", slab).returncode in (0, 1)
+
+
 def test_a_directory_in_use_is_verified_and_not_repaired(slab):
     folder = next(path for path in slab.iterdir() if path.is_dir())
     flip(folder, 2)

@@ -21,6 +21,7 @@ from kvtier.executors.threads import ThreadExecutor
 from kvtier.namespace import Namespace
 from kvtier.primary.arena import Arena, arena_rows
 from kvtier.secondary.disk import DiskTierManager
+from kvtier.secondary.slotted import SlottedTierManager
 from kvtier.testing.clock import ManualClock
 from kvtier.testing.patience import PATIENCE_SECONDS, wait_for
 from kvtier.testing.stores import make_key
@@ -131,6 +132,27 @@ class HalfIndexStore(SlotStore):
 
     def close(self):
         os.close(self.descriptor)
+
+
+class HugeStore(HalfIndexStore):
+    """Claims to have as many slots as a message can say."""
+
+    @property
+    def num_slots(self):
+        return 2**32 - 1
+
+    def recover(self):
+        yield from ()
+
+
+def test_a_store_that_claims_billions_of_slots_is_not_believed(rig, tmp_path):
+    """An index of them would take the engine's memory."""
+    options = {"path": str(tmp_path / "lock")}
+    tier = SlottedTierManager(rig.spec, rig.arena.view, "huge", store=HugeStore, options=options)
+    rig.attach(tier)
+    tier.start()
+    rig.wait(lambda: tier.state is TierState.DOWN, "it is down")
+    assert "a store of 4294967295 slots" in tier.state_reason
 
 
 def test_threads_let_go_of_a_store_whose_index_fails(tmp_path):
