@@ -15,6 +15,7 @@ from rich.table import Table
 
 from kvtier.cli.outputs import check_outputs
 from kvtier.cli.replay_options import (
+    AdmissionOption,
     CurveOption,
     DeadlineOption,
     EngineOption,
@@ -24,6 +25,7 @@ from kvtier.cli.replay_options import (
     KvDtypeOption,
     LatencyOption,
     PlotOption,
+    PolicyOption,
     ProcessesOption,
     RateOption,
     ReadOption,
@@ -54,30 +56,40 @@ from kvtier.types import Admission
 EXIT_MISSED = 1
 
 
+ModelOption = Annotated[str, typer.Option(help="A config.json, its folder, or a known model.")]
+GpuRateOption = Annotated[float, typer.Option(help="Dollars per hour of the accelerators behind --prefill-rate.")]
+DramPriceOption = Annotated[float, typer.Option(help="Dollars for a GiB of memory, bought.")]
+DiskPriceOption = Annotated[float, typer.Option(help="Dollars for a GiB of disk, bought.")]
+HitRateOption = Annotated[float | None, typer.Option(help="Share of the blocks that must be found, 0 to 1.")]
+FirstTokenOption = Annotated[float | None, typer.Option(help="Seconds within which 95% of the first tokens must come.")]
+MaxWritesOption = Annotated[
+    float | None, typer.Option(help="Most whole writes of the disk per day, in hours like the busiest.")
+]
+WritesOption = Annotated[
+    float, typer.Option(help="Whole writes per day that the disk is made for; with more it lasts less long.")
+]
+MonthsOption = Annotated[float, typer.Option(help="Over which memory and disks are written off.")]
+DramOption = Annotated[str | None, typer.Option(help="Sizes to try, with commas; chosen from the trace if absent.")]
+DiskOption = Annotated[str | None, typer.Option(help="Likewise; 0 for none.")]
+PathOption = Annotated[str, typer.Option(help="Directory of the disk tier, for the option that is printed.")]
+
+
 def plan(
     trace: TraceArgument,
-    model: Annotated[str, typer.Option(help="A config.json, its folder, or a known model.")],
-    gpu_rate: Annotated[float, typer.Option(help="Dollars an hour of the accelerators behind --prefill-rate.")],
-    dram_price: Annotated[float, typer.Option(help="Dollars for a GiB of memory, bought.")],
-    disk_price: Annotated[float, typer.Option(help="Dollars for a GiB of disk, bought.")],
-    target_hit_rate: Annotated[
-        float | None, typer.Option(help="Share of the blocks that must be found, 0 to 1.")
-    ] = None,
-    target_ttft_p95: Annotated[
-        float | None, typer.Option(help="Seconds within which 95% of the first tokens must come.")
-    ] = None,
-    max_drive_writes: Annotated[float | None, typer.Option(help="Most whole writes of the disk a day.")] = None,
-    drive_writes: Annotated[
-        float, typer.Option(help="Whole writes a day that the disk is made for; with more it lasts less long.")
-    ] = Prices.drive_writes,
-    months: Annotated[float, typer.Option(help="Over which memory and disks are written off.")] = Prices.months,
-    dram: Annotated[
-        str | None, typer.Option(help="Sizes to try, with commas; chosen from the trace if absent.")
-    ] = None,
-    disk: Annotated[str | None, typer.Option(help="Likewise; 0 for none.")] = None,
-    policy: Annotated[str, typer.Option(help="Eviction policies to try, with commas, or all.")] = "lru",
-    admission: Annotated[Admission, typer.Option(help="Which blocks may enter the disk.")] = Admission.ALWAYS,
-    path: Annotated[str, typer.Option(help="Directory of the disk tier, for the option that is printed.")] = "/cache",
+    model: ModelOption,
+    gpu_rate: GpuRateOption,
+    dram_price: DramPriceOption,
+    disk_price: DiskPriceOption,
+    target_hit_rate: HitRateOption = None,
+    target_ttft_p95: FirstTokenOption = None,
+    max_drive_writes: MaxWritesOption = None,
+    drive_writes: WritesOption = Prices.drive_writes,
+    months: MonthsOption = Prices.months,
+    dram: DramOption = None,
+    disk: DiskOption = None,
+    policy: PolicyOption = "lru",
+    admission: AdmissionOption = Admission.ALWAYS,
+    path: PathOption = "/cache",
     kv_dtype: KvDtypeOption = "auto",
     prefill_rate: RateOption = None,
     prefill_curve: CurveOption = None,

@@ -19,12 +19,15 @@ from kvtier.simulator.trace import Trace
 from kvtier.sizes import parse_size
 from kvtier.tiering.estimate import DOUBLING_TOKENS, PrefillSpeed
 from kvtier.tiering.settings import TieringSettings
+from kvtier.types import Admission
 
 DEFAULT_MODEL = "meta-llama/Llama-3.1-8B"
 
 TraceArgument = Annotated[
     Path, typer.Argument(help="Mooncake's or Qwen-Bailian's lines, WEKA's file or folder, or a recording of kvtier.")
 ]
+PolicyOption = Annotated[str, typer.Option(help="Eviction policies with commas, or all.")]
+AdmissionOption = Annotated[Admission, typer.Option(help="Which blocks may enter the disk.")]
 ModelOption = Annotated[
     str | None, typer.Option(help=f"A config.json, its folder, or a known model; {DEFAULT_MODEL} if absent.")
 ]
@@ -40,10 +43,10 @@ CurveOption = Annotated[
         " the model's shape says how longer prompts slow down."
     ),
 ]
-HostOption = Annotated[str, typer.Option(help="Bytes a second between accelerator and host memory.")]
-ReadOption = Annotated[str, typer.Option(help="Bytes a second read from the disk.")]
-WriteOption = Annotated[str, typer.Option(help="Bytes a second written to the disk.")]
-LatencyOption = Annotated[float, typer.Option(help="Seconds that a disk job takes beside its bytes.")]
+HostOption = Annotated[str, typer.Option(help="Bytes per second between accelerator and host memory.")]
+ReadOption = Annotated[str, typer.Option(help="Bytes per second read from the disk.")]
+WriteOption = Annotated[str, typer.Option(help="Bytes per second written to the disk.")]
+LatencyOption = Annotated[float, typer.Option(help="Seconds that each disk job takes beside moving its bytes.")]
 TokensOption = Annotated[
     int | None,
     typer.Option(
@@ -54,7 +57,7 @@ TokensOption = Annotated[
 ]
 GapOption = Annotated[float, typer.Option(min=0.0, help="Seconds between the starts of two conversations of WEKA.")]
 ProcessesOption = Annotated[
-    int | None, typer.Option(min=1, help="Replays at the same time; one a processor if absent.")
+    int | None, typer.Option(min=1, help="Replays at the same time; one per processor if absent.")
 ]
 PlotOption = Annotated[Path | None, typer.Option(help="Write a page with figures to this file.")]
 DeadlineOption = Annotated[

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from kvtier.cli.outputs import check_outputs
 from kvtier.cli.replay_options import (
+    AdmissionOption,
     CurveOption,
     DeadlineOption,
     EngineOption,
@@ -22,6 +23,7 @@ from kvtier.cli.replay_options import (
     LatencyOption,
     ModelOption,
     PlotOption,
+    PolicyOption,
     ProcessesOption,
     RateOption,
     ReadOption,
@@ -54,8 +56,8 @@ def simulate(
         str, typer.Option(help='Sizes of host memory with commas: 8GiB, 5% (of all blocks) or "unlimited".')
     ] = "8GiB",
     disk: Annotated[str, typer.Option(help="Sizes of the disk, likewise; 0 for none.")] = "0",
-    policy: Annotated[str, typer.Option(help="Eviction policies with commas, or all.")] = "lru",
-    admission: Annotated[Admission, typer.Option(help="Which blocks may enter the disk.")] = Admission.ALWAYS,
+    policy: PolicyOption = "lru",
+    admission: AdmissionOption = Admission.ALWAYS,
     model: ModelOption = None,
     kv_dtype: KvDtypeOption = "auto",
     prefill_rate: RateOption = None,

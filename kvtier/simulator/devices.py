@@ -34,7 +34,7 @@ class DeviceSpeed:
     """How fast a medium is.
 
     Attributes:
-        read_bandwidth, write_bandwidth: bytes a second, above 0; reads and writes do not slow each other down.
+        read_bandwidth, write_bandwidth: bytes per second, above 0; reads and writes do not slow each other down.
         latency: seconds that every job takes beside its bytes, however many are under way.
     """
 

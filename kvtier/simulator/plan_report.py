@@ -55,7 +55,7 @@ def offer_row(offer: Offer, chosen: Offer | None) -> list[str]:
 
 
 def remarks_on(plan: Plan) -> list[str]:
-    """Return what a buyer must know of the choice, a line each."""
+    """Return what a buyer must know of the choice, one line each."""
     return [*plan.warnings, *([plan.edge] if plan.edge else [])]
 
 

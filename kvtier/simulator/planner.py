@@ -25,7 +25,7 @@ class Plan:
         chosen: the cheapest that meets the target, None if none does.
         option: what to add to `vllm serve`; empty if nothing is to be bought or nothing meets the target.
         edge: a line for people if the choice lies at the edge of what was tried; else empty.
-        warnings: what else a buyer must know of the choice, a line each.
+        warnings: what else a buyer must know of the choice, one line each.
     """
 
     trace: Trace

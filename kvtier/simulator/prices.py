@@ -1,4 +1,4 @@
-"""What a simulated configuration costs a month, and whether it reaches what is asked of it."""
+"""What a simulated configuration costs per month, and whether it meets a target."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Prices:
         gpu_hour: an hour of the accelerators that compute `Machine.prefill_rate` together.
         dram_gib, disk_gib: a GiB, bought.
         months: over which memory and disks are written off.
-        drive_writes: whole writes a day with which a disk lasts so long; with twice as many it lasts half as long.
+        drive_writes: whole writes per day that a disk endures for so long; with twice as many it lasts half as long.
     """
 
     gpu_hour: float

@@ -81,7 +81,7 @@ def recompute_row(result: Result) -> list[str]:
 
 
 def facts(trace: Trace, block_bytes: int, machine: Machine) -> list[str]:
-    """Return what the numbers rest on, a line each."""
+    """Return what the numbers rest on, one line each."""
     ideal = trace.num_ideal_hits / max(1, trace.num_accesses)
     doubling = machine.prefill_doubling
     slowing = "" if math.isinf(doubling) else f" (half as many behind {doubling:,.0f} tokens)"

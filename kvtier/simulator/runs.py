@@ -86,7 +86,7 @@ def replay_all(
 
     Args:
         processes: at the same time; None takes one a processor. With one, all runs in this process.
-        progress: told which share of all the work is done, 0 to 1, a few times a second.
+        progress: told which share of all the work is done, 0 to 1, a few times per second.
 
     Raises:
         ConfigError: a setup that cannot be simulated.

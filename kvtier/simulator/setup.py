@@ -32,7 +32,7 @@ SIMULATED_OPTIONS = (
 
 @dataclass(frozen=True)
 class Machine:
-    """Speeds of the machine; bytes and tokens a second, seconds.
+    """Speeds of the machine; in bytes, tokens and seconds.
 
     Attributes:
         prefill_rate: tokens that the accelerator computes, with no context before them.
