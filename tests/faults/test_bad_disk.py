@@ -132,10 +132,11 @@ def test_a_bad_sector_of_the_records_costs_its_records(rig, faulty_disk):
     assert rig.load(numbers[25:])[1] == numbers[25:]
 
 
-def test_a_disk_that_cannot_be_written_is_still_read(rig, faulty_disk):
+@pytest.mark.parametrize("error", ["EIO", "ESTALE"])
+def test_a_disk_that_cannot_be_written_is_still_read(rig, faulty_disk, error):
     tier = start(rig, faulty_disk.path / "tier")
     rig.store(ALL)
-    faulty_disk.fail(error="EIO", on=["write"])
+    faulty_disk.fail(error=error, on=["write"])
     for number in range(30, 36):
         assert not rig.store([number]).success
         assert rig.load(ALL)[1] == ALL
@@ -145,6 +146,22 @@ def test_a_disk_that_cannot_be_written_is_still_read(rig, faulty_disk):
     faulty_disk.heal()
     rig.wait(lambda: tier.can_store(1), "it is tried again")
     assert rig.store([30]).success
+
+
+@pytest.mark.parametrize("error", ["ESTALE", "ENXIO", "ETIMEDOUT"])
+def test_a_disk_that_went_away_is_used_again_when_it_is_back(rig, faulty_disk, error):
+    tier = start(rig, faulty_disk.path / "tier")
+    rig.store(ALL)
+    faulty_disk.fail(error=error)
+    for number in range(4):
+        assert not rig.load([number])[1]
+        assert not rig.store([40 + number]).success
+    assert tier.state is TierState.DOWN
+    faulty_disk.heal()
+    rig.wait_up()
+    rig.wait(lambda: rig.store(ALL).success, "it is used again")
+    assert rig.load(ALL)[1] == ALL
+    rig.assert_each_job_answered_once()
 
 
 def test_a_disk_that_became_read_only_under_open_files_is_still_read(rig, faulty_disk):
