@@ -9,6 +9,8 @@ from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
+from kvtier.foreign_text import MAX_QUOTED, one_line
+
 HINT_KEY = "kvtier"
 """Key of the hint in a request's `kv_transfer_params`."""
 MAX_RETAIN_SECONDS = 30 * 86400.0
@@ -74,7 +76,7 @@ def read_hint(kv_transfer_params: object) -> ReadHint:
         hint = msgspec.convert(_with_seconds(given), Hint)
         return ReadHint(hint) if hint != NO_HINT else _NOTHING_READ
     except (msgspec.ValidationError, RecursionError, ValueError, TypeError) as error:
-        return ReadHint(NO_HINT, f"{error}")
+        return ReadHint(NO_HINT, one_line(error, MAX_QUOTED))  # it quotes the client, who may forge lines of the log
 
 
 def _with_seconds(given: Any) -> Any:

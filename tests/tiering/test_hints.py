@@ -127,6 +127,17 @@ def test_malformed_hints_are_logged_once(make_engine, caplog):
     assert engine.manager.get_stats()["ignored_hints"] == 3
 
 
+@pytest.mark.parametrize("wrong", [{"x\nforged: line\x1b[31m": 1}, {"priority": "y" * 100_000}, {"priority": "\n\n"}])
+def test_a_malformed_hint_forges_no_line_of_the_log_and_fills_none(make_engine, caplog, wrong):
+    engine = make_engine(num_tiers=0)
+    with caplog.at_level(logging.WARNING, "kvtier"):
+        engine.request(kv_transfer_params={"kvtier": wrong})
+    (record,), (event,) = caplog.records, engine.log.of(HintIgnored)
+    for said in (record.getMessage(), event.fault):
+        assert said.isprintable()
+        assert len(said) < 400
+
+
 @pytest.mark.parametrize("params", [None, {}, {"other": 1}, {"kvtier": {}}, [], "text", 5])
 def test_without_a_hint_nothing_is_put_around_the_policy(make_engine, params):
     engine = make_engine(num_tiers=0)
