@@ -90,7 +90,7 @@ def test_a_directory_that_another_process_holds(model_folder, tmp_path):
 @pytest.mark.parametrize(
     ("tiers", "word"),
     [
-        ("{", "no JSON"),
+        ("{", "not valid JSON"),
         ("[]", "JSON object"),
         ("/no/such/file.json", "readable JSON file"),
         ('{"cpu_bytes_to_use": "64MiB", "evection_policy": "lru"}', "evection_policy"),
