@@ -1,7 +1,7 @@
-"""What tests need that pip does not bring. A test that lacks it is skipped loudly, with the command that helps.
+"""Requirements of tests that pip does not install. Without them, a test is skipped, with the command that helps.
 
-With `KVTIER_TEST_COMPLETE=1`, as in CI, it fails instead. What no command can bring (a GPU, a kernel's feature) is an
-ordinary skip.
+With `KVTIER_TEST_COMPLETE=1`, as in CI, it fails instead. Requirements that no command can install (a GPU, a feature of
+the kernel) are ordinary skips.
 """
 
 import functools
@@ -14,15 +14,15 @@ import pytest
 COMPLETE = os.environ.get("KVTIER_TEST_COMPLETE") == "1"
 
 
-def lacking(what, command="make system-packages"):
-    """Skip the test that lacks something, or fail it where nothing may be lacking."""
-    (pytest.fail if COMPLETE else pytest.skip)(f"NOT TESTED, {what}: `{command}` helps")
+def lacking(what, command="make system-packages", complete=COMPLETE):
+    """Skip a test for which something is missing; fail it if `complete`."""
+    (pytest.fail if complete else pytest.skip)(f"NOT TESTED, {what}: `{command}` helps")
 
 
-def need_program(*names):
+def need_program(*names, complete=COMPLETE):
     """Return the path of the first of these programs that is installed."""
     found = next((path for name in names if (path := shutil.which(name))), None)
-    return found or lacking(f"{names[0]} is not installed")
+    return found or lacking(f"{names[0]} is not installed", complete=complete)
 
 
 def need_root():

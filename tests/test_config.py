@@ -172,7 +172,7 @@ def test_the_primary_holds_at_least_one_block():
         ({"data_parallel_index": -1, "data_parallel_size": None}, "data_parallel_index=-1: an int, at least 0"),
     ],
 )
-def test_what_an_engine_says_is_checked(keys, message):
+def test_values_of_the_engine_are_checked(keys, message):
     said = {"extra_config": SIZED, "groups": GROUPS, "engine_block_bytes": 4096} | keys
     assert error_of(lambda: OffloadingConfig(**said)) == message
 

@@ -57,14 +57,14 @@ def test_plain_values_cross(value):
         assert (type(other), repr(other)) == (type(value), repr(value))
 
 
-def test_what_is_public_is_found_by_its_name():
+def test_public_classes_can_be_pickled():
     for name in kvtier.__all__:
         public = getattr(kvtier, name)
         if isinstance(public, type):
             assert pickle.loads(pickle.dumps(public)) is public
 
 
-def test_what_belongs_to_its_process_says_so():
+def test_objects_of_one_process_refuse_to_be_pickled():
     with TieringOffloadingSpec(CONFIG) as spec:
         manager = spec.get_manager()
         for bound in (spec, manager, spec.arena, manager._tiers[0].tier):

@@ -17,10 +17,10 @@ _POLL_SECONDS = 0.001
 Answer = TypeVar("Answer")
 
 
-def wait_for(condition: Callable[[], Answer], what: str = "the condition") -> Answer:
-    """Call `condition` until its answer is true, and return that; after `PATIENCE_SECONDS`, fail with `what`."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
+def wait_for(condition: Callable[[], Answer], what: str = "the condition", seconds: float = PATIENCE_SECONDS) -> Answer:
+    """Call `condition` until its answer is true, and return the answer; after `seconds`, fail with `what`."""
+    deadline = time.monotonic() + seconds
     while not (answer := condition()):
-        assert time.monotonic() < deadline, f"{what}: not within {PATIENCE_SECONDS:g} s"
+        assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
         time.sleep(_POLL_SECONDS)
     return answer

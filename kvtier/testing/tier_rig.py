@@ -12,7 +12,7 @@ from kvtier.abc import SecondaryTierManager, TierContext
 from kvtier.events import TierState
 from kvtier.keys import OffloadKey
 from kvtier.primary.arena import Arena
-from kvtier.testing.patience import wait_for
+from kvtier.testing.patience import PATIENCE_SECONDS, wait_for
 from kvtier.testing.stores import make_key, make_payload
 from kvtier.types import JobMetadata, JobResult, LookupResult, ReqContext, ScheduleEndContext
 
@@ -35,8 +35,15 @@ class TierRig:
         results: the last result per job.
     """
 
-    def __init__(self, context: TierContext, num_blocks: int = 64, block_bytes: int = 8192) -> None:
-        """Args: context: for the tier; its `arena_fd` is replaced by the arena's."""
+    def __init__(
+        self,
+        context: TierContext,
+        num_blocks: int = 64,
+        block_bytes: int = 8192,
+        patience: float = PATIENCE_SECONDS,
+    ) -> None:
+        """Args: context: for the tier, with the arena's `arena_fd`; patience: longest wait for a condition, seconds."""
+        self._patience = patience
         self.arena = Arena.create(num_blocks, block_bytes)
         self.num_blocks, self.block_bytes = num_blocks, block_bytes
         self.spec = SuiteSpec(replace(context, arena_fd=self.arena.fd))
@@ -61,14 +68,14 @@ class TierRig:
         self.tier.check_invariants()
 
     def wait(self, condition: Callable[[], bool], what: str) -> None:
-        """Poll until `condition()` is true; fail with `what` after `PATIENCE_SECONDS`."""
+        """Poll until `condition()` is true; fail with `what` after `patience`."""
 
         def stepped() -> bool:
             self.poll()
             return condition()
 
         try:
-            wait_for(stepped, what)
+            wait_for(stepped, what, self._patience)
         except AssertionError as error:
             error.add_note(f"the tier is {self.tier.state} {self.tier.state_reason}")
             raise

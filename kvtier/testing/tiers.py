@@ -26,6 +26,8 @@ class TierSuite:
     """For a `SecondaryTierManager` with room for at least `capacity_blocks` blocks of 8 KiB."""
 
     capacity_blocks: ClassVar[int] = 24
+    patience: ClassVar[float] = PATIENCE_SECONDS
+    """Longest wait for a condition, seconds."""
     rig: TierRig
 
     def make_tier(self, offloading_spec: Any, primary_kv_view: memoryview) -> SecondaryTierManager:
@@ -46,7 +48,7 @@ class TierSuite:
 
     def setup_method(self) -> None:
         """Start a tier over a new arena."""
-        self.rig = TierRig(self.make_context())
+        self.rig = TierRig(self.make_context(), patience=self.patience)
         self.rig.attach(self.make_tier(self.rig.spec, self.rig.arena.view))
         self.rig.tier.start()
         self.rig.wait_up()
@@ -173,7 +175,7 @@ class TierSuite:
             rig.submit([make_key(number)], [number], load=False)
         started = time.monotonic()
         rig.tier.shutdown()
-        assert time.monotonic() - started < PATIENCE_SECONDS, f"shutdown took more than {PATIENCE_SECONDS:g} s"
+        assert time.monotonic() - started < self.patience, f"shutdown took more than {self.patience:g} s"
         after = [rig.read(slot) for slot in range(rig.num_blocks)]
         assert rig.tier.lookup(make_key(1), rig.request) in LookupResult
         assert after == [rig.read(slot) for slot in range(rig.num_blocks)]

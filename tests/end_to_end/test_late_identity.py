@@ -95,7 +95,7 @@ def test_without_an_identity_the_disk_stays_down_and_it_is_said_once(late, caplo
     ]
 
 
-def test_a_tier_that_cannot_be_made_then_costs_that_tier_only(late, tmp_path, monkeypatch):
+def test_a_late_tier_that_cannot_be_made_turns_off_only_itself(late, tmp_path, monkeypatch):
     engine = late()
     monkeypatch.setattr("kvtier.spec.tiering.construct_tier", lambda *_: 1 / 0)
     engine.spec.identify(OURS)

@@ -82,7 +82,7 @@ def test_who_is_over_its_share_gives_way_to_who_is_below():
     assert tier.counts("a", "b", "c") == [4, 4, 4]
 
 
-def test_who_wants_little_leaves_the_rest_to_others():
+def test_unused_shares_go_to_other_tenants():
     tier = Tier()
     tier.store("small", 2)
     for _ in range(20):

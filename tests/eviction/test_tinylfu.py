@@ -36,7 +36,7 @@ def test_a_scan_does_not_flush_what_is_used_again() -> None:
     assert all(key in policy for key in keys_of(0, 1, 2, 3))
 
 
-def test_what_was_used_long_ago_ages() -> None:
+def test_old_uses_lose_weight() -> None:
     policy = TinyLFUPolicy(8)
     for _ in range(15):
         admit(policy, keys_of(0, 1))

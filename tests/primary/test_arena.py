@@ -71,7 +71,7 @@ def test_every_page_is_there_and_progress_says_so() -> None:
         assert seen[-1] == (total, total)
 
 
-def test_nobody_can_shrink_it(arena: Arena) -> None:
+def test_the_arena_cannot_be_shrunk(arena: Arena) -> None:
     with pytest.raises(PermissionError):
         os.ftruncate(arena.fd, PAGE)
 

@@ -77,7 +77,7 @@ def expected_slots(case: Case, before: np.ndarray) -> np.ndarray:
 
 @settings(max_examples=200)
 @given(cases())
-def test_what_is_stored_is_laid_out_as_said_and_comes_back(case: Case) -> None:
+def test_stored_bytes_have_the_documented_layout_and_load_again(case: Case) -> None:
     arena = np.full((case.num_slots, case.slot_bytes), 99, dtype=np.uint8)
     worker = NumpyOffloadingWorker(memoryview(arena), case.kv_caches, case.factor)
     expected = expected_slots(case, arena)

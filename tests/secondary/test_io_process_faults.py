@@ -238,7 +238,7 @@ def test_lying_bytes_never_succeed(rig):
     assert any(event.cause is FailureCause.CORRUPT for event in rig.recorder.of(BlocksFailed))
 
 
-def test_a_job_of_thousands_of_blocks_is_split_and_whole(tmp_path):
+def test_a_job_of_thousands_of_blocks_is_split_and_complete(tmp_path):
     rig = make_rig(num_blocks=6000, block_bytes=4096)
     try:
         faulty_tier(rig).start()

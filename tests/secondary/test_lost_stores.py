@@ -82,7 +82,7 @@ def test_a_directory_that_disappears_is_made_anew(tmp_path, inline, caplog):
 
 
 @pytest.mark.parametrize("options", [["x" * 100_000], [float("nan")], [object()]], ids=["long", "nan", "object"])
-def test_options_that_no_packet_holds_are_a_tier_that_is_down(rig, options):
+def test_options_too_large_for_a_message_leave_the_tier_down(rig, options):
     tier = faulty_tier(rig, *options)
     tier.start()
     assert tier.state is TierState.DOWN
@@ -245,7 +245,7 @@ def test_a_disk_that_others_filled_goes_on_with_the_space_it_has(tmp_path):
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
-def test_questions_that_are_never_answered_are_a_hang(rig, tmp_path):
+def test_probes_without_answers_count_as_a_hang(rig, tmp_path):
     hang = tmp_path / "hang"
     hang.touch()
     tier = faulty_tier(rig, {"fault": "hang", "calls": ["contains"], "while_path": str(hang)})

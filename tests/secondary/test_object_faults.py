@@ -148,7 +148,7 @@ def test_servers_killed_in_mid_transfer_and_started_again(rigs, own_swift, swift
     rig.assert_each_job_answered_once()
 
 
-def test_a_server_that_hangs_is_given_up_and_taken_back(rigs, own_swift, swift_options, caplog):
+def test_a_hanging_server_takes_the_tier_down_until_it_answers(rigs, own_swift, swift_options, caplog):
     rig = rigs(swift_options)
     assert rig.store(range(4)).success
     own_swift.signal(signal.SIGSTOP, "proxy")
@@ -304,7 +304,7 @@ def endless(monkeypatch):
     thread.join()
 
 
-def test_a_body_that_never_ends_is_read_as_far_as_was_asked(endless):
+def test_an_endless_body_is_read_only_up_to_the_requested_length(endless):
     """With all of the timeout left, and gigabytes that could be read meanwhile."""
     with pytest.raises(RequestError, match="another length") as caught:
         endless.get("pack", 0, 100, 1000)

@@ -371,7 +371,7 @@ def test_an_engine_that_looked_away_does_not_take_unread_results_for_a_hang(rig,
     assert rig.health.state is TierState.UP
 
 
-def test_what_hangs_is_found_by_an_engine_that_looks_rarely(rig):
+def test_a_hang_is_found_by_an_engine_that_polls_rarely(rig):
     rig.supervisor.start()
     rig.pump()
     rig.open_job()

@@ -139,7 +139,7 @@ def test_tokens_per_block_can_be_told(tmp_path):
         ('{"block_size":64,"requests":[]}\n', "no request in it asks for a block"),
     ],
 )
-def test_what_is_no_trace_is_refused_with_its_place(tmp_path, text, complaint):
+def test_a_malformed_trace_is_refused_with_the_place_of_the_fault(tmp_path, text, complaint):
     path = tmp_path / "a.jsonl"
     path.write_text(text)
     with pytest.raises(TraceError) as caught:

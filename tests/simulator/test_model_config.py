@@ -126,7 +126,7 @@ def test_two_language_models_or_none_are_refused():
         (LATENT | {"attention_method": "GQA"}, "attention_method"),
     ],
 )
-def test_what_contradicts_itself_or_is_not_whole_is_refused(more, key):
+def test_contradicting_or_incomplete_configurations_are_refused(more, key):
     with pytest.raises(ConfigError) as caught:
         geometry_of("m", PLAIN | more)
     assert caught.value.key == key
@@ -195,7 +195,7 @@ JUNK = (
 
 @pytest.mark.parametrize("base", [PLAIN, LATENT], ids=["plain", "latent"])
 @pytest.mark.parametrize("key", KEYS)
-def test_whatever_a_key_holds_the_answer_is_a_size_or_one_error(base, key):
+def test_any_value_of_a_key_gives_a_size_or_one_error(base, key):
     for value in JUNK:
         try:
             size = geometry_of("m", base | {key: value}).token_bytes

@@ -194,7 +194,7 @@ def bomb(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["one-line", "empty-lines", "requests", "sparse"])
-def test_a_line_of_gigabytes_is_one_line_of_error_in_bounded_memory(tmp_path, kind):
+def test_a_huge_line_is_refused_with_one_line_in_bounded_memory(tmp_path, kind):
     code = f"""
 from pathlib import Path
 from kvtier.simulator.formats import load_trace

@@ -160,7 +160,7 @@ WRONG_HERE = [
 
 
 @pytest.mark.parametrize(("tier", "key"), WRONG_HERE, ids=lambda value: value if isinstance(value, str) else "")
-def test_what_is_wrong_here_is_found_where_the_spec_is_made(tier, key, tmp_path, monkeypatch):
+def test_wrong_options_are_refused_when_the_spec_is_made(tier, key, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("KVTIER_NOT_SET", raising=False)
     with pytest.raises(ConfigError, match=rf"^secondary_tiers\[0\]\.{key}") as caught:
@@ -189,7 +189,7 @@ def test_a_missing_package_is_found_where_the_spec_is_made(tier, package, extra,
         spec_of(tier)
 
 
-def test_what_breaks_after_the_check_costs_that_tier_only(tmp_path, monkeypatch):
+def test_a_fault_after_the_check_turns_off_only_that_tier(tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET", "long enough to be one")
     guarded = {"type": "disk", "path": str(tmp_path / "x"), "capacity": "16MiB", "secret_env": "SECRET"}
     with spec_of(guarded, own("OpenTier")) as spec:
@@ -202,7 +202,7 @@ def test_what_breaks_after_the_check_costs_that_tier_only(tmp_path, monkeypatch)
         assert "secret_env" in states["disk"][1]
 
 
-def test_an_io_process_that_cannot_load_its_store_costs_that_tier_only(caplog):
+def test_an_io_process_that_cannot_load_its_store_turns_off_only_its_tier(caplog):
     with (
         caplog.at_level(logging.WARNING),
         spec_of(own("TierOfNothing"), own("ClientlessTier"), own("OpenTier")) as spec,

@@ -49,13 +49,13 @@ class Guarded:
     def _join(self, header, payload):
         return header + payload if self.header_first else payload + header
 
-    def test_what_is_stored_is_as_long_as_ever_and_shows_what_it_may(self):
+    def test_encryption_changes_no_length_and_shows_no_payload(self):
         header, payload = self._split(self._raw(1))
         assert len(header) == HEADER_BYTES
         assert (payload == self.payload(1)) is not self.encrypt
         assert header[4] == (ENCRYPTED_VERSION if self.encrypt else 1)
 
-    def test_who_lacks_the_secret_forges_nothing(self):
+    def test_blocks_cannot_be_forged_without_the_secret(self):
         header, _ = self._split(self._raw(1))
         namespace = open_sealer(secret_options(self.medium, self.encrypt), self.context.namespace)[1].namespace
         for number, (payload, forged) in enumerate(forgeries(namespace, make_key(1), self.payload(666), header)):

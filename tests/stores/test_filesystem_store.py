@@ -360,7 +360,7 @@ def test_min_free_refuses_stores_and_counts_them(shared, opened):
     assert store._failures.take() == {FailureCause.NO_SPACE: 5}
 
 
-def test_what_a_quota_says_when_a_file_is_closed_counts(shared, opened, monkeypatch):
+def test_a_quota_error_at_close_fails_the_block(shared, opened, monkeypatch):
     """NFS sends what was written when the file is closed, and tells only then."""
     store = opened(shared)
     write(store, [1])

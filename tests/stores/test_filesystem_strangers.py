@@ -127,7 +127,7 @@ def test_a_directory_mounted_in_place_of_a_shard_is_not_used(shared, opened, vic
     assert names(victim) == before
 
 
-def test_what_is_no_file_of_ours_is_not_reaped_or_counted(shared, opened, victim):
+def test_files_of_others_are_neither_deleted_nor_counted(shared, opened, victim):
     store = opened(shared, capacity=64 * ON_DISK)
     write(store, range(5))
     shard = store.path_of(make_key(3)).parent

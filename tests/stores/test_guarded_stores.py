@@ -152,7 +152,7 @@ class OnSlab(SlotStoreSuite):
         assert (self.peek(self.store, 3) == self.payload(3)) is not self.encrypt
         assert not self.context.failures.take()
 
-    def test_who_lacks_the_secret_forges_nothing(self):
+    def test_blocks_cannot_be_forged_without_the_secret(self):
         self._write([1])
         record, namespace = self.peek_record(self.store, 1), self.store._sealer.namespace
         for number, (payload, forged) in enumerate(forgeries(namespace, make_key(1), self.payload(666), record, 1)):

@@ -73,14 +73,14 @@ def test_wrong_credentials_say_so_and_are_not_shown(swift_s3, monkeypatch):
     assert "test:tester" not in str(caught.value) + repr(connect(settings))
 
 
-def test_who_may_only_read_is_told(swift_s3, monkeypatch):
+def test_read_only_credentials_are_reported(swift_s3, monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test:reader")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "reading")
     with pytest.raises(StoreUnavailableError, match="403 AccessDenied"):
         ObjectStore.open(settings_for(**swift_s3.options).to_json(), OnBucket().make_context())
 
 
-def test_nobody_there(swift_s3):
+def test_a_server_that_does_not_run_is_reported(swift_s3):
     settings = settings_for(**{**swift_s3.options, "endpoint": "http://127.0.0.1:1"})
     with pytest.raises(StoreUnavailableError, match="error sending request"):
         ObjectStore.open(settings.to_json(), OnBucket().make_context())

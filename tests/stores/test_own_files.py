@@ -43,7 +43,7 @@ STRANGERS = {
 
 @pytest.mark.parametrize("kind", STRANGERS)
 @pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDWR, os.O_RDWR | os.O_CREAT, os.O_WRONLY | os.O_CREAT])
-def test_what_is_no_plain_file_is_left_alone_at_once(place, folder, kind, flags):
+def test_other_kinds_of_files_are_refused_without_waiting(place, folder, kind, flags):
     STRANGERS[kind](place / "name")
     with pytest.raises(StrangerError, match="name"):
         folder.open_file("name", flags)
@@ -53,7 +53,7 @@ def test_what_is_no_plain_file_is_left_alone_at_once(place, folder, kind, flags)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in STRANGERS if kind != "folder"])
-def test_what_is_no_folder_is_not_entered(place, folder, kind):
+def test_other_kinds_of_files_are_not_opened_as_folders(place, folder, kind):
     STRANGERS[kind](place / "name")
     with pytest.raises(StrangerError):
         folder.folder("name")
@@ -70,7 +70,7 @@ def test_a_link_to_a_folder_is_not_entered_and_the_configured_path_may_be_one(tm
         Folder.open(tmp_path / "link", follow=False)
 
 
-def test_who_swaps_a_folder_for_a_link_leads_nobody_elsewhere(tmp_path, place):
+def test_a_folder_replaced_by_a_link_is_not_followed(tmp_path, place):
     victim = tmp_path / "victim"
     victim.mkdir()
     (place / "inner").mkdir()
@@ -133,7 +133,7 @@ def test_threads_see_all_names_at_once(place, folder):
 
 
 @pytest.mark.root
-def test_what_belongs_to_another_user_is_a_stranger(place, folder):
+def test_files_of_another_user_are_strangers(place, folder):
     (place / "file").write_text("x")
     (place / "inner").mkdir()
     for name in ("file", "inner"):
@@ -163,7 +163,7 @@ def bind():
 
 
 @pytest.mark.root
-def test_what_is_mounted_inside_is_a_stranger_even_from_the_same_filesystem(tmp_path, place, folder, bind):
+def test_mounts_inside_are_strangers_even_from_the_same_filesystem(tmp_path, place, folder, bind):
     victim = tmp_path / "victim"
     victim.mkdir()
     (victim / "precious").write_text("precious")

@@ -110,7 +110,7 @@ def test_garbage_is_called_that(ends, said, ask):
     thread.join()
 
 
-def test_what_nobody_asked_for_is_garbage(ends):
+def test_an_unexpected_message_is_garbage(ends):
     ends[1].sendall(b"+OK\r\n+MORE\r\n")
     wire = make_wire(ends[0])
     wire.line()

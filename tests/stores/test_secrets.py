@@ -59,7 +59,7 @@ def test_every_bit_counts_even_if_the_headers_own_checksum_is_made_anew(sealer):
 
 
 @pytest.mark.parametrize("secret", [None, b"another secret of some length"])
-def test_who_lacks_the_secret_forges_nothing(sealer, secret):
+def test_blocks_cannot_be_forged_without_the_secret(sealer, secret):
     """The forger knows everything but the secret: namespace, format, a real block."""
     authenticator = None if secret is None else Authenticator(secret, NAMESPACE)
     assert PlainSealer(NAMESPACE, authenticator).headers.fingerprint != sealer.headers.fingerprint
@@ -154,7 +154,7 @@ def test_a_place_that_is_none_is_an_error_of_the_configuration(value):
         assert caught.value.key == key
 
 
-def test_what_is_not_plainly_asked_for_is_not_stored_in_the_clear(secret_file):
+def test_a_malformed_encrypt_option_never_stores_unencrypted_blocks(secret_file):
     for encrypt in ("yes", 1):
         with pytest.raises(StoreUnavailableError, match="true or false"):
             SecretPlace.split({"secret_file": str(secret_file), "encrypt": encrypt})

@@ -106,7 +106,7 @@ def old_format(record):
     return changed + header_checksum(changed).to_bytes(8, "little")
 
 
-def test_every_kind_of_wrong_has_its_cause_and_repair_empties_it(slab, context):
+def test_each_fault_has_its_cause_and_repair_clears_the_record(slab, context):
     data, headers = segment_file(slab, context), headers_file(slab, context)
     record = read_at(headers, 5 * RECORD_BYTES, RECORD_BYTES)
     foreign = header_of(PlainSealer(Namespace({"model": "another"})), make_key(3), make_payload(3, BLOCK), 3)
@@ -340,7 +340,7 @@ def test_superseded_records_are_no_failures(slab, context):
     assert (found.num_good, found.bad) == (BLOCKS - 1, {})
 
 
-def test_what_is_said_of_odd_namespaces(tmp_path, context):
+def test_odd_namespaces_are_reported(tmp_path, context):
     slab = tmp_path / "slab"
     for model in ("none", "wrong", "old", "epoch"):
         store = store_blocks(slab, make_context(model, epoch=b"salt" if model == "epoch" else b""), count=1)

@@ -4,7 +4,7 @@ import pytest
 import xxhash
 
 from kvtier.secondary.example import ExampleSecondaryTierManager
-from kvtier.testing import patience
+from kvtier.testing.patience import PATIENCE_SECONDS
 from kvtier.testing.tiers import TierSuite
 from kvtier.types import JobResult, LookupResult
 
@@ -130,8 +130,10 @@ BROKEN = {
 }
 
 
-def suite_for(tier_class):
+def suite_for(tier_class, patience_seconds=PATIENCE_SECONDS):
     class Suite(TierSuite):
+        patience = patience_seconds
+
         def make_tier(self, offloading_spec, primary_kv_view):
             return tier_class(offloading_spec, primary_kv_view, "broken")
 
@@ -145,9 +147,8 @@ def suite_for(tier_class):
 
 
 @pytest.mark.parametrize("tier_class", BROKEN, ids=lambda tier_class: tier_class.__name__)
-def test_a_broken_tier_fails_the_suite(tier_class, monkeypatch):
-    monkeypatch.setattr(patience, "PATIENCE_SECONDS", 0.1)
-    suite = suite_for(tier_class)
+def test_a_broken_tier_fails_the_suite(tier_class):
+    suite = suite_for(tier_class, patience_seconds=0.1)
     suite.setup_method()
     try:
         with pytest.raises((AssertionError, RuntimeError)):

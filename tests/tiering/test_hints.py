@@ -149,7 +149,7 @@ def test_without_a_hint_nothing_is_put_around_the_policy(make_engine, params):
     assert not engine.log.of(HintIgnored)
 
 
-def test_what_a_hint_may_say():
+def test_valid_hints_are_read():
     given = {"retain": "1.5h", "priority": "low", "session": "s", "ended": True, "tenant": "t"}
     expected = Hint(retain=5400, priority=Priority.LOW, session="s", ended=True, tenant="t")
     assert read_hint({"kvtier": given}) == (expected, "")

@@ -203,7 +203,7 @@ def test_one_silent_tier_delays_no_other_tiers_hit(make_engine):
     ("engines", "tiers", "seconds"),
     [(None, None, ScriptedTier.probe_deadline), (0.1, None, 0.1), (0.1, 0.7, 0.7), (None, 0.7, 0.7)],
 )
-def test_a_tiers_option_goes_before_the_engines_and_that_before_the_tiers_own(make_engine, engines, tiers, seconds):
+def test_a_tiers_option_overrides_the_engines_and_that_the_types_default(make_engine, engines, tiers, seconds):
     engine, keys = make_engine(probe_deadline=engines, probe_deadlines=[tiers]), make_keys(1)
     engine.let_tiers_answer()
     engine.tier.unknown = set(keys)

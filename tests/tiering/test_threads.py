@@ -109,7 +109,7 @@ def test_the_first_lookup_of_a_request_says_so_too(engine_in_a_call):
     assert engine.manager.lookup(make_keys(1)[0], MINE) is LookupResult.MISS
 
 
-def test_a_call_from_within_a_call_of_its_thread_is_none_of_another_thread():
+def test_a_call_from_within_a_call_is_not_refused():
     engine = Engine()
 
     class Curious:

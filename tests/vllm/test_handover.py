@@ -88,7 +88,7 @@ def test_before_the_core_listens_and_after_it_has_ended(engine_id, serve):
     assert attach(engine_id)[0] == "no engine core listens"
 
 
-def test_a_worker_may_take_long_and_keeps_nobody_waiting(engine_id, serve):
+def test_a_slow_worker_delays_no_request(engine_id, serve):
     complete, taken, may_go_on = serve(world_size=2, reply_seconds=0.2), [], threading.Event()
 
     def take(arena):

@@ -54,7 +54,7 @@ def test_host_memory_serves_at_once_and_the_disk_opens_later(engine, claim):
     assert engine.log().count("kvtier knows the weights: ") == 1
 
 
-def test_weights_that_vanish_meanwhile_cost_the_disk_only(engine, claim, own_model):
+def test_weights_deleted_during_hashing_turn_off_only_the_disk(engine, claim, own_model):
     assert serves_from_host_memory(engine)
     (own_model / "model.safetensors").unlink()
     claim.close()

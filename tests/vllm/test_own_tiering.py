@@ -137,7 +137,7 @@ def store_and_reset(model, tmp_path):
     engine.close()
 
 
-def test_who_cannot_say_whose_blocks_they_are_is_refused(tmp_path):
+def test_an_engine_without_a_namespace_is_refused(tmp_path):
     with pytest.raises(ValueError, match="it must know their model"):
         OwnTiering("some/hub-model", tmp_path / "disk")
     OwnTiering("some/hub-model", tmp_path / "disk", namespace="some/hub-model at revision 1").close()

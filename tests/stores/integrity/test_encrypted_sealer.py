@@ -120,7 +120,7 @@ def test_another_key_slot_secret_or_namespace(sealer):
         assert decrypted(lookalike, header, stored, slot=7) is FailureCause.CORRUPT
 
 
-def test_who_does_not_encrypt_sees_another_format_and_the_other_way_round(sealer):
+def test_encrypted_and_signed_blocks_are_another_format_for_each_other(sealer):
     header, _ = encrypted(sealer)
     plain = plain_impostor(sealer.headers.fingerprint, NAMESPACE)
     assert plain.headers.parse(header) is FailureCause.OLD_FORMAT
