@@ -398,13 +398,9 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
     def _end_waits(self, now: float) -> None:
         """End the waits that are over, and those that are not worth it any more."""
         states = self._requests.looked_up()
-        for state in states:
-            if state.wait.since is not None or state.wait.probing_since or state.lease.expires is not None:
-                self._waiting.check(state, now)
+        self._waiting.check(states, now)
         self._pace.note_backlog(states, self._requests.num_new)
-        for state in states:
-            if state.awaiting:
-                self._promoter.reconsider(state, now)
+        self._promoter.reconsider([state for state in states if state.awaiting], now)
 
     def _begin_attempt(self, state: RequestState) -> None:
         """The request was preempted, or the cache was reset: what it asks for and waits for begins anew."""

@@ -20,7 +20,7 @@ from kvtier.tiering.outline import Outline, make_outline
 from kvtier.tiering.pace import Pace
 from kvtier.tiering.planning import Holdings, PromotionPlan, Prospect, plan_promotions
 from kvtier.tiering.requests import RequestState, Scan, arrival
-from kvtier.tiering.waiting import Waiting
+from kvtier.tiering.waiting import MAX_ENDED, Waiting
 
 PRIMARY = "primary"
 MAX_PLANNED = 512
@@ -31,6 +31,9 @@ MAX_ASKED = 2 * MAX_PLANNED
 
 EARLY_FREE = 0.6
 """Share of the budget of promotions that is kept for requests whose turn comes soon."""
+
+MAX_RECONSIDERED = 64
+"""Waiting requests, from the oldest on, that every step reconsiders; and as many of the others, in turn."""
 
 _OUTLINED_PER_PLANNED = 8
 """Keys of a scan that are put in order in the time in which one is planned."""
@@ -57,6 +60,7 @@ class Promoter:
         self._queues = [LoadQueue(guard, block_bytes) for guard in guards]
         self._flights, self._leases, self._waiting, self._pace = flights, leases, waiting, pace
         self._clock, self._observer = clock, observer
+        self._num_reconsidered = 0
         self._unfinished: list[RequestState] = []
         """Requests of whose outlines something is left to plan."""
 
@@ -109,9 +113,14 @@ class Promoter:
         outlook = self._pace.outlook(now, state)
         room = self._leases.room(len(flights))
         prospect = self._prospect(state, outlook, now)
-        if prospect is not None and room < EARLY_FREE * self._leases.budget and prospect.is_early(len(outline.order)):
-            self._waiting.postpone(state, outlook.turn_in)
-            return
+        is_short = prospect is not None and room < EARLY_FREE * self._leases.budget
+        if prospect is not None and is_short and prospect.is_early(len(outline.order)):
+            plans = state.plans
+            if plans.postponed_until is None:
+                plans.postponed_until = now + outlook.turn_in
+            if now < plans.postponed_until:
+                self._waiting.stop(state, now)  # no tier causes this wait
+                return
         holdings = Holdings(self._table, room, flights.late, self._leases.held, flights.queued)
         plan = plan_promotions(state, outline, holdings, prospect, most)
         outline.num_planned = plan.num_planned
@@ -217,10 +226,23 @@ class Promoter:
         for queue in self._queues:
             queue.note_polled(now, self._pace.looks_often)
 
-    def reconsider(self, state: RequestState, now: float) -> None:
-        """Let a request go on with what has arrived if computing the rest takes less than waiting for it still does."""
-        if not state.awaiting or not self._pace.is_known:
+    def reconsider(self, waiting: Sequence[RequestState], now: float) -> None:
+        """Let requests go on with what has arrived if computing the rest takes less than waiting for it still does.
+
+        Args:
+            waiting: those that await something, oldest first. Of many, a step looks at the first ones and some others.
+        """
+        if not self._pace.is_known:
             return
+        turn = self._num_reconsidered = (self._num_reconsidered + MAX_RECONSIDERED) % max(1, len(waiting))
+        others = waiting[MAX_RECONSIDERED:]
+        left = MAX_ENDED
+        for state in (*waiting[:MAX_RECONSIDERED], *others[turn : turn + MAX_RECONSIDERED]):
+            if left > 0:
+                left -= self._reconsider(state, now)
+
+    def _reconsider(self, state: RequestState, now: float) -> int:
+        """Return how many blocks the request does not wait for any more."""
         outlook = self._pace.outlook(now, state)
         saved = len(state.awaiting) * state.plans.block_seconds
         if outlook.cost(self._waits_for(state, now)) > outlook.gain(saved):
@@ -228,6 +250,8 @@ class Promoter:
             self._flights.leave(state)
             self._give_up(state, rest, "slower")
             self._end_wait(state)
+            return len(rest)
+        return 0
 
     def land(self, guard: TierGuard, job: Job) -> None:
         """Take in the end of a promotion job: good blocks become ready, the rest misses for those who waited."""
@@ -297,6 +321,7 @@ class Promoter:
         plans.denied.clear()
         plans.asked.clear()
         plans.failed.clear()
+        plans.postponed_until = None
         self._drop_outline(state)
 
     def _drop_outline(self, state: RequestState) -> None:

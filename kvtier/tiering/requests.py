@@ -82,6 +82,7 @@ class Plans:
         sources: name of the tier that a promoted key came from.
         scan: what was looked up last, if no plan has begun with it.
         outline: the scan before that, as far as plans have come with it; None if nothing of it holds any more.
+        postponed_until: when it is planned at the latest, though its turn seems far, in seconds of the clock.
         num_held: keys that were leased or awaited after the last plan.
         asked: indices of the tiers that blocks were planned from; block_seconds: how long each of the blocks of the
             last plan takes to compute, on average.
@@ -92,6 +93,7 @@ class Plans:
     sources: dict[OffloadKey, str] = field(default_factory=dict)
     scan: Scan | None = None
     outline: Outline | None = None
+    postponed_until: float | None = None
     num_held: int = 0
     asked: set[int] = field(default_factory=set)
     block_seconds: float = 0.0

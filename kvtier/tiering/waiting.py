@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from kvtier.clock import Clock
 from kvtier.events import Observer, RequestGaveUp
@@ -15,6 +15,8 @@ from kvtier.tiering.pace import Pace
 from kvtier.tiering.requests import RequestState
 from kvtier.tiering.settings import TieringSettings
 
+MAX_ENDED = 2048
+"""Keys that one step lets go of because deadlines have passed, and at most those of one request more."""
 UNKNOWN_SECONDS = 2.0
 """How long a request waits where nobody can say how long computing takes, or for how many blocks it waits."""
 
@@ -100,28 +102,33 @@ class Waiting:
             idle_in: seconds until the engine could begin with it.
         """
         wait = state.wait
+        if wait.since is None:  # it was looked up some steps ago, and nothing was planned then
+            wait.since = self._clock()
         wait.computing += computing
         wait.deadline = self.longest_wait(wait.computing + idle_in if wait.computing else 0.0)
 
-    def postpone(self, state: RequestState, turn_in: float) -> None:
-        """The request is to wait for blocks that are planned when its turn is nearer, in about `turn_in` seconds."""
-        wait = state.wait
-        if wait.since is not None:
-            waited = wait.waited + (self._clock() - wait.since)
-            wait.deadline = max(wait.deadline, self.longest_wait(waited + turn_in + UNKNOWN_SECONDS))
+    def check(self, states: Iterable[RequestState], now: float) -> None:
+        """End the waits and leases whose time is over, oldest request first; what is left over ends a step later."""
+        left = MAX_ENDED
+        for state in states:
+            if state.wait.since is not None or state.wait.probing_since or state.lease.expires is not None:
+                held = len(state.awaiting) + len(state.lease.slots)
+                if self._check(state, now, left > 0):
+                    left -= held
 
-    def check(self, state: RequestState, now: float) -> None:
-        """End the wait and the lease if their time is over; stop the clock if nothing was asked in this step."""
+    def _check(self, state: RequestState, now: float, may_end: bool) -> bool:
+        """Stop the clock if nothing was asked in this step; end what is over, and return whether anything was."""
         wait = state.wait
-        if wait.since is not None:
-            self._end_if_late(state, now)
+        ended = wait.since is not None and may_end and self._end_if_late(state, now)
         if not state.scan.keys:
             wait.probing_since.clear()
             if wait.since is not None and not state.awaiting:
                 self.stop(state, now)
         expires = state.lease.expires
-        if expires is not None and now >= expires:
+        if expires is not None and may_end and now >= expires:
             self._leases.release(state)
+            ended = True
+        return ended
 
     def stop(self, state: RequestState, now: float) -> None:
         """Stop the clock: no tier causes the wait any more."""

@@ -2,8 +2,10 @@
 
 from engine import make_keys, payload
 
+from kvtier.events import RequestGaveUp
 from kvtier.tiering.outline import MANY_KEYS, split_scan
 from kvtier.tiering.promotion import MAX_ASKED, MAX_PLANNED
+from kvtier.tiering.waiting import MAX_ENDED
 from kvtier.types import LookupResult
 
 HIT, MISS, PENDING = LookupResult.HIT, LookupResult.MISS, LookupResult.HIT_PENDING
@@ -152,3 +154,22 @@ def test_blocks_wait_to_be_written_no_longer_than_they_would_stay_in_any_case(ma
     engine.step()
     engine.store(make_keys(60, "second"), engine.request("second"))
     assert [len(job.keys) for job in engine.tier.stores] == [10, 25]
+
+
+def test_when_many_deadlines_pass_at_once_the_youngest_requests_wait_a_step_longer(make_engine):
+    engine = make_engine(num_blocks=4096, load_deadline=2.0)
+    engine.tier.auto = False
+    for number in range(30):
+        keys, context = make_keys(100, f"prompt {number}"), engine.request(f"r{number}")
+        engine.plant(keys)
+        engine.scan(keys, context)
+    for _ in range(10):
+        engine.step()
+    engine.clock.advance(2.1)
+    counts = []
+    for _ in range(3):
+        engine.step()
+        counts.append([event.req_id for event in engine.log.of(RequestGaveUp)])
+    assert counts[0] == [f"r{number}" for number in range(len(counts[0]))]
+    assert len(counts[0]) * 100 <= MAX_ENDED + 100
+    assert len(counts[-1]) == 30
