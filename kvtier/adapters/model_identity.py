@@ -16,11 +16,11 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvtier.adapters.token_blocks import HASH_ALGORITHM
-from kvtier.adapters.weights_digest import plain_parts
+from kvtier.adapters.weights_digest import plain_parts, weights_digest
 from kvtier.errors import ConfigError
 from kvtier.namespace import Namespace
 
-__all__ = ["CacheShape", "accepts", "inspect_cache", "layout_namespace"]
+__all__ = ["CacheShape", "accepts", "inspect_cache", "layout_namespace", "weights_digest"]
 
 LAYOUT_VERSIONS: Mapping[str, str] = {}
 """Releases of transformers that compute the same KV, bit for bit, as an earlier release, by test: maps each to the

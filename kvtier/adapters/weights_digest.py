@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -100,6 +100,19 @@ def _pieces(tensor: torch.Tensor, piece_bytes: int) -> Iterator[torch.Tensor]:
         else:
             for rows in tensor.split(piece_bytes // row_bytes):
                 yield rows.contiguous()
+
+
+def weights_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return one digest of named tensors: names, types, shapes and every byte.
+
+    Raises:
+        ConfigError: the bytes of a tensor cannot be read.
+    """
+    parts = [(name, *part) for name, tensor in sorted(tensors.items()) for part in plain_parts(name, tensor)]
+    whole = xxhash.xxh3_128()
+    for (name, label, tensor), digest in zip(parts, digest_tensors([part[2] for part in parts]), strict=True):
+        whole.update(f"{name}\0{describe(label, tensor)}\0".encode() + (digest or b""))
+    return whole.hexdigest()
 
 
 def describe(label: str, tensor: Any) -> str:

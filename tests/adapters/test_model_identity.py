@@ -15,7 +15,7 @@ from adapters_models import tiers, tiny_llama, tokens
 from transformers import AutoModelForCausalLM
 from transformers.activations import GELUActivation
 
-from kvtier.adapters.model_identity import inspect_cache
+from kvtier.adapters.model_identity import inspect_cache, weights_digest
 from kvtier.adapters.model_watch import ModelIdentity
 from kvtier.adapters.transformers import PrefixCache
 from kvtier.adapters.weights_digest import PIECE_BYTES, digest_tensors
@@ -154,6 +154,17 @@ def test_tensors_of_every_type_have_bytes(dtype):
     assert identity(holding(w=values)) != identity(holding(w=others))
     assert identity(holding(w=values[0])) != identity(holding(w=values[:1]))
     assert identity(holding(w=values[:0])) == identity(holding(w=values[:0].clone()))
+
+
+def test_one_row_of_many_changes_the_digest_of_named_tensors():
+    weight = torch.randn(2000, 64)
+    digest = weights_digest({"w": weight})
+    assert weights_digest({"w": weight.clone()}) == digest
+    assert weights_digest({"v": weight}) != digest
+    for row in range(0, 2000, 100):
+        changed = weight.clone()
+        changed[row] += 1
+        assert weights_digest({"w": changed}) != digest
 
 
 def test_tied_weights_are_read_once():
