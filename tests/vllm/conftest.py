@@ -1,5 +1,6 @@
 """Engines and models for the tests inside vLLM, which has an environment of its own: `make test-vllm`."""
 
+import uuid
 from importlib.metadata import packages_distributions
 
 import pytest
@@ -11,6 +12,11 @@ collect_ignore_glob = [] if HAS_VLLM else ["test_*.py"]
 def pytest_terminal_summary(terminalreporter):
     if not HAS_VLLM:
         terminalreporter.write_line("VLLM IS NOT INSTALLED: tests/vllm was left out, `make test-vllm` runs it")
+
+
+@pytest.fixture
+def engine_id():
+    return uuid.uuid4().hex
 
 
 @pytest.fixture(scope="session")

@@ -1,49 +1,38 @@
-"""The path of CUDA and XPU: what needs no device runs over vLLM's real region, the rest is skipped, loudly."""
+"""The path of CUDA and XPU, without a device: over vLLM's real region, with a worker that copies on the host."""
 
 import logging
-import mmap
 import os
-import subprocess
-import sys
-import tempfile
-import uuid
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from region_rig import (
+    IDENTITY,
+    PAGE,
+    SHARE,
+    HostCopier,
+    Rig,
+    config,
+    engine_blocks,
+    kv_caches,
+    place,
+)
 from vllm.v1.kv_offload import base
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
-from vllm_engine import Engine, prompt
 
 from kvtier.adapters.vllm import device
 from kvtier.adapters.vllm import spec as spec_module
 from kvtier.adapters.vllm.core import CoreHalf
-from kvtier.adapters.vllm.device import RegionTieringSpec, RegionWorker, region_path, sweep_leftovers
+from kvtier.adapters.vllm.device import RegionTieringSpec, RegionWorker, region_path
 from kvtier.adapters.vllm.spec import path_of_platform
 from kvtier.adapters.vllm.translation import KVTierLoadStoreSpec, kv_caches_of
 from kvtier.adapters.vllm.worker import KVTierOffloadingWorker
-from kvtier.config import KVCacheGroup, OffloadingConfig
 from kvtier.errors import CapacityError, ConfigError
-from kvtier.keys import make_offload_key
 from kvtier.primary.arena import Arena
 from kvtier.spec.tiering import TieringOffloadingSpec
 from kvtier.testing.patience import wait_for
 from kvtier.types import CPULoadStoreSpec, GPULoadStoreSpec, ReqContext, TransferResult
-
-PAGE = 1536
-"""Bytes of one layer's page: two layers and two ranks make a block that is no multiple of the page size."""
-
-LAYERS = ("a", "b")
-SHARE = PAGE * len(LAYERS)
-ENGINE_BLOCKS = 8
-IDENTITY = {"layout": "l", "hash": "sha256"}
-
-
-@pytest.fixture
-def engine_id():
-    return uuid.uuid4().hex
 
 
 @pytest.fixture
@@ -52,87 +41,6 @@ def log(caplog):
     before, logger.propagate = logger.propagate, True
     yield caplog
     logger.propagate = before
-
-
-def config(engine_id, world_size=1, rank=0, **keys):
-    extra = {"cpu_bytes_to_use": "64KiB"} | keys
-    groups = (KVCacheGroup(16, LAYERS),)
-    return OffloadingConfig(extra, groups, SHARE * world_size, engine_id=engine_id, world_size=world_size, rank=rank)
-
-
-def kv_caches(rank=0, kind="cpu"):
-    """Return vLLM's KV caches, every page of every rank unlike every other."""
-    tensors, refs = [], []
-    for layer in range(len(LAYERS)):
-        random = torch.Generator().manual_seed(rank * len(LAYERS) + layer)
-        bytes_of_layer = torch.randint(-128, 128, (ENGINE_BLOCKS, PAGE), dtype=torch.int8, generator=random)
-        tensors.append(base.CanonicalKVCacheTensor(bytes_of_layer.to(kind), PAGE))
-        refs.append(base.CanonicalKVCacheRef(layer, PAGE))
-    return base.CanonicalKVCaches(tensors, [refs])
-
-
-class HostCopier:
-    """Copies like vLLM's worker, over the views of vLLM's region, where there is no device."""
-
-    def __init__(self, kv_caches, blocks_per_chunk, num_chunks, region):
-        self.region = region
-        self.results = []
-        tensors = [tensor.tensor for tensor in kv_caches.tensors]
-        self.pairs = [(t, region.create_next_worker_view(t.shape[1] * blocks_per_chunk)) for t in tensors]
-        self.parts = blocks_per_chunk
-
-    def submit_store(self, job_id, source, target):
-        return self.copy(job_id, source, target, to_slots=True)
-
-    def submit_load(self, job_id, source, target):
-        return self.copy(job_id, target, source, to_slots=False)
-
-    def copy(self, job_id, blocks, slots, to_slots):
-        assert isinstance(blocks, base.GPULoadStoreSpec)
-        assert isinstance(slots, base.BlockIDsLoadStoreSpec)
-        for place, block in enumerate(blocks.block_ids):
-            slot, part = slots.block_ids[place // self.parts], place % self.parts
-            for tensor, view in self.pairs:
-                ours = view[slot, part * PAGE : (part + 1) * PAGE]
-                (ours if to_slots else tensor[block]).copy_(tensor[block] if to_slots else ours)
-        self.results.append(base.TransferResult(job_id, True, len(blocks.block_ids) * SHARE, 0.001))
-        return True
-
-    def get_finished(self):
-        results, self.results = self.results, []
-        return results
-
-    def wait(self, job_ids):
-        assert job_ids
-
-    def shutdown(self):
-        self.pairs = []
-        self.region.cleanup()
-
-
-class Rig:
-    """A core and its workers in one process, over vLLM's region."""
-
-    def __init__(self, engine_id, world_size, **keys):
-        self.caches = [kv_caches(rank) for rank in range(world_size)]
-        self.workers = [
-            KVTierOffloadingWorker(
-                RegionTieringSpec(config(engine_id, world_size, rank, **keys)),
-                self.caches[rank],
-                lambda rank=rank: IDENTITY | {"rank": rank},
-                False,
-                None if rank else lambda stop: ({"weights": "w"}, ""),
-            )
-            for rank in range(world_size)
-        ]
-        spec = RegionTieringSpec(config(engine_id, world_size, **keys))
-        self.core = CoreHalf(spec, spec.forget_name)
-        self.core.start(30)
-
-    def close(self):
-        self.core.shutdown()
-        for worker in self.workers:
-            worker.shutdown()
 
 
 @pytest.fixture
@@ -149,17 +57,6 @@ def rig(engine_id, monkeypatch):
     for each in made:
         each.close()
     assert not region_path(engine_id).exists()
-
-
-def engine_blocks(*blocks):
-    return base.GPULoadStoreSpec(np.array(blocks), (len(blocks),), (0,))
-
-
-def place(rig, *names):
-    """Return (keys, vLLM's spec of their slots)."""
-    keys = [make_offload_key(name.encode().ljust(32), 0) for name in names]
-    placed = rig.core.manager.prepare_store(keys, ReqContext("request"))
-    return keys, KVTierLoadStoreSpec(placed.store_spec)
 
 
 @pytest.mark.parametrize("engine_blocks_per_block", [1, 2])
@@ -359,124 +256,3 @@ def test_the_platform_decides(engine_id, monkeypatch):
     monkeypatch.setattr(spec_module, "current_platform", platform())
     with pytest.raises(ConfigError, match="platform='other': kvtier runs on vLLM's cpu, cuda, rocm and xpu"):
         path_of_platform(config(engine_id))
-
-
-@pytest.fixture
-def folder(monkeypatch):
-    """A folder of shared memory that only this test looks at."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as made:
-        monkeypatch.setattr(device, "REGION_FOLDER", Path(made))
-        yield Path(made)
-
-
-def test_only_regions_that_nobody_holds_are_swept(folder):
-    left, opened, mapped, readable = (folder / f"vllm_offload_{name}.mmap" for name in "abcd")
-    others = [folder / "vllm_offload_e.other", folder / "psm_1234", folder / "vllm_offload_f.mmap"]
-    for path in (left, opened, mapped, readable, *others[:2]):
-        path.write_bytes(bytes(8192))
-    others[2].symlink_to(others[1])
-    with opened.open("r+b"), readable.open("rb"), mapped.open("r+b") as file:
-        mapping = mmap.mmap(file.fileno(), 0)
-        file.close()
-        assert sweep_leftovers() == [left]
-        assert sweep_leftovers() == []
-        mapping.close()
-    assert sorted(sweep_leftovers()) == [opened, mapped, readable]
-    assert sorted(folder.iterdir()) == sorted(others)
-
-
-@pytest.mark.root
-def test_another_users_regions_are_not_swept(folder):
-    if os.getuid() != 0:
-        pytest.skip("NOT TESTED: another user's regions (needs root)")
-    path = folder / "vllm_offload_a.mmap"
-    path.write_bytes(bytes(8192))
-    os.chown(path, 65534, 65534)
-    assert sweep_leftovers() == []
-    os.chown(path, 0, 0)
-    assert sweep_leftovers() == [path]
-
-
-CHILD = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from test_device import RegionTieringSpec, config
-spec = RegionTieringSpec(config(sys.argv[2]))
-spec.arena.row(0)[:4] = b"left"
-print("made", flush=True)
-sys.stdin.read()
-"""
-
-
-def test_what_a_killed_engine_left_is_swept_at_the_next_start(engine_id):
-    command = [sys.executable, "-c", CHILD, str(Path(__file__).parent), engine_id]
-    path = region_path(engine_id)
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
-        assert "made\n" in iter(child.stdout.readline, "")
-        with RegionTieringSpec(config(f"{engine_id}-another")) as another:
-            assert another.arena
-            assert path.exists(), "its engine lives"
-        child.kill()
-    assert path.exists(), "killed before its workers had attached"
-    with RegionTieringSpec(config(engine_id)) as again:
-        assert not any(again.arena.row(0)[:4])
-    assert not path.exists()
-
-
-@pytest.fixture
-def accelerator():
-    found = torch.accelerator.current_accelerator(check_available=True)
-    if found is None:
-        pytest.skip(f"NO CUDA DEVICE: vLLM's own worker was not run (torch {torch.__version__})")
-    return found.type
-
-
-@pytest.mark.gpu
-def test_vllms_worker_on_a_device(accelerator, engine_id):
-    spec = RegionTieringSpec(config(engine_id, blocks_per_chunk=2))
-    caches = kv_caches(kind=accelerator)
-    worker = KVTierOffloadingWorker(RegionTieringSpec(spec.config), caches, lambda: IDENTITY, False)
-    core = CoreHalf(spec, spec.forget_name)
-    try:
-        core.start(60)
-        blocks, wanted = [5, 2, 7, 0], [tensor.tensor.clone() for tensor in caches.tensors]
-        keys, slots = place(SimpleNamespace(core=core), "x", "y")
-        worker.submit_store(1, engine_blocks(*blocks), slots)
-        worker.wait({1})
-        wait_for(lambda: [result.job_id for result in worker.get_finished()] == [1])
-        assert core.control.finished(1) == slots.sequence
-        core.manager.complete_store(set(keys), ReqContext("request"))
-        row = np.asarray(spec.arena.row(slots.block_ids[0])).view(np.int8)
-        held = np.concatenate([tensor[blocks[:2]].cpu().numpy().ravel() for tensor in wanted])
-        assert np.array_equal(row[: 2 * SHARE], held)
-        for tensor in caches.tensors:
-            tensor.tensor.zero_()
-        loaded = KVTierLoadStoreSpec(core.manager.prepare_load(keys, ReqContext("request")))
-        worker.submit_load(2, loaded, engine_blocks(*blocks))
-        worker.wait({2})
-        wait_for(lambda: [result.job_id for result in worker.get_finished()] == [2])
-        for tensor, old in zip(caches.tensors, wanted, strict=True):
-            assert torch.equal(tensor.tensor[blocks], old[blocks])
-    finally:
-        worker.shutdown()
-        core.shutdown()
-
-
-@pytest.mark.gpu
-def test_an_engine_on_a_device(accelerator, model, tmp_path):
-    asked = prompt(1, 700)
-    options = {"processes": True, "gpu_memory_utilization": 0.3}
-    with Engine(model, tmp_path / "plain", enable_prefix_caching=False, **options) as engine:
-        wanted = engine.generate(asked)
-    tiers = [{"type": "disk", "path": str(tmp_path / "disk"), "capacity": "64MiB"}]
-    options["kvtier"] = {"secondary_tiers": tiers}
-    with Engine(model, tmp_path / "first", **options) as engine:
-        assert engine.generate(asked) == wanted
-        engine.generate(prompt(2, 20))  # vLLM starts a store a step after its tokens
-        assert engine.reset()
-        assert engine.generate(asked) == wanted
-        assert engine.external_hits() > 0
-        assert "kvtier is ready" in engine.log()
-    with Engine(model, tmp_path / "second", **options) as engine:
-        assert engine.generate(asked) == wanted
-        assert engine.external_hits() > 0

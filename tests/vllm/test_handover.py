@@ -5,7 +5,6 @@ import socket
 import subprocess
 import sys
 import threading
-import uuid
 
 import pytest
 
@@ -23,11 +22,6 @@ def take(arena):
     taken.append(arena)
 print(attach_arena(sys.argv[1], Announcement(int(sys.argv[2]), 4, 4096, {"a": 1}), take))
 """
-
-
-@pytest.fixture
-def engine_id():
-    return uuid.uuid4().hex
 
 
 @pytest.fixture
