@@ -32,21 +32,22 @@ class Ages:
         for index in range(NUM_BINS - 2, -1, -1):
             queue, edge = self._queues[index], EDGES[index]
             while queue and now - queue[0][1] >= edge and left:
-                part, time = queue.popleft()
-                if part.request.time != time or (not part.keys and not part.ghosts):
+                entry = queue.popleft()
+                part, time = entry
+                num_blocks = len(part.keys) + part.ghosts
+                if part.request.time != time or not num_blocks:
                     continue
                 left -= 1
-                self._move(part, bisect_right(EDGES, now - time))
-
-    def _move(self, part: Part, index: int) -> None:
-        num_blocks = len(part.keys) + part.ghosts
-        for reached in range(part.bin + 1, index + 1):
-            self._table.note_reached(part.kind, reached, num_blocks)
-        is_leaf = self._leaves.leave(part)
-        part.bin = index
-        if is_leaf:
-            self._leaves.enter(part)
-        self.enter(part)
+                now_in = bisect_right(EDGES, now - time)
+                self._table.note_passed(part.kind, index + 1, now_in, num_blocks)
+                if part.keys and not part.children:
+                    self._leaves.leave(part)
+                    part.bin = now_in
+                    self._leaves.enter(part)
+                else:
+                    part.bin = now_in
+                if now_in < NUM_BINS - 1:
+                    self._queues[now_in].append(entry)
 
     def clear(self) -> None:
         """Forget all parts."""

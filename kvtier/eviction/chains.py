@@ -15,33 +15,32 @@ class Request:
         time: when it came, in seconds.
         length: blocks that it has named.
         num_known: those of them that were used before.
-        oldest: the request that used, before this one, the block whose last use was longest ago: the former one of the
-            session, since only a session uses its own end. None if nothing was known.
+        former_time, former_length: of the request that used, before this one, the block whose last use was longest ago:
+            the former one of the session, since only a session uses its own end. Meaningless if nothing was known.
         last: the block that it named last; None if no block, or once it is over.
     """
 
-    __slots__ = ("last", "length", "num_known", "oldest", "time")
+    __slots__ = ("former_length", "former_time", "last", "length", "num_known", "time")
 
     def __init__(self, time: float) -> None:
         self.time = time
-        self.length = self.num_known = 0
-        self.oldest: Request | None = None
+        self.length = self.num_known = self.former_length = 0
+        self.former_time = time
         self.last: OffloadKey | None = None
 
     def note_known(self, former: Request, num_blocks: int) -> None:
         """Count blocks whose last use was by the request `former`."""
         self.num_known += num_blocks
-        if self.oldest is None or former.time < self.oldest.time:
-            self.oldest = former
+        if former.time < self.former_time or self.num_known == num_blocks:
+            self.former_time, self.former_length = former.time, former.length
 
     @property
     def gap(self) -> float | None:
         """Seconds since the session's former request; None for a new chain, and for a branch of another one."""
-        former = self.oldest
         # The last block of a prompt may be filled in part, and then it is another one in the next prompt.
-        if former is None or former.length - self.num_known > 1:
+        if not self.num_known or self.former_length - self.num_known > 1:
             return None
-        return max(0.0, self.time - former.time)
+        return max(0.0, self.time - self.former_time)
 
 
 class Part:

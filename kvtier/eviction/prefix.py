@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 
 from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
@@ -230,25 +230,28 @@ class PrefixPolicy(EvictionPolicy):
 
     def candidates(self, incoming: Sequence[OffloadKey] = ()) -> Iterator[OffloadKey]:
         """Yield the held keys, lowest rank first; end where what is left ranks above the tail of `incoming`."""
-        current, num_given = self._current, 0
-        ranks = self._ranks_of(incoming)
-        num_wanted = len(incoming) - (self.capacity - len(self))
-        num_declined = 0
+        return chain.from_iterable(self._victims(self._ranks_of(incoming) if self.may_decline else [], len(incoming)))
+
+    def _victims(self, ranks: Sequence[float], num_incoming: int) -> Iterator[Iterator[OffloadKey]]:
+        """Yield the blocks of part after part; `ranks` are those that come, tail first, if any may be declined."""
+        current, num_given, num_declined = self._current, 0, 0
+        num_wanted = num_incoming - (self.capacity - len(self))
         for rank, part in self._leaves.victims():
             while num_declined < len(ranks) and ranks[num_declined] < rank:
                 num_declined += 1
             if ranks and num_given >= num_wanted - num_declined:
                 return
-            yield from reversed(part.keys)
+            yield reversed(part.keys)
             if part.request is not current:  # the caller spares what the same request has used
                 num_given += len(part.keys)
 
     def _ranks_of(self, incoming: Sequence[OffloadKey]) -> list[float]:
         """Return the ranks that `incoming` will have, tail first; none lower than one that needs it."""
-        if not incoming or not self.may_decline:
+        if not incoming:
             return []
         request = Request(self._current.time)
-        request.num_known, request.oldest = self._current.num_known, self._current.oldest
+        request.num_known = self._current.num_known
+        request.former_time, request.former_length = self._current.former_time, self._current.former_length
         if self._ghosts.keys().isdisjoint(incoming):
             return [self._table.ranks[class_of(1, request.gap)][0]] * len(incoming)
         former = [self._ghosts.get(key) for key in incoming]
@@ -267,7 +270,8 @@ class PrefixPolicy(EvictionPolicy):
         ghosts = self._ghosts
         for part, same in groupby(keys, key=self._part_of.pop):
             block = list(same)
-            ghosts.update(dict.fromkeys(block, part))
+            for key in block:  # a third of the time of OrderedDict.update
+                ghosts[key] = part
             part.ghosts += len(block)
             self._drop(part, block)
         self._forget_ghosts()

@@ -71,6 +71,12 @@ class ReuseTable:
         """Blocks of class `kind` have reached bin `index` of age without a use."""
         self._reached[kind * NUM_BINS + index] += min(num_blocks, MAX_WEIGHT)
 
+    def note_passed(self, kind: int, first: int, last: int, num_blocks: int) -> None:
+        """Blocks of class `kind` have reached all bins of age from `first` to `last` without a use."""
+        reached, weight, row = self._reached, min(num_blocks, MAX_WEIGHT), kind * NUM_BINS
+        for index in range(row + first, row + last + 1):
+            reached[index] += weight
+
     def take_back(self, kind: int, num_blocks: int) -> None:
         """Blocks that were said to be new in a class are of another; what has faded since is not owed."""
         place = kind * NUM_BINS
