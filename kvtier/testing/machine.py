@@ -61,6 +61,19 @@ class _Request:
     loads: list[_Load] = field(default_factory=list)
 
 
+HINTS = (
+    None,
+    {"retain": 3},
+    {"retain": "2s", "session": "s"},
+    {"session": "s", "ended": True},
+    {"priority": "high"},
+    {"priority": "low"},
+    {"tenant": "t", "ended": True},
+    {"tenant": "u", "retain": "1h"},
+    {"malformed": True},
+)
+
+
 class TieringMachine(RuleBasedStateMachine):
     """An engine with up to five requests and one manager. `weights` counts the resets."""
 
@@ -96,12 +109,12 @@ class TieringMachine(RuleBasedStateMachine):
         """Return the bytes of a block, which the model computes with these weights."""
         return hashlib.blake2b(key + weights.to_bytes(4, "big")).digest() * (BLOCK_BYTES // 64)
 
-    @rule(prefix=st.integers(0, PREFIXES - 1), length=st.integers(1, LONGEST))
-    def arrive(self, prefix: int, length: int) -> None:
-        """A request arrives."""
+    @rule(prefix=st.integers(0, PREFIXES - 1), length=st.integers(1, LONGEST), hint=st.sampled_from(HINTS))
+    def arrive(self, prefix: int, length: int, hint: object = None) -> None:
+        """A request arrives, with or without a hint."""
         if len(self.requests) < 5:
             self.count += 1
-            context = ReqContext(f"r{self.count}")
+            context = ReqContext(f"r{self.count}", None if hint is None else {"kvtier": hint})
             self.manager.on_new_request(context)
             self.requests.append(_Request(context, chain(prefix)[:length]))
 

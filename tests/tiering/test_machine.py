@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,11 +73,13 @@ class ScriptedMachine(TieringMachine):
 
 
 class RealMachine(TieringMachine):
-    """The disk, memory and example tiers, their stores run in line; blocks are spoilt on the disk."""
+    """The disk, memory and example tiers, run in line, under quotas of tenants; blocks are spoilt on the disk."""
+
+    settings_of_manager = replace(TieringMachine.settings_of_manager, tenant_quotas=True)
 
     def make_tiers(self, arena, clock):
         self.directory = tempfile.mkdtemp()
-        context = TierContext(Namespace({"model": "machine"}), arena.fd, clock, inline_io=True)
+        context = TierContext(Namespace({"model": "machine"}), arena.fd, clock, tenant_quotas=True, inline_io=True)
         spec = SimpleNamespace(tier_context=context)
         tiers = [
             MemoryTierManager(spec, arena.view, "memory", capacity=6 * 4400),
