@@ -6,6 +6,7 @@ from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Iterator
 from heapq import heappop, heappush
+from itertools import count
 
 from kvtier.errors import InvariantError
 from kvtier.eviction.chains import Part
@@ -58,27 +59,30 @@ class Leaves:
         """Yield every part that holds blocks, with its rank, lowest first; a part after all that continue it."""
         bared: list[tuple[Cell, int, Part]] = []
         num_left: dict[Part, int] = {}
+        numbers = count()
         for cell in self._cells:
             for part in self._parts[cell[2], -cell[1]]:
                 while bared and bared[0][0] <= cell:
                     (rank, _, _), _, parent = heappop(bared)
                     yield rank, parent
-                    self._bare(parent, bared, num_left)
+                    self._bare(parent, bared, num_left, numbers)
                 yield cell[0], part
-                self._bare(part, bared, num_left)
+                self._bare(part, bared, num_left, numbers)
         while bared:
             (rank, _, _), _, parent = heappop(bared)
             yield rank, parent
-            self._bare(parent, bared, num_left)
+            self._bare(parent, bared, num_left, numbers)
 
-    def _bare(self, part: Part, bared: list[tuple[Cell, int, Part]], num_left: dict[Part, int]) -> None:
+    def _bare(
+        self, part: Part, bared: list[tuple[Cell, int, Part]], num_left: dict[Part, int], numbers: Iterator[int]
+    ) -> None:
         """Once all that continues its parent would be gone, the parent comes next, in the order of ranks."""
         parent = part.parent
         if parent is None:
             return
         num_left[parent] = left = num_left.get(parent, len(parent.children)) - 1
         if not left:
-            heappush(bared, (self._cell((parent.kind, parent.bin)), len(num_left), parent))
+            heappush(bared, (self._cell((parent.kind, parent.bin)), next(numbers), parent))
 
     def clear(self) -> None:
         """Forget all parts."""
