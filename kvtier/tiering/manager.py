@@ -272,11 +272,10 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
     @in_turn
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         """Count one use of `keys`, given in prefix order, in every tier; of each block one for a request."""
-        unique = set(keys)
-        once = keys if isinstance(keys, list) and len(unique) == len(keys) else list(dict.fromkeys(keys))
+        once = keys if isinstance(keys, list) and len(set(keys)) == len(keys) else list(dict.fromkeys(keys))
         state = self._requests.get(req_context.req_id)
         uses = RequestUses(self._clock()) if state is None else state.uses
-        self._note_use(once, req_context, uses, all_held=unique <= self._slot_of.keys())
+        self._note_use(once, req_context, uses)
 
     @in_turn
     def prepare_store(self, keys: Collection[OffloadKey], req_context: ReqContext) -> PrepareStoreOutput | None:
