@@ -1,5 +1,6 @@
 """Prefix: the suite, what it knows of chains, and sessions that grow."""
 
+import gc
 from heapq import heappop, heappush
 from itertools import count, islice
 from random import Random
@@ -13,7 +14,10 @@ from kvtier.eviction.lru import LRUPolicy
 from kvtier.eviction.prefix import PrefixPolicy
 from kvtier.eviction.reuse import EDGES, NUM_BINS, NUM_CLASSES, ReuseTable, class_of
 from kvtier.keys import OffloadKey, make_offload_key
+from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
+from kvtier.secondary.example import ExampleSecondaryTierManager
 from kvtier.testing.policies import PolicySuite, admit, keys_of
+from kvtier.tiering.manager import TieringOffloadingManager
 
 from .one_by_one import skewed_trace
 from .replay import Requests, replay
@@ -222,3 +226,21 @@ def test_classes_are_told_apart_by_uses_and_gap() -> None:
     gaps = (None, 0.0, 5.0, 10.0, 20.0, 45.0, 90.0, 200.0, 600.0, 5000.0)
     classes = [class_of(uses, gap) for uses in (1, 2, 3, 5, 8, 20, 100) for gap in gaps]
     assert sorted(classes) == list(range(NUM_CLASSES))
+
+
+def test_a_long_session_leaves_no_trace_of_its_requests() -> None:
+    policy = PrefixPolicy(50)
+    for now in range(1000):
+        use(policy, keys_of(*range(5), 10 + now), now)
+    gc.collect()
+    assert sum(isinstance(found, Request) for found in gc.get_objects()) < 10 * policy.capacity
+
+
+def test_only_a_memory_without_a_tier_below_declines() -> None:
+    """Blocks reach a tier below through a slot of memory."""
+    for tiers in ([], [ExampleSecondaryTierManager(None, memoryview(bytearray(8)).cast("B", (8, 1)), "example")]):
+        policy = PrefixPolicy(8)
+        primary = CPUPrimaryTierOffloadingManager(8, memoryview(bytearray(8)).cast("B", (8, 1)), policy)
+        manager = TieringOffloadingManager(primary, tiers)
+        assert policy.may_decline == (not tiers)
+        manager.shutdown()
