@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--speeds", type=int, nargs="+", default=[5, 50, 500], help="MB/s")
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--length", type=int, default=1280, help="tokens of a prompt")
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--quick", action="store_true", help="two speeds, three pairs")
     parser.add_argument("--json", type=Path, default=None, help="write the figures there")
     options = parser.parse_args()
