@@ -7,7 +7,7 @@ kvtier, whose host memory is empty, and one without any connector get the same p
 second pair begins with the other one. A ratio is the median over the pairs of kvtier's time to the other's; the first
 pair, the first request after a start of both, is also printed by itself. The disk is an ext4 filesystem on a loop
 device over memory, and a control group (v1, blkio) allows the processes of kvtier's engine so many bytes per second of
-it each way. The model has random weights in float32. Its shape was chosen such that a processor computes KV at a speed
+it each way. The model has random weights in bf16. Its shape was chosen such that a processor computes KV at a speed
 between the slowest and the fastest disk.
 """
 
@@ -46,7 +46,7 @@ def shape(num_layers: int) -> dict[str, Any]:
         "num_hidden_layers": num_layers,
         "vocab_size": VOCABULARY,
     }
-    heads = {"num_attention_heads": HEADS, "num_key_value_heads": HEADS, "torch_dtype": "float32"}
+    heads = {"num_attention_heads": HEADS, "num_key_value_heads": HEADS}
     return SHAPE | sizes | heads
 
 
