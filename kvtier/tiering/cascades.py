@@ -19,6 +19,9 @@ MAX_SEEN = 1_000_000
 """Keys that `second_touch` remembers, about 175 bytes each; the oldest are forgotten."""
 MAX_STORE_SECONDS = 5.0
 """Of one tier's writing, the most that waits for it: these blocks keep their slots until they are written."""
+MIN_STORE_SECONDS = 0.5
+"""Of writing that is always offered: a memory of a few blocks is computed anew in milliseconds, less than a write takes
+on a busy machine, and would never reach a disk."""
 MAX_STORE_SHARE = 0.25
 """Of the time in which the engine computes as many blocks as the primary tier holds, the most that one tier's writing
 may take: these blocks would have stayed that long in any case, and nothing else gives way for them."""
@@ -143,7 +146,7 @@ class Cascades:
         """Return the head of `keys` that a tier writes soon: what it pins for long, better blocks give way to."""
         speed = self._speeds[guard.index]
         turnover = self._table.num_slots * self._pace.seconds(1)
-        seconds = min(MAX_STORE_SECONDS, turnover * MAX_STORE_SHARE)
+        seconds = min(MAX_STORE_SECONDS, max(MIN_STORE_SECONDS, turnover * MAX_STORE_SHARE))
         most = int(speed.bandwidth * seconds) - speed.in_flight if speed.is_measured else len(keys)
         return keys[: max(1 if not speed.in_flight else 0, most)]
 
