@@ -29,6 +29,7 @@ class Registry(Generic[T]):
         self._key = key
         self._base = base
         self._entries: dict[str, tuple[str, str]] = {}
+        self._aliases: set[str] = set()
 
     def register(self, name: str, module_path: str, class_name: str) -> None:
         """Register `class_name` of the module `module_path`, which the first `load` imports, under `name`.
@@ -40,9 +41,14 @@ class Registry(Generic[T]):
             raise ValueError(f'{self._key} "{name}" is already registered, as {".".join(self._entries[name])}')
         self._entries[name] = (module_path, class_name)
 
+    def alias(self, alias: str, name: str) -> None:
+        """Let `alias` stand for `name` where configurations have it; it is not among the names."""
+        self.register(alias, *self._entries[name])
+        self._aliases.add(alias)
+
     def names(self) -> tuple[str, ...]:
-        """Return the registered names, sorted."""
-        return tuple(sorted(self._entries))
+        """Return the registered names, sorted, each class once."""
+        return tuple(sorted(self._entries.keys() - self._aliases))
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
@@ -104,7 +110,7 @@ POLICIES.register("arc", "kvtier.eviction.arc", "ARCPolicy")
 POLICIES.register("s3fifo", "kvtier.eviction.s3fifo", "S3FIFOPolicy")
 POLICIES.register("tinylfu", "kvtier.eviction.tinylfu", "TinyLFUPolicy")
 POLICIES.register("prefix", "kvtier.eviction.prefix", "PrefixPolicy")
-POLICIES.register("auto", "kvtier.eviction.prefix", "PrefixPolicy")
+POLICIES.alias("auto", "prefix")
 
 WORKERS: Registry[Callable[..., OffloadingWorker]] = Registry("device")
 WORKERS.register("cpu-numpy", "kvtier.primary.worker", "NumpyOffloadingWorker")

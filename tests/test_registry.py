@@ -52,6 +52,14 @@ def test_a_name_is_loaded_when_it_is_used():
     )
 
 
+def test_an_alias_is_loaded_and_not_listed():
+    names = Registry("shape", EvictionPolicy)
+    names.register("own", OWN, "OwnPolicy")
+    names.alias("former", "own")
+    assert names.load("former") is names.load("own")
+    assert names.names() == ("own",)
+
+
 def test_a_name_is_registered_once():
     names = Registry("shape")
     names.register("round", "a.b", "C")
