@@ -137,7 +137,7 @@ class Cascades:
     def note_polled(self, now: float) -> None:
         """All tiers were asked for results, and `end` has taken them in."""
         for index, (num_blocks, num_moved) in self._ended.items():
-            self._speeds[index].end(num_blocks, num_moved, now)
+            self._speeds[index].end(num_blocks, num_moved, now, seen_at_once=False)
         self._ended.clear()
         for speed in self._speeds:
             speed.poll(now)

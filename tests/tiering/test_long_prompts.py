@@ -149,9 +149,10 @@ def test_blocks_wait_to_be_written_no_longer_than_they_would_stay_in_any_case(ma
     engine = make_engine(num_blocks=100, prefill_rate=1000.0, tokens_per_block=100, measures_prefill=False)
     engine.tier.auto = False
     engine.store(make_keys(10, "first"), engine.request("first"))
-    engine.clock.advance(1.0)  # 10 blocks per second, of which memory holds 100 and the engine computes as many
-    engine.tier.finish(engine.tier.stores[0])
+    engine.clock.advance(1.0)
     engine.step()
+    engine.tier.finish(engine.tier.stores[0])
+    engine.step()  # 10 blocks per second, of which memory holds 100 and the engine computes as many
     engine.store(make_keys(60, "second"), engine.request("second"))
     assert [len(job.keys) for job in engine.tier.stores] == [10, 25]
 
@@ -173,3 +174,15 @@ def test_when_many_deadlines_pass_at_once_the_youngest_requests_wait_a_step_long
     assert counts[0] == [f"r{number}" for number in range(len(counts[0]))]
     assert len(counts[0]) * 100 <= MAX_ENDED + 100
     assert len(counts[-1]) == 30
+
+
+def test_a_pause_of_the_engine_is_not_the_time_that_a_tier_took(make_engine):
+    engine = make_engine(num_blocks=100, prefill_rate=1000.0, tokens_per_block=100, measures_prefill=False)
+    for num_blocks in (1, 1, 1, 40):
+        keys, context = make_keys(num_blocks, f"{engine.clock()}"), engine.request(f"{engine.clock()}")
+        assert engine.scan(keys, context)[0] is MISS
+        engine.step()
+        engine.store(keys, context)
+        engine.finish(context)
+        engine.clock.advance(60.0)  # nobody asks, and nobody polls
+    assert [len(job.keys) for job in engine.tier.stores] == [1, 1, 1, 40]
