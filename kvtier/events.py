@@ -125,13 +125,15 @@ Event = (
 class Observer(Protocol):
     """Receives events, on the engine's thread: return at once, do no I/O, and do not call kvtier."""
 
-    def on_event(self, event: Event) -> None: ...
+    def on_event(self, event: Event) -> None:
+        """Learn of an event; whatever this raises is logged once per kind, and changes nothing."""
 
 
 class NullObserver:
     """Ignores events."""
 
-    def on_event(self, event: Event) -> None: ...
+    def on_event(self, event: Event) -> None:
+        """Do nothing."""
 
 
 class Observers:

@@ -91,7 +91,7 @@ def test_without_an_identity_the_disk_stays_down_and_it_is_said_once(late, caplo
     assert engine.manager.tier_states() == {"disk": (TierState.DOWN, "the weights are elsewhere")}
     assert engine.restore(KEYS) == 6
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [
-        "kvtier: tier disk cannot be used, the engine runs without it: the weights are elsewhere"
+        "kvtier: tier disk cannot be used, and the engine runs without it: the weights are elsewhere"
     ]
 
 

@@ -258,13 +258,17 @@ class EndlessBucket(BaseHTTPRequestHandler):
     """Answers any read with a body that never ends, and any listing with the same page again and again."""
 
     protocol_version = "HTTP/1.1"
-    page = b"".join(
+    page = "".join(
         (
-            b"<?xml version='1.0'?><ListBucketResult><IsTruncated>true</IsTruncated>",
-            b"<NextContinuationToken>more</NextContinuationToken><Contents><Key>a/b</Key>",
-            b"<LastModified>2026-01-01T00:00:00Z</LastModified><Size>1</Size></Contents></ListBucketResult>",
+            "<?xml version='1.0'?><ListBucketResult><IsTruncated>true</IsTruncated>",
+            "<NextContinuationToken>more</NextContinuationToken>",
+            *(
+                f"<Contents><Key>a/{number:04}</Key><LastModified>2026-01-01T00:00:00Z</LastModified><Size>1</Size></Contents>"
+                for number in range(1000)
+            ),
+            "</ListBucketResult>",
         )
-    )
+    ).encode()
 
     def log_message(self, *words):
         pass
