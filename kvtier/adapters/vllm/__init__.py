@@ -1,4 +1,4 @@
-"""kvtier inside unmodified vLLM: a plug-in for its offloading connector, on its base classes only.
+"""Plug-in for the offloading connector of unmodified vLLM; it uses only vLLM's base classes.
 
-vLLM's word for a block is chunk; it appears in this folder only, where vLLM's names demand it.
+vLLM calls an offloaded block a chunk. kvtier uses that word only in this folder, and only where a name of vLLM has it.
 """

@@ -1,4 +1,4 @@
-"""What differs between the vLLM versions that kvtier runs in (0.28 to 0.32), and which version needs what."""
+"""Differences between the vLLM versions that kvtier supports (0.28 to 0.32)."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from vllm.v1.kv_offload import base
 from kvtier.keys import OffloadKey
 
 NEWLY_COMPUTED_ONLY = getattr(base.OffloadPolicy, "CHUNK_LEVEL", None) or base.OffloadPolicy.BLOCK_LEVEL
-"""The policy of offering newly computed blocks only: `CHUNK_LEVEL` in 0.32."""
+"""The policy with which vLLM offers only newly computed blocks; 0.32 renamed it to `CHUNK_LEVEL`."""
 
 HAS_REPRODUCIBLE_SEED = hasattr(kv_cache_utils, "resolve_none_hash_seed")
-"""Whether block hashes of cryptographic algorithms start from a fixed seed; before, from a random one."""
+"""Whether cryptographic block hashes start from a fixed seed; older versions start from a random one."""
 
 
 def hash_seed_is_random(algorithm: str) -> bool:
-    """Return whether block hashes of this engine will be unlike those of the next process."""
+    """Return whether the next process will compute other block hashes than this one."""
     if os.environ.get("PYTHONHASHSEED") is not None:
         return False
     return not HAS_REPRODUCIBLE_SEED or algorithm.startswith("xxhash")
 
 
 def cache_hit_source(name: str, is_storage: bool) -> Any:
-    """Return vLLM's word for where a hit came from; versions without `CacheHitSource` never ask."""
+    """Return vLLM's name for the source of a hit."""
+    # Imported here, since versions without `CacheHitSource` lack the module; they never call `get_load_source`.
     from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
     if name == "primary":
@@ -35,34 +36,34 @@ def cache_hit_source(name: str, is_storage: bool) -> Any:
 
 
 def kv_bytes_per_block(config: Any) -> int:
-    """Return the bytes of one engine block in one worker, over all layers of the largest group."""
+    """Return the bytes of one engine block in one worker, over all layers of the largest KV group."""
     return int(config.worker_kv_bytes_per_block)
 
 
 def key_positions(context: Any) -> dict[OffloadKey, int]:
-    """Return where each block of a request ends, in tokens, by key, KV group by group; empty in 0.28 and 0.30.
+    """Return the end of each block of a request in tokens, by key, one KV group after the other.
 
-    vLLM records it as the request grows, for the prompt before the first lookup. It has no public name for all of it.
+    vLLM records the ends of the prompt's blocks before the first lookup, and the others as the request grows. 0.28 and
+    0.30 record none; the result is empty then.
     """
+    # vLLM has a public method for one key only, not for all of them.
     positions: dict[OffloadKey, int] = getattr(context, "_offload_key_positions", {})
     return positions
 
 
 def make_known(kind: type, **values: Any) -> Any:
-    """Return a dataclass of vLLM's with those of `values` that it has.
+    """Return an instance of a vLLM dataclass; `values` for fields that it does not have are dropped.
 
-    `OffloadingEvent` has no `ownership` in 0.28, tiers' `JobResult` no times and bytes before 0.32.
+    `OffloadingEvent` has no `ownership` in 0.28. `JobResult` of vLLM's tiers has no times and bytes before 0.32.
     """
     names = {item.name for item in fields(kind)}
     return kind(**{name: value for name, value in values.items() if name in names})
 
 
 def data_parallel_size(config: Any) -> int | None:
-    """Return how many data-parallel engines there are; None if vLLM has not told this one.
-
-    Ranks of models without experts are told, in every version, that they are alone; their engine's id still ends with
-    their rank, the first one's, too.
-    """
+    """Return the number of data-parallel engines; None if vLLM does not tell it."""
+    # In every version vLLM tells the ranks of models without experts that the size is 1. The index, or an engine id
+    # that ends with the rank (the first rank's does, too), shows that there are more.
     index, size = config.parallel.data_parallel_index, config.parallel.data_parallel_size
     if size == 1 and (index > 0 or config.engine_id.endswith(f"_dp{index}")):
         return None
@@ -70,5 +71,5 @@ def data_parallel_size(config: Any) -> int | None:
 
 
 def slots_of_job(job: Any) -> Any:
-    """Return the int32 array of slots of a job of vLLM's tiers; `chunk_ids` in 0.32, `block_ids` in 0.28."""
+    """Return the slots of a job of vLLM's tiers, an int32 array: `chunk_ids` in 0.32, `block_ids` in 0.28."""
     return job.chunk_ids if hasattr(job, "chunk_ids") else job.block_ids

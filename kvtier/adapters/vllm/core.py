@@ -1,4 +1,4 @@
-"""The engine core's half: makes the arena at once, and the manager when every worker has said who it is."""
+"""The part in the engine core's process: makes the arena at once, and the manager when all workers have attached."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ logger = cleaned(init_logger("vllm.kvtier"))
 
 _UNTOLD = "kvtier cannot tell which model blocks belong to: "
 WEIGHTS_SECONDS = 2.0
-"""Longest the engine's start waits for weights that are being read; remembered ones are known at once."""
+"""Longest time that the engine's start waits for the weights' digest; a remembered digest is there at once."""
 
 
 class CoreHalf:
-    """Owns what lives in the engine core's process.
+    """Owns the arena, its host and the manager in the engine core's process.
 
     Attributes:
-        manager: None until all workers have attached to the arena; set on another thread, once.
+        manager: None until all workers have attached to the arena. Another thread sets it, once; the engine's thread
+            reads it without a lock, since an assignment of one attribute is atomic in CPython.
     """
 
     def __init__(self, spec: TieringOffloadingSpec, on_attached: Callable[[], None] = lambda: None) -> None:
-        """Set up; nothing is allocated.
+        """Allocate nothing; `start` makes the arena of `spec`.
 
         Args:
-            spec: the configuration, checked, without a namespace; its arena is made by `start`.
+            spec: made of the checked configuration, without a namespace.
             on_attached: called on another thread when all workers have attached.
         """
         self.manager: TieringOffloadingManager | None = None
@@ -57,20 +58,23 @@ class CoreHalf:
         forks.register(self)
 
     def leave_to_parent(self) -> None:
-        """In a forked child, where the host's thread is not, wait for nobody and make no manager any more."""
+        """In a forked child, wait for no worker and make no manager."""
+        # fork() copies only the calling thread: the host's thread is gone, and it may have held the lock.
         self._ready, self._lock, self._closed = threading.Event(), threading.Lock(), True
 
     @property
     def control(self) -> ControlPage:
-        """Where workers publish what ended and what failed."""
+        """The page of the arena in which workers publish ended and failed transfers."""
         return self._first.arena.control
 
     def medium_is_storage(self, tier_name: str) -> bool:
-        """Return whether a tier keeps its blocks beyond host memory."""
+        """Return whether a tier's blocks outlive the engine."""
         return tier_name in self._first.persistent_tiers
 
     def start(self, timeout: float) -> None:
-        """Make the arena, serve it, and wait at most `timeout` seconds for workers and tiers.
+        """Make the arena, hand it to workers, and wait at most `timeout` seconds for workers and tiers.
+
+        A wrong configuration, or an engine id that another engine uses, is logged; kvtier is off then.
 
         Raises:
             CapacityError: the machine cannot hold the arena.
@@ -98,7 +102,7 @@ class CoreHalf:
             logger.warning("kvtier starts later: its workers have not attached in %.0f s", timeout)
 
     def shutdown(self) -> None:
-        """Release manager, tiers and arena, bounded in time; idempotent."""
+        """Release manager, tiers and arena within bounded time; idempotent."""
         with self._lock:
             self._closed = True
         with ExitStack() as stack:
@@ -109,7 +113,7 @@ class CoreHalf:
                 stack.callback(self._host.stop)
 
     def _open(self, announcements: list[Announcement]) -> None:
-        """Make the manager, on the host's thread; what outlives the engine waits for `_identify`."""
+        """Make the manager, on the host's thread; tiers that outlive the engine stay closed until `_identify`."""
         try:
             self._on_attached()
             self._announcements = announcements
@@ -123,17 +127,19 @@ class CoreHalf:
             unfit = self._reason_against_persistence(announcements)
             if unfit or not first.persistent_tiers:
                 self._open_persistent_tiers(None, unfit)
-        except Exception:  # on its own thread: nothing may stop the engine, which goes on without a cache; reported
+        except Exception:  # the host's thread: the engine must go on, without a cache; logged
             logger.exception("kvtier is off: its manager could not be made")
         finally:
             self._ready.set()
 
     def _identify(self, weights: Weights) -> None:
-        """Learn which weights these are, or why nobody can tell; on one of the host's threads."""
+        """Take the weights' identity, or the reason why there is none; on a thread of the host."""
         self._open_persistent_tiers(weights.identity, _UNTOLD + weights.problem)
 
     def _open_persistent_tiers(self, weights: Mapping[str, str | int] | None, reason: str) -> None:
-        """Let the tiers that outlive the engine open, or say for which reason they stay off; the first call counts."""
+        """Open the tiers that outlive the engine; without `weights` they stay off for `reason`. Only the first call
+        counts.
+        """
         try:
             with self._lock:
                 if self._closed or self._spec is None or self._weights_said.is_set():
@@ -144,13 +150,13 @@ class CoreHalf:
                 namespace = namespace_of(self._announcements, weights)
                 warn_of_random_seed(self._first, str(namespace.identity["hash"]))
                 self._spec.identify(namespace)
-        except Exception:  # as above: the tiers stay closed; reported
+        except Exception:  # as in `_open`: the engine must go on, and the tiers stay closed; logged
             logger.exception("tiers %s stay off", self._first.persistent_tiers)
         finally:
             self._weights_said.set()
 
     def _reason_against_persistence(self, announcements: Sequence[Announcement]) -> str:
-        """Return why blocks must not outlive this engine, whatever its weights; "" if they may."""
+        """Return why blocks must not outlive this engine, whatever its weights are; "" if they may."""
         problems = [f"rank {said.rank}: {said.problem}" for said in announcements if said.identity is None]
         if problems:
             return _UNTOLD + "; ".join(problems)
@@ -160,7 +166,7 @@ class CoreHalf:
 
 
 def guess_speed(config: OffloadingConfig, announcements: Sequence[Announcement]) -> OffloadingConfig:
-    """Return a configuration with the guessed rate of the slowest worker, unless the user gave one."""
+    """Return `config` with the slowest worker's guessed prefill rate, unless the user gave a rate."""
     rates = [said.prefill_rate for said in announcements if said.prefill_rate is not None]
     if not rates or "prefill_rate" in config.extra_config:
         return config
@@ -168,7 +174,9 @@ def guess_speed(config: OffloadingConfig, announcements: Sequence[Announcement])
 
 
 def namespace_of(announcements: Sequence[Announcement], weights: Mapping[str, str | int]) -> Namespace:
-    """Return the identity that all workers have together: the first one's, readable, a digest of all, and the weights.
+    """Return the namespace of all workers: the first one's identity, a digest of all identities, and the weights.
+
+    The first identity is only there for people to read; the digest includes it.
 
     Args:
         announcements: in the order of ranks, each with an identity.
@@ -180,7 +188,7 @@ def namespace_of(announcements: Sequence[Announcement], weights: Mapping[str, st
 
 
 def warn_of_random_seed(spec: TieringOffloadingSpec, algorithm: str) -> None:
-    """Say, once, that a later process will not find this one's blocks, if that is so."""
+    """Log an error if a later process cannot find the blocks of this one."""
     if spec.persistent_tiers and hash_seed_is_random(algorithm):
         logger.error(
             "tiers %s will not be found by the next process: vLLM's block hashes start from a random seed here."

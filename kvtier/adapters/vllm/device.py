@@ -1,9 +1,10 @@
-"""CUDA and XPU: vLLM's own shared region is the arena, and vLLM's own worker copies. Untested on a device.
+"""CUDA, ROCm and XPU: vLLM's shared region is the arena, and vLLM's worker copies. Not tested on a device.
 
-vLLM's region (`vllm/v1/kv_offload/cpu/shared_offload_region.py`, the same from 0.28 to 0.32) is a file in /dev/shm that
-the core and every worker map: one row per block, without gaps; each rank has its share of a row, in the order of ranks.
-That is kvtier's (num_blocks, block_bytes). kvtier's control page is appended to the file, behind what vLLM maps. The
-file loses its name when all workers have mapped it: what is killed from then on leaves nothing behind.
+vLLM's region (`vllm/v1/kv_offload/cpu/shared_offload_region.py`, the same from 0.28 to 0.32) is a file in /dev/shm. The
+core and every worker map it. It has one row per block, without gaps; a row holds the shares of all ranks, in the order
+of ranks. kvtier's arena has the same layout, (num_blocks, block_bytes). kvtier appends its control page to the file,
+behind the part that vLLM maps. The file is unlinked when all workers have mapped it, so that an engine that is killed
+later leaves no file behind.
 """
 
 from __future__ import annotations
@@ -39,32 +40,32 @@ _REGION_NAMES = "vllm_offload_*.mmap"
 
 
 class RegionTieringSpec(TieringOffloadingSpec):
-    """A spec whose arena is vLLM's region, and whose workers are vLLM's."""
+    """A spec that uses vLLM's region as arena, and vLLM's workers."""
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
-        """Check the configuration; arguments and errors as `TieringOffloadingSpec`."""
+        """Check the configuration; arguments and errors are those of `TieringOffloadingSpec`."""
         super().__init__(*args, **keywords)
         self._region: Any = None
 
     def leave_to_parent(self) -> None:
-        """In a forked child, leave the region's file its name."""
+        """In a forked child, do not unlink the region's file, which the parent uses."""
         super().leave_to_parent()
         self._left_to_parent, self._region = self._region, None
 
     @property
     def arena(self) -> Arena:
-        """The region as an arena, made at the first use; leftovers of killed engines are removed before.
+        """The region as an arena, made at the first use. Files that killed engines left are removed before.
 
         Raises:
-            CapacityError: the machine cannot hold it.
-            ConfigError: a running engine has this id, or vLLM's region is laid out in another way.
+            CapacityError: the machine cannot hold the arena.
+            ConfigError: a running engine has this id, or vLLM's region has another layout.
         """
         if self._arena is None and not self._closed:
             self._arena = self._make_arena()
         return super().arena
 
     def forget_name(self) -> None:
-        """Let the region have no name any more, once all workers have mapped it; idempotent."""
+        """Unlink the region's file; idempotent. All workers must have mapped it."""
         if self._region is not None:
             self._region.cleanup()
 
@@ -102,12 +103,14 @@ class RegionTieringSpec(TieringOffloadingSpec):
     def _make_worker(self, kv_caches: Any) -> OffloadingWorker:
         """Return vLLM's worker over the core's region.
 
-        Called when the core has made the arena, which vLLM does after the graphs were captured: capturing would not
-        bear another thread that registers memory.
-
         Args:
             kv_caches: vLLM's `CanonicalKVCaches`.
+
+        Raises:
+            ConfigError: the KV caches do not fit this rank's share, or the file at the region's path is not the core's.
         """
+        # CUDA forbids other threads to register memory while a graph is captured. vLLM makes the manager, and with it
+        # the arena that this worker waits for, after it has captured the graphs.
         rank, path = self.config.rank, region_path(self.config.engine_id)
         needed = self.engine_blocks_per_block * sum(tensor.page_size_bytes for tensor in kv_caches.tensors)
         if needed > self._share:
@@ -116,7 +119,7 @@ class RegionTieringSpec(TieringOffloadingSpec):
             raise ConfigError("engine_id", self.config.engine_id, f"{path} is not the engine core's")
         device = kv_caches.tensors[0].tensor.device
         if device.type != "cpu":
-            current_platform.set_device(device)  # threads start on the first one
+            current_platform.set_device(device)  # the current device is per thread, and a new thread has device 0
         region = SharedOffloadRegion(self.config.engine_id, self.num_blocks, rank, self.block_bytes, self._share)
         try:
             theirs = CPUOffloadingWorker(kv_caches, self.engine_blocks_per_block, self.num_blocks, region)
@@ -127,13 +130,13 @@ class RegionTieringSpec(TieringOffloadingSpec):
 
 
 class RegionWorker(OffloadingWorker):
-    """vLLM's worker with kvtier's sequences: publishes which transfers have ended.
+    """Wraps vLLM's worker and publishes the sequence numbers of ended transfers.
 
-    A transfer that vLLM's worker does not start, by False or by an exception, ends with a result without success.
+    If vLLM's worker returns False or raises instead of starting a transfer, the transfer ends as failed.
     """
 
     def __init__(self, theirs: Any, control: ControlPage, rank: int) -> None:
-        """Args: theirs: vLLM's worker, owned from now on, its region included."""
+        """Args: theirs: vLLM's worker; this object owns it and its region from now on."""
         self._theirs = theirs
         self._book = TransferBook(control, rank)
         self._sequences: dict[int, int] = {}
@@ -141,7 +144,7 @@ class RegionWorker(OffloadingWorker):
         forks.register(self)
 
     def leave_to_parent(self) -> None:
-        """In a forked child, where the device does not work, copy nothing and give nothing back."""
+        """In a forked child, copy nothing and release nothing: a device's context does not survive fork()."""
         self._left_to_parent = True
         self._sequences.clear()
 
@@ -164,7 +167,7 @@ class RegionWorker(OffloadingWorker):
             self._theirs.wait(job_ids)
 
     def shutdown(self) -> None:
-        """Wait for running copies; let go of region and tensors."""
+        """Wait for running copies; release the region and the tensors."""
         if not self._left_to_parent:
             self._theirs.shutdown()
 
@@ -175,7 +178,7 @@ class RegionWorker(OffloadingWorker):
                 raise RuntimeError("the worker is the parent process's")
             if not submit(job_id, *map(_in_their_words, specs)):
                 raise RuntimeError("vLLM's worker did not start it")
-        except Exception as error:  # noqa: BLE001 - nothing may stop the engine: reported, and a result without success
+        except Exception as error:  # noqa: BLE001 - nothing may stop the engine: reported, and a failed transfer
             self._book.report(job_id, error)
             self._book.end(types.TransferResult(job_id, success=False), sequence)
         else:
@@ -183,7 +186,7 @@ class RegionWorker(OffloadingWorker):
 
 
 def _in_their_words(spec: types.LoadStoreSpec) -> Any:
-    """Return engine blocks or slots as vLLM's worker takes them."""
+    """Return a spec of engine blocks or slots as vLLM's type."""
     if isinstance(spec, types.GPULoadStoreSpec):
         return base.GPULoadStoreSpec(spec.block_ids, spec.group_sizes, spec.block_indices)
     if isinstance(spec, types.BlockIDsLoadStoreSpec):
@@ -192,21 +195,22 @@ def _in_their_words(spec: types.LoadStoreSpec) -> Any:
 
 
 def region_path(engine_id: str) -> Path:
-    """Return where vLLM keeps the region of an engine."""
+    """Return the path of an engine's region, as vLLM names it."""
     return REGION_FOLDER / _REGION_NAMES.replace("*", engine_id)
 
 
 def sweep_leftovers() -> list[Path]:
-    """Remove this user's regions that no process has open or mapped any more; return them.
+    """Remove this user's regions that no process has open or mapped; return their paths.
 
-    What other containers use is not touched either, although /proc does not show their processes: the kernel is asked.
+    A region that a process in another container uses stays, too. /proc does not show such processes, so the kernel is
+    asked for a lease.
     """
     removed = []
     for path in REGION_FOLDER.glob(_REGION_NAMES):
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
-            continue  # another user's, or another engine is sweeping it
+            continue  # it belongs to another user, or another engine holds a lease on it
         try:
             if os.fstat(fd).st_uid == os.getuid() and _is_held_by_nobody_else(fd):
                 path.unlink(missing_ok=True)
@@ -219,11 +223,10 @@ def sweep_leftovers() -> list[Path]:
 
 
 def _is_held_by_nobody_else(fd: int) -> bool:
-    """Return whether no other open description of the file exists, mappings included; False if that cannot be told.
-
-    A write lease (fcntl(2)) is granted then only, and goes with the descriptor. Who opens the file meanwhile waits, and
-    the kernel tells this process by a signal: by one that is ignored, where SIGIO would end the process.
-    """
+    """Return whether the file has no other open file description, mappings included; False if this is not known."""
+    # The kernel grants a write lease (fcntl(2)) only if nobody else has the file open; closing the descriptor ends it.
+    # If a process opens the file meanwhile, the kernel lets it wait and sends this process a signal. The default
+    # signal, SIGIO, would end this process; SIGURG is ignored by default.
     try:
         fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)

@@ -1,17 +1,17 @@
-"""Hands the arena of an engine core to its workers, over a Unix socket that has no file.
+"""Hands the arena of an engine core to its workers, over an abstract Unix socket.
 
-The core listens on a name in the abstract namespace, made of the engine's id. A worker connects, says who it is
-and what its blocks look like, gets the memfd's descriptor, maps it and says so. Both sides check that the other
-runs under the same user and that the core is the worker's own process or one of its ancestors, so that two engines
-with one id never share memory. The name is gone when the core stops listening or dies.
+The core listens on an abstract name made of the engine's id. A worker connects, announces its rank and the layout of
+its blocks, receives the arena's file descriptor, maps it and confirms. Both sides check that the other runs under the
+same user, and that the core is the worker's own process or one of its ancestors. So two engines with the same id never
+share memory. The kernel frees the name when the core stops listening or dies.
 
-Messages are JSON objects, one a packet:
+Messages are JSON objects, one per packet:
 
     worker to core   {"rank": 0, "num_blocks": 64, "block_bytes": 4096, "identity": {...} or null, "uses_lora": false,
                       "problem": "...", "weights_follow": true}
-    core to worker   {"error": ""}, with the descriptor; or {"error": "..."}
+    core to worker   {"error": ""} with the descriptor, or {"error": "..."}
     worker to core   {"attached": true}
-    worker to core   {"identity": {...} or null, "problem": "..."}, maybe minutes later, if the weights follow
+    worker to core   {"identity": {...} or null, "problem": "..."}, maybe minutes later, if `weights_follow` was true
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ from kvtier.log import logger
 from kvtier.primary.arena import Arena
 
 MAX_MESSAGE_BYTES = 64 * 1024
-"""Of an announcement; a peer that sends more is none of ours."""
+"""Largest message that is received; an announcement is far smaller."""
 _STEP_SECONDS = 0.02
-"""How soon a wait notices that it is to end."""
+"""Longest time until a waiting thread notices `stop`."""
 REPLY_SECONDS = 10.0
-"""For a peer that has connected to say what it wants."""
+"""Longest wait for the first message of a connected peer."""
 _CREDENTIALS = struct.Struct("3i")
 
 
 @dataclass(frozen=True)
 class Announcement:
-    """What a worker says of itself.
+    """A worker's first message.
 
     Attributes:
-        rank: its place among the workers of the engine.
-        num_blocks, block_bytes: shape of the arena it expects.
-        identity: what makes its bytes incompatible with others, but for the weights; None if it cannot tell.
+        rank: the worker's rank.
+        num_blocks, block_bytes: shape of the arena that the worker expects.
+        identity: everything but the weights that makes stored bytes incompatible; None if it is not known.
         uses_lora: the model serves LoRA adapters.
         problem: why there is no identity, in a few words.
-        weights_follow: it will say which weights these are, for all workers.
-        prefill_rate: guess of the tokens per second that it prefills; None on accelerators.
+        weights_follow: this worker will send the weights' identity, for all workers.
+        prefill_rate: guess of the tokens per second that the worker prefills; None on accelerators.
     """
 
     rank: int
@@ -68,10 +68,10 @@ class Announcement:
 
 @dataclass(frozen=True)
 class Weights:
-    """What a worker says of the weights of its engine.
+    """A worker's message about its engine's weights.
 
     Attributes:
-        identity: what tells them from others, or None if it cannot tell.
+        identity: names and digests that differ for other weights; None if they are not known.
         problem: why there is no identity, in a few words.
     """
 
@@ -80,16 +80,17 @@ class Weights:
 
 
 def socket_name(engine_id: str) -> str:
-    """Return the abstract address for an engine's id, whatever its length."""
+    """Return the abstract socket address for an engine's id."""
+    # A digest, since the kernel allows 108 bytes (unix(7)) and an id may be longer.
     digest = hashlib.blake2b(engine_id.encode(), digest_size=16).hexdigest()
     return f"\0kvtier/{os.getuid()}/{digest}"
 
 
 class ArenaHost:
-    """The core's side: a thread that serves every worker once, then calls back and ends.
+    """The core's side: a thread accepts connections until every worker has connected, then calls back and ends.
 
-    Each worker is waited for on a thread of its own, as long as it lives: where mapping the arena means to register it
-    with a device, that takes a second for some GiB; and to read the weights may take minutes.
+    Each worker has its own thread, which waits as long as the worker lives. Registering the arena with a device takes
+    about a second for some GiB, and reading the weights may take minutes.
     """
 
     def __init__(
@@ -101,13 +102,15 @@ class ArenaHost:
         on_weights: Callable[[Weights], None] = lambda weights: None,
         reply_seconds: float = REPLY_SECONDS,
     ) -> None:
-        """Set up; nothing listens before `start`.
+        """`start` begins to listen.
 
         Args:
-            world_size: workers to be served.
-            on_complete: called on the thread, with the announcements in the order of ranks, when all have attached.
-            on_weights: called on another thread, later, when a worker whose weights follow has said them or ended.
-            reply_seconds: longest wait for a worker that has connected to say who it is.
+            world_size: number of workers.
+            on_complete: called on the host's thread when all workers have attached, with the announcements in the
+                order of ranks.
+            on_weights: called later on another thread, when a worker that announced `weights_follow` has sent them or
+                has ended.
+            reply_seconds: longest wait for the announcement of a connected worker.
         """
         self._name = socket_name(engine_id)
         self._arena = arena
@@ -123,18 +126,20 @@ class ArenaHost:
         forks.register(self)
 
     def leave_to_parent(self) -> None:
-        """In a forked child, close the copy of the listening socket: the name must be free when the parent ends."""
+        """In a forked child, close the copy of the listening socket."""
+        # The kernel frees an abstract name with the socket's last descriptor. It must be free when the parent ends.
         self._stop = threading.Event()
         if self._listening is not None:
             self._listener.detach()
             self._listening.close()
 
     def start(self) -> None:
-        """Listen, and serve on a thread.
+        """Listen, and serve workers on a thread.
 
         Raises:
             OSError: another engine of this machine listens under the same id.
         """
+        # SEQPACKET keeps message boundaries: one send is one receive, and the descriptor comes with its message.
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self._listener.bind(self._name)
@@ -147,7 +152,7 @@ class ArenaHost:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread, unless it is the caller; idempotent."""
+        """End the host's thread; idempotent. A callback on that thread may call it, too."""
         self._stop.set()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(self._reply_seconds)
@@ -196,7 +201,7 @@ class ArenaHost:
             self._on_weights(weights)
 
     def _wait_for(self, connection: socket.socket) -> dict[str, Any]:
-        """Return the next message, however late it comes; one without content when the host stops."""
+        """Return the next message, however late it comes; {} when the host stops."""
         connection.settimeout(_STEP_SECONDS)
         while not self._stop.is_set():
             try:
@@ -222,14 +227,14 @@ def attach_arena(
     """Ask the engine's core for its arena, once.
 
     Args:
-        take: given the mapped arena, which it owns from now on, before the core is told.
-        wait_for_weights: called after that if the announcement says that weights follow.
+        take: receives the mapped arena and owns it from then on; called before the core gets the confirmation.
+        wait_for_weights: called after the confirmation if the announcement has `weights_follow`.
 
     Returns:
-        "" if the arena was taken, else why not yet: no core listens, or it is no ancestor of this process.
+        "" if the arena was taken. Else the reason to try again: no core listens, or the listener is not this worker's.
 
     Raises:
-        ValueError: the core refused for good.
+        ValueError: the core refused; another attempt would be refused, too.
         OSError: the descriptor could not be received or mapped.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
@@ -237,6 +242,7 @@ def attach_arena(
         try:
             connection.connect(socket_name(engine_id))
         except OSError as error:
+            # An abstract name without listener gives ECONNREFUSED, and a full queue of connections gives EAGAIN.
             if error.errno in (errno.ECONNREFUSED, errno.EAGAIN, errno.ENOENT):
                 return "no engine core listens"
             raise
@@ -252,7 +258,7 @@ def attach_arena(
             take(Arena.attach(descriptors[0], announcement.num_blocks, announcement.block_bytes))
         finally:
             for descriptor in descriptors:
-                os.close(descriptor)
+                os.close(descriptor)  # a mapping stays without its descriptor
         connection.send(_packed({"attached": True}))
         if announcement.weights_follow and wait_for_weights is not None:
             _try_to_send(connection, asdict(wait_for_weights()))
@@ -260,14 +266,14 @@ def attach_arena(
 
 
 def peer_of(connection: socket.socket) -> tuple[int, int]:
-    """Return (process id, user id) of the other end of a Unix socket."""
+    """Return (process id, user id) of a Unix socket's other end, as the kernel noted them at connect or listen."""
     raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     pid, uid, _ = _CREDENTIALS.unpack(raw)
     return pid, uid
 
 
 def lineage(pid: int) -> list[int]:
-    """Return a process, its parent, and so on, as far as /proc tells."""
+    """Return `pid`, its parent's id and so on, as far as /proc shows them."""
     found: list[int] = []
     while pid > 0 and pid not in found:
         found.append(pid)
@@ -275,7 +281,7 @@ def lineage(pid: int) -> list[int]:
             stat = Path(f"/proc/{pid}/stat").read_text()
         except OSError:
             break
-        pid = int(stat.rpartition(")")[2].split()[1])  # the name before it may hold anything
+        pid = int(stat.rpartition(")")[2].split()[1])  # the name before it may hold spaces and parentheses
     return found
 
 
@@ -298,4 +304,4 @@ def _try_to_send(connection: socket.socket, message: Mapping[str, Any]) -> None:
     try:
         connection.send(_packed(message))
     except OSError:
-        return  # the other end is gone, and the engine with it
+        return  # the other end has ended, and the engine ends with it

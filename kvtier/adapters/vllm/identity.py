@@ -1,6 +1,7 @@
-"""What makes the bytes of one vLLM worker incompatible with those of another, for the namespace.
+"""The namespace's values for a vLLM worker: everything that makes its stored bytes incompatible with another's.
 
-Two parts: the layout, which a worker knows at once, and the weights, which it has to read (`weights_of_engine`).
+There are two parts. A worker knows the layout at once (`layout_of_worker`). It must read the weights' files to know the
+weights (`weights_of_engine`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from kvtier.weights.weight_files import (
 __all__ = ["UnknownWeightsError", "digest_files", "layout_of_worker", "weights_of_engine"]
 
 _ALIKE_ON_CPU = frozenset({"0.28.0", "0.30.0", "0.32.0"})
-"""Releases that compute the same keys and the same bytes on the CPU platform; tests/vllm/test_releases.py proves it."""
+"""Releases that compute the same keys and bytes on the CPU platform; tests/vllm/test_releases.py proves it."""
 
 _READ_FILES = frozenset(
     {
@@ -35,16 +36,16 @@ _READ_FILES = frozenset(
         *("bitsandbytes", "sharded_state", "runai_streamer", "runai_streamer_sharded", "tensorizer"),
     }
 )
-"""Load formats whose weights are the model's files, or files that the loader's own options name."""
+"""Load formats that read the model's files, or files that the loader's options name."""
 
 
 def layout_of_worker(vllm_config: Any, offloading_config: Any, canonical: Any) -> dict[str, str | int]:
-    """Return names and values that differ wherever stored bytes would, but for the weights. Reads no files.
+    """Return everything but the weights that makes stored bytes incompatible, by name. Reads no files.
 
     Args:
-        vllm_config: vLLM's whole configuration, as workers have it.
-        offloading_config: what vLLM tells offloading specs.
-        canonical: vLLM's KV caches.
+        vllm_config: the `VllmConfig` of the worker.
+        offloading_config: the configuration that vLLM passes to offloading specs.
+        canonical: vLLM's `CanonicalKVCaches`.
     """
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, offloading_config.parallel
     device = str(current_platform.device_type)
@@ -77,21 +78,21 @@ def layout_of_worker(vllm_config: Any, offloading_config: Any, canonical: Any) -
 
 
 def alike_release(version: str, device: str) -> str:
-    """Return what stands for a release of vLLM: itself, or a name that it shares with releases proven alike."""
+    """Return the name of a vLLM release; releases that are proven to be compatible share a name."""
     return "vllm, alike 0.28.0" if device == "cpu" and version in _ALIKE_ON_CPU else f"vllm {version}"
 
 
 def weights_of_engine(
     vllm_config: Any, trust_names: bool, stop: threading.Event | None = None
 ) -> tuple[dict[str, str | int], str]:
-    """Return what names the weights that an engine has loaded, and a line about what that took.
+    """Return the identity of the weights that an engine has loaded, and a line for the log about how it was found.
 
     Args:
-        trust_names: name them by path or repository and revision, and read nothing.
-        stop: ends the work early.
+        trust_names: identify weights by path, or by repository and revision, and read no file.
+        stop: ends the work early when it is set.
 
     Raises:
-        UnknownWeightsError: they cannot be read here, or may have changed since they were loaded.
+        UnknownWeightsError: the weights' files cannot be read, or may have changed since the engine loaded them.
         StoppedError: `stop` was set.
     """
     if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
@@ -116,10 +117,10 @@ def weights_of_engine(
 
 
 def _files_of(model_config: Any, load_config: Any) -> list[Path]:
-    """Return the files that an engine has read a model from.
+    """Return the files from which an engine has loaded a model.
 
     Raises:
-        UnknownWeightsError: they are not on this machine, or nobody here knows which they are.
+        UnknownWeightsError: the files are not on this machine, or the load format is not known.
     """
     if load_config.load_format not in _READ_FILES:
         raise UnknownWeightsError(f"which files the load format {load_config.load_format!r} reads is not known")
@@ -134,21 +135,21 @@ def _files_of(model_config: Any, load_config: Any) -> list[Path]:
 
 
 def _source_of(model_config: Any) -> str:
-    """Return where the weights come from: `model_weights` differs from `model` for weights in an object store."""
+    """Return the source of the weights; for weights in an object store `model_weights` differs from `model`."""
     return str(getattr(model_config, "model_weights", "") or model_config.model)
 
 
 def _others_named_by(hf_config: Any) -> list[str]:
-    """Return further repositories that a model loads parts from, as some models for audio do."""
+    """Return further repositories from which a model loads parts, as some audio models do."""
     names = [getattr(hf_config, key, None) for key in ("audio_model_id", "text_model_id")]
     return [name for name in names if isinstance(name, str) and name]
 
 
 def _files_named_by(load_config: Any) -> set[Path]:
-    """Return the files that a loader's own options name, such as tensorizer's.
+    """Return the files that a loader's options name, such as tensorizer's.
 
     Raises:
-        UnknownWeightsError: they are elsewhere.
+        UnknownWeightsError: an option names a remote file, or tensorizer's files are not found.
     """
     extra = load_config.model_loader_extra_config
     options = extra if isinstance(extra, Mapping) else vars(extra)
@@ -164,7 +165,11 @@ def _files_named_by(load_config: Any) -> set[Path]:
 
 
 def _local(source: str, model_config: Any, download_dir: str | None) -> Path:
-    """Return the folder or file of a model on this machine; asks nobody."""
+    """Return the folder or file of a model on this machine, without any request on the network.
+
+    Raises:
+        UnknownWeightsError: it is not on this machine, or a link to it may have changed since the engine loaded it.
+    """
     if "://" in source:
         raise UnknownWeightsError(f"{source!r} cannot be read here")
     path = Path(source)
@@ -183,7 +188,7 @@ def _local(source: str, model_config: Any, download_dir: str | None) -> Path:
 
 
 def _name_of(model_config: Any) -> str:
-    """Return what a user trusts when weights are trusted by name."""
+    """Return the name by which a user trusts weights: path or repository, and the commit or revision if known."""
     source = _source_of(model_config)
     name = os.path.abspath(source) if os.path.exists(source) else source
     commit = getattr(model_config.hf_config, "_commit_hash", None)
@@ -195,19 +200,19 @@ def _draft_of(vllm_config: Any) -> Any:
 
 
 def _settings(hf_config: Any) -> Mapping[str, Any]:
-    """Return a model's settings without those that name its place or the library that read it."""
+    """Return a model's settings without its path, its commit and the version of transformers."""
     volatile = {"_name_or_path", "transformers_version", "_commit_hash"}
     return {key: value for key, value in hf_config.to_dict().items() if key not in volatile}
 
 
 def _length_in_rope(model_config: Any) -> int:
-    """Return the longest prompt if positions are encoded by it, as LongRoPE's are; else 0."""
+    """Return the model's maximum length if position encodings depend on it (LongRoPE); else 0."""
     settings = json.dumps(_settings(model_config.hf_config), default=str)
     return int(model_config.max_model_len) if "longrope" in settings else 0
 
 
 def _attention_backends(layers: Any) -> str:
-    """Return the names of the attention implementations, which decide how a page is laid out."""
+    """Return the names of the attention backends, which decide the layout of a page."""
     names = {layer.get_attn_backend().get_name() for layer in layers if hasattr(layer, "get_attn_backend")}
     return ",".join(sorted(names))
 

@@ -1,4 +1,4 @@
-"""vLLM's OffloadingManager over kvtier's: translates, and lets nothing through that would stop the engine."""
+"""vLLM's OffloadingManager over kvtier's manager: translates types, and keeps kvtier's exceptions from the engine."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ T = TypeVar("T")
 class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # vLLM is not there when types are checked
     """Answers vLLM's scheduler. Until all workers have attached, and after a failed copy, it answers as if empty.
 
-    An exception inside kvtier is logged, once a kind, and becomes a miss or nothing to store. The one that is let
-    through is `prepare_load` of a block that is not ready: vLLM has promised its tokens by then, and to go on would
-    be to answer with wrong ones. It cannot happen while vLLM asks for what a lookup of the same step called a hit.
+    An exception of kvtier becomes a miss, or nothing to store. It is logged once per method and type of exception.
+    `prepare_load` of a block that is not ready raises: vLLM already counts its tokens as computed, and would go on with
+    wrong ones. That cannot happen while vLLM loads only blocks that a lookup of the same step called hits.
     """
 
     def __init__(self, core: CoreHalf) -> None:
-        """Args: core: started; shut down with this manager."""
+        """Args: core: already started; this manager shuts it down."""
         self._core = core
         self._contexts: dict[str, EngineReqContext] = {}
         self._last: tuple[Any, EngineReqContext] | None = None
@@ -53,7 +53,7 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         forks.register(self)
 
     def leave_to_parent(self) -> None:
-        """In a forked child, defer no request; what lies below finds nothing."""
+        """In a forked child, forget the running scan; kvtier's manager below answers misses there."""
         self._scanned = self._repeated = None
 
     @property
@@ -61,10 +61,12 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         return None if self._off else self._core.manager
 
     def lookup(self, key: OffloadKey, req_context: Any) -> Any:
+        # vLLM calls this once per key: no closure, and no `_try`, which would cost more than the lookup itself.
         manager = self._core.manager
         if manager is None or self._off:
             return _MISS
         try:
+            # vLLM asks for all keys of one request in a row: another request context begins another scan.
             if req_context is not self._scanned:
                 self._scanned = req_context
                 self._repeated = self._repeated_scan(manager, key, req_context)
@@ -86,16 +88,17 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         return RepeatedScan(ours)
 
     def get_load_source(self, key: OffloadKey, req_context: Any) -> Any:
-        """Return where a hit came from, in vLLM's words."""
+        """Return the source of a hit as vLLM's `CacheHitSource`."""
         manager = self._manager
         name = manager.get_load_source(key, self._translated(req_context)) if manager is not None else "primary"
         return cache_hit_source(name, self._core.medium_is_storage(name))
 
     def prepare_load(self, keys: Collection[OffloadKey], req_context: Any) -> KVTierLoadStoreSpec:
-        """Pin blocks that a lookup has just called hits, and return their slots.
+        """Pin blocks that a lookup of this step called hits, and return their slots.
 
         Raises:
             BlockNotReadyError: a key is not ready.
+            RuntimeError: there is no manager, so no lookup can have been a hit.
         """
         manager = self._core.manager
         if manager is None:
@@ -113,7 +116,7 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
     def prepare_store(self, keys: Collection[OffloadKey], req_context: Any) -> Any:
         """Choose slots for the longest head of `keys` that fits.
 
-        Never None: vLLM would ask again, and warn, at every step.
+        The result is never None: vLLM would log a warning and ask again at every step.
         """
         ours = self._translated(req_context)
         placed = self._try("prepare_store", None, lambda manager: manager.prepare_store(list(keys), ours))
@@ -123,7 +126,7 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         return base.PrepareStoreOutput(placed.keys_to_store, spec, placed.evicted_keys)
 
     def complete_store(self, keys: Collection[OffloadKey], req_context: Any, success: bool = True) -> None:
-        """Make stored blocks loadable, unless a worker has said that a copy failed."""
+        """Make stored blocks loadable, unless a worker has reported a failed copy."""
         ours = self._translated(req_context)
 
         def complete(manager: TieringOffloadingManager) -> None:
@@ -143,7 +146,7 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         return base.RequestOffloadingContext(NEWLY_COMPUTED_ONLY)
 
     def on_request_finished(self, req_context: Any) -> None:
-        """Learn that a request is over; completions of its transfers may still follow."""
+        """Forget a request; completions of its transfers may still follow."""
         ours = self._translated(req_context)
         self._try("on_request_finished", None, lambda manager: manager.on_request_finished(ours))
         self._contexts.pop(req_context.req_id, None)
@@ -158,7 +161,7 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         return self._try("has_pending_work", False, lambda manager: manager.has_pending_work())
 
     def take_events(self) -> Iterable[Any]:
-        """Return KV events since the last call, in vLLM's words."""
+        """Return the KV events since the last call, as vLLM's events."""
         nothing: Iterable[OffloadingEvent] = ()
         return [
             offloading_event(event)
@@ -166,21 +169,22 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         ]
 
     def reset_cache(self) -> None:
-        """Forget every block, in every tier; bounded in time."""
+        """Forget every block in every tier, within bounded time."""
         self._try("reset_cache", None, lambda manager: manager.reset_cache())
 
     def get_stats(self) -> Any:
-        """Return what was counted since the last call, in vLLM's form, or None."""
+        """Return vLLM's statistics since the last call; None if nothing has changed."""
         nothing: Mapping[str, float] = {}
         return self._stats.report(self._try("get_stats", nothing, lambda manager: manager.get_stats()))
 
     def shutdown(self) -> None:
         try:
             self._core.shutdown()
-        except Exception as error:  # noqa: BLE001 - nothing may disturb the engine's end: reported
+        except Exception as error:  # noqa: BLE001 - the engine's shutdown must go on: reported
             self._report("shutdown", error)
 
     def _translated(self, theirs: Any) -> EngineReqContext:
+        # vLLM passes the same object for all calls of a request in a row, so the last one is usually the next one.
         last = self._last
         if last is not None and last[0] is theirs:
             return last[1]
@@ -191,7 +195,7 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
     def _try(
         self, what: str, default: T, call: Callable[[TieringOffloadingManager], T], *, though_off: bool = False
     ) -> T:
-        """Return what `call` answers; `default` if there is no manager, or if it raises, which is reported."""
+        """Return the result of `call`; `default` if there is no manager or if it raises. The exception is reported."""
         manager = self._core.manager if though_off else self._manager
         if manager is None:
             return default

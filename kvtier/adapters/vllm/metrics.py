@@ -1,4 +1,4 @@
-"""kvtier's table of metrics, and what `get_stats` returns, in vLLM's form."""
+"""kvtier's metrics and statistics as vLLM's types."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ _METADATA = {Kind.COUNTER: OffloadingCounterMetadata, Kind.GAUGE: OffloadingGaug
 
 
 def vllm_name(metric: Metric) -> str:
-    """Return a metric's name in vLLM, which appends "_total" to counters when it shows them."""
+    """Return a metric's name in vLLM; vLLM itself appends "_total" to the names of exported counters."""
     return f"vllm:{metric.exported}"
 
 
 def metric_definitions() -> dict[str, Any]:
-    """Return the metadata of every metric, by name; vLLM refuses names that are not declared."""
+    """Return the metadata of every metric, by name. vLLM refuses metrics that are not declared."""
     return {vllm_name(metric): _METADATA[metric.kind](metric.help, metric.labels) for metric in METRICS.values()}
 
 
 class StatsReporter:
-    """Turns counts since the beginning into vLLM's counts since the last report.
+    """Turns totals into the increments since the last report, which vLLM expects.
 
     Attributes:
-        answers: lookups so far, by answer.
-        errors: exceptions kept from the engine so far, by method.
+        answers: number of lookups so far, by answer.
+        errors: number of exceptions of kvtier so far, by method of the manager.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class StatsReporter:
         errors = {f"errors.{method}": count for method, count in self.errors.items()}
         known = self._known
         for name, value in {**stats, **answers, **errors}.items():
-            # vLLM asks at every step and the same names come back: to take them apart costs more than all the rest.
+            # vLLM calls this at every step with the same names. Parsing a name costs more than the rest of the loop.
             if name not in known:
                 sample = find_sample(name)
                 known[name] = None if sample is None else (vllm_name(sample.metric), sample)

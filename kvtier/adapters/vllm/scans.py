@@ -1,18 +1,18 @@
-"""Answers that end vLLM's scan of a waiting request early, when a whole scan would only find what the last one found.
+"""Ends vLLM's scan of a waiting request early, when a whole scan would only repeat the result of the last one.
 
-vLLM (`offloading/scheduler.py`, 0.32) asks for one key at a time, group by group, and defers the request if any group's
-lookup returns None:
+vLLM (`offloading/scheduler.py`, 0.32) asks for one key at a time, one KV group after the other. It defers the request
+if the lookup of any group returns None:
 
-- a full-attention group is asked from its first key on. `HIT_PENDING` makes the lookup return None whatever follows,
-  and a `MISS` ends it: two calls.
-- a sliding-window group is asked from its last key backwards. A `MISS` does not end this lookup, it only forgets what
-  was pending in the window; `RETRY` does not end it either. As many `HIT_PENDING` in a row as the window has blocks end
-  it, with None: as many calls as the window has blocks.
+- In a group with full attention vLLM asks from the first key forwards. After a `HIT_PENDING` the lookup returns None,
+  whatever follows, and a `MISS` ends it. So two calls are enough.
+- In a group with a sliding window vLLM asks from the last key backwards. A `MISS` does not end this lookup; it only
+  resets the count of pending blocks. `RETRY` does not end it either. It ends with None after as many `HIT_PENDING` in a
+  row as the window has blocks. So it takes as many calls as the window has blocks.
 
-So the first key of a group is pending; the second one tells the direction: a miss for a key further on, pending for
-one further back. Versions before 0.32 do not say where a block ends. There the second key is a miss in any case, which
-ends the first kind, and every key after it is pending: a window is complete again after as many calls as it has
-blocks, if the group has at least three keys (`MIN_KEYS`); shorter scans are cheap and are left as they are.
+So the first key of a group gets `HIT_PENDING`. The second key shows the direction: it gets `MISS` if its block ends
+later than the first one's, else `HIT_PENDING`. Versions before 0.32 do not tell where a block ends. There the second
+key always gets `MISS`, which ends a scan of the first kind, and all later keys get `HIT_PENDING`. A window then counts
+anew from the third key. This needs a group of at least three keys (`MIN_KEYS`); shorter scans are cheap and run whole.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from kvtier.keys import GROUP_BYTES, OffloadKey
 from kvtier.types import ReqContext
 
 MIN_KEYS = 3
-"""Fewest keys a group must have for `RepeatedScan` where the engine does not say where blocks end."""
+"""Least number of keys per group for a `RepeatedScan`, if the engine does not tell where blocks end."""
 
 _PENDING, _MISS = LookupResult.HIT_PENDING, LookupResult.MISS
 
 
 class RepeatedScan:
-    """The answers of one step to a request that waits as before."""
+    """The answers in one step to a request that still waits for the same blocks."""
 
     def __init__(self, context: ReqContext) -> None:
-        """Args: context: knows where the request's blocks end, in tokens, if the engine says so."""
+        """Args: context: has the ends of the request's blocks, if the engine tells them."""
         self._context = context
         self._group = b""
         self._start: int | None = None
         self._calls = 0
 
     def answer(self, key: OffloadKey) -> Any:
-        """Return what ends the scan soonest and defers the request."""
+        """Return the answer that ends the scan soonest and lets vLLM defer the request."""
         if key[-GROUP_BYTES:] != self._group:
             self._group, self._calls = key[-GROUP_BYTES:], 0
             self._start = self._context.get_offload_key_position(key)

@@ -1,4 +1,4 @@
-"""The spec that vLLM makes, once in the engine core and once in every worker."""
+"""The offloading spec, which vLLM makes once in the engine core and once in every worker."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from kvtier.errors import ConfigError
 from kvtier.spec.tiering import TieringOffloadingSpec
 
 START_SECONDS = 15.0
-"""Longest the engine's start waits for workers and tiers; what is late then joins while it serves."""
+"""Longest time that the engine's start waits for workers and tiers; later ones join while the engine serves."""
 
 
 @dataclass(frozen=True)
 class DevicePath:
-    """How blocks get from the device to the arena and back.
+    """The parts that differ between platforms.
 
     Attributes:
-        spec: makes arena and workers.
+        spec: makes the arena and the workers.
         on_attached: called in the core when all workers have mapped the arena.
-        kv_caches_of: returns vLLM's KV caches as the spec's workers take them.
+        kv_caches_of: converts vLLM's KV caches to the type that the spec's workers take.
     """
 
     spec: TieringOffloadingSpec
@@ -45,15 +45,15 @@ class DevicePath:
 
 
 def path_of_platform(config: OffloadingConfig) -> DevicePath:
-    """Choose: on CPUs kvtier's own memory and worker, on CUDA, ROCm and XPU vLLM's.
+    """Return kvtier's own memory and worker on CPUs, and vLLM's on CUDA, ROCm and XPU.
 
     Raises:
-        ConfigError: another platform, or a wrong configuration.
+        ConfigError: the platform is another one, or the configuration is wrong.
     """
     if current_platform.is_cpu():
         return DevicePath(TieringOffloadingSpec(config), lambda: None, kv_caches_of)
     if current_platform.is_cuda_alike() or current_platform.is_xpu():
-        from kvtier.adapters.vllm.device import RegionTieringSpec  # loads vLLM's kernels
+        from kvtier.adapters.vllm.device import RegionTieringSpec  # imports vLLM's kernels
 
         spec = RegionTieringSpec(config)
         return DevicePath(spec, spec.forget_name, lambda kv_caches: kv_caches)
@@ -65,14 +65,14 @@ class KVTierOffloadingSpec(base.OffloadingSpec):  # type: ignore[misc]  # vLLM i
 
     @classmethod
     def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, Any]:
-        """Return every metric that managers may report, by name."""
+        """Return the metadata of every metric that managers may report, by name."""
         return metric_definitions()
 
     def __init__(self, config: Any) -> None:
         """Check the configuration; nothing is allocated.
 
         Raises:
-            ConfigError: a key holds what it may not, the message names it; or kvtier does not know the platform.
+            ConfigError: a key has a wrong value, which the message names; or kvtier does not know the platform.
         """
         _log_like_vllm()
         super().__init__(config)
@@ -83,7 +83,7 @@ class KVTierOffloadingSpec(base.OffloadingSpec):  # type: ignore[misc]  # vLLM i
         self._worker: KVTierOffloadingWorker | None = None
 
     def get_manager(self) -> KVTierOffloadingManager:
-        """Return the manager, made at the first call together with the arena.
+        """Return the manager; the first call makes it and the arena.
 
         Raises:
             CapacityError: the machine cannot hold the arena.
@@ -95,12 +95,12 @@ class KVTierOffloadingSpec(base.OffloadingSpec):  # type: ignore[misc]  # vLLM i
         return self._manager
 
     def get_worker(self, kv_caches: Any) -> KVTierOffloadingWorker:
-        """Return the worker, made at the first call; it attaches to the core's arena on a thread."""
+        """Return the worker; the first call makes it. It attaches to the core's arena on a thread."""
         if self._worker is None:
             vllm_config = get_current_vllm_config()
             describe = partial(layout_of_worker, vllm_config, self.config, kv_caches)
             identify = None
-            if self._spec.config.rank == 0 and self._spec.persistent_tiers:  # once for all workers, and if it matters
+            if self._spec.config.rank == 0 and self._spec.persistent_tiers:  # all ranks have the same weights
                 trusts_names = self._spec.user_config.trust_weights is TrustedWeights.NAME
                 identify = partial(weights_of_engine, vllm_config, trusts_names)
             self._worker = KVTierOffloadingWorker(
@@ -115,18 +115,15 @@ class KVTierOffloadingSpec(base.OffloadingSpec):  # type: ignore[misc]  # vLLM i
 
 
 def guess_prefill_rate(vllm_config: Any) -> float:
-    """Return a guess of the tokens per second that a worker on a CPU prefills, until the rate has been measured.
-
-    A layer of a transformer has about 12 times the square of its hidden size in parameters: 4 in attention, 8 in what
-    follows it.
-    """
+    """Return a guess of the tokens per second that a CPU worker prefills; it counts until the rate is measured."""
+    # A transformer layer has about 12 * hidden_size ** 2 parameters: 4 of the 12 in attention, 8 in the MLP.
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     num_parameters = 12 * model.get_total_num_hidden_layers() * model.get_hidden_size() ** 2
     return guess_cpu_rate(num_parameters // parallel.world_size, torch.get_num_threads())
 
 
 def _log_like_vllm() -> None:
-    """Let kvtier's log go where vLLM's goes, unless somebody has said where."""
+    """Give kvtier's logger the handlers of vLLM's, unless it already has handlers."""
     ours, theirs = logging.getLogger("kvtier"), logging.getLogger("vllm")
     if not ours.handlers and theirs.handlers:
         ours.handlers = list(theirs.handlers)

@@ -1,10 +1,10 @@
-"""kvtier's tiers under vLLM's own `TieringOffloadingSpec`, through its `module_path` option.
+"""Adapter for kvtier's tiers under vLLM's own `TieringOffloadingSpec`, through its `module_path` option.
 
     {"type": "KVTierSecondaryTier", "module_path": "kvtier.adapters.vllm.tier",
      "tier": {"type": "disk", "path": "/cache", "capacity": "200GiB"}}
 
-vLLM's spec knows the model's name and layout only: a model in a local folder is told apart by its files' contents; for
-any other, `"namespace": "a name"` says whose the blocks are, and is trusted.
+vLLM's spec knows only the model's name and layout. A model in a local folder is identified by its files' contents. For
+any other model, `"namespace": "a name"` identifies the weights, and kvtier trusts it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ _EPOCH_BYTES = 16
 
 
 class KVTierSecondaryTier(tiering.SecondaryTierManager):  # type: ignore[misc]  # vLLM is not there when types are checked
-    """One tier of kvtier, in vLLM's words. Its I/O runs on threads: vLLM's host memory has no descriptor to share."""
+    """One tier of kvtier behind vLLM's interface.
+
+    Its I/O runs on threads instead of a process, since vLLM's host memory has no file descriptor to share.
+    """
 
     medium = base.Medium.STORAGE
 
@@ -52,14 +55,15 @@ class KVTierSecondaryTier(tiering.SecondaryTierManager):  # type: ignore[misc]  
         tier: Mapping[str, Any],
         namespace: str | None = None,
     ) -> None:
-        """Make and start kvtier's tier.
+        """Make and start kvtier's tier; a fault other than a wrong configuration leaves it out and is logged.
 
         Args:
-            tier: its configuration, as an entry of kvtier's `secondary_tiers`.
-            namespace: whose the blocks are, if the model is not in a local folder.
+            tier: the tier's configuration, an entry of kvtier's `secondary_tiers`.
+            namespace: name of the weights, needed if the model is not in a local folder.
 
         Raises:
-            ConfigError: a key of `tier` holds what it may not, or the tier keeps blocks and nobody says whose.
+            ConfigError: a key of `tier` has a wrong value, or the tier's blocks outlive the engine and the weights are
+                not known.
         """
         detectors = [backpressure_detector] if backpressure_detector is not None else []  # from 0.32 on
         super().__init__(offloading_spec, primary_kv_view, tier_type, *detectors)
@@ -87,7 +91,7 @@ class KVTierSecondaryTier(tiering.SecondaryTierManager):  # type: ignore[misc]  
         self._tier.submit_load(self._job(job_metadata))
 
     def get_finished_jobs(self) -> Iterable[Any]:
-        """Return the results since the last call, each job's once: vLLM stops at a job it does not know."""
+        """Return the results since the last call, each once: vLLM fails on a job that it does not know."""
         results = [result for result in self._tier.get_finished_jobs() if result.job_id in self._running]
         self._running.difference_update(result.job_id for result in results)
         return [
@@ -124,7 +128,7 @@ class KVTierSecondaryTier(tiering.SecondaryTierManager):  # type: ignore[misc]  
         return [offloading_event(event) for event in self._tier.take_events()]
 
     def drain_jobs(self) -> None:
-        """Wait for all jobs, then forget: vLLM drains when it resets its cache, maybe for other weights."""
+        """Wait for all jobs, then forget all blocks: vLLM drains only to reset its cache, maybe for new weights."""
         self._tier.drain_jobs()
         self._tier.start_epoch(os.urandom(_EPOCH_BYTES))
 
@@ -139,7 +143,10 @@ class KVTierSecondaryTier(tiering.SecondaryTierManager):  # type: ignore[misc]  
 
 
 def spec_identity(spec: Any, namespace: str | None) -> dict[str, str | int] | None:
-    """Return what vLLM's spec tells of the blocks' identity; None if neither it nor the user names the weights."""
+    """Return the values of the namespace, from vLLM's spec; None if the weights are not known.
+
+    The weights are known if the user gives a `namespace`, or if the model is in a local folder.
+    """
     config, parallel = spec.config, spec.config.parallel
     try:
         files = weight_files(Path(config.model.name)) if namespace is None else []

@@ -1,4 +1,4 @@
-"""vLLM's values in kvtier's words, and back."""
+"""Converts between vLLM's types and kvtier's."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ LOCALITIES = {locality: base.Locality[locality.name] for locality in types.Local
 
 
 class KVTierLoadStoreSpec(base.LoadStoreSpec):  # type: ignore[misc]  # vLLM is not there when types are checked
-    """Slots of the arena on their way to the workers; pickled with the step's other metadata.
+    """Slots of the arena; vLLM pickles it and sends it to the workers with the step's other metadata.
 
     Attributes:
-        block_ids: int32 array, in the order of the keys that were prepared.
+        block_ids: slots, an int32 array in the order of the prepared keys.
         sequence: number of the transfer, 0 if it has none; see `kvtier.types.CPULoadStoreSpec`.
     """
 
@@ -33,7 +33,7 @@ class KVTierLoadStoreSpec(base.LoadStoreSpec):  # type: ignore[misc]  # vLLM is 
         self.sequence = spec.sequence
 
     def slots(self) -> types.CPULoadStoreSpec:
-        """Return the same in kvtier's words."""
+        """Return the slots as kvtier's type."""
         return types.CPULoadStoreSpec(self.block_ids, self.sequence)
 
     def __repr__(self) -> str:
@@ -44,7 +44,10 @@ NO_SLOTS = types.CPULoadStoreSpec(np.zeros(0, dtype=np.int32))
 
 
 class EngineReqContext(types.ReqContext):
-    """A request of vLLM; where its blocks end is asked of vLLM's own context, which learns it as the request grows."""
+    """kvtier's context of a request of vLLM.
+
+    It asks vLLM's own context where blocks end, since vLLM adds ends as the request grows.
+    """
 
     def __init__(self, theirs: Any) -> None:
         super().__init__(theirs.req_id, _transfer_params(theirs), _tier_filter(theirs))
@@ -52,24 +55,25 @@ class EngineReqContext(types.ReqContext):
 
     @property
     def offload_key_positions(self) -> Mapping[OffloadKey, int]:
-        """Where the blocks that vLLM has keys for end, in tokens; empty if vLLM does not say."""
+        """Ends of blocks in tokens, by key; empty if vLLM does not tell them."""
         return key_positions(self._theirs)
 
     def note_prompt(self) -> None:
-        """Take what vLLM has keys for before the first lookup for the prompt, in whole blocks."""
+        """Set the prompt's length, in whole blocks; to be called before the first lookup."""
+        # vLLM records the ends of the prompt's blocks before the first lookup, in order: the last one is its length.
         if self.num_prompt_tokens is None and (positions := key_positions(self._theirs)):
             self.num_prompt_tokens = positions[next(reversed(positions))]
 
     def get_offload_key_position(self, key: OffloadKey) -> int | None:
-        """Return the end of the block `key` in tokens, or None if vLLM did not say."""
+        """Return the end of the block `key` in tokens; None if vLLM does not tell it."""
         position = getattr(self._theirs, "get_offload_key_position", None)
         return position(key) if position is not None else None
 
 
 def _transfer_params(theirs: Any) -> dict[str, Any] | None:
-    """Return what the client sent for the transfer layer, with the hint that an orchestrator sent beside it."""
+    """Return the client's `kv_transfer_params`, with an orchestrator's hint added if the client sent none."""
     params: dict[str, Any] | None = theirs.kv_transfer_params
-    envelope = getattr(theirs, "kv_hints", None)  # from 0.32 on; vLLM defines no action itself
+    envelope = getattr(theirs, "kv_hints", None)  # from 0.32 on; vLLM itself defines no type of action
     if envelope is None or (params is not None and HINT_KEY in params):
         return params
     payloads = [action.payload for action in envelope.actions if action.action_type == HINT_KEY]
@@ -90,7 +94,7 @@ def _matcher(theirs: Any) -> types.TierMatcher:
 
 
 def offloading_event(event: types.OffloadingEvent) -> Any:
-    """Return a KV event in vLLM's words."""
+    """Return a KV event as vLLM's type."""
     locality = LOCALITIES[event.locality] if event.locality is not None else None
     return make_known(
         base.OffloadingEvent,
@@ -103,19 +107,19 @@ def offloading_event(event: types.OffloadingEvent) -> Any:
 
 
 def engine_blocks(spec: Any) -> types.GPULoadStoreSpec:
-    """Return vLLM's engine blocks in kvtier's words."""
+    """Return vLLM's spec of engine blocks as kvtier's type."""
     return types.GPULoadStoreSpec(spec.block_ids, spec.group_sizes, spec.block_indices)
 
 
 def kv_caches_of(canonical: Any) -> KVCaches:
-    """Return vLLM's KV caches, each tensor (num_blocks, page bytes) of int8, as kvtier's workers take them."""
+    """Return vLLM's KV caches as kvtier's type; each tensor is int8 of shape (num_blocks, page bytes)."""
     tensors = [tensor.tensor for tensor in canonical.tensors]
     groups = [[(ref.tensor_idx, ref.page_size_bytes) for ref in refs] for refs in canonical.group_data_refs]
     return KVCaches(tensors, groups)
 
 
 def engine_config(config: Any, kv_bytes_per_block: int) -> OffloadingConfig:
-    """Return what vLLM says of an engine; the namespace and LoRA are only known to the workers.
+    """Return the engine's configuration, without the namespace and LoRA, which only the workers know.
 
     Args:
         kv_bytes_per_block: bytes of one engine block in one worker.

@@ -1,4 +1,4 @@
-"""vLLM's OffloadingWorker over kvtier's: attaches to the core's arena on a thread, then copies."""
+"""vLLM's OffloadingWorker over kvtier's worker: attaches to the core's arena on a thread, then copies."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from kvtier.weights.file_digests import StoppedError
 logger = cleaned(init_logger("vllm.kvtier"))
 
 Identify = Callable[[threading.Event], tuple[dict[str, str | int], str]]
-"""Returns what names the weights, and what that took; given an event that ends it early."""
+"""Returns the weights' identity and a line for the log; its argument, an event, ends it early."""
 
 _PAUSE_SECONDS = 0.02
-"""Between two attempts to reach the engine core, which starts at its own pace."""
+"""Pause between two attempts to reach the engine core, which may start later."""
 _ATTACH_SECONDS = 3600.0
-"""Engine cores make the arena after the workers' start, which takes long for large models."""
+"""Longest wait for the arena: the core makes it after all workers have loaded the model, which may take long."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class _Attached:
 class KVTierOffloadingWorker(base.OffloadingWorker):  # type: ignore[misc]  # vLLM is not there when types are checked
     """Copies between the arena and this worker's KV caches.
 
-    vLLM stops the engine when a worker reports a failed transfer. A failed store is therefore reported in the
-    arena's control page, which switches kvtier off, and as a success to vLLM. A failed load raises: vLLM offers no
-    way to take back the tokens, and wrong ones are worse than none. Neither happens unless kvtier has a defect.
+    vLLM stops the engine when a worker reports a failed transfer. So a failed store is reported to vLLM as a success,
+    and in the arena's control page as a failure, which switches kvtier off. A failed load raises: vLLM already counts
+    the tokens as computed, and wrong tokens are worse than no answer. Both happen only if kvtier has a defect.
     """
 
     def __init__(
@@ -56,14 +56,14 @@ class KVTierOffloadingWorker(base.OffloadingWorker):  # type: ignore[misc]  # vL
         identify: Identify | None = None,
         prefill_rate: float | None = None,
     ) -> None:
-        """Start to attach, on a thread, and to read the weights, on another.
+        """Start one thread that attaches, and one that reads the weights.
 
         Args:
-            spec: the configuration, checked; of this rank.
-            kv_caches: the engine's KV caches, as `spec` takes them.
-            describe: returns the worker's identity but for the weights.
+            spec: made of the checked configuration of this rank.
+            kv_caches: the engine's KV caches, of the type that `spec` takes.
+            describe: returns the worker's identity without the weights.
             lora: the model serves adapters.
-            identify: returns the identity of the weights; None if another worker does, or nobody needs it.
+            identify: returns the identity of the weights; None if another worker reads them or no tier needs it.
             prefill_rate: guess of the tokens per second that this worker prefills; None on accelerators.
         """
         self._spec = spec
@@ -85,14 +85,15 @@ class KVTierOffloadingWorker(base.OffloadingWorker):  # type: ignore[misc]  # vL
         forks.register(self)
 
     def leave_to_parent(self) -> None:
-        """In a forked child, where the threads are not, wait for nobody."""
+        """In a forked child, wait for no thread."""
+        # fork() copies only the calling thread. The lock in the event may have been held, so the child gets a new one.
         self._stop = threading.Event()
 
     def submit_store(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
         attached = self._attached_now()
         try:
             attached.worker.submit_store(job_id, engine_blocks(src_spec), dst_spec.slots())
-        except Exception as error:  # noqa: BLE001 - nothing may stop the engine: reported to the core, which stops storing
+        except Exception as error:  # noqa: BLE001 - the engine must go on: the core is told, and stops storing
             self._count_failure(job_id, error)
             self._results.append(base.TransferResult(job_id, success=True))
         return True
@@ -103,7 +104,7 @@ class KVTierOffloadingWorker(base.OffloadingWorker):  # type: ignore[misc]  # vL
         return True
 
     def get_finished(self) -> list[Any]:
-        """Return the transfers that ended since the last call.
+        """Return the transfers that have ended since the last call.
 
         Raises:
             RuntimeError: a load failed.
@@ -128,7 +129,7 @@ class KVTierOffloadingWorker(base.OffloadingWorker):  # type: ignore[misc]  # vL
             self._attached.worker.wait(job_ids)
 
     def shutdown(self) -> None:
-        """Let go of arena and tensors."""
+        """Stop attaching; release the arena and the tensors."""
         self._stop.set()
         self._thread.join(timeout=10.0)
         if self._attached is not None:
@@ -154,7 +155,7 @@ class KVTierOffloadingWorker(base.OffloadingWorker):  # type: ignore[misc]  # vL
             logger.error("kvtier is off: no arena within %.0f s: %s", _ATTACH_SECONDS, reason)
         except ConfigError as error:
             logger.error("kvtier is off: this worker cannot use the arena: %s", error)
-        except Exception:  # on its own thread: nothing may stop the worker, which copies nothing then; reported
+        except Exception:  # a thread of its own: the worker must go on, without copies; logged
             logger.exception("kvtier is off: this worker cannot use the arena")
 
     def _announcement(self) -> Announcement:
@@ -197,7 +198,7 @@ class KVTierOffloadingWorker(base.OffloadingWorker):  # type: ignore[misc]  # vL
         return self._weights
 
     def _take(self, arena: Arena) -> None:
-        """Make the worker over the arena; on failure it is given back."""
+        """Make kvtier's worker over the arena; close the arena if that fails."""
         try:
             spec = type(self._spec)(self._spec.config, arena=arena)
             self._attached = _Attached(spec.get_worker(self._kv_caches), spec)
