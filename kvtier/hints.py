@@ -1,4 +1,4 @@
-"""Hints: a client's wishes for the blocks of its request. A malformed hint is ignored; it is never an error."""
+"""Hints: what a client asks for the blocks of its request. A malformed hint is ignored and never fails the request."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 
 
 def parse_duration(text: str) -> float | None:
-    """Return the seconds of a text such as "90s", "30m", "12h", "7d" or "2w"; None if it is malformed."""
+    """Return the seconds in a text such as "90s", "30m", "12h", "7d" or "2w"; None if the text is malformed."""
     match = _DURATION.fullmatch(text)
     return float(match[1]) * _UNITS[match[2]] if match else None
 
@@ -35,13 +35,14 @@ class Priority(Enum):
 
 
 class Hint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One request's hint.
+    """The hint of one request.
 
     Attributes:
-        retain: seconds after its last use for which a block is kept; None for no wish. A client may write "10m".
+        retain: seconds for which a block is kept after its last use by a request that sets `retain`; None if the
+            client does not ask for it. A client may write a text such as "10m".
         priority: of the blocks; with `retain`, for that time only.
-        session: name of the session to which the request belongs.
-        ended: True if the session ends with this request. A request without a session is a session of its own.
+        session: name of the session that the request belongs to; None makes the request a session of its own.
+        ended: True if the session ends with this request.
         tenant: name of the customer to whom the blocks are charged.
     """
 
@@ -56,7 +57,7 @@ NO_HINT = Hint()
 
 
 class ReadHint(NamedTuple):
-    """A hint, and what was wrong with the client's (empty if nothing was)."""
+    """A hint and, if the client's hint was malformed, what was wrong with it (else empty)."""
 
     hint: Hint
     fault: str = ""
@@ -66,7 +67,7 @@ _NOTHING_READ = ReadHint(NO_HINT)
 
 
 def read_hint(kv_transfer_params: object) -> ReadHint:
-    """Return the hint in a request's `kv_transfer_params`; NO_HINT if there is none, or it is malformed."""
+    """Return the hint in a request's `kv_transfer_params`; NO_HINT if there is no hint or it is malformed."""
     if not isinstance(kv_transfer_params, Mapping) or HINT_KEY not in kv_transfer_params:
         return _NOTHING_READ
     given = kv_transfer_params[HINT_KEY]
@@ -76,11 +77,11 @@ def read_hint(kv_transfer_params: object) -> ReadHint:
         hint = msgspec.convert(_with_seconds(given), Hint)
         return ReadHint(hint) if hint != NO_HINT else _NOTHING_READ
     except (msgspec.ValidationError, RecursionError, ValueError, TypeError) as error:
-        return ReadHint(NO_HINT, one_line(error, MAX_QUOTED))  # it quotes the client, who may forge lines of the log
+        return ReadHint(NO_HINT, one_line(error, MAX_QUOTED))  # the message quotes the client, who may forge log lines
 
 
 def _with_seconds(given: Any) -> Any:
-    """Return a mapping with a `retain` text replaced by seconds; anything else unchanged."""
+    """Return `given`; in a mapping, a `retain` text is replaced by seconds."""
     if isinstance(given, Mapping) and isinstance(given.get("retain"), str):
         seconds = parse_duration(given["retain"])
         if seconds is None:

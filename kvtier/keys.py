@@ -8,12 +8,12 @@ from typing import NewType
 from kvtier.errors import KeyFormatError
 
 OffloadKey = NewType("OffloadKey", bytes)
-"""The key of one block. Only `make_offload_key` makes keys."""
+"""The key of one block; made by `make_offload_key` only."""
 
 GROUP_BYTES = 4
 MIN_KEY_BYTES = 1 + GROUP_BYTES
 MAX_KEY_BYTES = 64 + GROUP_BYTES
-"""Longest key that every tier can store: a 512-bit block hash and the group index."""
+"""The longest key that every tier can store: a 512-bit block hash and the group index."""
 
 
 def make_offload_key(block_hash: bytes, group_idx: int) -> OffloadKey:
@@ -45,17 +45,17 @@ def get_offload_group_idx(key: OffloadKey) -> int:
 
 
 def common_key_bytes(keys: Collection[OffloadKey], expected: int | None) -> int:
-    """Check that all keys have one length, and return it, in bytes.
+    """Check that all keys have the same length, and return it in bytes.
 
     Args:
         keys: at least one key.
-        expected: length of earlier keys, or None.
+        expected: the length of earlier keys; None if there are none.
 
     Raises:
-        KeyFormatError: a key is not bytes, is too short or too long, or has another length.
+        KeyFormatError: a key is not bytes, is too short or too long, or differs in length.
     """
     try:
-        b"".join(keys)  # raises unless all are bytes; quicker than a loop in Python over thousands of keys
+        b"".join(keys)  # raises TypeError unless all are bytes; quicker than a loop in Python over thousands of keys
     except TypeError:
         raise KeyFormatError("a key must be bytes made by make_offload_key") from None
     lengths = set(map(len, keys))

@@ -1,1 +1,1 @@
-"""Eviction policies: one a file, pure."""
+"""Eviction policies, one per file. They do no I/O and read no clock."""

@@ -1,4 +1,4 @@
-"""Parts by the age of their last use."""
+"""Moves parts from bin to bin of the reuse table as they grow older."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from kvtier.eviction.leaves import Leaves
 from kvtier.eviction.reuse import EDGES, NUM_BINS, ReuseTable
 
 MAX_MOVED = 512
-"""Parts that one call moves to another bin: after a long pause all are due at once, and no call may take that long."""
+"""Most parts that one call moves to another bin. After a long pause all parts are due at once, and a call that moved
+all of them would hold up the engine's scheduler."""
 
 
 class Ages:
-    """Moves parts from bin to bin of age, and counts that they have come there without a use."""
+    """Queues of parts by bin of age. A part that moves on is counted in the table: it reached the bin without a use."""
 
     def __init__(self, table: ReuseTable, leaves: Leaves) -> None:
         self._table, self._leaves = table, leaves
-        # By bin, oldest first, with the time of the use they age from: another use makes an entry void.
+        # One queue per bin, oldest entry first. An entry has the time of the part's last use; after a later use the
+        # times differ, and `advance` drops the entry. To drop it at once would mean a search in the queue.
         self._queues: list[deque[tuple[Part, float]]] = [deque() for _ in EDGES]
 
     def enter(self, part: Part) -> None:
-        """Take in a part that is in its bin of age."""
+        """Add a part to the queue of its bin. Parts in the last bin stay there, so no queue holds them."""
         if part.bin < NUM_BINS - 1:
             self._queues[part.bin].append((part, part.request.time))
 
     def advance(self, now: float) -> None:
-        """Move the parts that are in another bin by now, the oldest first."""
+        """Move the parts that have outgrown their bin at `now`, oldest bin first, at most `MAX_MOVED`."""
         left = MAX_MOVED
         for index in range(NUM_BINS - 2, -1, -1):
             queue, edge = self._queues[index], EDGES[index]

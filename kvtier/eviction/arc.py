@@ -1,8 +1,9 @@
-"""ARC: recency and frequency, balanced by what was evicted too early.
+"""ARC: balances recency and frequency; hits on keys that were evicted too early (ghosts) set the balance.
 
 N. Megiddo and D. S. Modha, "ARC: A Self-Tuning, Low Overhead Replacement Cache", FAST 2003, figure 4.
 
-Its weakness: p moves by single steps, so that a large cache is slow to follow a workload that changes.
+Its weakness: p moves by one key per ghost hit, or by the ratio of the ghost lists if that is larger. So a large cache
+adapts slowly when the workload changes.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from kvtier.keys import OffloadKey
 class ARCPolicy(EvictionPolicy):
     """Adaptive replacement, tail-first within one call.
 
-    Held keys are in T1 (used once) or T2 (used again), evicted ones remembered in B1 or B2; every list runs
-    from its oldest to its most recent key. `p` is the size that T1 should have: a hit in B1 raises it, a hit
-    in B2 lowers it.
+    Held keys are in T1 (used once) or T2 (used again). Evicted keys are remembered in B1 or B2. Every list runs
+    from its oldest to its most recent key. `p` is the target size of T1: a hit in B1 raises it, a hit in B2
+    lowers it.
 
-    With one key a call (`candidates([x])`, `evict`, `insert([x])`) every decision is the paper's. A batch is
-    that, key by key from its tail, with two liberties: adaptation does not count the ghosts which the
-    batch's own victims became, and ghosts are trimmed once, at its end.
+    With one key per call (`candidates([x])`, `evict`, `insert([x])`) every decision is the paper's. A batch follows
+    the paper key by key, from its tail, with two differences. Adaptation does not count the ghosts made from the
+    batch's own victims. Ghosts are trimmed once, at the end of the batch.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -36,17 +37,18 @@ class ARCPolicy(EvictionPolicy):
         self._b1: OrderedDict[OffloadKey, None] = OrderedDict()
         self._b2: OrderedDict[OffloadKey, None] = OrderedDict()
         self._p = 0.0
-        # Ghosts made since the last insert. The paper adapts p before it replaces, so adaptation leaves them out.
+        # Ghosts made since the last insert. The paper adapts p before it evicts; here `evict` runs before `insert`,
+        # so adaptation subtracts them.
         self._fresh_b1 = 0
         self._fresh_b2 = 0
 
     @property
     def p(self) -> float:
-        """Size, in keys, that T1 should have: 0 to `capacity`."""
+        """Target size of T1 in keys, 0 to `capacity`."""
         return self._p
 
     def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
-        """Hold `keys`: in T2 those that a ghost remembers, which also adapts p, in T1 the others."""
+        """Hold `keys`. Keys with a ghost go to T2, and each of them adapts p; the others go to T1."""
         t1, t2, b1, b2 = self._t1, self._t2, self._b1, self._b2
         if b1.keys().isdisjoint(keys) and b2.keys().isdisjoint(keys):
             for key in reversed(keys):
@@ -67,11 +69,11 @@ class ARCPolicy(EvictionPolicy):
         self._trim_ghosts()
 
     def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
-        """Make the held ones of `keys` the most recent of T2."""
+        """Move the held ones of `keys` to the recent end of T2."""
         t1, t2 = self._t1, self._t2
         move_to_end = t2.move_to_end
         if keys and keys[-1] in t2:
-            try:  # all may be: a chain of C iterators takes half the time of the loop
+            try:  # usually all keys are in T2 then: `map` runs in C and takes half the time of the loop below
                 deque(map(move_to_end, reversed(keys)), maxlen=0)
                 return
             except KeyError:
@@ -84,7 +86,7 @@ class ARCPolicy(EvictionPolicy):
                 t2[key] = None
 
     def evict(self, keys: Sequence[OffloadKey]) -> None:
-        """Stop holding `keys` and remember them: T1's in B1, T2's in B2."""
+        """Stop holding `keys` and remember them: keys of T1 in B1, keys of T2 in B2."""
         t1, t2, b1, b2 = self._t1, self._t2, self._b1, self._b2
         fresh_b1 = 0
         for key in keys:
@@ -105,9 +107,9 @@ class ARCPolicy(EvictionPolicy):
                 queue.pop(key, None)
 
     def candidates(self, incoming: Sequence[OffloadKey] = ()) -> Iterator[OffloadKey]:
-        """Yield every held key in the order REPLACE takes them while `incoming` is inserted.
+        """Yield every held key in the order in which the paper's REPLACE evicts while `incoming` is inserted.
 
-        The n-th victim is the paper's choice for the n-th key from the tail of `incoming`; after those, p stays.
+        The n-th victim is the paper's choice for the n-th key from the tail of `incoming`. After those, p stays fixed.
         """
         b1, b2 = self._b1, self._b2
         if b1.keys().isdisjoint(incoming) and b2.keys().isdisjoint(incoming):
@@ -143,7 +145,11 @@ class ARCPolicy(EvictionPolicy):
         yield from recent
 
     def _candidates_for_strangers(self, num_incoming: int) -> Iterator[OffloadKey]:
-        """The same order, found at once: p stays, and every arrival goes to T1, which grows until it is over p."""
+        """Return the same order where no incoming key has a ghost.
+
+        Then p stays fixed and every incoming key goes to T1. T2 gives the victims until T1 is larger than p, and T1
+        gives them from then on. So the order consists of slices, found without a step per key.
+        """
         recent, frequent, left1, left2 = iter(self._t1), iter(self._t2), len(self._t1), len(self._t2)
         num = min(num_incoming, left1 + left2)
         first2 = min(num, left2, max(0, floor(self._p) - left1 + 1) if left1 else left2)
@@ -158,7 +164,7 @@ class ARCPolicy(EvictionPolicy):
         )
 
     def settle(self, keys: Sequence[OffloadKey]) -> None:
-        """Put the held ones of `keys` in tail-first order at the recent end of the list each is in."""
+        """Move the held ones of `keys` to the recent end of their own list, tail first."""
         t1, t2 = self._t1, self._t2
         for key in reversed(keys):
             if key in t1:
@@ -180,7 +186,7 @@ class ARCPolicy(EvictionPolicy):
         return key in self._t1 or key in self._t2
 
     def check_invariants(self) -> None:
-        """Raise InvariantError if lists overlap, outgrow the paper's bounds, or p leaves its range."""
+        """Raise InvariantError if lists overlap, lists are longer than the paper allows, or p is out of its range."""
         lists = (self._t1, self._t2, self._b1, self._b2)
         total = sum(map(len, lists))
         if len(set().union(*lists)) != total:
@@ -200,7 +206,7 @@ class ARCPolicy(EvictionPolicy):
 
     def _trim_ghosts(self) -> None:
         t1, t2, b1, b2 = self._t1, self._t2, self._b1, self._b2
-        # Deleting a list of keys costs half of as many popitem(last=False).
+        # To list the keys and delete them takes half the time of as many popitem(last=False).
         for key in list(islice(b1, max(0, len(t1) + len(b1) - self.capacity))):
             del b1[key]
         for key in list(islice(b2, max(0, len(t1) + len(t2) + len(b1) + len(b2) - 2 * self.capacity))):

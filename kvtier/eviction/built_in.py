@@ -1,4 +1,4 @@
-"""The eviction policies that kvtier brings, by the names that options use."""
+"""kvtier's own eviction policies, by the name that the option `eviction_policy` takes."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ BUILT_IN_POLICIES: Mapping[str, type[EvictionPolicy]] = {
     "prefix": PrefixPolicy,
     "auto": PrefixPolicy,
 }
-"""`auto` once chose among the others while the cache was in use; configurations still have it."""
+"""`auto` is an alias of `prefix`. It once chose a policy at run time, and existing configurations still name it."""
 
 
 def find_policy(name: object, more: Mapping[str, type[EvictionPolicy]]) -> type[EvictionPolicy]:
-    """Return the eviction policy called `name`, built in or among `more`.
+    """Return the eviction policy `name`, from `more` or built in; `more` wins.
 
     Raises:
-        ConfigError: there is none; the error lists those that exist.
+        ConfigError: no policy has this name; the error lists the names that exist.
     """
     policies = {**BUILT_IN_POLICIES, **more}
     if not isinstance(name, str) or name not in policies:

@@ -1,4 +1,4 @@
-"""Held blocks as trees of parts: runs of one chain that the same requests have used."""
+"""Held blocks as prefix trees. A node is a part: consecutive blocks that the same requests have used."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from kvtier.keys import OffloadKey
 
 
 class Request:
-    """What is known of one request.
+    """What the policy knows of one request.
 
     Attributes:
         time: when it came, in seconds.
-        length: blocks that it has named.
-        num_known: those of them that were used before.
-        former_time, former_length: of the request that used, before this one, the block whose last use was longest ago:
-            the former one of the session, since only a session uses its own end. Meaningless if nothing was known.
-        last: the block that it named last; None if no block, or once it is over.
+        length: number of its blocks, as far as its calls have named them.
+        num_known: how many of those blocks were used by earlier requests.
+        former_time, former_length: time and length of the session's previous request; without meaning while
+            `num_known` is 0. Each known block has a request that used it last. The oldest of these is the previous
+            request of the session: other sessions may share the beginning of a chain, but not its end.
+        last: the block named last; None before the first block and once the request is over.
     """
 
     __slots__ = ("former_length", "former_time", "last", "length", "num_known", "time")
@@ -29,29 +30,33 @@ class Request:
         self.last: OffloadKey | None = None
 
     def note_known(self, former: Request, num_blocks: int) -> None:
-        """Count blocks whose last use was by the request `former`."""
+        """Count blocks of this request that the request `former` used last."""
         self.num_known += num_blocks
         if former.time < self.former_time or self.num_known == num_blocks:
             self.former_time, self.former_length = former.time, former.length
 
     @property
     def gap(self) -> float | None:
-        """Seconds since the session's former request; None for a new chain, and for a branch of another one."""
-        # The last block of a prompt may be filled in part, and then it is another one in the next prompt.
+        """Seconds since the session's previous request; None for a new chain and for a branch of another chain."""
+        # The last block of a prompt may be only partly filled. The next prompt fills it, which gives it another hash,
+        # so a session that goes on may miss one block. If it misses more, it has left the former chain.
         if not self.num_known or self.former_length - self.num_known > 1:
             return None
         return max(0.0, self.time - self.former_time)
 
 
 class Part:
-    """Blocks that follow one another, with one history.
+    """Consecutive blocks with one history.
 
     Attributes:
-        keys: those held, in prefix order.
-        kind: class, for the table; bin: of its age.
-        uses: of each block; request: the last one that used them.
-        ghosts: blocks of it that were evicted and are remembered.
-        parent, place: the part that these blocks continue, and the place in it of the block before them.
+        keys: the held blocks, in prefix order.
+        kind: class in the reuse table.
+        bin: bin of age in the reuse table.
+        uses: how often each block was used.
+        request: the request that used the blocks last.
+        ghosts: how many evicted blocks of this part are remembered.
+        parent: the part that this one continues; None for none.
+        place: index, in the parent's `keys`, of the block before this part.
         children: the parts that continue this one.
     """
 
@@ -65,38 +70,42 @@ class Part:
 
     @property
     def is_leaf(self) -> bool:
-        """Whether it holds blocks, and none that is held needs them."""
+        """Whether it holds blocks and no held block depends on them."""
         return bool(self.keys) and not self.children
 
     def twin(self, keys: list[OffloadKey]) -> Part:
-        """Return a part of the same history."""
+        """Return a new, unlinked part of `keys` with the same history."""
         part = Part(keys, self.kind, self.uses, self.request)
         part.bin = self.bin
         return part
 
 
 class Chains:
-    """The parts that hold blocks, by key.
+    """The parts that hold blocks, and how they continue one another.
 
     Attributes:
-        part_of: the part of every key held.
+        part_of: the part of each held key.
     """
 
     def __init__(self) -> None:
         self.part_of: dict[OffloadKey, Part] = {}
 
     def hold(self, part: Part) -> None:
-        """Start holding a part's blocks."""
+        """Record that `part` holds its keys."""
         self.part_of.update(dict.fromkeys(part.keys, part))
 
     def link(self, part: Part, before: OffloadKey) -> Part | None:
-        """Let `part` continue the block `before`, if that is held and nothing is known yet; return its parent then."""
+        """Make `part` continue the block `before`, and return its new parent.
+
+        Return None, and change nothing, if `before` is not held, if `part` has a parent already, or if the link would
+        close a cycle.
+        """
         parent = self.part_of.get(before)
         if parent is None or part.parent is not None:
             return None
         above: Part | None = parent
         while above is not None:
-            if above is part:  # not the order of a chain
+            if above is part:  # the caller gave keys out of prefix order: this link would close a cycle
                 return None
             above = above.parent
         part.parent = parent
@@ -105,7 +114,7 @@ class Chains:
         return parent
 
     def unlink(self, part: Part) -> Part | None:
-        """Let `part` continue nothing; return its former parent if that is a leaf now."""
+        """Remove the link from `part` to its parent; return that parent if it is a leaf now."""
         parent, part.parent = part.parent, None
         if parent is None:
             return None
@@ -113,7 +122,10 @@ class Chains:
         return parent if parent.is_leaf else None
 
     def cut(self, part: Part, count: int) -> Part:
-        """Return a new part of the first `count` blocks, which `part`, with the same history, continues."""
+        """Split the first `count` blocks off as a new part, and return it; `part` continues it.
+
+        Both have the same history. The ghosts stay with `part`.
+        """
         head = part.twin(part.keys[:count])
         del part.keys[:count]
         self.hold(head)
@@ -128,7 +140,10 @@ class Chains:
         return head
 
     def renew(self, part: Part) -> Part:
-        """Return a new part of the blocks that `part` holds; the history stays there, for its ghosts."""
+        """Move the held blocks of `part` to a new part, and return it.
+
+        `part` stays without blocks: its ghosts keep the history as it was, while that of the new part goes on.
+        """
         new = part.twin(part.keys)
         part.keys = []
         self.hold(new)
@@ -139,7 +154,7 @@ class Chains:
         return new
 
     def _replace(self, part: Part, new: Part) -> None:
-        """Put `new` where `part` continues its parent."""
+        """Link `new` to the parent of `part` in its stead."""
         parent, part.parent = part.parent, None
         if parent is not None:
             del parent.children[part]
@@ -147,7 +162,10 @@ class Chains:
             new.parent, new.place = parent, part.place
 
     def join(self, part: Part) -> Part:
-        """Append `part` to its parent, which it alone continues from the end; return the parent."""
+        """Append the blocks of `part` to its parent, and return the parent.
+
+        Caller guarantees: `part` is the parent's only child, and continues the parent's last block.
+        """
         parent, size = part.parent, 0
         if parent is None:
             raise InvariantError("a part without a parent cannot be joined to it")
@@ -162,7 +180,13 @@ class Chains:
         return parent
 
     def drop(self, part: Part, keys: Sequence[OffloadKey]) -> None:
-        """Stop naming `keys`, last one first, in `part`; what continues them continues what is left."""
+        """Remove `keys` from `part`; its children continue what is left of it.
+
+        A part left without blocks loses its children. The caller removes the keys from `part_of`.
+
+        Args:
+            keys: quickest if they are the tail of the part, last block first.
+        """
         count = len(keys)
         if part.keys[-count:] == list(reversed(keys)):
             del part.keys[-count:]

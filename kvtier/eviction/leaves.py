@@ -1,4 +1,4 @@
-"""The parts that may be evicted next: those without a held continuation, by rank."""
+"""The leaves of the prefix trees, which are the only parts that may be evicted, in order of rank."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from kvtier.eviction.chains import Part
 from kvtier.eviction.reuse import ReuseTable
 
 Cell = tuple[float, int, int]
-"""A class and bin of age: (rank, minus the bin, class), so that cells sort as victims, older ones first."""
+"""One class and bin of age, as (rank, -bin, class). Cells sort in the order of eviction: lowest rank first, and of
+equal ranks the older bin first."""
 
 
 class Leaves:
-    """Leaves in cells of one class and bin of age, each in the order in which they came there."""
+    """One queue of leaves per cell, in the order in which the leaves entered it."""
 
     def __init__(self, table: ReuseTable) -> None:
         self._table = table
         self._parts: dict[tuple[int, int], OrderedDict[Part, None]] = {}
         self._cells: list[Cell] = []
-        """Those that hold a part, in order."""
+        """The cells that hold a leaf, sorted."""
 
     def enter(self, part: Part) -> None:
-        """Take in a part that is a leaf now, or still."""
+        """Add a leaf to the cell of its class and bin."""
         place = part.kind, part.bin
         parts = self._parts.get(place)
         if parts is None:
@@ -35,7 +36,11 @@ class Leaves:
         parts[part] = None
 
     def leave(self, part: Part) -> bool:
-        """Let a part go that will be none, or of another cell; return whether it was here."""
+        """Remove a part that is no leaf any more, or whose class or bin is about to change.
+
+        Returns:
+            Whether the part was here.
+        """
         place = part.kind, part.bin
         parts = self._parts.get(place)
         if parts is None or part not in parts:
@@ -47,7 +52,7 @@ class Leaves:
         return True
 
     def learn(self) -> None:
-        """Compute the ranks anew, and put the cells in their order."""
+        """Compute the ranks from the counts so far, and sort the cells by them."""
         self._table.learn()
         self._cells = sorted(map(self._cell, self._parts))
 
@@ -56,10 +61,13 @@ class Leaves:
         return self._table.ranks[kind][index], -index, kind
 
     def victims(self) -> Iterator[tuple[float, Part]]:
-        """Yield every part that holds blocks, with its rank, lowest first; a part after all that continue it."""
+        """Yield every part that holds blocks, with its rank.
+
+        Lower ranks come first, but every part comes after all of its children.
+        """
         bared: list[tuple[Cell, int, Part]] = []
         num_left: dict[Part, int] = {}
-        numbers = count()
+        numbers = count()  # a heap compares entries of equal cells by the next item, and parts have no order
         for cell in self._cells:
             for part in self._parts[cell[2], -cell[1]]:
                 while bared and bared[0][0] <= cell:
@@ -76,7 +84,7 @@ class Leaves:
     def _bare(
         self, part: Part, bared: list[tuple[Cell, int, Part]], num_left: dict[Part, int], numbers: Iterator[int]
     ) -> None:
-        """Once all that continues its parent would be gone, the parent comes next, in the order of ranks."""
+        """Count `part` as evicted. Its parent enters the heap `bared` with its last child, as it is a leaf then."""
         parent = part.parent
         if parent is None:
             return
@@ -90,7 +98,7 @@ class Leaves:
         self._cells.clear()
 
     def check_invariants(self, parts: set[Part]) -> None:
-        """Raise InvariantError unless the leaves of `parts` are here, in order."""
+        """Raise InvariantError unless exactly the leaves of `parts` are here and the cells are sorted."""
         here = {part: place for place, row in self._parts.items() for part in row}
         if here != {part: (part.kind, part.bin) for part in parts if part.is_leaf}:
             raise InvariantError("leaves: some are missing, or no leaves, or in a wrong place")

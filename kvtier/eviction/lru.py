@@ -1,6 +1,6 @@
-"""LRU: the key whose last use is oldest goes first.
+"""LRU: evicts the least recently used key first.
 
-Its weakness: one long scan of keys that never come back flushes everything.
+Its weakness: one long scan of keys that are never used again evicts everything else.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from kvtier.keys import OffloadKey
 class LRUPolicy(EvictionPolicy):
     """Least recently used, tail-first within one call.
 
-    The queue runs from the best victim to the most recent key. It is an `OrderedDict` and no plain dict,
-    which leaves holes at its front that every iteration walks over again.
+    The queue runs from the best victim to the most recent key. It is an `OrderedDict`: a plain dict keeps a hole for
+    each deleted key, and every iteration from its front would walk over all holes again.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -25,42 +25,40 @@ class LRUPolicy(EvictionPolicy):
         self._queue: OrderedDict[OffloadKey, None] = OrderedDict()
 
     def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
-        """Append `keys`, the head of the call as the most recent."""
+        """Append `keys`; the first of them becomes the most recent."""
         queue = self._queue
-        for key in reversed(keys):  # half the time of OrderedDict.update
+        for key in reversed(keys):  # takes half the time of OrderedDict.update
             queue[key] = None
 
     def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
-        """Make the held ones of `keys` the most recent, the head of the call last."""
+        """Move the held ones of `keys` to the recent end; the first of them becomes the most recent."""
         if not keys:
             return
         queue = self._queue
-        # A chain of C iterators: half the time of a loop. The deque of length 0 only drives it.
+        # `map` runs in C and takes half the time of a loop. The deque of length 0 only consumes it.
         try:
             deque(map(queue.move_to_end, reversed(keys)), maxlen=0)
-        except KeyError:  # some are not held; to ask for each first would take a third longer where all are
+        except KeyError:  # some keys are not held; a check of each beforehand takes a third longer if all are held
             deque(map(queue.move_to_end, filter(queue.__contains__, reversed(keys))), maxlen=0)
 
     def evict(self, keys: Sequence[OffloadKey]) -> None:
-        """Stop holding `keys`; nothing is remembered."""
+        """Stop holding `keys`; LRU has no ghosts."""
         queue = self._queue
         for key in keys:
             del queue[key]
 
     def remove(self, keys: Sequence[OffloadKey]) -> None:
-        """Stop holding `keys`."""
         self.evict(keys)
 
     def candidates(self, incoming: Sequence[OffloadKey] = ()) -> Iterator[OffloadKey]:
-        """Yield the held keys, least recently used first; `incoming` does not matter."""
+        """Yield the held keys, least recently used first; `incoming` changes nothing."""
         return iter(self._queue)
 
     def settle(self, keys: Sequence[OffloadKey]) -> None:
-        """Put `keys` in tail-first order at the recent end: the same as a touch, since LRU counts no uses."""
+        """Move `keys` to the recent end, tail first: the same as `touch`, since LRU counts no uses."""
         self.touch(keys)
 
     def clear(self) -> None:
-        """Forget everything."""
         self._queue.clear()
 
     def __len__(self) -> int:

@@ -1,8 +1,8 @@
-"""Prefix: blocks in chains, ranked by what chains of their history have given so far.
+"""Prefix: keeps blocks in prefix trees, and ranks them by the reuse that blocks of the same history have had so far.
 
-What it knows of a KV cache: a block is worth nothing without those before it; sessions that came back once come back
-more often than new ones; how soon they do, their last gap tells; and all of that depends on the workload, which is
-learned while it runs.
+It rests on four properties of a KV cache. A block is worth nothing without the blocks before it. A session that came
+back once comes back more often than a new one. Its last gap tells how soon. All of this depends on the workload, so
+the policy learns it while it runs.
 
 Sources: hit density, and ranking by what is expected within the best horizon: N. Beckmann, H. Chen and A. Cidon, "LHD:
 Improving Cache Hit Rate by Maximizing Hit Density", NSDI 2018. Reuse probability by class and age of KV blocks:
@@ -10,8 +10,8 @@ J. Wang et al., "KVCache Cache in the Wild", USENIX ATC 2025. Whether a conversa
 A. Li, K. Li and W. Lloyd, "Learned Prefix Caching for Efficient LLM Inference" (LPC), NeurIPS 2025, whose predictor
 reads what the user wrote; this policy sees keys only.
 
-Its weakness: it must learn. On a trace whose reuse follows no class it is LRU with some noise, and a cache so large
-that little is evicted has nothing to choose.
+Its weakness: it must learn. On a trace whose reuse does not depend on the class it is LRU with some noise. In a cache
+so large that little is evicted it has nothing to choose.
 """
 
 from __future__ import annotations
@@ -29,21 +29,24 @@ from kvtier.eviction.reuse import ReuseTable, class_of
 from kvtier.keys import OffloadKey
 
 GHOSTS_PER_KEY = 4
-"""Evicted keys that are remembered, for each key of the capacity: sessions come back later than they are evicted."""
+"""Evicted keys that are remembered, per key of capacity: many sessions come back after their blocks were evicted."""
 
 LEARN_AFTER = 2048
-"""Uses of blocks between two computations of the ranks; the first ones come earlier."""
+"""Uses of blocks between two computations of the ranks. The first computation comes after `_FIRST_LEARNING` uses; from
+there the distance doubles up to this."""
 
 _FIRST_LEARNING = 256
 _MAX_REQUESTS = 1024
-"""Requests at a time of which it is known what they used before."""
+"""Most requests whose state is kept, and no more than the capacity. A forgotten request that uses blocks again counts
+as a new one."""
 
 
 class PrefixPolicy(EvictionPolicy):
-    """Lowest expected hits for a block's room and second first, tail-first within a chain.
+    """Evicts the blocks with the fewest expected hits per block and second first, tail-first within a chain.
 
-    Ranks may rise with age: an agent's tool call returns after a while. Only leaves are victims, so that no block goes
-    before those that need it. What a request brings goes before what is held and ranks higher: its tail finds no room.
+    A rank may rise with age: an agent's tool call returns after a while. Only leaves are victims, so no block goes
+    before the blocks that depend on it. Incoming blocks compete with held ones: while every held block ranks higher
+    than the tail of a request, that tail is not stored.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -66,7 +69,7 @@ class PrefixPolicy(EvictionPolicy):
     # -- uses ---------------------------------------------------------------------------------------------
 
     def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
-        """Count a use of the held ones of `keys`, unless the same request has used them already."""
+        """Count a use of the held ones of `keys`, except of blocks whose last use was by the same request."""
         request, part_of = self._request(now), self._part_of
         held = [key for key in keys if key in part_of]
         if not held:
@@ -79,9 +82,13 @@ class PrefixPolicy(EvictionPolicy):
         self._end_use(request, used, len(held))
 
     def _take(self, part: Part, keys: list[OffloadKey], request: Request) -> list[Part]:
-        """Take `keys` of a part out of it, for a use of them; return the parts that have them then."""
+        """Count a use of `keys`, which are among the keys of `part`, and cut `part` so that they stand alone.
+
+        Returns:
+            The parts that hold exactly `keys` afterwards.
+        """
         first = part.keys.index(keys[0])
-        if part.keys[first : first + len(keys)] != keys:  # not the order of a chain
+        if part.keys[first : first + len(keys)] != keys:  # the caller gave keys out of prefix order
             return [taken for key in keys for taken in self._take(self._part_of[key], [key], request)]
         request.note_known(part.request, len(keys))
         self._table.note_used(part.kind, request.time - part.request.time, len(keys))
@@ -100,7 +107,7 @@ class PrefixPolicy(EvictionPolicy):
         return [part]
 
     def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
-        """Hold `keys`: with their former uses those that a ghost remembers, as new the others."""
+        """Hold `keys`. Keys with a ghost keep their former uses; the others are new."""
         request, ghosts = self._request(now), self._ghosts
         if not keys:
             return
@@ -119,7 +126,11 @@ class PrefixPolicy(EvictionPolicy):
         self._end_use(request, new, len(keys))
 
     def _uses_with(self, ghost: Part | None, request: Request, num_blocks: int) -> int:
-        """Return how often blocks were used, this request included, that come back from a ghost, or are new."""
+        """Count the return of evicted blocks, and return how often they were used, this request included.
+
+        Args:
+            ghost: the part that the blocks were evicted from; None if they are new.
+        """
         if ghost is None:
             return 1
         ghost.ghosts -= num_blocks
@@ -130,7 +141,7 @@ class PrefixPolicy(EvictionPolicy):
         return ghost.uses + 1
 
     def _request(self, now: float) -> Request:
-        """Return the request that came at that time, and let parts age up to it."""
+        """Return the request that came at `now`, which no two requests share; let parts age up to a new one."""
         request = self._requests.get(now)
         if request is None:
             request = self._requests[now] = Request(now)
@@ -143,7 +154,7 @@ class PrefixPolicy(EvictionPolicy):
         return request
 
     def _end_use(self, request: Request, parts: Sequence[Part], num_blocks: int) -> None:
-        """Let `parts` be of the present, and learn from time to time."""
+        """Enter used `parts` in the first bin of their class; learn if enough blocks were used since the last time."""
         for part in parts:
             part.kind, part.bin = class_of(part.uses, request.gap), 0
             self._table.note_reached(part.kind, 0, len(part.keys))
@@ -157,8 +168,9 @@ class PrefixPolicy(EvictionPolicy):
             self._leaves.learn()
 
     def settle(self, keys: Sequence[OffloadKey]) -> None:
-        """Join the parts of a request that is over; what found no room is remembered, too."""
+        """Join the parts of a request that is over. Its blocks that were not stored become ghosts."""
         named = [(part, list(same)) for part, same in groupby(keys, key=self._part_of.get)]
+        # Later requests may have used some of these blocks since, so the oldest of the last users is taken.
         users = [part.request for part, _ in named if part is not None]
         request = min(users, key=lambda request: request.time, default=self._current)
         request.length = len(keys)
@@ -177,7 +189,7 @@ class PrefixPolicy(EvictionPolicy):
         self._forget_ghosts()
 
     def _classify(self, part: Part) -> None:
-        """Put a part of the present in the class that its request has in the end."""
+        """Move a part to its final class: the request's gap may have become known after the part was entered."""
         kind = class_of(part.uses, part.request.gap)
         if kind != part.kind:
             if not part.bin:
@@ -189,7 +201,7 @@ class PrefixPolicy(EvictionPolicy):
                 self._leaves.enter(part)
 
     def _join(self, part: Part) -> Part:
-        """Join a part to its parent if they cannot be told apart; return what it is in then."""
+        """Join a part to its parent if both have the same history; return the part that holds its blocks then."""
         above = part.parent
         if (
             above is None
@@ -202,7 +214,7 @@ class PrefixPolicy(EvictionPolicy):
         ):
             return part
         self._leaves.leave(part)
-        if not part.bin:
+        if not part.bin:  # each part counts up to MAX_WEIGHT blocks, and two parts are one from now on
             for kept in (part, above):
                 self._table.take_back(kept.kind, len(kept.keys))
         above = self._chains.join(part)
@@ -213,7 +225,7 @@ class PrefixPolicy(EvictionPolicy):
         return above
 
     def _remember(self, keys: Sequence[OffloadKey], request: Request) -> None:
-        """Keep ghosts of blocks that a request brought in vain."""
+        """Keep ghosts of blocks that a request brought and that were not stored."""
         if keys:
             ghost = Part([], class_of(1, request.gap), 1, request)
             ghost.ghosts = len(keys)
@@ -229,11 +241,17 @@ class PrefixPolicy(EvictionPolicy):
     # -- victims ------------------------------------------------------------------------------------------
 
     def candidates(self, incoming: Sequence[OffloadKey] = ()) -> Iterator[OffloadKey]:
-        """Yield the held keys, lowest rank first; end where what is left ranks above the tail of `incoming`."""
+        """Yield the held keys, lowest rank first. If keys may be declined, end where all that is left ranks above the
+        tail of `incoming`.
+        """
         return chain.from_iterable(self._victims(self._ranks_of(incoming) if self.may_decline else [], len(incoming)))
 
     def _victims(self, ranks: Sequence[float], num_incoming: int) -> Iterator[Iterator[OffloadKey]]:
-        """Yield the blocks of part after part; `ranks` are those that come, tail first, if any may be declined."""
+        """Yield the blocks of one part after another.
+
+        Args:
+            ranks: of the incoming blocks, tail first; empty if none of them may be declined.
+        """
         current, num_given, num_declined = self._current, 0, 0
         num_wanted = num_incoming - (self.capacity - len(self))
         for rank, part in self._leaves.victims():
@@ -242,11 +260,11 @@ class PrefixPolicy(EvictionPolicy):
             if ranks and num_given >= num_wanted - num_declined:
                 return
             yield reversed(part.keys)
-            if part.request is not current:  # the caller spares what the same request has used
+            if part.request is not current:  # the caller never evicts blocks that the same request has used
                 num_given += len(part.keys)
 
     def _ranks_of(self, incoming: Sequence[OffloadKey]) -> list[float]:
-        """Return the ranks that `incoming` will have, tail first; none lower than one that needs it."""
+        """Return the ranks that `incoming` will have, tail first. No block ranks below one that depends on it."""
         if not incoming:
             return []
         request = Request(self._current.time)
@@ -266,11 +284,11 @@ class PrefixPolicy(EvictionPolicy):
         return ranks
 
     def evict(self, keys: Sequence[OffloadKey]) -> None:
-        """Stop holding `keys` and remember their parts, as long as there is room for ghosts."""
+        """Stop holding `keys`, and remember them and their parts as ghosts; the oldest ghosts beyond the limit go."""
         ghosts = self._ghosts
         for part, same in groupby(keys, key=self._part_of.pop):
             block = list(same)
-            for key in block:  # a third of the time of OrderedDict.update
+            for key in block:  # takes a third of the time of OrderedDict.update
                 ghosts[key] = part
             part.ghosts += len(block)
             self._drop(part, block)
@@ -291,7 +309,7 @@ class PrefixPolicy(EvictionPolicy):
             ghosts.pop(key).ghosts -= 1
 
     def remove(self, keys: Sequence[OffloadKey]) -> None:
-        """Forget `keys`, as held keys and as ghosts, and if nothing is left, what was learned, too."""
+        """Forget `keys`, held or ghosts. If no held key and no ghost is left, forget what was learned, too."""
         for key in keys:
             part, ghost = self._part_of.pop(key, None), self._ghosts.pop(key, None)
             if part is not None:
@@ -302,12 +320,12 @@ class PrefixPolicy(EvictionPolicy):
             self.clear()
 
     def uses_of(self, key: OffloadKey) -> int:
-        """Return how often a block is known to have been used; 0 if it is not held."""
+        """Return how many uses of a held block are known; 0 if it is not held."""
         part = self._part_of.get(key)
         return part.uses if part is not None else 0
 
     def clear(self) -> None:
-        """Forget everything, what was learned included."""
+        """Forget everything, including what was learned."""
         for state in (self._part_of, self._ghosts, self._requests, self._leaves, self._ages, self._table):
             state.clear()
         self._begin()
@@ -319,7 +337,7 @@ class PrefixPolicy(EvictionPolicy):
         return key in self._part_of
 
     def check_invariants(self) -> None:
-        """Raise InvariantError if parts and keys contradict each other, or something outgrows its bound."""
+        """Raise InvariantError if parts and keys contradict each other, or there are too many keys or ghosts."""
         if len(self) > self.capacity or len(self._ghosts) > GHOSTS_PER_KEY * self.capacity:
             raise InvariantError(f"prefix: {len(self)} keys, {len(self._ghosts)} ghosts, capacity {self.capacity}")
         if not self._ghosts.keys().isdisjoint(self._part_of):

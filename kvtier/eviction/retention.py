@@ -1,10 +1,11 @@
-"""Retention: blocks of which a caller said something, in front of, behind and beside the order of a policy.
+"""Retention: applies the hints of requests around an eviction policy.
 
-The policy keeps what nobody said anything of, and does not know of the rest. Victims are, in this order: blocks that
-are not needed any more, those of low priority, the policy's, those of high priority. Blocks to be kept for a time are
-no victims; they hold at most a share of the capacity. Within a priority the block whose last use is oldest goes first.
+Blocks without a hint belong to the policy. Blocks with a hint are held here, and the policy does not know of them.
+Eviction takes first the blocks whose session or time is over, then blocks of low priority, then the policy's, then
+blocks of high priority. Within a priority the least recently used block goes first. Blocks that a hint retains for a
+time are not evicted; they hold at most a share of the capacity.
 
-Its weakness: a policy that learns does not see the uses of these blocks.
+Its weakness: a policy that learns does not see the uses of blocks with a hint.
 """
 
 from __future__ import annotations
@@ -25,19 +26,21 @@ from kvtier.keys import OffloadKey
 
 DEFAULT_RETAIN_SHARE = 0.25
 MAX_ENDED = 1024
-"""Blocks whose time, or whose session, ends in one call; the next calls go on with the others. It must not stall."""
+"""Most blocks that one call releases because their time is over, and because their session is; the next calls release
+the others. A call that released all of them would hold up the engine's scheduler."""
 
 
 class Rank(IntEnum):
-    """Where a block stands: the first give way first. A use may raise a block, and never lowers it."""
+    """The order of eviction, lowest first. A use may raise a block's rank, and never lowers it."""
 
     OVER = 0
-    """Its session has ended, or the time for which it was kept."""
+    """The block's session has ended, or the time for which it was retained."""
     LOW = 1
     NORMAL = 2
-    """The policy's."""
+    """The policy holds these blocks."""
     HIGH = 3
     KEPT = 4
+    """Retained for a time; no victim."""
 
 
 _RANK_OF = {Priority.LOW: Rank.LOW, Priority.NORMAL: Rank.NORMAL, Priority.HIGH: Rank.HIGH}
@@ -45,12 +48,12 @@ _RANK_OF = {Priority.LOW: Rank.LOW, Priority.NORMAL: Rank.NORMAL, Priority.HIGH:
 
 @dataclass(slots=True)
 class _Held:
-    """A block that is not the policy's.
+    """A block that is held here and not by the policy.
 
     Attributes:
-        until: second of the clock from which on it is no more than `after`; None for no end.
-        came: time of the request that used it last, as policies know it.
-        after: what uses by requests that did not ask to keep it made of it.
+        came: time of the request that used it last, as told to policies (`now`).
+        until: second of the clock at which `rank` ends and `after` takes its place; None for no end.
+        after: the rank that the block has from uses without `retain`.
     """
 
     rank: Rank
@@ -65,29 +68,33 @@ class ServedPolicy(EvictionPolicy):
     @property
     @abstractmethod
     def num_kept(self) -> int:
-        """Blocks that are kept for a time."""
+        """Number of blocks that are retained for a time."""
 
     @abstractmethod
     def serve(self, hint: Hint, request: str, now: float) -> None:
-        """What follows is for this request.
+        """Say which request the following calls are for.
 
         Args:
-            request: its name, which stands for its session if the hint has none.
+            hint: of the request.
+            request: name of the request; if the hint names no session, the request is a session of its own.
             now: seconds of a clock that does not go back.
         """
 
 
 class RetentionPolicy(ServedPolicy):
-    """A policy, and the blocks that hints take out of its hands.
+    """An eviction policy around another one, which follows the hints of requests.
 
-    `serve` says whose calls follow. All methods but `serve` are those of a policy.
+    Call `serve` before the calls for a request.
 
     Attributes:
-        inner: the policy of the blocks of rank NORMAL.
+        inner: the policy that holds the blocks of rank NORMAL.
     """
 
     def __init__(self, inner: EvictionPolicy, share: float = DEFAULT_RETAIN_SHARE) -> None:
-        """Args: inner: may hold keys; share: of the capacity that kept blocks may hold, 0 to 1."""
+        """Args:
+        inner: may hold keys already.
+        share: the most of the capacity that retained blocks may hold, 0 to 1.
+        """
         super().__init__(inner.capacity)
         self.inner = inner
         self._most_kept = int(inner.capacity * share)
@@ -96,7 +103,7 @@ class RetentionPolicy(ServedPolicy):
         }
         self._held: dict[OffloadKey, _Held] = {}
         self._ending: dict[int, dict[OffloadKey, None]] = {}
-        """Keys by the second in which their time ends: a later use moves them, so that nothing piles up."""
+        """Keys by the second in which their time ends. A later use moves a key, so no outdated entries pile up."""
         self._seconds: list[int] = []
         """A heap of the keys of `_ending`."""
         self._sessions = SessionBlocks()
@@ -116,13 +123,16 @@ class RetentionPolicy(ServedPolicy):
     # -- uses ---------------------------------------------------------------------------------------------
 
     def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
-        """Hold `keys` as the request's hint wants it."""
+        """Hold `keys` with the rank that the request's hint gives them."""
         if self._hint.session is not None or self._hint.ended:
             self._sessions.bring(keys, self._owner)
         self._place([(key, None) for key in keys], now)
 
     def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
-        """Count one use: of the policy's blocks there, of others by putting them last in their order."""
+        """Count one use of the held ones of `keys`. The hint may raise their rank.
+
+        The policy counts the uses of its own blocks; a block held here moves to the recent end of its rank.
+        """
         if self._sessions:
             self._sessions.share(keys, self._owner)
         if not keys or (not self._held and self._asks_for(Rank.OVER) <= Rank.NORMAL and self._hint.retain is None):
@@ -135,7 +145,11 @@ class RetentionPolicy(ServedPolicy):
         return max(rank, _RANK_OF[self._hint.priority])
 
     def _place(self, keys: Sequence[tuple[OffloadKey, Rank | None]], now: float) -> None:
-        """Count a use of keys, given with their rank (None if they are new), and put them where they belong now."""
+        """Count a use of `keys` and move them to the rank that follows from the hint.
+
+        Args:
+            keys: each with its rank so far; None for a new key.
+        """
         hint, room = self._hint, self._most_kept - self.num_kept
         until = None if hint.retain is None else int(self._now + hint.retain) + 1
         inserted: list[OffloadKey] = []
@@ -187,7 +201,11 @@ class RetentionPolicy(ServedPolicy):
             self._ending[until][key] = None
 
     def end_times(self, now: float) -> None:
-        """Let go of blocks whose time is over: most are not needed any more, others were used by others, too."""
+        """Release blocks whose time is over, at most `MAX_ENDED`.
+
+        A block gets the rank `after`: OVER, if no request without `retain` has used it. If it is NORMAL, the block
+        goes back to the policy.
+        """
         if not self._seconds or self._seconds[0] > now:
             return
         normal: dict[float, list[OffloadKey]] = {}
@@ -210,10 +228,10 @@ class RetentionPolicy(ServedPolicy):
                 del self._ending[heappop(self._seconds)]
         for came, keys in normal.items():
             self._drop(keys)
-            self.inner.insert(keys[::-1], came)  # they were put down tail first
+            self.inner.insert(keys[::-1], came)  # `_ending` has them tail first; a policy wants prefix order
 
     def _free(self, keys: Sequence[OffloadKey]) -> None:
-        """Nobody needs these blocks any more."""
+        """Give `keys` the rank OVER: their session has ended."""
         theirs = [key for key in keys if key not in self._held]
         if theirs:
             self.inner.remove(theirs)
@@ -227,7 +245,9 @@ class RetentionPolicy(ServedPolicy):
     # -- victims ------------------------------------------------------------------------------------------
 
     def candidates(self, incoming: Sequence[OffloadKey] = ()) -> Iterator[OffloadKey]:
-        """Yield victims rank by rank; the kept ones only where nothing comes in, that is, where all are asked for."""
+        """Yield victims, lowest rank first. Retained blocks are no victims: they come last, and only without
+        `incoming`, where the caller asks for all keys.
+        """
         orders = self._orders
         if not self._held:
             return self.inner.candidates(incoming)
@@ -235,7 +255,8 @@ class RetentionPolicy(ServedPolicy):
 
     def _others(self, incoming: Sequence[OffloadKey]) -> Iterator[OffloadKey]:
         num_left = len(self.inner)
-        # A policy may value its blocks above those that come; it cannot know that those are of high priority.
+        # A policy may decline incoming blocks in favour of its own. It does not know hints, so it is not told of
+        # incoming blocks of high priority.
         for key in self.inner.candidates(incoming if self._hint.priority is not Priority.HIGH else ()):
             num_left -= 1
             yield key
@@ -245,7 +266,10 @@ class RetentionPolicy(ServedPolicy):
                 yield from self._orders[Rank.KEPT]
 
     def settle(self, keys: Sequence[OffloadKey]) -> None:
-        """Put `keys` in order, each within its rank; their time, if they have one, begins anew. A session may end."""
+        """Order `keys` by recency, each within its rank.
+
+        If the hint retains, the time of retained ones starts again. If the hint says so, the session ends here.
+        """
         if not self._held:
             self.inner.settle(keys)
         else:
@@ -262,7 +286,7 @@ class RetentionPolicy(ServedPolicy):
             self._free(self._sessions.take(MAX_ENDED))
 
     def evict(self, keys: Sequence[OffloadKey]) -> None:
-        """Stop holding `keys`; the policy may remember its own."""
+        """Stop holding `keys`; the policy may remember those that it held."""
         self.inner.evict(self._theirs(keys))
 
     def remove(self, keys: Sequence[OffloadKey]) -> None:
@@ -270,7 +294,7 @@ class RetentionPolicy(ServedPolicy):
         self.inner.remove(self._theirs(keys))
 
     def _theirs(self, keys: Sequence[OffloadKey]) -> Sequence[OffloadKey]:
-        """Drop those of `keys` that are not the policy's, and return the others."""
+        """Drop those of `keys` that are held here, and return the others, which the policy holds."""
         if self._sessions:
             self._sessions.forget(keys)
         if not self._held or self._held.keys().isdisjoint(keys):
@@ -302,7 +326,7 @@ class RetentionPolicy(ServedPolicy):
         return key in self._held or key in self.inner
 
     def check_invariants(self) -> None:
-        """Raise InvariantError if a block stands in two places, or more are kept than may be."""
+        """Raise InvariantError if a block has two ranks, or more blocks are retained than the share allows."""
         self.inner.check_invariants()
         wrong: list[str] = []
         if sum(map(len, self._orders.values())) != len(self._held):

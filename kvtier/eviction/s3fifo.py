@@ -1,10 +1,10 @@
-"""S3-FIFO: a small queue filters what is used once, a main queue keeps the rest, ghosts correct the filter.
+"""S3-FIFO: a small queue filters out keys that are used once, a main queue keeps the others, ghosts correct the filter.
 
 J. Yang, Y. Zhang, Z. Qiu, Y. Yue and K. V. Rashmi, "FIFO Queues Are All You Need for Cache Eviction", SOSP 2023,
-algorithm 1; a key leaves the small queue for the main one if it was used again at all, as in the authors' own code.
+algorithm 1. As in the authors' own code, one more use is enough for a key to move from the small queue to the main one.
 
-Its weakness: the small queue is a tenth of the cache, and a session that comes back later than that queue turns
-over pays for its prefix once more. A large cache therefore loses to LRU on conversations.
+Its weakness: the small queue is a tenth of the cache. If it turns over before a session comes back, the session's
+prefix is evicted and has to be computed again. A large cache therefore loses to LRU on conversations.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from kvtier.errors import InvariantError
 from kvtier.keys import OffloadKey
 
 MAX_USES = 3
-"""Uses beyond the first are counted up to this: two bits in the paper."""
+"""Uses after the first are counted up to this: two bits in the paper."""
 
 SMALL_SHARE = 10
-"""The small queue is to hold one key in this many."""
+"""The target size of the small queue is the capacity divided by this."""
 
 
 class S3FIFOPolicy(EvictionPolicy):
     """Three FIFO queues, tail-first within one call.
 
-    Held keys are in the small or the main queue, each from its oldest to its newest entry, with the number of
-    later uses. Moving between queues, which the paper does while it looks for a victim, happens when a victim is
-    evicted: `candidates` walks a copy of what it passes, and `evict` repeats the walk as far as the last victim.
+    Held keys are in the small or the main queue, with the number of later uses. Each queue runs from its oldest to
+    its newest entry. The paper moves keys between queues while it looks for a victim. Here `candidates` must change
+    nothing: it only simulates the moves, and `evict` repeats the walk up to the last victim and makes them.
 
-    With one key a call (`candidates([x])`, `evict`, `insert([x])`) every decision is the paper's. In a batch the
-    keys arrive from its tail, after all victims have left.
+    With one key per call (`candidates([x])`, `evict`, `insert([x])`) every decision is the paper's. The keys of a
+    batch enter from its tail, after all victims have left.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -44,7 +44,7 @@ class S3FIFOPolicy(EvictionPolicy):
         self._most_ghosts = max(1, capacity - self._most_small)
 
     def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
-        """Append `keys` to the main queue if a ghost remembers them, to the small one if not."""
+        """Append keys with a ghost to the main queue, and the others to the small queue."""
         small, main, ghosts = self._small, self._main, self._ghosts
         if ghosts.keys().isdisjoint(keys):
             for key in reversed(keys):
@@ -58,7 +58,7 @@ class S3FIFOPolicy(EvictionPolicy):
                 small[key] = 0
 
     def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
-        """Count one more use of the held ones of `keys`; nothing moves."""
+        """Count one more use of the held ones of `keys`; no key moves."""
         for queue in (self._small, self._main):
             if not queue.keys().isdisjoint(keys):
                 for key in keys:
@@ -66,9 +66,9 @@ class S3FIFOPolicy(EvictionPolicy):
                         queue[key] += 1
 
     def candidates(self, incoming: Sequence[OffloadKey] = ()) -> Iterator[OffloadKey]:
-        """Yield every held key in the order in which the queues give them up while `incoming` arrives.
+        """Yield every held key in the order in which the queues evict while `incoming` is inserted.
 
-        The n-th victim is chosen with the n - 1 last of `incoming` in the queues already.
+        The n-th victim is chosen as if the last n - 1 keys of `incoming` were in the queues already.
         """
         ghosts, most_small = self._ghosts, self._most_small
         joins_small = iter([key not in ghosts for key in reversed(incoming)])
@@ -95,13 +95,13 @@ class S3FIFOPolicy(EvictionPolicy):
             arrived += next(joins_small, False)
 
     def evict(self, keys: Sequence[OffloadKey]) -> None:
-        """Stop holding `keys`, remember those of the small queue, and move what was passed on the way to them."""
+        """Stop holding `keys`, remember those from the small queue as ghosts, and move the used keys before them."""
         victims = set(keys)
         self._evict_from_small(victims)
         self._evict_from_main(victims)
 
     def _evict_from_small(self, victims: set[OffloadKey]) -> None:
-        """Walk the small queue as far as its last victim, or through if the main queue had to give a key instead."""
+        """Walk the small queue up to its last victim, or to its end if the main queue had to give a key instead."""
         small, main, ghosts = self._small, self._main, self._ghosts
         left = len(small.keys() & victims)
         all_pass = left < len(victims) and len(small) >= self._most_small and 0 not in small.values()
@@ -136,13 +136,13 @@ class S3FIFOPolicy(EvictionPolicy):
         _put_back(main, skipped)
 
     def remove(self, keys: Sequence[OffloadKey]) -> None:
-        """Forget `keys`, as held keys and as ghosts."""
+        """Forget `keys`, held or ghosts."""
         for key in keys:
             for queue in (self._small, self._main, self._ghosts):
                 queue.pop(key, None)
 
     def settle(self, keys: Sequence[OffloadKey]) -> None:
-        """Put the held ones of `keys` in tail-first order at the new end of the queue each is in."""
+        """Move the held ones of `keys` to the new end of their own queue, tail first."""
         for key in reversed(keys):
             if key in self._small:
                 self._small.move_to_end(key)
@@ -150,7 +150,7 @@ class S3FIFOPolicy(EvictionPolicy):
                 self._main.move_to_end(key)
 
     def clear(self) -> None:
-        """Forget everything, ghosts included."""
+        """Forget everything, including ghosts."""
         for queue in (self._small, self._main, self._ghosts):
             queue.clear()
 
@@ -161,7 +161,7 @@ class S3FIFOPolicy(EvictionPolicy):
         return key in self._small or key in self._main
 
     def check_invariants(self) -> None:
-        """Raise InvariantError if queues overlap or outgrow their bounds, or a count leaves its range."""
+        """Raise InvariantError if queues overlap or are too long, or a use count is out of range."""
         small, main, ghosts = self._small, self._main, self._ghosts
         if len({*small, *main, *ghosts}) != len(small) + len(main) + len(ghosts):
             raise InvariantError("S3-FIFO: a key is in two queues")
@@ -172,7 +172,9 @@ class S3FIFOPolicy(EvictionPolicy):
 
 
 def _put_back(queue: OrderedDict[OffloadKey, int], unused_keys: Sequence[OffloadKey]) -> None:
-    """Put keys that a walk passed, and that are still in use elsewhere, back to the old end, in their order."""
+    """Put keys that a walk skipped back at the old end, in their order. Such keys are no victims only because the
+    caller may not evict them, for example while they are read.
+    """
     for key in reversed(unused_keys):
         queue[key] = 0
         queue.move_to_end(key, last=False)

@@ -1,4 +1,4 @@
-"""Which blocks belong to one session alone: those that it brought and that nobody else has used since."""
+"""Which blocks belong to exactly one session: it stored them, and no other session has used them since."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from kvtier.keys import OffloadKey
 
 @dataclass(slots=True, eq=False)
 class _Session:
-    """A session's blocks, in the order in which it brought them; `name` is None once it has ended."""
+    """The blocks of a session, in the order in which it stored them; `name` is None once the session has ended."""
 
     name: str | None
     keys: dict[OffloadKey, None] = field(default_factory=dict)
 
 
 class SessionBlocks:
-    """The blocks of sessions that say what they are, until they are shared or their session has ended."""
+    """The blocks of sessions. A block leaves when another session uses it, when it is evicted or removed, or when its
+    session has ended.
+    """
 
     def __init__(self) -> None:
         self._owner_of: dict[OffloadKey, _Session] = {}
         self._by_name: dict[str, _Session] = {}
         self._ended: deque[_Session] = deque()
-        """Sessions that have ended, whose blocks `take` has not returned."""
+        """Sessions that have ended and whose blocks `take` has not returned yet."""
 
     def __bool__(self) -> bool:
         return bool(self._owner_of)
@@ -38,7 +40,7 @@ class SessionBlocks:
         return bool(self._ended)
 
     def bring(self, keys: Sequence[OffloadKey], name: str) -> None:
-        """A session brings new blocks."""
+        """Record that the session `name` stores `keys`, which are new."""
         session = self._by_name.get(name)
         if session is None:
             session = self._by_name[name] = _Session(name)
@@ -46,12 +48,12 @@ class SessionBlocks:
         self._owner_of.update(dict.fromkeys(keys, session))
 
     def share(self, keys: Iterable[OffloadKey], user: str) -> None:
-        """Blocks of others than `user` among `keys` belong to no session alone any more."""
+        """Record that the session `user` uses `keys`: those that belong to another session are shared from now on."""
         owners = [(key, self._owner_of.get(key)) for key in keys]
         self.forget([key for key, owner in owners if owner is not None and owner.name != user])
 
     def forget(self, keys: Iterable[OffloadKey]) -> None:
-        """These blocks are gone, or shared."""
+        """Drop `keys`: they are evicted, removed or shared."""
         for key in keys:
             owner = self._owner_of.pop(key, None)
             if owner is not None:
@@ -60,14 +62,14 @@ class SessionBlocks:
                     del self._by_name[owner.name]
 
     def end(self, name: str) -> None:
-        """A session ends; one that comes again under its name owns nothing of what it leaves."""
+        """End the session `name`. A later session of the same name does not own these blocks."""
         session = self._by_name.pop(name, None)
         if session is not None:
             session.name = None
             self._ended.append(session)
 
     def take(self, most: int) -> list[OffloadKey]:
-        """Return the next blocks, at most so many, of sessions that have ended, last ones first."""
+        """Return up to `most` blocks of ended sessions and drop them; each session's last block first."""
         taken: list[OffloadKey] = []
         while self._ended and len(taken) < most:
             keys = self._ended[0].keys
@@ -80,7 +82,6 @@ class SessionBlocks:
         return taken
 
     def clear(self) -> None:
-        """Forget everything."""
         self._owner_of.clear()
         self._by_name.clear()
         self._ended.clear()

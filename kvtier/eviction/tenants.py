@@ -1,10 +1,9 @@
-"""Quotas: no tenant holds more than its share of a tier while others want theirs.
+"""Quotas: no tenant holds more than its share of a tier while other tenants want theirs.
 
-Each tenant has a policy of its own. Shares are equal; a tenant without a request for some minutes has none. What the
-others hold, and what a tenant holds beyond its share, gives way first. A block is on the account of the tenant that
-brought it, whoever uses it.
+Each tenant has a policy of its own. Shares are equal; a tenant without a request for some minutes has no share. Blocks
+beyond a tenant's share are evicted first. A block is charged to the tenant that stored it, whoever uses it.
 
-Its weakness: a policy that learns starts anew with every tenant.
+Its weakness: a policy that learns starts again for every tenant.
 """
 
 from __future__ import annotations
@@ -18,19 +17,19 @@ from kvtier.hints import NO_HINT, Hint
 from kvtier.keys import OffloadKey
 
 IDLE_SECONDS = 600.0
-"""A tenant without a request for so long does not want its share."""
+"""A tenant without a request for this long has no share."""
 MAX_TENANTS = 256
-"""Further names, which any client may make up, share the account of requests without a tenant."""
+"""Most accounts. Clients may invent names, so further names share the account of requests without a tenant."""
 _NOBODY = ""
 
 
 class TenantPolicy(ServedPolicy):
-    """The policies of all tenants, as one."""
+    """The policies of all tenants as one policy; call `serve` before the calls for a request."""
 
     def __init__(self, first: RetentionPolicy, make: Callable[[], RetentionPolicy]) -> None:
         """Args:
-        first: of requests without a tenant; may hold keys.
-        make: makes an empty policy of the same capacity.
+        first: the policy for requests without a tenant; may hold keys already.
+        make: returns an empty policy of the same capacity.
         """
         super().__init__(first.capacity)
         self._make = make
@@ -44,11 +43,10 @@ class TenantPolicy(ServedPolicy):
         return sum(policy.num_kept for policy in self._policies.values())
 
     def num_held(self, tenant: str) -> int:
-        """Return how many blocks are on a tenant's account."""
+        """Return how many blocks are charged to a tenant."""
         return len(self._policies.get(tenant, ()))
 
     def serve(self, hint: Hint, request: str, now: float) -> None:
-        """What follows is for this request; see `RetentionPolicy.serve`."""
         for policy in self._policies.values():
             policy.end_times(now)
         self._tenant = self._account(hint.tenant or _NOBODY)
@@ -71,26 +69,32 @@ class TenantPolicy(ServedPolicy):
     # -- uses ---------------------------------------------------------------------------------------------
 
     def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
-        """Hold `keys` on the account of the request's tenant."""
+        """Hold `keys` and charge them to the request's tenant."""
         self._owner_of.update(dict.fromkeys(keys, self._tenant))
         self._policies[self._tenant].insert(keys, now)
 
     def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
-        """Count one more use of each of `keys`. The request's hint speaks of its own tenant's blocks only."""
+        """Count one more use of each of `keys`. The request's hint applies to its own tenant's blocks only."""
         if not keys:
             self._policies[self._tenant].touch(keys, now)
         for policy, theirs in self._by_account(keys):
             policy.touch(theirs, now)
 
     def settle(self, keys: Sequence[OffloadKey]) -> None:
-        """Put `keys` in order, each on its account."""
+        """Order `keys` by recency, each in the policy of its tenant."""
         for policy, theirs in self._by_account(keys, always=True):
             policy.settle(theirs)
 
     def _by_account(
         self, keys: Sequence[OffloadKey], always: bool = False
     ) -> Iterator[tuple[RetentionPolicy, list[OffloadKey]]]:
-        """Yield policies with their keys; with `always`, the request's own even without a key."""
+        """Yield the policies that hold some of `keys`, each with those keys.
+
+        Other tenants' policies are told that the request has no hint.
+
+        Args:
+            always: yield the policy of the request's tenant even if it holds none of `keys`.
+        """
         theirs: dict[str, list[OffloadKey]] = {self._tenant: []} if always else {}
         for key in keys:
             owner = self._owner_of.get(key)
@@ -105,7 +109,10 @@ class TenantPolicy(ServedPolicy):
     # -- victims ------------------------------------------------------------------------------------------
 
     def candidates(self, incoming: Sequence[OffloadKey] = ()) -> Iterator[OffloadKey]:
-        """Yield what tenants hold beyond their shares, most beyond it first, then the request's own tenant's blocks."""
+        """Yield what other tenants hold beyond their shares, largest excess first, then the own tenant's blocks.
+
+        Without `incoming`, yield all held keys, tenant by tenant.
+        """
         if not incoming:
             for policy in self._policies.values():
                 yield from policy.candidates()
@@ -116,7 +123,10 @@ class TenantPolicy(ServedPolicy):
         yield from self._policies[self._tenant].candidates(incoming)
 
     def _excesses(self, num_incoming: int) -> list[tuple[str, int]]:
-        """Return the tenants that hold more than their share, and how much more, the greatest first."""
+        """Return the tenants that hold more than their share, each with its excess in blocks, largest first.
+
+        The request's tenant is taken to hold the incoming blocks already.
+        """
         since = self._now - IDLE_SECONDS
         active = {tenant for tenant, last in self._last_request.items() if last > since}
         share = self.capacity // max(1, len(active))
@@ -140,7 +150,6 @@ class TenantPolicy(ServedPolicy):
             del self._owner_of[key]
 
     def clear(self) -> None:
-        """Forget everything."""
         self._owner_of.clear()
         for policy in self._policies.values():
             policy.clear()

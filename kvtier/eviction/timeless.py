@@ -1,4 +1,4 @@
-"""Lets a policy whose methods take no time stand where one that takes it is called."""
+"""Adapts policies whose `insert` and `touch` do not take the time of the request (`now`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kvtier.keys import OffloadKey
 
 
 class TimelessPolicy(EvictionPolicy):
-    """Passes every call on, without the time."""
+    """Passes every call to `policy`, without `now`."""
 
     def __init__(self, policy: EvictionPolicy) -> None:
         super().__init__(policy.capacity)
@@ -55,7 +55,7 @@ def empty_like(policy: EvictionPolicy) -> EvictionPolicy:
 
 
 def with_time(policy: EvictionPolicy) -> EvictionPolicy:
-    """Return `policy`, or an adapter to it if its `insert` or `touch` takes keys only."""
+    """Return `policy`, or an adapter around it if its `insert` or `touch` takes only keys."""
     try:
         for method in (policy.insert, policy.touch):
             inspect.signature(method).bind((), 0.0)

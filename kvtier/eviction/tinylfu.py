@@ -2,11 +2,11 @@
 
 G. Einziger, R. Friedman and B. Manes, "TinyLFU: A Highly Efficient Cache Admission Policy", ACM Transactions on
 Storage 13(4), 2017: a window of 1%, a main part of segmented LRU of which 80% is protected, and counts that are
-halved after ten uses for each key of the capacity. Counts are exact here, one for each key held or lately evicted,
-where the paper has a sketch: equal histories must give equal orders, and a batch must be able to look ahead.
+halved after ten uses per key of capacity. The paper counts in a sketch. Here counts are exact, one per key that is
+held or was evicted lately: equal histories must give equal orders, and a batch must be able to look ahead.
 
-Its weakness: a new session loses against whatever was used twice. While sessions grow turn by turn, and
-heads of ended ones that were used often fill a large cache, it stays far below LRU.
+Its weakness: a new session loses against every key that was used twice. Often used heads of ended sessions fill a
+large cache, while live sessions grow turn by turn and find no room. It stays far below LRU there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kvtier.errors import InvariantError
 from kvtier.keys import OffloadKey
 
 WINDOW_SHARE = 100
-"""The window is to hold one key in this many."""
+"""The target size of the window is the capacity divided by this."""
 
 PROTECTED_PERCENT = 80
 """Share of the main part that is protected."""
@@ -29,23 +29,24 @@ MAX_USES = 15
 """Counts stop here: four bits in the paper."""
 
 USES_PER_AGE = 10
-"""Counts are halved after this many uses for each key of the capacity."""
+"""Counts are halved after this many uses per key of capacity."""
 
 COUNT_BITS = 4
 
 GHOSTS_PER_KEY = 2
-"""Counts are kept of this many evicted keys for each key of the capacity."""
+"""Evicted keys whose counts are kept, per key of capacity."""
 
 
 class TinyLFUPolicy(EvictionPolicy):
     """A window before a segmented LRU, tail-first within one call.
 
-    Keys arrive in the window. What the window is too small for goes on to probation, and what is used there is
-    protected. A full cache gives the rarer of the two up: the oldest of probation, or the newcomer from the window.
+    New keys enter the window. Keys that the window has no room for move to probation, and from there to the protected
+    part when they are used. A full cache compares the oldest key of the window with the oldest key of probation, and
+    evicts the one with fewer uses; if both have as many, the key of the window.
 
-    With one key a call (`candidates([x])`, `evict`, `insert([x])`) every decision is the paper's. A batch is larger
-    than the window, and none of its keys is a victim of its own batch: those that have not met a rival yet stay in the
-    window, which is over its share until the next batch comes.
+    With one key per call (`candidates([x])`, `evict`, `insert([x])`) every decision is the paper's. A batch may be
+    larger than the window, and no key is a victim of its own batch. Keys that have not been compared yet stay in the
+    window, which is over its target size until the next batch.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -57,12 +58,13 @@ class TinyLFUPolicy(EvictionPolicy):
         self._ghosts: OrderedDict[OffloadKey, None] = OrderedDict()
         self._most_window = max(1, capacity // WINDOW_SHARE)
         self._most_protected = (capacity - self._most_window) * PROTECTED_PERCENT // 100
-        # A key's count, and in the bits above COUNT_BITS the epoch it was counted in: halving all is one addition.
+        # An entry of _uses has the count in its low COUNT_BITS bits and the epoch of that count above them. A new epoch
+        # halves all counts: a count is shifted right once per epoch since, when it is read.
         self._epoch = 0
         self._uses_in_epoch = 0
 
     def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
-        """Append `keys` to the window; what it is too small for goes on to vacant places of the main part."""
+        """Append `keys` to the window. Its oldest keys beyond its size move to vacant places of the main part."""
         window, probation, ghosts = self._window, self._probation, self._ghosts
         if not ghosts.keys().isdisjoint(keys):
             for key in keys:
@@ -76,7 +78,9 @@ class TinyLFUPolicy(EvictionPolicy):
             probation[key] = None
 
     def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
-        """Count a use of the held ones of `keys`, and make them the most recent of the window or the protected."""
+        """Count a use of the held ones of `keys`. Keys in the window become its most recent ones; the others become
+        the most recent protected ones.
+        """
         window, probation, protected = self._window, self._probation, self._protected
         held = [key for key in keys if key in probation or key in protected or key in window]
         for key in reversed(held):
@@ -109,7 +113,12 @@ class TinyLFUPolicy(EvictionPolicy):
         return (value & MAX_USES) >> (self._epoch - (value >> COUNT_BITS) if value else 0)
 
     def candidates(self, incoming: Sequence[OffloadKey] = ()) -> Iterator[OffloadKey]:
-        """Yield every held key; while `incoming` arrives, the rarer of the oldest in window and probation."""
+        """Yield every held key.
+
+        Each key of `incoming` takes one victim. While the window is over its size, it is the oldest key of the window
+        or of the main part, whichever has fewer uses; else it is the oldest of the main part. Afterwards come the
+        rest of the main part and the rest of the window.
+        """
         window, left_window = iter(self._window), len(self._window)
         probation, protected, promoted = iter(self._probation), iter(self._protected), deque[OffloadKey]()
 
@@ -135,7 +144,7 @@ class TinyLFUPolicy(EvictionPolicy):
         yield from window
 
     def evict(self, keys: Sequence[OffloadKey]) -> None:
-        """Stop holding `keys`; their counts stay until as many again were evicted as the ghosts allow."""
+        """Stop holding `keys` and keep their counts; the counts of the oldest ghosts beyond the limit go."""
         ghosts, uses = self._ghosts, self._uses
         for key in keys:
             self._drop(key)
@@ -158,7 +167,7 @@ class TinyLFUPolicy(EvictionPolicy):
             self._uses.pop(key, None)
 
     def settle(self, keys: Sequence[OffloadKey]) -> None:
-        """Make the held ones of `keys` the most recent, tail-first; the heads get the places in the window."""
+        """Make the held ones of `keys` the most recent, tail first. The first of them get the places in the window."""
         window, probation, protected = self._window, self._probation, self._protected
         loose: list[OffloadKey] = []
         num_window = 0
@@ -174,7 +183,7 @@ class TinyLFUPolicy(EvictionPolicy):
         window.update(dict.fromkeys(loose[border:]))
 
     def clear(self) -> None:
-        """Forget everything, counts included."""
+        """Forget everything, including counts."""
         for queue in (self._window, self._probation, self._protected, self._ghosts):
             queue.clear()
         self._uses.clear()
@@ -187,7 +196,7 @@ class TinyLFUPolicy(EvictionPolicy):
         return key in self._probation or key in self._protected or key in self._window
 
     def check_invariants(self) -> None:
-        """Raise InvariantError if queues overlap or outgrow their bounds, or counts and keys differ."""
+        """Raise InvariantError if queues overlap or are too long, or a key has no count or a count no key."""
         queues = (self._window, self._probation, self._protected, self._ghosts)
         if len(set().union(*queues)) != sum(map(len, queues)) or set().union(*queues) != self._uses.keys():
             raise InvariantError("TinyLFU: a key is in two queues, or has no count")

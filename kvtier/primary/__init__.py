@@ -1,1 +1,1 @@
-"""The primary tier: host memory, the only one the device reaches."""
+"""The primary tier: host memory, the only tier that the device copies to and from."""

@@ -1,4 +1,4 @@
-"""The primary arena: one shared, page-aligned mapping of equal blocks, and a control page behind them."""
+"""The primary arena: one shared, page-aligned mapping of blocks of equal size, followed by a control page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_
 _libc.mmap.restype = ctypes.c_void_p
 
 Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in total)."""
+"""Called with (bytes allocated so far, bytes in total)."""
 
 CONTROL_BYTES = mmap.PAGESIZE
 MAX_RANKS = 256
@@ -33,7 +33,8 @@ _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
 _MADV_HUGEPAGE = 14
 _MADV_POPULATE_WRITE = 23
-"""Linux 5.14: map and touch pages at once, reporting an error where an access would raise SIGBUS (madvise(2))."""
+"""Since Linux 5.14: maps and touches pages at once. It returns an error where an access would raise SIGBUS
+(madvise(2))."""
 
 
 def align_block_bytes(num_bytes: int) -> int:
@@ -42,7 +43,7 @@ def align_block_bytes(num_bytes: int) -> int:
 
 
 class Rows:
-    """The rows of a 2-D view, flat: `rows[slot]` is a 1-D memoryview of format "B" over `block_bytes` bytes."""
+    """The rows of a 2-D view of bytes: `rows[slot]` is a 1-D memoryview of format "B" over `block_bytes` bytes."""
 
     def __init__(self, view: memoryview) -> None:
         shape = view.shape or ()
@@ -62,19 +63,20 @@ class Rows:
 
 
 def arena_rows(view: memoryview) -> Rows:
-    """Return the flat rows of a (num_blocks, block_bytes) view, which `view[slot]` cannot give: CPython does not
-    index 2-D memoryviews.
+    """Return the rows of a (num_blocks, block_bytes) view. `view[slot]` does not work: CPython cannot take a row of a
+    2-D memoryview.
 
     Raises:
-        ConfigError: the view has another shape, is not C-contiguous, or its items are no bytes.
+        ConfigError: the view is not 2-D, is not C-contiguous, or its items are not of one byte.
     """
     return Rows(view)
 
 
 class ControlPage:
-    """What workers tell the scheduler without a message: per rank, which device copies have ended, and how many failed.
+    """Shared memory in which workers report, per rank, which device copies have ended and how many have failed.
 
-    Two 64-bit words a rank, each written by its rank alone, in one aligned store.
+    Each rank has two 64-bit words, and only that rank writes them. A write is one aligned store, so the scheduler can
+    read without a lock: it sees the old or the new value.
     """
 
     def __init__(self, page: memoryview) -> None:
@@ -83,7 +85,7 @@ class ControlPage:
         self._failures = np.frombuffer(page, dtype=np.uint64, count=MAX_RANKS, offset=self._sequences.nbytes)
 
     def publish(self, rank: int, sequence: int) -> None:
-        """Say that `rank`'s transfers up to and with `sequence` have ended.
+        """Report that all transfers of `rank` up to and including `sequence` have ended.
 
         Raises:
             ValueError: the rank is not in 0 to `MAX_RANKS` - 1.
@@ -93,7 +95,7 @@ class ControlPage:
         self._sequences[rank] = sequence
 
     def finished(self, world_size: int) -> int:
-        """Return the highest sequence such that every one of `world_size` ranks has ended it and all before it.
+        """Return the highest sequence up to which each of `world_size` ranks has ended all transfers.
 
         Raises:
             ValueError: the world size is not in 1 to `MAX_RANKS`.
@@ -103,9 +105,9 @@ class ControlPage:
         return int(self._sequences[:world_size].min())
 
     def count_failure(self, rank: int) -> None:
-        """Say that one more of `rank`'s copies failed, for engines whose workers cannot say it in a result.
+        """Count one more failed copy of `rank`, for engines whose workers cannot report a failure in a result.
 
-        To be called before the copy's result is handed on.
+        Call it before the copy's result is passed on, so that whoever reads the result finds the failure counted.
 
         Raises:
             ValueError: the rank is not in 0 to `MAX_RANKS` - 1.
@@ -115,15 +117,16 @@ class ControlPage:
         self._failures[rank] += np.uint64(1)
 
     def failures(self) -> int:
-        """Return how many copies failed, over all ranks."""
+        """Return how many copies failed on all ranks together."""
         return int(self._failures.sum())
 
 
 class SharedMapping(mmap.mmap):
-    """The pages of a file, writable; in a forked child private zero pages stand in their place.
+    """A writable mapping of a file; a forked child sees private zero pages in its place.
 
-    So nothing in a child that still holds a view, a plug-in's included, can read or overwrite the parent's blocks.
-    The object itself maps no file: `mmap` would keep a copy of the descriptor that nothing can close in the child.
+    A child may still hold views of the arena, in a plug-in for example. It cannot read or overwrite the parent's blocks
+    through them. `mmap` itself maps no file here: it would keep a duplicate of the descriptor, which nothing in the
+    child can close.
     """
 
     address: int
@@ -132,16 +135,16 @@ class SharedMapping(mmap.mmap):
         """Map the first `num_bytes` of `fd`, which may be closed afterwards.
 
         Raises:
-            OSError: the system refused.
+            OSError: the system refuses the mapping.
         """
         self = super().__new__(cls, -1, num_bytes, flags=_PRIVATE)
         self.address = np.frombuffer(self, dtype=np.uint8).ctypes.data
-        self._place(mmap.MAP_SHARED, fd)
+        self._place(mmap.MAP_SHARED, fd)  # over the anonymous pages, at the same address
         forks.register(self)
         return self
 
     def leave_to_parent(self) -> None:
-        """Put zero pages of this process's own in the place of the file's."""
+        """In a forked child, replace the file's pages by private zero pages."""
         if not self.closed:
             self._place(_PRIVATE, -1)
 
@@ -152,16 +155,16 @@ class SharedMapping(mmap.mmap):
 
 
 class Arena(forks.ProcessBound):
-    """`num_blocks` blocks of `block_bytes` bytes in a file in memory, which has no name and leaves nothing behind.
+    """`num_blocks` blocks of `block_bytes` bytes in an unnamed file in memory, which vanishes with its last user.
 
     Attributes:
-        fd: descriptor of that file, closed by `close`; not inherited unless it is passed on purpose.
+        fd: descriptor of that file, closed by `close`; other programs inherit it only if it is passed on purpose.
         view: memoryview of shape (num_blocks, block_bytes), format "B", C-contiguous, page aligned.
         control: the control page, shared like the blocks.
     """
 
     def __init__(self, fd: int, num_blocks: int, block_bytes: int) -> None:
-        """Map `fd`, which this object owns from now on; call `create` or `attach` instead."""
+        """Map `fd` and take ownership of it; callers use `create` or `attach`."""
         self.fd = fd
         self.num_blocks = num_blocks
         self.block_bytes = block_bytes
@@ -175,22 +178,22 @@ class Arena(forks.ProcessBound):
         forks.register(self)
 
     def leave_to_parent(self) -> None:
-        """Close the child's copy of the descriptor; the mapping takes care of itself."""
+        """In a forked child, close its copy of the descriptor; `SharedMapping` replaces its own pages."""
         self._descriptor.close()
         self.fd = -1
 
     @classmethod
     def create(cls, num_blocks: int, block_bytes: int, *, progress: Progress | None = None, threads: int = 2) -> Self:
-        """Make an arena whose every page is there: no later access can fail for want of memory.
+        """Make an arena and allocate all of its pages, so that no later access fails for lack of memory.
 
         Args:
             block_bytes: a multiple of the page size (`align_block_bytes`).
-            progress: called on the caller's thread while pages are made.
-            threads: how many threads make pages.
+            progress: called on the caller's thread while pages are allocated.
+            threads: number of threads that allocate pages.
 
         Raises:
             ConfigError: a size is not allowed.
-            CapacityError: the memory limits of this process leave less.
+            CapacityError: the memory limits of this process leave too little, or the system refuses the memory.
         """
         total = _checked_bytes(num_blocks, block_bytes)
         check_memory(total)
@@ -210,12 +213,12 @@ class Arena(forks.ProcessBound):
 
     @classmethod
     def attach(cls, fd: int, num_blocks: int, block_bytes: int) -> Self:
-        """Map the arena behind `fd`, made by another process.
+        """Map the arena in the file `fd`, which another process made.
 
-        The descriptor is duplicated: the caller still owns its own.
+        The descriptor is duplicated: the caller still owns `fd`.
 
         Raises:
-            ConfigError: a size is not allowed, or the file has another one.
+            ConfigError: a size is not allowed, or the file has a different size.
         """
         total = _checked_bytes(num_blocks, block_bytes)
         found = os.fstat(fd).st_size
@@ -229,7 +232,7 @@ class Arena(forks.ProcessBound):
             raise
 
     def row(self, slot: int) -> memoryview:
-        """Return the bytes of one slot, flat: shape (block_bytes,), format "B".
+        """Return the bytes of one slot: shape (block_bytes,), format "B".
 
         Raises:
             IndexError: there is no such slot.
@@ -237,7 +240,7 @@ class Arena(forks.ProcessBound):
         return self._rows[slot]
 
     def close(self) -> None:
-        """Close the descriptor and unmap; idempotent. While somebody still holds a view, the mapping stays."""
+        """Close the descriptor and unmap; idempotent. The mapping stays as long as somebody holds a view of it."""
         if self._closed:
             return
         self._closed = True
@@ -247,7 +250,7 @@ class Arena(forks.ProcessBound):
             self.view.release()
             self._mapping.close()
         except BufferError:
-            return  # the last view to go unmaps it
+            return  # a memoryview keeps its mmap alive, and the last one to be released unmaps it
 
     def __enter__(self) -> Self:
         return self
@@ -259,13 +262,16 @@ class Arena(forks.ProcessBound):
 
     def _back(self, total: int, progress: Progress | None, threads: int) -> None:
         """Allocate and map all pages, slice by slice, on `threads` threads."""
-        start, madvise = self._mapping.address, _libc.madvise  # mmap.madvise would hold the interpreter lock
-        madvise(start, total, _MADV_HUGEPAGE)  # a wish; most kernels refuse it for shared memory
+        # ctypes releases the interpreter lock during a call; mmap.madvise would hold it, and the threads would take
+        # turns.
+        start, madvise = self._mapping.address, _libc.madvise
+        madvise(start, total, _MADV_HUGEPAGE)  # most kernels refuse huge pages for shared memory; that does no harm
 
         def back_slice(offset: int) -> int:
             length = min(_SLICE_BYTES, total - offset)
             os.posix_fallocate(self.fd, offset, length)
-            madvise(start + offset, length, _MADV_POPULATE_WRITE)  # without it the first access maps the page
+            # Older kernels refuse this; then the first access to a page maps it, which costs time but cannot fail.
+            madvise(start + offset, length, _MADV_POPULATE_WRITE)
             return length
 
         with ThreadPoolExecutor(max(1, threads), "kvtier-arena") as executor:
@@ -282,7 +288,7 @@ class Arena(forks.ProcessBound):
 
 
 def _checked_bytes(num_blocks: int, block_bytes: int) -> int:
-    """Return the size of the file: the blocks and the control page."""
+    """Check the sizes, and return the size of the file: the blocks and the control page."""
     if num_blocks < 1:
         raise ConfigError("num_blocks", num_blocks, "at least 1")
     if block_bytes < 1 or block_bytes % mmap.PAGESIZE:

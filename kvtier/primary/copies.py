@@ -1,7 +1,7 @@
-"""Planning of device copies, pure: which page of which tensor belongs where in which slot.
+"""Plans copies between the device and slots: which page of which tensor lies where in which slot. Copies nothing.
 
-An offloaded block holds, engine block after engine block, the pages of all layers of its KV group, in the
-group's order. Groups differ in layers and page sizes; whatever a block leaves of its slot stays unused.
+An offloaded block consists of one or more engine blocks. For each of them it holds the pages of all layers of its KV
+group, in the group's order. Groups differ in layers and page sizes, so a block may leave the end of its slot unused.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kvtier.types import BlockIds, BlockIDsLoadStoreSpec, GPULoadStoreSpec
 
 
 class PageRef(NamedTuple):
-    """One layer of a KV group: which tensor holds its pages, and how many bytes of a row are the page."""
+    """One layer of a KV group: the tensor that holds its pages, and how many bytes of a row belong to the page."""
 
     tensor_idx: int
     page_bytes: int
@@ -28,26 +28,26 @@ class KVCaches:
     """The engine's KV caches, as bytes.
 
     Attributes:
-        tensors: 2-D, shape (num_engine_blocks, row_bytes), items of one byte; row b is engine block b's page.
-        group_data_refs: per KV group its layers, as (tensor_idx, page_bytes); a page is the head of its row.
-            None means one group of all tensors, whole rows.
+        tensors: 2-D, shape (num_engine_blocks, row_bytes), items of one byte; row b holds the page of engine block b.
+        group_data_refs: per KV group its layers, as (tensor_idx, page_bytes); a page is at the start of its row.
+            None means one group of all tensors, with pages as long as rows.
     """
 
     tensors: Sequence[Any]
     group_data_refs: Sequence[Sequence[tuple[int, int]]] | None = None
 
     def groups(self) -> tuple[tuple[PageRef, ...], ...]:
-        """Return the layers of every group, the default written out."""
+        """Return the layers of every group; without `group_data_refs`, the one group of all tensors."""
         if self.group_data_refs is None:
             return (tuple(PageRef(index, int(tensor.shape[1])) for index, tensor in enumerate(self.tensors)),)
         return tuple(tuple(PageRef(*ref) for ref in refs) for refs in self.group_data_refs)
 
 
 class Run(NamedTuple):
-    """`length` engine blocks that follow each other on both sides, all layers of the group alike.
+    """`length` engine blocks that are adjacent on the device and in the slots, for all layers of the group.
 
-    With one engine block a block they fill the slots from `slot` on; with several they fill the parts of `slot`
-    from `part` on.
+    With one engine block per block they fill the slots from `slot` on. With several per block they fill parts of
+    `slot`, from `part` on.
     """
 
     engine_block: int
@@ -57,7 +57,7 @@ class Run(NamedTuple):
 
 
 class GroupCopies(NamedTuple):
-    """The copies of one KV group: `runs`, each for every layer."""
+    """The copies of one KV group; each run applies to every layer."""
 
     group_idx: int
     runs: list[Run]
@@ -65,7 +65,7 @@ class GroupCopies(NamedTuple):
 
 @dataclass(frozen=True)
 class CopyPlan:
-    """Everything one transfer copies; made only of what exists, so that applying it cannot fail half way."""
+    """All copies of one transfer. Every index in it has been checked, so applying it cannot fail half way."""
 
     groups: list[GroupCopies]
     num_bytes: int
@@ -77,7 +77,7 @@ class BlockLayout:
 
     Attributes:
         groups: per KV group its layers.
-        group_engine_blocks: per KV group, how many engine blocks all of its tensors have.
+        group_engine_blocks: per KV group, the number of engine blocks in its shortest tensor.
         engine_blocks_per_block: engine blocks in one block, the same for every group.
     """
 
@@ -90,7 +90,8 @@ class BlockLayout:
         """Return the layout for these tensors.
 
         Raises:
-            ConfigError: no group, a group without layers, a tensor that is not 2-D, or a page outside its tensor.
+            ConfigError: `engine_blocks_per_block` is below 1, there is no group, a group has no layer, a tensor is not
+                2-D, or a page is outside its tensor.
         """
         if engine_blocks_per_block < 1:
             raise ConfigError("engine_blocks_per_block", engine_blocks_per_block, "at least 1")
@@ -111,7 +112,7 @@ class BlockLayout:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes that the largest group's block needs; a slot has at least as many."""
+        """Bytes of a block of the largest group; a slot must have at least as many."""
         return self.engine_blocks_per_block * max(map(self.engine_block_bytes, range(len(self.groups))))
 
     def engine_block_bytes(self, group_idx: int) -> int:
@@ -119,7 +120,7 @@ class BlockLayout:
         return sum(ref.page_bytes for ref in self.groups[group_idx])
 
     def page_offsets(self, group_idx: int) -> Iterator[tuple[PageRef, int]]:
-        """Yield the group's layers, each with its offset in bytes inside an engine block's part."""
+        """Yield the group's layers, each with the offset in bytes of its page inside an engine block."""
         offset = 0
         for ref in self.groups[group_idx]:
             yield ref, offset
@@ -129,13 +130,13 @@ class BlockLayout:
 def plan_copies(
     layout: BlockLayout, gpu_spec: GPULoadStoreSpec, cpu_spec: BlockIDsLoadStoreSpec, num_slots: int
 ) -> CopyPlan:
-    """Match engine blocks with their places in the slots; move nothing.
+    """Match engine blocks with their places in the slots; copy nothing.
 
-    A group's first engine block lies `block_indices[g] % engine_blocks_per_block` parts into its first slot, its
-    last one may leave the last slot's tail untouched. Slots come in group order, too.
+    The first engine block of group g lies `block_indices[g] % engine_blocks_per_block` parts into the group's first
+    slot. The last one may leave the end of the last slot untouched. Both specs list their blocks in group order.
 
     Args:
-        num_slots: slots of the arena.
+        num_slots: number of slots of the arena.
 
     Raises:
         ValueError: the specs do not fit each other or the layout; the message names what does not match.
@@ -168,7 +169,7 @@ def plan_copies(
 
 
 def _runs(engine_blocks: BlockIds, slots: BlockIds, skip: int, factor: int) -> list[Run]:
-    """Return one group's copies, neighbours joined."""
+    """Return the copies of one group; adjacent ones are joined into one run."""
     positions = skip + np.arange(len(engine_blocks))
     slot_of, part_of = slots[positions // factor], positions % factor
     follows = np.diff(engine_blocks) == 1

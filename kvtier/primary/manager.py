@@ -1,4 +1,4 @@
-"""The primary tier: the arena's view, the ledger of its slots, and the transfers that device copies run under."""
+"""The primary tier: the view of the arena, the table of its slots, and the numbers of transfers with the device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kvtier.primary.table import BlockTable
 
 
 class CPUPrimaryTierOffloadingManager:
-    """Host memory, the only tier that the device reaches.
+    """Host memory, the only tier that the device copies to and from.
 
     Attributes:
         table: which block is in which slot.
@@ -28,14 +28,14 @@ class CPUPrimaryTierOffloadingManager:
         """Take over an arena.
 
         Args:
-            num_blocks: slots, at least 1.
+            num_blocks: number of slots, at least 1.
             view: shape (num_blocks, block_bytes).
             policy: empty, with a capacity of at least `num_blocks`.
-            control: where workers publish the transfers they finished; None if they do not.
-            world_size: number of those workers.
+            control: where workers publish which transfers have ended; None if they do not.
+            world_size: number of workers.
 
         Raises:
-            CapacityError: the view is smaller than the slots.
+            CapacityError: the view is not 2-D, has fewer rows than `num_blocks`, or `num_blocks` is below 1.
         """
         if view.ndim != 2 or view.shape is None or view.shape[0] < num_blocks or num_blocks < 1:
             raise CapacityError(
@@ -44,28 +44,28 @@ class CPUPrimaryTierOffloadingManager:
         self.table = BlockTable(num_blocks, policy)
         self._view = view
         self.block_bytes = int(view.shape[1])
-        """Bytes of one slot; asked for when the arena is released, too."""
+        """Bytes of one slot. Kept here because callers ask for it even after the view was released."""
         self._control = control
         self._world_size = world_size
         self._sequence = 0
 
     def give_up_slots(self) -> None:
-        """Go on without a single slot: the arena is another process's."""
+        """In a forked child, go on without slots: the arena belongs to the parent process."""
         self.table = BlockTable(0, LRUPolicy(1))
         self._control = None
 
     @property
     def num_blocks(self) -> int:
-        """Slots of the arena."""
+        """Number of slots of the arena."""
         return self.table.num_slots
 
     def get_kv_memoryview(self) -> memoryview:
-        """Return the arena, shape (num_blocks, block_bytes), bytes."""
+        """Return the arena: shape (num_blocks, block_bytes), items of one byte."""
         return self._view
 
     @property
     def sequence(self) -> int:
-        """Number of the last transfer prepared; they count from 1."""
+        """Number of the last transfer that was prepared; 0 before the first one."""
         return self._sequence
 
     def next_sequence(self) -> int:
@@ -74,5 +74,5 @@ class CPUPrimaryTierOffloadingManager:
         return self._sequence
 
     def finished_sequence(self) -> int:
-        """Return the highest number such that all workers have ended all transfers up to it; 0 if they do not say."""
+        """Return the highest number up to which all workers have ended all transfers; 0 if workers do not publish."""
         return self._control.finished(self._world_size) if self._control is not None else 0

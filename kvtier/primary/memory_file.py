@@ -1,4 +1,4 @@
-"""A file in memory without a name, which leaves nothing behind: where an arena lies."""
+"""The unnamed file in memory that holds an arena. It vanishes with the last process that uses it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ SHARED_MEMORY = "/dev/shm"
 
 
 def make_memory_file(num_bytes: int) -> int:
-    """Return the descriptor of a new file of so many bytes; none of them is backed by memory yet.
+    """Return the descriptor of a new file of `num_bytes` bytes; no memory is allocated yet.
 
-    Sandboxes may refuse memfd_create, and some builds of Python lack it: then it is a file of `SHARED_MEMORY` that
-    never had a name.
+    Sandboxes may refuse memfd_create, and some builds of Python lack it. The file is then an O_TMPFILE in
+    `SHARED_MEMORY`, which has no name either.
 
     Raises:
-        CapacityError: neither can be had, or not so large; one line with the way out.
+        CapacityError: neither kind of file can be made, or not of this size; the message is one line and says what to
+            do.
     """
     try:
         fd = os.memfd_create("kvtier-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -43,19 +44,19 @@ def make_memory_file(num_bytes: int) -> int:
 
 
 def forbid_resizing(fd: int) -> None:
-    """Keep the file's size for good: an access to a mapping beyond its end would raise SIGBUS."""
-    with contextlib.suppress(PermissionError):  # only a memfd takes seals; the other file has no name to reach it by
+    """Seal the size of the file: if it shrank, an access to the mapping beyond its end would raise SIGBUS."""
+    with contextlib.suppress(PermissionError):  # only a memfd can be sealed; the other file cannot be opened by name
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
 
 
 def no_room(num_bytes: int, error: OSError, fd: int = -1) -> CapacityError:
-    """Return the error for memory that the system refused, with the way out where it is known.
+    """Return the error for memory that the system refused, with advice where the cause is known.
 
     Args:
-        fd: the file, to tell a limited tmpfs.
+        fd: the file; shows whether it lies on a tmpfs of limited size.
     """
     text = f"cpu_bytes_to_use: the system could not provide {format_size(num_bytes)}: {describe(error)}"
-    if error.errno == errno.ENOSPC and fd >= 0 and os.fstatvfs(fd).f_blocks:  # a memfd lies on a tmpfs without a limit
+    if error.errno == errno.ENOSPC and fd >= 0 and os.fstatvfs(fd).f_blocks:  # 0 for a memfd: its tmpfs has no limit
         text += (
             f"; {SHARED_MEMORY} is used because memfd_create is refused: let the sandbox (seccomp) allow it, or make"
             f" {SHARED_MEMORY} larger (docker: --shm-size, Kubernetes: an emptyDir of medium Memory)"
