@@ -1,1 +1,1 @@
-"""Replays traces of requests through kvtier's own manager, policies and tiers, in simulated time and without bytes."""
+"""Replays traces of requests through kvtier's manager, policies and tiers, in simulated time and without bytes."""

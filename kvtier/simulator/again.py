@@ -1,7 +1,8 @@
-"""Replays a recording call by call: the same manager, the same answers of tiers at the same moments.
+"""Replays a recording call by call: tiers give the recorded answers at the recorded times.
 
-The primary tier, its policy and every decision are made anew; what a recording fixes is what tiers said: which blocks
-they had, when their jobs ended and which blocks of them succeeded. So the hits are those that the engine had.
+The primary tier, its policy and every decision of the manager are made anew. The recording only fixes the answers of
+secondary tiers: which blocks they had, when their jobs ended and which blocks of a job succeeded. So the replay has the
+same hits as the engine had.
 """
 
 from __future__ import annotations
@@ -39,11 +40,12 @@ from kvtier.types import (
 
 @dataclass
 class Repeated:
-    """What came of a recording, the second time.
+    """The result of a replayed recording.
 
     Attributes:
-        loads: (request, blocks by the tier they came from) of every load, in order.
-        num_records: calls and answers replayed; num_diverged: those that the replayed manager could not follow.
+        loads: per load, in order: the request, and its number of blocks by source tier.
+        num_records: replayed calls and answers.
+        num_diverged: calls that failed since a block was not ready in the replayed manager.
     """
 
     loads: list[tuple[str, dict[str, int]]] = field(default_factory=list)
@@ -52,7 +54,7 @@ class Repeated:
 
     @property
     def hits(self) -> dict[str, int]:
-        """Blocks loaded, by the tier they came from."""
+        """Number of loaded blocks, by source tier."""
         total: Counter[str] = Counter()
         for _, by_source in self.loads:
             total.update(by_source)
@@ -60,11 +62,15 @@ class Repeated:
 
 
 class RecordedTierManager(SecondaryTierManager):
-    """A tier that answers what a recorded one answered, when it did.
+    """A tier that gives the answers of a recorded tier.
+
+    The repeater sets the attributes before each call of the manager.
 
     Attributes:
-        used: whether the recorded engine used it; refuses: whether it took no store in the next call.
-        has, unsure: keys that it has, and that it does not say yet, as far as the next calls ask.
+        used: whether the recorded engine used the tier.
+        refuses: whether the tier refuses stores in the next call.
+        has: keys of the next scan for which the tier answers HIT.
+        unsure: keys of the next scan for which the tier answers RETRY.
     """
 
     medium = Medium.STORAGE
@@ -72,7 +78,7 @@ class RecordedTierManager(SecondaryTierManager):
     verifies_payloads = True
 
     def __init__(self, name: str, view: memoryview) -> None:
-        """Args: view: as for every tier; nobody reads it."""
+        """Args: view: only its shape counts; no byte of it is read."""
         super().__init__(None, view, name)
         self.used = False
         self.refuses = False
@@ -83,50 +89,48 @@ class RecordedTierManager(SecondaryTierManager):
 
     @property
     def state(self) -> TierState:
-        """UP while the engine used the tier."""
+        """UP while the recorded engine used the tier, else DOWN."""
         return TierState.UP if self.used else TierState.DOWN
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
-        """Answer as the recorded tier."""
         if key in self.has:
             return LookupResult.HIT
         return LookupResult.RETRY if key in self.unsure else LookupResult.MISS
 
     def can_store(self, num_blocks: int) -> bool:
-        """Answer as the recorded tier."""
         return not self.refuses
 
     def submit_store(self, job_metadata: JobMetadata) -> None:
-        """Wait for the recording to end the job."""
+        """Remember the job; `end` ends it when the recording does."""
         self._jobs.add(job_metadata.job_id)
 
     def submit_load(self, job_metadata: JobMetadata) -> None:
-        """Wait for the recording to end the job."""
+        """Remember the job; `end` ends it when the recording does."""
         self._jobs.add(job_metadata.job_id)
 
     def end(self, job_id: int, successful: Sequence[OffloadKey] | None) -> None:
-        """Report this job at the next poll; None: all of it succeeded."""
+        """Report a job at the next poll with the keys that succeeded; None: all succeeded."""
         self._ended.append(JobResult(job_id, successful is None, successful, 0.0, 0))
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
-        """Return the results that the recorded tier gave by now."""
+        """Return the results that the recording has given so far; jobs that the replay did not submit are dropped."""
         ended, self._ended = self._ended, []
         known = [result for result in ended if result.job_id in self._jobs]
         self._jobs.difference_update(result.job_id for result in known)
         return known
 
     def drain_jobs(self) -> None:
-        """Do nothing: the recording says how its jobs ended."""
+        """Do nothing: the recording ends the jobs."""
 
 
 class Repeater:
-    """Drives a manager through the calls of a recording."""
+    """Makes the recorded calls to a manager."""
 
     def __init__(self, header: Header) -> None:
         """Make the manager.
 
         Raises:
-            ConfigError: a policy that is not registered.
+            ConfigError: the recorded policy is not registered.
         """
         self.found = Repeated()
         self._clock = SimulatedClock()
@@ -157,12 +161,12 @@ class Repeater:
         self._scans: dict[int, list[OffloadKey]] = {}
 
     def on_event(self, event: Event) -> None:
-        """Note every load."""
+        """Note the sources of every load."""
         if isinstance(event, BlocksLoaded):
             self.found.loads.append((event.req_id, dict(event.by_source)))
 
     def take(self, record: Record) -> None:
-        """Do what one record says."""
+        """Replay one record: set a tier's answer, or call the manager."""
         self.found.num_records += 1
         self._clock.advance_to(record.time)
         if record.kind in b"JUB":
@@ -177,7 +181,7 @@ class Repeater:
                 tier.refuses = False
 
     def _stage(self, record: Record) -> None:
-        """Note what a tier is going to say."""
+        """Set what a tier will answer in the next call."""
         if record.kind == b"J":
             index, job_id, complete = JOB.unpack(record.extra)
             self._tiers[index].end(job_id, None if complete else record.keys)
@@ -230,11 +234,11 @@ class Repeater:
 
 
 def repeat(path: Path) -> Repeated:
-    """Replay a recording call by call; return what it loaded.
+    """Replay a recording call by call; return its loads.
 
     Raises:
-        TraceError: no recording, or one that is damaged.
-        ConfigError: a policy that is not registered here.
+        TraceError: the file is no recording, or is damaged.
+        ConfigError: the recorded policy is not registered.
     """
     check_regular(path)
     header, records = read_recording(path)

@@ -1,4 +1,4 @@
-"""How much slower a token of a long prompt is computed: attention's multiplications beside all others."""
+"""How the cost of a token grows with its context: multiplications of attention, compared with all others."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ _EXPERTS_USED = ("num_experts_per_tok", "experts_per_token", "moe_topk", "moe_to
 _SHARED_EXPERTS = ("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts")
 _FULL = ("full_attention", "attention", "indexed_attention")
 _MLP_MATRICES = 3
-"""Of a gated MLP, as almost all models since 2023 have it."""
+"""Weight matrices of a gated MLP, which almost all models since 2023 have."""
 
 
 def doubling_tokens(model: ModelConfig, layers: Sequence[LayerShape]) -> float:
-    """Return the context at which attention multiplies as often as all the rest, so that a token takes twice as long.
+    """Return the context, in tokens, at which attention multiplies as often as the rest of the model.
 
-    Layers with a window or chunks do not slow down: with only such ones it is infinity. What the configuration does not
-    say makes it the engine's own guess, `DOUBLING_TOKENS`.
+    A token with this context takes twice as long as one without context. Layers with a window or with chunks do not
+    slow down; a model with only such layers gets infinity. If the configuration lacks a size, the result is the
+    engine's guess, `DOUBLING_TOKENS`.
     """
     hidden, heads = _count(model, _HIDDEN), _count(model, _HEADS)
     mlp = _mlp(model, len(layers), hidden)
@@ -40,19 +41,19 @@ def doubling_tokens(model: ModelConfig, layers: Sequence[LayerShape]) -> float:
 
 
 def _latent(model: ModelConfig, hidden: int, heads: int) -> tuple[float, float]:
-    """Return multiplications per token of the projections of MLA, and of attention per token of context."""
+    """Return the multiplications of MLA per token: of its projections, and of attention per token of context."""
     rank, rotary = model.need("kv_lora_rank"), model.need("qk_rope_head_dim")
     plain, value = _count(model, ("qk_nope_head_dim",)) or 128, _count(model, ("v_head_dim",)) or 128
     query, compressed = heads * (plain + rotary), _count(model, ("q_lora_rank",))
     queries = (hidden + query) * compressed if compressed else hidden * query
     keys = hidden * (rank + rotary) + rank * heads * (plain + value)
-    # An indexer looks at the whole context, and attention only at what it chooses.
+    # An indexer reads the whole context; attention then reads only the tokens that the indexer chooses.
     index = _count(model, ("index_n_heads",)) * _count(model, ("index_head_dim",))
     return queries + keys + heads * value * hidden, index or heads * (plain + rotary + value)
 
 
 def _mlp(model: ModelConfig, layers: int, hidden: int) -> float:
-    """Return the multiplications per token of a layer's MLP, the mean over layers; 0 if the shape is not known."""
+    """Return the multiplications per token of one layer's MLP, the mean over layers; 0 if its shape is not known."""
     dense, used = _MLP_MATRICES * hidden * _count(model, _DENSE), _count(model, _EXPERTS_USED)
     if not used:
         return dense
@@ -71,6 +72,6 @@ def _full_share(model: ModelConfig) -> float:
 
 
 def _count(model: ModelConfig, names: Sequence[str]) -> int:
-    """Return the first of these counts that the configuration has, else 0."""
+    """Return the value of the first of `names` that the configuration has as a positive int, else 0."""
     values = (model.values.get(name) for name in names)
     return next((value for value in values if type(value) is int and value > 0), 0)

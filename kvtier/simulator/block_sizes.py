@@ -1,7 +1,8 @@
-"""How many tokens a trace's blocks have, from its own lengths: a file of many requests contradicts a wrong size.
+"""Finds the number of tokens per block of a trace from the lengths of its requests.
 
-A request of L tokens has ceil(L / size) blocks, or floor(L / size) where the incomplete last block has no id. Some
-writers count the answer's tokens, too. One of these must hold for the whole file.
+A request of L tokens has ceil(L / size) blocks, or floor(L / size) if the incomplete last block has no id. In some
+traces L includes the answer's tokens. The same rule must hold for all requests of a file, so that a file of many
+requests contradicts a wrong size.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ from collections.abc import Callable, Iterable, Sequence
 from kvtier.simulator.trace import TraceRequest
 
 _MAX_ODD = 0.01
-"""Share of requests that may contradict a format's own size: logs have cut lines."""
+"""Share of requests that may contradict a format's usual size, since logs have truncated lines."""
 _LARGEST = 1 << 20
 
 _Lengths = tuple[int, int]
-"""Blocks and tokens of one request."""
+"""(blocks, tokens) of one request."""
 
 
 def fits(requests: Sequence[TraceRequest], size: int) -> bool:
-    """Return whether blocks of `size` tokens explain the lengths, but for a few requests.
+    """Return whether blocks of `size` tokens explain the lengths of all but a few requests.
 
-    Requests of one block and less tokens explain nothing: they fit any size, and do not count.
+    A request of at most one block and at most `size` tokens does not count, since it fits many sizes.
     """
     telling = [request for request in requests if len(request.keys) > 1 or request.input_tokens > size]
     most_odd = int(_MAX_ODD * len(telling))
@@ -35,7 +36,7 @@ def fits(requests: Sequence[TraceRequest], size: int) -> bool:
 
 
 def sizes_that_fit(requests: Sequence[TraceRequest]) -> list[int]:
-    """Return the sizes that explain all lengths: powers of two if there is one, else at most the two smallest."""
+    """Return the sizes that explain all lengths: the powers of two among them, else at most the two smallest."""
     found: set[int] = set()
     for tokens_of in _COUNTS:
         lengths = [(len(request.keys), tokens_of(request)) for request in requests if request.keys]

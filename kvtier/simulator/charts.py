@@ -1,4 +1,4 @@
-"""Charts as SVG: lines, points and stacked areas with axes that a person can read."""
+"""Charts as SVG: lines, points and stacked areas, with axes at round numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 66.0, 14.0, 12.0, 44.0
 _NUM_COLOURS = 8
 
 _DASHES = ((), (9.0, 3.0), (2.0, 3.0), (9.0, 3.0, 2.0, 3.0), (14.0, 3.0, 2.0, 3.0, 2.0, 3.0))
-"""Lengths of strokes and gaps: one pattern a round of colours, so that forty lines can be told apart."""
+"""Lengths of strokes and gaps. Each pattern is used with all colours before the next: forty lines look different."""
 _REFERENCE = (5.0, 5.0)
 
 Point = tuple[float, float]
@@ -21,7 +21,12 @@ Format = Callable[[float], str]
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart; `dashed` ones are references in the text's colour, `line` False: points only."""
+    """One line of a chart.
+
+    Attributes:
+        dashed: the line is a reference, drawn in the text's colour and without points.
+        line: whether the points are joined.
+    """
 
     name: str
     points: Sequence[Point]
@@ -31,7 +36,12 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis: what it shows, how its numbers are written, its ends and whether it is logarithmic."""
+    """One axis.
+
+    Attributes:
+        write: returns a number of the axis as text.
+        low, high: its ends.
+    """
 
     title: str
     write: Format
@@ -40,7 +50,7 @@ class Axis:
     logarithmic: bool = False
 
     def place(self, value: float) -> float:
-        """Return where a value is between the ends, 0 to 1."""
+        """Return a value's place between the ends, 0 to 1; values outside are put at the nearer end."""
         low, high = self.low, self.high
         value = min(max(value, low), high)
         if self.logarithmic:
@@ -48,7 +58,7 @@ class Axis:
         return (value - low) / (high - low) if high > low else 0.5
 
     def ticks(self) -> list[float]:
-        """Return round values between the ends, not too many."""
+        """Return a few round values between the ends."""
         if self.logarithmic:
             return _log_ticks(self.low, self.high)
         step = _round_step((self.high - self.low) / 5)
@@ -78,7 +88,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def line_chart(title: str, x: Axis, y: Axis, series: Sequence[Series]) -> str:
-    """Return a figure with one line (or cloud of points) a series and a legend."""
+    """Return a figure with one line, or one cloud of points, per series, and a legend."""
     drawn = [_frame(x, y)]
     looks = [_look(index, one.dashed) for index, one in enumerate(series)]
     for one, look in zip(series, looks, strict=True):
@@ -96,14 +106,14 @@ def line_chart(title: str, x: Axis, y: Axis, series: Sequence[Series]) -> str:
 
 @dataclass(frozen=True)
 class _Look:
-    """How a line is drawn, in a chart and in its legend."""
+    """Colour and dashes of a line, in a chart and in its legend."""
 
     colour: str
     dashes: Sequence[float] = ()
 
     @property
     def swatch(self) -> str:
-        """A background for the legend: the line's own strokes and gaps."""
+        """A CSS background for the legend with the line's strokes and gaps."""
         if not self.dashes:
             return self.colour
         stops, at = [], 0.0
@@ -123,10 +133,10 @@ def _look(index: int, is_reference: bool = False) -> _Look:
 def area_chart(
     title: str, x: Axis, y: Axis, names: Sequence[str], rows: Sequence[tuple[float, Sequence[float]]]
 ) -> str:
-    """Return a figure of areas stacked on each other, first name lowest.
+    """Return a figure of stacked areas; the first name is lowest.
 
     Args:
-        rows: (x, height of each area), by x.
+        rows: (x, height of each area), in the order of x.
     """
     drawn = [_frame(x, y)]
     below = [0.0] * len(rows)

@@ -1,4 +1,4 @@
-"""Devices without bytes: they only say when a transfer would have ended."""
+"""Simulated devices: they move no bytes, and only compute when a transfer ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class SimulatedClock:
-    """A `Clock` that the replay moves; it never goes back."""
+    """A `Clock` that the replay sets; it never goes back."""
 
     def __init__(self) -> None:
         self._now = 0.0
@@ -24,18 +24,18 @@ class SimulatedClock:
         return self._now
 
     def advance_to(self, now: float) -> None:
-        """Let it be `now`, if that is later."""
+        """Set the clock to `now`, unless that is in the past."""
         if now > self._now:
             self._now = now
 
 
 @dataclass(frozen=True)
 class DeviceSpeed:
-    """How fast a medium is.
+    """Speed of a medium.
 
     Attributes:
-        read_bandwidth, write_bandwidth: bytes per second, above 0; reads and writes do not slow each other down.
-        latency: seconds that every job takes beside its bytes, however many are under way.
+        read_bandwidth, write_bandwidth: bytes per second, above 0. Reads and writes do not slow each other down.
+        latency: seconds that every job takes in addition to its transfer, however many jobs run.
     """
 
     read_bandwidth: float
@@ -44,7 +44,7 @@ class DeviceSpeed:
 
 
 class Device(Generic[T]):
-    """One queue of reads and one of writes, each first in, first out, at the speed of the medium."""
+    """A queue of reads and a queue of writes; each is first in, first out, at the speed of the medium."""
 
     def __init__(self, speed: DeviceSpeed, clock: Clock) -> None:
         self._speed = speed
@@ -55,21 +55,19 @@ class Device(Generic[T]):
         self._writes: deque[tuple[float, T]] = deque()
 
     def read(self, job: T, num_bytes: int) -> None:
-        """Queue a read."""
         self._asked_bytes += num_bytes
         begin = max(self._clock(), self._reading_until)
         self._reading_until = end = begin + num_bytes / self._speed.read_bandwidth
         self._reads.append((end + self._speed.latency, job))
 
     def write(self, job: T, num_bytes: int) -> None:
-        """Queue a write."""
         self._asked_bytes += num_bytes
         begin = max(self._clock(), self._writing_until)
         self._writing_until = end = begin + num_bytes / self._speed.write_bandwidth
         self._writes.append((end + self._speed.latency, job))
 
     def cancel_reads(self, is_unwanted: Callable[[T], bool]) -> list[T]:
-        """Take unwanted reads that have not begun out of the queue and return them; those behind come earlier."""
+        """Remove unwanted reads that have not begun, and return them; the reads behind them end earlier."""
         now, bandwidth, latency = self._clock(), self._speed.read_bandwidth, self._speed.latency
         saved, cancelled, kept = 0.0, [], deque[tuple[float, T]]()
         ends = -math.inf
@@ -86,14 +84,14 @@ class Device(Generic[T]):
 
     @property
     def moved_bytes(self) -> int:
-        """Bytes that it has read and written by now."""
+        """Bytes read and written by now."""
         now, speed = self._clock(), self._speed
         reading = max(0.0, self._reading_until - now) * speed.read_bandwidth
         writing = max(0.0, self._writing_until - now) * speed.write_bandwidth
         return self._asked_bytes - int(reading + writing)
 
     def next_end(self) -> float | None:
-        """Return when the first transfer ends that `finished` has not returned; None if there is none."""
+        """Return the end of the first transfer that `finished` has not returned yet; None if there is none."""
         return min([queue[0][0] for queue in (self._reads, self._writes) if queue], default=None)
 
     def has_finished(self) -> bool:
@@ -105,7 +103,7 @@ class Device(Generic[T]):
         return bool((reads and reads[0][0] <= now) or (writes and writes[0][0] <= now))
 
     def finished(self, everything: bool = False) -> list[T]:
-        """Return what has ended by now, reads first; `everything`: as if all of it had."""
+        """Return the jobs that have ended by now, reads first; with `everything` all queued jobs count as ended."""
         now = self._clock()
         ended: list[T] = []
         for queue in (self._reads, self._writes):

@@ -1,7 +1,8 @@
-"""Reads traces: Mooncake's and Qwen-Bailian's lines, WEKA's conversations, and kvtier's own recordings.
+"""Reads traces: lines of Mooncake and Qwen-Bailian, conversations of WEKA, and recordings of kvtier.
 
-Sources: kvcache-ai/Mooncake, FAST25-release/traces (512 tokens a block, milliseconds);
-alibaba-edu/qwen-bailian-usagetraces-anon (16 tokens a block, seconds); callanjfox/kv-cache-tester (conversations).
+Sources: kvcache-ai/Mooncake, FAST25-release/traces (512 tokens per block, times in milliseconds);
+alibaba-edu/qwen-bailian-usagetraces-anon (16 tokens per block, times in seconds);
+callanjfox/kv-cache-tester (WEKA's conversations).
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ _Time = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class _Line(msgspec.Struct):
-    """One request of Mooncake or Qwen-Bailian; `chat_id` only the latter have. `kvtier`, a hint, is ours."""
+    """One request of Mooncake or Qwen-Bailian.
+
+    Only Qwen-Bailian has `chat_id`. `kvtier` is a hint, an addition of kvtier to both formats.
+    """
 
     timestamp: _Time
     input_length: _Count
@@ -50,7 +54,7 @@ class _Line(msgspec.Struct):
 
 
 class _Either(msgspec.Struct):
-    """Just enough of a line to tell the formats apart."""
+    """The keys of a line that tell the formats apart."""
 
     hash_ids: msgspec.Raw = msgspec.Raw()
     requests: msgspec.Raw = msgspec.Raw()
@@ -69,14 +73,15 @@ def load_trace(
     """Return the trace in a file, or in a folder of WEKA's files.
 
     Args:
-        tokens_per_block: what a Mooncake or Qwen-Bailian file has, if it does not say; what the blocks of others, which
-            say it, are joined to.
-        conversation_gap: seconds between the starts of two WEKA conversations, whose times are their own.
-        progress: told which share of a folder has been read, 0 to 1.
+        tokens_per_block: the size of the blocks in a Mooncake or Qwen-Bailian file; None: the size follows from the
+            file. The blocks of WEKA's files and of recordings, which have a known size, are joined to this size.
+        conversation_gap: seconds between the starts of two WEKA conversations, since each has its own time.
+        progress: called with the share of WEKA's files that have been read, 0 to 1.
 
     Raises:
-        ConfigError: a gap below 0, or without end.
-        TraceError: no such file, nothing in it, an unknown format, or a line that is none; the message names it.
+        ConfigError: the gap is negative or not finite.
+        TraceError: the file does not exist, is empty, has an unknown format or a line that cannot be read; the message
+            names the file and the line.
     """
     if not 0 <= conversation_gap < math.inf:
         raise ConfigError("conversation_gap", conversation_gap, "0 seconds or more, a finite number")
@@ -107,7 +112,7 @@ def _load(path: Path, conversation_gap: float, tokens_per_block: int | None, pro
 
 
 def _conversations(files: Sequence[Path], progress: Progress) -> Iterator[tuple[str, WekaConversation]]:
-    """Yield (where it stands, conversation); after each file, say which share of all has been read."""
+    """Yield (file and line, conversation); call `progress` after each file."""
     for count, file in enumerate(files, 1):
         for number, one in _parsed(file, WekaConversation):
             yield f"{file}:{number}", one
@@ -130,7 +135,7 @@ def _kind(path: Path) -> type[msgspec.Struct]:
 
 
 def _numbered_documents(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (number of its line, JSON text): a document a line or, where the first line is none, the whole file."""
+    """Yield (line number, JSON text) per line; if the first line is no JSON, the whole file is one document."""
     with open_trace(path) as file:
         number, first = 1, read_line(file, path, 1).removeprefix(BOM_UTF8)
         while first and not first.strip():
@@ -156,7 +161,7 @@ def _is_json(text: bytes) -> bool:
 
 
 def _parsed(path: Path, kind: type[S]) -> Iterator[tuple[int, S]]:
-    # not strict: writers in other languages say 1024.0 for 1024
+    # Not strict, since writers in other languages write 1024.0 for 1024.
     decode: Callable[[bytes], S] = msgspec.json.Decoder(kind, strict=False).decode
     for number, line in _numbered_documents(path):
         try:
@@ -184,10 +189,10 @@ def _lines(path: Path, tokens_per_block: int | None) -> Trace:
 
 
 def _tokens_per_block(path: Path, requests: Sequence[TraceRequest], usual: int) -> int:
-    """Return the size that a format's files have, or the one that the file's own lengths say.
+    """Return the usual size of the format's blocks, or the only size that explains the file's lengths.
 
     Raises:
-        TraceError: they contradict the former, and do not say which.
+        TraceError: the lengths contradict the usual size, and no other size or several explain them.
     """
     if fits(requests, usual):
         return usual

@@ -1,8 +1,8 @@
-"""How many bytes of KV cache one token takes, from a model's `config.json`: what vLLM keeps of it.
+"""Computes the bytes of KV cache per token in vLLM from a model's `config.json`.
 
-Layers with a sliding window or with chunks are counted like those with full attention: kvtier stores their blocks, too.
-Layers that keep a state instead of a cache a token (Mamba, linear attention) have no bytes a token; models with such
-are refused, and so are configurations with a key that may change the size and is not known.
+Layers with a sliding window or with chunks count like layers with full attention, since kvtier stores their blocks,
+too. Layers that keep a state instead of a cache per token (Mamba, linear attention) have no bytes per token. Models
+with such layers are refused. Configurations with an unknown key that may change the size are refused, too.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ KNOWN_MODELS: Mapping[str, Mapping[str, Any]] = {
     "deepseek-ai/DeepSeek-R1": _mla(61, 7168, 128, 1536, 18432, 3, 2048, 8, 1),
     "moonshotai/Kimi-K2-Instruct": _mla(61, 7168, 64, 1536, 18432, 1, 2048, 8, 1),
 }
-"""Shapes as their makers published them, for machines that cannot reach the files."""
+"""Shapes that the models' makers published, for use without their `config.json`."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,11 @@ class Geometry:
     """Shape of a model's KV cache.
 
     Attributes:
-        name: of the model, for people.
+        name: the model's name, for people.
         kind: "MHA", "GQA", "MQA" or "MLA".
-        layers: those that keep a cache.
-        format: of their numbers.
-        doubling: tokens of context with which a token takes twice as long to compute as without any.
+        layers: the layers that keep a cache.
+        format: the format of the numbers in the cache.
+        doubling: tokens of context with which a token takes twice as long to compute as without context.
     """
 
     name: str
@@ -91,22 +91,22 @@ class Geometry:
 
     @property
     def num_layers(self) -> int:
-        """Layers that keep a cache."""
+        """Number of layers that keep a cache."""
         return len(self.layers)
 
     @property
     def layer_elements(self) -> int:
-        """Numbers that one layer keeps of one token; where layers differ, the most."""
+        """Numbers that one layer keeps per token; the largest if layers differ."""
         return max(layer.vectors * layer.width for layer in self.layers)
 
     @property
     def element_bytes(self) -> float:
-        """Bytes of each number, without scales beside them."""
+        """Bytes per number, without `scale_bytes` per vector."""
         return self.format.element_bytes
 
     @property
     def token_bytes(self) -> int:
-        """Bytes that one token takes, all layers together."""
+        """Bytes per token, all layers together."""
         return sum(
             layer.vectors * self.format.vector_bytes(layer.width, layer.rotary) + layer.index_bytes
             for layer in self.layers
@@ -117,11 +117,11 @@ def find_geometry(model: str, kv_dtype: str = "auto") -> Geometry:
     """Return the geometry of a model.
 
     Args:
-        model: a `config.json`, a folder with one, or the name of a known model (its last part will do).
+        model: a `config.json`, a folder with one, or the name of a known model, with or without its owner.
         kv_dtype: data type of the cache; "auto" is the checkpoint's own.
 
     Raises:
-        ConfigError: no such model, no such data type, or a config without what the sizes follow from.
+        ConfigError: the model or the data type is not known, or the configuration does not determine the size.
     """
     path = Path(model)
     if path.is_dir():
@@ -135,7 +135,7 @@ def find_geometry(model: str, kv_dtype: str = "auto") -> Geometry:
 
 
 def geometry_of(name: str, config: Mapping[str, Any], kv_dtype: str = "auto") -> Geometry:
-    """Return the geometry that a model's configuration describes; of nested ones, the language model's.
+    """Return the geometry of a model's configuration; if it nests several models, the language model's.
 
     Raises:
         ConfigError: as `find_geometry`.
@@ -147,5 +147,5 @@ def geometry_of(name: str, config: Mapping[str, Any], kv_dtype: str = "auto") ->
     if numbers.is_latent and not latent:
         raise ConfigError("kv_dtype", kv_dtype, "for latent attention (MLA) only; fp8 does for this model")
     if numbers.element_bytes == 1 and any(layer.index_bytes for layer in layers):
-        numbers = DS_MLA  # sparse attention reads no other 8-bit format
+        numbers = DS_MLA  # vLLM's sparse attention supports no other 8-bit format
     return Geometry(name, kind_of(model, layers), layers, numbers, doubling_tokens(model, layers))

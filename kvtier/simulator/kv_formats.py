@@ -1,4 +1,4 @@
-"""How numbers of a KV cache are kept: vLLM's words for it, and what a checkpoint says of its own."""
+"""Formats of the numbers in a KV cache: vLLM's names, and the settings of a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _SAYS_LITTLE = "no size follows; say it with --kv-dtype"
 
 @dataclass(frozen=True)
 class KVFormat:
-    """How one vector (of one head, or a latent one) is kept.
+    """Format of one vector: a key or a value of one head, or a latent vector.
 
     Attributes:
-        element_bytes: bytes of a number; of packed ones a fraction, block scales included.
-        scale_bytes: bytes beside each vector.
-        is_latent: only vectors of MLA can be kept so: the rotary part has 16 bits, the rest 8 and a scale of 4 bytes
-            for every 128.
+        element_bytes: bytes per number; a fraction for packed numbers, with their block scales.
+        scale_bytes: bytes of scales per vector.
+        is_latent: the format is only for latent vectors (MLA). Numbers of the rotary part have 16 bits. The others have
+            8 bits, and a scale of 4 bytes for every 128 of them.
     """
 
     element_bytes: float
@@ -27,7 +27,7 @@ class KVFormat:
     is_latent: bool = False
 
     def vector_bytes(self, width: int, rotary: int = 0) -> int:
-        """Return the bytes of a vector of `width` numbers, of a latent one `rotary` of them with a position."""
+        """Return the bytes of a vector of `width` numbers; `rotary` of a latent vector's numbers have a position."""
         latent = rotary + (width - rotary) // 128 * 4 if self.is_latent else 0
         return int(width * self.element_bytes) + self.scale_bytes + latent
 
@@ -57,19 +57,21 @@ KV_FORMATS: Mapping[str, KVFormat] = {
     "nvfp4": KVFormat(9 / 16),
     "nvfp4_4over6": KVFormat(9 / 16),
 }
-"""By the words of `vllm serve --kv-cache-dtype` and of torch."""
+"""Formats by their names in `vllm serve --kv-cache-dtype` and in torch."""
 
 
 def find_format(kv_dtype: str, model_dtype: object, quantization: object) -> KVFormat:
-    """Return how the numbers are kept.
+    """Return the format of the cache.
 
     Args:
-        kv_dtype: a word; "auto" is what vLLM then does: the checkpoint's own format of the cache, else the model's.
-        model_dtype: what the model's configuration says, None or "auto" if nothing; vLLM serves float32 in 16 bits.
+        kv_dtype: a key of `KV_FORMATS`, or "auto": as in vLLM, the checkpoint's format of the cache, else the model's
+            data type.
+        model_dtype: the model's data type in its configuration; None or "auto" if it has none. vLLM serves float32
+            models in 16 bits.
         quantization: the model's `quantization_config`, None if there is none.
 
     Raises:
-        ConfigError: no such word, or a checkpoint with a format that is not known.
+        ConfigError: the name, or the checkpoint's format, is not known.
     """
     word = kv_dtype
     if kv_dtype == AUTO:
@@ -84,16 +86,16 @@ def find_format(kv_dtype: str, model_dtype: object, quantization: object) -> KVF
 
 
 def _checkpoint_word(quantization: object) -> str:
-    """Return the word for a checkpoint's own format of the cache, "auto" if it has none.
+    """Return the name of a checkpoint's format of the cache; "auto" if it has none.
 
     Raises:
-        ConfigError: it has one that is not known.
+        ConfigError: the checkpoint's format is not known.
     """
     if not quantization:
         return AUTO
     if not isinstance(quantization, Mapping):
         raise ConfigError("quantization_config", quantization, "a JSON object expected")
-    inner = [quantization.get(name) for name in ("quantization", "export")]  # of ModelOpt's own file, and of Quark
+    inner = [quantization.get(name) for name in ("quantization", "export")]  # where ModelOpt's file and Quark have it
     said = {key: value for part in (quantization, *inner) if isinstance(part, Mapping) for key, value in part.items()}
     word = AUTO
     for key, value in said.items():
@@ -106,10 +108,10 @@ def _checkpoint_word(quantization: object) -> str:
 
 
 def _scheme_word(key: str, value: object) -> str:
-    """Return the word for a `kv_cache_scheme` of compressed-tensors or a `kv_cache_quant_algo` of ModelOpt.
+    """Return the name for a `kv_cache_scheme` of compressed-tensors or a `kv_cache_quant_algo` of ModelOpt.
 
     Raises:
-        ConfigError: neither.
+        ConfigError: the value is not known.
     """
     if isinstance(value, Mapping) and value.get("num_bits") == 8:
         return "fp8"

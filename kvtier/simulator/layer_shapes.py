@@ -1,4 +1,4 @@
-"""What each layer of a model keeps of one token, as its configuration says."""
+"""Computes from a model's configuration what each layer keeps per token."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ READ = frozenset(
         *("attention_k_eq_v", "num_global_key_value_heads", "global_head_dim"),
     )
 )
-"""Keys that are read here."""
+"""Keys of the configuration that this module reads."""
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What one layer keeps of one token.
+    """What one layer keeps per token.
 
     Attributes:
-        vectors: how many, keys and values together.
-        width: numbers in each.
-        rotary: how many of them carry the position, of a latent vector; else 0.
-        index_bytes: beside the vectors, for an indexer that chooses tokens.
+        vectors: number of vectors, keys and values together.
+        width: numbers per vector.
+        rotary: numbers of a latent vector that carry the position; 0 for other vectors.
+        index_bytes: further bytes, for an indexer that chooses tokens.
     """
 
     vectors: int
@@ -58,10 +58,10 @@ def is_latent(model: ModelConfig) -> bool:
 
 
 def layer_shapes(model: ModelConfig) -> Sequence[LayerShape]:
-    """Return the layers that keep a cache.
+    """Return the shapes of the layers that keep a cache.
 
     Raises:
-        ConfigError: the configuration lacks what follows from it, contradicts itself, or has a part that is not known.
+        ConfigError: the configuration lacks a needed key, contradicts itself, or has a part that is not known.
     """
     if is_latent(model):
         return (_latent_shape(model),) * _num_layers(model)
@@ -94,14 +94,14 @@ def kind_of(model: ModelConfig, layers: Sequence[LayerShape]) -> str:
 
 def _num_layers(model: ModelConfig) -> int:
     if model.model_type in _LONGCAT:
-        return 2 * model.need("num_layers")  # each holds two blocks of attention
+        return 2 * model.need("num_layers")  # each layer has two attention blocks
     layers = model.need(*_LAYERS)
     for key in _LAYERS:
         if model.get(key) not in (None, layers):
             raise refusal(
                 key, model.get(key), f"another number of layers than {layers}, no size follows for this model"
             )
-    shared = model.values.get("num_kv_shared_layers") or 0  # the last ones read what earlier ones keep
+    shared = model.values.get("num_kv_shared_layers") or 0  # the last layers read the cache of earlier ones
     if type(shared) is not int or not 0 <= shared < layers:
         raise refusal("num_kv_shared_layers", shared, f"an int below the {layers} layers expected")
     return layers - shared
@@ -118,10 +118,10 @@ def _head_dim(model: ModelConfig) -> int:
 
 
 def _num_kv_heads(model: ModelConfig) -> int:
-    """Return the number of KV heads of a layer: of as many query heads, if the configuration does not say."""
+    """Return the number of KV heads of a layer; it equals the query heads if the configuration has none."""
     values, heads = model.values, model.get(*_HEADS)
     if values.get("multi_query") and not values.get("new_decoder_architecture"):
-        return 1  # Falcon and GPT-BigCode, whatever else they say
+        return 1  # Falcon and GPT-BigCode ignore their other keys then
     kv_heads = model.get("multi_query_group_num") if values.get("multi_query_attention") else None
     if values.get("attn_config"):
         kv_heads = _nested_kv_heads(values["attn_config"])
@@ -132,7 +132,7 @@ def _num_kv_heads(model: ModelConfig) -> int:
 
 
 def _nested_kv_heads(attention: object) -> int | None:
-    """Return what MPT and DBRX say in an object of their own; None if every query head has its keys and values."""
+    """Return the KV heads in the `attn_config` of MPT and DBRX; None if it names none."""
     if not isinstance(attention, Mapping):
         raise refusal("attn_config", attention, "a JSON object expected")
     nested = ModelConfig(attention, ("attn_type", "kv_n_heads"))
@@ -143,13 +143,14 @@ def _nested_kv_heads(attention: object) -> int | None:
 
 
 def _latent_shape(model: ModelConfig) -> LayerShape:
-    """Return one vector, and where an indexer chooses tokens its key: 8 bits a number, 4 bytes for every 128."""
+    """Return the shape of a layer with one latent vector, and an indexer's key if the model has an indexer."""
     rank, rotary = model.need("kv_lora_rank"), model.need("qk_rope_head_dim")
     index = model.get("index_head_dim") or 0
     if index and model.model_type not in _WITH_INDEX:
         raise refusal(
             "index_head_dim", index, f"of another type than {', '.join(filter(None, _WITH_INDEX))}: {_NOT_KNOWN}"
         )
+    # An indexer's key has 8 bits per number, and a scale of 4 bytes for every 128 numbers.
     return LayerShape(1, rank + rotary, rotary, index + index // 128 * 4)
 
 
@@ -161,19 +162,19 @@ def _listed(model: ModelConfig, key: str, layers: int) -> list[int]:
 
 
 def _shapes_by_kind(model: ModelConfig, layers: int, shape: LayerShape) -> list[LayerShape]:
-    """Return the shapes where layers with full attention have other heads than those with a window."""
+    """Return the shapes of a model whose layers with full attention have other heads than those with a window."""
     kinds = model.values.get("layer_types")
     if not isinstance(kinds, list) or len(kinds) < layers:
         raise refusal("layer_types", kinds, f"the kinds of {layers} layers expected, since they are not alike")
     vectors = shape.vectors
-    if model.values.get("attention_k_eq_v"):  # the engine keeps both all the same
+    if model.values.get("attention_k_eq_v"):  # keys equal values, but vLLM keeps both
         vectors = 2 * (model.get("num_global_key_value_heads") or vectors // 2)
     full = LayerShape(vectors, model.get("global_head_dim") or shape.width)
     return [full if kind == "full_attention" else shape for kind in kinds[:layers]]
 
 
 def _shapes_of_blocks(model: ModelConfig) -> list[LayerShape]:
-    """Return the shapes where a search has given every block one of its own, or no attention (Nemotron-NAS)."""
+    """Return the shapes of a model in which each block has its own attention or none (Nemotron-NAS)."""
     blocks, layers = model.values["block_configs"], model.need(*_LAYERS)
     if not isinstance(blocks, list) or len(blocks) != layers:
         raise refusal("block_configs", blocks, f"{layers} blocks expected, one a layer")
@@ -184,7 +185,7 @@ def _shapes_of_blocks(model: ModelConfig) -> list[LayerShape]:
 
 
 def _block_kv_heads(model: ModelConfig, block: Any) -> int:
-    """Return a block's KV heads, 0 if it has no attention."""
+    """Return the number of a block's KV heads; 0 if it has no attention."""
     attention = block.get("attention") if isinstance(block, Mapping) else None
     if not isinstance(attention, Mapping):
         raise refusal("block_configs", block, f"a block without an object `attention`: {_NOT_KNOWN}")

@@ -1,4 +1,4 @@
-"""What host memory means for prompts that do not fit into it: they come back from a disk in part."""
+"""Warns if long prompts can be loaded from a disk only in part, since host memory is too small."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvtier.sizes import format_size
 
 
 def best_share_in_parts(trace: Trace, most: int) -> float:
-    """Return the share of blocks that a cache without limit hits if no request gets more than its first `most`."""
+    """Return the hit rate of an unlimited cache if a request gets at most its first `most` blocks."""
     seen: set[OffloadKey] = set()
     hits = 0
     for request in trace.requests:
@@ -25,10 +25,8 @@ def best_share_in_parts(trace: Trace, most: int) -> float:
 
 
 def long_prompts_note(trace: Trace, setups: Sequence[Setup]) -> str:
-    """Return a line if, with some disk, the longest prompts do not come back whole; else nothing.
-
-    An engine loads once per admission, and what is on its way takes at most the promotion budget of host memory.
-    """
+    """Return a line if, with one of the setups, the longest prompts are not loaded whole from the disk; else ""."""
+    # An engine loads once per admission, and promoted blocks take at most the promotion budget of host memory.
     with_disk = [setup for setup in setups if setup.disk_blocks]
     if not with_disk:
         return ""

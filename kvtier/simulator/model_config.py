@@ -1,4 +1,4 @@
-"""Reads a model's `config.json`: finds the language model in it, and refuses what may change its cache unseen."""
+"""Reads a model's `config.json`: finds the language model in it, and refuses unknown keys that may change its cache."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class ModelConfig:
     """The language model's part of a configuration, already checked.
 
     Attributes:
-        values: its keys; those that it leaves out have their class's defaults.
-        model_type: its architecture, empty if it does not say.
-        dtype: of the model, None if it does not say.
-        quantization: its `quantization_config`, None if it has none.
+        values: the configuration's values by key; missing keys have the defaults of the model's class.
+        model_type: the architecture, "" if the configuration has none.
+        dtype: the model's data type, None if the configuration has none.
+        quantization: the `quantization_config`, None if the configuration has none.
     """
 
     def __init__(self, config: Mapping[str, Any], read: Iterable[str]) -> None:
@@ -43,10 +43,10 @@ class ModelConfig:
 
         Args:
             config: a whole `config.json`.
-            read: keys that the caller reads, so that they are known.
+            read: keys that the caller reads; they count as known.
 
         Raises:
-            ConfigError: a key or a type of model that is refused.
+            ConfigError: a key or the model's type is refused, or a needed key is missing.
         """
         levels = list(_levels(config))
         text = levels[-1]
@@ -62,10 +62,10 @@ class ModelConfig:
         self.quantization = _first(levels, "quantization_config", "compression_config")
 
     def get(self, *names: str) -> int | None:
-        """Return a count that has several names, None if the configuration has none of them.
+        """Return a count that may have any of `names`; None if the configuration has none of them.
 
         Raises:
-            ConfigError: no int above 0, or two names with two counts.
+            ConfigError: the value is no int above 0, or two names have different values.
         """
         found: int | None = None
         for name in names:
@@ -80,10 +80,10 @@ class ModelConfig:
         return found
 
     def need(self, *names: str) -> int:
-        """Return a count that has several names.
+        """Return a count that may have any of `names`.
 
         Raises:
-            ConfigError: as `get`; or the configuration has none of them.
+            ConfigError: as `get`; or the configuration has none of `names`.
         """
         value = self.get(*names)
         if value is None:
@@ -92,10 +92,10 @@ class ModelConfig:
 
 
 def read_config(path: Path) -> Mapping[str, Any]:
-    """Return a `config.json`, with the `hf_quant_config.json` beside it, if that is where its quantization stands.
+    """Return a `config.json`; without `quantization_config`, the content of `hf_quant_config.json` beside it is added.
 
     Raises:
-        ConfigError: not readable, or no JSON object.
+        ConfigError: a file cannot be read, or is no JSON object.
     """
     config = _read_object(path)
     beside = path.with_name("hf_quant_config.json")
@@ -105,7 +105,7 @@ def read_config(path: Path) -> Mapping[str, Any]:
 
 
 def refusal(key: str, value: object, allowed: str) -> ConfigError:
-    """Return an error about a file's own words: short, on one line, whatever they are."""
+    """Return an error that quotes a key and a value of a file, shortened and on one line, whatever they contain."""
     key = key if key.isprintable() and len(key) <= 100 else reprlib.repr(key)
     shown = value if isinstance(value, (int, float, bool)) or value is None else reprlib.repr(value)
     return ConfigError(key, shown, allowed)
@@ -128,10 +128,10 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _levels(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield the configuration and, in turn, the part of it that is its language model's.
+    """Yield the configuration, then the nested part with its language model, and so on.
 
     Raises:
-        ConfigError: two of them.
+        ConfigError: a configuration nests two language models.
     """
     yield config
     nested = [name for name in TEXT_CONFIGS if isinstance(config.get(name), Mapping) and config[name]]
@@ -155,10 +155,10 @@ def _check_type(config: Mapping[str, Any]) -> None:
 
 
 def _check_keys(config: Mapping[str, Any], read: frozenset[str]) -> None:
-    """Refuse what may change the cache unseen.
+    """Refuse unknown keys that may change the cache.
 
     Raises:
-        ConfigError: the first key that does.
+        ConfigError: for the first such key.
     """
     caches = _says_every_layer_caches(config)
     for key, value in config.items():
@@ -174,7 +174,7 @@ def _check_keys(config: Mapping[str, Any], read: frozenset[str]) -> None:
 
 
 def _is_suspect(key: str, value: object) -> bool:
-    """Whether a key, or one in an object that it holds, speaks of what a cache is made of."""
+    """Return whether the name of a key, or of one in an object that it holds, may concern the cache."""
     if _is_neutral(value) or HARMLESS.fullmatch(key.lower()):
         return False
     objects = [entry for entry in (value if isinstance(value, list) else [value]) if isinstance(entry, Mapping)]
@@ -183,7 +183,7 @@ def _is_suspect(key: str, value: object) -> bool:
 
 
 def _says_every_layer_caches(config: Mapping[str, Any]) -> bool:
-    """Whether the configuration names the kind of every layer, and all of them keep a cache a token."""
+    """Return whether the configuration lists the kinds of its layers, and all of them keep a cache per token."""
     lists = [config[key] for key in LAYER_KINDS if config.get(key)]
     return bool(lists) and all(_has_only(kinds, ALLOWED_VALUES[LAYER_KINDS[0]]) for kinds in lists)
 
@@ -202,7 +202,7 @@ def _has_only(value: object, allowed: frozenset[object]) -> bool:
 
 
 def _is_neutral(value: object) -> bool:
-    """Whether a value switches nothing on."""
+    """Return whether a value switches nothing on."""
     return value is None or value is False or value in (0, "", "auto") or value == [] or value == {}
 
 

@@ -1,8 +1,8 @@
-"""What is known of the keys of a model's `config.json`: which are harmless, and which are refused.
+"""Keys of a model's `config.json`: harmless ones, and ones that are refused.
 
-A cache's size follows from few keys, but a key that nobody here has heard of may say that layers share a cache,
-compress it or have none. So every key is one of these: read by `layer_shapes`; harmless, since it says nothing of the
-cache; or, if its name speaks of anything that a cache is made of, refused.
+The size of a cache follows from few keys. But an unknown key may mean that layers share a cache, compress it or have
+none. So `layer_shapes` reads a key, or the key does not concern the cache, or its name contains a word that may concern
+the cache and it is refused.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ TEXT_CONFIGS = (
     "language_model",
     "text_model",
 )
-"""Where configurations of several modalities keep their language model."""
+"""Keys under which multimodal configurations nest their language model."""
 
 LAYER_KINDS = ("layer_types", "layers_block_type")
-"""Keys that name the kind of each layer."""
+"""Keys that list the kinds of layers."""
 
 _CACHING = frozenset(("full_attention", "sliding_attention", "chunked_attention", "attention", "indexed_attention"))
 ALLOWED_VALUES: Mapping[str, frozenset[object]] = {
@@ -35,7 +35,7 @@ ALLOWED_VALUES: Mapping[str, frozenset[object]] = {
     "indexer_types": frozenset(("full",)),
     "attention_method": frozenset(("MLA",)),
 }
-"""Keys that are harmless with these values, one or a list of them, and with no others."""
+"""Keys that are harmless only with these values, or with a list of them."""
 
 STATE_KEYS = re.compile(
     r"full_attention_interval|attn_layer_(period|offset)|attn_layer_indices|layers_block_type|_?block_types"
@@ -43,7 +43,7 @@ STATE_KEYS = re.compile(
     r"|conv_L_cache|lru_width|mb_per_layer|full_attn_(idxs|alpha_factor)|layer_group_size|short_conv_kernel_size"
     r"|number_of_conv_states"
 )
-"""Keys of models that keep a state: of some layers, or beside the cache of each."""
+"""Keys of models that keep a state, in some layers or in addition to the cache of each layer."""
 
 SUSPECT = re.compile(
     r"(?<!q)kv|key_value|cache|attn|attention|heads|head_(dim|size|width|num)|(^|_)(d|dim|kv|n|num)_head|layer|block"
@@ -51,7 +51,7 @@ SUSPECT = re.compile(
     r"|hybrid|delta|period|interval|every|loop|cycle|depth|chunk|local|global|swa|mla|mixer|retention|retain|encoder"
     r"|decoder|speculat|yoco|cla(_|$)|mqa|gqa|mha|evict"
 )
-"""Parts of names of keys that may change what is kept of a token."""
+"""Parts of names of keys that may change what a layer keeps per token."""
 
 HARMLESS = re.compile(
     "|".join(
@@ -64,21 +64,21 @@ HARMLESS = re.compile(
             r"scale_(attn|attention|emb|depth)\w*|reorder_and_upcast_attn|apply_residual_connection_post_layernorm",
             r"\w*(attn|attention|mla)\w*_gate(_\w+)?|(attention|attn)_(output_)?gate\w*|mla_(scale|use)_\w+|param_sink\w*",
             r"\w*flash_?attn\w*|use_flash_attention\w*|attn_(impl|uses_sequence_id)|parallel_attn\w*|use_parallel_\w+",
-            # windows: a layer with one keeps of each token what the others do
+            # windows: a layer with a window keeps as much per token as other layers
             r"_?sliding_window\w*|prefix_dense_sliding_window_pattern|use_sliding_window|max_window_layers|(keep_)?window_size",
             r"attention_chunk_size|global_attn_every_n_layers|full_attn_mod|layer_switch|order_of_interleaved_layers",
             r"local_attention|(global|local)_rope\w*|rope_local_\w+|use_bidirectional_attention",
             # positions
             r"rope_\w+|\w*rope_theta\w*|rotary\w*|no_rope_layers?\w*|nope_layer_interval|use_rope_layers|indexer_rope_\w+",
-            # query heads, of which no cache is kept, and latent attention's other widths
+            # query heads, which have no cache, and other widths of latent attention
             r"num_attention_heads_per_layer|share_q_dim|num_gqa_groups|q_lora_rank|index_n_heads|index_topk",
             # experts and feed-forward
             r"\w*expert\w*|\w*moe_\w+|\w*router\w*|n_group|\w*topk_?\w*|mlp_\w+|ffn_\w+|\w*_ffn_dim|decoder_sparse_step|hc_\w+",
             r"first_k_dense_replace|interleave_moe_layer_step|num_dense_layers|\w*intermediate_size\w*|\w*activation\w*",
             r"block_(multiple_of|ffn_dim_multiplier|auto_adjust_ff_dim)|(hidden|vocab)_size_per_layer_input|laurel_rank",
-            # prediction of several tokens: its layers run only where speculative decoding is switched on
+            # multi-token prediction: its layers run only with speculative decoding
             r"(num_)?(mtp|nextn)_\w+|num_nextn_predict_layers|use_mtp\w*|keep_mtp\w*",
-            # heads of other kinds, other modalities, words, training
+            # heads that are not of attention, other modalities, vocabulary, training
             r"lm_head\w*|\w*classifier\w*|pooler\w*|\w*_token_(id|ids|index)|tie_\w+|share_\w*embedding\w*|use_embedding_sharing",
             r"\w*(image|video|audio|vision|visual|speech)_\w+|(mm|im|vit|projector|embd)_\w+|select_layer|global_view_pos|visual",
             r"(tts|talker|code2wav|token2wav|codec|vit|vq|whisper|sound|perceiver|qformer|resampler|slice)_(config|cfg)",
@@ -89,10 +89,10 @@ HARMLESS = re.compile(
         )
     )
 )
-"""Whole names of keys that are not suspect after all."""
+"""Whole names of keys that match `SUSPECT` but are harmless."""
 
 MATTERS_ONLY_WITH: Mapping[str, str] = {
     "cla_share_factor": "use_cla",
     "multi_query_group_num": "multi_query_attention",
 }
-"""Keys that say nothing where the configuration has the other one switched off."""
+"""Keys that have no effect if the configuration switches the other key off."""

@@ -1,4 +1,4 @@
-"""What is known of types of models beyond what their configurations say."""
+"""Facts about types of models that their configurations do not contain."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REFUSED_TYPES: Mapping[str, frozenset[str]] = {
         "it runs its layers several times": "hrm_text iquestloopcoder",
     }.items()
 }
-"""Types of models that no size follows for, by the reason; those with a state only if not all layers have attention."""
+"""Refused types of models, by reason. Those with `STATE` are accepted if all layers are listed as attention."""
 
 _GROUPS: Mapping[tuple[int | None, int | None], str] = {
     (2, None): "glm4v_text glm_image_text starcoder2",
@@ -66,9 +66,9 @@ CLASS_DEFAULTS: Mapping[str, Mapping[str, int]] = {
     for (heads, width), types in _GROUPS.items()
     for model_type in types.split()
 }
-"""What a type's class in transformers takes where `config.json` leaves a key out, since it equals the default.
+"""Defaults of a type's class in transformers, for keys that `config.json` leaves out.
 
-Types that are not here take as many KV heads as query heads, and the quotient for their width.
+Other types have as many KV heads as query heads, and hidden size / heads as the width of a head.
 """
 
 NEEDED: Mapping[str, str] = {
@@ -77,4 +77,4 @@ NEEDED: Mapping[str, str] = {
     "gemma4_unified_text": "global_head_dim",
     "diffusion_gemma_text": "global_head_dim",
 }
-"""Keys without which no size follows for a type, since the class's default is not that of other types."""
+"""Keys that a type must have, since its class's default differs from that of other types."""

@@ -1,4 +1,4 @@
-"""One HTML page without anything from elsewhere: style, figures and tables in a file that a browser opens offline."""
+"""One HTML page with its style, figures and tables; it loads nothing, so that a browser can open it offline."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ pre { background: var(--card); border: 1px solid var(--line); border-radius: .5r
 
 
 def page(title: str, subtitle: str, parts: Sequence[str]) -> str:
-    """Return a whole document; the parts are HTML."""
+    """Return a whole document; `parts` are HTML, and title and subtitle are text."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -47,27 +47,27 @@ def page(title: str, subtitle: str, parts: Sequence[str]) -> str:
 
 
 def section(title: str, text: str, parts: Sequence[str]) -> str:
-    """Return a heading, a paragraph and what follows."""
+    """Return a heading, a paragraph of text, and `parts`, which are HTML."""
     return f'<h2>{escape(title)}</h2><p class="faint">{escape(text)}</p>' + "".join(parts)
 
 
 def paragraph(text: str) -> str:
-    """Return a paragraph."""
+    """Return plain text as a paragraph."""
     return f"<p>{escape(text)}</p>"
 
 
 def remarks(lines: Sequence[str]) -> str:
-    """Return lines below each other, faint, each ended like a sentence."""
+    """Return faint lines below each other; each gets a full stop."""
     return '<p class="faint">' + "<br>".join(f"{escape(line)}." for line in lines) + "</p>"
 
 
 def figures(parts: Sequence[str]) -> str:
-    """Return figures side by side, where there is room."""
+    """Return figures side by side, as far as the page is wide enough."""
     return '<div class="figures">' + "".join(parts) + "</div>"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], best: int | None = None) -> str:
-    """Return a table; row number `best` stands out."""
+    """Return a table; row number `best` is highlighted."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join(
         ('<tr class="best">' if index == best else "<tr>")

@@ -29,7 +29,7 @@ HEADER = (
 
 
 def best_offers(plan: Plan) -> list[Offer]:
-    """Return the offers that no other beats in hit rate for the money, and the chosen one; cheapest hardware first."""
+    """Return the frontier of hit rate over the price of hardware, and the chosen offer; cheapest hardware first."""
     best, chosen = frontier(plan.offers, lambda result: result.hit_rate, LEAST_GAIN), plan.chosen
     if chosen is None or any(offer is chosen for offer in best):
         return best
@@ -37,7 +37,7 @@ def best_offers(plan: Plan) -> list[Offer]:
 
 
 def offer_row(offer: Offer, chosen: Offer | None) -> list[str]:
-    """Return an offer's cells, as `HEADER` names them."""
+    """Return an offer's cells, in the order of `HEADER`."""
     result, setup = offer.result, offer.result.setup
     mark = "<- buy" if offer.buys else "<- buy nothing"
     return [
@@ -55,12 +55,12 @@ def offer_row(offer: Offer, chosen: Offer | None) -> list[str]:
 
 
 def remarks_on(plan: Plan) -> list[str]:
-    """Return what a buyer must know of the choice, one line each."""
+    """Return the warnings about the choice, one line each."""
     return [*plan.warnings, *([plan.edge] if plan.edge else [])]
 
 
 def advice(plan: Plan) -> str:
-    """Return what to do, in one line; where it ends with a colon, the option follows."""
+    """Return the advice in one line. If it ends with a colon, the option for vLLM must follow."""
     target = plan.target.describe()
     if plan.chosen is None:
         return f"none of them reaches {target}"
@@ -71,7 +71,7 @@ def advice(plan: Plan) -> str:
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """Return the plan as JSON values."""
+    """Return the plan as JSON values; costs are dollars per month."""
 
     def values(offer: Offer) -> dict[str, Any]:
         costs = {"dram": offer.dram, "disk": offer.disk, "gpu": offer.gpu, "total": offer.total}

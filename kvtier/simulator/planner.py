@@ -1,4 +1,4 @@
-"""Which memory and which disk to buy: the cheapest configuration that will do."""
+"""Chooses the cheapest memory and disk that reach a target."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from kvtier.simulator.setup import Machine, Setup
 from kvtier.simulator.trace import Trace
 
 LEAST_GAIN = 0.001
-"""Of the blocks: nothing is bought for less, a replay is not as exact as that."""
+"""Least gain in hit rate that justifies more hardware; a replay is not more exact than this."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What was asked, what was found, and what to do.
+    """The question, all offers, and the choice.
 
     Attributes:
-        trace, machine, block_bytes, target: what was asked; bytes of one block.
-        offers: all of them, the one that buys nothing first.
-        chosen: the cheapest that meets the target, None if none does.
-        option: what to add to `vllm serve`; empty if nothing is to be bought or nothing meets the target.
-        edge: a line for people if the choice lies at the edge of what was tried; else empty.
-        warnings: what else a buyer must know of the choice, one line each.
+        trace, machine, block_bytes, target: the question; bytes of one block.
+        offers: all offers; the first one buys nothing.
+        chosen: the cheapest offer that meets the target, None if none does.
+        option: what to add to `vllm serve`; "" if the choice buys nothing or no offer meets the target.
+        edge: a line for people if the choice has the largest or smallest size that was tried; else "".
+        warnings: further lines about the choice.
     """
 
     trace: Trace
@@ -45,7 +45,7 @@ class Plan:
 
 
 def decide(trace: Trace, machine: Machine, offers: Sequence[Offer], prices: Prices, target: Target) -> Plan:
-    """Return what to buy, and what must be known of it; the option for vLLM is still to be added."""
+    """Return the choice and its warnings; the caller adds the option for vLLM."""
     chosen, block_bytes = cheapest(offers, target), offers[0].result.setup.block_bytes
     if chosen is None:
         return Plan(trace, machine, block_bytes, target, offers, None)
@@ -57,8 +57,8 @@ def decide(trace: Trace, machine: Machine, offers: Sequence[Offer], prices: Pric
 def cheapest(offers: Sequence[Offer], target: Target) -> Offer | None:
     """Return the cheapest offer that meets the target; None if none does.
 
-    If an offer with less memory and disk finds as much, but for `LEAST_GAIN`, it is that one. Of equal ones it is the
-    one that buys nothing, else the one with the best hit rate.
+    An offer with cheaper memory and disk is preferred if its hit rate is at most `LEAST_GAIN` lower. Of equal offers
+    the one that buys nothing is preferred, then the one with the best hit rate.
     """
     good = [offer for offer in offers if target.is_met_by(offer.result)]
     if not good:
@@ -69,10 +69,10 @@ def cheapest(offers: Sequence[Offer], target: Target) -> Offer | None:
 
 
 def frontier(offers: Sequence[Offer], worth: Callable[[Result], float], least_gain: float = 0.0) -> list[Offer]:
-    """Return the offers that no other beats in both `hardware` and `worth` (more is better), cheapest first.
+    """Return the Pareto frontier of `hardware` (less is better) and `worth` (more is better), cheapest first.
 
     Args:
-        least_gain: worth by which an offer must be better than all cheaper ones.
+        least_gain: an offer must exceed the worth of all cheaper ones on the frontier by more than this.
     """
     kept: list[Offer] = []
     for offer in sorted(offers, key=lambda offer: (offer.hardware, -worth(offer.result))):
@@ -82,7 +82,7 @@ def frontier(offers: Sequence[Offer], worth: Callable[[Result], float], least_ga
 
 
 def wear_note(chosen: Offer, prices: Prices) -> str:
-    """Return a line if the disk is written more often than it is made for; else nothing."""
+    """Return a line if the disk is written more often than it endures; else ""."""
     writes = chosen.result.busiest_drive_writes_a_day
     if writes is None or chosen.wear <= 1:
         return ""
@@ -94,9 +94,10 @@ def wear_note(chosen: Offer, prices: Prices) -> str:
 
 
 def candidate_sizes(trace: Trace, block_bytes: int) -> tuple[list[int], list[int]]:
-    """Return sizes of memory and of the disk to try, in bytes: shares of the power of two that holds the whole trace.
+    """Return the sizes of memory and of the disk to try, in bytes.
 
-    Memory is tried from 1/128 of it to all of it, at least 4 blocks; the disk at none and from 1/8 to all.
+    They are fractions of the least power of two that holds the whole trace: memory from 1/128 to 1, but at least 4
+    blocks; the disk 0 and from 1/8 to 1, but at least twice the least memory.
     """
     everything = trace.num_unique * block_bytes
     largest = 1 << max(0, everything - 1).bit_length()
@@ -107,12 +108,12 @@ def candidate_sizes(trace: Trace, block_bytes: int) -> tuple[list[int], list[int
 
 
 def worth_trying(setup: Setup) -> bool:
-    """Return whether the disk, if there is one, is so much larger than the memory that it can hold much more."""
+    """Return whether the setup has no disk, or a disk of at least twice the memory."""
     return not setup.disk_blocks or setup.disk_blocks >= 2 * setup.dram_blocks
 
 
 def edge_note(offers: Sequence[Offer], chosen: Offer, trace: Trace) -> str:
-    """Return a line if other sizes than those tried might be cheaper than what was chosen; else nothing."""
+    """Return a line if a size beyond those that were tried may be cheaper; else ""."""
     setup, tried = chosen.result.setup, [offer.result.setup for offer in offers if offer.buys]
     if not chosen.buys:
         return ""
@@ -127,9 +128,12 @@ def edge_note(offers: Sequence[Offer], chosen: Offer, trace: Trace) -> str:
 
 
 def _edge(chosen: int, tried: Sequence[int], least: int, most: int) -> str:
-    """Return "largest" or "smallest" if the chosen size is that of all tried, and one beyond it could matter."""
+    """Return "largest" or "smallest" if the chosen size is that of all tried sizes; "" if a further size is useless.
+
+    A size above `most` holds nothing more, and no size is below `least`.
+    """
     if not any(tried):
-        return ""  # no disk was wanted
+        return ""  # only setups without a disk were tried
     if chosen == max(tried) and chosen < most:
         return "largest"
     return "smallest" if chosen == min(tried) and chosen > least else ""

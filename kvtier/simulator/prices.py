@@ -1,4 +1,4 @@
-"""What a simulated configuration costs per month, and whether it meets a target."""
+"""Computes the monthly price of a simulated configuration, and whether it meets a target."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Prices:
-    """What things cost.
+    """Prices, in dollars.
 
     Attributes:
-        gpu_hour: an hour of the accelerators that compute `Machine.prefill_rate` together.
-        dram_gib, disk_gib: a GiB, bought.
-        months: over which memory and disks are written off.
-        drive_writes: whole writes per day that a disk endures for so long; with twice as many it lasts half as long.
+        gpu_hour: price per hour of the accelerators that reach `Machine.prefill_rate` together.
+        dram_gib, disk_gib: purchase price per GiB.
+        months: months over which memory and disks are written off.
+        drive_writes: whole writes per day that a disk endures for `months`; with twice as many it lasts half as long.
     """
 
     gpu_hour: float
@@ -35,7 +35,7 @@ class Prices:
         """Check the prices.
 
         Raises:
-            ConfigError: one is below 0, the months or the writes are not above 0, or one is without end.
+            ConfigError: a price is negative, `months` or `drive_writes` is not above 0, or a value is not finite.
         """
         for name in ("gpu_hour", "dram_gib", "disk_gib"):
             if not 0 <= getattr(self, name) < math.inf:
@@ -47,12 +47,12 @@ class Prices:
 
 @dataclass(frozen=True)
 class Target:
-    """What a configuration must reach; None where it does not matter.
+    """What a configuration must reach; None stands for any value.
 
     Attributes:
-        hit_rate: share of the blocks, 0 to 1.
-        first_token_p95: seconds.
-        drive_writes_a_day: most of them, if every hour is like the busiest.
+        hit_rate: least share of the blocks that are found, 0 to 1.
+        first_token_p95: longest time to the first token, 95th percentile, in seconds.
+        drive_writes_a_day: most whole writes of the disk per day, if every hour is like the busiest.
     """
 
     hit_rate: float | None = None
@@ -60,7 +60,7 @@ class Target:
     drive_writes_a_day: float | None = None
 
     def is_met_by(self, result: Result) -> bool:
-        """Return whether a result reaches it."""
+        """Return whether a result reaches the target."""
         writes = result.busiest_drive_writes_a_day
         return (
             (self.hit_rate is None or result.hit_rate >= self.hit_rate)
@@ -69,7 +69,7 @@ class Target:
         )
 
     def describe(self) -> str:
-        """Return it in words."""
+        """Return the target as text for people."""
         wanted = []
         if self.hit_rate is not None:
             wanted.append(f"a hit rate of {percent(self.hit_rate)}")
@@ -82,14 +82,15 @@ class Target:
 
 @dataclass(frozen=True)
 class Offer:
-    """A result with its price a month, if every hour is like the busiest.
+    """A result with its prices in dollars per month, if every hour is like the busiest.
 
     Attributes:
-        result: what was simulated.
-        dram: memory.
-        disk: the disk, which lasts less long if it is written more often than it is made for.
-        wear: by how much less long, at least 1.
-        gpu: the accelerators' time for what is not found; mean_gpu: if the trace goes on as it is.
+        result: the simulated configuration and its figures.
+        dram: price of the memory.
+        disk: price of the disk, multiplied by `wear`.
+        wear: factor by which the disk's life is shorter since it is written more often than it endures; at least 1.
+        gpu: price of the accelerators' time for blocks that are not found.
+        mean_gpu: the same if every hour is like the mean.
     """
 
     result: Result
@@ -101,22 +102,22 @@ class Offer:
 
     @property
     def buys(self) -> bool:
-        """Whether it is anything at all: an offer without memory has no disk either."""
+        """Whether anything is bought; an offer without memory has no disk either."""
         return bool(self.result.setup.dram_blocks)
 
     @property
     def hardware(self) -> float:
-        """What is bought: memory and disk."""
+        """Price of memory and disk."""
         return self.dram + self.disk
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Price of hardware and of the accelerators' time."""
         return self.hardware + self.gpu
 
 
 def price(result: Result, prices: Prices) -> Offer:
-    """Return what a month with this configuration costs."""
+    """Return the monthly prices of a simulated configuration."""
     setup, gpu_month = result.setup, HOURS_A_MONTH * prices.gpu_hour
     wear = max(1.0, (result.busiest_drive_writes_a_day or 0.0) / prices.drive_writes)
     return Offer(
@@ -130,5 +131,5 @@ def price(result: Result, prices: Prices) -> Offer:
 
 
 def price_all(results: Sequence[Result], prices: Prices) -> list[Offer]:
-    """Return the prices of at least one result, and before them that of buying nothing for the same requests."""
+    """Return the offers of at least one result; the first offer buys nothing and serves the same requests."""
     return [price(result, prices) for result in (results[0].without_offloading(), *results)]

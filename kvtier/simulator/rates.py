@@ -1,4 +1,4 @@
-"""The busiest hour of a trace: what has to be bought for, where quiet hours make the mean small."""
+"""Finds the busiest hour of a trace; hardware must suffice for it, and quiet hours lower the mean."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Iterable
 HOUR = 3600.0
 DAY = 24 * HOUR
 UNEVEN = 3.0
-"""Times the mean from which on the mean misleads."""
+"""Ratio of the busiest hour to the mean above which reports warn that the load is uneven."""
 
 
 def busiest_hour(amounts: Iterable[tuple[float, float]], seconds: float) -> float:
-    """Return the highest rate over an hour in a row, per second; over all of a trace that is shorter.
+    """Return the highest rate per second over any hour, or over the whole trace if it is shorter.
 
     Args:
         amounts: (time in seconds, amount), in order of time.
-        seconds: span of the trace.
+        seconds: duration of the trace.
     """
     window: deque[tuple[float, float]] = deque()
     inside = most = total = 0.0

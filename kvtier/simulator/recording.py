@@ -19,7 +19,7 @@ from kvtier.simulator.trace_files import check_regular
 
 @dataclass
 class _Request:
-    """What is known of a recorded request."""
+    """A recorded request: its first scan or arrival, and the keys seen so far."""
 
     time: float
     new: NewRequest
@@ -28,15 +28,15 @@ class _Request:
 
 
 def read_recorded_trace(path: Path, tokens_per_block: int | None = None) -> Trace:
-    """Return a recording as requests: the whole blocks of each prompt in order, those of its answer behind them.
+    """Return a recording as a trace: per request the whole blocks of its prompt in order, then those of its answer.
 
-    The engine's blocks are joined to such of `tokens_per_block` tokens; None leaves them as they are.
+    The engine's blocks are joined to blocks of `tokens_per_block` tokens; None leaves them as they are.
 
-    Of a model with several KV groups only the first group's blocks are taken, and the trace's note says so: what of
-    the other groups an engine needs, its attention decides, and no record tells.
+    If the model has several KV groups, only the first group's blocks are taken, and the trace's note tells it. The
+    attention of the other groups decides which of their blocks an engine needs, and the recording does not contain it.
 
     Raises:
-        TraceError: as `read_recording`, a damaged record, no request in it, or blocks that cannot be joined so.
+        TraceError: as `read_recording`; or a record is damaged, there is no request, or the blocks cannot be joined.
     """
     check_regular(path)
     header, records = read_recording(path)
@@ -63,7 +63,7 @@ def _requests_in(records: Iterable[Record]) -> tuple[list[_Request], int]:
     """Return the requests in the order of their arrival, with the first group's blocks, and the number of groups.
 
     Raises:
-        struct.error: a damaged record.
+        struct.error: a record is damaged.
     """
     live: dict[int, _Request] = {}
     order: list[_Request] = []
@@ -84,10 +84,10 @@ def _requests_in(records: Iterable[Record]) -> tuple[list[_Request], int]:
 
 
 def _as_trace_request(request: _Request, tokens_per_block: int, joiner: Joiner, count: int) -> TraceRequest:
-    """Return a request in blocks of `count` of the engine's, whole ones only, as an engine looks up and stores them."""
+    """Return a request in blocks of `count` engine blocks; only whole blocks, as engines look up and store them."""
     keys = list(request.keys)
     told = request.new.num_prompt_tokens
     tokens = len(keys) * tokens_per_block if told is None else told
     joined = joiner.join(keys[: len(keys) // count * count], count)
-    of_prompt = tokens // (tokens_per_block * count)  # the answer filled the next one
+    of_prompt = tokens // (tokens_per_block * count)  # the answer filled the prompt's incomplete last block
     return TraceRequest(request.time, joined[:of_prompt], tokens, 0, joined[of_prompt:], request.new.hint)

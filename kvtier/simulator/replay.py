@@ -1,9 +1,10 @@
 """Replays a trace's requests through the production manager, in simulated time.
 
-One accelerator computes prompts, one after the other, in the order of their arrival; answers cost nothing. Whenever it
-is free, the first waiting requests are looked up, as an engine's scheduler does: the first one that is not deferred is
-next. It loads what it found, and stores the rest at that same instant: what it computes can be found by the next
-request. A request's time to its first token is its wait, the copy to the accelerator and the computing of the rest.
+One accelerator computes one prompt at a time, in the order of arrival; answers take no time. When the accelerator is
+free, the waiting requests are looked up in order, as an engine's scheduler does. The first one that is not deferred is
+computed next. It loads its hits and stores the other blocks at the same instant, so that the next request can find
+them. A request's time to the first token is its wait, the copy of its hits to the accelerator, and the computing of
+the rest.
 """
 
 from __future__ import annotations
@@ -24,25 +25,26 @@ from kvtier.simulator.trace import Trace, TraceRequest
 from kvtier.types import ReqContext, ScheduleEndContext
 
 Progress = Callable[[float], None]
-"""Told which share of a trace has been replayed, 0 to 1; what it raises ends the replay."""
+"""Called with the share of a trace that has been replayed, 0 to 1; an exception from it ends the replay."""
 
 _STEP = ScheduleEndContext()
 _STEP_EVERY = 64
-"""Requests between two steps where nothing waits: what an engine's step would do then is nothing, but not for free."""
+"""Arrivals per step; a step for each arrival would change no result, but would take time."""
 _MOMENT = 1e-6
+"""Seconds after a deadline at which it has surely passed."""
 _LOOKED_UP = 4
-"""Waiting requests that an engine's scheduler looks at while it is busy: what its budget of tokens leaves room for."""
+"""Waiting requests that an engine's scheduler looks up while the accelerator is busy, limited by its token budget."""
 _NOTHING: Mapping[str, int] = {}
 
 
 class LoadLog:
-    """An observer that remembers what the last load took from where."""
+    """An observer that keeps the sources of the last load."""
 
     def __init__(self) -> None:
         self.by_source: Mapping[str, int] = _NOTHING
 
     def on_event(self, event: Event) -> None:
-        """Keep the last `BlocksLoaded`."""
+        """Keep the block counts of the last `BlocksLoaded`."""
         if isinstance(event, BlocksLoaded):
             self.by_source = event.by_source
 
@@ -52,7 +54,9 @@ class _Waiting:
     """A request that waits for the accelerator.
 
     Attributes:
-        is_known: it was looked up; is_deferred: it waits for a tier, too; look_at: when its deadline may have passed.
+        is_known: the request was looked up.
+        is_deferred: the request also waits for a tier.
+        look_at: time of the next lookup of a deferred request if nothing changes before.
     """
 
     request: TraceRequest
@@ -63,17 +67,17 @@ class _Waiting:
 
 
 class Replay:
-    """One trace through one configuration.
+    """Replays one trace with one configuration.
 
     Attributes:
-        outcomes: per request, in the order in which they were served.
+        outcomes: one per request, in the order in which they were served.
     """
 
     def __init__(self, trace: Trace, setup: Setup, machine: Machine) -> None:
         """Make the engine.
 
         Raises:
-            ConfigError: no such policy.
+            ConfigError: the policy is not registered.
         """
         self.outcomes: list[Outcome] = []
         self._trace, self._setup, self._machine = trace, setup, machine
@@ -88,13 +92,13 @@ class Replay:
         self._load_seconds = setup.block_bytes / machine.host_bandwidth
 
     def run(self, progress: Progress | None = None) -> Result:
-        """Replay everything and return what came of it."""
+        """Replay the whole trace and return the result."""
         started = time.perf_counter()
         self._progress = progress
         self._manager.on_schedule_end(_STEP)
         requests = self._trace.requests
         with_collector = gc.isenabled()
-        gc.disable()  # nothing here makes cycles, and the collector would look at every key of the trace
+        gc.disable()  # a replay makes no cycles, and a collection would visit every key of the trace
         try:
             for number, request in enumerate(requests):
                 self._work_until(request.time)
@@ -122,12 +126,13 @@ class Replay:
         return Result.of(self._trace, self._setup, self._machine, self.outcomes, stats, written, seconds)
 
     def _report(self) -> None:
-        """Say how far the replay is: requests come, and may all wait before most are served."""
+        """Report the progress."""
+        # Half of it counts arrivals and half counts served requests, since all may arrive before most are served.
         if self._progress is not None:
             self._progress((self._num_come + len(self.outcomes)) / (2 * len(self._trace.requests)))
 
     def _work_until(self, end: float) -> None:
-        """Let time pass up to `end`, or until nobody waits, and do whatever comes due."""
+        """Process all events before `end`, in order of time."""
         while (now := self._next_event()) < end:
             self._clock.advance_to(now)
             if self._computing is not None and now >= self._free_at:
@@ -138,7 +143,7 @@ class Replay:
             self._schedule()
 
     def _next_event(self) -> float:
-        """Return when the accelerator is free, a transfer ends or a deadline passes; infinity if nothing will."""
+        """Return the time of the next event: the end of computing or of a transfer, or a deadline; infinity if none."""
         transfers = [at for tier in self._engine.tiers if (at := tier.device.next_end()) is not None]
         if self._computing is not None:
             return min([self._free_at, *transfers])
@@ -146,16 +151,19 @@ class Replay:
         return min([math.inf, *transfers, *deadlines])
 
     def _schedule(self) -> None:
-        """Do what engines do in steps until one changes nothing: what a plan declines is no hit in the next step."""
+        """Run scheduler steps until no request is newly deferred."""
+        # A step ends with the plan for the deferred requests. Blocks that the plan declines to load are misses in the
+        # next step, so the request may be ready then.
         if self._computing is not None and not self._engine.tiers:
             return
         while self._step():
             self._manager.on_schedule_end(_STEP)
 
     def _step(self) -> bool:
-        """Look up requests that wait, as far as a scheduler comes; if it is free, compute the first ready one.
+        """Look up waiting requests; if the accelerator is free, compute the first one that is ready.
 
-        While the accelerator computes, only the plans of the next requests begin. Return whether any was deferred.
+        While the accelerator computes, only the first `_LOOKED_UP` requests are looked up, each once, so that their
+        loads begin. Return whether a request was deferred and none was computed.
         """
         now, planned = self._clock(), False
         for waiting in self._queue if self._computing is None else islice(self._queue, _LOOKED_UP):
@@ -176,12 +184,15 @@ class Replay:
         return planned
 
     def _patience(self, num_pending: int) -> float:
-        """Return when the manager lets a request that waits for so many blocks give up, or earlier."""
+        """Return the seconds after which to look up a deferred request again, if nothing happens before.
+
+        The manager gives up waiting at this time or later.
+        """
         computing = self._machine.prefill_seconds(0, num_pending * self._trace.tokens_per_block)
         return min(self._setup.settings.load_deadline or math.inf, computing) + _MOMENT
 
     def _compute(self, waiting: _Waiting, num_hits: int) -> None:
-        """Load the hits, store the rest, and note what the request gets."""
+        """Load the hits, store the other blocks, and note the outcome."""
         manager, request, context, now = self._manager, waiting.request, waiting.context, self._clock()
         keys, by_source = request.keys, _NOTHING
         if num_hits:

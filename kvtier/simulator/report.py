@@ -1,4 +1,4 @@
-"""The report of a simulation: rows for a terminal, values for JSON, figures for a page."""
+"""The report of a simulation: rows for the terminal, values for JSON, and an HTML page."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def seconds(value: float) -> str:
 
 
 def drive_writes(result: Result) -> str:
-    """Return how often a day the disk is written whole: if all hours were like the busiest, and on the mean."""
+    """Return the whole writes of the disk per day, in hours like the busiest and on average; "-" without a disk."""
     busiest, mean = result.busiest_drive_writes_a_day, result.drive_writes_a_day
     return "-" if busiest is None or mean is None else f"{busiest:.1f}x / {mean:.1f}x"
 
 
 def result_row(result: Result) -> list[str]:
-    """Return one configuration's cells, as `HEADER` names them."""
+    """Return the cells of one configuration, in the order of `HEADER`."""
     setup = result.setup
     has_disk = bool(setup.disk_blocks)
     admission = f", {setup.admission.value}" if has_disk and setup.admission.value != "always" else ""
@@ -75,13 +75,13 @@ def result_row(result: Result) -> list[str]:
 
 
 def recompute_row(result: Result) -> list[str]:
-    """Return the cells of the same requests without kvtier."""
+    """Return the cells for the same requests without offloading, in the order of `HEADER`."""
     times = [seconds(result.recompute_at(p)) for p in (50, 95, 99)]
     return [NO_OFFLOADING, "-", "-", percent(0.0), "-", "-", "0.0 M", "-", "-", "-", *times]
 
 
 def facts(trace: Trace, block_bytes: int, machine: Machine) -> list[str]:
-    """Return what the numbers rest on, one line each."""
+    """Return lines about the trace, the block size and the machine, on which the figures depend."""
     ideal = trace.num_ideal_hits / max(1, trace.num_accesses)
     doubling = machine.prefill_doubling
     slowing = "" if math.isinf(doubling) else f" (half as many behind {doubling:,.0f} tokens)"
@@ -99,7 +99,7 @@ def facts(trace: Trace, block_bytes: int, machine: Machine) -> list[str]:
 
 
 def uneven_note(trace: Trace, machine: Machine) -> str:
-    """Return a line if the busiest hour has far more work than the mean one; else nothing."""
+    """Return a line if the busiest hour has more than `UNEVEN` times the mean hour's work; else ""."""
     work = [(request.time, machine.prefill_seconds(0, request.input_tokens)) for request in trace.requests]
     ratio = busiest_hour(work, trace.seconds) / (sum(amount for _, amount in work) / trace.seconds or 1.0)
     if ratio <= UNEVEN:
@@ -111,7 +111,7 @@ def uneven_note(trace: Trace, machine: Machine) -> str:
 
 
 def label(result: Result, others: Sequence[Result]) -> str:
-    """Return a name that tells a configuration from the others."""
+    """Return a name with the values in which the configurations differ."""
     setup = result.setup
     parts = [setup.policy]
     if len({other.setup.dram_blocks for other in others}) > 1:
@@ -124,7 +124,7 @@ def label(result: Result, others: Sequence[Result]) -> str:
 
 
 def trace_json(trace: Trace) -> dict[str, Any]:
-    """Return what is known of a trace as JSON values."""
+    """Return a trace's figures as JSON values."""
     return {
         "name": trace.name,
         "format": trace.format,
@@ -162,7 +162,7 @@ def as_page(
     """Return the report as one HTML document.
 
     Args:
-        curve: results of more sizes, for the hit rate over the size of the primary tier.
+        curve: further results, for the chart of the hit rate over the size of the primary tier.
     """
     rows = [result_row(result) for result in results] + [recompute_row(results[0])]
     best = max(range(len(results)), key=lambda index: results[index].hit_rate) if len(results) > 1 else None
@@ -189,7 +189,7 @@ def as_page(
 
 
 def _most_telling(results: Sequence[Result]) -> list[Result]:
-    """Return at most six results, those with the best hit rates, in their order."""
+    """Return the six results with the best hit rates, in the order of `results`."""
     best = sorted(results, key=lambda result: -result.hit_rate)[:6]
     return [result for result in results if any(result is one for one in best)]
 
@@ -214,7 +214,7 @@ def _size_chart(trace: Trace, results: Sequence[Result]) -> str:
 
 
 def _time_chart(shown: Sequence[Result], results: Sequence[Result]) -> str:
-    """Return the share of requests whose first token came within a time."""
+    """Return a figure of the share of requests over the time to the first token."""
     series = [Series(label(result, results), _cumulated(result.first_token)) for result in shown]
     series.append(Series(NO_OFFLOADING, _cumulated(results[0].recompute), dashed=True))
     values = [value for one in series for value, _ in one.points]

@@ -1,4 +1,4 @@
-"""What a replay found out: counts, times and their distributions; plain values that travel between processes."""
+"""Results of a replay: counts, times and their distributions, as plain values that processes can exchange."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ NUM_INTERVALS = 60
 
 
 class Outcome(NamedTuple):
-    """What one request got.
+    """The result of one request.
 
     Attributes:
-        time: of its arrival, seconds.
-        num_blocks: blocks it asked for; by_source: those it loaded, by the tier they came from.
-        input_tokens: its prompt; saved_tokens: those of them that it did not compute.
-        computing: seconds that the accelerator computes for it.
-        first_token: seconds until its first token.
+        time: arrival, seconds.
+        num_blocks: blocks of the prompt.
+        by_source: number of loaded blocks, by source tier.
+        input_tokens: tokens of the prompt.
+        saved_tokens: tokens of the prompt that were not computed.
+        computing: seconds of the accelerator's time.
+        first_token: seconds from the arrival to the first token.
     """
 
     time: float
@@ -40,24 +42,27 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """What one configuration made of a trace.
+    """The result of a trace with one configuration.
 
     Attributes:
         setup: the configuration.
-        num_requests, num_accesses: requests, and blocks they asked for.
-        hits: blocks loaded, by the tier they came from.
-        input_tokens, saved_tokens: of all prompts.
-        first_token, recompute: seconds to the first token, with kvtier and without; `NUM_QUANTILES` evenly spaced
+        num_requests, num_accesses: requests, and blocks of all prompts.
+        hits: number of loaded blocks, by source tier.
+        input_tokens, saved_tokens: tokens of all prompts, and those that were not computed.
+        first_token, recompute: seconds to the first token, with offloading and without; `NUM_QUANTILES` evenly spaced
             quantiles, least first.
-        loaded_bytes, stored_bytes: between accelerator and host memory.
-        promoted_bytes, cascaded_bytes: from and to the disk.
-        computing, recomputing: share of the time that the accelerator computes prompts, with kvtier and without;
-            busiest_computing, busiest_recomputing: the same in the busiest hour.
-        busiest_written: bytes written to the disk per second of its busiest hour.
-        refused_blocks: not written to the disk, by reason; gave_up: requests that stopped waiting, by reason.
-        evicted_blocks: by tier.
-        timeline: `NUM_INTERVALS` rows of (primary hits, disk hits, misses), blocks, over `seconds`.
-        seconds: span of the trace; replay_seconds: what the replay took.
+        loaded_bytes, stored_bytes: bytes copied from host memory to the accelerator, and back.
+        promoted_bytes, cascaded_bytes: bytes read from the disk, and written to it.
+        computing, recomputing: accelerator seconds per second of the trace, with offloading and without; above 1 the
+            accelerator cannot keep up.
+        busiest_computing, busiest_recomputing: the same in the busiest hour.
+        busiest_written: bytes written to the disk per second, in its busiest hour.
+        refused_blocks: blocks that were not written to the disk, by reason.
+        gave_up: requests that stopped waiting, by reason.
+        evicted_blocks: evicted blocks, by tier.
+        timeline: `NUM_INTERVALS` rows of (primary hits, disk hits, misses) in blocks, over `seconds`.
+        seconds: duration of the trace.
+        replay_seconds: time that the replay itself took.
     """
 
     setup: Setup
@@ -95,7 +100,12 @@ class Result:
         written: Sequence[tuple[float, int]],
         replay_seconds: float,
     ) -> Result:
-        """Sum up what requests got, what the manager counted, and the (time, bytes) that were written to the disk."""
+        """Return the sums of a replay.
+
+        Args:
+            stats: the manager's statistics at the end.
+            written: (time, bytes) of every store to the disk.
+        """
         hits = {PRIMARY: 0, DISK: 0} if setup.disk_blocks else {PRIMARY: 0}
         for outcome in outcomes:
             for source, count in outcome.by_source.items():
@@ -130,7 +140,7 @@ class Result:
         )
 
     def without_offloading(self) -> Result:
-        """Return what the same requests get where nothing is kept: no memory, no disk, every prompt computed."""
+        """Return the result of the same requests without memory and disk: every prompt is computed."""
         return replace(
             self,
             setup=replace(self.setup, policy=NO_POLICY, dram_blocks=0, disk_blocks=0),
@@ -153,41 +163,41 @@ class Result:
 
     @property
     def num_hits(self) -> int:
-        """Blocks loaded, wherever from."""
+        """Number of loaded blocks, from all tiers."""
         return sum(self.hits.values())
 
     @property
     def hit_rate(self) -> float:
-        """Share of the blocks asked for that were loaded, 0 to 1."""
+        """Share of the prompts' blocks that were loaded, 0 to 1."""
         return self.num_hits / max(1, self.num_accesses)
 
     def share(self, source: str) -> float:
-        """Return the share of the blocks asked for that came from one tier, 0 to 1."""
+        """Return the share of the prompts' blocks that were loaded from one tier, 0 to 1."""
         return self.hits.get(source, 0) / max(1, self.num_accesses)
 
     @property
     def drive_writes_a_day(self) -> float | None:
-        """How often a day the disk is written whole if the trace goes on like this; None without a disk."""
+        """Whole writes of the disk per day, on average; None without a disk."""
         return self._drive_writes(self.cascaded_bytes / self.seconds)
 
     @property
     def busiest_drive_writes_a_day(self) -> float | None:
-        """The same if every hour is like the busiest one."""
+        """Whole writes of the disk per day if every hour is like the busiest; None without a disk."""
         return self._drive_writes(self.busiest_written)
 
     def _drive_writes(self, rate: float) -> float | None:
         return rate * DAY / self.setup.disk_bytes if self.setup.disk_bytes else None
 
     def first_token_at(self, percent: int) -> float:
-        """Return a percentile of the seconds to the first token."""
+        """Return a percentile of the time to the first token, in seconds."""
         return self.first_token[percent]
 
     def recompute_at(self, percent: int) -> float:
-        """Return a percentile of the seconds to the first token where everything is computed."""
+        """Return a percentile of the time to the first token without offloading, in seconds."""
         return self.recompute[percent]
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON values: all of the above."""
+        """Return all figures as JSON values."""
         values = asdict(self)
         settings = values["setup"].pop("settings")
         values["setup"] |= {name: settings[name] for name in SIMULATED_OPTIONS}
@@ -207,7 +217,7 @@ class Result:
 
 
 def _waits(computing: Sequence[tuple[float, float]]) -> list[float]:
-    """Return each request's seconds to its first token where one accelerator computes all, of (arrival, seconds)."""
+    """Return the seconds to each request's first token if one accelerator computes all, from (arrival, seconds)."""
     free_at, waits = 0.0, []
     for arrival, seconds in computing:
         free_at = max(free_at, arrival) + seconds

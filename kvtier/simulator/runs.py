@@ -1,7 +1,7 @@
-"""Many configurations of one trace, in parallel processes.
+"""Replays one trace with many configurations, in parallel processes.
 
-Whoever interrupts the command interrupts the parent only; it raises a flag that every replay looks at. A parent that
-is killed cannot: each process waits for its parent's end in a thread, and ends with it.
+Only the parent receives an interrupt (SIGINT). It then sets a flag that every replay checks. A parent that is killed
+cannot set the flag: so each process has a thread that waits for the parent's end, and ends the process then.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _POLL_SECONDS = 0.2
 
 
 class _Stopped(Exception):
-    """A replay that ended because the parent gave up."""
+    """Ends a replay when the parent has set the stop flag."""
 
 
 @dataclass
 class _Worker:
-    """What a process keeps between its runs.
+    """State of a worker process.
 
     Attributes:
-        shares: which part of each setup is done, written here and read by the parent.
-        stop: not 0 once the parent wants no results any more.
+        shares: per setup, the share that is done; shared memory that the workers write and the parent reads.
+        stop: shared memory; the parent sets it to 1 to stop all replays.
     """
 
     trace: Trace
@@ -57,7 +57,7 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
-        os._exit(1)  # whoever would read a result, or a message, is gone
+        os._exit(1)  # nobody is left to read a result or a message
 
 
 def _replay(index: int, setup: Setup) -> Result:
@@ -80,16 +80,16 @@ def replay_all(
     processes: int | None = None,
     progress: Callable[[float], None] = lambda share: None,
 ) -> list[Result]:
-    """Replay a trace through every setup; return the results in their order.
+    """Replay a trace with every setup; return the results in the order of `setups`.
 
-    Whatever is raised, KeyboardInterrupt included, no process is left.
+    No process is left after an exception, KeyboardInterrupt included.
 
     Args:
-        processes: at the same time; None takes one a processor. With one, all runs in this process.
-        progress: told which share of all the work is done, 0 to 1, a few times per second.
+        processes: most processes at the same time; None: one per processor. With one, all replays run in this process.
+        progress: called with the share of all work that is done, 0 to 1, a few times per second.
 
     Raises:
-        ConfigError: a setup that cannot be simulated.
+        ConfigError: a setup cannot be simulated.
         KVTierError: a process died.
     """
     count = min(len(setups), processes or len(os.sched_getaffinity(0)))
@@ -99,6 +99,7 @@ def replay_all(
             for done, setup in enumerate(setups)
         ]
     context = multiprocessing.get_context("spawn")
+    # No lock: each entry has one writer, and processors write an aligned double as a whole.
     shares = context.Array("d", len(setups), lock=False)
     stop = context.Value("b", 0, lock=False)
     with ProcessPoolExecutor(count, context, initializer=_begin, initargs=(trace, machine, shares, stop)) as pool:
@@ -120,13 +121,13 @@ def replay_all(
 
 
 def _submit(pool: ProcessPoolExecutor, index: int, setup: Setup) -> Future[Result]:
-    with _interrupts_held():  # a submit may start a process, and processes inherit what is held
+    with _interrupts_held():  # `submit` may start a process, which inherits the mask of blocked signals
         return pool.submit(_replay, index, setup)
 
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Hold SIGINT back from this thread; one that came raises KeyboardInterrupt at the end."""
+    """Block SIGINT in this thread; a SIGINT that arrives meanwhile raises KeyboardInterrupt afterwards."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield

@@ -1,4 +1,4 @@
-"""What is simulated: sizes, policies and speeds, already checked; and the production manager made of them."""
+"""Configurations to simulate (sizes, policies, speeds), and the production manager with simulated tiers."""
 
 from __future__ import annotations
 
@@ -27,18 +27,20 @@ SIMULATED_OPTIONS = (
     "retain_share",
     "tenant_quotas",
 )
-"""Keys of the engine's configuration that a replay obeys, beside those that `Setup` and `Machine` have fields for."""
+"""Keys of the engine's configuration that a replay obeys, in addition to the fields of `Setup` and `Machine`."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Speeds of the machine; in bytes, tokens and seconds.
+    """Speeds of the machine.
 
     Attributes:
-        prefill_rate: tokens that the accelerator computes, with no context before them.
-        prefill_doubling: tokens of context with which a token takes twice as long; infinity for none.
-        host_bandwidth: copies between the accelerator and host memory.
-        disk_read, disk_write, disk_latency: of the drive.
+        prefill_rate: tokens per second that the accelerator computes, without context before them.
+        prefill_doubling: tokens of context with which a token takes twice as long to compute; infinity if context does
+            not slow it down.
+        host_bandwidth: bytes per second of copies between the accelerator and host memory.
+        disk_read, disk_write: bytes per second of the disk.
+        disk_latency: seconds that every job of the disk takes in addition to its transfer.
     """
 
     prefill_rate: float = 10_000.0
@@ -52,7 +54,8 @@ class Machine:
         """Check the speeds.
 
         Raises:
-            ConfigError: one is not above 0 (the latency: below 0), or without end.
+            ConfigError: a speed is not above 0, the latency is negative, or a value other than `prefill_doubling` is
+                not finite.
         """
         for name in ("prefill_rate", "host_bandwidth", "disk_read", "disk_write"):
             if not 0 < getattr(self, name) < math.inf:
@@ -63,12 +66,12 @@ class Machine:
             raise ConfigError("disk_latency", self.disk_latency, "0 seconds or more, a finite number")
 
     def prefill_seconds(self, first: int, last: int) -> float:
-        """Return how long tokens `first` to `last` of a prompt take."""
+        """Return the seconds that computing tokens `first` to `last` of a prompt takes."""
         return PrefillSpeed(self.prefill_rate, self.prefill_doubling).seconds(first, last)
 
     @property
     def disk(self) -> DeviceSpeed:
-        """The drive's part."""
+        """The speed of the disk."""
         return DeviceSpeed(self.disk_read, self.disk_write, self.disk_latency)
 
 
@@ -78,13 +81,14 @@ class Setup:
 
     Attributes:
         policy: registered name of the eviction policy of both tiers.
-        dram_blocks: slots of the primary tier, at least 1 (0, without a disk, is no offloading: nothing to simulate);
-            disk_blocks: of the disk, 0 for none.
-        block_bytes: bytes of one block.
-        admission: of the disk.
-        settings: deadlines and budgets, as in an engine; the speed and the size of blocks in it do not count.
-        predicts: whether what is loaded follows from predictions; else everything is, and the load deadline is the
-            wait.
+        dram_blocks: slots of the primary tier, at least 1; 0 without a disk stands for no offloading, which is not
+            simulated.
+        disk_blocks: slots of the disk, 0 for no disk.
+        block_bytes: bytes per block.
+        admission: admission of the disk tier.
+        settings: deadlines and budgets, as in an engine; its prefill speed and its tokens per block are not used.
+        predicts: whether the manager loads only blocks whose load is predicted to pay; else it loads all, and a request
+            waits until the load deadline.
     """
 
     policy: str
@@ -96,13 +100,13 @@ class Setup:
     predicts: bool = True
 
     def limited_to(self, num_blocks: int) -> Setup:
-        """Return the setup with at most so many slots a tier: a tier that holds all blocks of a trace never evicts."""
+        """Return the setup with at most `num_blocks` slots per tier; a trace with so many blocks never fills more."""
         most = max(1, num_blocks)
         return replace(self, dram_blocks=min(self.dram_blocks, most), disk_blocks=min(self.disk_blocks, most))
 
     @property
     def num_promoted(self) -> int:
-        """Blocks that may be on their way from the disk, or held for requests, at the same time."""
+        """Most blocks that may be in promotion, or kept for requests after it, at the same time."""
         return self.settings.most_promoted(self.dram_blocks)
 
     @property
@@ -117,7 +121,7 @@ class Setup:
 
 
 def combinations(base: Setup, drams: Sequence[int], disks: Sequence[int], policies: Sequence[str]) -> list[Setup]:
-    """Return `base` with every combination of memory and disk, in blocks, and policy."""
+    """Return `base` with every combination of memory (blocks), disk (blocks) and policy."""
     return [
         replace(base, policy=policy, dram_blocks=dram, disk_blocks=disk)
         for dram in drams
@@ -127,26 +131,26 @@ def combinations(base: Setup, drams: Sequence[int], disks: Sequence[int], polici
 
 
 class SimulatedEngine:
-    """The production manager over simulated tiers.
+    """The production manager with simulated tiers.
 
     Attributes:
-        manager: as an engine would have it.
-        clock: its time.
-        tiers: the secondary ones.
+        manager: the manager, as in an engine.
+        clock: the simulated clock of manager and tiers.
+        tiers: the secondary tiers.
     """
 
     def __init__(self, setup: Setup, machine: Machine, tokens_per_block: int, observer: Observer | None = None) -> None:
-        """Make and start everything.
+        """Make the manager and its tiers.
 
         Raises:
-            ConfigError: no such policy.
+            ConfigError: the policy is not registered.
         """
         self.clock = SimulatedClock()
         policy = POLICIES.load(setup.policy)
         observers = Observers([observer] if observer is not None else [])
         view = memoryview(bytearray(setup.dram_blocks)).cast("B", (setup.dram_blocks, 1))
         primary = CPUPrimaryTierOffloadingManager(setup.dram_blocks, view, policy(setup.dram_blocks))
-        primary.block_bytes = setup.block_bytes  # nobody reads the view
+        primary.block_bytes = setup.block_bytes  # the view has 1 byte per block, since no byte is read
         self.tiers: list[SimulatedTierManager] = []
         if setup.disk_blocks:
             disk = SimulatedTierManager(

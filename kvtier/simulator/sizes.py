@@ -1,4 +1,4 @@
-"""Sizes as people give them to the simulator, in blocks."""
+"""Parses the simulator's sizes of tiers into blocks."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ UNLIMITED = "unlimited"
 
 
 def size_in_blocks(name: str, text: str, trace: Trace, block_bytes: int, least: int = 1) -> int:
-    """Return how many blocks a size holds.
+    """Return the number of blocks that fit a size.
 
     Args:
-        name: of the option, for the error.
-        text: bytes ("8GiB"), a share of the trace's different blocks ("5%"), "unlimited", or, if `least` is 0, none
-            ("0", "0GiB", "0%", "none").
+        name: name of the option, for errors.
+        text: bytes ("8GiB"), a share of the trace's different blocks ("5%") or "unlimited"; if `least` is 0, also
+            nothing ("0", "0GiB", "0%", "none").
 
     Raises:
-        ConfigError: not a size, or one that does not hold `least` blocks.
+        ConfigError: the text is no size, or a size above 0 that holds fewer than `least` blocks or none.
     """
     text = text.strip()
     if text.lower() == UNLIMITED:
@@ -41,7 +41,11 @@ def size_in_blocks(name: str, text: str, trace: Trace, block_bytes: int, least: 
 
 
 def sizes_in_blocks(name: str, text: str, trace: Trace, block_bytes: int, least: int = 1) -> list[int]:
-    """Return how many blocks each size of a list with commas holds; errors as `size_in_blocks` and `split_list`."""
+    """Return the number of blocks for each size of a comma-separated list.
+
+    Raises:
+        ConfigError: as `size_in_blocks` and `split_list`.
+    """
     return [size_in_blocks(name, size, trace, block_bytes, least) for size in split_list(name, text)]
 
 
@@ -56,10 +60,10 @@ def _percent(name: str, text: str, least: int) -> float:
 
 
 def split_list(name: str, text: str) -> list[str]:
-    """Return the entries of a list with commas, each once.
+    """Return the entries of a comma-separated list, each once.
 
     Raises:
-        ConfigError: nothing in it.
+        ConfigError: the list is empty.
     """
     entries = list(dict.fromkeys(entry.strip() for entry in text.split(",") if entry.strip()))
     if not entries:
@@ -68,10 +72,10 @@ def split_list(name: str, text: str) -> list[str]:
 
 
 def around(blocks: Sequence[int], most: int) -> list[int]:
-    """Return sizes, in blocks, for a curve through `blocks`: from an eighth of the least to eight times the greatest.
+    """Return sizes for a curve, in blocks: `blocks`, and doublings from 1/8 of the least to 8 times the largest.
 
     Args:
-        most: blocks beyond which more changes nothing.
+        most: size, in blocks, beyond which a larger one changes nothing.
     """
     low = max(1, min(blocks) // 8)
     high = max(low, min(most, max(blocks) * 8))

@@ -1,6 +1,6 @@
-"""A secondary tier of a simulation: the production table and policy over a device that has no bytes.
+"""A simulated secondary tier: the production table and policy with a simulated device.
 
-It decides what `SlottedTierManager` decides, and leaves out what only real bytes need: processes, messages, breakers.
+It makes the same decisions as `SlottedTierManager`, without the processes, messages and breakers that real I/O needs.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _HIT, _MISS = LookupResult.HIT, LookupResult.MISS
 
 @dataclass(slots=True)
 class SimulatedJob:
-    """A job that is not answered yet.
+    """A job without a result yet.
 
     Attributes:
-        metadata: as it was submitted.
-        keys, slots: the blocks that move, and their slots on the device.
-        here: keys of the job that need no move.
-        submitted: when, in seconds of the clock.
+        metadata: the submitted job.
+        keys, slots: the blocks that are transferred, and their slots on the device.
+        here: keys of a store that the tier has already.
+        submitted: time of the submission, seconds of the clock.
     """
 
     metadata: JobMetadata
@@ -50,11 +50,12 @@ class SimulatedJob:
 
 
 class SimulatedTierManager(SecondaryTierManager):
-    """Blocks in the slots of a device without bytes.
+    """A tier with slots on a simulated device.
 
     Attributes:
-        table, device: where its blocks are, and what moves them.
-        written: (seconds, bytes) of every store, in the order of their submission.
+        table: the slots of the tier's blocks.
+        device: computes when transfers end.
+        written: (time of submission in seconds, bytes) of every write, in order.
     """
 
     medium = Medium.STORAGE
@@ -74,8 +75,8 @@ class SimulatedTierManager(SecondaryTierManager):
         retention: Retention,
     ) -> None:
         """Args:
-        policy: empty; its capacity is the tier's, in blocks.
-        block_bytes: what a block would have; back-pressure counts these, not the rows of `primary_kv_view`.
+        policy: an empty policy; its capacity is the tier's capacity in blocks.
+        block_bytes: simulated bytes per block; back-pressure counts these, not the row size of `primary_kv_view`.
         """
         super().__init__(None, primary_kv_view, name)
         self.table = BlockTable(policy.capacity, policy)
@@ -90,24 +91,28 @@ class SimulatedTierManager(SecondaryTierManager):
 
     @property
     def progress(self) -> int:
-        """Bytes moved so far: a large job on a slow device is no job that hangs."""
+        """Bytes moved so far; while they grow, a long job is slow but does not hang."""
         return self.device.moved_bytes
 
     def has_news(self) -> bool:
-        """Return whether a job has ended that was not collected."""
+        """Return whether a job has ended whose result was not collected."""
         return bool(self._unmoved) or self.device.has_finished()
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
-        """Return HIT for a block that can be loaded now, MISS for any other."""
+        """Return HIT for a block that can be loaded now, else MISS."""
         slot = self.table.slot_of.get(key)
         return _MISS if slot is None or slot in self.table.filling else _HIT
 
     def can_store(self, num_blocks: int) -> bool:
-        """Return whether the blocks fit the queue; an empty queue takes any job."""
+        """Return whether the queue of stores has room for the blocks; an empty queue takes any job."""
         return not self._num_storing or self._num_storing + num_blocks <= self._most_stores
 
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
-        """Count one use of the keys that are here, given in prefix order; of each block one for a request."""
+        """Count a use of the keys that the tier has, at most one use per block and request.
+
+        Args:
+            keys: in the order of the prefix.
+        """
         self._uses.touch(self.table, keys, req_context)
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
@@ -115,11 +120,11 @@ class SimulatedTierManager(SecondaryTierManager):
         return super().on_new_request(req_context)
 
     def on_request_finished(self, req_context: ReqContext) -> None:
-        """Let the request's blocks take their places in the order of recency."""
+        """Order the request's blocks in the policy by their positions in the prompt, as far as they are known."""
         self._uses.end(self.table, req_context)
 
     def submit_store(self, job_metadata: JobMetadata) -> None:
-        """Take slots for what is not here, and write it."""
+        """Write the blocks that the tier does not have, as far as slots can be freed."""
         table, keys = self.table, job_metadata.keys
         placement = self._uses.plan_store(table, keys, job_metadata.req_context)
         here: list[OffloadKey] = []
@@ -137,7 +142,7 @@ class SimulatedTierManager(SecondaryTierManager):
             self._unmoved.append(job)
 
     def submit_load(self, job_metadata: JobMetadata) -> None:
-        """Pin what is here, and read it."""
+        """Pin and read the blocks that the tier has."""
         table, keys = self.table, job_metadata.keys
         slots = table.ready_slots(keys)
         if slots is None:
@@ -152,7 +157,7 @@ class SimulatedTierManager(SecondaryTierManager):
             self._unmoved.append(job)
 
     def cancel_loads(self, job_ids: Collection[int]) -> None:
-        """Leave out what the device has not begun of these jobs."""
+        """Cancel the reads of these jobs that the device has not begun; such a job ends with no block."""
         unwanted = frozenset(job_ids)
         for job in self.device.cancel_reads(lambda job: job.metadata.job_id in unwanted):
             self.table.unpin(job.slots)
@@ -189,7 +194,7 @@ class SimulatedTierManager(SecondaryTierManager):
         return JobResult(metadata.job_id, success, successful, seconds, num_bytes)
 
     def drain_jobs(self) -> None:
-        """End every job now; the results stay to be collected."""
+        """End every job at once; `get_finished_jobs` still returns the results."""
         self._unmoved.extend(self._take_ended(everything=True))
 
     def start_epoch(self, epoch: bytes) -> None:
@@ -198,7 +203,7 @@ class SimulatedTierManager(SecondaryTierManager):
         self._uses.clear()
 
     def get_stats(self) -> Mapping[str, float]:
-        """Return blocks and capacity."""
+        """Return the number of blocks and the capacity in blocks."""
         return {"blocks": len(self.table), "capacity_blocks": self.table.num_slots}
 
     def check_invariants(self) -> None:

@@ -1,4 +1,4 @@
-"""A trace: what requests asked for, when, in blocks whose keys say which prefixes are equal."""
+"""A trace: the arrival times of requests and the keys of their blocks; equal prefixes have equal keys."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class TraceRequest(NamedTuple):
     """One request.
 
     Attributes:
-        time: of its arrival, seconds since the first one's.
-        keys: the blocks of its prompt, first block first; the last one may be filled in part (not in recordings).
-        input_tokens, output_tokens: lengths of prompt and answer.
-        answer_keys: blocks that the answer filled, where the trace knows them.
-        hint: what the caller said of the blocks, see `kvtier.hints`; None for nothing.
+        time: arrival, seconds since the first request's arrival.
+        keys: the prompt's blocks in order; the last one may be incomplete, except in recordings.
+        input_tokens, output_tokens: tokens of prompt and answer.
+        answer_keys: blocks that the answer filled, if the trace has them.
+        hint: the caller's hint, see `kvtier.hints`; None if there is none.
     """
 
     time: float
@@ -36,11 +36,11 @@ class Trace:
     """Requests in the order of their arrival.
 
     Attributes:
-        name: for people.
-        format: name of the format that it was read from.
-        tokens_per_block: tokens in one block.
-        block_bytes: bytes of one block, where the trace says so, else None.
-        note: what of the log is left out, a line for people; else empty.
+        name: name of the trace, for people.
+        format: name of the file's format.
+        tokens_per_block: tokens per block.
+        block_bytes: bytes per block; None if the trace does not contain them.
+        note: a line for people, about an unusual block size or about KV groups that are left out; else "".
     """
 
     name: str
@@ -52,22 +52,22 @@ class Trace:
 
     @cached_property
     def num_accesses(self) -> int:
-        """Blocks asked for, over all requests."""
+        """Number of blocks of all prompts together."""
         return sum(len(request.keys) for request in self.requests)
 
     @cached_property
     def num_unique(self) -> int:
-        """Different blocks."""
+        """Number of different blocks of prompts."""
         return len({key for request in self.requests for key in request.keys})
 
     @cached_property
     def num_kept(self) -> int:
-        """Different blocks, those of answers included: what a cache without limit holds at the end."""
+        """Number of different blocks, of prompts and answers; an unlimited cache holds so many at the end."""
         return len({key for request in self.requests for key in (*request.keys, *request.answer_keys)})
 
     @cached_property
     def num_ideal_hits(self) -> int:
-        """Blocks that a prefix cache without limit has when they are asked for: those that came before, in a row."""
+        """Hits of an unlimited prefix cache: per request, the leading blocks that earlier requests had."""
         seen: set[OffloadKey] = set()
         hits = 0
         for request in self.requests:
@@ -84,7 +84,7 @@ class Trace:
 
 
 class KeyMaker:
-    """Gives every id of a trace a key: equal ids, equal keys."""
+    """Makes a key for every id of a trace; equal ids get equal keys."""
 
     def __init__(self) -> None:
         self._keys: dict[Hashable, OffloadKey] = {}
@@ -101,13 +101,16 @@ class KeyMaker:
 
 
 class Joiner:
-    """Joins blocks that follow one another into larger ones, which are equal if all before and in them are."""
+    """Joins consecutive blocks into larger ones.
+
+    Two large blocks have equal keys if all small blocks up to their ends are equal.
+    """
 
     def __init__(self) -> None:
         self._maker = KeyMaker()
 
     def join(self, keys: Sequence[OffloadKey], count: int) -> list[OffloadKey]:
-        """Return the keys of larger blocks, of `count` each; fewer are left for the last."""
+        """Return the keys of larger blocks of `count` blocks each; the last one may have fewer."""
         if count == 1:
             return list(keys)
         joined: list[OffloadKey] = []
@@ -117,10 +120,10 @@ class Joiner:
 
 
 def blocks_to_join(name: str, tokens_per_block: int, wanted: int | None) -> int:
-    """Return how many blocks of a trace make one of `wanted` tokens; 1 if None.
+    """Return the number of a trace's blocks per block of `wanted` tokens; 1 if `wanted` is None.
 
     Raises:
-        TraceError: no whole number of them.
+        TraceError: it is no whole number.
     """
     count, rest = divmod(wanted or tokens_per_block, tokens_per_block)
     if rest:
@@ -129,11 +132,11 @@ def blocks_to_join(name: str, tokens_per_block: int, wanted: int | None) -> int:
 
 
 def in_order(requests: Iterable[TraceRequest]) -> list[TraceRequest]:
-    """Return requests by time, the first at 0; arrivals at one instant are spread until the clock would tick again.
+    """Return requests in order of time, the first one at 0; equal times are spread evenly over one tick.
 
-    A log whose clock ticks every three seconds holds bursts that never were. The tick is the smallest step between
-    two times of the log.
+    A tick is the smallest difference between two times of the log.
     """
+    # A log with a coarse clock, of three seconds for example, shows bursts of arrivals that did not happen.
     ordered = sorted(requests, key=lambda request: request.time)
     times = sorted({request.time for request in ordered})
     tick = min((later - earlier for earlier, later in pairwise(times)), default=0.0)

@@ -1,4 +1,4 @@
-"""Opens the files of traces, plain or compressed by gzip, and reads them in bounded pieces."""
+"""Opens files of traces, plain or compressed with gzip, and reads them in bounded pieces."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from typing import IO
 from kvtier.errors import TraceError
 
 MAX_DOCUMENT_BYTES = 64 << 20
-"""Of one line, or of a document over several: longer ones are no request and no conversation."""
+"""Largest line or document; a request or a conversation is far smaller."""
 _GZIP = b"\x1f\x8b"
 _MAX_EXPANSION = 200
-"""Times the compressed bytes; traces expand 5 to 50 times, and gzip can do 1,000."""
+"""Largest ratio of expanded to compressed bytes; traces have 5 to 50, and gzip can reach 1,000."""
 _FREE_BYTES = 4 << 20
-"""Uncompressed, before the expansion is looked at."""
+"""Expanded bytes that are always allowed, in addition to the ratio."""
 _SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 
 
 def is_trace_name(path: Path) -> bool:
-    """Return whether a folder's file is taken for a part of a trace."""
+    """Return whether a file of a folder counts as a part of a trace, by its name."""
     return path.name.endswith(_SUFFIXES)
 
 
 def check_regular(path: Path) -> None:
-    """Refuse what has no end or makes its reader wait: pipes, devices, sockets.
+    """Refuse pipes, devices and sockets, which may block a reader or never end.
 
     Raises:
-        TraceError: no regular file, or none that can be looked at.
+        TraceError: the path is no regular file, or does not exist.
     """
     try:
         mode = os.stat(path).st_mode
@@ -45,10 +45,10 @@ def check_regular(path: Path) -> None:
 
 @contextmanager
 def open_trace(path: Path) -> Iterator[IO[bytes]]:
-    """Give a file's content, decompressed if it is compressed.
+    """Open a file for reading; a compressed file is decompressed.
 
     Raises:
-        TraceError: it cannot be read; raised for what goes wrong while it is read, too.
+        TraceError: the file cannot be opened or, while the caller reads it, cannot be read or decompressed.
     """
     check_regular(path)
     try:
@@ -67,10 +67,10 @@ def open_trace(path: Path) -> Iterator[IO[bytes]]:
 
 
 def read_line(file: IO[bytes], path: Path, number: int) -> bytes:
-    """Return the next line, empty at the end.
+    """Return the next line, b"" at the end of the file.
 
     Raises:
-        TraceError: it is longer than any that means something.
+        TraceError: the line is longer than `MAX_DOCUMENT_BYTES`.
     """
     line = file.readline(MAX_DOCUMENT_BYTES + 1)
     if len(line) > MAX_DOCUMENT_BYTES:
@@ -79,7 +79,7 @@ def read_line(file: IO[bytes], path: Path, number: int) -> bytes:
 
 
 class _Expanding(io.RawIOBase):
-    """Decompressed bytes, as long as they are not far too many for the compressed ones."""
+    """Decompressed bytes; raises TraceError if they are far more than the compressed ones (a "zip bomb")."""
 
     def __init__(self, file: gzip.GzipFile, raw: IO[bytes], path: Path) -> None:
         self._file, self._raw, self._path = file, raw, path

@@ -1,4 +1,4 @@
-"""WEKA's traces of coding sessions: a conversation a document, sub-agents nested in it."""
+"""WEKA's traces of coding sessions: each document is a conversation with nested sub-agents."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _Time = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class WekaRequest(msgspec.Struct, rename={"input_tokens": "in", "output_tokens": "out"}):
-    """A request (`in`, `out`, `hash_ids`), or a sub-agent (`requests`) that began at `t`; t in seconds."""
+    """A request (`in`, `out`, `hash_ids`) or a sub-agent (`requests`) that began at `t` seconds."""
 
     t: _Time
     input_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
@@ -24,7 +24,7 @@ class WekaRequest(msgspec.Struct, rename={"input_tokens": "in", "output_tokens":
 
 
 class WekaConversation(msgspec.Struct):
-    """One document; ids are its own unless `hash_id_scope` is "global"."""
+    """One document. Its ids only count within it, unless `hash_id_scope` is "global"."""
 
     requests: list[WekaRequest]
     block_size: Annotated[int, msgspec.Meta(ge=1)] = 64
@@ -34,16 +34,16 @@ class WekaConversation(msgspec.Struct):
 def weka_requests(
     conversations: Iterable[tuple[str, WekaConversation]], gap: float, tokens_per_block: int | None
 ) -> tuple[list[TraceRequest], int]:
-    """Return the requests of all conversations, and the tokens in their blocks.
+    """Return the requests of all conversations, and the tokens per block.
 
-    Conversation n starts n * `gap` seconds after the first. Blocks are joined to such of `tokens_per_block` tokens;
-    with None, all conversations must have blocks of one size.
+    Conversation n starts n * `gap` seconds after the first. Blocks are joined to blocks of `tokens_per_block` tokens;
+    with None, all conversations must have blocks of the same size.
 
-    Sub-agents' times count from the conversation's start or from the sub-agent's, depending on who wrote the trace:
-    from the sub-agent's if any request of one would otherwise come before it.
+    Some traces count a sub-agent's times from the conversation's start, others from the sub-agent's. They count from
+    the sub-agent's start if otherwise a request of a sub-agent would come before that start.
 
     Raises:
-        TraceError: an entry that is neither a request nor a sub-agent, or blocks that cannot be joined so.
+        TraceError: an entry is neither a request nor a sub-agent, or the blocks cannot be joined.
     """
     conversations = list(conversations)
     sizes = {one.block_size for _, one in conversations}
@@ -76,7 +76,7 @@ def _has_earlier(requests: Sequence[WekaRequest]) -> bool:
 
 
 def _flat(requests: Sequence[WekaRequest], origin: float, relative: bool) -> Iterator[tuple[float, WekaRequest]]:
-    """Yield (seconds since the conversation's start, request), sub-agents' included."""
+    """Yield (seconds since the conversation's start, request), also for the requests of sub-agents."""
     for request in requests:
         start = origin + request.t
         if request.requests is None:
