@@ -1,4 +1,4 @@
-"""Accounts for every slot of the primary tier that is not free: somebody must be there who will let go of it."""
+"""Checks that every occupied slot of the primary tier has an owner that will release it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def check_slots(
     """Raise InvariantError unless every pin and every filling slot belongs to a request, a job or a stale copy.
 
     Args:
-        stale: slots under device copies from before a reset, once for each copy.
-        guards: of the tiers, with the jobs that they have not answered.
+        stale: slots under device copies from before a reset, one entry per copy.
+        guards: of the secondary tiers; their unanswered jobs hold slots.
     """
     pins: Counter[int] = Counter(stale)
     writers: Counter[int] = Counter()
@@ -30,7 +30,7 @@ def check_slots(
         for job in guard.jobs.values():
             (writers if job.is_promotion else pins).update(job.slots)
     for slot, count in writers.items():
-        if slot not in table.filling:  # in quarantine, where the writer's pin is a counted one
+        if slot not in table.filling:  # quarantined: the table counts the writer as one more pin
             pins[slot] += count
     lost = table.filling - writers.keys()
     if lost:

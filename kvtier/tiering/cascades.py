@@ -16,15 +16,15 @@ from kvtier.tiering.pace import Pace
 from kvtier.types import Admission, ReqContext
 
 MAX_SEEN = 1_000_000
-"""Keys that `second_touch` remembers, about 175 bytes each; the oldest are forgotten."""
+"""Most keys that `second_touch` remembers, at about 175 bytes each. The oldest are forgotten first."""
 MAX_STORE_SECONDS = 5.0
-"""Of one tier's writing, the most that waits for it: these blocks keep their slots until they are written."""
+"""Most work in flight to one tier, in seconds of writing. The blocks keep their slots until they are written."""
 MIN_STORE_SECONDS = 0.5
-"""Of writing that is always offered: a memory of a few blocks is computed anew in milliseconds, less than a write takes
-on a busy machine, and would never reach a disk."""
+"""Work that a tier is always offered, in seconds of writing. An engine computes a memory of a few blocks anew within
+milliseconds. That is less than one write takes on a busy machine, so `MAX_STORE_SHARE` alone would allow no write."""
 MAX_STORE_SHARE = 0.25
-"""Of the time in which the engine computes as many blocks as the primary tier holds, the most that one tier's writing
-may take: these blocks would have stayed that long in any case, and nothing else gives way for them."""
+"""Most work in flight to one tier, as a share of the time in which the engine computes as many blocks as the primary
+tier holds. The blocks would have stayed that long anyway, so their pins displace no other block."""
 _ALWAYS = Admission.ALWAYS
 
 Offer = tuple[TierGuard, list[OffloadKey]]
@@ -32,7 +32,10 @@ Offer = tuple[TierGuard, list[OffloadKey]]
 
 
 class AdmissionRule:
-    """Decides which blocks may enter one tier. `second_touch` remembers the keys that it saw once, up to a bound."""
+    """Decides which blocks may enter one tier.
+
+    For `second_touch` it remembers the keys that it has seen once, up to a bound.
+    """
 
     def __init__(self, admission: Admission, max_seen: int = MAX_SEEN) -> None:
         self._admission = admission
@@ -40,7 +43,7 @@ class AdmissionRule:
         self._seen_once: OrderedDict[OffloadKey, None] = OrderedDict()
 
     def on_store(self, keys: Sequence[OffloadKey], req_context: ReqContext) -> Sequence[OffloadKey]:
-        """Return those of the freshly stored `keys` that may enter."""
+        """Return the newly stored `keys` that may enter."""
         if self._admission is _ALWAYS:
             return keys
         if self._admission is Admission.PROMPT_ONLY:
@@ -51,7 +54,7 @@ class AdmissionRule:
         return again
 
     def on_use(self, keys: Sequence[OffloadKey]) -> Sequence[OffloadKey]:
-        """Return those of the loaded or touched `keys` that this second use admits."""
+        """Return the loaded or touched `keys` that this second use admits."""
         return self._take_seen(keys) if self._seen_once else ()
 
     def _take_seen(self, keys: Sequence[OffloadKey]) -> list[OffloadKey]:
@@ -61,7 +64,7 @@ class AdmissionRule:
         return again
 
     def see(self, keys: Iterable[OffloadKey]) -> None:
-        """Admit `keys` at their next touch."""
+        """Remember `keys`, so that `second_touch` admits them at their next use."""
         if self._admission is Admission.SECOND_TOUCH:
             self._seen_once.update(dict.fromkeys(keys))
             while len(self._seen_once) > self._max_seen:
@@ -76,10 +79,10 @@ def _is_prompt(key: OffloadKey, req_context: ReqContext) -> bool:
 
 
 class Cascades:
-    """Offers blocks to every tier, by the tier's own rule. A tier may refuse; refusals are counted.
+    """Offers blocks to every tier, by the tier's admission rule. Each refusal is reported as an event.
 
     Attributes:
-        count_uses: whether the use of a block may admit it to any tier.
+        count_uses: whether any tier admits blocks at their second use.
     """
 
     def __init__(
@@ -95,7 +98,7 @@ class Cascades:
         self._pace = pace
         self._table, self._block_bytes, self._clock = table, block_bytes, clock
         self._ended: dict[int, tuple[int, int]] = {}
-        """Blocks of the stores that have ended since the last `note_polled`, and those that moved, by tier."""
+        """Per tier index: blocks of stores that ended since the last `note_polled`, and how many of them moved."""
         self._guards = guards
         self._speeds = [TierSpeed(bandwidth=table.num_slots) for _ in guards]
         self._rules = [AdmissionRule(guard.admission) for guard in guards]
@@ -103,7 +106,7 @@ class Cascades:
         self.count_uses = any(guard.admission is Admission.SECOND_TOUCH for guard in guards)
 
     def on_store(self, keys: Sequence[OffloadKey], req_context: ReqContext) -> list[Offer]:
-        """Return which tiers take which of the freshly stored `keys`, in prefix order, for `start`."""
+        """Choose which newly stored `keys`, in prefix order, go to which tiers. Pass each offer to `start`."""
         offers = []
         for guard, rule in zip(self._guards, self._rules, strict=True):
             admitted = rule.on_store(keys, req_context)
@@ -113,13 +116,16 @@ class Cascades:
         return self._taken(offers)
 
     def on_use(self, keys: Sequence[OffloadKey]) -> list[Offer]:
-        """Return which tiers take which of the used `keys`, which are ready and waited for a second touch."""
+        """Choose which used `keys`, all of them ready, go to which tiers because this is their second use."""
         return self._taken(
             [(guard, list(rule.on_use(keys))) for guard, rule in zip(self._guards, self._rules, strict=True)]
         )
 
     def start(self, guard: TierGuard, keys: list[OffloadKey], req_context: ReqContext) -> None:
-        """Hand `keys` to a tier: at least one, all ready. Their slots stay pinned until the tier has answered."""
+        """Submit a store of `keys`, of which there is at least one and all are ready.
+
+        Their slots stay pinned until the tier has answered.
+        """
         slots = list(map(self._table.slot_of.__getitem__, keys))
         self._table.pin(slots)
         if guard.store(keys, slots, req_context):
@@ -128,14 +134,14 @@ class Cascades:
             self._table.unpin(slots)
 
     def end(self, guard: TierGuard, job: Job) -> None:
-        """A store has ended: let its slots go."""
+        """Unpin the slots of a store that has ended, and count its blocks."""
         self._table.unpin(job.slots)
         num_blocks, num_moved = self._ended.get(guard.index, (0, 0))
         moved = min(len(job.slots), job.num_bytes // self._block_bytes)
         self._ended[guard.index] = num_blocks + len(job.slots), num_moved + moved
 
     def note_polled(self, now: float) -> None:
-        """All tiers were asked for results, and `end` has taken them in."""
+        """Measure the tiers' write speeds. The caller has polled all tiers and passed the ended stores to `end`."""
         for index, (num_blocks, num_moved) in self._ended.items():
             self._speeds[index].end(num_blocks, num_moved, now, seen_at_once=False)
         self._ended.clear()
@@ -143,7 +149,10 @@ class Cascades:
             speed.poll(now)
 
     def _bounded(self, guard: TierGuard, keys: list[OffloadKey]) -> list[OffloadKey]:
-        """Return the head of `keys` that a tier writes soon: what it pins for long, better blocks give way to."""
+        """Return the first of `keys`, as many as the tier will write soon.
+
+        Blocks that stay pinned for long would force better blocks out of the primary tier.
+        """
         speed = self._speeds[guard.index]
         turnover = self._table.num_slots * self._pace.seconds(1)
         seconds = min(MAX_STORE_SECONDS, max(MIN_STORE_SECONDS, turnover * MAX_STORE_SHARE))

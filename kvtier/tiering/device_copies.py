@@ -1,4 +1,4 @@
-"""Copies between device and arena: which slots each request has under one, and how each ends."""
+"""Tracks copies between device and arena: the slots that each request is copying, and how each copy ends."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ class _Stale:
 
 
 class StaleTransfers:
-    """Copies that a reset left running, by request: their slots stay in quarantine until the copy has ended.
+    """Copies that were running at a reset, by request. Their slots stay in quarantine until the copy has ended.
 
-    The end of a copy is learnt from a late completion or from what workers publish, whichever comes first.
+    A late completion or the number that workers publish shows that a copy has ended, whichever comes first.
 
     Attributes:
         pending: whether any such copy may still be running.
     """
 
     def __init__(self, table: BlockTable, finished: Callable[[], int]) -> None:
-        """Args: finished: returns the highest number up to which workers have ended all transfers."""
+        """Args: finished: returns the number up to which workers have ended every transfer."""
         self._table, self._finished = table, finished
         self._stores: list[_Stale] = []
         self._loads: list[_Stale] = []
         self.pending = False
 
     def take_over(self, state: RequestState, sequence: int) -> None:
-        """Take the request's unfinished copies, all of transfers numbered up to `sequence`."""
+        """Take the request's unfinished copies. Their transfers have numbers up to `sequence`."""
         req_id = state.context.req_id
         if state.copies.storing:
             self._stores.append(_Stale(req_id, sequence, {key: [slot] for key, slot in state.copies.storing.items()}))
@@ -51,16 +51,16 @@ class StaleTransfers:
         state.copies.loading_again.clear()
 
     def slots(self) -> list[int]:
-        """Return the slots under such copies, once for each copy."""
+        """Return the slots under such copies, one entry per copy."""
         entries = [*self._stores, *self._loads]
         return [slot for entry in entries for slots in entry.slots.values() for slot in slots]
 
     def complete_stores(self, req_id: str, keys: Iterable[OffloadKey]) -> list[OffloadKey]:
-        """Free the slots whose copies these late completions end; return the other keys."""
+        """Free the slots of the stores that these late completions end. Return the other keys."""
         return self._complete(self._stores, req_id, keys)
 
     def complete_loads(self, req_id: str, keys: Iterable[OffloadKey]) -> list[OffloadKey]:
-        """Free the slots whose copies these late completions end; return the other keys."""
+        """Free the slots of the loads that these late completions end. Return the other keys."""
         return self._complete(self._loads, req_id, keys)
 
     def _complete(self, stale: list[_Stale], req_id: str, keys: Iterable[OffloadKey]) -> list[OffloadKey]:
@@ -94,7 +94,7 @@ class StaleTransfers:
 
 
 class DeviceTransfers:
-    """Begins and ends the copies of requests. A completion that no copy waits for is counted.
+    """Begins and ends the copies of requests. A completion without a running copy is reported as an event.
 
     Completions name keys, not slots. Each request remembers its slots, so that a completion from before a reset ends
     the old copy and not a newer one of the same key.
@@ -107,10 +107,10 @@ class DeviceTransfers:
         self.stale = StaleTransfers(table, finished)
 
     def begin_load(self, state: RequestState, keys: list[OffloadKey]) -> tuple[list[int], list[OffloadKey]]:
-        """Pin the slots of `keys`, once each though a key comes twice.
+        """Pin the slots of `keys`, once per key even if a key comes twice.
 
         Returns:
-            The slots, one per key given, and the keys, each once.
+            One slot per given key, and the keys without repetition.
 
         Raises:
             BlockNotReadyError: a key is not ready; nothing was pinned.
@@ -134,7 +134,7 @@ class DeviceTransfers:
         return slots, list(once)
 
     def end_load(self, req_id: str, state: RequestState | None, keys: Collection[OffloadKey]) -> None:
-        """Unpin what the request was loading under `keys`."""
+        """Unpin the slots that the request was loading for `keys`."""
         left = keys
         if self.stale.pending:
             self.stale.sweep()
@@ -143,6 +143,7 @@ class DeviceTransfers:
         self._count_unexpected("complete_load", left, done)
         self._table.unpin(slots)
         if state is not None and state.copies.loading_again:
+            # The next completion of such a key ends its further load.
             again, state.copies.loading_again = state.copies.loading_again, []
             for key, slot in again:
                 if key in state.copies.loading:
@@ -162,7 +163,7 @@ class DeviceTransfers:
     def end_store(
         self, req_id: str, state: RequestState | None, keys: Collection[OffloadKey], success: bool
     ) -> list[OffloadKey]:
-        """End the request's stores of `keys`; return those that are ready now, in the order they were prepared."""
+        """End the request's stores of `keys`. Return the keys that are ready now, in the order of their preparation."""
         left = keys
         if self.stale.pending:
             self.stale.sweep()
@@ -181,7 +182,7 @@ class DeviceTransfers:
 
 
 def _take(pending: dict[OffloadKey, int], keys: Collection[OffloadKey]) -> tuple[list[OffloadKey], list[int]]:
-    """Remove `keys` from what is pending; return those that were, and their slots, in the order of `pending`."""
+    """Remove `keys` from `pending`. Return the removed keys and their slots, in the order of `pending`."""
     done = list(pending)
     if keys == done or pending.keys() == keys:  # all of them, as a list or as a set
         slots = list(pending.values())

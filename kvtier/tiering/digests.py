@@ -2,7 +2,7 @@
 
 A tier that somebody else wrote promises nothing about its bytes. For such a tier the manager remembers the XXH3-128
 digest of every block that it stored there, and accepts only bytes with that digest. A block of unknown digest is a
-miss. One thread beside the scheduler's computes the digests.
+miss. A thread of its own computes the digests, not the scheduler's thread.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from kvtier.primary.arena import Rows
 from kvtier.secondary.jobs import Job
 
 MAX_ENTRIES = 1_000_000
-"""Keys with digests, about 270 bytes each; the oldest are forgotten, and their blocks miss."""
+"""Most keys with digests, at about 270 bytes each. The oldest are forgotten first, and their blocks miss."""
 MAX_VERSIONS = 4
-"""Digests per key; see `DigestLedger` for why one is not enough."""
+"""Most digests per key; see `DigestLedger` for why one is not enough."""
 
 
 class DigestLedger:
     """Remembers digests by key, within a bound; the oldest are forgotten first.
 
-    A key may have several: computed again, a block differs in its last bits, and a tier may rightly keep the bytes it
-    was given first.
+    A key may have several digests. A block that is computed again may differ in its last bits, and a tier may keep the
+    bytes that it was given first.
     """
 
     def __init__(self, rows: Rows, max_entries: int = MAX_ENTRIES) -> None:
@@ -56,7 +56,7 @@ class DigestLedger:
         return [(job, self.hashing.pop(job).result()) for job in done]
 
     def wait(self) -> None:
-        """Wait until no slot is read; on any thread."""
+        """Wait until no slot is being read. Any thread may call this."""
         for digests in list(self.hashing.values()):
             digests.result()
 
@@ -71,7 +71,7 @@ class DigestLedger:
             self._digests.popitem(last=False)
 
     def matching(self, keys: Sequence[OffloadKey], digests: Sequence[bytes]) -> list[OffloadKey]:
-        """Return those of `keys` whose digest is one that was recorded."""
+        """Return the `keys` whose digest was recorded for them."""
         return [key for key, digest in zip(keys, digests, strict=True) if digest in self._digests.get(key, ())]
 
     def clear(self) -> None:
@@ -79,5 +79,5 @@ class DigestLedger:
         self._digests.clear()
 
     def close(self) -> None:
-        """End the thread; running hashes are waited for (they touch primary memory)."""
+        """End the thread. Waits for running hashes, because they read primary memory."""
         self._thread.shutdown(wait=True, cancel_futures=True)

@@ -1,6 +1,6 @@
-"""Estimates: how soon blocks arrive from a tier, how long the engine computes them, and which prefix is worth loading.
+"""Estimates when blocks arrive from a tier, how long the engine computes them, and which prefix is worth loading.
 
-Pure arithmetic on what others have measured: no clock, no tier, no request.
+Pure arithmetic on measurements: it uses no clock, no tier and no request.
 """
 
 from __future__ import annotations
@@ -11,40 +11,41 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 GUESSED_RATE = 10_000.0
-"""Tokens per second that an engine computes until it is measured. Rather too many: then little is waited for."""
+"""Assumed tokens per second of an engine that is not measured yet. The value is high, so that requests wait little."""
 DOUBLING_TOKENS = 32_768.0
-"""Context at which a token takes twice as long as the first one: 12,000 to 53,000 in models of 0.5 to 70 billion
-parameters, where attention has as many multiplications as all the rest."""
+"""Context length at which a token takes twice as long as the first one: attention then needs as many multiplications
+as the rest of the model. It is 12,000 to 53,000 tokens in models of 0.5 to 70 billion parameters."""
 _MEMORY_SECONDS = 5.0
-"""Seconds of computing after which what was measured before weighs a third."""
+"""Seconds of computing after which an earlier measurement weighs 1/e, about a third."""
 _WEIGHT = 0.5
-"""Of one new load against all before it."""
+"""Weight of a new sample against all earlier ones."""
 _LONGEST_GAP = 2.0
-"""Seconds between two polls that count at most: an engine that was idle did not look."""
+"""Most seconds between two polls that count. An idle engine does not poll."""
 _MIN_SECONDS = 1e-6
-"""That a load takes; clocks tick."""
+"""Least duration of a job. Two readings of a clock may be equal."""
 _BURST_SECONDS = 0.05
-"""A tier is kept busy for so long, beside its latency and the time between polls."""
+"""Seconds of further work that a tier is given, beyond its latency and the time between polls."""
 
 
 class PrefillSpeed:
-    """How fast the engine computes tokens; a token takes the longer, the more tokens precede it."""
+    """How fast the engine computes tokens. A token takes longer the more tokens precede it."""
 
     def __init__(self, rate: float = GUESSED_RATE, doubling: float = DOUBLING_TOKENS) -> None:
-        """Args: rate: tokens per second in an empty context; doubling: context at which a token takes twice as long."""
+        """Args: rate: tokens per second in an empty context; doubling: context length that doubles a token's time."""
         self.doubling = doubling
-        # As if one second had been measured already.
+        # The given rate weighs as much as one second of measurement.
         self._work, self._seconds = rate, 1.0
 
     @classmethod
     def through(cls, measured: Sequence[tuple[float, float]]) -> PrefillSpeed:
-        """Return the speed that fits what was measured best.
+        """Return the speed that fits the measurements best.
 
         Args:
-            measured: (tokens in a prompt, tokens per second over the whole prompt), of two different lengths at least.
+            measured: (tokens in a prompt, tokens per second over the whole prompt), of at least two different lengths.
 
         Raises:
-            ValueError: no speed fits, since longer prompts are computed faster, or too slowly for short ones.
+            ValueError: no speed fits. Longer prompts take less time per token, or so much more that a token in an
+                empty context would take no time.
         """
         # The seconds per token of a whole prompt of n tokens are (1 + n / 2 / doubling) / rate: a line over n.
         lengths, per_token = zip(*[(tokens, 1 / rate) for tokens, rate in measured], strict=True)
@@ -67,7 +68,7 @@ class PrefillSpeed:
         return self.work(first, last) / self.rate
 
     def measure(self, work: float, seconds: float) -> None:
-        """Learn that so much `work` took so long; the last few seconds of computing count most."""
+        """Learn that `work` took `seconds`. The last few seconds of computing count most."""
         if seconds > 0:
             kept = math.exp(-seconds / _MEMORY_SECONDS)
             self._work = self._work * kept + work
@@ -77,8 +78,8 @@ class PrefillSpeed:
 class TierSpeed:
     """Latency and bandwidth of one tier's loads or stores, in blocks, as the manager sees them at its polls.
 
-    While the engine computes, a poll shows when jobs ended only up to the time since the poll before: the estimate
-    moves no further than it must to agree with that.
+    While the engine computes, polls are far apart. A poll then shows only that a job ended at some time since the
+    previous poll. The estimate moves no further than it must to agree with that.
     """
 
     def __init__(self, latency: float = 1e-3, bandwidth: float = 1e9) -> None:
@@ -90,19 +91,19 @@ class TierSpeed:
         self._is_first = True
 
     def begin(self, num_blocks: int, now: float) -> None:
-        """A job has been handed to the tier."""
+        """Count the blocks of a job that the tier has been given."""
         if not self.in_flight:
             self._busy_since, self._is_first = now, True
             self._polled_at = max(self._polled_at, now)
         self.in_flight += num_blocks
 
     def end(self, num_blocks: int, num_moved: int, now: float, *, seen_at_once: bool = True) -> None:
-        """What a poll shows to have ended has ended, perhaps some time ago.
+        """Learn from jobs that a poll has shown to be over.
 
         Args:
-            num_blocks: those that were in flight; num_moved: those of them that the tier moved: what it refuses, or has
-                already, says nothing about speed.
-            seen_at_once: the manager looks often; else it may have ended at any time since the poll before.
+            num_blocks: their blocks; num_moved: those of them that the tier moved. Blocks that it refused, or had
+                already, say nothing about its speed.
+            seen_at_once: the manager polls often; if not, the jobs may have ended any time since the previous poll.
         """
         self.in_flight = max(0, self.in_flight - num_blocks)
         elapsed = now - self._busy_since
@@ -113,27 +114,30 @@ class TierSpeed:
             self._busy_since, self._is_first = now, False
 
     def poll(self, now: float) -> None:
-        """The manager has looked for results."""
+        """Note that the manager has polled the tier."""
         if self.in_flight:
             self._gap += (min(now - self._polled_at, _LONGEST_GAP) - self._gap) / 4
         self._polled_at = now
 
     def _learn(self, num_blocks: int, seconds: float) -> None:
-        """Take in one sample: the latency shows in a load that began on an idle tier, the bandwidth in all others."""
+        """Take in one sample.
+
+        A job that began on an idle tier shows the latency, once the bandwidth is known. All others show the bandwidth.
+        """
         if self._is_first and self.is_measured:
             rest = seconds - num_blocks / self.bandwidth
             if rest > 0:
                 self.latency += (rest - self.latency) * _WEIGHT
                 return
         sample = num_blocks / seconds
-        # Speeds differ by factors: the mean of their logarithms forgets a slow moment as fast as a fast one.
+        # Speeds differ by factors, so their logarithms are averaged: slow and fast samples then fade equally fast.
         self.bandwidth = self.bandwidth ** (1 - _WEIGHT) * sample**_WEIGHT if self.is_measured else sample
         self.is_measured = True
 
     def seconds(self, num_blocks: float, now: float) -> float:
-        """Return when, from `now` on, all that is in flight and `num_blocks` behind it have arrived.
+        """Return the seconds from `now` until all blocks in flight and `num_blocks` more have arrived.
 
-        What is overdue is taken for a slower tier: it is expected to take as long again as it has taken.
+        If the blocks in flight are overdue, the tier is taken to be slower by the factor of their delay.
         """
         expected = self.latency + (self.in_flight + num_blocks) / self.bandwidth
         if not self.in_flight:
@@ -145,18 +149,18 @@ class TierSpeed:
         return expected * elapsed / due
 
     def window(self) -> float:
-        """Return the blocks in flight that keep the tier busy from one poll to the next."""
+        """Return how many blocks in flight keep the tier busy from one poll to the next."""
         return self.bandwidth * (self.latency + 2 * self._gap + _BURST_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """What an engine has to do beside one request; times in seconds.
+    """What an engine has to do besides one request; times in seconds.
 
     Attributes:
-        turn_in: until it could begin to compute the request, if that waits for nothing else.
-        idle_in: until it has nothing else to compute: up to then, others go first while the request waits.
-        num_behind: requests that wait behind this one, and come earlier by what it does not compute.
+        turn_in: until the engine could begin to compute the request, if the request waited for nothing.
+        idle_in: until the engine has nothing else to compute. Before that, it computes others while the request waits.
+        num_behind: requests behind this one. They start earlier by the time that this one is not computed.
     """
 
     turn_in: float = 0.0
@@ -164,22 +168,23 @@ class Outlook:
     num_behind: int = 0
 
     def cost(self, arrives: float) -> float:
-        """Return what it costs that the request's blocks arrive so late, summed over it and those behind it."""
+        """Return the delay if the blocks arrive in `arrives` seconds, summed over the request and those behind it."""
         late, idle = arrives - self.turn_in, arrives - self.idle_in
         return (late if late > 0 else 0.0) + (idle * self.num_behind if idle > 0 else 0.0)
 
     def gain(self, saved: float) -> float:
-        """Return what it is worth that so many seconds of computing are saved, summed likewise."""
+        """Return the time won if `saved` seconds need not be computed, summed over the same requests."""
         return saved * (1 + self.num_behind)
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The prefix that makes first tokens earliest; times in seconds.
+    """The prefix with which first tokens come earliest.
 
     Attributes:
-        num_blocks: how long it is.
-        gain: by how much first tokens come earlier than with everything computed.
+        num_blocks: its length.
+        gain: seconds by which first tokens come earlier than if everything were computed, summed over the request
+            and those behind it.
     """
 
     num_blocks: int
@@ -187,7 +192,7 @@ class Choice:
 
 
 HERE = -1
-"""In place of a tier's index: the block is ready, or on its way already."""
+"""Used in place of a tier's index: no tier has to be asked for the block."""
 
 
 def choose_prefix(
@@ -202,11 +207,11 @@ def choose_prefix(
     """Choose how much of a prefix to load.
 
     Args:
-        sources: of each block, index of the tier that it has to come from, or `HERE`.
-        saved: of each block, seconds that computing it takes.
-        ready_in: per tier, seconds until all that is queued there has arrived, latency included.
+        sources: per block, index of the tier that it has to come from, or `HERE`.
+        saved: per block, seconds that computing it takes.
+        ready_in: per tier, seconds until everything queued there has arrived, latency included.
         per_block: per tier, seconds per further block.
-        stride: only a prefix of a multiple of so many blocks can be used.
+        stride: the length of a usable prefix is a multiple of this.
         waits_for: seconds that the request waits for other blocks in any case.
     """
     times = dict(ready_in)
@@ -218,7 +223,7 @@ def choose_prefix(
         if source >= 0:
             times[source] = at = times[source] + per_block[source]
             if at > arrives:
-                arrives, cost = at, 0.0  # as `Outlook.cost`: this runs once per block
+                arrives, cost = at, 0.0  # `Outlook.cost`, inlined because this runs once per block
                 if at > turn_in:
                     cost = at - turn_in
                 if at > idle_in:

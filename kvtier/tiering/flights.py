@@ -1,4 +1,7 @@
-"""The blocks on their way from tiers into the primary tier, queued or in flight, and who waits for them."""
+"""The blocks on their way from secondary tiers into the primary tier, and the requests that wait for them.
+
+A block is queued until a tier has been asked for it. Then it is in flight.
+"""
 
 from __future__ import annotations
 
@@ -10,36 +13,36 @@ from kvtier.primary.table import BlockTable
 from kvtier.tiering.requests import RequestState
 
 Flight = tuple[int, tuple[RequestState, ...]]
-"""One block on its way: its slot and who waits for it."""
+"""One block in flight: its slot, and the requests that wait for it."""
 
 
 class Flights:
-    """The blocks on their way from tiers, by key."""
+    """The blocks on their way from secondary tiers, by key."""
 
     def __init__(self) -> None:
         self.by_key: dict[OffloadKey, Flight] = {}
         self.queued: dict[OffloadKey, tuple[RequestState, ...]] = {}
-        """Who waits for the blocks that no tier has been asked for yet; they have no slot, and are dropped when nobody
-        waits for them any more."""
+        """The requests that wait for each queued block. Such a block has no slot. It is dropped when no request waits
+        for it any more."""
         self.late: set[OffloadKey] = set()
-        """In-flight keys, from a tier or the device, for which a request has timed out; no other may wait for them."""
+        """Keys in flight, from a tier or the device, for which a request has timed out. No other may wait for them."""
         self.unwanted_slots: set[int] = set()
-        """Slots that jobs are filling with blocks for which no request waits."""
+        """Slots that jobs are filling with blocks that no request waits for."""
 
     def __len__(self) -> int:
         return len(self.by_key) + len(self.queued)
 
     def queue(self, keys: Sequence[OffloadKey], waiter: RequestState) -> None:
-        """`waiter` waits for `keys`, which a tier is going to be asked for."""
+        """Queue `keys`, for which a tier will be asked, with `waiter` waiting for them."""
         self.queued.update(dict.fromkeys(keys, (waiter,)))
         waiter.awaiting.update(keys)
 
     def depart(self, keys: Sequence[OffloadKey], slots: Sequence[int]) -> None:
-        """A job fills `slots` with `keys`, which were queued."""
+        """Note that a job now fills `slots` with `keys`, which were queued."""
         self.by_key.update(zip(keys, zip(slots, map(self.queued.pop, keys), strict=True), strict=True))
 
     def drop(self, keys: Iterable[OffloadKey]) -> dict[RequestState, list[OffloadKey]]:
-        """No tier will be asked for `keys`, which were queued; return each waiting request with its keys."""
+        """Remove queued `keys`, for which no tier will be asked. Return each waiting request with its keys."""
         awaited: dict[RequestState, list[OffloadKey]] = {}
         for key in keys:
             for waiter in self.queued.pop(key, ()):
@@ -49,7 +52,7 @@ class Flights:
         return awaited
 
     def join(self, keys: Iterable[OffloadKey], waiter: RequestState) -> None:
-        """`waiter` waits for those of `keys` that a tier is bringing."""
+        """Let `waiter` wait for those of `keys` that are queued or in flight."""
         for key in keys:
             if key in waiter.awaiting:
                 continue
@@ -64,13 +67,17 @@ class Flights:
             waiter.awaiting.add(key)
 
     def strand(self, waiter: RequestState, device_stores: Iterable[OffloadKey]) -> None:
-        """`waiter` has timed out: no other request may wait for what it awaited, `device_stores` included."""
+        """End the waits of `waiter`, which has timed out. No other request may wait for the same blocks in flight.
+
+        Args:
+            device_stores: keys that it awaited from the device.
+        """
         self.late.update(filter(self.by_key.__contains__, waiter.awaiting))
         self.late.update(device_stores)
         self.leave(waiter)
 
     def leave(self, waiter: RequestState) -> None:
-        """`waiter` waits no more; flights go on without it, and what is queued for nobody else is dropped."""
+        """End the waits of `waiter`. Flights go on; queued blocks that no other request waits for are dropped."""
         for key in waiter.awaiting:
             if key in self.queued:
                 others = tuple([other for other in self.queued[key] if other is not waiter])
@@ -87,7 +94,7 @@ class Flights:
         waiter.awaiting.clear()
 
     def land(self, keys: Sequence[OffloadKey], slots: Sequence[int]) -> dict[RequestState, list[OffloadKey]]:
-        """The flights of `keys` into `slots` have ended; return each waiting request with its keys."""
+        """Remove the flights of `keys` into `slots`, which have ended. Return each waiting request with its keys."""
         flights, late = self.by_key, self.late
         if self.unwanted_slots:
             self.unwanted_slots.difference_update(slots)
@@ -101,7 +108,7 @@ class Flights:
             del flights[key]
             if late:
                 late.discard(key)
-            if flight[1] is not group:  # neighbours mostly have the same ones
+            if flight[1] is not group:  # neighbouring blocks mostly have the same waiters
                 group = flight[1]
                 lists = [awaited.setdefault(waiter, []) for waiter in group]
             for theirs in lists:
@@ -111,17 +118,17 @@ class Flights:
         return awaited
 
     def abandoned(self, keys: Iterable[OffloadKey]) -> list[OffloadKey]:
-        """Return those of `keys` in flight for which no request may wait or does wait; a store may take them over."""
+        """Return those of `keys` in flight that no request waits for or may wait for. A store may replace them."""
         flights, late = self.by_key, self.late
         return [key for key in keys if key in flights and (key in late or not flights[key][1])]
 
     def unwanted(self, keys: Iterable[OffloadKey]) -> set[OffloadKey]:
-        """Return those of `keys` in flight for which no request waits."""
+        """Return those of `keys` in flight that no request waits for."""
         flights = self.by_key
         return {key for key in keys if key in flights and not flights[key][1]}
 
     def abandon(self, keys: Iterable[OffloadKey]) -> None:
-        """Forget these flights; their slots are in quarantine until the jobs have ended."""
+        """Forget these flights. The caller removes their blocks, whose slots stay quarantined until the jobs end."""
         for key in keys:
             self.late.discard(key)
             flight = self.by_key.pop(key, None)
@@ -132,22 +139,22 @@ class Flights:
                 waiter.awaiting.discard(key)
 
     def clear(self) -> None:
-        """The cache is reset: nothing is on its way or late any more."""
+        """Forget everything that is on its way, because the cache is reset."""
         self.abandon(list(self.by_key))
         self.drop(list(self.queued))
         self.late.clear()
 
     def end_stores(self, keys: Iterable[OffloadKey]) -> None:
-        """Device stores of `keys` have ended: requests may wait for these keys again."""
+        """Let requests wait for `keys` again, because their stores from the device have ended."""
         self.late.difference_update(keys)
 
     @property
     def has_live(self) -> bool:
-        """Whether any request waits for a flight."""
+        """Whether any request waits for a block, queued or in flight."""
         return bool(self.queued) or any(waiters for _, waiters in self.by_key.values())
 
     def check_invariants(self, table: BlockTable) -> None:
-        """Raise InvariantError unless every flight has a filling slot and its waiters know of it."""
+        """Raise InvariantError if a flight has no filling slot, or if it and its waiters disagree."""
         for key, (slot, waiters) in self.by_key.items():
             if table.slot_of.get(key) != slot or slot not in table.filling:
                 raise InvariantError(f"a flight has slot {slot}, which is not filling")

@@ -1,7 +1,7 @@
-"""One secondary tier behind a guard: whatever the tier does, the manager sees values.
+"""Guards one secondary tier: whatever the tier does, the manager sees values and no exception.
 
-A tier is foreign code. It may raise, never answer a job, answer a job twice or one that it was never given, and return
-wrong bytes. The guard keeps the jobs that the tier has not answered, and does not use the tier while it misbehaves.
+A tier is foreign code. It may raise, never answer a job, answer a job twice, answer a job that it was never given, or
+return wrong bytes. The guard keeps the jobs that the tier has not answered. It does not use a tier that misbehaves.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from kvtier.types import (
 )
 
 STORE_SHARE = 0.5
-"""Of the primary's slots, the most that unanswered stores of one tier pin: the rest stays free for new blocks."""
+"""Most slots that unanswered stores of one tier pin, as a share of the primary's: the rest is left for new blocks."""
 _UP, _STARTING, _DOWN = TierState.UP, TierState.STARTING, TierState.DOWN
 
 
@@ -52,9 +52,9 @@ class TierGuard(TierCalls):
         """Guard a tier that the caller has started.
 
         Args:
-            job_ids: numbers that no job of any tier has had.
-            tier_deadline: seconds without progress of any job, after which the tier is not used.
-            probe_deadline: longest wait for an answer to a lookup, seconds; None for the tier's own.
+            job_ids: yields numbers that no job of any tier has had.
+            tier_deadline: seconds without progress of any job, after which the tier is no longer used.
+            probe_deadline: longest wait for the answer to a lookup, in seconds; None for the tier's own.
         """
         super().__init__(tier)
         self._late = tier if isinstance(tier, LateTier) else None
@@ -83,7 +83,7 @@ class TierGuard(TierCalls):
     # -- use, on the scheduler's thread -------------------------------------------------------------------
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
-        """Return the tier's answer; MISS while it is not usable or raises, or for bytes nobody could verify.
+        """Return the tier's answer; MISS if the tier is not usable or raises, or if nobody could verify the bytes.
 
         RETRY while a tier that may hold blocks of earlier engines opens for the first time.
         """
@@ -91,7 +91,8 @@ class TierGuard(TierCalls):
             return LookupResult.RETRY if self._is_opening else LookupResult.MISS
         if self._digests is not None and key not in self._digests:
             return LookupResult.MISS
-        # Not in `TierCalls`: this runs once per key of every scan, and a try block costs nothing where nothing raises.
+        # Not through `TierCalls`: this runs once per key of every scan, and a further call would cost more than the
+        # try block, which CPython enters at no cost since 3.11.
         try:
             return self.tier.lookup(key, req_context)
         except Exception as fault:  # noqa: BLE001 - a tier's fault never reaches the engine: it is reported
@@ -99,10 +100,10 @@ class TierGuard(TierCalls):
             return LookupResult.MISS
 
     def can_store(self, num_blocks: int) -> bool:
-        """Return whether a store job of this size would be taken now.
+        """Return whether the tier would take a store job of this size now.
 
-        Unanswered stores pin at most `STORE_SHARE` of the primary, whatever the tier itself would take; a tier
-        without any takes a job of any size.
+        Unanswered stores pin at most `STORE_SHARE` of the primary, even if the tier would take more. A tier without
+        unanswered stores may take a job of any size.
         """
         if not self.usable or self._busy is not None:
             return False
@@ -115,7 +116,10 @@ class TierGuard(TierCalls):
             return False
 
     def store(self, keys: Sequence[OffloadKey], slots: list[int], context: ReqContext) -> bool:
-        """Start a cascade out of `slots`, which are pinned; return whether the tier took it."""
+        """Start a store job out of `slots`, which are pinned; return False if the tier refused it.
+
+        If digests are kept, the tier gets the job later, when they have been computed.
+        """
         job = self._open(keys, slots, False, context)
         self._num_storing += len(slots)
         if self._digests is None:
@@ -124,11 +128,11 @@ class TierGuard(TierCalls):
         return True
 
     def load(self, keys: Sequence[OffloadKey], slots: list[int], context: ReqContext) -> bool:
-        """Start a promotion into `slots`, which are filling; return whether the tier took it."""
+        """Start a load job into `slots`, which are filling; return whether the tier took it."""
         return self._hand_over(self._open(keys, slots, True, context))
 
     def cancel_unwanted(self, unwanted: set[int]) -> None:
-        """Tell the tier, once, of the load jobs whose slots are all among `unwanted`."""
+        """Tell the tier, once per job, that no request waits for load jobs whose slots are all among `unwanted`."""
         jobs = [
             job
             for job in self.jobs.values()
@@ -192,7 +196,7 @@ class TierGuard(TierCalls):
     def poll(self) -> list[Job]:
         """Return the jobs that have ended since the last call, and decide whether the tier may be used.
 
-        A job that has ended has its keys that succeeded in `successful`.
+        The keys that succeeded are in each job's `successful`.
         """
         ended: list[Job] = []
         if self._closed:
@@ -206,7 +210,7 @@ class TierGuard(TierCalls):
             self._take_successor(self._late)
         if self._digests is not None and self._digests.hashing:
             self._take_hashed(self._digests, ended)
-        results: list[JobResult] = []  # those that came before a fault count
+        results: list[JobResult] = []  # `extend` keeps what a generator yielded before it raised
         try:
             results.extend(self.tier.get_finished_jobs())
         except Exception as fault:  # noqa: BLE001 - a tier's fault never reaches the engine: it is reported
@@ -222,7 +226,7 @@ class TierGuard(TierCalls):
         return ended
 
     def _take_successor(self, late: LateTier) -> None:
-        """Put the tier that was waited for in its place, in the epoch of now."""
+        """Replace the stand-in by the real tier once that is ready, and start the current epoch there."""
         tier = late.take_successor()
         if tier is None:
             return
@@ -262,7 +266,7 @@ class TierGuard(TierCalls):
         ended.append(job)
 
     def _take_hashed(self, digests_of: DigestLedger, ended: list[Job]) -> None:
-        """Hand over the stores and believe the loads whose digests have been computed."""
+        """Handle jobs whose digests are computed: hand over the stores, and accept what loads returned unchanged."""
         for job, digests in digests_of.take_hashed():
             self._progressed_at = self._clock()
             if job.is_promotion:
@@ -304,7 +308,7 @@ class TierGuard(TierCalls):
         self._is_opening = is_trusted and state is _STARTING and self.tier.persistent and not self._was_usable
 
     def _is_overdue(self, now: float) -> bool:
-        """Return whether nothing of the jobs has progressed for too long; one that waits its turn is not late."""
+        """Return whether no job has progressed for too long. A job that waits while others progress is not late."""
         return now - self._progressed_at > self._tier_deadline
 
     # -- faults -------------------------------------------------------------------------------------------
@@ -313,7 +317,7 @@ class TierGuard(TierCalls):
         self._down(f"{where} raised {type(fault).__name__}: {fault}")
 
     def _down(self, reason: str, *, is_told: bool = False) -> None:
-        """Leave the tier alone for a while."""
+        """Stop using the tier for a while."""
         self.usable = False
         self._standing.lose(reason, is_told=is_told)
         self._times.enter(_DOWN, self._clock())
@@ -321,7 +325,7 @@ class TierGuard(TierCalls):
     # -- reset and end ------------------------------------------------------------------------------------
 
     def start_epoch(self, epoch: bytes) -> None:
-        """Blocks stored before must miss; a tier that has not begun the epoch, for whatever reason, stays down."""
+        """Make all blocks stored so far miss. The tier stays down until it has begun the epoch."""
         self._pending_epoch = epoch
         if self._digests is not None:
             self._digests.clear()
@@ -339,26 +343,26 @@ class TierGuard(TierCalls):
             self._epoch_retry_at = self._standing.retry_at
 
     def _resume_epoch(self, epoch: bytes) -> None:
-        """Start the epoch that had to wait, once every job has been answered; again later if the tier fails."""
+        """Start the epoch that had to wait, once every job has been answered. If the tier fails, try again later."""
         if not self.jobs and self._clock() >= self._epoch_retry_at:
             self._begin_epoch(epoch)
 
     def begin_drain(self) -> None:
-        """What has not been handed over yet will not be: the cache is being reset."""
+        """Hand over no waiting store until the next poll has ended, because the cache is being reset."""
         self._draining = True
 
     def drain(self) -> None:
-        """Wait until the tier touches no primary memory; runs on a thread of its own, bounded by its caller."""
+        """Wait until the tier touches no primary memory. Runs on a thread of its own; the caller limits the wait."""
         if self._digests is not None:
             self._digests.wait()
         self.tier.drain_jobs()
 
     def busy_with(self, thread: threading.Thread | None) -> None:
-        """Leave the tier alone until `thread`, which is still inside it, has come back."""
+        """Make no call of the tier until `thread`, which is still inside one, has returned; None ends that."""
         self._busy = thread
 
     def shutdown(self) -> None:
-        """End the tier and what the guard started; runs on a thread of its own, bounded by its caller."""
+        """End the tier and the thread for digests. Runs on a thread of its own; the caller limits the wait."""
         self.usable, self._closed = False, True
         self._times.enter(TierState.CLOSED, self._clock())
         self.tier.shutdown()
@@ -366,11 +370,11 @@ class TierGuard(TierCalls):
             self._digests.close()
 
     def has_live_cascade(self, now: float) -> bool:
-        """Return whether there is a cascade and the tier makes progress."""
+        """Return whether a store is unanswered and the tier makes progress."""
         return self._num_storing > 0 and not self._is_overdue(now)
 
     def check_invariants(self) -> None:
-        """Raise InvariantError if a job that is being hashed is not open; then ask the tier."""
+        """Raise InvariantError if an ended job is being hashed or stores are miscounted; then check the tier."""
         if self._digests is not None and not self._digests.hashing.keys() <= set(self.jobs.values()):
             raise InvariantError(f"tier {self.name} hashes jobs that nobody waits for")
         if self._num_storing != sum(len(job.slots) for job in self.jobs.values() if not job.is_promotion):
@@ -379,10 +383,13 @@ class TierGuard(TierCalls):
 
 
 def _read(result: JobResult, keys: Sequence[OffloadKey], took: float) -> tuple[Collection[OffloadKey], int, float]:
-    """Return the keys that succeeded, the bytes moved and the seconds it took, as the tier's result says.
+    """Return the keys that succeeded, the bytes moved and the seconds taken, from a tier's result.
+
+    Args:
+        took: seconds since the job was submitted, for a result that does not say.
 
     Raises:
-        Exception: of any kind, if the fields are not what they should be.
+        Exception: of any kind, if the fields have wrong types.
     """
     successful = keys if result.success else frozenset(keys).intersection(result.successful_keys or ())
     seconds = took if result.transfer_time is None else float(result.transfer_time)

@@ -1,4 +1,4 @@
-"""Leases: slots that requests hold between their plan and their load."""
+"""Leases: slots that are pinned for requests between their plan and their load."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from kvtier.tiering.requests import RequestState
 
 
 class Leases:
-    """Pins the slots and counts them against the budget of promotions; several requests may hold one slot."""
+    """Pins slots and counts them against the budget of promotions. Several requests may hold the same slot."""
 
     def __init__(self, table: BlockTable, budget: int, timeout: float) -> None:
-        """Args: budget: most slots that leases and flights may hold together; timeout: of a lease, seconds."""
+        """Args: budget: most slots that leases and flights may hold together; timeout: of a lease, in seconds."""
         self._table, self._timeout = table, timeout
         self._holders: dict[int, int] = {}
         self.budget = budget
@@ -25,7 +25,7 @@ class Leases:
         return self._holders.keys()
 
     def room(self, num_flights: int) -> int:
-        """Slots that the budget still grants."""
+        """Return how many slots the budget still allows."""
         return self.budget - len(self._holders) - num_flights
 
     def hold(self, state: RequestState, keys: Iterable[OffloadKey]) -> None:
@@ -38,7 +38,7 @@ class Leases:
         self._table.pin(taken.values())
 
     def start_timeout(self, state: RequestState, now: float) -> None:
-        """The request waits for nothing more: its lease ends by itself if it does not load."""
+        """Let the lease end after the timeout unless the request loads before. The request waits for nothing more."""
         state.lease.expires = now + self._timeout
 
     def release(self, state: RequestState) -> None:

@@ -1,4 +1,4 @@
-"""What a lookup answers when the block is not ready in the primary tier."""
+"""Answers lookups of blocks that are not ready in the primary tier."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PENDING, _RETRY = LookupResult.HIT_PENDING, LookupResult.RETRY
 
 
 class Lookups:
-    """Asks the tiers, and keeps what they answered for the plan at the end of the step."""
+    """Asks the secondary tiers, and keeps their answers for the plan at the end of the step."""
 
     def __init__(self, table: BlockTable, guards: Sequence[TierGuard], flights: Flights, waiting: Waiting) -> None:
         """Args: table: of the primary tier; guards: of the secondary tiers."""
@@ -27,13 +27,13 @@ class Lookups:
         """Answer for a block that is not ready.
 
         Args:
-            filling: it is on its way into the primary tier, from the device or a tier.
+            filling: whether it is on its way into the primary tier, from the device or from another tier.
         """
         answer = self._find(state, key, filling)
         return answer if answer is not _MISS and self._waiting.defer(state) else _MISS
 
     def _find(self, state: RequestState, key: OffloadKey, filling: bool) -> LookupResult:
-        """Answer as `resolve`, were there no deadline."""
+        """Answer as `resolve` does, but without a look at the deadline."""
         if filling:
             answer = _MISS if key in self._flights.late else _PENDING
             if key not in self._flights.by_key:
@@ -45,7 +45,10 @@ class Lookups:
         return _MISS if state.wait.gave_up or key in state.plans.denied else answer
 
     def find_prefix(self, state: RequestState, keys: Sequence[OffloadKey]) -> tuple[int, int]:
-        """Return how many of `keys` are ready, and how many are not yet, up to the first miss; they join the scan."""
+        """Return how many of `keys` are ready and how many are not yet, up to the first miss.
+
+        Adds the keys to the scan, up to and including the first miss.
+        """
         get_slot, filling = self._table.slot_of.get, self._table.filling
         num_pending, num_found = 0, len(keys)
         for index, key in enumerate(keys):
@@ -60,7 +63,7 @@ class Lookups:
         return num_found - num_pending, num_pending
 
     def _ask_tiers(self, state: RequestState, key: OffloadKey) -> LookupResult:
-        """The first tier that has the block wins; one that does not know yet delays nobody else's hit."""
+        """Ask the tiers in order; the first HIT counts, even if a tier before it has not answered yet."""
         retry, failed = False, state.plans.failed
         for index in state.tiers:
             if failed and (index, key) in failed:
@@ -80,6 +83,6 @@ class Lookups:
         return _RETRY
 
     def end_scan(self, state: RequestState) -> None:
-        """The step is over; the next scan replaces this one."""
+        """End the request's scan at the end of a step."""
         self._waiting.end_scan(state)
-        state.scan = Scan()  # plans may go on with the one before
+        state.scan = Scan()  # a new object, because plans may still read the old one

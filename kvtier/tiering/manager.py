@@ -1,8 +1,8 @@
-"""The tiering manager: thin wiring of the decisions in this package.
+"""The tiering manager: it connects the parts of this package, which make the decisions.
 
-Runs on the engine's scheduler thread, or on any one thread at a time: a call that would change something while another
-thread is in one raises OverlappingCallError. A call does no I/O and waits for nobody; the exceptions are `reset_cache`
-and `shutdown`, which wait for tiers at most `drain_timeout`.
+It runs on one thread at a time, usually the engine's scheduler thread. A call that would change something while another
+thread is in one raises OverlappingCallError. No call does I/O or waits, except `reset_cache` and `shutdown`, which wait
+for tiers at most `drain_timeout`.
 """
 
 from __future__ import annotations
@@ -70,23 +70,26 @@ _DEFAULT_SETTINGS = TieringSettings()
 
 
 class Watcher(Protocol):
-    """Is told what a manager looks up and what its tiers answer, on the scheduler's thread; changes nothing."""
+    """Observes what a manager looks up and what its tiers answer.
+
+    It is called on the manager's thread, and must not change what it is given.
+    """
 
     def on_scan(self, state: RequestState) -> None:
-        """Note that `state.scan` grows from now on, by what this request looks up."""
+        """Note that a request begins lookups, which add to `state.scan` from now on."""
 
     def on_job_ended(self, guard: TierGuard, job: Job) -> None:
-        """Note that a job of a tier has ended; nothing follows from it yet."""
+        """Note that a tier's job has ended. The manager has not acted on it yet."""
 
     def on_poll(self, guards: Sequence[TierGuard]) -> None:
-        """Note that all tiers have been asked for results, and which of them are used from now on."""
+        """Note that all tiers have been polled. Each guard's `usable` says whether its tier is used from now on."""
 
 
 class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
     """A primary tier and any number of secondary tiers, as one cache."""
 
-    # What `lookup` reads. CPython finds these at once. The others are more than an instance holds without a dict (29),
-    # and through that each lookup was measured to take 15% longer.
+    # The attributes that `lookup` reads. CPython reads a slot directly. It keeps the other attributes of an instance in
+    # a dict once there are more than 29, and with these six among them each lookup was measured to take 15% longer.
     __slots__ = ("_current", "_filling", "_resolve", "_scan", "_slot_of", "_state")
 
     def __init__(
@@ -109,9 +112,9 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
             names: one per tier, for events and `get_load_source`; default the tier types, made distinct.
             admissions: one per tier; default ALWAYS.
             probe_deadlines: one per tier, seconds; None for that of `settings`, or else the tier's own.
-            observer: where events go, beside the manager's own counters; given `Observers`, these count what tiers
-                report there, too.
-            watcher: who else learns of lookups and of what tiers answer.
+            observer: receives events, as the manager's own counters do. If it is an `Observers`, the counters also
+                count what tiers report to it.
+            watcher: told of lookups and of tiers' answers.
         """
         self._counters = EventCounters()
         self._kv_events = KVEventLog()
@@ -132,10 +135,10 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         forks.register(self)
 
     def _wire(self, tiers: SecondaryTiers) -> None:
-        """Connect the parts, all of them new but for the primary tier and `tiers`."""
+        """Create and connect the parts, over the primary tier and `tiers`."""
         settings, clock = self._settings, self._clock
         self._table, self._tiers = self._primary.table, tiers
-        # What is declined could reach no tier below: bytes get there through a slot only.
+        # With secondary tiers the policy must accept every block: a block reaches a tier only through a primary slot.
         self._table.policy.may_decline = not tiers.guards
         table, guards, observer = self._table, self._tiers.guards, self._observer
         self._requests = Requests(tiers, clock)
@@ -170,7 +173,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
 
     def leave_to_parent(self) -> None:
         """In a forked child, go on with no slot and no tier: every lookup misses, and nothing is stored."""
-        self._left = self._tiers  # a plug-in's destructor might end what the parent uses
+        self._left = self._tiers  # kept, because a plug-in's destructor might end what the parent uses
         self.thread_inside = None
         self._primary.give_up_slots()
         self._wire(SecondaryTiers((), None, None, None, self._settings, self._clock, self._observer))
@@ -181,7 +184,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         """Return whether one block can be loaded now, soon, maybe or not; see `OffloadingManager.lookup`.
 
-        What is asked within a step is the request's scan, in the engine's order; `on_schedule_end` plans from it.
+        The keys looked up within a step are the request's scan, in the engine's order. `on_schedule_end` plans from it.
         """
         if req_context is not self._current:
             self._enter(req_context)
@@ -205,13 +208,13 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         return self._lookups.find_prefix(self._state, keys)
 
     def is_still_deferred(self, first_key: OffloadKey, req_context: ReqContext, shortest: int = 1) -> bool:
-        """Return whether a scan of this request that starts at `first_key` would be deferred, as its last one was.
+        """Return whether a scan of this request from `first_key` on would be deferred, as its last one was.
 
         Args:
-            shortest: least keys that were looked up in each KV group; else False.
+            shortest: False if the last scan had fewer keys than this in any KV group.
 
-        True while something is awaited or still to be planned, nothing of it has failed, and no deadline has passed.
-        The engine may then leave the scan out in this step, at a cost that does not depend on its length.
+        True while the request awaits blocks or has some left to plan, none has failed, and no deadline has passed. The
+        engine may then skip the scan in this step. The cost of this call does not depend on the scan's length.
         """
         if not self._polled:
             self._poll_once()
@@ -230,7 +233,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
             self._watcher.on_scan(state)
 
     def get_load_source(self, key: OffloadKey, req_context: ReqContext) -> str:
-        """Return the tier that a HIT of this request came from: "primary", or the name of a secondary tier."""
+        """Return the tier that a hit of this request came from: "primary", or the name of a secondary tier."""
         state = self._requests.get(req_context.req_id)
         return state.plans.sources.get(key, PRIMARY) if state is not None else PRIMARY
 
@@ -238,7 +241,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
 
     @in_turn
     def prepare_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> CPULoadStoreSpec:
-        """Pin `keys` and return their slots, in order, and end the request's lease.
+        """Pin `keys`, return their slots in order, and end the request's lease.
 
         Raises:
             BlockNotReadyError: a key is not ready; nothing was pinned.
@@ -257,7 +260,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
             {PRIMARY: len(ordered)} if not sources else Counter(map(sources.get, ordered, itertools.repeat(PRIMARY)))
         )
         self._observer.on_event(BlocksLoaded(req_context.req_id, by_source))
-        if self._left is not None and slots:  # an observer has forked, and this is the child
+        if self._left is not None and slots:  # an observer has forked during this call, and this is the child
             raise BlockNotReadyError("this process was forked during the call")
         return self._make_spec(slots)
 
@@ -271,7 +274,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
 
     @in_turn
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
-        """Count one use of `keys`, given in prefix order, in every tier; of each block one for a request."""
+        """Count a use of `keys`, given in prefix order, in every tier. Each block counts once per request."""
         once = keys if isinstance(keys, list) and len(set(keys)) == len(keys) else list(dict.fromkeys(keys))
         state = self._requests.get(req_context.req_id)
         uses = RequestUses(self._clock()) if state is None else state.uses
@@ -279,9 +282,10 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
 
     @in_turn
     def prepare_store(self, keys: Collection[OffloadKey], req_context: ReqContext) -> PrepareStoreOutput | None:
-        """Choose slots for what is not held; see `OffloadingManager.prepare_store`. What is held has been used.
+        """Choose slots for blocks that the primary tier lacks; see `OffloadingManager.prepare_store`.
 
-        A key on its way from a tier for a request that gave up is stored anew, in another slot.
+        Blocks that it holds count as used. A block that is in flight from a tier, and that no request waits for or
+        may wait for, is stored in another slot.
         """
         if not self._polled:
             self._poll()
@@ -301,7 +305,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         self._retention.serve(self._table, state.uses)
         if len(ordered) > self._table.num_free:
             spared = (state.uses.own, self._scanned.found_by_waiting())
-            self._table.touch((), state.uses.came)  # says whose blocks the victims are to make room for
+            self._table.touch((), state.uses.came)  # tells the policy which request the victims make room for
         placement = self._table.plan(ordered, spared, all_new)
         if placement.num_left_out and not placement.keys:
             return None
@@ -316,7 +320,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         return PrepareStoreOutput(placement.keys, self._make_spec(slots), placement.victims)
 
     def _make_spec(self, slots: list[int]) -> CPULoadStoreSpec:
-        """Return the spec of a transfer; one without slots never reaches a worker, and gets no number."""
+        """Return the spec of a transfer. A spec without slots reaches no worker, so it gets no sequence number."""
         return CPULoadStoreSpec(slots, self._primary.next_sequence() if slots else 0)
 
     @in_turn
@@ -340,7 +344,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
 
     @in_turn
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
-        """Learn of a request; REQUEST_LEVEL if any tier wants all of its blocks."""
+        """Register a request. Return REQUEST_LEVEL if any tier wants all of its blocks."""
         state = self._requests.open(req_context)
         state.uses.hint = self._read_hint(req_context)
         state.request_level_tiers = self._tiers.announce(req_context)
@@ -348,7 +352,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         return RequestOffloadingContext(wanted)
 
     def _read_hint(self, req_context: ReqContext) -> Hint:
-        """Return the request's hint; one that is malformed is counted, and the first one is logged."""
+        """Return the request's hint. Malformed hints are counted, and the first one is logged."""
         hint, fault = read_hint(req_context.kv_transfer_params)
         if fault:
             if not self._counters.snapshot().get("ignored_hints"):
@@ -373,7 +377,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
 
     @in_turn
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
-        """Collect results, end what is over time, and plan this step's promotions, oldest request first."""
+        """Collect results, end waits and leases that are over, and plan promotions, oldest request first."""
         self._poll()
         now = self._clock()
         self._pace.end_step(now)
@@ -395,14 +399,14 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         self._observer.raise_held()
 
     def _end_waits(self, now: float) -> None:
-        """End the waits that are over, and those that are not worth it any more."""
+        """End the waits whose deadline has passed, and those that have become longer than computing takes."""
         states = self._requests.looked_up()
         self._waiting.check(states, now)
         self._pace.note_backlog(states, self._requests.num_new)
         self._promoter.reconsider([state for state in states if state.awaiting], now)
 
     def _begin_attempt(self, state: RequestState) -> None:
-        """The request was preempted, or the cache was reset: what it asks for and waits for begins anew."""
+        """Let a request look up and wait anew, because it was preempted or the cache was reset."""
         self._waiting.begin_attempt(state)
         self._promoter.begin_attempt(state)
         self._pace.begin_attempt(state)
@@ -413,7 +417,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
             self._poll()
 
     def _poll(self) -> None:
-        """Take what tiers have finished; within a call that has its turn."""
+        """Take in what tiers have finished. The caller is a method under `in_turn`."""
         self._polled = True
         if self._left is not None:
             forks.advise()
@@ -435,19 +439,19 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
             self._watcher.on_poll(self._tiers.guards)
 
     def has_pending_work(self) -> bool:
-        """True only for a live request's promotion or a cascade within its deadline, or for what a step is to raise."""
+        """Return whether a request awaits a promotion, stores make progress, or a step has an exception to raise."""
         return bool(self._observer.held) or self._flights.has_live or self._tiers.has_live_cascade(self._clock())
 
     # -- reports ------------------------------------------------------------------------------------------
 
     @in_turn
     def take_events(self) -> Iterable[OffloadingEvent]:
-        """Return KV events of the primary and of the tiers since the last call; engines ask when a step has ended."""
+        """Return KV events of the primary and secondary tiers since the last call. Engines ask after each step."""
         self._pace.note_output(self._clock())
         return self._kv_events.take() + self._tiers.take_events()
 
     def get_stats(self) -> Mapping[str, float]:
-        """Return counters since the beginning and gauges of now, by the names that `kvtier.metrics` declares."""
+        """Return counters since the start and current gauges, by the names that `kvtier.metrics` declares."""
         table, block_bytes = self._table, self._primary.block_bytes
         held = {
             "blocks": len(table),
@@ -462,7 +466,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
 
     @property
     def prefill_rate(self) -> float:
-        """Tokens per second that the engine computes in an empty context, as measured so far."""
+        """Tokens per second that the engine computes in an empty context: as set or guessed, until it is measured."""
         return self._pace.speed.rate
 
     @in_turn
@@ -475,9 +479,10 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
 
     @in_turn
     def reset_cache(self) -> None:
-        """Forget every block and start a new epoch; waits for tiers at most `drain_timeout`.
+        """Forget every block in the primary tier; waits for tiers at most `drain_timeout`.
 
-        Slots that a tier or a device copy may still touch stay quarantined until it has ended.
+        With `ResetPolicy.NEW_EPOCH`, the tiers' blocks miss from now on, too. Slots that a tier or a device copy may
+        still touch stay quarantined until it has ended.
         """
         self._tiers.drain()
         self._poll()

@@ -1,4 +1,4 @@
-"""What a request looked up, as plans go through it: in the order in which blocks are worth something. Pure."""
+"""Orders what a request looked up, so that plans can go through it part by part. Pure: no clock, no I/O."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from kvtier.keys import GROUP_BYTES, OffloadKey
 from kvtier.types import ReqContext
 
 MANY_KEYS = 2048
-"""Scans of more keys are split without a look at each of them."""
+"""Scans of more keys than this are split without a look at every key."""
 
 group_of = itemgetter(slice(-GROUP_BYTES, None))
 
 
 @dataclass(slots=True, eq=False)
 class Outline:
-    """The certain part of one scan.
+    """The part of one scan whose answers are certain.
 
     Attributes:
-        order: its keys. What plans promote of them is a prefix.
-        stride: a prefix is worth something if it has a multiple of so many keys.
+        order: its keys. Plans promote a prefix of them.
+        stride: the length of a usable prefix is a multiple of this.
         num_rows: blocks in the longest KV group.
         found: index of the tier that answered HIT, by key.
         num_planned: keys at the head of `order` that plans have dealt with.
-        num_secured: keys at its head that were leased or awaited, without a gap, after the last plan.
-        is_certain: no key was left without an answer.
-        shortest_group: least keys that were looked up in a KV group.
+        num_secured: keys at the head of `order`, without a gap, that were leased or awaited after the last plan.
+        is_certain: whether every key of the scan had an answer.
+        shortest_group: number of keys that were looked up in the shortest KV group.
     """
 
     order: Sequence[OffloadKey]
@@ -43,19 +43,22 @@ class Outline:
 
     @property
     def is_done(self) -> bool:
-        """Whether plans have dealt with all of it."""
+        """Whether plans have dealt with every key."""
         return self.num_planned >= len(self.order)
 
     def continues(self, former: Outline) -> bool:
-        """Return whether this is a scan of one KV group from its head on, and begins as a former one did."""
+        """Return whether this and a former scan each look up one KV group, from the same first key on."""
         return self._is_prefix and former._is_prefix and self.order[0] == former.order[0]
 
     def is_repeated_by(self, keys: Sequence[OffloadKey]) -> bool:
-        """Return whether a later scan of the same request finds only what is leased or awaited already."""
+        """Return whether a later scan of the same request finds only keys that are leased or awaited already.
+
+        Scans of one request with the same first key and the same length are taken to be equal.
+        """
         return self._is_prefix and self.num_secured >= len(self.order) == len(keys) and keys[0] == self.order[0]
 
     def note_held(self, *held: Container[OffloadKey]) -> None:
-        """Count on, as far as plans have come, what is among the `held` keys, which are leased or awaited."""
+        """Advance `num_secured` over planned keys that are in any of `held`, the leased and the awaited keys."""
         for key in self.order[self.num_secured : self.num_planned]:
             if not any(key in keys for keys in held):
                 return
@@ -66,7 +69,7 @@ class Outline:
         return self.stride == 1 and self.num_rows == len(self.order) > 0
 
     def window(self, most: int) -> Sequence[OffloadKey]:
-        """Return the next keys to plan, about `most`: at least what can be used, and no piece of it."""
+        """Return the next keys to plan, about `most`: a multiple of `stride`, and at least one `stride`."""
         count = max(1, most // self.stride) * self.stride
         return self.order[self.num_planned : self.num_planned + count]
 
@@ -80,8 +83,9 @@ def make_outline(
     """Return the outline of a scan.
 
     Args:
-        keys: in the engine's order, at least one; unresolved: those of them that no tier has answered for yet. What
-            follows one of these in its KV group is not certain.
+        keys: in the engine's order, at least one.
+        unresolved: those of them that a tier has not answered for yet. The keys behind one in its KV group are not
+            certain.
     """
     groups = split_scan(keys)
     shortest = min(map(len, groups))
@@ -93,10 +97,10 @@ def make_outline(
 
 
 def _in_step(groups: Sequence[Sequence[OffloadKey]], context: ReqContext) -> tuple[Sequence[OffloadKey], int]:
-    """Return the keys of all groups in the order in which they are worth something, and where a prefix may end.
+    """Merge the groups row by row. Return their keys and the stride of usable prefixes.
 
-    Groups that were looked up alike, from the first block on, are interleaved, and a prefix may end behind each row.
-    A sliding window is looked up from its end, and needs the last blocks only: with it, only the whole can be used.
+    If all groups were looked up from the first block on and to the same length, a prefix may end behind each row.
+    A sliding window is looked up from its end and needs its last blocks only. With one, only the whole is usable.
     """
     if len(groups) == 1:
         group = groups[0]
@@ -109,7 +113,7 @@ def _in_step(groups: Sequence[Sequence[OffloadKey]], context: ReqContext) -> tup
 
 
 def _is_forward(group: Sequence[OffloadKey], context: ReqContext) -> bool:
-    """Return whether an engine looked a group up from its first block on, as far as it says where blocks are."""
+    """Return whether an engine looked a group up from its first block on; True if it gives no positions."""
     if len(group) < 2:
         return True
     first, last = context.get_offload_key_position(group[0]), context.get_offload_key_position(group[-1])
@@ -121,9 +125,9 @@ def _certain_head(keys: Sequence[OffloadKey], unresolved: Container[OffloadKey])
 
 
 def split_scan(scan: Sequence[OffloadKey]) -> list[Sequence[OffloadKey]]:
-    """Return what was looked up, by KV group, in the engine's order.
+    """Split a scan by KV group; keys stay in the engine's order.
 
-    A group whose scan comes to a key again has started over: the later scan replaces the earlier.
+    If a key comes again, the engine has started over with its group. The later keys then replace the earlier ones.
     """
     if len(scan) > MANY_KEYS and (runs := _runs(scan)):
         return runs
@@ -143,15 +147,19 @@ def split_scan(scan: Sequence[OffloadKey]) -> list[Sequence[OffloadKey]]:
 
 
 def _end_of_run(scan: Sequence[OffloadKey], start: int) -> int:
-    """Return the index behind the run of keys of one group, if there is but one such run from `start` on."""
+    """Return the index behind the run of one group's keys that begins at `start`, by bisection.
+
+    The group must have no other run behind this one.
+    """
     group = group_of(scan[start])
     return bisect_left(scan, True, start, key=lambda key: group_of(key) != group)
 
 
 def _runs(scan: Sequence[OffloadKey]) -> list[Sequence[OffloadKey]]:
-    """Return the groups of a scan that went through each once, one after the other; none if that does not show.
+    """Return the groups of a scan that went through each group once, one after the other; none if it may not have.
 
-    A scan that starts over begins with the first key of a group again. Counting it costs a hundredth of splitting.
+    An engine that starts over repeats the first key of a group. To count this key takes a hundredth of the time that
+    `split_scan` takes for a look at every key.
     """
     runs: list[Sequence[OffloadKey]] = []
     seen: set[bytes] = set()

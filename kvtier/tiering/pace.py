@@ -1,4 +1,7 @@
-"""How fast the engine computes, learnt from what it offers to store, and how much it has still to compute."""
+"""Measures how fast the engine computes, and estimates how much it still has to compute.
+
+The blocks that the engine offers to store show what it has computed.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,14 @@ from kvtier.tiering.requests import RequestState
 from kvtier.tiering.settings import TieringSettings
 
 _MIN_TOKENS = 256
-"""A step that computes fewer tokens decodes: its time says nothing about prompts."""
+"""A step that computes fewer tokens only decodes, so its duration says nothing about prompts."""
 
 
 class Pace:
     """Counts the tokens that each step computes, and times them until the next step.
 
-    A token that was found in a cache is not computed, though engines offer it to `prepare_store`, too: what precedes
-    the first key that the engine looked up was on the device, and what follows it up to the last load came from here.
+    Engines offer to `prepare_store` also tokens that they found in a cache and did not compute. Blocks before the first
+    key that the engine looked up were on the device. Blocks from there up to the last load came from this cache.
     """
 
     def __init__(self, settings: TieringSettings) -> None:
@@ -36,28 +39,28 @@ class Pace:
 
     @property
     def is_known(self) -> bool:
-        """Whether anything can be said of computing: the tokens in a block are known."""
+        """Whether computing times can be given: the number of tokens per block is known."""
         return self._tokens_per_block > 0
 
     def seconds(self, num_blocks: int) -> float:
-        """Return how long so many blocks at the head of a prompt take; infinity if that cannot be said."""
+        """Return how long the first `num_blocks` of a prompt take to compute; infinity if that is not known."""
         return self.speed.seconds(0, num_blocks * self._tokens_per_block) if self._tokens_per_block else math.inf
 
     def block_seconds(self, state: RequestState) -> tuple[float, float]:
-        """Return how long the first block that the request looked up takes, and how much longer each further one."""
+        """Return the time to compute the first block that the request looked up, and its growth per further block."""
         size, speed = self._tokens_per_block, self.speed
         first = speed.seconds(state.progress.start, state.progress.start + size)
         return first, size * size / speed.doubling / speed.rate
 
     @property
     def looks_often(self) -> bool:
-        """Whether the time since the last poll was short: an engine that computes nothing steps on at once."""
+        """Whether the time since the last poll was short, since an engine that computes nothing goes on at once."""
         return not self._measures or not self._work
 
     # -- what a request has computed ----------------------------------------------------------------------
 
     def note_scan(self, state: RequestState) -> None:
-        """The engine has looked a request up: what precedes the first key is on the device."""
+        """Note where a request's scan begins. The blocks before its first key are on the device."""
         progress, keys = state.progress, state.scan.keys
         if keys and progress.first_key is None and self._tokens_per_block:
             progress.first_key = keys[0]
@@ -68,7 +71,7 @@ class Pace:
             progress.left = float(max(0, length))
 
     def note_load(self, state: RequestState, keys: Collection[OffloadKey]) -> None:
-        """The request loads these blocks: it will not compute them."""
+        """Note that the request loads these blocks, so that it will not compute them."""
         if not self._tokens_per_block:
             return
         progress = state.progress
@@ -79,7 +82,7 @@ class Pace:
             progress.left = max(0.0, progress.left - progress.num_loaded * self._tokens_per_block)
 
     def note_store(self, state: RequestState, keys: Sequence[OffloadKey]) -> None:
-        """The engine offers what this step computes of a request, and perhaps what it found before."""
+        """Count what this step computes of a request. The engine may offer blocks that it has found, too."""
         if not self._tokens_per_block:
             return
         progress = state.progress
@@ -108,12 +111,12 @@ class Pace:
             progress.left = max(0.0, progress.left - (progress.num_computed - first) * size)
 
     def _blocks_before(self, state: RequestState, keys: Sequence[OffloadKey]) -> int:
-        """Return how many blocks lie between the first key that was looked up and `keys`; 0 if that is not known."""
+        """Return how many blocks the prompt has from the first key looked up to `keys`; 0 if that is not known."""
         end = state.context.get_offload_key_position(keys[0]) if keys else None
         return 0 if end is None else max(0, (end - state.progress.start) // self._tokens_per_block - 1)
 
     def begin_attempt(self, state: RequestState) -> None:
-        """The request was preempted: it is looked up, loaded and computed anew."""
+        """Forget what a preempted request has computed: it is looked up, loaded and computed anew."""
         progress = state.progress
         progress.first_key, progress.is_past_first = None, False
         progress.num_loaded = progress.num_computed = 0
@@ -121,11 +124,14 @@ class Pace:
     # -- steps --------------------------------------------------------------------------------------------
 
     def note_output(self, now: float) -> None:
-        """The engine asks for events, which it does when a step has ended."""
+        """Note that a step has ended, because the engine asks for events."""
         self._worked_at = now
 
     def end_step(self, now: float) -> None:
-        """The engine has scheduled another step: the one before took until now, unless the engine was idle since."""
+        """Note that the engine has scheduled another step.
+
+        The step before took until now, unless the engine was idle in between.
+        """
         if self._measures:
             if self._previous is not None:
                 self._learn(*self._previous)
@@ -134,13 +140,14 @@ class Pace:
         self._began, self._work, self._witnesses = now, 0.0, []
 
     def _learn(self, work: float, until_step: float, until_output: float, witnesses: list[RequestState]) -> None:
-        """Take in one step; who computed in it and is still live shows that the engine was busy up to the next."""
+        """Take in one step. If a request that computed in it is still live, the engine was busy until the next step."""
         if work >= _MIN_TOKENS:
             busy = any(not state.finished for state in witnesses)
             seconds = until_step if busy else until_output
             if 0 < seconds < math.inf:
                 self.speed.measure(work, seconds)
-                # An engine that schedules ahead has the last step still before it when this one has ended.
+                # An engine that schedules ahead may still compute this step during the next one. If that one only
+                # decodes, its time is added below.
                 self._longest_drain = seconds if busy else 0.0
         elif self._longest_drain:
             self.speed.measure(0.0, min(until_step, self._longest_drain))
@@ -149,18 +156,21 @@ class Pace:
     # -- what is to be computed ---------------------------------------------------------------------------
 
     def note_end(self, state: RequestState) -> None:
-        """A request is over: what it computed says what others will compute that were not looked up yet."""
+        """Learn from a request that is over how many tokens a request usually computes.
+
+        That number stands for requests that were not looked up yet.
+        """
         progress = state.progress
         if progress.num_computed:
             computed = max(0, progress.num_computed - progress.num_loaded) * self._tokens_per_block
             self._usual += (computed - self._usual) / 16
 
     def note_backlog(self, states: Iterable[RequestState], num_new: int) -> None:
-        """Add up what the engine has to compute beside what waits for tiers.
+        """Add up what the engine has to compute, without requests that wait for tiers.
 
         Args:
             states: the requests that were looked up, oldest first.
-            num_new: those that were not; they are taken to be behind.
+            num_new: number of requests that were not; they count as younger.
         """
         self._backlog, self._num_waiting = 0.0, 0
         for state in states:
@@ -180,7 +190,7 @@ class Pace:
         return self._usual if state.progress.first_key is None else state.progress.left
 
     def outlook(self, now: float, state: RequestState) -> Outlook:
-        """Return what the engine has to do beside a request."""
+        """Return what the engine has to do besides a request."""
         left = self._left(state)
         others = self._backlog if state.awaiting else max(0.0, self._backlog - left)
         given, rate, progress = max(0.0, self._busy_until - now), self.speed.rate, state.progress
@@ -189,7 +199,7 @@ class Pace:
 
 
 def _of_group(keys: Sequence[OffloadKey], group: bytes) -> Sequence[OffloadKey]:
-    """Return those of `keys`, which come group by group, that are of one KV group."""
+    """Return the `keys` of one KV group. All keys come group by group."""
     if keys and keys[0][-GROUP_BYTES:] == keys[-1][-GROUP_BYTES:] == group:
         return keys
     return [key for key in keys if key[-GROUP_BYTES:] == group]

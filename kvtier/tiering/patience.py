@@ -1,4 +1,4 @@
-"""How long a request waits until one tier says whether it has a block."""
+"""Limits how long a request waits for one tier to say whether it has a block."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from kvtier.keys import OffloadKey
 from kvtier.types import LookupResult, ReqContext
 
 FIRST_SECONDS = 2.0
-"""Least wait for a tier's first answer after a start: its process loads a client, connects, and reads an index."""
+"""Least time allowed for a tier's first answer after a start: its process loads a client, connects, reads an index."""
 _SHORTENING = 4.0
-"""After a wait without an answer the next one is so many times shorter: a silent tier delays few requests."""
+"""Factor by which each wait without an answer shortens the next one, so that a silent tier delays few requests."""
 _MAX_SHORTENINGS = 3
-"""A wait is shortened at most so often: requests must wait long enough to notice that the tier answers again."""
+"""Most times that the wait is shortened: requests must wait long enough to notice that the tier answers again."""
 _ANSWERS = (LookupResult.HIT, LookupResult.MISS)
 
 
 @dataclass(slots=True)
 class Question:
-    """A key for which a tier had no answer at once, and the request that asked."""
+    """A key that a tier did not answer for at once, and the request that asked."""
 
     key: OffloadKey
     context: ReqContext
@@ -28,16 +28,16 @@ class Question:
 
 
 class ProbePatience:
-    """The deadline of a tier's probes: longer after a start, shorter after waits without an answer.
+    """Limits the wait for a tier's answers to lookups: longer after a start, shorter after waits without an answer.
 
-    It repeats one unanswered question, to notice that the tier answers again when no request waits for it.
+    It repeats one unanswered question. So it notices that the tier answers again even if no request waits for it.
 
     Attributes:
-        question: the unanswered one.
+        question: the one that it repeats; None if there is none.
     """
 
     def __init__(self, clock: Clock, deadline: float) -> None:
-        """Args: deadline: longest that a request waits, in seconds, except for a life's first answer."""
+        """Args: deadline: longest that a request waits, in seconds, except for the first answer after a start."""
         self._clock = clock
         self._deadline = deadline
         self._is_first = True
@@ -54,25 +54,25 @@ class ProbePatience:
         return max(self._deadline, FIRST_SECONDS) if self._is_first else self._deadline
 
     def begin_life(self) -> None:
-        """The tier has started, and may be used from now on."""
+        """Note that the tier has started, and may be used from now on."""
         self._is_first = True
 
     def ask(self, key: OffloadKey, req_context: ReqContext) -> None:
-        """A request waits for an answer about `key`."""
+        """Repeat the question about `key` from now on, unless another one is open."""
         if self.question is None:
             self.question = Question(key, req_context, self._clock())
 
     def forget(self, req_context: ReqContext) -> None:
-        """A request is over: the tier must not be asked in its name any more."""
+        """Drop the question of a request that is over: the tier must not be asked in its name any more."""
         if self.question is not None and self.question.context.req_id == req_context.req_id:
             self.question = None
 
     def give_up(self) -> None:
-        """A request has waited and got no answer."""
+        """Count a request that has waited and got no answer."""
         self._num_in_vain += 1
 
     def follow(self, lookup: Callable[[OffloadKey, ReqContext], LookupResult]) -> None:
-        """Ask the open question again, by `lookup`, and note the answer if there is one."""
+        """Ask the open question again through `lookup`; a HIT or a MISS closes it."""
         question = self.question
         if question is not None and lookup(question.key, question.context) in _ANSWERS:
             in_time = self._clock() - question.asked_at <= self._full

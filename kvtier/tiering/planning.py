@@ -1,4 +1,4 @@
-"""Which blocks a request should get: what it looked up, cut to what is certain, fits, and is worth loading. Pure."""
+"""Plans which blocks a request gets: those that it looked up, that fit, and that are worth loading. Pure: no I/O."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from kvtier.tiering.requests import RequestState
 
 @dataclass(frozen=True, slots=True)
 class Prospect:
-    """What is known of loading and computing when a plan is made; times in seconds.
+    """What is known about loading and computing when a plan is made; times in seconds.
 
     Attributes:
-        first_block: how long the first block that the request looked up takes to compute; growth: how much longer
-            each further one takes than the one before it.
-        ready_in: per tier index, until all that is queued there has arrived; per_block: per further block.
-        outlook: what the engine has to do beside the request.
-        waits_for: until what the request awaits already has arrived.
+        first_block: time to compute the first block that the request looked up; growth: how much longer each further
+            block takes than the one before it.
+        ready_in: per tier index, time until everything queued there has arrived; per_block: time per further block.
+        outlook: what the engine has to do besides the request.
+        waits_for: time until everything that the request already awaits has arrived.
     """
 
     first_block: float
@@ -32,12 +32,12 @@ class Prospect:
     waits_for: float = 0.0
 
     def is_early(self, num_keys: int) -> bool:
-        """Return whether so many keys would come in time for the request if they were asked for much later."""
+        """Return whether `num_keys` blocks would arrive in time even if the tiers were asked for them much later."""
         slowest = max([self.ready_in[index] + num_keys * each for index, each in self.per_block.items()], default=0.0)
         return self.outlook.turn_in > 2 * slowest
 
     def saved(self, outline: Outline, num_keys: int) -> list[float]:
-        """Return what each of the next keys saves; those of all KV groups for one block save its time together."""
+        """Return the computing time that each of the next keys saves. All KV groups of a block share its time."""
         share = outline.num_rows / max(1, len(outline.order))
         growth = self.growth * share * share
         first = self.first_block * share + growth * outline.num_planned
@@ -46,17 +46,17 @@ class Prospect:
 
 @dataclass(slots=True)
 class PromotionPlan:
-    """What one request gets at the end of a step; changes nothing by itself.
+    """What one request gets at the end of a step. A plan changes nothing by itself.
 
     Attributes:
         hits: ready keys to lease.
-        joins: keys already on their way, to wait for; not those that it awaits already.
+        joins: keys already on their way, which the request is to wait for from now on.
         by_tier: keys to promote, per tier index, in the engine's order.
-        denied: keys over the budget.
+        denied: keys that exceed the budget of promotions.
         declined: keys that are computed sooner than loaded.
         num_planned: keys of the outline that are dealt with.
         computing: seconds that the keys to wait for take to compute; 0 without a prospect.
-        gain: seconds by which first tokens come earlier than with everything computed.
+        gain: as in `Choice`.
     """
 
     hits: list[OffloadKey] = field(default_factory=list)
@@ -80,10 +80,10 @@ class Holdings:
 
     Attributes:
         table: of the primary tier.
-        room: slots that the budget of promotions still grants, for new leases and promotions together.
-        late: in-flight keys that nobody may wait for any more.
-        held: slots that some lease holds already; another lease of them costs nothing.
-        queued: keys that wait to be handed to a tier, for any request.
+        room: slots that the budget of promotions still allows, for new leases and promotions together.
+        late: in-flight keys that no request may wait for any more.
+        held: slots that some lease holds already; a further lease of them takes nothing from the budget.
+        queued: keys that a tier will be asked for, for any request.
     """
 
     table: BlockTable
@@ -96,11 +96,11 @@ class Holdings:
 def plan_promotions(
     state: RequestState, outline: Outline, holdings: Holdings, prospect: Prospect | None, most: int
 ) -> PromotionPlan:
-    """Choose what to lease and promote of the next keys of an outline; change nothing.
+    """Choose which of an outline's next keys to lease and which to promote. Changes nothing.
 
     Args:
-        prospect: None if nothing is known of computing: then all that a tier has is worth it.
-        most: keys to consider; the rest waits for the next step.
+        prospect: None if computing times are not known; then every block that a tier has is worth loading.
+        most: number of keys to consider. The rest waits for the next step.
     """
     plan, window = PromotionPlan(), outline.window(most)
     sources = _find(plan, window, state, outline, holdings)
@@ -113,7 +113,7 @@ def plan_promotions(
     if num_worth < len(window):
         rest = zip(window[num_worth:], sources[num_worth:], strict=True)
         plan.declined = [key for key, source in rest if source != HERE]
-    if plan.denied or plan.declined:  # what follows is worth no more
+    if plan.denied or plan.declined:  # a prefix has no gaps, so keys behind these are of no use
         plan.num_planned = len(outline.order)
     else:
         plan.num_planned = outline.num_planned + len(window)
@@ -123,7 +123,7 @@ def plan_promotions(
 def _find(
     plan: PromotionPlan, window: Sequence[OffloadKey], state: RequestState, outline: Outline, holdings: Holdings
 ) -> list[int]:
-    """Return, per key, the tier that it has to come from, or HERE; note in the plan what is ready or on its way."""
+    """Return, per key, the tier that it has to come from, or HERE. Add ready and awaited keys to the plan."""
     get_slot, filling, room = holdings.table.slot_of.get, holdings.table.filling, holdings.room
     lease, awaiting, found = state.lease.slots, state.awaiting, outline.found
     late, held, queued = holdings.late, holdings.held, holdings.queued
@@ -134,7 +134,7 @@ def _find(
         if key not in lease and key not in awaiting:
             slot = get_slot(key)
             if (slot is None or slot in filling) and key in denied:
-                pass  # a miss for this request, whatever becomes of it
+                pass  # it stays a miss for this request
             elif slot is None:
                 if key in queued:
                     plan.joins.append(key)
@@ -159,7 +159,7 @@ def _find(
 def _choose(
     plan: PromotionPlan, window: Sequence[OffloadKey], sources: Sequence[int], outline: Outline, prospect: Prospect
 ) -> int:
-    """Return how many keys of the window are worth it; note what that gains and how long they take to compute."""
+    """Return how many keys of the window are worth having. Set the plan's `gain` and `computing`."""
     joins, saved, stride = set(plan.joins), prospect.saved(outline, len(window)), outline.stride
     choice = Choice(len(window), 0.0)
     first = next((index for index, source in enumerate(sources) if source != HERE), len(window)) // stride * stride

@@ -1,4 +1,4 @@
-"""Promotions: how plans are carried out, from the queue of a tier to the blocks that arrive."""
+"""Promotions: carries out plans, from a tier's queue of loads to the blocks that arrive."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from kvtier.tiering.waiting import MAX_ENDED, Waiting
 
 PRIMARY = "primary"
 MAX_PLANNED = 512
-"""Keys that one step plans, and about as many that one request awaits: no call takes long, however long a prompt is."""
+"""Most keys that one step plans, and about the most that one request awaits. So no call takes long for long prompts."""
 
 MAX_ASKED = 2 * MAX_PLANNED
-"""Blocks that one tier is asked for in one step, and at most one part more: placing them takes longest."""
+"""Most blocks that one tier is asked for per step, plus at most one part: choosing their slots takes long."""
 
 EARLY_FREE = 0.6
-"""Share of the budget of promotions that is kept for requests whose turn comes soon."""
+"""Share of the budget of promotions that is kept free for requests whose turn comes soon."""
 
 MAX_RECONSIDERED = 64
-"""Waiting requests, from the oldest on, that every step reconsiders; and as many of the others, in turn."""
+"""Number of the oldest waiting requests that every step reconsiders, and of the others that it reconsiders in turn."""
 
 _OUTLINED_PER_PLANNED = 8
-"""Keys of a scan that are put in order in the time in which one is planned."""
+"""Keys of a scan that are put in order in the time in which one key is planned."""
 
 
 class Promoter:
@@ -62,14 +62,15 @@ class Promoter:
         self._clock, self._observer = clock, observer
         self._num_reconsidered = 0
         self._unfinished: list[RequestState] = []
-        """Requests of whose outlines something is left to plan."""
+        """Requests whose outlines have keys left to plan."""
 
     # -- plans --------------------------------------------------------------------------------------------
 
     def plan(self, scanned: Sequence[RequestState]) -> None:
-        """Plan at the end of a step, oldest request first: for those that were looked up, and what is left of others.
+        """Plan at the end of a step, oldest request first, for requests with a new scan or an unfinished outline.
 
-        A step deals with `MAX_PLANNED` keys, or what the first request can use; the rest waits for the next one.
+        A step plans about `MAX_PLANNED` keys, or more if the usable prefix of a request is longer. The rest waits for
+        the next step.
         """
         for state in scanned:
             asks = state.may_wait and (state.scan.found or state.wait.since is not None)
@@ -96,11 +97,15 @@ class Promoter:
                 self._unfinished.append(state)
 
     def _begin(self, state: RequestState, scan: Scan) -> int:
-        """Begin with what was looked up, behind what is leased or awaited already; return what that costs in keys."""
+        """Make the outline of a new scan, behind what is leased or awaited already.
+
+        Returns:
+            The cost, as the number of keys that could be planned in the same time.
+        """
         plans = state.plans
         former, plans.scan = plans.outline, None
         if len(state.lease.slots) + len(state.awaiting) != plans.num_held:
-            former = None  # some of that is lost
+            former = None  # some of the blocks held then were lost
         if former is not None and former.is_repeated_by(scan.keys):
             return 0
         outline = plans.outline = make_outline(scan.keys, scan.found, scan.unresolved, state.context)
@@ -148,7 +153,7 @@ class Promoter:
             state.plans.block_seconds = plan.computing / num_awaited
 
     def _prospect(self, state: RequestState, outlook: Outlook, now: float) -> Prospect | None:
-        """Return what can be said of loading and computing; None if the engine does not say what a block is."""
+        """Return what is known about loading and computing; None if the number of tokens per block is not known."""
         if not self._pace.is_known:
             return None
         ready_in = {queue.guard.index: queue.speed.seconds(queue.num_queued, now) for queue in self._queues}
@@ -164,7 +169,7 @@ class Promoter:
         return max([queue.speed.seconds(queue.num_up_to(state), now) for queue in asked], default=0.0)
 
     def _give_up(self, state: RequestState, keys: Sequence[OffloadKey], reason: str) -> None:
-        """From now on these keys, for which there is no room or which are computed sooner, are misses for this one."""
+        """Make `keys` misses for this request from now on: they do not fit, or are computed sooner than loaded."""
         if keys:
             state.plans.denied.update(keys)
             self._observer.on_event(RequestGaveUp(state.context.req_id, reason, len(keys)))
@@ -172,7 +177,7 @@ class Promoter:
     # -- loads --------------------------------------------------------------------------------------------
 
     def send(self) -> None:
-        """Cancel what nobody waits for, and ask every tier for as much as keeps it busy, at the end of a step."""
+        """Cancel loads that no request waits for, and ask every tier for as much as keeps it busy."""
         for queue in self._queues:
             if self._flights.unwanted_slots:
                 queue.guard.cancel_unwanted(self._flights.unwanted_slots)
@@ -194,7 +199,7 @@ class Promoter:
         if not all(map(flights.queued.__contains__, part)):
             part = [key for key in part if key in flights.queued]
         if not table.slot_of.keys().isdisjoint(part):
-            held = [key for key in part if key in table]  # somebody has stored them: the next scan finds them there
+            held = [key for key in part if key in table]  # stored by another request since: the next scan finds them
             flights.drop(held)
             part = [key for key in part if key in flights.queued]
         self._retention.serve(table, load.state.uses)
@@ -222,15 +227,16 @@ class Promoter:
             return Placement([], [], len(keys))
 
     def note_polled(self, now: float) -> None:
-        """All tiers were asked for results, and `land` has taken them in."""
+        """Measure the tiers' load speeds. The caller has polled all tiers and passed the ended loads to `land`."""
         for queue in self._queues:
             queue.note_polled(now, self._pace.looks_often)
 
     def reconsider(self, waiting: Sequence[RequestState], now: float) -> None:
-        """Let requests go on with what has arrived if computing the rest takes less than waiting for it still does.
+        """Let requests go on with the blocks that have arrived, if computing the rest is faster than waiting for it.
 
         Args:
-            waiting: those that await something, oldest first. Of many, a step looks at the first ones and some others.
+            waiting: requests that await blocks, oldest first. If there are more than `MAX_RECONSIDERED`, a step looks
+                at the oldest ones and at some of the others.
         """
         if not self._pace.is_known:
             return
@@ -242,7 +248,7 @@ class Promoter:
                 left -= self._reconsider(state, now)
 
     def _reconsider(self, state: RequestState, now: float) -> int:
-        """Return how many blocks the request does not wait for any more."""
+        """End the request's wait if computing is faster. Return how many blocks it gave up."""
         outlook = self._pace.outlook(now, state)
         saved = len(state.awaiting) * state.plans.block_seconds
         if outlook.cost(self._waits_for(state, now)) > outlook.gain(saved):
@@ -254,7 +260,7 @@ class Promoter:
         return 0
 
     def land(self, guard: TierGuard, job: Job) -> None:
-        """Take in the end of a promotion job: good blocks become ready, the rest misses for those who waited."""
+        """Take in a load job that has ended. Good blocks become ready; the others become misses for their waiters."""
         table, queue = self._table, self._queues[guard.index]
         successful = job.successful
         queue.landed += len(job.slots)
@@ -272,7 +278,7 @@ class Promoter:
         get_slot = table.slot_of.get
         arrived = [key for key, slot in zip(keys, slots, strict=True) if get_slot(key) == slot]
         if not table.num_free and (unwanted := self._flights.unwanted(arrived)):
-            # Nobody waits for them any more. A full memory has better blocks to keep.
+            # No request waits for them any more. A full memory has better blocks to keep.
             self._flights.abandon(unwanted)
             table.remove(unwanted)
             arrived = [key for key in arrived if key not in unwanted]
@@ -288,7 +294,11 @@ class Promoter:
     def _fail(
         self, guard: TierGuard, keys: Sequence[OffloadKey], slots: Sequence[int], *, is_final: bool = True
     ) -> None:
-        """Make blocks that did not arrive misses; not final: who has come to wait since may ask for them again."""
+        """Make blocks that did not arrive misses for their waiters.
+
+        Args:
+            is_final: False for a cancelled job. Requests that began to wait after that may ask the tier again.
+        """
         for state, theirs in self._flights.land(keys, slots).items():
             self._drop_outline(state)
             if is_final:
@@ -303,13 +313,13 @@ class Promoter:
             self._leases.start_timeout(state, now)
 
     def take_over_abandoned(self, keys: Sequence[OffloadKey]) -> None:
-        """Detach blocks that are on their way to nobody, so that they can be stored in other slots."""
+        """Detach in-flight blocks that no request waits for or may wait for, so that other slots can store them."""
         abandoned = self._flights.abandoned(keys)
         self._flights.abandon(abandoned)
         self._table.remove(abandoned)
 
     def let_go(self, state: RequestState) -> None:
-        """The request waits for nothing and holds nothing any more."""
+        """End all waits of the request, and its lease."""
         if state.awaiting:
             self._flights.leave(state)
         if state.lease.slots or state.lease.expires is not None:
@@ -325,7 +335,7 @@ class Promoter:
         self._drop_outline(state)
 
     def _drop_outline(self, state: RequestState) -> None:
-        """What was looked up would be answered otherwise now."""
+        """Drop the request's scan and outline, because its lookups would have other answers now."""
         state.plans.scan = state.plans.outline = None
 
     def forget_sources(self, state: RequestState) -> None:
@@ -333,10 +343,10 @@ class Promoter:
         state.plans.sources.clear()
 
     def is_as_planned(self, state: RequestState, first_key: OffloadKey, shortest: int) -> bool:
-        """Return whether a scan from `first_key` on would be deferred, because what was planned is on its way.
+        """Return whether a scan from `first_key` on would be deferred, because planned blocks are on their way.
 
         Args:
-            shortest: least keys that the planned scan had in each KV group; else False.
+            shortest: False if the planned scan had fewer keys than this in any KV group.
         """
         scan, outline = state.plans.scan, state.plans.outline
         if not state.may_wait:

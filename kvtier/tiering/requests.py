@@ -1,4 +1,4 @@
-"""What is known of each live request, in parts. Each part is written by one file and read by all."""
+"""The state of each live request, in parts. One file writes each part; all files may read it."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class Wait:
     """How long one attempt of a request has waited for tiers, and may wait. Written by `waiting.py`; times in seconds.
 
     Attributes:
-        gave_up: its deadline passed: what is not ready answers MISS, until the request is preempted.
-        since: when the running part of the wait began; None if the request does not wait.
+        gave_up: whether its deadline has passed. Blocks that are not ready are misses until the next attempt.
+        since: when the current part of the wait began; None if the request does not wait.
         waited: length of the parts of the wait that have ended.
         deadline: longest wait of this attempt; counts while `since` is not None.
-        computing: seconds that computing all takes that this attempt has waited for so far.
-        silent: tiers that missed the probe deadline; what they answer counts, and nobody waits for it.
-        probing: tiers that left a probe of this scan unanswered.
-        probing_since: since when, by tier.
+        computing: time to compute all blocks that this attempt has awaited so far.
+        silent: tiers that missed the probe deadline. Their answers count, but the request does not wait for them.
+        probing: tiers that have left a lookup of this scan unanswered.
+        probing_since: per such tier, when the request began to wait for its answer.
         num_unresolved: most keys that one scan of this wait left without an answer.
     """
 
@@ -77,15 +77,15 @@ class Plans:
     """What became of a request's plans. Written by `promotion.py`.
 
     Attributes:
-        denied: keys that no plan could place, or that are computed sooner than loaded.
+        denied: keys that did not fit, or that are computed sooner than loaded.
         failed: (tier index, key) pairs whose promotion failed.
-        sources: name of the tier that a promoted key came from.
-        scan: what was looked up last, if no plan has begun with it.
-        outline: the scan before that, as far as plans have come with it; None if nothing of it holds any more.
-        postponed_until: when it is planned at the latest, though its turn seems far, in seconds of the clock.
-        num_held: keys that were leased or awaited after the last plan.
-        asked: indices of the tiers that blocks were planned from; block_seconds: how long each of the blocks of the
-            last plan takes to compute, on average.
+        sources: per promoted key, name of the tier that it came from.
+        scan: the latest scan, if no plan has begun with it.
+        outline: the scan that plans have begun with, and how far they have come; None if it no longer holds.
+        postponed_until: when the request is planned at the latest, even if its turn seems far, in seconds of the clock.
+        num_held: number of keys that were leased or awaited after the last plan.
+        asked: indices of the tiers that plans load from.
+        block_seconds: average time to compute one awaited block of the last plan.
     """
 
     denied: set[OffloadKey] = field(default_factory=set)
@@ -104,12 +104,12 @@ class Progress:
     """What one attempt of a request has computed. Written by `pace.py`; counts are blocks of the first KV group.
 
     Attributes:
-        first_key: the first key that the engine looked up; what precedes it was on the device.
-        start: tokens before that key.
-        is_past_first: the engine has offered that key to be stored.
-        num_loaded: blocks from that key on that were loaded; num_computed: those offered to be stored.
-        left: tokens of the prompt that are to be computed or loaded, as far as known.
-        before, rank: tokens and requests that the engine has before this one.
+        first_key: the first key that the engine looked up. The blocks before it were on the device.
+        start: tokens before that key's block.
+        is_past_first: whether the engine has offered to store blocks from that key on.
+        num_loaded: blocks from that key on that were loaded; num_computed: those that were offered to be stored.
+        left: tokens of the prompt that are still to be computed or loaded, as far as known.
+        before, rank: tokens and number of requests that the engine computes before this one.
     """
 
     first_key: OffloadKey | None = None
@@ -146,12 +146,13 @@ class RequestState:
     """One request.
 
     Attributes:
-        arrival: order of arrival, oldest first.
+        arrival: place in the order of arrival; the oldest request has the lowest.
         tiers: indices of the tiers that this request may load from.
         awaiting: keys of promotions, queued or in flight, that this request waits for. Written by `flights.py`.
-        uses: the blocks that it has used and stored. Written by `uses.py`.
-        request_level_tiers: indices of tiers that want every block of the request, prefix hits included.
-        finished: the engine has ended it; its copies may go on. Written, as the field before, by the manager.
+        uses: the blocks that it has used and stored. Written by `uses.py` and the manager.
+        request_level_tiers: indices of tiers that want every block of the request, prefix hits included. Written by
+            the manager.
+        finished: whether the engine has ended it. Its copies may still run. Written by the manager.
     """
 
     context: ReqContext
@@ -183,16 +184,16 @@ class ScannedRequests:
         self._num_counted = 0
 
     def add(self, state: RequestState) -> None:
-        """Take in a request whose scan begins."""
+        """Add a request whose scan begins."""
         self._states.append(state)
 
     def found_by_waiting(self) -> Set[OffloadKey]:
-        """Return what waiting requests looked up in this step.
+        """Return the keys that waiting requests looked up in this step.
 
-        The end of the step leases what they have found; a store before that must leave it there.
+        They are leased at the end of the step. A store before that must not evict them.
         """
         if self._num_counted < len(self._states):
-            # Once a step: an engine looks up for all waiting requests before it stores for the running ones.
+            # This runs about once per step: engines look up all waiting requests before they store for running ones.
             for state in self._states[self._num_counted :]:
                 if state.wait.since is not None:
                     self._found.update(state.scan.keys)
@@ -214,13 +215,14 @@ def arrival(state: RequestState) -> int:
 
 
 class Requests:
-    """The requests that are live, or whose copies between device and arena have not ended."""
+    """The requests that are live, or that have unfinished copies between device and arena."""
 
     def __init__(self, tiers: SecondaryTiers, clock: Clock) -> None:
-        """Args: tiers: they are told which requests are over."""
+        """Args: tiers: told when a request is over."""
         self._tiers, self._times = tiers, Arrivals(clock)
         self._by_id: dict[str, RequestState] = {}
-        # Engines hold thousands of requests that they have not looked up yet. No step looks at each of these.
+        # Engines hold thousands of requests that they have not looked up yet. They are kept apart, so that no step
+        # visits each of them.
         self._new: set[RequestState] = set()
         self._looked_up: set[RequestState] = set()
         self.get: Callable[[str], RequestState | None] = self._by_id.get
@@ -235,7 +237,7 @@ class Requests:
 
     @property
     def num_new(self) -> int:
-        """Live requests that the engine has not looked up yet: they wait for nothing, and hold nothing."""
+        """Number of live requests that the engine has not looked up yet. They wait for nothing and hold nothing."""
         return len(self._new)
 
     def looked_up(self) -> list[RequestState]:
@@ -243,16 +245,16 @@ class Requests:
         return sorted(self._looked_up, key=attrgetter("arrival"))
 
     def note_lookups(self, states: Iterable[RequestState]) -> None:
-        """The engine has looked these up."""
+        """Note that the engine has looked up these requests."""
         for state in states:
             if not state.finished and state not in self._looked_up:
                 self._new.discard(state)
                 self._looked_up.add(state)
 
     def open(self, context: ReqContext) -> RequestState:
-        """Return the state of a request, made if it is new or comes again after its end.
+        """Return the state of a request; create it if the request is new, or comes again after its end.
 
-        Another request of an ended one's name starts afresh, but for copies of the ended one that are unfinished.
+        A request with the name of one that has ended starts afresh, except for the unfinished copies of that one.
         """
         former = self._by_id.get(context.req_id)
         if former is not None:

@@ -1,4 +1,4 @@
-"""What an operator may set about the tiering manager, already checked."""
+"""Settings of the tiering manager, already checked."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class ResetPolicy(Enum):
     """What a reset means for blocks in secondary tiers."""
 
     NEW_EPOCH = "new_epoch"
-    """They were made by other weights: they miss from now on."""
+    """The model has other weights now, so blocks stored before miss."""
     KEEP = "keep"
-    """They are as good as before."""
+    """Blocks stored before stay valid."""
 
 
 @dataclass(frozen=True)
@@ -23,19 +23,20 @@ class TieringSettings:
     """Deadlines and budgets; times in seconds.
 
     Attributes:
-        load_deadline: longest a request waits for tiers, per attempt; None for the time to recompute alone.
-        probe_deadline: longest a request waits for one tier to say whether it has a block; None for each tier's own.
-        lease_timeout: longest a request holds promoted blocks that it does not load.
-        drain_timeout: longest a reset or shutdown waits for tiers.
-        tier_deadline: a tier of whose jobs nothing has progressed for so long is not used until something has.
+        load_deadline: longest that a request waits for tiers, per attempt; None if only the predicted time to compute
+            the blocks limits the wait.
+        probe_deadline: longest that a request waits for a tier to say whether it has a block; None for the tier's own.
+        lease_timeout: longest that a request holds promoted blocks that it does not load.
+        drain_timeout: longest that a reset or shutdown waits for tiers.
+        tier_deadline: a tier whose jobs have made no progress for this long is not used until one has.
         promotion_budget: share of the primary's slots that promotions and leases may hold, in (0, 1].
-        prefill_rate: tokens per second that the engine computes, until it is measured; None for a guess.
-        prefill_doubling: tokens of context with which a token takes twice as long to compute as without any.
-        measures_prefill: whether the time between steps is what the engine computes; not so in a simulation.
-        tokens_per_block: tokens in one offloaded block; 0 if unknown: then nothing is said of computing, and all
-            that a tier has is waited for.
-        retain_share: share of a tier's slots that blocks may hold which hints ask to keep, 0 to 1.
-        tenant_quotas: whether no tenant that a hint names takes more than its share while others want theirs.
+        prefill_rate: tokens per second that the engine computes, used until the rate is measured; None for a guess.
+        prefill_doubling: context length, in tokens, at which a token takes twice as long to compute as the first one.
+        measures_prefill: whether the time between steps is the engine's computing time; False in a simulation.
+        tokens_per_block: tokens in one offloaded block; 0 if unknown. Computing times are then unknown, too, and
+            requests wait for every block that a tier has.
+        retain_share: share of a tier's slots that may hold blocks which hints ask to keep, 0 to 1.
+        tenant_quotas: whether a tenant that hints name is held to its share while other tenants want theirs.
         on_reset: whether a reset starts a new epoch.
         kv_events: whether `take_events` collects events.
     """

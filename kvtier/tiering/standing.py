@@ -1,4 +1,4 @@
-"""Whether the manager trusts a tier: a tier that misbehaves is left alone for a while, then tried."""
+"""Decides whether the manager trusts a tier. A tier that misbehaves is not used for a while, then tried again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ MAX_BACKOFF_SECONDS = 30.0
 
 
 class Standing:
-    """A breaker that one fault opens, and that a whole pause on trial without a fault closes; each change is said once.
+    """A circuit breaker. One fault opens it; a trial without a fault, as long as the pause, closes it again.
+
+    Each change is reported once.
 
     Attributes:
         reason: why the tier is not in good standing; None if it is.
@@ -23,7 +25,7 @@ class Standing:
 
     def __init__(self, name: str, clock: Clock, observer: Observer) -> None:
         """Args: name: of the tier, for events and the log."""
-        # No part of a pause is left to chance: a replay of a recording must decide as the engine did.
+        # `draw` adds no random part to a pause: a replay of a recording must decide as the engine did.
         self._breaker = Breaker(clock, 1, FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS, draw=lambda: 0.0, calm=1)
         self._health = TierHealth(name, observer)
         self.reason: str | None = None
@@ -35,10 +37,10 @@ class Standing:
         return self._breaker.retry_at
 
     def lose(self, reason: str, *, is_told: bool = False) -> None:
-        """Leave the tier alone for a while.
+        """Stop using the tier for a while.
 
         Args:
-            is_told: the tier says by itself that it is down: one fault is one line in the log and one event.
+            is_told: whether the tier itself reports that it is down. The fault then gets no second event and log line.
         """
         if self.reason is None and not is_told:
             self._health.change(TierState.DOWN, reason)
@@ -62,7 +64,7 @@ class StateTimes:
     """How often a tier has entered each state, and for how long it has been down.
 
     Attributes:
-        state: of now; it begins as STARTING.
+        state: the current state; STARTING at first.
     """
 
     def __init__(self, now: float) -> None:
@@ -82,6 +84,6 @@ class StateTimes:
         return self._down_seconds + (max(0.0, now - self._since) if self.state is TierState.DOWN else 0.0)
 
     def readings(self, now: float) -> dict[str, float]:
-        """Return the metrics, by name; of the states those that were entered, and DOWN."""
+        """Return the metrics by name. States that were never entered are left out, except DOWN."""
         entered = {f"times_{state.value}": times for state, times in self._entered.items()}
         return {"down_seconds": self._seconds_down(now), "times_down": 0, **entered}

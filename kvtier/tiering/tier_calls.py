@@ -1,4 +1,4 @@
-"""Calls of one secondary tier, none of which raises: a tier is foreign code, and its fault never reaches the engine."""
+"""Calls one secondary tier without ever raising: a tier is foreign code, and its faults must not reach the engine."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ P = ParamSpec("P")
 
 
 class TierCalls(ABC):
-    """What the manager tells a tier and asks of it, beside lookups and jobs. A fault is reported to `_fault`.
+    """What the manager tells a tier and asks it, besides lookups and jobs. Faults are reported to `_fault`.
 
-    A tier that hangs in a call on another thread is not called at all: this thread might hang in it, too.
+    While another thread hangs in a call of the tier, no call is made: this thread might hang in it, too.
 
     Attributes:
         usable: whether lookups and jobs go to the tier now.
@@ -35,11 +35,11 @@ class TierCalls(ABC):
         self.tier = tier
         self.usable = False
         self._busy: threading.Thread | None = None
-        """The thread that is still inside the tier."""
+        """The thread that is still inside a call of the tier; None if there is none."""
 
     @abstractmethod
     def _fault(self, where: str, fault: Exception) -> None:
-        """Take note that a call of the tier raised."""
+        """Note that a call of the tier raised."""
 
     def wants_all_of(self, req_context: ReqContext) -> bool:
         """Tell the tier of a new request; return whether it wants every block of it, prefix hits included."""
@@ -51,7 +51,7 @@ class TierCalls(ABC):
         self._tell("on_request_finished", self.tier.on_request_finished, req_context)
 
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
-        """Pass a recency hint to the tier, if it is in use."""
+        """Report a use of `keys` to the tier, if it is usable."""
         if self.usable:
             self._tell("touch", self.tier.touch, list(keys), req_context)
 
@@ -60,11 +60,11 @@ class TierCalls(ABC):
         self._tell("on_schedule_end", self.tier.on_schedule_end, context)
 
     def cancel_loads(self, job_ids: Collection[int]) -> None:
-        """Tell the tier that nobody waits for these jobs any more."""
+        """Tell the tier that no request waits for these jobs any more."""
         self._tell("cancel_loads", self.tier.cancel_loads, job_ids)
 
     def enter_epoch(self, epoch: bytes) -> bool:
-        """Tell the tier that another epoch begins; return whether it has done so."""
+        """Tell the tier to begin another epoch; return whether it has done so."""
         return self._tell("start_epoch", self.tier.start_epoch, epoch)
 
     def stats(self) -> Mapping[str, float]:

@@ -1,4 +1,4 @@
-"""All secondary tiers together, each behind its guard."""
+"""Holds all secondary tiers, each behind its guard."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from kvtier.types import (
 
 
 class SecondaryTiers:
-    """The guards, in the order in which tiers are asked, and what is done to all of them."""
+    """The guards, in the order in which tiers are asked, and the operations on all of them."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class SecondaryTiers:
             guard.forget_request(req_context)
 
     def touch(self, keys: list[OffloadKey], req_context: ReqContext) -> None:
-        """Pass a recency hint to every tier in use."""
+        """Report a use of `keys` to every usable tier."""
         for guard in self.guards:
             guard.touch(keys, req_context)
 
@@ -98,11 +98,14 @@ class SecondaryTiers:
             guard.end_step(context)
 
     def has_live_cascade(self, now: float) -> bool:
-        """Return whether any cascade is still within its deadline."""
+        """Return whether any tier has unanswered stores and makes progress."""
         return any(guard.has_live_cascade(now) for guard in self.guards)
 
     def drain(self) -> None:
-        """Wait, at most `drain_timeout`, until the tiers touch no primary memory; leave those alone that do not end."""
+        """Wait, at most `drain_timeout`, until the tiers touch no primary memory.
+
+        A tier that takes longer is not called until its drain has ended.
+        """
         for guard in self.guards:
             guard.begin_drain()
         calls = [(guard.name, guard.drain) for guard in self.guards]
@@ -110,7 +113,7 @@ class SecondaryTiers:
             guard.busy_with(thread)
 
     def start_epoch(self, epoch: bytes) -> None:
-        """Every block stored so far must miss."""
+        """Make every block stored so far miss."""
         for guard in self.guards:
             guard.start_epoch(epoch)
 
@@ -123,7 +126,7 @@ class SecondaryTiers:
         return [event for guard in self.guards for event in guard.take_events()]
 
     def stats(self) -> dict[str, float]:
-        """Return what the tiers and their guards read, named as in `get_stats`; a guard's word goes first."""
+        """Return metrics of the tiers and their guards, named as in `get_stats`. A guard's value replaces a tier's."""
         stats: dict[str, float] = {}
         for guard in self.guards:
             stats |= tier_readings(guard.name, {**guard.stats(), **guard.readings()})
@@ -152,7 +155,7 @@ def _run_bounded(calls: Sequence[tuple[str, Callable[[], object]]], timeout: flo
         timeout: longest wait, in seconds of real time.
 
     Returns:
-        Per call, None if it ended, else the (daemon) thread that is still in it.
+        Per call, None if it ended, else the daemon thread that is still in it.
     """
     threads = [threading.Thread(target=_logged, args=call, name=f"kvtier-end-{call[0]}", daemon=True) for call in calls]
     deadline = time.monotonic() + timeout

@@ -1,4 +1,4 @@
-"""One caller at a time: a call that changes the manager's state while another thread is in one gets an error."""
+"""Lets one thread at a time change the manager's state. A call that overlaps another thread's call raises an error."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from kvtier.forks import mark, notice
 
 
 class HasTurns(Protocol):
-    """Notes which thread is in one of its calls.
+    """An object that knows which thread is in one of its calls.
 
     Attributes:
-        thread_inside: that thread's identifier; None while there is none.
+        thread_inside: identifier of that thread; None if there is none.
     """
 
     thread_inside: int | None
@@ -49,12 +49,12 @@ _NAMES = {"get_ident": get_ident, "mark": mark, "notice": notice, "OverlappingCa
 def in_turn(
     method: Callable[Concatenate[Self, Arguments], Answer],
 ) -> Callable[Concatenate[Self, Arguments], Answer]:
-    """Return `method`, which raises OverlappingCallError, and does nothing, while another thread is in a call.
+    """Wrap `method` so that it does nothing but raise OverlappingCallError while another thread is in a call.
 
-    Threads may change between calls, and a call may come from within another one of its thread. No lock is taken: one
-    that an exception of a signal handler left locked would stop the cache for good.
+    Different threads may call one after the other, and a thread may call from within its own call. No lock is taken:
+    an exception from a signal handler could leave it locked, and the cache would stop for good.
     """
-    # Compiled with the method's own parameters, as dataclasses compile `__init__`: to pass on `*args` and `**keywords`
+    # Compiled with the method's own parameters, as dataclasses compile `__init__`: passing on `*args` and `**keywords`
     # took 0.2 us more per call, as long as two lookups.
     function = cast(FunctionType, method)
     code = function.__code__

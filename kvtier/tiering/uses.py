@@ -1,4 +1,4 @@
-"""Where uses of blocks are reported: to the policy of the primary tier, to the tiers below, and to admission."""
+"""Passes on each use of blocks."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Usage:
         self._table, self._tiers, self._cascades, self._retention = table, tiers, cascades, retention
 
     def note(self, keys: list[OffloadKey], req_context: ReqContext, uses: RequestUses, all_held: bool = False) -> None:
-        """Count one use of `keys`, in prefix order, each of them once.
+        """Count one use of each of `keys`, which are in prefix order without repetition.
 
         Args:
             uses: of the request.
-            all_held: the primary tier holds all of `keys`.
+            all_held: whether the primary tier is known to hold all of `keys`.
         """
         counted, fresh = uses.count(keys, None if all_held else self._table.slot_of)
         if counted:

@@ -1,4 +1,4 @@
-"""How long requests wait for tiers. Nothing else knows a load deadline."""
+"""Limits how long requests wait for tiers. No other module decides a load deadline."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from kvtier.tiering.requests import RequestState
 from kvtier.tiering.settings import TieringSettings
 
 MAX_ENDED = 2048
-"""Keys that one step lets go of because deadlines have passed, and at most those of one request more."""
+"""Most keys that one step releases because deadlines have passed, plus at most those of one request."""
 UNKNOWN_SECONDS = 2.0
-"""How long a request waits where nobody can say how long computing takes, or for how many blocks it waits."""
+"""Longest wait of a request if the time to compute its blocks, or their number, is not known."""
 
 
 class Waiting:
     """Starts, stops and ends the waits of requests.
 
-    The clock of an attempt runs only while a tier causes the wait: from the first deferred answer until nothing is
-    awaited any more. A preemption begins a new attempt.
+    The clock of an attempt runs only while a tier causes the wait: from the first deferred answer until the request
+    awaits nothing more. A preemption begins a new attempt.
     """
 
     def __init__(
@@ -45,10 +45,13 @@ class Waiting:
         self._settings, self._clock, self._observer = settings, clock, observer
 
     def longest_wait(self, computing: float) -> float:
-        """Return the seconds that an attempt may wait for blocks that take `computing` seconds; 0 if not known yet.
+        """Return the load deadline: the most seconds that an attempt may wait.
 
-        This is the only place that decides a load deadline: the predicted time to compute the blocks, or
-        `load_deadline` if that is shorter.
+        It is the predicted time to compute the blocks, or `load_deadline` if that is shorter. No other place decides
+        a load deadline.
+
+        Args:
+            computing: predicted seconds; 0 if not known yet.
         """
         bound = self._settings.load_deadline
         longest = computing or UNKNOWN_SECONDS
@@ -57,14 +60,14 @@ class Waiting:
     # -- in a lookup --------------------------------------------------------------------------------------
 
     def defer(self, state: RequestState) -> bool:
-        """Let the request wait from now on, if it does not yet and its deadline allows; return whether it waits."""
+        """Let the request wait, from now on if it did not yet; return False if its deadline has passed."""
         wait, now = state.wait, self._clock()
         if wait.since is None:
             wait.since, wait.deadline = now, self.longest_wait(wait.computing)
         return wait.waited + (now - wait.since) <= wait.deadline or not self._end_if_late(state, now)
 
     def may_probe(self, state: RequestState, index: int, key: OffloadKey) -> bool:
-        """Return whether the request waits for a tier to answer about `key`; after False it waits for it no more."""
+        """Return whether the request waits for a tier's answer about `key`; after False it waits for it no more."""
         wait, now, patience = state.wait, self._clock(), self._guards[index].patience
         wait.probing.add(index)
         waited = now - wait.probing_since.setdefault(index, now)
@@ -79,13 +82,13 @@ class Waiting:
         return False
 
     def _is_computed_in(self, seconds: float, num_blocks: int) -> bool:
-        """Return whether so many blocks are computed sooner; False while the engine's rate is only guessed."""
+        """Return whether `num_blocks` are computed in less than `seconds`; False unless `prefill_rate` is set."""
         return self._settings.prefill_rate is not None and self._pace.seconds(num_blocks) < seconds
 
     # -- in a step ----------------------------------------------------------------------------------------
 
     def end_scan(self, state: RequestState) -> None:
-        """Forget the probes that this step's scan did not ask again."""
+        """Forget unanswered tiers that this step's scan did not have to ask again."""
         wait = state.wait
         if wait.probing_since:
             for index in wait.probing_since.keys() - wait.probing:
@@ -95,11 +98,11 @@ class Waiting:
         wait.probing.clear()
 
     def expect(self, state: RequestState, computing: float, idle_in: float) -> None:
-        """The request waits for more blocks.
+        """Set the deadline of a request that waits for more blocks.
 
         Args:
-            computing: seconds that these take to compute; the deadline follows from all that the attempt has awaited.
-            idle_in: seconds until the engine could begin with it.
+            computing: seconds that these take to compute. All blocks that the attempt has awaited count.
+            idle_in: as in `Outlook`.
         """
         wait = state.wait
         if wait.since is None:  # it was looked up some steps ago, and nothing was planned then
@@ -108,7 +111,7 @@ class Waiting:
         wait.deadline = self.longest_wait(wait.computing + idle_in if wait.computing else 0.0)
 
     def check(self, states: Iterable[RequestState], now: float) -> None:
-        """End the waits and leases whose time is over, oldest request first; what is left over ends a step later."""
+        """End the waits and leases whose time is over, oldest request first. Those beyond `MAX_ENDED` end later."""
         left = MAX_ENDED
         for state in states:
             if state.wait.since is not None or state.wait.probing_since or state.lease.expires is not None:
@@ -117,7 +120,10 @@ class Waiting:
                     left -= held
 
     def _check(self, state: RequestState, now: float, may_end: bool) -> bool:
-        """Stop the clock if nothing was asked in this step; end what is over, and return whether anything was."""
+        """End the request's wait and lease if their time is over; return whether either was.
+
+        Stops its clock if it awaits nothing and looked nothing up in this step.
+        """
         wait = state.wait
         ended = wait.since is not None and may_end and self._end_if_late(state, now)
         if not state.scan.keys:
@@ -138,7 +144,7 @@ class Waiting:
             wait.since = None
 
     def _end_if_late(self, state: RequestState, now: float) -> bool:
-        """Make a request whose deadline has passed give up; what has arrived stays its hit. Return whether it did."""
+        """Make a request whose deadline has passed give up; return whether it did. Arrived blocks stay its hits."""
         wait = state.wait
         if wait.since is None or wait.waited + (now - wait.since) <= wait.deadline:
             return False
