@@ -1,7 +1,8 @@
-"""How much memory this process may still take, and under which limit.
+"""How much more memory this process may allocate, and which limit says so.
 
-Read here: `MemAvailable` of /proc/meminfo (proc(5)), the cgroup limits of this process and of every group above
-it (cgroup v2: `memory.max`; v1: `memory.limit_in_bytes`), and the limit of the address space (getrlimit(2)).
+Three kinds of limits are read: `MemAvailable` of /proc/meminfo (proc(5)), the cgroup limits of this process's group and
+of every group above it (cgroup v2: `memory.max`; v1: `memory.limit_in_bytes`), and the limit of the address space
+(getrlimit(2)).
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ from kvtier.sizes import format_size
 
 RESERVE_BYTES = 256 * 1024**2
 RESERVE_SHARE = 0.05
-"""What stays free below a limit: the smaller of the two."""
+"""The smaller of the two stays free below every limit."""
 
 _NO_LIMIT = 1 << 62
-"""cgroup v1 has no word for "unlimited", only a number close to 2**63."""
+"""cgroup v1 writes "unlimited" as a number close to 2**63."""
 
 
 @dataclass(frozen=True)
 class MemoryLimit:
-    """One limit and what it leaves.
+    """One limit, and how much it leaves.
 
     Attributes:
-        name: what a person can look for.
-        available: bytes that may still be taken, 0 or more.
+        name: the limit's name or file, for error messages.
+        available: bytes that may still be allocated, 0 or more.
     """
 
     name: str
@@ -36,7 +37,7 @@ class MemoryLimit:
 
     @property
     def usable(self) -> int:
-        """Bytes that may be taken without touching the reserve."""
+        """Bytes that may be allocated without using the reserve."""
         return self.available - min(RESERVE_BYTES, int(self.available * RESERVE_SHARE))
 
 
@@ -55,10 +56,13 @@ _V2 = _CgroupFiles("v2", "memory.max", "memory.current", "inactive_file")
 
 
 def check_memory(num_bytes: int, limits: Sequence[MemoryLimit] | None = None) -> None:
-    """Return if `num_bytes` more fit under every limit of this process.
+    """Check that this process may allocate `num_bytes` more under every limit.
+
+    Args:
+        limits: those to check; None reads them from the system.
 
     Raises:
-        CapacityError: they do not; one line with what was asked, what is available and under which limit.
+        CapacityError: a limit leaves too little; one line with the bytes asked for, the bytes available and the limit.
     """
     tightest = min(memory_limits() if limits is None else limits, key=lambda limit: limit.usable, default=None)
     if tightest is not None and num_bytes > tightest.usable:
@@ -69,7 +73,7 @@ def check_memory(num_bytes: int, limits: Sequence[MemoryLimit] | None = None) ->
 
 
 def memory_limits(root: Path = Path("/")) -> list[MemoryLimit]:
-    """Return every limit that can be read, in no order.
+    """Return every limit that can be read, in any order.
 
     Args:
         root: the folder that holds `proc` and, below it, the mount points which `proc` names.
@@ -89,7 +93,7 @@ def _machine_limit(root: Path) -> Iterator[MemoryLimit]:
 
 
 def _cgroup_limits(root: Path) -> Iterator[MemoryLimit]:
-    """Yield the limits of the groups from this process's own up to where its hierarchy is mounted."""
+    """Yield the limits of this process's group and of all groups above it, up to the mount point of the hierarchy."""
     paths = dict(_cgroup_paths(root))
     for files, mount_root, mount_point in _cgroup_mounts(root):
         path = paths.get(files.version)
@@ -97,6 +101,7 @@ def _cgroup_limits(root: Path) -> Iterator[MemoryLimit]:
             continue
         top = root / mount_point.relative_to("/")
         inside = path.relative_to(mount_root) if path.is_relative_to(mount_root) else PurePosixPath()
+        # The kernel shows a group outside of the cgroup namespace with "..". Its files cannot be reached from here.
         group = top / inside if ".." not in inside.parts else top
         for folder in (group, *group.parents):
             yield from _group_limit(files, folder)
@@ -105,7 +110,7 @@ def _cgroup_limits(root: Path) -> Iterator[MemoryLimit]:
 
 
 def _cgroup_paths(root: Path) -> Iterator[tuple[str, PurePosixPath]]:
-    """Yield (version, path) of this process in the hierarchies that may limit memory (cgroups(7))."""
+    """Yield (version, path) of this process's group in each hierarchy that may limit memory (cgroups(7))."""
     for line in _lines(root / "proc/self/cgroup"):
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
@@ -116,11 +121,12 @@ def _cgroup_paths(root: Path) -> Iterator[tuple[str, PurePosixPath]]:
 
 
 def _cgroup_mounts(root: Path) -> Iterator[tuple[_CgroupFiles, PurePosixPath, PurePosixPath]]:
-    """Yield (files, root inside the hierarchy, mount point) of the hierarchies that may limit memory (proc(5))."""
+    """Yield (files, root inside the hierarchy, mount point) of each hierarchy that may limit memory (proc(5))."""
     for line in _lines(root / "proc/self/mountinfo"):
         mount, _, filesystem = (part.split() for part in line.partition(" - "))
         if len(mount) < 5 or len(filesystem) < 3:
             continue
+        # The kernel escapes a space in a path as \040.
         mount_root, mount_point = (PurePosixPath(field.replace("\\040", " ")) for field in mount[3:5])
         if filesystem[0] == "cgroup2":
             yield _V2, mount_root, mount_point
@@ -129,7 +135,7 @@ def _cgroup_mounts(root: Path) -> Iterator[tuple[_CgroupFiles, PurePosixPath, Pu
 
 
 def _group_limit(files: _CgroupFiles, folder: Path) -> Iterator[MemoryLimit]:
-    """Yield what one group leaves; page cache that is not in use counts as free."""
+    """Yield the limit of one group, if it has one. Inactive page cache counts as free: the kernel reclaims it."""
     limit, usage = (next(iter(_lines(folder / name)), "") for name in (files.limit, files.usage))
     if not limit.isdigit() or int(limit) >= _NO_LIMIT:
         return
@@ -145,7 +151,7 @@ def _table(path: Path) -> dict[str, int]:
 
 
 def _lines(path: Path) -> list[str]:
-    """Return the lines of a file, none if it cannot be read: a limit that nobody tells is no limit."""
+    """Return the lines of a file; none if it cannot be read, so that an unreadable limit counts as no limit."""
     try:
         return path.read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Which request a table serves, for hints: without any, tables and policies are as if there were none."""
+"""Applies hints to a table. Before the first hint, the table's policy is left as it is, so hints cost nothing."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from kvtier.primary.uses import RequestUses
 
 
 class Retention:
-    """Puts a policy that knows hints around a table's policy at the first hint, and tells it whom the table serves."""
+    """Wraps a table's policy in one that follows hints, at the first hint, and tells it which request comes next."""
 
     def __init__(self, clock: Clock, share: float = DEFAULT_RETAIN_SHARE, quotas: bool = False) -> None:
         """Args:
-        share: of a table's slots that blocks to be kept may hold.
-        quotas: whether tenants have shares.
+        clock: for the times that blocks are retained.
+        share: the most of a table's slots that retained blocks may hold, 0 to 1.
+        quotas: whether each tenant has a share of the table.
         """
         self._clock, self._share, self._quotas = clock, share, quotas
 
     def serve(self, table: BlockTable, uses: RequestUses) -> None:
-        """What `table` is asked and told next is for this request."""
+        """Say that the next calls of `table` are for the request of `uses`."""
         policy = table.policy
-        # isinstance would ask an abstract class: 0.4 us in each call
+        # Not isinstance: with an abstract class it takes 0.4 us, and this runs at every use and every store.
         if type(policy) is not RetentionPolicy and type(policy) is not TenantPolicy:
             if uses.hint is NO_HINT:
                 return
@@ -40,6 +41,6 @@ class Retention:
 
 
 def num_kept(table: BlockTable) -> int:
-    """Return how many blocks of a table are kept for a time."""
+    """Return how many blocks of a table are retained for a time."""
     policy = table.policy
     return policy.num_kept if isinstance(policy, ServedPolicy) else 0

@@ -1,11 +1,12 @@
-"""Slots and the keys in them, with pins: the ledger of every place with exact capacity.
+"""Which key is in which slot, and which slots are pinned.
 
-The primary tier keeps one over its arena, a slotted secondary tier one over its device. A slot is never
-reused while pinned: whoever may still read or write it holds a pin until its job has answered. That makes a
-slot its own generation: a late completion finds the slot it was given, FILLING or QUARANTINED, and no other.
+The primary tier has one table for its arena; a slotted secondary tier has one for its device. Every job that may read
+or write a slot pins it until the job's result has come, and a pinned slot is never reused. So no generation numbers
+are needed: a late completion finds its slot still FILLING or QUARANTINED, never with another key's block.
 
-What a slot's state is follows from where it stands (free list, filling set, quarantine, a key), so that a
-whole request moves from state to state in a few calls of set and dict: this runs on the scheduler's thread.
+The state of a slot is not stored. It follows from where the slot is listed: in the free list, the filling set, the
+quarantine or under a key. Thus a whole request changes state in a few calls of set and dict. That matters because this
+code runs on the engine's scheduler thread.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from kvtier.keys import OffloadKey, common_key_bytes
 from kvtier.log import logger
 
 MAX_SKIPPED = 4096
-"""Most blocks in use that a search for victims passes over, beside four for each victim wanted: it must not stall."""
+"""Part of the bound on how many candidates a search for victims looks at: this many, four per victim wanted, and one
+per protected key. The bound keeps the scheduler from stalling when nearly everything is pinned."""
 
 
 class SlotState(Enum):
@@ -34,20 +36,20 @@ class SlotState(Enum):
 
     FREE = "free"
     FILLING = "filling"
-    """Belongs to a key; its bytes are being written, and that is its writer's pin."""
+    """Belongs to a key. Its bytes are being written; the state itself is the writer's pin."""
     READY = "ready"
-    """Belongs to a key; its bytes may be read under a pin."""
+    """Belongs to a key. Its bytes may be read under a pin."""
     QUARANTINED = "quarantined"
-    """Belongs to no key; somebody may still touch it; free when its last pin goes."""
+    """Belongs to no key, but a job may still read or write it. It becomes free when its last pin is dropped."""
 
 
 class Placement(NamedTuple):
-    """A plan that changes nothing yet.
+    """A plan for inserting keys; making it changes nothing.
 
     Attributes:
-        keys: those to insert, in the order asked; a head of what was missing.
-        victims: the keys that give way.
-        num_left_out: missing keys that could not be placed.
+        keys: keys to insert, in the given order: the missing keys, or the first of them.
+        victims: keys to evict.
+        num_left_out: how many missing keys find no slot.
     """
 
     keys: list[OffloadKey]
@@ -58,11 +60,12 @@ class Placement(NamedTuple):
 class BlockTable:
     """Keys in slots, with pins, under one eviction policy.
 
-    A policy that raises, or that proposes keys that are not held, is replaced by LRU: no slot may get lost with it.
+    A policy that raises is replaced by LRU, and so is a plug-in's policy that proposes a key twice or a key that is
+    not held. A faulty policy must not cost a slot.
 
-    Attributes (read freely, changed by the methods only; the objects stay the same for life):
-        slot_of: slot of every key held, FILLING or READY.
-        filling: the slots being written.
+    Attributes (others may read and keep these objects, and only the methods change them):
+        slot_of: the slot of every held key, FILLING or READY.
+        filling: the slots that are being written.
     """
 
     def __init__(self, num_slots: int, policy: EvictionPolicy) -> None:
@@ -78,7 +81,8 @@ class BlockTable:
         self._key_bytes: int | None = None
         self._adopting = False
         self._adopted = np.zeros(0, np.bool_)
-        # What kvtier's own policies propose is held by their tests; to ask again took 8% of a store that evicts.
+        # The proposals of kvtier's own policies are not checked: tests do that, and the check takes 8% of a store that
+        # evicts.
         self._is_plug_in = not type(policy).__module__.startswith("kvtier.eviction.")
 
     def __len__(self) -> int:
@@ -89,26 +93,26 @@ class BlockTable:
 
     @property
     def num_free(self) -> int:
-        """Slots that hold nothing and that nobody touches."""
+        """Number of slots that hold no block and that no job uses."""
         return len(self._free)
 
     @property
     def pins(self) -> Mapping[int, int]:
-        """Pins by slot; a slot that is filling has its writer's besides."""
+        """Number of pins by slot, without the pin that the writer of a FILLING slot has."""
         return self._pins
 
     @property
     def num_quarantined(self) -> int:
-        """Slots that hold nothing and that somebody may still touch."""
+        """Number of slots that hold no block and that a job may still use."""
         return len(self._quarantine)
 
     def is_ready(self, key: OffloadKey) -> bool:
-        """Return whether the block is held and readable."""
+        """Return whether the block is held and may be read."""
         slot = self.slot_of.get(key)
         return slot is not None and slot not in self.filling
 
     def state_of(self, key: OffloadKey) -> SlotState | None:
-        """Return FILLING or READY for a key that is held, else None."""
+        """Return FILLING or READY for a held key, None for any other."""
         slot = self.slot_of.get(key)
         if slot is None:
             return None
@@ -125,15 +129,15 @@ class BlockTable:
     def plan(
         self, keys: Sequence[OffloadKey], spared: Sequence[Set[OffloadKey]] = (), all_new: bool | None = None
     ) -> Placement:
-        """Choose which of `keys` to insert and which blocks give way; change nothing.
+        """Choose which of `keys` to insert and which blocks to evict; change nothing.
 
         Args:
-            keys: in prefix order; those held are skipped and protected, duplicates count once.
-            spared: further keys that may not give way.
-            all_new: whether none of `keys` is held, if the caller knows.
+            keys: in prefix order. Held ones are skipped and not evicted; duplicates count once.
+            spared: further keys that must not be evicted.
+            all_new: whether none of `keys` is held; None if the caller does not know.
 
         Raises:
-            KeyFormatError: a key's length or type is wrong.
+            KeyFormatError: the length or type of a key is wrong.
         """
         if keys:
             common_key_bytes(keys, self._key_bytes)
@@ -191,9 +195,15 @@ class BlockTable:
         return victims
 
     def apply(self, placement: Placement, now: float = 0.0) -> dict[OffloadKey, int]:
-        """Evict and insert as planned; return the slots, FILLING, by key in the order of the plan.
+        """Evict and insert as planned.
 
-        The table must not have changed since `plan`. `now` is when the request came, see `EvictionPolicy`.
+        Caller guarantees: the table has not changed since `plan`.
+
+        Args:
+            now: when the request came; see `EvictionPolicy`.
+
+        Returns:
+            The slots by key, in the order of the plan; they are FILLING.
         """
         keys, free, slot_of = placement.keys, self._free, self.slot_of
         if not keys:
@@ -209,7 +219,7 @@ class BlockTable:
         placed = dict(zip(keys, slots, strict=True))
         slot_of.update(placed)
         self.filling.update(slots)
-        try:  # as in `_tell`, without its call: this runs for every block that enters a tier
+        try:  # repeats `_tell` to save a call: this runs for every store
             if placement.victims:
                 self.policy.evict(placement.victims)
             self.policy.insert(keys, now)
@@ -221,17 +231,17 @@ class BlockTable:
 
     def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         """Count one more use of each of `keys`, in prefix order; see `EvictionPolicy.touch`."""
-        try:  # as in `_tell`, without its call: engines touch whole prompts
+        try:  # repeats `_tell` to save a call: some engines touch the whole prompt at every step
             self.policy.touch(keys, now)
         except Exception as fault:  # noqa: BLE001 - a plug-in may raise anything; reported, and LRU takes over
             self._replace_policy(fault)
 
     def settle(self, keys: Sequence[OffloadKey]) -> None:
-        """Put `keys` in the order of one finished use; see `EvictionPolicy.settle`."""
+        """Order `keys` by recency after a request has finished; see `EvictionPolicy.settle`."""
         self._tell(self.policy.settle, keys)
 
     def _tell(self, change: Callable[[Sequence[OffloadKey]], None], keys: Sequence[OffloadKey]) -> None:
-        """Call a method of the policy; the table has changed already, and is right whatever the policy does."""
+        """Call a method of the policy. The table has changed already, so it stays right if the policy fails."""
         try:
             change(keys)
         except Exception as fault:  # noqa: BLE001 - a plug-in may raise anything; reported, and LRU takes over
@@ -244,13 +254,13 @@ class BlockTable:
         self.policy.insert(list(self.slot_of))
 
     def adopt(self, slots: Sequence[int], keys: Sequence[OffloadKey]) -> None:
-        """Take over blocks that a former process left in an empty table, as READY; oldest first, batch after batch.
+        """Enter blocks that an earlier process stored as READY, into an empty table, in batches, oldest block first.
 
-        Nothing can be placed until `end_adoption`. A slot that is none or was adopted before is skipped; of a key
-        that comes twice the later slot counts.
+        Until `end_adoption` nothing can be placed. Slots that do not exist or were adopted before are skipped. If a
+        key comes twice, the later slot counts.
 
         Raises:
-            KeyFormatError: a key's length or type is wrong.
+            KeyFormatError: the length or type of a key is wrong.
         """
         if not self._adopting:
             self._adopting = True
@@ -271,7 +281,7 @@ class BlockTable:
         self._tell(self.policy.insert, keys[::-1])
 
     def _are_new(self, slots: NDArray[np.intp]) -> bool:
-        """Return whether these are slots, each of them once, and nothing was adopted for them."""
+        """Return whether all of `slots` exist, none comes twice, and none was adopted before."""
         ordered = np.sort(slots)
         if not len(ordered):
             return True
@@ -280,7 +290,7 @@ class BlockTable:
         return not self._adopted[ordered].any()
 
     def end_adoption(self) -> None:
-        """All former blocks are known: the slots without one may be used."""
+        """End the adoption: slots without a block may be used from now on."""
         self._adopting = False
         self._adopted = np.zeros(0, np.bool_)
         taken = np.zeros(self.num_slots, np.bool_)
@@ -291,21 +301,21 @@ class BlockTable:
     # -- filling, pins and ends ---------------------------------------------------------------------------
 
     def publish(self, slots: Collection[int]) -> None:
-        """End the filling of `slots`: their blocks become READY. Those quarantined meanwhile lose the writer's pin."""
+        """End the filling of `slots`: their blocks become READY. Slots quarantined meanwhile lose the writer's pin."""
         if self._quarantine:
             late = [slot for slot in slots if slot in self._quarantine]
             self._unpin_quarantined(late)
         self.filling.difference_update(slots)
 
     def discard(self, keys: Sequence[OffloadKey], slots: Sequence[int]) -> None:
-        """End the filling of `slots` in failure: forget their keys."""
+        """End the filling of `slots` after a failure: forget those of `keys` that are still in these slots."""
         slot_of = self.slot_of
         mine = [key for key, slot in zip(keys, slots, strict=True) if slot_of.get(key) == slot]
         self.remove(mine)
         self._unpin_quarantined([slot for slot in slots if slot in self._quarantine])
 
     def pin(self, slots: Iterable[int]) -> None:
-        """Forbid eviction and reuse of `slots`, which are READY, once more each."""
+        """Add one pin to each of `slots`, which are READY. A pinned slot is neither evicted nor reused."""
         pins = self._pins
         for slot in slots:
             pins[slot] = pins.get(slot, 0) + 1
@@ -318,15 +328,15 @@ class BlockTable:
             slots = [slot for slot in slots if slot not in self._quarantine]
             self._unpin_quarantined(quarantined)
         pins, slots = self._pins, list(slots)
-        counts = list(map(pins.pop, slots, repeat(0)))  # without a loop: nearly all slots have one pin
+        counts = list(map(pins.pop, slots, repeat(0)))  # no Python loop: nearly all slots have exactly one pin
         if counts.count(1) < len(counts):
             for slot, count in zip(slots, counts, strict=True):
-                left = count + pins.pop(slot, 0) - 1  # a slot that comes again was popped before
+                left = count + pins.pop(slot, 0) - 1  # of a slot that comes twice, the first pop took all pins
                 if left:
                     pins[slot] = left
 
     def is_pinned(self, slot: int) -> bool:
-        """Return whether anybody reads or writes the slot."""
+        """Return whether a job may read or write the slot."""
         return slot in self._pins or slot in self.filling
 
     def _unpin_quarantined(self, slots: Iterable[int]) -> None:
@@ -339,7 +349,7 @@ class BlockTable:
                 self._free.append(slot)
 
     def remove(self, keys: Iterable[OffloadKey]) -> list[OffloadKey]:
-        """Forget `keys`; slots in use go into quarantine. Return those that were held."""
+        """Forget `keys`, and return those that were held. Slots in use are quarantined, the others become free."""
         held = [key for key in dict.fromkeys(keys) if key in self.slot_of]
         for key in held:
             if not self._into_quarantine(slot := self.slot_of.pop(key)):
@@ -348,7 +358,7 @@ class BlockTable:
         return held
 
     def _into_quarantine(self, slot: int) -> bool:
-        """Keep the slot away from everybody while it is used; the writer's pin becomes a counted one."""
+        """Quarantine the slot if a job uses it, and return whether one does; a writer's pin becomes a counted pin."""
         if slot in self.filling:
             self.filling.discard(slot)
             self._pins[slot] = self._pins.get(slot, 0) + 1
@@ -358,7 +368,7 @@ class BlockTable:
         return False
 
     def clear(self) -> None:
-        """Forget every key; slots in use go into quarantine until their last pin is dropped."""
+        """Forget every key. Slots in use are quarantined until their last pin is dropped."""
         for slot in self.slot_of.values():
             self._into_quarantine(slot)
         self.slot_of.clear()
@@ -366,11 +376,11 @@ class BlockTable:
         self.end_adoption()
 
     def ready_keys(self) -> Iterator[OffloadKey]:
-        """Yield the keys of readable blocks."""
+        """Yield the keys of blocks that may be read."""
         return (key for key, slot in self.slot_of.items() if slot not in self.filling)
 
     def check_invariants(self) -> None:
-        """Raise InvariantError unless free + used + quarantined is everything and all parts agree."""
+        """Raise InvariantError unless every slot is free, used or quarantined, and table and policy agree."""
         used, free, quarantined = set(self.slot_of.values()), set(self._free), self._quarantine
         wrong: list[str] = []
         if len(used) != len(self.slot_of) or len(free) != len(self._free):

@@ -1,8 +1,8 @@
-"""What one request uses of a tier: a block counts once per request, however often an engine says so.
+"""Which blocks of a tier one request has used. A block counts once per request, however often the engine reports it.
 
-Engines differ. vLLM up to 0.30 touches all blocks of a request whenever it looks them up, at every step of a wait, and
-after every store; later ones touch nothing. A policy that counts uses would take a long wait for popularity, and a
-trace, in which a request asks once, would foretell other hits than the engine has.
+Engines differ. vLLM up to 0.30 touches all blocks of a request at every lookup, at every step of a wait and after every
+store; later versions touch nothing. If each touch counted, a long wait would look like popularity. And a trace, where
+each request asks once, would predict other hits than the engine has.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Keys = list[OffloadKey]
 
 
 class Arrivals:
-    """Gives every request a time of its own: now, or the least time after the request before."""
+    """Gives every request a time that no other has: now or, if need be, the next float after the previous time."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock, self._last = clock, -math.inf
 
     def next(self) -> float:
-        """Return the time of a request that comes now, in seconds of the clock."""
+        """Return the time for a request that comes now, in seconds of the clock."""
         now = self._clock()
         self._last = now if now > self._last else math.nextafter(self._last, math.inf)
         return self._last
@@ -36,11 +36,13 @@ class Arrivals:
 class RequestUses:
     """The blocks that a request has used, whether the primary tier held them then, and which were not ready yet.
 
-    Most requests load once and store, and are never asked again: what they use is only put aside until somebody asks.
+    Most requests load once and store once, and nobody asks for their blocks again. So a use is first only appended to
+    a list, and `_known` moves the lists into a dictionary when they are needed.
 
     Attributes:
-        came: when the request came, in seconds: policies know it by that.
-        request: its name; hint: what its caller said of its blocks.
+        came: when the request came, in seconds; policies tell requests apart by it.
+        request: name of the request.
+        hint: of the request.
     """
 
     __slots__ = ("_aside", "_early", "_held", "_named", "came", "hint", "request")
@@ -53,17 +55,18 @@ class RequestUses:
         self._named: list[Keys] = []
 
     def count(self, keys: Keys, primary: Container[OffloadKey] | None) -> tuple[Keys, Keys]:
-        """Take note of a use.
+        """Record a use of `keys`.
 
         Args:
-            keys: each once.
-            primary: what the primary tier holds; None: all of `keys`.
+            keys: no key twice.
+            primary: the keys that the primary tier holds; None if it holds all of `keys`.
 
         Returns:
-            Those of `keys`, in order, whose use counts in the primary tier (none that it held at an earlier use), and
-            those that were not used before at all, whose use counts in the other tiers.
+            Two lists, both in the order of `keys`. The first: keys whose use counts in the primary tier, that is, all
+            but those that it held at an earlier use. The second: keys that the request uses for the first time, whose
+            use counts in the other tiers.
         """
-        fresh = keys = keys.copy()  # kept, in one or two lists that nobody changes
+        fresh = keys = keys.copy()  # callers may change their list, and `_named` and `_aside` keep this one
         if self._held or self._aside:
             known = self._known()
             if not known.keys().isdisjoint(keys):
@@ -79,10 +82,12 @@ class RequestUses:
         return keys, fresh
 
     def admissible(self, named: Keys, counted: Keys, table: BlockTable) -> Keys:
-        """Return those of `named` whose use may admit them to another tier: at the first time that they can be read.
+        """Return those of `named` whose use may admit them to another tier now. A block must be readable for that.
+
+        A block whose use counted while it was not yet readable is returned at a later use, once it is.
 
         Args:
-            counted: what `count` said of `named` for the primary tier.
+            counted: the first list that `count` returned for `named`.
             table: of the primary tier.
         """
         early, is_ready = self._early, table.is_ready
@@ -93,27 +98,28 @@ class RequestUses:
         return [*due, *filter(is_ready, counted)]
 
     def note_stored(self, keys: Keys) -> None:
-        """The request brings these blocks itself, which is a use in every tier."""
+        """Record that the request stores these blocks, which counts as its use of them in every tier."""
         if self._early:
             self._early.difference_update(keys)
         if keys:
             self._aside.append(keys.copy())
 
     def note_offer(self, keys: Keys) -> None:
-        """The request offers these blocks, in prefix order: those that are held among those that are not."""
+        """Record the blocks that the request offers for storing, in prefix order, whether held or not."""
         self._named.append(keys.copy())
 
     @property
     def own(self) -> Set[OffloadKey]:
-        """Every block that the request has used or stored: no victim of what else it stores."""
+        """Every block that the request has used or stored. What it stores later must not evict them."""
         return self._known().keys()
 
     def in_order(self, context: ReqContext) -> Keys:
-        """Return the blocks up to the last one that was named, by their position in the prompt, all KV groups together.
+        """Return the request's blocks up to the last one that was named, in the order of the prompt.
 
-        Those that the engine found on its device were never named. They were used as much as the blocks behind them,
-        which are worth nothing without them. Where the engine does not say where all blocks end, those that were named
-        come in the order of the calls.
+        Blocks of all KV groups are sorted together by the token where they end. Blocks that the engine found on its
+        device are included: nobody named them, but the request used them, and the blocks behind them are worth nothing
+        without them. If the engine does not give the position of every named block, only named blocks are returned, in
+        the order of the calls.
         """
         keys = list(dict.fromkeys(chain.from_iterable(self._named)))
         end_of = context.get_offload_key_position
@@ -131,7 +137,7 @@ class RequestUses:
         return self._held
 
     def clear(self) -> None:
-        """The cache was reset."""
+        """Forget all uses: the cache was reset."""
         self._held.clear()
         self._aside.clear()
         self._early.clear()

@@ -1,4 +1,6 @@
-"""The worker for whatever numpy can view: arrays and CPU tensors, copied at once."""
+"""The worker for KV caches that numpy can view: arrays, and CPU tensors as arrays. Also what all workers share: the
+planning of a transfer, and the book of transfers that have started and ended.
+"""
 
 from __future__ import annotations
 
@@ -27,16 +29,17 @@ from kvtier.types import (
 ByteArray = NDArray[np.uint8]
 
 GRACE_ROUNDS = 4
-"""An engine that defers stores by a step runs every transfer within two steps of any that was prepared later."""
+"""Steps after which a missing transfer counts as given up. An engine that defers stores by one step starts a transfer
+at most two steps after one that was prepared later; this is twice that."""
 
 
 class TransferBook:
-    """Keeps one worker's transfers from their start to their one result.
+    """Tracks the transfers of one worker from their start to their result, and publishes how far all have ended.
 
-    Publishes the highest sequence up to which every transfer has ended. Engines may run transfers in another order
-    than they were prepared in, so one that has not come yet holds back those after it; one that has not come
-    `GRACE_ROUNDS` calls of `take` after a higher one did was given up by the engine, and holds back nothing.
-    Transfers with sequence 0 are not numbered and not published.
+    The published number is the highest sequence up to which every transfer has ended. Engines may start transfers in
+    another order than they were prepared in, so a transfer that has not started holds back all later ones. If it has
+    not started `GRACE_ROUNDS` calls of `take` after a later one, the engine has given it up, and it no longer holds
+    anything back. Transfers with sequence 0 have no number and are not published.
     """
 
     def __init__(self, control: ControlPage | None, rank: int) -> None:
@@ -51,13 +54,13 @@ class TransferBook:
         self._has_failed = False
 
     def begin(self, sequence: int) -> None:
-        """Note that the transfer `sequence` starts."""
+        """Record that the transfer `sequence` starts; 0 for a transfer without a number."""
         if sequence:
             self._running.add(sequence)
             self._highest = max(self._highest, sequence)
 
     def end(self, result: TransferResult, sequence: int) -> None:
-        """Keep the result; publish, since no byte of this transfer moves any more."""
+        """Record a result, and publish. Caller guarantees: the transfer reads and writes no byte any more."""
         self._results.append(result)
         if sequence:
             self._running.discard(sequence)
@@ -65,13 +68,13 @@ class TransferBook:
             self._publish(given_up=0)
 
     def report(self, job_id: int, error: Exception) -> None:
-        """Log a failed copy: the first as an error, later ones for those who debug."""
+        """Log a failed copy: the first one as an error, later ones at debug level."""
         level = logging.DEBUG if self._has_failed else logging.ERROR
         logger.log(level, "the copy of job %d failed: %s", job_id, error)
         self._has_failed = True
 
     def take(self) -> list[TransferResult]:
-        """Return the results since the last call, which engines do once per step."""
+        """Return the results since the last call. Engines call this once per step, so the calls count steps."""
         if len(self._highest_by_round) == GRACE_ROUNDS and self._published < self._highest_by_round[0]:
             self._publish(given_up=self._highest_by_round[0])
         self._highest_by_round.append(self._highest)
@@ -79,7 +82,7 @@ class TransferBook:
         return results
 
     def _publish(self, given_up: int) -> None:
-        """Publish how far everything has ended; numbers up to `given_up` that have not come never will."""
+        """Publish how far all transfers have ended. Transfers up to `given_up` that have not started count as ended."""
         upto = self._published
         while upto + 1 in self._ended or (upto < given_up and upto + 1 not in self._running):
             upto += 1
@@ -94,7 +97,7 @@ def plan_transfer(layout: BlockLayout, gpu_spec: GPULoadStoreSpec, slots: LoadSt
     """Plan one transfer.
 
     Raises:
-        ValueError: the specs are of another kind, or do not fit (`plan_copies`).
+        ValueError: the specs have the wrong types, or do not fit (`plan_copies`).
     """
     if not isinstance(gpu_spec, GPULoadStoreSpec) or not isinstance(slots, BlockIDsLoadStoreSpec):
         raise ValueError(f"a GPULoadStoreSpec and a CPULoadStoreSpec are wanted, not {gpu_spec!r} and {slots!r}")
@@ -102,15 +105,15 @@ def plan_transfer(layout: BlockLayout, gpu_spec: GPULoadStoreSpec, slots: LoadSt
 
 
 def sequence_of(spec: LoadStoreSpec) -> int:
-    """Return the number of the transfer, 0 if it has none."""
+    """Return the number of the transfer; 0 if it has none."""
     return spec.sequence if isinstance(spec, CPULoadStoreSpec) else 0
 
 
 def check_slot_bytes(layout: BlockLayout, view: memoryview) -> None:
-    """Check that a block fits a slot.
+    """Check that a block fits into a slot.
 
     Raises:
-        ConfigError: it does not, or the view is no (num_blocks, block_bytes) view of bytes.
+        ConfigError: it does not, or `view` does not have the shape (num_blocks, block_bytes) and items of one byte.
     """
     shape = view.shape or ()
     if len(shape) != 2 or view.itemsize != 1:
@@ -120,9 +123,9 @@ def check_slot_bytes(layout: BlockLayout, view: memoryview) -> None:
 
 
 class NumpyOffloadingWorker(OffloadingWorker):
-    """Copies between slots and byte arrays during `submit_*`, on the caller's thread.
+    """Copies between slots and numpy byte arrays during `submit_*`, on the caller's thread.
 
-    A copy that fails is logged and gives a result without success; it moved nothing.
+    A transfer that cannot be planned copies nothing. It is logged, and its result says that it failed.
     """
 
     def __init__(
@@ -133,15 +136,15 @@ class NumpyOffloadingWorker(OffloadingWorker):
         control: ControlPage | None = None,
         rank: int = 0,
     ) -> None:
-        """Set up the views; nothing is copied.
+        """Make the views; copy nothing.
 
         Args:
             view: the arena, shape (num_blocks, block_bytes).
-            kv_caches: numpy arrays of dtype int8 or uint8, rows of any stride; kept, written by loads.
-            control: where ends are published under `rank`; None if nobody asks.
+            kv_caches: numpy arrays of dtype int8 or uint8, rows of any stride; kept, and written by loads.
+            control: where the ends of transfers are published under `rank`; None to publish nothing.
 
         Raises:
-            ConfigError: shapes or dtypes are not as described, or a block does not fit a slot.
+            ConfigError: a shape or dtype is wrong, or a block does not fit into a slot.
         """
         self._layout = BlockLayout.of(kv_caches, engine_blocks_per_block)
         check_slot_bytes(self._layout, view)
@@ -151,16 +154,16 @@ class NumpyOffloadingWorker(OffloadingWorker):
         self._pages = _page_views(self._layout, np.asarray(view).view(np.uint8), kv_caches)
 
     def leave_to_parent(self) -> None:
-        """In a forked child, copy nothing: the slots that a transfer names are the parent's."""
+        """In a forked child, let every transfer fail: its slots belong to the parent."""
         self._pages = []
 
     def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec) -> bool:
-        """Copy engine blocks into slots; the result is there when this returns."""
+        """Copy engine blocks into slots; the copy has ended when this returns."""
         self._transfer(job_id, src_spec, dst_spec, to_slots=True)
         return True
 
     def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec) -> bool:
-        """Copy slots into engine blocks; the result is there when this returns."""
+        """Copy slots into engine blocks; the copy has ended when this returns."""
         self._transfer(job_id, dst_spec, src_spec, to_slots=False)
         return True
 
@@ -169,10 +172,10 @@ class NumpyOffloadingWorker(OffloadingWorker):
         return self._book.take()
 
     def wait(self, job_ids: set[int]) -> None:
-        """Return: every submitted transfer has ended."""
+        """Do nothing: every submitted transfer has ended already."""
 
     def shutdown(self) -> None:
-        """Let go of arena and tensors; later transfers fail."""
+        """Drop the references to arena and tensors; later transfers fail."""
         self._pages = []
 
     def _transfer(self, job_id: int, gpu_spec: GPULoadStoreSpec, slots: LoadStoreSpec, *, to_slots: bool) -> None:
@@ -191,7 +194,7 @@ class NumpyOffloadingWorker(OffloadingWorker):
         self._book.end(result, sequence)
 
     def _copy(self, plan: CopyPlan, to_slots: bool) -> None:
-        """Apply a plan: per layer, since an assignment of one row costs less than the views for it."""
+        """Apply a plan, with views made beforehand: to make the views of a layer costs more than to copy a row."""
         for group_idx, runs in plan.groups:
             for pages, rows in self._pages[group_idx]:
                 if self._layout.engine_blocks_per_block == 1:
@@ -209,12 +212,17 @@ class NumpyOffloadingWorker(OffloadingWorker):
 
 
 def _page_views(layout: BlockLayout, arena: ByteArray, kv_caches: KVCaches) -> list[list[tuple[ByteArray, ByteArray]]]:
-    """Return, per group and layer, (slots as (num_slots, parts, page_bytes), engine blocks as (blocks, page_bytes))."""
+    """Return two views per group and layer, of which one copies pages by plain assignment.
+
+    The first is of the slots, shape (num_slots, parts, page_bytes); the second of the engine blocks, shape
+    (num_engine_blocks, page_bytes).
+    """
     tensors = [_byte_rows(index, tensor) for index, tensor in enumerate(kv_caches.tensors)]
     factor, views = layout.engine_blocks_per_block, []
     for group_idx in range(len(layout.groups)):
         part_bytes = layout.engine_block_bytes(group_idx)
-        parts = arena[:, : factor * part_bytes].reshape(len(arena), factor, part_bytes)  # splits an axis: a view
+        # To split an axis copies nothing: numpy returns a view, so assignments reach the arena.
+        parts = arena[:, : factor * part_bytes].reshape(len(arena), factor, part_bytes)
         views.append(
             [
                 (parts[:, :, offset : offset + ref.page_bytes], tensors[ref.tensor_idx][:, : ref.page_bytes])
