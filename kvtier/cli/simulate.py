@@ -131,7 +131,8 @@ def show(trace: Trace, machine: Machine, block_bytes: int, results: list[Result]
     """Print the table."""
     console = Console(markup=False, emoji=False, highlight=False)
     lines = report.facts(trace, block_bytes, machine)
-    for line in filter(None, [*lines, long_prompts_note(trace, [result.setup for result in results])]):
+    notes = long_prompts_note(trace, [result.setup for result in results]), report.overload_note(results)
+    for line in filter(None, [*lines, *notes]):
         console.print(line, soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, name in enumerate(report.HEADER):

@@ -48,6 +48,18 @@ def seconds(value: float) -> str:
     return f"{value:.2f} s" if value < 100 else f"{value:,.0f} s"
 
 
+def overload_note(results: Sequence[Result]) -> str:
+    """Return a line if the accelerator cannot compute all that comes; else nothing."""
+    if all(result.computing <= 1 for result in results):
+        return ""
+    least, most = (percent(choose(result.computing for result in results)) for choose in (min, max))
+    takes = most if least == most else f"{least} to {most}"
+    return (
+        f"one accelerator is too few: computing takes {takes} of the trace's time, so that requests wait ever longer"
+        " and times to the first token grow with the trace; --prefill-rate takes the rate of several together"
+    )
+
+
 def drive_writes(result: Result) -> str:
     """Return the whole writes of the disk per day, in hours like the busiest and on average; "-" without a disk."""
     busiest, mean = result.busiest_drive_writes_a_day, result.drive_writes_a_day

@@ -188,6 +188,12 @@ def test_names_the_broken_line(tmp_path):
     assert "broken.jsonl:2:" in result.stderr
 
 
+def test_says_when_one_accelerator_cannot_compute_what_comes(trace):
+    enough, too_slow = run(trace, "--prefill-rate", "1e6"), run(trace, "--prefill-rate", "100")
+    assert "too few" not in enough.stdout
+    assert "one accelerator is too few: computing takes" in too_slow.stdout
+
+
 def test_a_load_deadline_is_an_upper_bound(tmp_path):
     lines = [
         json.dumps({"timestamp": 1000 * n, "input_length": 5120, "hash_ids": [*range(n % 3 * 10, n % 3 * 10 + 10)]})
