@@ -27,7 +27,10 @@ def parse_duration(text: str) -> float | None:
 
 
 class Priority(Enum):
-    """Blocks of a lower priority are evicted first; within one priority, the eviction policy decides."""
+    """Blocks of a lower priority are evicted first.
+
+    The eviction policy orders blocks of normal priority. In the other two, the least recently used block goes first.
+    """
 
     LOW = "low"
     NORMAL = "normal"

@@ -154,7 +154,7 @@ class Chains:
         return new
 
     def _replace(self, part: Part, new: Part) -> None:
-        """Link `new` to the parent of `part` in its stead."""
+        """Link `new`, instead of `part`, to the parent of `part`."""
         parent, part.parent = part.parent, None
         if parent is not None:
             del parent.children[part]

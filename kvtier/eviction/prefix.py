@@ -45,8 +45,8 @@ class PrefixPolicy(EvictionPolicy):
     """Evicts the blocks with the fewest expected hits per block and second first, tail-first within a chain.
 
     A rank may rise with age: an agent's tool call returns after a while. Only leaves are victims, so no block goes
-    before the blocks that depend on it. Incoming blocks compete with held ones: while every held block ranks higher
-    than the tail of a request, that tail is not stored.
+    before the blocks that depend on it. Incoming blocks compete with held ones if the tier allows it (`may_decline`):
+    while every held block ranks higher than the tail of a request, that tail is not stored.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -247,7 +247,8 @@ class PrefixPolicy(EvictionPolicy):
         return chain.from_iterable(self._victims(self._ranks_of(incoming) if self.may_decline else [], len(incoming)))
 
     def _victims(self, ranks: Sequence[float], num_incoming: int) -> Iterator[Iterator[OffloadKey]]:
-        """Yield the blocks of one part after another.
+        """Yield the blocks of one part after another. If incoming blocks may be declined, end once there is room for
+        those that rank high enough.
 
         Args:
             ranks: of the incoming blocks, tail first; empty if none of them may be declined.

@@ -29,6 +29,8 @@ KEPT_AT_LEARNING = 0.993
 """Factor that fades the counts at each learning: after 100 learnings half is left."""
 
 _USES = (2, 3, 4, 6, 11, 50)
+"""Bounds between classes, in uses of a block."""
+
 _GAPS = (4.0, 8.0, 15.0, 30.0, 60.0, 120.0, 300.0, 900.0)
 """Bounds between classes, in seconds. Tools answer within a minute, people within minutes."""
 

@@ -5,8 +5,8 @@ Storage 13(4), 2017: a window of 1%, a main part of segmented LRU of which 80% i
 halved after ten uses per key of capacity. The paper counts in a sketch. Here counts are exact, one per key that is
 held or was evicted lately: equal histories must give equal orders, and a batch must be able to look ahead.
 
-Its weakness: a new session loses against every key that was used twice. Often used heads of ended sessions fill a
-large cache, while live sessions grow turn by turn and find no room. It stays far below LRU there.
+Its weakness: a new session loses against every key that was used twice. In a large cache, heads of ended sessions that
+were used often take the room, and live sessions that grow turn by turn find none. It stays far below LRU there.
 """
 
 from __future__ import annotations
@@ -78,8 +78,10 @@ class TinyLFUPolicy(EvictionPolicy):
             probation[key] = None
 
     def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
-        """Count a use of the held ones of `keys`. Keys in the window become its most recent ones; the others become
-        the most recent protected ones.
+        """Count a use of the held ones of `keys`.
+
+        Keys in the window become its most recent ones. The others become the most recent protected ones; the oldest
+        protected keys beyond their share move back to probation.
         """
         window, probation, protected = self._window, self._probation, self._protected
         held = [key for key in keys if key in probation or key in protected or key in window]

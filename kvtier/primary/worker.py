@@ -1,5 +1,6 @@
-"""The worker for KV caches that numpy can view: arrays, and CPU tensors as arrays. Also what all workers share: the
-planning of a transfer, and the book of transfers that have started and ended.
+"""The worker for KV caches that numpy can view: arrays, and CPU tensors as arrays.
+
+Also what all workers share: the planning of a transfer, and the tracking of transfers from start to end.
 """
 
 from __future__ import annotations
