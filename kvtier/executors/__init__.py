@@ -1,1 +1,1 @@
-"""Executors: who moves the bytes of a tier, between a store and the arena."""
+"""Executors move the bytes of a tier between its store and the arena."""

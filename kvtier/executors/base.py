@@ -1,7 +1,7 @@
-"""Who moves a tier's bytes: one interface over a process of its own, threads, or the caller itself.
+"""The interface of executors. They move a tier's bytes in a process, on threads, or on the caller's thread.
 
-An executor lives once: `start`, work, and an end (by `retire`, by `kill`, or of its own accord). Its tier makes
-another one for the next life. All methods are for the scheduler's thread and return at once.
+An executor is started once and ends once: by `retire`, by `kill`, or by itself. To go on, its tier makes a new one. The
+scheduler's thread calls all methods. They return at once, except `wait`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kvtier.namespace import Namespace
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The executor is of no more use: it died, or its process closed the socket."""
+    """The executor cannot be used any more: it died, or its process closed the socket."""
 
     reason: str
 
@@ -31,16 +31,17 @@ Report = StoreReport | Ended
 
 @dataclass(frozen=True)
 class StoreDescription:
-    """Which store an executor opens, and over which blocks.
+    """The store that an executor opens, and the shape of its blocks.
 
     Attributes:
         path: "module:Class" of a SlotStore or BlockStore.
         options: the store's own options, JSON values only.
         namespace: identity of the blocks, epoch included.
         num_blocks, block_bytes: shape of the primary arena.
-        threads: calls into the store at the same time, at least 1.
-        environment_secrets: how the names of secret environment variables begin that the store's client reads by
-            itself; its process gets them, and those that an option names. Not part of the JSON.
+        threads: most calls into the store at the same time, at least 1.
+        environment_secrets: prefixes of the names of secret environment variables that the store's client reads by
+            itself. The I/O process inherits these, and those that an option names, but no other secrets. Not part of
+            the JSON.
     """
 
     path: str
@@ -52,10 +53,10 @@ class StoreDescription:
     environment_secrets: tuple[str, ...] = ()
 
     def to_json(self) -> bytes:
-        """Return JSON that `from_json` understands; JSON, because paths may hold what no UTF-8 can say.
+        """Return the description as JSON, which can escape the bytes of a path that are not valid UTF-8.
 
         Raises:
-            ProtocolError: the options are no JSON values.
+            ProtocolError: the options are not JSON values.
         """
         values = {
             "path": self.path,
@@ -73,7 +74,7 @@ class StoreDescription:
 
     @classmethod
     def from_json(cls, text: bytes) -> StoreDescription:
-        """Return the description that `to_json` was given.
+        """Return the description that `to_json` has encoded, without `environment_secrets`.
 
         Raises:
             ProtocolError: something is missing or of another type.
@@ -100,62 +101,63 @@ def _refuse_constant(name: str) -> None:
 
 
 class IOExecutor(ABC):
-    """One life of a store, somewhere else.
+    """Runs a store from its opening to its end.
 
-    Its reports come in this order: Ready, IndexBatch (any number), IndexEnd, then results and answers; Unavailable
-    instead of any of them, when the store cannot be opened or must be opened anew; Ended at any time, as the last
-    one. Every submitted part is answered, whole or in pieces, exactly once, unless one of these two comes first.
+    Its reports come in this order: Ready, any number of IndexBatch, IndexEnd, then results and answers. Unavailable may
+    come instead of any of them, if the store cannot be opened or must be opened anew. Ended may come at any time, as
+    the last report. Every submitted part is answered exactly once, whole or in pieces, unless Unavailable or Ended
+    comes first.
     """
 
     @abstractmethod
     def start(self) -> None:
-        """Begin opening the store.
+        """Begin to open the store.
 
         Raises:
-            StoreUnavailableError: the machine refused (no more processes, descriptors or memory).
+            StoreUnavailableError: the machine has no more processes, descriptors or memory.
         """
 
     @abstractmethod
     def submit(self, part: Part) -> None:
-        """Queue blocks to be moved, at most `blocks_per_packet`; loads overtake stores that have not started."""
+        """Queue blocks to be moved, at most `blocks_per_packet`. Loads overtake stores that have not started."""
 
     @abstractmethod
     def probe(self, probe_id: int, keys: Sequence[OffloadKey]) -> None:
-        """Queue a question; overtakes everything that has not started."""
+        """Queue the question which of `keys` the store holds. It overtakes all parts that have not started."""
 
     @abstractmethod
     def poll(self) -> list[Report]:
-        """Push what is queued, return what arrived.
+        """Send what is queued, and return what has arrived.
 
         Raises:
-            ProtocolError: the other side sent what nobody can have meant.
+            ProtocolError: a packet of the other side is malformed.
         """
 
     def flush(self) -> None:
-        """Push what is queued; what arrived waits for `poll`."""
+        """Send what is queued. What has arrived waits for `poll`."""
         return
 
     @abstractmethod
     def cancel(self, serials: Collection[int]) -> None:
-        """Answer what has not started of these jobs as CANCELLED, at the next polls; what runs ends as it ends."""
+        """Answer the blocks of these jobs that have not started as CANCELLED, at the next polls. The others go on."""
 
     @abstractmethod
     def retire(self) -> None:
-        """Start no new call, end when the running ones have ended; nothing is reported any more."""
+        """Start no new call, and end when the running ones have ended. Nothing is reported any more."""
 
     @abstractmethod
     def kill(self) -> None:
-        """End now; nothing is reported any more. What cannot be killed shows in `has_ended`."""
+        """End now. Nothing is reported any more. `has_ended` stays False until the end is certain."""
 
     @abstractmethod
     def has_ended(self) -> bool:
-        """Return whether it is certain that nothing of this life will touch the arena again; releases it if so."""
+        """Return whether this executor certainly touches the arena no more. Releases what it holds if so."""
 
     @abstractmethod
     def wait(self, seconds: float) -> None:
-        """Wait until `poll` or `has_ended` may have news, at most `seconds`; for drains only."""
+        """Wait at most `seconds` until `poll` or `has_ended` may have news. Only drains call this."""
 
     @property
     def pid(self) -> int | None:
-        """Process that does the I/O, if it is another one."""
+        """Id of the process that does the I/O; None if it is this one."""
         return None

@@ -1,4 +1,4 @@
-"""An executor without any concurrency: the store runs when it is polled."""
+"""An executor without concurrency: each poll runs the store."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from kvtier.primary.arena import Rows
 
 
 class InlineExecutor(IOExecutor):
-    """Runs the store on the caller's thread, at `poll`: deterministic, for tests, manual clocks and the simulator.
+    """Runs the store on the caller's thread, within `poll`.
 
-    The store is opened by `start`, so that a tier over this executor is UP after its first poll.
+    It is deterministic, and serves tests, manual clocks and the simulator. `start` opens the store, so a tier over this
+    executor is UP after its first poll.
     """
 
     def __init__(self, description: StoreDescription, rows: Rows) -> None:
@@ -30,7 +31,7 @@ class InlineExecutor(IOExecutor):
         forks.register(self)
 
     def leave_to_parent(self) -> None:
-        """In a forked child, run nothing, and leave the store open: closing it might write."""
+        """In a forked child, run nothing. Keep the store open, because closing it might write."""
         self._loop = StoreLoop(self._description.block_bytes)
         self._left_to_parent, self._runner = self._runner, None
         self._reports.clear()
@@ -46,22 +47,19 @@ class InlineExecutor(IOExecutor):
             self._reports.append(Unavailable.because(error))
 
     def submit(self, part: Part) -> None:
-        """Queue blocks to be moved at the next poll."""
         self._loop.put(part)
 
     def probe(self, probe_id: int, keys: Sequence[OffloadKey]) -> None:
-        """Queue a question for the next poll."""
         self._loop.put(Probe.of(probe_id, keys))
 
     def poll(self) -> list[Report]:
-        """Do everything that is queued; return all results."""
+        """Do everything that is queued, and return all results."""
         if self._runner is not None:
             self._loop.run(self._runner, self._move, self._reports.extend, wait=False)
         reports, self._reports = self._reports, []
         return reports
 
     def cancel(self, serials: Collection[int]) -> None:
-        """Answer what is queued of these jobs as cancelled."""
         self._reports.extend(self._loop.cancel(serials))
 
     def retire(self) -> None:
@@ -73,7 +71,6 @@ class InlineExecutor(IOExecutor):
             self._runner = None
 
     def kill(self) -> None:
-        """Close the store."""
         self.retire()
 
     def has_ended(self) -> bool:

@@ -1,7 +1,7 @@
 """The loop that runs a store: it cuts parts into calls, runs what is queued, and joins the results.
 
-All executors share it: the I/O process and the thread executor run it on several threads, the inline one when it is
-polled.
+All executors use it. The I/O process and the thread executor run it on several threads, the inline executor runs it
+within `poll`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kvtier.executors.runner import StoreRunner
 from kvtier.types import FailureCause
 
 _TARGET_BYTES_PER_CALL = 4 << 20
-"""Large enough for a disk to be at its best, small enough that threads share a job."""
+"""Large enough for a disk to reach its full bandwidth, small enough that several threads share a job."""
 _MAX_BLOCKS_PER_CALL = 64
 
 Move = Callable[[StoreRunner, Sequence[Part]], list[PartResult]]
@@ -31,21 +31,21 @@ def blocks_per_call(block_bytes: int) -> int:
 
 
 class StoreLoop:
-    """Tasks for a store. Threads may share it.
+    """Queues tasks for a store and runs them. Several threads may call its methods.
 
     Attributes:
-        busy_at: when a task was last begun, in seconds of `time.monotonic`.
+        busy_at: when a task last began, in seconds of `time.monotonic`.
     """
 
     def __init__(self, block_bytes: int, threads: int = 1) -> None:
-        """Args: threads: that share it. All but one of them may store at the same time: no load waits for a store."""
+        """Args: threads: that call `run`. All but one may store at the same time, so that no load waits for a store."""
         self.blocks_per_call = blocks_per_call(block_bytes)
         self._queue = TaskQueue[Probe](max(1, threads - 1))
         self._joiner = Joiner()
         self.busy_at = time.monotonic()
 
     def put(self, task: Part | Probe) -> None:
-        """Queue a task; a part is cut into calls."""
+        """Queue a task. A part is cut into pieces, of one call each."""
         if isinstance(task, Part):
             pieces = task.cut(self.blocks_per_call)
             self._joiner.expect(pieces)
@@ -54,20 +54,20 @@ class StoreLoop:
             self._queue.put(task)
 
     def cancel(self, serials: Container[int]) -> list[PartResult]:
-        """Take what has not begun of these jobs out of the queue; return what is to be reported now.
+        """Take the pieces of these jobs that have not begun out of the queue; return what to report now.
 
-        That does not wait for the pieces of the same parts that run: they may take long.
+        This does not wait for running pieces of the same parts, which may take long.
         """
         return self._joiner.add(map(cancelled, self._queue.cancel(serials)), at_once=True)
 
     def close(self) -> None:
-        """Begin no further task; `run` returns after the one that it is in."""
+        """Begin no further task. `run` returns after its current one."""
         self._queue.close()
 
     def run(
         self, runner: StoreRunner, move: Move, report: Callable[[Sequence[JobReport]], None], *, wait: bool = True
     ) -> None:
-        """Do what is queued, until `close`; without `wait`, until nothing is queued."""
+        """Do what is queued, until `close` is called; without `wait`, until nothing is queued."""
         while tasks := self._queue.take(self.blocks_per_call, wait=wait):
             self.busy_at = time.monotonic()
             reports: list[JobReport] = [runner.answer(task) for task in tasks if isinstance(task, Probe)]
@@ -83,7 +83,7 @@ class StoreLoop:
 
 
 class _OpenPart:
-    """A part of which some pieces have not ended."""
+    """A part with pieces that have not ended."""
 
     def __init__(self, num_pieces: int, now: float) -> None:
         self.num_left = num_pieces
@@ -92,16 +92,16 @@ class _OpenPart:
 
 
 class Joiner:
-    """Joins the results of pieces, so that the scheduler's thread hears of a part once. Threads may share it."""
+    """Joins the results of pieces, so that the scheduler's thread gets few reports. Threads may share it."""
 
     def __init__(self, max_silent_seconds: float = 0.05) -> None:
-        """Args: max_silent_seconds: a part that takes longer is reported in several results, which show progress."""
+        """Args: max_silent_seconds: a part that takes longer is reported in several results, to show progress."""
         self._max_silent_seconds = max_silent_seconds
         self._lock = threading.Lock()
         self._open: dict[tuple[int, int], _OpenPart] = {}
 
     def expect(self, pieces: Sequence[Part]) -> None:
-        """Learn that these pieces, which nobody has begun, are one part."""
+        """Note that these pieces, none of which has begun, are one part."""
         if len(pieces) > 1:
             part = _OpenPart(len(pieces), time.monotonic())
             with self._lock:
@@ -109,10 +109,10 @@ class Joiner:
                     self._open[piece.serial, piece.first] = part
 
     def add(self, results: Iterable[PartResult], *, at_once: bool = False) -> list[PartResult]:
-        """Take the results of pieces that ended; return what should be reported now.
+        """Take the results of pieces that have ended; return what to report now.
 
         Args:
-            at_once: report these results, and those of the same parts that were held back, in any case.
+            at_once: return these results, and earlier ones of the same parts, without waiting for other pieces.
         """
         now = time.monotonic()
         reported: list[PartResult] = []
@@ -134,7 +134,7 @@ class Joiner:
 
 
 def join_results(results: Iterable[PartResult]) -> list[PartResult]:
-    """Return results of one job as few as they can be said in: neighbours are joined."""
+    """Return results of one job with neighbouring ones joined."""
     joined: list[PartResult] = []
     run: list[PartResult] = []
     end = -1
@@ -165,6 +165,6 @@ def _join_run(run: Sequence[PartResult]) -> PartResult:
 
 
 def cancelled(part: Part) -> PartResult:
-    """Return the answer to a part that never started."""
+    """Return the result of a part that never started."""
     count = part.num_blocks
     return PartResult(part.serial, part.first, [False] * count, failures={FailureCause.CANCELLED: count})

@@ -1,4 +1,4 @@
-"""The scheduler's side of an I/O process: it starts it, sends, receives, and ends it, never waiting."""
+"""The scheduler's side of an I/O process: starts it, exchanges packets with it, and ends it, without waiting."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ from kvtier.redaction import is_secret_variable
 
 _MAX_PACKETS = 512
 _MAX_INDEX_BATCHES = 2
-"""Received in one poll, so that a large index does not hold up a scheduler step."""
+"""Most packets and index packets that one poll receives, so that a large index does not hold up a scheduler step."""
 
 _CLOSED = (
     "this process has closed descriptors that kvtier needs, as daemons do when they start: make the cache after that"
 )
 
 _SECONDS_TO_EXIT = 0.2
-"""From the end of the socket to the end of the process, before it is killed for staying."""
+"""Time that a process has to exit after its socket has closed. After that, `poll` reports its end anyway."""
 
 _SECONDS_BETWEEN_LOOKS = 0.02
-"""At a process whose end nothing announces."""
+"""Time between two looks at a process without a pidfd, whose end no descriptor announces."""
 
 
 def _environment(description: StoreDescription) -> dict[str, str]:
-    """Return an environment for a store: no secrets of others, no BLAS threads, modules found where they are here."""
+    """Return the environment of an I/O process: without other stores' secrets, one BLAS thread, the same `sys.path`."""
     path = os.pathsep.join(entry for entry in map(_written_out, sys.path) if entry)
     named, own = set(_texts(description.options)), tuple(description.environment_secrets)
     inherited = {
@@ -63,7 +63,7 @@ def _environment(description: StoreDescription) -> dict[str, str]:
 
 
 def _texts(value: object) -> Iterator[str]:
-    """Yield the texts in options, at any depth."""
+    """Yield the strings in options, at any depth."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -73,15 +73,15 @@ def _texts(value: object) -> Iterator[str]:
 
 
 def _written_out(entry: str) -> str:
-    """Return an entry of the search path; "", which an interactive interpreter has, as the directory it stands for."""
+    """Return an entry of `sys.path`. The entry "" of an interactive interpreter becomes the current directory."""
     try:
         return entry or os.getcwd()
     except FileNotFoundError:
-        return ""  # removed: nothing can be found there
+        return ""  # the current directory was removed, so it holds no modules
 
 
 def _open_pidfd(pid: int) -> int:
-    """Return a pidfd; -1 where the sandbox refuses pidfd_open, or this build of Python lacks it."""
+    """Return a pidfd; -1 if the sandbox refuses pidfd_open, or this build of Python lacks it."""
     try:
         return os.pidfd_open(pid)
     except (OSError, AttributeError):
@@ -91,13 +91,13 @@ def _open_pidfd(pid: int) -> int:
 class IOProcess(IOExecutor):
     """One process that maps the arena and runs a store.
 
-    It is started with `python -m`, in a session of its own, with three inherited descriptors: a sequenced-packet
-    socket, the arena, and a pidfd of this process where the sandbox allows one. It is never forked, because the engine
-    has threads.
+    `python -m` starts it, in a session of its own. It inherits three descriptors: a sequenced-packet socket, the arena,
+    and, if the sandbox allows one, a pidfd of this process. It is a new interpreter and no fork, because the engine
+    has threads: a forked child has none of them, but keeps the locks that they held.
     """
 
     def __init__(self, description: StoreDescription, arena: Descriptor) -> None:
-        """Args: arena: of the arena's memfd, for the process to map; the caller's."""
+        """Args: arena: of the arena's memfd, which the process maps. The caller closes it."""
         self._description = description
         self._arena = arena
         self._process: subprocess.Popen[bytes] | None = None
@@ -106,9 +106,9 @@ class IOProcess(IOExecutor):
         self._descriptor: Descriptor | None = None
         self._queue = TaskQueue[Open | Probe | Cancel]()
         self._unsent: list[Request] = []
-        """Taken from the queue, in the order in which they will be sent."""
+        """Messages taken from the queue, in the order in which they will be sent."""
         self._packet: tuple[bytes, int] | None = None
-        """The packet that the socket did not take, and how many of `_unsent` are in it."""
+        """The packet that the socket did not take yet, and how many of `_unsent` are in it."""
         self._local: list[Report] = []
         self._submitted = False
         self._buffer = memoryview(bytearray(MAX_PACKET_BYTES + 1))
@@ -116,24 +116,24 @@ class IOProcess(IOExecutor):
         forks.register(self)
 
     def leave_to_parent(self) -> None:
-        """In a forked child, close the copies of socket and pidfd; the process goes on with the parent."""
+        """In a forked child, close the copies of socket and pidfd. The I/O process keeps working for the parent."""
         self._let_go()
         if self._pidfd is not None:
             self._pidfd.close()
         if self._process is not None:
-            self._process.returncode = 0  # it is not this process's child: nothing can be learnt of its end
+            self._process.returncode = 0  # it is no child of this process, which cannot wait for it
             self._process = None
 
     @property
     def pid(self) -> int | None:
-        """The process, as long as it is not reaped."""
+        """Id of the process; None before it starts and after it is reaped."""
         return None if self._process is None else self._process.pid
 
     def start(self) -> None:
-        """Start the process; takes a millisecond or two, the only thing here that does.
+        """Start the process. This takes a millisecond or two, longer than any other method.
 
         Raises:
-            StoreUnavailableError: the machine refused, or the store's options are no JSON that fits a packet.
+            StoreUnavailableError: the machine refused, or the store's options are not JSON that fits a packet.
         """
         ours: socket.socket | None = None
         theirs: socket.socket | None = None
@@ -175,21 +175,19 @@ class IOProcess(IOExecutor):
         self._send_queued()
 
     def submit(self, part: Part) -> None:
-        """Queue blocks: the first ones after a poll are sent at once; what follows waits and travels together."""
+        """Queue blocks. The first part after a poll is sent at once; later ones are sent together at the next send."""
         if self._submitted or self._unsent:
             self._queue.put(part)
             return
         self._submitted = True
-        self._unsent.append(part)  # nothing waits before it: `_send_queued` leaves nothing in the queue otherwise
+        self._unsent.append(part)  # it may skip the queue: `_send_queued` empties that unless messages stay unsent
         self._send_queued()
 
     def probe(self, probe_id: int, keys: Sequence[OffloadKey]) -> None:
-        """Queue a question and send it."""
         self._queue.put(Probe.of(probe_id, keys))
         self._send_queued()
 
     def poll(self) -> list[Report]:
-        """Send what is queued, return what arrived."""
         reports, self._local = self._local, []
         if self._socket is None:
             return reports
@@ -201,7 +199,7 @@ class IOProcess(IOExecutor):
             if packet is None:
                 break
             if not packet:
-                reports += [] if reports else self._ended()  # what it did before its end is heard first
+                reports += [] if reports else self._ended()  # its end is reported after its last results
                 break
             arrived = decode(packet, REPORTS)
             reports += arrived
@@ -211,12 +209,11 @@ class IOProcess(IOExecutor):
         return reports
 
     def flush(self) -> None:
-        """Send what is queued, as far as the socket takes it."""
         self._send_queued()
 
     def cancel(self, serials: Collection[int]) -> None:
-        """Answer what was not sent of these jobs as cancelled, and ask the process to do so with what has not begun."""
-        self._packet = None  # of messages that are unsent
+        """Answer the unsent parts of these jobs as cancelled. Ask the process to cancel those that have not begun."""
+        self._packet = None  # its messages are still in `_unsent`, and it may hold a cancelled part
         parts, kept = self._queue.cancel(serials), []
         for task in self._unsent:
             if isinstance(task, Part) and task.serial in serials:
@@ -229,16 +226,16 @@ class IOProcess(IOExecutor):
         self._send_queued()
 
     def retire(self) -> None:
-        """Close the socket: the process ends when its running calls have."""
+        """Close the socket. The process ends when its running calls have ended."""
         if self._socket is not None and self._descriptor is not None and self._descriptor.is_ours():
             with contextlib.suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)  # a process forked in C may hold the socket, too
+                self._socket.shutdown(socket.SHUT_RDWR)  # a process forked in C may hold the socket open, too
         self._let_go()
 
     def _let_go(self) -> None:
-        """Close what this process holds, and forget what was queued."""
+        """Close this process's end of the socket, and forget what was queued."""
         if self._socket is not None:
-            self._socket.detach()  # its number may be another file's by now: the descriptor knows
+            self._socket.detach()  # its number may be another file's by now; `Descriptor` checks
             self._socket = None
         if self._descriptor is not None:
             self._descriptor.close()
@@ -247,17 +244,17 @@ class IOProcess(IOExecutor):
         self._local.clear()
 
     def kill(self) -> None:
-        """Kill it; a stopped process dies, too, one in an uninterruptible call when that ends."""
+        """Kill the process with SIGKILL. A stopped one dies, too; one in an uninterruptible call when that ends."""
         self.retire()
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 if self._pidfd is not None and self._pidfd.is_ours():
                     signal.pidfd_send_signal(self._pidfd.number, signal.SIGKILL)
                 else:
-                    self._process.kill()  # there is none, or somebody closed it
+                    self._process.kill()  # there is no pidfd, or another part of this process closed it
 
     def has_ended(self) -> bool:
-        """Return whether the process is gone and reaped; its memory is unmapped by then."""
+        """Return whether the process is gone and reaped. The kernel has unmapped its memory by then."""
         if self._process is None:
             return True
         if self._process.poll() is None:
@@ -269,7 +266,7 @@ class IOProcess(IOExecutor):
         return True
 
     def wait(self, seconds: float) -> None:
-        """Wait for a packet or the end of the process, or a moment if that end cannot be waited for."""
+        """Wait for a packet or the end of the process; without a pidfd, at most `_SECONDS_BETWEEN_LOOKS`."""
         if self._pidfd is None:
             seconds = min(seconds, _SECONDS_BETWEEN_LOOKS)
         poller = select.poll()
@@ -279,7 +276,7 @@ class IOProcess(IOExecutor):
         poller.poll(seconds * 1000)
 
     def _send_queued(self) -> None:
-        """Send questions, loads and stores, in this order, until the queue of the socket is full."""
+        """Send questions, loads and stores, in this order, until the socket's buffer is full."""
         while self._socket is not None and (self._unsent or self._queue):
             if self._packet is None:
                 self._unsent = self._unsent or self._queue.take_any(MAX_MESSAGES)
@@ -290,12 +287,12 @@ class IOProcess(IOExecutor):
             except BlockingIOError:
                 return
             except OSError:
-                return  # the process is gone: `poll` finds that out, and why
+                return  # the process is gone: `poll` finds out and reports the cause
             self._packet = None
             del self._unsent[:count]
 
     def _receive(self) -> bytes | None:
-        """Return a packet, b"" at the end, None if there is none now."""
+        """Return a packet; b"" if the socket has closed; None if there is none now."""
         if self._socket is None:
             return b""
         try:
@@ -309,7 +306,7 @@ class IOProcess(IOExecutor):
         return bytes(self._buffer[:length])
 
     def _ended(self) -> list[Report]:
-        """Return why the process ended; nothing for a moment, until it can be reaped and its status says so."""
+        """Return why the process ended. Return nothing for up to `_SECONDS_TO_EXIT` while it has not exited yet."""
         self._ended_at = self._ended_at or time.monotonic()
         code = None if self._process is None else self._process.poll()
         if code is None:

@@ -1,10 +1,10 @@
 """The messages between a tier and its executor, and their bytes on the socket of an I/O process.
 
 A packet is a msgpack array of messages, at most `MAX_PACKET_BYTES` long. Requests go to the process, reports come back.
-Nothing is pickled, and every field has a type and a range: a peer can send wrong values, but run no code and take no
-memory beyond some times the packet's length. A packet that does not decode exactly is a ProtocolError, and both sides
-then treat the other as dead. Both run the same kvtier on the same machine, so there are no versions, and numbers that
-stand side by side have the machine's byte order.
+Nothing is pickled, and every field has a type and a range. A peer can send wrong values, but it cannot run code here,
+and it can take only a small multiple of the packet's length in memory. A packet that does not decode exactly is a
+ProtocolError, and its receiver then treats the sender as dead. Both sides run the same kvtier on the same machine. So
+the format has no version, and packed slots have the machine's byte order.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kvtier.types import FailureCause
 T = TypeVar("T")
 
 MAX_PACKET_BYTES = 64 * 1024
-"""Sockets refuse more than about 200 KiB, and small packets keep both sides busy."""
+"""A Unix socket refuses packets over its send buffer, about 200 KiB by default. Small packets keep both sides busy."""
 
 MAX_MESSAGES = 256
 """Messages per packet."""
@@ -35,9 +35,9 @@ MAX_CANCELLED = 4096
 
 MAX_REASON_CHARACTERS = 400
 _MAX_PART_HEAD_BYTES = 64
-"""Everything of a part's packet beside its keys and slots."""
+"""Most bytes of a packet with one part, without the part's keys and slots."""
 _MIN_ARRAY_KEYS = 64
-"""From so many keys on, numpy splits them faster than `struct` does."""
+"""Number of keys from which numpy splits them faster than `struct` does."""
 _SLOT_BYTES = 4
 
 U32 = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
@@ -53,7 +53,7 @@ class _Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
 
 
 class _Keyed(_Message, frozen=True):
-    """Keys of many blocks are one field: decoding a field per key would take longer than all the rest.
+    """A message with the keys of many blocks in one field. Decoding a field per key would take longer than all else.
 
     Attributes:
         key_bytes: length of each key.
@@ -69,14 +69,14 @@ class _Keyed(_Message, frozen=True):
         return _split_keys(self.joined_keys, self.key_bytes)
 
     def _check_slots(self, packed: bytes) -> None:
-        """Raise ProtocolError unless there are whole keys, and one packed slot for each."""
+        """Raise ProtocolError unless there are only whole keys, and one packed slot per key."""
         length = len(self.joined_keys)
         if not length or len(packed) * self.key_bytes != length * _SLOT_BYTES or length % self.key_bytes:
             raise ProtocolError("keys and slots differ in number")
 
 
 class Open(_Message, frozen=True, tag=1):
-    """The first request: which store to open, and how. It is not on the command line because it may hold secrets.
+    """The first request: which store to open, and how. It may hold secrets, so it is not on the command line.
 
     Attributes:
         description: of the store, as `StoreDescription.to_json` made it.
@@ -86,12 +86,12 @@ class Open(_Message, frozen=True, tag=1):
 
 
 class Part(_Keyed, frozen=True, tag=2):
-    """Blocks of one job, neighbours in it, to be moved.
+    """Asks to move consecutive blocks of one job.
 
     Attributes:
         serial: number of the job in its tier.
-        first: index of the first block in the job.
-        is_load: True reads from the store into the arena.
+        first: index in the job of the first block.
+        is_load: True to read from the store into the arena, False to write to the store.
         packed_arena_slots: slots of the primary arena, 4 bytes each.
         packed_store_slots: slots of the store, or None if keys are the location.
     """
@@ -115,7 +115,7 @@ class Part(_Keyed, frozen=True, tag=2):
         """Return the part of these blocks.
 
         Raises:
-            ProtocolError: columns differ in number, keys in length, or a slot does not fit 4 bytes.
+            ProtocolError: there are not as many slots as keys, keys differ in length, or a slot does not fit 4 bytes.
         """
         packed = None if store_slots is None else _pack_slots(store_slots)
         return cls(*_join_keys(keys), serial, first, is_load, _pack_slots(arena_slots), packed)
@@ -160,7 +160,7 @@ class Part(_Keyed, frozen=True, tag=2):
 
 
 class Probe(_Keyed, frozen=True, tag=3):
-    """Ask which keys the store holds."""
+    """Asks which keys the store holds."""
 
     probe_id: U64
 
@@ -179,17 +179,17 @@ class Probe(_Keyed, frozen=True, tag=3):
 
 
 class Cancel(_Message, frozen=True, tag=4):
-    """Answer as cancelled what no thread has begun of these jobs.
+    """Asks to cancel the blocks of these jobs that no thread has begun.
 
     Attributes:
-        serials: as in `Part`; those of jobs that have ended change nothing.
+        serials: as in `Part`. Jobs that have ended are ignored.
     """
 
     serials: Annotated[list[U64], msgspec.Meta(min_length=1, max_length=MAX_CANCELLED)]
 
     @classmethod
     def of(cls, serials: Sequence[int]) -> list[Cancel]:
-        """Return as few messages as these jobs fit into."""
+        """Return the fewest messages that these jobs fit into."""
         return [cls(list(serials[start : start + MAX_CANCELLED])) for start in range(0, len(serials), MAX_CANCELLED)]
 
 
@@ -206,12 +206,12 @@ class Unavailable(_Message, frozen=True, tag=6):
 
     @classmethod
     def because(cls, reason: object) -> Unavailable:
-        """Return it with a reason cut to `MAX_REASON_CHARACTERS`; what UTF-8 cannot say is replaced."""
+        """Return the report with `reason` cut to `MAX_REASON_CHARACTERS`. Characters without UTF-8 are replaced."""
         return cls(str(reason)[:MAX_REASON_CHARACTERS].encode(errors="replace").decode())
 
 
 class IndexBatch(_Keyed, frozen=True, tag=7):
-    """Blocks that a former process left in the store, oldest first."""
+    """Blocks that an earlier process left in the store, oldest first."""
 
     packed_slots: bytes
 
@@ -234,11 +234,11 @@ class IndexBatch(_Keyed, frozen=True, tag=7):
 
 
 class IndexEnd(_Message, frozen=True, tag=8):
-    """The index is complete: jobs are welcome."""
+    """The index is complete, and the store accepts jobs."""
 
 
 class PartResult(_Message, frozen=True, tag=9):
-    """How a part, or a piece of one, ended: success per block, bytes moved, failed blocks by cause."""
+    """The result of a part, or of a piece of one: success per block, bytes moved, failed blocks by cause."""
 
     serial: U64
     first: U32
@@ -248,7 +248,7 @@ class PartResult(_Message, frozen=True, tag=9):
 
     @property
     def span(self) -> slice:
-        """The blocks of its job that it speaks of."""
+        """The blocks of the job that this is the result of."""
         return slice(self.first, self.first + len(self.successes))
 
 
@@ -261,7 +261,7 @@ class ProbeAnswer(_Message, frozen=True, tag=10):
 
 
 class Prepared(_Message, frozen=True, tag=11):
-    """How much of its medium a store has written beforehand, in bytes, and of how much."""
+    """How many bytes of its medium a store has prepared by writing them ahead, and how many there are."""
 
     done: U64
     total: U64
@@ -318,7 +318,7 @@ def decode(packet: bytes, direction: msgspec.msgpack.Decoder[T]) -> T:
         direction: `REQUESTS` or `REPORTS`.
 
     Raises:
-        ProtocolError: `encode` made no such packet of messages of this direction.
+        ProtocolError: the packet is too long, malformed, or has a message that this direction does not allow.
     """
     if len(packet) > MAX_PACKET_BYTES:
         raise ProtocolError(f"a packet of {len(packet)} bytes")
@@ -329,7 +329,7 @@ def decode(packet: bytes, direction: msgspec.msgpack.Decoder[T]) -> T:
 
 
 def _join_keys(keys: Sequence[OffloadKey]) -> tuple[int, bytes]:
-    """Return the one length of the keys, and the keys side by side."""
+    """Return the common length of the keys, and the keys side by side."""
     key_bytes = len(keys[0]) if keys else 0
     if len(set(map(len, keys))) > 1 or not MIN_KEY_BYTES <= key_bytes <= MAX_KEY_BYTES:
         raise ProtocolError(f"no keys, keys of different lengths, or not of {MIN_KEY_BYTES} to {MAX_KEY_BYTES} bytes")

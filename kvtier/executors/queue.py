@@ -1,4 +1,4 @@
-"""What waits to be sent to an I/O process, or for one of its threads: questions first, then loads, then stores."""
+"""A queue of tasks for an executor: questions come first, then loads, then stores."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Generic, TypeVar
 from kvtier.executors.protocol import Part
 
 _MAX_LOADS_IN_A_ROW = 16
-"""After so many loads one waiting store goes first, so that a busy tier still learns."""
+"""After this many loads one waiting store goes first, so that a tier busy with loads still stores new blocks."""
 
 Urgent = TypeVar("Urgent")
-"""Whatever is no part goes first."""
+"""Tasks that are not parts. They go first."""
 
 
 class TaskQueue(Generic[Urgent]):
     """A queue with three priorities, safe between threads."""
 
     def __init__(self, max_storing: int | None = None) -> None:
-        """Args: max_storing: most stores that `take` gives out before `end_store`; None for any number."""
+        """Args: max_storing: most stores that `take` gives out before an `end_store`; None for any number."""
         self._max_storing, self._num_storing = max_storing, 0
         self._changed = threading.Condition()
         self._urgent: deque[Urgent] = deque()
@@ -45,14 +45,14 @@ class TaskQueue(Generic[Urgent]):
     def take(self, max_blocks: int, *, wait: bool = True) -> Sequence[Part | Urgent]:
         """Take the next task, and with it parts of the same kind that wait behind it.
 
-        Only parts with slots of a store are taken together, up to `max_blocks` blocks: one call into the store
-        then serves them all.
+        Only parts with slots of a store are taken together, up to `max_blocks` blocks, so that one call into the store
+        serves them all.
 
         Args:
-            wait: until there is a task.
+            wait: whether to wait until there is a task.
 
         Returns:
-            No task when the queue is closed, or, without `wait`, empty.
+            The tasks; none if the queue is closed or, without `wait`, if no task may run now.
         """
         with self._changed:
             while (task := self._pop()) is None and wait and not self._closed:
@@ -65,7 +65,7 @@ class TaskQueue(Generic[Urgent]):
             return self._with_those_behind(task, max_blocks)
 
     def end_store(self) -> None:
-        """What one `take` gave out to be stored has ended."""
+        """Note that the stores of one `take` have ended."""
         with self._changed:
             self._num_storing -= 1
             self._changed.notify()
@@ -79,7 +79,7 @@ class TaskQueue(Generic[Urgent]):
             return tasks
 
     def cancel(self, serials: Container[int]) -> list[Part]:
-        """Remove and return the parts of these jobs that wait."""
+        """Remove and return the waiting parts of these jobs."""
         cancelled: list[Part] = []
         with self._changed:
             for queue in (self._loads, self._stores):
@@ -90,7 +90,7 @@ class TaskQueue(Generic[Urgent]):
         return cancelled
 
     def close(self) -> None:
-        """Drop what waits and send every taker home."""
+        """Drop all waiting tasks, and let every waiting `take` return."""
         with self._changed:
             self._closed = True
             for queue in (self._urgent, self._loads, self._stores):

@@ -1,4 +1,4 @@
-"""Runs a store: opens it by its path, moves parts, and turns whatever it does into results."""
+"""Runs a store: opens it by its path, moves parts, and turns its answers and exceptions into results."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from kvtier.stores.integrity.checked_store import CheckedStore
 from kvtier.types import FailureCause
 
 _SECONDS_BETWEEN_USAGES = 1.0
-"""An unchanged usage is said again after so long: of two threads' reports, the older one may arrive last."""
+"""An unchanged usage is reported again after this time: of two threads' reports, the older one may arrive last."""
 
 
 class ThreadFailures(FailureCounter):
-    """A FailureCounter that knows which thread counted, so that every part reports its own failures.
+    """A FailureCounter that counts per thread, so that each part reports its own failures.
 
-    What a store counts on threads of its own is reported with whichever part ends next.
+    Failures that a store counts on its own threads are reported with the part that ends next.
     """
 
     def __init__(self) -> None:
@@ -42,11 +42,10 @@ class ThreadFailures(FailureCounter):
         self._own = threading.local()
 
     def begin(self) -> None:
-        """Keep what this thread counts from now on apart."""
+        """Count the failures of this thread separately from now on."""
         self._own.counts = {}
 
     def count(self, cause: FailureCause, blocks: int = 1) -> None:
-        """Add `blocks` failures of one cause."""
         counts: dict[FailureCause, int] | None = getattr(self._own, "counts", None)
         if counts is None:
             super().count(cause, blocks)
@@ -54,7 +53,7 @@ class ThreadFailures(FailureCounter):
             counts[cause] = counts.get(cause, 0) + blocks
 
     def end(self) -> dict[FailureCause, int]:
-        """Return what this thread, and threads of the store's own, counted."""
+        """Return what this thread has counted since `begin`, and what the store's own threads have counted."""
         counts: dict[FailureCause, int] = self._own.counts
         self._own.counts = None
         for cause, blocks in self.take().items():
@@ -66,7 +65,7 @@ def import_store(path: str) -> type[SlotStore] | type[BlockStore]:
     """Return the store class at "module:Class".
 
     Raises:
-        StoreUnavailableError: it cannot be imported or is no store.
+        StoreUnavailableError: the class cannot be imported, or is neither a SlotStore nor a BlockStore.
     """
     module_name, _, class_name = path.partition(":")
     try:
@@ -81,17 +80,17 @@ def import_store(path: str) -> type[SlotStore] | type[BlockStore]:
 
 
 class StoreRunner:
-    """An open store over the rows of an arena; its methods may run on several threads.
+    """An open store. Its methods may run on several threads.
 
     Attributes:
-        lost: why the store must be opened anew, once it has said so by a StoreUnavailableError.
+        lost: why the store must be opened anew, after it has raised StoreUnavailableError; else None.
     """
 
     def __init__(self, description: StoreDescription) -> None:
         """Open the store.
 
         Raises:
-            StoreUnavailableError: it cannot be opened; a plug-in's own errors are translated.
+            StoreUnavailableError: the store cannot be opened. A plug-in's own errors are translated to this one.
         """
         store_class = import_store(description.path)
         self._failures = ThreadFailures()
@@ -115,7 +114,7 @@ class StoreRunner:
         self.store: SlotStore | BlockStore = store
 
     def index(self) -> Iterator[IndexBatch]:
-        """Yield what the store recovered, in batches that fit one message.
+        """Yield the blocks that the store has recovered, in batches that fit one message.
 
         Raises:
             StoreUnavailableError: the recovery failed.
@@ -133,12 +132,12 @@ class StoreRunner:
             raise StoreUnavailableError(f"recovery: {type(error).__name__}: {error}") from error
 
     def run(self, parts: Sequence[Part], buffers: Sequence[memoryview]) -> list[PartResult]:
-        """Move parts of one kind between `buffers` and the store; never raises.
+        """Move parts, all of them loads or all stores, between `buffers` and the store. Never raises.
 
-        Several parts, all of them with slots of the store, are one call into it.
+        Several parts must have slots of the store. They are moved by one call into it, unless a slot comes twice.
 
         Args:
-            buffers: of all parts, one part after the other.
+            buffers: one per block, part after part.
         """
         first = parts[0]
         if len(parts) == 1:
@@ -146,7 +145,7 @@ class StoreRunner:
             num_bytes = successes.count(True) * self._block_bytes
             return [PartResult(first.serial, first.first, successes, num_bytes, failures)]
         store_slots = [slot for part in parts for slot in part.store_slots or ()]
-        if len(set(store_slots)) < len(store_slots):  # a call names a slot once
+        if len(set(store_slots)) < len(store_slots):  # one call may name a slot only once
             return self.run(parts[:1], buffers[: first.num_blocks]) + self.run(parts[1:], buffers[first.num_blocks :])
         keys = [key for part in parts for key in part.keys]
         successes, failures = self._move(first.is_load, keys, store_slots, buffers)
@@ -159,7 +158,7 @@ class StoreRunner:
         store_slots: Sequence[int] | None,
         buffers: Sequence[memoryview],
     ) -> tuple[list[bool], dict[FailureCause, int]]:
-        """Return success per block, and failed blocks by cause."""
+        """Return success per block, and the number of failed blocks by cause."""
         self._failures.begin()
         successes = self._guarded(len(keys), lambda: self._call(is_load, keys, store_slots, buffers))
         failures = self._failures.end()
@@ -171,7 +170,7 @@ class StoreRunner:
         return successes, failures
 
     def answer(self, probe: Probe) -> ProbeAnswer:
-        """Ask the store which keys it holds; never raises."""
+        """Ask the store which keys it holds. Never raises."""
         store, keys = self.store, probe.keys
         if not isinstance(store, BlockStore):
             return ProbeAnswer(probe.probe_id, [False] * len(keys), failed=True)
@@ -187,7 +186,7 @@ class StoreRunner:
         return ProbeAnswer(probe.probe_id, found, failed)
 
     def prepare(self) -> Prepared | None:
-        """Let a store of slots work ahead for a few milliseconds; None when it has nothing to do, or failed at it."""
+        """Let a SlotStore work ahead for a few milliseconds. Return None if it has nothing to do, or has failed."""
         if not isinstance(self.store, SlotStore):
             return None
         try:
@@ -198,7 +197,10 @@ class StoreRunner:
             return None
 
     def usage_news(self) -> tuple[Usage, ...]:
-        """Return how full a store by key is, if it knows and that has changed since the last call; never raises."""
+        """Return how full a BlockStore is, or nothing if it does not know or has reported the same a moment ago.
+
+        Never raises.
+        """
         if not isinstance(self.store, BlockStore):
             return ()
         try:
@@ -214,7 +216,7 @@ class StoreRunner:
         return (usage,)
 
     def close(self) -> None:
-        """Close the store; never raises."""
+        """Close the store. Never raises."""
 
         def close() -> Sequence[bool]:
             self.store.close()
@@ -237,7 +239,10 @@ class StoreRunner:
         return (store.read_into if is_load else store.write)(keys, buffers)
 
     def _guarded(self, count: int, call: Callable[[], Sequence[bool]]) -> list[bool]:
-        """Return `count` answers whatever a store does; the first thing it did wrong is logged, once a life."""
+        """Return the `count` answers of `call`; all False if it raises or gives another number.
+
+        Only the first fault of this store is logged.
+        """
         try:
             answers = [bool(answer) for answer in call()]
             if len(answers) == count:
@@ -247,7 +252,7 @@ class StoreRunner:
             self.lost = str(error)
         except StoreError as error:
             self._complain(str(error))
-        except Exception as error:  # noqa: BLE001 - a plug-in may raise anything; reported, and a failure of these blocks
+        except Exception as error:  # noqa: BLE001 - a plug-in may raise anything; reported, and these blocks fail
             self._complain(f"{type(error).__name__}: {error}")
         return [False] * count
 
@@ -260,9 +265,10 @@ class StoreRunner:
 def split_result(
     successes: Sequence[bool], failures: Mapping[FailureCause, int], parts: Sequence[Part], block_bytes: int
 ) -> list[PartResult]:
-    """Return the results of parts that were moved in one call, one part after the other.
+    """Return the results of parts that one call has moved, part after part.
 
-    Which blocks failed is known; their causes are known per call only, and dealt out in order.
+    The store says per block whether it failed, but counts the causes per call. So the causes are given to the failed
+    blocks in order.
     """
     causes = [cause for cause, count in failures.items() for _ in range(count)]
     results: list[PartResult] = []

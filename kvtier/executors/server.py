@@ -1,7 +1,9 @@
-"""The I/O process: `python -m kvtier.executors.server SOCKET ARENA PARENT`, three inherited descriptors.
+"""The I/O process: `python -m kvtier.executors.server SOCKET ARENA PARENT PID`.
 
-It opens one store, reports its index, and moves blocks between store and arena on a few threads until the
-socket or the parent ends. Then it starts no new call, and exits when the running ones have ended.
+SOCKET, ARENA and PARENT are inherited descriptors; PARENT is a pidfd, or -1. PID is the parent's process id.
+
+The process opens one store, reports its index, and moves blocks between store and arena on a few threads, until the
+socket closes or the parent ends. Then it starts no new call, and exits when the running ones have ended.
 """
 
 from __future__ import annotations
@@ -42,27 +44,28 @@ from kvtier.log import logger
 from kvtier.primary.arena import Arena, Rows, arena_rows
 
 _MAX_SECONDS_AFTER_END = 60.0
-"""How long running calls may take after the end; a longer one is cut short, its block fails its checksum."""
+"""Most time for running calls after the parent has ended. A longer call is cut short, and its block then fails its
+checksum."""
 
 _SECONDS_BETWEEN_LOOKS = 0.5
-"""At a parent that only its process id tells of."""
+"""Time between two looks at the parent's process id, if there is no pidfd."""
 
 _SECONDS_QUIET = 0.5
-"""After the last job, until the store may work ahead more often."""
+"""Time after the last job began until the store may work ahead more often."""
 _SECONDS_BETWEEN_REPORTS = 0.5
 
 EXIT_GARBAGE, EXIT_UNAVAILABLE, EXIT_CUT_SHORT = 3, 4, 5
 
 
 class _EndOfParent(Exception):
-    """The parent or its socket ended."""
+    """The parent has ended, or has closed its socket."""
 
 
 class Channel:
-    """The socket and the parent, watched together."""
+    """The socket to the parent. Every wait also ends when the parent does."""
 
     def __init__(self, packets: socket.socket, parent_fd: int, parent_pid: int) -> None:
-        """Args: parent_fd: a pidfd; -1 if there is none, then the parent is looked at every now and then."""
+        """Args: parent_fd: a pidfd; -1 if there is none, and then the parent's process id is checked regularly."""
         self._socket = packets
         self._socket.setblocking(False)
         self._parent_fd = parent_fd
@@ -70,7 +73,7 @@ class Channel:
         self._send_lock = threading.Lock()
 
     def wait_for_end(self) -> None:
-        """Wait until the parent or the socket ends; reads nothing."""
+        """Wait until the parent ends or the socket closes. Reads nothing."""
         with contextlib.suppress(_EndOfParent):
             self._wait(0)
 
@@ -78,8 +81,8 @@ class Channel:
         """Wait for a packet of messages.
 
         Raises:
-            _EndOfParent: there will be none.
-            ProtocolError: it is malformed.
+            _EndOfParent: the parent has ended, or closed its socket.
+            ProtocolError: the packet is malformed.
         """
         while True:
             self._wait(select.POLLIN)
@@ -96,10 +99,10 @@ class Channel:
             return decode(packet, REQUESTS)
 
     def send(self, messages: Sequence[StoreReport]) -> None:
-        """Send messages, in as few packets as they fit, waiting as long as the parent is busy.
+        """Send messages, in as few packets as possible. Waits while the socket is full.
 
         Raises:
-            _EndOfParent: nobody will read them.
+            _EndOfParent: the parent has ended, or closed its socket.
         """
         sent = 0
         while sent < len(messages):
@@ -127,12 +130,12 @@ class Channel:
                 raise _EndOfParent
             return
         while not poller.poll(_SECONDS_BETWEEN_LOOKS * 1000):
-            if os.getppid() != self._parent_pid:  # it ended, and another process took over its children
+            if os.getppid() != self._parent_pid:  # it ended, and the kernel gave its children to another process
                 raise _EndOfParent
 
 
 class Server:
-    """A store, its threads, and the channel."""
+    """Runs a store for the parent: threads move blocks, and the channel carries requests and reports."""
 
     def __init__(self, channel: Channel, runner: StoreRunner, rows: Rows, description: StoreDescription) -> None:
         self._channel = channel
@@ -148,10 +151,10 @@ class Server:
         self._threads.append(threading.Thread(target=self._prepare, name="kvtier-io-ahead", daemon=True))
 
     def serve(self) -> None:
-        """Report the index, then work until the parent ends.
+        """Report the index, then work until the parent ends or closes the socket.
 
         Raises:
-            ProtocolError: the parent sent garbage.
+            ProtocolError: the parent sent a malformed packet, or a request that is not allowed.
             StoreUnavailableError: the index cannot be read.
         """
         try:
@@ -170,7 +173,7 @@ class Server:
             self._finish()
 
     def _finish(self) -> None:
-        """Start no new call and wait for the running ones, as long as the watchdog lets them."""
+        """Start no new call, and wait for the running ones. The watchdog limits this wait."""
         self._ending.set()
         self._loop.close()
         for thread in self._threads:
@@ -194,7 +197,7 @@ class Server:
             self._loop.run(self._runner, self._move, self._channel.send)
 
     def _prepare(self) -> None:
-        """Let the store work ahead: half of the time while there are no jobs, a tenth of it beside them."""
+        """Let the store work ahead: half of the time while there are no jobs, a tenth of the time beside jobs."""
         reported_at = -math.inf
         with contextlib.suppress(_EndOfParent):
             while not self._ending.is_set():
@@ -214,7 +217,13 @@ class Server:
 
 
 class Watchdog:
-    """Ends the process some time after its parent, whatever it is stuck in; at once while the store still opens."""
+    """Ends the process when its parent has ended, even if a thread hangs in the store.
+
+    Running calls get `_MAX_SECONDS_AFTER_END`. While the store still opens, the process ends at once.
+
+    Attributes:
+        open: set when the store is open.
+    """
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
@@ -224,17 +233,20 @@ class Watchdog:
     def _watch(self) -> None:
         self._channel.wait_for_end()
         if self.open.is_set():
-            time.sleep(_MAX_SECONDS_AFTER_END)  # a thread of its own; the process mostly ends before
+            time.sleep(_MAX_SECONDS_AFTER_END)  # this thread only watches; the process mostly ends before
         os._exit(EXIT_CUT_SHORT)
 
 
 def serve(socket_fd: int, arena_fd: int, parent_fd: int, parent_pid: int) -> int:
-    """Live the life of an I/O process; return its exit status."""
+    """Run an I/O process until its end; return its exit status."""
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ignored, signal.SIG_IGN)  # it ends with its parent, and never in the middle of a write
+        # Service managers signal every process of a service. This one must not end in the middle of a write, and ends
+        # by itself after its parent.
+        signal.signal(ignored, signal.SIG_IGN)
     with contextlib.suppress(OSError), open("/proc/self/comm", "w") as name:
         name.write("kvtier-io")
-    with contextlib.suppress(OSError, ValueError):  # a store may keep many files open; 1,024 is for select(2)
+    # A store may open many files. The usual soft limit of 1,024 only protects programs that use select(2).
+    with contextlib.suppress(OSError, ValueError):
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     channel = Channel(socket.socket(fileno=socket_fd), parent_fd, parent_pid)

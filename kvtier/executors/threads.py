@@ -1,8 +1,8 @@
 """An executor on threads of this process, for arenas that no other process can map.
 
-A thread cannot be killed, so it never holds arena memory while it waits for a store: bytes pass through a
-private buffer, and every copy between arena and buffer happens under one lock, after a look at whether this life
-is still wanted. Once `kill` has returned, no thread touches the arena again, whatever it is stuck in.
+A thread cannot be killed. So a store never gets arena memory: it reads and writes private buffers. A thread copies
+between arena and buffer under one lock, and only after a check that the executor was not ended. After `retire` or
+`kill` has returned, no thread touches the arena again, even one that hangs in the store.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kvtier.primary.arena import Rows
 
 
 class ThreadExecutor(IOExecutor):
-    """Runs the store on daemon threads with private buffers; the first one opens it, the last one closes it."""
+    """Runs the store on daemon threads with private buffers. The first thread opens the store, and closes it last."""
 
     def __init__(self, description: StoreDescription, rows: Rows) -> None:
         self._description = description
@@ -38,14 +38,16 @@ class ThreadExecutor(IOExecutor):
         forks.register(self)
 
     def leave_to_parent(self) -> None:
-        """In a forked child, where none of the threads is, have ended; they may have held any of the old locks."""
+        """In a forked child, be an executor that has ended.
+
+        The child has none of the threads. They may have held any of the locks at the fork, so it needs new locks.
+        """
         self._loop, self._arena_lock = StoreLoop(self._description.block_bytes), threading.Lock()
         self._news = threading.Event()
         self._wanted, self._killed = False, True
         self._reports.clear()
 
     def start(self) -> None:
-        """Start the thread that opens the store."""
         try:
             self._opener = threading.Thread(target=self._open_and_work, name="kvtier-io", daemon=True)
             self._opener.start()
@@ -53,45 +55,41 @@ class ThreadExecutor(IOExecutor):
             raise StoreUnavailableError(f"no thread: {error}") from error
 
     def submit(self, part: Part) -> None:
-        """Queue blocks, in pieces that threads share."""
         self._loop.put(part)
 
     def probe(self, probe_id: int, keys: Sequence[OffloadKey]) -> None:
-        """Queue a question."""
         self._loop.put(Probe.of(probe_id, keys))
 
     def poll(self) -> list[Report]:
-        """Return what arrived."""
-        self._news.clear()
+        self._news.clear()  # before the reports are read, so that a report after this sets it again
         reports: list[Report] = []
         while self._reports:
             reports.append(self._reports.popleft())
         return reports
 
     def cancel(self, serials: Collection[int]) -> None:
-        """Answer what has not started of these jobs as cancelled."""
         self._report(self._loop.cancel(serials))
 
     def retire(self) -> None:
-        """Stop touching the arena now; threads go home after the call they are in, and close the store.
+        """Stop touching the arena now. The threads end after their current call, and close the store.
 
-        Waits for one copy of one block at most.
+        Waits at most for the copy of one block.
         """
         with self._arena_lock:
             self._wanted = False
         self._loop.close()
 
     def kill(self) -> None:
-        """The same, without regard for threads that are stuck: they may keep the store, not the arena."""
+        """Do as `retire`, but count as ended at once. Threads that hang may keep the store, but not the arena."""
         self.retire()
         self._killed = True
 
     def has_ended(self) -> bool:
-        """Return whether the arena is left alone for good, and the store closed unless this was killed."""
+        """Return whether no thread touches the arena again and, unless this was killed, the store is closed."""
         return not self._wanted and (self._killed or self._opener is None or not self._opener.is_alive())
 
     def wait(self, seconds: float) -> None:
-        """Wait for a report, or for the threads to go home."""
+        """Wait for a report or, after `retire`, for the end of the threads."""
         if self._wanted or self._opener is None:
             self._news.wait(seconds)
         else:
@@ -110,7 +108,7 @@ class ThreadExecutor(IOExecutor):
                 self._report((batch,))
         except StoreUnavailableError as error:
             if runner is not None:
-                runner.close()  # or nobody could open it again
+                runner.close()  # an open store may hold a lock that keeps the next executor from opening it
             self._report((Unavailable.because(error),))
             return
         self._report((IndexEnd(), *runner.usage_news()))
@@ -147,7 +145,7 @@ class ThreadExecutor(IOExecutor):
         return results
 
     def _copy(self, slots: Iterable[int], buffers: Iterable[memoryview], *, to_arena: bool) -> bool:
-        """Copy blocks between arena and buffers; False as soon as this life is not wanted any more."""
+        """Copy blocks between arena and buffers; return False as soon as the executor was ended."""
         for slot, buffer in zip(slots, buffers, strict=False):
             with self._arena_lock:
                 if not self._wanted:

@@ -1,1 +1,1 @@
-"""Recordings of an engine's calls to its manager: their format, writer, reader and recorder."""
+"""Recordings of an engine's calls to its manager: format, writer, reader and recorder."""

@@ -1,9 +1,12 @@
 """The format of a recording, and of the frames that the engine sends to the process that writes it.
 
-The file is a gzip stream: the magic, the length of the header (u32), the header in JSON, then records. A record is
-`RECORD` (kind, number of the request, seconds, number of extra bytes, number of keys, whether groups follow), the extra
-bytes, 8 bytes per key (BLAKE2b of key and salt) and, if a group is not 0, 2 bytes per key. A file may end anywhere: it
-is then a shorter recording.
+The file is a gzip stream. It has the magic, the length of the header (u32), the header in JSON, and then records.
+
+A record begins with `RECORD`: kind, number of the request, seconds since the start, number of extra bytes, number of
+keys, and whether groups follow. Then come the extra bytes and 8 bytes per key (keyed BLAKE2b; the salt is the key).
+If any key's KV group is not 0, 2 bytes per key follow with the groups.
+
+A file may end anywhere. It is then a shorter recording.
 """
 
 from __future__ import annotations
@@ -23,16 +26,14 @@ RECORD = struct.Struct("<cIdII?")
 LENGTH = struct.Struct("<I")
 HASH_BYTES = 8
 JOB = struct.Struct("<BQ?")
-"""Extra bytes of "J" (end of a job): tier, job, whether all keys succeeded; if not, the record's keys are those that
-did.
-"""
+"""Extra bytes of "J" (end of a job): tier, job, whether all keys succeeded; if not, the record has those that did."""
 TIER = struct.Struct("<B?")
-"""Extra bytes of "U": tier, whether it is used from now on."""
+"""Extra bytes of "U" (a tier's change): tier, whether the tier is used from now on."""
 NOT_SURE, NOT_FOUND = 128, 127
-"""Extra bytes of "L" and "R", one per key: the tier that has the key, `NOT_SURE` + the tier that has not answered yet,
-or `NOT_FOUND`."""
+"""Extra bytes of "L" and "R" (lookups), one per key: the tier that has the key, `NOT_FOUND`, or `NOT_SURE` plus a tier
+that has not answered yet. There are none if all would be `NOT_FOUND`."""
 PROMPT = struct.Struct("<q")
-"""Extra bytes of "N": tokens of the prompt, -1 if unknown; then the request's hint in JSON, if it has one."""
+"""Extra bytes of "N" (a new request): tokens of the prompt, -1 if unknown; then the hint in JSON, if there is one."""
 
 _Count = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -74,11 +75,11 @@ class Record(NamedTuple):
 
 
 class NewRequest(NamedTuple):
-    """What a record "N" says.
+    """The content of a record "N".
 
     Attributes:
-        num_prompt_tokens: None if the engine did not say.
-        hint: as `kvtier.hints` reads it; None for none.
+        num_prompt_tokens: None if the engine gave no number.
+        hint: in the form that `kvtier.hints` reads; None if there is none.
     """
 
     num_prompt_tokens: int | None
@@ -86,7 +87,7 @@ class NewRequest(NamedTuple):
 
     @classmethod
     def of(cls, extra: bytes) -> NewRequest:
-        """Return what the extra bytes of a record say.
+        """Decode the extra bytes of a record "N".
 
         Raises:
             struct.error: they are damaged.

@@ -16,11 +16,11 @@ from kvtier.recording.format import HASH_BYTES, LENGTH, MAGIC, RECORD, Header, R
 
 _GZIP = b"\x1f\x8b"
 _MAX_RECORD_BYTES = 1 << 30
-"""Most bytes per record: a damaged length must not allocate all memory."""
+"""Size above which a record counts as damaged: a damaged length must not allocate all memory."""
 
 
 def is_recording(path: Path) -> bool:
-    """Return whether a file begins like a recording, which may be cut or damaged."""
+    """Return whether a file begins like a recording. True also for a recording that is cut or damaged."""
     try:
         with path.open("rb") as raw:
             begin = raw.read(len(_GZIP))

@@ -1,7 +1,8 @@
 """Records an engine's calls to its manager, so that the simulator can replay them.
 
-On the scheduler's thread, a call copies its keys into a buffer, and a lookup does nothing. Another process hashes and
-writes the records (`stream`, `writer`). If a recording cannot continue, it ends; the engine is not affected.
+On the scheduler's thread, a call only copies its keys into a buffer, and a lookup does nothing: the manager keeps a
+step's lookups anyway. Another process hashes and writes the records (`stream`, `writer`). If a recording cannot
+continue, it ends; the engine is not affected.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ class CallLog:
                 self._recorder.note(b"U", 0, TIER.pack(guard.index, guard.usable))
 
     def on_event(self, event: Event) -> None:
-        """Record that a tier refused a cascade because it was too busy."""
+        """Record that a tier refused a cascade because it was too busy or down."""
         if isinstance(event, CascadeRefused) and event.reason != "admission":
             self.note_scan()
             self._recorder.note(b"B", 0, bytes([self._tiers.index(event.tier)]))
@@ -179,14 +180,14 @@ def _answers(state: RequestState, keys: Sequence[OffloadKey]) -> bytes:
 class RecordedManager(TieringOffloadingManager):
     """A manager that records its calls and its tiers' answers.
 
-    A call is recorded after it has returned. The answers, refusals and states of tiers that it has learnt of are
-    recorded before it.
+    A call is recorded after it has returned. What the call learnt from tiers (answers, refusals, states) is recorded
+    before it.
     """
 
     def __init__(
         self, *args: Any, recorder: Recorder, names: Sequence[str], observer: Observer | None = None, **keywords: Any
     ) -> None:
-        """Args: as `TieringOffloadingManager`; recorder: this starts it, and `shutdown` closes it."""
+        """Args: as for `TieringOffloadingManager`; recorder: the manager starts it, and `shutdown` closes it."""
         self._recorder = recorder
         self._log = CallLog(recorder, names)
         observers = Observers() if observer is None else Observers.over(observer)

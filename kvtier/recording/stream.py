@@ -1,6 +1,6 @@
-"""The engine's end of a recording: a pipe to the process that hashes and writes (`writer`).
+"""The engine's end of a recording: it sends records through a pipe to the process that hashes and writes them.
 
-If a recording cannot continue, it ends; the engine is not affected.
+If a recording cannot continue, it ends; the engine is not affected. See `writer` for that process.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from kvtier.recording.format import FRAME, LENGTH
 
 DEFAULT_LIMIT_BYTES = 1 << 30
 _PIPE_BYTES = 1 << 20
-"""Largest pipe that Linux gives to ordinary users by default (fs.pipe-max-size)."""
+"""Largest pipe that Linux allows to ordinary users by default (fs.pipe-max-size)."""
 _FLUSH_BYTES = 32 << 10
 _FLUSH_SECONDS = 0.25
-"""The buffer is written when it has so many bytes, or after so many seconds: a system call takes microseconds for any
-size."""
+"""The buffer is written when it has `_FLUSH_BYTES`, or this long after the last write. A system call takes microseconds
+even for few bytes, so not every record makes one."""
 _MAX_BUFFERED_BYTES = 64 << 20
 """Most bytes in the engine's memory when the writing process is too slow; then the recording ends."""
 _CLOSE_SECONDS = 2.0
@@ -55,7 +55,7 @@ class Recorder:
         """In a forked child, record nothing; the parent's recording goes on."""
         self._end()
         if self._writer is not None:
-            self._writer.returncode = 0  # not a child of this process, which cannot wait for it
+            self._writer.returncode = 0  # it is no child of this process, which cannot wait for it
             self._writer = None
 
     def start(self) -> None:
@@ -88,7 +88,7 @@ class Recorder:
             self._buffer += body
 
     def flush(self) -> None:
-        """Write as much as the pipe accepts, if there is enough or enough time has passed; never block."""
+        """Write as much as the pipe accepts, if there are enough bytes or enough time has passed. Never blocks."""
         if not self.active or not self._buffer:
             return
         now = self._clock()
@@ -112,7 +112,7 @@ class Recorder:
     def close(self) -> None:
         """Send the rest and wait for the writing process, two seconds in total. A second call does nothing.
 
-        If the process needs longer, on a busy machine, it ends by itself: it has all that it needs.
+        If the process needs longer, on a busy machine, it ends by itself after it has written what it was sent.
         """
         deadline = time.monotonic() + _CLOSE_SECONDS
         while self.active and self._buffer and (left := deadline - time.monotonic()) > 0:

@@ -1,7 +1,7 @@
-"""The process that writes a recording: it hashes keys with a salt that it does not keep, compresses, and stops at a
-limit.
+"""The process that writes a recording.
 
-It runs as `python -m kvtier.recording.writer PATH LIMIT`, and reads frames from standard input (see `format`).
+It hashes keys with a salt that it does not keep, compresses the records, and stops at a size limit. It runs as
+`python -m kvtier.recording.writer PATH LIMIT`, and reads frames from standard input (see `format`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from kvtier.keys import GROUP_BYTES
 from kvtier.recording.format import FRAME, HASH_BYTES, LENGTH, MAGIC, RECORD
 
 _FLUSH_SECONDS = 1.0
-"""At most this much time is missing at the end of a killed engine's recording."""
+"""Time between two flushes to the file. If this process is killed, the records since the last flush are lost."""
 _MAX_NAMES = 1000
-"""Engines that share a configuration write to numbered names."""
+"""Most files of engines that share a configuration, and so a path. All but the first get a number appended."""
 
 
 def open_new(path: str) -> BinaryIO:
@@ -39,7 +39,7 @@ def open_new(path: str) -> BinaryIO:
 
 
 def write_recording(source: BinaryIO, target: BinaryIO, limit: int) -> None:
-    """Write the frames of `source` to `target`, until `source` ends or the file has `limit` bytes."""
+    """Write the frames of `source` to `target` as records, until `source` ends or the file has `limit` bytes."""
     salt = secrets.token_bytes(32)
     with gzip.GzipFile(fileobj=target, mode="wb", compresslevel=1, mtime=0) as file:
         file.write(MAGIC)
@@ -63,7 +63,7 @@ def write_recording(source: BinaryIO, target: BinaryIO, limit: int) -> None:
 
 
 def _hide(keys: bytes, key_bytes: int, salt: bytes) -> tuple[bytes, bytes]:
-    """Return salted hashes of the keys, and their groups (2 bytes each) if any is not 0."""
+    """Return salted hashes of the keys, and the low 2 bytes of their KV groups if any group is not 0."""
     if not keys:
         return b"", b""
     parts = [keys[start : start + key_bytes] for start in range(0, len(keys), key_bytes)]
@@ -74,7 +74,7 @@ def _hide(keys: bytes, key_bytes: int, salt: bytes) -> tuple[bytes, bytes]:
 
 
 def main() -> None:
-    """Write the recording that the command line names."""
+    """Write the recording to the path on the command line."""
     path, limit = sys.argv[1], int(sys.argv[2])
     try:
         with open_new(path) as target:
