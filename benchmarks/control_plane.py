@@ -1,10 +1,11 @@
 """What a block costs the scheduler's thread, through the public TieringOffloadingManager.
 
-Prints thread-CPU nanoseconds a block beside a bare `dict.get` of the same keys in the same run. Every figure is
-the median of several rounds; a round of every operation, size and policy is taken before the next round begins.
+Prints thread-CPU nanoseconds per block, and those of a bare `dict.get` of the same keys in the same run. Every figure
+is the median of several rounds. A round measures every operation, size and policy before the next round begins.
 
 A second table has the longest single calls while promotions are planned, arrive, expire and are loaded, for one long
-prompt and for many shorter ones: of every call the shortest of the rounds, which leaves out what else the machine does.
+prompt and for many shorter ones. Of the rounds' longest calls it has the shortest, since other work of the machine only
+makes calls longer.
 """
 
 from __future__ import annotations
@@ -52,26 +53,30 @@ WAIT_TARGETS = {
     "complete_load": 5.0,
     "finish": 5.0,
 }
-"""The last three take all blocks of a request in one call, by contract: 60,000 are more than a model's context has."""
+"""Milliseconds per call, and for "planning" microseconds per block.
+
+`prepare_load`, `complete_load` and `finish` take all blocks of a request in one call, by contract. The benchmark's
+60,000 blocks are more than the context of any model.
+"""
 
 
 class Keys:
-    """An endless supply of distinct keys of the usual length (32-byte hash and group)."""
+    """Makes distinct keys of the usual length (32-byte hash and group)."""
 
     def __init__(self) -> None:
         self._next = 0
 
     def take(self, count: int) -> list[OffloadKey]:
-        """Return `count` keys never seen before."""
+        """Return `count` new keys."""
         first, self._next = self._next, self._next + count
         return [make_offload_key(hashlib.sha256(i.to_bytes(8, "big")).digest(), 0) for i in range(first, first + count)]
 
 
 class Bench:
-    """One manager, driven as a scheduler drives it: a step ends after each request."""
+    """Drives one manager as a scheduler does, with one step per request."""
 
     def __init__(self, num_blocks: int, policy: str, keys: Keys) -> None:
-        view = memoryview(np.zeros((num_blocks, 1), dtype=np.uint8))  # the control plane reads no bytes
+        view = memoryview(np.zeros((num_blocks, 1), dtype=np.uint8))  # no byte of it is read
         primary = CPUPrimaryTierOffloadingManager(num_blocks, view, POLICIES.load(policy)(num_blocks))
         self.manager = TieringOffloadingManager(primary)
         self.num_blocks = num_blocks
@@ -92,7 +97,7 @@ class Bench:
         self.manager.on_schedule_end(ScheduleEndContext())
 
     def store(self, size: int) -> float:
-        """Store one request of `size` new keys; return thread-CPU seconds of prepare and complete."""
+        """Store a request of `size` new keys; return the thread-CPU seconds of `prepare_store` and `complete_store`."""
         keys, context = self.keys.take(size), self.request()
         done = set(keys)
         start = time.thread_time()
@@ -106,11 +111,11 @@ class Bench:
         return seconds
 
     def fill(self, size: int) -> list[float]:
-        """Store requests until the primary is full; return the time of each."""
+        """Store requests until the primary tier is full; return the thread-CPU seconds of each."""
         return [self.store(size) for _ in range(self.num_blocks // size)]
 
     def lookup(self, keys: list[OffloadKey], expected: LookupResult) -> float:
-        """Look keys up, one a call; return thread-CPU seconds."""
+        """Look keys up, one per call; return the thread-CPU seconds of all calls."""
         context, lookup = self.request(), self.manager.lookup
         start = time.thread_time()
         for key in keys:
@@ -122,7 +127,7 @@ class Bench:
         return seconds
 
     def load(self, keys: list[OffloadKey]) -> float:
-        """Load a request; return thread-CPU seconds of prepare and complete."""
+        """Load a request; return the thread-CPU seconds of `prepare_load` and `complete_load`."""
         context, done = self.request(), set(keys)
         start = time.thread_time()
         self.manager.prepare_load(keys, context)
@@ -132,7 +137,7 @@ class Bench:
         return seconds
 
     def touch(self, keys: list[OffloadKey]) -> float:
-        """Touch a request's keys; return thread-CPU seconds."""
+        """Touch a request's keys; return the thread-CPU seconds."""
         context = self.request()
         start = time.thread_time()
         self.manager.touch(keys, context)
@@ -142,7 +147,7 @@ class Bench:
 
 
 def dict_get(stored: list[list[OffloadKey]]) -> Iterator[float]:
-    """Yield thread-CPU seconds a key of a bare dict.get over each request's keys: the raw limit."""
+    """Yield, per request, the thread-CPU seconds per key of a bare `dict.get`: the raw limit."""
     slots = {key: slot for slot, key in enumerate(key for keys in stored for key in keys)}
     get = slots.get
     for keys in stored:
@@ -153,7 +158,7 @@ def dict_get(stored: list[list[OffloadKey]]) -> Iterator[float]:
 
 
 def measure_round(num_blocks: int, size: int, policy: str, keys: Keys, samples: int) -> dict[str, float]:
-    """Return median seconds a block of every operation, in one fresh manager."""
+    """Return the median seconds per block of every operation, in one new manager."""
     bench = Bench(num_blocks, policy, keys)
     per_block = lambda times: statistics.median(times) / size  # noqa: E731 - one expression, used below
     result = {"store": per_block(bench.fill(size))}
@@ -183,7 +188,7 @@ def main() -> None:
     cases = [(n, size, policy) for n in capacities for size in (64, 512, 8192) for policy in policies]
     collected: dict[tuple[int, int, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     keys = Keys()
-    gc.disable()  # an engine freezes its heap; the collector's pauses are not the operations'
+    gc.disable()  # vLLM freezes its heap, so that the collector's pauses are short; they are no part of an operation
     for case in track([case for _ in range(rounds) for case in cases], description="measuring", transient=True):
         samples = max(2, 16384 // case[1])
         for operation, seconds in measure_round(*case, keys, samples).items():
@@ -194,7 +199,7 @@ def main() -> None:
 
 
 def measure_waits(num_blocks: int, policies: list[str], keys: Keys, rounds: int) -> list[dict[str, float | str]]:
-    """Return, per policy and kind of requests, microseconds a planned block and the longest calls, in milliseconds."""
+    """Return per policy and kind of request: microseconds per planned block, and the longest calls in milliseconds."""
     rows: list[dict[str, float | str]] = []
     share = num_blocks / 200_000
     for policy, (count, size) in [
@@ -211,7 +216,7 @@ def measure_waits(num_blocks: int, policies: list[str], keys: Keys, rounds: int)
                 num_steps = 20 + count * size // 250
                 calls |= bench.run(num_steps) if answers else bench.run_silent(20)
                 bench.manager.shutdown()
-            if count > 1:  # a request of one prompt awaits what a step plans, and then plans as it arrives
+            if count > 1:  # a single prompt waits for its first blocks, and plans more as they arrive
                 planning = min(planning, sum(calls["plan"]) / min(count * size, 20 * MAX_PLANNED))
             for name, seconds in calls.items():
                 longest[name] = min(longest.get(name, math.inf), max(seconds))
@@ -227,7 +232,7 @@ def report(
     waits: list[dict[str, float | str]],
     path: Path | None,
 ) -> None:
-    """Print the tables; a figure over its target is marked."""
+    """Print the tables, and mark figures over their targets."""
     table = Table(title="thread-CPU nanoseconds a block (median of rounds)")
     table.add_column("blocks", justify="right")
     table.add_column("keys a request", justify="right")

@@ -1,7 +1,7 @@
 """What hints are worth on a trace: LRU's hits in kvtier's manager without any, and with some that a caller could give.
 
-Sessions are guessed from the trace: a request goes on with the session that last ended in one of its blocks. That its
-last request says so is what a program that runs agents knows, and what no policy can see.
+Sessions are guessed from the trace: a request continues the session whose last prompt ended in one of its blocks. The
+last request of a session has a hint that the session ends. A program that runs agents knows this, a policy does not.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from kvtier.simulator.trace import Trace
 
 SHARES = (0.01, 0.05, 0.2)
 TAIL = 3
-"""Blocks at the end of a prompt by which the next turn is recognized; the last one is often filled in part."""
+"""Blocks at the end of a prompt that identify the next turn; more than one, since the last is often incomplete."""
 
 Hints = Sequence[Mapping[str, Any] | None]
 
 
 def sessions_of(trace: Trace) -> list[int]:
-    """Return the session of each request."""
+    """Return the number of each request's session."""
     ended_in: dict[OffloadKey, int] = {}
     sessions: list[int] = []
     for request in trace.requests:
@@ -41,7 +41,7 @@ def sessions_of(trace: Trace) -> list[int]:
 
 
 def hints_of(trace: Trace) -> dict[str, Hints]:
-    """Return hints for every request, by what they say."""
+    """Return the hints of all requests, by the name of the hinting."""
     sessions = sessions_of(trace)
     last = {session: index for index, session in enumerate(sessions)}
     turns = [{"session": str(session), "ended": last[session] == index} for index, session in enumerate(sessions)]
@@ -54,7 +54,7 @@ def hints_of(trace: Trace) -> dict[str, Hints]:
 
 
 def measure(trace: Trace, policy: str) -> dict[str, dict[str, float]]:
-    """Return hits in percent of all blocks, by hint and by size of the cache as a share of the unique blocks."""
+    """Return hits in percent of all blocks, by hinting and by cache size (a share of the different blocks)."""
     rows: dict[str, dict[str, float]] = {}
     for name, hints in hints_of(trace).items():
         requests = [request._replace(hint=hint) for request, hint in zip(trace.requests, hints, strict=True)]

@@ -21,7 +21,7 @@ from kvtier.simulator.trace import Trace
 from kvtier.tiering.settings import TieringSettings
 
 BYTES_PER_TOKEN = 131_072
-"""Of Llama-3.1-8B."""
+"""KV cache of Llama-3.1-8B in 16 bits."""
 BANDWIDTHS, LATENCIES = "0.2,1,3,6,25", "0.1,1,5,20"
 DEADLINES = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 PERCENTILES = (50, 95, 99)
@@ -29,7 +29,12 @@ WORSE_HITS, WORSE_TIME, WORSE_THAN_FIXED = 0.001, 1.01, 1.10
 
 
 def run(trace: Trace, machine: Machine, memory: int, disk: int, deadline: float | None = None) -> Result:
-    """Replay with LRU; a `deadline` promotes everything and waits so many seconds."""
+    """Replay with LRU.
+
+    Args:
+        memory, disk: sizes in blocks.
+        deadline: promote all blocks and wait at most so many seconds; None: the manager decides what to load.
+    """
     setup = Setup("lru", memory, disk, BYTES_PER_TOKEN * trace.tokens_per_block)
     if deadline is not None:
         setup = replace(setup, settings=TieringSettings(load_deadline=deadline), predicts=False)
@@ -37,7 +42,7 @@ def run(trace: Trace, machine: Machine, memory: int, disk: int, deadline: float 
 
 
 def times(result: Result) -> list[float]:
-    """Return the percentiles of the time to the first token, seconds."""
+    """Return `PERCENTILES` of the time to the first token, in seconds."""
     return [result.first_token_at(percent) for percent in PERCENTILES]
 
 
@@ -45,7 +50,8 @@ def line(label: str, result: Result, none: Result | None = None, best: tuple[flo
     """Return one row of the table.
 
     Args:
-        none: without a disk; best: the best fixed deadline and what came of it.
+        none: the result without a disk, for marks.
+        best: the best fixed deadline and its result.
     """
     hits = f"{100 * result.hit_rate:.1f}"
     cells = [f"{seconds:.2f}" for seconds in times(result)]
@@ -62,14 +68,14 @@ def line(label: str, result: Result, none: Result | None = None, best: tuple[flo
 
 
 def search(trace: Trace, machine: Machine, memory: int, disk: int) -> tuple[float, Result]:
-    """Return the fixed deadline with the least p95, and what came of it."""
+    """Return the fixed deadline with the least p95 of the time to the first token, and its result."""
     found = {deadline: run(trace, machine, memory, disk, deadline) for deadline in DEADLINES}
     best = min(found, key=lambda deadline: found[deadline].first_token_at(95))
     return best, found[best]
 
 
 def main() -> None:
-    """Print the table of one trace."""
+    """Read the command line, and print the table of one trace."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("trace", type=Path)
     parser.add_argument("--tokens-per-block", type=int)

@@ -1,4 +1,4 @@
-"""What it costs `PrefixCache` to know its model: hashing all weights once, and looking for changes at each request.
+"""Measures what identifying a model costs `PrefixCache`: the hash of all weights, and the check at each request.
 
 python benchmarks/model_identity.py [gigabytes]
 """
@@ -15,7 +15,7 @@ ROUNDS = 50
 
 
 def make_model(gigabytes: float) -> LlamaForCausalLM:
-    """Return a Llama of 32 layers, about 290 tensors, in bfloat16."""
+    """Return a Llama in bfloat16 with 32 layers and about 290 tensors, of about `gigabytes` GB."""
     width = max(64, int((gigabytes * 1e9 / 2 / 32 / 16) ** 0.5) // 64 * 64)
     sizes = {"hidden_size": width, "intermediate_size": 4 * width, "vocab_size": 1000, "num_hidden_layers": 32}
     heads = {"num_attention_heads": width // 64, "num_key_value_heads": width // 64}
@@ -25,7 +25,7 @@ def make_model(gigabytes: float) -> LlamaForCausalLM:
 
 
 def main() -> None:
-    """Print both costs, and what reading the same memory costs alone."""
+    """Print both costs, and the time of reading the same memory once."""
     model = make_model(float(sys.argv[1]) if len(sys.argv) > 1 else 1.0)
     tensors = [*model.parameters()]
     gigabytes = sum(tensor.nbytes for tensor in tensors) / 1e9

@@ -1,8 +1,8 @@
 """How fast the object tier's store moves blocks, and how many requests and bytes each block costs.
 
-Every figure is the median of several rounds. The raw limit is one big object, written and read whole with one request
-each by the same client: what the server gives anybody. `single` is a request a block: the same store with packs of one
-block. A round of every case is taken before the next one begins.
+Every figure is the median of several rounds. A round measures every case before the next one begins. The raw limit is
+one large object, which the same client writes and reads with one request each: no client gets more from this server.
+`single` is the same store with packs of one block, that is, one request per block.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Sample = dict[str, float]
 
 
 class Case:
-    """Blocks of one size, in an arena, and a store of packs and one of single blocks."""
+    """Blocks of one size in an arena, with a store of packs and a store of single blocks."""
 
     def __init__(self, endpoint: str, block_bytes: int, total_bytes: int) -> None:
         self.block_bytes = block_bytes
@@ -68,7 +68,7 @@ class Case:
         self.arena.close()
 
     def round(self) -> Sample:
-        """Move every block once each way; return GB/s, requests and bytes a block."""
+        """Write and read every block once; return GB/s, and requests and bytes per block."""
         sample = {
             "raw write": self._rate(lambda: obstore.put(self.bucket, "raw/big", self.whole, use_multipart=False)),
             "raw read": self._rate(lambda: obstore.get(self.bucket, "raw/big").bytes()),
@@ -116,7 +116,7 @@ class Case:
 
 @contextlib.contextmanager
 def serving(kind: str) -> Iterator[str]:
-    """Give the endpoint of a server of this machine, whose credentials are in the environment."""
+    """Run a server on this machine and yield its endpoint; put its credentials into the environment."""
     server: Any = swift_server.SwiftServer() if kind == "swift" else MotoServer()
     try:
         server.start().make_bucket(BUCKET)
@@ -128,7 +128,7 @@ def serving(kind: str) -> Iterator[str]:
 
 
 def lookup_figures(store: ObjectStore, rounds: int) -> dict[str, float]:
-    """Return what the existence of 8,192 keys costs, in ms and in requests."""
+    """Return the median milliseconds and all requests of `contains` with 8,192 missing keys, over all rounds."""
     keys = [make_key(1_000_000 + number) for number in range(8192)]
     store.client.requests.clear()
     times = []
@@ -140,7 +140,10 @@ def lookup_figures(store: ObjectStore, rounds: int) -> dict[str, float]:
 
 
 def index_figures(num_packs: int, values: int) -> dict[str, float]:
-    """Return what an index of packs of `values` blocks costs: bytes of memory and of names a block, and seconds."""
+    """Return the costs of an index of packs of `values` blocks.
+
+    They are bytes of memory per block, bytes of names per block, and seconds per million blocks.
+    """
     import tracemalloc
 
     from kvtier.stores.object.catalogue import Catalogue
@@ -174,7 +177,7 @@ def index_figures(num_packs: int, values: int) -> dict[str, float]:
 
 
 def measure(kind: str, sizes: list[int], total_bytes: int, rounds: int) -> dict[str, Any]:
-    """Return the figures of all sizes."""
+    """Return the figures of all block sizes, of lookups and of indexes."""
     with serving(kind) as endpoint:
         cases = [Case(endpoint, size, total_bytes) for size in sizes]
         samples: dict[int, list[Sample]] = {case.block_bytes: [] for case in cases}

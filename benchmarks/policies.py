@@ -1,10 +1,10 @@
 """What share of a trace's blocks each eviction policy hits in kvtier's manager, over the size of the cache.
 
-A hit is a block of a request's leading run of held blocks: what an engine can load instead of computing. Every figure
-comes from the simulator, which drives the production manager. An independent replay over the bare policy, with the
-manager's two rules (a request evicts nothing of its own; all of its blocks are settled tail-first at its end), must
-hit the same blocks: where it does not, the figure is marked. Beside the policies stand a textbook LRU, which knows
-neither rule, and Belady's bound.
+A hit is a block before the first missing block of a request: an engine can load it instead of computing it. Every
+figure comes from the simulator, which drives the production manager. An independent replay drives the bare policy with
+the manager's two rules: a request evicts none of its own blocks, and at its end its blocks are settled tail-first. Its
+number of hits must be the same; if not, the table has a further row with its hits. The table also has a textbook LRU,
+without these rules, and Belady's bound.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Requests = Sequence[Sequence[OffloadKey]]
 
 
 def leading(held: Iterable[bool]) -> int:
-    """Return how many values are true before the first that is not."""
+    """Return the number of true values before the first false one."""
     count = 0
     for is_held in held:
         if not is_held:
@@ -54,7 +54,7 @@ def replay(trace: Trace, policy: str, capacity: int) -> int:
 
 
 def replay_bare(policy: EvictionPolicy, trace: Trace) -> int:
-    """Return the hits of a policy that is driven as the manager drives it, without the manager."""
+    """Return the hits of a policy without the manager, driven by the manager's rules."""
     total = 0
     for request in trace.requests:
         keys, own = request.keys, set(request.keys)
@@ -71,7 +71,7 @@ def replay_bare(policy: EvictionPolicy, trace: Trace) -> int:
 
 
 def replay_textbook_lru(capacity: int, requests: Requests) -> int:
-    """Return the hits of least recently used, one block at a time, the tail of a request before its head."""
+    """Return the hits of a plain LRU cache; it takes a request's blocks one by one, from the last to the first."""
     held: OrderedDict[OffloadKey, None] = OrderedDict()
     total = 0
     for keys in requests:
@@ -85,7 +85,11 @@ def replay_textbook_lru(capacity: int, requests: Requests) -> int:
 
 
 def replay_belady(capacity: int, requests: Requests) -> int:
-    """Return the hits of a cache that knows the future: last needed goes first, tail before head; it may refuse."""
+    """Return the hits of Belady's algorithm, which knows the future.
+
+    It evicts the block with the latest next use, of equal ones the one nearer to the prompt's end. It does not take
+    blocks without a next use.
+    """
     next_use: dict[OffloadKey, int] = {}
     coming: list[list[int]] = []
     for index in range(len(requests) - 1, -1, -1):
@@ -108,7 +112,10 @@ def replay_belady(capacity: int, requests: Requests) -> int:
 
 
 def measure(trace: Trace, names: Sequence[str], shares: Sequence[float]) -> dict[str, dict[str, float]]:
-    """Return hits in percent of all blocks, by policy and share; "NAME, bare" where the independent replay differs."""
+    """Return hits in percent of all blocks, by policy and cache size (a share of the different blocks).
+
+    If the independent replay differs, its hits are under "NAME, bare".
+    """
     requests = [request.keys for request in trace.requests]
     rows: dict[str, dict[str, float]] = {}
     for name in track([*names, TEXTBOOK, BELADY], "replaying"):
@@ -156,7 +163,7 @@ def main() -> None:
 
 
 def read(path: Path, most: int | None) -> Trace:
-    """Return the first `most` requests of a trace, all of them if None."""
+    """Return a trace with its first `most` requests, or all if None; the path may end with ":" and a block size."""
     name, _, tokens = str(path).partition(":")
     trace = load_trace(Path(name), int(tokens) if tokens else None)
     return replace(trace, requests=trace.requests[:most])

@@ -1,6 +1,7 @@
-"""What promotions cost the scheduler's thread: a driver for `control_plane.py`.
+"""Measures the cost of promotions on the scheduler's thread, for `control_plane.py`.
 
-Requests ask for blocks that only a tier has, in a primary tier that is full. Times are thread-CPU seconds per call.
+Requests ask for blocks that only a secondary tier has, while the primary tier is full. Times are thread-CPU seconds per
+call.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ T = TypeVar("T")
 
 
 class HoldingTier(SecondaryTierManager):
-    """Holds all keys that it is told of; answers a load at the next poll, or never."""
+    """A tier that has the keys in `held`; it ends a load at the next poll or, without `answers`, never."""
 
     medium, locality, verifies_payloads = Medium.STORAGE, Locality.LOCAL, True
 
@@ -59,12 +60,12 @@ class HoldingTier(SecondaryTierManager):
 
 @dataclass
 class Calls:
-    """Seconds of the calls of each kind."""
+    """Thread-CPU seconds of calls, by kind of call."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def time(self, name: str, call: Callable[P, T], *args: P.args, **keywords: P.kwargs) -> T:
-        """Call, and take the time."""
+        """Make a call, note its time, and return its result."""
         start = time.thread_time()
         result = call(*args, **keywords)
         self.seconds.setdefault(name, []).append(time.thread_time() - start)
@@ -72,14 +73,14 @@ class Calls:
 
 
 class PromotionBench:
-    """Requests of `size` blocks each, which a tier has, over a full primary tier."""
+    """Drives a manager with requests whose blocks only a tier has; `fill` fills the primary tier before."""
 
     def __init__(self, num_blocks: int, policy: str, prompts: list[list[OffloadKey]], answers: bool) -> None:
-        view = memoryview(np.zeros((num_blocks, 1), dtype=np.uint8))  # the control plane reads no bytes
+        view = memoryview(np.zeros((num_blocks, 1), dtype=np.uint8))  # no byte of it is read
         primary = CPUPrimaryTierOffloadingManager(num_blocks, view, POLICIES.load(policy)(num_blocks))
         primary.block_bytes = BLOCK_BYTES
         self.tier, self.clock, self.calls = HoldingTier(view, answers), ManualClock(), Calls()
-        # So slow an engine that everything is worth loading.
+        # The engine is so slow that loading always pays.
         settings = TieringSettings(prefill_rate=100.0, tokens_per_block=16, measures_prefill=False)
         self.manager = TieringOffloadingManager(primary, [self.tier], settings=settings, clock=self.clock)
         self._step = ScheduleEndContext()
@@ -89,7 +90,7 @@ class PromotionBench:
             self.tier.held.update(prompt)
 
     def fill(self, requests: Iterable[list[OffloadKey]]) -> None:
-        """Store requests until the primary is full."""
+        """Store the given requests, so that the primary tier is full."""
         for number, keys in enumerate(requests):
             context = ReqContext(f"before {number}")
             self.manager.on_new_request(context)
@@ -99,12 +100,12 @@ class PromotionBench:
             self.manager.on_schedule_end(self._step)
 
     def step(self, name: str) -> None:
-        """End a step."""
+        """End a step of the scheduler, and note its time under `name`."""
         self.clock.advance(STEP_SECONDS)
         self.calls.time(name, self.manager.on_schedule_end, self._step)
 
     def ask(self) -> list[ReqContext]:
-        """Announce all requests and look each up once."""
+        """Announce all requests, look each up once, and return their contexts."""
         contexts = [ReqContext(f"request {number}") for number in range(len(self._prompts))]
         for keys, context in zip(self._prompts, contexts, strict=True):
             self.manager.on_new_request(context)
@@ -112,7 +113,7 @@ class PromotionBench:
         return contexts
 
     def run(self, num_steps: int) -> dict[str, list[float]]:
-        """Promote and load everything; return the seconds of the calls."""
+        """Promote and load all blocks within `num_steps` steps; return the seconds of the calls."""
         waiting = list(zip(self._prompts, self.ask(), strict=True))
         for _ in range(num_steps):
             self.step("step")
@@ -123,7 +124,7 @@ class PromotionBench:
         return self.calls.seconds
 
     def _serve(self, keys: list[OffloadKey], context: ReqContext) -> bool:
-        """Load a request that is ready and end it; return whether it still waits."""
+        """Load and end a request if it is ready; return whether it still waits."""
         manager, calls = self.manager, self.calls
         if manager.is_still_deferred(keys[0], context):
             return True
@@ -138,7 +139,7 @@ class PromotionBench:
         return False
 
     def run_silent(self, num_steps: int) -> dict[str, list[float]]:
-        """Plan for a tier that never answers, let the deadlines pass, and end; return the seconds of the calls."""
+        """Wait for a tier that never answers until the deadlines pass, and end; return the seconds of the calls."""
         contexts = self.ask()
         for _ in range(num_steps):
             self.step("plan")

@@ -1,8 +1,8 @@
 """How many block accesses a second a replay makes, beside what its least bookkeeping would cost.
 
-A replay sends each request through the production manager. The raw limit beside it is the same requests in one bare
-`OrderedDict` a tier, least recently used first: look up, take what is in either, enter the rest in both, drop what is
-too much. It knows no slots, states, pins, jobs, requests or time.
+A replay sends each request through the production manager. The raw limit sends the same requests through one bare
+`OrderedDict` per tier, in order of recency: it looks blocks up until the first that no tier has, enters all blocks into
+every tier, and drops the oldest. It has no slots, states, pins, jobs, requests or time.
 """
 
 from __future__ import annotations
@@ -26,25 +26,26 @@ from kvtier.simulator.setup import Machine, Setup
 from kvtier.simulator.trace import Trace
 
 TARGET = 200_000
-"""Block accesses a second with two tiers."""
+"""Least block accesses per second with two tiers."""
 
 ROUNDS = 5
 TOKEN_BYTES = 128 * 1024
-"""Of Llama-3.1-8B; only back-pressure depends on it."""
+"""KV cache of Llama-3.1-8B per token; back-pressure and transfer times depend on it."""
 
 MACHINE = Machine(prefill_rate=100_000.0)
-"""Keeps up with the traces: behind an accelerator that does not, thousands wait, and each waits for the disk, too."""
+"""So fast that it keeps up with the traces; else thousands of requests would wait, and the replay measures waiting."""
 
 SHARES = ((0.05, 0.0), (0.02, 0.6))
-"""Sizes of memory and disk, of the trace's unique blocks."""
+"""Sizes of memory and disk, as shares of the trace's different blocks."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What one configuration reached.
+    """Figures of one configuration.
 
     Attributes:
-        replayed, bare: block accesses a second of a thread's time, medians of the rounds; ratio: of each round, median.
+        replayed, bare: block accesses per thread-CPU second, medians of the rounds.
+        ratio: median of the rounds' ratios of replayed to bare.
     """
 
     trace: str
@@ -56,7 +57,7 @@ class Figures:
 
 
 def replay(trace: Trace, setup: Setup) -> float:
-    """Return the seconds of this thread that a replay takes."""
+    """Return the thread-CPU seconds of a replay."""
     engine = Replay(trace, setup, MACHINE)
     start = time.thread_time()
     engine.run()
@@ -64,7 +65,7 @@ def replay(trace: Trace, setup: Setup) -> float:
 
 
 def replay_bare(trace: Trace, setup: Setup) -> float:
-    """Return the seconds of this thread that bare dictionaries take."""
+    """Return the thread-CPU seconds of the same requests in bare dictionaries."""
     sizes = [size for size in (setup.dram_blocks, setup.disk_blocks) if size]
     tiers = [OrderedDict[OffloadKey, None]() for _ in sizes]
     start = time.thread_time()
@@ -83,7 +84,7 @@ def replay_bare(trace: Trace, setup: Setup) -> float:
 
 
 def measure(trace: Trace, name: str, rounds: int) -> list[Figures]:
-    """Return the figures of every configuration; its two ways take turns."""
+    """Return the figures of every configuration; replay and dictionaries take turns."""
     accesses = sum(len(request.keys) + len(request.answer_keys) for request in trace.requests)
     unique = len({key for request in trace.requests for key in (*request.keys, *request.answer_keys)})
     figures = []

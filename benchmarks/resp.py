@@ -1,13 +1,16 @@
 """How fast the resp tier's store moves blocks, beside a raw socket and redis-py, on one server of this machine.
 
-Every figure is the median of several rounds; a round of every case is taken before the next round begins. Within a
-round everybody moves the same 8 MiB, each time beginning with another one, before the next 8 MiB are moved: what else
-the machine does meanwhile hits all of them. Each has keys of its own on the server, so that what a write replaces is as
-old for all. The raw socket asks the same server for the same sizes with `sendall` and `recv_into`, checks nothing and
-parses nothing: what it moves is the most that this server gives one connection. "Summed" is the raw socket with an
-XXH3-128 of each payload, as it was received or while the server takes it: what no checksummed value can exceed in that
-shape. The plain socket talks to a thread of its own instead of a server, and says what loopback itself would do. Ours
-seals, verifies and moves batches as the I/O process does, of some 4 MiB.
+Every figure is the median of several rounds. A round measures every case before the next round begins. Within a round
+all clients move the same 8 MiB before the next 8 MiB, each time in another order, so that other work of the machine
+affects all of them. Each client has its own keys, so that all replace values of the same age.
+
+- raw: a socket that asks the same server for the same sizes with `sendall` and `recv_into`. It checks and parses
+  nothing: no client gets more from this server on one connection.
+- summed: the raw socket with an XXH3-128 of each payload, after it was sent or received. No client with checksums that
+  works one value at a time can be faster.
+- plain: a socket to a thread of this process instead of a server, the limit of loopback.
+- kvtier: the resp store, which seals, verifies and moves batches of about 4 MiB, as in the I/O process.
+- redis-py: `get` and `set`, one value at a time.
 """
 
 from __future__ import annotations
@@ -48,11 +51,11 @@ PROBED_KEYS = 8192
 SLICE_BYTES = 8 << 20
 Sample = dict[str, float]
 Move = Callable[[range], Any]
-"""Moves the blocks of these numbers."""
+"""Moves the blocks with these numbers."""
 
 
 class Case:
-    """Blocks of one size, in an arena, and everybody who moves them."""
+    """Blocks of one size in an arena, and all clients that move them."""
 
     def __init__(self, server: ValkeyServer, block_bytes: int, total_bytes: int) -> None:
         self.block_bytes = block_bytes
@@ -78,7 +81,7 @@ class Case:
         self.arena.close()
 
     def round(self) -> Sample:
-        """Move every block once each way; return GB/s by who did it and which way."""
+        """Write and read every block once with each client; return GB/s by client and direction."""
         movers: dict[str, tuple[Move, Move]] = {
             "raw": (self._raw_write, self._raw_read),
             "summed": (self._summed_write, self._summed_read),
@@ -167,14 +170,14 @@ class Case:
 
 
 def elapsed(work: Callable[[], Any]) -> float:
-    """Return the seconds that `work` takes."""
+    """Return the wall seconds of `work`."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
 
 
 def receive(connection: socket.socket, view: memoryview) -> None:
-    """Fill the view."""
+    """Receive until `view` is full."""
     done = 0
     while done < len(view):
         received = connection.recv_into(view[done:])
@@ -185,7 +188,7 @@ def receive(connection: socket.socket, view: memoryview) -> None:
 
 @contextlib.contextmanager
 def peer(serve: Callable[[socket.socket], None]) -> Iterator[socket.socket]:
-    """Give a loopback connection whose other end a thread serves."""
+    """Yield a loopback connection; a thread serves its other end."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         connection = socket.create_connection(listener.getsockname())
         served, _ = listener.accept()
@@ -197,7 +200,7 @@ def peer(serve: Callable[[socket.socket], None]) -> Iterator[socket.socket]:
 
 
 def probe_milliseconds(server: ValkeyServer, rounds: int) -> dict[str, float]:
-    """Return what the existence of `PROBED_KEYS` keys costs: none held, a prefix held, every other one held."""
+    """Return the milliseconds of `contains` with `PROBED_KEYS` keys: none, a prefix, or every other key held."""
     store = RespStore.open({"url": server.url}, StoreContext(Namespace({"model": "probe"}), 64))
     keys = [make_key(1_000_000 + number) for number in range(PROBED_KEYS)]
     half = PROBED_KEYS // 2 - 7
@@ -225,7 +228,7 @@ def measure(sizes: list[int], total_bytes: int, rounds: int) -> dict[str, Any]:
         cases = [Case(server, size, total_bytes) for size in sizes]
         samples: dict[int, list[Sample]] = {case.block_bytes: [] for case in cases}
         for case in cases:
-            case.round()  # the server's memory, and ours, is touched for the first time
+            case.round()  # warm-up: the first use of memory in both processes causes page faults
         for case in track([case for _ in range(rounds) for case in cases], description="measuring", transient=True):
             samples[case.block_bytes].append(case.round())
         probes = probe_milliseconds(server, rounds)
@@ -245,7 +248,7 @@ def measure(sizes: list[int], total_bytes: int, rounds: int) -> dict[str, Any]:
 
 
 def report(figures: dict[str, Any]) -> None:
-    """Print the tables; what misses its target is marked."""
+    """Print the tables, and mark figures that miss their targets."""
     table = Table(title="GB/s, write / read; ratio: kvtier to the raw socket on the same server, paired by round")
     columns = ("block", "plain socket", "raw socket", "raw, summed", "kvtier", "redis-py", f"ratio, >= {TARGET_RATIO}")
     for column in (*columns, "to summed"):

@@ -37,8 +37,8 @@ NUM_BLOCKS = 4
 BLOCK_BYTES = 64 * 1024
 PATIENCE_SECONDS = 60.0
 
-# The I/O process is another interpreter: a `sitecustomize` on its path writes down what a thread of it calls, from the
-# call that has read bytes to the packet that says so.
+# The I/O process is another interpreter. A `sitecustomize` on its path notes the calls of a thread from the return of a
+# read to the packet that reports it.
 HOOK = """
 import sys, threading
 HERE, OUT = {package!r}, {out!r}
@@ -63,7 +63,7 @@ if any("kvtier.executors" in word for word in sys.orig_argv):
 
 @dataclass
 class Road:
-    """What was met on one road."""
+    """Calls, files and depth of the stack on one road."""
 
     name: str
     calls: int = 0
@@ -72,9 +72,9 @@ class Road:
 
 
 class Tracer:
-    """Records calls into kvtier between two moments that a predicate names.
+    """Records calls into kvtier from the first call that `starts` accepts to the one that `ends` accepts.
 
-    A road that comes to its start again begins anew: a packet may bring what is no answer to the job.
+    A further start begins the record anew, since a packet may contain no result of the job.
     """
 
     def __init__(self, name: str, starts: Callable[[str, str], bool], ends: Callable[[str, str], bool]) -> None:
@@ -118,22 +118,22 @@ def _kvtier_frames(frame: FrameType | None) -> int:
 
 
 def is_call(*names: str) -> Callable[[str, str], bool]:
-    """Return a predicate for calls of kvtier's functions with these names, or of C functions ("c_call:send")."""
+    """Return a predicate for calls of kvtier's functions with these names, or C functions ("c_call:send")."""
     return lambda file, name: name in names
 
 
 def enters(part: str, *names: str) -> Callable[[str, str], bool]:
-    """Return a predicate for calls into a file below `part` of kvtier; with names, of these functions only."""
+    """Return a predicate for calls into files whose path contains `part`; with names, only of these functions."""
     return lambda file, name: part in file and (not names or name in names)
 
 
 def never(file: str, name: str) -> bool:
-    """Return False: a road that ends with the block."""
+    """Return False: the road ends with the `with` block."""
     return False
 
 
 def make_config(folder: str) -> OffloadingConfig:
-    """Return an engine's configuration with memory for twice the blocks and a disk."""
+    """Return an engine's configuration with a disk tier and memory for 2 * `NUM_BLOCKS` blocks."""
     extra = {
         "spec_name": "TieringOffloadingSpec",
         "cpu_bytes_to_use": 2 * NUM_BLOCKS * BLOCK_BYTES,
@@ -146,7 +146,7 @@ def make_config(folder: str) -> OffloadingConfig:
 
 
 class Engine:
-    """Steps a manager as a scheduler does."""
+    """Drives a manager as a scheduler does."""
 
     def __init__(self, manager: Any) -> None:
         self.manager = manager
@@ -156,7 +156,7 @@ class Engine:
         self.manager.on_schedule_end(ScheduleEndContext())
 
     def step_until(self, done: Callable[[], bool]) -> None:
-        """Step until a condition holds."""
+        """End steps until `done` returns True."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not done():
             if time.monotonic() > deadline:
@@ -165,7 +165,7 @@ class Engine:
             time.sleep(0.001)
 
     def store(self, name: str) -> tuple[list[Any], ReqContext]:
-        """Prepare the store of a request's blocks."""
+        """Begin a request and prepare the store of its blocks; return keys and context."""
         context = ReqContext(name)
         self.manager.on_new_request(context)
         keys = [make_offload_key(hashlib.sha256(f"{name}/{i}".encode()).digest(), 0) for i in range(NUM_BLOCKS)]
@@ -174,9 +174,9 @@ class Engine:
 
 
 def measure(folder: str, io_calls: Path) -> list[Road]:
-    """Drive the four roads; return what was met."""
+    """Drive the four roads and return their records."""
     config = make_config(folder)
-    create_spec(config)  # what it imports is not the road
+    create_spec(config)  # the first call also imports modules, which must not count
     with Tracer("create_spec", is_call("create_spec"), never) as created:
         spec = create_spec(config)
     manager = spec.get_manager()
@@ -215,7 +215,7 @@ def measure(folder: str, io_calls: Path) -> list[Road]:
 
 
 def structure() -> dict[str, int]:
-    """Return what can be counted without running: lines, modules, those with one importer, the widest constructor."""
+    """Return counts from the source: lines, modules, and the largest numbers of parameters and fields."""
     trees = {path: ast.parse(path.read_text()) for path in sorted(Path(PACKAGE).rglob("*.py"))}
     importers: dict[str, set[Path]] = {_module(path): set() for path in trees if path.name != "__init__.py"}
     widest = 0
@@ -239,14 +239,14 @@ def _module(path: Path) -> str:
 
 
 def main() -> None:
-    """Print the roads."""
+    """Measure, and print the roads and the structure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON, with the files")
     wanted = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="kvtier-roads-") as folder:
         io_calls = Path(folder) / "io-calls"
         (Path(folder) / "sitecustomize.py").write_text(HOOK.format(package=PACKAGE, out=str(io_calls)))
-        sys.path.insert(0, folder)  # an I/O process searches where this one does
+        sys.path.insert(0, folder)  # an I/O process inherits the search path
         roads = measure(os.path.join(folder, "tier"), io_calls)
     for road in roads:
         road.files = [os.path.relpath(file, PACKAGE) for file in road.files]

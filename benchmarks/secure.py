@@ -2,9 +2,9 @@
 
     python benchmarks/secure.py [--quick] [--json] [--path DIR]
 
-GB/s of one thread, medians of three rounds that take turns. In memory: seal, verify, encrypt, decrypt blocks that are
-in memory but not in the processor's cache. On disk: a slab in DIR, written and read in calls of 4 MiB; its own speed
-without a secret is the limit beside.
+Figures are GB/s of one thread, medians of three rounds that take turns. In memory: sealing, verifying, encrypting and
+decrypting blocks that are not in the processor's cache. On disk: writing and reading a slab in DIR, in calls of 4 MiB;
+the limit is the same slab without a secret.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Rates = dict[str, float]
 
 
 def gigabytes_a_second(work: Callable[[memoryview], object], blocks: list[memoryview], seconds: float) -> float:
-    """Return how fast `work` goes through the blocks, again and again, for some seconds."""
+    """Return the GB/s of `work` over all blocks, repeated for at least `seconds`."""
     moved, started = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - started) < seconds or not moved:
         for block in blocks:
@@ -55,12 +55,12 @@ def gigabytes_a_second(work: Callable[[memoryview], object], blocks: list[memory
 
 
 def medians(rounds: list[Rates]) -> Rates:
-    """Return the median of each rate."""
+    """Return the median of each rate over the rounds."""
     return {name: round(statistics.median(rates[name] for rates in rounds), 2) for name in rounds[0]}
 
 
 def in_memory(block_bytes: int, memory_bytes: int, seconds: float) -> Rates:
-    """Return GB/s by what was done, for blocks of one length."""
+    """Return GB/s by operation in memory, for blocks of one size."""
     memory = memoryview(np.random.default_rng(0).integers(0, 256, memory_bytes, np.uint8))
     blocks = [memory[start : start + block_bytes] for start in range(0, memory_bytes, block_bytes)]
     works = {**raw_works(block_bytes), **seal_works(blocks[0]), **encrypt_works(blocks[0])}
@@ -70,7 +70,7 @@ def in_memory(block_bytes: int, memory_bytes: int, seconds: float) -> Rates:
 
 
 def raw_works(block_bytes: int) -> dict[str, Callable[[memoryview], object]]:
-    """Return what needs no seal: the limits."""
+    """Return the raw limits, which make no seal: a copy, and AES-256-GCM."""
     target = np.empty(block_bytes + 16, np.uint8)
     cipher, nonce = AESGCM(os.urandom(32)), os.urandom(12)
     view = memoryview(target)
@@ -81,7 +81,10 @@ def raw_works(block_bytes: int) -> dict[str, Callable[[memoryview], object]]:
 
 
 def seal_works(first: memoryview) -> dict[str, Callable[[memoryview], object]]:
-    """Return what is done with payloads that are stored as they are; a wrong one is summed as a right one is."""
+    """Return the operations of sealers that do not encrypt.
+
+    `verify` also gets blocks that do not match the header; computing their checksum takes the same time.
+    """
     works: dict[str, Callable[[memoryview], object]] = {}
     for name, sealer in {
         "plain": PlainSealer(_NAMESPACE),
@@ -94,7 +97,7 @@ def seal_works(first: memoryview) -> dict[str, Callable[[memoryview], object]]:
 
 
 def encrypt_works(first: memoryview) -> dict[str, Callable[[memoryview], object]]:
-    """Return what is done with payloads that are encrypted: as in a store, out of one memory into another."""
+    """Return the operations of a sealer that encrypts from one buffer into another, as a store does."""
     sealer = EncryptedSealer(PayloadCipher(_SECRET.encode(), _NAMESPACE))
     headers = sealer.seal([_KEY], [first]).headers
     return {
@@ -104,7 +107,7 @@ def encrypt_works(first: memoryview) -> dict[str, Callable[[memoryview], object]
 
 
 def on_disk(block_bytes: int, memory_bytes: int, directory: Path) -> Rates:
-    """Return GB/s of writing and reading a slab, by what guards its blocks."""
+    """Return GB/s of writing and reading a slab, by mode (`_MODES`)."""
     arena = Arena.create(memory_bytes // block_bytes, block_bytes)
     rows = arena_rows(arena.view)
     buffers = [rows[slot] for slot in range(arena.num_blocks)]
@@ -119,7 +122,7 @@ def on_disk(block_bytes: int, memory_bytes: int, directory: Path) -> Rates:
         stores[name] = SlabStore.open({"path": str(path), "capacity": memory_bytes + (8 << 20), **options}, context)
         list(stores[name].recover())
         while stores[name].prepare() is not None:
-            pass  # what is measured is neither the growth of the files nor the first writing into them
+            pass  # grow the files before, since neither growth nor first writes are measured
     rounds = []
     for _ in range(_ROUNDS):
         rates = {f"disk write, {name}": move(store.write, buffers) for name, store in stores.items()}
@@ -132,7 +135,7 @@ def on_disk(block_bytes: int, memory_bytes: int, directory: Path) -> Rates:
 
 
 def move(call: Callable[..., list[bool]], buffers: list[memoryview]) -> float:
-    """Return GB/s of one pass over all slots, in calls as a tier makes them."""
+    """Return GB/s of one pass over all slots, with as many blocks per call as a tier has."""
     step = max(1, _CALL_BYTES // buffers[0].nbytes)
     keys = [make_key(number) for number in range(len(buffers))]
     started = time.perf_counter()

@@ -35,11 +35,11 @@ CONTROLLER = Path("/sys/fs/cgroup/blkio")
 BACKING = Path("/dev/shm")
 SHARE_ON_DISK = 0.9
 BLOCK = 128
-"""Tokens of a block of vLLM's on CPUs."""
+"""Tokens per block of vLLM on CPUs."""
 
 
 def shape(num_layers: int) -> dict[str, Any]:
-    """Return the configuration of a small model in which every head has keys and values of its own."""
+    """Return the configuration of a small model with as many KV heads as query heads."""
     sizes = {
         "hidden_size": HIDDEN,
         "intermediate_size": 1024,
@@ -52,7 +52,7 @@ def shape(num_layers: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def loop_disk(num_bytes: int) -> Iterator[tuple[Path, str]]:
-    """Mount an ext4 filesystem over memory; yield its folder and the device's numbers."""
+    """Mount an ext4 filesystem on a loop device in memory; yield its folder and the device's "major:minor"."""
     with tempfile.TemporaryDirectory(dir=BACKING) as backing, tempfile.TemporaryDirectory() as folder:
         image = Path(backing) / "image"
         with image.open("wb") as file:
@@ -70,7 +70,7 @@ def loop_disk(num_bytes: int) -> Iterator[tuple[Path, str]]:
 
 @contextlib.contextmanager
 def throttle(device: str, bytes_per_second: int) -> Iterator[Path]:
-    """Yield a control group whose processes get so many bytes per second of a device, each way."""
+    """Yield a control group whose processes read and write at most `bytes_per_second` each on a device."""
     group = CONTROLLER / f"kvtier-bench-{os.getpid()}"
     group.mkdir()
     try:
@@ -86,11 +86,12 @@ def throttle(device: str, bytes_per_second: int) -> Iterator[Path]:
 
 @dataclass
 class Speed:
-    """What one speed of the disk gave, one entry per pair.
+    """Figures of one speed of the disk, one entry per pair.
 
     Attributes:
-        computed: seconds to the first token without a connector; kvtier: with one.
-        promoted: share of the prompt that came from the disk.
+        computed: seconds to the first token without a connector.
+        kvtier: seconds to the first token with kvtier.
+        promoted: share of the prompt that came from the disk, 0 to 1.
     """
 
     computed: list[float] = field(default_factory=list)
@@ -98,7 +99,7 @@ class Speed:
     promoted: list[float] = field(default_factory=list)
 
     def row(self, megabytes: int) -> list[str]:
-        """Return the cells of the table."""
+        """Return the cells of this speed, in the order of `HEADER`."""
         ratios = [ours / theirs for ours, theirs in zip(self.kvtier, self.computed, strict=True)]
         times = [f"{statistics.median(seconds):.2f}" for seconds in (self.computed, self.kvtier)]
         shares = [f"{100 * share:.0f}" for share in (self.promoted[0], statistics.median(self.promoted))]
@@ -128,7 +129,7 @@ HEADER = [
 
 
 def prompts(length: int, num_pairs: int, speed: int) -> list[list[int]]:
-    """Return prompts whose heads are alike for all speeds; what follows is new to each."""
+    """Return prompts with the same heads for all speeds, and with new tails for each speed."""
     head = num_tokens_on_disk(length)
     tails = [prompt(1_000_000 * (1 + speed) + index, length - head, VOCABULARY) for index in range(num_pairs)]
     return [head_of(index, head) + tail for index, tail in enumerate(tails)]
@@ -140,7 +141,7 @@ def head_of(index: int, length: int) -> list[int]:
 
 
 def num_tokens_on_disk(length: int) -> int:
-    """Return nine tenths of a prompt, in whole blocks."""
+    """Return the number of tokens in a prompt's head: `SHARE_ON_DISK` of it, rounded down to whole blocks."""
     return int(length * SHARE_ON_DISK) // BLOCK * BLOCK
 
 
@@ -156,7 +157,7 @@ def fill(task: dict[str, Any], length: int, num_pairs: int) -> None:
 
 
 def measure(task: dict[str, Any], asked: list[list[int]], group: Path) -> Speed:
-    """Ask both engines for every prompt."""
+    """Ask both engines for every prompt; return the figures."""
     figures, before = Speed(), 0.0
     fresh = task | {"is_fresh": True}
     with Engine(**fresh, kvtier=False) as control, Engine(**fresh, kvtier=True, group=str(group)) as engine:

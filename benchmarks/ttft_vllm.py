@@ -44,11 +44,11 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": 2,
 }
 TOKEN_BYTES = 24 * 2 * 2 * 64 * 2
-"""Layers, key and value, heads, head size, bytes of a bf16."""
+"""Layers * (key and value) * KV heads * head size * bytes per bf16 number."""
 
 HITS_A_ROUND = 3
 SMALL = 1000
-"""Tokens that every model has."""
+"""Vocabulary of warm-up prompts; every model of the benchmarks has a larger one."""
 
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "2",
@@ -62,7 +62,7 @@ ENVIRONMENT = {
 
 
 def prompt(seed: int, length: int, vocabulary: int = SHAPE["vocab_size"]) -> list[int]:
-    """Return random token ids."""
+    """Return `length` random token ids, the same for the same seed."""
     tokens = random.Random(seed)
     return [tokens.randrange(3, vocabulary) for _ in range(length)]
 
@@ -89,8 +89,8 @@ def make_engine(task: dict[str, Any]) -> Any:
 
 
 def child(task: dict[str, Any]) -> None:
-    """Run one engine: a JSON line on standard input is a command, its answer a line on descriptor `replies`."""
-    if "group" in task:  # a control group, which the processes of the tiers inherit
+    """Run one engine. It reads a JSON command per line from standard input, and writes answers to `replies`."""
+    if "group" in task:  # a control group; the tiers' I/O processes inherit it
         Path(task["group"], "cgroup.procs").write_text(str(os.getpid()))
     from vllm import SamplingParams
 
@@ -114,12 +114,12 @@ def child(task: dict[str, Any]) -> None:
         answer: Any = None
         if command == "first_token":
             answer = first_token(*arguments)
-        elif command == "forget":  # stores go out a step later than their request
+        elif command == "forget":  # vLLM sends a request's stores in the next step, so a further request is needed
             first_token(prompt(1, 40, SMALL))
             engine.reset_prefix_cache()
         elif command == "flush":
             deadline = time.monotonic() + 60
-            first_token(prompt(2, 30, SMALL))  # stores go out a step later than their request
+            first_token(prompt(2, 30, SMALL))  # as above
             while metric("vllm:kvtier_jobs") and time.monotonic() < deadline:
                 first_token(prompt(2, 30, SMALL))
             answer = metric("vllm:kvtier_written_blocks")
@@ -129,14 +129,15 @@ def child(task: dict[str, Any]) -> None:
 
 
 class Engine:
-    """An engine in a process of its own."""
+    """An engine in its own process."""
 
     def __init__(self, **task: Any) -> None:
-        """Start it.
+        """Start the engine and wait for it.
 
         Args:
-            task: model, disk (a folder), lengths (of the prompts), kvtier (whether it has a connector); is_fresh
-                leaves out the prompt that warms it up, group is a control group of the kernel to run in.
+            task: `model` and `disk` (folders), `lengths` (tokens of the prompts) and `kvtier` (False: no connector).
+                Optional: `capacity` of the disk tier, `is_fresh` (no warm-up prompt), and `group` (a control group of
+                the kernel, in which the engine runs).
         """
         reading, writing = os.pipe()
         command = [sys.executable, __file__, "--child", json.dumps(task | {"replies": writing})]
@@ -155,7 +156,7 @@ class Engine:
         self._receive()
 
     def ask(self, *command: Any) -> Any:
-        """Send a command, wait for its answer."""
+        """Send a command; return its answer."""
         assert self._process.stdin is not None  # it was opened as a pipe
         self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
@@ -166,7 +167,7 @@ class Engine:
         return float(self.ask("first_token", tokens))
 
     def stop(self) -> None:
-        """End it."""
+        """End the engine."""
         assert self._process.stdin is not None  # it was opened as a pipe
         self._process.stdin.close()
         self._process.wait(120)
@@ -187,11 +188,11 @@ class Engine:
 
 
 Figures = dict[int, dict[str, list[float]]]
-"""Seconds by prompt length and kind, one a round."""
+"""Seconds to the first token, by prompt length and kind, one entry per measurement."""
 
 
 def measure(task: dict[str, Any], rounds: int) -> Figures:
-    """Take every figure, cold prompts in pairs."""
+    """Measure all kinds of prompts; cold ones in pairs with the control."""
     lengths = task["lengths"]
     figures: Figures = {length: {} for length in lengths}
 
@@ -223,7 +224,7 @@ def measure(task: dict[str, Any], rounds: int) -> Figures:
 
 
 def memory_speed() -> float:
-    """Return bytes a second of one copy in memory."""
+    """Return bytes per second of a copy in memory, the median of five."""
     source, target = np.ones(256 << 20, dtype=np.uint8), np.zeros(256 << 20, dtype=np.uint8)
     seconds = []
     for _ in range(5):
@@ -234,12 +235,12 @@ def memory_speed() -> float:
 
 
 def disk_speed(folder: Path) -> float:
-    """Return bytes a second of direct sequential reads of 4 MiB, the median of three."""
+    """Return bytes per second of direct sequential reads of 4 MiB, the median of three."""
     import mmap
 
     path, size, speeds = folder / "raw", 512 << 20, []
     path.write_bytes(os.urandom(1 << 20) * (size >> 20))
-    buffer = mmap.mmap(-1, 4 << 20)
+    buffer = mmap.mmap(-1, 4 << 20)  # page-aligned, as O_DIRECT needs
     for _ in range(3):
         fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
         os.fsync(fd)
@@ -253,7 +254,7 @@ def disk_speed(folder: Path) -> float:
 
 
 def table(figures: Figures, memory: float, disk: float) -> list[dict[str, float]]:
-    """Return one row a prompt length: milliseconds, and ratios to what each is to be measured by."""
+    """Return one row per prompt length: milliseconds, and ratios to the raw limits."""
     rows = []
     for length, kinds in figures.items():
         value = {name: statistics.median(runs) for name, runs in kinds.items()}

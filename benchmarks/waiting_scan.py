@@ -29,7 +29,7 @@ TARGET_MICROSECONDS = 20.0
 
 
 class Rig:
-    """kvtier's manager for vLLM over a disk tier that holds `num_keys` blocks which host memory has evicted."""
+    """kvtier's manager for vLLM, with `num_keys` blocks that are in its disk tier and no longer in host memory."""
 
     def __init__(self, folder: Path, num_keys: int) -> None:
         from vllm.v1.kv_offload import base
@@ -86,7 +86,7 @@ class Rig:
         self.manager.on_schedule_end(self.base.ScheduleEndContext((), ()))
 
     def step(self, lookup: Callable[[Any, list[Any], Any], Any]) -> tuple[float, float]:
-        """Scan once and end the step; return the microseconds of both."""
+        """Scan once and end the step; return the microseconds of the scan and of the step's end."""
         start = time.perf_counter()
         answer = lookup(self.manager, self.keys, self.context)
         scanned = time.perf_counter()
@@ -97,7 +97,7 @@ class Rig:
         return (scanned - start) * 1e6, (ended - scanned) * 1e6
 
     def io_processes(self) -> list[int]:
-        """Return the processes of the tiers."""
+        """Return the ids of the tiers' I/O processes."""
         return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
 
 
@@ -120,7 +120,7 @@ def lookups() -> dict[str, Callable[[Any, list[Any], Any], Any]]:
 
 
 def constant_manager() -> Any:
-    """Return a manager that answers at no cost what ends a scan: pending, then a miss (pending, for a window)."""
+    """Return a manager whose second answer is MISS and whose other answers are HIT_PENDING, at almost no cost."""
     from vllm.v1.kv_offload.base import LookupResult
 
     class Constant:
@@ -135,7 +135,7 @@ def constant_manager() -> Any:
 
 
 def raw_limit(lookup: Callable[[Any, list[Any], Any], Any], keys: list[Any], rounds: int) -> float:
-    """Return the median microseconds of vLLM's own part of a scan that is ended as early."""
+    """Return the median microseconds of vLLM's lookup over a manager with constant answers."""
     times = []
     for _ in range(rounds):
         manager = constant_manager()
@@ -146,7 +146,7 @@ def raw_limit(lookup: Callable[[Any, list[Any], Any], Any], keys: list[Any], rou
 
 
 def measure(folder: Path, num_keys: int, rounds: int) -> list[dict[str, Any]]:
-    """Return one row a kind of attention."""
+    """Return one row per kind of attention."""
     rows = []
     for kind, lookup in lookups().items():
         rig = Rig(folder / kind.replace(" ", "-"), num_keys)
@@ -178,7 +178,7 @@ def measure(folder: Path, num_keys: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def report(rows: list[dict[str, Any]]) -> None:
-    """Print the table; a median over the target is marked."""
+    """Print the table, and mark medians over the target."""
     print(f"microseconds; the target of a repeated scan is {TARGET_MICROSECONDS:.0f}\n")
     print("| lookup | keys | first scan | its plan | repeated scan | p99 | raw limit | end of step |")
     print("|---|---|---|---|---|---|---|---|")

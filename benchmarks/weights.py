@@ -2,7 +2,8 @@
 
     python benchmarks/weights.py --path /models/large.safetensors
 
-Without a path a file of random bytes is made, and removed. The raw limit uses as many threads and the same pieces.
+Without a path it makes a file of random bytes, and removes it at the end. The raw limit reads the same pieces with as
+many threads.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ PIECE_BYTES = 4 << 20
 
 
 def read_all(path: Path, threads: int) -> None:
-    """Read a file into buffers that are thrown away."""
+    """Read a file in pieces, each into the same buffer per thread."""
     descriptor = os.open(path, os.O_RDONLY)
     starts = iter(range(0, path.stat().st_size, PIECE_BYTES))
     lock = threading.Lock()
@@ -44,14 +45,14 @@ def read_all(path: Path, threads: int) -> None:
 
 
 def seconds_of(action: Callable[[], object]) -> float:
-    """Return how long a call takes."""
+    """Return the wall seconds of a call."""
     started = time.perf_counter()
     action()
     return time.perf_counter() - started
 
 
 def make_file(folder: Path, num_bytes: int) -> Path:
-    """Write random bytes, each 64 MiB in another order."""
+    """Write a file of random bytes: 64 MiB pieces, each rotated by one more byte, so that no two are equal."""
     file, piece = folder / "weights", os.urandom(min(64 << 20, num_bytes))
     with file.open("wb") as handle:
         for turn in range(-(-num_bytes // len(piece))):
@@ -60,7 +61,7 @@ def make_file(folder: Path, num_bytes: int) -> Path:
 
 
 def main() -> None:
-    """Print a line a round."""
+    """Print one line per round."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--path", type=Path, help="a file; default one that is made")
     parser.add_argument("--mib", type=int, default=1024, help="size of the file that is made")

@@ -1,4 +1,4 @@
-"""`kvtier plan`: the cheapest memory and disk that reach a target on a trace, and the option that configures them."""
+"""`kvtier plan`: finds the cheapest memory and disk that reach a target on a trace, and prints the option for vLLM."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def plan(
 
 
 def write(found: Plan, plot: Path | None, json_path: Path | None) -> None:
-    """Print the plan, and write the files that were asked for."""
+    """Print the plan, and write it to the given files."""
     show(found)
     if plot is not None:
         plot.write_text(plan_report.plan_page(found), encoding="utf-8")
@@ -141,10 +141,10 @@ def write(found: Plan, plot: Path | None, json_path: Path | None) -> None:
 
 
 def make_target(hit_rate: float | None, first_token_p95: float | None, drive_writes: float | None) -> Target:
-    """Return the target that the options give.
+    """Return the target from the options of the command.
 
     Raises:
-        ConfigError: one is out of range.
+        ConfigError: an option is out of range.
     """
     if hit_rate is not None and not 0 < hit_rate <= 1:
         raise ConfigError("target_hit_rate", hit_rate, "above 0 and at most 1")
@@ -156,10 +156,14 @@ def make_target(hit_rate: float | None, first_token_p95: float | None, drive_wri
 
 
 def setups_to_try(trace: Trace, base: Setup, dram: str | None, disk: str | None, policies: list[str]) -> list[Setup]:
-    """Return the configurations to simulate: `base` in the sizes that were named, others follow from the trace.
+    """Return the configurations to simulate: `base` with every combination of memory, disk and policy.
+
+    Args:
+        dram, disk: sizes from the options; None: sizes are chosen from the trace. If both are None, disks of less than
+            twice the memory are left out.
 
     Raises:
-        ConfigError: a size that holds no block.
+        ConfigError: a size holds no block.
     """
     block_bytes = base.block_bytes
     drams, disks = ([size // block_bytes for size in sizes] for sizes in planner.candidate_sizes(trace, block_bytes))
@@ -172,16 +176,17 @@ def setups_to_try(trace: Trace, base: Setup, dram: str | None, disk: str | None,
 
 
 def vllm_option(setup: Setup, machine: Machine, trace: Trace, path: str, options: Mapping[str, Any]) -> str:
-    """Return the option for `vllm serve` that configures what was simulated.
+    """Return the option for `vllm serve` that configures the simulated setup.
 
-    The block size goes with it: smaller blocks would find more of each prompt, in other transfers, than was replayed.
+    It contains the trace's block size: with smaller blocks an engine finds more of each prompt, and makes other
+    transfers, than the replay.
 
     Args:
         path: directory of the disk tier.
-        options: keys of the engine's configuration that were given.
+        options: keys of the engine's configuration that the user gave.
 
     Raises:
-        ConfigError: kvtier would not start so.
+        ConfigError: kvtier would not start with this configuration.
     """
     disks = [f"{path}:{setup.disk_bytes}"] if setup.disk_blocks else []
     extra: dict[str, Any] = extra_config(str(setup.dram_bytes), disks, [f"eviction_policy={setup.policy}"])

@@ -1,4 +1,4 @@
-"""Options that `simulate` and `plan` share, and what they come to."""
+"""Options that `simulate` and `plan` share, and their conversion to the simulator's types."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the figur
 
 
 def make_machine(speed: PrefillSpeed, host_bandwidth: str, disk_read: str, disk_write: str, latency: float) -> Machine:
-    """Return the speeds that the options give.
+    """Return the machine from the options.
 
     Raises:
-        ConfigError: one of them is none.
+        ConfigError: a value is no speed or is out of range.
     """
     return Machine(
         prefill_rate=speed.rate,
@@ -88,14 +88,14 @@ def make_machine(speed: PrefillSpeed, host_bandwidth: str, disk_read: str, disk_
 
 
 def prefill_speed(rate: float | None, curve: str | None, doubling: float) -> PrefillSpeed:
-    """Return how fast prompts are computed.
+    """Return the speed of prefill.
 
     Args:
-        rate, curve: `--prefill-rate` and `--prefill-curve`; not both.
-        doubling: without a curve, the context with which a token takes twice as long.
+        rate, curve: `--prefill-rate` and `--prefill-curve`; at most one may be given.
+        doubling: tokens of context with which a token takes twice as long to compute; not used with a curve.
 
     Raises:
-        ConfigError: both are given, or the curve is none.
+        ConfigError: both are given, or the curve is wrong.
     """
     if curve is None:
         return PrefillSpeed(Machine.prefill_rate if rate is None else rate, doubling)
@@ -109,7 +109,11 @@ def prefill_speed(rate: float | None, curve: str | None, doubling: float) -> Pre
 
 
 def _measured(point: str) -> tuple[float, float]:
-    """Return (tokens in a prompt, tokens per second)."""
+    """Return (tokens in a prompt, tokens per second) from a point of the curve.
+
+    Raises:
+        ValueError: the text is no such point.
+    """
     tokens, _, rate = point.strip().partition(":")
     length = 1000 * float(tokens[:-1]) if tokens.endswith("k") else float(tokens)
     if not 0 < length < math.inf or not 0 < float(rate) < math.inf:
@@ -118,12 +122,13 @@ def _measured(point: str) -> tuple[float, float]:
 
 
 def block_bytes_and_doubling(trace: Trace, model: str | None, kv_dtype: str) -> tuple[int, float]:
-    """Return the bytes of one block, and the context with which a token takes twice as long to compute.
+    """Return the bytes per block, and the context, in tokens, with which a token takes twice as long to compute.
 
-    Without a model they are the trace's own bytes, if it says so, and the engine's guess.
+    Both follow from the model. Without a model they are the trace's bytes, if it contains them, and the engine's guess
+    of the context; else those of the default model.
 
     Raises:
-        ConfigError: no such model.
+        ConfigError: the model is not known.
     """
     if model is None and trace.block_bytes is not None:
         return trace.block_bytes, DOUBLING_TOKENS
@@ -132,10 +137,10 @@ def block_bytes_and_doubling(trace: Trace, model: str | None, kv_dtype: str) -> 
 
 
 def policies_of(text: str) -> list[str]:
-    """Return the policies that an option names.
+    """Return the names of policies in a comma-separated list; "all" stands for all registered policies.
 
     Raises:
-        ConfigError: one is not registered.
+        ConfigError: a policy is not registered.
     """
     names = list(POLICIES.names()) if text.strip() == "all" else split_list("policy", text)
     for name in names:
@@ -144,10 +149,10 @@ def policies_of(text: str) -> list[str]:
 
 
 def engine_options(options: list[str] | None, load_deadline: float | None) -> dict[str, Any]:
-    """Return the keys of the engine's configuration that were given, `--load-deadline` among them.
+    """Return the given keys of the engine's configuration, with `load_deadline` from its own option.
 
     Raises:
-        ConfigError: a key that a replay does not obey, or one given twice.
+        ConfigError: a replay does not obey a key, or the load deadline is given twice.
     """
     given = parse_options(options or [])
     for key, value in given.items():
@@ -161,7 +166,7 @@ def engine_options(options: list[str] | None, load_deadline: float | None) -> di
 
 
 def settings_of(options: dict[str, Any]) -> TieringSettings:
-    """Return the settings of an engine with these keys.
+    """Return the settings of an engine whose configuration has these keys.
 
     Raises:
         ConfigError: a value is out of range.

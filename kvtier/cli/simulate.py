@@ -1,4 +1,4 @@
-"""`kvtier simulate`: what caches of several sizes and policies would have made of a trace."""
+"""`kvtier simulate`: replays a trace with caches of several sizes and policies."""
 
 from __future__ import annotations
 
@@ -108,10 +108,10 @@ def simulate(
 
 
 def show_repeated(recording: Path) -> None:
-    """Print what a recorded engine loaded, found by repeating every call that it made.
+    """Repeat every call of a recorded engine, and print what it loaded.
 
     Raises:
-        KVTierError: no recording, or one that cannot be repeated here.
+        KVTierError: the file is no recording, is damaged, or needs a policy that is not registered.
     """
     again = repeat(recording)
     blocks = ", ".join(f"{count:,} from {source}" for source, count in sorted(again.hits.items())) or "none"
@@ -120,7 +120,7 @@ def show_repeated(recording: Path) -> None:
 
 
 def curve_setups(trace: Trace, setups: list[Setup]) -> list[Setup]:
-    """Return further setups, so that the page can show the hit rate over the size of the primary tier."""
+    """Return setups with further sizes of the primary tier, for the page's chart of the hit rate over the size."""
     sizes = around([setup.dram_blocks for setup in setups], trace.num_unique)
     disks = list(dict.fromkeys(setup.disk_blocks for setup in setups))
     policies = list(dict.fromkeys(setup.policy for setup in setups))
@@ -128,7 +128,7 @@ def curve_setups(trace: Trace, setups: list[Setup]) -> list[Setup]:
 
 
 def show(trace: Trace, machine: Machine, block_bytes: int, results: list[Result]) -> None:
-    """Print the table."""
+    """Print facts about the trace, and the table of results."""
     console = Console(markup=False, emoji=False, highlight=False)
     lines = report.facts(trace, block_bytes, machine)
     notes = long_prompts_note(trace, [result.setup for result in results]), report.overload_note(results)

@@ -1,4 +1,4 @@
-"""A bar with the time left, on a terminal; nothing elsewhere."""
+"""A progress bar with the remaining time, shown only on a terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 @contextmanager
 def tracked(what: str) -> Iterator[Callable[[float], None]]:
-    """Show a bar while the work goes on; what is yielded is told which share is done, 0 to 1."""
+    """Show a progress bar; yield a function that must be called with the share of work that is done, 0 to 1."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
