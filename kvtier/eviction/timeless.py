@@ -20,7 +20,8 @@ class TimelessPolicy(EvictionPolicy):
         self.policy.insert(keys)
 
     def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
-        self.policy.touch(keys)
+        if keys:  # a call without keys only tells the time
+            self.policy.touch(keys)
 
     def evict(self, keys: Sequence[OffloadKey]) -> None:
         self.policy.evict(keys)
@@ -55,10 +56,10 @@ def empty_like(policy: EvictionPolicy) -> EvictionPolicy:
 
 
 def with_time(policy: EvictionPolicy) -> EvictionPolicy:
-    """Return `policy`, or an adapter around it if its `insert` or `touch` takes only keys."""
+    """Return `policy`, or an adapter around it unless its `insert` and `touch` are known to take the time."""
     try:
         for method in (policy.insert, policy.touch):
             inspect.signature(method).bind((), 0.0)
-    except TypeError:
+    except (TypeError, ValueError):  # ValueError: compiled code may have no signature
         return TimelessPolicy(policy)
     return policy

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import pytest
 
 from kvtier.abc import EvictionPolicy
 from kvtier.eviction.lru import LRUPolicy
@@ -54,6 +55,23 @@ class ColdPolicy(LRUPolicy):
         pass
 
 
+class LooksAtTheFirstKey(LRUPolicy):
+    """Was always told a key before empty calls came with the time."""
+
+    def insert(self, keys: Sequence[OffloadKey]) -> None:
+        super().insert(keys)
+
+    def touch(self, keys: Sequence[OffloadKey]) -> None:
+        assert keys[0] is not None
+        super().touch(keys)
+
+
+class CompiledPolicy(LRUPolicy):
+    """A method of compiled code may have no signature that Python can read; `max` has none, either."""
+
+    touch = max
+
+
 class TestTimeless(PolicySuite):
     tail_first = False
 
@@ -66,11 +84,15 @@ def test_only_a_policy_that_takes_no_time_is_adapted() -> None:
     assert with_time(lru) is lru
     assert isinstance(with_time(FifoPolicy(4)), TimelessPolicy)
     assert isinstance(with_time(ColdPolicy(4)), TimelessPolicy)
+    assert isinstance(with_time(CompiledPolicy(4)), TimelessPolicy)
 
 
-def test_a_manager_runs_with_it() -> None:
+@pytest.mark.parametrize("kind", [FifoPolicy, LooksAtTheFirstKey, CompiledPolicy])
+def test_a_manager_runs_with_it(kind: type[EvictionPolicy]) -> None:
     view = memoryview(np.zeros((4, 1), dtype=np.uint8))
-    manager = TieringOffloadingManager(CPUPrimaryTierOffloadingManager(4, view, FifoPolicy(4)))
+    policy = kind(4)
+    primary = CPUPrimaryTierOffloadingManager(4, view, policy)
+    manager = TieringOffloadingManager(primary)
     for number in range(3):
         context = ReqContext(str(number))
         manager.on_new_request(context)
@@ -79,4 +101,6 @@ def test_a_manager_runs_with_it() -> None:
         manager.complete_store(stored.keys_to_store, context)
         manager.on_request_finished(context)
         manager.check_invariants()
-    assert stored.evicted_keys == keys_of(0, 1), "the first in go first"
+    assert sorted(stored.evicted_keys) == keys_of(0, 1), "the first in go first"
+    assert isinstance(primary.table.policy, TimelessPolicy)
+    assert primary.table.policy.policy is policy, "no policy takes its place"
