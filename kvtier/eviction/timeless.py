@@ -16,6 +16,14 @@ class TimelessPolicy(EvictionPolicy):
         super().__init__(policy.capacity)
         self.policy = policy
 
+    @property
+    def may_decline(self) -> bool:
+        return self.policy.may_decline
+
+    @may_decline.setter
+    def may_decline(self, value: bool) -> None:
+        self.policy.may_decline = value
+
     def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         self.policy.insert(keys)
 
@@ -49,10 +57,11 @@ class TimelessPolicy(EvictionPolicy):
 
 
 def empty_like(policy: EvictionPolicy) -> EvictionPolicy:
-    """Return an empty policy of the same kind and capacity."""
-    if isinstance(policy, TimelessPolicy):
-        policy = policy.policy
-    return with_time(type(policy)(policy.capacity))
+    """Return an empty policy of the same kind and capacity, which may decline if `policy` may."""
+    kind = type(policy.policy if isinstance(policy, TimelessPolicy) else policy)
+    empty = with_time(kind(policy.capacity))
+    empty.may_decline = policy.may_decline
+    return empty
 
 
 def with_time(policy: EvictionPolicy) -> EvictionPolicy:

@@ -196,6 +196,31 @@ def test_without_quotas_a_tenants_name_means_nothing(make_engine):
     assert sum(num_held(engine, f"b {number}") for number in range(4)) == 0
 
 
+class Declines(LRUPolicy):
+    """Gives nothing away where it may decline."""
+
+    def candidates(self, incoming=()):
+        return iter(()) if incoming and self.may_decline else super().candidates(incoming)
+
+
+class DeclinesWithoutTime(Declines):
+    def touch(self, keys):
+        super().touch(keys)
+
+
+@pytest.mark.parametrize("params", [None, {"kvtier": {"tenant": "a"}}])
+@pytest.mark.parametrize("policy", [Declines, DeclinesWithoutTime])
+@pytest.mark.parametrize("num_tiers", [0, 1])
+def test_no_tenants_policy_declines_blocks_that_a_tier_below_is_to_get(make_engine, policy, num_tiers, params):
+    engine = make_engine(num_blocks=4, num_tiers=num_tiers, policy=policy, tenant_quotas=True)
+    for number in range(4):
+        context = engine.request(str(number), kv_transfer_params=params)
+        stored = engine.store(make_keys(2, str(number)), context)
+        assert len(stored) == (2 if num_tiers or number < 2 else 0)
+        engine.finish(context)
+        engine.step()
+
+
 class Raises(LRUPolicy):
     """Fails once it is asked for a victim."""
 
