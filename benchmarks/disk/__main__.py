@@ -1,9 +1,9 @@
 """The disk tier beside the raw limit of its device, interleaved in one run.
 
 The raw limit is direct I/O in requests of 1 MiB on 4 threads, over a file that was preallocated and written before.
-The tier's bytes go through `submit_store` and `submit_load` of a real DiskTierManager with its I/O process, while the
-scheduler's thread does 2 ms of pure Python work between two looks at the tier; the raw limit is measured beside the
-same busy thread. Every round's ratio is to the raw limit just before and just after it. Loads run in a new process.
+The tier's bytes go through `submit_store` and `submit_load` of a real DiskTierManager with its I/O process. Meanwhile
+the scheduler's thread does 2 ms of pure Python work between two polls of the tier; it does the same while the raw limit
+is measured. A round's ratio is to the mean of the raw limits just before and just after it. Loads run in a new process.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> None:
 def measure(
     folder: Path, sizes: list[int], jobs: list[int], num_bytes: int, rounds: int, num_index: int, console: Console
 ) -> tuple[list[CaseFigures], IndexFigures | None]:
-    """Measure every case, with a line that says where it is."""
+    """Measure every case, and show the progress in one line."""
     figures: list[CaseFigures] = []
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -71,7 +71,7 @@ def measure(
 
 
 def report(figures: list[CaseFigures], index: IndexFigures | None, path: Path | None, console: Console) -> None:
-    """Print the tables; put the figures beside those that the file has already, so that a run may come in pieces."""
+    """Print the tables; add the figures to those in the file, so that several runs can share a file."""
     if figures and not all(row.direct for row in figures):
         console.print("no direct I/O on this filesystem: both sides go through the page cache")
     if figures:

@@ -1,8 +1,9 @@
-"""Everything that is measured of one size of blocks and jobs, in a process of its own.
+"""Measures one size of blocks and jobs, in its own process.
 
-More than `kvtier bench disk` asks for: beside speed and the raw limit, CPU, the raw limit with checksums, what the
-scheduler's thread spends on jobs and steps, and the rate of lookups. Run as a script it is the process: an `Order` as
-JSON in, a line of JSON per round out, then one with what was measured once.
+It measures more than `kvtier bench disk`: in addition to the speed and the raw limit, CPU time, the raw limit with
+checksums, the time of the scheduler's thread for jobs and steps, and the rate of lookups. Run as a script, this file is
+that process. It reads an `Order` as JSON, and prints a line of JSON per round, then one with the figures that are
+measured only once.
 """
 
 from __future__ import annotations
@@ -35,30 +36,30 @@ IDLE_STEPS = 300
 LOOKUPS = 20_000
 
 TARGETS = {128 << 10: (0.80, 0.85), 512 << 10: (0.90, 0.95), 2 << 20: (0.95, 0.95), 8 << 20: (0.95, 0.95)}
-"""Ratio to the raw limit that stores and loads should reach, by bytes of a block."""
+"""Least ratios to the raw limit of (stores, loads), by bytes per block."""
 CPU_TARGET = 0.25
-"""CPU seconds per GB, checksums included, from `CPU_BLOCK_BYTES` per block on."""
+"""Most CPU seconds per GB, with checksums, for blocks of at least `CPU_BLOCK_BYTES`."""
 CPU_BLOCK_BYTES = 512 << 10
 STEP_TARGET_MS = 0.3
-"""What the tier may add to the 99th percentile of a scheduler's step."""
+"""Most milliseconds by which the tier may lengthen the 99th percentile of a scheduler's step."""
 
 
 @dataclass(frozen=True)
 class CaseFigures:
-    """What one case came to; medians over the rounds.
+    """Figures of one case, medians over the rounds.
 
     Attributes:
         load: True for loads, False for stores.
-        raw, tier: GB/s.
-        ratio: median of the rounds' own ratios, each to the raw limit just before and just after it.
-        ratios: of every round.
-        summed, summed_ratio: the raw limit with checksums, GB/s, and the tier's ratio to it.
+        raw, tier: GB/s of the raw limit and of the tier.
+        ratio: median of `ratios`.
+        ratios: per round, the tier's speed divided by the mean of the raw limits just before and just after it.
+        summed, summed_ratio: GB/s of the raw limit with checksums, and the tier's ratio to it.
         cpu, raw_cpu, summed_cpu: CPU seconds per GB, of the tier's I/O process and of the raw limit's process.
-        job_us: what a job costs the scheduler's thread, submission and poll, in microseconds.
-        idle_poll_us: what a poll costs that brings nothing.
-        least_us: what `LeastJob` costs: the raw limit of `job_us`, taken beside the raw limit with checksums.
-        steps_ms: p50, p99 and max of a step with the tier idle, beside the raw limit, and with the tier at work.
-        lookups: per second, of present and of absent blocks.
+        job_us: microseconds of the scheduler's thread per job, submission and poll together.
+        idle_poll_us: microseconds of a poll without results.
+        least_us: microseconds of `LeastJob`, the raw limit of `job_us`; measured during the raw limit with checksums.
+        steps_ms: p50, p99 and max of a step with the tier idle, during the raw limit, and with the tier at work.
+        lookups: lookups per second, of present and of absent blocks.
         direct: whether direct I/O was possible.
     """
 
@@ -83,13 +84,13 @@ class CaseFigures:
 
     @property
     def target(self) -> float | None:
-        """The ratio that should be reached, if there is one for this size."""
+        """Least ratio for this size; None if there is no target."""
         targets = TARGETS.get(self.block_bytes)
         return None if targets is None else targets[self.load]
 
     @property
     def job_target_us(self) -> float:
-        """What a job may cost the scheduler's thread."""
+        """Most microseconds of the scheduler's thread per job."""
         return 20 + 0.6 * self.job_blocks
 
     def to_json(self) -> dict[str, Any]:
@@ -100,7 +101,7 @@ class CaseFigures:
 def measure_cases(
     folder: Path, block_bytes: int, job_blocks: int, num_bytes: int, rounds: int, progress: Progress
 ) -> Iterator[CaseFigures]:
-    """Yield the figures of one size's stores, then of its loads in a new process.
+    """Yield the figures of one size's stores, then those of its loads, which run in a new process.
 
     Raises:
         KVTierError: the tier or the raw limit failed.
@@ -127,12 +128,12 @@ class FullSession(Session):
     """A session that also measures steps without jobs, and lookups."""
 
     def idle(self) -> Steps:
-        """Step with a tier that has nothing to do."""
+        """Run `IDLE_STEPS` steps while the tier has no job."""
         left = iter(range(IDLE_STEPS))
         return self.scheduler.idle(lambda: next(left, None) is None)
 
     def lookups(self) -> dict[str, float]:
-        """Return lookups a second, of present and of absent blocks."""
+        """Return lookups per second, of present and of absent blocks."""
         present = self.order.keys(self.order.rounds - 1)[:LOOKUPS]
         absent = self.order.keys(self.order.rounds)[:LOOKUPS]
         return {
@@ -154,7 +155,7 @@ class FullSession(Session):
 
 
 def measure(order: Order) -> Iterator[dict[str, Any]]:
-    """Yield what each round measured, raw beside tier, then what was measured once."""
+    """Yield the figures of each round, then those that are measured only once."""
     least = LeastJob(order.job_blocks, order.keys(-2), order.keys(-3))
     raw_limit = RawLimit(Path(order.folder) / "raw", order.num_bytes)
     with FullSession(order) as session, closing(raw_limit) as limit, closing(least):
@@ -202,7 +203,7 @@ def _percentiles(times: list[float]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Be the process; SIGTERM ends it with its tier."""
+    """Measure as a process of its own; SIGTERM ends it and its tier."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     for figures in measure(Order(**json.load(sys.stdin))):
         print(json.dumps(figures), flush=True)

@@ -1,7 +1,7 @@
-"""How a disk tier starts that holds very many blocks: answers meanwhile, records a second, bytes on disk and in memory.
+"""Measures the start of a disk tier with very many blocks: its duration, calls meanwhile, bytes on disk and in memory.
 
-A process of its own measures, and prints a line of JSON. The records are real and sealed; the payloads beside them are
-holes of the file, since a start does not look at them.
+A new process measures, and prints a line of JSON. The records are real and sealed. The payloads are holes in files,
+since a start does not read them.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ _SECONDS_TO_START = 120.0
 
 @dataclass(frozen=True)
 class IndexFigures:
-    """What a start took.
+    """Figures of a start.
 
     Attributes:
-        seconds: from `start` to a tier that is UP.
-        longest_call_ms: of all lookups and polls until then.
-        disk_bytes: bytes a block that the directory takes beside payloads.
-        memory_bytes: bytes a block by which the scheduler's process grew, once the tier is UP.
-        bare_seconds, bare_bytes: what it takes to enter as many keys in a dict and an `OrderedDict`, and bytes a key.
+        seconds: time from `start` until the tier is UP.
+        longest_call_ms: longest lookup and poll together until then.
+        disk_bytes: bytes per block in the directory, without payloads.
+        memory_bytes: bytes per block by which the scheduler's process has grown when the tier is UP.
+        bare_seconds, bare_bytes: seconds to enter as many keys into a dict and an `OrderedDict`, and bytes per key.
     """
 
     num_blocks: int
@@ -69,20 +69,20 @@ class IndexFigures:
 
     @property
     def records_per_second(self) -> float:
-        """Records a second, the start of the I/O process included."""
+        """Records per second, including the start of the I/O process."""
         return self.num_blocks / self.seconds
 
     @property
     def bare_per_second(self) -> float:
-        """Keys a second that two dictionaries take, with no disk, no records, no process."""
+        """Keys per second into two dictionaries, without disk, records and process."""
         return self.num_blocks / self.bare_seconds
 
     @classmethod
     def measure(cls, folder: Path, num_blocks: int = NUM_BLOCKS) -> Self:
-        """Measure, in new processes.
+        """Measure the start and the dictionaries, each in a new process.
 
         Raises:
-            KVTierError: it failed.
+            KVTierError: a process failed.
         """
         figures: dict[str, Any] = {}
         for what in _MEASUREMENTS:
@@ -105,7 +105,7 @@ def _capacity(num_blocks: int) -> int:
 
 
 def prepare(path: Path, num_blocks: int) -> None:
-    """Make the directory of a slab whose every slot has a record, and files of holes for the payloads."""
+    """Make the directory of a slab with a record for every slot, and sparse files for the payloads."""
     capacity = _capacity(num_blocks)
     options = {"path": str(path), "capacity": capacity}
     SlabStore.open(options, StoreContext(_NAMESPACE, _BLOCK_BYTES)).close()
@@ -122,7 +122,7 @@ def prepare(path: Path, num_blocks: int) -> None:
 
 
 def measure_start(folder: Path, num_blocks: int) -> dict[str, float]:
-    """Start a tier over a directory, ask it all the while, and weigh it."""
+    """Start a tier with `num_blocks` records, and measure calls, memory and disk space until it is UP."""
     path = folder / "index"
     prepare(path, num_blocks)
     headers = path / _NAMESPACE.fingerprint.hex()
@@ -145,7 +145,7 @@ def measure_start(folder: Path, num_blocks: int) -> dict[str, float]:
             longest = max(longest, time.perf_counter() - start)
             if start - began > _SECONDS_TO_START or tier.state is TierState.DOWN:
                 raise KVTierError(f"the tier did not start: {tier.state_reason}")
-            time.sleep(0.0005)  # between two steps of a scheduler that has nothing else to do
+            time.sleep(0.0005)  # the pause between two steps of an idle scheduler
         seconds = time.perf_counter() - began
         memory = _resident_bytes() - before
         if tier.lookup(key, context) is not LookupResult.HIT or tier.get_stats()["blocks"] != num_blocks:
@@ -160,7 +160,7 @@ def measure_start(folder: Path, num_blocks: int) -> dict[str, float]:
 
 
 def measure_bare(folder: Path, num_blocks: int) -> dict[str, float]:
-    """Enter keys in what an index with an order of eviction needs at least, and weigh that."""
+    """Enter keys into a dict and an `OrderedDict`, the least that an index with an order of eviction needs."""
     gc.disable()
     _key(0)
     before, seconds = _resident_bytes(), 0.0
@@ -183,7 +183,7 @@ _MEASUREMENTS: dict[str, Callable[[Path, int], dict[str, float]]] = {"start": me
 
 
 def main() -> None:
-    """Be a process that measures one of the two."""
+    """Run the measurement that the first argument names."""
     print(json.dumps(_MEASUREMENTS[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]))))
 
 

@@ -1,7 +1,7 @@
-"""The raw limit of a job on the scheduler's thread: its packet, the answer, and its keys in an index and out of it.
+"""The raw limit of a job on the scheduler's thread: its packet, the answer, and the change of an index.
 
-The packet goes to a process that waits for it, as a tier's does. The index is what any cache with exact capacity and an
-order of eviction needs: a dict, and an `OrderedDict`; with no pins, no states, no checks.
+The packet goes to a process that waits for it, like a tier's I/O process. The index is the least that a cache with
+exact capacity and an order of eviction needs: a dict and an `OrderedDict`, without pins, states and checks.
 """
 
 from __future__ import annotations
@@ -18,14 +18,20 @@ from itertools import cycle, islice
 from kvtier.keys import OffloadKey
 
 HEAD_BYTES, BYTES_A_BLOCK, ANSWER_BYTES = 24, 44, 60
-"""Of a job's packet: its head, a key and two slots for each block; of the result's."""
+"""Bytes of a job's packet: its head, and a key and two slots per block; and of the answer."""
 
 
 class LeastJob:
-    """A process that answers packets and does nothing else, and an index that is always full."""
+    """A process that only answers packets, and an index that is always full."""
 
     def __init__(self, job_blocks: int, held: Sequence[OffloadKey], others: Sequence[OffloadKey]) -> None:
-        """Args: job_blocks: of each job; held: keys that the index holds at first; others: those that come next."""
+        """Start the process.
+
+        Args:
+            job_blocks: blocks per job.
+            held: keys in the index at first.
+            others: keys that replace them, in turn with `held`.
+        """
         self._job_blocks = job_blocks
         self._slot_of = {key: slot for slot, key in enumerate(held)}
         self._queue = OrderedDict.fromkeys(held)
@@ -36,16 +42,16 @@ class LeastJob:
         theirs.close()
         self._waits = False
         self.seconds: list[float] = []
-        """What this thread spent on each job, waiting excluded."""
+        """Seconds of this thread per job, without waiting."""
 
     def run(self) -> None:
-        """Take the answer to the packet before, which came while this thread did something else, and begin a job."""
+        """Receive the last packet's answer, which has usually arrived meanwhile, and begin a job."""
         start = time.perf_counter()
         if self._waits:
             try:
                 self._socket.recv(ANSWER_BYTES, socket.MSG_DONTWAIT)
             except BlockingIOError:
-                return  # not answered yet: no figure
+                return  # no answer yet, so this call counts no job
         self._replace(list(islice(self._coming, self._job_blocks)))
         self._socket.send(self._packet)
         if self._waits:
@@ -53,7 +59,7 @@ class LeastJob:
         self._waits = True
 
     def _replace(self, keys: Sequence[OffloadKey]) -> None:
-        """Let the oldest keys give way to `keys`."""
+        """Replace the oldest keys of the index by `keys`."""
         queue, slot_of = self._queue, self._slot_of
         victims = list(islice(queue, len(keys)))
         slots = [slot_of.pop(key) for key in victims]
@@ -70,9 +76,9 @@ class LeastJob:
 
 
 def main() -> None:
-    """Be the process."""
+    """Answer packets until the other end closes."""
     answers = socket.socket(fileno=int(sys.argv[1]))
-    with contextlib.suppress(OSError):  # the other end closes with an answer unread
+    with contextlib.suppress(OSError):  # the other end may close before it reads the last answer
         while answers.recv(1 << 16):
             answers.send(bytes(ANSWER_BYTES))
 

@@ -1,4 +1,4 @@
-"""The figures as tables for people; what misses its target is marked."""
+"""Tables of the figures; "!" marks a missed target."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvtier.sizes import format_size
 
 
 def speed_table(figures: Sequence[CaseFigures]) -> Table:
-    """Return throughput and CPU, a row a case."""
+    """Return a table of throughput and CPU time, one row per case."""
     table = Table(title="blocks to and from the disk, the scheduler's thread busy (medians; ! misses its target)")
     columns = ("block", "job", "", "raw GB/s", "tier GB/s", "ratio", "target", "CPU s/GB", "raw CPU")
     for column in (*columns, "raw summed GB/s", "ratio", "CPU"):
@@ -37,7 +37,7 @@ def speed_table(figures: Sequence[CaseFigures]) -> Table:
 
 
 def scheduler_table(figures: Sequence[CaseFigures]) -> Table:
-    """Return what the scheduler's thread sees, a row a case."""
+    """Return a table of times on the scheduler's thread, one row per case."""
     table = Table(title="the scheduler's thread (p50 / p99 / max of a step in ms; microseconds; lookups a second)")
     columns = (
         "block",
@@ -74,7 +74,7 @@ def scheduler_table(figures: Sequence[CaseFigures]) -> Table:
 
 
 def index_table(figures: IndexFigures) -> Table:
-    """Return what a start with a large index takes."""
+    """Return a table of the start with a large index."""
     table = Table(title=f"a start with {figures.num_blocks:,} blocks in the index")
     for column in ("", "measured", "target"):
         table.add_column(column, justify="right" if column else "left")

@@ -49,7 +49,7 @@ def seconds(value: float) -> str:
 
 
 def overload_note(results: Sequence[Result]) -> str:
-    """Return a line if the accelerator cannot compute all that comes; else nothing."""
+    """Return a line if the accelerator cannot keep up with the requests in one of the results; else ""."""
     if all(result.computing <= 1 for result in results):
         return ""
     least, most = (percent(choose(result.computing for result in results)) for choose in (min, max))

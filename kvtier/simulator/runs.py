@@ -1,7 +1,8 @@
 """Replays one trace with many configurations, in parallel processes.
 
-Only the parent receives an interrupt (SIGINT). It then sets a flag that every replay checks. A parent that is killed
-cannot set the flag: so each process has a thread that waits for the parent's end, and ends the process then.
+The processes start with SIGINT blocked, so that only the parent reacts to an interrupt. It then sets a flag that every
+replay checks. A parent that is killed cannot set the flag: so each process has a thread that waits for the parent's
+end, and ends the process then.
 """
 
 from __future__ import annotations

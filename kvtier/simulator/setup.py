@@ -54,8 +54,8 @@ class Machine:
         """Check the speeds.
 
         Raises:
-            ConfigError: a speed is not above 0, the latency is negative, or a value other than `prefill_doubling` is
-                not finite.
+            ConfigError: the latency is negative, another value is not above 0, or a value other than
+                `prefill_doubling` is not finite.
         """
         for name in ("prefill_rate", "host_bandwidth", "disk_read", "disk_write"):
             if not 0 < getattr(self, name) < math.inf:

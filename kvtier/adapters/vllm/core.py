@@ -176,7 +176,7 @@ def guess_speed(config: OffloadingConfig, announcements: Sequence[Announcement])
 def namespace_of(announcements: Sequence[Announcement], weights: Mapping[str, str | int]) -> Namespace:
     """Return the namespace of all workers: the first one's identity, a digest of all identities, and the weights.
 
-    The first identity is only there for people to read; the digest includes it.
+    The digest includes the first identity, too; its values stay readable in the namespace.
 
     Args:
         announcements: in the order of ranks, each with an identity.

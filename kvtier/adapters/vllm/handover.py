@@ -38,7 +38,7 @@ MAX_MESSAGE_BYTES = 64 * 1024
 _STEP_SECONDS = 0.02
 """Longest time until a waiting thread notices `stop`."""
 REPLY_SECONDS = 10.0
-"""Longest wait for the first message of a connected peer."""
+"""Longest wait for a worker's announcement, or for the core's answer to it."""
 _CREDENTIALS = struct.Struct("3i")
 
 
@@ -87,7 +87,7 @@ def socket_name(engine_id: str) -> str:
 
 
 class ArenaHost:
-    """The core's side: a thread accepts connections until every worker has connected, then calls back and ends.
+    """The core's side: a thread accepts connections until every worker has attached, then calls back and ends.
 
     Each worker has its own thread, which waits as long as the worker lives. Registering the arena with a device takes
     about a second for some GiB, and reading the weights may take minutes.

@@ -61,7 +61,7 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         return None if self._off else self._core.manager
 
     def lookup(self, key: OffloadKey, req_context: Any) -> Any:
-        # vLLM calls this once per key: no closure, and no `_try`, which would cost more than the lookup itself.
+        # vLLM calls this once per key, so it does without the closure and the further call that `_try` needs.
         manager = self._core.manager
         if manager is None or self._off:
             return _MISS
