@@ -69,7 +69,7 @@ class StoreLoop:
     ) -> None:
         """Do what is queued, until `close` is called; without `wait`, until nothing is queued."""
         while tasks := self._queue.take(self.blocks_per_call, wait=wait):
-            self.busy_at = time.monotonic()
+            self.busy_at = time.monotonic()  # threads set it without a lock: its reader needs no exact value
             reports: list[JobReport] = [runner.answer(task) for task in tasks if isinstance(task, Probe)]
             parts = [task for task in tasks if isinstance(task, Part)]
             if parts:

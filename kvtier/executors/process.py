@@ -146,10 +146,12 @@ class IOProcess(IOExecutor):
         except ProtocolError as error:
             raise StoreUnavailableError(f"options of its store: {error}") from error
         try:
+            # Such a socket keeps the boundaries of packets and, unlike a datagram socket, shows the end of its peer.
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             parent = _open_pidfd(os.getpid())
             inherited = (theirs.fileno(), self._arena.number, parent)
             arguments = map(str, (*inherited, os.getpid()))
+            # -P keeps the working directory out of the module path: with -m, a file there could shadow a module.
             self._process = subprocess.Popen(
                 [sys.executable or "python3", "-P", "-m", "kvtier.executors.server", *arguments],
                 stdin=subprocess.DEVNULL,
@@ -248,6 +250,7 @@ class IOProcess(IOExecutor):
         self.retire()
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
+                # A pidfd never names another process, even if the pid was reaped elsewhere and used again.
                 if self._pidfd is not None and self._pidfd.is_ours():
                     signal.pidfd_send_signal(self._pidfd.number, signal.SIGKILL)
                 else:

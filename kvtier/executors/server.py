@@ -217,7 +217,7 @@ class Server:
 
 
 class Watchdog:
-    """Ends the process when its parent has ended, even if a thread hangs in the store.
+    """Ends the process after its parent has ended or closed the socket, even if a thread hangs in the store.
 
     Running calls get `_MAX_SECONDS_AFTER_END`. While the store still opens, the process ends at once.
 

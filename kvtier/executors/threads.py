@@ -33,7 +33,7 @@ class ThreadExecutor(IOExecutor):
         self._wanted = True
         self._killed = False
         self._opener: threading.Thread | None = None
-        self._reports: deque[Report] = deque()
+        self._reports: deque[Report] = deque()  # needs no lock: CPython's `append` and `popleft` are atomic
         self._news = threading.Event()
         forks.register(self)
 
@@ -147,6 +147,7 @@ class ThreadExecutor(IOExecutor):
     def _copy(self, slots: Iterable[int], buffers: Iterable[memoryview], *, to_arena: bool) -> bool:
         """Copy blocks between arena and buffers; return False as soon as the executor was ended."""
         for slot, buffer in zip(slots, buffers, strict=False):
+            # The lock is held for one block at a time, so that `retire` waits for one copy at most.
             with self._arena_lock:
                 if not self._wanted:
                     return False

@@ -34,7 +34,7 @@ from kvtier.types import (
 )
 
 MAX_NUMBERED_REQUESTS = 100_000
-"""Most requests whose numbers are remembered, for engines that do not end their requests."""
+"""Most requests whose numbers are remembered. A number outlives its request, since completions may come later."""
 
 
 class CallLog:
@@ -45,7 +45,7 @@ class CallLog:
     """
 
     def __init__(self, recorder: Recorder, tiers: Sequence[str]) -> None:
-        """Args: recorder: already started; tiers: names of the secondary tiers, in order."""
+        """Args: recorder: records nothing until it is started; tiers: names of the secondary tiers, in order."""
         self._recorder = recorder
         self._tiers = tuple(tiers)
         self._usable = [False] * len(self._tiers)
@@ -103,7 +103,7 @@ class CallLog:
         return number
 
     def _hint_of(self, req_context: ReqContext) -> bytes:
-        """Return a request's hint in JSON, with names that nobody can read; empty if it has none."""
+        """Return a request's hint in JSON, with hashed names of session and tenant; empty if it has none."""
         hint = read_hint(req_context.kv_transfer_params).hint
         if hint is NO_HINT:
             return b""
@@ -169,7 +169,7 @@ class CallLog:
 
 
 def _answers(state: RequestState, keys: Sequence[OffloadKey]) -> bytes:
-    """Return the tiers' answers for the keys of a scan, one byte per key; b"" if no tier has any of them."""
+    """Return the tiers' answers for the keys of a scan, one byte per key; b"" if all of them missed."""
     found, unresolved = state.scan.found, state.scan.unresolved
     if not found and not unresolved:
         return b""

@@ -21,7 +21,8 @@ MAX_STORE_SECONDS = 5.0
 """Most work in flight to one tier, in seconds of writing. The blocks keep their slots until they are written."""
 MIN_STORE_SECONDS = 0.5
 """Work that a tier is always offered, in seconds of writing. An engine computes a memory of a few blocks anew within
-milliseconds. That is less than one write takes on a busy machine, so `MAX_STORE_SHARE` alone would allow no write."""
+milliseconds, less than one write takes on a busy machine. With `MAX_STORE_SHARE` alone, few of its blocks would be
+written."""
 MAX_STORE_SHARE = 0.25
 """Most work in flight to one tier, as a share of the time in which the engine computes as many blocks as the primary
 tier holds. The blocks would have stayed that long anyway, so their pins displace no other block."""

@@ -143,7 +143,7 @@ class DeviceTransfers:
         self._count_unexpected("complete_load", left, done)
         self._table.unpin(slots)
         if state is not None and state.copies.loading_again:
-            # The next completion of such a key ends its further load.
+            # A key may be loaded twice at the same time. Its next completion ends the second load.
             again, state.copies.loading_again = state.copies.loading_again, []
             for key, slot in again:
                 if key in state.copies.loading:

@@ -211,7 +211,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         """Return whether a scan of this request from `first_key` on would be deferred, as its last one was.
 
         Args:
-            shortest: False if the last scan had fewer keys than this in any KV group.
+            shortest: the answer is False if the last scan had fewer keys than this in any KV group.
 
         True while the request awaits blocks or has some left to plan, none has failed, and no deadline has passed. The
         engine may then skip the scan in this step. The cost of this call does not depend on the scan's length.

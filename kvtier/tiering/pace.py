@@ -54,7 +54,7 @@ class Pace:
 
     @property
     def looks_often(self) -> bool:
-        """Whether the time since the last poll was short, since an engine that computes nothing goes on at once."""
+        """Whether this step computes nothing. Such a step is short, so little time has passed since the last poll."""
         return not self._measures or not self._work
 
     # -- what a request has computed ----------------------------------------------------------------------

@@ -223,7 +223,7 @@ class Promoter:
     def _place(self, keys: Sequence[OffloadKey]) -> Placement:
         try:
             return self._table.plan(keys)
-        except KeyFormatError:  # a tier claims to hold what cannot be a key here
+        except KeyFormatError:  # a tier answered HIT for a key of a wrong length or type
             return Placement([], [], len(keys))
 
     def note_polled(self, now: float) -> None:
@@ -346,7 +346,7 @@ class Promoter:
         """Return whether a scan from `first_key` on would be deferred, because planned blocks are on their way.
 
         Args:
-            shortest: False if the planned scan had fewer keys than this in any KV group.
+            shortest: the answer is False if the planned scan had fewer keys than this in any KV group.
         """
         scan, outline = state.plans.scan, state.plans.outline
         if not state.may_wait:

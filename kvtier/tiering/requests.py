@@ -272,7 +272,7 @@ class Requests:
         return state
 
     def close(self, state: RequestState) -> None:
-        """Drop the request if it is finished and none of its copies is unfinished."""
+        """Drop the request if it is finished and has no unfinished copies."""
         if state.finished:
             self._new.discard(state)
             self._looked_up.discard(state)

@@ -37,7 +37,7 @@ class TieringSettings:
             requests wait for every block that a tier has.
         retain_share: share of a tier's slots that may hold blocks which hints ask to keep, 0 to 1.
         tenant_quotas: whether a tenant that hints name is held to its share while other tenants want theirs.
-        on_reset: whether a reset starts a new epoch.
+        on_reset: what a reset means for blocks in secondary tiers.
         kv_events: whether `take_events` collects events.
     """
 

@@ -1,4 +1,4 @@
-"""Passes on each use of blocks."""
+"""Reports uses of blocks to every part of the cache that counts them."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from kvtier.tiering.settings import TieringSettings
 MAX_ENDED = 2048
 """Most keys that one step releases because deadlines have passed, plus at most those of one request."""
 UNKNOWN_SECONDS = 2.0
-"""Longest wait of a request if the time to compute its blocks, or their number, is not known."""
+"""Longest wait of a request without a `load_deadline` while the time to compute its blocks is not known."""
 
 
 class Waiting:
@@ -47,8 +47,8 @@ class Waiting:
     def longest_wait(self, computing: float) -> float:
         """Return the load deadline: the most seconds that an attempt may wait.
 
-        It is the predicted time to compute the blocks, or `load_deadline` if that is shorter. No other place decides
-        a load deadline.
+        It is the predicted time to compute the blocks, or `load_deadline` if that is shorter. While the time is not
+        known, it is `load_deadline` or, without one, `UNKNOWN_SECONDS`. No other place decides a load deadline.
 
         Args:
             computing: predicted seconds; 0 if not known yet.
