@@ -24,7 +24,8 @@ from kvtier.tiering.waiting import MAX_ENDED, Waiting
 
 PRIMARY = "primary"
 MAX_PLANNED = 512
-"""Most keys that one step plans, and about the most that one request awaits. So no call takes long for long prompts."""
+"""A step plans a window of this many keys per request until it has planned so many; a request awaits about as many. So
+no call takes long for long prompts."""
 
 MAX_ASKED = 2 * MAX_PLANNED
 """Most blocks that one tier is asked for per step, plus at most one part: choosing their slots takes long."""
@@ -34,6 +35,9 @@ EARLY_FREE = 0.6
 
 MAX_RECONSIDERED = 64
 """Number of the oldest waiting requests that every step reconsiders, and of the others that it reconsiders in turn."""
+
+_PLANNED_PER_LOOK = 4
+"""Keys that are planned in the time in which a request is looked at whose turn is too far."""
 
 _OUTLINED_PER_PLANNED = 8
 """Keys of a scan that are put in order in the time in which one key is planned."""
@@ -69,8 +73,8 @@ class Promoter:
     def plan(self, scanned: Sequence[RequestState]) -> None:
         """Plan at the end of a step, oldest request first, for requests with a new scan or an unfinished outline.
 
-        A step plans about `MAX_PLANNED` keys, or more if the usable prefix of a request is longer. The rest waits for
-        the next step.
+        A step plans up to about `2 * MAX_PLANNED` keys, or more if the usable prefix of a request is longer. The rest
+        waits for the next step.
         """
         for state in scanned:
             asks = state.may_wait and (state.scan.found or state.wait.since is not None)
@@ -91,8 +95,10 @@ class Promoter:
                 continue
             if len(state.awaiting) < MAX_PLANNED:
                 before = outline.num_planned
-                self._promote(state, outline, max(1, left))
-                left -= outline.num_planned - before
+                # A whole window, whatever is left: a few blocks are not worth a tier's latency, and those behind
+                # them would be given up with them.
+                self._promote(state, outline, MAX_PLANNED)
+                left -= max(_PLANNED_PER_LOOK, outline.num_planned - before)
             if not outline.is_done:
                 self._unfinished.append(state)
 
@@ -129,7 +135,7 @@ class Promoter:
         holdings = Holdings(self._table, room, flights.late, self._leases.held, flights.queued)
         plan = plan_promotions(state, outline, holdings, prospect, most)
         outline.num_planned = plan.num_planned
-        if plan.waits or state.awaiting:
+        if plan.waits or state.awaiting or not outline.is_done:  # what comes later must not push these hits out
             self._leases.hold(state, plan.hits)
             flights.join(plan.joins, state)
             self._waiting.expect(state, plan.computing, outlook.idle_in)
@@ -143,7 +149,9 @@ class Promoter:
         self._give_up(state, plan.declined, "slower")
         if not plan.waits and outline.is_done and outline.is_certain and not state.awaiting:
             self._waiting.stop(state, now)
-        if state.lease.slots and not state.awaiting and state.lease.expires is None:
+        if state.awaiting:
+            state.lease.expires = None
+        elif state.lease.slots and state.lease.expires is None:
             self._leases.start_timeout(state, now)
 
     def _note_plan(self, state: RequestState, plan: PromotionPlan) -> None:

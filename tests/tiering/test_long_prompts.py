@@ -1,5 +1,6 @@
 """A step plans a bounded number of blocks, however long a prompt is and however many requests wait."""
 
+import pytest
 from engine import make_keys, payload
 
 from kvtier.events import RequestGaveUp
@@ -186,3 +187,68 @@ def test_a_pause_of_the_engine_is_not_the_time_that_a_tier_took(make_engine):
         engine.finish(context)
         engine.clock.advance(60.0)  # nobody asks, and nobody polls
     assert [len(job.keys) for job in engine.tier.stores] == [1, 1, 1, 40]
+
+
+def answer_loads(engine, seconds=0.005):
+    engine.clock.advance(seconds)
+    for job in list(engine.tier.waiting):
+        if job.is_promotion:
+            engine.tier.finish(job)
+
+
+def ask(engine, keys, context, looks_again):
+    """Look up until nothing is on its way; return the hits. `looks_again`: in each step, as for transformers models."""
+    for step in range(400):
+        if looks_again or not step or not engine.manager.is_still_deferred(keys[0], context):
+            num_hits, num_pending = engine.manager.lookup_prefix(keys, context)
+            if not num_pending:
+                return num_hits
+        engine.step()
+        answer_loads(engine)
+    raise AssertionError("nothing came")
+
+
+@pytest.mark.parametrize("looks_again", [False, True])
+def test_the_rest_of_a_prompt_does_not_push_out_its_head(make_engine, looks_again):
+    engine = make_engine(num_blocks=2000, tokens_per_block=16, prefill_rate=10000.0)
+    engine.tier.auto, engine.tier.full = False, True  # what is stored stays in memory alone
+    keys = make_keys(900, "prompt")
+    for name, some in [
+        ("first", keys[:600]),
+        *((f"other {number}", make_keys(100, f"{number}")) for number in range(14)),
+    ]:
+        context = engine.request(name)
+        engine.store(some, context)
+        engine.finish(context)
+        engine.step()
+    engine.plant(keys[600:])
+    assert ask(engine, keys, engine.request("again"), looks_again) == 900
+
+
+@pytest.mark.parametrize("num_blocks", [500, 4096, 6000])
+@pytest.mark.parametrize("looks_again", [False, True])
+def test_a_step_that_has_planned_much_still_plans_whole_windows(make_engine, num_blocks, looks_again):
+    engine = make_engine(num_blocks=14000, tokens_per_block=16, prefill_rate=10000.0)
+    engine.tier.auto = False
+    for number in range(6):  # the tier's speed is measured
+        keys = make_keys(64, f"{number}")
+        engine.plant(keys)
+        assert ask(engine, keys, engine.request(f"{number}"), looks_again) == 64
+    beside, keys = make_keys(400, "beside"), make_keys(num_blocks, "long")
+    engine.plant([*beside, *keys])
+    engine.manager.lookup_prefix(beside, engine.request("beside"))
+    assert ask(engine, keys, engine.request("long"), looks_again) == num_blocks
+
+
+def test_a_step_looks_at_few_of_the_requests_whose_turn_is_far(make_engine, monkeypatch):
+    engine = make_engine(num_blocks=2000, tokens_per_block=256, prefill_rate=10000.0)
+    engine.tier.auto = False
+    for number in range(1000):
+        keys = make_keys(20, f"{number}")
+        engine.plant(keys)
+        engine.manager.lookup_prefix(keys, engine.request(f"r{number}"))
+    promoter = engine.manager._promoter
+    looks = []
+    monkeypatch.setattr(promoter, "_promote", lambda state, *rest: looks.append(state))
+    engine.step()
+    assert len(looks) <= MAX_PLANNED // 4
