@@ -26,12 +26,15 @@ class Retention:
     def serve(self, table: BlockTable, uses: RequestUses) -> None:
         """Say that the next calls of `table` are for the request of `uses`."""
         policy = table.policy
-        # Not isinstance: with an abstract class it takes 0.4 us, and this runs at every use and every store.
-        if type(policy) is not RetentionPolicy and type(policy) is not TenantPolicy:
-            if uses.hint is NO_HINT:
-                return
-            policy = table.policy = self._around(policy)
-        policy.serve(uses.hint, uses.request, self._clock())
+        try:
+            # Not isinstance: with an abstract class it takes 0.4 us, and this runs at every use and every store.
+            if type(policy) is not RetentionPolicy and type(policy) is not TenantPolicy:
+                if uses.hint is NO_HINT:
+                    return
+                policy = table.policy = self._around(policy)
+            policy.serve(uses.hint, uses.request, self._clock())
+        except Exception as fault:  # noqa: BLE001 - a plug-in may raise anything; reported, and LRU takes over
+            table.replace_policy(fault)
 
     def _around(self, policy: EvictionPolicy) -> ServedPolicy:
         first = RetentionPolicy(policy, self._share)

@@ -166,7 +166,7 @@ class BlockTable:
                 if len(slots) < len(victims):
                     raise InvariantError("candidates that come twice")
         except Exception as fault:  # noqa: BLE001 - a plug-in may raise anything; reported, and LRU takes over
-            self._replace_policy(fault)
+            self.replace_policy(fault)
             victims = self._proposed(count, incoming, protected)
         return victims
 
@@ -224,7 +224,7 @@ class BlockTable:
                 self.policy.evict(placement.victims)
             self.policy.insert(keys, now)
         except Exception as fault:  # noqa: BLE001 - a plug-in may raise anything; reported, and LRU takes over
-            self._replace_policy(fault)
+            self.replace_policy(fault)
         return placed
 
     # -- the policy ---------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ class BlockTable:
         try:  # repeats `_tell` to save a call: some engines touch the whole prompt at every step
             self.policy.touch(keys, now)
         except Exception as fault:  # noqa: BLE001 - a plug-in may raise anything; reported, and LRU takes over
-            self._replace_policy(fault)
+            self.replace_policy(fault)
 
     def settle(self, keys: Sequence[OffloadKey]) -> None:
         """Order `keys` by recency after a request has finished; see `EvictionPolicy.settle`."""
@@ -245,9 +245,10 @@ class BlockTable:
         try:
             change(keys)
         except Exception as fault:  # noqa: BLE001 - a plug-in may raise anything; reported, and LRU takes over
-            self._replace_policy(fault)
+            self.replace_policy(fault)
 
-    def _replace_policy(self, fault: Exception) -> None:
+    def replace_policy(self, fault: Exception) -> None:
+        """Let LRU take the place of a policy that has raised `fault`."""
         name = type(self.policy).__name__
         logger.error("kvtier: eviction policy %s failed, LRU takes its place from now on", name, exc_info=fault)
         self.policy, self._is_plug_in = LRUPolicy(self.num_slots), False

@@ -238,3 +238,38 @@ def test_a_policy_that_fails_under_hints_loses_no_slot(make_engine, caplog):
     scan_by(engine, 6)
     assert num_held(engine, "kept again") == 2
     engine.manager.check_invariants()
+
+
+class FailsOnDemand(LRUPolicy):
+    """Fails to take keys, or to be created for a tenant, from the moment on that a test says so."""
+
+    fails = False
+
+    def __init__(self, capacity):
+        self.raise_if_failing()
+        super().__init__(capacity)
+
+    def insert(self, keys, now=0.0):
+        self.raise_if_failing()
+        super().insert(keys, now)
+
+    def raise_if_failing(self):
+        if FailsOnDemand.fails:
+            raise RuntimeError("of somebody else's policy")
+
+
+@pytest.mark.parametrize("hint", [{}, {"tenant": "b"}], ids=["a time ends", "a tenant comes"])
+def test_a_policy_that_fails_when_it_learns_of_a_request_is_replaced(make_engine, caplog, monkeypatch, hint):
+    engine = make_engine(num_blocks=8, num_tiers=0, policy=FailsOnDemand, tenant_quotas=bool(hint))
+    serve(engine, "a", retain="1s")
+    serve(engine, "a")
+    monkeypatch.setattr(FailsOnDemand, "fails", True)
+    if not hint:
+        engine.clock.advance(10)
+    assert serve(engine, "a", **hint) == 2
+    assert "of somebody else's policy" in caplog.text
+    engine.manager.check_invariants()
+    serve(engine, "kept", retain="10m")
+    scan_by(engine, 6)
+    assert num_held(engine, "kept") == 2
+    engine.manager.check_invariants()
