@@ -1,7 +1,7 @@
 """The interface of executors. They move a tier's bytes in a process, on threads, or on the caller's thread.
 
 An executor is started once and ends once: by `retire`, by `kill`, or by itself. To go on, its tier makes a new one. The
-scheduler's thread calls all methods. They return at once, except `wait`.
+scheduler's thread calls all methods. They return at once, except `wait`, and except those of the inline executor.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ class InlineExecutor(IOExecutor):
         return True
 
     def wait(self, seconds: float) -> None:
-        """Return: the next poll does the work."""
+        """Return at once: the next poll does the work."""
 
     def _move(self, runner: StoreRunner, parts: Sequence[Part]) -> list[PartResult]:
         return runner.run(parts, [self._rows[slot] for part in parts for slot in part.arena_slots])

@@ -21,7 +21,7 @@ _TARGET_BYTES_PER_CALL = 4 << 20
 _MAX_BLOCKS_PER_CALL = 64
 
 Move = Callable[[StoreRunner, Sequence[Part]], list[PartResult]]
-"""Moves parts of one kind in one call into the store."""
+"""Moves parts, all of them loads or all stores, in one call into the store."""
 JobReport = PartResult | ProbeAnswer | Unavailable | Usage
 
 

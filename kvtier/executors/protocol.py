@@ -28,10 +28,10 @@ MAX_PACKET_BYTES = 64 * 1024
 """A Unix socket refuses packets over its send buffer, about 200 KiB by default. Small packets keep both sides busy."""
 
 MAX_MESSAGES = 256
-"""Messages per packet."""
+"""Most messages per packet."""
 
 MAX_CANCELLED = 4096
-"""Jobs that one message cancels, 9 bytes each at most."""
+"""Most jobs that one message cancels. Each takes at most 9 bytes of the packet."""
 
 MAX_REASON_CHARACTERS = 400
 _MAX_PART_HEAD_BYTES = 64
@@ -42,7 +42,7 @@ _SLOT_BYTES = 4
 
 U32 = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 U64 = Annotated[int, msgspec.Meta(ge=0)]
-"""msgpack has no larger integer."""
+"""It needs no maximum, because msgpack has no larger integer."""
 KeyBytes = Annotated[int, msgspec.Meta(ge=MIN_KEY_BYTES, le=MAX_KEY_BYTES)]
 Flags = Annotated[list[bool], msgspec.Meta(min_length=1, max_length=MAX_PACKET_BYTES)]
 """One per block. The maximum is checked before memory is taken for them."""
@@ -141,7 +141,7 @@ class Part(_Keyed, frozen=True, tag=2):
         return None if self.packed_store_slots is None else _unpack_slots(self.packed_store_slots)
 
     def cut(self, max_blocks: int) -> list[Part]:
-        """Return this part as parts of at most `max_blocks` blocks."""
+        """Return this part, cut into parts of at most `max_blocks` blocks."""
         if self.num_blocks <= max_blocks:
             return [self]
         return [self._slice(start, start + max_blocks) for start in range(0, self.num_blocks, max_blocks)]
@@ -295,7 +295,7 @@ def encode(messages: Iterable[Request | StoreReport]) -> tuple[bytes, int]:
     Raises:
         ProtocolError: there are none, the first one alone does not fit a packet, or a value has no encoding.
     """
-    length = 3  # of an array's head
+    length = 3  # of the array's head, in msgpack
     encoded: list[msgspec.Raw] = []
     for message in islice(messages, MAX_MESSAGES):
         try:

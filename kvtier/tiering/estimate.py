@@ -1,4 +1,4 @@
-"""Estimates when blocks arrive from a tier, how long the engine computes them, and which prefix is worth loading.
+"""Estimates when blocks arrive from a tier, how long computing them takes, and which prefix is worth loading.
 
 Pure arithmetic on measurements: it uses no clock, no tier and no request.
 """
@@ -44,8 +44,8 @@ class PrefillSpeed:
             measured: (tokens in a prompt, tokens per second over the whole prompt), of at least two different lengths.
 
         Raises:
-            ValueError: no speed fits. Longer prompts take less time per token, or so much more that a token in an
-                empty context would take no time.
+            ValueError: no speed fits. Longer prompts take less time per token, or the line through the measurements
+                gives a token in an empty context no time.
         """
         # The seconds per token of a whole prompt of n tokens are (1 + n / 2 / doubling) / rate: a line over n.
         lengths, per_token = zip(*[(tokens, 1 / rate) for tokens, rate in measured], strict=True)

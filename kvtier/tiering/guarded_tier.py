@@ -358,7 +358,7 @@ class TierGuard(TierCalls):
         self.tier.drain_jobs()
 
     def busy_with(self, thread: threading.Thread | None) -> None:
-        """Make no call of the tier until `thread`, which is still inside one, has returned; None ends that."""
+        """Make no call of the tier until `thread` has returned from its own; None allows calls at once."""
         self._busy = thread
 
     def shutdown(self) -> None:

@@ -33,7 +33,7 @@ class Lookups:
         return answer if answer is not _MISS and self._waiting.defer(state) else _MISS
 
     def _find(self, state: RequestState, key: OffloadKey, filling: bool) -> LookupResult:
-        """Answer as `resolve` does, but without a look at the deadline."""
+        """Answer as `resolve` does, but ignore the deadline."""
         if filling:
             answer = _MISS if key in self._flights.late else _PENDING
             if key not in self._flights.by_key:

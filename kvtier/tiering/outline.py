@@ -47,7 +47,7 @@ class Outline:
         return self.num_planned >= len(self.order)
 
     def continues(self, former: Outline) -> bool:
-        """Return whether this and a former scan each look up one KV group, from the same first key on."""
+        """Return whether this scan and a former one both look up one KV group, from the same first key on."""
         return self._is_prefix and former._is_prefix and self.order[0] == former.order[0]
 
     def is_repeated_by(self, keys: Sequence[OffloadKey]) -> bool:

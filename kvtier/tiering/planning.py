@@ -32,7 +32,7 @@ class Prospect:
     waits_for: float = 0.0
 
     def is_early(self, num_keys: int) -> bool:
-        """Return whether `num_keys` blocks would arrive in time even if the tiers were asked for them much later."""
+        """Return whether `num_keys` blocks would still arrive in time if the tiers were asked for them much later."""
         slowest = max([self.ready_in[index] + num_keys * each for index, each in self.per_block.items()], default=0.0)
         return self.outlook.turn_in > 2 * slowest
 

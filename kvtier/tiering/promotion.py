@@ -1,4 +1,4 @@
-"""Promotions: carries out plans, from a tier's queue of loads to the blocks that arrive."""
+"""Carries out plans of promotions, from a tier's queue of loads to the blocks that arrive."""
 
 from __future__ import annotations
 
