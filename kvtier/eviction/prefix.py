@@ -169,14 +169,16 @@ class PrefixPolicy(EvictionPolicy):
 
     def settle(self, keys: Sequence[OffloadKey]) -> None:
         """Join the parts of a request that is over. Its blocks that were not stored become ghosts."""
-        named = [(part, list(same)) for part, same in groupby(keys, key=self._part_of.get)]
+        part_of = self._part_of
+        blocks = [list(same) for _, same in groupby(keys, key=part_of.get)]
         # Later requests may have used some of these blocks since, so the oldest of the last users is taken.
-        users = [part.request for part, _ in named if part is not None]
+        users = [part_of[block[0]].request for block in blocks if block[0] in part_of]
         request = min(users, key=lambda request: request.time, default=self._current)
         request.length = len(keys)
         before: OffloadKey | None = None
         above: Part | None = None
-        for part, block in named:
+        for block in blocks:
+            part = part_of.get(block[0])  # looked up again: a former round may have joined it to another part
             if part is None:
                 self._remember([key for key in block if key not in self._ghosts], request)
             elif part.keys[0] == block[0]:

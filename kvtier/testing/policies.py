@@ -8,9 +8,10 @@ class TestMine(PolicySuite):
 from __future__ import annotations
 
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from itertools import islice
+from random import Random
 from typing import ClassVar
 
 from hypothesis import HealthCheck, given, settings
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from kvtier.abc import EvictionPolicy
 from kvtier.eviction.timeless import with_time
 from kvtier.keys import OffloadKey, make_offload_key
+from kvtier.primary.table import BlockTable
 
 Steps = Sequence[tuple[str, Sequence[int]]]
 """Calls, each with the numbers of its keys. Keys that a call may not name are left out."""
@@ -180,6 +182,28 @@ class PolicySuite:
     def test_any_history_agrees_with_a_set(self, capacity: int, steps: Steps) -> None:
         """After each of some random calls, the policy holds the same keys as a set."""
         self.run_history(capacity, steps)
+
+    def test_requests_with_pinned_blocks_never_make_it_raise(self) -> None:
+        """Pinned blocks stay while their neighbours are evicted, so chains have holes that later requests fill."""
+        for seed in range(8):
+            random, now, pins = Random(seed), 0.0, deque[list[int]]()
+            policy = self._make(24)
+            table = BlockTable(policy.capacity, policy)
+            chains = [keys_of(*range(100 * number, 100 * number + 12)) for number in range(6)]
+            for _ in range(200):
+                now += random.choice((0.001, 0.1, 3.0, 50.0))
+                keys = random.choice(chains)[: random.randint(1, 12)]
+                table.touch([key for key in keys if key in table], now)
+                slots = list(table.apply(table.plan(keys), now).values())
+                table.publish(slots)
+                pins.append(random.sample(slots, min(random.randint(0, 3), len(slots))))
+                table.pin(pins[-1])
+                if len(pins) > 5:
+                    table.unpin(pins.popleft())
+                if random.random() < 0.8:
+                    table.settle(keys)
+                assert table.policy is policy, f"seed {seed}: it raised, and LRU took its place"
+                table.check_invariants()
 
     def run_history(self, capacity: int, steps: Steps) -> None:
         """Make the calls, and compare with a set after each. Use it to keep a history as a test of its own."""

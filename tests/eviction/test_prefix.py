@@ -184,6 +184,18 @@ def test_a_request_in_pieces_is_one_chain() -> None:
     assert [policy.uses_of(key) for key in keys] == [2] * 6 + [1] * 14
 
 
+def test_a_request_ends_after_a_block_in_the_middle_went_and_came_back() -> None:
+    policy = PrefixPolicy(64)
+    first, *rest = keys = keys_of(0, 1, 2, 3)
+    policy.insert([first], 1.0)
+    policy.insert(rest, 1.0)
+    policy.evict([rest[1]])
+    policy.insert([rest[1]], 2.0)
+    policy.settle(keys)
+    policy.check_invariants()
+    assert set(policy.candidates()) == set(keys)
+
+
 def test_after_a_long_pause_no_call_moves_all_parts_at_once() -> None:
     table = ReuseTable()
     leaves = Leaves(table)
