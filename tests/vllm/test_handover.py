@@ -1,10 +1,12 @@
 """The arena's way from the core to its workers."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 import threading
+from dataclasses import asdict
 
 import pytest
 
@@ -134,6 +136,24 @@ def test_a_worker_that_ends_before_it_knows_the_weights_is_noticed(engine_id, ar
     host.start()
     subprocess.run([sys.executable, "-c", WORKER_THAT_ENDS, engine_id], check=True)
     wait_for(lambda: said)
+    assert complete
+    assert said[0].identity is None
+    assert said[0].problem
+    host.stop()
+
+
+def test_nonsense_in_the_place_of_weights_is_noticed(engine_id, arena):
+    complete, said = [], []
+    host = ArenaHost(engine_id, arena, 1, complete.append, said.append)
+    host.start()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.connect(socket_name(engine_id))
+        connection.send(json.dumps(asdict(Announcement(0, 4, 4096, {}, weights_follow=True))).encode())
+        _, fds, _, _ = socket.recv_fds(connection, 4096, 1)
+        os.close(fds[0])
+        connection.send(b'{"attached": true}')
+        connection.send(b"nonsense")
+        wait_for(lambda: said)
     assert complete
     assert said[0].identity is None
     assert said[0].problem

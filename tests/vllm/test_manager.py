@@ -198,6 +198,8 @@ def test_load_tier_filters_are_respected(manager):
     assert manager.lookup(KEYS[0], nothing) is MISS
     storage = base.TierFilter((base.TierMatcher(medium=base.Medium.STORAGE),))
     assert manager.lookup(KEYS[0], request(manager, "storage", load_tier_filter=storage)) is MISS
+    later = SimpleNamespace(matchers=(SimpleNamespace(medium=SimpleNamespace(name="TAPE"), locality=None),))
+    assert manager.lookup(KEYS[0], request(manager, "later", load_tier_filter=later)) is MISS
     cpu = base.TierFilter((base.TierMatcher(medium=base.Medium.CPU),))
     assert manager.lookup(KEYS[0], request(manager, "cpu", load_tier_filter=cpu)) is base.LookupResult.HIT_PENDING
 

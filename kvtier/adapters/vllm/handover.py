@@ -192,8 +192,8 @@ class ArenaHost:
         try:
             said = self._wait_for(connection)
             weights = Weights(said.get("identity"), said.get("problem") or said.get("error") or "")
-        except OSError as error:
-            weights = Weights(None, f"the worker that reads the weights has ended ({error})")
+        except (OSError, ValueError, TypeError) as error:  # it has ended, or what it sent is no message
+            weights = Weights(None, f"nothing was learned from the worker that reads the weights ({error})")
         while not self._completed.wait(_STEP_SECONDS):
             if self._stop.is_set():
                 return

@@ -89,8 +89,8 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
 
     def get_load_source(self, key: OffloadKey, req_context: Any) -> Any:
         """Return the source of a hit as vLLM's `CacheHitSource`."""
-        manager = self._manager
-        name = manager.get_load_source(key, self._translated(req_context)) if manager is not None else "primary"
+        ours = self._translated(req_context)
+        name = self._try("get_load_source", "primary", lambda manager: manager.get_load_source(key, ours))
         return cache_hit_source(name, self._core.medium_is_storage(name))
 
     def prepare_load(self, keys: Collection[OffloadKey], req_context: Any) -> KVTierLoadStoreSpec:

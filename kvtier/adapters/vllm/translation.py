@@ -84,7 +84,15 @@ def _tier_filter(theirs: Any) -> types.TierFilter:
     wanted = getattr(theirs, "load_tier_filter", None)
     if wanted is None or wanted is base.TierFilter.ALL:
         return types.TierFilter.ALL
-    return types.TierFilter(tuple(_matcher(matcher) for matcher in wanted.matchers))
+    return types.TierFilter(tuple(_matcher(matcher) for matcher in wanted.matchers if _is_known(matcher)))
+
+
+def _is_known(theirs: Any) -> bool:
+    """Return whether kvtier knows the medium and the locality: a later vLLM may have more of them."""
+    medium, locality = theirs.medium, theirs.locality
+    return (medium is None or medium.name in types.Medium.__members__) and (
+        locality is None or locality.name in types.Locality.__members__
+    )
 
 
 def _matcher(theirs: Any) -> types.TierMatcher:
