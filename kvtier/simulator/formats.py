@@ -90,7 +90,8 @@ def load_trace(
     except RecursionError:
         raise TraceError(f"{path}: nested too deep") from None
     if not any(request.keys for request in trace.requests):
-        raise TraceError(f"{path}: no request in it asks for a block")
+        size = f" of {tokens_per_block} tokens" if tokens_per_block else ""
+        raise TraceError(f"{path}: no request in it asks for a block{size}")
     return trace
 
 

@@ -45,8 +45,9 @@ def read_recorded_trace(path: Path, tokens_per_block: int | None = None) -> Trac
     except struct.error as error:
         raise TraceError(f"{path}: a damaged recording ({error})") from None
     count, joiner = blocks_to_join(str(path), header.tokens_per_block, tokens_per_block), Joiner()
-    made = [_as_trace_request(request, header.tokens_per_block, joiner, count) for request in order]
-    requests = [request for request in made if request.keys or request.answer_keys]
+    # A request without keys was never looked up; one that fills no joined block was, and its prompt is computed.
+    looked_up = [request for request in order if request.keys]
+    requests = [_as_trace_request(request, header.tokens_per_block, joiner, count) for request in looked_up]
     if not requests:
         raise TraceError(f"{path}: a recording without requests")
     if not all(math.isfinite(request.time) for request in requests):
@@ -84,10 +85,10 @@ def _requests_in(records: Iterable[Record]) -> tuple[list[_Request], int]:
 
 
 def _as_trace_request(request: _Request, tokens_per_block: int, joiner: Joiner, count: int) -> TraceRequest:
-    """Return a request in blocks of `count` engine blocks; only whole blocks, as engines look up and store them."""
+    """Return a request in blocks of `count` engine blocks; it has no keys if it fills none."""
     keys = list(request.keys)
     told = request.new.num_prompt_tokens
     tokens = len(keys) * tokens_per_block if told is None else told
-    joined = joiner.join(keys[: len(keys) // count * count], count)
+    joined = joiner.join(keys, count)
     of_prompt = tokens // (tokens_per_block * count)  # the answer filled the prompt's incomplete last block
     return TraceRequest(request.time, joined[:of_prompt], tokens, 0, joined[of_prompt:], request.new.hint)

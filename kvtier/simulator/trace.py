@@ -17,7 +17,8 @@ class TraceRequest(NamedTuple):
 
     Attributes:
         time: arrival, seconds since the first request's arrival.
-        keys: the prompt's blocks in order; the last one may be incomplete, except in recordings.
+        keys: the prompt's blocks in order. The last one may be incomplete, except in recordings and where blocks were
+            joined: there a prompt that fills no block has none.
         input_tokens, output_tokens: tokens of prompt and answer.
         answer_keys: blocks that the answer filled, if the trace has them.
         hint: the caller's hint, see `kvtier.hints`; None if there is none.
@@ -110,11 +111,12 @@ class Joiner:
         self._maker = KeyMaker()
 
     def join(self, keys: Sequence[OffloadKey], count: int) -> list[OffloadKey]:
-        """Return the keys of larger blocks of `count` blocks each; the last one may have fewer."""
+        """Return the keys of larger blocks of `count` blocks each; blocks at the end that fill none are left out."""
         if count == 1:
             return list(keys)
         joined: list[OffloadKey] = []
-        for start in range(0, len(keys), count):
+        # Engines look up and store only whole blocks.
+        for start in range(0, len(keys) - count + 1, count):
             joined += self._maker.keys([(joined[-1] if joined else None, *keys[start : start + count])])
         return joined
 

@@ -37,7 +37,8 @@ def weka_requests(
     """Return the requests of all conversations, and the tokens per block.
 
     Conversation n starts n * `gap` seconds after the first. Blocks are joined to blocks of `tokens_per_block` tokens;
-    with None, all conversations must have blocks of the same size.
+    with None, all conversations must have blocks of the same size. Blocks that fill no larger one are left out, their
+    tokens are not.
 
     Some traces count a sub-agent's times from the conversation's start, others from the sub-agent's. They count from
     the sub-agent's start if otherwise a request of a sub-agent would come before that start.

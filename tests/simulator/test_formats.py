@@ -6,6 +6,8 @@ import pytest
 
 from kvtier.errors import TraceError
 from kvtier.simulator.formats import load_trace
+from kvtier.simulator.replay import Replay
+from kvtier.simulator.setup import Machine, Setup
 
 MOONCAKE = [
     {"timestamp": 0, "input_length": 1000, "output_length": 5, "hash_ids": [0, 1]},
@@ -98,11 +100,24 @@ def test_weka_blocks_are_joined_to_larger_ones(tmp_path):
     shares = []
     trace = load_trace(tmp_path, 256, 100.0, shares.append)
     assert (trace.tokens_per_block, shares) == (256, [0.5, 1.0])
-    # blocks 1 to 3 do not fill four, and are another block than 1 to 4; of twice as long ones two make one
-    assert [len(request.keys) for request in trace.requests] == [1, 1, 1, 2, 1, 2]
-    assert trace.num_unique == 3 + 4
+    # an engine keeps only whole blocks: 1 to 3 do not fill one of four; of twice as long ones two make one
+    assert [len(request.keys) for request in trace.requests] == [0, 0, 1, 1, 0, 2]
+    assert trace.num_unique == 1 + 2
     assert trace.requests[3].keys[0] == trace.requests[5].keys[0]
     assert [request.input_tokens for request in trace.requests[:3]] == [130, 64, 200]
+
+
+def test_of_joined_weka_blocks_only_whole_ones_are_hit(tmp_path):
+    long, short = ({"in": 64 * len(ids), "hash_ids": ids} for ids in ([1, 2, 3, 4, 5], [1, 2, 3]))
+    requests = [{"t": 60.0 * number, **one} for number, one in enumerate([short, short, long, long])]
+    path = write(tmp_path / "a.jsonl", [WEKA | {"requests": requests}])
+    trace = load_trace(path, 256)
+    assert [request.input_tokens for request in trace.requests] == [192, 192, 320, 320]
+    result = Replay(trace, Setup("lru", 40, 0, 4096), Machine()).run()
+    assert (result.num_requests, result.num_accesses, result.num_hits) == (4, 2, 1)
+    assert (result.input_tokens, result.saved_tokens) == (1024, 256)
+    with pytest.raises(TraceError, match="no request in it asks for a block of 512 tokens"):
+        load_trace(path, 512)
 
 
 @pytest.mark.parametrize(("tokens", "complaint"), [(None, "common size"), (100, "a multiple of the trace's 128")])

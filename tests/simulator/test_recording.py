@@ -206,6 +206,22 @@ def test_a_block_that_the_answer_filled_is_none_of_the_prompt(tmp_path, tokens, 
     assert [len(request.keys) + len(request.answer_keys) for request in joined.requests] == [2] * 4
 
 
+def test_a_prompt_without_a_whole_joined_block_is_computed_all_the_same(tmp_path):
+    engine = LiveEngine(tmp_path, LoadLog(), disks=0)
+    engine.serve([(number, [make_offload_key(bytes([number, 0]) * 16, 0)]) for number in range(9)])
+    engine.serve([(9, [make_offload_key(bytes([9, index]) * 16, 0) for index in range(5)])])
+    engine.close()
+    own = load_trace(tmp_path / "live.rec")
+    joined = load_trace(tmp_path / "live.rec", tokens_per_block=64)
+    assert [len(request.keys) for request in joined.requests] == [0] * 9 + [1]
+    assert [request.input_tokens for request in joined.requests] == [16] * 9 + [80]
+    assert [request.time for request in joined.requests] == [request.time for request in own.requests]
+    result = Replay(joined, Setup("lru", 40, 0, 4 * BLOCK_BYTES), Machine()).run()
+    assert (result.num_requests, result.input_tokens) == (10, 224)
+    with pytest.raises(TraceError, match="no request in it asks for a block of 96 tokens"):
+        load_trace(tmp_path / "live.rec", tokens_per_block=96)
+
+
 @pytest.mark.parametrize("policy", ["lru", "arc", "s3fifo", "tinylfu", "prefix"])
 def test_an_engine_that_touches_at_every_step_hits_what_the_replay_of_its_trace_hits(tmp_path, policy):
     log = LoadLog()
