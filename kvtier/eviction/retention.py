@@ -25,9 +25,9 @@ from kvtier.hints import NO_HINT, Hint, Priority
 from kvtier.keys import OffloadKey
 
 DEFAULT_RETAIN_SHARE = 0.25
-MAX_ENDED = 1024
-"""Most blocks that one call releases because their time is over, and because their session is; the next calls release
-the others. A call that released all of them would hold up the engine's scheduler."""
+MAX_ENDED = 256
+"""Most blocks that one call releases because their time or their session is over; the next calls release the others.
+A call that released all of them would hold up the engine's scheduler."""
 
 
 class Rank(IntEnum):
@@ -88,6 +88,7 @@ class RetentionPolicy(ServedPolicy):
 
     Attributes:
         inner: the policy that holds the blocks of rank NORMAL.
+        most_kept: no further blocks are retained while this many are.
     """
 
     def __init__(self, inner: EvictionPolicy, share: float = DEFAULT_RETAIN_SHARE) -> None:
@@ -97,7 +98,7 @@ class RetentionPolicy(ServedPolicy):
         """
         super().__init__(inner.capacity)
         self.inner = inner
-        self._most_kept = int(inner.capacity * share)
+        self.most_kept = int(inner.capacity * share)
         self._orders: dict[Rank, OrderedDict[OffloadKey, None]] = {
             rank: OrderedDict() for rank in Rank if rank is not Rank.NORMAL
         }
@@ -114,11 +115,22 @@ class RetentionPolicy(ServedPolicy):
         return len(self._orders[Rank.KEPT])
 
     def serve(self, hint: Hint, request: str, now: float) -> None:
+        self.begin(hint, request, now)
+        self.release(now, MAX_ENDED)
+
+    def begin(self, hint: Hint, request: str, now: float) -> None:
+        """Say which request the following calls are for, and release nothing."""
         self._hint, self._now = hint, now
         self._owner = f"s {hint.session}" if hint.session is not None else f"r {request}"
-        self.end_times(now)
-        if self._sessions.has_ended:
-            self._free(self._sessions.take(MAX_ENDED))
+
+    def release(self, now: float, most: int) -> int:
+        """Release up to `most` blocks whose time or session is over, and return how many."""
+        num_ended = self._end_times(now, most)
+        if self._sessions.has_ended and num_ended < most:
+            freed = self._sessions.take(most - num_ended)
+            self._free(freed)
+            num_ended += len(freed)
+        return num_ended
 
     # -- uses ---------------------------------------------------------------------------------------------
 
@@ -150,7 +162,7 @@ class RetentionPolicy(ServedPolicy):
         Args:
             keys: each with its rank so far; None for a new key.
         """
-        hint, room = self._hint, self._most_kept - self.num_kept
+        hint, room = self._hint, self.most_kept - self.num_kept
         until = None if hint.retain is None else int(self._now + hint.retain) + 1
         inserted: list[OffloadKey] = []
         touched: list[OffloadKey] = []
@@ -200,16 +212,16 @@ class RetentionPolicy(ServedPolicy):
                 heappush(self._seconds, until)
             self._ending[until][key] = None
 
-    def end_times(self, now: float) -> None:
-        """Release blocks whose time is over, at most `MAX_ENDED`.
+    def _end_times(self, now: float, most: int) -> int:
+        """Release up to `most` blocks whose time is over, and return how many.
 
         A block gets the rank `after`: OVER, if no request without `retain` has used it. If it is NORMAL, the block
         goes back to the policy.
         """
         if not self._seconds or self._seconds[0] > now:
-            return
+            return 0
         normal: dict[float, list[OffloadKey]] = {}
-        num_left = MAX_ENDED
+        num_left = most
         while num_left and self._seconds and self._seconds[0] <= now:
             ending = self._ending[self._seconds[0]]
             over = list(islice(ending, num_left))
@@ -229,6 +241,7 @@ class RetentionPolicy(ServedPolicy):
         for came, keys in normal.items():
             self._drop(keys)
             self.inner.insert(keys[::-1], came)  # `_ending` has them tail first; a policy wants prefix order
+        return most - num_left
 
     def _free(self, keys: Sequence[OffloadKey]) -> None:
         """Give `keys` the rank OVER: their session has ended."""
@@ -333,8 +346,8 @@ class RetentionPolicy(ServedPolicy):
             wrong.append("orders and blocks differ in number")
         if any(key not in self._orders[held.rank] or key in self.inner for key, held in self._held.items()):
             wrong.append("a block stands in another place than its rank's")
-        if self.num_kept > self._most_kept:
-            wrong.append(f"{self.num_kept} blocks are kept, {self._most_kept} may be")
+        if self.num_kept > self.most_kept:
+            wrong.append(f"{self.num_kept} blocks are kept, {self.most_kept} may be")
         ending = {key: second for second, keys in self._ending.items() for key in keys}
         if ending != {key: held.until for key, held in self._held.items() if held.until is not None}:
             wrong.append("times and blocks differ")

@@ -1,7 +1,8 @@
 """Quotas: no tenant holds more than its share of a tier while other tenants want theirs.
 
 Each tenant has a policy of its own. Shares are equal; a tenant without a request for some minutes has no share. Blocks
-beyond a tenant's share are evicted first. A block is charged to the tenant that stored it, whoever uses it.
+beyond a tenant's share are evicted first, retained ones last among them. A block is charged to the tenant that stored
+it, whoever uses it. The retained blocks of all tenants together hold no more than those of one policy may.
 
 Its weakness: a policy that learns starts again for every tenant.
 """
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
 from kvtier.errors import InvariantError
-from kvtier.eviction.retention import RetentionPolicy, ServedPolicy
+from kvtier.eviction.retention import MAX_ENDED, RetentionPolicy, ServedPolicy
 from kvtier.hints import NO_HINT, Hint
 from kvtier.keys import OffloadKey
 
@@ -33,10 +34,14 @@ class TenantPolicy(ServedPolicy):
         """
         super().__init__(first.capacity)
         self._make = make
+        self._first, self._most_kept = first, first.most_kept
         self._policies: dict[str, RetentionPolicy] = {_NOBODY: first}
-        self._owner_of = dict.fromkeys(first.candidates(), _NOBODY)
+        self._owner_of: dict[OffloadKey, str] = {}
+        """The tenants of all blocks but those of `_first`, which may hold very many blocks already."""
         self._last_request: dict[str, float] = {}
         self._tenant, self._request, self._now = _NOBODY, "", 0.0
+        self._release_at = 0.0
+        """Before this time no policy has a block to release: times end with whole seconds."""
 
     @property
     def num_kept(self) -> int:
@@ -47,12 +52,27 @@ class TenantPolicy(ServedPolicy):
         return len(self._policies.get(tenant, ()))
 
     def serve(self, hint: Hint, request: str, now: float) -> None:
-        for policy in self._policies.values():
-            policy.end_times(now)
+        if now >= self._release_at:
+            self._release(now)
         self._tenant = self._account(hint.tenant or _NOBODY)
         self._request, self._now = request, now
         self._last_request[self._tenant] = now
-        self._policies[self._tenant].serve(hint, request, now)
+        policy = self._policies[self._tenant]
+        policy.begin(hint, request, now)
+        if hint.retain is not None:
+            policy.most_kept = self._most_kept - (self.num_kept - policy.num_kept)
+
+    def _release(self, now: float) -> None:
+        """Release blocks whose time or session is over; whose turn it is when `MAX_ENDED` are released comes last in
+        the next call.
+        """
+        num_left = MAX_ENDED
+        for tenant, policy in self._policies.items():
+            num_left -= policy.release(now, num_left)
+            if not num_left:
+                self._policies[tenant] = self._policies.pop(tenant)
+                return
+        self._release_at = int(now) + 1
 
     def _account(self, tenant: str) -> str:
         if tenant in self._policies:
@@ -70,7 +90,8 @@ class TenantPolicy(ServedPolicy):
 
     def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         """Hold `keys` and charge them to the request's tenant."""
-        self._owner_of.update(dict.fromkeys(keys, self._tenant))
+        if self._tenant != _NOBODY:
+            self._owner_of.update(dict.fromkeys(keys, self._tenant))
         self._policies[self._tenant].insert(keys, now)
 
     def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
@@ -84,6 +105,7 @@ class TenantPolicy(ServedPolicy):
         """Order `keys` by recency, each in the policy of its tenant."""
         for policy, theirs in self._by_account(keys, always=True):
             policy.settle(theirs)
+        self._release_at = 0.0  # a session may have ended
 
     def _by_account(
         self, keys: Sequence[OffloadKey], always: bool = False
@@ -98,12 +120,14 @@ class TenantPolicy(ServedPolicy):
         theirs: dict[str, list[OffloadKey]] = {self._tenant: []} if always else {}
         for key in keys:
             owner = self._owner_of.get(key)
+            if owner is None and key in self._first:
+                owner = _NOBODY
             if owner is not None:
                 theirs.setdefault(owner, []).append(key)
         for owner, some in theirs.items():
             policy = self._policies[owner]
             if owner != self._tenant:
-                policy.serve(NO_HINT, self._request, self._now)
+                policy.begin(NO_HINT, self._request, self._now)
             yield policy, some
 
     # -- victims ------------------------------------------------------------------------------------------
@@ -111,7 +135,7 @@ class TenantPolicy(ServedPolicy):
     def candidates(self, incoming: Sequence[OffloadKey] = ()) -> Iterator[OffloadKey]:
         """Yield what other tenants hold beyond their shares, largest excess first, then the own tenant's blocks.
 
-        Without `incoming`, yield all held keys, tenant by tenant.
+        Without `incoming`, yield all held keys, tenant by tenant. Retained blocks are victims only beyond a share.
         """
         if not incoming:
             for policy in self._policies.values():
@@ -119,7 +143,7 @@ class TenantPolicy(ServedPolicy):
             return
         for tenant, excess in self._excesses(len(incoming)):
             if tenant != self._tenant:
-                yield from islice(self._policies[tenant].candidates(incoming), excess)
+                yield from islice(self._policies[tenant].candidates(), excess)  # retained ones last
         yield from self._policies[self._tenant].candidates(incoming)
 
     def _excesses(self, num_incoming: int) -> list[tuple[str, int]]:
@@ -147,7 +171,7 @@ class TenantPolicy(ServedPolicy):
 
     def _forget(self, keys: Sequence[OffloadKey]) -> None:
         for key in keys:
-            del self._owner_of[key]
+            self._owner_of.pop(key, None)
 
     def clear(self) -> None:
         self._owner_of.clear()
@@ -155,16 +179,18 @@ class TenantPolicy(ServedPolicy):
             policy.clear()
 
     def __len__(self) -> int:
-        return len(self._owner_of)
+        return len(self._owner_of) + len(self._first)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._owner_of
+        return key in self._owner_of or key in self._first
 
     def check_invariants(self) -> None:
         """Raise InvariantError if accounts and policies differ, or a policy contradicts itself."""
         for policy in self._policies.values():
             policy.check_invariants()
-        if sum(map(len, self._policies.values())) != len(self._owner_of):
+        if sum(map(len, self._policies.values())) != len(self):
             raise InvariantError("accounts and policies differ in number")
+        if self.num_kept > self._most_kept:
+            raise InvariantError(f"{self.num_kept} blocks are kept, {self._most_kept} may be")
         if any(key not in self._policies[owner] for key, owner in self._owner_of.items()):
             raise InvariantError("a block is on the account of a tenant whose policy does not hold it")

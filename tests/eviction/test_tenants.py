@@ -6,7 +6,8 @@ from itertools import islice
 import pytest
 
 from kvtier.eviction.lru import LRUPolicy
-from kvtier.eviction.retention import RetentionPolicy
+from kvtier.eviction.prefix import PrefixPolicy
+from kvtier.eviction.retention import MAX_ENDED, RetentionPolicy
 from kvtier.eviction.s3fifo import S3FIFOPolicy
 from kvtier.eviction.tenants import IDLE_SECONDS, MAX_TENANTS, TenantPolicy
 from kvtier.hints import NO_HINT, Hint, Priority
@@ -32,8 +33,8 @@ class TestOneTenant(PolicySuite):
 class Tier:
     """Stores blocks of tenants as a table does."""
 
-    def __init__(self, capacity=12):
-        self.policy, self.now, self.next = make(capacity), 0.0, 0
+    def __init__(self, capacity=12, inner=LRUPolicy):
+        self.policy, self.now, self.next = make(capacity, inner), 0.0, 0
         self.held = {}
 
     def store(self, tenant, count, **hint):
@@ -153,3 +154,65 @@ def test_any_history_keeps_each_block_on_one_account(inner, seed):
             getattr(policy, call)(keys)
         policy.check_invariants()
         assert set(policy.candidates()) == held
+
+
+@pytest.mark.parametrize("inner", [LRUPolicy, PrefixPolicy])
+def test_all_tenants_together_retain_no_more_than_a_share(inner):
+    tier = Tier(capacity=80, inner=inner)
+    for tenant in "abcd":
+        tier.store(tenant, 20, retain=30 * 86400.0)
+    assert tier.policy.num_kept == 20
+    tier.store("late", 16)
+    assert tier.counts("late") == [16]
+
+
+def test_retained_blocks_of_a_tenant_that_went_away_are_evicted():
+    tier = Tier()
+    tier.store("gone", 3, retain=30 * 86400.0)
+    tier.store("here", 9)
+    tier.store("here", 2)
+    assert tier.counts("gone", "here") == [3, 9]
+    tier.now += IDLE_SECONDS
+    tier.store("here", 2)
+    tier.store("here", 1)
+    assert tier.counts("gone", "here") == [0, 12]
+
+
+def test_retained_blocks_beyond_a_tenants_share_are_evicted_last():
+    tier = Tier()
+    tier.store("a", 1)
+    tier.store("a", 3, retain=30 * 86400.0)
+    for tenant in "bcdef":
+        tier.store(tenant, 2)
+        tier.store(tenant, 1)
+    assert tier.counts(*"abcdef") == [2] * 6
+    assert set(keys_of(1, 2)) <= tier.held.keys()
+
+
+def test_what_ends_at_once_for_many_tenants_ends_in_parts():
+    tier = Tier(capacity=8000)
+    for number in range(200):
+        tier.store(f"tenant {number}", 10, retain=600 - number)
+    kept = [tier.policy.num_kept]
+    tier.now = 2000
+    while kept[-1]:
+        tier.store(None, 1)
+        kept.append(tier.policy.num_kept)
+        assert kept[-2] - MAX_ENDED <= kept[-1] < kept[-2]
+
+
+class NobodyLooks(LRUPolicy):
+    def candidates(self, incoming=()):
+        raise AssertionError("with many blocks this takes long")
+
+
+def test_the_first_tenant_costs_no_walk_over_all_blocks():
+    lru = NobodyLooks(20)
+    lru.insert(keys_of(*range(8)))
+    policy = TenantPolicy(RetentionPolicy(lru), lambda: RetentionPolicy(LRUPolicy(20)))
+    assert (len(policy), policy.num_held("")) == (8, 8)
+    policy.serve(Hint(tenant="a"), "r", 1.0)
+    policy.touch(keys_of(0, 10), 1.0)
+    policy.remove(keys_of(*range(4)))
+    assert (len(policy), policy.num_held("")) == (4, 4)
+    policy.check_invariants()
