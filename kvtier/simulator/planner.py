@@ -13,6 +13,10 @@ from kvtier.simulator.trace import Trace
 
 LEAST_GAIN = 0.001
 """Least gain in hit rate that justifies more hardware; a replay is not more exact than this."""
+MAX_EXTRA_COST = 0.01
+"""Largest share of the least total that a saving of hardware may cost. If nearly all is found, even `LEAST_GAIN` is a
+large part of what the accelerators still compute.
+"""
 
 
 @dataclass(frozen=True)
@@ -57,14 +61,16 @@ def decide(trace: Trace, machine: Machine, offers: Sequence[Offer], prices: Pric
 def cheapest(offers: Sequence[Offer], target: Target) -> Offer | None:
     """Return the cheapest offer that meets the target; None if none does.
 
-    An offer with cheaper memory and disk is preferred if its hit rate is at most `LEAST_GAIN` lower. Of equal offers
-    the one that buys nothing is preferred, then the one with the best hit rate.
+    An offer with cheaper memory and disk is preferred if its hit rate is at most `LEAST_GAIN` lower and its total at
+    most `MAX_EXTRA_COST` above the least. Of equal offers the one that buys nothing is preferred, then the one with
+    the best hit rate.
     """
     good = [offer for offer in offers if target.is_met_by(offer.result)]
     if not good:
         return None
     best = min(good, key=lambda offer: (offer.total, offer.buys, -offer.result.hit_rate))
-    alike = [offer for offer in good if offer.result.hit_rate >= best.result.hit_rate - LEAST_GAIN]
+    least_rate, most_total = best.result.hit_rate - LEAST_GAIN, best.total * (1 + MAX_EXTRA_COST)
+    alike = [offer for offer in good if offer.result.hit_rate >= least_rate and offer.total <= most_total]
     return min(alike, key=lambda offer: (offer.hardware, offer.total, offer.buys, -offer.result.hit_rate))
 
 

@@ -111,6 +111,14 @@ def test_nothing_is_bought_for_a_tenth_of_a_point():
     assert cheapest([small, large, much], Target()) is much
 
 
+def test_a_tenth_of_a_point_is_bought_where_few_misses_make_it_worth_much():
+    """From 1.09% of misses to 1.00%, the accelerators have 9% less to compute."""
+    small, large = offer(9891, 1090.0, dram=90), offer(9900, 1000.0, dram=100)
+    assert cheapest([offer(0, 5000.0), small, large], Target()) is large
+    alike = offer(9895, 1015.0, dram=95)
+    assert cheapest([small, alike, large], Target()) is alike, "within 1% of the least cost less hardware is preferred"
+
+
 def test_a_disk_that_is_written_more_than_it_is_made_for_costs_as_much_more():
     result = offer(1, 1.0, dram=1 << 10, disk=1 << 20, writes=6.0).result
     assert price(result, Prices(1.0, 1.0, 1.0, drive_writes=6.0)).wear == 1.0
