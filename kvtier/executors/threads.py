@@ -19,6 +19,7 @@ from kvtier.executors.loop import StoreLoop, cancelled
 from kvtier.executors.protocol import IndexEnd, Part, PartResult, Probe, Ready, Unavailable
 from kvtier.executors.runner import StoreRunner
 from kvtier.keys import OffloadKey
+from kvtier.log import logger
 from kvtier.primary.arena import Rows
 
 
@@ -112,12 +113,15 @@ class ThreadExecutor(IOExecutor):
             self._report((Unavailable.because(error),))
             return
         self._report((IndexEnd(), *runner.usage_news()))
-        workers = [
-            threading.Thread(target=self._work, args=(runner,), name="kvtier-io", daemon=True)
-            for _ in range(self._description.threads - 1)
-        ]
-        for worker in workers:
-            worker.start()
+        workers: list[threading.Thread] = []
+        for _ in range(self._description.threads - 1):
+            worker = threading.Thread(target=self._work, args=(runner,), name="kvtier-io", daemon=True)
+            try:
+                worker.start()
+            except RuntimeError as error:  # the system gives no more threads: this one, at least, does the work
+                logger.warning("kvtier: a store works with %d threads: %s", len(workers) + 1, error)
+                break
+            workers.append(worker)
         self._work(runner)
         for worker in workers:
             worker.join()

@@ -117,7 +117,9 @@ class Recorder:
         deadline = time.monotonic() + _CLOSE_SECONDS
         while self.active and self._buffer and (left := deadline - time.monotonic()) > 0:
             if self._pipe is not None and self._pipe.is_ours():
-                select.select([], [self._pipe.number], [], left)
+                poller = select.poll()  # select(2) refuses descriptors above 1,023, which a busy engine has
+                poller.register(self._pipe.number, select.POLLOUT)
+                poller.poll(1000 * left)
             self._flushed = -1e9
             self.flush()
         self._end()

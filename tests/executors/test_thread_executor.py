@@ -1,5 +1,7 @@
 """Threads that cannot be killed: an abandoned life touches the arena no more, whatever wakes up in it."""
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -46,6 +48,27 @@ class Rig:
     def move(self, serial, is_load, numbers, first_slot):
         slots = list(range(first_slot, first_slot + len(numbers)))
         self.executor.submit(Part.of(serial, 0, is_load, [make_key(number) for number in numbers], slots))
+
+
+def test_fewer_threads_than_wanted_do_the_work(monkeypatch, caplog):
+    start, started = threading.Thread.start, []
+
+    def start_one(thread):
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_one)
+    rig = Rig()
+    rig.memory[:4] = 7
+    rig.move(1, False, range(4), 0)
+    rig.move(2, True, range(4), 8)
+    rig.wait(lambda: len(rig.results()) == 2)
+    assert (rig.memory[8:12] == 7).all()
+    assert "works with 1 threads: can't start" in caplog.text
+    rig.executor.retire()
+    rig.executor.kill()
 
 
 def test_an_abandoned_load_writes_nothing(tmp_path):

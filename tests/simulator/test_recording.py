@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -447,3 +448,20 @@ def test_a_simulated_disk_holds_what_a_real_one_holds(tmp_path, policy):
             live[source.rstrip("0")] += count
     assert result.hits == live
     assert live["disk"] > 100
+
+
+def test_a_busy_recording_ends_among_a_thousand_open_files(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(2048, limits[0]), max(2048, limits[1])))
+    held = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+    try:
+        recorder = Recorder(str(tmp_path / "live.rec"), {"v": 1}, monotonic_clock)
+        recorder.start()
+        for _ in range(64):
+            recorder.note(b"x", 0, bytes(1 << 16))
+        recorder.close()
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert not recorder.active
