@@ -63,6 +63,7 @@ def test_fewer_threads_than_wanted_do_the_work(monkeypatch, caplog):
     rig = Rig()
     rig.memory[:4] = 7
     rig.move(1, False, range(4), 0)
+    rig.wait(lambda: len(rig.results()) == 1)
     rig.move(2, True, range(4), 8)
     rig.wait(lambda: len(rig.results()) == 2)
     assert (rig.memory[8:12] == 7).all()
