@@ -21,6 +21,9 @@ _WEIGHT = 0.5
 """Weight of a new sample against all earlier ones."""
 _LONGEST_GAP = 2.0
 """Most seconds between two polls that count. An idle engine does not poll."""
+_SHORT_GAP = 0.1
+"""Seconds between two polls from which on a job is not taken to have ended just before the later one: the engine may
+have been idle, or busy outside."""
 _MIN_SECONDS = 1e-6
 """Least duration of a job. Two readings of a clock may be equal."""
 _BURST_SECONDS = 0.05
@@ -103,8 +106,10 @@ class TierSpeed:
         Args:
             num_blocks: their blocks; num_moved: those of them that the tier moved. Blocks that it refused, or had
                 already, say nothing about its speed.
-            seen_at_once: the manager polls often; if not, the jobs may have ended any time since the previous poll.
+            seen_at_once: the engine computes nothing that keeps it from polling. If it does, or if the previous poll
+                was long ago, the jobs may have ended any time since that poll.
         """
+        seen_at_once = seen_at_once and now - self._polled_at <= _SHORT_GAP
         self.in_flight = max(0, self.in_flight - num_blocks)
         elapsed = now - self._busy_since
         if num_moved:

@@ -54,7 +54,7 @@ class Pace:
 
     @property
     def looks_often(self) -> bool:
-        """Whether this step computes nothing. Such a step is short, so little time has passed since the last poll."""
+        """Whether no computing delayed the poll. An engine that waits for blocks goes on at once."""
         return not self._measures or not self._work
 
     # -- what a request has computed ----------------------------------------------------------------------

@@ -10,6 +10,7 @@ from kvtier.tiering.estimate import HERE, Outlook, PrefillSpeed, TierSpeed, choo
 from kvtier.types import LookupResult
 
 HIT, MISS, PENDING = LookupResult.HIT, LookupResult.MISS, LookupResult.HIT_PENDING
+DEFERRED = {PENDING, LookupResult.RETRY}
 
 
 NOTHING_ELSE = Outlook()
@@ -81,6 +82,58 @@ def test_what_is_overdue_is_taken_for_a_slower_tier():
     speed.begin(10, 0.0)
     assert speed.seconds(10, 0.05) == pytest.approx(0.15)
     assert speed.seconds(10, 1.0) == pytest.approx(2.0)
+
+
+def load(engine, name, num_blocks=16, seconds=0.02, patience=1.0):
+    """A prompt that a tier has: look at it every 2 ms until its blocks are there or given up; return the hits."""
+    keys, context, waited = make_keys(num_blocks, name), engine.request(name), 0.0
+    engine.plant(keys)
+    while DEFERRED & set(answers := engine.scan(keys, context)) and waited < patience:
+        engine.step()
+        engine.clock.advance(0.002)
+        waited += 0.002
+        if waited >= seconds:
+            land_all(engine)
+    engine.finish(context)
+    engine.step()
+    return answers.count(HIT)
+
+
+def land_all(engine):
+    for job in list(engine.tier.waiting):
+        engine.tier.finish(job)
+
+
+@pytest.fixture
+def slow_paced(make_engine):
+    """An engine that computes 16 blocks in 0.4 s, over a tier that answers when told to."""
+    engine = make_engine(num_blocks=600, tokens_per_block=256, prefill_rate=10_000.0)
+    engine.tier.auto = False
+    assert [load(engine, name) for name in "ab"] == [16, 16]
+    return engine
+
+
+def test_a_pause_of_an_idle_engine_is_not_the_time_that_a_load_took(slow_paced):
+    engine, keys, context = slow_paced, make_keys(16, "aborted"), slow_paced.request("aborted")
+    engine.plant(keys)
+    engine.scan(keys, context)
+    engine.step()
+    engine.finish(context)
+    land_all(engine)
+    engine.clock.advance(120.0)  # nothing to do, so nobody polls
+    assert [load(engine, name) for name in "cdef"] == [16] * 4
+
+
+def test_the_time_in_which_a_model_runs_without_polls_is_not_the_time_that_a_load_took(slow_paced):
+    engine = slow_paced
+    assert load(engine, "slow once", seconds=math.inf) == 0
+    engine.clock.advance(20.0)
+    land_all(engine)
+    engine.store(make_keys(2, "answer"), engine.request("answer"))
+    engine.finish(engine.request("answer"))
+    land_all(engine)
+    engine.step()
+    assert [load(engine, name) for name in "cdef"] == [16] * 4
 
 
 def serve(engine, number, length=20, device_hits=0, tokens_per_second=2000.0):
