@@ -44,7 +44,8 @@ class Hint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         retain: seconds for which a block is kept after its last use by a request that sets `retain`; None if the
             client does not ask for it. A client may write a text such as "10m".
         priority: of the blocks; with `retain`, for that time only.
-        session: name of the session that the request belongs to; None makes the request a session of its own.
+        session: name of the session that the request belongs to; None makes the request a session of its own. Tenants
+            may use the same name for different sessions.
         ended: True if the session ends with this request.
         tenant: name of the customer to whom the blocks are charged.
     """
@@ -74,9 +75,9 @@ def read_hint(kv_transfer_params: object) -> ReadHint:
     if not isinstance(kv_transfer_params, Mapping) or HINT_KEY not in kv_transfer_params:
         return _NOTHING_READ
     given = kv_transfer_params[HINT_KEY]
-    if isinstance(given, Hint):
-        return ReadHint(given)
     try:
+        if isinstance(given, Hint):
+            given = msgspec.to_builtins(given)  # msgspec checks no instance: its constructor takes anything
         hint = msgspec.convert(_with_seconds(given), Hint)
         return ReadHint(hint) if hint != NO_HINT else _NOTHING_READ
     except (msgspec.ValidationError, RecursionError, ValueError, TypeError) as error:

@@ -20,7 +20,7 @@ from itertools import chain, islice
 
 from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
-from kvtier.eviction.sessions import SessionBlocks
+from kvtier.eviction.sessions import SessionBlocks, SessionName
 from kvtier.hints import NO_HINT, Hint, Priority
 from kvtier.keys import OffloadKey
 
@@ -108,7 +108,8 @@ class RetentionPolicy(ServedPolicy):
         self._seconds: list[int] = []
         """A heap of the keys of `_ending`."""
         self._sessions = SessionBlocks()
-        self._hint, self._owner, self._now = NO_HINT, "", 0.0
+        self._owner: SessionName = ()
+        self._hint, self._now = NO_HINT, 0.0
 
     @property
     def num_kept(self) -> int:
@@ -121,7 +122,7 @@ class RetentionPolicy(ServedPolicy):
     def begin(self, hint: Hint, request: str, now: float) -> None:
         """Say which request the following calls are for, and release nothing."""
         self._hint, self._now = hint, now
-        self._owner = f"s {hint.session}" if hint.session is not None else f"r {request}"
+        self._owner = ("session", hint.tenant, hint.session) if hint.session is not None else ("request", request)
 
     def release(self, now: float, most: int) -> int:
         """Release up to `most` blocks whose time or session is over, and return how many."""

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 
 from kvtier.keys import OffloadKey
 
+SessionName = tuple[str | None, ...]
+
 
 @dataclass(slots=True, eq=False)
 class _Session:
     """The blocks of a session, in the order in which it stored them; `name` is None once the session has ended."""
 
-    name: str | None
+    name: SessionName | None
     keys: dict[OffloadKey, None] = field(default_factory=dict)
 
 
@@ -24,7 +26,7 @@ class SessionBlocks:
 
     def __init__(self) -> None:
         self._owner_of: dict[OffloadKey, _Session] = {}
-        self._by_name: dict[str, _Session] = {}
+        self._by_name: dict[SessionName, _Session] = {}
         self._ended: deque[_Session] = deque()
         """Sessions that have ended and whose blocks `take` has not returned yet."""
 
@@ -39,7 +41,7 @@ class SessionBlocks:
         """Whether `take` has anything to return."""
         return bool(self._ended)
 
-    def bring(self, keys: Sequence[OffloadKey], name: str) -> None:
+    def bring(self, keys: Sequence[OffloadKey], name: SessionName) -> None:
         """Record that the session `name` stores `keys`, which are new."""
         session = self._by_name.get(name)
         if session is None:
@@ -47,7 +49,7 @@ class SessionBlocks:
         session.keys.update(dict.fromkeys(keys))
         self._owner_of.update(dict.fromkeys(keys, session))
 
-    def share(self, keys: Iterable[OffloadKey], user: str) -> None:
+    def share(self, keys: Iterable[OffloadKey], user: SessionName) -> None:
         """Record that the session `user` uses `keys`: those that belong to another session are shared from now on."""
         owners = [(key, self._owner_of.get(key)) for key in keys]
         self.forget([key for key, owner in owners if owner is not None and owner.name != user])
@@ -61,7 +63,7 @@ class SessionBlocks:
                 if not owner.keys and owner.name is not None:
                     del self._by_name[owner.name]
 
-    def end(self, name: str) -> None:
+    def end(self, name: SessionName) -> None:
         """End the session `name`. A later session of the same name does not own these blocks."""
         session = self._by_name.pop(name, None)
         if session is not None:

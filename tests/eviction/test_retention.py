@@ -146,6 +146,18 @@ def test_an_ended_session_frees_what_only_it_has_used():
     assert served.victims() == [3, 2, 9, 1, 0]
 
 
+def test_a_session_of_the_same_name_of_another_tenant_ends_nothing():
+    served = Served()
+    served.insert(0)
+    served.insert(1, 2, hint=Hint(session="s", tenant="a"))
+    served.settle(1, 2, hint=Hint(session="s", tenant="a"))
+    for other in (Hint(session="s", ended=True, tenant="b"), Hint(session="s", ended=True)):
+        served.settle(hint=other)
+        assert served.victims() == [0, 2, 1]
+    served.settle(hint=Hint(session="s", ended=True, tenant="a"))
+    assert served.victims() == [2, 1, 0]
+
+
 def test_a_request_that_ends_its_session_without_a_name_frees_its_own_blocks():
     served, over = Served(), Hint(ended=True)
     served.insert(0)

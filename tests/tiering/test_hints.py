@@ -103,6 +103,12 @@ MALFORMED = [
     {"tenant": {}},
     {"pin": True},
     {1: 2},
+    Hint(retain="ten minutes"),
+    Hint(retain=float("nan")),
+    Hint(retain=-1),
+    Hint(retain=object()),
+    Hint(session=7),
+    Hint(ended="yes"),
 ]
 
 
@@ -154,6 +160,9 @@ def test_valid_hints_are_read():
     expected = Hint(retain=5400, priority=Priority.LOW, session="s", ended=True, tenant="t")
     assert read_hint({"kvtier": given}) == (expected, "")
     assert read_hint({"kvtier": expected}) == (expected, "")
+    assert (
+        read_hint({"kvtier": Hint(retain="1.5h", priority="low", session="s", ended=True, tenant="t")}).hint == expected
+    )
     assert read_hint({"kvtier": {"retain": 3}}).hint == Hint(retain=3)
     assert read_hint({"kvtier": {"priority": "normal"}}).hint is NO_HINT
 
