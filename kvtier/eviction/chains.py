@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from kvtier.errors import InvariantError
 from kvtier.keys import OffloadKey
 
@@ -101,11 +99,11 @@ class Chains:
         close a cycle.
         """
         parent = self.part_of.get(before)
-        if parent is None or part.parent is not None:
+        if parent is None or parent is part or part.parent is not None:
             return None
-        above: Part | None = parent
+        above = parent.parent if part.children else None  # a new part is above no other
         while above is not None:
-            if above is part:  # the caller gave keys out of prefix order: this link would close a cycle
+            if above is part:  # the caller gave keys out of prefix order
                 return None
             above = above.parent
         part.parent = parent
@@ -179,17 +177,21 @@ class Chains:
         part.keys, part.parent = [], None
         return parent
 
-    def drop(self, part: Part, keys: Sequence[OffloadKey]) -> None:
+    def drop(self, part: Part, keys: list[OffloadKey]) -> None:
         """Remove `keys` from `part`; its children continue what is left of it.
 
         A part left without blocks loses its children. The caller removes the keys from `part_of`.
 
         Args:
-            keys: quickest if they are the tail of the part, last block first.
+            keys: quickest if they are the tail of the part, last block first, or its head, first block first.
         """
         count = len(keys)
-        if part.keys[-count:] == list(reversed(keys)):
+        if part.keys[-count:] == keys[::-1]:
             del part.keys[-count:]
+        elif part.keys[:count] == keys:
+            del part.keys[:count]
+            for child in part.children:
+                child.place = max(0, child.place - count)
         else:
             gone, left, places = set(keys), list[OffloadKey](), list[int]()
             for key in part.keys:

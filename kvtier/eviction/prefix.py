@@ -85,11 +85,13 @@ class PrefixPolicy(EvictionPolicy):
         """Count a use of `keys`, which are among the keys of `part`, and cut `part` so that they stand alone.
 
         Returns:
-            The parts that hold exactly `keys` afterwards.
+            The parts that hold exactly `keys` afterwards, in prefix order.
         """
         first = part.keys.index(keys[0])
         if part.keys[first : first + len(keys)] != keys:  # the caller gave keys out of prefix order
-            return [taken for key in keys for taken in self._take(self._part_of[key], [key], request)]
+            wanted = set(keys)
+            runs = [list(same) for is_wanted, same in groupby(part.keys, wanted.__contains__) if is_wanted]
+            return [taken for run in runs for taken in self._take(self._part_of[run[0]], run, request)]
         request.note_known(part.request, len(keys))
         self._table.note_used(part.kind, request.time - part.request.time, len(keys))
         if first:
@@ -297,7 +299,7 @@ class PrefixPolicy(EvictionPolicy):
             self._drop(part, block)
         self._forget_ghosts()
 
-    def _drop(self, part: Part, keys: Sequence[OffloadKey]) -> None:
+    def _drop(self, part: Part, keys: list[OffloadKey]) -> None:
         self._chains.drop(part, keys)
         if part.keys:
             return
@@ -313,12 +315,15 @@ class PrefixPolicy(EvictionPolicy):
 
     def remove(self, keys: Sequence[OffloadKey]) -> None:
         """Forget `keys`, held or ghosts. If no held key and no ghost is left, forget what was learned, too."""
+        held: dict[Part, list[OffloadKey]] = {}
         for key in keys:
             part, ghost = self._part_of.pop(key, None), self._ghosts.pop(key, None)
             if part is not None:
-                self._drop(part, [key])
+                held.setdefault(part, []).append(key)
             if ghost is not None:
                 ghost.ghosts -= 1
+        for part, block in held.items():
+            self._drop(part, block)
         if not self._part_of and not self._ghosts:
             self.clear()
 

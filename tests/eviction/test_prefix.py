@@ -196,6 +196,15 @@ def test_a_request_ends_after_a_block_in_the_middle_went_and_came_back() -> None
     assert set(policy.candidates()) == set(keys)
 
 
+def test_a_request_that_ends_out_of_prefix_order_closes_no_cycle() -> None:
+    policy, keys = PrefixPolicy(64), keys_of(0, 1, 2)
+    policy.insert(keys[:2], 1.0)
+    policy.insert(keys[2:], 1.0)
+    policy.settle([keys[1], keys[2], keys[0]])
+    policy.check_invariants()
+    assert set(policy.candidates()) == set(keys)
+
+
 def test_after_a_long_pause_no_call_moves_all_parts_at_once() -> None:
     table = ReuseTable()
     leaves = Leaves(table)
