@@ -291,6 +291,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
             self._poll()
         state = self._requests.open(req_context)
         ordered = keys if isinstance(keys, list) else list(keys)
+        self._requests.note_begun(state)
         self._pace.note_store(state, ordered)
         if self._flights.by_key:
             self._promoter.take_over_abandoned(ordered)
@@ -381,6 +382,10 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         self._poll()
         now = self._clock()
         self._pace.end_step(now)
+        for req_id in context.new_req_ids:
+            state = self._requests.get(req_id)
+            if state is not None:
+                self._requests.note_begun(state)
         for req_id in context.preempted_req_ids:
             state = self._requests.get(req_id)
             if state is not None:

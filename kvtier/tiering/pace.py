@@ -170,7 +170,7 @@ class Pace:
 
         Args:
             states: the requests that were looked up, oldest first.
-            num_new: number of requests that were not; they count as younger.
+            num_new: number of requests that were not, and that the engine has not begun; they count as younger.
         """
         self._backlog, self._num_waiting = 0.0, 0
         for state in states:
@@ -187,7 +187,10 @@ class Pace:
     def _left(self, state: RequestState) -> float:
         if state.finished:
             return 0.0
-        return self._usual if state.progress.first_key is None else state.progress.left
+        if state.progress.first_key is None:
+            return self._usual
+        left = state.progress.left  # the tokens that fill no block are computed with the last block, but never offered
+        return left if left >= self._tokens_per_block else 0.0
 
     def outlook(self, now: float, state: RequestState) -> Outlook:
         """Return what the engine has to do besides a request."""

@@ -221,7 +221,7 @@ class Requests:
         """Args: tiers: told when a request is over."""
         self._tiers, self._times = tiers, Arrivals(clock)
         self._by_id: dict[str, RequestState] = {}
-        # Engines hold thousands of requests that they have not looked up yet. They are kept apart, so that no step
+        # Engines hold thousands of requests that they have not come to yet. They are kept apart, so that no step
         # visits each of them.
         self._new: set[RequestState] = set()
         self._looked_up: set[RequestState] = set()
@@ -237,12 +237,16 @@ class Requests:
 
     @property
     def num_new(self) -> int:
-        """Number of live requests that the engine has not looked up yet. They wait for nothing and hold nothing."""
+        """Number of live requests that the engine has neither looked up nor begun. They wait for and hold nothing."""
         return len(self._new)
 
     def looked_up(self) -> list[RequestState]:
         """Return the live requests that the engine has looked up, oldest first."""
         return sorted(self._looked_up, key=attrgetter("arrival"))
+
+    def note_begun(self, state: RequestState) -> None:
+        """Note that the engine computes this request. It never looks up some, for example prompts below one block."""
+        self._new.discard(state)
 
     def note_lookups(self, states: Iterable[RequestState]) -> None:
         """Note that the engine has looked up these requests."""
@@ -287,7 +291,7 @@ class Requests:
                 raise InvariantError(f"request {state.context.req_id} is over and holds a lease or waits")
             if state.finished and not state.copies.are_unfinished:
                 raise InvariantError(f"request {state.context.req_id} is over and was not dropped")
-            if (state in self._new) + (state in self._looked_up) != (not state.finished):
+            if (state in self._new) + (state in self._looked_up) > (not state.finished):
                 raise InvariantError(f"request {state.context.req_id} is counted wrongly among new and looked-up ones")
             if state in self._new and (state.lease.slots or state.awaiting):
                 raise InvariantError(f"request {state.context.req_id} waits or holds a lease, and was not looked up")

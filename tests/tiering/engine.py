@@ -85,8 +85,8 @@ class Engine:
         self.manager.on_new_request(req_context)
         return req_context
 
-    def step(self, *, preempted: Iterable[str] = ()) -> None:
-        self.manager.on_schedule_end(ScheduleEndContext(preempted_req_ids=tuple(preempted)))
+    def step(self, *, new: Iterable[str] = (), preempted: Iterable[str] = ()) -> None:
+        self.manager.on_schedule_end(ScheduleEndContext(tuple(new), tuple(preempted)))
         self.manager.check_invariants()
 
     def scan(self, keys: Iterable[OffloadKey], context: ReqContext) -> list[LookupResult]:

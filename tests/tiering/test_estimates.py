@@ -136,6 +136,35 @@ def test_the_time_in_which_a_model_runs_without_polls_is_not_the_time_that_a_loa
     assert [load(engine, name) for name in "cdef"] == [16] * 4
 
 
+@pytest.mark.parametrize("begun", ["announced", "stored", "looked up, with a last block that is not full"])
+def test_requests_that_only_decode_do_not_wait_behind_anybody(slow_paced, begun):
+    engine = slow_paced
+    for number in range(20):  # shows how much a request usually computes
+        context, keys = engine.request(f"usual {number}"), make_keys(16, f"usual {number}")
+        engine.scan(keys, context)
+        engine.step()
+        engine.store(keys, context)
+        engine.finish(context)
+        land_all(engine)
+        engine.step()
+    names = [f"decoding {number}" for number in range(20)]
+    for name in names:
+        context, keys = engine.request(name, num_prompt_tokens=1000), make_keys(3, name)
+        if begun.startswith("looked up"):
+            engine.scan(keys, context)
+            engine.step()
+        if begun != "announced":
+            engine.store(keys, context)
+            land_all(engine)
+            engine.step()
+    engine.step(new=names if begun == "announced" else ())
+    engine.clock.advance(10.0)
+    engine.step()
+    started = engine.clock()
+    load(engine, "late", seconds=math.inf, patience=4.0)
+    assert engine.clock() - started < 0.6  # computing takes 0.4 s
+
+
 def serve(engine, number, length=20, device_hits=0, tokens_per_second=2000.0):
     """One prompt, of which the device has a head, in steps of five blocks of 100 tokens."""
     keys, context = make_keys(length, f"prompt {number}"), engine.request(f"r{number}")
