@@ -205,9 +205,11 @@ class ARCPolicy(EvictionPolicy):
         return max(0.0, p - max(1.0, ghosts1 / max(1, ghosts2)))
 
     def _trim_ghosts(self) -> None:
-        t1, t2, b1, b2 = self._t1, self._t2, self._b1, self._b2
+        t1, b1, b2 = self._t1, self._b1, self._b2
+        # In a full policy these are the paper's limits. A tenant's policy holds less than its capacity, and remembers
+        # no more keys than it holds.
         # To list the keys and delete them takes half the time of as many popitem(last=False).
-        for key in list(islice(b1, max(0, len(t1) + len(b1) - self.capacity))):
+        for key in list(islice(b1, max(0, len(b1) - min(self.capacity - len(t1), len(self))))):
             del b1[key]
-        for key in list(islice(b2, max(0, len(t1) + len(t2) + len(b1) + len(b2) - 2 * self.capacity))):
+        for key in list(islice(b2, max(0, len(b1) + len(b2) - len(self)))):
             del b2[key]

@@ -190,7 +190,7 @@ class PrefixPolicy(EvictionPolicy):
                     part = self._join(part) if above is not None and part.parent is above else part
             before, above = block[-1], part
         request.last = None
-        self._forget_ghosts()
+        self._forget_ghosts(GHOSTS_PER_KEY * self.capacity)
 
     def _classify(self, part: Part) -> None:
         """Move a part to its final class: the request's gap may have become known after the part was entered."""
@@ -289,15 +289,19 @@ class PrefixPolicy(EvictionPolicy):
         return ranks
 
     def evict(self, keys: Sequence[OffloadKey]) -> None:
-        """Stop holding `keys`, and remember them and their parts as ghosts; the oldest ghosts beyond the limit go."""
-        ghosts = self._ghosts
+        """Stop holding `keys`, and remember them and their parts as ghosts; the oldest ghosts beyond the limit go.
+
+        The limit follows from what was held so far. A full policy held its capacity, but a tenant's policy holds a part
+        of a tier, and all tenants together must not remember more than one policy would.
+        """
+        ghosts, most_ghosts = self._ghosts, GHOSTS_PER_KEY * len(self)
         for part, same in groupby(keys, key=self._part_of.pop):
             block = list(same)
             for key in block:  # takes a third of the time of OrderedDict.update
                 ghosts[key] = part
             part.ghosts += len(block)
             self._drop(part, block)
-        self._forget_ghosts()
+        self._forget_ghosts(most_ghosts)
 
     def _drop(self, part: Part, keys: list[OffloadKey]) -> None:
         self._chains.drop(part, keys)
@@ -308,9 +312,9 @@ class PrefixPolicy(EvictionPolicy):
         if parent is not None:
             self._leaves.enter(parent)
 
-    def _forget_ghosts(self) -> None:
+    def _forget_ghosts(self, most: int) -> None:
         ghosts = self._ghosts
-        for key in list(islice(ghosts, max(0, len(ghosts) - GHOSTS_PER_KEY * self.capacity))):
+        for key in list(islice(ghosts, max(0, len(ghosts) - most))):
             ghosts.pop(key).ghosts -= 1
 
     def remove(self, keys: Sequence[OffloadKey]) -> None:

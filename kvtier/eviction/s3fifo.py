@@ -97,8 +97,11 @@ class S3FIFOPolicy(EvictionPolicy):
     def evict(self, keys: Sequence[OffloadKey]) -> None:
         """Stop holding `keys`, remember those from the small queue as ghosts, and move the used keys before them."""
         victims = set(keys)
+        most_ghosts = min(self._most_ghosts, len(self))  # a tenant's policy holds less than its capacity
         self._evict_from_small(victims)
         self._evict_from_main(victims)
+        for key in list(islice(self._ghosts, max(0, len(self._ghosts) - most_ghosts))):
+            del self._ghosts[key]
 
     def _evict_from_small(self, victims: set[OffloadKey]) -> None:
         """Walk the small queue up to its last victim, or to its end if the main queue had to give a key instead."""
@@ -119,8 +122,6 @@ class S3FIFOPolicy(EvictionPolicy):
                 ghosts[key] = None
             else:
                 skipped.append(key)
-        for key in list(islice(ghosts, max(0, len(ghosts) - self._most_ghosts))):
-            del ghosts[key]
         _put_back(small, skipped)
 
     def _evict_from_main(self, victims: set[OffloadKey]) -> None:

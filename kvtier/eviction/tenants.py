@@ -4,7 +4,7 @@ Each tenant has a policy of its own. Shares are equal; a tenant without a reques
 beyond a tenant's share are evicted first, retained ones last among them. A block is charged to the tenant that stored
 it, whoever uses it. The retained blocks of all tenants together hold no more than those of one policy may.
 
-Its weakness: a policy that learns starts again for every tenant.
+Its weakness: a policy that learns starts again for every tenant, and for one that comes back after its blocks are gone.
 """
 
 from __future__ import annotations
@@ -162,6 +162,8 @@ class TenantPolicy(ServedPolicy):
     def evict(self, keys: Sequence[OffloadKey]) -> None:
         for policy, theirs in self._by_account(keys):
             policy.evict(theirs)
+            if not len(policy) and policy is not self._policies[self._tenant]:
+                policy.clear()  # a policy remembers evicted blocks, and those of tenants that went away would add up
         self._forget(keys)
 
     def remove(self, keys: Sequence[OffloadKey]) -> None:

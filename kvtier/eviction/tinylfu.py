@@ -148,10 +148,11 @@ class TinyLFUPolicy(EvictionPolicy):
     def evict(self, keys: Sequence[OffloadKey]) -> None:
         """Stop holding `keys` and keep their counts; the counts of the oldest ghosts beyond the limit go."""
         ghosts, uses = self._ghosts, self._uses
+        most_ghosts = GHOSTS_PER_KEY * len(self)  # not of the capacity, of which a tenant's policy holds a part
         for key in keys:
             self._drop(key)
             ghosts[key] = None
-        for key in list(islice(ghosts, max(0, len(ghosts) - GHOSTS_PER_KEY * self.capacity))):
+        for key in list(islice(ghosts, max(0, len(ghosts) - most_ghosts))):
             del ghosts[key]
             del uses[key]
 

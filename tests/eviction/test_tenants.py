@@ -1,15 +1,19 @@
 """Quotas: the suite for one tenant and for many, and who gives way to whom."""
 
+import gc
 import random
 from itertools import islice
+from weakref import WeakSet
 
 import pytest
 
+from kvtier.eviction.arc import ARCPolicy
 from kvtier.eviction.lru import LRUPolicy
 from kvtier.eviction.prefix import PrefixPolicy
 from kvtier.eviction.retention import MAX_ENDED, RetentionPolicy
 from kvtier.eviction.s3fifo import S3FIFOPolicy
 from kvtier.eviction.tenants import IDLE_SECONDS, MAX_TENANTS, TenantPolicy
+from kvtier.eviction.tinylfu import TinyLFUPolicy
 from kvtier.hints import NO_HINT, Hint, Priority
 from kvtier.testing.policies import PolicySuite, keys_of
 
@@ -216,3 +220,24 @@ def test_the_first_tenant_costs_no_walk_over_all_blocks():
     policy.remove(keys_of(*range(4)))
     assert (len(policy), policy.num_held("")) == (4, 4)
     policy.check_invariants()
+
+
+class CountedKey:
+    """A key that can be counted while something refers to it."""
+
+
+@pytest.mark.parametrize("inner", [LRUPolicy, ARCPolicy, S3FIFOPolicy, TinyLFUPolicy, PrefixPolicy])
+def test_all_tenants_together_remember_little_more_than_one_policy_would(inner):
+    policy, keys = make(400, inner), WeakSet()
+    for number in range(4000):
+        # The first tenants fill the tier one after the other and go away; all the others are active at the same time.
+        name = f"early {number // 1000}" if number < 3000 else f"tenant {number % 20}"
+        policy.serve(Hint(tenant=name), str(number), 1.0 + number)
+        stored = [CountedKey() for _ in range(4)]
+        keys.update(stored)
+        policy.evict(list(islice(policy.candidates(stored), max(0, len(policy) + 4 - 400))))
+        policy.insert(stored, 1.0 + number)
+        policy.settle(stored)
+    policy.check_invariants()
+    gc.collect()
+    assert len(keys) <= 6 * 400, "one policy holds 400 and remembers up to four times as many"
