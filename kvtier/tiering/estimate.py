@@ -26,6 +26,9 @@ _SHORT_GAP = 0.1
 have been idle, or busy outside."""
 _MIN_SECONDS = 1e-6
 """Least duration of a job. Two readings of a clock may be equal."""
+_DOUBT_SECONDS = 30.0
+"""Seconds of an engine at work without a measurement, after which what was expected at the start counts as one. A tier
+that is really slow then costs one request about as much as computing takes, once in that time."""
 _BURST_SECONDS = 0.05
 """Seconds of further work that a tier is given, beyond its latency and the time between polls."""
 
@@ -87,10 +90,10 @@ class TierSpeed:
 
     def __init__(self, latency: float = 1e-3, bandwidth: float = 1e9) -> None:
         """Args: what to expect before anything is measured, in seconds and blocks per second."""
-        self.latency, self.bandwidth = latency, bandwidth
+        self.latency, self.bandwidth = self._expected = latency, bandwidth
         self.is_measured = False
         self.in_flight = 0
-        self._busy_since = self._polled_at = self._gap = 0.0
+        self._busy_since = self._polled_at = self._gap = self._unmeasured = 0.0
         self._is_first = True
 
     def begin(self, num_blocks: int, now: float) -> None:
@@ -120,8 +123,16 @@ class TierSpeed:
 
     def poll(self, now: float) -> None:
         """Note that the manager has polled the tier."""
+        gap = min(now - self._polled_at, _LONGEST_GAP)
         if self.in_flight:
-            self._gap += (min(now - self._polled_at, _LONGEST_GAP) - self._gap) / 4
+            self._gap += (gap - self._gap) / 4
+        else:
+            self._unmeasured += gap
+        if self._unmeasured >= _DOUBT_SECONDS:
+            # A tier that seems too slow is not asked, and so not measured either. Without doubt it would stay so.
+            latency, bandwidth = self._expected
+            self.latency, self.bandwidth = _mean(self.latency, latency), _mean(self.bandwidth, bandwidth)
+            self._unmeasured = 0.0
         self._polled_at = now
 
     def _learn(self, num_blocks: int, seconds: float) -> None:
@@ -129,14 +140,14 @@ class TierSpeed:
 
         A job that began on an idle tier shows the latency, once the bandwidth is known. All others show the bandwidth.
         """
+        self._unmeasured = 0.0
         if self._is_first and self.is_measured:
             rest = seconds - num_blocks / self.bandwidth
             if rest > 0:
                 self.latency += (rest - self.latency) * _WEIGHT
                 return
         sample = num_blocks / seconds
-        # Speeds differ by factors, so their logarithms are averaged: slow and fast samples then fade equally fast.
-        self.bandwidth = self.bandwidth ** (1 - _WEIGHT) * sample**_WEIGHT if self.is_measured else sample
+        self.bandwidth = _mean(self.bandwidth, sample) if self.is_measured else sample
         self.is_measured = True
 
     def seconds(self, num_blocks: float, now: float) -> float:
@@ -156,6 +167,14 @@ class TierSpeed:
     def window(self) -> float:
         """Return how many blocks in flight keep the tier busy from one poll to the next."""
         return self.bandwidth * (self.latency + 2 * self._gap + _BURST_SECONDS)
+
+
+def _mean(value: float, sample: float) -> float:
+    """Take a sample into an estimate.
+
+    Speeds differ by factors, so their logarithms are averaged: slow and fast samples then fade equally fast.
+    """
+    return math.pow(value, 1 - _WEIGHT) * math.pow(sample, _WEIGHT)
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,6 +136,44 @@ def test_the_time_in_which_a_model_runs_without_polls_is_not_the_time_that_a_loa
     assert [load(engine, name) for name in "cdef"] == [16] * 4
 
 
+def work(engine, seconds=4.0):
+    """The engine computes others, and polls at every step. At the end the tier finishes what was given up."""
+    for _ in range(round(seconds / 0.02)):
+        engine.step()
+        engine.clock.advance(0.02)
+    land_all(engine)
+
+
+def test_after_one_slow_load_a_tier_is_tried_again(slow_paced):
+    engine = slow_paced
+    assert load(engine, "slow once", seconds=2.0, patience=3.0) == 0
+    hits = []
+    for number in range(16):
+        work(engine)
+        hits.append(load(engine, f"after {number}"))
+    assert hits[8:] == [16] * 8
+
+
+def test_a_slow_tier_is_tried_seldom(slow_paced):
+    engine = slow_paced
+    for number in range(60):
+        work(engine)
+        load(engine, f"slow {number}", seconds=2.0, patience=3.0)
+    num_tried = len({key for job in engine.tier.loads for key in job.keys}) // 16 - 2
+    assert 1 <= num_tried <= 60 * 4 // 30
+
+
+def test_a_small_first_load_does_not_make_a_tier_slow_for_good(make_engine):
+    engine = make_engine(num_blocks=6000, tokens_per_block=16, prefill_rate=10_000.0)
+    engine.tier.auto = False
+    load(engine, "small", num_blocks=4, seconds=0.01)
+    hits = []
+    for number in range(16):
+        work(engine)
+        hits.append(load(engine, f"large {number}", num_blocks=500, seconds=0.01))
+    assert hits[8:] == [500] * 8
+
+
 @pytest.mark.parametrize("begun", ["announced", "stored", "looked up, with a last block that is not full"])
 def test_requests_that_only_decode_do_not_wait_behind_anybody(slow_paced, begun):
     engine = slow_paced
