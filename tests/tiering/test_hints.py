@@ -112,7 +112,7 @@ MALFORMED = [
 ]
 
 
-@pytest.mark.parametrize("wrong", MALFORMED, ids=repr)
+@pytest.mark.parametrize("wrong", MALFORMED, ids=range(len(MALFORMED)))
 def test_a_malformed_hint_is_ignored(make_engine, wrong):
     engine = make_engine(num_tiers=0)
     context = engine.request(kv_transfer_params={"kvtier": wrong})
