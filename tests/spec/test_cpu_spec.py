@@ -111,7 +111,7 @@ def test_progress_of_the_arena_is_told():
 def test_unknown_policies_are_refused_before_anything_is_made():
     with pytest.raises(ConfigError) as caught:
         CPUOffloadingSpec(config(eviction_policy="lfu"))
-    assert str(caught.value).startswith("eviction_policy='lfu': supported are arc, auto, lru")
+    assert str(caught.value).startswith("eviction_policy='lfu': supported are arc, lru")
 
 
 def test_capacity_under_one_block():
