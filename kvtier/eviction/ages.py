@@ -29,17 +29,17 @@ class Ages:
             self._queues[part.bin].append((part, part.request.time))
 
     def advance(self, now: float) -> None:
-        """Move the parts that have outgrown their bin at `now`, oldest bin first, at most `MAX_MOVED`."""
+        """Move the parts that have outgrown their bin at `now`, oldest bin first, at most `MAX_MOVED` entries."""
         left = MAX_MOVED
         for index in range(NUM_BINS - 2, -1, -1):
             queue, edge = self._queues[index], EDGES[index]
             while queue and now - queue[0][1] >= edge and left:
                 entry = queue.popleft()
+                left -= 1
                 part, time = entry
                 num_blocks = len(part.keys) + part.ghosts
-                if part.request.time != time or not num_blocks:
+                if part.request.time != time or not num_blocks:  # it was used again, or forgotten
                     continue
-                left -= 1
                 now_in = bisect_right(EDGES, now - time)
                 self._table.note_passed(part.kind, index + 1, now_in, num_blocks)
                 if part.keys and not part.children:

@@ -173,9 +173,12 @@ class PrefixPolicy(EvictionPolicy):
         """Join the parts of a request that is over. Its blocks that were not stored become ghosts."""
         part_of = self._part_of
         blocks = [list(same) for _, same in groupby(keys, key=part_of.get)]
-        # Later requests may have used some of these blocks since, so the oldest of the last users is taken.
-        users = [part_of[block[0]].request for block in blocks if block[0] in part_of]
-        request = min(users, key=lambda request: request.time, default=self._current)
+        users = {part_of[block[0]].request for block in blocks if block[0] in part_of}
+        # The request that is over was open, with its last block among `keys`. Others used some of the blocks before it
+        # or since. Of those that are open, too, it is the oldest.
+        own = set(keys)
+        open_users = [user for user in users if user.last in own]
+        request = min(open_users or users, key=lambda user: user.time, default=self._current)
         request.length = len(keys)
         before: OffloadKey | None = None
         above: Part | None = None

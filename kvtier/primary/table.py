@@ -152,13 +152,19 @@ class BlockTable:
         if self._adopting:
             return Placement([], [], len(missing))
         protected = [kept for kept in (*spared, () if all_new else unique.keys()) if kept]
-        victims = self._pick_victims(needed, missing, protected)
+        victims = self.pick_victims(needed, missing, protected)
         placed = missing[: len(self._free) + len(victims)]
         return Placement(placed, victims, len(missing) - len(placed))
 
-    def _pick_victims(
+    def pick_victims(
         self, count: int, incoming: Sequence[OffloadKey], protected: Sequence[Set[OffloadKey]]
     ) -> list[OffloadKey]:
+        """Return up to `count` keys that may be evicted, in the policy's order. Change nothing but a policy that fails.
+
+        Args:
+            incoming: what is to be stored in their place, in prefix order.
+            protected: keys that may not give way.
+        """
         try:
             victims = self._proposed(count, incoming, protected)
             if self._is_plug_in:

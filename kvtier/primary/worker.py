@@ -186,11 +186,11 @@ class NumpyOffloadingWorker(OffloadingWorker):
             if not self._pages:
                 raise ValueError("the worker was shut down, or is the parent process's")
             plan = plan_transfer(self._layout, gpu_spec, slots, self._num_slots)
-        except ValueError as error:
+            self._copy(plan, to_slots)
+        except (ValueError, IndexError) as error:  # what was begun must end, or nothing behind it would be published
             self._book.report(job_id, error)
             self._book.end(TransferResult(job_id, success=False), sequence)
             return
-        self._copy(plan, to_slots)
         result = TransferResult(job_id, True, plan.num_bytes, time.perf_counter() - started)
         self._book.end(result, sequence)
 

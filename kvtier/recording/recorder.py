@@ -99,7 +99,7 @@ class CallLog:
             extra = PROMPT.pack(-1 if prompt is None else prompt) + self._hint_of(req_context)
             self._recorder.note(b"N", number, extra)
             if len(self._numbers) > MAX_NUMBERED_REQUESTS:
-                del self._numbers[next(iter(self._numbers))]
+                self._last_scans.pop(self._numbers.pop(next(iter(self._numbers))), None)
         return number
 
     def _hint_of(self, req_context: ReqContext) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
-from itertools import compress, islice
+from itertools import compress
 from typing import Any
 
 from kvtier.abc import BlockStore, SlotStore
@@ -180,11 +180,7 @@ class SlottedTierManager(StoreTierManager):
         The filesystem is full before the tier's capacity is reached. So unused slots cannot get space, but used slots
         have theirs. The table gives freed slots away before unused ones.
         """
-        keep = set(protected)
-        evictable = (
-            key for key in table.policy.candidates() if key not in keep and not table.is_pinned(table.slot_of[key])
-        )
-        victims = list(islice(evictable, count))
+        victims = table.pick_victims(count, (), (set(protected),))
         if victims:
             table.remove(victims)
             self._say_evicted(victims)

@@ -265,3 +265,17 @@ def test_only_a_memory_without_a_tier_below_declines() -> None:
         manager = TieringOffloadingManager(primary, tiers)
         assert policy.may_decline == (not tiers)
         manager.shutdown()
+
+
+def test_blocks_on_the_device_that_a_former_request_used_do_not_hide_which_request_ends():
+    """An engine settles blocks that it found on its device, too, which this request has not touched in the policy."""
+    policy = PrefixPolicy(100)
+    keys = keys_of(*range(5))
+    policy.insert(keys[:3], 1.0)
+    policy.settle(keys[:3])
+    former = policy._part_of[keys[0]].request
+    policy.insert(keys[3:], 2.0)
+    request = policy._part_of[keys[4]].request
+    policy.settle(keys)
+    assert (former.length, request.length) == (3, 5)
+    assert request.last is None

@@ -12,6 +12,7 @@ from requirements import need_mounts
 
 from kvtier.errors import StoreUnavailableError
 from kvtier.events import BlocksFailed, TierState
+from kvtier.eviction.lru import LRUPolicy
 from kvtier.secondary.filesystem import FilesystemTierManager
 from kvtier.stores import mounts
 from kvtier.stores.mounts import check_mounted, mount_point_of
@@ -42,6 +43,27 @@ def test_a_full_disk_goes_on_with_what_fits(small_disk, rig):
     rig.tier.shutdown()
     start(rig, disk.path / "tier", capacity=4 << 20)
     assert rig.load(held[:30])[1] == held[:30]
+
+
+class NeverAnswers(LRUPolicy):
+    """Knows no victim when it is asked for one."""
+
+    def candidates(self, incoming=()):
+        raise RuntimeError("no candidates")
+
+
+@pytest.mark.root
+def test_a_full_disk_goes_on_though_its_policy_fails(small_disk, caplog):
+    disk = small_disk("size=4200k")
+    (disk.path / "filler").write_bytes(bytes(3800 * 1024))
+    rig = make_rig(policies={"own": NeverAnswers})
+    start(rig, disk.path / "tier", capacity=4 << 20, policy="own")
+    for first in range(0, 200, 20):
+        rig.store(range(first, first + 20))
+    assert FailureCause.NO_SPACE in {event.cause for event in rig.recorder.of(BlocksFailed)}
+    assert rig.store([1000]).success
+    assert caplog.text.count("LRU takes its place") == 1
+    rig.close()
 
 
 @pytest.mark.root
