@@ -578,8 +578,14 @@ class OffloadingWorker(ABC):
         """
 
     @abstractmethod
-    def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec) -> bool:
-        """Start copying slots into engine blocks; return False if the transfer could not be started."""
+    def submit_load(
+        self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec, expedited: bool = False
+    ) -> bool:
+        """Start copying slots into engine blocks; return False if the transfer could not be started.
+
+        Args:
+            expedited: the engine waits for this load within the step, so it should not queue behind other loads.
+        """
 
     @abstractmethod
     def get_finished(self) -> list[TransferResult]:

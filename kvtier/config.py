@@ -166,6 +166,14 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     self_describing_kv_events: Annotated[bool, msgspec.Meta(description="engines attach token ids to KV events")] = (
         False
     )
+    sync_load_budget_bytes: Annotated[
+        int,
+        msgspec.Meta(
+            ge=0,
+            description="vLLM from 0.33 on: hits in host memory up to this many bytes of one worker per step are loaded"
+            " within the step, and their requests start one step earlier; 0 for none",
+        ),
+    ] = 0
     canonical_layout: Annotated[bool, msgspec.Meta(description="not supported: false only")] = False
     load_deadline: Annotated[
         Seconds | None,

@@ -64,6 +64,7 @@ def parse(kind=TieringConfig, **keys):
         ({"trust_weights": True}, 'trust_weights=True: one of "contents", "name"'),
         ({"offload_prompt_only": 1}, "offload_prompt_only=1: expected bool | None, got int"),
         ({"self_describing_kv_events": None}, "self_describing_kv_events=None: expected bool, got None"),
+        ({"sync_load_budget_bytes": -1}, "sync_load_budget_bytes=-1: expected int >= 0"),
         ({"secondary_tiers": {"type": "disk"}}, "secondary_tiers={'type': 'disk'}: expected list, got mapping"),
         ({"secondary_tiers": ["disk"]}, "secondary_tiers[0]='disk': expected mapping, got str"),
         (
@@ -99,6 +100,7 @@ def test_what_vllm_reads_from_the_same_mapping_is_known():
         block_size=32,
         offload_prompt_only=True,
         self_describing_kv_events=True,
+        sync_load_budget_bytes=1 << 20,
         canonical_layout=False,
     )
     assert (user.block_size, user.offload_prompt_only) == (32, True)

@@ -126,8 +126,13 @@ class TorchOffloadingWorker(OffloadingWorker):
         self._submit(job_id, src_spec, dst_spec, to_slots=True)
         return True
 
-    def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec) -> bool:
-        """Queue copies of slots into engine blocks, after all work already queued on the current stream."""
+    def submit_load(
+        self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec, expedited: bool = False
+    ) -> bool:
+        """Queue copies of slots into engine blocks, after all work already queued on the current stream.
+
+        An expedited load takes its turn, too: all copies share one stream.
+        """
         self._submit(job_id, dst_spec, src_spec, to_slots=False)
         return True
 

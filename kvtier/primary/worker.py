@@ -163,8 +163,10 @@ class NumpyOffloadingWorker(OffloadingWorker):
         self._transfer(job_id, src_spec, dst_spec, to_slots=True)
         return True
 
-    def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec) -> bool:
-        """Copy slots into engine blocks; the copy has ended when this returns."""
+    def submit_load(
+        self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec, expedited: bool = False
+    ) -> bool:
+        """Copy slots into engine blocks; the copy has ended when this returns, so an expedited one never queues."""
         self._transfer(job_id, dst_spec, src_spec, to_slots=False)
         return True
 

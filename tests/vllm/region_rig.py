@@ -43,7 +43,7 @@ class HostCopier:
 
     def __init__(self, kv_caches, blocks_per_chunk, num_chunks, region):
         self.region = region
-        self.results = []
+        self.results, self.expedited = [], set()
         tensors = [tensor.tensor for tensor in kv_caches.tensors]
         self.pairs = [(t, region.create_next_worker_view(t.shape[1] * blocks_per_chunk)) for t in tensors]
         self.parts = blocks_per_chunk
@@ -51,7 +51,8 @@ class HostCopier:
     def submit_store(self, job_id, source, target):
         return self.copy(job_id, source, target, to_slots=True)
 
-    def submit_load(self, job_id, source, target):
+    def submit_load(self, job_id, source, target, expedited=False):
+        self.expedited |= {job_id} if expedited else set()
         return self.copy(job_id, target, source, to_slots=False)
 
     def copy(self, job_id, blocks, slots, to_slots):

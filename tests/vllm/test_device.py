@@ -90,6 +90,22 @@ def test_stores_of_all_ranks_lie_in_the_arena_and_come_back(rig, engine_id, engi
         assert all(torch.equal(tensor.tensor[blocks], old) for tensor, old in zip(caches.tensors, layers, strict=True))
 
 
+@pytest.mark.parametrize("expedited", [False, True])
+def test_whether_a_load_is_expedited_is_passed_on(rig, expedited):
+    rig = rig(1)
+    keys, slots = place(rig, "x")
+    (worker,) = rig.workers
+    worker.submit_store(1, engine_blocks(0), slots)
+    worker.get_finished()
+    rig.core.manager.complete_store(set(keys), ReqContext("request"))
+    loaded = KVTierLoadStoreSpec(rig.core.manager.prepare_load(keys, ReqContext("request")))
+    # vLLM before 0.33 calls it without the parameter, and its own worker does not know it.
+    assert worker.submit_load(2, loaded, engine_blocks(0), *([True] if expedited else []))
+    worker.wait({2})
+    assert [result.success for result in worker.get_finished()] == [True]
+    assert worker._attached.worker._theirs.expedited == ({2} if expedited else set())
+
+
 def test_the_region_of_every_rank_is_its_share_of_the_arenas_rows(engine_id):
     with RegionTieringSpec(config(engine_id, world_size=3)) as spec:
         assert spec.block_bytes == 12288 > 3 * SHARE, "rows end with a part that is nobody's"

@@ -166,6 +166,8 @@ def obey(engine, command, arguments):
         return call_workers(engine, **arguments)
     if command == "call":
         return call(engine, **arguments)
+    if command == "answer":
+        return BEGUN[arguments["name"]][1]
     if command in ("begin", "step", "end"):
         return {"begin": begin, "step": step, "end": end}[command](engine, **arguments)
     if command == "reset":

@@ -1,6 +1,6 @@
 """CUDA, ROCm and XPU: vLLM's shared region is the arena, and vLLM's worker copies. Not tested on a device.
 
-vLLM's region (`vllm/v1/kv_offload/cpu/shared_offload_region.py`, the same from 0.28 to 0.32) is a file in /dev/shm. The
+vLLM's region (`vllm/v1/kv_offload/cpu/shared_offload_region.py`, the same from 0.28 to 0.33) is a file in /dev/shm. The
 core and every worker map it. It has one row per block, without gaps; a row holds the shares of all ranks, in the order
 of ranks. kvtier's arena has the same layout, (num_blocks, block_bytes). kvtier appends its control page to the file,
 behind the part that vLLM maps. The file is unlinked when all workers have mapped it, so that an engine that is killed
@@ -13,6 +13,7 @@ import fcntl
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +153,12 @@ class RegionWorker(OffloadingWorker):
         self._start(self._theirs.submit_store, job_id, sequence_of(dst_spec), src_spec, dst_spec)
         return True
 
-    def submit_load(self, job_id: int, src_spec: types.LoadStoreSpec, dst_spec: types.GPULoadStoreSpec) -> bool:
-        self._start(self._theirs.submit_load, job_id, sequence_of(src_spec), src_spec, dst_spec)
+    def submit_load(
+        self, job_id: int, src_spec: types.LoadStoreSpec, dst_spec: types.GPULoadStoreSpec, expedited: bool = False
+    ) -> bool:
+        # vLLM expedites loads from 0.33 on, and only then has its worker a parameter for it.
+        submit = partial(self._theirs.submit_load, expedited=True) if expedited else self._theirs.submit_load
+        self._start(submit, job_id, sequence_of(src_spec), src_spec, dst_spec)
         return True
 
     def get_finished(self) -> list[types.TransferResult]:

@@ -98,9 +98,14 @@ class KVTierOffloadingWorker(base.OffloadingWorker):  # type: ignore[misc]  # vL
             self._results.append(base.TransferResult(job_id, success=True))
         return True
 
-    def submit_load(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
+    def submit_load(self, job_id: int, src_spec: Any, dst_spec: Any, expedited: bool = False) -> bool:
+        """Start a load.
+
+        Args:
+            expedited: vLLM waits for the load within this step; from 0.33 on.
+        """
         self._loads.add(job_id)
-        self._attached_now().worker.submit_load(job_id, src_spec.slots(), engine_blocks(dst_spec))
+        self._attached_now().worker.submit_load(job_id, src_spec.slots(), engine_blocks(dst_spec), expedited)
         return True
 
     def get_finished(self) -> list[Any]:
