@@ -16,6 +16,7 @@ import msgspec
 from kvtier.errors import ConfigError
 from kvtier.namespace import Namespace
 from kvtier.options import check_known, convert_option
+from kvtier.primary.huge_pages import HugePages
 from kvtier.redaction import shown_option
 from kvtier.sizes import parse_size
 from kvtier.tiering.settings import ResetPolicy, TieringSettings
@@ -130,6 +131,20 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         int | str,
         msgspec.Meta(description='host memory of one engine, over all its workers: bytes, or a text such as "10GiB"'),
     ]
+    huge_pages: Annotated[
+        HugePages,
+        msgspec.Meta(
+            description='whether host memory is in huge pages, with which a disk is faster: "auto" uses them where the'
+            ' host offers them, "require" refuses to start without them, "off" does not ask for them'
+        ),
+    ] = HugePages.AUTO
+    arena_path: Annotated[
+        Text | None,
+        msgspec.Meta(
+            description="folder on a tmpfs that holds the host memory's file (which has no name there), for a tmpfs"
+            ' mounted with "huge="; if absent, the file is in no folder'
+        ),
+    ] = None
     spec_name: Annotated[
         Text, msgspec.Meta(description="registered name of the spec, or the name of its class in `spec_module_path`")
     ] = DEFAULT_SPEC

@@ -75,7 +75,7 @@ def report(figures: list[CaseFigures], index: IndexFigures | None, path: Path | 
     if figures and not all(row.direct for row in figures):
         console.print("no direct I/O on this filesystem: both sides go through the page cache")
     if figures:
-        console.print(speed_table(figures), scheduler_table(figures))
+        console.print(speed_table(figures), scheduler_table(figures), f"The tier had {figures[-1].memory}.")
     if index is not None:
         console.print(index_table(index))
     if path is not None:

@@ -50,7 +50,8 @@ class CaseFigures:
 
     Attributes:
         load: True for loads, False for stores.
-        raw, tier: GB/s of the raw limit and of the tier.
+        raw, tier: GB/s of the raw limit, from huge pages, and of the tier.
+        raw_small: GB/s of the raw limit from pages of 4 KiB.
         ratio: median of `ratios`.
         ratios: per round, the tier's speed divided by the mean of the raw limits just before and just after it.
         summed, summed_ratio: GB/s of the raw limit with checksums, and the tier's ratio to it.
@@ -61,12 +62,14 @@ class CaseFigures:
         steps_ms: p50, p99 and max of a step with the tier idle, during the raw limit, and with the tier at work.
         lookups: lookups per second, of present and of absent blocks.
         direct: whether direct I/O was possible.
+        memory: what memory the tier's arena lies in.
     """
 
     block_bytes: int
     job_blocks: int
     load: bool
     raw: float
+    raw_small: float
     tier: float
     ratio: float
     ratios: list[float]
@@ -81,6 +84,7 @@ class CaseFigures:
     steps_ms: dict[str, dict[str, float]]
     lookups: dict[str, float]
     direct: bool
+    memory: str
 
     @property
     def target(self) -> float | None:
@@ -118,7 +122,7 @@ def measure_cases(
 
 def _summary(order: Order, lines: Sequence[dict[str, Any]]) -> CaseFigures:
     rounds, once = lines[:-1], lines[-1]
-    names = ("raw", "tier", "ratio", "summed", "summed_ratio", "cpu", "raw_cpu", "summed_cpu", "job_us")
+    names = ("raw", "raw_small", "tier", "ratio", "summed", "summed_ratio", "cpu", "raw_cpu", "summed_cpu", "job_us")
     medians = {name: float(statistics.median(line[name] for line in rounds)) for name in names}
     ratios = [line["ratio"] for line in rounds]
     return CaseFigures(order.block_bytes, order.job_blocks, order.load, ratios=ratios, **medians, **once)
@@ -169,11 +173,13 @@ def measure(order: Order) -> Iterator[dict[str, Any]]:
             tier = session.move(number)
             after = session.raw(limit)
             summed = session.raw(limit, summed=True, beside=least.run)
+            small = session.raw(limit, small=True)
             raw = (before["gb_per_second"] + after["gb_per_second"]) / 2
             raw_steps += after["steps"].steps
             tier_steps += tier["steps"].steps
             yield {
                 "raw": raw,
+                "raw_small": small["gb_per_second"],
                 "tier": tier["gb_per_second"],
                 "ratio": tier["gb_per_second"] / raw,
                 "summed": summed["gb_per_second"],
@@ -183,12 +189,13 @@ def measure(order: Order) -> Iterator[dict[str, Any]]:
                 "raw_cpu": after["cpu_per_gb"],
                 "job_us": tier["steps"].job_seconds() * 1e6,
             }
-            before = after
+            before = session.raw(limit)
         idle.steps += session.idle().steps
         session.check()
         steps = {"idle": idle.steps, "raw": raw_steps, "tier": tier_steps}
         yield {
             "direct": limit.direct,
+            "memory": session.describe_memory(),
             "idle_poll_us": idle_poll * 1e6,
             "least_us": float(np.median(least.seconds or [0.0])) * 1e6,
             "lookups": session.lookups(),

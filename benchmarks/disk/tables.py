@@ -14,7 +14,7 @@ from kvtier.sizes import format_size
 def speed_table(figures: Sequence[CaseFigures]) -> Table:
     """Return a table of throughput and CPU time, one row per case."""
     table = Table(title="blocks to and from the disk, the scheduler's thread busy (medians; ! misses its target)")
-    columns = ("block", "job", "", "raw GB/s", "tier GB/s", "ratio", "target", "CPU s/GB", "raw CPU")
+    columns = ("block", "job", "", "raw GB/s", "4 KiB pages", "tier GB/s", "ratio", "target", "CPU s/GB", "raw CPU")
     for column in (*columns, "raw summed GB/s", "ratio", "CPU"):
         table.add_column(column, justify="right" if column else "left")
     for row in figures:
@@ -24,6 +24,7 @@ def speed_table(figures: Sequence[CaseFigures]) -> Table:
             str(row.job_blocks),
             "load" if row.load else "store",
             f"{row.raw:.2f}",
+            f"{row.raw_small:.2f}",
             f"{row.tier:.2f}",
             _marked(f"{row.ratio:.2f}", row.target is not None and row.ratio < row.target),
             "" if row.target is None else f"{row.target:.2f}",

@@ -150,12 +150,13 @@ def advise(figures: Sequence[Figures]) -> dict[str, Any]:
 
 def _show(console: Console, figures: Sequence[Figures], advice: dict[str, Any]) -> None:
     table = Table(title="blocks to and from the disk beside a busy scheduler (medians)")
-    for column in ("block", "", "raw GB/s", "tier GB/s", "ratio"):
+    for column in ("block", "", "raw GB/s", "raw, 4 KiB pages", "tier GB/s", "ratio"):
         table.add_column(column, justify="right" if column else "left")
     for row in figures:
-        speeds = (f"{row.raw:.2f}", f"{row.tier:.2f}", f"{row.ratio:.2f}")
+        speeds = (f"{row.raw:.2f}", f"{row.raw_small:.2f}", f"{row.tier:.2f}", f"{row.ratio:.2f}")
         table.add_row(format_size(row.block_bytes), "load" if row.load else "store", *speeds)
     console.print(table)
+    console.print(f"The tier had {figures[-1].memory}.")
     size, share = format_size(advice["block_bytes"]), advice["share_of_the_device"]
     console.print(
         f"Recommended: blocks of {size} or more. Stores reach {advice['store_gb_per_second']:.2f} GB/s, loads"

@@ -7,6 +7,8 @@ import mmap
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -14,9 +16,10 @@ import numpy as np
 
 from kvtier import forks
 from kvtier.descriptors import Descriptor
-from kvtier.errors import ConfigError
+from kvtier.errors import CapacityError, ConfigError
+from kvtier.primary.huge_pages import ADVICE, HUGE_PAGE_BYTES, SMALL, HugePages, Memory, MemoryKind, kinds_of_memory
 from kvtier.primary.memory_file import forbid_resizing, make_memory_file, no_room
-from kvtier.primary.memory_limit import check_memory
+from kvtier.sizes import format_size
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -130,15 +133,22 @@ class SharedMapping(mmap.mmap):
     """
 
     address: int
+    offset: int
+    num_bytes: int
 
-    def __new__(cls, fd: int, num_bytes: int) -> Self:
+    def __new__(cls, fd: int, num_bytes: int, align: int = HUGE_PAGE_BYTES) -> Self:
         """Map the first `num_bytes` of `fd`, which may be closed afterwards.
+
+        The file begins at `offset` of the mapping, at an address where a huge page can begin: mmap promises only small
+        pages, so one huge page more is mapped.
 
         Raises:
             OSError: the system refuses the mapping.
         """
-        self = super().__new__(cls, -1, num_bytes, flags=_PRIVATE)
-        self.address = np.frombuffer(self, dtype=np.uint8).ctypes.data
+        self = super().__new__(cls, -1, num_bytes + align, flags=_PRIVATE)
+        start = np.frombuffer(self, dtype=np.uint8).ctypes.data
+        self.offset = -start % align
+        self.num_bytes, self.address = num_bytes, start + self.offset
         self._place(mmap.MAP_SHARED, fd)  # over the anonymous pages, at the same address
         forks.register(self)
         return self
@@ -150,7 +160,7 @@ class SharedMapping(mmap.mmap):
 
     def _place(self, flags: int, fd: int) -> None:
         access = mmap.PROT_READ | mmap.PROT_WRITE
-        if _libc.mmap(self.address, len(self), access, flags | _MAP_FIXED, fd, 0) != self.address:
+        if _libc.mmap(self.address, self.num_bytes, access, flags | _MAP_FIXED, fd, 0) != self.address:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
@@ -158,22 +168,26 @@ class Arena(forks.ProcessBound):
     """`num_blocks` blocks of `block_bytes` bytes in an unnamed file in memory, which vanishes with its last user.
 
     Attributes:
+        memory: the kind of memory that it was made in; None in a process that has attached it.
         fd: descriptor of that file, closed by `close`; other programs inherit it only if it is passed on purpose.
         view: memoryview of shape (num_blocks, block_bytes), format "B", C-contiguous, page aligned.
         control: the control page, shared like the blocks.
     """
 
-    def __init__(self, fd: int, num_blocks: int, block_bytes: int) -> None:
+    def __init__(self, fd: int, num_blocks: int, block_bytes: int, memory: Memory | None = None) -> None:
         """Map `fd` and take ownership of it; callers use `create` or `attach`."""
         self.fd = fd
         self.num_blocks = num_blocks
         self.block_bytes = block_bytes
+        self.memory = memory
         self._descriptor = Descriptor(fd)
-        self._mapping = SharedMapping(fd, num_blocks * block_bytes + CONTROL_BYTES)
-        whole = memoryview(self._mapping)
-        self.view = whole[: num_blocks * block_bytes].cast("B", (num_blocks, block_bytes))
+        used, page_bytes = num_blocks * block_bytes, _page_bytes(fd)
+        whole = _whole_pages(used + CONTROL_BYTES, page_bytes)
+        self._mapping = SharedMapping(fd, whole, max(page_bytes, HUGE_PAGE_BYTES))
+        place = memoryview(self._mapping)[self._mapping.offset :][: used + CONTROL_BYTES]
+        self.view = place[:used].cast("B", (num_blocks, block_bytes))
         self._rows = Rows(self.view)
-        self.control = ControlPage(whole[num_blocks * block_bytes :])
+        self.control = ControlPage(place[used:])
         self._closed = False
         forks.register(self)
 
@@ -183,29 +197,63 @@ class Arena(forks.ProcessBound):
         self.fd = -1
 
     @classmethod
-    def create(cls, num_blocks: int, block_bytes: int, *, progress: Progress | None = None, threads: int = 2) -> Self:
+    def create(
+        cls,
+        num_blocks: int,
+        block_bytes: int,
+        *,
+        huge_pages: HugePages = HugePages.AUTO,
+        folder: Path | None = None,
+        progress: Progress | None = None,
+        threads: int = 2,
+    ) -> Self:
         """Make an arena and allocate all of its pages, so that no later access fails for lack of memory.
+
+        The kinds of memory that the machine offers are tried, the best first (`kinds_of_memory`).
 
         Args:
             block_bytes: a multiple of the page size (`align_block_bytes`).
+            huge_pages: whether the arena lies in huge pages.
+            folder: a folder on a tmpfs for the arena's file, which has no name there; None for a file without a folder.
             progress: called on the caller's thread while pages are allocated.
             threads: number of threads that allocate pages.
 
         Raises:
-            ConfigError: a size is not allowed.
+            ConfigError: a size is not allowed, the folder is not on a tmpfs, or huge pages are required and the machine
+                does not offer them.
             CapacityError: the memory limits of this process leave too little, or the system refuses the memory.
         """
         total = _checked_bytes(num_blocks, block_bytes)
-        check_memory(total)
-        fd = make_memory_file(total)
+        *better, last = kinds_of_memory(total, huge_pages, folder)
+        for memory in better:
+            with suppress(CapacityError):  # reserved pages may have gone to somebody else since they were counted
+                return cls._create_in(memory, num_blocks, block_bytes, huge_pages, progress, threads)
+        return cls._create_in(last, num_blocks, block_bytes, huge_pages, progress, threads)
+
+    @classmethod
+    def _create_in(
+        cls,
+        memory: Memory,
+        num_blocks: int,
+        block_bytes: int,
+        huge_pages: HugePages,
+        progress: Progress | None,
+        threads: int,
+    ) -> Self:
+        total = _checked_bytes(num_blocks, block_bytes)
+        memory.check(total)
+        total = memory.whole_pages(total)
+        fd = make_memory_file(total, memory)
         try:
-            arena = cls(fd, num_blocks, block_bytes)
+            arena = cls(fd, num_blocks, block_bytes, memory)
         except OSError as error:
             os.close(fd)
-            raise no_room(total, error) from error
+            raise no_room(total, error, memory=memory) from error
         try:
             arena._back(total, progress, threads)
             forbid_resizing(fd)
+            if huge_pages is HugePages.REQUIRE:
+                arena._check_huge()
         except BaseException:
             arena.close()
             raise
@@ -220,7 +268,7 @@ class Arena(forks.ProcessBound):
         Raises:
             ConfigError: a size is not allowed, or the file has a different size.
         """
-        total = _checked_bytes(num_blocks, block_bytes)
+        total = _whole_pages(_checked_bytes(num_blocks, block_bytes), _page_bytes(fd))
         found = os.fstat(fd).st_size
         if found != total:
             raise ConfigError("arena_fd", fd, f"a file of {total} bytes is needed, it has {found}")
@@ -260,18 +308,52 @@ class Arena(forks.ProcessBound):
     ) -> None:
         self.close()
 
+    def describe_memory(self) -> str:
+        """Return one line for the log: the size, the kind of memory, and what would give the arena huge pages."""
+        size = format_size(self.num_blocks * self.block_bytes)
+        if self.memory is None or self.memory.kind is MemoryKind.SMALL:
+            return f"{size} of host memory in 4 KiB pages; {ADVICE}"
+        return f"{size} of host memory in {self.memory.kind.value}, {format_size(self.huge_bytes())} mapped so"
+
+    def huge_bytes(self) -> int:
+        """Return how many bytes of the arena this process maps by huge pages (`/proc/self/smaps`, proc(5))."""
+        wanted, found = f"{self._mapping.address:x}-", 0
+        inside = False
+        with open("/proc/self/smaps") as lines:
+            for line in lines:
+                name, _, value = line.partition(":")
+                if value[:1] != " ":  # the first line of a mapping: its addresses, flags and file
+                    if inside:
+                        break
+                    inside = line.startswith(wanted)
+                elif inside and name in ("ShmemPmdMapped", "Shared_Hugetlb", "Private_Hugetlb"):
+                    found += int(value.split()[0]) << 10
+        return found
+
+    def _check_huge(self) -> None:
+        """Raise CapacityError if a whole huge page of the blocks is not one."""
+        least = self.num_blocks * self.block_bytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+        found = self.huge_bytes()
+        if found < least:
+            raise CapacityError(
+                f"huge_pages: only {format_size(found)} of {format_size(least)} are in huge pages: the host's memory is"
+                " fragmented; reserve huge pages soon after its start (sysctl vm.nr_hugepages)"
+            )
+
     def _back(self, total: int, progress: Progress | None, threads: int) -> None:
         """Allocate and map all pages, slice by slice, on `threads` threads."""
         # ctypes releases the interpreter lock during a call; mmap.madvise would hold it, and the threads would take
         # turns.
         start, madvise = self._mapping.address, _libc.madvise
-        madvise(start, total, _MADV_HUGEPAGE)  # most kernels refuse huge pages for shared memory; that does no harm
+        if self.memory is not SMALL:
+            madvise(start, total, _MADV_HUGEPAGE)
 
         def back_slice(offset: int) -> int:
             length = min(_SLICE_BYTES, total - offset)
-            os.posix_fallocate(self.fd, offset, length)
-            # Older kernels refuse this; then the first access to a page maps it, which costs time but cannot fail.
-            madvise(start + offset, length, _MADV_POPULATE_WRITE)
+            # The mapping has asked for huge pages; fallocate, which knows nothing of it, would take small ones. Kernels
+            # before 5.14 refuse the first call, and an access to a page then maps it, which costs time but cannot fail.
+            if madvise(start + offset, length, _MADV_POPULATE_WRITE):
+                os.posix_fallocate(self.fd, offset, length)
             return length
 
         with ThreadPoolExecutor(max(1, threads), "kvtier-arena") as executor:
@@ -282,9 +364,18 @@ class Arena(forks.ProcessBound):
                     if progress is not None:
                         progress(done, total)
             except OSError as error:
-                raise no_room(total, error, self.fd) from error
+                raise no_room(total, error, self.fd, self.memory or SMALL) from error
             finally:
                 executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _page_bytes(fd: int) -> int:
+    """Return the size of the pages of a file in memory: a file of reserved huge pages ends at a whole one."""
+    return os.fstatvfs(fd).f_bsize
+
+
+def _whole_pages(num_bytes: int, page_bytes: int) -> int:
+    return -(-num_bytes // page_bytes) * page_bytes
 
 
 def _checked_bytes(num_blocks: int, block_bytes: int) -> int:

@@ -3,13 +3,17 @@
 Three kinds of limits are read: `MemAvailable` of /proc/meminfo (proc(5)), the cgroup limits of this process's group and
 of every group above it (cgroup v2: `memory.max`; v1: `memory.limit_in_bytes`), and the limit of the address space
 (getrlimit(2)).
+
+Pages that the host has reserved as huge pages ("hugetlb") are taken from a pool. Two other limits hold for them: what
+is free in the pool (`free_hugepages` less `resv_hugepages`), and the cgroups' limits for pages of that size.
 """
 
 from __future__ import annotations
 
+import os
 import resource
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from kvtier.errors import CapacityError
@@ -30,15 +34,17 @@ class MemoryLimit:
     Attributes:
         name: the limit's name or file, for error messages.
         available: bytes that may still be allocated, 0 or more.
+        reserve: bytes of them that stay free, at most a share (`RESERVE_SHARE`) of `available`.
     """
 
     name: str
     available: int
+    reserve: int = RESERVE_BYTES
 
     @property
     def usable(self) -> int:
         """Bytes that may be allocated without using the reserve."""
-        return self.available - min(RESERVE_BYTES, int(self.available * RESERVE_SHARE))
+        return self.available - min(self.reserve, int(self.available * RESERVE_SHARE))
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,16 @@ class _CgroupFiles:
 
 _V1 = _CgroupFiles("v1", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 _V2 = _CgroupFiles("v2", "memory.max", "memory.current", "inactive_file")
+_MEMORY = {files.version: files for files in (_V1, _V2)}
+
+
+def _hugetlb_files(page_bytes: int) -> dict[str, _CgroupFiles]:
+    """Return the files that limit reserved huge pages of one size, by cgroup version."""
+    size = f"{page_bytes >> 30}GB" if page_bytes >= 1 << 30 else f"{page_bytes >> 20}MB"
+    return {
+        "v1": _CgroupFiles("v1", f"hugetlb.{size}.limit_in_bytes", f"hugetlb.{size}.usage_in_bytes", ""),
+        "v2": _CgroupFiles("v2", f"hugetlb.{size}.max", f"hugetlb.{size}.current", ""),
+    }
 
 
 def check_memory(num_bytes: int, limits: Sequence[MemoryLimit] | None = None) -> None:
@@ -78,12 +94,42 @@ def memory_limits(root: Path = Path("/")) -> list[MemoryLimit]:
     Args:
         root: the folder that holds `proc` and, below it, the mount points which `proc` names.
     """
-    limits = [*_machine_limit(root), *_cgroup_limits(root)]
-    address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if address_space != resource.RLIM_INFINITY:
+    return [*_machine_limit(root), *_cgroup_limits(root, "memory", _MEMORY), *_address_space(root)]
+
+
+def hugetlb_limits(page_bytes: int, root: Path = Path("/")) -> list[MemoryLimit]:
+    """Return the limits for reserved huge pages of one size: the pool, the cgroups, and the address space.
+
+    Args:
+        page_bytes: a size that the host offers (`hugetlb_page_sizes`).
+        root: as for `memory_limits`.
+    """
+    pool = _hugetlb_pools(root) / f"hugepages-{page_bytes >> 10}kB"
+    free, reserved = (int(next(iter(_lines(pool / name)), "0")) for name in ("free_hugepages", "resv_hugepages"))
+    limits = [MemoryLimit(f"free pages in {pool}", max(0, free - reserved) * page_bytes, reserve=0)]
+    groups = _cgroup_limits(root, "hugetlb", _hugetlb_files(page_bytes))
+    return [*limits, *(replace(limit, reserve=0) for limit in groups), *_address_space(root)]
+
+
+def hugetlb_page_sizes(root: Path = Path("/")) -> list[int]:
+    """Return the sizes of the huge pages that the host can reserve, bytes, ascending; none without support."""
+    try:
+        names = os.listdir(_hugetlb_pools(root))
+    except OSError:
+        return []
+    sizes = (name.removeprefix("hugepages-").removesuffix("kB") for name in names)
+    return sorted(int(size) << 10 for size in sizes if size.isdigit())
+
+
+def _hugetlb_pools(root: Path) -> Path:
+    return root / "sys/kernel/mm/hugepages"
+
+
+def _address_space(root: Path) -> Iterator[MemoryLimit]:
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
         used = _table(root / "proc/self/status").get("VmSize", 0) * 1024
-        limits.append(MemoryLimit("address space, RLIMIT_AS", max(0, address_space - used)))
-    return limits
+        yield MemoryLimit("address space, RLIMIT_AS", max(0, limit - used))
 
 
 def _machine_limit(root: Path) -> Iterator[MemoryLimit]:
@@ -92,11 +138,11 @@ def _machine_limit(root: Path) -> Iterator[MemoryLimit]:
         yield MemoryLimit("MemAvailable in /proc/meminfo", available * 1024)
 
 
-def _cgroup_limits(root: Path) -> Iterator[MemoryLimit]:
+def _cgroup_limits(root: Path, controller: str, versions: Mapping[str, _CgroupFiles]) -> Iterator[MemoryLimit]:
     """Yield the limits of this process's group and of all groups above it, up to the mount point of the hierarchy."""
-    paths = dict(_cgroup_paths(root))
-    for files, mount_root, mount_point in _cgroup_mounts(root):
-        path = paths.get(files.version)
+    paths = dict(_cgroup_paths(root, controller))
+    for version, mount_root, mount_point in _cgroup_mounts(root, controller):
+        path, files = paths.get(version), versions[version]
         if path is None:
             continue
         top = root / mount_point.relative_to("/")
@@ -109,19 +155,19 @@ def _cgroup_limits(root: Path) -> Iterator[MemoryLimit]:
                 break
 
 
-def _cgroup_paths(root: Path) -> Iterator[tuple[str, PurePosixPath]]:
-    """Yield (version, path) of this process's group in each hierarchy that may limit memory (cgroups(7))."""
+def _cgroup_paths(root: Path, controller: str) -> Iterator[tuple[str, PurePosixPath]]:
+    """Yield (version, path) of this process's group in each hierarchy with the controller (cgroups(7))."""
     for line in _lines(root / "proc/self/cgroup"):
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
-        if "memory" in controllers.split(","):
-            yield _V1.version, PurePosixPath(path)
+        if controller in controllers.split(","):
+            yield "v1", PurePosixPath(path)
         elif number == "0" and not controllers:
-            yield _V2.version, PurePosixPath(path)
+            yield "v2", PurePosixPath(path)
 
 
-def _cgroup_mounts(root: Path) -> Iterator[tuple[_CgroupFiles, PurePosixPath, PurePosixPath]]:
-    """Yield (files, root inside the hierarchy, mount point) of each hierarchy that may limit memory (proc(5))."""
+def _cgroup_mounts(root: Path, controller: str) -> Iterator[tuple[str, PurePosixPath, PurePosixPath]]:
+    """Yield (version, root inside the hierarchy, mount point) of each hierarchy with the controller (proc(5))."""
     for line in _lines(root / "proc/self/mountinfo"):
         mount, _, filesystem = (part.split() for part in line.partition(" - "))
         if len(mount) < 5 or len(filesystem) < 3:
@@ -129,9 +175,9 @@ def _cgroup_mounts(root: Path) -> Iterator[tuple[_CgroupFiles, PurePosixPath, Pu
         # The kernel escapes a space in a path as \040.
         mount_root, mount_point = (PurePosixPath(field.replace("\\040", " ")) for field in mount[3:5])
         if filesystem[0] == "cgroup2":
-            yield _V2, mount_root, mount_point
-        elif filesystem[0] == "cgroup" and "memory" in filesystem[2].split(","):
-            yield _V1, mount_root, mount_point
+            yield "v2", mount_root, mount_point
+        elif filesystem[0] == "cgroup" and controller in filesystem[2].split(","):
+            yield "v1", mount_root, mount_point
 
 
 def _group_limit(files: _CgroupFiles, folder: Path) -> Iterator[MemoryLimit]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
@@ -25,6 +27,8 @@ from kvtier.registry import POLICIES, WORKERS
 from kvtier.spec.first_interface import config_from_pair
 from kvtier.tiering.manager import TieringOffloadingManager
 from kvtier.tiering.settings import TieringSettings
+
+logger = logging.getLogger("kvtier")
 
 
 class ArenaSpec(forks.ProcessBound, OffloadingSpec):
@@ -160,11 +164,20 @@ class ArenaSpec(forks.ProcessBound, OffloadingSpec):
 
         Raises:
             CapacityError: the machine cannot hold it.
+            ConfigError: the machine does not offer the memory that the configuration requires.
             RuntimeError: the spec has been shut down.
         """
         if self._arena is None:
             self._check_open()
-            self._arena = Arena.create(self.num_blocks, self.block_bytes, progress=self._progress)
+            folder = self.user_config.arena_path
+            self._arena = Arena.create(
+                self.num_blocks,
+                self.block_bytes,
+                huge_pages=self.user_config.huge_pages,
+                folder=None if folder is None else Path(folder),
+                progress=self._progress,
+            )
+            logger.info("kvtier: %s", self._arena.describe_memory())
             self.tier_context = replace(self.tier_context, arena_fd=self._arena.fd)
         return self._arena
 

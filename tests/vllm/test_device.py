@@ -30,6 +30,7 @@ from kvtier.adapters.vllm.translation import KVTierLoadStoreSpec, kv_caches_of
 from kvtier.adapters.vllm.worker import KVTierOffloadingWorker
 from kvtier.errors import CapacityError, ConfigError
 from kvtier.primary.arena import Arena
+from kvtier.primary.huge_pages import tmpfs_of
 from kvtier.spec.tiering import TieringOffloadingSpec
 from kvtier.testing.patience import wait_for
 from kvtier.types import CPULoadStoreSpec, GPULoadStoreSpec, ReqContext, TransferResult
@@ -272,3 +273,29 @@ def test_the_platform_decides(engine_id, monkeypatch):
     monkeypatch.setattr(spec_module, "current_platform", platform())
     with pytest.raises(ConfigError, match="platform='other': kvtier runs on vLLM's cpu, cuda, rocm and xpu"):
         path_of_platform(config(engine_id))
+
+
+def test_the_log_says_in_which_pages_the_region_is(rig, log):
+    with log.at_level(logging.INFO):
+        rig(1)
+    (line,) = [record.getMessage() for record in log.records if "host memory of" in record.getMessage()]
+    huge = tmpfs_of(device.REGION_FOLDER)[1]
+    assert ("may be in huge pages" in line) is huge
+    assert ("mount -o remount,huge=within_size /dev/shm" in line) is not huge
+
+
+def test_huge_pages_can_be_required_of_the_region(engine_id):
+    with RegionTieringSpec(config(engine_id, huge_pages="require")) as spec:
+        if tmpfs_of(device.REGION_FOLDER)[1]:
+            assert spec.arena.num_blocks
+        else:
+            with pytest.raises(ConfigError, match="remount,huge=within_size /dev/shm"):
+                _ = spec.arena
+
+
+def test_the_region_has_a_folder_already(engine_id, tmp_path):
+    with (
+        RegionTieringSpec(config(engine_id, arena_path=str(tmp_path))) as spec,
+        pytest.raises(ConfigError, match=r"arena_path=.*absent on an accelerator"),
+    ):
+        _ = spec.arena

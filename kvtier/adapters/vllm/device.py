@@ -29,6 +29,7 @@ from kvtier.abc import OffloadingWorker
 from kvtier.errors import CapacityError, ConfigError
 from kvtier.log import cleaned
 from kvtier.primary.arena import CONTROL_BYTES, Arena, ControlPage
+from kvtier.primary.huge_pages import HugePages, tmpfs_of
 from kvtier.primary.memory_limit import check_memory
 from kvtier.primary.worker import TransferBook, sequence_of
 from kvtier.sizes import format_size
@@ -37,6 +38,7 @@ from kvtier.spec.tiering import TieringOffloadingSpec
 logger = cleaned(init_logger("vllm.kvtier"))
 
 REGION_FOLDER = Path("/dev/shm")
+REMOUNT = f"mount -o remount,huge=within_size {REGION_FOLDER}"
 _REGION_NAMES = "vllm_offload_*.mmap"
 
 
@@ -87,12 +89,20 @@ class RegionTieringSpec(TieringOffloadingSpec):
             raise ConfigError(
                 "engine_id", engine_id, f"one that no running engine of this machine has; {path} is in use"
             )
+        huge = tmpfs_of(REGION_FOLDER)[1]
+        if self.user_config.huge_pages is HugePages.REQUIRE and not huge:
+            raise ConfigError("huge_pages", "require", f'"auto", or huge pages in {REGION_FOLDER}: {REMOUNT} (as root)')
+        if self.user_config.arena_path is not None:
+            allowed = f"absent on an accelerator: vLLM's region is in {REGION_FOLDER}"
+            raise ConfigError("arena_path", self.user_config.arena_path, allowed)
         check_memory(num_bytes + CONTROL_BYTES)
         try:
             self._region = SharedOffloadRegion(engine_id, self.num_blocks, None, self.block_bytes, self._share)
             if Path(self._region.mmap_path) != path or self._region.create_kv_memoryview().shape != shape:
                 raise ConfigError("vLLM's region", self._region.mmap_path, f"{path} with rows of shape {shape} wanted")
             os.posix_fallocate(self._region.fd, num_bytes, CONTROL_BYTES)
+            pages = "may be in huge pages" if huge else f"is in 4 KiB pages; in huge pages a disk is faster: {REMOUNT}"
+            logger.info("kvtier: host memory of %s is in %s and %s", format_size(num_bytes), REGION_FOLDER, pages)
             return Arena.attach(self._region.fd, *shape)
         except (OSError, RuntimeError) as error:
             self.forget_name()

@@ -33,18 +33,22 @@ class Figures:
 
     Attributes:
         load: True for loads, False for stores.
-        raw, tier: GB/s of the device and of the tier.
+        raw, tier: GB/s of the device, from huge pages, and of the tier.
+        raw_small: GB/s of the device from pages of 4 KiB.
         ratio: median of the rounds' ratios; a round's tier speed is divided by the mean of the raw limits measured just
             before and just after it.
         direct: whether the filesystem has direct I/O.
+        memory: what memory the tier's arena lies in.
     """
 
     block_bytes: int
     load: bool
     raw: float
+    raw_small: float
     tier: float
     ratio: float
     direct: bool
+    memory: str
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,8 +72,9 @@ def measure_case(
         for line in run_session(command("kvtier.cli.disk_speed.session"), order):
             lines.append(line)
             progress(f"{block_bytes >> 10} KiB {'load' if load else 'store'}, round {len(lines)}")
-        raw, tier, ratio = (statistics.median(line[name] for line in lines) for name in ("raw", "tier", "ratio"))
-        yield Figures(block_bytes, load, raw, tier, ratio, lines[-1]["direct"])
+        names = ("raw", "raw_small", "tier", "ratio")
+        medians = {name: float(statistics.median(line[name] for line in lines)) for name in names}
+        yield Figures(block_bytes, load, **medians, direct=lines[-1]["direct"], memory=lines[-1]["memory"])
     shutil.rmtree(order.tier_folder)
 
 

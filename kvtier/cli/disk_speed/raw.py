@@ -1,11 +1,14 @@
 """The raw limit of a filesystem: direct I/O in requests of 1 MiB by 4 threads, on one file that was written before.
 
+The limit is measured from huge pages. It is also measured from pages of 4 KiB, which bound direct I/O by their number:
+most arenas lie in such pages.
+
 It can be measured with checksums, too: XXH3-128 of every request before it is written or after it is read, in as much
 memory as an arena has. No store that verifies its blocks can be faster on the machine.
 
 The measuring process gets a path and a number of bytes. It prepares the file and prints a line. Then it reads commands,
-one per line of standard input: "write", "read", "write summed", "read summed". Each moves the whole file once and is
-answered by a line of JSON, {"seconds", "cpu_seconds"}.
+one per line of standard input: "write" or "read", then "summed" and "small" where wanted. Each moves the whole file
+once and is answered by a line of JSON, {"seconds", "cpu_seconds"}.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import xxhash
 
 from kvtier.cli.disk_speed.processes import command
 from kvtier.errors import KVTierError
+from kvtier.stores.integrity.scratch import private_memory
 
 REQUEST_BYTES = 1 << 20
 """The size of the slab's largest vectored calls."""
@@ -50,27 +54,32 @@ class RawFile:
                 raise
             self._descriptor = os.open(path, flags, 0o600)
             self.direct = False
-        self._memory = memoryview(mmap.mmap(-1, _REQUESTS_IN_MEMORY * REQUEST_BYTES))
+        small = mmap.mmap(-1, _REQUESTS_IN_MEMORY * REQUEST_BYTES)
+        small.madvise(mmap.MADV_NOHUGEPAGE)
+        self._small, self._huge = memoryview(small), private_memory(_REQUESTS_IN_MEMORY * REQUEST_BYTES)
         pattern = os.urandom(REQUEST_BYTES)
         for number in range(_REQUESTS_IN_MEMORY):
-            self._buffer(number)[:] = pattern
+            for memory in (self._small, self._huge):
+                _request(memory, number)[:] = pattern
         if os.fstat(self._descriptor).st_size < num_bytes:
             os.posix_fallocate(self._descriptor, 0, num_bytes)
             self.move(write=True)
 
-    def move(self, write: bool, summed: bool = False) -> dict[str, float]:
+    def move(self, write: bool, summed: bool = False, small: bool = False) -> dict[str, float]:
         """Write or read the whole file once; return the seconds and CPU seconds that this took.
 
         Args:
+            small: from or into pages of 4 KiB, not huge pages.
             summed: compute checksums, and rotate over all buffers. Else each thread has one buffer, which stays in the
                 processor's cache.
         """
         numbers = itertools.count()
         call = os.pwritev if write else os.preadv
+        memory = self._small if small else self._huge
 
         def work(thread: int) -> None:
             while (number := next(numbers)) < self._requests:
-                buffer = self._buffer(number if summed else thread)
+                buffer = _request(memory, number if summed else thread)
                 if summed and write:
                     xxhash.xxh3_128_digest(buffer)
                 if call(self._descriptor, [buffer], number * REQUEST_BYTES) != REQUEST_BYTES:
@@ -86,9 +95,11 @@ class RawFile:
             thread.join()
         return {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
 
-    def _buffer(self, number: int) -> memoryview:
-        start = number % _REQUESTS_IN_MEMORY * REQUEST_BYTES
-        return self._memory[start : start + REQUEST_BYTES]
+
+def _request(memory: memoryview, number: int) -> memoryview:
+    """Return the memory of one request; the requests rotate."""
+    start = number % _REQUESTS_IN_MEMORY * REQUEST_BYTES
+    return memory[start : start + REQUEST_BYTES]
 
 
 class RawLimit:
@@ -108,11 +119,12 @@ class RawLimit:
         )
         self.direct = bool(self._answer()["direct"])
 
-    def begin(self, write: bool, summed: bool) -> None:
+    def begin(self, write: bool, summed: bool = False, small: bool = False) -> None:
         """Start one pass over the file."""
         if self._process.stdin is None:
             raise KVTierError("the raw limit's process has no input")
-        self._process.stdin.write((b"write" if write else b"read") + (b" summed\n" if summed else b"\n"))
+        words = ["write" if write else "read", *(["summed"] if summed else []), *(["small"] if small else [])]
+        self._process.stdin.write((" ".join(words) + "\n").encode())
         self._process.stdin.flush()
 
     def ended(self) -> bool:
@@ -142,7 +154,7 @@ def main() -> None:
     file = RawFile(Path(sys.argv[1]), int(sys.argv[2]))
     print(json.dumps({"direct": file.direct}), flush=True)
     for line in sys.stdin:
-        print(json.dumps(file.move(write="write" in line, summed="summed" in line)), flush=True)
+        print(json.dumps(file.move("write" in line, summed="summed" in line, small="small" in line)), flush=True)
 
 
 if __name__ == "__main__":

@@ -133,9 +133,15 @@ class Session:
             "steps": steps,
         }
 
-    def raw(self, limit: RawLimit, summed: bool = False, beside: Callable[[], None] | None = None) -> dict[str, Any]:
+    def raw(
+        self,
+        limit: RawLimit,
+        summed: bool = False,
+        small: bool = False,
+        beside: Callable[[], None] | None = None,
+    ) -> dict[str, Any]:
         """Measure the raw limit while this thread runs the same steps as with the tier."""
-        limit.begin(not self.order.load, summed)
+        limit.begin(not self.order.load, summed, small)
         steps = self.scheduler.idle(limit.ended, beside)
         answer = limit.take()
         return {
@@ -143,6 +149,10 @@ class Session:
             "cpu_per_gb": answer["cpu_seconds"] / (limit.num_bytes / 1e9),
             "steps": steps,
         }
+
+    def describe_memory(self) -> str:
+        """Return what memory the tier's arena lies in."""
+        return self._arena.describe_memory()
 
     def freeze(self) -> None:
         """Keep the garbage collector out of the measurement; vLLM freezes its heap in the same way."""
@@ -187,9 +197,17 @@ def measure(order: Order) -> Iterator[dict[str, Any]]:
         for number in range(order.rounds):
             tier = session.move(number)["gb_per_second"]
             after = session.raw(limit)["gb_per_second"]
+            small = session.raw(limit, small=True)["gb_per_second"]
             raw = (before + after) / 2
-            yield {"raw": raw, "tier": tier, "ratio": tier / raw, "direct": limit.direct}
-            before = after
+            yield {
+                "raw": raw,
+                "raw_small": small,
+                "tier": tier,
+                "ratio": tier / raw,
+                "direct": limit.direct,
+                "memory": session.describe_memory(),
+            }
+            before = session.raw(limit)["gb_per_second"] if number + 1 < order.rounds else after
         session.check()
 
 

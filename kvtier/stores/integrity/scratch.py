@@ -39,7 +39,7 @@ class Scratch(threading.local):
         """Return one piece of memory. Earlier pieces must not be used any more."""
         self._spacious = self._pieces = self._handed_out = []
         if len(self._memory) < num_bytes:
-            self._memory = _private_memory(num_bytes)
+            self._memory = private_memory(num_bytes)
         return self._memory[:num_bytes]
 
     def handed_out(self, pieces: Sequence[object]) -> bool:
@@ -70,7 +70,7 @@ class Scratch(threading.local):
         It may be used until another `RING_BYTES / 2` have been taken.
         """
         if not self._ring:
-            self._ring = _private_memory(RING_BYTES)
+            self._ring = private_memory(RING_BYTES)
         if self._next + num_bytes > RING_BYTES:
             self._next = 0
         start, self._next = self._next, self._next + num_bytes
@@ -81,7 +81,7 @@ def _is_as_long(one: memoryview, other: memoryview) -> bool:
     return one.nbytes == other.nbytes
 
 
-def _private_memory(num_bytes: int) -> memoryview:
+def private_memory(num_bytes: int) -> memoryview:
     """Return at least `num_bytes`, in huge pages if the kernel gives them (see madvise(2)).
 
     A huge page must begin at a multiple of its size, and mmap promises only small pages. So one more is mapped, and the
