@@ -510,8 +510,11 @@ class OffloadingManager(ABC):
         """Count one use of `keys`, given in prefix order; unknown keys are ignored."""
         return
 
-    def complete_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
-        """Unpin `keys` after their copy to the device succeeded or failed."""
+    def complete_load(self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True) -> None:
+        """Unpin `keys` after their copy to the device; if it failed, forget them in the primary tier.
+
+        So the request's next lookups do not find the blocks that it could not load.
+        """
         return
 
     @abstractmethod

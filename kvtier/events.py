@@ -32,6 +32,13 @@ class BlocksLoaded(NamedTuple):
     by_source: Mapping[str, int]
 
 
+class LoadFailed(NamedTuple):
+    """A request's load to the device failed. The blocks `dropped` left the primary tier for it."""
+
+    req_id: str
+    dropped: Sequence[OffloadKey]
+
+
 class JobFinished(NamedTuple):
     """A secondary tier answered a job of `num_blocks`, of which `num_successful` succeeded."""
 
@@ -111,6 +118,7 @@ Event = (
     BlocksStored
     | BlocksEvicted
     | BlocksLoaded
+    | LoadFailed
     | JobFinished
     | BlocksFailed
     | CascadeRefused

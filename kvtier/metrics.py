@@ -22,6 +22,7 @@ from kvtier.events import (
     Event,
     HintIgnored,
     JobFinished,
+    LoadFailed,
     RequestGaveUp,
     TierState,
     UnexpectedCall,
@@ -125,6 +126,8 @@ _TIER, _REASON, _CALL = ("tier",), ("reason",), ("call",)
 _OF_REQUESTS = (
     _on(BlocksLoaded, lambda event: event.by_source.items(), "loaded_blocks", _TIER,
         "Blocks loaded to the device, by the tier they came from", "hit_blocks"),
+    _on(LoadFailed, lambda event: (("", 1),), "failed_loads", (),
+        "Loads to the device that failed; the engine computes these blocks, or asks for them once more"),
     _counter(_ENGINE, "lookups", ("answer",), "Answers to lookups of one block; a request that waits asks often"),
     _on(RequestGaveUp, lambda event: ((event.reason, 1),), "gave_up", _REASON,
         "Requests that stopped waiting: deadline, budget, probe or slower", "requests_gave_up"),

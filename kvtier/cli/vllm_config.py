@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -19,6 +20,18 @@ from kvtier.sizes import parse_size
 from kvtier.spec.tiering import TieringOffloadingSpec
 
 SPEC_NAME = "KVTierOffloadingSpec"
+CONNECTOR_MODULE = "kvtier.adapters.vllm.connector"
+
+
+class Connector(StrEnum):
+    """What connects vLLM with kvtier's spec."""
+
+    OFFLOADING = "offloading"
+    """vLLM's own OffloadingConnector."""
+    KVTIER = "kvtier"
+    """KVTierConnector, which is the same, except that a load that fails does not stop the engine."""
+
+
 _NO_GUARD: Mapping[str, Any] = {}
 
 
@@ -45,6 +58,9 @@ def vllm_config(
         str | None, typer.Option(help="The same secret, from this variable of the engine's environment.")
     ] = None,
     encrypt: Annotated[bool, typer.Option(help="Also encrypt the blocks with that secret.")] = False,
+    connector: Annotated[
+        Connector, typer.Option(help="vLLM's own connector, or kvtier's, with which a load that fails is computed.")
+    ] = Connector.OFFLOADING,
     option: Annotated[
         list[str] | None, typer.Option(help="Any other key as KEY=VALUE, for example load_deadline=1.5; repeatable.")
     ] = None,
@@ -56,7 +72,7 @@ def vllm_config(
     shared = [*_shared("resp", resp), *_shared("filesystem", filesystem), *_shared("object", bucket)]
     extra = extra_config(cpu, disk or [], option or [], shared, _guard(secret_file, secret_env, encrypt))
     check(extra)
-    typer.echo(f"--kv-transfer-config {shlex.quote(transfer_config(extra))}")
+    typer.echo(f"--kv-transfer-config {shlex.quote(transfer_config(extra, connector))}")
 
 
 def extra_config(
@@ -119,9 +135,16 @@ def check(extra: dict[str, Any], tokens_per_block: int = 1) -> None:
         construct_tier(tier, view, spec)
 
 
-def transfer_config(extra: dict[str, Any]) -> str:
+def transfer_config(extra: dict[str, Any], connector: Connector = Connector.OFFLOADING) -> str:
     """Return the value of vLLM's `--kv-transfer-config`."""
-    config = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
+    chosen = {"kv_connector": "OffloadingConnector"}
+    if connector is Connector.KVTIER:
+        chosen = {
+            "kv_connector": "KVTierConnector",
+            "kv_connector_module_path": CONNECTOR_MODULE,
+            "kv_load_failure_policy": "recompute",
+        }
+    config = {**chosen, "kv_role": "kv_both", "kv_connector_extra_config": extra}
     return json.dumps(config, separators=(",", ":"))
 
 

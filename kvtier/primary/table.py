@@ -314,12 +314,19 @@ class BlockTable:
             self._unpin_quarantined(late)
         self.filling.difference_update(slots)
 
-    def discard(self, keys: Sequence[OffloadKey], slots: Sequence[int]) -> None:
-        """End the filling of `slots` after a failure: forget those of `keys` that are still in these slots."""
+    def discard(self, keys: Sequence[OffloadKey], slots: Sequence[int]) -> list[OffloadKey]:
+        """End a use of `slots` that failed: forget those of `keys` that are still in these slots, and drop its pins.
+
+        The use is either the filling of the slots, or a job that has pinned them.
+
+        Returns:
+            The keys that were forgotten.
+        """
         slot_of = self.slot_of
         mine = [key for key, slot in zip(keys, slots, strict=True) if slot_of.get(key) == slot]
         self.remove(mine)
         self._unpin_quarantined([slot for slot in slots if slot in self._quarantine])
+        return mine
 
     def pin(self, slots: Iterable[int]) -> None:
         """Add one pin to each of `slots`, which are READY. A pinned slot is neither evicted nor reused."""

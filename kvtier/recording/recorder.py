@@ -208,8 +208,8 @@ class RecordedManager(TieringOffloadingManager):
         return spec
 
     @in_turn
-    def complete_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
-        super().complete_load(keys, req_context)
+    def complete_load(self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True) -> None:
+        super().complete_load(keys, req_context, success)
         self._log.note_call(b"C", req_context, keys)
 
     @in_turn

@@ -155,8 +155,8 @@ class TieringMachine(RuleBasedStateMachine):
             request.num_hits += 1
 
     @precondition(lambda self: any(request.loads for request in self.requests))
-    @rule(data=st.data())
-    def end_load(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), success=st.booleans())
+    def end_load(self, data: st.DataObject, success: bool = True) -> None:
         """A device copy from slots ends. Until now, the slots must hold the bytes that were stored."""
         request = data.draw(st.sampled_from([request for request in self.requests if request.loads]))
         load = request.loads.pop(0)
@@ -164,7 +164,7 @@ class TieringMachine(RuleBasedStateMachine):
             if bytes(self.arena.row(slot)) != self.payload(key, load.weights):
                 raise InvariantError("bytes loaded are not the bytes stored")
         self.loaded += len(load.keys)
-        self.manager.complete_load(set(load.keys), request.context)
+        self.manager.complete_load(set(load.keys), request.context, success)
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())

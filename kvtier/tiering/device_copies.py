@@ -133,15 +133,25 @@ class DeviceTransfers:
                 loading[key] = slot
         return slots, list(once)
 
-    def end_load(self, req_id: str, state: RequestState | None, keys: Collection[OffloadKey]) -> None:
-        """Unpin the slots that the request was loading for `keys`."""
+    def end_load(
+        self, req_id: str, state: RequestState | None, keys: Collection[OffloadKey], success: bool
+    ) -> list[OffloadKey]:
+        """Unpin the slots that the request was loading for `keys`.
+
+        Returns:
+            The blocks that the table has forgotten, none if the copy succeeded.
+        """
         left = keys
         if self.stale.pending:
             self.stale.sweep()
             left = self.stale.complete_loads(req_id, keys)
         done, slots = _take(state.copies.loading, left) if state is not None else ([], [])
-        self._count_unexpected("complete_load", left, done)
-        self._table.unpin(slots)
+        dropped: list[OffloadKey] = []
+        if success:
+            self._count_unexpected("complete_load", left, done)
+            self._table.unpin(slots)
+        else:
+            dropped = self._table.discard(done, slots)
         if state is not None and state.copies.loading_again:
             # A key may be loaded twice at the same time. Its next completion ends the second load.
             again, state.copies.loading_again = state.copies.loading_again, []
@@ -150,6 +160,7 @@ class DeviceTransfers:
                     state.copies.loading_again.append((key, slot))
                 else:
                     state.copies.loading[key] = slot
+        return dropped
 
     def begin_store(self, state: RequestState, placement: Placement) -> list[int]:
         """Apply the placement for `state` and return the slots to fill."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvtier.events import BlocksEvicted, BlocksStored, Event
+from kvtier.events import BlocksEvicted, BlocksStored, Event, LoadFailed
 from kvtier.keys import OffloadKey
 from kvtier.types import Locality, Medium, OffloadingEvent
 
@@ -16,11 +16,11 @@ class KVEventLog:
         self._events: list[OffloadingEvent] = []
 
     def on_event(self, event: Event) -> None:
-        """Note blocks stored in and evicted from the primary tier."""
+        """Note blocks that entered or left the primary tier."""
         match event:
             case BlocksStored(keys, _):
                 self._append(keys, removed=False)
-            case BlocksEvicted("primary", keys):
+            case BlocksEvicted("primary", keys) | LoadFailed(_, keys) if keys:
                 self._append(keys, removed=True)
             case _:
                 pass

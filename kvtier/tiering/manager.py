@@ -23,6 +23,7 @@ from kvtier.events import (
     BlocksStored,
     CacheReset,
     HintIgnored,
+    LoadFailed,
     Observer,
     Observers,
     TierState,
@@ -265,12 +266,21 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         return self._make_spec(slots)
 
     @in_turn
-    def complete_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
-        """Unpin `keys`; see `OffloadingManager.complete_load`."""
+    def complete_load(self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True) -> None:
+        """Unpin `keys`, and forget them if the copy failed; see `OffloadingManager.complete_load`.
+
+        With `success=False` the load need not have been prepared: `prepare_load` may have raised.
+        """
         state = self._requests.get(req_context.req_id)
-        self._transfers.end_load(req_context.req_id, state, keys)
-        if state is not None and state.finished:
+        dropped = self._transfers.end_load(req_context.req_id, state, keys, success)
+        if not success:
+            self._observer.on_event(LoadFailed(req_context.req_id, dropped))
+        if state is None:
+            return
+        if state.finished:
             self._requests.close(state)
+        elif not success:
+            self._begin_attempt(state)
 
     @in_turn
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
@@ -411,7 +421,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         self._promoter.reconsider([state for state in states if state.awaiting], now)
 
     def _begin_attempt(self, state: RequestState) -> None:
-        """Let a request look up and wait anew, because it was preempted or the cache was reset."""
+        """Let a request look up and wait anew: it was preempted, its load failed, or the cache was reset."""
         self._waiting.begin_attempt(state)
         self._promoter.begin_attempt(state)
         self._pace.begin_attempt(state)

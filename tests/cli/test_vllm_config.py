@@ -31,6 +31,19 @@ def test_prints_the_option_that_vllm_takes():
     }
 
 
+def test_kvtiers_connector_computes_what_could_not_be_loaded():
+    result = run("--cpu", "8GiB", "--connector", "kvtier")
+    assert result.exit_code == 0
+    assert json.loads(shlex.split(result.stdout)[1]) == {
+        "kv_connector": "KVTierConnector",
+        "kv_connector_module_path": "kvtier.adapters.vllm.connector",
+        "kv_load_failure_policy": "recompute",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"spec_name": "KVTierOffloadingSpec", "cpu_bytes_to_use": "8GiB"},
+    }
+    assert run("--cpu", "8GiB", "--connector", "other").exit_code == 2
+
+
 def tiers_of(*arguments):
     result = run("--cpu", "8GiB", *arguments)
     assert result.exit_code == 0, result.stderr

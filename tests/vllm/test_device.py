@@ -167,8 +167,20 @@ def test_a_failed_copy_is_no_failure_to_vllm_unless_it_is_a_load(rig, monkeypatc
     assert rig.core.control.failures() == 1
     assert rig.core.control.finished(1) == slots.sequence, "nothing moves any more"
     assert worker.submit_load(2, slots, engine_blocks(0))
-    with pytest.raises(RuntimeError, match="could not load job 2"):
+    with pytest.raises(RuntimeError, match="could not load jobs"):
         worker.get_finished()
+    assert worker.take_failed_loads() == {2}
+    assert [(result.job_id, result.success) for result in worker.get_finished()] == [(2, True)]
+    assert not worker.take_failed_loads()
+
+
+def test_a_load_without_slots_fails_before_it_reaches_vllms_worker(rig):
+    (worker,) = rig(1).workers
+    nothing = KVTierLoadStoreSpec(CPULoadStoreSpec(np.zeros(0, np.int32)))
+    assert worker.submit_load(1, nothing, engine_blocks(0))
+    assert worker.submit_load(2, nothing, engine_blocks())
+    assert worker.take_failed_loads() == {1}
+    assert sorted(result.job_id for result in worker.get_finished()) == [1, 2]
 
 
 def test_an_end_is_published_when_it_is_reported():

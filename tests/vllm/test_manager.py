@@ -70,6 +70,43 @@ def test_blocks_are_stored_and_loaded(manager):
     manager.complete_load(set(KEYS[:3]), context)
 
 
+def fail_load(manager, keys, context):
+    """Let a load fail, as the connector reports it; return the number of its slots."""
+    slots = manager.prepare_load(keys, context).block_ids
+    manager.fail_loads({context.req_id, "a request that has ended"})
+    manager.complete_load(set(keys), context)
+    step(manager)
+    return len(slots)
+
+
+def test_after_two_loads_that_failed_a_request_finds_nothing_more():
+    core = Core()
+    manager = KVTierOffloadingManager(core)
+    context, other = request(manager), request(manager, "other")
+    for _ in range(2):
+        store(manager, KEYS[:2], other)
+        assert [manager.lookup(key, context) for key in KEYS[:2]] == [HIT, HIT]
+        assert fail_load(manager, KEYS[:2], context) == 2
+        assert [manager.lookup(key, other) for key in KEYS[:2]] == [MISS, MISS]
+    store(manager, KEYS[:2], other)
+    step(manager)
+    assert [manager.lookup(key, context) for key in KEYS[:2]] == [MISS, MISS]
+    assert [manager.lookup(key, other) for key in KEYS[:2]] == [HIT, HIT]
+    assert manager.get_stats().data["data"]["vllm:kvtier_failed_loads"][()] == 2
+    core.shutdown()
+
+
+def test_a_load_of_what_is_not_ready_has_no_slots(manager):
+    context = request(manager)
+    store(manager, KEYS[:1], context)
+    assert fail_load(manager, KEYS[:2], context) == 0
+    assert manager.lookup(KEYS[0], context) is HIT
+    stats = manager.get_stats().data["data"]
+    assert stats["vllm:kvtier_errors"][("prepare_load",)] == 1
+    assert stats["vllm:kvtier_failed_loads"][()] == 1
+    assert "vllm:kvtier_unexpected_calls" not in stats
+
+
 def test_what_cannot_be_placed_is_an_empty_answer_and_never_none(manager):
     context = request(manager)
     assert manager.prepare_store(KEYS, context).keys_to_store == KEYS[:4]

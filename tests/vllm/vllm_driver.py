@@ -140,6 +140,21 @@ def zero_host_memory():
     return len(ARENAS)
 
 
+def forget_at_load(times):
+    """Let host memory lose the second block of the next loads, after a lookup has found it."""
+    manager, left = MANAGERS[0], times
+    whole = manager.prepare_load
+
+    def prepare_load(keys, req_context):
+        nonlocal left
+        if left:
+            left -= 1
+            manager._table.remove(list(keys)[1:2])
+        return whole(keys, req_context)
+
+    manager.prepare_load = prepare_load
+
+
 def blocks():
     """Return a digest of every block in host memory, by its key."""
     import xxhash
@@ -174,6 +189,8 @@ def obey(engine, command, arguments):
         return engine.reset_prefix_cache(**arguments)
     if command == "zero":
         return zero_host_memory()
+    if command == "forget":
+        return forget_at_load(**arguments)
     if command == "blocks":
         return blocks()
     if command == "metrics":

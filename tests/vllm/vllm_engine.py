@@ -30,13 +30,26 @@ def prompt(seed: int, length: int, prefix=()) -> list[int]:
     return [*prefix, *(tokens.randrange(3, VOCABULARY) for _ in range(length - len(prefix)))]
 
 
-def transfer_config(**keys):
+CONNECTORS = {
+    "offloading": {"kv_connector": "OffloadingConnector"},
+    "kvtier": {
+        "kv_connector": "KVTierConnector",
+        "kv_connector_module_path": "kvtier.adapters.vllm.connector",
+        "kv_load_failure_policy": "recompute",
+    },
+}
+
+
+def transfer_config(connector=None, **keys):
     """Return vLLM's option for kvtier, with `keys` in its configuration.
+
+    The connector is vLLM's own, unless a test names one, or `KVTIER_TEST_CONNECTOR` names one for all tests.
 
     A tiny model computes sooner than a disk on a busy machine reads: what is tested with it is told to be slow.
     """
     extra = {"spec_name": "KVTierOffloadingSpec", "cpu_bytes_to_use": "32MiB", "prefill_rate": 1.0} | keys
-    return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
+    chosen = CONNECTORS[connector or os.environ.get("KVTIER_TEST_CONNECTOR", "offloading")]
+    return {**chosen, "kv_role": "kv_both", "kv_connector_extra_config": extra}
 
 
 def environment_of(*changes):
@@ -58,10 +71,12 @@ class Engine:
         processes=False,
         environment=None,
         kvtier=None,
+        connector=None,
         python=sys.executable,
         **options,
     ):
         """Args:
+        connector: as for `transfer_config`.
         python: of the environment whose vLLM is wanted.
         processes: vLLM runs its core and its workers in processes of their own.
         environment: variables to set; None takes one out.
@@ -70,7 +85,7 @@ class Engine:
         self.log_path = log
         reading, writing = os.pipe()
         self._log = log.open("wb")
-        kv = {} if kvtier is None else {"kv_transfer_config": transfer_config(**kvtier)}
+        kv = {} if kvtier is None else {"kv_transfer_config": transfer_config(connector, **kvtier)}
         self.process = subprocess.Popen(
             [str(python), str(Path(__file__).with_name("vllm_driver.py"))],
             stdin=subprocess.PIPE,

@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_offload import base
+from vllm.v1.outputs import KVConnectorOutput
 
 from kvtier.keys import OffloadKey
 
@@ -16,6 +17,10 @@ NEWLY_COMPUTED_ONLY = getattr(base.OffloadPolicy, "CHUNK_LEVEL", None) or base.O
 
 HAS_REPRODUCIBLE_SEED = hasattr(kv_cache_utils, "resolve_none_hash_seed")
 """Whether cryptographic block hashes start from a fixed seed; older versions start from a random one."""
+
+
+HAS_FAILED_RECEIVES = any(item.name == "failed_recving" for item in fields(KVConnectorOutput))
+"""Whether a worker can name requests whose loads failed, and not only blocks; 0.28 knows no such requests."""
 
 
 def hash_seed_is_random(algorithm: str) -> bool:

@@ -12,7 +12,7 @@ from kvtier import forks
 from kvtier.adapters.vllm.compat import NEWLY_COMPUTED_ONLY, cache_hit_source
 from kvtier.adapters.vllm.core import CoreHalf
 from kvtier.adapters.vllm.metrics import StatsReporter
-from kvtier.adapters.vllm.scans import MIN_KEYS, RepeatedScan
+from kvtier.adapters.vllm.scans import MIN_KEYS, GivenUpScan, RepeatedScan
 from kvtier.adapters.vllm.translation import (
     ANSWERS,
     NO_SLOTS,
@@ -29,15 +29,18 @@ logger = cleaned(init_logger("vllm.kvtier"))
 
 _MISS = base.LookupResult.MISS
 
+MAX_FAILED_LOADS = 2
+"""After as many failed loads a request is computed. The first one may be the fault of one block, which has left host
+memory since; the second one shows that something else is wrong."""
+
 T = TypeVar("T")
 
 
 class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # vLLM is not there when types are checked
     """Answers vLLM's scheduler. Until all workers have attached, and after a failed copy, it answers as if empty.
 
-    An exception of kvtier becomes a miss, or nothing to store. It is logged once per method and type of exception.
-    `prepare_load` of a block that is not ready raises: vLLM already counts its tokens as computed, and would go on with
-    wrong ones. That cannot happen while vLLM loads only blocks that a lookup of the same step called hits.
+    An exception of kvtier becomes a miss, nothing to store, or a load without slots, which fails on the workers. It is
+    logged once per method and type of exception.
     """
 
     def __init__(self, core: CoreHalf) -> None:
@@ -49,7 +52,7 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         self._reported: set[str] = set()
         self._off = False
         self._scanned: Any = None
-        self._repeated: RepeatedScan | None = None
+        self._repeated: RepeatedScan | GivenUpScan | None = None
         forks.register(self)
 
     def leave_to_parent(self) -> None:
@@ -79,8 +82,12 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         self._stats.answers[answer] += 1
         return answer
 
-    def _repeated_scan(self, manager: TieringOffloadingManager, key: OffloadKey, theirs: Any) -> RepeatedScan | None:
+    def _repeated_scan(
+        self, manager: TieringOffloadingManager, key: OffloadKey, theirs: Any
+    ) -> RepeatedScan | GivenUpScan | None:
         ours = self._translated(theirs)
+        if ours.num_failed_loads >= MAX_FAILED_LOADS:
+            return GivenUpScan()
         ours.note_prompt()
         shortest = 1 if ours.get_offload_key_position(key) is not None else MIN_KEYS
         if not manager.is_still_deferred(key, ours, shortest):
@@ -96,22 +103,29 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
     def prepare_load(self, keys: Collection[OffloadKey], req_context: Any) -> KVTierLoadStoreSpec:
         """Pin blocks that a lookup of this step called hits, and return their slots.
 
-        Raises:
-            BlockNotReadyError: a key is not ready.
-            RuntimeError: there is no manager, so no lookup can have been a hit.
+        vLLM already counts the tokens of these blocks as computed. If a block is not ready after all, the result has no
+        slots, and the load fails on the workers, since they alone can tell vLLM so.
         """
-        manager = self._core.manager
-        if manager is None:
-            raise RuntimeError("vLLM asks to load blocks, although no lookup has answered HIT")
-        return KVTierLoadStoreSpec(manager.prepare_load(keys, self._translated(req_context)))
+        ours = self._translated(req_context)
+        ours.load_failed = False
+        slots = self._try("prepare_load", NO_SLOTS, lambda manager: manager.prepare_load(keys, ours), though_off=True)
+        return KVTierLoadStoreSpec(slots)
 
     def touch(self, keys: Collection[OffloadKey], req_context: Any) -> None:
         ours = self._translated(req_context)
         self._try("touch", None, lambda manager: manager.touch(keys, ours))
 
     def complete_load(self, keys: Collection[OffloadKey], req_context: Any) -> None:
+        """Unpin loaded blocks, or forget them if `fail_loads` has named the request."""
         ours = self._translated(req_context)
-        self._try("complete_load", None, lambda manager: manager.complete_load(keys, ours), though_off=True)
+        failed, ours.load_failed = ours.load_failed, False
+        ours.num_failed_loads += failed
+        self._try("complete_load", None, lambda manager: manager.complete_load(keys, ours, not failed), though_off=True)
+
+    def fail_loads(self, req_ids: Iterable[str]) -> None:
+        """Note that the running loads of these requests have failed; the completion of each follows."""
+        for ours in filter(None, map(self._contexts.get, req_ids)):
+            ours.load_failed = True
 
     def prepare_store(self, keys: Collection[OffloadKey], req_context: Any) -> Any:
         """Choose slots for the longest head of `keys` that fits.

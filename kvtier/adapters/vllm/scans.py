@@ -1,4 +1,7 @@
-"""Ends vLLM's scan of a waiting request early, when a whole scan would only repeat the result of the last one.
+"""Answers for whole scans of vLLM's, which need no lookup of each key.
+
+`RepeatedScan` ends vLLM's scan of a waiting request early, when a whole scan would only repeat the result of the last
+one. `GivenUpScan` lets a request miss.
 
 vLLM (`offloading/scheduler.py`, 0.32) asks for one key at a time, one KV group after the other. It defers the request
 if the lookup of any group returns None:
@@ -28,6 +31,14 @@ MIN_KEYS = 3
 """Least number of keys per group for a `RepeatedScan`, if the engine does not tell where blocks end."""
 
 _PENDING, _MISS = LookupResult.HIT_PENDING, LookupResult.MISS
+
+
+class GivenUpScan:
+    """The answers to a request that shall load nothing more."""
+
+    def answer(self, key: OffloadKey) -> Any:
+        """Return a miss."""
+        return _MISS
 
 
 class RepeatedScan:

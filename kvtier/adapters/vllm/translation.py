@@ -47,11 +47,17 @@ class EngineReqContext(types.ReqContext):
     """kvtier's context of a request of vLLM.
 
     It asks vLLM's own context where blocks end, since vLLM adds ends as the request grows.
+
+    Attributes:
+        load_failed: whether the load that is running has failed on a worker.
+        num_failed_loads: how many loads of the request have failed and ended.
     """
 
     def __init__(self, theirs: Any) -> None:
         super().__init__(theirs.req_id, _transfer_params(theirs), _tier_filter(theirs))
         self._theirs = theirs
+        self.load_failed = False
+        self.num_failed_loads = 0
 
     @property
     def offload_key_positions(self) -> Mapping[OffloadKey, int]:

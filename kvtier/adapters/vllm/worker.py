@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -43,8 +44,9 @@ class KVTierOffloadingWorker(base.OffloadingWorker):  # type: ignore[misc]  # vL
     """Copies between the arena and this worker's KV caches.
 
     vLLM stops the engine when a worker reports a failed transfer. So a failed store is reported to vLLM as a success,
-    and in the arena's control page as a failure, which switches kvtier off. A failed load raises: vLLM already counts
-    the tokens as computed, and wrong tokens are worse than no answer. Both happen only if kvtier has a defect.
+    and in the arena's control page as a failure, which switches kvtier off. A failed load is reported by
+    `take_failed_loads`. If nobody calls that, it raises and stops the engine: vLLM already counts the tokens as
+    computed, and wrong tokens are worse than no answer.
     """
 
     def __init__(
@@ -76,6 +78,8 @@ class KVTierOffloadingWorker(base.OffloadingWorker):  # type: ignore[misc]  # vL
         self._has_weights = threading.Event()
         self._attached: _Attached | None = None
         self._loads: set[int] = set()
+        self._failed_loads: set[int] = set()
+        self._has_reported = False
         self._results: list[Any] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._attach, name="kvtier-attach", daemon=True)
@@ -99,35 +103,59 @@ class KVTierOffloadingWorker(base.OffloadingWorker):  # type: ignore[misc]  # vL
         return True
 
     def submit_load(self, job_id: int, src_spec: Any, dst_spec: Any, expedited: bool = False) -> bool:
-        """Start a load.
+        """Start a load; one that cannot start fails, and so does one without slots for its engine blocks.
 
         Args:
             expedited: vLLM waits for the load within this step; from 0.33 on.
         """
-        self._loads.add(job_id)
-        self._attached_now().worker.submit_load(job_id, src_spec.slots(), engine_blocks(dst_spec), expedited)
+        try:
+            worker, blocks = self._attached_now().worker, engine_blocks(dst_spec)
+            if len(blocks.block_ids) and not len(src_spec.block_ids):
+                raise RuntimeError("the engine core found that a block was not there any more")
+            worker.submit_load(job_id, src_spec.slots(), blocks, expedited)
+        except Exception as error:  # noqa: BLE001 - reported by `take_failed_loads`
+            level = logging.DEBUG if self._has_reported else logging.ERROR
+            self._has_reported = True
+            logger.log(level, "kvtier could not start to load job %d: %s", job_id, error)
+            self._failed_loads.add(job_id)
+        else:
+            self._loads.add(job_id)
         return True
+
+    def take_failed_loads(self) -> set[int]:
+        """Return the loads that have failed since the last call; `get_finished` reports them as ended.
+
+        Caller guarantees: vLLM learns of them before it counts the tokens as computed.
+        """
+        self._collect()
+        failed, self._failed_loads = self._failed_loads, set()
+        self._results += [base.TransferResult(job_id, success=True) for job_id in failed]
+        return failed
 
     def get_finished(self) -> list[Any]:
         """Return the transfers that have ended since the last call.
 
         Raises:
-            RuntimeError: a load failed.
+            RuntimeError: a load failed, and `take_failed_loads` has not reported it.
         """
-        if self._attached is None:
-            return []
+        self._collect()
+        if self._failed_loads:
+            raise RuntimeError(f"kvtier could not load jobs {sorted(self._failed_loads)}; their tokens would be wrong")
         results, self._results = self._results, []
-        for result in self._attached.worker.get_finished():
+        return results
+
+    def _collect(self) -> None:
+        for result in self._attached.worker.get_finished() if self._attached is not None else ():
             is_load = result.job_id in self._loads
             self._loads.discard(result.job_id)
+            if is_load and not result.success:
+                self._failed_loads.add(result.job_id)
+                continue
             if not result.success:
-                if is_load:
-                    raise RuntimeError(f"kvtier could not load job {result.job_id}; its tokens would be wrong")
                 self._count_failure(result.job_id, None)
-            results.append(
+            self._results.append(
                 base.TransferResult(result.job_id, True, result.transfer_size or 0, result.transfer_time or 0.0)
             )
-        return results
 
     def wait(self, job_ids: set[int]) -> None:
         if self._attached is not None:

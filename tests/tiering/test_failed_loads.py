@@ -1,0 +1,118 @@
+"""Loads to the device that fail: host memory forgets the blocks, and the request may ask once more."""
+
+import pytest
+from engine import make_keys, payload
+
+from kvtier.errors import BlockNotReadyError
+from kvtier.events import LoadFailed, UnexpectedCall
+from kvtier.types import LookupResult, Medium
+
+HIT, PENDING, MISS = LookupResult.HIT, LookupResult.HIT_PENDING, LookupResult.MISS
+
+
+def fail(engine, keys, context):
+    engine.manager.prepare_load(keys, context)
+    engine.manager.complete_load(set(keys), context, success=False)
+
+
+def test_what_could_not_be_loaded_is_found_no_more(make_engine):
+    engine, keys = make_engine(num_tiers=0), make_keys(4)
+    context = engine.request()
+    engine.store(keys, context)
+    assert engine.scan(keys, context) == [HIT] * 4
+    fail(engine, keys[1:3], context)
+    engine.step()
+    assert [engine.manager.lookup(key, context) for key in keys] == [HIT, MISS, MISS, HIT]
+    assert engine.table.num_free == engine.table.num_slots - 2
+    assert engine.manager.get_stats()["failed_loads"] == 1
+    assert engine.store(keys, context) == keys[1:3]
+
+
+def test_a_tier_below_brings_it_once_more(make_engine):
+    engine, keys = make_engine(), make_keys(3)
+    engine.plant(keys)
+    context = engine.request()
+    assert engine.wait_hits(keys, context) == 3
+    fail(engine, keys, context)
+    assert engine.wait_hits(keys, context) == 3
+    assert engine.load(keys, context) == [payload(key) for key in keys]
+    assert engine.manager.get_stats()["loaded_blocks.tier0"] == 6
+
+
+def test_others_go_on_with_the_slots_that_they_hold(make_engine):
+    engine, keys = make_engine(), make_keys(3)
+    one, two, three = (engine.request(name) for name in "123")
+    engine.plant(keys)
+    assert engine.wait_hits(keys, three) == 3  # holds them until it loads
+    slots = engine.manager.prepare_load(keys, one).block_ids.tolist()
+    fail(engine, keys, two)
+    engine.step()
+    assert engine.table.num_quarantined == 3
+    assert [bytes(engine.arena.row(slot)) for slot in slots] == [payload(key) for key in keys]
+    engine.manager.complete_load(set(keys), one)
+    engine.finish(three)
+    engine.step()
+    assert engine.table.num_free == engine.table.num_slots
+
+
+def test_two_loads_of_one_block_may_both_fail(make_engine):
+    engine, (key, *_) = make_engine(num_tiers=0), make_keys(1)
+    context = engine.request()
+    engine.store([key], context)
+    engine.manager.prepare_load([key], context)
+    fail(engine, [key], context)
+    engine.manager.complete_load({key}, context, success=False)
+    engine.step()
+    assert engine.table.num_free == engine.table.num_slots
+    assert [event.dropped for event in engine.log.of(LoadFailed)] == [[key], []]
+
+
+def test_a_load_that_could_not_be_prepared_may_be_completed_as_failed(make_engine):
+    engine, keys = make_engine(num_tiers=0), make_keys(2)
+    context = engine.request()
+    engine.store(keys[:1], context)
+    with pytest.raises(BlockNotReadyError):
+        engine.manager.prepare_load(keys, context)
+    engine.manager.complete_load(set(keys), context, success=False)
+    engine.step()
+    assert engine.scan(keys, context) == [HIT, MISS]
+    assert engine.manager.get_stats()["failed_loads"] == 1
+    assert not engine.log.of(UnexpectedCall)
+
+
+def test_a_block_that_was_stored_anew_meanwhile_stays(make_engine):
+    engine, keys = make_engine(num_tiers=0), make_keys(2)
+    one, two = engine.request("1"), engine.request("2")
+    engine.store(keys, one)
+    engine.manager.prepare_load(keys, one)
+    fail(engine, keys, two)
+    assert engine.store(keys, two) == keys
+    engine.manager.complete_load(set(keys), one, success=False)
+    engine.step()
+    assert engine.scan(keys, one) == [HIT, HIT]
+    assert engine.log.of(LoadFailed)[-1].dropped == []
+
+
+def test_the_load_may_fail_after_the_requests_end_or_a_reset(make_engine):
+    engine, keys = make_engine(num_tiers=0), make_keys(3)
+    ended, other = engine.request("ended"), engine.request("other")
+    engine.store(keys, other)
+    engine.manager.prepare_load(keys[:2], ended)
+    engine.manager.prepare_load(keys[2:], other)
+    engine.finish(ended)
+    engine.manager.complete_load(set(keys[:2]), ended, success=False)
+    assert [engine.manager.lookup(key, other) for key in keys] == [MISS, MISS, HIT]
+    engine.manager.reset_cache()
+    engine.manager.complete_load(set(keys[2:]), other, success=False)
+    engine.step()
+    assert engine.table.num_free == engine.table.num_slots
+
+
+def test_whoever_follows_the_kv_events_learns_that_the_blocks_left(make_engine):
+    engine, keys = make_engine(num_tiers=0, kv_events=True), make_keys(2)
+    context = engine.request()
+    engine.store(keys, context)
+    fail(engine, keys, context)
+    stored, removed = engine.manager.take_events()
+    assert (stored.removed, removed.removed) == (False, True)
+    assert (set(removed.keys), removed.medium) == (set(keys), Medium.CPU)
