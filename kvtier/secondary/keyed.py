@@ -50,22 +50,22 @@ class KeyedTierManager(StoreTierManager):
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         """Return HIT or MISS if known, RETRY while the store is asked, MISS while the tier is not UP."""
-        if self._health.state is not _UP:
+        if self._standing.state is not _UP:
             self.start()
-            if self._health.state is not _UP:
+            if self._standing.state is not _UP:
                 return _MISS
         answer = self._probes.lookup(key)
         if answer is _RETRY and (now := self.context.clock()) >= self._look_at:
             self._look_at = now + _LOOK_SECONDS
             self._pump()
-            if self._health.state is not _UP:
+            if self._standing.state is not _UP:
                 return _MISS
             answer = self._probes.lookup(key)
         return answer
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         """Send waiting probes, and give up those that are unanswered for too long."""
-        if self._health.state is _UP:
+        if self._standing.state is _UP:
             self._probes.flush()
         super().on_schedule_end(context)
         if self._probes.expire(self.settings.deadlines.job):
@@ -134,5 +134,5 @@ class KeyedTierManager(StoreTierManager):
 
     def _send_probe(self, probe_id: int, keys: Sequence[OffloadKey]) -> None:
         executor = self._supervisor.executor
-        if executor is not None and self._health.state is _UP:
+        if executor is not None and self._standing.state is _UP:
             executor.probe(probe_id, keys)

@@ -73,16 +73,16 @@ class SlottedTierManager(StoreTierManager):
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         """Return HIT for a block that can be loaded now, else MISS."""
-        if self._health.state is not _UP:
+        if self._standing.state is not _UP:
             self.start()
         table = self._table
-        if table is None or self._health.state is not _UP or not table.is_ready(key):
+        if table is None or self._standing.state is not _UP or not table.is_ready(key):
             return _MISS
         return _HIT
 
     def held(self, keys: Set[OffloadKey]) -> Set[OffloadKey]:
         """Return those of `keys` whose blocks are stored or being stored; none while the tier is not UP."""
-        if self._table is None or self._health.state is not _UP:
+        if self._table is None or self._standing.state is not _UP:
             return frozenset()
         return self._table.slot_of.keys() & keys
 

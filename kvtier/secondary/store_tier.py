@@ -22,14 +22,14 @@ from kvtier.executors.threads import ThreadExecutor
 from kvtier.namespace import Namespace
 from kvtier.options import TierOptions
 from kvtier.primary.arena import arena_rows
-from kvtier.secondary.health import Breaker, TierHealth
 from kvtier.secondary.jobs import JobLedger, MovingJob
 from kvtier.secondary.settings import TierSettings
+from kvtier.secondary.standing import Breaker, BreakerState, Standing
 from kvtier.secondary.supervisor import Supervisor
 from kvtier.secondary.trial import check_or_try
 from kvtier.types import FailureCause, JobMetadata, JobResult, ScheduleEndContext
 
-_UP = TierState.UP
+_UP, _OPEN = TierState.UP, BreakerState.OPEN
 _BYTES = frozenset({bytes})
 _BREAKING = frozenset({FailureCause.IO_ERROR, FailureCause.TIER_DOWN})
 
@@ -103,14 +103,14 @@ class StoreTierManager(forks.ProcessBound, SecondaryTierManager):
         self._namespace = namespace
         clock, observer = self.context.clock, self.context.observer
         self._ledger = JobLedger(tier_type, clock, observer)
-        self._health = TierHealth(tier_type, observer)
         deadlines, settings = self.settings.deadlines, self.settings
-        breaker, store_breaker = (
+        breaker, self._store_breaker = (
             Breaker(clock, settings.failures_to_open, settings.first_backoff, settings.longest_backoff)
             for _ in range(2)
         )
+        self._standing = Standing(tier_type, breaker, observer)
         self._supervisor = Supervisor(
-            self._make_executor, self._ledger, self._health, breaker, store_breaker, clock, deadlines, self._end_life
+            self._make_executor, self._ledger, self._standing, self._store_breaker, clock, deadlines, self._end_life
         )
         arena_fd = None if self.context.inline_io else self.context.arena_fd
         self._arena = None if arena_fd is None else Descriptor(arena_fd)
@@ -125,12 +125,12 @@ class StoreTierManager(forks.ProcessBound, SecondaryTierManager):
     @property
     def state(self) -> TierState:
         """The tier's state."""
-        return self._health.state
+        return self._standing.state
 
     @property
     def state_reason(self) -> str:
         """Why the tier has this state; "" if there is nothing to say."""
-        return self._health.reason
+        return self._standing.reason
 
     @property
     def progress(self) -> int:
@@ -158,7 +158,7 @@ class StoreTierManager(forks.ProcessBound, SecondaryTierManager):
 
     def submit_load(self, job_metadata: JobMetadata) -> None:
         """Start a load job. If the tier is not UP, the job's result is a failure."""
-        if self._health.state is not _UP:
+        if self._standing.state is not _UP:
             self.start()
         executor = self._executor_for(job_metadata, True)
         if executor is not None and (job := self._begin_load(job_metadata)) is not None:
@@ -181,11 +181,12 @@ class StoreTierManager(forks.ProcessBound, SecondaryTierManager):
 
     def can_store(self, num_blocks: int) -> bool:
         """Return whether stores work and the queue has room for the blocks; a nearly empty queue accepts any job."""
-        if self._health.state is not _UP:
+        if self._standing.state is not _UP:
             self.start()
         waiting = self._ledger.num_store_blocks
         room = waiting <= self._most_store_blocks // 4 or waiting + num_blocks <= self._most_store_blocks
-        return self._supervisor.takes_stores and (not waiting or room)
+        works = self._standing.state is _UP and self._store_breaker.state is not _OPEN
+        return works and (not waiting or room)
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         """Send the parts submitted in this step together. Polling is done by `get_finished_jobs`, once per step."""
@@ -260,7 +261,7 @@ class StoreTierManager(forks.ProcessBound, SecondaryTierManager):
     def _executor_for(self, metadata: JobMetadata, fits: bool) -> IOExecutor | None:
         """Return the executor for a job; if the job cannot be accepted, refuse it and return None."""
         executor = self._supervisor.executor
-        if executor is None or self._health.state is not _UP:
+        if executor is None or self._standing.state is not _UP:
             self._ledger.refuse(metadata, FailureCause.TIER_DOWN)
         elif not fits or not self._is_sound(metadata):
             self._ledger.refuse(metadata, FailureCause.CANCELLED)

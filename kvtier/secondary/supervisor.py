@@ -15,9 +15,9 @@ from kvtier.errors import InvariantError, StoreUnavailableError
 from kvtier.events import TierState
 from kvtier.executors.base import Ended, IOExecutor, Report
 from kvtier.executors.protocol import IndexEnd, PartResult, Prepared, ProbeAnswer, Unavailable, Usage
-from kvtier.secondary.health import Breaker, BreakerState, TierHealth
 from kvtier.secondary.jobs import JobLedger
 from kvtier.secondary.settings import Deadlines
+from kvtier.secondary.standing import Breaker, BreakerState, Standing
 
 _BUSY = "its medium is busy and asks for fewer requests: stores pause, loads go on"
 _NO_STORES = "stores failed one after the other: its blocks can be loaded, and kvtier tries again to store"
@@ -34,8 +34,7 @@ class _Phase(Enum):
 
 # In CPython 3.11, reading a member of an enum class costs 0.1 us; these run in every step.
 _OPENING, _WORKING, _ENDING, _WAITING = _Phase.OPENING, _Phase.WORKING, _Phase.ENDING, _Phase.WAITING
-_UP = TierState.UP
-_OPEN, _HALF_OPEN = BreakerState.OPEN, BreakerState.HALF_OPEN
+_OPEN = BreakerState.OPEN
 _WHILE_WORKING = (PartResult, ProbeAnswer, Prepared, Usage)
 """Reports that an executor may send after its store is open."""
 
@@ -51,22 +50,20 @@ class Supervisor:
         self,
         make_executor: Callable[[], IOExecutor],
         ledger: JobLedger,
-        health: TierHealth,
-        breaker: Breaker,
+        standing: Standing,
         store_breaker: Breaker,
         clock: Clock,
         deadlines: Deadlines,
         on_life_ended: Callable[[], None],
     ) -> None:
         """Args:
-        breaker: of the whole tier.
+        standing: of the tier. It is UP exactly while jobs are accepted.
         store_breaker: of store jobs alone: a medium that cannot be written may still be read.
         on_life_ended: called when an executor certainly does not touch the arena any more; it fails the jobs.
         """
         self._make_executor = make_executor
         self._ledger = ledger
-        self._health = health
-        self._breaker = breaker
+        self._standing = standing
         self._store_breaker = store_breaker
         self._clock = clock
         self._deadlines = deadlines
@@ -83,17 +80,12 @@ class Supervisor:
     @property
     def works(self) -> bool:
         """Whether jobs and probes are accepted now, which is the same as the tier being UP."""
-        return self._phase is _WORKING and self._breaker.state is not _OPEN
-
-    @property
-    def takes_stores(self) -> bool:
-        """Whether store jobs are accepted now."""
-        return self._health.state is _UP and self._store_breaker.state is not _OPEN
+        return self._phase is _WORKING and self._standing.is_trusted
 
     @property
     def num_breaker_openings(self) -> int:
         """How often one of the two breakers has opened."""
-        return self._breaker.num_openings + self._store_breaker.num_openings
+        return self._standing.breaker.num_openings + self._store_breaker.num_openings
 
     @property
     def is_idle(self) -> bool:
@@ -115,11 +107,11 @@ class Supervisor:
         now = self._clock()
         self._gap, self._watched_at = now - self._watched_at, now
         if self._phase is _WORKING:
-            if self._breaker.try_again():
-                self._health.change(TierState.UP, "trying again")
+            if self._standing.breaker.try_again():
+                self._standing.change(TierState.UP, "trying again")
         elif self._phase is _ENDING:
             self._check_end()
-        if self._phase is _WAITING and self._breaker.try_again():
+        if self._phase is _WAITING and self._standing.breaker.try_again():
             self._begin()
         self._store_breaker.try_again()
         return self.executor if self._phase is _WORKING or self._phase is _OPENING else None
@@ -143,7 +135,7 @@ class Supervisor:
                 break
             if isinstance(report, IndexEnd):
                 self._phase = _WORKING
-                self._health.change(TierState.UP)
+                self._standing.change(TierState.UP)
             kept.append(report)
         return kept
 
@@ -159,19 +151,16 @@ class Supervisor:
             broken: blocks failed with I/O errors.
         """
         if served:
-            if self._breaker.state is _HALF_OPEN:
-                self._health.prove()
-            self._breaker.succeed()
-            if is_store:
-                if self._store_breaker.state is _HALF_OPEN and self.works:
-                    self._health.prove()
-                    self._health.change(TierState.UP, "it stores again")
-                self._store_breaker.succeed()
+            if self._standing.breaker.succeed():
+                self._standing.recover()
+            if is_store and self._store_breaker.succeed() and self.works:
+                self._standing.recover()
+                self._standing.change(TierState.UP, "it stores again")
         elif broken and is_store:
             if self._store_breaker.fail() and self.works:
-                self._health.change(TierState.UP, _NO_STORES, warn=True)
-        elif broken and self._breaker.fail():
-            self._health.change(TierState.DOWN, "jobs failed one after the other")
+                self._standing.change(TierState.UP, _NO_STORES, warn=True)
+        elif broken:
+            self._standing.fail("jobs failed one after the other")
 
     def question_expired(self) -> None:
         """Learn that a probe was not answered within `deadlines.job`. If there was no other report either, it is a
@@ -187,18 +176,18 @@ class Supervisor:
         if self._store_breaker.state is not _OPEN:
             self._store_breaker.open()
             if self.works:
-                self._health.change(TierState.UP, _BUSY, warn=True)
+                self._standing.change(TierState.UP, _BUSY, warn=True)
 
     def restart(self) -> None:
         """Let the executor end by itself, then start another one at once: the namespace has changed."""
         if self._phase in (_Phase.OPENING, _Phase.WORKING):
             self._begin_when_ended = True
-            self._health.change(TierState.STARTING, "new epoch")
+            self._standing.change(TierState.STARTING, "new epoch")
             self._end(kill=False)
 
     def close(self) -> None:
         """End for good. The tier must poll until `has_executor` is False."""
-        self._health.change(TierState.CLOSED)
+        self._standing.change(TierState.CLOSED)
         self._begin_when_ended = False
         if self._phase in (_Phase.OPENING, _Phase.WORKING):
             self._end(kill=False)
@@ -207,7 +196,7 @@ class Supervisor:
 
     def leave_to_parent(self) -> None:
         """In a forked child, be closed: the executor belongs to the parent, and no other one starts."""
-        self._health.leave_to_parent()
+        self._standing.leave_to_parent()
         self._ledger.forget()
         self._phase, self.executor = _Phase.CLOSED, None
 
@@ -219,15 +208,14 @@ class Supervisor:
     def _begin(self) -> None:
         executor = self._make_executor()
         self._begin_when_ended = False
-        self._breaker.try_now()
+        self._standing.breaker.try_now()
         self._store_breaker.try_now()
         self._progress_at = self._clock()
         try:
             executor.start()
         except StoreUnavailableError as error:
             self._phase = _Phase.WAITING
-            self._breaker.open()
-            self._health.change(TierState.DOWN, str(error))
+            self._standing.lose(str(error))
             return
         self.executor = executor
         self._phase = _Phase.OPENING
@@ -267,8 +255,7 @@ class Supervisor:
 
     def _go_down(self, reason: str, kill: bool) -> None:
         if self._phase in (_Phase.OPENING, _Phase.WORKING):
-            self._breaker.open()
-            self._health.change(TierState.DOWN, reason)
+            self._standing.lose(reason)
             self._end(kill)
 
     def _end(self, kill: bool) -> None:
@@ -288,7 +275,7 @@ class Supervisor:
         if self.executor.has_ended():
             self.executor = None
             self._on_life_ended()
-            self._phase = _Phase.CLOSED if self._health.state is TierState.CLOSED else _Phase.WAITING
+            self._phase = _Phase.CLOSED if self._standing.state is TierState.CLOSED else _Phase.WAITING
             if self._begin_when_ended:
                 self._begin()
         elif self._clock() >= self._kill_at:
@@ -302,7 +289,7 @@ class Supervisor:
             raise InvariantError(f"{self._phase} with executor {self.executor}")
         if self.executor is None and self._ledger.num_jobs:
             raise InvariantError(f"{self._ledger.num_jobs} jobs without an executor")
-        if self.works is not (self._health.state is TierState.UP):
-            raise InvariantError(f"{self._health.state} while works is {self.works}")
-        self._breaker.check_invariants()
+        if self.works is not (self._standing.state is TierState.UP):
+            raise InvariantError(f"{self._standing.state} while works is {self.works}")
+        self._standing.breaker.check_invariants()
         self._store_breaker.check_invariants()

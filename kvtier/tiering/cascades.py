@@ -155,9 +155,11 @@ class Cascades:
         Blocks that stay pinned for long would force better blocks out of the primary tier.
         """
         speed = self._speeds[guard.index]
+        if not speed.is_measured:
+            return keys
         turnover = self._table.num_slots * self._pace.seconds(1)
         seconds = min(MAX_STORE_SECONDS, max(MIN_STORE_SECONDS, turnover * MAX_STORE_SHARE))
-        most = int(speed.bandwidth * seconds) - speed.in_flight if speed.is_measured else len(keys)
+        most = int(speed.bandwidth * seconds) - speed.in_flight
         return keys[: max(1 if not speed.in_flight else 0, most)]
 
     def _taken(self, offers: list[Offer]) -> list[Offer]:

@@ -17,9 +17,9 @@ from kvtier.keys import OffloadKey
 from kvtier.primary.arena import arena_rows
 from kvtier.secondary.jobs import Job
 from kvtier.secondary.stand_ins import LateTier
+from kvtier.secondary.standing import Breaker, Standing, StateTimes
 from kvtier.tiering.digests import DigestLedger
 from kvtier.tiering.patience import ProbePatience
-from kvtier.tiering.standing import Standing, StateTimes
 from kvtier.tiering.tier_calls import TierCalls
 from kvtier.types import (
     Admission,
@@ -31,6 +31,8 @@ from kvtier.types import (
 
 STORE_SHARE = 0.5
 """Most slots that unanswered stores of one tier pin, as a share of the primary's: the rest is left for new blocks."""
+FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 30.0
+"""Shortest and longest pause before a tier that misbehaved is tried again."""
 _UP, _STARTING, _DOWN = TierState.UP, TierState.STARTING, TierState.DOWN
 
 
@@ -71,7 +73,10 @@ class TierGuard(TierCalls):
         self._observer = observer
         self._tier_deadline = tier_deadline
         self._progressed_at, self._progress = 0.0, 0
-        self._standing = Standing(name, clock, observer)
+        # One fault opens the breaker; a trial without a fault, as long as the pause, closes it. `draw` adds no random
+        # part to a pause: a replay of a recording must decide as the engine did.
+        breaker = Breaker(clock, 1, FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS, draw=lambda: 0.0, calm=1)
+        self._standing = Standing(name, breaker, observer)
         self._times = StateTimes(clock())
         self._digests = None if tier.verifies_payloads else DigestLedger(arena_rows(tier.primary_kv_view))
         self._most_pinned = int(len(tier.primary_kv_view) * STORE_SHARE)
@@ -187,8 +192,8 @@ class TierGuard(TierCalls):
 
     def describe(self) -> tuple[TierState, str]:
         """Return the tier's state, seen from outside, and the reason for it."""
-        if self._standing.reason is not None:
-            return TierState.DOWN, self._standing.reason
+        if self._standing.fault is not None:
+            return TierState.DOWN, self._standing.fault
         return self.describe_itself()
 
     # -- once a step --------------------------------------------------------------------------------------
@@ -295,8 +300,8 @@ class TierGuard(TierCalls):
             self._progress, self._progressed_at = progress, now
         if self.jobs and self._is_overdue(now):
             self._down("its jobs make no progress", is_told=state is _DOWN)
-        elif self._standing.reason is not None and self._pending_epoch is None:
-            self._standing.reconsider()
+        elif self._standing.fault is not None and self._pending_epoch is None:
+            self._reconsider()
         is_trusted = self._standing.is_trusted
         if is_trusted and state is _UP and not self.usable:
             self._was_usable = True
@@ -306,6 +311,15 @@ class TierGuard(TierCalls):
         if seen is not self._times.state:
             self._times.enter(seen, now)
         self._is_opening = is_trusted and state is _STARTING and self.tier.persistent and not self._was_usable
+
+    def _reconsider(self) -> None:
+        """Try the tier when its pause is over, and trust it after a trial without a fault."""
+        standing = self._standing
+        if not standing.breaker.try_again() and standing.breaker.has_passed_trial:
+            standing.breaker.succeed()
+            standing.recover()
+            if standing.state is _DOWN:
+                standing.change(_UP, "works again")
 
     def _is_overdue(self, now: float) -> bool:
         """Return whether no job has progressed for too long. A job that waits while others progress is not late."""
@@ -317,9 +331,9 @@ class TierGuard(TierCalls):
         self._down(f"{where} raised {type(fault).__name__}: {fault}")
 
     def _down(self, reason: str, *, is_told: bool = False) -> None:
-        """Stop using the tier for a while."""
+        """Stop using the tier for a while. Only the first fault is published until it works again."""
         self.usable = False
-        self._standing.lose(reason, is_told=is_told)
+        self._standing.lose(reason, is_told=is_told or self._standing.fault is not None)
         self._times.enter(_DOWN, self._clock())
 
     # -- reset and end ------------------------------------------------------------------------------------
@@ -340,7 +354,7 @@ class TierGuard(TierCalls):
             if self._digests is not None:
                 self._digests.clear()
         else:
-            self._epoch_retry_at = self._standing.retry_at
+            self._epoch_retry_at = self._standing.breaker.retry_at
 
     def _resume_epoch(self, epoch: bytes) -> None:
         """Start the epoch that had to wait, once every job has been answered. If the tier fails, try again later."""

@@ -11,9 +11,9 @@ from kvtier.errors import ProtocolError, StoreUnavailableError
 from kvtier.events import TierState
 from kvtier.executors.base import Ended, IOExecutor
 from kvtier.executors.protocol import IndexEnd, PartResult, Ready, Unavailable
-from kvtier.secondary.health import Breaker, BreakerState, TierHealth
 from kvtier.secondary.jobs import JobLedger
 from kvtier.secondary.settings import Deadlines
+from kvtier.secondary.standing import Breaker, BreakerState, Standing
 from kvtier.secondary.supervisor import Supervisor
 from kvtier.testing.clock import ManualClock
 from kvtier.testing.stores import make_key
@@ -68,15 +68,14 @@ class Rig:
         self.clock = ManualClock()
         self.recorder = Recorder()
         self.ledger = JobLedger("puppet", self.clock, self.recorder)
-        self.health = TierHealth("puppet", self.recorder)
-        self.breaker, self.store_breaker = (Breaker(self.clock, draw=lambda: 0.0) for _ in range(2))
+        breaker, self.store_breaker = (Breaker(self.clock, draw=lambda: 0.0) for _ in range(2))
+        self.standing = Standing("puppet", breaker, self.recorder)
         self.lives = []
         self.start_error = None
         self.supervisor = Supervisor(
             self.make,
             self.ledger,
-            self.health,
-            self.breaker,
+            self.standing,
             self.store_breaker,
             self.clock,
             Deadlines(job=10, overtaken_job=40),
@@ -120,6 +119,10 @@ class Rig:
         return self.ledger.open(job, keys, range(blocks), None, [], {})
 
     @property
+    def takes_stores(self):
+        return self.supervisor.works and self.store_breaker.state is not BreakerState.OPEN
+
+    @property
     def life(self):
         return self.lives[-1]
 
@@ -130,7 +133,7 @@ def rig():
 
 
 def test_it_is_up_when_the_index_is_complete(rig):
-    assert rig.health.state is TierState.UP
+    assert rig.standing.state is TierState.UP
     assert rig.supervisor.works
 
 
@@ -145,7 +148,7 @@ def test_a_hang_is_killed_and_its_jobs_fail(rig):
     rig.pump(0.5)
     assert len(rig.lives) == 2
     rig.pump()
-    assert rig.health.state is TierState.UP
+    assert rig.standing.state is TierState.UP
 
 
 def answer(rig, job, first, count=1):
@@ -203,7 +206,7 @@ def test_what_cannot_be_killed_keeps_its_jobs_unanswered_and_has_no_successor(ri
     assert rig.ledger.take_results() == []
     assert rig.ledger.num_jobs == 1
     assert len(rig.lives) == 1
-    assert rig.health.state is TierState.DOWN
+    assert rig.standing.state is TierState.DOWN
     rig.life.can_end = True
     rig.pump()
     assert [result.success for result in rig.ledger.take_results()] == [False]
@@ -218,7 +221,7 @@ def test_a_shutdown_of_what_cannot_be_killed_answers_nothing(rig):
     rig.supervisor.kill()
     rig.pump(100)
     assert rig.ledger.take_results() == []
-    assert rig.health.state is TierState.CLOSED
+    assert rig.standing.state is TierState.CLOSED
     rig.life.can_end = True
     rig.pump()
     assert len(rig.ledger.take_results()) == 1
@@ -244,7 +247,7 @@ def test_attempts_space_out_to_half_a_minute_and_say_the_same_reason_once(rig, c
     rig.start_error = None
     rig.pump(31)
     rig.pump()
-    assert rig.health.state is TierState.UP
+    assert rig.standing.state is TierState.UP
 
 
 def test_a_locked_store_retires_its_process(rig):
@@ -252,7 +255,7 @@ def test_a_locked_store_retires_its_process(rig):
     rig.pump()
     assert rig.life.retired
     assert not rig.life.killed
-    assert (rig.health.state, rig.health.reason) == (TierState.DOWN, "locked")
+    assert (rig.standing.state, rig.standing.reason) == (TierState.DOWN, "locked")
 
 
 def test_garbage_is_death(rig):
@@ -260,7 +263,7 @@ def test_garbage_is_death(rig):
     rig.life.garbage = True
     rig.pump()
     assert rig.life.killed
-    assert rig.health.state is TierState.DOWN
+    assert rig.standing.state is TierState.DOWN
 
 
 @pytest.mark.parametrize("report", [Ready(0), IndexEnd()])
@@ -275,14 +278,14 @@ def test_an_epoch_starts_a_new_life_only_when_the_old_one_is_gone(rig):
     rig.life.can_end = False
     rig.supervisor.restart()
     rig.pump(1)
-    assert rig.health.state is TierState.STARTING
+    assert rig.standing.state is TierState.STARTING
     assert len(rig.lives) == 1
     rig.pump(10)
     assert rig.life.killed
     rig.lives[0].can_end = True
     rig.pump()
     assert len(rig.lives) == 2
-    assert rig.health.state is TierState.UP
+    assert rig.standing.state is TierState.UP
     assert [result.success for result in rig.ledger.take_results()] == [False]
 
 
@@ -328,20 +331,20 @@ def test_engines_that_lost_a_server_together_try_again_one_after_the_other():
 
 def test_failed_stores_end_stores_and_not_loads(rig, caplog):
     for _ in range(3):
-        assert rig.supervisor.takes_stores
+        assert rig.takes_stores
         rig.supervisor.job_ended(served=False, broken=True, is_store=True)
     rig.supervisor.job_ended(served=True, broken=False)
     assert rig.supervisor.works
-    assert not rig.supervisor.takes_stores
+    assert not rig.takes_stores
     rig.pump(0.6)
-    assert rig.supervisor.takes_stores  # is tried
+    assert rig.takes_stores  # is tried
     rig.supervisor.job_ended(served=False, broken=True, is_store=True)
-    assert not rig.supervisor.takes_stores
-    assert rig.health.state is TierState.UP
+    assert not rig.takes_stores
+    assert rig.standing.state is TierState.UP
     rig.pump(1.1)
     rig.supervisor.job_ended(served=True, broken=False, is_store=True)
     rig.pump()
-    assert rig.supervisor.takes_stores
+    assert rig.takes_stores
     assert rig.recorder.states() == ["up"] * 3
     assert [record.levelname for record in caplog.records].count("WARNING") == 1
 
@@ -349,10 +352,10 @@ def test_failed_stores_end_stores_and_not_loads(rig, caplog):
 def test_a_new_epoch_while_the_breaker_is_open_is_a_new_attempt(rig):
     for _ in range(3):
         rig.supervisor.job_ended(served=False, broken=True)
-    assert rig.health.state is TierState.DOWN
+    assert rig.standing.state is TierState.DOWN
     rig.supervisor.restart()
     rig.pump()
-    assert rig.health.state is TierState.UP
+    assert rig.standing.state is TierState.UP
     assert rig.supervisor.works
 
 
@@ -368,7 +371,7 @@ def test_an_engine_that_looked_away_does_not_take_unread_results_for_a_hang(rig,
         rig.ledger.apply(report)
     rig.pump(60)
     assert not rig.lives[-1].killed
-    assert rig.health.state is TierState.UP
+    assert rig.standing.state is TierState.UP
 
 
 def test_a_hang_is_found_by_an_engine_that_polls_rarely(rig):

@@ -9,8 +9,11 @@ from kvtier.clock import monotonic_clock
 from kvtier.events import TierState
 from kvtier.foreign_text import MAX_REASON
 from kvtier.log import logger
-from kvtier.secondary.health import TierHealth
-from kvtier.tiering.standing import Standing
+from kvtier.secondary.standing import Breaker, Standing
+
+
+def standing_seen_by(observer):
+    return Standing("resp", Breaker(monotonic_clock), observer)
 
 
 class Seen:
@@ -35,10 +38,10 @@ def log():
 
 def test_a_server_that_words_every_refusal_anew_fills_no_log(log):
     seen = Seen()
-    health = TierHealth("resp", seen)
+    standing = standing_seen_by(seen)
     for number in range(10_000):
-        health.change(TierState.DOWN, f"E{number} \x1b[31m" + "y" * 7000)
-        health.change(TierState.UP)
+        standing.lose(f"E{number} \x1b[31m" + "y" * 7000)
+        standing.change(TierState.UP)
     assert log.getvalue().count("\n") < 20
     assert len(log.getvalue()) < 20_000
     assert "\x1b" not in log.getvalue()
@@ -46,23 +49,23 @@ def test_a_server_that_words_every_refusal_anew_fills_no_log(log):
 
 
 def test_a_reason_that_is_new_is_told_after_the_tier_has_worked(log):
-    health = TierHealth("resp", Seen())
+    standing = standing_seen_by(Seen())
     for number in range(100):
-        health.change(TierState.DOWN, f"E{number}")
-    health.change(TierState.UP)
-    health.prove()
-    health.change(TierState.DOWN, "unplugged")
+        standing.lose(f"E{number}")
+    standing.change(TierState.UP)
+    standing.recover()
+    standing.lose("unplugged")
     assert "unplugged" in log.getvalue()
 
 
 def test_reasons_are_one_short_line_for_observers():
     seen = Seen()
-    health, standing = TierHealth("resp", seen), Standing("resp", monotonic_clock, seen)
-    health.change(TierState.DOWN, "no\nCRITICAL forged\x1b[2J" + "x" * 100_000)
+    standing = standing_seen_by(seen)
+    standing.change(TierState.STARTING, "no\nCRITICAL forged\x1b[2J" + "x" * 100_000)
     standing.lose("no\nCRITICAL forged\x1b[2J" + "x" * 100_000)
     assert len(seen.events) == 2
     for event in seen.events:
         assert event.reason.isprintable()
         assert len(event.reason) <= 1.1 * MAX_REASON
-    assert health.reason.isprintable()
     assert standing.reason.isprintable()
+    assert standing.fault.isprintable()

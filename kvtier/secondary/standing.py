@@ -1,9 +1,14 @@
-"""A tier's health: a breaker, which decides when a failed tier is tried again, and the tier's published state."""
+"""Declares a tier down, decides when it is tried again, and publishes its state.
+
+A `Standing` is all there is to it. A tier over a store has one, which its `Supervisor` moves: it sees the executor. The
+manager's guard has one per tier, which it moves by what it sees from outside: a tier may be anybody's code.
+"""
 
 from __future__ import annotations
 
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable
 from enum import Enum
 
@@ -35,7 +40,7 @@ class BreakerState(Enum):
     """The tier is on trial: one success closes the breaker, one failure opens it for twice as long."""
 
 
-_OPEN = BreakerState.OPEN
+_OPEN, _CLOSED = BreakerState.OPEN, BreakerState.CLOSED
 
 
 class Breaker:
@@ -75,13 +80,18 @@ class Breaker:
         self._tried_at = 0.0
         self.num_openings = 0
 
-    def succeed(self) -> None:
-        """Count a success: close the breaker and, if there was no failure for long, make the next pause short."""
-        if self.state is not BreakerState.OPEN:
-            self.state = BreakerState.CLOSED
-            self._failures = 0
-            if self._clock() - self.retry_at >= self._calm * self._backoff:
-                self._backoff = self._first_backoff
+    def succeed(self) -> bool:
+        """Count a success: close the breaker and, if there was no failure for long, make the next pause short.
+
+        Return whether this ended a trial.
+        """
+        if self.state is _OPEN:
+            return False
+        was_trial, self.state = self.state is not _CLOSED, _CLOSED
+        self._failures = 0
+        if self._clock() - self.retry_at >= self._calm * self._backoff:
+            self._backoff = self._first_backoff
+        return was_trial
 
     def fail(self) -> bool:
         """Count a failed job; return whether this opened the breaker."""
@@ -126,22 +136,55 @@ class Breaker:
             raise InvariantError(f"{self._failures} failures in a row and still {self.state}")
 
 
-class TierHealth:
-    """The state of a tier and its reason. Every change is an event, and is logged once.
+class Standing:
+    """A tier's state and its reason, with the breaker of the whole tier. Every change is an event, and is logged once.
 
     A tier that fails again and again for the same reason is logged once. It is logged again only after the tier has
     worked in between, which a trial alone does not show. If the reasons differ every time, only a few are logged.
+
+    Attributes:
+        state, reason: as published.
+        fault: why the tier was last declared down; None once it has worked since.
+        breaker: says when the tier is tried again.
     """
 
-    def __init__(self, tier_type: str, observer: Observer) -> None:
-        self._tier_type = tier_type
+    def __init__(self, name: str, breaker: Breaker, observer: Observer) -> None:
+        """Args: name: of the tier, for events and the log."""
+        self._name = name
         self._observer = observer
+        self.breaker = breaker
         self.state = TierState.STARTING
         self.reason = ""
+        self.fault: str | None = None
         self._said: set[tuple[TierState, str]] = set()
 
-    def prove(self) -> None:
-        """Learn that the tier has worked again after a failure, so that the next failure is logged."""
+    @property
+    def is_trusted(self) -> bool:
+        """Whether the tier may be used: in good standing, or on trial."""
+        return self.breaker.state is not _OPEN
+
+    def lose(self, reason: str, *, is_told: bool = False) -> None:
+        """Declare the tier down: it is not used until the breaker allows a trial.
+
+        Args:
+            is_told: whether somebody else has published that the tier is down. This then adds no event and log line.
+        """
+        self.breaker.open()
+        self._fall(reason, is_told)
+
+    def fail(self, reason: str) -> None:
+        """Count a failed job. After several in a row, declare the tier down, as `lose` does."""
+        if self.breaker.fail():
+            self._fall(reason, is_told=False)
+
+    def _fall(self, reason: str, is_told: bool) -> None:
+        self.fault = one_line(reason, MAX_REASON)
+        if not is_told:
+            self.change(TierState.DOWN, reason)
+
+    def recover(self) -> None:
+        """Learn that the tier has worked on trial. The fault is over, and the next one is logged."""
+        self.fault = None
         self._said.clear()
 
     def leave_to_parent(self) -> None:
@@ -162,13 +205,42 @@ class TierHealth:
         if (state, reason) not in self._said and said not in self._said:
             self._said.add(said)
             self._say(state, reason, warn)
-        self._observer.on_event(TierStateChanged(self._tier_type, state, reason))
+        self._observer.on_event(TierStateChanged(self._name, state, reason))
 
     def _say(self, state: TierState, reason: str, warn: bool) -> None:
         if state is TierState.DOWN:
             logger.warning(
-                "tier %s is down: %s; the engine runs without it, and kvtier tries again", self._tier_type, reason
+                "tier %s is down: %s; the engine runs without it, and kvtier tries again", self._name, reason
             )
         else:
             level = logging.WARNING if warn else logging.INFO
-            logger.log(level, "tier %s is %s%s", self._tier_type, state.value, f": {reason}" if reason else "")
+            logger.log(level, "tier %s is %s%s", self._name, state.value, f": {reason}" if reason else "")
+
+
+class StateTimes:
+    """How often a tier has entered each state, and for how long it has been down.
+
+    Attributes:
+        state: the current state; STARTING at first.
+    """
+
+    def __init__(self, now: float) -> None:
+        """Args: now: seconds of the clock, as everywhere here."""
+        self.state, self._since = TierState.STARTING, now
+        self._down_seconds = 0.0
+        self._entered: Counter[TierState] = Counter()
+
+    def enter(self, state: TierState, now: float) -> None:
+        """Note the state that the tier is in from now on."""
+        if state is not self.state:
+            self._down_seconds = self._seconds_down(now)
+            self.state, self._since = state, now
+            self._entered[state] += 1
+
+    def _seconds_down(self, now: float) -> float:
+        return self._down_seconds + (max(0.0, now - self._since) if self.state is TierState.DOWN else 0.0)
+
+    def readings(self, now: float) -> dict[str, float]:
+        """Return the metrics by name. States that were never entered are left out, except DOWN."""
+        entered = {f"times_{state.value}": times for state, times in self._entered.items()}
+        return {"down_seconds": self._seconds_down(now), "times_down": 0, **entered}
