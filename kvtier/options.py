@@ -110,6 +110,28 @@ class TierOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         """
 
 
+class StoreOptions(TierOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of the options with which a tier's store opens."""
+
+    @property
+    def threads(self) -> int:
+        """Parallel calls of the store. Subclasses have an option of this name, or compute it."""
+        raise NotImplementedError
+
+    @property
+    def environment_secrets(self) -> tuple[str, ...]:
+        """Prefixes of environment variables with credentials that the store's client reads by itself."""
+        return ()
+
+    def for_store(self) -> TierOptions:
+        """Return the options for the store: these, with what the tier has found out about the machine.
+
+        Raises:
+            ConfigError: an option cannot be used on this machine.
+        """
+        return self
+
+
 def options_type_of(tier_class: type) -> type[TierOptions] | None:
     """Return the struct of a tier's options; None if the constructor's keywords declare them.
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import compress
-from typing import Any
+from typing import Any, ClassVar
 
 from kvtier.abc import BlockStore, SlotStore
 from kvtier.errors import KeyFormatError, ProtocolError
@@ -12,6 +13,7 @@ from kvtier.events import TierState
 from kvtier.executors.base import Report
 from kvtier.executors.protocol import IndexEnd, PartResult, ProbeAnswer, Ready, Usage
 from kvtier.keys import OffloadKey, common_key_bytes
+from kvtier.options import StoreOptions
 from kvtier.secondary.jobs import MovingJob
 from kvtier.secondary.probes import Probes
 from kvtier.secondary.settings import TierSettings
@@ -136,3 +138,29 @@ class KeyedTierManager(StoreTierManager):
         executor = self._supervisor.executor
         if executor is not None and self._standing.state is _UP:
             executor.probe(probe_id, keys)
+
+
+class DeclaredTierManager(KeyedTierManager):
+    """A keyed tier of kvtier's own. Its class says which store it has; a struct declares the options of both."""
+
+    store: ClassVar[str]
+    """The store, as "module:Class"."""
+    options_type: ClassVar[type[StoreOptions]]
+
+    def __init__(self, offloading_spec: Any, primary_kv_view: memoryview, tier_type: str, **options: Any) -> None:
+        """Args: options: of `options_type`.
+
+        Raises:
+            ConfigError: a value is not allowed; the error names its key.
+        """
+        read = self.options_type.read(options)
+        settings = TierSettings.checked(read.threads, read.job_deadline)
+        super().__init__(
+            offloading_spec,
+            primary_kv_view,
+            tier_type,
+            store=self.store,
+            options=read.for_store().to_json(),
+            settings=replace(settings, environment_secrets=read.environment_secrets),
+        )
+        read.check(self.block_bytes, self.context.policies)

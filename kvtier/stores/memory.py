@@ -10,12 +10,12 @@ from typing import Annotated, Any, Self
 from kvtier.abc import BlockStore, StoreContext
 from kvtier.errors import ConfigError
 from kvtier.keys import MAX_KEY_BYTES, OffloadKey
-from kvtier.options import Threads, TierOptions, size_of
+from kvtier.options import StoreOptions, Threads, size_of
 from kvtier.stores.integrity.header import HEADER_BYTES
 from kvtier.types import StoreUsage
 
 
-class MemoryOptions(TierOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class MemoryOptions(StoreOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Options of tier type `memory`."""
 
     capacity: Annotated[int, size_of('most bytes of blocks, their keys and headers, for example "8GiB"')]

@@ -21,7 +21,7 @@ import msgspec
 from kvtier.errors import ConfigError, StoreUnavailableError
 from kvtier.keys import OffloadKey
 from kvtier.namespace import Namespace
-from kvtier.options import TierOptions
+from kvtier.options import StoreOptions
 from kvtier.stores.integrity.header import Bytes
 from kvtier.stores.own_files import read_named
 
@@ -109,7 +109,7 @@ class SecretPlace:
         return secret
 
 
-class GuardedOptions(TierOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class GuardedOptions(StoreOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Base of the options of tiers whose blocks a secret can guard. They name the secret's place."""
 
     secret_env: Annotated[

@@ -18,6 +18,7 @@ from kvtier.stores.integrity.secrets import GuardedOptions
 from kvtier.stores.object.names import LAYOUT, MAX_BLOCKS, MAX_PREFIX_BYTES
 
 _SCHEMES = ("s3", "gs", "az")
+_SECRETS_OF_CLIENTS = {"s3": ("AWS_",), "gs": ("GOOGLE_",), "az": ("AZURE_",)}
 _URL = '"s3://BUCKET/PREFIX", "gs://BUCKET/PREFIX" or "az://CONTAINER/PREFIX"'
 _PREFIX = re.compile(r"[A-Za-z0-9._=-]+(/[A-Za-z0-9._=-]+)*")
 MAX_PACK_BYTES = 4 << 20
@@ -107,6 +108,11 @@ class ObjectOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True, kw_
             ConfigError: the url is not valid; the error shows no credentials.
         """
         return _parse(self.url)
+
+    @property
+    def environment_secrets(self) -> tuple[str, ...]:
+        """Prefixes of the environment variables with credentials that the provider's client reads by itself."""
+        return _SECRETS_OF_CLIENTS[self.place.provider]
 
     def values_per_pack(self, block_bytes: int) -> int:
         """Return how many blocks a full pack holds."""
