@@ -48,7 +48,7 @@ class RecordedTier(msgspec.Struct, frozen=True):
 
 
 class Header(msgspec.Struct, frozen=True):
-    """The recorded engine's configuration; see `kvtier.spec.recorded.describe`."""
+    """The recorded engine's configuration; see `CPUOffloadingSpec.recording_header`."""
 
     tokens_per_block: _Count
     block_bytes: _Count

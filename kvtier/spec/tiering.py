@@ -21,7 +21,6 @@ from kvtier.primary.arena import Arena
 from kvtier.registry import POLICIES, construct_tier, load_tier_class, try_tier
 from kvtier.secondary.stand_ins import LateTier, UnusableTierManager
 from kvtier.spec.cpu import CPUOffloadingSpec
-from kvtier.spec.recorded import make_manager
 from kvtier.spec.room import RoomWarnings
 from kvtier.spec.tiers import outlives_engine, parse_tiers, prompts_only
 from kvtier.tier_config import TierConfig
@@ -98,8 +97,7 @@ class TieringOffloadingSpec(CPUOffloadingSpec):
 
     def _make_manager(self, arena: Arena) -> TieringOffloadingManager:
         primary = self._make_primary(arena)
-        made = self._make_tiers(arena.view)
-        return make_manager(self, primary, made)
+        return self._manager_over(primary, self._make_tiers(arena.view))
 
     def _make_tiers(self, view: memoryview) -> list[tuple[TierConfig, SecondaryTierManager]]:
         """Make all tiers, then start them. A tier that fails is replaced; the others are not affected."""

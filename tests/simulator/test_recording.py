@@ -28,7 +28,6 @@ from kvtier.simulator.replay import Replay
 from kvtier.simulator.report import facts
 from kvtier.simulator.setup import Machine, Setup
 from kvtier.simulator.trace import Trace, TraceRequest
-from kvtier.spec.recorded import describe
 from kvtier.spec.tiering import TieringOffloadingSpec
 from kvtier.testing.patience import PATIENCE_SECONDS, wait_for
 from kvtier.types import LookupResult, ReqContext, ScheduleEndContext
@@ -270,7 +269,7 @@ def test_a_process_that_writes_late_writes_all_of_it(tmp_path):
     """As on a machine so busy that it has not started by the time that the engine ends."""
     engine = LiveEngine(tmp_path, LoadLog(), disks=0)
     path = tmp_path / "late.rec"
-    recorder = Recorder(str(path), describe(engine.spec, ()), monotonic_clock)
+    recorder = Recorder(str(path), engine.spec.recording_header(), monotonic_clock)
     recorder.start()
     writer = recorder._writer.pid
     os.kill(writer, signal.SIGSTOP)

@@ -25,7 +25,6 @@ from kvtier.primary.arena import arena_rows
 from kvtier.primary.copies import KVCaches
 from kvtier.recording.reader import read_recording
 from kvtier.recording.stream import Recorder
-from kvtier.spec.recorded import describe
 from kvtier.spec.tiering import TieringOffloadingSpec
 from kvtier.testing.patience import wait_for
 from kvtier.types import (
@@ -422,7 +421,7 @@ def test_a_store_that_the_parent_runs_itself_is_not_closed_by_a_child(tmp_path):
 
 
 def test_a_recording_is_not_written_by_a_child(tmp_path):
-    recorder = Recorder(str(tmp_path / "recording"), describe(Engine(tmp_path).spec, ()), monotonic_clock)
+    recorder = Recorder(str(tmp_path / "recording"), Engine(tmp_path).spec.recording_header(), monotonic_clock)
     recorder.start()
     recorder.note(b"N", 1, bytes(8))
 
@@ -441,7 +440,7 @@ def test_a_recording_is_not_written_by_a_child(tmp_path):
 
 
 def test_a_child_that_is_forked_while_the_recording_is_written_keeps_no_pipe(tmp_path):
-    recorder = Recorder(str(tmp_path / "recording"), describe(Engine(tmp_path).spec, ()), monotonic_clock)
+    recorder = Recorder(str(tmp_path / "recording"), Engine(tmp_path).spec.recording_header(), monotonic_clock)
     recorder.start()
     with memoryview(recorder._buffer):  # as the thread that writes has one
 

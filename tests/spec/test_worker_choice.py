@@ -8,8 +8,7 @@ from kvtier.config import KVCacheGroup, OffloadingConfig
 from kvtier.errors import ConfigError
 from kvtier.primary.copies import KVCaches
 from kvtier.primary.worker import NumpyOffloadingWorker
-from kvtier.spec.base import device_of
-from kvtier.spec.cpu import CPUOffloadingSpec
+from kvtier.spec.cpu import CPUOffloadingSpec, device_of
 from kvtier.types import CPULoadStoreSpec, GPULoadStoreSpec
 
 
