@@ -13,33 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvtier.cli.outputs import check_outputs
-from kvtier.cli.replay_options import (
-    AdmissionOption,
-    CurveOption,
-    DeadlineOption,
-    EngineOption,
-    GapOption,
-    HostOption,
-    JsonOption,
-    KvDtypeOption,
-    LatencyOption,
-    PlotOption,
-    PolicyOption,
-    ProcessesOption,
-    RateOption,
-    ReadOption,
-    TokensOption,
-    TraceArgument,
-    WriteOption,
-    block_bytes_and_doubling,
-    engine_options,
-    make_machine,
-    policies_of,
-    prefill_speed,
-    settings_of,
-)
-from kvtier.cli.simulate_progress import tracked
+from kvtier.cli import replay_options as replay
 from kvtier.cli.vllm_config import check, extra_config, transfer_config
 from kvtier.errors import ConfigError
 from kvtier.simulator import plan_report, planner
@@ -75,7 +49,7 @@ PathOption = Annotated[str, typer.Option(help="Directory of the disk tier, for t
 
 
 def plan(
-    trace: TraceArgument,
+    trace: replay.TraceArgument,
     model: ModelOption,
     gpu_rate: GpuRateOption,
     dram_price: DramPriceOption,
@@ -87,41 +61,41 @@ def plan(
     months: MonthsOption = Prices.months,
     dram: DramOption = None,
     disk: DiskOption = None,
-    policy: PolicyOption = "lru",
-    admission: AdmissionOption = Admission.ALWAYS,
+    policy: replay.PolicyOption = "lru",
+    admission: replay.AdmissionOption = Admission.ALWAYS,
     path: PathOption = "/cache",
-    kv_dtype: KvDtypeOption = "auto",
-    prefill_rate: RateOption = None,
-    prefill_curve: CurveOption = None,
-    host_bandwidth: HostOption = "20GB",
-    disk_read: ReadOption = "6GB",
-    disk_write: WriteOption = "3GB",
-    disk_latency: LatencyOption = Machine.disk_latency,
-    load_deadline: DeadlineOption = None,
-    option: EngineOption = None,
-    tokens_per_block: TokensOption = None,
-    conversation_gap: GapOption = 60.0,
-    processes: ProcessesOption = None,
-    plot: PlotOption = None,
-    json_path: JsonOption = None,
+    kv_dtype: replay.KvDtypeOption = "auto",
+    prefill_rate: replay.RateOption = None,
+    prefill_curve: replay.CurveOption = None,
+    host_bandwidth: replay.HostOption = "20GB",
+    disk_read: replay.ReadOption = "6GB",
+    disk_write: replay.WriteOption = "3GB",
+    disk_latency: replay.LatencyOption = Machine.disk_latency,
+    load_deadline: replay.DeadlineOption = None,
+    option: replay.EngineOption = None,
+    tokens_per_block: replay.TokensOption = None,
+    conversation_gap: replay.GapOption = 60.0,
+    processes: replay.ProcessesOption = None,
+    plot: replay.PlotOption = None,
+    json_path: replay.JsonOption = None,
 ) -> None:
     """Find the cheapest configuration that meets a target, and print the option that makes vLLM use it.
 
     Exit code 0: found; it may be to buy nothing. 1: none of those tried meets the target. 2: a trace, a price, a target
     or a file to write cannot be used; one line says why.
     """
-    check_outputs(plot, json_path)
+    replay.check_outputs(plot, json_path)
     prices = Prices(gpu_rate, dram_price, disk_price, months, drive_writes)
     target = make_target(target_hit_rate, target_ttft_p95, max_drive_writes)
-    options = engine_options(option, load_deadline)
-    with tracked(f"reading {trace.name}") as progress:
+    options = replay.engine_options(option, load_deadline)
+    with replay.tracked(f"reading {trace.name}") as progress:
         loaded = load_trace(trace, tokens_per_block, conversation_gap, progress)
-    block_bytes, doubling = block_bytes_and_doubling(loaded, model, kv_dtype)
-    speed = prefill_speed(prefill_rate, prefill_curve, doubling)
-    machine = make_machine(speed, host_bandwidth, disk_read, disk_write, disk_latency)
-    base = Setup("", 0, 0, block_bytes, admission, settings_of(options))
-    setups = setups_to_try(loaded, base, dram, disk, policies_of(policy))
-    with tracked(f"replaying {len(setups)} configurations") as progress:
+    block_bytes, doubling = replay.block_bytes_and_doubling(loaded, model, kv_dtype)
+    speed = replay.prefill_speed(prefill_rate, prefill_curve, doubling)
+    machine = replay.make_machine(speed, host_bandwidth, disk_read, disk_write, disk_latency)
+    base = Setup("", 0, 0, block_bytes, admission, replay.settings_of(options))
+    setups = setups_to_try(loaded, base, dram, disk, replay.policies_of(policy))
+    with replay.tracked(f"replaying {len(setups)} configurations") as progress:
         results = replay_all(loaded, setups, machine, processes=processes, progress=progress)
     found = decide(loaded, machine, price_all(results, prices), prices, target)
     if found.chosen is not None and found.chosen.buys:

@@ -1,12 +1,17 @@
-"""Options that `simulate` and `plan` share, and their conversion to the simulator's types."""
+"""Options that `simulate` and `plan` share: their checks, their conversion to the simulator's types, and progress."""
 
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from kvtier.cli.vllm_config import parse_options
 from kvtier.config import TieringConfig, parse_config
@@ -172,3 +177,33 @@ def settings_of(options: dict[str, Any]) -> TieringSettings:
         ConfigError: a value is out of range.
     """
     return parse_config({"cpu_bytes_to_use": 1, **options}, TieringConfig).settings(1, kv_events=False)
+
+
+def check_outputs(plot: Path | None, json_path: Path | None) -> None:
+    """Check that both output files can be written; create and change nothing.
+
+    Raises:
+        ConfigError: a path is a folder, its folder does not exist, or permission is denied.
+    """
+    for name, path in (("plot", plot), ("json", json_path)):
+        if path is not None and (why := _obstacle(path)):
+            raise ConfigError(name, str(path), f"a file that can be written; {why}")
+
+
+def _obstacle(path: Path) -> str:
+    """Return why a file cannot be written, or "" if no reason is known."""
+    if path.is_dir():
+        return "this is a folder"
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent}"
+    return "" if os.access(path if path.exists() else path.parent, os.W_OK) else "permission denied"
+
+
+@contextmanager
+def tracked(what: str) -> Iterator[Callable[[float], None]]:
+    """Show a progress bar; yield a function that must be called with the share of work that is done, 0 to 1."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=1.0)
+        yield lambda share: bar.update(task, completed=share)

@@ -10,34 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvtier.cli.outputs import check_outputs
-from kvtier.cli.replay_options import (
-    AdmissionOption,
-    CurveOption,
-    DeadlineOption,
-    EngineOption,
-    GapOption,
-    HostOption,
-    JsonOption,
-    KvDtypeOption,
-    LatencyOption,
-    ModelOption,
-    PlotOption,
-    PolicyOption,
-    ProcessesOption,
-    RateOption,
-    ReadOption,
-    TokensOption,
-    TraceArgument,
-    WriteOption,
-    block_bytes_and_doubling,
-    engine_options,
-    make_machine,
-    policies_of,
-    prefill_speed,
-    settings_of,
-)
-from kvtier.cli.simulate_progress import tracked
+from kvtier.cli import replay_options as replay
 from kvtier.simulator import report
 from kvtier.simulator.again import repeat
 from kvtier.simulator.formats import load_trace
@@ -51,28 +24,28 @@ from kvtier.types import Admission
 
 
 def simulate(
-    trace: TraceArgument,
+    trace: replay.TraceArgument,
     dram: Annotated[
         str, typer.Option(help='Sizes of host memory with commas: 8GiB, 5% (of all blocks) or "unlimited".')
     ] = "8GiB",
     disk: Annotated[str, typer.Option(help="Sizes of the disk, likewise; 0 for none.")] = "0",
-    policy: PolicyOption = "lru",
-    admission: AdmissionOption = Admission.ALWAYS,
-    model: ModelOption = None,
-    kv_dtype: KvDtypeOption = "auto",
-    prefill_rate: RateOption = None,
-    prefill_curve: CurveOption = None,
-    host_bandwidth: HostOption = "20GB",
-    disk_read: ReadOption = "6GB",
-    disk_write: WriteOption = "3GB",
-    disk_latency: LatencyOption = Machine.disk_latency,
-    load_deadline: DeadlineOption = None,
-    option: EngineOption = None,
-    tokens_per_block: TokensOption = None,
-    conversation_gap: GapOption = 60.0,
-    processes: ProcessesOption = None,
-    plot: PlotOption = None,
-    json_path: JsonOption = None,
+    policy: replay.PolicyOption = "lru",
+    admission: replay.AdmissionOption = Admission.ALWAYS,
+    model: replay.ModelOption = None,
+    kv_dtype: replay.KvDtypeOption = "auto",
+    prefill_rate: replay.RateOption = None,
+    prefill_curve: replay.CurveOption = None,
+    host_bandwidth: replay.HostOption = "20GB",
+    disk_read: replay.ReadOption = "6GB",
+    disk_write: replay.WriteOption = "3GB",
+    disk_latency: replay.LatencyOption = Machine.disk_latency,
+    load_deadline: replay.DeadlineOption = None,
+    option: replay.EngineOption = None,
+    tokens_per_block: replay.TokensOption = None,
+    conversation_gap: replay.GapOption = 60.0,
+    processes: replay.ProcessesOption = None,
+    plot: replay.PlotOption = None,
+    json_path: replay.JsonOption = None,
     as_recorded: Annotated[
         bool, typer.Option(help="Repeat a recording of kvtier call by call, as it was configured; nothing else counts.")
     ] = False,
@@ -85,18 +58,18 @@ def simulate(
     if as_recorded:
         show_repeated(trace)
         return
-    check_outputs(plot, json_path)
-    with tracked(f"reading {trace.name}") as progress:
+    replay.check_outputs(plot, json_path)
+    with replay.tracked(f"reading {trace.name}") as progress:
         loaded = load_trace(trace, tokens_per_block, conversation_gap, progress)
-    block_bytes, doubling = block_bytes_and_doubling(loaded, model, kv_dtype)
-    speed = prefill_speed(prefill_rate, prefill_curve, doubling)
-    machine = make_machine(speed, host_bandwidth, disk_read, disk_write, disk_latency)
-    base = Setup("", 0, 0, block_bytes, admission, settings_of(engine_options(option, load_deadline)))
+    block_bytes, doubling = replay.block_bytes_and_doubling(loaded, model, kv_dtype)
+    speed = replay.prefill_speed(prefill_rate, prefill_curve, doubling)
+    machine = replay.make_machine(speed, host_bandwidth, disk_read, disk_write, disk_latency)
+    base = Setup("", 0, 0, block_bytes, admission, replay.settings_of(replay.engine_options(option, load_deadline)))
     drams = sizes_in_blocks("dram", dram, loaded, block_bytes)
     disks = sizes_in_blocks("disk", disk, loaded, block_bytes, least=0)
-    setups = combinations(base, drams, disks, policies_of(policy))
+    setups = combinations(base, drams, disks, replay.policies_of(policy))
     more = curve_setups(loaded, setups) if plot is not None else []
-    with tracked(f"replaying {len(setups) + len(more)} configurations") as progress:
+    with replay.tracked(f"replaying {len(setups) + len(more)} configurations") as progress:
         results = replay_all(loaded, setups + more, machine, processes=processes, progress=progress)
     results, curve = results[: len(setups)], results[len(setups) :]
     show(loaded, machine, block_bytes, results)
