@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from kvtier.abc import EvictionPolicy, SecondaryTierManager
 from kvtier.clock import Clock
@@ -15,6 +14,7 @@ from kvtier.events import BlocksEvicted, Observer
 from kvtier.keys import OffloadKey
 from kvtier.primary.retention import Retention
 from kvtier.primary.table import BlockTable
+from kvtier.secondary.jobs import Job
 from kvtier.secondary.settings import TierSettings
 from kvtier.secondary.tier_uses import TierUses
 from kvtier.simulator.devices import Device, DeviceSpeed
@@ -29,24 +29,6 @@ from kvtier.types import (
 )
 
 _HIT, _MISS = LookupResult.HIT, LookupResult.MISS
-
-
-@dataclass(slots=True)
-class SimulatedJob:
-    """A job without a result yet.
-
-    Attributes:
-        metadata: the submitted job.
-        keys, slots: the blocks that are transferred, and their slots on the device.
-        here: keys of a store that the tier has already.
-        submitted: time of the submission, seconds of the clock.
-    """
-
-    metadata: JobMetadata
-    keys: Sequence[OffloadKey]
-    slots: Sequence[int]
-    here: Sequence[OffloadKey]
-    submitted: float
 
 
 class SimulatedTierManager(SecondaryTierManager):
@@ -81,12 +63,12 @@ class SimulatedTierManager(SecondaryTierManager):
         super().__init__(None, primary_kv_view, name)
         self.table = BlockTable(policy.capacity, policy)
         self._uses = TierUses(clock, retention)
-        self.device: Device[SimulatedJob] = Device(speed, clock)
+        self.device: Device[Job] = Device(speed, clock)
         self._block_bytes = block_bytes
         self._clock, self._observer = clock, observer
         self._most_stores = max(1, TierSettings.most_store_bytes // block_bytes)
         self._num_storing = 0
-        self._unmoved: deque[SimulatedJob] = deque()
+        self._unmoved: deque[Job] = deque()
         self.written: list[tuple[float, int]] = []
 
     @property
@@ -134,10 +116,11 @@ class SimulatedTierManager(SecondaryTierManager):
         slots = self._uses.store(table, keys, placement, job_metadata.req_context)
         if placement.victims:
             self._observer.on_event(BlocksEvicted(self.tier_type, placement.victims))
-        job = SimulatedJob(job_metadata, placement.keys, slots, here, self._clock())
+        job = self._open(job_metadata, slots, [*here, *placement.keys])
         self._num_storing += len(slots)
         if slots:
-            self._write(job)
+            self.written.append((job.submitted, job.num_bytes))
+            self.device.write(job, job.num_bytes)
         else:
             self._unmoved.append(job)
 
@@ -150,48 +133,42 @@ class SimulatedTierManager(SecondaryTierManager):
             slots = [table.slot_of[key] for key in keys]
         table.pin(slots)
         self._uses.load(table, keys, job_metadata.req_context)
-        job = SimulatedJob(job_metadata, keys, slots, (), self._clock())
+        job = self._open(job_metadata, slots, keys)
         if slots:
-            self._read(job)
+            self.device.read(job, job.num_bytes)
         else:
             self._unmoved.append(job)
+
+    def _open(self, metadata: JobMetadata, slots: Sequence[int], successful: Sequence[OffloadKey]) -> Job:
+        """Return a job that moves blocks of the device's `slots`. Simulated blocks do not fail: the rest are absent."""
+        job_id, is_promotion, context = metadata.job_id, metadata.is_promotion, metadata.req_context
+        num_bytes = len(slots) * self._block_bytes
+        return Job(job_id, metadata.keys, slots, is_promotion, context, self._clock(), 0, successful, num_bytes)
 
     def cancel_loads(self, job_ids: Collection[int]) -> None:
         """Cancel the reads of these jobs that the device has not begun; such a job ends with no block."""
         unwanted = frozenset(job_ids)
-        for job in self.device.cancel_reads(lambda job: job.metadata.job_id in unwanted):
+        for job in self.device.cancel_reads(lambda job: job.job_id in unwanted):
             self.table.unpin(job.slots)
-            job.keys = job.slots = ()
+            job.slots, job.successful, job.num_bytes = (), (), 0
             self._unmoved.append(job)
-
-    def _write(self, job: SimulatedJob) -> None:
-        num_bytes = len(job.slots) * self._block_bytes
-        self.written.append((job.submitted, num_bytes))
-        self.device.write(job, num_bytes)
-
-    def _read(self, job: SimulatedJob) -> None:
-        self.device.read(job, len(job.slots) * self._block_bytes)
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
         """Return the results of the jobs that have ended by now."""
         return () if not self.has_news() else [self._end(job) for job in self._take_ended(everything=False)]
 
-    def _take_ended(self, everything: bool) -> list[SimulatedJob]:
+    def _take_ended(self, everything: bool) -> list[Job]:
         ended = list(self._unmoved)
         self._unmoved.clear()
         return ended + self.device.finished(everything)
 
-    def _end(self, job: SimulatedJob) -> JobResult:
-        metadata, slots = job.metadata, job.slots
-        if metadata.is_promotion:
-            self.table.unpin(slots)
+    def _end(self, job: Job) -> JobResult:
+        if job.is_promotion:
+            self.table.unpin(job.slots)
         else:
-            self.table.publish(slots)
-            self._num_storing -= len(slots)
-        success = len(job.keys) + len(job.here) >= len(metadata.keys)
-        successful = None if success else {*job.keys, *job.here}
-        num_bytes, seconds = len(slots) * self._block_bytes, self._clock() - job.submitted
-        return JobResult(metadata.job_id, success, successful, seconds, num_bytes)
+            self.table.publish(job.slots)
+            self._num_storing -= len(job.slots)
+        return job.result(self._clock())
 
     def drain_jobs(self) -> None:
         """End every job at once; `get_finished_jobs` still returns the results."""
