@@ -18,6 +18,7 @@ from kvtier.stores.filesystem.store import FilesystemStore
 from kvtier.stores.integrity import open_sealer
 from kvtier.stores.integrity.checked_store import CheckedStore
 from kvtier.stores.integrity.header import header_checksum
+from kvtier.stores.integrity.sealing import MAX_SCRATCH_BYTES
 from kvtier.stores.memory import MemoryStore
 from kvtier.stores.object.client import Client
 from kvtier.stores.object.store import ObjectStore
@@ -214,22 +215,25 @@ class TestSlabEncrypted(OnSlab):
             stored |= {self.peek(self.store, slot) for slot in (1, 2)}
         assert len(stored) == 6
 
-    def test_runs_longer_than_private_memory(self, monkeypatch):
-        for name in ("MAX_SCRATCH_BYTES", "PORTION_BYTES"):
-            monkeypatch.setattr(f"kvtier.stores.integrity.encrypted_sealer.{name}", 3 * self.block_bytes)
-        self._reopen()
-        slots = list(range(20))
-        self._write(slots)
-        assert 1 <= len(self.store._sealer._scratch.spacious) <= 3
-        assert self._read(slots[::-1]) == [self.payload(slot) for slot in slots[::-1]]
-        assert 1 <= len(self.store._sealer._scratch.spacious) <= 3
-
 
 class TestSlabEncryptedOfUnalignedBlocks(TestSlabEncrypted):
     block_bytes = 8192 - 96
 
-    def test_runs_longer_than_private_memory(self):
-        pass
+
+def test_runs_of_encrypted_blocks_longer_than_private_memory(tmp_path):
+    block_bytes = 1 << 20
+    context = slab_files.make_context(block_bytes=block_bytes)
+    store = slab_files.open_slab(tmp_path / "slab", context, 64 << 20, **secret_options(tmp_path, True))
+    slots, keys = list(range(20)), [make_key(number) for number in range(20)]
+    payloads = [make_payload(number, block_bytes) for number in range(20)]
+    assert len(slots) * block_bytes > MAX_SCRATCH_BYTES
+    assert list(store.write(slots, keys, [memoryview(payload) for payload in payloads])) == [True] * 20
+    assert 1 <= len(store._sealer._scratch.spacious) <= MAX_SCRATCH_BYTES // block_bytes
+    buffers = [memoryview(bytearray(block_bytes)) for _ in slots]
+    assert list(store.read_into(slots[::-1], keys[::-1], buffers)) == [True] * 20
+    assert [bytes(buffer) for buffer in buffers] == payloads[::-1]
+    assert len(store._sealer._scratch.spacious) == 1, "a block fills the processor's cache"
+    store.close()
 
 
 def test_encrypting_without_a_secret_stores_nothing(tmp_path):
