@@ -154,7 +154,7 @@ class Observers:
     """
 
     def __init__(self, observers: Sequence[Observer] = ()) -> None:
-        self._observers = list(observers)
+        self._observers: list[tuple[Observer, tuple[type, ...]]] = [(observer, ()) for observer in observers]
         self._failed: set[tuple[type, type]] = set()
         self.held: list[BaseException] = []
 
@@ -163,13 +163,15 @@ class Observers:
         """Return `observer` as `Observers`, so that its exceptions are caught."""
         return observer if isinstance(observer, Observers) else cls([observer])
 
-    def add(self, observer: Observer) -> None:
-        """Pass events to this observer, too, from now on."""
-        self._observers.append(observer)
+    def add(self, observer: Observer, *kinds: type[Event]) -> None:
+        """Pass events to this observer, too, from now on: those of the given kinds; without `kinds`, all."""
+        self._observers.append((observer, kinds))
 
     def on_event(self, event: Event) -> None:
         """Pass the event on; log an observer's exception once per type of observer and event."""
-        for observer in self._observers:
+        for observer, kinds in self._observers:
+            if kinds and type(event) not in kinds:
+                continue
             try:
                 observer.on_event(event)
             except Exception as fault:  # noqa: BLE001 - logged: callers are in the middle of a change of state

@@ -191,7 +191,7 @@ class RecordedManager(TieringOffloadingManager):
         self._recorder = recorder
         self._log = CallLog(recorder, names)
         observers = Observers() if observer is None else Observers.over(observer)
-        observers.add(self._log)
+        observers.add(self._log, CascadeRefused)
         super().__init__(*args, names=names, observer=observers, watcher=self._log, **keywords)
         recorder.start()
 

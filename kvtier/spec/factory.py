@@ -54,17 +54,13 @@ class OffloadingSpecFactory:
         Raises:
             ConfigError: as `get_spec_cls`, or the spec refuses the configuration.
         """
-        if isinstance(config, OffloadingConfig):
-            return _construct(cls.get_spec_cls(config.extra_config), config)
-        return _construct(cls.get_spec_cls(extra_config_of(config)), config, kv_cache_config)
+        is_pair = not isinstance(config, OffloadingConfig)
+        arguments = (config, kv_cache_config) if is_pair else (config,)
+        spec_class: Any = cls.get_spec_cls(extra_config_of(config) if is_pair else config.extra_config)
+        spec: OffloadingSpec = spec_class(*arguments)  # its constructor may have any signature
+        return spec
 
 
 def create_spec(config: OffloadingConfig | Any, kv_cache_config: Any = None) -> OffloadingSpec:
     """Return a new spec; see `OffloadingSpecFactory.create_spec`."""
     return OffloadingSpecFactory.create_spec(config, kv_cache_config)
-
-
-def _construct(spec_class: Any, *args: Any) -> OffloadingSpec:
-    """Call the constructor of a spec's class, which may have any signature."""
-    spec: OffloadingSpec = spec_class(*args)
-    return spec

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from kvtier.abc import EvictionPolicy, SecondaryTierManager
 from kvtier.config import CPUConfig, TieringConfig
 from kvtier.errors import ConfigError, KVTierError
-from kvtier.events import TierState, TierStateChanged
+from kvtier.events import RequestGaveUp, TierState, TierStateChanged
 from kvtier.foreign_text import MAX_QUOTED, one_line
 from kvtier.log import logger
 from kvtier.namespace import Namespace
@@ -59,7 +59,7 @@ class TieringOffloadingSpec(CPUOffloadingSpec):
         self.tier_context = replace(self.tier_context, policies=_policies_named_by(self.tiers))
         self._late_tiers: list[tuple[TierConfig, LateTier]] = []
         if self.tiers:
-            self.observers.add(RoomWarnings(self.settings, self.num_blocks, self.block_bytes))
+            self.observers.add(RoomWarnings(self.settings, self.num_blocks, self.block_bytes), RequestGaveUp)
         if self._arena is None:
             for tier in self.tiers:
                 try_tier(tier, self.block_bytes, self.tier_context.policies)

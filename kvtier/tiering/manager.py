@@ -122,7 +122,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         self._observer = Observers() if observer is None else Observers.over(observer)
         self._observer.add(self._counters)
         if settings.kv_events:
-            self._observer.add(self._kv_events)
+            self._observer.add(self._kv_events, BlocksStored, BlocksEvicted)
         self._settings, self._clock, self._watcher = settings, clock, watcher
         self._primary = primary_tier
         self._closed = False
