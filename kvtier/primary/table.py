@@ -233,6 +233,25 @@ class BlockTable:
             self.replace_policy(fault)
         return placed
 
+    def set_aside(self, count: int, spared: Set[OffloadKey]) -> tuple[list[int], list[OffloadKey]]:
+        """Quarantine up to `count` slots for a job whose blocks are not to be kept; `publish` or `discard` frees them.
+
+        Args:
+            spared: keys that must not be evicted for them.
+
+        Returns:
+            The slots, with one pin each, and the keys that were evicted for them.
+        """
+        free, needed = self._free, count - len(self._free)
+        victims = self.pick_victims(needed, (), (spared,)) if needed > 0 and not self._adopting else []
+        free += map(self.slot_of.pop, victims)
+        if victims:
+            self._tell(self.policy.evict, victims)
+        slots = [free.pop() for _ in range(min(count, len(free)))]
+        self._quarantine.update(slots)
+        self._pins.update(dict.fromkeys(slots, 1))
+        return slots, victims
+
     # -- the policy ---------------------------------------------------------------------------------------
 
     def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:

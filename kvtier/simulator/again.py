@@ -138,8 +138,10 @@ class Repeater:
         view = memoryview(bytearray(header.primary_blocks)).cast("B", (header.primary_blocks, 1))
         self._tiers = [RecordedTierManager(tier.name, view) for tier in header.tiers]
         policy = POLICIES.load(header.policy)(header.primary_blocks)
+        primary = CPUPrimaryTierOffloadingManager(header.primary_blocks, view, policy)
+        primary.block_bytes = header.block_bytes  # the view has 1 byte per block, since no byte is read
         self._manager = TieringOffloadingManager(
-            CPUPrimaryTierOffloadingManager(header.primary_blocks, view, policy),
+            primary,
             self._tiers,
             names=[tier.name for tier in header.tiers],
             admissions=[Admission(tier.admission) for tier in header.tiers],

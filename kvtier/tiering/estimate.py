@@ -26,9 +26,11 @@ _SHORT_GAP = 0.1
 have been idle, or busy outside."""
 _MIN_SECONDS = 1e-6
 """Least duration of a job. Two readings of a clock may be equal."""
-_DOUBT_SECONDS = 30.0
-"""Seconds of an engine at work without a measurement, after which what was expected at the start counts as one. A tier
-that is really slow then costs one request about as much as computing takes, once in that time."""
+_PROBE_AFTER = 10.0
+"""Least seconds of an engine at work without a measurement before a probe. A tier that seems too slow is not asked for
+anything that a request waits for, so that only a probe can correct its estimate."""
+_PROBE_SHARE = 0.02
+"""Most of a tier's time that probes may take: it may have to store, or to serve other engines."""
 _BURST_SECONDS = 0.05
 """Seconds of further work that a tier is given, beyond its latency and the time between polls."""
 
@@ -89,8 +91,8 @@ class TierSpeed:
     """
 
     def __init__(self, latency: float = 1e-3, bandwidth: float = 1e9) -> None:
-        """Args: what to expect before anything is measured, in seconds and blocks per second."""
-        self.latency, self.bandwidth = self._expected = latency, bandwidth
+        """Args: what to expect before anything is measured, in seconds and blocks per second, both above 0."""
+        self.latency, self.bandwidth = latency, bandwidth
         self.is_measured = False
         self.in_flight = 0
         self._busy_since = self._polled_at = self._gap = self._unmeasured = 0.0
@@ -128,27 +130,31 @@ class TierSpeed:
             self._gap += (gap - self._gap) / 4
         else:
             self._unmeasured += gap
-        if self._unmeasured >= _DOUBT_SECONDS:
-            # A tier that seems too slow is not asked, and so not measured either. Without doubt it would stay so.
-            latency, bandwidth = self._expected
-            self.latency, self.bandwidth = _mean(self.latency, latency), _mean(self.bandwidth, bandwidth)
-            self._unmeasured = 0.0
         self._polled_at = now
+
+    def needs_probe(self, num_blocks: int) -> bool:
+        """Return whether a probe of `num_blocks` is due. Idle time of the engine does not count: nobody polls then."""
+        pause = max(_PROBE_AFTER, (self.latency + num_blocks / self.bandwidth) / _PROBE_SHARE)
+        return not self.in_flight and self._unmeasured >= pause
 
     def _learn(self, num_blocks: int, seconds: float) -> None:
         """Take in one sample.
 
-        A job that began on an idle tier shows the latency, once the bandwidth is known. All others show the bandwidth.
+        A job behind another one shows the bandwidth. One that began on an idle tier does not tell latency from
+        bandwidth: the one that accounts for more of the predicted time changes most. Both change by factors, so that
+        slow and fast samples fade equally fast.
         """
         self._unmeasured = 0.0
-        if self._is_first and self.is_measured:
-            rest = seconds - num_blocks / self.bandwidth
-            if rest > 0:
-                self.latency += (rest - self.latency) * _WEIGHT
-                return
-        sample = num_blocks / seconds
-        self.bandwidth = _mean(self.bandwidth, sample) if self.is_measured else sample
+        transfer = num_blocks / self.bandwidth
+        latency = self.latency if self._is_first else 0.0
+        factor = (seconds / (latency + transfer)) ** (_WEIGHT if self.is_measured else 1.0)
         self.is_measured = True
+        if latency > transfer:
+            self.latency *= factor
+            self.bandwidth /= factor ** (transfer / latency)
+        else:
+            self.latency *= factor ** (latency / transfer)
+            self.bandwidth /= factor
 
     def seconds(self, num_blocks: float, now: float) -> float:
         """Return the seconds from `now` until all blocks in flight and `num_blocks` more have arrived.
@@ -167,14 +173,6 @@ class TierSpeed:
     def window(self) -> float:
         """Return how many blocks in flight keep the tier busy from one poll to the next."""
         return self.bandwidth * (self.latency + 2 * self._gap + _BURST_SECONDS)
-
-
-def _mean(value: float, sample: float) -> float:
-    """Take a sample into an estimate.
-
-    Speeds differ by factors, so their logarithms are averaged: slow and fast samples then fade equally fast.
-    """
-    return math.pow(value, 1 - _WEIGHT) * math.pow(sample, _WEIGHT)
 
 
 @dataclass(frozen=True, slots=True)

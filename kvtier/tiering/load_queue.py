@@ -51,7 +51,7 @@ class LoadQueue:
     def __init__(self, guard: TierGuard, block_bytes: int) -> None:
         self.guard = guard
         self.speed = TierSpeed(bandwidth=_EXPECTED_BANDWIDTH / block_bytes)
-        self._least_part = max(1, _MIN_PART_BYTES // block_bytes)
+        self.least_part = max(1, _MIN_PART_BYTES // block_bytes)
         self.loads: list[QueuedLoad] = []
         self._num_up_to: dict[RequestState, int] = {}
         self.num_queued = 0
@@ -66,7 +66,7 @@ class LoadQueue:
     def add(self, keys: list[OffloadKey], state: RequestState, gain: float, due: float) -> None:
         """Queue the blocks that a plan of `state` wants. `gain` is that of all `keys` together."""
         quick = int(self.speed.bandwidth * _PART_SECONDS) if self.speed.is_measured else 0
-        part = min(_MAX_PART_BLOCKS, max(self._least_part, len(keys) // _PARTS, quick))
+        part = min(_MAX_PART_BLOCKS, max(self.least_part, len(keys) // _PARTS, quick))
         self.num_queued += len(keys)
         self.loads.append(QueuedLoad(keys, state, part, gain / len(keys), due))
 
@@ -89,7 +89,7 @@ class LoadQueue:
     def has_room(self, num_blocks: int) -> bool:
         """Return whether the tier may be asked for `num_blocks` more now. An idle tier may be asked for any number."""
         in_flight, speed = self.speed.in_flight, self.speed
-        window = max(self._least_part, speed.window() if speed.is_measured else 0)
+        window = max(self.least_part, speed.window() if speed.is_measured else 0)
         return not in_flight or in_flight + num_blocks <= window
 
     def take(self, load: QueuedLoad) -> list[OffloadKey]:

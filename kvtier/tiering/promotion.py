@@ -146,7 +146,9 @@ class Promoter:
         outline.note_held(state.lease.slots, state.awaiting)
         state.plans.num_held = len(state.lease.slots) + len(state.awaiting)
         self._give_up(state, plan.denied, "budget")
-        self._give_up(state, plan.declined, "slower")
+        if plan.declined:
+            self._give_up(state, plan.declined, "slower")
+            self._probe(state, plan.declined, outline)
         if not plan.waits and outline.is_done and outline.is_certain and not state.awaiting:
             self._waiting.stop(state, now)
         if state.awaiting:
@@ -223,10 +225,32 @@ class Promoter:
         if placement.victims:
             self._observer.on_event(BlocksEvicted(PRIMARY, placement.victims))
         flights.depart(placement.keys, slots)
+        self._submit(queue, placement.keys, slots, load.state, now)
+
+    def _probe(self, state: RequestState, declined: Sequence[OffloadKey], outline: Outline) -> None:
+        """Measure a tier again that seems too slow: read a few blocks of a request that computes them anyway.
+
+        Nobody waits for these blocks, and they do not enter the cache.
+        """
+        index = outline.found[declined[0]]
+        queue, now = self._queues[index], self._clock()
+        keys = [key for key in declined[: queue.least_part] if outline.found[key] == index]
+        if not queue.speed.needs_probe(len(keys)):
+            return
+        self._retention.serve(self._table, state.uses)
+        slots, victims = self._table.set_aside(len(keys), frozenset(outline.order))
+        if victims:
+            self._observer.on_event(BlocksEvicted(PRIMARY, victims))
+        if slots:
+            self._submit(queue, keys[: len(slots)], slots, state, now)
+
+    def _submit(
+        self, queue: LoadQueue, keys: Sequence[OffloadKey], slots: list[int], state: RequestState, now: float
+    ) -> None:
         queue.speed.begin(len(slots), now)
-        if not queue.guard.load(placement.keys, slots, load.state.context):
+        if not queue.guard.load(keys, slots, state.context):
             queue.landed += len(slots)
-            self._fail(queue.guard, placement.keys, slots)
+            self._fail(queue.guard, keys, slots)
 
     def _place(self, keys: Sequence[OffloadKey]) -> Placement:
         try:

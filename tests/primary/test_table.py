@@ -100,6 +100,22 @@ def test_filling_and_pinned_blocks_are_no_victims():
     assert placement.num_left_out == 2
 
 
+def test_slots_set_aside_hold_no_block_and_come_back():
+    table = make_table(4)
+    a, b, c, x, y = keys("a", "b", "c", "x", "y")
+    insert(table, [a, b, c])
+    slots, victims = table.set_aside(3, spared={c})
+    assert victims == [b, a]
+    assert len(slots) == table.num_quarantined == 3
+    assert table.plan([x, y]).victims == [c]
+    table.check_invariants()
+    table.discard([a, b], slots[:2])
+    table.publish(slots[2:])
+    assert table.num_free == 3
+    table.check_invariants()
+    assert table.set_aside(9, spared={c})[1] == []
+
+
 def test_a_clear_quarantines_what_is_in_use():
     table = make_table(3)
     a, b, c = keys("a", "b", "c")

@@ -136,17 +136,22 @@ def test_the_time_in_which_a_model_runs_without_polls_is_not_the_time_that_a_loa
     assert [load(engine, name) for name in "cdef"] == [16] * 4
 
 
-def work(engine, seconds=4.0):
-    """The engine computes others, and polls at every step. At the end the tier finishes what was given up."""
+def work(engine, takes=0.02, seconds=4.0):
+    """The engine computes others, and polls at every step. The tier answers `takes` seconds after it is asked."""
+    waited: dict[int, float] = {}
     for _ in range(round(seconds / 0.02)):
         engine.step()
         engine.clock.advance(0.02)
-    land_all(engine)
+        for job in list(engine.tier.waiting):
+            waited[job.job_id] = waited.get(job.job_id, 0.0) + 0.02
+            if waited[job.job_id] >= takes:
+                engine.tier.finish(job)
 
 
 def test_after_one_slow_load_a_tier_is_tried_again(slow_paced):
     engine = slow_paced
     assert load(engine, "slow once", seconds=2.0, patience=3.0) == 0
+    work(engine, takes=2.0)
     hits = []
     for number in range(16):
         work(engine)
@@ -157,7 +162,7 @@ def test_after_one_slow_load_a_tier_is_tried_again(slow_paced):
 def test_a_slow_tier_is_tried_seldom(slow_paced):
     engine = slow_paced
     for number in range(60):
-        work(engine)
+        work(engine, takes=2.0)
         load(engine, f"slow {number}", seconds=2.0, patience=3.0)
     num_tried = len({key for job in engine.tier.loads for key in job.keys}) // 16 - 2
     assert 1 <= num_tried <= 60 * 4 // 30
@@ -172,6 +177,104 @@ def test_a_small_first_load_does_not_make_a_tier_slow_for_good(make_engine):
         work(engine)
         hits.append(load(engine, f"large {number}", num_blocks=500, seconds=0.01))
     assert hits[8:] == [500] * 8
+
+
+@pytest.mark.parametrize(("num_blocks", "slowest"), [(1, 0.15), (1000, 0.15)])
+def test_a_first_measurement_is_booked_where_most_of_the_time_was_expected(num_blocks, slowest):
+    """Ten times as slow as expected: a small job shows ten times the latency, a large one a tenth of the bandwidth."""
+    speed = TierSpeed(latency=0.001, bandwidth=10_000.0)
+    took = 10 * (0.001 + num_blocks / 10_000)
+    speed.begin(num_blocks, 0.0)
+    speed.poll(took - 0.001)
+    speed.end(num_blocks, num_blocks, took)
+    assert speed.seconds(num_blocks, took) == pytest.approx(took, rel=0.1)
+    assert speed.seconds(1001 - num_blocks, took) < slowest
+
+
+@pytest.mark.parametrize("is_behind", [True, False])
+def test_loads_of_different_sizes_show_latency_and_bandwidth(is_behind):
+    """A tier of 20 ms and 25 blocks per second, whether or not a load is ever asked for behind another one."""
+    speed, now = TierSpeed(bandwidth=1000.0), 0.0
+    for num_blocks in [1, 1, 4, 1, 8, 2, 1, 6] * 4:
+        speed.begin(num_blocks, now)
+        ends = [now + 0.02 + num_blocks / 25]
+        if is_behind:
+            speed.begin(2, now)
+            ends.append(ends[0] + 2 / 25)
+        for size, end in zip((num_blocks, 2), ends, strict=False):
+            speed.poll(end - 0.001)
+            speed.end(size, size, end)
+        now = ends[-1] + 1.0
+        speed.poll(now)
+    assert speed.seconds(1, now) == pytest.approx(0.06, rel=0.1)
+    assert speed.seconds(10, now) == pytest.approx(0.42, rel=0.1)
+
+
+def seem_slow(engine):
+    """Two loads of four seconds, each after a step in which the engine worked."""
+    for number in range(2):
+        assert load(engine, f"slow {number}", seconds=math.inf) == 0
+        work(engine, takes=3.9)
+
+
+def hold_any(engine, keys):
+    return [key for key in keys if key in engine.table]
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_a_tier_that_seems_too_slow_is_measured_with_blocks_that_no_request_waits_for(slow_paced, is_full):
+    engine = slow_paced
+    seem_slow(engine)
+    if is_full:
+        for number in range(6):
+            engine.store(make_keys(100, f"fill {number}"), engine.request(f"fill {number}"))
+            land_all(engine)
+            engine.step()
+        assert not engine.table.num_free
+    num_asked = []
+    for number in range(40):
+        before = len(engine.tier.loads)
+        context, keys = engine.request(f"r{number}"), make_keys(16, f"r{number}")
+        engine.plant(keys)
+        engine.scan(keys, context)
+        engine.step()
+        if engine.scan(keys, context) != [MISS]:
+            break
+        assert not engine.manager.has_pending_work()
+        num_asked.append(len(engine.tier.loads) - before)
+        engine.store(keys, context)  # it computes them, though some are being read
+        land_all(engine)
+        engine.step()
+        assert len(hold_any(engine, keys)) == len(keys)
+        engine.finish(context)
+        work(engine)
+    assert 1 <= sum(num_asked) <= 5
+    land_all(engine)
+    engine.step()
+    assert not engine.table.num_quarantined
+    assert load(engine, "at last") == 16
+
+
+@pytest.mark.parametrize("fault", ["submit_load", "fail"])
+def test_a_failed_measurement_frees_its_slots(slow_paced, fault):
+    engine = slow_paced
+    seem_slow(engine)
+    for _ in range(20):
+        work(engine)
+    context, keys, num_free = engine.request("r"), make_keys(16, "r"), engine.table.num_free
+    engine.plant(keys)
+    engine.tier.fail = set(keys)
+    if fault == "submit_load":
+        engine.tier.raising = {fault}
+    before = len(engine.tier.loads)
+    engine.scan(keys, context)
+    engine.step()
+    assert engine.scan(keys, context) == [MISS]
+    if fault == "fail":
+        assert len(engine.tier.loads) > before
+    land_all(engine)
+    engine.step()
+    assert (engine.table.num_free, engine.table.num_quarantined) == (num_free, 0)
 
 
 @pytest.mark.parametrize("begun", ["announced", "stored", "looked up, with a last block that is not full"])
