@@ -242,7 +242,7 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         Seconds | None,
         msgspec.Meta(
             description="tokens per second that the engine computes, used until kvtier has measured it. If absent, it"
-            " is 10,000, or less on a CPU. If given, it also bounds the wait for answers of tiers"
+            " is 10,000, or less on a CPU. Given or measured, it also bounds the wait for answers of tiers"
         ),
     ] = TieringSettings.prefill_rate
     on_reset: Annotated[

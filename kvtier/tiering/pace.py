@@ -26,6 +26,8 @@ class Pace:
 
     def __init__(self, settings: TieringSettings) -> None:
         self.speed = PrefillSpeed(settings.prefill_rate or GUESSED_RATE, settings.prefill_doubling)
+        self.has_rate = settings.prefill_rate is not None
+        """Whether the engine's rate is set or measured. Otherwise it is a guess that fits no engine in particular."""
         self._tokens_per_block = settings.tokens_per_block
         self._measures = settings.measures_prefill
         self._began = self._busy_until = -math.inf
@@ -146,6 +148,7 @@ class Pace:
             seconds = until_step if busy else until_output
             if 0 < seconds < math.inf:
                 self.speed.measure(work, seconds)
+                self.has_rate = True
                 # An engine that schedules ahead may still compute this step during the next one. If that one only
                 # decodes, its time is added below.
                 self._longest_drain = seconds if busy else 0.0

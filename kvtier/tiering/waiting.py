@@ -82,8 +82,8 @@ class Waiting:
         return False
 
     def _is_computed_in(self, seconds: float, num_blocks: int) -> bool:
-        """Return whether `num_blocks` are computed in less than `seconds`; False unless `prefill_rate` is set."""
-        return self._settings.prefill_rate is not None and self._pace.seconds(num_blocks) < seconds
+        """Return whether `num_blocks` are computed in less than `seconds`; False if the engine's rate is a guess."""
+        return self._pace.has_rate and self._pace.seconds(num_blocks) < seconds
 
     # -- in a step ----------------------------------------------------------------------------------------
 

@@ -1,5 +1,7 @@
 """How long a request waits for a tier to say whether it has a block: long enough to find it, and no longer."""
 
+import math
+
 import pytest
 from engine import make_keys
 
@@ -185,6 +187,25 @@ def test_no_request_waits_longer_than_computing_what_it_asks_about_would_take(ma
     engine = make_engine(probe_deadline=0.5, prefill_rate=1000.0, tokens_per_block=100)
     keys = make_keys(num_blocks)
     engine.let_tiers_answer()
+    engine.tier.unknown = set(keys)
+    assert wait_in_vain(engine, keys, "r") == pytest.approx(seconds, abs=0.01)
+
+
+@pytest.mark.parametrize(("measured", "seconds"), [(True, 0.2), (False, 0.5)])
+def test_a_measured_rate_limits_the_wait_and_a_guessed_one_does_not(make_engine, measured, seconds):
+    """A guess may be ten times too high. It would then turn every answer of a shared store into a miss."""
+    engine = make_engine(
+        num_blocks=256, probe_deadline=0.5, tokens_per_block=100, prefill_doubling=math.inf, measures_prefill=measured
+    )
+    engine.let_tiers_answer()
+    for number in range(40):  # 500 tokens in half a second
+        context, computed = engine.request(f"before {number}"), make_keys(5, f"before {number}")
+        engine.scan(computed, context)
+        engine.step()
+        engine.store(computed, context)
+        engine.clock.advance(0.5)
+        engine.step()
+    keys = make_keys(2)
     engine.tier.unknown = set(keys)
     assert wait_in_vain(engine, keys, "r") == pytest.approx(seconds, abs=0.01)
 
