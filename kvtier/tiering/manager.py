@@ -10,8 +10,8 @@ from __future__ import annotations
 import itertools
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
-from typing import Protocol
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from typing import Any, Protocol
 
 from kvtier import forks
 from kvtier.abc import OffloadingManager, SecondaryTierManager
@@ -28,7 +28,7 @@ from kvtier.events import (
     Observers,
     TierState,
 )
-from kvtier.hints import Hint, read_hint
+from kvtier.hints import NO_HINT, Hint, read_hint
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
 from kvtier.metrics import EventCounters, tier_readings
@@ -43,7 +43,7 @@ from kvtier.tiering.flights import Flights
 from kvtier.tiering.guarded_tier import TierGuard
 from kvtier.tiering.kv_events import KVEventLog
 from kvtier.tiering.leases import Leases
-from kvtier.tiering.lookups import Lookups
+from kvtier.tiering.lookups import OWN_ANSWERS, Answers, Lookups
 from kvtier.tiering.pace import Pace
 from kvtier.tiering.promotion import PRIMARY, Promoter
 from kvtier.tiering.requests import Requests, RequestState, ScannedRequests
@@ -66,7 +66,7 @@ from kvtier.types import (
 
 EPOCH_BYTES = 16
 
-_HIT, _MISS = LookupResult.HIT, LookupResult.MISS
+_REQUEST_LEVEL = OffloadPolicy.REQUEST_LEVEL
 _DEFAULT_SETTINGS = TieringSettings()
 
 
@@ -90,8 +90,8 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
     """A primary tier and any number of secondary tiers, as one cache."""
 
     # The attributes that `lookup` reads. CPython reads a slot directly. It keeps the other attributes of an instance in
-    # a dict once there are more than 29, and with these six among them each lookup was measured to take 15% longer.
-    __slots__ = ("_current", "_filling", "_resolve", "_scan", "_slot_of", "_state")
+    # a dict once there are more than 29.
+    __slots__ = ("_answer", "_current")
 
     def __init__(
         self,
@@ -167,10 +167,8 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         self._scanned = ScannedRequests()
         self._polled = False
         self._current: ReqContext | None = None
-        self._state: RequestState
-        self._scan: list[OffloadKey]
-        self._slot_of, self._filling = self._table.slot_of, self._table.filling
-        self._resolve = self._lookups.resolve
+        self._answer: Callable[[OffloadKey], LookupResult]
+        self._slot_of = self._table.slot_of
 
     def leave_to_parent(self) -> None:
         """In a forked child, go on with no slot and no tier: every lookup misses, and nothing is stored."""
@@ -188,15 +186,21 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         The keys looked up within a step are the request's scan, in the engine's order. `on_schedule_end` plans from it.
         """
         if req_context is not self._current:
-            self._enter(req_context)
-        self._scan.append(key)
-        slot = self._slot_of.get(key)
-        if slot is None:
-            if not self._state.tiers:
-                return _MISS
-        elif slot not in self._filling:
-            return _HIT
-        return self._resolve(self._state, key, slot is not None)
+            self._answer = self.begin_scan(req_context)
+            self._current = req_context
+        return self._answer(key)
+
+    def begin_scan(self, req_context: ReqContext, answers: Answers = OWN_ANSWERS) -> Callable[[OffloadKey], Any]:
+        """Return a function that does what `lookup` does for one key of this request.
+
+        It is for engines' adapters, which call it once per key: it has no context to check, and answers in the engine's
+        own enum. Do not call it after a call of `on_schedule_end`, `on_request_finished` or `reset_cache`, or in a
+        forked child.
+
+        Args:
+            answers: what the function returns.
+        """
+        return self._lookups.make_answerer(self._enter(req_context), answers)
 
     def lookup_prefix(self, keys: Sequence[OffloadKey], req_context: ReqContext) -> tuple[int, int]:
         """Look up `keys` one after the other up to the first `MISS`, as `lookup` does, in one call.
@@ -204,9 +208,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         Returns:
             Blocks that are ready, and blocks that are not yet (`HIT_PENDING` or `RETRY`).
         """
-        if req_context is not self._current:
-            self._enter(req_context)
-        return self._lookups.find_prefix(self._state, keys)
+        return self._lookups.find_prefix(self._enter(req_context), keys)
 
     def is_still_deferred(self, first_key: OffloadKey, req_context: ReqContext, shortest: int = 1) -> bool:
         """Return whether a scan of this request from `first_key` on would be deferred, as its last one was.
@@ -223,15 +225,16 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         return state is not None and self._promoter.is_as_planned(state, first_key, shortest)
 
     @in_turn
-    def _enter(self, req_context: ReqContext) -> None:
+    def _enter(self, req_context: ReqContext) -> RequestState:
+        """Let a request begin or go on with this step's scan; return its state."""
         if not self._polled:
             self._poll()
-        self._state = state = self._requests.open(req_context)
-        self._current, self._scan = req_context, state.scan.keys
-        if not self._scan:
+        state = self._requests.open(req_context)
+        if not state.scan.keys:
             self._scanned.add(state)
         if self._watcher is not None:
             self._watcher.on_scan(state)
+        return state
 
     def get_load_source(self, key: OffloadKey, req_context: ReqContext) -> str:
         """Return the tier that a hit of this request came from: "primary", or the name of a secondary tier."""
@@ -357,10 +360,14 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         """Register a request. Return REQUEST_LEVEL if any tier wants all of its blocks."""
         state = self._requests.open(req_context)
-        state.uses.hint = self._read_hint(req_context)
-        state.request_level_tiers = self._tiers.announce(req_context)
-        wanted = OffloadPolicy.REQUEST_LEVEL if state.request_level_tiers else OffloadPolicy.BLOCK_LEVEL
-        return RequestOffloadingContext(wanted)
+        hint = NO_HINT if req_context.kv_transfer_params is None else self._read_hint(req_context)
+        if hint is not NO_HINT or state.has_acted:
+            state.uses.hint = hint
+        if self._tiers.guards:
+            state.request_level_tiers = self._tiers.announce(req_context)
+            if state.request_level_tiers:
+                return RequestOffloadingContext(_REQUEST_LEVEL)
+        return RequestOffloadingContext()
 
     def _read_hint(self, req_context: ReqContext) -> Hint:
         """Return the request's hint. Malformed hints are counted, and the first one is logged."""
@@ -378,12 +385,13 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         if state is None:
             return
         state.finished = True
-        self._pace.note_end(state)
         self._current = None
-        self._promoter.let_go(state)
-        self._lookups.end_scan(state)
-        self._retention.serve(self._table, state.uses)
-        self._table.settle(state.uses.in_order(req_context))
+        if state.has_acted:
+            self._pace.note_end(state)
+            self._promoter.let_go(state)
+            self._lookups.end_scan(state)
+            self._retention.serve(self._table, state.uses)
+            self._table.settle(state.uses.in_order(req_context))
         self._requests.close(state)
 
     @in_turn
@@ -398,30 +406,36 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
                 self._requests.note_begun(state)
         for req_id in context.preempted_req_ids:
             state = self._requests.get(req_id)
-            if state is not None:
+            if state is not None and state.has_acted:
                 self._begin_attempt(state)
+        if self._scanned or self._requests.has_active:
+            self._plan(now)
+        if self._tiers.guards:
+            self._promoter.send()
+            self._tiers.end_step(context)
+        self._polled, self._current = False, None
+        if self._observer.held:
+            self._observer.raise_held()
+
+    def _plan(self, now: float) -> None:
+        """End the waits whose deadline has passed or that have become longer than computing takes, and plan anew."""
         scanned = self._scanned.take()
         for state in scanned:
             self._pace.note_scan(state)
-        self._requests.note_lookups(scanned)
-        self._end_waits(now)
+        self._requests.activate(scanned)
+        active = self._requests.active()
+        self._waiting.check(active, now)
+        self._pace.note_backlog(active, self._requests.num_new)
+        self._promoter.reconsider([state for state in active if state.awaiting], now)
         self._promoter.plan(scanned)
         for state in scanned:
             self._lookups.end_scan(state)
-        self._promoter.send()
-        self._tiers.end_step(context)
-        self._polled, self._current = False, None
-        self._observer.raise_held()
-
-    def _end_waits(self, now: float) -> None:
-        """End the waits whose deadline has passed, and those that have become longer than computing takes."""
-        states = self._requests.looked_up()
-        self._waiting.check(states, now)
-        self._pace.note_backlog(states, self._requests.num_new)
-        self._promoter.reconsider([state for state in states if state.awaiting], now)
+        self._requests.retire([state for state in active if not state.is_pending and self._pace.is_done(state)])
 
     def _begin_attempt(self, state: RequestState) -> None:
         """Let a request look up and wait anew: it was preempted, its load failed, or the cache was reset."""
+        if state.progress.first_key is not None:
+            self._requests.activate([state])
         self._waiting.begin_attempt(state)
         self._promoter.begin_attempt(state)
         self._pace.begin_attempt(state)

@@ -135,7 +135,7 @@ class Pace:
         The step before took until now, unless the engine was idle in between.
         """
         if self._measures:
-            if self._previous is not None:
+            if self._previous is not None and (self._previous[0] or self._longest_drain):
                 self._learn(*self._previous)
             self._previous = (self._work, now - self._began, self._worked_at - self._began, self._witnesses)
             self._busy_until = now
@@ -172,8 +172,8 @@ class Pace:
         """Add up what the engine has to compute, without requests that wait for tiers.
 
         Args:
-            states: the requests that were looked up, oldest first.
-            num_new: number of requests that were not, and that the engine has not begun; they count as younger.
+            states: the active requests, oldest first.
+            num_new: number of requests that the engine has not looked up or begun; they count as younger.
         """
         self._backlog, self._num_waiting = 0.0, 0
         for state in states:
@@ -186,6 +186,11 @@ class Pace:
         if self._usual:
             self._num_waiting += num_new
             self._backlog += num_new * self._usual
+
+    def is_done(self, state: RequestState) -> bool:
+        """Return whether the engine has nothing to compute of a request's prompt any more, as far as known."""
+        progress = state.progress
+        return not self._tokens_per_block or (progress.first_key is not None and progress.left < self._tokens_per_block)
 
     def _left(self, state: RequestState) -> float:
         if state.finished:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, field
-from operator import attrgetter
+from typing import Any
 
 from kvtier.clock import Clock
 from kvtier.errors import InvariantError
@@ -141,38 +141,73 @@ class Copies:
         return bool(self.storing or self.loading or self.loading_again)
 
 
-@dataclass(slots=True, eq=False)
 class RequestState:
     """One request.
 
     Attributes:
         arrival: place in the order of arrival; the oldest request has the lowest.
+        came: when it came, in seconds of the clock; no other request came at the same time.
         tiers: indices of the tiers that this request may load from.
-        awaiting: keys of promotions, queued or in flight, that this request waits for. Written by `flights.py`.
-        uses: the blocks that it has used and stored. Written by `uses.py` and the manager.
         request_level_tiers: indices of tiers that want every block of the request, prefix hits included. Written by
             the manager.
         finished: whether the engine has ended it. Its copies may still run. Written by the manager.
+        has_acted: whether it has the following parts. They are made when one of them is first used: engines announce
+            thousands of requests that they have not come to, and some requests never use the cache.
+        awaiting: keys of promotions, queued or in flight, that this request waits for. Written by `flights.py`.
+        uses: the blocks that it has used and stored. Written by `uses.py` and the manager.
     """
 
-    context: ReqContext
-    arrival: int
+    __slots__ = (
+        "arrival", "awaiting", "came", "context", "copies", "finished", "has_acted", "lease", "plans", "progress",
+        "request_level_tiers", "scan", "tiers", "uses", "wait",
+    )  # fmt: skip
+
+    awaiting: set[OffloadKey]
     uses: RequestUses
-    tiers: tuple[int, ...] = ()
-    scan: Scan = field(default_factory=Scan)
-    wait: Wait = field(default_factory=Wait)
-    awaiting: set[OffloadKey] = field(default_factory=set)
-    lease: Lease = field(default_factory=Lease)
-    plans: Plans = field(default_factory=Plans)
-    progress: Progress = field(default_factory=Progress)
-    copies: Copies = field(default_factory=Copies)
-    request_level_tiers: tuple[int, ...] = ()
-    finished: bool = False
+    scan: Scan
+    wait: Wait
+    lease: Lease
+    plans: Plans
+    progress: Progress
+    copies: Copies
+
+    def __init__(self, context: ReqContext, arrival: int, came: float, tiers: tuple[int, ...] = ()) -> None:
+        self.context, self.arrival, self.came, self.tiers = context, arrival, came, tiers
+        self.request_level_tiers: tuple[int, ...] = ()
+        self.finished = self.has_acted = False
+
+    def __getattr__(self, name: str) -> Any:
+        """Make the parts: Python calls this when an attribute is not there."""
+        if self.has_acted or name not in self.__slots__:
+            raise AttributeError(f"a request's state has no {name!r}")
+        self.begin_to_act()
+        return getattr(self, name)
+
+    def begin_to_act(self) -> None:
+        """Make the parts; to be called once."""
+        self.has_acted = True
+        self.awaiting, self.uses = set(), RequestUses(self.came, self.context.req_id)
+        self.scan, self.wait, self.lease = Scan(), Wait(), Lease()
+        self.plans, self.progress, self.copies = Plans(), Progress(), Copies()
 
     @property
     def may_wait(self) -> bool:
         """Whether it is live and has not given up."""
         return not self.finished and not self.wait.gave_up
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether it waits, holds a lease or has a plan to go on with, so that each step has to look at it."""
+        wait, lease, plans = self.wait, self.lease, self.plans
+        return bool(
+            wait.since is not None
+            or wait.probing_since
+            or self.awaiting
+            or lease.slots
+            or lease.expires is not None
+            or plans.scan is not None
+            or (plans.outline is not None and not plans.outline.is_done)
+        )
 
 
 class ScannedRequests:
@@ -182,6 +217,9 @@ class ScannedRequests:
         self._states: list[RequestState] = []
         self._found: set[OffloadKey] = set()
         self._num_counted = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._states)
 
     def add(self, state: RequestState) -> None:
         """Add a request whose scan begins."""
@@ -224,7 +262,8 @@ class Requests:
         # Engines hold thousands of requests that they have not come to yet. They are kept apart, so that no step
         # visits each of them.
         self._new: set[RequestState] = set()
-        self._looked_up: set[RequestState] = set()
+        # So are those that only decode: their blocks are loaded or computed, and they wait for nothing.
+        self._active: set[RequestState] = set()
         self.get: Callable[[str], RequestState | None] = self._by_id.get
         """Return the state of a request, or None. The dict's own method: it is called many times per request."""
         self._arrivals = 0
@@ -233,27 +272,37 @@ class Requests:
         return len(self._by_id)
 
     def __iter__(self) -> Iterator[RequestState]:
-        return iter(list(self._by_id.values()))
+        """Yield the requests that have acted; the others hold nothing and wait for nothing."""
+        return iter([state for state in self._by_id.values() if state.has_acted])
 
     @property
     def num_new(self) -> int:
         """Number of live requests that the engine has neither looked up nor begun. They wait for and hold nothing."""
         return len(self._new)
 
-    def looked_up(self) -> list[RequestState]:
-        """Return the live requests that the engine has looked up, oldest first."""
-        return sorted(self._looked_up, key=attrgetter("arrival"))
+    @property
+    def has_active(self) -> bool:
+        """Whether there are requests that a step has to look at."""
+        return bool(self._active)
+
+    def active(self) -> list[RequestState]:
+        """Return the live requests that a step has to look at, oldest first."""
+        return sorted(self._active, key=arrival)
 
     def note_begun(self, state: RequestState) -> None:
         """Note that the engine computes this request. It never looks up some, for example prompts below one block."""
         self._new.discard(state)
 
-    def note_lookups(self, states: Iterable[RequestState]) -> None:
-        """Note that the engine has looked up these requests."""
+    def activate(self, states: Iterable[RequestState]) -> None:
+        """Look at these requests at each step from now on: the engine has looked them up, or begins them anew."""
         for state in states:
-            if not state.finished and state not in self._looked_up:
+            if not state.finished and state not in self._active:
                 self._new.discard(state)
-                self._looked_up.add(state)
+                self._active.add(state)
+
+    def retire(self, states: Iterable[RequestState]) -> None:
+        """Look no more at these requests until they are active again: they wait for nothing, and only decode."""
+        self._active.difference_update(states)
 
     def open(self, context: ReqContext) -> RequestState:
         """Return the state of a request; create it if the request is new, or comes again after its end.
@@ -267,9 +316,9 @@ class Requests:
             self._tiers.forget(former.context)  # its last copies go on under another request of that name
         self._arrivals += 1
         tiers = self._tiers.allowed(context.load_tier_filter)
-        uses = RequestUses(self._times.next(), context.req_id)
-        state = RequestState(context, self._arrivals, uses, tiers)
+        state = RequestState(context, self._arrivals, self._times.next(), tiers)
         if former is not None:
+            state.begin_to_act()
             state.copies = former.copies
         self._by_id[context.req_id] = state
         self._new.add(state)
@@ -277,21 +326,22 @@ class Requests:
 
     def close(self, state: RequestState) -> None:
         """Drop the request if it is finished and has no unfinished copies."""
-        if state.finished:
-            self._new.discard(state)
-            self._looked_up.discard(state)
-        if state.finished and not state.copies.are_unfinished:
+        if not state.finished:
+            return
+        self._new.discard(state)
+        self._active.discard(state)
+        if not (state.has_acted and state.copies.are_unfinished):
             self._by_id.pop(state.context.req_id, None)
             self._tiers.forget(state.context)
 
     def check_invariants(self) -> None:
         """Raise InvariantError if a request's parts contradict each other."""
-        for state in self._by_id.values():
+        for state in self:
             if state.finished and (state.lease.slots or state.awaiting):
                 raise InvariantError(f"request {state.context.req_id} is over and holds a lease or waits")
             if state.finished and not state.copies.are_unfinished:
                 raise InvariantError(f"request {state.context.req_id} is over and was not dropped")
-            if (state in self._new) + (state in self._looked_up) > (not state.finished):
-                raise InvariantError(f"request {state.context.req_id} is counted wrongly among new and looked-up ones")
-            if state in self._new and (state.lease.slots or state.awaiting):
-                raise InvariantError(f"request {state.context.req_id} waits or holds a lease, and was not looked up")
+            if (state in self._new) + (state in self._active) > (not state.finished):
+                raise InvariantError(f"request {state.context.req_id} is counted wrongly among new and active ones")
+            if state.is_pending and not state.finished and state not in self._active and not state.scan.keys:
+                raise InvariantError(f"request {state.context.req_id} waits, and no step looks at it")

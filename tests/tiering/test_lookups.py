@@ -1,8 +1,13 @@
 """DESIGN: lookup answers, probes, and what a scan is."""
 
+import sys
+from enum import Enum
+
+import pytest
 from engine import make_keys
 
 from kvtier.events import RequestGaveUp, TierState
+from kvtier.tiering.lookups import Answers
 from kvtier.tiering.outline import split_scan
 from kvtier.types import LookupResult, Medium, ScheduleEndContext, TierFilter, TierMatcher
 
@@ -215,3 +220,90 @@ def test_a_prefix_in_one_call_gets_what_its_keys_get_one_by_one(make_engine):
     ]
     for case in cases:
         assert look(*case, at_once=True) == look(*case, at_once=False)
+
+
+class EngineAnswers(Enum):
+    """An engine's own enum, with other values."""
+
+    RETRY, HIT_PENDING, HIT, MISS = range(4)
+
+
+def test_a_scan_answers_in_the_engines_own_enum(make_engine):
+    engine, keys = make_engine(), make_keys(4)
+    engine.let_tiers_answer()
+    engine.store(keys[:1], engine.request("storer"))
+    engine.plant(keys[1:2])
+    engine.tier.unknown = {keys[2]}
+    answer = engine.manager.begin_scan(engine.request(), Answers.of(EngineAnswers))
+    assert [answer(key).name for key in keys] == ["HIT", "HIT_PENDING", "RETRY", "MISS"]
+    assert all(isinstance(answer(key), EngineAnswers) for key in keys)
+
+
+def test_what_a_scan_asked_is_promoted_like_other_lookups(make_engine):
+    engine, keys = make_engine(), make_keys(4)
+    engine.plant(keys)
+    context = engine.request()
+    answer = engine.manager.begin_scan(context)
+    assert [answer(key) for key in keys] == [PENDING] * 4
+    engine.step()
+    assert engine.wait_hits(keys, context) == 4
+
+
+def test_scans_of_several_requests_take_turns(make_engine):
+    engine, keys = make_engine(), make_keys(4)
+    engine.plant(keys)
+    first, second = engine.request("first"), engine.request("second")
+    answer = engine.manager.begin_scan(first)
+    assert [answer(key) for key in keys[:2]] == [PENDING] * 2
+    assert engine.manager.lookup(keys[2], second) is PENDING
+    assert engine.manager.lookup(keys[2], first) is PENDING
+    assert answer(keys[3]) is PENDING
+    engine.step()
+    assert engine.wait_hits(keys, first) == 4
+
+
+@pytest.mark.parametrize("num_tiers", [0, 1])
+def test_a_step_looks_at_no_request_that_only_decodes(make_engine, num_tiers):
+    calls = []
+    for num_live in (10, 1000):
+        engine, keys = make_engine(num_tiers=num_tiers, tokens_per_block=16), make_keys(4)
+        engine.store(keys, engine.request("storer"))
+        for number in range(num_live):
+            context = engine.request(f"live {number}")
+            assert engine.scan(keys, context) == [HIT] * 4
+            engine.load(keys, context)
+        engine.step()
+        seen = []
+        sys.setprofile(lambda frame, kind, _, seen=seen: seen.append(frame.f_code.co_name) if kind == "call" else None)
+        try:
+            engine.manager.on_schedule_end(ScheduleEndContext())
+        finally:
+            sys.setprofile(None)
+        calls.append(seen)
+        engine.close()
+    assert calls[0] == calls[1]
+
+
+def test_a_request_that_decodes_is_looked_at_again_when_it_was_preempted(make_engine):
+    engine, keys = make_engine(num_blocks=16, tokens_per_block=16), make_keys(8)
+    engine.plant(keys)
+    context = engine.request()
+    assert engine.wait_hits(keys[:4], context) == 4
+    engine.load(keys[:4], context)
+    engine.step()
+    engine.step(preempted=["r"])
+    engine.scan(keys, context)
+    engine.step()
+    assert engine.wait_hits(keys, context) == 8
+
+
+def test_a_request_that_asked_for_nothing_leaves_nothing_behind(make_engine):
+    engine, keys = make_engine(), make_keys(2)
+    for name in ("first", "second"):
+        context = engine.request(name)
+        engine.step(new=[name], preempted=[name])
+        engine.manager.on_request_finished(context)
+    again = engine.request("first")
+    assert engine.store(keys, again) == keys
+    engine.finish(again)
+    engine.manager.check_invariants()

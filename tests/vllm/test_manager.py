@@ -122,7 +122,7 @@ def test_no_exception_reaches_the_engine(core, manager, monkeypatch):
         raise ZeroDivisionError("inside")
 
     methods = [
-        "lookup",
+        "begin_scan",
         "touch",
         "complete_load",
         "prepare_store",
@@ -148,6 +148,31 @@ def test_no_exception_reaches_the_engine(core, manager, monkeypatch):
     assert stats.data["data"]["vllm:kvtier_errors"][("lookup",)] == 1
     manager.shutdown()
     monkeypatch.undo()
+
+
+def test_lookups_are_counted_by_answer(core, manager):
+    store(manager, KEYS[:2], request(manager, "storer"))
+    manager.prepare_store(KEYS[2:3], request(manager, "storing"))
+    context = request(manager)
+    assert [manager.lookup(key, context) for key in KEYS[:4]] == [HIT, HIT, base.LookupResult.HIT_PENDING, MISS]
+    counted = manager.get_stats().data["data"]["vllm:kvtier_lookups"]
+    assert counted == {("hit",): 2, ("hit_pending",): 1, ("miss",): 1}
+
+
+@pytest.mark.parametrize("end", ["on_request_finished", "reset_cache"])
+def test_a_scan_ends_with_its_request_and_with_a_reset(core, manager, end):
+    context, others = request(manager), request(manager, "others")
+    store(manager, KEYS[:2], others)
+    assert manager.lookup(KEYS[0], context) is HIT
+    if end == "reset_cache":
+        manager.reset_cache()
+        assert [manager.lookup(key, context) for key in KEYS[:2]] == [MISS, MISS]
+    else:
+        manager.on_request_finished(context)
+        again = request(manager)  # of the same name
+        assert [manager.lookup(key, again) for key in KEYS[:3]] == [HIT, HIT, MISS]
+    step(manager)
+    core.manager.check_invariants()
 
 
 def test_everything_is_a_miss_before_the_workers_have_attached():

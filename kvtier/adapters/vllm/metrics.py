@@ -28,12 +28,12 @@ class StatsReporter:
     """Turns totals into the increments since the last report, which vLLM expects.
 
     Attributes:
-        answers: number of lookups so far, by answer.
+        num_hits, num_misses, num_pending, num_retries: number of lookups so far, by answer.
         errors: number of exceptions of kvtier so far, by method of the manager.
     """
 
     def __init__(self) -> None:
-        self.answers: Counter[Any] = Counter()
+        self.num_hits = self.num_misses = self.num_pending = self.num_retries = 0
         self.errors: Counter[str] = Counter()
         self._reported: dict[str, float] = {}
         self._known: dict[str, tuple[str, Sample] | None] = {}
@@ -45,7 +45,12 @@ class StatsReporter:
             stats: as `TieringOffloadingManager.get_stats` returns them.
         """
         made = OffloadingConnectorStats()
-        answers = {f"lookups.{answer.name.lower()}": count for answer, count in self.answers.items()}
+        answers = {
+            "lookups.hit": self.num_hits,
+            "lookups.miss": self.num_misses,
+            "lookups.hit_pending": self.num_pending,
+            "lookups.retry": self.num_retries,
+        }
         errors = {f"errors.{method}": count for method, count in self.errors.items()}
         known = self._known
         for name, value in {**stats, **answers, **errors}.items():

@@ -14,8 +14,11 @@ from kvtier.config import KVCacheGroup, OffloadingConfig
 from kvtier.hints import HINT_KEY
 from kvtier.keys import OffloadKey
 from kvtier.primary.copies import KVCaches
+from kvtier.tiering.lookups import Answers
 
 ANSWERS = {answer: base.LookupResult[answer.name] for answer in types.LookupResult}
+_ALL_TIERS = getattr(getattr(base, "TierFilter", None), "ALL", None)
+ENGINE_ANSWERS = Answers.of(base.LookupResult)
 MEDIA = {medium: base.Medium[medium.name] for medium in types.Medium}
 LOCALITIES = {locality: base.Locality[locality.name] for locality in types.Locality}
 
@@ -54,10 +57,19 @@ class EngineReqContext(types.ReqContext):
     """
 
     def __init__(self, theirs: Any) -> None:
-        super().__init__(theirs.req_id, _transfer_params(theirs), _tier_filter(theirs))
+        # Sets what the base's constructor sets, but for the positions. vLLM announces thousands of requests that never
+        # use the cache, and this is most of what each of them costs.
         self._theirs = theirs
         self.load_failed = False
         self.num_failed_loads = 0
+        self.req_id = theirs.req_id
+        self.kv_transfer_params = theirs.kv_transfer_params
+        self.load_tier_filter = types.TierFilter.ALL
+        self.num_prompt_tokens = None
+        if getattr(theirs, "kv_hints", None) is not None:  # from 0.32 on
+            self.kv_transfer_params = _with_hint(theirs)
+        if getattr(theirs, "load_tier_filter", _ALL_TIERS) is not _ALL_TIERS:
+            self.load_tier_filter = _tier_filter(theirs.load_tier_filter)
 
     @property
     def offload_key_positions(self) -> Mapping[OffloadKey, int]:
@@ -76,19 +88,18 @@ class EngineReqContext(types.ReqContext):
         return position(key) if position is not None else None
 
 
-def _transfer_params(theirs: Any) -> dict[str, Any] | None:
+def _with_hint(theirs: Any) -> dict[str, Any] | None:
     """Return the client's `kv_transfer_params`, with an orchestrator's hint added if the client sent none."""
     params: dict[str, Any] | None = theirs.kv_transfer_params
-    envelope = getattr(theirs, "kv_hints", None)  # from 0.32 on; vLLM itself defines no type of action
-    if envelope is None or (params is not None and HINT_KEY in params):
+    if params is not None and HINT_KEY in params:
         return params
-    payloads = [action.payload for action in envelope.actions if action.action_type == HINT_KEY]
+    actions = theirs.kv_hints.actions  # vLLM itself defines no type of action
+    payloads = [action.payload for action in actions if action.action_type == HINT_KEY]
     return {**(params or {}), HINT_KEY: payloads[0]} if payloads else params
 
 
-def _tier_filter(theirs: Any) -> types.TierFilter:
-    wanted = getattr(theirs, "load_tier_filter", None)
-    if wanted is None or wanted is base.TierFilter.ALL:
+def _tier_filter(wanted: Any) -> types.TierFilter:
+    if wanted is None:
         return types.TierFilter.ALL
     return types.TierFilter(tuple(_matcher(matcher) for matcher in wanted.matchers if _is_known(matcher)))
 
