@@ -9,7 +9,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from vllm.v1.kv_offload.base import LookupResult, ReqContext, ScheduleEndContext, make_offload_key
+from vllm.v1.kv_offload.base import (
+    Locality,
+    LookupResult,
+    Medium,
+    ReqContext,
+    ScheduleEndContext,
+    TierFilter,
+    TierMatcher,
+    make_offload_key,
+)
 from vllm.v1.kv_offload.config import (
     OffloadingCacheConfig,
     OffloadingGroupConfig,
@@ -19,6 +28,7 @@ from vllm.v1.kv_offload.config import (
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
 from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager, TieringOffloadingManager
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvtier.testing.patience import wait_for
 
@@ -134,6 +144,46 @@ def store_and_reset(model, tmp_path):
     engine.manager.reset_cache()
     context = request(engine.manager, "second")
     assert [engine.lookup(key, context) for key in KEYS] == [LookupResult.MISS] * 4
+    engine.close()
+
+
+def test_the_tier_tells_what_it_holds_and_where(model, tmp_path):
+    in_a_later_process(ask_the_tier, model, tmp_path)
+
+
+def ask_the_tier(model, tmp_path):
+    engine = OwnTiering(model, tmp_path / "disk")
+    assert (engine.tier.medium, engine.tier.locality) == (Medium.STORAGE, Locality.LOCAL)
+    assert engine.tier.cache_hit_source is CacheHitSource.DISK
+    engine.store(KEYS, request(engine.manager, "first"))
+    figures = engine.manager.get_stats().data["data"]
+    assert figures["vllm:kvtier_blocks"] == {("disk",): 4}
+    assert figures["vllm:kvtier_tier_up"] == {("disk",): 1}
+    declared = type(engine.tier).build_metric_definitions({})
+    assert {name for name in figures if "kvtier" in name} <= declared.keys()
+    engine.close()
+
+
+@pytest.mark.parametrize(("matcher", "finds"), [({"medium": Medium.STORAGE}, True), ({"medium": Medium.CPU}, False)])
+def test_a_request_chooses_the_tier_by_its_medium(model, tmp_path, matcher, finds):
+    in_a_later_process(choose_by_medium, model, tmp_path, matcher, finds)
+
+
+def choose_by_medium(model, tmp_path, matcher, finds):
+    first = OwnTiering(model, tmp_path / "disk")
+    first.store(KEYS, request(first.manager, "first"))
+    first.close()
+    second = OwnTiering(model, tmp_path / "disk")
+    context = ReqContext("second", load_tier_filter=TierFilter((TierMatcher(**matcher),)))
+    second.manager.on_new_request(context)
+    assert second.lookup(KEYS[0], context) is (LookupResult.HIT if finds else LookupResult.MISS)
+    second.close()
+
+
+def test_host_memory_below_host_memory_is_not_storage(tmp_path):
+    engine = OwnTiering("any", tmp_path, tier={"type": "memory", "capacity": "1MiB"}, namespace="any")
+    assert (engine.tier.medium, engine.tier.locality) == (Medium.CPU, Locality.LOCAL)
+    assert engine.tier.cache_hit_source is CacheHitSource.HOST
     engine.close()
 
 

@@ -40,6 +40,13 @@ def cache_hit_source(name: str, is_storage: bool) -> Any:
     return CacheHitSource.DISK if is_storage else CacheHitSource.EXTERNAL_UNSPECIFIED
 
 
+def source_of_medium(medium: Any) -> Any:
+    """Return vLLM's name for hits from a medium of its `Medium`, as its own tiers have it."""
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource  # see `cache_hit_source`
+
+    return CacheHitSource.HOST if medium is base.Medium.CPU else CacheHitSource.DISK
+
+
 def kv_bytes_per_block(config: Any) -> int:
     """Return the bytes of one engine block in one worker, over all layers of the largest KV group."""
     return int(config.worker_kv_bytes_per_block)

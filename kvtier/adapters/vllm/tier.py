@@ -22,10 +22,13 @@ from vllm.v1.kv_offload.tiering import base as tiering
 
 from kvtier import types
 from kvtier.abc import SecondaryTierManager, TierContext
-from kvtier.adapters.vllm.compat import NEWLY_COMPUTED_ONLY, make_known, slots_of_job
-from kvtier.adapters.vllm.translation import ANSWERS, EngineReqContext, offloading_event
+from kvtier.adapters.vllm.compat import NEWLY_COMPUTED_ONLY, make_known, slots_of_job, source_of_medium
+from kvtier.adapters.vllm.metrics import StatsReporter, metric_definitions
+from kvtier.adapters.vllm.translation import ANSWERS, LOCALITIES, MEDIA, EngineReqContext, offloading_event
 from kvtier.errors import ConfigError
+from kvtier.events import Observers, TierState
 from kvtier.keys import OffloadKey
+from kvtier.metrics import EventCounters, tier_readings
 from kvtier.namespace import Namespace
 from kvtier.registry import create_secondary_tier
 from kvtier.secondary.stand_ins import UnusableTierManager
@@ -41,9 +44,16 @@ class KVTierSecondaryTier(tiering.SecondaryTierManager):  # type: ignore[misc]  
     """One tier of kvtier behind vLLM's interface.
 
     Its I/O runs on threads instead of a process, since vLLM's host memory has no file descriptor to share.
+
+    Attributes:
+        medium, locality: those of kvtier's tier, by which requests choose; None matches every choice.
+        cache_hit_source: vLLM's name for hits of this tier, which follows from the medium; from 0.32 on.
     """
 
-    medium = base.Medium.STORAGE
+    @classmethod
+    def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, Any]:
+        """Return kvtier's metrics. vLLM refuses metrics that are not declared."""
+        return metric_definitions()
 
     def __init__(
         self,
@@ -68,7 +78,10 @@ class KVTierSecondaryTier(tiering.SecondaryTierManager):  # type: ignore[misc]  
         detectors = [backpressure_detector] if backpressure_detector is not None else []  # from 0.32 on
         super().__init__(offloading_spec, primary_kv_view, tier_type, *detectors)
         identity = spec_identity(offloading_spec, namespace)
-        context = TierContext(namespace=Namespace(identity) if identity is not None else None)
+        self._counters, self._stats = EventCounters(), StatsReporter()
+        context = TierContext(
+            namespace=Namespace(identity) if identity is not None else None, observer=Observers([self._counters])
+        )
         self._running: set[int] = set()
         spec = SimpleNamespace(tier_context=context, config=offloading_spec.config)
         try:
@@ -80,6 +93,10 @@ class KVTierSecondaryTier(tiering.SecondaryTierManager):  # type: ignore[misc]  
             logger.exception("kvtier: tier %s cannot be used, the engine runs without it", tier_type)
             reason = f"{type(error).__name__}: {error}"
             self._tier = UnusableTierManager(primary_kv_view, tier_type, reason)
+        self.medium = MEDIA[self._tier.medium] if self._tier.medium is not None else None
+        self.locality = LOCALITIES[self._tier.locality] if self._tier.locality is not None else None
+        if self.medium is not None and hasattr(self, "cache_hit_source"):
+            self.cache_hit_source = source_of_medium(self.medium)
 
     def lookup(self, key: OffloadKey, req_context: Any) -> Any:
         return ANSWERS[self._tier.lookup(key, EngineReqContext(req_context))]
@@ -126,6 +143,11 @@ class KVTierSecondaryTier(tiering.SecondaryTierManager):  # type: ignore[misc]  
 
     def take_events(self) -> Iterable[Any]:
         return [offloading_event(event) for event in self._tier.take_events()]
+
+    def get_stats(self) -> Any:
+        """Return what the tier has counted since the last call, and what it holds; None if nothing is known."""
+        readings = {**self._tier.get_stats(), "up": float(self._tier.state is TierState.UP)}
+        return self._stats.report(self._counters.snapshot() | tier_readings(self._tier.tier_type, readings))
 
     def drain_jobs(self) -> None:
         """Wait for all jobs, then forget all blocks: vLLM drains only to reset its cache, maybe for new weights."""
