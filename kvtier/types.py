@@ -200,13 +200,19 @@ class PrepareStoreOutput:
 
 @dataclass
 class OffloadingEvent:
-    """Blocks that were stored in or removed from a medium, for engines that publish KV events."""
+    """Blocks that were stored in or removed from a medium, for engines that publish KV events.
+
+    Attributes:
+        metadata_only: a removal of blocks that were never there, because their stores failed. Engines forget what they
+            have noted for these blocks, and publish nothing.
+    """
 
     keys: list[OffloadKey]
     medium: Medium
     removed: bool
     locality: Locality | None = None
     ownership: str | None = None
+    metadata_only: bool = False
 
 
 @dataclass

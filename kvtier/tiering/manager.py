@@ -122,7 +122,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         self._observer = Observers() if observer is None else Observers.over(observer)
         self._observer.add(self._counters)
         if settings.kv_events:
-            self._observer.add(self._kv_events, BlocksStored, BlocksEvicted)
+            self._observer.add(self._kv_events, BlocksStored, BlocksEvicted, LoadFailed)
         self._settings, self._clock, self._watcher = settings, clock, watcher
         self._primary = primary_tier
         self._closed = False
@@ -176,7 +176,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         self.thread_inside = None
         self._primary.give_up_slots()
         self._wire(SecondaryTiers((), None, None, None, self._settings, self._clock, self._observer))
-        self._kv_events.take()
+        self._kv_events.take(())
 
     # -- lookups ------------------------------------------------------------------------------------------
 
@@ -344,6 +344,8 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         ready = self._transfers.end_store(req_context.req_id, state, keys, success)
         if self._flights.late:
             self._flights.end_stores(keys)
+        if not success and self._settings.kv_events:
+            self._kv_events.failed(list(keys))
         if state is None:
             return
         if ready:
@@ -477,7 +479,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
     def take_events(self) -> Iterable[OffloadingEvent]:
         """Return KV events of the primary and secondary tiers since the last call. Engines ask after each step."""
         self._pace.note_output(self._clock())
-        return self._kv_events.take() + self._tiers.take_events()
+        return self._kv_events.take(self._slot_of) + self._tiers.take_events()
 
     def get_stats(self) -> Mapping[str, float]:
         """Return counters since the start and current gauges, by the names that `kvtier.metrics` declares."""

@@ -1,36 +1,52 @@
 """vLLM's scheduler and connector over an offloading manager: no model runs, and no bytes move."""
 
+from dataclasses import fields
 from types import SimpleNamespace
 
 import torch
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import OffloadingWorkerMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import build_offloading_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
+from vllm.v1.kv_offload.config import OffloadingGroupConfig
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from kvtier.adapters.vllm.compat import groups_to_retry
 from kvtier.adapters.vllm.manager import KVTierOffloadingManager
 from kvtier.config import KVCacheGroup, OffloadingConfig
+from kvtier.keys import GROUP_BYTES
 from kvtier.spec.tiering import TieringOffloadingSpec
 
+TELLS_KIND_OF_GROUP = "sliding_window_size_in_chunks" in {item.name for item in fields(OffloadingGroupConfig)}
 BLOCK = 16
 DEVICE_BLOCKS = 128
 HOST_BLOCKS = 192
 WINDOW = 64
 
 
-def kvtier_manager(**options):
+RETRIED_GROUPS = frozenset({bytes(GROUP_BYTES)} if TELLS_KIND_OF_GROUP else ())
+"""What `groups_to_retry` returns for a driver's groups."""
+
+
+def kvtier_manager(host_blocks=HOST_BLOCKS, events=False, **options):
+    """Return a manager for a driver.
+
+    Args:
+        events: whether it reports KV events.
+    """
     groups = (KVCacheGroup(BLOCK), KVCacheGroup(BLOCK))
-    spec = TieringOffloadingSpec(OffloadingConfig({"cpu_bytes_to_use": HOST_BLOCKS * 4096, **options}, groups, 4096))
+    extra = {"cpu_bytes_to_use": host_blocks * 4096, **options}
+    spec = TieringOffloadingSpec(OffloadingConfig(extra, groups, 4096, enable_kv_cache_events=events))
     core = SimpleNamespace(manager=spec.get_manager(), control=spec.arena.control, shutdown=spec.shutdown)
-    assert core.manager.get_stats()["primary.capacity_blocks"] == HOST_BLOCKS
-    return KVTierOffloadingManager(core)
+    assert core.manager.get_stats()["primary.capacity_blocks"] == host_blocks
+    return KVTierOffloadingManager(core, RETRIED_GROUPS)
 
 
 class Driver:
@@ -59,6 +75,7 @@ class Driver:
         config.cache_config.num_gpu_blocks = DEVICE_BLOCKS
         cache = KVCacheConfig(num_blocks=DEVICE_BLOCKS, kv_cache_tensors=[], kv_cache_groups=groups)
         self.scheduler = Scheduler(config, cache, StructuredOutputManager(config), block_size=BLOCK, log_stats=False)
+        assert groups_to_retry(build_offloading_config(config, cache)) == RETRIED_GROUPS
         self.connector = self.scheduler.connector.connector_scheduler
         self.connector.manager = manager
         init_none_hash(sha256)

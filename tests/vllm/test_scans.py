@@ -10,6 +10,7 @@ from vllm.v1.kv_offload.base import LookupResult, ReqContext, make_offload_key
 
 from kvtier.adapters.vllm.scans import MIN_KEYS, RepeatedScan
 from kvtier.adapters.vllm.translation import EngineReqContext
+from kvtier.keys import GROUP_BYTES
 
 SAYS_WHERE_BLOCKS_END = hasattr(ReqContext, "set_offload_key_position")
 WINDOW_LOOKUP = OffloadingConnectorScheduler._sliding_window_lookup
@@ -31,10 +32,11 @@ class PlainContext:
         return None
 
 
-def make_scan(num_keys, positions=SAYS_WHERE_BLOCKS_END):
+def make_scan(num_keys, positions=SAYS_WHERE_BLOCKS_END, retried_groups=frozenset()):
     context = ReqContext("request")
     keys = make_keys(num_keys, context if positions else None)
-    return keys, context, CountingManager(RepeatedScan(EngineReqContext(context) if positions else PlainContext()))
+    ours = EngineReqContext(context) if positions else PlainContext()
+    return keys, context, CountingManager(RepeatedScan(ours, retried_groups))
 
 
 def make_keys(num_keys, context=None, group=0):
@@ -45,8 +47,12 @@ def make_keys(num_keys, context=None, group=0):
     return keys
 
 
-def prefix_lookup(manager, keys, context):
-    tracker = SimpleNamespace(record_lookup=lambda *_: None)
+def keys_end(group):
+    return make_keys(1, group=group)[0][-GROUP_BYTES:]
+
+
+def prefix_lookup(manager, keys, context, record=lambda *_: None):
+    tracker = SimpleNamespace(record_lookup=record)
     scheduler = SimpleNamespace(manager=manager, _events_tracker=tracker)
     return OffloadingConnectorScheduler._maximal_prefix_lookup(scheduler, keys, context, None, None, 0)
 
@@ -62,6 +68,15 @@ def test_full_attention_is_deferred_in_two_calls(num_keys, positions):
     keys, context, manager = make_scan(num_keys, positions)
     assert prefix_lookup(manager, keys, context) is None
     assert manager.calls <= 2
+
+
+@pytest.mark.parametrize("num_keys", [1, 2, 3, 8192])
+def test_full_attention_is_deferred_without_an_entry_for_events(num_keys):
+    keys, context, manager = make_scan(num_keys, retried_groups={keys_end(group=0)})
+    recorded = []
+    assert prefix_lookup(manager, keys, context, recorded.append) is None
+    assert manager.calls <= 2
+    assert recorded == []
 
 
 @pytest.mark.skipif(not SAYS_WHERE_BLOCKS_END, reason="THIS VLLM DOES NOT SAY WHERE BLOCKS END")

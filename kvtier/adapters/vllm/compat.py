@@ -1,4 +1,4 @@
-"""Differences between the vLLM versions that kvtier supports (0.28 to 0.32)."""
+"""Differences between the vLLM versions that kvtier supports (0.28 to 0.33)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_offload import base
 from vllm.v1.outputs import KVConnectorOutput
 
-from kvtier.keys import OffloadKey
+from kvtier.keys import GROUP_BYTES, OffloadKey
 
 NEWLY_COMPUTED_ONLY = getattr(base.OffloadPolicy, "CHUNK_LEVEL", None) or base.OffloadPolicy.BLOCK_LEVEL
 """The policy with which vLLM offers only newly computed blocks; 0.32 renamed it to `CHUNK_LEVEL`."""
@@ -21,6 +21,9 @@ HAS_REPRODUCIBLE_SEED = hasattr(kv_cache_utils, "resolve_none_hash_seed")
 
 HAS_FAILED_RECEIVES = any(item.name == "failed_recving" for item in fields(KVConnectorOutput))
 """Whether a worker can name requests whose loads failed, and not only blocks; 0.28 knows no such requests."""
+
+KNOWS_FAILED_STORES = "metadata_only" in {item.name for item in fields(base.OffloadingEvent)}
+"""Whether an event can say that a block was never there. Before 0.33 vLLM would publish it as a removal."""
 
 
 def hash_seed_is_random(algorithm: str) -> bool:
@@ -63,10 +66,28 @@ def key_positions(context: Any) -> dict[OffloadKey, int]:
     return positions
 
 
+def groups_to_retry(config: Any) -> frozenset[bytes]:
+    """Return the KV groups, as keys end with them, in which a block that is not ready is answered with RETRY.
+
+    In 0.33 HIT_PENDING says that the block has a slot. In a group with full attention vLLM then keeps an entry for its
+    KV events until the block is reported as removed. kvtier gives a block its slot only at the end of the step, if at
+    all, so most entries would stay for ever. RETRY defers the request as well, and keeps no entry. In a group with a
+    sliding window HIT_PENDING is right: vLLM keeps no entries there, and RETRY would restart the window.
+    """
+    # Before 0.33 vLLM does not tell the kind of a group here, and HIT_PENDING has no such meaning.
+    groups = [group.group_id for group in config.groups if getattr(group, _WINDOW, 0) is None]
+    return frozenset(group.to_bytes(GROUP_BYTES, "big") for group in groups)
+
+
+_WINDOW = "sliding_window_size_in_chunks"
+"""Attribute of a KV group, from 0.33 on: None for full attention."""
+
+
 def make_known(kind: type, **values: Any) -> Any:
     """Return an instance of a vLLM dataclass; `values` for fields that it does not have are dropped.
 
-    `OffloadingEvent` has no `ownership` in 0.28. `JobResult` of vLLM's tiers has no times and bytes before 0.32.
+    `OffloadingEvent` has no `ownership` in 0.28, and no `metadata_only` before 0.33. `JobResult` of vLLM's tiers has no
+    times and bytes before 0.32.
     """
     names = {item.name for item in fields(kind)}
     return kind(**{name: value for name, value in values.items() if name in names})

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from typing import Any, TypeVar
 
 from vllm.logger import init_logger
 from vllm.v1.kv_offload import base
 
 from kvtier import forks
-from kvtier.adapters.vllm.compat import NEWLY_COMPUTED_ONLY, cache_hit_source
+from kvtier.adapters.vllm.compat import KNOWS_FAILED_STORES, NEWLY_COMPUTED_ONLY, cache_hit_source
 from kvtier.adapters.vllm.core import CoreHalf
 from kvtier.adapters.vllm.metrics import StatsReporter
-from kvtier.adapters.vllm.scans import MIN_KEYS, GivenUpScan, RepeatedScan
+from kvtier.adapters.vllm.scans import MIN_KEYS, GivenUpScan, RepeatedScan, pending_answer
 from kvtier.adapters.vllm.translation import (
     ENGINE_ANSWERS,
     NO_SLOTS,
@@ -45,9 +45,14 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
     logged once per method and type of exception.
     """
 
-    def __init__(self, core: CoreHalf) -> None:
-        """Args: core: already started; this manager shuts it down."""
-        self._core = core
+    def __init__(self, core: CoreHalf, retried_groups: Set[bytes] = frozenset()) -> None:
+        """Wrap the manager of `core`.
+
+        Args:
+            core: already started; this manager shuts it down.
+            retried_groups: as `compat.groups_to_retry` returns them.
+        """
+        self._core, self._retried_groups = core, retried_groups
         self._contexts: dict[str, EngineReqContext] = {}
         self._last: tuple[Any, EngineReqContext] | None = None
         self._stats = StatsReporter()
@@ -85,6 +90,7 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
             self._stats.num_misses += 1
         elif answer is _PENDING:
             self._stats.num_pending += 1
+            return pending_answer(key, self._retried_groups)
         else:
             self._stats.num_retries += 1
         return answer
@@ -110,7 +116,7 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         shortest = 1 if ours.get_offload_key_position(key) is not None else MIN_KEYS
         if not manager.is_still_deferred(key, ours, shortest):
             return None
-        return RepeatedScan(ours)
+        return RepeatedScan(ours, self._retried_groups)
 
     def get_load_source(self, key: OffloadKey, req_context: Any) -> Any:
         """Return the source of a hit as vLLM's `CacheHitSource`."""
@@ -210,10 +216,8 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
     def take_events(self) -> Iterable[Any]:
         """Return the KV events since the last call, as vLLM's events."""
         nothing: Iterable[OffloadingEvent] = ()
-        return [
-            offloading_event(event)
-            for event in self._try("take_events", nothing, lambda manager: manager.take_events())
-        ]
+        events = self._try("take_events", nothing, lambda manager: manager.take_events(), though_off=True)
+        return [offloading_event(event) for event in events if KNOWS_FAILED_STORES or not event.metadata_only]
 
     def reset_cache(self) -> None:
         """Forget every block in every tier, within bounded time."""

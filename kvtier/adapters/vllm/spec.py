@@ -14,7 +14,7 @@ from vllm.platforms import current_platform
 from vllm.v1.kv_offload import base
 
 from kvtier.adapters.prefill_guess import guess_cpu_rate
-from kvtier.adapters.vllm.compat import kv_bytes_per_block
+from kvtier.adapters.vllm.compat import groups_to_retry, kv_bytes_per_block
 from kvtier.adapters.vllm.core import CoreHalf
 from kvtier.adapters.vllm.identity import layout_of_worker, weights_of_engine
 from kvtier.adapters.vllm.manager import KVTierOffloadingManager
@@ -91,7 +91,7 @@ class KVTierOffloadingSpec(base.OffloadingSpec):  # type: ignore[misc]  # vLLM i
         if self._manager is None:
             core = CoreHalf(self._spec, self._path.on_attached)
             core.start(START_SECONDS)
-            self._manager = KVTierOffloadingManager(core)
+            self._manager = KVTierOffloadingManager(core, groups_to_retry(self.config))
         return self._manager
 
     def get_worker(self, kv_caches: Any) -> KVTierOffloadingWorker:

@@ -126,6 +126,7 @@ def offloading_event(event: types.OffloadingEvent) -> Any:
         keys=event.keys,
         medium=MEDIA[event.medium],
         removed=event.removed,
+        metadata_only=event.metadata_only,
         locality=locality,
         ownership=event.ownership,
     )
