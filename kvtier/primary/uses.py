@@ -1,4 +1,4 @@
-"""Which blocks of a tier one request has used. A block counts once per request, however often the engine reports it.
+"""Which blocks of a tier each request has used. A block counts once per request, however often the engine reports it.
 
 Engines differ. vLLM up to 0.30 touches all blocks of a request at every lookup, at every step of a wait and after every
 store; later versions touch nothing. If each touch counted, a long wait would look like popularity. And a trace, where
@@ -8,13 +8,14 @@ each request asks once, would predict other hits than the engine has.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Set
+from collections.abc import Collection, Container, Sequence, Set
 from itertools import chain
 
 from kvtier.clock import Clock
-from kvtier.hints import NO_HINT, Hint
+from kvtier.hints import NO_HINT, Hint, read_hint
 from kvtier.keys import OffloadKey
-from kvtier.primary.table import BlockTable
+from kvtier.primary.retention import Retention
+from kvtier.primary.table import BlockTable, Placement
 from kvtier.types import ReqContext
 
 Keys = list[OffloadKey]
@@ -142,3 +143,74 @@ class RequestUses:
         self._aside.clear()
         self._early.clear()
         self._named.clear()
+
+
+class TierUses:
+    """The uses of a secondary tier's blocks by each live request, by the same rules as in the primary tier.
+
+    A request's stores do not evict blocks that it has used. A block counts at most one use per request. At the end of a
+    request its blocks are ordered by recency, tail first, so that evictions shorten prefixes from their ends. A
+    request's hint applies here, too. An unannounced request has used nothing before, and its end orders nothing.
+    """
+
+    def __init__(self, clock: Clock, retention: Retention) -> None:
+        self._times, self._retention = Arrivals(clock), retention
+        self._by_request: dict[str, RequestUses] = {}
+
+    def begin(self, req_context: ReqContext) -> None:
+        """Learn of a new request."""
+        hint = read_hint(req_context.kv_transfer_params).hint
+        self._by_request.setdefault(req_context.req_id, RequestUses(self._times.next(), req_context.req_id, hint))
+
+    def _of(self, req_context: ReqContext) -> RequestUses:
+        return self._by_request.get(req_context.req_id) or RequestUses(self._times.next())
+
+    def touch(self, table: BlockTable, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
+        """Count a use of those of `keys`, in prefix order, that `table` holds and that count for this request."""
+        named, uses = list(dict.fromkeys(keys)), self._of(req_context)
+        self._retention.serve(table, uses)
+        uses.note_offer(named)
+        counted, _ = uses.count(named, table.slot_of)
+        if counted:
+            table.touch(counted, uses.came)
+
+    def load(self, table: BlockTable, keys: Sequence[OffloadKey], req_context: ReqContext) -> None:
+        """Count the use of blocks that are loaded for a request. A later touch decides their order of recency."""
+        uses = self._of(req_context)
+        self._retention.serve(table, uses)
+        own = uses.own
+        counted = [key for key in dict.fromkeys(keys) if key not in own]
+        uses.note_stored(counted)
+        if counted:
+            table.touch(counted, uses.came)
+
+    def plan_store(self, table: BlockTable, keys: Sequence[OffloadKey], req_context: ReqContext) -> Placement:
+        """Choose places for a request's blocks; see `BlockTable.plan`."""
+        uses = self._of(req_context)
+        self._retention.serve(table, uses)
+        if len(keys) <= table.num_free:
+            return table.plan(keys)
+        table.touch((), uses.came)  # tells the policy the time of the request for which it chooses victims
+        return table.plan(keys, (uses.own,))
+
+    def store(
+        self, table: BlockTable, offered: Sequence[OffloadKey], placement: Placement, req_context: ReqContext
+    ) -> list[int]:
+        """Apply the plan for a request's blocks, which were `offered` in prefix order; return the slots."""
+        uses = self._of(req_context)
+        uses.note_offer(list(offered))
+        uses.note_stored(placement.keys)
+        return list(table.apply(placement, uses.came).values())
+
+    def end(self, table: BlockTable | None, req_context: ReqContext) -> None:
+        """Learn of a request's end, and order its blocks by their positions in the prompt, as far as known."""
+        uses = self._by_request.pop(req_context.req_id, None)
+        if uses is not None and table is not None:
+            self._retention.serve(table, uses)
+            uses.note_offer(list(uses.own))  # includes blocks that were loaded but never touched
+            table.settle(uses.in_order(req_context))
+
+    def clear(self) -> None:
+        """Forget all uses, since the tier has lost its blocks."""
+        for uses in self._by_request.values():
+            uses.clear()

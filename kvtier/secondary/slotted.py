@@ -17,10 +17,10 @@ from kvtier.executors.protocol import IndexBatch, IndexEnd, PartResult, Prepared
 from kvtier.keys import OffloadKey
 from kvtier.primary.retention import Retention, num_kept
 from kvtier.primary.table import BlockTable
+from kvtier.primary.uses import TierUses
 from kvtier.secondary.jobs import MovingJob
 from kvtier.secondary.settings import TierSettings
 from kvtier.secondary.store_tier import StoreTierManager
-from kvtier.secondary.tier_uses import TierUses
 from kvtier.types import (
     FailureCause,
     JobMetadata,

@@ -14,9 +14,9 @@ from kvtier.events import BlocksEvicted, Observer
 from kvtier.keys import OffloadKey
 from kvtier.primary.retention import Retention
 from kvtier.primary.table import BlockTable
+from kvtier.primary.uses import TierUses
 from kvtier.secondary.jobs import Job
 from kvtier.secondary.settings import TierSettings
-from kvtier.secondary.tier_uses import TierUses
 from kvtier.simulator.devices import Device, DeviceSpeed
 from kvtier.types import (
     JobMetadata,
