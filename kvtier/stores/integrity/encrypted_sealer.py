@@ -8,7 +8,7 @@ from typing import Any
 
 from kvtier.keys import OffloadKey
 from kvtier.stores.integrity.header import BlockHeaders, Bytes, begun, complete, nonce_of
-from kvtier.stores.integrity.scratch import Scratch, whole_pages
+from kvtier.stores.integrity.scratch import Scratch, copy_bytes, whole_pages
 from kvtier.stores.integrity.sealing import (
     MAX_SCRATCH_BYTES,
     NO_SLOTS,
@@ -75,7 +75,7 @@ class EncryptedSealer(Sealer):
             (decrypted,) = self._scratch.like([buffer])
             causes.append(self._decrypt(header, key, payload, decrypted, slot))
             if causes[-1] is None:
-                buffer[:] = decrypted
+                copy_bytes(buffer, decrypted)
         return causes
 
     def verify(self, header: Bytes, key: OffloadKey, stored: Bytes, slot: int = 0) -> FailureCause | None:

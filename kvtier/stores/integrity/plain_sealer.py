@@ -11,20 +11,22 @@ import xxhash
 from kvtier.keys import OffloadKey
 from kvtier.namespace import Namespace
 from kvtier.stores.integrity.header import BlockHeaders, Bytes, begun, complete
-from kvtier.stores.integrity.scratch import Scratch, whole_pages
+from kvtier.stores.integrity.scratch import Scratch, copy_bytes, whole_pages
 from kvtier.stores.integrity.sealing import NO_SLOTS, PORTION_BYTES, OpenStream, Sealed, Sealer, SealStream
 from kvtier.stores.integrity.secrets import Authenticator
 from kvtier.types import FailureCause
+
+_PIECE_BYTES = 256 << 10
+"""Copied and summed at once: few enough for a core's own (L2) cache."""
 
 
 class PlainSealer(Sealer):
     """Stores payloads unchanged, with a checksum or, if there is a secret, a signature.
 
-    Direct I/O into large pages is much faster than into 4 KiB pages, since the device handles fewer segments. But an
-    arena, which processes share, has 4 KiB pages on most systems. The sealer of `for_direct_reads` therefore receives
-    payloads in private memory in huge pages, and copies them. The copy costs processor time (docs/performance.md has
-    both), and least if the bytes are still in the processor's cache: so it works in portions of several small blocks,
-    or of a part of a large one.
+    Direct I/O with huge pages is much faster than with 4 KiB pages, since the device handles fewer segments. An arena
+    has 4 KiB pages on many systems. The sealer of `through_huge_pages` therefore copies payloads through private memory
+    in huge pages. The copy costs processor time (docs/performance.md has both), and least if the bytes are still in the
+    processor's cache: so it works in portions of several small blocks, or of a part of a large one.
     """
 
     def __init__(
@@ -32,7 +34,7 @@ class PlainSealer(Sealer):
     ) -> None:
         """Args:
         authenticator: signs blocks with a secret; the sealer then has the authenticator's namespace.
-        scratch: memory that receives payloads; None to read them into the caller's buffers.
+        scratch: memory through which payloads go; None to read and write them in the caller's buffers.
         """
         self.namespace = namespace if authenticator is None else authenticator.namespace
         self.headers = BlockHeaders(self.namespace.fingerprint)
@@ -52,12 +54,14 @@ class PlainSealer(Sealer):
         sealer.headers = BlockHeaders(fingerprint)
         return sealer
 
-    def for_direct_reads(self) -> Sealer:
-        """Return a sealer that receives payloads in private memory, and copies them."""
-        return PlainSealer(self.namespace, self._authenticator, scratch=Scratch())
+    def through_huge_pages(self) -> Sealer:
+        """Return a sealer that copies payloads through private memory."""
+        sealer = PlainSealer(self.namespace, self._authenticator, scratch=Scratch())
+        sealer.headers = self.headers  # one count of blocks: the newer record of a slot has the higher number
+        return sealer
 
-    def most_opened(self, block_bytes: int) -> int | None:
-        """Return how many blocks stay in the processor's cache until they are copied; None if none is copied."""
+    def most_sealed(self, block_bytes: int) -> int | None:
+        """Return how many blocks stay in the processor's cache while they are copied; None if none is copied."""
         return None if self._scratch is None else max(1, PORTION_BYTES // whole_pages(block_bytes))
 
     def reads_portions(self, block_bytes: int) -> bool:
@@ -67,11 +71,26 @@ class PlainSealer(Sealer):
     def seal(
         self, keys: Sequence[OffloadKey], payloads: Sequence[memoryview], slots: Iterable[int] = NO_SLOTS
     ) -> Sealed:
-        """Return the payloads themselves."""
+        """Return the payloads themselves, or copies in private memory."""
+        if self._scratch is not None:
+            copies = self._scratch.like(payloads)
+            checksums = list(map(self._copy, payloads, copies))
+            summed = zip(keys, copies, checksums, slots, strict=False)
+            return Sealed(copies, [self.header_of(key, load.nbytes, sum_, slot) for key, load, sum_, slot in summed])
         # Compute all checksums first. Reading a payload evicts everything else from the processor's cache, so code
         # between two payloads would start with a cold cache each time.
         summed = zip(keys, payloads, list(map(self._checksum_of, payloads)), slots, strict=False)
         return Sealed(payloads, [self.header_of(key, load.nbytes, sum_, slot) for key, load, sum_, slot in summed])
+
+    def _copy(self, payload: memoryview, target: memoryview) -> bytes:
+        """Copy a payload and return its checksum. Each piece is summed while it is in the processor's cache."""
+        checksum = self.checksum()
+        for start in range(0, payload.nbytes, _PIECE_BYTES):
+            piece = target[start : start + _PIECE_BYTES]
+            copy_bytes(piece, payload[start : start + _PIECE_BYTES])
+            checksum.update(piece)
+        digest: bytes = checksum.digest()
+        return digest
 
     def header_of(self, key: OffloadKey, payload_bytes: int, checksum: bytes, slot: int = 0) -> bytes:
         """Return the header for a payload with this checksum."""
@@ -98,7 +117,7 @@ class PlainSealer(Sealer):
         if stored is not buffers:
             for cause, payload, buffer in zip(causes, stored, buffers, strict=True):
                 if cause is None:
-                    buffer[:] = payload
+                    copy_bytes(buffer, memoryview(payload))
         return causes
 
     def verify(self, header: Bytes, key: OffloadKey, stored: Bytes, slot: int = 0) -> FailureCause | None:
@@ -177,5 +196,5 @@ class _CopiedOpenStream(_PlainOpenStream):
 
     def note(self, piece: memoryview, /) -> None:
         super().note(piece)
-        self._buffer[self._noted : self._noted + piece.nbytes] = piece
+        copy_bytes(self._buffer[self._noted : self._noted + piece.nbytes], piece)
         self._noted += piece.nbytes

@@ -14,6 +14,8 @@ RING_BYTES = 1 << 20
 """Size of the ring for `next_piece`. A piece has at most a quarter of it."""
 _PAGE_BYTES = mmap.PAGESIZE
 _HUGE_PAGE_BYTES = 2 << 20
+_FEW_BYTES = 32 << 10
+"""Copied sooner than two numpy arrays are made."""
 
 
 class Scratch(threading.local):
@@ -79,6 +81,16 @@ class Scratch(threading.local):
 
 def _is_as_long(one: memoryview, other: memoryview) -> bool:
     return one.nbytes == other.nbytes
+
+
+def copy_bytes(target: memoryview, source: memoryview) -> None:
+    """Copy bytes between buffers of one length. Other threads run meanwhile: a memoryview's own assignment keeps the
+    interpreter lock, and numpy's does not.
+    """
+    if source.nbytes < _FEW_BYTES:
+        target[:] = source
+    else:
+        np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
 
 
 def private_memory(num_bytes: int) -> memoryview:

@@ -92,8 +92,10 @@ class Sealer(ABC):
         """Return whether it is faster to read a payload through `open_stream`, in portions of `PORTION_BYTES`."""
         return False
 
-    def for_direct_reads(self) -> Sealer:
-        """Return a sealer for the same blocks that is faster with direct I/O: its rooms are in huge pages."""
+    def through_huge_pages(self) -> Sealer:
+        """Return a sealer for the same blocks that is faster with direct I/O between small pages and a device: what it
+        seals and what it receives is in huge pages.
+        """
         return self
 
     @abstractmethod

@@ -8,7 +8,9 @@ blocks of the last seconds, but never makes a wrong byte valid.
 from __future__ import annotations
 
 import mmap
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,6 +28,7 @@ from kvtier.stores.slab.layout import GROWTH_BYTES, SEGMENT_BYTES, Run, SlabGeom
 from kvtier.stores.slab.options import DirectoryOptions
 from kvtier.stores.slab.records import RecordFile
 from kvtier.stores.slab.recovery import take_inventory
+from kvtier.stores.slab.roads import Road, RoadChoice
 from kvtier.stores.slab.segments import Segments
 from kvtier.stores.vectored import NO_SPACE_ERRORS
 from kvtier.types import FailureCause
@@ -43,11 +46,13 @@ class SlabStore(SlotStore):
         context: StoreContext,
         sealer: Sealer,
         writes_ahead: bool | None = None,
+        road: Road | None = None,
     ) -> None:
         """Args:
         directory: opened for the sealer's namespace. The store closes it, also if this raises OSError.
         sealer: of the blocks.
         writes_ahead: as in `Segments`.
+        road: the only one to take; None to choose by measuring.
         """
         self._directory = directory
         self._geometry = geometry
@@ -56,10 +61,9 @@ class SlabStore(SlotStore):
         self._errors = SystemErrors(directory.path, context.failures)
         folder = directory.namespace
         self._segments = Segments(folder, geometry, self._make_room, min_free, writes_ahead)
-        self._sealer = sealer.for_direct_reads() if self._segments.direct else sealer
-        self._most_written = self._sealer.most_sealed(geometry.block_bytes)
-        self._most_read = self._sealer.most_opened(geometry.block_bytes)
-        self._in_portions = self._sealer.reads_portions(geometry.block_bytes)
+        self._sealer = sealer
+        self._roads = {Road.STRAIGHT: sealer, Road.COPIED: sealer.through_huge_pages()}
+        self._writing, self._reading = RoadChoice(road), RoadChoice(road)
         try:
             self._segments.fit()
             self._make_room(self._segments.lengths)
@@ -76,6 +80,7 @@ class SlabStore(SlotStore):
         segment_bytes: int = SEGMENT_BYTES,
         growth_bytes: int = GROWTH_BYTES,
         writes_ahead: bool | None = None,
+        road: Road | None = None,
     ) -> Self:
         """Open a directory.
 
@@ -83,6 +88,7 @@ class SlabStore(SlotStore):
             options: `DirectoryOptions`.
             segment_bytes, growth_bytes: as in `SlabGeometry.of`.
             writes_ahead: as in `Segments`.
+            road: the only one to take; None to choose by measuring.
 
         Raises:
             ConfigError: the capacity does not hold one block.
@@ -100,7 +106,7 @@ class SlabStore(SlotStore):
             directory.close()
             raise
         try:
-            return cls(directory, geometry, read.capacity, read.min_free, context, sealer, writes_ahead)
+            return cls(directory, geometry, read.capacity, read.min_free, context, sealer, writes_ahead, road)
         except OSError as error:
             raise StoreUnavailableError(f"{path}: {describe(error)}") from error
 
@@ -140,8 +146,10 @@ class SlabStore(SlotStore):
             StoreUnavailableError: the directory was removed.
         """
         results = [False] * len(slots)
-        for run in self._runs([int(slot) for slot in slots], buffers, self._most_written):
-            self._write_run(run, keys, buffers, results)
+        with self._road(self._writing, buffers) as sealer:
+            most = sealer.most_sealed(self._geometry.block_bytes)
+            for run in self._runs([int(slot) for slot in slots], buffers, most):
+                self._write_run(sealer, run, keys, buffers, results)
         return results
 
     def read_into(self, slots: Sequence[int], keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
@@ -151,8 +159,10 @@ class SlabStore(SlotStore):
             StoreUnavailableError: the directory was removed.
         """
         results = [False] * len(slots)
-        for run in self._runs([int(slot) for slot in slots], buffers, self._most_read):
-            self._read_run(run, keys, buffers, results)
+        with self._road(self._reading, buffers) as sealer:
+            most = sealer.most_opened(self._geometry.block_bytes)
+            for run in self._runs([int(slot) for slot in slots], buffers, most):
+                self._read_run(sealer, run, keys, buffers, results)
         return results
 
     def prepare(self) -> tuple[int, int] | None:
@@ -173,6 +183,16 @@ class SlabStore(SlotStore):
         """Return whether data files of these lengths fit beside the blocks of other namespaces."""
         return self._directory.has_room(self._geometry.cost_bytes(lengths), self._capacity)
 
+    @contextmanager
+    def _road(self, choice: RoadChoice, buffers: Sequence[memoryview]) -> Iterator[Sealer]:
+        """Choose a road for the blocks of a call, and measure it. Through the page cache there is no choice."""
+        if not self._segments.direct or self._roads[Road.COPIED] is self._sealer:
+            yield self._sealer
+            return
+        road, start = choice.choose(), time.perf_counter()
+        yield self._roads[road]
+        choice.learn(road, len(buffers) * self._geometry.block_bytes, time.perf_counter() - start)
+
     def _runs(self, slots: Sequence[int], buffers: Sequence[memoryview], most: int | None) -> list[Run]:
         """Return runs of the valid slots and buffers; count the invalid ones as failures."""
         self._directory.check_present(self._records.status)
@@ -188,10 +208,15 @@ class SlabStore(SlotStore):
         return coalesce(slots, usable, self._geometry, most)
 
     def _write_run(
-        self, run: Run, keys: Sequence[OffloadKey], buffers: Sequence[memoryview], results: list[bool]
+        self,
+        sealer: Sealer,
+        run: Run,
+        keys: Sequence[OffloadKey],
+        buffers: Sequence[memoryview],
+        results: list[bool],
     ) -> None:
         block_bytes = self._geometry.block_bytes
-        payloads, records = self._sealer.seal(
+        payloads, records = sealer.seal(
             [keys[position] for position in run.positions],
             [buffers[position] for position in run.positions],
             range(run.slot, run.slot + len(run.positions)),
@@ -201,7 +226,7 @@ class SlabStore(SlotStore):
             written = self._segments.write(run.segment, run.offset, payloads) // block_bytes
             self._records.write(run.slot, b"".join(records[:written]))
         except OSError as error:
-            self._write_singly(run, keys, buffers, results, error)
+            self._write_singly(sealer, run, keys, buffers, results, error)
             return
         for position in run.positions[:written]:
             results[position] = True
@@ -210,6 +235,7 @@ class SlabStore(SlotStore):
 
     def _write_singly(
         self,
+        sealer: Sealer,
         run: Run,
         keys: Sequence[OffloadKey],
         buffers: Sequence[memoryview],
@@ -221,24 +247,28 @@ class SlabStore(SlotStore):
             self._errors.count(error)
             return
         for index, single in enumerate(run.split(self._geometry.block_bytes)):
-            self._write_run(single, keys, buffers, results)
+            self._write_run(sealer, single, keys, buffers, results)
             if error.errno in NO_SPACE_ERRORS and not results[single.positions[0]]:
                 self._errors.count(error, len(run.positions) - index - 1)
                 return
 
     def _read_run(
-        self, run: Run, keys: Sequence[OffloadKey], buffers: Sequence[memoryview], results: list[bool]
+        self,
+        sealer: Sealer,
+        run: Run,
+        keys: Sequence[OffloadKey],
+        buffers: Sequence[memoryview],
+        results: list[bool],
     ) -> None:
         payloads = [buffers[position] for position in run.positions]
-        receive = self._receive_in_portions if self._in_portions else self._receive
         try:
-            causes = receive(run, [keys[position] for position in run.positions], payloads)
+            causes = self._receive(sealer, run, [keys[position] for position in run.positions], payloads)
         except OSError as error:
             if len(payloads) == 1:
                 self._errors.count(error)
                 return
             for single in run.split(self._geometry.block_bytes):
-                self._read_run(single, keys, buffers, results)
+                self._read_run(sealer, single, keys, buffers, results)
             return
         broken = []
         for index, (position, cause) in enumerate(zip(run.positions, causes, strict=True)):
@@ -252,21 +282,24 @@ class SlabStore(SlotStore):
     def _judge(self, slot: int, key: OffloadKey) -> FailureCause | None:
         """Verify a slot's payload; return why it failed, None if it is valid or cannot be read now."""
         payload = memoryview(mmap.mmap(-1, whole_pages(self._geometry.block_bytes)))[: self._geometry.block_bytes]
-        receive = self._receive_in_portions if self._in_portions else self._receive
         try:
-            (cause,) = receive(Run(*self._geometry.locate(slot), slot, [0]), [key], [payload])
+            (cause,) = self._receive(
+                self._roads[Road.COPIED], Run(*self._geometry.locate(slot), slot, [0]), [key], [payload]
+            )
         except OSError:
             return None
         return cause
 
     def _receive(
-        self, run: Run, keys: Sequence[OffloadKey], payloads: Sequence[memoryview]
+        self, sealer: Sealer, run: Run, keys: Sequence[OffloadKey], payloads: Sequence[memoryview]
     ) -> list[FailureCause | None]:
         """Fill the payloads of a run; return per block None, or why it failed."""
-        rooms = self._sealer.rooms(payloads)
+        if sealer.reads_portions(self._geometry.block_bytes):
+            return self._receive_in_portions(sealer, run, keys, payloads)
+        rooms = sealer.rooms(payloads)
         filled = self._segments.read(run.segment, run.offset, rooms) // self._geometry.block_bytes
         records = self._records.read(run.slot, len(payloads))
-        causes = self._sealer.open(
+        causes = sealer.open(
             [records[start : start + HEADER_BYTES] for start in range(0, len(records), HEADER_BYTES)],
             keys,
             rooms,
@@ -276,11 +309,11 @@ class SlabStore(SlotStore):
         return [cause or (FailureCause.CORRUPT if index >= filled else None) for index, cause in enumerate(causes)]
 
     def _receive_in_portions(
-        self, run: Run, keys: Sequence[OffloadKey], payloads: Sequence[memoryview]
+        self, sealer: Sealer, run: Run, keys: Sequence[OffloadKey], payloads: Sequence[memoryview]
     ) -> list[FailureCause | None]:
         """Fill the one payload of a run, portion by portion; return as `_receive`."""
         (key,), (payload,) = keys, payloads
-        stream = self._sealer.open_stream(key, payload, run.slot)
+        stream = sealer.open_stream(key, payload, run.slot)
         for start in range(0, payload.nbytes, PORTION_BYTES):
             room = stream.room(start, min(start + PORTION_BYTES, payload.nbytes))
             if self._segments.read(run.segment, run.offset + start, [room]) < room.nbytes:

@@ -1,3 +1,6 @@
+import mmap
+
+import numpy as np
 import pytest
 from sealed_blocks import header_of, resigned
 
@@ -47,8 +50,17 @@ def test_a_batch_is_sealed_and_opened_where_it_lies_or_copied_from_elsewhere(sea
     assert [bytes(buffer) for buffer in buffers] == [b"?" * len(PAYLOAD), PAYLOAD[::-1], b""]
 
 
+def test_payloads_can_be_written_from_private_memory(sealer):
+    payloads = [memoryview(bytes([number]) * length) for number, length in enumerate((1, 4096, 300 << 10, 1 << 20))]
+    keys, slots = [make_key(number) for number in range(4)], [7, 8, 9, 10]
+    stored, headers = sealer.through_huge_pages().seal(keys, payloads, slots)
+    assert [bytes(copy) for copy in stored] == [bytes(payload) for payload in payloads]
+    assert all(np.frombuffer(copy, np.uint8).ctypes.data % mmap.PAGESIZE == 0 for copy in stored)
+    assert sealer.open(headers, keys, stored, stored, slots) == [None] * 4
+
+
 def test_with_direct_reads_payloads_come_through_private_memory(sealer):
-    direct = sealer.for_direct_reads()
+    direct = sealer.through_huge_pages()
     (header,) = sealer.seal([KEY], [memoryview(PAYLOAD)]).headers
     buffers = [memoryview(bytearray(len(PAYLOAD)))]
     rooms = direct.rooms(buffers)
@@ -67,6 +79,14 @@ def test_with_direct_reads_payloads_come_through_private_memory(sealer):
 def test_sequences_go_on_above_what_was_recovered(sealer):
     sealer.headers.continue_after(2**40)
     assert sealer.headers.parse(header_of(sealer, KEY, PAYLOAD)).sequence == 2**40 + 1
+
+
+def test_both_roads_number_blocks_from_one_count(sealer):
+    copying, payloads = sealer.through_huge_pages(), [memoryview(PAYLOAD)]
+    roads = [sealer, sealer, sealer, copying, copying, sealer]
+    headers = [road.seal([KEY], payloads).headers[0] for road in roads]
+    numbers = [sealer.headers.parse(header).sequence for header in headers]
+    assert numbers == sorted(set(numbers))
 
 
 def test_other_key_slot_namespace(sealer):

@@ -1,0 +1,58 @@
+"""Which of two roads a disk's bytes take: straight between arena and device, or through private memory in huge pages.
+
+From huge pages the straight road is up to twice as fast. From pages of 4 KiB the device and the kernel need so much
+longer that a copy may pay, or not: that depends on the device, and on how busy the processors are. So it is measured,
+in use.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections import deque
+from enum import Enum
+
+SAMPLES = 7
+"""Latest times per road; their median is compared, so that one stall of the device changes nothing."""
+PROBE_EVERY = 64
+"""One call of so many takes the road that is not the better one."""
+LEAST_GAIN = 1.1
+"""The copy costs processor time that other threads want, so it must be faster by this factor."""
+
+
+class Road(Enum):
+    """How bytes travel between the arena and the device."""
+
+    STRAIGHT = "straight"
+    COPIED = "copied"
+
+
+class RoadChoice:
+    """Measures both roads of one direction and chooses. Threads may share it: a lost sample does no harm."""
+
+    def __init__(self, only: Road | None = None) -> None:
+        """Args: only: the road to take always, for measurements."""
+        self._only = only
+        self._calls = itertools.count()
+        self._times: dict[Road, deque[float]] = {road: deque(maxlen=SAMPLES) for road in Road}
+
+    def choose(self) -> Road:
+        """Return the road for the next call: at first both in turn, then the better one, and rarely the other."""
+        if self._only is not None:
+            return self._only
+        call = next(self._calls)
+        if call < 2 * SAMPLES:
+            return Road.COPIED if call % 2 == 0 else Road.STRAIGHT
+        better = self._better()
+        if call % PROBE_EVERY:
+            return better
+        return Road.STRAIGHT if better is Road.COPIED else Road.COPIED
+
+    def learn(self, road: Road, num_bytes: int, seconds: float) -> None:
+        """Note how long a call on a road took."""
+        if num_bytes:
+            self._times[road].append(seconds / num_bytes)
+
+    def _better(self) -> Road:
+        straight, copied = (statistics.median(tuple(self._times[road]) or (0.0,)) for road in Road)
+        return Road.COPIED if copied * LEAST_GAIN < straight else Road.STRAIGHT
