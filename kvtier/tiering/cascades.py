@@ -129,7 +129,7 @@ class Cascades:
         """
         slots = list(map(self._table.slot_of.__getitem__, keys))
         self._table.pin(slots)
-        if guard.store(keys, slots, req_context):
+        if guard.hand_over(guard.open_job(keys, slots, req_context, is_promotion=False)):
             self._speeds[guard.index].begin(len(slots), self._clock())
         else:
             self._table.unpin(slots)

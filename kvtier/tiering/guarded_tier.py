@@ -120,21 +120,32 @@ class TierGuard(TierCalls):
             self._fault("can_store", fault)
             return False
 
-    def store(self, keys: Sequence[OffloadKey], slots: list[int], context: ReqContext) -> bool:
-        """Start a store job out of `slots`, which are pinned; return False if the tier refused it.
+    def open_job(self, keys: Sequence[OffloadKey], slots: list[int], context: ReqContext, *, is_promotion: bool) -> Job:
+        """Return a new job for `hand_over`. Its slots stay pinned, or filling, until it has ended."""
+        job_id, now = next(self._job_ids), self._clock()
+        if not self.jobs:
+            self._progressed_at = now
+        if not is_promotion:
+            self._num_storing += len(slots)
+        job = self.jobs[job_id] = Job(job_id, tuple(keys), list(slots), is_promotion, context, now, len(keys))
+        return job
 
-        If digests are kept, the tier gets the job later, when they have been computed.
+    def hand_over(self, job: Job, *, is_hashed: bool = False) -> bool:
+        """Give a job to the tier; return False, and forget the job, if the tier refused it.
+
+        If digests are kept, the blocks of a store are hashed first. The tier gets the job when that is done.
         """
-        job = self._open(keys, slots, False, context)
-        self._num_storing += len(slots)
-        if self._digests is None:
-            return self._hand_over(job)
-        self._digests.begin(job)
-        return True
-
-    def load(self, keys: Sequence[OffloadKey], slots: list[int], context: ReqContext) -> bool:
-        """Start a load job into `slots`, which are filling; return whether the tier took it."""
-        return self._hand_over(self._open(keys, slots, True, context))
+        if self._digests is not None and not job.is_promotion and not is_hashed:
+            self._digests.begin(job)
+            return True
+        if self._busy is None:
+            try:
+                (self.tier.submit_load if job.is_promotion else self.tier.submit_store)(job.as_metadata())
+                return True
+            except Exception as fault:  # noqa: BLE001 - a tier's fault never reaches the engine: it is reported
+                self._fault("submit_load" if job.is_promotion else "submit_store", fault)
+        self._forget(job)
+        return False
 
     def cancel_unwanted(self, unwanted: set[int]) -> None:
         """Tell the tier, once per job, that no request waits for load jobs whose slots are all among `unwanted`."""
@@ -147,24 +158,6 @@ class TierGuard(TierCalls):
             job.is_cancelled = True
         if jobs:
             self.cancel_loads([job.job_id for job in jobs])
-
-    def _open(self, keys: Sequence[OffloadKey], slots: list[int], is_promotion: bool, context: ReqContext) -> Job:
-        """Return a new job, whose slots stay pinned until it has ended."""
-        job_id, now = next(self._job_ids), self._clock()
-        if not self.jobs:
-            self._progressed_at = now
-        job = self.jobs[job_id] = Job(job_id, tuple(keys), list(slots), is_promotion, context, now, len(keys))
-        return job
-
-    def _hand_over(self, job: Job) -> bool:
-        if self._busy is None:
-            try:
-                (self.tier.submit_load if job.is_promotion else self.tier.submit_store)(job.as_metadata())
-                return True
-            except Exception as fault:  # noqa: BLE001 - a tier's fault never reaches the engine: it is reported
-                self._fault("submit_load" if job.is_promotion else "submit_store", fault)
-        self._forget(job)
-        return False
 
     def _forget(self, job: Job) -> None:
         del self.jobs[job.job_id]
@@ -286,7 +279,7 @@ class TierGuard(TierCalls):
                 self._end(job, ended)
             else:
                 digests_of.record(job.keys, digests)
-                if not self._hand_over(job):
+                if not self.hand_over(job, is_hashed=True):
                     ended.append(job)
 
     def _refresh(self) -> None:

@@ -248,7 +248,7 @@ class Promoter:
         self, queue: LoadQueue, keys: Sequence[OffloadKey], slots: list[int], state: RequestState, now: float
     ) -> None:
         queue.speed.begin(len(slots), now)
-        if not queue.guard.load(keys, slots, state.context):
+        if not queue.guard.hand_over(queue.guard.open_job(keys, slots, state.context, is_promotion=True)):
             queue.landed += len(slots)
             self._fail(queue.guard, keys, slots)
 
