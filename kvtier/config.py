@@ -66,7 +66,7 @@ class OffloadingConfig:
         extra_config: the user's configuration, as `TieringConfig` declares it; it is not changed.
         groups: the KV cache groups, at least one, by group index.
         engine_block_bytes: bytes of one engine block of the largest group, over all layers and all workers. The
-            workers have equal shares of it, in the order of their ranks.
+            workers have equal shares of it, in the order of their ranks; if `replicated`, they share all of it.
         namespace: identity of the blocks; None if the engine cannot give one (persistent tiers then do not start).
         engine_id: unique among the engines of one machine.
         world_size: number of workers that share the arena.
@@ -77,6 +77,7 @@ class OffloadingConfig:
         enable_kv_cache_events: True if the engine calls `take_events`.
         namespace_follows: True if the engine gives the namespace later, by `TieringOffloadingSpec.identify`;
             persistent tiers start then.
+        replicated: True if a block is the same in all workers. It is stored once, by rank 0, and all of them load it.
     """
 
     extra_config: Mapping[str, Any] = field(repr=False)  # where users put passwords, allowed or not
@@ -91,6 +92,7 @@ class OffloadingConfig:
     uses_lora: bool = False
     enable_kv_cache_events: bool = False
     namespace_follows: bool = False
+    replicated: bool = False
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -104,7 +106,7 @@ class OffloadingConfig:
             raise ConfigError("groups", self.groups, "at least one KV cache group")
         _check_count("engine_block_bytes", self.engine_block_bytes)
         _check_count("world_size", self.world_size)
-        if self.engine_block_bytes % self.world_size:
+        if self.engine_block_bytes % self.num_shares:
             allowed = f"a multiple of world_size={self.world_size}: each worker has an equal share of a block"
             raise ConfigError("engine_block_bytes", self.engine_block_bytes, allowed)
         if not 0 <= self.rank < self.world_size:
@@ -115,6 +117,16 @@ class OffloadingConfig:
         if self.data_parallel_index < 0 or (size is not None and self.data_parallel_index >= size):
             allowed = "an int, at least 0" if size is None else f"0 to {size - 1}, for data_parallel_size={size}"
             raise ConfigError("data_parallel_index", self.data_parallel_index, allowed)
+
+    @property
+    def num_shares(self) -> int:
+        """Number of parts of a block, each of which one worker stores."""
+        return 1 if self.replicated else self.world_size
+
+    @property
+    def share(self) -> int:
+        """Index of the part of a block that this process loads."""
+        return 0 if self.replicated else self.rank
 
 
 class TrustedWeights(Enum):

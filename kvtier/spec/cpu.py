@@ -294,16 +294,19 @@ class CPUOffloadingSpec(forks.ProcessBound, OffloadingSpec):
     def _make_worker(self, kv_caches: KVCaches) -> OffloadingWorker:
         make_worker = WORKERS.load(device_of(kv_caches))
         arena, rank = self.arena, self.config.rank
-        return make_worker(
-            self._share_of(rank, arena.view), kv_caches, self.engine_blocks_per_block, arena.control, rank
-        )
+        return make_worker(self._share_of(arena.view), kv_caches, self.engine_blocks_per_block, arena.control, rank)
 
-    def _share_of(self, rank: int, view: memoryview) -> memoryview:
-        """Return the part of every slot that one worker copies, shape (num_blocks, the worker's bytes per block)."""
-        if self.config.world_size == 1:
+    @property
+    def share_bytes(self) -> int:
+        """Bytes of a block that one worker copies."""
+        return self.config.engine_block_bytes * self.engine_blocks_per_block // self.config.num_shares
+
+    def _share_of(self, view: memoryview) -> memoryview:
+        """Return the part of every slot that this worker copies, shape (num_blocks, `share_bytes`)."""
+        if self.config.num_shares == 1:
             return view
-        share = self.config.engine_block_bytes * self.engine_blocks_per_block // self.config.world_size
-        return np.asarray(view)[:, rank * share : (rank + 1) * share].data
+        start = self.config.share * self.share_bytes
+        return np.asarray(view)[:, start : start + self.share_bytes].data
 
     def _namespace(self) -> Namespace | None:
         """Return the engine's namespace, with what this spec decides about the bytes of a block."""

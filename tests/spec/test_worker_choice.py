@@ -69,6 +69,18 @@ def test_workers_of_one_engine_fill_their_own_part_of_a_slot(rank):
         assert not np.frombuffer(spec.arena.row(0), np.int8).any()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_workers_that_have_the_same_bytes_share_the_whole_slot(rank):
+    said = {"world_size": 2, "rank": rank, "replicated": True}
+    config = OffloadingConfig({"cpu_bytes_to_use": "64KiB"}, (KVCacheGroup(16),), 4001, **said)
+    rows = np.full((4, 4001), 7, np.int8)
+    with CPUOffloadingSpec(config) as spec:
+        worker = spec.get_worker(KVCaches([rows], [[(0, 4001)]]))
+        worker.submit_store(1, GPULoadStoreSpec([2]), CPULoadStoreSpec([1]))
+        assert [result.success for result in worker.get_finished()] == [True]
+        assert np.flatnonzero(np.frombuffer(spec.arena.row(1), np.int8) == 7).tolist() == list(range(4001))
+
+
 def test_other_things_have_no_worker():
     for tensors, kinds in (([b"bytes"], ["bytes"]), ([], [])):
         with pytest.raises(ConfigError) as caught:

@@ -21,10 +21,18 @@ ENGINE_BLOCKS = 8
 IDENTITY = {"layout": "l", "hash": "sha256"}
 
 
-def config(engine_id, world_size=1, rank=0, **keys):
+def config(engine_id, world_size=1, rank=0, replicated=False, **keys):
     extra = {"cpu_bytes_to_use": "64KiB"} | keys
-    groups = (KVCacheGroup(16, LAYERS),)
-    return OffloadingConfig(extra, groups, SHARE * world_size, engine_id=engine_id, world_size=world_size, rank=rank)
+    block_bytes = SHARE * (1 if replicated else world_size)
+    return OffloadingConfig(
+        extra,
+        (KVCacheGroup(16, LAYERS),),
+        block_bytes,
+        engine_id=engine_id,
+        world_size=world_size,
+        rank=rank,
+        replicated=replicated,
+    )
 
 
 def kv_caches(rank=0, kind="cpu"):

@@ -107,6 +107,27 @@ def test_whether_a_load_is_expedited_is_passed_on(rig, expedited):
     assert worker._attached.worker._theirs.expedited == ({2} if expedited else set())
 
 
+def test_what_is_the_same_on_all_ranks_is_stored_once_and_loaded_by_all(rig):
+    rig = rig(3, replicated=True)
+    keys, slots = place(rig, "x", "y")
+    wanted = [tensor.tensor[[5, 2]].clone() for tensor in rig.caches[0].tensors]
+    for worker in rig.workers:
+        assert worker.submit_store(1, engine_blocks(5, 2), slots)
+    moved = [worker.get_finished() for worker in rig.workers]
+    assert [[(result.job_id, result.success) for result in results] for results in moved] == [[(1, True)]] * 3
+    assert [result.transfer_size for (result,) in moved] == [2 * SHARE, 0, 0]
+    assert rig.core.control.finished(3) == slots.sequence
+    rig.core.manager.complete_store(set(keys), ReqContext("request"))
+    assert rig.core._first.block_bytes == 4096 > SHARE > 4096 / 3, "one copy, rounded up to pages"
+
+    loaded = KVTierLoadStoreSpec(rig.core.manager.prepare_load(keys, ReqContext("request")))
+    for worker, caches in zip(rig.workers, rig.caches, strict=True):
+        assert worker.submit_load(2, loaded, engine_blocks(1, 3))
+        assert [result.success for result in worker.get_finished()] == [True]
+        assert all(torch.equal(tensor.tensor[[1, 3]], old) for tensor, old in zip(caches.tensors, wanted, strict=True))
+    assert rig.core.control.finished(3) == loaded.sequence
+
+
 def test_the_region_of_every_rank_is_its_share_of_the_arenas_rows(engine_id):
     with RegionTieringSpec(config(engine_id, world_size=3)) as spec:
         assert spec.block_bytes == 12288 > 3 * SHARE, "rows end with a part that is nobody's"

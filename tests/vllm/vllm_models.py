@@ -128,3 +128,38 @@ def save_adapter(folder: Path, seed: int, rank: int = 8, scale: float = 0.5, **c
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     save_file(weights, folder / "adapter_model.safetensors")
     return folder
+
+
+def save_deepseek(folder: Path, seed: int = 0) -> Path:
+    """Write a model with MLA: each layer caches one latent vector per token, the same on all tensor-parallel ranks."""
+    shape = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32}
+    config = llama_config(
+        architectures=["DeepseekV2ForCausalLM"],
+        model_type="deepseek_v2",
+        q_lora_rank=None,
+        num_key_value_heads=4,
+        n_routed_experts=2,
+        num_experts_per_tok=1,
+        n_shared_experts=1,
+        moe_intermediate_size=64,
+        first_k_dense_replace=2,
+        **shape,
+    )
+    del config["head_dim"]
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    latent, rope, nope, value = shape.values()
+    weights = random_weights(config | {"head_dim": nope + rope}, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+
+    def random(*size):
+        return torch.randn(size, generator=generator) * (2.0 / size[-1] ** 0.5)
+
+    for index in range(config["num_hidden_layers"]):
+        attention = f"model.layers.{index}.self_attn"
+        for name in ("k_proj", "v_proj"):
+            del weights[f"{attention}.{name}.weight"]
+        weights[f"{attention}.kv_a_proj_with_mqa.weight"] = random(latent + rope, hidden)
+        weights[f"{attention}.kv_a_layernorm.weight"] = torch.ones(latent)
+        weights[f"{attention}.kv_b_proj.weight"] = random(heads * (nope + value), latent)
+        weights[f"{attention}.o_proj.weight"] = random(hidden, heads * value)
+    return save(folder, config, weights)

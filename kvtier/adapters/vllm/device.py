@@ -76,11 +76,6 @@ class RegionTieringSpec(TieringOffloadingSpec):
         super().shutdown()
         self.forget_name()
 
-    @property
-    def _share(self) -> int:
-        """Bytes of a block that one worker fills."""
-        return self.config.engine_block_bytes * self.engine_blocks_per_block // self.config.world_size
-
     def _make_arena(self) -> Arena:
         engine_id, shape = self.config.engine_id, (self.num_blocks, self.block_bytes)
         sweep_leftovers()
@@ -97,7 +92,7 @@ class RegionTieringSpec(TieringOffloadingSpec):
             raise ConfigError("arena_path", self.user_config.arena_path, allowed)
         check_memory(num_bytes + CONTROL_BYTES)
         try:
-            self._region = SharedOffloadRegion(engine_id, self.num_blocks, None, self.block_bytes, self._share)
+            self._region = SharedOffloadRegion(engine_id, self.num_blocks, None, self.block_bytes, self.share_bytes)
             if Path(self._region.mmap_path) != path or self._region.create_kv_memoryview().shape != shape:
                 raise ConfigError("vLLM's region", self._region.mmap_path, f"{path} with rows of shape {shape} wanted")
             os.posix_fallocate(self._region.fd, num_bytes, CONTROL_BYTES)
@@ -124,14 +119,18 @@ class RegionTieringSpec(TieringOffloadingSpec):
         # the arena that this worker waits for, after it has captured the graphs.
         rank, path = self.config.rank, region_path(self.config.engine_id)
         needed = self.engine_blocks_per_block * sum(tensor.page_size_bytes for tensor in kv_caches.tensors)
-        if needed > self._share:
-            raise ConfigError("kv_caches", f"{needed} bytes per block", f"at most the {self._share} that a rank has")
+        if needed > self.share_bytes:
+            raise ConfigError(
+                "kv_caches", f"{needed} bytes per block", f"at most the {self.share_bytes} that a rank has"
+            )
         if not os.path.samestat(path.stat(), os.fstat(self.arena.fd)):
             raise ConfigError("engine_id", self.config.engine_id, f"{path} is not the engine core's")
         device = kv_caches.tensors[0].tensor.device
         if device.type != "cpu":
             current_platform.set_device(device)  # the current device is per thread, and a new thread has device 0
-        region = SharedOffloadRegion(self.config.engine_id, self.num_blocks, rank, self.block_bytes, self._share)
+        region = SharedOffloadRegion(
+            self.config.engine_id, self.num_blocks, self.config.share, self.block_bytes, self.share_bytes
+        )
         try:
             theirs = CPUOffloadingWorker(kv_caches, self.engine_blocks_per_block, self.num_blocks, region)
         except BaseException:
@@ -160,7 +159,12 @@ class RegionWorker(OffloadingWorker):
         self._sequences.clear()
 
     def submit_store(self, job_id: int, src_spec: types.GPULoadStoreSpec, dst_spec: types.LoadStoreSpec) -> bool:
-        self._start(self._theirs.submit_store, job_id, sequence_of(dst_spec), src_spec, dst_spec)
+        sequence = sequence_of(dst_spec)
+        if len(src_spec.block_ids):
+            self._start(self._theirs.submit_store, job_id, sequence, src_spec, dst_spec)
+        else:  # another rank stores the blocks
+            self._book.begin(sequence)
+            self._book.end(types.TransferResult(job_id, success=True), sequence)
         return True
 
     def submit_load(

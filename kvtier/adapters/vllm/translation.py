@@ -154,11 +154,12 @@ def engine_config(config: Any, kv_bytes_per_block: int) -> OffloadingConfig:
     return OffloadingConfig(
         extra_config=config.extra_config,
         groups=tuple(KVCacheGroup(group.tokens_per_block, tuple(group.layer_names)) for group in config.groups),
-        engine_block_bytes=kv_bytes_per_block * parallel.world_size,
+        engine_block_bytes=kv_bytes_per_block * (1 if config.replicated_layout else parallel.world_size),
         engine_id=config.engine_id,
         world_size=parallel.world_size,
         rank=parallel.rank,
         data_parallel_index=parallel.data_parallel_index,
         data_parallel_size=data_parallel_size(config),
         enable_kv_cache_events=config.enable_kv_cache_events,
+        replicated=config.replicated_layout,
     )

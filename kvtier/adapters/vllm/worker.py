@@ -21,6 +21,7 @@ from kvtier.errors import ConfigError
 from kvtier.log import cleaned
 from kvtier.primary.arena import Arena
 from kvtier.spec.tiering import TieringOffloadingSpec
+from kvtier.types import CPULoadStoreSpec, GPULoadStoreSpec
 from kvtier.weights.file_digests import StoppedError
 
 logger = cleaned(init_logger("vllm.kvtier"))
@@ -94,9 +95,14 @@ class KVTierOffloadingWorker(base.OffloadingWorker):  # type: ignore[misc]  # vL
         self._stop = threading.Event()
 
     def submit_store(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
+        """Start a store. If all workers have the same bytes, rank 0 alone copies; the others' transfers are empty."""
         attached = self._attached_now()
         try:
-            attached.worker.submit_store(job_id, engine_blocks(src_spec), dst_spec.slots())
+            blocks, slots = engine_blocks(src_spec), dst_spec.slots()
+            if self._spec.config.replicated and self._spec.config.rank:
+                blocks = GPULoadStoreSpec((), [0] * len(blocks.group_sizes), blocks.block_indices)
+                slots = CPULoadStoreSpec((), slots.sequence)
+            attached.worker.submit_store(job_id, blocks, slots)
         except Exception as error:  # noqa: BLE001 - the engine must go on: the core is told, and stops storing
             self._count_failure(job_id, error)
             self._results.append(base.TransferResult(job_id, success=True))
