@@ -7,7 +7,7 @@ return wrong bytes. The guard keeps the jobs that the tier has not answered. It 
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from kvtier.abc import SecondaryTierManager
 from kvtier.clock import Clock
@@ -26,6 +26,7 @@ from kvtier.types import (
     FailureCause,
     JobResult,
     LookupResult,
+    OffloadingEvent,
     ReqContext,
 )
 
@@ -37,7 +38,11 @@ _UP, _STARTING, _DOWN = TierState.UP, TierState.STARTING, TierState.DOWN
 
 
 class TierGuard(TierCalls):
-    """A tier, its admission rule, its unanswered jobs and whether it may be used."""
+    """A tier, its admission rule, its unanswered jobs and whether it may be used.
+
+    Attributes:
+        usable: whether lookups and jobs go to the tier now.
+    """
 
     def __init__(
         self,
@@ -59,6 +64,7 @@ class TierGuard(TierCalls):
             probe_deadline: longest wait for the answer to a lookup, in seconds; None for the tier's own.
         """
         super().__init__(tier)
+        self.usable = False
         self._late = tier if isinstance(tier, LateTier) else None
         self.index = index
         self.name = name
@@ -96,7 +102,7 @@ class TierGuard(TierCalls):
             return LookupResult.RETRY if self._is_opening else LookupResult.MISS
         if self._digests is not None and key not in self._digests:
             return LookupResult.MISS
-        # Not through `TierCalls`: this runs once per key of every scan, and a further call would cost more than the
+        # Not through `ask`: this runs once per key of every scan, and a further call would cost more than the
         # try block, which CPython enters at no cost since 3.11.
         try:
             return self.tier.lookup(key, req_context)
@@ -157,7 +163,7 @@ class TierGuard(TierCalls):
         for job in jobs:
             job.is_cancelled = True
         if jobs:
-            self.cancel_loads([job.job_id for job in jobs])
+            self.tell("cancel_loads", self.tier.cancel_loads, [job.job_id for job in jobs])
 
     def _forget(self, job: Job) -> None:
         del self.jobs[job.job_id]
@@ -167,13 +173,15 @@ class TierGuard(TierCalls):
     def forget_request(self, req_context: ReqContext) -> None:
         """Tell the tier that a request is over."""
         self.patience.forget(req_context)
-        self.end_request(req_context)
+        self.tell("on_request_finished", self.tier.on_request_finished, req_context)
 
     def readings(self) -> dict[str, float]:
-        """Return the metrics of this tier that the guard knows, by name."""
+        """Return the metrics of this tier by name. The guard's own values replace those that the tier gives."""
         num_jobs, num_blocks = len(self.jobs), sum(len(job.slots) for job in self.jobs.values())
         num_loads = sum(job.is_promotion for job in self.jobs.values())
+        nothing: dict[str, float] = {}
         return {
+            **self.ask("get_stats", nothing, lambda: _numbers(self.tier.get_stats())),
             "jobs": num_jobs,
             "store_jobs_in_flight": num_jobs - num_loads,
             "load_jobs_in_flight": num_loads,
@@ -187,7 +195,13 @@ class TierGuard(TierCalls):
         """Return the tier's state, seen from outside, and the reason for it."""
         if self._standing.fault is not None:
             return TierState.DOWN, self._standing.fault
-        return self.describe_itself()
+        state = self.ask("state", _DOWN, lambda: self.tier.state)
+        return state, self.ask("state_reason", "", lambda: self.tier.state_reason)
+
+    def take_events(self) -> list[OffloadingEvent]:
+        """Return the tier's KV events since the last call; none if it fails."""
+        nothing: list[OffloadingEvent] = []
+        return self.ask("take_events", nothing, lambda: list(self.tier.take_events()))
 
     # -- once a step --------------------------------------------------------------------------------------
 
@@ -342,7 +356,7 @@ class TierGuard(TierCalls):
             self._begin_epoch(epoch)
 
     def _begin_epoch(self, epoch: bytes) -> None:
-        if self.enter_epoch(epoch):
+        if self.tell("start_epoch", self.tier.start_epoch, epoch):
             self._pending_epoch = None
             if self._digests is not None:
                 self._digests.clear()
@@ -387,6 +401,10 @@ class TierGuard(TierCalls):
         if self._num_storing != sum(len(job.slots) for job in self.jobs.values() if not job.is_promotion):
             raise InvariantError(f"tier {self.name} miscounts the blocks of its stores")
         self.tier.check_invariants()
+
+
+def _numbers(stats: Mapping[str, float]) -> dict[str, float]:
+    return {str(name): float(value) for name, value in stats.items()}
 
 
 def _read(result: JobResult, keys: Sequence[OffloadKey], took: float) -> tuple[Collection[OffloadKey], int, float]:

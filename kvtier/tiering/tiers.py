@@ -18,7 +18,9 @@ from kvtier.tiering.settings import TieringSettings
 from kvtier.types import (
     Admission,
     OffloadingEvent,
+    OffloadPolicy,
     ReqContext,
+    RequestOffloadingContext,
     ScheduleEndContext,
     TierFilter,
 )
@@ -80,7 +82,8 @@ class SecondaryTiers:
 
     def announce(self, req_context: ReqContext) -> tuple[int, ...]:
         """Tell every tier of a request; return the indices of those that want all of its blocks."""
-        return tuple([guard.index for guard in self.guards if guard.wants_all_of(req_context)])
+        answers = [guard.ask("on_new_request", None, guard.tier.on_new_request, req_context) for guard in self.guards]
+        return tuple([guard.index for guard, answer in zip(self.guards, answers, strict=True) if _wants_all(answer)])
 
     def forget(self, req_context: ReqContext) -> None:
         """Tell every tier that a request is over."""
@@ -90,12 +93,13 @@ class SecondaryTiers:
     def touch(self, keys: list[OffloadKey], req_context: ReqContext) -> None:
         """Report a use of `keys` to every usable tier."""
         for guard in self.guards:
-            guard.touch(keys, req_context)
+            if guard.usable:
+                guard.tell("touch", guard.tier.touch, keys.copy(), req_context)
 
     def end_step(self, context: ScheduleEndContext) -> None:
         """Tell every tier that a step is over."""
         for guard in self.guards:
-            guard.end_step(context)
+            guard.tell("on_schedule_end", guard.tier.on_schedule_end, context)
 
     def has_live_cascade(self, now: float) -> bool:
         """Return whether any tier has unanswered stores and makes progress."""
@@ -129,7 +133,7 @@ class SecondaryTiers:
         """Return metrics of the tiers and their guards, named as in `get_stats`. A guard's value replaces a tier's."""
         stats: dict[str, float] = {}
         for guard in self.guards:
-            stats |= tier_readings(guard.name, {**guard.stats(), **guard.readings()})
+            stats |= tier_readings(guard.name, guard.readings())
         return stats
 
     def states(self) -> dict[str, tuple[TierState, str]]:
@@ -140,6 +144,11 @@ class SecondaryTiers:
         """Raise InvariantError if a guard or its tier contradicts itself."""
         for guard in self.guards:
             guard.check_invariants()
+
+
+def _wants_all(answer: object) -> bool:
+    """Return whether a tier wants every block of a request, prefix hits included."""
+    return isinstance(answer, RequestOffloadingContext) and answer.policy is OffloadPolicy.REQUEST_LEVEL
 
 
 def _distinct(tiers: Sequence[SecondaryTierManager]) -> list[str]:
