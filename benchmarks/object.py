@@ -2,7 +2,8 @@
 
 Every figure is the median of several rounds. A round measures every case before the next one begins. The raw limit is
 one large object, which the same client writes and reads with one request each: no client gets more from this server.
-`single` is the same store with packs of one block, that is, one request per block.
+`single` is the same store with packs of one block, that is, one request per block. `scattered` reads one block of four
+neighbours: its time as a share of the time for all of them, and its requests per block.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ from moto_server import MotoServer
 BUCKET = "kvtier"
 CALL_BYTES = 4 << 20
 CALL_BLOCKS = 64
+SCATTER = 4
+"""Scattered reads want one block of so many neighbours."""
 Sample = dict[str, float]
 
 
@@ -81,7 +84,21 @@ class Case:
                 kind = "put" if way == "write" else "get"
                 sample[f"{name} {way} requests"] = store.client.requests[kind] / count
                 sample[f"{name} {way} bytes"] = store.client.moved_bytes[kind] / count
+        scattered = [number for number in range(self.count) if number % SCATTER == 0]
+        self.packed.client.requests.clear()
+        whole = self._seconds(lambda: self._move(self.packed.read_into, self.count))
+        self.packed.client.requests.clear()
+        sample["scattered seconds"] = self._seconds(lambda: self._read_some(scattered)) / whole
+        sample["scattered requests"] = self.packed.client.requests["get"] / len(scattered)
         return sample
+
+    def _read_some(self, numbers: list[int]) -> None:
+        """Read some blocks, in calls that cover as many packs as those of `_move`."""
+        per_call = max(1, self.step // SCATTER)
+        for start in range(0, len(numbers), per_call):
+            some = numbers[start : start + per_call]
+            if not all(self.packed.read_into([self.keys[i] for i in some], [self.rows[i] for i in some])):
+                raise RuntimeError("a block was not moved")
 
     def _move(self, move: Callable[..., list[bool]], count: int) -> None:
         for start in range(0, count, self.step):
@@ -90,9 +107,13 @@ class Case:
                 raise RuntimeError("a block was not moved")
 
     def _rate(self, move: Callable[[], Any], count: int | None = None) -> float:
+        return (self.count if count is None else count) * self.block_bytes / 1e9 / self._seconds(move)
+
+    @staticmethod
+    def _seconds(move: Callable[[], Any]) -> float:
         started = time.perf_counter()
         move()
-        return (self.count if count is None else count) * self.block_bytes / 1e9 / (time.perf_counter() - started)
+        return time.perf_counter() - started
 
     def _settings(self, endpoint: str, name: str, pack_bytes: int) -> ObjectOptions:
         return ObjectOptions.read(
@@ -202,13 +223,23 @@ def report(figures: dict[str, Any]) -> None:
     table = Table(
         title=f"{figures['server']}: GB/s and requests a block, write / read; ratio: packed to one big object"
     )
-    for column in ("block", "raw GB/s", "packed GB/s", "single GB/s", "ratio", "requests a block", "bytes a block"):
+    for column in (
+        "block",
+        "raw GB/s",
+        "packed GB/s",
+        "single GB/s",
+        "ratio",
+        "requests a block",
+        "bytes a block",
+        "scattered",
+    ):
         table.add_column(column, justify="right")
     for row in figures["rows"]:
         cells = [f"{row[f'{name} write']:.3f} / {row[f'{name} read']:.3f}" for name in ("raw", "packed", "single")]
         cells.append(f"{row['ratio write']:.2f} / {row['ratio read']:.2f}")
         cells.append(f"{row['packed write requests']:.3f} / {row['packed read requests']:.3f}")
         cells.append(f"{row['packed write bytes']:,.0f} / {row['packed read bytes']:,.0f}")
+        cells.append(f"{row['scattered seconds']:.2f}, {row['scattered requests']:.2f}")
         table.add_row(f"{row['block_bytes'] // 1024} KiB", *cells)
     console = Console(width=120)
     console.print(table)

@@ -8,6 +8,7 @@ from obstore.store import MemoryStore
 
 from kvtier.stores.integrity.header import HEADER_BYTES
 from kvtier.stores.object import refresher
+from kvtier.stores.object.client import ReadCosts
 from kvtier.stores.object.names import PackName, TakenBack, digest_of, parse
 from kvtier.testing.patience import wait_for
 from kvtier.testing.stores import StoreSuite, make_key
@@ -50,12 +51,23 @@ class TestInMemory(OnBucket):
         assert self._read(range(5, 35)) == [self.payload(number) for number in range(5, 35)]
         assert self.store.client.requests["get"] == 1
 
-    def test_scattered_blocks_are_read_with_a_request_a_run(self):
+    @pytest.mark.parametrize(("latency_in_values", "requests"), [(0, 4), (1, 3), (6, 2), (18, 1)])
+    def test_scattered_blocks_are_read_together_where_a_request_costs_more(self, latency_in_values, requests):
         self._write(range(40))
         self.store.client.requests.clear()
-        numbers = [0, 1, 3, 10, 11, 30]  # 3 is near enough to 1
+        self.store.client.read_costs = costs = ReadCosts()
+        for _ in range(200):  # a value takes a second
+            value_bytes = HEADER_BYTES + self.block_bytes
+            costs.learn(latency_in_values + 0.5, 1.0, value_bytes)
+        numbers = [0, 1, 3, 10, 11, 30]  # gaps of 1, 6 and 18 values
         assert self._read(numbers) == [self.payload(number) for number in numbers]
-        assert self.store.client.requests["get"] == 3
+        assert self.store.client.requests["get"] == requests
+
+    def test_the_costs_of_a_request_are_measured_with_every_read(self):
+        before = self.store.client.read_costs.bytes_per_request
+        self._write([1])
+        assert self._read([1]) == [self.payload(1)]
+        assert self.store.client.read_costs.bytes_per_request != before
 
     def test_a_lookup_is_no_request(self):
         self._write(range(10))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -23,6 +24,10 @@ _CODE = re.compile(r"<Code>(\w{1,64})</Code>")
 _RETRIES = 2
 _FIRST_RETRY_SECONDS = 0.05
 _MAX_DELETED = 1000
+_NEW_SHARE = 0.1
+"""Weight of the latest read among those before it."""
+_MAX_BYTES_PER_REQUEST = 4 << 20
+"""As large as a pack: all that a request could skip."""
 _FOREIGN = (exceptions.BaseError, OSError, ValueError)
 """What obstore raises: its own errors, FileNotFoundError, and ValueError for an invalid configuration."""
 
@@ -106,10 +111,34 @@ def _s3_options(settings: ObjectOptions) -> dict[str, Any]:
     return options
 
 
+class ReadCosts:
+    """What one more read request costs, measured: the time until it is answered, against the speed of bodies.
+
+    Threads may share it: a lost sample does no harm.
+    """
+
+    def __init__(self) -> None:
+        # Until bodies have come, those of a cloud's bucket: 20 ms to an answer, then 100 MB/s per request.
+        self._latency = 0.020
+        self._body_bytes, self._body_seconds = 1e6, 0.010
+
+    def learn(self, latency: float, body_seconds: float, body_bytes: int) -> None:
+        """Note one read: seconds until the answer began, seconds for its body, bytes of the body."""
+        self._latency += (latency - self._latency) * _NEW_SHARE
+        self._body_bytes += (body_bytes - self._body_bytes) * _NEW_SHARE
+        self._body_seconds += (body_seconds - self._body_seconds) * _NEW_SHARE
+
+    @property
+    def bytes_per_request(self) -> int:
+        """How many bytes of a body take as long as one more request; at most `_MAX_BYTES_PER_REQUEST`."""
+        return int(min(_MAX_BYTES_PER_REQUEST, self._latency * self._body_bytes / max(self._body_seconds, 1e-9)))
+
+
 class Client:
     """The requests to a bucket. Threads share it.
 
     Attributes:
+        read_costs: measured with every read.
         requests: number of requests by kind, without obstore's retries.
         moved_bytes: bytes of bodies by kind.
     """
@@ -118,6 +147,7 @@ class Client:
         """Args: bucket: the result of `connect`; where: the bucket's place, for messages."""
         self._bucket = bucket
         self.where = where
+        self.read_costs = ReadCosts()
         self.requests: Counter[str] = Counter()
         self.moved_bytes: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -138,10 +168,14 @@ class Client:
         """
 
         def ask() -> Any:
+            begun = time.perf_counter()
             found = obstore.get(self._bucket, path, options={"range": (start, start + length)})
+            answered = time.perf_counter()
             # One chunk is all of it. A body that goes on is dropped here: `buffer()` would read it to its end, or until
             # the timeout, whatever was asked for.
-            return found.meta["size"], next(iter(found.stream(min_chunk_size=length + 1)), b"")
+            body = next(iter(found.stream(min_chunk_size=length + 1)), b"")
+            self.read_costs.learn(answered - begun, time.perf_counter() - answered, len(body))
+            return found.meta["size"], body
 
         whole, body = self._ask("get", length, ask)
         if whole != size or len(body) != length:

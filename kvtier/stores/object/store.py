@@ -150,7 +150,8 @@ class ObjectStore(BlockStore):
             else:
                 group = wanted.setdefault(found.pack.stamp, (found.pack, []))
                 group[1].append(Wanted(index, found.place, found.num_values))
-        runs = [(pack, run) for pack, blocks in wanted.values() for run in _runs(blocks)]
+        most_skipped = self.client.read_costs.bytes_per_request // self._value_bytes
+        runs = [(pack, run) for pack, blocks in wanted.values() for run in _runs(blocks, most_skipped)]
         if len(runs) == 1:
             causes |= self._read_run(*runs[0], keys, buffers)
         else:
@@ -263,12 +264,16 @@ class ObjectStore(BlockStore):
             self._refresher.note(error)
 
 
-def _runs(blocks: list[Wanted]) -> list[list[Wanted]]:
-    """Group the blocks of one pack into runs, each for one request. A gap of one value is read along."""
+def _runs(blocks: list[Wanted], most_skipped: int) -> list[list[Wanted]]:
+    """Group the blocks of one pack into runs, each for one request.
+
+    Args:
+        most_skipped: up to so many unwanted values between two blocks are read along.
+    """
     blocks.sort(key=lambda wanted: wanted.place)
     runs: list[list[Wanted]] = [[]]
     for wanted in blocks:
-        if runs[-1] and wanted.place - runs[-1][-1].place > 2:
+        if runs[-1] and wanted.place - runs[-1][-1].place - 1 > most_skipped:
             runs.append([])
         runs[-1].append(wanted)
     return runs
