@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 from kvtier.keys import OffloadKey
 from kvtier.primary.table import BlockTable
@@ -17,23 +16,6 @@ _HIT, _MISS = LookupResult.HIT, LookupResult.MISS
 _PENDING, _RETRY = LookupResult.HIT_PENDING, LookupResult.RETRY
 
 
-class Answers(NamedTuple):
-    """The members of an enum of answers: `LookupResult`'s, or those of the same names in an engine's own enum."""
-
-    miss: Any
-    hit: Any
-    pending: Any
-    retry: Any
-
-    @classmethod
-    def of(cls, members: Any) -> Answers:
-        """Return the members of an enum. To look one up in its class takes longer than a lookup of a block."""
-        return cls(members.MISS, members.HIT, members.HIT_PENDING, members.RETRY)
-
-
-OWN_ANSWERS = Answers.of(LookupResult)
-
-
 class Lookups:
     """Asks the secondary tiers, and keeps their answers for the plan at the end of the step."""
 
@@ -41,32 +23,7 @@ class Lookups:
         """Args: table: of the primary tier; guards: of the secondary tiers."""
         self._table, self._guards, self._flights, self._waiting = table, guards, flights, waiting
 
-    def make_answerer(self, state: RequestState, answers: Answers) -> Callable[[OffloadKey], Any]:
-        """Return a function that looks up one key of a request and adds it to the scan; valid until that ends.
-
-        Args:
-            answers: what it returns.
-        """
-        # Engines call it once per key, thousands of times per step. A closure reads its variables faster than a method
-        # reads attributes.
-        note, get_slot, filling = state.scan.keys.append, self._table.slot_of.get, self._table.filling
-        resolve, may_load = self._resolve, bool(state.tiers)
-        miss, hit, pending, retry = answers
-
-        def answer(key: OffloadKey) -> Any:
-            note(key)
-            slot = get_slot(key)
-            if slot is None:
-                if not may_load:
-                    return miss
-            elif slot not in filling:
-                return hit
-            found = resolve(state, key, slot is not None)
-            return miss if found is _MISS else pending if found is _PENDING else retry
-
-        return answer
-
-    def _resolve(self, state: RequestState, key: OffloadKey, filling: bool) -> LookupResult:
+    def resolve(self, state: RequestState, key: OffloadKey, filling: bool) -> LookupResult:
         """Answer for a block that is not ready.
 
         Args:
@@ -76,7 +33,7 @@ class Lookups:
         return answer if answer is not _MISS and self._waiting.defer(state) else _MISS
 
     def _find(self, state: RequestState, key: OffloadKey, filling: bool) -> LookupResult:
-        """Answer as `_resolve` does, but ignore the deadline."""
+        """Answer as `resolve` does, but ignore the deadline."""
         if filling:
             answer = _MISS if key in self._flights.late else _PENDING
             if key not in self._flights.by_key:

@@ -135,11 +135,15 @@ class Pace:
         The step before took until now, unless the engine was idle in between.
         """
         if self._measures:
-            if self._previous is not None and (self._previous[0] or self._longest_drain):
+            if self._previous is not None:
                 self._learn(*self._previous)
-            self._previous = (self._work, now - self._began, self._worked_at - self._began, self._witnesses)
+            self._previous = None
+            if self._work or self._longest_drain:
+                self._previous = (self._work, now - self._began, self._worked_at - self._began, self._witnesses)
             self._busy_until = now
-        self._began, self._work, self._witnesses = now, 0.0, []
+        self._began = now
+        if self._work:
+            self._work, self._witnesses = 0.0, []
 
     def _learn(self, work: float, until_step: float, until_output: float, witnesses: list[RequestState]) -> None:
         """Take in one step. If a request that computed in it is still live, the engine was busy until the next step."""

@@ -12,7 +12,7 @@ from kvtier.keys import OffloadKey
 from kvtier.primary.uses import Arrivals, RequestUses
 from kvtier.tiering.outline import Outline
 from kvtier.tiering.tiers import SecondaryTiers
-from kvtier.types import ReqContext
+from kvtier.types import ReqContext, TierFilter
 
 
 @dataclass(slots=True, eq=False)
@@ -145,8 +145,8 @@ class RequestState:
     """One request.
 
     Attributes:
-        arrival: place in the order of arrival; the oldest request has the lowest.
-        came: when it came, in seconds of the clock; no other request came at the same time.
+        came: when it came, in seconds of the clock. No other request came at the same time, so it is the order of
+            arrival, too.
         tiers: indices of the tiers that this request may load from.
         request_level_tiers: indices of tiers that want every block of the request, prefix hits included. Written by
             the manager.
@@ -157,10 +157,9 @@ class RequestState:
         uses: the blocks that it has used and stored. Written by `uses.py` and the manager.
     """
 
-    __slots__ = (
-        "arrival", "awaiting", "came", "context", "copies", "finished", "has_acted", "lease", "plans", "progress",
-        "request_level_tiers", "scan", "tiers", "uses", "wait",
-    )  # fmt: skip
+    request_level_tiers: tuple[int, ...] = ()
+    finished = False
+    has_acted = False
 
     awaiting: set[OffloadKey]
     uses: RequestUses
@@ -171,14 +170,12 @@ class RequestState:
     progress: Progress
     copies: Copies
 
-    def __init__(self, context: ReqContext, arrival: int, came: float, tiers: tuple[int, ...] = ()) -> None:
-        self.context, self.arrival, self.came, self.tiers = context, arrival, came, tiers
-        self.request_level_tiers: tuple[int, ...] = ()
-        self.finished = self.has_acted = False
+    def __init__(self, context: ReqContext, came: float, tiers: tuple[int, ...] = ()) -> None:
+        self.context, self.came, self.tiers = context, came, tiers
 
     def __getattr__(self, name: str) -> Any:
         """Make the parts: Python calls this when an attribute is not there."""
-        if self.has_acted or name not in self.__slots__:
+        if self.has_acted or name not in _PARTS:
             raise AttributeError(f"a request's state has no {name!r}")
         self.begin_to_act()
         return getattr(self, name)
@@ -210,50 +207,59 @@ class RequestState:
         )
 
 
+_PARTS = frozenset(RequestState.__annotations__) - {"request_level_tiers"}
+
+
 class ScannedRequests:
-    """The requests that looked something up in this step."""
+    """The requests that looked something up in this step.
+
+    Attributes:
+        states: in the order of their scans.
+    """
 
     def __init__(self) -> None:
-        self._states: list[RequestState] = []
+        self.states: list[RequestState] = []
         self._found: set[OffloadKey] = set()
         self._num_counted = 0
 
-    def __bool__(self) -> bool:
-        return bool(self._states)
-
     def add(self, state: RequestState) -> None:
         """Add a request whose scan begins."""
-        self._states.append(state)
+        self.states.append(state)
 
     def found_by_waiting(self) -> Set[OffloadKey]:
         """Return the keys that waiting requests looked up in this step.
 
         They are leased at the end of the step. A store before that must not evict them.
         """
-        if self._num_counted < len(self._states):
+        if self._num_counted < len(self.states):
             # This runs about once per step: engines look up all waiting requests before they store for running ones.
-            for state in self._states[self._num_counted :]:
+            for state in self.states[self._num_counted :]:
                 if state.wait.since is not None:
                     self._found.update(state.scan.keys)
-            self._num_counted = len(self._states)
+            self._num_counted = len(self.states)
         return self._found
 
     def take(self) -> list[RequestState]:
         """Return the requests, oldest first, and begin a new step."""
-        states = sorted(self._states, key=arrival)
-        self._states.clear()
+        states = sorted(self.states, key=arrival)
+        self.states.clear()
         self._found.clear()
         self._num_counted = 0
         return states
 
 
-def arrival(state: RequestState) -> int:
-    """Return the place of a request in the order of arrival."""
-    return state.arrival
+def arrival(state: RequestState) -> float:
+    """Return when a request came, to order requests by."""
+    return state.came
 
 
 class Requests:
-    """The requests that are live, or that have unfinished copies between device and arena."""
+    """The requests that are live, or that have unfinished copies between device and arena.
+
+    Attributes:
+        active: the live ones that a step has to look at. The others are new, or only decode: their blocks are loaded or
+            computed, and they wait for nothing.
+    """
 
     def __init__(self, tiers: SecondaryTiers, clock: Clock) -> None:
         """Args: tiers: told when a request is over."""
@@ -262,11 +268,9 @@ class Requests:
         # Engines hold thousands of requests that they have not come to yet. They are kept apart, so that no step
         # visits each of them.
         self._new: set[RequestState] = set()
-        # So are those that only decode: their blocks are loaded or computed, and they wait for nothing.
-        self._active: set[RequestState] = set()
+        self.active: set[RequestState] = set()
         self.get: Callable[[str], RequestState | None] = self._by_id.get
         """Return the state of a request, or None. The dict's own method: it is called many times per request."""
-        self._arrivals = 0
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -280,15 +284,6 @@ class Requests:
         """Number of live requests that the engine has neither looked up nor begun. They wait for and hold nothing."""
         return len(self._new)
 
-    @property
-    def has_active(self) -> bool:
-        """Whether there are requests that a step has to look at."""
-        return bool(self._active)
-
-    def active(self) -> list[RequestState]:
-        """Return the live requests that a step has to look at, oldest first."""
-        return sorted(self._active, key=arrival)
-
     def note_begun(self, state: RequestState) -> None:
         """Note that the engine computes this request. It never looks up some, for example prompts below one block."""
         self._new.discard(state)
@@ -296,13 +291,13 @@ class Requests:
     def activate(self, states: Iterable[RequestState]) -> None:
         """Look at these requests at each step from now on: the engine has looked them up, or begins them anew."""
         for state in states:
-            if not state.finished and state not in self._active:
+            if not state.finished and state not in self.active:
                 self._new.discard(state)
-                self._active.add(state)
+                self.active.add(state)
 
     def retire(self, states: Iterable[RequestState]) -> None:
         """Look no more at these requests until they are active again: they wait for nothing, and only decode."""
-        self._active.difference_update(states)
+        self.active.difference_update(states)
 
     def open(self, context: ReqContext) -> RequestState:
         """Return the state of a request; create it if the request is new, or comes again after its end.
@@ -314,9 +309,9 @@ class Requests:
             if not former.finished:
                 return former
             self._tiers.forget(former.context)  # its last copies go on under another request of that name
-        self._arrivals += 1
-        tiers = self._tiers.allowed(context.load_tier_filter)
-        state = RequestState(context, self._arrivals, self._times.next(), tiers)
+        wanted = context.load_tier_filter
+        tiers = self._tiers.all_indices if wanted is TierFilter.ALL else self._tiers.allowed(wanted)
+        state = RequestState(context, self._times.next(), tiers)
         if former is not None:
             state.begin_to_act()
             state.copies = former.copies
@@ -329,7 +324,7 @@ class Requests:
         if not state.finished:
             return
         self._new.discard(state)
-        self._active.discard(state)
+        self.active.discard(state)
         if not (state.has_acted and state.copies.are_unfinished):
             self._by_id.pop(state.context.req_id, None)
             self._tiers.forget(state.context)
@@ -341,7 +336,7 @@ class Requests:
                 raise InvariantError(f"request {state.context.req_id} is over and holds a lease or waits")
             if state.finished and not state.copies.are_unfinished:
                 raise InvariantError(f"request {state.context.req_id} is over and was not dropped")
-            if (state in self._new) + (state in self._active) > (not state.finished):
+            if (state in self._new) + (state in self.active) > (not state.finished):
                 raise InvariantError(f"request {state.context.req_id} is counted wrongly among new and active ones")
-            if state.is_pending and not state.finished and state not in self._active and not state.scan.keys:
+            if state.is_pending and not state.finished and state not in self.active and not state.scan.keys:
                 raise InvariantError(f"request {state.context.req_id} waits, and no step looks at it")

@@ -62,7 +62,7 @@ class SecondaryTiers:
             )
             for index, (tier, name, admission, probe_deadline) in enumerate(rules)
         ]
-        self._all_indices = self._matching(TierFilter.ALL)
+        self.all_indices = tuple(range(len(self.guards)))
 
     def __len__(self) -> int:
         return len(self.guards)
@@ -75,9 +75,6 @@ class SecondaryTiers:
 
     def allowed(self, tier_filter: TierFilter) -> tuple[int, ...]:
         """Return the indices of the tiers that a request with this filter may load from."""
-        return self._all_indices if tier_filter is TierFilter.ALL else self._matching(tier_filter)
-
-    def _matching(self, tier_filter: TierFilter) -> tuple[int, ...]:
         return tuple(g.index for g in self.guards if tier_filter.allows(g.tier.medium, g.tier.locality))
 
     def announce(self, req_context: ReqContext) -> tuple[int, ...]:

@@ -1,13 +1,11 @@
 """DESIGN: lookup answers, probes, and what a scan is."""
 
 import sys
-from enum import Enum
 
 import pytest
 from engine import make_keys
 
 from kvtier.events import RequestGaveUp, TierState
-from kvtier.tiering.lookups import Answers
 from kvtier.tiering.outline import split_scan
 from kvtier.types import LookupResult, Medium, ScheduleEndContext, TierFilter, TierMatcher
 
@@ -220,46 +218,6 @@ def test_a_prefix_in_one_call_gets_what_its_keys_get_one_by_one(make_engine):
     ]
     for case in cases:
         assert look(*case, at_once=True) == look(*case, at_once=False)
-
-
-class EngineAnswers(Enum):
-    """An engine's own enum, with other values."""
-
-    RETRY, HIT_PENDING, HIT, MISS = range(4)
-
-
-def test_a_scan_answers_in_the_engines_own_enum(make_engine):
-    engine, keys = make_engine(), make_keys(4)
-    engine.let_tiers_answer()
-    engine.store(keys[:1], engine.request("storer"))
-    engine.plant(keys[1:2])
-    engine.tier.unknown = {keys[2]}
-    answer = engine.manager.begin_scan(engine.request(), Answers.of(EngineAnswers))
-    assert [answer(key).name for key in keys] == ["HIT", "HIT_PENDING", "RETRY", "MISS"]
-    assert all(isinstance(answer(key), EngineAnswers) for key in keys)
-
-
-def test_what_a_scan_asked_is_promoted_like_other_lookups(make_engine):
-    engine, keys = make_engine(), make_keys(4)
-    engine.plant(keys)
-    context = engine.request()
-    answer = engine.manager.begin_scan(context)
-    assert [answer(key) for key in keys] == [PENDING] * 4
-    engine.step()
-    assert engine.wait_hits(keys, context) == 4
-
-
-def test_scans_of_several_requests_take_turns(make_engine):
-    engine, keys = make_engine(), make_keys(4)
-    engine.plant(keys)
-    first, second = engine.request("first"), engine.request("second")
-    answer = engine.manager.begin_scan(first)
-    assert [answer(key) for key in keys[:2]] == [PENDING] * 2
-    assert engine.manager.lookup(keys[2], second) is PENDING
-    assert engine.manager.lookup(keys[2], first) is PENDING
-    assert answer(keys[3]) is PENDING
-    engine.step()
-    assert engine.wait_hits(keys, first) == 4
 
 
 @pytest.mark.parametrize("num_tiers", [0, 1])

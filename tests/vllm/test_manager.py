@@ -122,7 +122,7 @@ def test_no_exception_reaches_the_engine(core, manager, monkeypatch):
         raise ZeroDivisionError("inside")
 
     methods = [
-        "begin_scan",
+        "lookup",
         "touch",
         "complete_load",
         "prepare_store",

@@ -14,7 +14,6 @@ from kvtier.adapters.vllm.core import CoreHalf
 from kvtier.adapters.vllm.metrics import StatsReporter
 from kvtier.adapters.vllm.scans import MIN_KEYS, GivenUpScan, RepeatedScan, pending_answer
 from kvtier.adapters.vllm.translation import (
-    ENGINE_ANSWERS,
     NO_SLOTS,
     EngineReqContext,
     KVTierLoadStoreSpec,
@@ -23,13 +22,15 @@ from kvtier.adapters.vllm.translation import (
 from kvtier.keys import OffloadKey
 from kvtier.log import cleaned
 from kvtier.tiering.manager import TieringOffloadingManager
-from kvtier.types import OffloadingEvent, OffloadPolicy, ScheduleEndContext
+from kvtier.types import LookupResult, OffloadingEvent, OffloadPolicy, ScheduleEndContext
 
 logger = cleaned(init_logger("vllm.kvtier"))
 
-_MISS, _HIT, _PENDING, _ = ENGINE_ANSWERS
+_MISS, _HIT, _RETRY = base.LookupResult.MISS, base.LookupResult.HIT, base.LookupResult.RETRY
+_OUR_MISS, _OUR_HIT, _OUR_PENDING = LookupResult.MISS, LookupResult.HIT, LookupResult.HIT_PENDING
 _REQUEST_LEVEL = OffloadPolicy.REQUEST_LEVEL
 _NOTHING_NEW = ScheduleEndContext()
+_NEWLY_COMPUTED_ONLY = base.RequestOffloadingContext(NEWLY_COMPUTED_ONLY)
 
 MAX_FAILED_LOADS = 2
 """After as many failed loads a request is computed. The first one may be the fault of one block, which has left host
@@ -59,7 +60,8 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         self._reported: set[str] = set()
         self._off = False
         self._scanned: Any = None
-        self._answer: Callable[[OffloadKey], Any]
+        self._ours: EngineReqContext
+        self._lookup: Callable[[OffloadKey, EngineReqContext], LookupResult]
         self._repeated: RepeatedScan | GivenUpScan | None = None
         forks.register(self)
 
@@ -79,21 +81,22 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
                 return _MISS
             if self._repeated is not None:
                 return self._repeated.answer(key)
-            answer = self._answer(key)
+            answer = self._lookup(key, self._ours)
         except Exception as error:  # noqa: BLE001 - nothing may stop the engine: reported, and a miss
             self._report("lookup", error)
             return _MISS
-        # Not a mapping by answer: the hash of an enum's member is Python code, and takes longer than the lookup.
-        if answer is _HIT:
+        # Not mappings by answer: the hash of an enum's member is Python code, and takes longer than the lookup.
+        if answer is _OUR_HIT:
             self._stats.num_hits += 1
-        elif answer is _MISS:
+            return _HIT
+        if answer is _OUR_MISS:
             self._stats.num_misses += 1
-        elif answer is _PENDING:
+            return _MISS
+        if answer is _OUR_PENDING:
             self._stats.num_pending += 1
             return pending_answer(key, self._retried_groups)
-        else:
-            self._stats.num_retries += 1
-        return answer
+        self._stats.num_retries += 1
+        return _RETRY
 
     def _begin_scan(self, key: OffloadKey, req_context: Any) -> bool:
         """Prepare to answer the lookups of a request in this step; return False if everything is a miss."""
@@ -102,9 +105,7 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
             return False
         ours = self._translated(req_context)
         self._repeated = self._repeated_scan(manager, key, ours)
-        if self._repeated is None:
-            self._answer = manager.begin_scan(ours, ENGINE_ANSWERS)
-        self._scanned = req_context
+        self._lookup, self._ours, self._scanned = manager.lookup, ours, req_context
         return True
 
     def _repeated_scan(
@@ -186,7 +187,7 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
                 return base.RequestOffloadingContext(base.OffloadPolicy.REQUEST_LEVEL)
         except Exception as error:  # noqa: BLE001 - nothing may stop the engine: reported
             self._report("on_new_request", error)
-        return base.RequestOffloadingContext(NEWLY_COMPUTED_ONLY)
+        return _NEWLY_COMPUTED_ONLY
 
     def on_request_finished(self, req_context: Any) -> None:
         """Forget a request; completions of its transfers may still follow."""

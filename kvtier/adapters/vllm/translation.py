@@ -14,13 +14,12 @@ from kvtier.config import KVCacheGroup, OffloadingConfig
 from kvtier.hints import HINT_KEY
 from kvtier.keys import OffloadKey
 from kvtier.primary.copies import KVCaches
-from kvtier.tiering.lookups import Answers
 
 ANSWERS = {answer: base.LookupResult[answer.name] for answer in types.LookupResult}
-_ALL_TIERS = getattr(getattr(base, "TierFilter", None), "ALL", None)
-ENGINE_ANSWERS = Answers.of(base.LookupResult)
 MEDIA = {medium: base.Medium[medium.name] for medium in types.Medium}
 LOCALITIES = {locality: base.Locality[locality.name] for locality in types.Locality}
+_ALL_TIERS = base.TierFilter.ALL
+_HAS_HINTS = hasattr(base.ReqContext, "kv_hints")  # from 0.32 on
 
 
 class KVTierLoadStoreSpec(base.LoadStoreSpec):  # type: ignore[misc]  # vLLM is not there when types are checked
@@ -56,19 +55,17 @@ class EngineReqContext(types.ReqContext):
         num_failed_loads: how many loads of the request have failed and ended.
     """
 
+    load_failed = False
+    num_failed_loads = 0
+
     def __init__(self, theirs: Any) -> None:
-        # Sets what the base's constructor sets, but for the positions. vLLM announces thousands of requests that never
-        # use the cache, and this is most of what each of them costs.
+        # Not the base's constructor: the defaults are attributes of the class, and vLLM keeps the positions. This runs
+        # for every request, and for some it is most of what they cost.
         self._theirs = theirs
-        self.load_failed = False
-        self.num_failed_loads = 0
         self.req_id = theirs.req_id
-        self.kv_transfer_params = theirs.kv_transfer_params
-        self.load_tier_filter = types.TierFilter.ALL
-        self.num_prompt_tokens = None
-        if getattr(theirs, "kv_hints", None) is not None:  # from 0.32 on
+        if theirs.kv_transfer_params is not None or (_HAS_HINTS and theirs.kv_hints is not None):
             self.kv_transfer_params = _with_hint(theirs)
-        if getattr(theirs, "load_tier_filter", _ALL_TIERS) is not _ALL_TIERS:
+        if theirs.load_tier_filter is not _ALL_TIERS:
             self.load_tier_filter = _tier_filter(theirs.load_tier_filter)
 
     @property
@@ -91,9 +88,10 @@ class EngineReqContext(types.ReqContext):
 def _with_hint(theirs: Any) -> dict[str, Any] | None:
     """Return the client's `kv_transfer_params`, with an orchestrator's hint added if the client sent none."""
     params: dict[str, Any] | None = theirs.kv_transfer_params
-    if params is not None and HINT_KEY in params:
+    envelope = theirs.kv_hints if _HAS_HINTS else None
+    if envelope is None or (params is not None and HINT_KEY in params):
         return params
-    actions = theirs.kv_hints.actions  # vLLM itself defines no type of action
+    actions = envelope.actions  # vLLM itself defines no type of action
     payloads = [action.payload for action in actions if action.action_type == HINT_KEY]
     return {**(params or {}), HINT_KEY: payloads[0]} if payloads else params
 
