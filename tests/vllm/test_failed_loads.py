@@ -1,10 +1,12 @@
 """Loads that fail under kvtier's own connector: the request is computed, and the engine goes on."""
 
+import inspect
 import os
 import signal
 from pathlib import Path
 
 import pytest
+from vllm.v1.kv_offload import base
 from vllm_engine import Engine, prompt, wait_until_up, written
 
 from kvtier.testing.patience import wait_for
@@ -14,13 +16,13 @@ TOKENS = 5 * 128
 """Tokens of a prompt of 700 that whole blocks hold."""
 
 
-def faulty_engine(model, log, **options):
+def faulty_engine(model, log, connector="kvtier", **options):
     environment = {"PYTHONPATH": os.pathsep.join([HERE, os.environ.get("PYTHONPATH", "")])}
     environment |= options.pop("environment", {})
     return Engine(
         model,
         log,
-        connector="kvtier",
+        connector=connector,
         environment=environment,
         worker_extension_cls="faulty_worker.FaultyWorker",
         **options,
@@ -54,9 +56,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def over_disk(model, folder):
-    """Return an engine over a disk whose blocks outlive a reset."""
+    """Return an engine over a disk whose blocks outlive a reset. Its budget for synchronous loads is ignored."""
     disk = {"type": "disk", "path": str(folder / "disk"), "capacity": "64MiB"}
-    with faulty_engine(model, folder / "log", kvtier={"secondary_tiers": [disk], "on_reset": "keep"}) as engine:
+    keys = {"secondary_tiers": [disk], "on_reset": "keep", "sync_load_budget_bytes": 1 << 30}
+    with faulty_engine(model, folder / "log", kvtier=keys) as engine:
         wait_until_up(engine)
         yield engine
 
@@ -127,6 +130,23 @@ def test_a_tiers_process_that_dies_between_promise_and_load(over_disk, baseline)
 
 def is_io_process(pid):
     return Path(f"/proc/{pid}/comm").read_text().strip() == "kvtier-io"
+
+
+def test_no_load_is_synchronous(over_disk):
+    ignored = "KVTierConnector ignores sync_load_budget_bytes" in over_disk.log()
+    assert ignored == ("expedited" in inspect.signature(base.OffloadingWorker.submit_load).parameters)
+
+
+def test_with_vllms_default_policy_the_request_ends_and_the_engine_goes_on(model, baseline, folder):
+    asked, other = prompt(315, 700), prompt(316, 700)
+    with faulty_engine(model, folder / "log-fail", connector="kvtier, policy fail", kvtier={}) as engine:
+        stored(engine, baseline, asked, tier=None)
+        break_loads(engine, 1)
+        assert engine.generate(asked) == [[]]
+        assert engine.generate(other) == baseline(other)
+        assert engine.generate(asked) == baseline(asked)
+        assert counted(engine)[0] == 1
+        assert "kv_load_failure_policy is 'fail'" in engine.log()
 
 
 def test_several_kv_groups(folder):

@@ -37,6 +37,10 @@ CONNECTORS = {
         "kv_connector_module_path": "kvtier.adapters.vllm.connector",
         "kv_load_failure_policy": "recompute",
     },
+    "kvtier, policy fail": {
+        "kv_connector": "KVTierConnector",
+        "kv_connector_module_path": "kvtier.adapters.vllm.connector",
+    },
 }
 
 
