@@ -563,6 +563,10 @@ class OffloadingManager(ABC):
         """Forget every block, in bounded time, since the weights may have changed."""
         return
 
+    def on_reset_flushed(self) -> None:
+        """Reuse the slots of copies that were running at the last `reset_cache`: the workers have ended all of them."""
+        return
+
     def shutdown(self) -> None:
         """Release everything, in bounded time; idempotent."""
         return

@@ -22,7 +22,8 @@ class _Stale:
 class StaleTransfers:
     """Copies that were running at a reset, by request. Their slots stay in quarantine until the copy has ended.
 
-    A late completion or the number that workers publish shows that a copy has ended, whichever comes first.
+    A late completion, the number that workers publish, or a call of `end` shows that a copy has ended, whichever comes
+    first.
 
     Attributes:
         pending: whether any such copy may still be running.
@@ -77,6 +78,13 @@ class StaleTransfers:
         stale[:] = [entry for entry in stale if entry.slots]
         self.pending = bool(self._stores or self._loads)
         return left
+
+    def end(self) -> None:
+        """Free the slots of all such copies: the engine knows that they have ended."""
+        self._table.unpin(self.slots())
+        self._stores.clear()
+        self._loads.clear()
+        self.pending = False
 
     def sweep(self) -> None:
         """Free the slots of copies that workers report as finished.

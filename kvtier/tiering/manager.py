@@ -535,6 +535,11 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         self._polled, self._current = False, None
 
     @in_turn
+    def on_reset_flushed(self) -> None:
+        """Free the slots of copies that were running at the last reset; see `OffloadingManager.on_reset_flushed`."""
+        self._transfers.stale.end()
+
+    @in_turn
     def shutdown(self) -> None:
         """End all tiers, within `drain_timeout`; idempotent."""
         if not self._closed:

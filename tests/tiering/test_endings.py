@@ -270,3 +270,21 @@ def test_a_tier_whose_drain_leaves_jobs_unanswered_is_not_used_before_its_epoch(
     engine.step()
     assert len(engine.tier.epochs) == 1
     assert engine.table.num_quarantined == 0
+
+
+def test_a_flush_that_the_engine_reports_ends_the_quarantine_of_its_reset(make_engine):
+    engine, keys = make_engine(num_blocks=6, num_tiers=0), make_keys(2, "loaded")
+    storer, loader = engine.request("storer"), engine.request("loader")
+    engine.store(keys, loader)
+    engine.manager.prepare_load(keys, loader)
+    engine.manager.prepare_load(keys[:1], loader)
+    engine.manager.prepare_store(make_keys(2, "stored"), storer)
+    engine.manager.reset_cache()
+    later = engine.manager.prepare_store(make_keys(1, "later"), storer)
+    assert engine.table.num_quarantined == 4
+    engine.manager.on_reset_flushed()
+    assert engine.table.num_quarantined == 0
+    engine.manager.check_invariants()
+    assert len(engine.manager.prepare_store(make_keys(5, "more"), storer).keys_to_store) == 5
+    engine.manager.complete_store(set(later.keys_to_store), storer)
+    assert engine.hits(later.keys_to_store, storer) == 1, "a copy from after the reset has not ended by the flush"

@@ -3,10 +3,14 @@
 from types import SimpleNamespace
 
 import pytest
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
 from vllm.v1.kv_offload import base
 
+import kvtier
+from kvtier.adapters.vllm.config_info import config_info
 from kvtier.adapters.vllm.manager import KVTierOffloadingManager
 from kvtier.adapters.vllm.metrics import StatsReporter, metric_definitions
+from kvtier.adapters.vllm.spec import KVTierOffloadingSpec
 from kvtier.config import KVCacheGroup, OffloadingConfig
 from kvtier.metrics import METRICS, Kind
 from kvtier.spec.tiering import TieringOffloadingSpec
@@ -276,3 +280,47 @@ def test_stores_and_removals_are_events(manager):
     step(manager)
     store(manager, KEYS[4:], request(manager, "next"))
     assert sum(len(event.keys) for event in manager.take_events() if event.removed) == 2
+
+
+def test_slots_of_running_copies_are_free_when_vllm_reports_their_end(core, manager):
+    context = request(manager)
+    store(manager, KEYS[:2], context)
+    manager.prepare_load(KEYS[:2], context)
+    manager.prepare_store(KEYS[2:4], context)
+    manager.reset_cache()
+    assert core.manager.get_stats()["primary.quarantined_blocks"] == 4
+    assert manager.prepare_store(KEYS, context).keys_to_store == []
+    manager.on_reset_flushed()
+    assert store(manager, KEYS[:4], context) == KEYS[:4]
+    core.manager.check_invariants()
+
+
+def test_one_row_per_tier_tells_the_configuration(tmp_path):
+    tiers = [
+        {"type": "disk", "name": "nvme", "path": str(tmp_path / "disk"), "capacity": "1MiB", "eviction_policy": "arc"},
+        {"type": "memory", "capacity": "2MiB"},
+        {"type": "example"},
+    ]
+    core = Core(secondary_tiers=tiers)
+    try:
+        rows = config_info(core.spec)
+        assert list(KVTierOffloadingManager(core, info=rows).config_info()) == rows
+    finally:
+        core.shutdown()
+    assert all(tuple(row) == KVTierOffloadingSpec.config_info_keys({}) for row in rows)
+    short = [(row["tier"], row["type"], row["capacity_bytes"], row["eviction_policy"]) for row in rows]
+    assert short == [
+        ("primary", "host memory", str(16 << 10), "lru"),
+        ("nvme", "disk", str(1 << 20), "arc"),
+        ("memory", "memory", str(2 << 20), ""),
+        ("example", "example", "", ""),
+    ]
+    assert {row["kvtier_version"] for row in rows} == {kvtier.__version__}
+    assert rows[0]["huge_pages"] in ("", "always", "within_size", "advise", "never", "deny", "force")
+
+
+@pytest.mark.skipif(not hasattr(OffloadingConnectorStats, "set_info"), reason="VLLM BEFORE 0.33 HAS NO SUCH METRIC")
+def test_vllm_takes_the_configuration_as_it_is(core):
+    stats = OffloadingConnectorStats()
+    stats.set_info(KVTierOffloadingManager(core, info=config_info(core.spec)).config_info())
+    assert [row["tier"] for row in stats.data["info"]] == ["primary", "example"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from typing import Any, TypeVar
 
 from vllm.logger import init_logger
@@ -42,18 +42,27 @@ T = TypeVar("T")
 class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # vLLM is not there when types are checked
     """Answers vLLM's scheduler. Until all workers have attached, and after a failed copy, it answers as if empty.
 
+    One thread at a time may call it, as vLLM's scheduler does. kvtier polls its tiers in these calls and has no thread
+    of its own that calls the manager, so vLLM's `lock`, from 0.33 on, stays the one that locks nothing.
+
     An exception of kvtier becomes a miss, nothing to store, or a load without slots, which fails on the workers. It is
     logged once per method and type of exception.
     """
 
-    def __init__(self, core: CoreHalf, retried_groups: Set[bytes] = frozenset()) -> None:
+    def __init__(
+        self,
+        core: CoreHalf,
+        retried_groups: Set[bytes] = frozenset(),
+        info: Sequence[Mapping[str, str]] = (),
+    ) -> None:
         """Wrap the manager of `core`.
 
         Args:
             core: already started; this manager shuts it down.
             retried_groups: as `compat.groups_to_retry` returns them.
+            info: what `config_info` returns.
         """
-        self._core, self._retried_groups = core, retried_groups
+        self._core, self._retried_groups, self._info = core, retried_groups, info
         self._contexts: dict[str, EngineReqContext] = {}
         self._last: tuple[Any, EngineReqContext] | None = None
         self._stats = StatsReporter()
@@ -224,6 +233,14 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         """Forget every block in every tier, within bounded time."""
         self._scanned = None
         self._try("reset_cache", None, lambda manager: manager.reset_cache())
+
+    def on_reset_flushed(self) -> None:
+        """Free the slots of copies that were running at the reset: all workers have ended them. From 0.33 on."""
+        self._try("on_reset_flushed", None, lambda manager: manager.on_reset_flushed())
+
+    def config_info(self) -> Sequence[Mapping[str, str]]:
+        """Return the labels of one series per tier; vLLM asks once, from 0.33 on."""
+        return self._info
 
     def get_stats(self) -> Any:
         """Return vLLM's statistics since the last call; None if nothing has changed."""

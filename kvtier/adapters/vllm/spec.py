@@ -15,6 +15,7 @@ from vllm.v1.kv_offload import base
 
 from kvtier.adapters.prefill_guess import guess_cpu_rate
 from kvtier.adapters.vllm.compat import groups_to_retry, kv_bytes_per_block
+from kvtier.adapters.vllm.config_info import LABELS, config_info
 from kvtier.adapters.vllm.core import CoreHalf
 from kvtier.adapters.vllm.identity import layout_of_worker, weights_of_engine
 from kvtier.adapters.vllm.manager import KVTierOffloadingManager
@@ -68,6 +69,11 @@ class KVTierOffloadingSpec(base.OffloadingSpec):  # type: ignore[misc]  # vLLM i
         """Return the metadata of every metric that managers may report, by name."""
         return metric_definitions()
 
+    @classmethod
+    def config_info_keys(cls, extra_config: dict[str, Any]) -> tuple[str, ...]:
+        """Return the labels of `config_info`; vLLM asks for them from 0.33 on."""
+        return LABELS
+
     def __init__(self, config: Any) -> None:
         """Check the configuration; nothing is allocated.
 
@@ -91,7 +97,7 @@ class KVTierOffloadingSpec(base.OffloadingSpec):  # type: ignore[misc]  # vLLM i
         if self._manager is None:
             core = CoreHalf(self._spec, self._path.on_attached)
             core.start(START_SECONDS)
-            self._manager = KVTierOffloadingManager(core, groups_to_retry(self.config))
+            self._manager = KVTierOffloadingManager(core, groups_to_retry(self.config), config_info(self._spec))
         return self._manager
 
     def get_worker(self, kv_caches: Any) -> KVTierOffloadingWorker:
