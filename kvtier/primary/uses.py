@@ -123,12 +123,12 @@ class RequestUses:
         the order of the calls.
         """
         keys = list(dict.fromkeys(chain.from_iterable(self._named)))
-        end_of = context.get_offload_key_position
-        ends = {key: end for key in keys if (end := end_of(key)) is not None}
-        if not keys or len(ends) < len(keys):
+        positions = context.offload_key_positions
+        if not keys or not all(map(positions.__contains__, keys)):
             return keys
+        ends = dict(zip(keys, map(positions.__getitem__, keys), strict=True))
         last = max(ends.values())
-        ends.update((key, end) for key, end in context.offload_key_positions.items() if end <= last)
+        ends.update((key, end) for key, end in positions.items() if end <= last)
         return sorted(ends, key=ends.__getitem__)
 
     def _known(self) -> dict[OffloadKey, bool]:

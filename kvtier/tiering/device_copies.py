@@ -141,6 +141,14 @@ class DeviceTransfers:
                 loading[key] = slot
         return slots, list(once)
 
+    def begin_leased_load(self, state: RequestState, slots: dict[OffloadKey, int]) -> None:
+        """Begin the load of leased blocks by a request that loads nothing else. The lease's pins become the load's.
+
+        Args:
+            slots: by key.
+        """
+        state.copies.loading = slots
+
     def end_load(
         self, req_id: str, state: RequestState | None, keys: Collection[OffloadKey], success: bool
     ) -> list[OffloadKey]:

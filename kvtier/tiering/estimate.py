@@ -9,6 +9,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 GUESSED_RATE = 10_000.0
 """Assumed tokens per second of an engine that is not measured yet. The value is high, so that requests wait little."""
@@ -175,8 +176,7 @@ class TierSpeed:
         return self.bandwidth * (self.latency + 2 * self._gap + _BURST_SECONDS)
 
 
-@dataclass(frozen=True, slots=True)
-class Outlook:
+class Outlook(NamedTuple):
     """What an engine has to do besides one request; times in seconds.
 
     Attributes:
@@ -230,12 +230,15 @@ def choose_prefix(
 
     Args:
         sources: per block, index of the tier that it has to come from, or `HERE`.
-        saved: per block, seconds that computing it takes.
+        saved: per block, seconds that computing it takes; none less than the block before.
         ready_in: per tier, seconds until everything queued there has arrived, latency included.
         per_block: per tier, seconds per further block.
         stride: the length of a usable prefix is a multiple of this.
         waits_for: seconds that the request waits for other blocks in any case.
     """
+    if sources and sources[0] >= 0 and sources.count(sources[0]) == len(sources):
+        begins, each = ready_in[sources[0]], per_block[sources[0]]
+        return _choose_corner(saved, begins, each, outlook, stride, waits_for)
     times = dict(ready_in)
     turn_in, idle_in, num_behind = outlook.turn_in, outlook.idle_in, outlook.num_behind
     best, best_gain, gained, arrives = 0, 0.0, outlook.cost(waits_for), waits_for
@@ -252,4 +255,27 @@ def choose_prefix(
                     cost += (at - idle_in) * num_behind
         if gained - cost > best_gain and not count % stride:
             best, best_gain = count, gained - cost
+    return Choice(best, best_gain)
+
+
+def _choose_corner(
+    saved: Sequence[float], begins: float, each: float, outlook: Outlook, stride: int, waits_for: float
+) -> Choice:
+    """Choose as `choose_prefix` does among blocks that all come from one tier, in a time that hardly grows with them.
+
+    Between two moments at which a block's arrival begins to cost more, the cost grows evenly, and the gain grows evenly
+    or faster. So the best length ends just before or just behind such a moment, or is the longest.
+    """
+    longest = len(saved) // stride * stride
+    counts = {stride, longest}
+    for moment in (waits_for, outlook.turn_in, outlook.idle_in):
+        if math.isfinite(moment):
+            in_time = int(max(0.0, moment - begins) / each) // stride * stride
+            counts.update((in_time, in_time + stride))
+    best, best_gain, cost, worth = 0, 0.0, outlook.cost(waits_for), outlook.gain(1.0)
+    for count in sorted(counts):
+        if 0 < count <= longest:
+            gain = worth * sum(saved[:count]) + cost - outlook.cost(max(waits_for, begins + count * each))
+            if gain > best_gain:
+                best, best_gain = count, gain
     return Choice(best, best_gain)

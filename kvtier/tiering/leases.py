@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 
 from kvtier.errors import InvariantError
 from kvtier.keys import OffloadKey
@@ -43,16 +43,25 @@ class Leases:
 
     def release(self, state: RequestState) -> None:
         """Unpin all that `state` holds."""
+        self._table.unpin(self._take(state).values())
+
+    def hand_over(self, state: RequestState, keys: Sequence[OffloadKey]) -> dict[OffloadKey, int] | None:
+        """End the lease of `keys`, and return the pinned slots by key; None if it has other keys or lost some."""
+        slots = state.lease.slots
+        # A leased block that was removed keeps its slot in quarantine.
+        if self._table.num_quarantined or len(slots) != len(keys) or slots.keys() != set(keys):
+            return None
+        return self._take(state)
+
+    def _take(self, state: RequestState) -> dict[OffloadKey, int]:
         lease, holders = state.lease, self._holders
-        for slot in lease.slots.values():
-            left = holders[slot] - 1
-            if left:
-                holders[slot] = left
-            else:
-                del holders[slot]
-        self._table.unpin(lease.slots.values())
-        lease.slots.clear()
-        lease.expires = None
+        taken, lease.slots, lease.expires = lease.slots, {}, None
+        slots = taken.values()  # no slot comes twice
+        # No Python loop: nearly all slots have one holder.
+        counts = list(map(holders.pop, slots))
+        if counts.count(1) < len(counts):
+            holders.update((slot, count - 1) for slot, count in zip(slots, counts, strict=True) if count > 1)
+        return taken
 
     def check_invariants(self, requests: Iterable[RequestState]) -> None:
         """Raise InvariantError unless the holders are exactly the requests' leases."""

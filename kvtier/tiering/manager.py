@@ -249,7 +249,12 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         """
         state = self._requests.open(req_context)
         ordered = keys if isinstance(keys, list) else list(keys)
-        slots, once = self._transfers.begin_load(state, ordered)
+        leased = None if state.copies.loading else self._promoter.hand_over(state, ordered)
+        if leased is None:
+            slots, once = self._transfers.begin_load(state, ordered)
+        else:
+            slots, once = list(map(leased.__getitem__, ordered)), ordered
+            self._transfers.begin_leased_load(state, leased)
         self._pace.note_load(state, ordered)
         if state.lease.slots or state.awaiting:
             self._promoter.let_go(state)

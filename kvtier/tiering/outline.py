@@ -57,12 +57,14 @@ class Outline:
         """
         return self._is_prefix and self.num_secured >= len(self.order) == len(keys) and keys[0] == self.order[0]
 
-    def note_held(self, *held: Container[OffloadKey]) -> None:
-        """Advance `num_secured` over planned keys that are in any of `held`, the leased and the awaited keys."""
-        for key in self.order[self.num_secured : self.num_planned]:
-            if not any(key in keys for keys in held):
-                return
-            self.num_secured += 1
+    def note_held(self, leased: Container[OffloadKey], awaited: Container[OffloadKey]) -> None:
+        """Advance `num_secured` over planned keys that are leased or awaited."""
+        count = self.num_secured
+        for key in self.order[count : self.num_planned]:
+            if key not in leased and key not in awaited:
+                break
+            count += 1
+        self.num_secured = count
 
     @property
     def _is_prefix(self) -> bool:

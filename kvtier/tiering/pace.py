@@ -179,14 +179,17 @@ class Pace:
             states: the active requests, oldest first.
             num_new: number of requests that the engine has not looked up or begun; they count as younger.
         """
-        self._backlog, self._num_waiting = 0.0, 0
+        backlog, num_waiting, size = 0.0, 0, self._tokens_per_block
         for state in states:
-            state.progress.before = self._backlog
-            state.progress.rank = self._num_waiting
-            if left := self._left(state):
-                self._num_waiting += 1
+            progress = state.progress
+            progress.before, progress.rank = backlog, num_waiting
+            # `_left`, inlined: this runs for every request that waits or is computed, at every step
+            left = self._usual if progress.first_key is None else progress.left
+            if left and (left >= size or progress.first_key is None) and not state.finished:
+                num_waiting += 1
                 if not state.awaiting:
-                    self._backlog += left
+                    backlog += left
+        self._backlog, self._num_waiting = backlog, num_waiting
         if self._usual:
             self._num_waiting += num_new
             self._backlog += num_new * self._usual
@@ -206,9 +209,10 @@ class Pace:
 
     def outlook(self, now: float, state: RequestState) -> Outlook:
         """Return what the engine has to do besides a request."""
-        left = self._left(state)
-        others = self._backlog if state.awaiting else max(0.0, self._backlog - left)
-        given, rate, progress = max(0.0, self._busy_until - now), self.speed.rate, state.progress
+        left, others, rate, progress = self._left(state), self._backlog, self.speed.rate, state.progress
+        if left and not state.awaiting:
+            others = max(0.0, others - left)
+        given = self._busy_until - now if self._busy_until > now else 0.0
         num_behind = self._num_waiting - progress.rank - (1 if left else 0)
         return Outlook(given + progress.before / rate, given + others / rate, max(0, num_behind))
 

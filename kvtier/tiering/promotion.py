@@ -132,7 +132,7 @@ class Promoter:
             if now < plans.postponed_until:
                 self._waiting.stop(state, now)  # no tier causes this wait
                 return
-        holdings = Holdings(self._table, room, flights.late, self._leases.held, flights.queued)
+        holdings = Holdings(self._table, room, flights.late, self._leases.held, flights.queued.keys())
         plan = plan_promotions(state, outline, holdings, prospect, most)
         outline.num_planned = plan.num_planned
         if plan.waits or state.awaiting or not outline.is_done:  # what comes later must not push these hits out
@@ -175,8 +175,11 @@ class Promoter:
         """Return the seconds until what the request awaits has arrived; 0 if it awaits nothing."""
         if not state.awaiting:
             return 0.0
-        asked = [queue for queue in self._queues if queue.guard.index in state.plans.asked]
-        return max([queue.speed.seconds(queue.num_up_to(state), now) for queue in asked], default=0.0)
+        asked, longest = state.plans.asked, 0.0
+        for queue in self._queues:
+            if queue.guard.index in asked:
+                longest = max(longest, queue.speed.seconds(queue.num_up_to(state), now))
+        return longest
 
     def _give_up(self, state: RequestState, keys: Sequence[OffloadKey], reason: str) -> None:
         """Make `keys` misses for this request from now on: they do not fit, or are computed sooner than loaded."""
@@ -349,6 +352,10 @@ class Promoter:
         abandoned = self._flights.abandoned(keys)
         self._flights.abandon(abandoned)
         self._table.remove(abandoned)
+
+    def hand_over(self, state: RequestState, keys: Sequence[OffloadKey]) -> dict[OffloadKey, int] | None:
+        """End the request's lease; see `Leases.hand_over`."""
+        return self._leases.hand_over(state, keys) if state.lease.slots else None
 
     def let_go(self, state: RequestState) -> None:
         """End all waits of the request, and its lease."""

@@ -58,6 +58,10 @@ class Wait:
     probing_since: dict[int, float] = field(default_factory=dict)
     num_unresolved: int = 0
 
+    def is_over(self, now: float) -> bool:
+        """Return whether the request waits, and has waited for longer than the deadline."""
+        return self.since is not None and self.waited + (now - self.since) > self.deadline
+
 
 @dataclass(slots=True, eq=False)
 class Lease:

@@ -64,7 +64,7 @@ class Waiting:
         wait, now = state.wait, self._clock()
         if wait.since is None:
             wait.since, wait.deadline = now, self.longest_wait(wait.computing)
-        return wait.waited + (now - wait.since) <= wait.deadline or not self._end_if_late(state, now)
+        return not (wait.is_over(now) and self._end_if_late(state, now))
 
     def may_probe(self, state: RequestState, index: int, key: OffloadKey) -> bool:
         """Return whether the request waits for a tier's answer about `key`; after False it waits for it no more."""
@@ -114,10 +114,14 @@ class Waiting:
         """End the waits and leases whose time is over, oldest request first. Those beyond `MAX_ENDED` end later."""
         left = MAX_ENDED
         for state in states:
-            if state.wait.since is not None or state.wait.probing_since or state.lease.expires is not None:
-                held = len(state.awaiting) + len(state.lease.slots)
-                if self._check(state, now, left > 0):
-                    left -= held
+            wait, expires = state.wait, state.lease.expires
+            if wait.since is None and not wait.probing_since and expires is None:
+                continue
+            if state.awaiting and expires is None and not wait.is_over(now) and not wait.probing_since:
+                continue  # so it is with most requests at most steps
+            held = len(state.awaiting) + len(state.lease.slots)
+            if self._check(state, now, left > 0):
+                left -= held
 
     def _check(self, state: RequestState, now: float, may_end: bool) -> bool:
         """End the request's wait and lease if their time is over; return whether either was.
@@ -146,7 +150,7 @@ class Waiting:
     def _end_if_late(self, state: RequestState, now: float) -> bool:
         """Make a request whose deadline has passed give up; return whether it did. Arrived blocks stay its hits."""
         wait = state.wait
-        if wait.since is None or wait.waited + (now - wait.since) <= wait.deadline:
+        if not wait.is_over(now):
             return False
         self._observer.on_event(RequestGaveUp(state.context.req_id, "deadline", len(state.awaiting)))
         get_slot, filling = self._table.slot_of.get, self._table.filling

@@ -4,6 +4,8 @@ import math
 
 import pytest
 from engine import make_keys
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvtier.events import RequestGaveUp
 from kvtier.tiering.estimate import HERE, Outlook, PrefillSpeed, TierSpeed, choose_prefix
@@ -43,6 +45,31 @@ def test_who_is_behind_gains_from_what_is_not_computed():
     alone, followed = Outlook(0.0, 100.0), Outlook(0.0, 100.0, num_behind=3)
     assert choose(10, saved=0.5, per_block=1.0, outlook=alone).num_blocks == 0
     assert choose(10, saved=0.5, per_block=1.0, outlook=followed).num_blocks == 10
+
+
+@given(
+    st.integers(1, 60),
+    st.floats(1e-4, 0.1),
+    st.floats(0.0, 0.01),
+    st.floats(1e-4, 0.1),
+    st.floats(0.0, 1.0),
+    st.tuples(st.floats(0.0, 4.0), st.floats(0.0, 4.0), st.integers(0, 5)),
+    st.integers(1, 4),
+    st.floats(0.0, 3.0),
+)
+def test_the_best_prefix_out_of_one_tier_is_the_best_of_all(count, first, growth, each, begins, others, stride, waits):
+    """The rule for one tier looks at few lengths; two tiers of the same speed are looked at block by block."""
+    outlook = Outlook(others[0], max(others[:2]), others[2])
+    saved = [first + growth * index for index in range(count)]
+
+    def gain(length):
+        before, after = outlook.cost(waits), outlook.cost(max(waits, begins + length * each) if length else waits)
+        return outlook.gain(sum(saved[:length])) + before - after
+
+    choice = choose_prefix([0] * count, saved, {0: begins}, {0: each}, outlook, stride, waits)
+    assert choice.num_blocks % stride == 0
+    assert choice.gain == pytest.approx(gain(choice.num_blocks), abs=1e-6)
+    assert choice.gain == pytest.approx(max(gain(length) for length in range(0, count + 1, stride)), abs=1e-6)
 
 
 def test_a_prefix_ends_where_every_group_can_hit():
