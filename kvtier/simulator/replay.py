@@ -147,7 +147,7 @@ class Replay:
         transfers = [at for tier in self._engine.tiers if (at := tier.device.next_end()) is not None]
         if self._computing is not None:
             return min([self._free_at, *transfers])
-        deadlines = [waiting.look_at for waiting in islice(self._queue, _LOOKED_UP) if waiting.is_deferred]
+        deadlines = [waiting.look_at for waiting in self._queue if waiting.is_deferred]
         return min([math.inf, *transfers, *deadlines])
 
     def _schedule(self) -> None:
