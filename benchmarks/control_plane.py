@@ -5,7 +5,7 @@ is the median of several rounds. A round measures every operation, size and poli
 
 A second table has the longest single calls while promotions are planned, arrive, expire and are loaded, for one long
 prompt and for many shorter ones. Of the rounds' longest calls it has the shortest, since other work of the machine only
-makes calls longer.
+makes calls longer. The rows `least` have the barest loops over the same blocks, with the first policy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from promotion_calls import PromotionBench
+from promotion_calls import PromotionBench, least_seconds
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -206,24 +206,31 @@ def measure_waits(num_blocks: int, policies: list[str], keys: Keys, rounds: int)
         (p, c) for p in policies for c in ((1, int(60_000 * share)), (int(500 * share), 100))
     ]:
         longest: dict[str, float] = {}
+        least: dict[str, float] = {}
         planning = math.inf
         for _ in range(rounds):
             calls: dict[str, list[float]] = {}
             for answers in (True, False):
                 prompts = [keys.take(size) for _ in range(count)]
                 bench = PromotionBench(num_blocks, policy, prompts, answers)
-                bench.fill(keys.take(500) for _ in range(num_blocks // 500))
+                filling = [keys.take(500) for _ in range(num_blocks // 500)]
+                bench.fill(filling)
                 num_steps = 20 + count * size // 250
                 calls |= bench.run(num_steps) if answers else bench.run_silent(20)
                 bench.manager.shutdown()
             if count > 1:  # a single prompt waits for its first blocks, and plans more as they arrive
                 planning = min(planning, sum(calls["plan"]) / min(count * size, 20 * MAX_PLANNED))
-            for name, seconds in calls.items():
-                longest[name] = min(longest.get(name, math.inf), max(seconds))
+            others = [key for prompt in [*filling, *prompts[1:]] for key in prompt][: num_blocks - size]
+            for kept, measured in ((longest, calls), (least, least_seconds(prompts[0], others))):
+                for name, seconds in measured.items():
+                    kept[name] = min(kept.get(name, math.inf), max(seconds))
             gc.collect()
         figures = {name: 1e3 * seconds for name, seconds in longest.items()}
         planned = {"planning": 1e6 * planning} if count > 1 else {}
         rows.append({"policy": policy, "requests": count, "keys": size, **planned, **figures})
+        if policy == policies[0]:  # the loops have the order of LRU
+            limits = {name: 1e3 * seconds for name, seconds in least.items()}
+            rows.append({"policy": "least", "requests": count, "keys": size, **limits})
     return rows
 
 

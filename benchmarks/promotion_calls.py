@@ -7,6 +7,7 @@ call.
 from __future__ import annotations
 
 import time
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
@@ -70,6 +71,33 @@ class Calls:
         result = call(*args, **keywords)
         self.seconds.setdefault(name, []).append(time.thread_time() - start)
         return result
+
+
+def least_seconds(keys: list[OffloadKey], others: list[OffloadKey]) -> dict[str, list[float]]:
+    """Return the seconds of the barest loops that look at every block of a request: the raw limit, with LRU.
+
+    A load needs each block's slot, and its place in the order of eviction. A completed load drops each slot's pin. The
+    end of a request takes its blocks, each once, and gives them their places.
+
+    Args:
+        others: what memory holds besides `keys`.
+    """
+    held, calls = [*others, *keys], Calls()
+    slots, order = dict(zip(held, range(len(held)), strict=True)), OrderedDict.fromkeys(held)
+    pins = dict.fromkeys(map(slots.__getitem__, keys), 1)
+
+    def place(some: list[OffloadKey]) -> None:
+        deque(map(order.move_to_end, reversed(some)), maxlen=0)
+
+    def load() -> None:
+        np.asarray([slots[key] for key in keys], np.int32)
+        place(keys)
+
+    calls.time("prepare_load", load)
+    done, taken = set(keys), dict.fromkeys(keys)
+    calls.time("complete_load", lambda: taken.keys() == done and deque(map(pins.pop, list(pins)), maxlen=0))
+    calls.time("finish", lambda: place(list(dict.fromkeys(keys))))
+    return calls.seconds
 
 
 class PromotionBench:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable
 
 from kvtier.errors import InvariantError
 from kvtier.keys import OffloadKey
@@ -45,13 +45,20 @@ class Leases:
         """Unpin all that `state` holds."""
         self._table.unpin(self._take(state).values())
 
-    def hand_over(self, state: RequestState, keys: Sequence[OffloadKey]) -> dict[OffloadKey, int] | None:
-        """End the lease of `keys`, and return the pinned slots by key; None if it has other keys or lost some."""
+    def hand_over(self, state: RequestState, keys: list[OffloadKey]) -> tuple[list[int], dict[OffloadKey, int]] | None:
+        """End the lease of `keys`, whose slots stay pinned once; None if the request holds others, or has lost some.
+
+        Returns:
+            The slots, in the order of `keys`, and by key.
+        """
         slots = state.lease.slots
-        # A leased block that was removed keeps its slot in quarantine.
-        if self._table.num_quarantined or len(slots) != len(keys) or slots.keys() != set(keys):
+        if self._table.num_quarantined or len(slots) != len(keys):  # a leased block that was removed is in quarantine
             return None
-        return self._take(state)
+        if list(slots) == keys:  # blocks mostly arrive in order, and a list of the same objects is soon compared
+            return list(slots.values()), self._take(state)
+        if slots.keys() != set(keys):
+            return None
+        return list(map(slots.__getitem__, keys)), self._take(state)
 
     def _take(self, state: RequestState) -> dict[OffloadKey, int]:
         lease, holders = state.lease, self._holders

@@ -253,8 +253,8 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         if leased is None:
             slots, once = self._transfers.begin_load(state, ordered)
         else:
-            slots, once = list(map(leased.__getitem__, ordered)), ordered
-            self._transfers.begin_leased_load(state, leased)
+            (slots, by_key), once = leased, ordered
+            self._transfers.begin_leased_load(state, by_key)
         self._pace.note_load(state, ordered)
         if state.lease.slots or state.awaiting:
             self._promoter.let_go(state)

@@ -353,7 +353,7 @@ class Promoter:
         self._flights.abandon(abandoned)
         self._table.remove(abandoned)
 
-    def hand_over(self, state: RequestState, keys: Sequence[OffloadKey]) -> dict[OffloadKey, int] | None:
+    def hand_over(self, state: RequestState, keys: list[OffloadKey]) -> tuple[list[int], dict[OffloadKey, int]] | None:
         """End the request's lease; see `Leases.hand_over`."""
         return self._leases.hand_over(state, keys) if state.lease.slots else None
 
