@@ -10,15 +10,13 @@ from pathlib import Path
 import pytest
 from region_rig import config
 
-from kvtier.adapters.vllm import device
 from kvtier.adapters.vllm.device import RegionTieringSpec, region_path, sweep_leftovers
 
 
 @pytest.fixture
-def folder(monkeypatch):
+def folder():
     """A folder of shared memory that only this test looks at."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as made:
-        monkeypatch.setattr(device, "REGION_FOLDER", Path(made))
         yield Path(made)
 
 
@@ -31,10 +29,10 @@ def test_only_regions_that_nobody_holds_are_swept(folder):
     with opened.open("r+b"), readable.open("rb"), mapped.open("r+b") as file:
         mapping = mmap.mmap(file.fileno(), 0)
         file.close()
-        assert sweep_leftovers() == [left]
-        assert sweep_leftovers() == []
+        assert sweep_leftovers(folder) == [left]
+        assert sweep_leftovers(folder) == []
         mapping.close()
-    assert sorted(sweep_leftovers()) == [opened, mapped, readable]
+    assert sorted(sweep_leftovers(folder)) == [opened, mapped, readable]
     assert sorted(folder.iterdir()) == sorted(others)
 
 
@@ -45,9 +43,9 @@ def test_another_users_regions_are_not_swept(folder):
     path = folder / "vllm_offload_a.mmap"
     path.write_bytes(bytes(8192))
     os.chown(path, 65534, 65534)
-    assert sweep_leftovers() == []
+    assert sweep_leftovers(folder) == []
     os.chown(path, 0, 0)
-    assert sweep_leftovers() == [path]
+    assert sweep_leftovers(folder) == [path]
 
 
 CHILD = """

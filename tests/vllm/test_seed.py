@@ -23,14 +23,14 @@ SAID = "Set PYTHONHASHSEED to any fixed number"
 )
 def test_the_log_says_so_where_it_is_so(monkeypatch, caplog, reproducible, algorithm, seed, said):
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    monkeypatch.setattr(compat, "HAS_REPRODUCIBLE_SEED", reproducible)
     if seed is None:
         monkeypatch.delenv("PYTHONHASHSEED", raising=False)
     else:
         monkeypatch.setenv("PYTHONHASHSEED", seed)
-    core.warn_of_random_seed(SimpleNamespace(persistent_tiers=[]), algorithm)
+    is_random = compat.hash_seed_is_random(algorithm, reproducible)
+    core.warn_of_random_seed(SimpleNamespace(persistent_tiers=[]), is_random)
     assert SAID not in caplog.text
-    core.warn_of_random_seed(SimpleNamespace(persistent_tiers=["disk"]), algorithm)
+    core.warn_of_random_seed(SimpleNamespace(persistent_tiers=["disk"]), is_random)
     assert (SAID in caplog.text) == said
 
 

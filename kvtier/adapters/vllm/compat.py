@@ -26,11 +26,11 @@ KNOWS_FAILED_STORES = "metadata_only" in {item.name for item in fields(base.Offl
 """Whether an event can say that a block was never there. Before 0.33 vLLM would publish it as a removal."""
 
 
-def hash_seed_is_random(algorithm: str) -> bool:
+def hash_seed_is_random(algorithm: str, has_reproducible_seed: bool = HAS_REPRODUCIBLE_SEED) -> bool:
     """Return whether the next process will compute other block hashes than this one."""
     if os.environ.get("PYTHONHASHSEED") is not None:
         return False
-    return not HAS_REPRODUCIBLE_SEED or algorithm.startswith("xxhash")
+    return not has_reproducible_seed or algorithm.startswith("xxhash")
 
 
 def cache_hit_source(name: str, is_storage: bool) -> Any:

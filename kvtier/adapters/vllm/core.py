@@ -148,7 +148,7 @@ class CoreHalf:
                     self._spec.remain_unidentified(reason)
                     return
                 namespace = namespace_of(self._announcements, weights)
-                warn_of_random_seed(self._first, str(namespace.identity["hash"]))
+                warn_of_random_seed(self._first, hash_seed_is_random(str(namespace.identity["hash"])))
                 self._spec.identify(namespace)
         except Exception:  # as in `_open`: the engine must go on, and the tiers stay closed; logged
             logger.exception("tiers %s stay off", self._first.persistent_tiers)
@@ -187,9 +187,9 @@ def namespace_of(announcements: Sequence[Announcement], weights: Mapping[str, st
     return Namespace({**identities[0], "workers": workers, **weights})
 
 
-def warn_of_random_seed(spec: TieringOffloadingSpec, algorithm: str) -> None:
+def warn_of_random_seed(spec: TieringOffloadingSpec, is_random: bool) -> None:
     """Log an error if a later process cannot find the blocks of this one."""
-    if spec.persistent_tiers and hash_seed_is_random(algorithm):
+    if spec.persistent_tiers and is_random:
         logger.error(
             "tiers %s will not be found by the next process: vLLM's block hashes start from a random seed here."
             " Set PYTHONHASHSEED to any fixed number.",

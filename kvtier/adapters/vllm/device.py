@@ -218,14 +218,14 @@ def region_path(engine_id: str) -> Path:
     return REGION_FOLDER / _REGION_NAMES.replace("*", engine_id)
 
 
-def sweep_leftovers() -> list[Path]:
-    """Remove this user's regions that no process has open or mapped; return their paths.
+def sweep_leftovers(folder: Path = REGION_FOLDER) -> list[Path]:
+    """Remove this user's regions in `folder` that no process has open or mapped; return their paths.
 
     A region that a process in another container uses stays, too. /proc does not show such processes, so the kernel is
     asked for a lease.
     """
     removed = []
-    for path in REGION_FOLDER.glob(_REGION_NAMES):
+    for path in folder.glob(_REGION_NAMES):
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:

@@ -200,15 +200,12 @@ class Inventory:
         lengths: NDArray[np.uint8] = self._read["key_length"][self._kept]
         return lengths
 
-    def _keep(self, mask: NDArray[np.bool_], cause: FailureCause | None) -> None:
-        """Keep the records where `mask` is True. The others are rejected for `cause`; None if they are superseded."""
+    def _keep(self, mask: NDArray[np.bool_], cause: FailureCause) -> None:
+        """Keep the records where `mask` is True. The others are rejected for `cause`."""
         if mask.all():
             return
         for slot in self.slots[~mask].tolist():
-            if cause is None:
-                self.broken.append(slot)
-            else:
-                self.reject(slot, cause)
+            self.reject(slot, cause)
         self._kept = self._kept[mask]
 
     def _verified(self, records: NDArray[np.void]) -> NDArray[np.bool_]:
