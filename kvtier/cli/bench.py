@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import shutil
 import signal
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -156,7 +157,9 @@ def _show(console: Console, figures: Sequence[Figures], advice: dict[str, Any]) 
         speeds = (f"{row.raw:.2f}", f"{row.raw_small:.2f}", f"{row.tier:.2f}", f"{row.ratio:.2f}")
         table.add_row(format_size(row.block_bytes), "load" if row.load else "store", *speeds)
     console.print(table)
+    gain = statistics.median(row.raw / row.raw_small for row in figures)
     console.print(f"The tier had {figures[-1].memory}.")
+    console.print(f"From huge pages the device moved {gain:.1f} times as much as from pages of 4 KiB.")
     size, share = format_size(advice["block_bytes"]), advice["share_of_the_device"]
     console.print(
         f"Recommended: blocks of {size} or more. Stores reach {advice['store_gb_per_second']:.2f} GB/s, loads"

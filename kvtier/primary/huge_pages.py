@@ -21,8 +21,11 @@ MAX_WASTE = 0.01
 """Largest share of an arena that may be lost since its file ends at a whole reserved page."""
 ENABLE_TRANSPARENT = "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled"
 """As root, until the next boot."""
-ADVICE = f"in huge pages a disk would be faster (kvtier bench disk shows by how much); as root: {ENABLE_TRANSPARENT}"
-"""For an arena in small pages."""
+ADVICE = (
+    "in huge pages a disk was 1.5 to 2.7 times as fast (kvtier bench disk measures yours); as root:"
+    f" {ENABLE_TRANSPARENT}"
+)
+"""For an arena in small pages; measured by `benchmarks/huge_pages.py`."""
 
 _TRANSPARENT_FOLDER = "sys/kernel/mm/transparent_hugepage"
 _ADVISED = {"advise", "within_size", "always", "force"}
