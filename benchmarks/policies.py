@@ -5,6 +5,9 @@ figure comes from the simulator, which drives the production manager. An indepen
 the manager's two rules: a request evicts none of its own blocks, and at its end its blocks are settled tail-first. Its
 number of hits must be the same; if not, the table has a further row with its hits. The table also has a textbook LRU,
 without these rules, and Belady's bound.
+
+With `--disk` a disk is below the memory, and a hit may come from either: the table has all hits of each policy, and
+those from memory.
 """
 
 from __future__ import annotations
@@ -34,6 +37,8 @@ SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 NEVER = 1 << 60
 TEXTBOOK = "textbook lru"
 BELADY = "belady"
+TOKEN_BYTES = 128 * 1024
+"""KV cache of Llama-3.1-8B per token. It decides how long a disk takes."""
 
 Requests = Sequence[Sequence[OffloadKey]]
 
@@ -51,6 +56,24 @@ def leading(held: Iterable[bool]) -> int:
 def replay(trace: Trace, policy: str, capacity: int) -> int:
     """Return the hits of the production manager with a primary tier of `capacity` blocks."""
     return Replay(trace, Setup(policy, capacity, 0, 1 << 20), Machine()).run().num_hits
+
+
+def measure_with_disk(
+    trace: Trace, names: Sequence[str], shares: Sequence[float], disk: float, machine: Machine
+) -> dict[str, dict[str, float]]:
+    """Return hits in percent of all blocks, all and from memory, by policy and size of the memory.
+
+    Args:
+        disk: size of the disk, as a share of the different blocks.
+    """
+    rows: dict[str, dict[str, float]] = {}
+    for name in track(names, "replaying"):
+        for share in shares:
+            sizes = (max(1, int(trace.num_unique * part)) for part in (share, disk))
+            result = Replay(trace, Setup(name, *sizes, TOKEN_BYTES * trace.tokens_per_block), machine).run()
+            for row, hits in ((name, result.num_hits), (f"{name}, from memory", result.hits.get("primary", 0))):
+                rows.setdefault(row, {})[f"{share:.1%}"] = 100 * hits / trace.num_accesses
+    return rows
 
 
 def replay_bare(policy: EvictionPolicy, trace: Trace) -> int:
@@ -142,15 +165,26 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="the first 1,000 requests, three sizes")
     parser.add_argument("--json", type=Path, help="write the figures there, too")
+    parser.add_argument("--shares", help="sizes of the cache as shares of the different blocks, with commas: 0.01,0.05")
+    parser.add_argument("--disk", type=float, default=0.0, help="size of a disk below, as such a share: 1")
+    parser.add_argument("--prefill-rate", type=float, default=Machine().prefill_rate, help="tokens/s, beside a disk")
     parser.add_argument("--policies", default=",".join(POLICIES.names()), help="names, with commas")
     arguments = parser.parse_args()
     console, figures = Console(), {}
     if not arguments.traces:
         console.print("no trace given: nothing to measure; see docs/policies.md")
     shares = (0.01, 0.05, 0.2) if arguments.quick else SHARES
+    if arguments.shares:
+        shares = tuple(map(float, arguments.shares.split(",")))
     for path in arguments.traces:
         trace = read(path, 1000 if arguments.quick else None)
-        rows = figures[trace.name] = measure(trace, arguments.policies.split(","), shares)
+        names = arguments.policies.split(",")
+        if arguments.disk:
+            machine = Machine(prefill_rate=arguments.prefill_rate)
+            rows = measure_with_disk(trace, names, shares, arguments.disk, machine)
+        else:
+            rows = measure(trace, names, shares)
+        figures[trace.name] = rows
         table = Table(title=f"{trace.name}: blocks hit, %; cache as a share of unique blocks")
         columns = [f"{share:.1%}" for share in shares]
         for column in ("policy", *columns):

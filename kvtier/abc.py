@@ -67,7 +67,7 @@ class EvictionPolicy(ABC):
     """
 
     may_decline: bool = True
-    """Whether `candidates` may end early; a tier sets False where no incoming key may be left out."""
+    """Whether `candidates` may end early. A tier sets it before each call with `incoming`."""
 
     def __init__(self, capacity: int) -> None:
         """Args: capacity: most keys that will be held at once, at least 1."""
@@ -97,7 +97,7 @@ class EvictionPolicy(ABC):
         """Yield the held keys, best victim first; change nothing.
 
         Without `incoming`, all held keys are yielded. With it, a policy that may decline may end earlier: the keys left
-        are worth more than the tail of `incoming`, which is then not stored.
+        are worth more than the tail of `incoming`, which is then not stored, or is the next victim.
 
         Args:
             incoming: the keys that are about to be inserted, in prefix order.

@@ -144,7 +144,9 @@ class TenantPolicy(ServedPolicy):
         for tenant, excess in self._excesses(len(incoming)):
             if tenant != self._tenant:
                 yield from islice(self._policies[tenant].candidates(), excess)  # retained ones last
-        yield from self._policies[self._tenant].candidates(incoming)
+        own = self._policies[self._tenant]
+        own.may_decline = self.may_decline
+        yield from own.candidates(incoming)
 
     def _excesses(self, num_incoming: int) -> list[tuple[str, int]]:
         """Return the tenants that hold more than their share, each with its excess in blocks, largest first.

@@ -57,11 +57,9 @@ class TimelessPolicy(EvictionPolicy):
 
 
 def empty_like(policy: EvictionPolicy) -> EvictionPolicy:
-    """Return an empty policy of the same kind and capacity, which may decline if `policy` may."""
+    """Return an empty policy of the same kind and capacity."""
     kind = type(policy.policy if isinstance(policy, TimelessPolicy) else policy)
-    empty = with_time(kind(policy.capacity))
-    empty.may_decline = policy.may_decline
-    return empty
+    return with_time(kind(policy.capacity))
 
 
 def with_time(policy: EvictionPolicy) -> EvictionPolicy:

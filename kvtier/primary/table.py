@@ -25,6 +25,7 @@ from kvtier.eviction.lru import LRUPolicy
 from kvtier.eviction.timeless import with_time
 from kvtier.keys import OffloadKey, common_key_bytes
 from kvtier.log import logger
+from kvtier.primary.transit import Transit
 
 MAX_SKIPPED = 4096
 """Part of the bound on how many candidates a search for victims looks at: this many, four per victim wanted, and one
@@ -50,11 +51,13 @@ class Placement(NamedTuple):
         keys: keys to insert, in the given order: the missing keys, or the first of them.
         victims: keys to evict.
         num_left_out: how many missing keys find no slot.
+        num_passing: how many keys, the last ones of `keys`, will be in transit.
     """
 
     keys: list[OffloadKey]
     victims: list[OffloadKey]
     num_left_out: int
+    num_passing: int = 0
 
 
 class BlockTable:
@@ -66,13 +69,14 @@ class BlockTable:
     Attributes (others may read and keep these objects, and only the methods change them):
         slot_of: the slot of every held key, FILLING or READY.
         filling: the slots that are being written.
+        transit: held blocks that the policy has declined.
     """
 
     def __init__(self, num_slots: int, policy: EvictionPolicy) -> None:
         """Args: num_slots: at least 1; policy: empty, with a capacity of at least `num_slots`."""
         self.num_slots = num_slots
         self.policy = with_time(policy)
-        self.policy.may_decline = False
+        self.transit = Transit()
         self.slot_of: dict[OffloadKey, int] = {}
         self.filling: set[int] = set()
         self._pins: dict[int, int] = {}
@@ -127,14 +131,22 @@ class BlockTable:
     # -- placing ------------------------------------------------------------------------------------------
 
     def plan(
-        self, keys: Sequence[OffloadKey], spared: Sequence[Set[OffloadKey]] = (), all_new: bool | None = None
+        self,
+        keys: Sequence[OffloadKey],
+        own: Set[OffloadKey] = frozenset(),
+        spared: Set[OffloadKey] = frozenset(),
+        *,
+        all_new: bool | None = None,
+        may_decline: bool = False,
     ) -> Placement:
         """Choose which of `keys` to insert and which blocks to evict; change nothing.
 
         Args:
             keys: in prefix order. Held ones are skipped and not evicted; duplicates count once.
+            own: blocks of the same request, which it must not evict, except those in transit.
             spared: further keys that must not be evicted.
             all_new: whether none of `keys` is held; None if the caller does not know.
+            may_decline: whether the policy may leave out the tail of `keys`.
 
         Raises:
             KeyFormatError: the length or type of a key is wrong.
@@ -151,10 +163,22 @@ class BlockTable:
             return Placement(missing, [], 0)
         if self._adopting:
             return Placement([], [], len(missing))
-        protected = [kept for kept in (*spared, () if all_new else unique.keys()) if kept]
-        victims = self.pick_victims(needed, missing, protected)
+        others = [kept for kept in (spared, () if all_new else unique.keys()) if kept]
+        protected = [own, *others] if own else others
+        self.policy.may_decline = may_decline
+        victims, num_declined = self._choose(needed, missing, protected)
+        num_passing = 0
+        if self.transit.limit and (self.transit.keys or (may_decline and num_declined)):
+            if not (self.transit.keys or victims or self._free):
+                # Everything ranks higher. To begin with, the lowest ones make room, else no byte would pass.
+                self.policy.may_decline = False
+                victims, _ = self._choose(min(needed, self.transit.limit), missing, protected)
+            idle = self.transit.idle(needed, lambda key: not self.is_pinned(slot_of[key]), others)
+            victims = list(islice(dict.fromkeys([*idle, *victims]), needed))
+            if may_decline:
+                num_passing = min(num_declined, self.transit.room(victims), len(self._free) + len(victims))
         placed = missing[: len(self._free) + len(victims)]
-        return Placement(placed, victims, len(missing) - len(placed))
+        return Placement(placed, victims, len(missing) - len(placed), num_passing)
 
     def pick_victims(
         self, count: int, incoming: Sequence[OffloadKey], protected: Sequence[Set[OffloadKey]]
@@ -165,28 +189,37 @@ class BlockTable:
             incoming: what is to be stored in their place, in prefix order.
             protected: keys that may not give way.
         """
+        return self._choose(count, incoming, protected)[0]
+
+    def _choose(
+        self, count: int, incoming: Sequence[OffloadKey], protected: Sequence[Set[OffloadKey]]
+    ) -> tuple[list[OffloadKey], int]:
+        """Return the victims as `pick_victims` does, and how many of `incoming` the policy declines."""
         try:
-            victims = self._proposed(count, incoming, protected)
+            victims, num_declined = self._proposed(count, incoming, protected)
             if self._is_plug_in:
                 slots = set(map(self.slot_of.__getitem__, victims))  # raises for a key that is not held
                 if len(slots) < len(victims):
                     raise InvariantError("candidates that come twice")
         except Exception as fault:  # noqa: BLE001 - a plug-in may raise anything; reported, and LRU takes over
             self.replace_policy(fault)
-            victims = self._proposed(count, incoming, protected)
-        return victims
+            victims, num_declined = self._proposed(count, incoming, protected)
+        return victims, num_declined
 
     def _proposed(
         self, count: int, incoming: Sequence[OffloadKey], protected: Sequence[Set[OffloadKey]]
-    ) -> list[OffloadKey]:
+    ) -> tuple[list[OffloadKey], int]:
         get_slot, pins, filling = self.slot_of.__getitem__, self._pins, self.filling
         if not (filling or pins or protected):
-            return list(islice(self.policy.candidates(incoming), count))
+            victims = list(islice(self.policy.candidates(incoming), count))
+            return victims, count - len(victims) if len(victims) < len(self) else 0
         most = MAX_SKIPPED + 4 * count + sum(map(len, protected))
         candidates = islice(self.policy.candidates(incoming), most)
-        victims: list[OffloadKey] = []
+        victims = []
+        num_left = min(most, len(self))  # a policy that yields fewer declines the keys for which there is no victim
         while len(victims) < count:
             batch = list(islice(candidates, count - len(victims)))
+            num_left -= len(batch)
             if not batch:
                 break
             if filling or pins:
@@ -198,7 +231,7 @@ class BlockTable:
                 if not kept.isdisjoint(batch):
                     batch = [key for key in batch if key not in kept]
             victims += batch
-        return victims
+        return victims, count - len(victims) if num_left > 0 else 0
 
     def apply(self, placement: Placement, now: float = 0.0) -> dict[OffloadKey, int]:
         """Evict and insert as planned.
@@ -216,6 +249,9 @@ class BlockTable:
             return {}
         if self._key_bytes is None:
             self._key_bytes = len(keys[0])
+        if self.transit.keys or placement.num_passing:
+            self.transit.remove(placement.victims)
+            self.transit.add(keys[len(keys) - placement.num_passing :])
         if placement.victims:
             freed = list(map(slot_of.pop, placement.victims))
             freed.reverse()
@@ -246,6 +282,7 @@ class BlockTable:
         victims = self.pick_victims(needed, (), (spared,)) if needed > 0 and not self._adopting else []
         free += map(self.slot_of.pop, victims)
         if victims:
+            self.transit.remove(victims)
             self._tell(self.policy.evict, victims)
         slots = [free.pop() for _ in range(min(count, len(free)))]
         self._quarantine.update(slots)
@@ -256,6 +293,8 @@ class BlockTable:
 
     def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         """Count one more use of each of `keys`, in prefix order; see `EvictionPolicy.touch`."""
+        if self.transit.keys:
+            self.transit.remove(keys)  # wanted again: from now on they are victims in the policy's order
         try:  # repeats `_tell` to save a call: some engines touch the whole prompt at every step
             self.policy.touch(keys, now)
         except Exception as fault:  # noqa: BLE001 - a plug-in may raise anything; reported, and LRU takes over
@@ -384,6 +423,7 @@ class BlockTable:
     def remove(self, keys: Iterable[OffloadKey]) -> list[OffloadKey]:
         """Forget `keys`, and return those that were held. Slots in use are quarantined, the others become free."""
         held = [key for key in dict.fromkeys(keys) if key in self.slot_of]
+        self.transit.remove(held)
         for key in held:
             if not self._into_quarantine(slot := self.slot_of.pop(key)):
                 self._free.append(slot)
@@ -405,6 +445,7 @@ class BlockTable:
         for slot in self.slot_of.values():
             self._into_quarantine(slot)
         self.slot_of.clear()
+        self.transit.keys.clear()
         self._tell(lambda _: self.policy.clear(), ())
         self.end_adoption()
 
@@ -430,6 +471,8 @@ class BlockTable:
             wrong.append("a quarantined slot has no pin")
         if len(self.policy) != len(self.slot_of) or not all(map(self.policy.__contains__, self.slot_of)):
             wrong.append("policy and table hold different keys")
+        if not self.transit.keys.keys() <= self.slot_of.keys() or len(self.transit.keys) > self.transit.limit:
+            wrong.append(f"{len(self.transit.keys)} in transit, {self.transit.limit} may be, all held")
         self.policy.check_invariants()
         if wrong:
             raise InvariantError("; ".join(wrong))

@@ -191,7 +191,7 @@ class TierUses:
         if len(keys) <= table.num_free:
             return table.plan(keys)
         table.touch((), uses.came)  # tells the policy the time of the request for which it chooses victims
-        return table.plan(keys, (uses.own,))
+        return table.plan(keys, uses.own)
 
     def store(
         self, table: BlockTable, offered: Sequence[OffloadKey], placement: Placement, req_context: ReqContext

@@ -139,8 +139,8 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         """Create and connect the parts, over the primary tier and `tiers`."""
         settings, clock = self._settings, self._clock
         self._table, self._tiers = self._primary.table, tiers
-        # With secondary tiers the policy must accept every block: a block reaches a tier only through a primary slot.
-        self._table.policy.may_decline = not tiers.guards
+        if tiers.guards:
+            self._table.transit.open(self._table.num_slots)
         table, guards, observer = self._table, self._tiers.guards, self._observer
         self._requests = Requests(tiers, clock)
         self._transfers = DeviceTransfers(table, observer, self._primary.finished_sequence)
@@ -317,12 +317,13 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
             self._note_use(
                 [key for key in dict.fromkeys(ordered) if key in slot_of], req_context, state.uses, all_held=True
             )
-        spared: tuple[Set[OffloadKey], ...] = ()
+        own: Set[OffloadKey] = frozenset()
+        found: Set[OffloadKey] = frozenset()
         self._retention.serve(self._table, state.uses)
         if len(ordered) > self._table.num_free:
-            spared = (state.uses.own, self._scanned.found_by_waiting())
+            own, found = state.uses.own, self._scanned.found_by_waiting()
             self._table.touch((), state.uses.came)  # tells the policy which request the victims make room for
-        placement = self._table.plan(ordered, spared, all_new)
+        placement = self._table.plan(ordered, own, found, all_new=all_new, may_decline=True)
         if placement.num_left_out and not placement.keys:
             return None
         slots = self._transfers.begin_store(state, placement)

@@ -28,5 +28,13 @@ def test_the_manager_hits_what_the_policy_alone_does_and_lru_what_the_textbook_d
         assert all(0 < row[share] <= rows["belady"][share] for row in rows.values())
 
 
+def test_with_a_disk_it_prints_all_hits_and_those_from_memory(tmp_path):
+    figures, trace = tmp_path / "figures.json", ROOT / "tests" / "data" / "agent_prompts.jsonl"
+    run("--disk", "1", "--shares", "0.05", "--policies", "lru,prefix", "--json", str(figures), f"{trace}:64")
+    (rows,) = json.loads(figures.read_text()).values()
+    assert set(rows) == {"lru", "lru, from memory", "prefix", "prefix, from memory"}
+    assert all(rows[f"{name}, from memory"]["5.0%"] < rows[name]["5.0%"] for name in ("lru", "prefix"))
+
+
 def test_without_a_trace_it_says_so():
     assert "no trace given" in run()

@@ -16,8 +16,10 @@ from kvtier.eviction.reuse import EDGES, NUM_BINS, NUM_CLASSES, ReuseTable, clas
 from kvtier.keys import OffloadKey, make_offload_key
 from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
 from kvtier.secondary.example import ExampleSecondaryTierManager
+from kvtier.testing.clock import ManualClock
 from kvtier.testing.policies import PolicySuite, admit, keys_of
 from kvtier.tiering.manager import TieringOffloadingManager
+from kvtier.types import ReqContext, ScheduleEndContext
 
 from .one_by_one import skewed_trace
 from .replay import Requests, replay
@@ -257,14 +259,32 @@ def test_a_long_session_leaves_no_trace_of_its_requests() -> None:
     assert sum(isinstance(found, Request) for found in gc.get_objects()) < 10 * policy.capacity
 
 
-def test_only_a_memory_without_a_tier_below_declines() -> None:
-    """Blocks reach a tier below through a slot of memory."""
-    for tiers in ([], [ExampleSecondaryTierManager(None, memoryview(bytearray(8)).cast("B", (8, 1)), "example")]):
-        policy = PrefixPolicy(8)
-        primary = CPUPrimaryTierOffloadingManager(8, memoryview(bytearray(8)).cast("B", (8, 1)), policy)
-        manager = TieringOffloadingManager(primary, tiers)
-        assert policy.may_decline == (not tiers)
-        manager.shutdown()
+@pytest.mark.parametrize("with_tier", [False, True])
+def test_a_long_prompt_does_not_flush_a_memory_whether_a_tier_is_below_or_not(with_tier: bool) -> None:
+    view = memoryview(bytearray(50)).cast("B", (50, 1))
+    tiers = [ExampleSecondaryTierManager(None, view, "example")] if with_tier else []
+    primary = CPUPrimaryTierOffloadingManager(50, view, PrefixPolicy(50))
+    clock = ManualClock()
+    manager = TieringOffloadingManager(primary, tiers, clock=clock)
+
+    def serve(keys: list[OffloadKey]) -> None:
+        clock.advance(1.0)
+        context = ReqContext(str(clock()))
+        manager.on_new_request(context)
+        output = manager.prepare_store(keys, context)
+        if output is not None:
+            manager.complete_store(set(output.keys_to_store), context)
+        manager.on_request_finished(context)
+        manager.on_schedule_end(ScheduleEndContext())
+        manager.check_invariants()
+
+    fresh = count(1000)
+    for number in range(300):
+        serve(keys_of(*range(20)))
+        if number % 5 == 4:
+            serve(keys_of(*islice(fresh, 60)))
+            assert number < 100 or all(key in primary.table for key in keys_of(*range(20)))
+    manager.shutdown()
 
 
 def test_blocks_on_the_device_that_a_former_request_used_do_not_hide_which_request_ends():

@@ -220,14 +220,15 @@ class DeclinesWithoutTime(Declines):
 @pytest.mark.parametrize("params", [None, {"kvtier": {"tenant": "a"}}])
 @pytest.mark.parametrize("policy", [Declines, DeclinesWithoutTime])
 @pytest.mark.parametrize("num_tiers", [0, 1])
-def test_no_tenants_policy_declines_blocks_that_a_tier_below_is_to_get(make_engine, policy, num_tiers, params):
-    engine = make_engine(num_blocks=4, num_tiers=num_tiers, policy=policy, tenant_quotas=True)
-    for number in range(4):
+def test_what_a_tenants_policy_declines_reaches_a_tier_below(make_engine, policy, num_tiers, params):
+    engine = make_engine(num_blocks=40, num_tiers=num_tiers, policy=policy, tenant_quotas=True)
+    for number in range(25):
         context = engine.request(str(number), kv_transfer_params=params)
-        stored = engine.store(make_keys(2, str(number)), context)
-        assert len(stored) == (2 if num_tiers or number < 2 else 0)
+        keys = make_keys(2, str(number))
+        assert engine.store(keys, context) == (keys if num_tiers or number < 20 else [])
         engine.finish(context)
         engine.step()
+        assert all(set(keys) <= tier.blocks.keys() for tier in engine.tiers)
 
 
 class Raises(LRUPolicy):

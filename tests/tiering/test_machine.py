@@ -4,6 +4,7 @@ import hashlib
 import shutil
 import tempfile
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -108,6 +109,25 @@ class RealMachine(TieringMachine):
 
 
 class TestScripted(ScriptedMachine.TestCase):
+    settings = QUICK
+
+
+class ChoosyPolicy(LRUPolicy):
+    """Declines the second half of what finds no room."""
+
+    def candidates(self, incoming=()):
+        wanted = len(self) + len(incoming) - self.capacity
+        return islice(super().candidates(), wanted // 2 if incoming and self.may_decline else None)
+
+
+class ChoosyMachine(ScriptedMachine):
+    """The same tiers below a policy that declines, so that blocks are in transit."""
+
+    def make_policy(self, capacity):
+        return ChoosyPolicy(capacity)
+
+
+class TestChoosy(ChoosyMachine.TestCase):
     settings = QUICK
 
 
