@@ -5,7 +5,7 @@ is the median of several rounds. A round measures every operation, size and poli
 
 A second table has the longest single calls while promotions are planned, arrive, expire and are loaded, for one long
 prompt and for many shorter ones. Of the rounds' longest calls it has the shortest, since other work of the machine only
-makes calls longer. The rows `least` have the barest loops over the same blocks, with the first policy.
+makes calls longer. In brackets it has the barest loops over the same blocks, with LRU's order.
 """
 
 from __future__ import annotations
@@ -58,6 +58,9 @@ WAIT_TARGETS = {
 `prepare_load`, `complete_load` and `finish` take all blocks of a request in one call, by contract. The benchmark's
 60,000 blocks are more than the context of any model.
 """
+
+LEAST = "least "
+"""Precedes the name of a call, for the barest loops over its blocks."""
 
 
 class Keys:
@@ -206,7 +209,6 @@ def measure_waits(num_blocks: int, policies: list[str], keys: Keys, rounds: int)
         (p, c) for p in policies for c in ((1, int(60_000 * share)), (int(500 * share), 100))
     ]:
         longest: dict[str, float] = {}
-        least: dict[str, float] = {}
         planning = math.inf
         for _ in range(rounds):
             calls: dict[str, list[float]] = {}
@@ -221,16 +223,13 @@ def measure_waits(num_blocks: int, policies: list[str], keys: Keys, rounds: int)
             if count > 1:  # a single prompt waits for its first blocks, and plans more as they arrive
                 planning = min(planning, sum(calls["plan"]) / min(count * size, 20 * MAX_PLANNED))
             others = [key for prompt in [*filling, *prompts[1:]] for key in prompt][: num_blocks - size]
-            for kept, measured in ((longest, calls), (least, least_seconds(prompts[0], others))):
-                for name, seconds in measured.items():
-                    kept[name] = min(kept.get(name, math.inf), max(seconds))
+            calls |= {LEAST + name: seconds for name, seconds in least_seconds(prompts[0], others).items()}
+            for name, seconds in calls.items():
+                longest[name] = min(longest.get(name, math.inf), max(seconds))
             gc.collect()
         figures = {name: 1e3 * seconds for name, seconds in longest.items()}
         planned = {"planning": 1e6 * planning} if count > 1 else {}
         rows.append({"policy": policy, "requests": count, "keys": size, **planned, **figures})
-        if policy == policies[0]:  # the loops have the order of LRU
-            limits = {name: 1e3 * seconds for name, seconds in least.items()}
-            rows.append({"policy": "least", "requests": count, "keys": size, **limits})
     return rows
 
 
@@ -264,7 +263,8 @@ def report(
         for name, target in columns.items():
             value = row.get(name, "")
             over = target and not isinstance(value, str) and value > target
-            cells.append(f"{value:.2f}{' !' if over else ''}" if isinstance(value, float) else f"{value}")
+            cell = f"{value:.2f}{' !' if over else ''}" if isinstance(value, float) else f"{value}"
+            cells.append(f"{cell} ({row[LEAST + name]:.2f})" if LEAST + name in row else cell)
         table.add_row(*cells)
     console.print(table)
     if path is not None:
