@@ -135,7 +135,9 @@ class JobLedger:
     @property
     def held_up_since(self) -> float | None:
         """Since when an overtaken job has made no progress; None if there is no such job."""
-        return min((max(since, job.progressed) for job, since in self._overtaken.values()), default=None)
+        if not self._overtaken:
+            return None
+        return min(max(since, job.progressed) for job, since in self._overtaken.values())
 
     def open(
         self,

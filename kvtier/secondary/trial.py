@@ -25,7 +25,7 @@ def check_or_try(
     if (options_type := options_type_of(tier_class)) is None:
         construct_on_trial(tier_class, options, block_bytes, policies)
     else:
-        options_type.read(options).check(block_bytes, policies)
+        options_type(**options).check(block_bytes, policies)
 
 
 def construct_on_trial(
