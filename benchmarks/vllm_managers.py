@@ -17,6 +17,7 @@ from vllm.v1.kv_offload import base
 
 from kvtier import types
 from kvtier.adapters.vllm.manager import KVTierOffloadingManager
+from kvtier.counters import Observations
 from kvtier.primary.arena import Arena
 from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
 from kvtier.registry import POLICIES
@@ -191,6 +192,8 @@ def adapter_rig(num_blocks: int, policy: str) -> Rig:
         control=arena.control,
         shutdown=arena.close,
         medium_is_storage=lambda name: False,
+        off_reason=None,
+        observations=Observations(),
     )
     return Rig(KVTierOffloadingManager(core), base)
 

@@ -36,6 +36,7 @@ class Rig:
 
         from kvtier.adapters.vllm.manager import KVTierOffloadingManager
         from kvtier.config import KVCacheGroup, OffloadingConfig
+        from kvtier.counters import Observations
         from kvtier.namespace import Namespace
         from kvtier.spec.tiering import TieringOffloadingSpec
 
@@ -53,7 +54,13 @@ class Rig:
         self.spec = TieringOffloadingSpec(config)
         self.inner = self.spec.get_manager()
         self.spec.wait_for_tiers(30)
-        core = SimpleNamespace(manager=self.inner, control=self.spec.arena.control, shutdown=self.spec.shutdown)
+        core = SimpleNamespace(
+            manager=self.inner,
+            control=self.spec.arena.control,
+            shutdown=self.spec.shutdown,
+            off_reason=None,
+            observations=Observations(),
+        )
         self.manager = KVTierOffloadingManager(core)
         self.keys = self._make_keys(num_keys, 0)
         self._store(self.keys)

@@ -15,7 +15,7 @@ from typing import Any, get_args, get_type_hints
 import msgspec
 
 from kvtier.config import TieringConfig
-from kvtier.metrics import GROUPS, Kind, Metric
+from kvtier.metrics import GROUPS, METRICS, Kind, Label, Metric
 from kvtier.options import TierOptions
 from kvtier.registry import TIERS
 from kvtier.secondary.keyed import KeyedTierManager
@@ -34,18 +34,40 @@ def metrics() -> str:
     for title, rows in GROUPS.items():
         lines += ["", f"### {title}", "", "| vLLM's `/metrics` | labels | `get_stats` | meaning |", "|---|---|---|---|"]
         for metric in rows:
-            name, labels = f"`vllm:{metric.prometheus_name}`", ", ".join(metric.labels)
+            name, labels = f"`vllm:{exported_name(metric, metric.exported)}`", "; ".join(map(label_text, metric.labels))
             lines.append(f"| {name} | {labels} | {name_in_get_stats(metric)} | {metric.help} |")
     return "\n".join([*lines, "", ""])
+
+
+def names_of_vllm() -> str:
+    """Return the table of the names that vLLM's own offloading gives to the same values."""
+    rows = [
+        f"| `vllm:{exported_name(metric, metric.also)}` | `vllm:{exported_name(metric, metric.exported)}` |"
+        for metric in METRICS.values()
+        if metric.also
+    ]
+    return "\n".join(["| vLLM's own name | the same as |", "|---|---|", *rows, ""])
+
+
+def exported_name(metric: Metric, name: str) -> str:
+    """Return a name as Prometheus has it; of a histogram without the ends of its series' names."""
+    return name if metric.kind is Kind.HISTOGRAM else metric.series_of(name)[0]
+
+
+def label_text(label: Label) -> str:
+    """Return a label with its values, if they are the same everywhere."""
+    return f"{label.name}: {', '.join(label.values)}" if label.values else label.name
 
 
 def name_in_get_stats(metric: Metric) -> str:
     """Return the name in `get_stats` with its labels as placeholders; "" if only the engine's adapter counts it."""
     if not metric.is_in_get_stats:
         return ""
-    labels = [label.upper() for label in metric.labels]
-    parts = [metric.name, *labels] if metric.kind is Kind.COUNTER else [*labels, metric.name]
-    return f"`{'.'.join(parts)}`"
+    labels = [label.upper() for label in metric.label_names]
+    if metric.kind is Kind.GAUGE:
+        return f"`{'.'.join([*labels, metric.name])}`"
+    ends = ("_count", "_sum") if metric.kind is Kind.HISTOGRAM else ("",)
+    return ", ".join(f"`{'.'.join([metric.name + end, *labels])}`" for end in ends)
 
 
 def options_of_tier(tier_type: str) -> str:
@@ -108,6 +130,7 @@ def default_of(field: msgspec.structs.FieldInfo, hint: Any) -> str:
 
 MAKERS = {
     "metrics": metrics,
+    "names of vLLM": names_of_vllm,
     "configuration": engine_options,
     "secrets": secret_options,
     **{

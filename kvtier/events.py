@@ -25,11 +25,23 @@ class BlocksEvicted(NamedTuple):
     keys: Sequence[OffloadKey]
 
 
+class BlocksRecomputed(NamedTuple):
+    """The engine has computed blocks again that the tier had evicted."""
+
+    tier: str
+    num_blocks: int
+
+
 class BlocksLoaded(NamedTuple):
-    """A request loaded blocks to the device; `by_source` counts them per tier from which they came."""
+    """A request loaded blocks to the device; `by_source` counts them per tier from which they came.
+
+    They hold `num_tokens`, which the engine would have computed in about `seconds`; both are 0 if that is not known.
+    """
 
     req_id: str
     by_source: Mapping[str, int]
+    num_tokens: int = 0
+    seconds: float = 0.0
 
 
 class LoadFailed(NamedTuple):
@@ -40,7 +52,11 @@ class LoadFailed(NamedTuple):
 
 
 class JobFinished(NamedTuple):
-    """A secondary tier answered a job of `num_blocks`, of which `num_successful` succeeded."""
+    """A secondary tier answered a job of `num_blocks`, of which `num_successful` succeeded.
+
+    Of these, `num_moved` were read or written; a store moves no block that the tier already has. The tier says how many
+    `seconds` it worked. Until the manager had the answer, `latency` seconds passed.
+    """
 
     tier: str
     is_promotion: bool
@@ -48,6 +64,8 @@ class JobFinished(NamedTuple):
     num_successful: int
     num_bytes: int
     seconds: float
+    num_moved: int = 0
+    latency: float = 0.0
 
 
 class BlocksFailed(NamedTuple):
@@ -93,6 +111,25 @@ class RequestGaveUp(NamedTuple):
     num_blocks: int
 
 
+class WaitOutcome(Enum):
+    """How a request went on after it had waited for tiers."""
+
+    LOADED = "loaded"
+    """It loaded blocks, those that it waited for or those that were there."""
+    COMPUTED = "computed"
+    """It loaded nothing: the engine computes."""
+    CANCELLED = "cancelled"
+    """It ended, or the cache was reset, before it went on."""
+
+
+class RequestWaited(NamedTuple):
+    """A request waited for tiers, `seconds` in all."""
+
+    req_id: str
+    outcome: WaitOutcome
+    seconds: float
+
+
 class CacheReset(NamedTuple):
     """The cache was reset. `quarantined` slots are still being copied; `epoch` is the namespace's new salt."""
 
@@ -117,6 +154,7 @@ class UnexpectedCall(NamedTuple):
 Event = (
     BlocksStored
     | BlocksEvicted
+    | BlocksRecomputed
     | BlocksLoaded
     | LoadFailed
     | JobFinished
@@ -124,6 +162,7 @@ Event = (
     | CascadeRefused
     | TierStateChanged
     | RequestGaveUp
+    | RequestWaited
     | CacheReset
     | HintIgnored
     | UnexpectedCall

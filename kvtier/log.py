@@ -1,4 +1,4 @@
-"""kvtier's logger. Each record is one printable line, whatever it quotes."""
+"""kvtier's logger. Each record is one printable line that begins with "kvtier", whatever it quotes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import logging
 
 from kvtier.foreign_text import one_line
 
+_NAME = "kvtier"
+"""Operators search an engine's log for this word."""
 _MAX_TRACEBACK_LINES = 60
 """Longer tracebacks, such as those of a recursion, are cut in the middle."""
 
 
 class CleanLines(logging.Filter):
-    """Makes a record's message one line and indents its traceback, before any handler sees the record."""
+    """Makes a record's message one line, which names kvtier, and indents its traceback.
+
+    No handler sees the record before that.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Change the record; always return True."""
@@ -19,7 +24,8 @@ class CleanLines(logging.Filter):
             message = record.getMessage()
         except (TypeError, ValueError):
             return True  # the message does not fit its arguments: the handler reports that
-        record.msg, record.args = one_line(message), None
+        said = message if message.startswith(_NAME) else f"{_NAME}: {message}"
+        record.msg, record.args = one_line(said), None
         if record.exc_info and record.exc_info[0] is not None and not record.exc_text:
             lines = logging.Formatter().formatException(record.exc_info).splitlines()
             if len(lines) > _MAX_TRACEBACK_LINES:

@@ -93,7 +93,7 @@ def test_a_record_of_the_log_is_one_line(log, text):
     lines = log.getvalue().split("\n")
     assert len(lines) == 3
     assert all(line.isprintable() for line in lines)
-    assert lines[0].startswith("WARNING kvtier it said")
+    assert lines[0].startswith("WARNING kvtier kvtier: it said")
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -103,7 +103,7 @@ def test_a_traceback_in_the_log_forges_no_record(log, text):
     except ValueError:
         logger.exception("a plug-in failed")
     first, *others = log.getvalue().split("\n")[:-1]
-    assert first == "ERROR kvtier a plug-in failed"
+    assert first == "ERROR kvtier kvtier: a plug-in failed"
     assert others
     assert all(line.startswith("  ") and line.isprintable() for line in others)
 
@@ -126,3 +126,16 @@ def test_halves_of_surrogate_pairs_are_no_utf8():
     assert is_utf8("Grüße \U0001f600")
     assert not is_utf8("\ud800")
     assert not is_utf8("\udcff")
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("tier disk is down", "kvtier: tier disk is down"),
+        ("kvtier is ready", "kvtier is ready"),
+        ("kvtier: a hint", "kvtier: a hint"),
+    ],
+)
+def test_every_line_of_the_log_begins_with_the_name(log, message, said):
+    logger.warning(message)
+    assert log.getvalue() == f"WARNING kvtier {said}\n"

@@ -217,6 +217,10 @@ class Standing:
             logger.log(level, "tier %s is %s%s", self._name, state.value, f": {reason}" if reason else "")
 
 
+_TIMES = {state: f"times_{state.value}" for state in TierState}
+"""Names of the metrics that count how often a tier has entered a state."""
+
+
 class StateTimes:
     """How often a tier has entered each state, and for how long it has been down.
 
@@ -241,6 +245,6 @@ class StateTimes:
         return self._down_seconds + (max(0.0, now - self._since) if self.state is TierState.DOWN else 0.0)
 
     def readings(self, now: float) -> dict[str, float]:
-        """Return the metrics by name. States that were never entered are left out, except DOWN."""
-        entered = {f"times_{state.value}": times for state, times in self._entered.items()}
-        return {"down_seconds": self._seconds_down(now), "times_down": 0, **entered}
+        """Return the metrics by name."""
+        entered = {name: self._entered[state] for state, name in _TIMES.items()}
+        return {"down_seconds": self._seconds_down(now), **entered}

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from kvtier.abc import EvictionPolicy, SecondaryTierManager
 from kvtier.config import CPUConfig, TieringConfig
 from kvtier.errors import ConfigError, KVTierError
-from kvtier.events import RequestGaveUp, TierState, TierStateChanged
+from kvtier.events import BlocksRecomputed, RequestGaveUp, TierState, TierStateChanged
 from kvtier.foreign_text import MAX_QUOTED, one_line
 from kvtier.log import logger
 from kvtier.namespace import Namespace
@@ -21,6 +21,7 @@ from kvtier.primary.arena import Arena
 from kvtier.registry import POLICIES, construct_tier, load_tier_class, try_tier
 from kvtier.secondary.stand_ins import LateTier, UnusableTierManager
 from kvtier.spec.cpu import CPUOffloadingSpec
+from kvtier.spec.miss_causes import MissCauses
 from kvtier.spec.room import RoomWarnings
 from kvtier.spec.tiers import outlives_engine, parse_tiers, prompts_only
 from kvtier.tier_config import TierConfig
@@ -58,6 +59,7 @@ class TieringOffloadingSpec(CPUOffloadingSpec):
         self.offload_prompt_only = prompts_only(user, self.tiers)
         self.tier_context = replace(self.tier_context, policies=_policies_named_by(self.tiers))
         self._late_tiers: list[tuple[TierConfig, LateTier]] = []
+        self.observers.add(MissCauses(self.num_blocks), RequestGaveUp, BlocksRecomputed)
         if self.tiers:
             self.observers.add(RoomWarnings(self.settings, self.num_blocks, self.block_bytes), RequestGaveUp)
         if self._arena is None:

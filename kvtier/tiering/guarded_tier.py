@@ -85,7 +85,8 @@ class TierGuard(TierCalls):
         self._standing = Standing(name, breaker, observer)
         self._times = StateTimes(clock())
         self._digests = None if tier.verifies_payloads else DigestLedger(arena_rows(tier.primary_kv_view))
-        self._most_pinned = int(len(tier.primary_kv_view) * STORE_SHARE)
+        self._num_slots, self._block_bytes = tier.primary_kv_view.shape or (0, 0)
+        self._most_pinned = int(self._num_slots * STORE_SHARE)
         self._draining = False
         self._pending_epoch: bytes | None = None
         self._epoch_retry_at = 0.0
@@ -187,6 +188,8 @@ class TierGuard(TierCalls):
             "load_jobs_in_flight": num_loads,
             "store_blocks_in_flight": self._num_storing,
             "load_blocks_in_flight": num_blocks - self._num_storing,
+            "storing_share": self._num_storing / self._num_slots,
+            "loading_share": (num_blocks - self._num_storing) / self._num_slots,
             "up": float(self.usable),
             **self._times.readings(self._clock()),
         }
@@ -249,12 +252,15 @@ class TierGuard(TierCalls):
     def _take_result(self, result: JobResult, ended: list[Job]) -> None:
         job: Job | None = None
         successful: Collection[OffloadKey] = ()
-        num_bytes, seconds = 0, 0.0
+        num_bytes, seconds, latency, num_moved = 0, 0.0, 0.0, 0
         try:
             job = self.jobs.get(result.job_id)
             if job is not None:
-                seconds = self._clock() - job.submitted
-                successful, num_bytes, seconds = _read(result, job.keys, seconds)
+                seconds = latency = self._clock() - job.submitted
+                successful, num_bytes, seconds = _read(result, job.keys, latency)
+                num_moved = len(successful)
+                if result.transfer_bytes is not None:  # the tier tells which of them it had already
+                    num_moved = min(num_moved, -(-num_bytes // self._block_bytes))
         except Exception as fault:  # noqa: BLE001 - a tier's fault never reaches the engine: it is reported
             self._fault("get_finished_jobs", fault)
         if job is None or (self._digests is not None and job in self._digests.hashing):
@@ -262,7 +268,9 @@ class TierGuard(TierCalls):
             return
         job.successful, job.num_bytes = successful, num_bytes
         self._observer.on_event(
-            JobFinished(self.name, job.is_promotion, len(job.keys), len(successful), num_bytes, seconds)
+            JobFinished(
+                self.name, job.is_promotion, len(job.keys), len(successful), num_bytes, seconds, num_moved, latency
+            )
         )
         if self._digests is None or not job.is_promotion or not successful:
             self._end(job, ended)

@@ -16,6 +16,7 @@ from typing import Protocol
 from kvtier import forks
 from kvtier.abc import OffloadingManager, SecondaryTierManager
 from kvtier.clock import Clock, monotonic_clock
+from kvtier.counters import EventCounters, tier_readings
 from kvtier.errors import BlockNotReadyError
 from kvtier.events import (
     BlocksEvicted,
@@ -27,11 +28,11 @@ from kvtier.events import (
     Observer,
     Observers,
     TierState,
+    WaitOutcome,
 )
 from kvtier.hints import NO_HINT, Hint, read_hint
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
-from kvtier.metrics import EventCounters, tier_readings
 from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
 from kvtier.primary.retention import Retention, num_kept
 from kvtier.primary.uses import RequestUses
@@ -39,6 +40,7 @@ from kvtier.secondary.jobs import Job
 from kvtier.tiering.audit import check_slots
 from kvtier.tiering.cascades import Cascades
 from kvtier.tiering.device_copies import DeviceTransfers
+from kvtier.tiering.evicted_keys import EvictedKeys
 from kvtier.tiering.flights import Flights
 from kvtier.tiering.guarded_tier import TierGuard
 from kvtier.tiering.kv_events import KVEventLog
@@ -121,6 +123,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         self._kv_events = KVEventLog()
         self._observer = Observers() if observer is None else Observers.over(observer)
         self._observer.add(self._counters)
+        self._observer.add(EvictedKeys(self._observer), BlocksEvicted, BlocksStored)
         if settings.kv_events:
             self._observer.add(self._kv_events, BlocksStored, BlocksEvicted, LoadFailed)
         self._settings, self._clock, self._watcher = settings, clock, watcher
@@ -255,17 +258,17 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         else:
             (slots, by_key), once = leased, ordered
             self._transfers.begin_leased_load(state, by_key)
-        self._pace.note_load(state, ordered)
+        num_tokens, seconds = self._pace.note_load(state, ordered)
         if state.lease.slots or state.awaiting:
             self._promoter.let_go(state)
-        if state.wait.since is not None:
-            self._waiting.stop(state, self._clock())
+        if state.wait.since is not None or state.wait.waited:
+            self._waiting.settle(state, WaitOutcome.LOADED)
         self._note_use(once, req_context, state.uses, all_held=True)
         sources = state.plans.sources
         by_source = (
             {PRIMARY: len(ordered)} if not sources else Counter(map(sources.get, ordered, itertools.repeat(PRIMARY)))
         )
-        self._observer.on_event(BlocksLoaded(req_context.req_id, by_source))
+        self._observer.on_event(BlocksLoaded(req_context.req_id, by_source, num_tokens, seconds))
         if self._left is not None and slots:  # an observer has forked during this call, and this is the child
             raise BlockNotReadyError("this process was forked during the call")
         return self._make_spec(slots)
@@ -306,7 +309,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
             self._poll()
         state = self._requests.open(req_context)
         ordered = keys if isinstance(keys, list) else list(keys)
-        self._requests.note_begun(state)
+        self._note_begun(state)
         self._pace.note_store(state, ordered)
         if self._flights.by_key:
             self._promoter.take_over_abandoned(ordered)
@@ -394,6 +397,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         if state.has_acted:
             self._pace.note_end(state)
             self._promoter.let_go(state)
+            self._waiting.settle(state, WaitOutcome.CANCELLED)
             self._lookups.end_scan(state)
             self._retention.serve(self._table, state.uses)
             self._table.settle(state.uses.in_order(req_context))
@@ -408,7 +412,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         for req_id in context.new_req_ids:
             state = self._requests.get(req_id)
             if state is not None:
-                self._requests.note_begun(state)
+                self._note_begun(state)
         for req_id in context.preempted_req_ids:
             state = self._requests.get(req_id)
             if state is not None and state.has_acted:
@@ -436,6 +440,12 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         for state in scanned:
             self._lookups.end_scan(state)
         self._requests.retire([state for state in active if not state.is_pending and self._pace.is_done(state)])
+
+    def _note_begun(self, state: RequestState) -> None:
+        """Note that the engine computes this request, whatever it has waited for."""
+        self._requests.note_begun(state)
+        if state.has_acted and (state.wait.since is not None or state.wait.waited):
+            self._waiting.settle(state, WaitOutcome.COMPUTED)
 
     def _begin_attempt(self, state: RequestState) -> None:
         """Let a request look up and wait anew: it was preempted, its load failed, or the cache was reset."""
@@ -494,6 +504,9 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
             "capacity_bytes": table.num_slots * block_bytes,
             "kept_blocks": num_kept(table),
             "quarantined_blocks": table.num_quarantined,
+            "pinned_share": (len(table.pins) + len(table.filling)) / table.num_slots,
+            "filling_share": len(table.filling) / table.num_slots,
+            "reading_share": len(table.pins) / table.num_slots,
         }
         counted = self._counters.snapshot()
         return counted | tier_readings(PRIMARY, held) | self._tiers.stats()

@@ -72,16 +72,23 @@ class Pace:
             length = len(keys) * self._tokens_per_block if prompt is None else prompt - progress.start
             progress.left = float(max(0, length))
 
-    def note_load(self, state: RequestState, keys: Collection[OffloadKey]) -> None:
-        """Note that the request loads these blocks, so that it will not compute them."""
+    def note_load(self, state: RequestState, keys: Collection[OffloadKey]) -> tuple[int, float]:
+        """Note that the request loads these blocks, so that it will not compute them.
+
+        Returns:
+            Their tokens, and how many seconds computing these would have taken; 0 if that is not known.
+        """
         if not self._tokens_per_block:
-            return
+            return 0, 0.0
         progress = state.progress
         if progress.first_key is None:
             self.note_scan(state)
         if progress.first_key is not None:
             progress.num_loaded = len(_of_group(list(keys), progress.first_key[-GROUP_BYTES:]))
-            progress.left = max(0.0, progress.left - progress.num_loaded * self._tokens_per_block)
+            num_tokens = progress.num_loaded * self._tokens_per_block
+            progress.left = max(0.0, progress.left - num_tokens)
+            return num_tokens, self.speed.seconds(progress.start, progress.start + num_tokens)
+        return 0, 0.0
 
     def note_store(self, state: RequestState, keys: Sequence[OffloadKey]) -> None:
         """Count what this step computes of a request. The engine may offer blocks that it has found, too."""

@@ -39,7 +39,7 @@ class Wait:
     Attributes:
         gave_up: whether its deadline has passed. Blocks that are not ready are misses until the next attempt.
         since: when the current part of the wait began; None if the request does not wait.
-        waited: length of the parts of the wait that have ended.
+        waited: length of the parts of the wait that have ended; reported: how much of it an event has told.
         deadline: longest wait of this attempt; counts while `since` is not None.
         computing: time to compute all blocks that this attempt has awaited so far.
         silent: tiers that missed the probe deadline. Their answers count, but the request does not wait for them.
@@ -51,6 +51,7 @@ class Wait:
     gave_up: bool = False
     since: float | None = None
     waited: float = 0.0
+    reported: float = 0.0
     deadline: float = 0.0
     computing: float = 0.0
     silent: set[int] = field(default_factory=set)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from kvtier.clock import Clock
-from kvtier.events import Observer, RequestGaveUp
+from kvtier.events import Observer, RequestGaveUp, RequestWaited, WaitOutcome
 from kvtier.keys import OffloadKey
 from kvtier.primary.table import BlockTable
 from kvtier.tiering.flights import Flights
@@ -147,6 +147,15 @@ class Waiting:
             wait.waited += now - wait.since
             wait.since = None
 
+    def settle(self, state: RequestState, outcome: WaitOutcome) -> None:
+        """Stop the clock, and report how long the request has waited since the last report, if it has."""
+        wait = state.wait
+        if wait.since is not None:
+            self.stop(state, self._clock())
+        if wait.waited > wait.reported:
+            self._observer.on_event(RequestWaited(state.context.req_id, outcome, wait.waited - wait.reported))
+            wait.reported = wait.waited
+
     def _end_if_late(self, state: RequestState, now: float) -> bool:
         """Make a request whose deadline has passed give up; return whether it did. Arrived blocks stay its hits."""
         wait = state.wait
@@ -163,7 +172,8 @@ class Waiting:
 
     def begin_attempt(self, state: RequestState) -> None:
         """Allow the request to wait anew: it was preempted, or the cache was reset."""
+        self.settle(state, WaitOutcome.CANCELLED)
         wait = state.wait
-        wait.gave_up, wait.since, wait.waited, wait.computing = False, None, 0.0, 0.0
+        wait.gave_up, wait.waited, wait.reported, wait.computing = False, 0.0, 0.0, 0.0
         wait.silent.clear()
         wait.probing_since.clear()

@@ -146,3 +146,14 @@ def test_many_records_come_in_the_order_of_writing(tmp_path):
     assert found == [*expected, (count, make_key(7))]
     assert context.failures.take() == {FailureCause.CORRUPT: 1}
     store.close()
+
+
+def test_a_new_namespace_says_why_it_does_not_find_the_blocks_of_the_last(tmp_path, caplog):
+    store_some(tmp_path / "slab", make_context("first"))
+    assert not caplog.messages
+    store_some(tmp_path / "slab", make_context("second"))
+    (said,) = caplog.messages
+    assert said.startswith(f"kvtier: {tmp_path / 'slab'}: begins without blocks")
+    assert said.endswith("since these differ: model")
+    store_some(tmp_path / "slab", make_context("first"))
+    assert len(caplog.messages) == 1, "a namespace that is there finds its blocks"

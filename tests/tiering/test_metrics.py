@@ -1,13 +1,26 @@
 """What is counted arrives: every name in `get_stats` is a row of the table, or a tier's own gauge."""
 
+import dataclasses
+import math
 import typing
 
 import pytest
-from engine import Engine, make_keys
+from engine import Engine, EventLog, make_keys
 
-from kvtier.events import Event, TierState, TierStateChanged
-from kvtier.metrics import METRICS, EventCounters, Kind, Source, find_sample
+from kvtier.counters import MAX_OBSERVATIONS, EventCounters, Observations, find_sample, zero_counts
+from kvtier.events import (
+    BlocksEvicted,
+    BlocksRecomputed,
+    BlocksStored,
+    Event,
+    RequestWaited,
+    TierState,
+    TierStateChanged,
+    WaitOutcome,
+)
+from kvtier.metrics import METRICS, Kind, Source
 from kvtier.testing.scripted_tier import ScriptedTier
+from kvtier.tiering.evicted_keys import EvictedKeys
 
 EARLIER_NAMES = """
     kvtier_hit_blocks kvtier_stored_blocks kvtier_evicted_blocks kvtier_read_blocks kvtier_read_bytes
@@ -54,12 +67,30 @@ def test_every_name_in_get_stats_is_declared():
 
 
 def test_names_are_distinct_and_users_alerts_still_find_theirs():
-    exported = [metric.exported for metric in METRICS.values()]
+    exported = [name for metric in METRICS.values() for name in (metric.exported, metric.also) if name]
     assert len(exported) == len(set(exported))
     assert set(EARLIER_NAMES.split()) <= set(exported)
+    series = [series for metric in METRICS.values() for series in metric.series_of(metric.exported)]
+    assert len(series) == len(set(series))
     for metric in METRICS.values():
-        assert metric.prometheus_name.endswith("_total") == (metric.kind is Kind.COUNTER)
-        assert metric.kind is Kind.COUNTER or metric.labels == ("tier",)
+        assert metric.series_of("name")[0].endswith("_total") == (metric.kind is Kind.COUNTER)
+        assert bool(metric.buckets) == (metric.kind is Kind.HISTOGRAM)
+        assert metric.kind is not Kind.GAUGE or len(metric.labels) == 1
+        assert not metric.is_in_get_stats or metric.kind is not Kind.GAUGE or metric.label_names == ("tier",)
+
+
+def test_labels_have_no_other_values_than_those_that_are_declared():
+    engine = busy_engine()
+    for name in engine.manager.get_stats():
+        metric, values = find_sample(name)
+        for label, value in zip(metric.labels, values, strict=True):
+            if label.name in ("tier", "source"):
+                assert value in ("device", "primary", "tier0", "tier1"), name
+            elif label.name == "call":
+                assert value.split()[0] in ("complete_load", "complete_store", "result"), name
+            else:
+                assert value in label.values, name
+    engine.close()
 
 
 def test_every_event_moves_a_counter():
@@ -84,13 +115,27 @@ def test_an_event_that_no_row_names_counts_nothing():
         ("resets.jobs", "jobs", ("resets",)),
         ("disk.v2.jobs", "jobs", ("disk.v2",)),
         ("down_seconds.disk", "down_seconds", ("disk",)),
+        ("wait_seconds_count.loaded", "wait_seconds", ("loaded",)),
+        ("promotion_seconds_sum.disk.v2.failure", "promotion_seconds", ("disk.v2", "failure")),
     ],
 )
 def test_a_name_says_metric_and_labels(name, metric, labels):
     assert find_sample(name) == (METRICS[metric], labels)
 
 
-@pytest.mark.parametrize("name", ["disk.temperature", "blocks", "disk.resets", "failed_blocks.disk", "nonsense", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "disk.temperature",
+        "blocks",
+        "disk.resets",
+        "failed_blocks.disk",
+        "wait_seconds.loaded",
+        "wait_seconds_count",
+        "nonsense",
+        "",
+    ],
+)
 def test_other_names_are_no_metric(name):
     assert find_sample(name) is None
 
@@ -180,3 +225,184 @@ def test_host_memory_says_what_it_holds_in_blocks_and_bytes(make_engine):
     stats = engine.manager.get_stats()
     assert (stats["primary.blocks"], stats["primary.bytes"]) == (3, 3 * 4096)
     assert (stats["primary.capacity_blocks"], stats["primary.capacity_bytes"]) == (8, 8 * 4096)
+
+
+def test_counts_whose_labels_are_known_can_begin_at_zero():
+    zeros = zero_counts("primary", ["disk"])
+    assert set(zeros.values()) == {0}
+    assert zeros.keys() >= {"loaded_blocks.primary", "failed_blocks.disk.corrupt", "gave_up.deadline", "resets"}
+    assert not zeros.keys() & {"promoted_blocks.primary", "unexpected.complete_load", "wait_seconds_count.loaded"}
+    assert all(find_sample(name) is not None for name in zeros)
+
+
+def test_blocks_that_a_tier_had_are_not_counted_as_written(make_engine):
+    engine = make_engine(tiers=lambda view: [ForgettingTier(view, "tier0")])
+    engine.tier.had = set(make_keys(2))
+    engine.store(make_keys(5), engine.request("storer"))
+    engine.step()
+    stats = engine.manager.get_stats()
+    assert (stats["cascaded_blocks.tier0"], stats["cascaded_bytes.tier0"]) == (3, 3 * 4096)
+
+
+class ForgettingTier(ScriptedTier):
+    """Has some blocks already, and tells how many bytes it wrote for the others."""
+
+    had: typing.ClassVar = set()
+
+    def get_finished_jobs(self):
+        for result in super().get_finished_jobs():
+            yield dataclasses.replace(result, transfer_bytes=result.transfer_bytes - 4096 * len(self.had))
+
+
+@pytest.mark.parametrize("end", ["load", "compute", "begin", "finish", "reset"])
+def test_a_wait_is_reported_once_with_how_it_ended(make_engine, end):
+    engine, keys = make_engine(tokens_per_block=16, prefill_rate=1.0), make_keys(2)
+    observations = Observations()
+    engine.manager._observer.add(observations)
+    engine.plant(keys)
+    engine.tier.auto = False
+    context = engine.request("waiter")
+    engine.scan(keys, context)
+    engine.step()
+    engine.clock.advance(0.25)
+    if end == "load":
+        engine.tier.finish(engine.tier.waiting[0])
+        engine.step()
+        assert engine.hits(keys, context) == 2
+        engine.load(keys, context)
+        outcome = "loaded"
+    elif end == "compute":
+        engine.store(make_keys(1, "own"), context)
+        outcome = "computed"
+    elif end == "begin":
+        engine.step(new=["waiter"])
+        outcome = "computed"
+    elif end == "finish":
+        engine.finish(context)
+        outcome = "cancelled"
+    else:
+        engine.manager.reset_cache()
+        outcome = "cancelled"
+    if end != "finish":
+        engine.step()
+        engine.finish(context)
+    stats = engine.manager.get_stats()
+    waits = {name: value for name, value in stats.items() if name.startswith("wait_seconds") and value}
+    assert waits == {f"wait_seconds_count.{outcome}": 1, f"wait_seconds_sum.{outcome}": 0.25}
+    kept = [(metric.name, *values) for metric, *values in observations.take()]
+    assert ("wait_seconds", (outcome,), 0.25) in kept
+    assert list(observations.take()) == []
+
+
+def test_a_request_that_did_not_wait_is_no_wait(make_engine):
+    engine = make_engine()
+    engine.run(make_keys(3), "first")
+    assert "wait_seconds_count.computed" not in engine.manager.get_stats()
+
+
+def test_what_hits_save_is_counted_in_tokens_and_seconds(make_engine):
+    engine = make_engine(tokens_per_block=16, prefill_rate=100.0, prefill_doubling=math.inf)
+    engine.plant(make_keys(3))
+    assert engine.run(make_keys(3), "loader") == 3
+    stats = engine.manager.get_stats()
+    assert (stats["saved_tokens.tier0"], stats["saved_seconds.tier0"]) == (48, pytest.approx(0.48))
+    engine.run(make_keys(3), "again")
+    stats = engine.manager.get_stats()
+    assert (stats["saved_tokens.primary"], stats["saved_tokens.tier0"]) == (48, 48)
+
+
+def test_blocks_of_unknown_length_save_no_tokens(make_engine):
+    engine = make_engine()
+    engine.run(make_keys(3), "first")
+    assert engine.run(make_keys(3), "second") == 3
+    assert engine.manager.get_stats()["saved_tokens.primary"] == 0
+
+
+def test_blocks_that_were_evicted_and_computed_again_are_estimated():
+    engine, count = Engine(num_blocks=1000, num_tiers=0), 1000
+    for name in ("first", "second", "third"):
+        for start in range(0, count, 5):  # whatever a store evicts, one block in 13 is remembered
+            engine.run(make_keys(count, name)[start : start + 5], f"{name}{start}")
+    assert "recomputed_blocks.primary" not in engine.manager.get_stats()
+    engine.run(make_keys(count, "first"), "again")
+    counted = engine.manager.get_stats()["recomputed_blocks.primary"]
+    assert counted == pytest.approx(count, rel=0.3)
+    engine.run(make_keys(count, "first"), "a hit")
+    assert engine.manager.get_stats()["recomputed_blocks.primary"] == counted
+    engine.close()
+
+
+def test_evicted_keys_are_forgotten_in_halves():
+    log = EventLog()
+    evicted, keys = EvictedKeys(log, 8, 1, 1), make_keys(12)
+    for key in keys:
+        evicted.on_event(BlocksEvicted("tier0", [key]))
+    evicted.on_event(BlocksStored(keys))
+    assert log.of(BlocksRecomputed) == [BlocksRecomputed("tier0", 4)], "the last full half"
+    evicted.on_event(BlocksStored(keys))
+    evicted.on_event(BlocksEvicted("tier0", keys[:1]))
+    evicted.on_event(BlocksStored(keys[:1], "tier1"))
+    assert len(log.events) == 1, "neither what was counted nor what a tier brought counts again"
+    evicted.on_event(BlocksStored(keys[:1]))
+    assert log.events[1:] == [BlocksRecomputed("tier0", 1)]
+
+
+def test_the_latency_of_a_promotion_is_that_of_the_manager(make_engine):
+    engine, keys = make_engine(), make_keys(2)
+    engine.plant(keys)
+    engine.tier.auto = False
+    engine.scan(keys, engine.request("loader"))
+    engine.step()
+    engine.clock.advance(0.125)
+    engine.tier.finish(engine.tier.waiting[0])
+    engine.step()
+    stats = engine.manager.get_stats()
+    assert stats["promotion_seconds_count.tier0.success"] == 1
+    assert stats["promotion_seconds_sum.tier0.success"] == 0.125
+    assert stats["promoted_seconds.tier0"] == 0, "which is what the tier says"
+    assert stats["failed_promotions.tier0"] == 0
+
+
+def test_a_job_of_which_a_block_fails_is_a_failed_job(make_engine):
+    engine, keys = make_engine(), make_keys(2)
+    engine.plant(keys)
+    engine.tier.fail = {keys[1]}
+    engine.scan(keys, engine.request("loader"))
+    engine.step()
+    engine.store(make_keys(1, "own"), engine.request("storer"))
+    engine.tier.fail = set(make_keys(1, "other"))
+    engine.store(make_keys(1, "other"), engine.request("storer"))
+    engine.step()
+    stats = engine.manager.get_stats()
+    assert (stats["failed_promotions.tier0"], stats["failed_cascades.tier0"]) == (1, 1)
+    assert stats["promotion_seconds_count.tier0.failure"] == 1
+
+
+def test_the_shares_of_host_memory_that_are_in_use(make_engine):
+    engine = make_engine(num_blocks=8)
+    engine.tier.auto = False
+    context = engine.request("storer")
+    output = engine.manager.prepare_store(make_keys(4), context)
+    stats = engine.manager.get_stats()
+    assert (stats["primary.pinned_share"], stats["primary.filling_share"], stats["primary.reading_share"]) == (
+        0.5,
+        0.5,
+        0,
+    )
+    engine.manager.complete_store(output.keys_to_store, context)
+    stats = engine.manager.get_stats()
+    assert (stats["primary.pinned_share"], stats["primary.filling_share"], stats["primary.reading_share"]) == (
+        0.5,
+        0,
+        0.5,
+    )
+    assert (stats["tier0.storing_share"], stats["tier0.loading_share"]) == (0.5, 0)
+
+
+def test_values_that_nobody_takes_are_bounded():
+    observations, metric = Observations(), METRICS["wait_seconds"]
+    for number in range(2 * MAX_OBSERVATIONS):
+        observations.on_event(RequestWaited("r", WaitOutcome.LOADED, number))
+    kept = list(observations.take())
+    assert len(kept) == MAX_OBSERVATIONS
+    assert kept[-1] == (metric, ("loaded",), 2 * MAX_OBSERVATIONS - 1)

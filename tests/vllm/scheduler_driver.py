@@ -21,6 +21,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from kvtier.adapters.vllm.compat import groups_to_retry
 from kvtier.adapters.vllm.manager import KVTierOffloadingManager
 from kvtier.config import KVCacheGroup, OffloadingConfig
+from kvtier.counters import Observations
 from kvtier.keys import GROUP_BYTES
 from kvtier.spec.tiering import TieringOffloadingSpec
 
@@ -44,7 +45,13 @@ def kvtier_manager(host_blocks=HOST_BLOCKS, events=False, **options):
     groups = (KVCacheGroup(BLOCK), KVCacheGroup(BLOCK))
     extra = {"cpu_bytes_to_use": host_blocks * 4096, **options}
     spec = TieringOffloadingSpec(OffloadingConfig(extra, groups, 4096, enable_kv_cache_events=events))
-    core = SimpleNamespace(manager=spec.get_manager(), control=spec.arena.control, shutdown=spec.shutdown)
+    core = SimpleNamespace(
+        manager=spec.get_manager(),
+        control=spec.arena.control,
+        shutdown=spec.shutdown,
+        off_reason=None,
+        observations=Observations(),
+    )
     assert core.manager.get_stats()["primary.capacity_blocks"] == host_blocks
     return KVTierOffloadingManager(core, RETRIED_GROUPS)
 

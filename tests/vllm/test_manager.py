@@ -12,7 +12,8 @@ from kvtier.adapters.vllm.manager import KVTierOffloadingManager
 from kvtier.adapters.vllm.metrics import StatsReporter, metric_definitions
 from kvtier.adapters.vllm.spec import KVTierOffloadingSpec
 from kvtier.config import KVCacheGroup, OffloadingConfig
-from kvtier.metrics import METRICS, Kind
+from kvtier.counters import Observations
+from kvtier.metrics import METRICS, OFF_REASONS, Kind
 from kvtier.spec.tiering import TieringOffloadingSpec
 from kvtier.tiering.manager import TieringOffloadingManager
 
@@ -27,10 +28,13 @@ class Core:
         config = OffloadingConfig(
             {"cpu_bytes_to_use": "16KiB"} | keys, (KVCacheGroup(16),), 4096, enable_kv_cache_events=True
         )
-        self.spec = TieringOffloadingSpec(config)
+        self.observations = Observations()
+        self.spec = TieringOffloadingSpec(config, observers=[self.observations])
         self.manager = self.spec.get_manager()
         self.control = self.spec.arena.control
         self.shutdown = self.spec.shutdown
+
+    off_reason = None
 
     def medium_is_storage(self, name):
         return name == "disk"
@@ -160,7 +164,7 @@ def test_lookups_are_counted_by_answer(core, manager):
     context = request(manager)
     assert [manager.lookup(key, context) for key in KEYS[:4]] == [HIT, HIT, base.LookupResult.HIT_PENDING, MISS]
     counted = manager.get_stats().data["data"]["vllm:kvtier_lookups"]
-    assert counted == {("hit",): 2, ("hit_pending",): 1, ("miss",): 1}
+    assert counted == {("hit",): 2, ("hit_pending",): 1, ("miss",): 1, ("retry",): 0}
 
 
 @pytest.mark.parametrize("end", ["on_request_finished", "reset_cache"])
@@ -180,13 +184,15 @@ def test_a_scan_ends_with_its_request_and_with_a_reset(core, manager, end):
 
 
 def test_everything_is_a_miss_before_the_workers_have_attached():
-    manager = KVTierOffloadingManager(SimpleNamespace(manager=None, shutdown=lambda: None))
+    core = SimpleNamespace(manager=None, off_reason="starting", observations=Observations(), shutdown=lambda: None)
+    manager = KVTierOffloadingManager(core)
     context = request(manager)
     assert manager.lookup(KEYS[0], context) is MISS
     assert manager.prepare_store(KEYS, context).keys_to_store == []
     manager.complete_store(set(), context)
     step(manager)
-    assert (manager.get_stats(), manager.has_pending_work(), list(manager.take_events())) == (None, False, [])
+    assert (manager.has_pending_work(), list(manager.take_events())) == (False, [])
+    assert manager.get_stats().data["data"]["vllm:kvtier_off"][("starting",)] == 1
     manager.on_request_finished(context)
     manager.shutdown()
 
@@ -218,6 +224,7 @@ def test_every_reported_metric_is_declared(manager):
             assert len(labels) == len(declared[name].labelnames), name
     assert stats.data["data"]["vllm:kvtier_stored_blocks"][("device",)] > 0
     assert stats.data["data"]["vllm:kvtier_blocks"][("primary",)] == 0
+    manager.lookup(KEYS[0], request(manager, "later"))
     later = manager.get_stats().data["data"]
     assert "vllm:kvtier_stored_blocks" not in later  # counters are since the last report
 
@@ -225,16 +232,85 @@ def test_every_reported_metric_is_declared(manager):
 def test_every_row_of_the_table_arrives_under_its_labels():
     values = {}
     for metric in METRICS.values():
-        parts = [metric.name, *metric.labels] if metric.kind is Kind.COUNTER else [*metric.labels, metric.name]
-        values[".".join(parts)] = 3
-    reporter, declared = StatsReporter(), metric_definitions()
+        labels = metric.label_names
+        if metric.kind is not Kind.HISTOGRAM:
+            values[".".join([metric.name, *labels] if metric.kind is Kind.COUNTER else [*labels, metric.name])] = 3
+    reporter, declared = StatsReporter(Observed()), metric_definitions()
     reported = reporter.report(values | {"disk.a_gauge_of_its_own": 1}).data["data"]
-    assert reported.keys() == declared.keys() == {f"vllm:{metric.exported}" for metric in METRICS.values()}
+    assert reported.keys() == declared.keys()
+    assert declared.keys() == {f"vllm:{name}" for row in METRICS.values() for name in (row.exported, row.also) if name}
     for metric in METRICS.values():
-        assert reported[f"vllm:{metric.exported}"] == {metric.labels: 3}
+        value = [0.5] if metric.kind is Kind.HISTOGRAM else 3
+        assert reported[f"vllm:{metric.exported}"][metric.label_names] == value
+        if metric.also:
+            assert reported[f"vllm:{metric.also}"] == {metric.labels_of_also: value}
+            assert declared[f"vllm:{metric.also}"].labelnames == metric.labels_of_also
     risen = reporter.report({name: value + 2 for name, value in values.items()}).data["data"]
     assert risen["vllm:kvtier_tier_down_seconds"] == {("tier",): 2}, "counters are since the last report"
     assert risen["vllm:kvtier_bytes"] == {("tier",): 5}
+
+
+class Observed:
+    """Gives one value of each histogram."""
+
+    def take(self):
+        return [(row, row.label_names, 0.5) for row in METRICS.values() if row.kind is Kind.HISTOGRAM]
+
+
+def test_what_has_not_changed_is_not_reported_again(manager):
+    assert manager.get_stats() is not None
+    assert manager.get_stats() is None
+    context = request(manager)
+    manager.prepare_store(KEYS[:1], context)
+    changed = manager.get_stats().data["data"]
+    assert changed["vllm:kvtier_blocks"] == {("primary",): 1}
+    assert "vllm:kvtier_capacity_blocks" not in changed
+
+
+def test_counters_begin_at_zero_and_count_what_follows(core, manager):
+    first = manager.get_stats().data["data"]
+    assert first["vllm:kvtier_lookups"] == {("hit",): 0, ("miss",): 0, ("hit_pending",): 0, ("retry",): 0}
+    assert first["vllm:kvtier_failed_blocks"][("example", "corrupt")] == 0
+    manager.lookup(KEYS[0], request(manager))
+    assert manager.get_stats().data["data"]["vllm:kvtier_lookups"] == {("miss",): 1}
+
+
+def test_why_kvtier_is_off_is_a_series(core, manager):
+    def reasons():
+        return {labels[0]: value for labels, value in manager.get_stats().data["data"]["vllm:kvtier_off"].items()}
+
+    assert reasons() == dict.fromkeys(OFF_REASONS, 0), "it is on"
+    core.off_reason = "configuration"
+    assert reasons() == {"configuration": 1}
+    core.off_reason = None
+    core.control.count_failure(0)
+    manager.complete_store((), request(manager))
+    assert reasons() == {"configuration": 0, "failed_copy": 1}
+
+
+def test_names_of_vllms_own_dashboards_have_the_same_values(core, manager):
+    context = request(manager)
+    output = manager.prepare_store(KEYS[:2], context)
+    shares = manager.get_stats().data["data"]
+    assert shares["vllm:kv_offload_cpu_cache_usage_perc"] == {(): 0.5}
+    assert shares["vllm:kv_offload_cpu_cache_write_usage_perc"] == {(): 0.5}
+    assert shares["vllm:kv_offload_cpu_cache_read_usage_perc"] == {(): 0}
+    manager.complete_store(set(output.keys_to_store), context)
+    step(manager)
+    written = manager.get_stats().data["data"]
+    assert (
+        written["vllm:kv_offload_tiering_write_bytes"] == written["vllm:kvtier_written_bytes"] == {("example",): 8192}
+    )
+
+
+def test_vllm_has_the_names_that_kvtier_takes_from_it():
+    from vllm.v1.kv_offload.cpu.common import CPUOffloadingMetrics
+    from vllm.v1.kv_offload.tiering.base import TieringOffloadingMetrics
+
+    theirs = {value for kind in (CPUOffloadingMetrics, TieringOffloadingMetrics) for value in vars(kind).values()}
+    ours = {f"vllm:{metric.also}" for metric in METRICS.values() if metric.also}
+    later = {"vllm:kv_offload_tiering_promotion_latency_seconds"}  # in 0.33
+    assert ours - theirs <= later
 
 
 def test_auto_is_accepted():

@@ -172,6 +172,13 @@ def metrics(engine):
     return values
 
 
+def scrape():
+    """Return what a server would answer at /metrics."""
+    from prometheus_client import REGISTRY, generate_latest
+
+    return generate_latest(REGISTRY).decode()
+
+
 def obey(engine, command, arguments):
     if command == "generate":
         return generate(engine, **arguments)
@@ -193,6 +200,8 @@ def obey(engine, command, arguments):
         return forget_at_load(**arguments)
     if command == "blocks":
         return blocks()
+    if command == "scrape":
+        return scrape()
     if command == "metrics":
         return metrics(engine)
     raise ValueError(command)

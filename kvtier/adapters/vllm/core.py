@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +17,12 @@ from kvtier import forks
 from kvtier.adapters.vllm.compat import hash_seed_is_random
 from kvtier.adapters.vllm.handover import Announcement, ArenaHost, Weights
 from kvtier.config import OffloadingConfig
+from kvtier.counters import Observations
 from kvtier.errors import ConfigError
 from kvtier.log import cleaned
 from kvtier.namespace import Namespace
 from kvtier.primary.arena import ControlPage
+from kvtier.sizes import format_size
 from kvtier.spec.tiering import TieringOffloadingSpec
 from kvtier.tiering.manager import TieringOffloadingManager
 
@@ -36,6 +39,8 @@ class CoreHalf:
     Attributes:
         manager: None until all workers have attached to the arena. Another thread sets it, once; the engine's thread
             reads it without a lock, since an assignment of one attribute is atomic in CPython.
+        off_reason: one of `OFF_REASONS` while there is no manager, else None.
+        observations: the values of histograms, of the manager.
     """
 
     def __init__(self, spec: TieringOffloadingSpec, on_attached: Callable[[], None] = lambda: None) -> None:
@@ -46,10 +51,13 @@ class CoreHalf:
             on_attached: called on another thread when all workers have attached.
         """
         self.manager: TieringOffloadingManager | None = None
+        self.off_reason: str | None = "starting"
+        self.observations = Observations()
         self._first = spec
         self._on_attached = on_attached
         self._spec: TieringOffloadingSpec | None = None
         self._ready = threading.Event()
+        self._is_late = False
         self._weights_said = threading.Event()
         self._announcements: list[Announcement] = []
         self._lock = threading.Lock()
@@ -84,22 +92,39 @@ class CoreHalf:
         try:
             arena = self._first.arena
         except ConfigError as error:
+            self.off_reason = "configuration"
             logger.error("kvtier is off: %s", error)
             return
         self._host = ArenaHost(config.engine_id, arena, config.world_size, self._open, self._identify)
         try:
             self._host.start()
         except OSError as error:
+            self.off_reason = "engine_id"
             logger.error("kvtier is off: another engine of this machine has the id %r (%s)", config.engine_id, error)
             return
         if self._ready.wait(timeout) and self._spec is not None and self.manager is not None:
             known = self._weights_said.wait(max(0.0, min(WEIGHTS_SECONDS, deadline - time.monotonic())))
-            states = self._spec.wait_for_tiers(max(0.0, deadline - time.monotonic()) if known else 0.0)
-            logger.info("kvtier is ready, its tiers are: %s", {name: state.value for name, state in states.items()})
+            self._spec.wait_for_tiers(max(0.0, deadline - time.monotonic()) if known else 0.0)
+            self._say_ready(self.manager.get_stats())
             if not known:
                 logger.info("tiers %s open when the weights have been read", self._first.persistent_tiers)
-        else:
+            return
+        with self._lock:
+            self._is_late = not self._ready.is_set()
+        if self._is_late:
             logger.warning("kvtier starts later: its workers have not attached in %.0f s", timeout)
+
+    def _say_ready(self, stats: Mapping[str, float]) -> None:
+        """Log one line with what each tier can hold, as a warning if a tier is down."""
+        first = self._first
+        said = [f"{format_size(first.num_blocks * first.block_bytes)} of host memory for {first.num_blocks:,} blocks"]
+        downs = {tier.name for tier in first.tiers if stats.get(f"times_down.{tier.name}")}
+        for name in (tier.name for tier in first.tiers):
+            is_up, capacity = stats.get(f"{name}.up"), stats.get(f"{name}.capacity_bytes")
+            state = "up" if is_up else "down" if name in downs else "starting"
+            said.append(f"tier {name} is {state}" + (f", {format_size(capacity)}" if capacity else ""))
+        level = logging.WARNING if downs else logging.INFO
+        logger.log(level, "kvtier is ready: blocks of %d tokens; %s", first.tokens_per_block, "; ".join(said))
 
     def shutdown(self) -> None:
         """Release manager, tiers and arena within bounded time; idempotent."""
@@ -119,18 +144,24 @@ class CoreHalf:
             self._announcements = announcements
             first = self._first
             config = replace(guess_speed(first.config, announcements), namespace_follows=True)
-            spec = type(first)(config, arena=first.arena, observers=(first.observers,))
+            spec = type(first)(config, arena=first.arena)
+            spec.observers.add(self.observations, *self.observations.kinds)
             with self._lock:
                 if not self._closed:
                     self._spec = spec
                     self.manager = spec.get_manager()
+                    self.off_reason = None
             unfit = self._reason_against_persistence(announcements)
             if unfit or not first.persistent_tiers:
                 self._open_persistent_tiers(None, unfit)
         except Exception:  # the host's thread: the engine must go on, without a cache; logged
+            self.off_reason = "fault" if self.manager is None else None
             logger.exception("kvtier is off: its manager could not be made")
         finally:
-            self._ready.set()
+            with self._lock:
+                self._ready.set()
+            if self._is_late and self.manager is not None:
+                self._say_ready(self.manager.get_stats())
 
     def _identify(self, weights: Weights) -> None:
         """Take the weights' identity, or the reason why there is none; on a thread of the host."""

@@ -11,7 +11,7 @@ from vllm.v1.kv_offload import base
 from kvtier import forks
 from kvtier.adapters.vllm.compat import KNOWS_FAILED_STORES, NEWLY_COMPUTED_ONLY, cache_hit_source
 from kvtier.adapters.vllm.core import CoreHalf
-from kvtier.adapters.vllm.metrics import StatsReporter
+from kvtier.adapters.vllm.metrics import ManagerStatsReporter
 from kvtier.adapters.vllm.scans import MIN_KEYS, GivenUpScan, RepeatedScan, pending_answer
 from kvtier.adapters.vllm.translation import (
     NO_SLOTS,
@@ -65,7 +65,7 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         self._core, self._retried_groups, self._info = core, retried_groups, info
         self._contexts: dict[str, EngineReqContext] = {}
         self._last: tuple[Any, EngineReqContext] | None = None
-        self._stats = StatsReporter()
+        self._stats = ManagerStatsReporter(core.observations)
         self._reported: set[str] = set()
         self._off = False
         self._scanned: Any = None
@@ -245,7 +245,8 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
     def get_stats(self) -> Any:
         """Return vLLM's statistics since the last call; None if nothing has changed."""
         nothing: Mapping[str, float] = {}
-        return self._stats.report(self._try("get_stats", nothing, lambda manager: manager.get_stats()))
+        stats = self._try("get_stats", nothing, lambda manager: manager.get_stats())
+        return self._stats.report_all(stats, "failed_copy" if self._off else self._core.off_reason)
 
     def shutdown(self) -> None:
         try:

@@ -22,6 +22,7 @@ from kvtier.stores.slab.lock import SIGN, read_lock, take_lock
 from kvtier.stores.slab.namespaces import (
     cut_spare,
     delete_namespace_in,
+    differing_facts,
     is_namespace,
     is_past,
     last_use,
@@ -62,7 +63,10 @@ class SlabDirectory:
         self._shortened: set[str] = set()
         try:
             self._delete_past()
+            is_new = self._name not in self.folder.names()
             self.namespace = self._enter_namespace(namespace.describe())
+            if is_new:
+                self._say_what_differs(namespace)
         except BaseException:
             os.close(lock_descriptor)
             folder.close()
@@ -184,6 +188,19 @@ class SlabDirectory:
                 "%s: folder kept, %s in it is not kvtier's",
                 self.path / name,
                 one_line(left[0], MAX_QUOTED),
+            )
+
+    def _say_what_differs(self, namespace: Namespace) -> None:
+        """Log why the blocks of the namespace that was used last are not found in this new one."""
+        others = [name for name in namespaces_in(self.folder) if name != self._name]
+        latest = max(others, key=lambda name: last_use(self.folder, name), default=None)
+        facts = differing_facts(self.folder, latest, namespace) if latest is not None else []
+        if facts:
+            logger.warning(
+                "%s: begins without blocks; those of %s there are not found, since these differ: %s",
+                self.path,
+                latest,
+                one_line(", ".join(facts), MAX_QUOTED),
             )
 
     def _enter_namespace(self, description: str) -> Folder:

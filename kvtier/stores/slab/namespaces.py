@@ -138,6 +138,16 @@ def is_past(slab: Folder, name: str) -> bool:
         return False
 
 
+def differing_facts(slab: Folder, name: str, ours: Namespace) -> list[str]:
+    """Return the names of the facts in which another namespace differs from `ours`; none if it has no description."""
+    try:
+        with slab.folder(name) as folder:
+            theirs = dict(read_fields(folder)["identity"])
+    except (OSError, ValueError, TypeError):
+        return []
+    return [fact for fact in sorted({*theirs, *ours.identity}) if theirs.get(fact) != ours.identity.get(fact)]
+
+
 def used_bytes(folder: Folder) -> int:
     """Return the bytes that a namespace's folder and kvtier's files in it take on the filesystem."""
     total = folder.own_bytes
