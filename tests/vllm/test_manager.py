@@ -208,6 +208,17 @@ def test_a_failed_copy_is_never_served_and_switches_kvtier_off(core, manager):
     core.manager.check_invariants()
 
 
+def test_a_request_that_went_on_during_a_reset_stores_nothing_until_it_is_looked_up_anew(manager):
+    context = request(manager)
+    assert store(manager, KEYS[:2], context) == KEYS[:2]
+    manager.reset_cache()
+    assert store(manager, KEYS[:3], context) == [], "its blocks may be of earlier weights, or another request's by now"
+    assert store(manager, KEYS[3:4], request(manager, "later")) == KEYS[3:4]
+    assert manager.lookup(KEYS[0], context) is MISS
+    step(manager)
+    assert store(manager, KEYS[:3], context) == KEYS[:3]
+
+
 def test_every_reported_metric_is_declared(manager):
     for turn in range(3):
         context = request(manager, f"r{turn}")

@@ -120,6 +120,7 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
     def _repeated_scan(
         self, manager: TieringOffloadingManager, key: OffloadKey, ours: EngineReqContext
     ) -> RepeatedScan | GivenUpScan | None:
+        ours.spans_reset = False
         if ours.num_failed_loads >= MAX_FAILED_LOADS:
             return GivenUpScan()
         ours.note_prompt()
@@ -165,8 +166,14 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         """Choose slots for the longest head of `keys` that fits.
 
         The result is never None: vLLM would log a warning and ask again at every step.
+
+        A request that went on while the cache was reset stores nothing until vLLM looks it up anew: weights may have
+        changed since its first blocks were computed. vLLM (0.28 to 0.33) also offers all of its blocks again after a
+        reset, and names blocks of sliding windows that have been given to other requests meanwhile.
         """
         ours = self._translated(req_context)
+        if ours.spans_reset:
+            return base.PrepareStoreOutput([], KVTierLoadStoreSpec(NO_SLOTS), [])
         placed = self._try("prepare_store", None, lambda manager: manager.prepare_store(list(keys), ours))
         if placed is None:
             return base.PrepareStoreOutput([], KVTierLoadStoreSpec(NO_SLOTS), [])
@@ -232,6 +239,8 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
     def reset_cache(self) -> None:
         """Forget every block in every tier, within bounded time."""
         self._scanned = None
+        for ours in self._contexts.values():
+            ours.spans_reset = True
         self._try("reset_cache", None, lambda manager: manager.reset_cache())
 
     def on_reset_flushed(self) -> None:

@@ -53,10 +53,12 @@ class EngineReqContext(types.ReqContext):
     Attributes:
         load_failed: whether the load that is running has failed on a worker.
         num_failed_loads: how many loads of the request have failed and ended.
+        spans_reset: whether the cache was reset since vLLM last looked the request up, and so last placed its blocks.
     """
 
     load_failed = False
     num_failed_loads = 0
+    spans_reset = False
 
     def __init__(self, theirs: Any) -> None:
         # Not the base's constructor: the defaults are attributes of the class, and vLLM keeps the positions. This runs

@@ -1,0 +1,38 @@
+"""The fuzz of the whole: a minute of it with the other tests, an hour with `make soak`."""
+
+import itertools
+import os
+import sys
+import time
+from collections import Counter
+
+import pytest
+from fuzz import run
+from fuzz_scenarios import MODELS, TIERS
+
+ROUND = len(MODELS) * len(TIERS)
+"""So many seeds in a row have every model over every kind of tier."""
+
+
+def first_seed():
+    """Return where to begin: elsewhere every time, unless the environment says it."""
+    return int(os.environ.get("KVTIER_FUZZ_SEED", time.time_ns() // 1_000_000_000 % 10_000_000 * ROUND))
+
+
+def fuzz(model, seconds):
+    """Run seeds for some time, half a round at least, and return what they counted."""
+    end, first, counts = time.monotonic() + seconds, first_seed(), Counter()
+    for seed in itertools.count(first):
+        if counts["runs"] >= ROUND // 2 and time.monotonic() >= end:
+            break
+        counts += run(seed, model)
+    sys.stdout.write(f"seeds from {first} on: {dict(counts)}\n")
+    return counts
+
+
+@pytest.mark.parametrize("seconds", [60, pytest.param(3600, marks=[pytest.mark.soak, pytest.mark.timeout(7200)])])
+def test_every_byte_that_vllm_counts_as_computed_is_right(model, seconds):
+    counts = fuzz(model, seconds)
+    assert min(counts[name] for name in ("loads", "stores", "resumed requests", "aborts", "bytes compared")) > 0, counts
+    assert counts["loaded_blocks.primary"] > 0, counts
+    assert counts["loaded_blocks.disk"] > 0, counts
