@@ -376,9 +376,10 @@ def test_slots_of_running_copies_are_free_when_vllm_reports_their_end(core, mana
     manager.prepare_store(KEYS[2:4], context)
     manager.reset_cache()
     assert core.manager.get_stats()["primary.quarantined_blocks"] == 4
-    assert manager.prepare_store(KEYS, context).keys_to_store == []
+    later = request(manager, "later")
+    assert manager.prepare_store(KEYS, later).keys_to_store == []
     manager.on_reset_flushed()
-    assert store(manager, KEYS[:4], context) == KEYS[:4]
+    assert store(manager, KEYS[:4], later) == KEYS[:4]
     core.manager.check_invariants()
 
 
