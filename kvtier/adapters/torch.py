@@ -16,7 +16,7 @@ import torch
 from kvtier import forks
 from kvtier.abc import OffloadingWorker
 from kvtier.errors import CapacityError, ConfigError
-from kvtier.primary.arena import ControlPage
+from kvtier.primary.control_page import ControlPage
 from kvtier.primary.copies import BlockLayout, CopyPlan, KVCaches
 from kvtier.primary.worker import (
     NumpyOffloadingWorker,

@@ -17,6 +17,7 @@ import numpy as np
 from kvtier import forks
 from kvtier.descriptors import Descriptor
 from kvtier.errors import CapacityError, ConfigError
+from kvtier.primary.control_page import CONTROL_BYTES, ControlPage
 from kvtier.primary.huge_pages import ADVICE, HUGE_PAGE_BYTES, SMALL, HugePages, Memory, MemoryKind, kinds_of_memory
 from kvtier.primary.memory_file import forbid_resizing, make_memory_file, no_room
 from kvtier.sizes import format_size
@@ -29,8 +30,6 @@ _libc.mmap.restype = ctypes.c_void_p
 Progress = Callable[[int, int], None]
 """Called with (bytes allocated so far, bytes in total)."""
 
-CONTROL_BYTES = mmap.PAGESIZE
-MAX_RANKS = 256
 _SLICE_BYTES = 64 * 1024**2
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
@@ -73,55 +72,6 @@ def arena_rows(view: memoryview) -> Rows:
         ConfigError: the view is not 2-D, is not C-contiguous, or its items are not of one byte.
     """
     return Rows(view)
-
-
-class ControlPage:
-    """Shared memory in which workers report, per rank, which device copies have ended and how many have failed.
-
-    Each rank has two 64-bit words, and only that rank writes them. A write is one aligned store, so the scheduler can
-    read without a lock: it sees the old or the new value.
-    """
-
-    def __init__(self, page: memoryview) -> None:
-        """Args: page: at least `MAX_RANKS` * 16 writable bytes, 8-byte aligned, zero in a new arena."""
-        self._sequences = np.frombuffer(page, dtype=np.uint64, count=MAX_RANKS)
-        self._failures = np.frombuffer(page, dtype=np.uint64, count=MAX_RANKS, offset=self._sequences.nbytes)
-
-    def publish(self, rank: int, sequence: int) -> None:
-        """Report that all transfers of `rank` up to and including `sequence` have ended.
-
-        Raises:
-            ValueError: the rank is not in 0 to `MAX_RANKS` - 1.
-        """
-        if not 0 <= rank < MAX_RANKS:
-            raise ValueError(f"rank {rank}: 0 to {MAX_RANKS - 1} allowed")
-        self._sequences[rank] = sequence
-
-    def finished(self, world_size: int) -> int:
-        """Return the highest sequence up to which each of `world_size` ranks has ended all transfers.
-
-        Raises:
-            ValueError: the world size is not in 1 to `MAX_RANKS`.
-        """
-        if not 0 < world_size <= MAX_RANKS:
-            raise ValueError(f"world_size {world_size}: 1 to {MAX_RANKS} allowed")
-        return int(self._sequences[:world_size].min())
-
-    def count_failure(self, rank: int) -> None:
-        """Count one more failed copy of `rank`, for engines whose workers cannot report a failure in a result.
-
-        Call it before the copy's result is passed on, so that whoever reads the result finds the failure counted.
-
-        Raises:
-            ValueError: the rank is not in 0 to `MAX_RANKS` - 1.
-        """
-        if not 0 <= rank < MAX_RANKS:
-            raise ValueError(f"rank {rank}: 0 to {MAX_RANKS - 1} allowed")
-        self._failures[rank] += np.uint64(1)
-
-    def failures(self) -> int:
-        """Return how many copies failed on all ranks together."""
-        return int(self._failures.sum())
 
 
 class SharedMapping(mmap.mmap):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvtier.abc import EvictionPolicy
 from kvtier.errors import CapacityError
 from kvtier.eviction.lru import LRUPolicy
-from kvtier.primary.arena import ControlPage
+from kvtier.primary.control_page import ControlPage
 from kvtier.primary.table import BlockTable
 
 

@@ -17,7 +17,7 @@ from kvtier import forks
 from kvtier.abc import OffloadingWorker
 from kvtier.errors import ConfigError
 from kvtier.log import logger
-from kvtier.primary.arena import ControlPage
+from kvtier.primary.control_page import ControlPage
 from kvtier.primary.copies import BlockLayout, CopyPlan, KVCaches, plan_copies
 from kvtier.types import (
     BlockIDsLoadStoreSpec,

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from kvtier.errors import CapacityError, ConfigError
-from kvtier.primary.arena import MAX_RANKS, Arena, ControlPage, align_block_bytes, arena_rows
+from kvtier.primary.arena import Arena, align_block_bytes, arena_rows
+from kvtier.primary.control_page import MAX_RANKS, ControlPage
 from kvtier.primary.huge_pages import HugePages
 
 PAGE = mmap.PAGESIZE

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from kvtier.errors import CapacityError, ConfigError
-from kvtier.primary.arena import CONTROL_BYTES, Arena
+from kvtier.primary.arena import Arena
+from kvtier.primary.control_page import CONTROL_BYTES
 from kvtier.primary.huge_pages import (
     HUGE_PAGE_BYTES,
     HugePages,

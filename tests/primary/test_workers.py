@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtier.errors import ConfigError
-from kvtier.primary.arena import Arena, ControlPage
+from kvtier.primary.arena import Arena
+from kvtier.primary.control_page import ControlPage
 from kvtier.primary.copies import BlockLayout, GroupCopies, KVCaches, Run, plan_copies
 from kvtier.primary.worker import GRACE_ROUNDS, NumpyOffloadingWorker, TransferBook
 from kvtier.types import CPULoadStoreSpec, GPULoadStoreSpec, LoadStoreSpec, TransferResult

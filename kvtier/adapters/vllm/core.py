@@ -21,7 +21,7 @@ from kvtier.counters import Observations
 from kvtier.errors import ConfigError
 from kvtier.log import cleaned
 from kvtier.namespace import Namespace
-from kvtier.primary.arena import ControlPage
+from kvtier.primary.control_page import ControlPage
 from kvtier.sizes import format_size
 from kvtier.spec.tiering import TieringOffloadingSpec
 from kvtier.tiering.manager import TieringOffloadingManager

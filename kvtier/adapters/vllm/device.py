@@ -28,7 +28,8 @@ from kvtier import forks, types
 from kvtier.abc import OffloadingWorker
 from kvtier.errors import CapacityError, ConfigError
 from kvtier.log import cleaned
-from kvtier.primary.arena import CONTROL_BYTES, Arena, ControlPage
+from kvtier.primary.arena import Arena
+from kvtier.primary.control_page import CONTROL_BYTES, ControlPage
 from kvtier.primary.huge_pages import HugePages, tmpfs_of
 from kvtier.primary.memory_limit import check_memory
 from kvtier.primary.worker import TransferBook, sequence_of
