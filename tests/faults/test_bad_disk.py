@@ -42,7 +42,7 @@ def test_the_breaker_opens_costs_nothing_and_closes(rig, faulty_disk, caplog):
     assert tier.state is TierState.DOWN
     assert FailureCause.IO_ERROR in causes(rig)
     faulty_disk.fail(error="EIO", delay=30)  # a job that asks the disk now waits, and its process is killed
-    tier._supervisor._breaker.retry_at += 2 * TEST_SECONDS
+    tier._standing.breaker.retry_at += 2 * TEST_SECONDS
     for number in ALL:
         assert tier.lookup(make_key(number), rig.request) is LookupResult.MISS
         assert not tier.can_store(1)
@@ -51,7 +51,7 @@ def test_the_breaker_opens_costs_nothing_and_closes(rig, faulty_disk, caplog):
     assert tier.io_pid == pid
     assert FailureCause.TIER_DOWN in causes(rig)
     faulty_disk.heal()
-    tier._supervisor._breaker.retry_at -= 2 * TEST_SECONDS
+    tier._standing.breaker.retry_at -= 2 * TEST_SECONDS
     rig.wait_up()
     assert tier.io_pid == pid
     assert rig.load(ALL)[1] == ALL[3:], "what was not asked for meanwhile is still known"
@@ -282,7 +282,7 @@ def test_a_bad_directory_among_good_ones_is_dropped_and_used_again(rig, faulty_d
     tier = striped_tier(rig, [tmp_path / "good", faulty_disk.path / "bad"], job_deadline=3.0)
     tier._least_run = 1
     for stripe in tier._stripes:
-        stripe._supervisor._breaker._longest_backoff = 1.0
+        stripe._standing.breaker._longest_backoff = 1.0
     tier.start()
     rig.wait(lambda: tier.get_stats()["stripes_up"] == 2, "both are up")
     assert rig.store(ALL).success

@@ -150,7 +150,7 @@ def test_stripes_killed_at_random(rig, tmp_path):
     tier = striped_tier(rig, [tmp_path / "a", tmp_path / "b", tmp_path / "c"])
     tier._least_run = 1
     for stripe in tier._stripes:
-        stripe._supervisor._breaker._longest_backoff = stripe._supervisor._breaker._backoff = 0.5
+        stripe._standing.breaker._longest_backoff = stripe._standing.breaker._backoff = 0.5
     tier.start()
     rig.wait_up()
     load = Load(rig, 3)

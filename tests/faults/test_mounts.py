@@ -71,8 +71,8 @@ def test_a_filesystem_that_became_read_only_is_left_alone_until_it_is_written_ag
     disk = small_disk()
     tier = start(rig, disk.path / "tier")
     rig.store(ALL)
-    tier._supervisor._breaker._backoff = 1.0  # no process has files open meanwhile: the system would refuse
-    tier._supervisor._breaker._longest_backoff = 1.0
+    tier._standing.breaker._backoff = 1.0  # no process has files open meanwhile: the system would refuse
+    tier._standing.breaker._longest_backoff = 1.0
     os.kill(tier.io_pid, 9)
     rig.wait(lambda: tier.io_pid is None, "it is down")
     disk.remount("ro,size=32m")

@@ -20,7 +20,7 @@ def rig(faulty_disk):
     rig = make_rig()
     path = str(faulty_disk.path / "shared")
     tier = FilesystemTierManager(rig.spec, rig.arena.view, "filesystem", path=path, capacity="16MiB", job_deadline=5.0)
-    tier._supervisor._breaker._longest_backoff = 0.5
+    tier._standing.breaker._longest_backoff = 0.5
     rig.attach(tier)
     tier.start()
     rig.wait_up()
