@@ -56,31 +56,34 @@ def kvtier_manager(host_blocks=HOST_BLOCKS, events=False, **options):
     return KVTierOffloadingManager(core, RETRIED_GROUPS)
 
 
+def engine_configs(model, with_window=False, **extra):
+    """Return vLLM's configuration of an engine and of its KV cache; `extra` are keys of the connector's."""
+    shape = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 16, "dtype": torch.float32}
+    groups = [KVCacheGroupSpec(["full"], FullAttentionSpec(**shape))]
+    if with_window:
+        groups.append(KVCacheGroupSpec(["window"], SlidingWindowSpec(**shape, sliding_window=WINDOW)))
+    extra = {"cpu_bytes_to_use": 1 << 20} | extra
+    transfer = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both", kv_connector_extra_config=extra)
+    config = EngineArgs(
+        model=str(model),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        block_size=BLOCK,
+        max_model_len=1024,
+        max_num_seqs=4,
+        max_num_batched_tokens=256,
+        kv_transfer_config=transfer,
+        disable_hybrid_kv_cache_manager=False,
+    ).create_engine_config()
+    config.cache_config.num_gpu_blocks = DEVICE_BLOCKS
+    return config, KVCacheConfig(num_blocks=DEVICE_BLOCKS, kv_cache_tensors=[], kv_cache_groups=groups)
+
+
 class Driver:
     """vLLM's scheduler with an offloading connector; what a worker would copy has been copied a step later."""
 
     def __init__(self, model, manager, with_window):
-        shape = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 16, "dtype": torch.float32}
-        groups = [KVCacheGroupSpec(["full"], FullAttentionSpec(**shape))]
-        if with_window:
-            groups.append(KVCacheGroupSpec(["window"], SlidingWindowSpec(**shape, sliding_window=WINDOW)))
-        extra = {"cpu_bytes_to_use": 1 << 20}
-        transfer = KVTransferConfig(
-            kv_connector="OffloadingConnector", kv_role="kv_both", kv_connector_extra_config=extra
-        )
-        config = EngineArgs(
-            model=str(model),
-            skip_tokenizer_init=True,
-            dtype="float32",
-            block_size=BLOCK,
-            max_model_len=1024,
-            max_num_seqs=4,
-            max_num_batched_tokens=256,
-            kv_transfer_config=transfer,
-            disable_hybrid_kv_cache_manager=False,
-        ).create_engine_config()
-        config.cache_config.num_gpu_blocks = DEVICE_BLOCKS
-        cache = KVCacheConfig(num_blocks=DEVICE_BLOCKS, kv_cache_tensors=[], kv_cache_groups=groups)
+        config, cache = engine_configs(model, with_window)
         self.scheduler = Scheduler(config, cache, StructuredOutputManager(config), block_size=BLOCK, log_stats=False)
         assert groups_to_retry(build_offloading_config(config, cache)) == RETRIED_GROUPS
         self.connector = self.scheduler.connector.connector_scheduler

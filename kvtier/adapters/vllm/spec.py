@@ -9,7 +9,9 @@ from functools import partial
 from typing import Any
 
 import torch
+import vllm
 from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_offload import base
@@ -21,11 +23,15 @@ from kvtier.adapters.vllm.core import CoreHalf
 from kvtier.adapters.vllm.identity import layout_of_worker, weights_of_engine
 from kvtier.adapters.vllm.manager import KVTierOffloadingManager
 from kvtier.adapters.vllm.metrics import metric_definitions
+from kvtier.adapters.vllm.releases import check_release
 from kvtier.adapters.vllm.translation import engine_config, kv_caches_of
 from kvtier.adapters.vllm.worker import KVTierOffloadingWorker
 from kvtier.config import OffloadingConfig, TrustedWeights
 from kvtier.errors import ConfigError
+from kvtier.log import cleaned
 from kvtier.spec.tiering import TieringOffloadingSpec
+
+logger = cleaned(init_logger("vllm.kvtier"))
 
 START_SECONDS = 15.0
 """Longest time that the engine's start waits for workers and tiers; later ones join while the engine serves."""
@@ -79,9 +85,11 @@ class KVTierOffloadingSpec(base.OffloadingSpec):  # type: ignore[misc]  # vLLM i
         """Check the configuration; nothing is allocated.
 
         Raises:
-            ConfigError: a key has a wrong value, which the message names; or kvtier does not know the platform.
+            ConfigError: a key has a wrong value, which the message names; or kvtier does not know the platform, or does
+                not fit this release of vLLM.
         """
         _log_like_vllm()
+        self._warning = check_release(vllm.__version__, INTERFACE)
         super().__init__(config)
         self._path = path_of_platform(engine_config(config, kv_bytes_per_block(config)))
         self._spec = self._path.spec
@@ -96,6 +104,8 @@ class KVTierOffloadingSpec(base.OffloadingSpec):  # type: ignore[misc]  # vLLM i
             CapacityError: the machine cannot hold the arena.
         """
         if self._manager is None:
+            if self._warning:
+                logger.warning("%s", self._warning)
             core = CoreHalf(self._spec, self._path.on_attached)
             core.start(START_SECONDS)
             self._manager = KVTierOffloadingManager(core, groups_to_retry(self.config), config_info(self._spec))
@@ -124,6 +134,14 @@ class KVTierOffloadingSpec(base.OffloadingSpec):  # type: ignore[misc]  # vLLM i
                 guess_prefill_rate(vllm_config) if current_platform.is_cpu() else None,
             )
         return self._worker
+
+
+INTERFACE: tuple[tuple[type, type], ...] = (
+    (base.OffloadingSpec, KVTierOffloadingSpec),
+    (base.OffloadingManager, KVTierOffloadingManager),
+    (base.OffloadingWorker, KVTierOffloadingWorker),
+)
+"""vLLM's base classes, and those of kvtier that it calls through them."""
 
 
 def check_blocks_are_whole(vllm_config: Any, engine_blocks_per_block: int) -> None:
