@@ -27,7 +27,7 @@ MAX_PLANNED = 512
 """A step plans a window of this many keys per request until it has planned so many; a request awaits about as many. So
 no call takes long for long prompts."""
 
-MAX_ASKED = 2 * MAX_PLANNED
+MAX_ASKED = 3 * MAX_PLANNED // 2
 """Most blocks that one tier is asked for per step, plus at most one part: choosing their slots takes long."""
 
 EARLY_FREE = 0.6
