@@ -9,6 +9,7 @@ import pytest
 from vllm.v1.kv_offload import base
 from vllm_engine import Engine, prompt, wait_until_up, written
 
+from kvtier.adapters.vllm.compat import HAS_FAILED_RECEIVES
 from kvtier.testing.patience import wait_for
 
 HERE = str(Path(__file__).parent)
@@ -158,6 +159,14 @@ def test_several_kv_groups(folder):
         expected = plain.generate(*asked)
     with faulty_engine(gemma, folder / "log-gemma", kvtier={}) as engine:
         assert engine.generate(*asked) == expected
+        if not HAS_FAILED_RECEIVES:
+            assert "such a load stops the engine" in engine.log()
+            engine.reset()
+            break_loads(engine, 1)
+            with pytest.raises(RuntimeError, match="their tokens would be wrong"):
+                engine.generate(*asked)
+            return
+        assert "such a load stops the engine" not in engine.log()
         for times in (1, 100):
             engine.reset()
             failed, hits, _ = counted(engine)
