@@ -69,6 +69,8 @@ from kvtier.types import (
 EPOCH_BYTES = 16
 
 _HIT, _MISS = LookupResult.HIT, LookupResult.MISS
+_BLOCK_LEVEL = RequestOffloadingContext(OffloadPolicy.BLOCK_LEVEL)
+_REQUEST_LEVEL = RequestOffloadingContext(OffloadPolicy.REQUEST_LEVEL)
 _DEFAULT_SETTINGS = TieringSettings()
 
 
@@ -293,10 +295,14 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
     @in_turn
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         """Count a use of `keys`, given in prefix order, in every tier. Each block counts once per request."""
-        once = keys if isinstance(keys, list) and len(set(keys)) == len(keys) else list(dict.fromkeys(keys))
+        ordered = keys if isinstance(keys, list) else list(keys)
+        # One look at each key tells whether it is held and whether it comes twice: slots are compared in half the time.
+        slots = list(map(self._slot_of.get, ordered))
+        distinct = set(slots)
+        once = ordered if len(distinct) == len(slots) else list(dict.fromkeys(ordered))
         state = self._requests.get(req_context.req_id)
         uses = RequestUses(self._clock()) if state is None else state.uses
-        self._note_use(once, req_context, uses)
+        self._note_use(once, req_context, uses, all_held=None not in distinct)
 
     @in_turn
     def prepare_store(self, keys: Collection[OffloadKey], req_context: ReqContext) -> PrepareStoreOutput | None:
@@ -373,9 +379,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
             state.uses.hint = hint
         if self._tiers.guards:
             state.request_level_tiers = self._tiers.announce(req_context)
-            if state.request_level_tiers:
-                return RequestOffloadingContext(OffloadPolicy.REQUEST_LEVEL)
-        return RequestOffloadingContext()
+        return _REQUEST_LEVEL if state.request_level_tiers else _BLOCK_LEVEL
 
     def _read_hint(self, req_context: ReqContext) -> Hint:
         """Return the request's hint. Malformed hints are counted, and the first one is logged."""
@@ -465,6 +469,14 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         self._polled = True
         if self._left is not None:
             forks.advise()
+        if self._tiers.guards:
+            self._poll_tiers()
+        if self._transfers.stale.pending:
+            self._transfers.stale.sweep()
+        if self._watcher is not None:
+            self._watcher.on_poll(self._tiers.guards)
+
+    def _poll_tiers(self) -> None:
         for guard in self._tiers.guards:
             for job in guard.poll():
                 if self._watcher is not None:
@@ -473,14 +485,9 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
                     self._promoter.land(guard, job)
                 else:
                     self._cascades.end(guard, job)
-        if self._transfers.stale.pending:
-            self._transfers.stale.sweep()
-        if self._tiers.guards:
-            now = self._clock()
-            self._promoter.note_polled(now)
-            self._cascades.note_polled(now)
-        if self._watcher is not None:
-            self._watcher.on_poll(self._tiers.guards)
+        now = self._clock()
+        self._promoter.note_polled(now)
+        self._cascades.note_polled(now)
 
     def has_pending_work(self) -> bool:
         """Return whether a request awaits a promotion, stores make progress, or a step has an exception to raise."""

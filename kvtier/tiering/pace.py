@@ -144,7 +144,7 @@ class Pace:
         if self._measures:
             if self._previous is not None:
                 self._learn(*self._previous)
-            self._previous = None
+                self._previous = None
             if self._work or self._longest_drain:
                 self._previous = (self._work, now - self._began, self._worked_at - self._began, self._witnesses)
             self._busy_until = now

@@ -329,9 +329,12 @@ class Requests:
         if not state.finished:
             return
         self._new.discard(state)
-        self.active.discard(state)
-        if not (state.has_acted and state.copies.are_unfinished):
-            self._by_id.pop(state.context.req_id, None)
+        if state.has_acted:
+            self.active.discard(state)
+            if state.copies.are_unfinished:
+                return
+        self._by_id.pop(state.context.req_id, None)
+        if self._tiers.guards:
             self._tiers.forget(state.context)
 
     def check_invariants(self) -> None:

@@ -90,7 +90,9 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
                 return _MISS
             if self._repeated is not None:
                 return self._repeated.answer(key)
-            answer = self._lookup(key, self._ours)
+            # `self._lookup(...)` would look for a method of the class first: CPython 3.11 caches that for methods only.
+            lookup = self._lookup
+            answer = lookup(key, self._ours)
         except Exception as error:  # noqa: BLE001 - nothing may stop the engine: reported, and a miss
             self._report("lookup", error)
             return _MISS
