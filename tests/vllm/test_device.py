@@ -31,6 +31,7 @@ from kvtier.adapters.vllm.worker import KVTierOffloadingWorker
 from kvtier.errors import CapacityError, ConfigError
 from kvtier.primary.arena import Arena
 from kvtier.primary.huge_pages import tmpfs_of
+from kvtier.primary.worker import GRACE_ROUNDS
 from kvtier.spec.tiering import TieringOffloadingSpec
 from kvtier.testing.patience import wait_for
 from kvtier.types import CPULoadStoreSpec, GPULoadStoreSpec, ReqContext, TransferResult
@@ -193,6 +194,20 @@ def test_a_failed_copy_is_no_failure_to_vllm_unless_it_is_a_load(rig, monkeypatc
     assert worker.take_failed_loads() == {2}
     assert [(result.job_id, result.success) for result in worker.get_finished()] == [(2, True)]
     assert not worker.take_failed_loads()
+
+
+def test_asking_for_failed_loads_makes_no_step_longer(rig):
+    rig = rig(1)
+    (worker,) = rig.workers
+    place(rig, "never started")
+    _, slots = place(rig, "started")
+    worker.submit_store(1, engine_blocks(0), slots)
+    published = []
+    for _ in range(GRACE_ROUNDS + 1):
+        assert not worker.take_failed_loads()
+        worker.get_finished()
+        published.append(rig.core.control.finished(1))
+    assert published == [0] * GRACE_ROUNDS + [slots.sequence]
 
 
 def test_a_load_without_slots_fails_before_it_reaches_vllms_worker(rig):

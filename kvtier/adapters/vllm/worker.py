@@ -81,6 +81,7 @@ class KVTierOffloadingWorker(base.OffloadingWorker):  # type: ignore[misc]  # vL
         self._loads: set[int] = set()
         self._failed_loads: set[int] = set()
         self._has_reported = False
+        self._has_collected = False
         self._results: list[Any] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._attach, name="kvtier-attach", daemon=True)
@@ -131,9 +132,10 @@ class KVTierOffloadingWorker(base.OffloadingWorker):  # type: ignore[misc]  # vL
     def take_failed_loads(self) -> set[int]:
         """Return the loads that have failed since the last call; `get_finished` reports them as ended.
 
-        Caller guarantees: vLLM learns of them before it counts the tokens as computed.
+        Caller guarantees: vLLM learns of them before it counts the tokens as computed, and `get_finished` follows.
         """
         self._collect()
+        self._has_collected = True
         failed, self._failed_loads = self._failed_loads, set()
         self._results += [base.TransferResult(job_id, success=True) for job_id in failed]
         return failed
@@ -144,7 +146,9 @@ class KVTierOffloadingWorker(base.OffloadingWorker):  # type: ignore[misc]  # vL
         Raises:
             RuntimeError: a load failed, and `take_failed_loads` has not reported it.
         """
-        self._collect()
+        if not self._has_collected:  # the worker below counts steps by its calls
+            self._collect()
+        self._has_collected = False
         if self._failed_loads:
             raise RuntimeError(f"kvtier could not load jobs {sorted(self._failed_loads)}; their tokens would be wrong")
         results, self._results = self._results, []
