@@ -187,15 +187,20 @@ def bare_rig(num_blocks: int, policy: str) -> Rig:
 def adapter_rig(num_blocks: int, policy: str) -> Rig:
     """Return kvtier's manager as vLLM calls it."""
     arena = Arena.create(1, 4096)  # for its control page, which the adapter asks about failed copies
+    return Rig(adapter_over(_kvtier_manager(num_blocks, policy), arena.control, arena.close), base)
+
+
+def adapter_over(manager: TieringOffloadingManager, control: Any, shutdown: Callable[[], None]) -> Any:
+    """Return the adapter over `manager`, whose workers have attached."""
     core = SimpleNamespace(
-        manager=_kvtier_manager(num_blocks, policy),
-        control=arena.control,
-        shutdown=arena.close,
-        medium_is_storage=lambda name: False,
+        manager=manager,
+        control=control,
         off_reason=None,
         observations=Observations(),
+        shutdown=shutdown,
+        medium_is_storage=lambda name: False,
     )
-    return Rig(KVTierOffloadingManager(core), base)
+    return KVTierOffloadingManager(core)
 
 
 def _kvtier_manager(num_blocks: int, policy: str) -> TieringOffloadingManager:

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm.v1.kv_offload import base
-from vllm_managers import TOKENS_PER_BLOCK, Hashes, HashSource, Rig
+from vllm_managers import TOKENS_PER_BLOCK, Hashes, HashSource, Rig, adapter_over
 
 BLOCK_BYTES = 4096
 STEP_SECONDS = 0.005
@@ -138,7 +138,6 @@ def vllm_with_disk(folder: Path, num_blocks: int) -> Iterator[DiskRig]:
 @contextmanager
 def kvtier_with_disk(folder: Path, num_blocks: int) -> Iterator[DiskRig]:
     """Give kvtier's manager with its disk, as vLLM calls it."""
-    from kvtier.adapters.vllm.manager import KVTierOffloadingManager
     from kvtier.config import KVCacheGroup, OffloadingConfig
     from kvtier.namespace import Namespace
     from kvtier.spec.tiering import TieringOffloadingSpec
@@ -155,7 +154,6 @@ def kvtier_with_disk(folder: Path, num_blocks: int) -> Iterator[DiskRig]:
     spec = TieringOffloadingSpec(config)
     inner = spec.get_manager()
     spec.wait_for_tiers(30)
-    core = SimpleNamespace(manager=inner, control=spec.arena.control, shutdown=spec.shutdown)
 
     def hold() -> Callable[[], None]:
         children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
@@ -163,7 +161,7 @@ def kvtier_with_disk(folder: Path, num_blocks: int) -> Iterator[DiskRig]:
             os.kill(int(pid), signal.SIGSTOP)
         return lambda: [os.kill(int(pid), signal.SIGCONT) for pid in children] and None
 
-    rig = DiskRig(KVTierOffloadingManager(core), hold)
+    rig = DiskRig(adapter_over(inner, spec.arena.control, spec.shutdown), hold)
     try:
         yield rig
     finally:

@@ -156,10 +156,11 @@ def test_nothing_stays_mapped() -> None:
 def test_control_page_counts_failures_apart_from_ends() -> None:
     control = ControlPage(memoryview(bytearray(4096)))
     assert control.failures() == 0
+    assert not control.has_failures
     control.publish(0, 5)
     control.count_failure(0)
     control.count_failure(255)
-    assert (control.failures(), control.finished(1)) == (2, 5)
+    assert (control.failures(), control.has_failures, control.finished(1)) == (2, True, 5)
     with pytest.raises(ValueError, match="rank 256"):
         control.count_failure(256)
 

@@ -187,7 +187,7 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         ours = self._translated(req_context)
 
         def complete(manager: TieringOffloadingManager) -> None:
-            if self._core.control.failures() and not self._off:
+            if self._core.control.has_failures and not self._off:
                 self._off, self._scanned = True, None
                 logger.error("kvtier is off: a worker could not copy blocks; its log says why")
             manager.complete_store(keys, ours, success and not self._off)
