@@ -45,7 +45,8 @@ class MissCauses:
             if self._num_recomputed >= self._num_blocks and "evicted" not in self._said:
                 self._said.add("evicted")
                 logger.warning(
-                    "%d blocks had been evicted when they were wanted again, as many as host memory holds: the memory, "
-                    "or the last tier, is too small for these requests (said once, kvtier_recomputed_blocks counts)",
+                    "%d blocks were computed again after they had been evicted, as many as host memory holds: with "
+                    "more of it, or a larger or faster tier below, they would have been loaded (said once, "
+                    "kvtier_recomputed_blocks counts)",
                     self._num_recomputed,
                 )

@@ -33,4 +33,4 @@ def test_evictions_are_said_when_as_many_blocks_were_missed_as_host_memory_holds
     for _ in range(9):
         causes.on_event(BlocksRecomputed("disk", 1))
     (said,) = caplog.messages
-    assert "kvtier: 10 blocks had been evicted" in said
+    assert "kvtier: 10 blocks were computed again after they had been evicted" in said

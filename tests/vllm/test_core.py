@@ -145,11 +145,58 @@ def test_host_memory_serves_while_the_weights_are_read(tmp_path, log):
     core._identify(WEIGHTS)  # after the end nothing opens
 
 
-def test_a_random_seed_is_said_if_blocks_shall_outlive_the_engine(tmp_path, log, monkeypatch):
+def test_a_random_seed_is_said_if_blocks_shall_outlive_the_engine(tmp_path, log):
     spec = first_spec(tmp_path)
-    monkeypatch.setenv("PYTHONHASHSEED", "0")
-    warn_of_random_seed(spec, "xxhash")
+    warn_of_random_seed(spec, False)
     assert "PYTHONHASHSEED" not in log.text
-    monkeypatch.delenv("PYTHONHASHSEED")
-    warn_of_random_seed(spec, "xxhash")
+    warn_of_random_seed(spec, True)
     assert "Set PYTHONHASHSEED to any fixed number" in log.text
+
+
+def test_the_log_says_once_what_there_is_and_warns_if_a_tier_is_down(tmp_path, log):
+    (tmp_path / "file").write_text("no directory")
+    down = {"type": "disk", "path": str(tmp_path / "file"), "capacity": "1MiB"}
+    core = CoreHalf(first_spec(tmp_path, secondary_tiers=[down, {"type": "memory", "capacity": "1MiB"}]))
+    assert core.off_reason == "starting"
+    core._is_late = True
+    try:
+        core._open([says()])
+        core._identify(WEIGHTS)
+        assert core.off_reason is None
+        core._spec.wait_for_tiers(60)
+        log.clear()
+        core._say_ready(core.manager.get_stats())
+    finally:
+        core.shutdown()
+    (said,) = [record for record in log.records if "is ready" in record.getMessage()]
+    assert said.levelname == "WARNING"
+    assert said.getMessage() == (
+        "kvtier is ready: blocks of 16 tokens; 64.0 KiB of host memory for 16 blocks; tier disk is down; "
+        "tier memory is up, 1.0 MiB"
+    )
+
+
+def test_workers_that_attach_late_are_said(tmp_path, log):
+    log.set_level("INFO", logger="vllm.kvtier")
+    core = CoreHalf(first_spec(tmp_path, secondary_tiers=[]))
+    try:
+        core.start(0.01)
+        assert core.off_reason == "starting"
+        assert "kvtier starts later" in log.text
+        core._open([says()])
+        assert core.off_reason is None
+        assert log.text.count("kvtier is ready") == 1
+    finally:
+        core.shutdown()
+
+
+def test_an_engine_id_that_another_engine_uses_is_a_reason(tmp_path, log):
+    first, second = (CoreHalf(first_spec(tmp_path, secondary_tiers=[])) for _ in range(2))
+    try:
+        first.start(0.01)
+        second.start(0.01)
+        assert second.off_reason == "engine_id"
+        assert "kvtier is off: another engine of this machine has the id" in log.text
+    finally:
+        second.shutdown()
+        first.shutdown()

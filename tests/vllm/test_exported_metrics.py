@@ -31,13 +31,14 @@ def scraped(model, tmp_path_factory):
         path.mkdir()
     tier = {"type": "disk", "path": [str(path / "kv") for path in paths], "capacity": "64MiB"}
     keys = {"cpu_bytes_to_use": "2MiB", "secondary_tiers": [tier]}
-    with Engine(model, folder / "log", kvtier=keys) as engine:
+    with Engine(model, folder / "log", connector="kvtier", kvtier=keys) as engine:
         wait_until_up(engine)
         ask_all(engine)
         wait_for(lambda: engine.generate(prompt(1, 20)) and not engine.metrics()["kvtier_jobs.disk"], "all is written")
         engine.reset()
         ask_all(engine)
         wait_for(lambda: engine.generate(prompt(1, 20)) and engine.metrics()["kvtier_hit_blocks.disk"], "the disk hits")
+        wait_for(lambda: engine.generate(prompt(1, 20)) and "KV Transfer metrics" in engine.log(), "vLLM's line")
         text, log = engine.ask("scrape"), engine.log()
     return {family.name: family for family in text_string_to_metric_families(text)}, text, log
 
@@ -126,3 +127,15 @@ def test_the_log_says_once_what_there_is(scraped):
     assert len([line for line in log.splitlines() if re.search(r"kvtier: tier disk \(.*\) is up", line)]) == 2
     lines = [line for line in log.splitlines() if "kvtier" in line]
     assert len(lines) < 25, "nothing per request"
+
+
+def test_the_line_that_vllm_logs_has_five_numbers(scraped):
+    _, _, log = scraped
+    lines = [line.partition("KV Transfer metrics: ")[2] for line in log.splitlines() if "KV Transfer metrics" in line]
+    assert lines
+    for line in lines:
+        assert re.fullmatch(
+            r"kvtier: tokens loaded=\d+, seconds of computing saved=[\d.]+, seconds waited=[\d.]+,"
+            r" blocks stored=\d+, blocks failed=\d+",
+            line,
+        )

@@ -1,5 +1,6 @@
 """The manager as vLLM's scheduler sees it, over kvtier's real one, without an engine."""
 
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ from vllm.v1.kv_offload import base
 
 import kvtier
 from kvtier.adapters.vllm.config_info import config_info
-from kvtier.adapters.vllm.manager import KVTierOffloadingManager
+from kvtier.adapters.vllm.manager import FEW_REQUESTS, KVTierOffloadingManager
 from kvtier.adapters.vllm.metrics import StatsReporter, metric_definitions
 from kvtier.adapters.vllm.spec import KVTierOffloadingSpec
 from kvtier.config import KVCacheGroup, OffloadingConfig
@@ -412,3 +413,45 @@ def test_vllm_takes_the_configuration_as_it_is(core):
     stats = OffloadingConnectorStats()
     stats.set_info(KVTierOffloadingManager(core, info=config_info(core.spec)).config_info())
     assert [row["tier"] for row in stats.data["info"]] == ["primary", "example"]
+
+
+def test_if_nothing_is_looked_up_the_log_says_once_what_that_means(manager, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    caplog.set_level("INFO", logger="vllm.kvtier")
+    for number in range(2 * FEW_REQUESTS):
+        manager.on_request_finished(request(manager, f"r{number}"))
+    (said,) = [line for line in caplog.messages if "looked up nothing" in line]
+    assert said.startswith("kvtier: ")
+
+
+def test_nothing_is_said_once_something_was_looked_up(manager, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    caplog.set_level("INFO", logger="vllm.kvtier")
+    manager.lookup(KEYS[0], request(manager, "first"))
+    for number in range(2 * FEW_REQUESTS):
+        manager.on_request_finished(request(manager, f"r{number}"))
+    assert not [line for line in caplog.messages if "looked up nothing" in line]
+
+
+def test_the_line_in_the_log_has_five_numbers():
+    from kvtier.adapters.vllm.connector import KVTierConnector
+
+    made = KVTierConnector.build_kv_connector_stats()
+    made.increase_counter("vllm:kvtier_saved_tokens", 256, ("disk",))
+    made.increase_counter("vllm:kvtier_saved_tokens", 128.0, ("primary",))
+    made.increase_counter("vllm:kvtier_saved_seconds", 1.234, ("disk",))
+    made.observe_histogram("vllm:kvtier_wait_seconds", 0.25, ("loaded",))
+    made.observe_histogram("vllm:kvtier_wait_seconds", 0.5, ("computed",))
+    made.increase_counter("vllm:kvtier_stored_blocks", 7, ("device",))
+    made.increase_counter("vllm:kvtier_stored_blocks", 2, ("disk",))
+    made.set_gauge("vllm:kvtier_jobs", 3, ("disk",))
+    total = KVTierConnector.build_kv_connector_stats(made.to_dict()).aggregate(
+        KVTierConnector.build_kv_connector_stats(made.to_dict())
+    )
+    assert total.reduce() == {
+        "kvtier: tokens loaded": 768,
+        "seconds of computing saved": 2.5,
+        "seconds waited": 1.5,
+        "blocks stored": 14,
+        "blocks failed": 0,
+    }

@@ -21,6 +21,7 @@ from vllm.logger import init_logger
 
 from kvtier.adapters.vllm.compat import HAS_FAILED_RECEIVES
 from kvtier.adapters.vllm.manager import KVTierOffloadingManager
+from kvtier.adapters.vllm.metrics import KVTierConnectorStats
 from kvtier.errors import ConfigError
 from kvtier.log import cleaned
 
@@ -114,6 +115,13 @@ class KVTierConnector(OffloadingConnector):  # type: ignore[misc]  # vLLM is not
         for job_id in meta.completed_jobs:
             self._running_loads.pop(job_id, None)
         return WorkerMetadata(**vars(meta), failed_requests={job.req_id for job in self._failed_loads})
+
+    # -- in the frontend ----------------------------------------------------------------------------------
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVTierConnectorStats:
+        """Return statistics of which vLLM logs a line that a person reads."""
+        return KVTierConnectorStats() if data is None else KVTierConnectorStats(data=data)
 
     # -- in the scheduler ---------------------------------------------------------------------------------
 

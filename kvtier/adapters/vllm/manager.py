@@ -32,6 +32,8 @@ _REQUEST_LEVEL = OffloadPolicy.REQUEST_LEVEL
 _NOTHING_NEW = ScheduleEndContext()
 _NEWLY_COMPUTED_ONLY = base.RequestOffloadingContext(NEWLY_COMPUTED_ONLY)
 
+FEW_REQUESTS = 20
+"""If vLLM has looked up nothing for so many requests, the log says what that means."""
 MAX_FAILED_LOADS = 2
 """After as many failed loads a request is computed. The first one may be the fault of one block, which has left host
 memory since; the second one shows that something else is wrong."""
@@ -66,6 +68,7 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         self._contexts: dict[str, EngineReqContext] = {}
         self._last: tuple[Any, EngineReqContext] | None = None
         self._stats = ManagerStatsReporter(core.observations)
+        self._num_finished = 0
         self._reported: set[str] = set()
         self._off = False
         self._scanned: Any = None
@@ -212,6 +215,13 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         manager = self._core.manager
         ours = self._contexts.pop(req_context.req_id, None)
         self._last = self._scanned = None
+        self._num_finished += 1
+        if self._num_finished == FEW_REQUESTS and not self._stats.num_lookups:
+            logger.info(
+                "kvtier: vLLM has looked up nothing for the first %d requests: no prompt filled a block (the line"
+                " 'kvtier is ready' tells its size), or the device still had all of them",
+                FEW_REQUESTS,
+            )
         try:
             if manager is not None and not self._off:
                 manager.on_request_finished(ours or EngineReqContext(req_context))

@@ -108,6 +108,11 @@ class ManagerStatsReporter(StatsReporter):
         self.errors: Counter[str] = Counter()
         self._has_begun = False
 
+    @property
+    def num_lookups(self) -> int:
+        """Number of lookups so far."""
+        return self.num_hits + self.num_misses + self.num_pending + self.num_retries
+
     def report_all(self, stats: Mapping[str, float], off_reason: str | None) -> Any:
         """Return vLLM's statistics, or None if nothing has changed.
 
