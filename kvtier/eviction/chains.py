@@ -1,4 +1,4 @@
-"""Held blocks as prefix trees. A node is a part: consecutive blocks that the same requests have used."""
+"""Held blocks as prefix trees. A node is a part: consecutive blocks that one request used last, with one class."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class Request:
 
 
 class Part:
-    """Consecutive blocks with one history.
+    """Consecutive blocks that one request used last, with one class and age.
 
     Attributes:
         keys: the held blocks, in prefix order.
         kind: class in the reuse table.
         bin: bin of age in the reuse table.
-        uses: how often each block was used.
+        uses: how often each block was used, at least; blocks of one class may be one part.
         request: the request that used the blocks last.
         ghosts: how many evicted blocks of this part are remembered.
         parent: the part that this one continues; None for none.

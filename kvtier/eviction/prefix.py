@@ -208,12 +208,14 @@ class PrefixPolicy(EvictionPolicy):
                 self._leaves.enter(part)
 
     def _join(self, part: Part) -> Part:
-        """Join a part to its parent if both have the same history; return the part that holds its blocks then."""
+        """Join a part to its parent if the same request used both and they have one class and age; return the part that
+        holds its blocks then.
+        """
         above = part.parent
         if (
             above is None
             or above.request is not part.request
-            or (above.uses, above.kind, above.bin) != (part.uses, part.kind, part.bin)
+            or (above.kind, above.bin) != (part.kind, part.bin)
             or len(above.children) > 1
             or part.place + 1 < len(above.keys)
             or above.ghosts
@@ -224,6 +226,9 @@ class PrefixPolicy(EvictionPolicy):
         if not part.bin:  # each part counts up to MAX_WEIGHT blocks, and two parts are one from now on
             for kept in (part, above):
                 self._table.take_back(kept.kind, len(kept.keys))
+        # Two parts of one class and age have one rank and go together. If uses had to be equal, too, each turn of a
+        # session would stay a part of its own.
+        above.uses = min(above.uses, part.uses)
         above = self._chains.join(part)
         if not above.bin:
             self._table.note_reached(above.kind, 0, len(above.keys))
