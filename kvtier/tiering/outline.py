@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from operator import itemgetter
 
 from kvtier.keys import GROUP_BYTES, OffloadKey
@@ -13,6 +13,8 @@ from kvtier.types import ReqContext
 
 MANY_KEYS = 2048
 """Scans of more keys than this are split without a look at every key."""
+
+EndOf = Callable[[OffloadKey], int | None]
 
 group_of = itemgetter(slice(-GROUP_BYTES, None))
 
@@ -89,7 +91,7 @@ def make_outline(
         unresolved: those of them that a tier has not answered for yet. The keys behind one in its KV group are not
             certain.
     """
-    groups = split_scan(keys)
+    groups = split_scan(keys, context.get_offload_key_position)
     shortest = min(map(len, groups))
     is_certain = not unresolved
     if not is_certain:
@@ -126,10 +128,15 @@ def _certain_head(keys: Sequence[OffloadKey], unresolved: Container[OffloadKey])
     return keys[: next((index for index, key in enumerate(keys) if key in unresolved), len(keys))]
 
 
-def split_scan(scan: Sequence[OffloadKey]) -> list[Sequence[OffloadKey]]:
+def split_scan(scan: Sequence[OffloadKey], end_of: EndOf = lambda key: None) -> list[Sequence[OffloadKey]]:
     """Split a scan by KV group; keys stay in the engine's order.
 
-    If a key comes again, the engine has started over with its group. The later keys then replace the earlier ones.
+    If a key comes again, the engine has started over with its group. The later keys then replace the earlier ones. But
+    an engine may also look for ends of parts of blocks after the blocks, from the last end backwards (vLLM 0.33 does,
+    for recurrent states). There a key that comes again only continues the way backwards, and replaces nothing.
+
+    Args:
+        end_of: returns where a block ends, in tokens, or None.
     """
     if len(scan) > MANY_KEYS and (runs := _runs(scan)):
         return runs
@@ -142,10 +149,16 @@ def split_scan(scan: Sequence[OffloadKey]) -> list[Sequence[OffloadKey]]:
         suffix = key[-GROUP_BYTES:]
         if suffix != last:
             group, last = groups.setdefault(suffix, {}), suffix
-        if key in group:
+        if key in group and not _goes_on_backwards([key, *islice(reversed(group), 2)], end_of):
             group.clear()
         group[key] = None
     return [list(group) for group in groups.values()]
+
+
+def _goes_on_backwards(latest_first: Sequence[OffloadKey], end_of: EndOf) -> bool:
+    """Return whether three keys, the latest one first, were looked up from the last block backwards."""
+    ends = [end for end in map(end_of, latest_first) if end is not None]
+    return len(ends) == 3 and ends[0] < ends[1] < ends[2]
 
 
 def _end_of_run(scan: Sequence[OffloadKey], start: int) -> int:

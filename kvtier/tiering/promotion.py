@@ -151,6 +151,9 @@ class Promoter:
             self._probe(state, plan.declined, outline)
         if not plan.waits and outline.is_done and outline.is_certain and not state.awaiting:
             self._waiting.stop(state, now)
+            if outline.found:
+                # No plan loads keys that the engine looked up before it started over: it must not wait for them.
+                state.plans.denied.update(outline.found.keys() - set(outline.order))
         if state.awaiting:
             state.lease.expires = None
         elif state.lease.slots and state.lease.expires is None:

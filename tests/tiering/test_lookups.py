@@ -108,6 +108,17 @@ def test_a_scan_is_kept_by_group_and_a_repeated_key_starts_it_over():
     assert split_scan([a[0], a[1], a[2], b[0], a[0], a[1]]) == [[a[0], a[1]], [b[0]]]
 
 
+def test_a_way_backwards_over_a_key_that_was_asked_before_is_no_new_start():
+    a = make_keys(7, "a")
+    ends = {key: 4 * index for index, key in enumerate(a)}
+    whole_then_parts = [a[3], a[6], a[5], a[4], a[3], a[2]]
+    assert split_scan(whole_then_parts, ends.get) == [[a[3], a[6], a[5], a[4], a[2]]]
+    assert split_scan(whole_then_parts) == [[a[3], a[2]]], "without ends it looks like a new start"
+    window_again = [a[6], a[5], a[4], a[5], a[4], a[3]]
+    assert split_scan(window_again, ends.get) == [[a[5], a[4], a[3]]]
+    assert split_scan([a[0], a[1], a[2], a[0], a[1]], ends.get) == [[a[0], a[1]]]
+
+
 def test_each_scan_replaces_the_last(make_engine):
     engine, keys = make_engine(), make_keys(4)
     engine.plant(keys)

@@ -17,22 +17,26 @@ OTHER_BY_DESIGN = [
 ]
 
 
-def run_own_tests(path, plugin):
-    """Run tests of vLLM's with a plugin of ours, and return the last line of pytest's output."""
+def run_own_tests(path, *options):
+    """Run tests where vLLM's own tests are packages; return how many passed."""
     if not (SOURCES / ".complete").exists():
         pytest.skip("VLLM'S SOURCES ARE NOT HERE: `make vllm-environment` fetches them")
     here, root = Path(__file__).parent, Path(kvtier.__file__).parents[1]
-    command = [sys.executable, "-m", "pytest", "-p", plugin, "-p", "no:cacheprovider", "--noconftest", "-q"]
-    command += ["-c", os.devnull, "--rootdir", str(SOURCES), "--tb=short", "--show-capture=no", path]
-    command += ["-k", " and ".join(f"not {name}" for name in OTHER_BY_DESIGN)]
+    command = [sys.executable, "-m", "pytest", *options, "-p", "no:cacheprovider", "--noconftest", "-q"]
+    command += ["-c", os.devnull, "--rootdir", str(SOURCES), "--tb=short", "--show-capture=no", str(path)]
     places = os.pathsep.join(map(str, (SOURCES, here, root)))  # the package `tests` is vLLM's there
     done = subprocess.run(
         command, cwd=SOURCES, env=os.environ | {"PYTHONPATH": places}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    return done.stdout.strip().splitlines()[-1]
+    return int(done.stdout.strip().splitlines()[-1].split(" passed")[0].split()[-1])
 
 
 def test_vllms_manager_over_tiers_of_kvtier():
-    said = run_own_tests("tests/v1/kv_offload/tiering/test_tiering_offloading.py", "own_tests")
-    assert int(said.split(" passed")[0].split()[-1]) >= 60, said
+    wanted = " and ".join(f"not {name}" for name in OTHER_BY_DESIGN)
+    path = "tests/v1/kv_offload/tiering/test_tiering_offloading.py"
+    assert run_own_tests(path, "-p", "own_tests", "-k", wanted) >= 60
+
+
+def test_lookups_of_parts_of_blocks():
+    assert run_own_tests(Path(__file__).with_name("partial_tails.py")) >= 5
