@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -128,8 +129,16 @@ def default_of(field: msgspec.structs.FieldInfo, hint: Any) -> str:
     return "none" if value is None else f"`{json.dumps(value)}`"
 
 
+def combinations() -> str:
+    """Return the table of what kvtier was started with inside vLLM."""
+    rows = runpy.run_path(str(DOCS.parent / "tests" / "vllm" / "combinations.py"))["COMBINATIONS"]
+    lines = [f"| {row.name} | {row.result} |" for row in rows]
+    return "\n".join(["| models and options of vLLM | with kvtier |", "|---|---|", *lines, ""])
+
+
 MAKERS = {
     "metrics": metrics,
+    "combinations": combinations,
     "names of vLLM": names_of_vllm,
     "configuration": engine_options,
     "secrets": secret_options,

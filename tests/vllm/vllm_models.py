@@ -69,6 +69,50 @@ def save_llama(folder: Path, seed: int = 0, **changes) -> Path:
     return save(folder, config, random_weights(config, seed))
 
 
+MLA_CHANGES = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "moe_intermediate_size": 64,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 2,
+    "kv_lora_rank": 512,
+    "q_lora_rank": None,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "head_dim": 64,
+}
+
+MAMBA_CONFIG = {
+    "architectures": ["Mamba2ForCausalLM"],
+    "model_type": "mamba2",
+    "hidden_size": 64,
+    "state_size": 16,
+    "num_hidden_layers": 2,
+    "num_heads": 8,
+    "head_dim": 16,
+    "expand": 2,
+    "n_groups": 1,
+    "conv_kernel": 4,
+    "chunk_size": 128,
+    "vocab_size": VOCABULARY,
+    "torch_dtype": "float32",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def save_config(folder: Path, config) -> Path:
+    """Write a model without weights, for the load format "dummy"."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def random_weights(config, seed):
     """Return the weights that llama and its relatives have."""
     hidden, inner, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]

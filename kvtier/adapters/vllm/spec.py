@@ -13,10 +13,10 @@ import vllm
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
-from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_offload import base
 
 from kvtier.adapters.prefill_guess import guess_cpu_rate
+from kvtier.adapters.vllm.block_sizes import check_blocks_are_whole, warn_of_long_blocks
 from kvtier.adapters.vllm.compat import groups_to_retry, kv_bytes_per_block
 from kvtier.adapters.vllm.config_info import LABELS, config_info
 from kvtier.adapters.vllm.core import CoreHalf
@@ -120,6 +120,8 @@ class KVTierOffloadingSpec(base.OffloadingSpec):  # type: ignore[misc]  # vLLM i
         if self._worker is None:
             vllm_config = get_current_vllm_config()
             check_blocks_are_whole(vllm_config, self._spec.engine_blocks_per_block)
+            if self._spec.config.rank == 0:
+                warn_of_long_blocks(vllm_config, self._spec)
             describe = partial(layout_of_worker, vllm_config, self.config, kv_caches)
             identify = None
             if self._spec.config.rank == 0 and self._spec.persistent_tiers:  # all ranks have the same weights
@@ -142,24 +144,6 @@ INTERFACE: tuple[tuple[type, type], ...] = (
     (base.OffloadingWorker, KVTierOffloadingWorker),
 )
 """vLLM's base classes, and those of kvtier that it calls through them."""
-
-
-def check_blocks_are_whole(vllm_config: Any, engine_blocks_per_block: int) -> None:
-    """Check that vLLM stores all engine blocks of every block.
-
-    Where a layer sees only a window, or keeps a state, vLLM frees engine blocks early. Of a block of several it then
-    stores those that are left, without telling which these are, and later loads all of them (0.28 to 0.33).
-
-    Raises:
-        ConfigError: a block has several engine blocks, and a layer is of such a kind.
-    """
-    if engine_blocks_per_block == 1 or vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
-        return
-    for name, layer in vllm_config.compilation_config.static_forward_context.items():
-        of_layer = layer.get_kv_cache_spec(vllm_config) if hasattr(layer, "get_kv_cache_spec") else None
-        if of_layer is not None and not isinstance(of_layer, FullAttentionSpec):
-            allowed = f"1: vLLM stores parts only of larger blocks of the layer {name} ({type(of_layer).__name__})"
-            raise ConfigError("blocks_per_chunk", engine_blocks_per_block, allowed)
 
 
 def guess_prefill_rate(vllm_config: Any) -> float:

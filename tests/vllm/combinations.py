@@ -1,0 +1,89 @@
+"""What kvtier was started with inside vLLM: the rows of the table in docs/vllm.md. It needs no vLLM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+DUMMY = {"load_format": "dummy"}
+"""Random weights that vLLM makes itself."""
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One row.
+
+    Attributes:
+        name: of the kind of model, or vLLM's option.
+        result: for the reader of the table.
+        model: of `models_of_combinations.py`; "" if the row's test is another one.
+        options: of the engine.
+        role: vLLM's `kv_role`.
+        finds: whether a prompt that comes again is found.
+        says: what the log says if it is not.
+    """
+
+    name: str
+    result: str
+    model: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    role: str = "kv_both"
+    finds: bool = True
+    says: str = ""
+
+
+WORKS = "works"
+
+COMBINATIONS = (
+    Combination(
+        "MLA (DeepSeek)",
+        "works; on CPUs vLLM's own prefix cache is off, and kvtier alone finds prefixes",
+        "mla",
+        DUMMY | {"num_gpu_blocks_override": 512},
+    ),
+    Combination("sliding window (Mistral)", "works, with one engine block per block", "mistral"),
+    Combination("full and sliding layers (Gemma 3)", "works, with one engine block per block"),
+    Combination(
+        "Mamba without `--enable-prefix-caching`",
+        "starts and finds nothing, since a block is as long as the longest request; the log says so",
+        "mamba",
+        DUMMY,
+        finds=False,
+        says="kvtier will find nothing: a block has 2048 tokens, and the longest request 2048",
+    ),
+    Combination("speculative decoding, n-gram", WORKS, "llama", {"speculative_config": {
+        "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4,
+    }}),
+    Combination("speculative decoding, EAGLE", WORKS, "llama", DUMMY | {"speculative_config": {
+        "method": "eagle", "model": "draft", "num_speculative_tokens": 2,
+    }}),
+    Combination("chunked prefill", WORKS, "llama", {"enable_chunked_prefill": True, "max_num_batched_tokens": 256}),
+    Combination(
+        "`--no-enable-prefix-caching`",
+        "works; kvtier alone finds prefixes",
+        "llama",
+        {"enable_prefix_caching": False},
+    ),
+    Combination(
+        "`kv_role` kv_producer",
+        "works as kv_both does: vLLM's OffloadingConnector ignores the role",
+        "llama",
+        role="kv_producer",
+    ),
+    Combination("`kv_role` kv_consumer", "works as kv_both does", "llama", role="kv_consumer"),
+    Combination("tensor parallelism", WORKS),
+    Combination("data parallelism", "works; [each engine has its own disk directory](#configure)"),
+    Combination("LoRA", "works in host memory; tiers that outlive the engine need `allow_lora`"),
+    Combination(
+        "`block_size` or `blocks_per_chunk` with sliding windows or states",
+        "refused at start, with the name of the layer: vLLM stores parts of such blocks",
+    ),
+    Combination(
+        "async scheduling", "works with vLLM's scheduler over a simulated model; on CPUs vLLM itself never turns it on"
+    ),
+    Combination("`sleep`", "works on CPUs as far as vLLM sleeps there: caches are emptied, no memory is freed"),
+    Combination("`--kv-cache-dtype fp8`", "untested: vLLM needs AVX-512 for it on CPUs"),
+    Combination("Mamba with `--enable-prefix-caching`", "untested: vLLM 0.32 fails on CPUs"),
+    Combination("pipeline parallelism", "untested: the workers of vLLM 0.32 stop at the first request on CPUs"),
+    Combination("encoder-decoder, multimodal", "untested"),
+)  # fmt: skip
