@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 from vllm.v1.kv_offload import base
 
-from kvtier import types
 from kvtier.adapters.vllm.manager import KVTierOffloadingManager
+from kvtier.adapters.vllm.translation import EngineReqContext
 from kvtier.counters import Observations
 from kvtier.primary.arena import Arena
 from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
 from kvtier.registry import POLICIES
 from kvtier.tiering.manager import TieringOffloadingManager
 from kvtier.tiering.settings import TieringSettings
+from kvtier.types import ScheduleEndContext
 
 TOKENS_PER_BLOCK = 16
 
@@ -44,15 +45,15 @@ class HashSource:
 class Rig:
     """One manager, driven as vLLM's scheduler drives it. Times are seconds of CPU of the calling thread."""
 
-    def __init__(self, manager: Any, kinds: Any) -> None:
-        """Args: manager: of vLLM's interface; kinds: the module with `ReqContext`, `ScheduleEndContext` and so on."""
-        self.manager, self._kinds = manager, kinds
-        self._idle = kinds.ScheduleEndContext((), ())
+    idle: Any = base.ScheduleEndContext((), ())
+
+    def __init__(self, manager: Any) -> None:
+        self.manager = manager
         self._names = itertools.count()
 
     def context(self, keys: Sequence[Any] = ()) -> Any:
         """Return the context of a new request with `keys`, and where they end, as vLLM tells it from 0.32 on."""
-        made = self._kinds.ReqContext(f"request-{next(self._names)}")
+        made = base.ReqContext(f"request-{next(self._names)}")
         for index, key in enumerate(keys):
             made.set_offload_key_position(key, (index + 1) * TOKENS_PER_BLOCK)
         return made
@@ -72,7 +73,7 @@ class Rig:
 
     def step(self) -> None:
         """End a step in which nothing was scheduled anew."""
-        self.manager.on_schedule_end(self._idle)
+        self.manager.on_schedule_end(self.idle)
 
     def report(self) -> None:
         """Ask for what vLLM asks for at the end of each step."""
@@ -176,18 +177,31 @@ def vllm_rig(num_blocks: int, policy: str) -> Rig:
     from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager as Manager
 
     region = SimpleNamespace(create_kv_memoryview=lambda: _view(num_blocks), cleanup=lambda: None)
-    return Rig(Manager(Primary(num_blocks, region, cache_policy=policy)), base)
+    return Rig(Manager(Primary(num_blocks, region, cache_policy=policy)))
 
 
 def bare_rig(num_blocks: int, policy: str) -> Rig:
-    """Return kvtier's manager, as its own adapters call it."""
-    return Rig(_kvtier_manager(num_blocks, policy), types)
+    """Return kvtier's manager alone, called with contexts that the adapter has made before.
+
+    CPython keeps at each place of the code one type that it has met there. Two types of contexts, of which an engine
+    has only one, would make both rigs slower.
+    """
+    return BareRig(_kvtier_manager(num_blocks, policy))
+
+
+class BareRig(Rig):
+    """Makes the adapter's contexts before the time is taken."""
+
+    idle = ScheduleEndContext()
+
+    def context(self, keys: Sequence[Any] = ()) -> Any:
+        return EngineReqContext(super().context(keys))
 
 
 def adapter_rig(num_blocks: int, policy: str) -> Rig:
     """Return kvtier's manager as vLLM calls it."""
     arena = Arena.create(1, 4096)  # for its control page, which the adapter asks about failed copies
-    return Rig(adapter_over(_kvtier_manager(num_blocks, policy), arena.control, arena.close), base)
+    return Rig(adapter_over(_kvtier_manager(num_blocks, policy), arena.control, arena.close))
 
 
 def adapter_over(manager: TieringOffloadingManager, control: Any, shutdown: Callable[[], None]) -> Any:

@@ -33,7 +33,7 @@ class DiskRig(Rig):
 
     def __init__(self, manager: Any, hold: Callable[[], Callable[[], None]]) -> None:
         """Args: hold: stops all reads from the disk, and returns what lets them go on."""
-        super().__init__(manager, base)
+        super().__init__(manager)
         self._hold, self._pause = hold, threading.Event()
 
     def fill(self, hashes: Hashes) -> None:

@@ -14,6 +14,8 @@ from kvtier.tiering.outline import Outline
 from kvtier.tiering.tiers import SecondaryTiers
 from kvtier.types import ReqContext, TierFilter
 
+_ALL_TIERS = TierFilter.ALL
+
 
 @dataclass(slots=True, eq=False)
 class Scan:
@@ -315,7 +317,7 @@ class Requests:
                 return former
             self._tiers.forget(former.context)  # its last copies go on under another request of that name
         wanted = context.load_tier_filter
-        tiers = self._tiers.all_indices if wanted is TierFilter.ALL else self._tiers.allowed(wanted)
+        tiers = self._tiers.all_indices if wanted is _ALL_TIERS else self._tiers.allowed(wanted)
         state = RequestState(context, self._times.next(), tiers)
         if former is not None:
             state.begin_to_act()
