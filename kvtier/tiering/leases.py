@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Collection, Container, Iterable
 
 from kvtier.errors import InvariantError
 from kvtier.keys import OffloadKey
@@ -46,13 +46,13 @@ class Leases:
         self._table.unpin(self._take(state).values())
 
     def hand_over(self, state: RequestState, keys: list[OffloadKey]) -> tuple[list[int], dict[OffloadKey, int]] | None:
-        """End the lease of `keys`, whose slots stay pinned once; None if the request holds others, or has lost some.
+        """End the lease of `keys`, whose slots stay pinned once; None if the request does not hold just these.
 
         Returns:
             The slots, in the order of `keys`, and by key.
         """
         slots = state.lease.slots
-        if self._table.num_quarantined or len(slots) != len(keys):  # a leased block that was removed is in quarantine
+        if len(slots) != len(keys):
             return None
         if list(slots) == keys:  # blocks mostly arrive in order, and a list of the same objects is soon compared
             return list(slots.values()), self._take(state)
@@ -60,22 +60,36 @@ class Leases:
             return None
         return list(map(slots.__getitem__, keys)), self._take(state)
 
+    def lose(self, state: RequestState, keys: Iterable[OffloadKey]) -> bool:
+        """Unpin those of `keys`, which the table has forgotten, that `state` holds; return whether it held any."""
+        slots = state.lease.slots
+        lost = [slots.pop(key) for key in keys if key in slots]
+        self._drop(lost)
+        self._table.unpin(lost)
+        return bool(lost)
+
     def _take(self, state: RequestState) -> dict[OffloadKey, int]:
-        lease, holders = state.lease, self._holders
+        lease = state.lease
         taken, lease.slots, lease.expires = lease.slots, {}, None
-        slots = taken.values()  # no slot comes twice
+        self._drop(taken.values())
+        return taken
+
+    def _drop(self, slots: Collection[int]) -> None:
+        """Count one holder less of each of `slots`, of which none comes twice."""
+        holders = self._holders
         # No Python loop: nearly all slots have one holder.
         counts = list(map(holders.pop, slots))
         if counts.count(1) < len(counts):
             holders.update((slot, count - 1) for slot, count in zip(slots, counts, strict=True) if count > 1)
-        return taken
 
     def check_invariants(self, requests: Iterable[RequestState]) -> None:
         """Raise InvariantError unless the holders are exactly the requests' leases."""
         counted: dict[int, int] = {}
         for state in requests:
-            for slot in state.lease.slots.values():
+            for key, slot in state.lease.slots.items():
                 counted[slot] = counted.get(slot, 0) + 1
+                if self._table.slot_of.get(key) != slot:
+                    raise InvariantError(f"slot {slot} is leased for a block that is not in it")
                 if not self._table.is_pinned(slot):
                     raise InvariantError(f"slot {slot} is leased and not pinned")
         if counted != self._holders:

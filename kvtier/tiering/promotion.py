@@ -360,6 +360,12 @@ class Promoter:
         """End the request's lease; see `Leases.hand_over`."""
         return self._leases.hand_over(state, keys) if state.lease.slots else None
 
+    def lose(self, states: Iterable[RequestState], keys: Sequence[OffloadKey]) -> None:
+        """End the leases of `keys`, which the table has forgotten: whoever held them asks for them once more."""
+        for state in states:
+            if self._leases.lose(state, keys):
+                self._drop_outline(state)
+
     def let_go(self, state: RequestState) -> None:
         """End all waits of the request, and its lease."""
         if state.awaiting:

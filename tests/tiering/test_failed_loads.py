@@ -55,6 +55,23 @@ def test_others_go_on_with_the_slots_that_they_hold(make_engine):
     assert engine.table.num_free == engine.table.num_slots
 
 
+@pytest.mark.parametrize("num_failed", [1, 3])
+def test_whoever_held_the_blocks_for_a_load_gets_them_from_the_tier_again_at_once(make_engine, num_failed):
+    engine, keys = make_engine(), make_keys(3)
+    one, other = engine.request("one"), engine.request("other")
+    engine.plant(keys)
+    assert engine.wait_hits(keys, other) == 3  # holds them until it loads
+    fail(engine, keys[:num_failed], one)
+    engine.step()
+    assert engine.wait_hits(keys, other) == 3
+    assert engine.load(keys, other) == [payload(key) for key in keys]
+    for context in (one, other):
+        engine.finish(context)
+    engine.step()
+    assert not engine.table.pins
+    assert not engine.table.num_quarantined
+
+
 def test_two_loads_of_one_block_may_both_fail(make_engine):
     engine, (key, *_) = make_engine(num_tiers=0), make_keys(1)
     context = engine.request()
