@@ -302,8 +302,11 @@ class Arena(forks.ProcessBound):
             length = min(_SLICE_BYTES, total - offset)
             # The mapping has asked for huge pages; fallocate, which knows nothing of it, would take small ones. Kernels
             # before 5.14 refuse the first call, and an access to a page then maps it, which costs time but cannot fail.
+            # One access per huge page maps those that the file has, so that `huge_bytes` finds them.
             if madvise(start + offset, length, _MADV_POPULATE_WRITE):
                 os.posix_fallocate(self.fd, offset, length)
+                for page in range(offset, offset + length, HUGE_PAGE_BYTES):
+                    _ = self._mapping[self._mapping.offset + page]
             return length
 
         with ThreadPoolExecutor(max(1, threads), "kvtier-arena") as executor:

@@ -39,10 +39,10 @@ def make_memory_file(num_bytes: int, memory: Memory = SMALL) -> int:
 
 
 def _file_without_folder(memory: Memory) -> int:
-    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-    if memory.kind is MemoryKind.RESERVED:
-        flags |= os.MFD_HUGETLB | (memory.page_bytes.bit_length() - 1) << os.MFD_HUGE_SHIFT
     try:
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+        if memory.kind is MemoryKind.RESERVED:
+            flags |= os.MFD_HUGETLB | (memory.page_bytes.bit_length() - 1) << os.MFD_HUGE_SHIFT
         return os.memfd_create("kvtier-arena", flags)
     except (OSError, AttributeError) as refused:
         why = describe(refused) if isinstance(refused, OSError) else str(refused)

@@ -64,7 +64,8 @@ _MEMORY = {files.version: files for files in (_V1, _V2)}
 
 def _hugetlb_files(page_bytes: int) -> dict[str, _CgroupFiles]:
     """Return the files that limit reserved huge pages of one size, by cgroup version."""
-    size = f"{page_bytes >> 30}GB" if page_bytes >= 1 << 30 else f"{page_bytes >> 20}MB"
+    units = ((30, "GB"), (20, "MB"), (10, "KB"))  # arm64 has pages of 64 KiB
+    size = next(f"{page_bytes >> shift}{unit}" for shift, unit in units if page_bytes >> shift)
     return {
         "v1": _CgroupFiles("v1", f"hugetlb.{size}.limit_in_bytes", f"hugetlb.{size}.usage_in_bytes", ""),
         "v2": _CgroupFiles("v2", f"hugetlb.{size}.max", f"hugetlb.{size}.current", ""),

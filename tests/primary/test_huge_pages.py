@@ -115,6 +115,16 @@ def test_a_group_may_have_fewer_pages_than_the_host(
         Memory(*TWO_MIB).check(33 * MIB, root)
 
 
+def test_a_group_may_limit_pages_smaller_than_a_mebibyte(tmp_path: Path) -> None:
+    files = {
+        **pool(64, 1000),
+        "proc/self/cgroup": "0::/pod",
+        "proc/self/mountinfo": "30 25 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw",
+        "sys/fs/cgroup/pod/hugetlb.64KB.max": str(MIB),
+    }
+    assert chosen(tree(tmp_path, files), 2 * MIB) == [SMALL]
+
+
 def test_a_folder_is_on_a_tmpfs_or_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"arena_path=.*an existing folder on a tmpfs"):
         Arena.create(1, mmap.PAGESIZE, folder=tmp_path / "none")
@@ -231,6 +241,19 @@ def test_every_kind_of_huge_pages_holds_an_arena(kind: MemoryKind) -> None:
                 os._exit(found != bytes(4))
             assert os.waitpid(child, 0)[1] == 0
             assert bytes(arena.row(2)[:4]) == b"abcd"
+
+
+@needs_root
+@pytest.mark.parametrize("kind", [MemoryKind.RESERVED, MemoryKind.TMPFS], ids=lambda kind: kind.name.lower())
+def test_a_kernel_that_cannot_populate_a_mapping_gives_huge_pages_too(
+    kind: MemoryKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvtier.primary.arena._MADV_POPULATE_WRITE", 9999)  # no kernel knows it: EINVAL
+    with (
+        KINDS[kind]() as folder,
+        Arena.create(BLOCKS, BLOCK_BYTES, huge_pages=HugePages.REQUIRE, folder=folder) as arena,
+    ):
+        assert arena.huge_bytes() >= BLOCKS * BLOCK_BYTES
 
 
 @needs_root
