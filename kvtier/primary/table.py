@@ -165,13 +165,11 @@ class BlockTable:
             return Placement([], [], len(missing))
         others = [kept for kept in (spared, () if all_new else unique.keys()) if kept]
         protected = [own, *others] if own else others
-        self.policy.may_decline = may_decline
-        victims, num_declined = self._choose(needed, missing, protected)
+        victims, num_declined = self._choose(needed, missing, protected, may_decline)
         num_passing = 0
         if self.transit.limit and (self.transit.keys or (may_decline and num_declined)):
             if not (self.transit.keys or victims or self._free):
                 # Everything ranks higher. To begin with, the lowest ones make room, else no byte would pass.
-                self.policy.may_decline = False
                 victims, _ = self._choose(min(needed, self.transit.limit), missing, protected)
             idle = self.transit.idle(needed, lambda key: not self.is_pinned(slot_of[key]), others)
             victims = list(islice(dict.fromkeys([*idle, *victims]), needed))
@@ -192,10 +190,15 @@ class BlockTable:
         return self._choose(count, incoming, protected)[0]
 
     def _choose(
-        self, count: int, incoming: Sequence[OffloadKey], protected: Sequence[Set[OffloadKey]]
+        self,
+        count: int,
+        incoming: Sequence[OffloadKey],
+        protected: Sequence[Set[OffloadKey]],
+        may_decline: bool = False,
     ) -> tuple[list[OffloadKey], int]:
         """Return the victims as `pick_victims` does, and how many of `incoming` the policy declines."""
         try:
+            self.policy.may_decline = may_decline
             victims, num_declined = self._proposed(count, incoming, protected)
             if self._is_plug_in:
                 slots = set(map(self.slot_of.__getitem__, victims))  # raises for a key that is not held

@@ -54,7 +54,9 @@ class TierGuard(TierCalls):
         observer: Observer,
         job_ids: Iterator[int],
         tier_deadline: float,
-        probe_deadline: float | None = None,
+        probe_deadline: float | None,
+        num_slots: int,
+        block_bytes: int,
     ) -> None:
         """Guard a tier that the caller has started.
 
@@ -62,6 +64,7 @@ class TierGuard(TierCalls):
             job_ids: yields numbers that no job of any tier has had.
             tier_deadline: seconds without progress of any job, after which the tier is no longer used.
             probe_deadline: longest wait for the answer to a lookup, in seconds; None for the tier's own.
+            num_slots, block_bytes: of the primary tier. A tier may keep its view in another shape.
         """
         super().__init__(tier)
         self.usable = False
@@ -85,7 +88,7 @@ class TierGuard(TierCalls):
         self._standing = Standing(name, breaker, observer)
         self._times = StateTimes(clock())
         self._digests = None if tier.verifies_payloads else DigestLedger(arena_rows(tier.primary_kv_view))
-        self._num_slots, self._block_bytes = tier.primary_kv_view.shape or (0, 0)
+        self._num_slots, self._block_bytes = num_slots, block_bytes
         self._most_pinned = int(self._num_slots * STORE_SHARE)
         self._draining = False
         self._pending_epoch: bytes | None = None

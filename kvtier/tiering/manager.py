@@ -133,12 +133,27 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         self._closed = False
         self._left: SecondaryTiers | None = None
         self.thread_inside: int | None = None
-        self._wire(
-            SecondaryTiers(
-                list(secondary_tiers or ()), names, admissions, probe_deadlines, settings, clock, self._observer
-            )
-        )
+        self._wire(self._guarded(list(secondary_tiers or ()), names, admissions, probe_deadlines))
         forks.register(self)
+
+    def _guarded(
+        self,
+        tiers: Sequence[SecondaryTierManager],
+        names: Sequence[str] | None = None,
+        admissions: Sequence[Admission] | None = None,
+        probe_deadlines: Sequence[float | None] | None = None,
+    ) -> SecondaryTiers:
+        return SecondaryTiers(
+            tiers,
+            names,
+            admissions,
+            probe_deadlines,
+            self._settings,
+            self._clock,
+            self._observer,
+            self._primary.num_blocks,
+            self._primary.block_bytes,
+        )
 
     def _wire(self, tiers: SecondaryTiers) -> None:
         """Create and connect the parts, over the primary tier and `tiers`."""
@@ -182,7 +197,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         self._left = self._tiers  # kept, because a plug-in's destructor might end what the parent uses
         self.thread_inside = None
         self._primary.give_up_slots()
-        self._wire(SecondaryTiers((), None, None, None, self._settings, self._clock, self._observer))
+        self._wire(self._guarded(()))
         self._kv_events.take(())
 
     # -- lookups ------------------------------------------------------------------------------------------
@@ -505,6 +520,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
     def get_stats(self) -> Mapping[str, float]:
         """Return counters since the start and current gauges, by the names that `kvtier.metrics` declares."""
         table, block_bytes = self._table, self._primary.block_bytes
+        num_slots = max(1, table.num_slots)  # a forked child has none
         held = {
             "blocks": len(table),
             "bytes": len(table) * block_bytes,
@@ -512,9 +528,9 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
             "capacity_bytes": table.num_slots * block_bytes,
             "kept_blocks": num_kept(table),
             "quarantined_blocks": table.num_quarantined,
-            "pinned_share": (len(table.pins) + len(table.filling)) / table.num_slots,
-            "filling_share": len(table.filling) / table.num_slots,
-            "reading_share": len(table.pins) / table.num_slots,
+            "pinned_share": (len(table.pins) + len(table.filling)) / num_slots,
+            "filling_share": len(table.filling) / num_slots,
+            "reading_share": len(table.pins) / num_slots,
         }
         counted = self._counters.snapshot()
         return counted | tier_readings(PRIMARY, held) | self._tiers.stats()

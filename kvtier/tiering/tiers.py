@@ -38,7 +38,10 @@ class SecondaryTiers:
         settings: TieringSettings,
         clock: Clock,
         observer: Observer,
+        num_slots: int,
+        block_bytes: int,
     ) -> None:
+        """Args: num_slots, block_bytes: of the primary tier."""
         rules = zip(
             tiers,
             names or _distinct(tiers),
@@ -59,6 +62,8 @@ class SecondaryTiers:
                 job_ids,
                 settings.tier_deadline,
                 settings.probe_deadline if probe_deadline is None else probe_deadline,
+                num_slots,
+                block_bytes,
             )
             for index, (tier, name, admission, probe_deadline) in enumerate(rules)
         ]

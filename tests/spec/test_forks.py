@@ -202,6 +202,7 @@ def test_whichever_call_comes_first_in_a_child_reaches_nothing_of_the_parents(en
         with suppress(BlockNotReadyError):
             assert not getattr(engine.manager, call)(*arguments)
         engine.manager.check_invariants()
+        assert engine.manager.get_stats()["primary.blocks"] == 0
         return engine.manager.tier_states()
 
     assert tell(fork, child) == {}

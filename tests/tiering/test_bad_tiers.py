@@ -391,6 +391,18 @@ def test_a_tier_without_a_method_does_not_reach_the_engine(make_engine):
     assert engine.log.of(TierStateChanged)[0].state is TierState.DOWN
 
 
+def test_a_tier_that_verifies_may_keep_its_view_in_another_shape(make_engine):
+    class Flat(ScriptedTier):
+        def __init__(self, view, name):
+            super().__init__(view, name)
+            self.primary_kv_view = view.cast("B")
+
+    engine = make_engine(tiers=lambda view: [Flat(view, "flat")])
+    engine.tier.auto = False
+    engine.store(make_keys(4), engine.request())
+    assert engine.manager.get_stats()["flat.storing_share"] == 0.5
+
+
 def test_a_tier_that_answers_again_while_its_bytes_are_checked(unverified):
     keys = make_keys(3)
     store_and_wait(unverified, keys)

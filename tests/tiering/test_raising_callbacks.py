@@ -162,6 +162,16 @@ def test_a_policy_that_proposes_nonsense_is_replaced(lie):
     assert num_usable_slots(engine) == engine.table.num_slots
 
 
+def test_a_policy_that_cannot_be_told_whether_it_may_decline_is_replaced():
+    class Fixed(LRUPolicy):
+        may_decline = property(lambda self: False)
+
+    engine = Engine(policy=Fixed)
+    use(engine)
+    assert type(engine.table.policy) is LRUPolicy
+    assert num_usable_slots(engine) == engine.table.num_slots
+
+
 def test_the_audit_finds_slots_that_nobody_will_free():
     engine = Engine()
     keys = make_keys(4)
