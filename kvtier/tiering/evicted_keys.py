@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from kvtier.events import BlocksEvicted, BlocksRecomputed, BlocksStored, Event, Observer
+from kvtier.events import BlocksEvicted, BlocksRecomputed, BlocksStored, CacheReset, Event, Observer
 from kvtier.keys import OffloadKey
 
 EVERY_EVICTED, EVERY_STORED = 13, 5
@@ -49,6 +49,8 @@ class EvictedKeys:
             for evicted in (self._recent, self._older):
                 if evicted and not evicted.keys().isdisjoint(chosen):
                     self._report(chosen, evicted)
+        elif isinstance(event, CacheReset):  # no tier, however large, would have kept them
+            self._recent, self._older = {}, {}
 
     def _report(self, keys: Sequence[OffloadKey], evicted: dict[OffloadKey, str]) -> None:
         for tier, count in Counter([evicted.pop(key) for key in keys if key in evicted]).items():

@@ -125,7 +125,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         self._kv_events = KVEventLog()
         self._observer = Observers() if observer is None else Observers.over(observer)
         self._observer.add(self._counters)
-        self._observer.add(EvictedKeys(self._observer), BlocksEvicted, BlocksStored)
+        self._observer.add(EvictedKeys(self._observer), BlocksEvicted, BlocksStored, CacheReset)
         if settings.kv_events:
             self._observer.add(self._kv_events, BlocksStored, BlocksEvicted, LoadFailed)
         self._settings, self._clock, self._watcher = settings, clock, watcher

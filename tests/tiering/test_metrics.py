@@ -332,6 +332,16 @@ def test_blocks_that_were_evicted_and_computed_again_are_estimated():
     engine.close()
 
 
+def test_blocks_that_a_reset_would_have_taken_anyway_are_not_counted_as_evicted():
+    engine = Engine(num_blocks=200, num_tiers=0)
+    for name in ("first", "second"):
+        engine.run(make_keys(200, name), name)
+    engine.manager.reset_cache()
+    engine.run(make_keys(200, "first"), "again")
+    assert "recomputed_blocks.primary" not in engine.manager.get_stats()
+    engine.close()
+
+
 def test_evicted_keys_are_forgotten_in_halves():
     log = EventLog()
     evicted, keys = EvictedKeys(log, 8, 1, 1), make_keys(12)
