@@ -270,7 +270,8 @@ class PrefixPolicy(EvictionPolicy):
         for rank, part in self._leaves.victims():
             while num_declined < len(ranks) and ranks[num_declined] < rank:
                 num_declined += 1
-            if ranks and num_given >= num_wanted - num_declined:
+            # While none is declined, it is for the caller to end: jobs may be using some of the blocks given so far.
+            if num_declined and num_given >= num_wanted - num_declined:
                 return
             yield reversed(part.keys)
             if part.request is not current:  # the caller never evicts blocks that the same request has used

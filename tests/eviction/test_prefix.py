@@ -15,6 +15,7 @@ from kvtier.eviction.prefix import PrefixPolicy
 from kvtier.eviction.reuse import EDGES, NUM_BINS, NUM_CLASSES, ReuseTable, class_of
 from kvtier.keys import OffloadKey, make_offload_key
 from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
+from kvtier.primary.table import BlockTable
 from kvtier.secondary.example import ExampleSecondaryTierManager
 from kvtier.testing.clock import ManualClock
 from kvtier.testing.policies import PolicySuite, admit, keys_of
@@ -285,6 +286,19 @@ def test_a_long_prompt_does_not_flush_a_memory_whether_a_tier_is_below_or_not(wi
             serve(keys_of(*islice(fresh, 60)))
             assert number < 100 or all(key in primary.table for key in keys_of(*range(20)))
     manager.shutdown()
+
+
+def test_blocks_that_jobs_use_leave_no_block_out_of_memory_while_others_rank_as_low() -> None:
+    table = BlockTable(100, PrefixPolicy(100))
+    for now in range(10):
+        held = keys_of(*range(10 * now, 10 * now + 10))
+        table.publish(table.apply(table.plan(held, may_decline=True), now).values())
+        table.settle(held)
+    table.pin([table.slot_of[key] for key in table.pick_victims(10, (), ())])
+    table.touch((), 10.0)
+    placement = table.plan(keys_of(*range(100, 110)), may_decline=True)
+    assert len(placement.victims) == 10
+    assert placement.num_left_out == placement.num_passing == 0
 
 
 def test_blocks_on_the_device_that_a_former_request_used_do_not_hide_which_request_ends():
