@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterable
+from collections.abc import Collection, Container, Iterable, Set
 
 from kvtier.errors import InvariantError
 from kvtier.keys import OffloadKey
@@ -60,10 +60,10 @@ class Leases:
             return None
         return list(map(slots.__getitem__, keys)), self._take(state)
 
-    def lose(self, state: RequestState, keys: Iterable[OffloadKey]) -> bool:
+    def lose(self, state: RequestState, keys: Set[OffloadKey]) -> bool:
         """Unpin those of `keys`, which the table has forgotten, that `state` holds; return whether it held any."""
         slots = state.lease.slots
-        lost = [slots.pop(key) for key in keys if key in slots]
+        lost = [slots.pop(key) for key in [key for key in slots if key in keys]]
         self._drop(lost)
         self._table.unpin(lost)
         return bool(lost)

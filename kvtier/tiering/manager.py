@@ -299,7 +299,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         state = self._requests.get(req_context.req_id)
         dropped = self._transfers.end_load(req_context.req_id, state, keys, success)
         if not success:
-            self._promoter.lose(self._requests, dropped)
+            self._promoter.lose(self._requests, frozenset(dropped))
             self._observer.on_event(LoadFailed(req_context.req_id, dropped))
         if state is None:
             return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 from kvtier.clock import Clock
 from kvtier.errors import KeyFormatError
@@ -360,7 +360,7 @@ class Promoter:
         """End the request's lease; see `Leases.hand_over`."""
         return self._leases.hand_over(state, keys) if state.lease.slots else None
 
-    def lose(self, states: Iterable[RequestState], keys: Sequence[OffloadKey]) -> None:
+    def lose(self, states: Iterable[RequestState], keys: Set[OffloadKey]) -> None:
         """End the leases of `keys`, which the table has forgotten: whoever held them asks for them once more."""
         for state in states:
             if self._leases.lose(state, keys):
