@@ -15,6 +15,7 @@ from kvtier.adapters.vllm.spec import KVTierOffloadingSpec
 from kvtier.config import KVCacheGroup, OffloadingConfig
 from kvtier.counters import Observations
 from kvtier.metrics import METRICS, OFF_REASONS, Kind
+from kvtier.secondary.example import ExampleSecondaryTierManager
 from kvtier.spec.tiering import TieringOffloadingSpec
 from kvtier.tiering.manager import TieringOffloadingManager
 
@@ -406,6 +407,19 @@ def test_one_row_per_tier_tells_the_configuration(tmp_path):
     ]
     assert {row["kvtier_version"] for row in rows} == {kvtier.__version__}
     assert rows[0]["huge_pages"] in ("", "always", "within_size", "advise", "never", "deny", "force")
+
+
+class RackTier(ExampleSecondaryTierManager):
+    def __init__(self, offloading_spec, primary_kv_view, tier_type, *, capacity):
+        super().__init__(offloading_spec, primary_kv_view, tier_type)
+
+
+def test_what_a_users_own_tier_calls_capacity_need_not_be_a_size():
+    core = Core(secondary_tiers=[{"type": "RackTier", "module_path": __name__, "capacity": "two racks"}])
+    try:
+        assert [row["capacity_bytes"] for row in config_info(core.spec)] == [str(16 << 10), ""]
+    finally:
+        core.shutdown()
 
 
 @pytest.mark.skipif(not hasattr(OffloadingConnectorStats, "set_info"), reason="VLLM BEFORE 0.33 HAS NO SUCH METRIC")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvtier import __version__
+from kvtier.errors import ConfigError
 from kvtier.options import options_type_of
 from kvtier.registry import load_tier_class
 from kvtier.sizes import parse_size
@@ -32,9 +33,15 @@ def _tier_series(tier: TierConfig) -> dict[str, str]:
     if (options_type := options_type_of(load_tier_class(tier))) is not None:
         read = options_type.read(tier.options, tier.where)
         options |= {name: getattr(read, name, "") for name in ("capacity", "eviction_policy")}
-    capacity = options.get("capacity", "")
-    num_bytes = str(parse_size("capacity", capacity)) if isinstance(capacity, int | str) and capacity else ""
-    return _series(tier.name, tier.tier_type, num_bytes, str(options.get("eviction_policy", "")), "")
+    capacity, policy = _num_bytes(options.get("capacity")), str(options.get("eviction_policy", ""))
+    return _series(tier.name, tier.tier_type, capacity, policy, "")
+
+
+def _num_bytes(capacity: object) -> str:
+    try:
+        return str(parse_size("capacity", capacity))
+    except ConfigError:  # it has none, or what a tier of the user's own calls so is no size
+        return ""
 
 
 def _huge_pages() -> str:
