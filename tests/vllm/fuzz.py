@@ -12,9 +12,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
-from fuzz_engine import FuzzEngine
+from fuzz_engine import BROKEN, FuzzEngine
 from fuzz_scenarios import BLOCK, LONGEST, Scenario
 from simulated_model import continuation
 from vllm.v1.kv_offload.base import ReqContext
@@ -33,7 +34,8 @@ class Errors(logging.Handler):
         self.messages = []
 
     def emit(self, record):
-        self.messages.append(self.format(record))
+        if BROKEN not in record.getMessage():
+            self.messages.append(self.format(record))
 
     def __enter__(self):
         for name in LOGGERS:
@@ -185,6 +187,7 @@ class Run:
                 "loads": engine.model.num_loads,
                 "stores": engine.model.num_stores,
                 "resumed requests": engine.model.num_resumed,
+                "broken loads": engine.num_failed,
             }
         )
         self.counts.update({name: value for name, value in stats.items() if name.startswith("loaded_blocks")})
@@ -202,13 +205,13 @@ def is_work(name):
     return name.endswith((".jobs", ".quarantined_blocks"))
 
 
-def run(seed, model):
-    """Run a seed's scenario, and return what it counted.
+def run(seed, model, **changes):
+    """Run a seed's scenario, with `changes` of its attributes, and return what it counted.
 
     Raises:
         AssertionError: a byte was wrong, something was left, or kvtier logged an error; the note says how to repeat it.
     """
-    scenario = Scenario.of(seed)
+    scenario = replace(Scenario.of(seed), **changes)
     os.environ.setdefault("PYTHONHASHSEED", "0")  # vLLM before 0.32 hashes blocks with it
     with tempfile.TemporaryDirectory() as folder, Errors() as errors:
         try:

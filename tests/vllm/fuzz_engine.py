@@ -4,6 +4,7 @@ The scheduler, its half of the connector and the worker's half are vLLM's own. R
 are simulated.
 """
 
+import random
 from collections import deque
 
 from late_copies import LateCopies
@@ -19,6 +20,9 @@ from vllm.v1.engine import core
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+GARBAGE = 0x41
+BROKEN = "a test breaks this copy"
+
 
 class FuzzEngine:
     """A scheduler and a simulated model, with a connector between them."""
@@ -30,8 +34,9 @@ class FuzzEngine:
         self._worker = KVConnectorFactory.create_connector(self._config, KVConnectorRole.WORKER, cache)
         with set_current_vllm_config(self._config):
             self.model = SimulatedModel(self._config, cache, self._worker)
+        copying = self._worker.connector_worker
+        self._copies = copying.worker
         if scenario.late_copies:
-            copying = self._worker.connector_worker
             copying.worker = LateCopies(copying.worker, rng)
         sizes = kv_cache_utils.resolve_kv_cache_block_sizes(cache, self._config)
         self.scheduler = self._config.scheduler_config.get_scheduler_cls()(
@@ -45,6 +50,9 @@ class FuzzEngine:
         self.connector = self.scheduler.connector.connector_scheduler
         self.manager = self.connector.manager._core.manager
         assert self.manager is not None, "kvtier is off"
+        self.num_failed = 0
+        if scenario.breaks_loads:
+            self._break_loads(random.Random(f"breaks {scenario.seed}"))
         self._steps_ahead = int(scenario.asynchronous)
         self._in_flight = deque()
         self.answers = {}
@@ -91,6 +99,23 @@ class FuzzEngine:
     def close(self):
         self.scheduler.shutdown()
         self._worker.shutdown()
+
+    def _break_loads(self, rng):
+        """Let every few copies to the device fail, after they have left garbage there."""
+        worker = self._copies._attached.worker
+        whole = worker._copy
+
+        def copy(plan, to_slots):
+            if to_slots or rng.random() > 0.2:
+                return whole(plan, to_slots)
+            for group_idx, runs in plan.groups:
+                for _, rows in worker._pages[group_idx]:
+                    for block, _, _, length in runs:
+                        rows[block : block + length] = GARBAGE
+            self.num_failed += 1
+            raise ValueError(BROKEN)
+
+        worker._copy = copy
 
     def _learn(self):
         outputs = self.scheduler.update_from_output(*self._in_flight.popleft())

@@ -10,6 +10,8 @@ import pytest
 from fuzz import run
 from fuzz_scenarios import MODELS, TIERS
 
+from kvtier.adapters.vllm.compat import HAS_FAILED_RECEIVES
+
 ROUND = len(MODELS) * len(TIERS)
 """So many seeds in a row have every model over every kind of tier."""
 
@@ -36,3 +38,13 @@ def test_every_byte_that_vllm_counts_as_computed_is_right(model, seconds):
     assert min(counts[name] for name in ("loads", "stores", "resumed requests", "aborts", "bytes compared")) > 0, counts
     assert counts["loaded_blocks.primary"] > 0, counts
     assert counts["loaded_blocks.disk"] > 0, counts
+
+
+@pytest.mark.skipif(not HAS_FAILED_RECEIVES, reason="0.28 stops at such a load: make test-vllm VLLM=0.32.0")
+def test_loads_that_fail_where_every_layer_sees_a_window_only(model):
+    counts = Counter()
+    for seed in range(10):
+        counts += run(seed, model, layers={"window": 2}, tiers=(), connector="KVTierConnector")
+        if counts["broken loads"] >= 5:
+            break
+    assert counts["broken loads"] > 0, counts

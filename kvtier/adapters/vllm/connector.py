@@ -4,20 +4,24 @@
      "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
      "kv_connector_extra_config": {"spec_name": "KVTierOffloadingSpec", ...}}
 
-vLLM's own connector takes every load for a success. This one tells vLLM what did not arrive, in vLLM's own terms: the
-engine blocks if there is one KV group, else the requests, since the groups use the same numbers for engine blocks. vLLM
-then sets the request back to what it had before the load, and computes the rest. If it had nothing, vLLM asks the
-connector once more. By then kvtier's manager has forgotten the blocks of the load.
+vLLM's own connector takes every load for a success. This one tells vLLM what did not arrive, in vLLM's own terms. If a
+model has one KV group, with full attention, it names the engine blocks. vLLM then sets the request back to what it had
+before the load, and computes the rest. For other models it names the requests, and vLLM begins them anew: groups use
+the same numbers for engine blocks, and where a window or a state was loaded, the device lacks what comes before it. A
+request that had nothing before, or begins anew, is looked up again. By then kvtier's manager has forgotten the blocks
+of the load.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import OffloadingWorkerMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from kvtier.adapters.vllm.compat import HAS_FAILED_RECEIVES
 from kvtier.adapters.vllm.manager import KVTierOffloadingManager
@@ -55,8 +59,8 @@ class KVTierConnector(OffloadingConnector):  # type: ignore[misc]  # vLLM is not
             ConfigError: the configuration names another spec than kvtier's.
         """
         super().__init__(vllm_config, role, kv_cache_config)
-        self._has_groups = len(kv_cache_config.kv_cache_groups) > 1
-        self._can_report = HAS_FAILED_RECEIVES or not self._has_groups
+        self._names_blocks = _is_one_of_full_attention(kv_cache_config.kv_cache_groups)
+        self._can_report = HAS_FAILED_RECEIVES or self._names_blocks
         self._running_loads: dict[int, Any] = {}
         self._failed_loads: list[Any] = []
         if self.connector_scheduler is not None:
@@ -68,8 +72,8 @@ class KVTierConnector(OffloadingConnector):  # type: ignore[misc]  # vLLM is not
             raise ConfigError("spec_name", type(scheduler.manager).__name__, "KVTierOffloadingSpec for KVTierConnector")
         if not self._can_report:
             logger.warning(
-                "kvtier: this vLLM cannot be told that a load failed if a model has several KV groups:"
-                " such a load stops the engine"
+                "kvtier: this vLLM cannot be told that a load failed if a model has several KV groups, a sliding window"
+                " or a state: such a load stops the engine"
             )
         elif policy != "recompute":
             logger.warning(
@@ -98,13 +102,13 @@ class KVTierConnector(OffloadingConnector):  # type: ignore[misc]  # vLLM is not
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         results = super().get_transfer_results(finished_req_ids)
-        if self._has_groups:
+        if not self._names_blocks:
             results.failed_recving.update(job.req_id for job in self._failed_loads)
         return results
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Return the engine blocks of the loads that failed in this step."""
-        if self._has_groups:
+        if not self._names_blocks:
             return set()
         return {int(block) for job in self._failed_loads for block in job.dst_spec.block_ids}
 
@@ -131,3 +135,12 @@ class KVTierConnector(OffloadingConnector):  # type: ignore[misc]  # vLLM is not
         if meta is not None and meta.failed_requests:
             self.connector_scheduler.manager.fail_loads(meta.failed_requests)
         super().update_connector_output(connector_output)
+
+
+def _is_one_of_full_attention(groups: Sequence[Any]) -> bool:
+    """Return whether there is one KV group, and each of its layers needs the blocks of all tokens."""
+    if len(groups) != 1:
+        return False
+    spec = groups[0].kv_cache_spec
+    of_layers = getattr(spec, "kv_cache_specs", {"": spec}).values()  # several only if layers differ in size
+    return all(isinstance(of_layer, FullAttentionSpec) for of_layer in of_layers)
