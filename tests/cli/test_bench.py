@@ -2,6 +2,7 @@
 
 import functools
 import json
+import mmap
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from kvtier.cli.bench import advise
 from kvtier.cli.disk_speed.measure import Figures
+from kvtier.cli.disk_speed.raw import REQUEST_BYTES, RawFile
 from kvtier.testing.patience import wait_for
 
 
@@ -75,3 +77,9 @@ def test_the_smallest_block_that_is_fast_enough_is_recommended():
     assert advise(rows[:2])["block_bytes"] == 1
     rows[3] = figures(2, True, 0.8)
     assert advise(rows)["block_bytes"] == 4
+
+
+def test_a_device_is_measured_under_a_kernel_without_transparent_huge_pages(tmp_path, monkeypatch):
+    monkeypatch.setattr(mmap, "MADV_NOHUGEPAGE", 9999)  # no kernel knows it: EINVAL, as for a kernel built without them
+    file = RawFile(tmp_path / "raw", 4 * REQUEST_BYTES)
+    assert all(file.move(write=False, small=small)["seconds"] > 0 for small in (True, False))

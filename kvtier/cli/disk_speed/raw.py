@@ -13,6 +13,7 @@ once and is answered by a line of JSON, {"seconds", "cpu_seconds"}.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import json
@@ -55,7 +56,8 @@ class RawFile:
             self._descriptor = os.open(path, flags, 0o600)
             self.direct = False
         small = mmap.mmap(-1, _REQUESTS_IN_MEMORY * REQUEST_BYTES)
-        small.madvise(mmap.MADV_NOHUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel without transparent huge pages gives no others
+            small.madvise(mmap.MADV_NOHUGEPAGE)
         self._small, self._huge = memoryview(small), private_memory(_REQUESTS_IN_MEMORY * REQUEST_BYTES)
         pattern = os.urandom(REQUEST_BYTES)
         for number in range(_REQUESTS_IN_MEMORY):
