@@ -58,7 +58,7 @@ def test_the_breaker_opens_costs_nothing_and_closes(rig, faulty_disk, caplog):
     assert rig.store(ALL).success
     assert rig.load(ALL)[1] == ALL
     assert rig.recorder.states() == ["up", "down", "up"]
-    said = [record.message for record in caplog.records if record.message.startswith("tier disk is")]
+    said = [record.message for record in caplog.records if record.message.startswith("kvtier: tier disk is")]
     assert len(said) == 3, said
     rig.assert_each_job_answered_once()
 
