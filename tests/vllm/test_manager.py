@@ -1,5 +1,6 @@
 """The manager as vLLM's scheduler sees it, over kvtier's real one, without an engine."""
 
+import gc
 import logging
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from kvtier.adapters.vllm.config_info import config_info
 from kvtier.adapters.vllm.manager import FEW_REQUESTS, KVTierOffloadingManager
 from kvtier.adapters.vllm.metrics import StatsReporter, metric_definitions
 from kvtier.adapters.vllm.spec import KVTierOffloadingSpec
+from kvtier.adapters.vllm.translation import EngineReqContext
 from kvtier.config import KVCacheGroup, OffloadingConfig
 from kvtier.counters import Observations
 from kvtier.metrics import METRICS, OFF_REASONS, Kind
@@ -286,6 +288,20 @@ def test_counters_begin_at_zero_and_count_what_follows(core, manager):
     assert first["vllm:kvtier_failed_blocks"][("example", "corrupt")] == 0
     manager.lookup(KEYS[0], request(manager))
     assert manager.get_stats().data["data"]["vllm:kvtier_lookups"] == {("miss",): 1}
+
+
+def test_requests_are_forgotten_though_kvtier_is_off(core, manager):
+    requests = [request(manager, f"live {index}") for index in range(3)]
+    for context in requests:
+        manager.lookup(KEYS[0], context)
+    manager.prepare_store(KEYS[:1], requests[0])
+    core.control.count_failure(0)
+    manager.complete_store(KEYS[:1], requests[0])
+    for context in requests:
+        manager.on_request_finished(context)
+    gc.collect()
+    contexts = [each for each in gc.get_objects() if isinstance(each, EngineReqContext)]
+    assert sum(each.req_id.startswith("live") for each in contexts) <= 1  # the one that was looked up last
 
 
 def test_why_kvtier_is_off_is_a_series(core, manager):

@@ -223,7 +223,7 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
                 FEW_REQUESTS,
             )
         try:
-            if manager is not None and not self._off:
+            if manager is not None:  # though off: it forgets the request
                 manager.on_request_finished(ours or EngineReqContext(req_context))
         except Exception as error:  # noqa: BLE001 - nothing may stop the engine: reported
             self._report("on_request_finished", error)
