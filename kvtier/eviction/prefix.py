@@ -266,12 +266,11 @@ class PrefixPolicy(EvictionPolicy):
             ranks: of the incoming blocks, tail first; empty if none of them may be declined.
         """
         current, num_given, num_declined = self._current, 0, 0
-        num_wanted = num_incoming - (self.capacity - len(self))
         for rank, part in self._leaves.victims():
             while num_declined < len(ranks) and ranks[num_declined] < rank:
                 num_declined += 1
             # While none is declined, it is for the caller to end: jobs may be using some of the blocks given so far.
-            if num_declined and num_given >= num_wanted - num_declined:
+            if num_declined and num_given >= num_incoming - num_declined:
                 return
             yield reversed(part.keys)
             if part.request is not current:  # the caller never evicts blocks that the same request has used

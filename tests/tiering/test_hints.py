@@ -1,12 +1,14 @@
 """Hints, as a client sends them in `kv_transfer_params`, in the manager and in the tiers below host memory."""
 
 import logging
+from random import Random
 
 import pytest
 from engine import make_keys
 
 from kvtier.events import HintIgnored, NullObserver
 from kvtier.eviction.lru import LRUPolicy
+from kvtier.eviction.prefix import PrefixPolicy
 from kvtier.eviction.retention import RetentionPolicy
 from kvtier.hints import NO_HINT, Hint, Priority, read_hint
 from kvtier.primary.retention import Retention
@@ -283,3 +285,28 @@ def test_a_policy_that_fails_when_it_learns_of_a_request_is_replaced(make_engine
     scan_by(engine, 6)
     assert num_held(engine, "kept") == 2
     engine.manager.check_invariants()
+
+
+def test_a_policy_declines_as_in_a_memory_without_the_retained_blocks(make_engine):
+    """Not more, as if the place of the retained blocks were free."""
+
+    def hits(num_blocks, num_kept):
+        engine = make_engine(num_blocks=num_blocks, num_tiers=0, policy=PrefixPolicy, retain_share=0.5)
+        keep = engine.request("keep", kv_transfer_params={"kvtier": {"retain": "10h"}})
+        engine.store(make_keys(num_kept, "kept"), keep)
+        engine.finish(keep)
+        rnd, sessions, num_hits = Random(1), [], 0
+        for number in range(1500):
+            engine.clock.advance(1)
+            if len(sessions) < 3 or rnd.random() < 0.5:
+                name, length, comes_back = f"session {number}", rnd.randint(5, 15), rnd.random() < 0.3
+                sessions += [[name, length]] if comes_back else []
+                del sessions[:-12]
+            else:
+                session = rnd.choice(sessions)
+                session[1] += rnd.randint(1, 5)
+                name, length = session
+            num_hits += engine.run(make_keys(length, name), f"request {number}")
+        return num_hits
+
+    assert hits(300, 140) == hits(160, 0) > 0
