@@ -291,9 +291,10 @@ def test_counters_begin_at_zero_and_count_what_follows(core, manager):
 
 
 def test_requests_are_forgotten_though_kvtier_is_off(core, manager):
-    requests = [request(manager, f"live {index}") for index in range(3)]
+    requests = [request(manager, f"live {index}") for index in range(9)]
     for context in requests:
         manager.lookup(KEYS[0], context)
+    step(manager)
     manager.prepare_store(KEYS[:1], requests[0])
     core.control.count_failure(0)
     manager.complete_store(KEYS[:1], requests[0])
@@ -301,7 +302,8 @@ def test_requests_are_forgotten_though_kvtier_is_off(core, manager):
         manager.on_request_finished(context)
     gc.collect()
     contexts = [each for each in gc.get_objects() if isinstance(each, EngineReqContext)]
-    assert sum(each.req_id.startswith("live") for each in contexts) <= 1  # the one that was looked up last
+    # A running scan, and the copy that has failed, may keep one each: no more of either will come.
+    assert sum(each.req_id.startswith("live") for each in contexts) <= 2
 
 
 def test_why_kvtier_is_off_is_a_series(core, manager):
