@@ -243,10 +243,11 @@ class Arena(forks.ProcessBound):
             return
         self._closed = True
         self._descriptor.close()
-        del self._rows, self.control
+        mapping = self._mapping
+        del self._rows, self.control, self._mapping  # else the mapping would stay as long as this object
         try:
             self.view.release()
-            self._mapping.close()
+            mapping.close()
         except BufferError:
             return  # a memoryview keeps its mmap alive, and the last one to be released unmaps it
 
@@ -311,8 +312,15 @@ class Arena(forks.ProcessBound):
 
         with ThreadPoolExecutor(max(1, threads), "kvtier-arena") as executor:
             try:
+                slices = executor.map(back_slice, range(0, total, _SLICE_BYTES))
+            except RuntimeError as error:  # the limits of address space or of processes leave no room for a thread
+                raise CapacityError(
+                    f"cpu_bytes_to_use: no thread can allocate {format_size(total)}: {error}; raise the limit of"
+                    " address space (ulimit -v) or of processes (ulimit -u, pids.max), or give less memory"
+                ) from error
+            try:
                 done = 0
-                for length in executor.map(back_slice, range(0, total, _SLICE_BYTES)):
+                for length in slices:
                     done += length
                     if progress is not None:
                         progress(done, total)

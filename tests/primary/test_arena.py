@@ -140,6 +140,39 @@ def test_close_is_idempotent_and_tolerates_views() -> None:
     assert array[1, 0] == ord("o")
 
 
+def test_the_last_view_unmaps_a_closed_arena() -> None:
+    before = Path("/proc/self/maps").read_text().count("kvtier-arena")
+    arena = Arena.create(2, PAGE)
+    row = arena.row(1)
+    arena.close()
+    assert row[0] == 0
+    del row
+    gc.collect()
+    assert Path("/proc/self/maps").read_text().count("kvtier-arena") == before
+    del arena
+
+
+WITHOUT_THREADS = """
+import threading
+from kvtier.errors import CapacityError
+from kvtier.primary.arena import Arena
+threading.stack_size(1 << 30)  # of address space, of which little is left
+import resource
+used = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), -1))
+try:
+    Arena.create(64, 4096)
+except CapacityError as error:
+    print(error)
+"""
+
+
+def test_a_process_that_can_start_no_thread_is_told_in_one_line() -> None:
+    result = subprocess.run([sys.executable, "-c", WITHOUT_THREADS], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("cpu_bytes_to_use: no thread can allocate")
+    assert result.stdout.count("\n") == 1
+
+
 def test_nothing_stays_mapped() -> None:
     def num_mapped() -> int:
         gc.collect()
