@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,8 @@ from kvtier.tiering.tiers import SecondaryTiers
 from kvtier.types import ReqContext, TierFilter
 
 _ALL_TIERS = TierFilter.ALL
+_MAKING = threading.Lock()
+"""Held while a request's parts are made."""
 
 
 @dataclass(slots=True, eq=False)
@@ -182,17 +185,19 @@ class RequestState:
 
     def __getattr__(self, name: str) -> Any:
         """Make the parts: Python calls this when an attribute is not there."""
-        if self.has_acted or name not in _PARTS:
+        if name not in _PARTS:
             raise AttributeError(f"a request's state has no {name!r}")
         self.begin_to_act()
-        return getattr(self, name)
+        return object.__getattribute__(self, name)
 
     def begin_to_act(self) -> None:
-        """Make the parts; to be called once."""
-        self.has_acted = True
-        self.awaiting, self.uses = set(), RequestUses(self.came, self.context.req_id)
-        self.scan, self.wait, self.lease = Scan(), Wait(), Lease()
-        self.plans, self.progress, self.copies = Plans(), Progress(), Copies()
+        """Make the parts, once, even if threads call without a lock of their own."""
+        with _MAKING:
+            if not self.has_acted:
+                self.awaiting, self.uses = set(), RequestUses(self.came, self.context.req_id)
+                self.scan, self.wait, self.lease = Scan(), Wait(), Lease()
+                self.plans, self.progress, self.copies = Plans(), Progress(), Copies()
+                self.has_acted = True
 
     @property
     def may_wait(self) -> bool:

@@ -141,6 +141,7 @@ def test_close_is_idempotent_and_tolerates_views() -> None:
 
 
 def test_the_last_view_unmaps_a_closed_arena() -> None:
+    gc.collect()
     before = Path("/proc/self/maps").read_text().count("kvtier-arena")
     arena = Arena.create(2, PAGE)
     row = arena.row(1)

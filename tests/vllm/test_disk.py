@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from vllm_engine import Engine, prompt, wait_until_up
+from vllm_engine import Engine, prompt, wait_until_up, written
 
 from kvtier.testing.patience import wait_for
 
@@ -17,10 +17,6 @@ TOKENS = 5 * 128
 
 def over(directory, **keys):
     return {"secondary_tiers": [{"type": "disk", "path": str(directory), "capacity": "64MiB", **keys}]}
-
-
-def written(engine):
-    return engine.metrics().get("kvtier_written_blocks.disk", 0)
 
 
 @pytest.fixture(scope="module")
