@@ -1,6 +1,5 @@
 """What the core makes of what its workers say."""
 
-import logging
 from dataclasses import replace
 
 import pytest
@@ -69,17 +68,6 @@ def test_every_ranks_identity_counts(tmp_path):
     _, namespace = opened(first_spec(tmp_path, 2), *both)
     _, other = opened(first_spec(tmp_path, 2), both[0], says(1, LAYOUT | {"rank": 1, "layout": "other"}))
     assert namespace not in (other, opened(first_spec(tmp_path), says())[1])
-
-
-@pytest.fixture
-def log(caplog):
-    loggers = [logging.getLogger("vllm"), logging.getLogger("kvtier")]
-    before = [logger.propagate for logger in loggers]
-    for logger in loggers:
-        logger.propagate = True
-    yield caplog
-    for logger, propagates in zip(loggers, before, strict=True):
-        logger.propagate = propagates
 
 
 @pytest.mark.parametrize(
@@ -164,7 +152,7 @@ def test_the_log_says_once_what_there_is_and_warns_if_a_tier_is_down(tmp_path, l
         core._identify(WEIGHTS)
         assert core.off_reason is None
         core._spec.wait_for_tiers(60)
-        log.clear()
+        log.records.clear()
         core._say_ready(core.manager.get_stats())
     finally:
         core.shutdown()
@@ -177,7 +165,6 @@ def test_the_log_says_once_what_there_is_and_warns_if_a_tier_is_down(tmp_path, l
 
 
 def test_workers_that_attach_late_are_said(tmp_path, log):
-    log.set_level("INFO", logger="vllm.kvtier")
     core = CoreHalf(first_spec(tmp_path, secondary_tiers=[]))
     try:
         core.start(0.01)

@@ -1,6 +1,5 @@
 """Block hashes that start from a random seed: kvtier says that the next process will not find this one's blocks."""
 
-import logging
 from types import SimpleNamespace
 
 import pytest
@@ -21,17 +20,16 @@ SAID = "Set PYTHONHASHSEED to any fixed number"
         (True, "xxhash_cbor", "0", False),
     ],
 )
-def test_the_log_says_so_where_it_is_so(monkeypatch, caplog, reproducible, algorithm, seed, said):
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+def test_the_log_says_so_where_it_is_so(monkeypatch, log, reproducible, algorithm, seed, said):
     if seed is None:
         monkeypatch.delenv("PYTHONHASHSEED", raising=False)
     else:
         monkeypatch.setenv("PYTHONHASHSEED", seed)
     is_random = compat.hash_seed_is_random(algorithm, reproducible)
     core.warn_of_random_seed(SimpleNamespace(persistent_tiers=[]), is_random)
-    assert SAID not in caplog.text
+    assert SAID not in log.text
     core.warn_of_random_seed(SimpleNamespace(persistent_tiers=["disk"]), is_random)
-    assert (SAID in caplog.text) == said
+    assert (SAID in log.text) == said
 
 
 def test_an_engine_without_a_seed_says_so_and_serves(model, baseline, tmp_path):

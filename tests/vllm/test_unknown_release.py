@@ -1,7 +1,6 @@
 """A vLLM that kvtier was not tested with: a warning, or a refusal if its classes call kvtier's in ways that fail."""
 
 import abc
-import logging
 
 import pytest
 import vllm
@@ -69,15 +68,14 @@ def test_what_cannot_work_is_refused_in_one_line():
     assert "\n" not in str(caught.value)
 
 
-def test_the_engine_core_says_it_once(model, monkeypatch, caplog):
+def test_the_engine_core_says_it_once(model, monkeypatch, log):
     config = build_offloading_config(*engine_configs(model, spec_name="KVTierOffloadingSpec"))
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     monkeypatch.setattr(vllm, "__version__", "0.34.0")
     monkeypatch.setattr(spec_module, "START_SECONDS", 0.01)
     specs = [KVTierOffloadingSpec(config) for _ in range(3)]  # the core's, and two workers'
     manager = specs[0].get_manager()
     try:
         assert specs[0].get_manager() is manager
-        assert caplog.text.count("this is 0.34.0") == 1
+        assert log.text.count("this is 0.34.0") == 1
     finally:
         manager.shutdown()
