@@ -241,9 +241,9 @@ class RecordedManager(TieringOffloadingManager):
         self._log.note_step(context)
 
     @in_turn
-    def reset_cache(self) -> None:
+    def reset_cache(self, late_completions: bool = True) -> None:
         self._log.end_scan()
-        super().reset_cache()
+        super().reset_cache(late_completions)
         self._log.note_reset()
 
     @in_turn

@@ -24,7 +24,8 @@ def check_slots(
     writers: Counter[int] = Counter()
     for state in requests:
         pins.update([*state.copies.loading.values(), *state.lease.slots.values()])
-        pins.update(slot for _, slot in state.copies.loading_again)
+        for running in state.copies.loading_again.values():
+            pins.update(running.slots[1:])
         writers.update(state.copies.storing.values())
     for guard in guards:
         for job in guard.jobs.values():

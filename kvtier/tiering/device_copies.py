@@ -9,14 +9,14 @@ from kvtier.errors import BlockNotReadyError
 from kvtier.events import Observer, UnexpectedCall
 from kvtier.keys import OffloadKey
 from kvtier.primary.table import BlockTable, Placement
-from kvtier.tiering.requests import RequestState
+from kvtier.tiering.requests import RequestState, RunningCopies
 
 
 @dataclass(slots=True, eq=False)
 class _Stale:
-    req_id: str
+    req_id: str | None  # None if the engine completes them no more
     sequence: int
-    slots: dict[OffloadKey, list[int]]
+    running: dict[OffloadKey, RunningCopies]
 
 
 class StaleTransfers:
@@ -36,16 +36,19 @@ class StaleTransfers:
         self._loads: list[_Stale] = []
         self.pending = False
 
-    def take_over(self, state: RequestState, sequence: int) -> None:
-        """Take the request's unfinished copies. Their transfers have numbers up to `sequence`."""
-        req_id = state.context.req_id
+    def take_over(self, state: RequestState, sequence: int, late_completions: bool) -> None:
+        """Take the request's unfinished copies. Their transfers have numbers up to `sequence`.
+
+        Args:
+            late_completions: whether the engine still completes these copies.
+        """
+        req_id = state.context.req_id if late_completions else None
         if state.copies.storing:
-            self._stores.append(_Stale(req_id, sequence, {key: [slot] for key, slot in state.copies.storing.items()}))
-        loads: dict[OffloadKey, list[int]] = {}
-        for key, slot in [*state.copies.loading.items(), *state.copies.loading_again]:
-            loads.setdefault(key, []).append(slot)
-        if loads:
-            self._loads.append(_Stale(req_id, sequence, loads))
+            stores = {key: RunningCopies([slot], 1) for key, slot in state.copies.storing.items()}
+            self._stores.append(_Stale(req_id, sequence, stores))
+        if state.copies.loading:
+            loads = {key: RunningCopies([slot], 1) for key, slot in state.copies.loading.items()}
+            self._loads.append(_Stale(req_id, sequence, loads | state.copies.loading_again))
         self.pending = bool(self._stores or self._loads)
         state.copies.storing.clear()
         state.copies.loading.clear()
@@ -54,28 +57,25 @@ class StaleTransfers:
     def slots(self) -> list[int]:
         """Return the slots under such copies, one entry per copy."""
         entries = [*self._stores, *self._loads]
-        return [slot for entry in entries for slots in entry.slots.values() for slot in slots]
+        return [slot for entry in entries for running in entry.running.values() for slot in running.slots]
 
     def complete_stores(self, req_id: str, keys: Iterable[OffloadKey]) -> list[OffloadKey]:
-        """Free the slots of the stores that these late completions end. Return the other keys."""
+        """Free the slots of the stores that these late completions end. Return the keys without such stores."""
         return self._complete(self._stores, req_id, keys)
 
     def complete_loads(self, req_id: str, keys: Iterable[OffloadKey]) -> list[OffloadKey]:
-        """Free the slots of the loads that these late completions end. Return the other keys."""
+        """Free the slots of the loads that these late completions end. Return the keys without such loads."""
         return self._complete(self._loads, req_id, keys)
 
     def _complete(self, stale: list[_Stale], req_id: str, keys: Iterable[OffloadKey]) -> list[OffloadKey]:
         left: list[OffloadKey] = []
         for key in keys:
-            entry = next((entry for entry in stale if entry.req_id == req_id and key in entry.slots), None)
+            entry = next((entry for entry in stale if entry.req_id == req_id and key in entry.running), None)
             if entry is None:
                 left.append(key)
-                continue
-            slots = entry.slots[key]
-            self._table.unpin((slots.pop(),))
-            if not slots:
-                del entry.slots[key]
-        stale[:] = [entry for entry in stale if entry.slots]
+            elif entry.running[key].end_one():
+                self._table.unpin(entry.running.pop(key).slots)
+        stale[:] = [entry for entry in stale if entry.running]
         self.pending = bool(self._stores or self._loads)
         return left
 
@@ -95,8 +95,8 @@ class StaleTransfers:
         for stale in (self._stores, self._loads):
             for entry in stale:
                 if entry.sequence <= finished:
-                    for slots in entry.slots.values():
-                        self._table.unpin(slots)
+                    for running in entry.running.values():
+                        self._table.unpin(running.slots)
             stale[:] = [entry for entry in stale if entry.sequence > finished]
         self.pending = bool(self._stores or self._loads)
 
@@ -105,7 +105,8 @@ class DeviceTransfers:
     """Begins and ends the copies of requests. A completion without a running copy is reported as an event.
 
     Completions name keys, not slots. Each request remembers its slots, so that a completion from before a reset ends
-    the old copy and not a newer one of the same key.
+    the old copy and not a newer one of the same key. While a request loads a key several times, nobody knows which of
+    the loads a completion ends. So all their slots are held until the last one.
     """
 
     def __init__(self, table: BlockTable, observer: Observer, finished: Callable[[], int]) -> None:
@@ -133,12 +134,15 @@ class DeviceTransfers:
             self._table.pin(loading.values())
             return slots, keys if len(loading) == len(keys) else list(loading)
         once = dict(zip(keys, slots, strict=True))
+        self._table.pin(once.values())
+        again = state.copies.loading_again
         for key, slot in once.items():
-            self._table.pin((slot,))
-            if key in loading:
-                state.copies.loading_again.append((key, slot))
-            else:
+            if key not in loading:
                 loading[key] = slot
+            elif key not in again:
+                again[key] = RunningCopies([loading[key], slot], 2)
+            else:
+                again[key].add(slot)
         return slots, list(once)
 
     def begin_leased_load(self, state: RequestState, slots: dict[OffloadKey, int]) -> None:
@@ -161,22 +165,36 @@ class DeviceTransfers:
         if self.stale.pending:
             self.stale.sweep()
             left = self.stale.complete_loads(req_id, keys)
-        done, slots = _take(state.copies.loading, left) if state is not None else ([], [])
         dropped: list[OffloadKey] = []
+        if state is not None and state.copies.loading_again:
+            left, dropped = self._end_repeated_loads(state.copies.loading_again, left, success)
+        done, slots = _take(state.copies.loading, left) if state is not None else ([], [])
         if success:
             self._count_unexpected("complete_load", left, done)
             self._table.unpin(slots)
         else:
-            dropped = self._table.discard(done, slots)
-        if state is not None and state.copies.loading_again:
-            # A key may be loaded twice at the same time. Its next completion ends the second load.
-            again, state.copies.loading_again = state.copies.loading_again, []
-            for key, slot in again:
-                if key in state.copies.loading:
-                    state.copies.loading_again.append((key, slot))
-                else:
-                    state.copies.loading[key] = slot
+            dropped += self._table.discard(done, slots)
         return dropped
+
+    def _end_repeated_loads(
+        self, running: dict[OffloadKey, RunningCopies], keys: Iterable[OffloadKey], success: bool
+    ) -> tuple[list[OffloadKey], list[OffloadKey]]:
+        """End one of the loads of each of `keys`; if it failed, forget the block, whichever slot it was loaded from.
+
+        Returns:
+            The keys that the request loads no more after this completion, and those that the table has forgotten.
+        """
+        last, dropped = [], []
+        for key in dict.fromkeys(keys):
+            if key not in running:
+                last.append(key)
+                continue
+            if not success and self._table.slot_of.get(key) in running[key].slots:
+                dropped += self._table.remove((key,))
+            if running[key].end_one():
+                self._table.unpin(running.pop(key).slots[1:])  # the first slot is among the request's loads
+                last.append(key)
+        return last, dropped
 
     def begin_store(self, state: RequestState, placement: Placement) -> list[int]:
         """Apply the placement for `state` and return the slots to fill."""

@@ -549,17 +549,21 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
     # -- ends ---------------------------------------------------------------------------------------------
 
     @in_turn
-    def reset_cache(self) -> None:
+    def reset_cache(self, late_completions: bool = True) -> None:
         """Forget every block in the primary tier; waits for tiers at most `drain_timeout`.
 
         With `ResetPolicy.NEW_EPOCH`, the tiers' blocks miss from now on, too. Slots that a tier or a device copy may
         still touch stay quarantined until it has ended.
+
+        Args:
+            late_completions: whether the engine completes the copies that are running now. If not, a completion that
+                follows is always that of a newer copy.
         """
         self._tiers.drain()
         self._poll()
         for state in self._requests:
             self._promoter.let_go(state)
-            self._transfers.stale.take_over(state, self._primary.sequence)
+            self._transfers.stale.take_over(state, self._primary.sequence, late_completions)
             self._begin_attempt(state)
             self._promoter.forget_sources(state)
             self._lookups.end_scan(state)

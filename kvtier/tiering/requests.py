@@ -133,22 +133,45 @@ class Progress:
 
 
 @dataclass(slots=True, eq=False)
+class RunningCopies:
+    """Copies of one key that run at the same time. Written by `device_copies.py`.
+
+    Attributes:
+        slots: one per copy. All are in use until the last copy has ended.
+        num_running: how many copies have not ended.
+    """
+
+    slots: list[int]
+    num_running: int
+
+    def add(self, slot: int) -> None:
+        """Add a copy."""
+        self.slots.append(slot)
+        self.num_running += 1
+
+    def end_one(self) -> bool:
+        """Count that one of the copies has ended; return whether it was the last one."""
+        self.num_running -= 1
+        return not self.num_running
+
+
+@dataclass(slots=True, eq=False)
 class Copies:
     """Slots under a copy between device and arena. Written by `device_copies.py`.
 
     Attributes:
         storing, loading: by key, in the order in which they were prepared.
-        loading_again: further loads of keys that are already being loaded.
+        loading_again: all loads of each key that was already being loaded, the first one included.
     """
 
     storing: dict[OffloadKey, int] = field(default_factory=dict)
     loading: dict[OffloadKey, int] = field(default_factory=dict)
-    loading_again: list[tuple[OffloadKey, int]] = field(default_factory=list)
+    loading_again: dict[OffloadKey, RunningCopies] = field(default_factory=dict)
 
     @property
     def are_unfinished(self) -> bool:
         """Whether any copy has not ended."""
-        return bool(self.storing or self.loading or self.loading_again)
+        return bool(self.storing or self.loading)
 
 
 class RequestState:

@@ -119,6 +119,23 @@ def test_a_late_completion_ends_the_old_copy_and_not_a_newer_one_of_the_same_key
     assert not engine.log.of(UnexpectedCall)
 
 
+def test_an_engine_that_completes_no_old_copies_ends_the_newer_ones(make_engine):
+    engine, keys = make_engine(num_tiers=0), make_keys(2)
+    context, other = engine.request(), engine.request("other")
+    engine.store(keys, other)
+    old = engine.manager.prepare_load(keys, context)
+    engine.manager.reset_cache(late_completions=False)
+    assert engine.store(keys, context) == keys
+    assert engine.load(keys, context) == [payload(key) for key in keys]
+    assert engine.table.num_quarantined == 2  # the old load goes on
+    engine.arena.control.publish(0, old.sequence)
+    engine.finish(context)
+    engine.step()
+    assert engine.table.num_free == engine.table.num_slots - 2
+    assert not engine.table.pins
+    assert not engine.log.of(UnexpectedCall)
+
+
 def test_late_completions_of_loads_release_their_slots(make_engine):
     engine, keys = make_engine(num_tiers=0), make_keys(3)
     context = engine.request()

@@ -133,3 +133,59 @@ def test_whoever_follows_the_kv_events_learns_that_the_blocks_left(make_engine):
     stored, removed = engine.manager.take_events()
     assert (stored.removed, removed.removed) == (False, True)
     assert (set(removed.keys), removed.medium) == (set(keys), Medium.CPU)
+
+
+def load_from_two_slots(engine, key, context):
+    """Load a block twice at the same time: another request's load of it fails, and it is stored anew meanwhile."""
+    other = engine.request("other")
+    engine.store([key], other)
+    (first,) = engine.manager.prepare_load([key], context).block_ids.tolist()
+    fail(engine, [key], other)
+    engine.store([key], other)
+    (second,) = engine.manager.prepare_load([key], context).block_ids.tolist()
+    assert first != second
+    engine.manager.check_invariants()
+    return first, second
+
+
+def test_no_slot_is_reused_before_all_loads_of_its_block_have_ended(make_engine):
+    engine, (key, *new) = make_engine(num_blocks=3, num_tiers=0), make_keys(4)
+    context = engine.request()
+    first, second = load_from_two_slots(engine, key, context)
+    engine.manager.complete_load({key}, context)  # the one or the other
+    engine.step()
+    filled = engine.manager.prepare_store(new, engine.request("new")).store_spec.block_ids.tolist()
+    assert len(filled) == 1
+    assert {first, second}.isdisjoint(filled)
+    engine.manager.complete_load({key}, context)
+    engine.finish(context)
+    engine.step()
+    assert not engine.table.pins
+    assert not engine.table.num_quarantined
+    assert not engine.log.of(UnexpectedCall)
+
+
+@pytest.mark.parametrize("results", [(False, True), (True, False), (False, False)])
+def test_a_block_is_forgotten_whichever_of_its_loads_failed(make_engine, results):
+    engine, (key, *_) = make_engine(num_tiers=0), make_keys(1)
+    context = engine.request()
+    load_from_two_slots(engine, key, context)
+    for success in results:
+        engine.manager.complete_load({key}, context, success)
+        engine.step()
+    assert engine.manager.lookup(key, context) is MISS
+    assert [event.dropped for event in engine.log.of(LoadFailed)].count([key]) == 2  # the other request's, and this
+    assert engine.table.num_free == engine.table.num_slots
+
+
+def test_loads_from_two_slots_are_held_through_a_reset(make_engine):
+    engine, (key, *_) = make_engine(num_tiers=0), make_keys(1)
+    context = engine.request()
+    load_from_two_slots(engine, key, context)
+    engine.manager.complete_load({key}, context)
+    engine.manager.reset_cache()
+    engine.step()
+    assert engine.table.num_quarantined == 2
+    engine.manager.complete_load({key}, context)
+    engine.step()
+    assert engine.table.num_free == engine.table.num_slots

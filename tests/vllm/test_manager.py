@@ -402,6 +402,47 @@ def test_slots_of_running_copies_are_free_when_vllm_reports_their_end(core, mana
     core.manager.check_invariants()
 
 
+def test_after_a_reset_a_completion_is_that_of_a_new_copy(core, manager):
+    context = request(manager)
+    store(manager, KEYS[:1], context)
+    manager.prepare_store(KEYS[1:2], context)
+    manager.prepare_load(KEYS[:1], context)
+    manager.reset_cache()  # vLLM drops the reports of both copies
+    assert manager.lookup(KEYS[0], context) is MISS  # it was preempted, and is looked up anew
+    step(manager)
+    assert store(manager, KEYS[:2], context) == KEYS[:2]
+    manager.prepare_load(KEYS[:1], context)
+    manager.complete_load({KEYS[0]}, context)
+    stats = core.manager.get_stats()
+    assert stats["primary.quarantined_blocks"] == 2, "the old copies may still be running"
+    assert [manager.lookup(key, context) for key in KEYS[:2]] == [HIT, HIT]
+    manager.on_request_finished(context)
+    manager.on_reset_flushed()
+    step(manager)
+    stats = core.manager.get_stats()
+    assert not any(stats[f"primary.{name}"] for name in ("quarantined_blocks", "reading_share", "filling_share"))
+    core.manager.check_invariants()
+
+
+def test_a_request_of_the_same_name_ends_no_load_of_an_earlier_one_from_another_slot(core, manager):
+    context, other = request(manager), request(manager, "other")
+    store(manager, KEYS[:1], other)
+    (old,) = manager.prepare_load(KEYS[:1], context).block_ids
+    manager.on_request_finished(context)
+    fail_load(manager, KEYS[:1], other)
+    store(manager, KEYS[:1], other)
+    again = request(manager)
+    assert manager.lookup(KEYS[0], again) is HIT
+    (new,) = manager.prepare_load(KEYS[:1], again).block_ids
+    assert new != old
+    manager.complete_load({KEYS[0]}, again)  # the old load may still be running
+    step(manager)
+    assert old not in manager.prepare_store(KEYS[1:], again).store_spec.block_ids
+    manager.complete_load({KEYS[0]}, again)
+    core.manager.check_invariants()
+    assert core.manager.get_stats()["primary.quarantined_blocks"] == 0
+
+
 def test_one_row_per_tier_tells_the_configuration(tmp_path):
     tiers = [
         {"type": "disk", "name": "nvme", "path": str(tmp_path / "disk"), "capacity": "1MiB", "eviction_policy": "arc"},

@@ -249,11 +249,11 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         return [offloading_event(event) for event in events if KNOWS_FAILED_STORES or not event.metadata_only]
 
     def reset_cache(self) -> None:
-        """Forget every block in every tier, within bounded time."""
+        """Forget every block in every tier, within bounded time. vLLM completes no copy from before a reset."""
         self._scanned = None
         for ours in self._contexts.values():
             ours.spans_reset = True
-        self._try("reset_cache", None, lambda manager: manager.reset_cache())
+        self._try("reset_cache", None, lambda manager: manager.reset_cache(late_completions=False))
 
     def on_reset_flushed(self) -> None:
         """Free the slots of copies that were running at the reset: all workers have ended them. From 0.33 on."""
