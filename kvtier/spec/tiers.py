@@ -27,7 +27,7 @@ def parse_tiers(user: TieringConfig, config: OffloadingConfig) -> tuple[TierConf
             used with LoRA without `allow_lora`.
     """
     listed = [parse_tier(entry, f"secondary_tiers[{index}]") for index, entry in enumerate(user.secondary_tiers)]
-    named = _with_names(listed, user.secondary_tiers)
+    named = with_distinct_names(listed, user.secondary_tiers)
     default = Admission.PROMPT_ONLY if user.offload_prompt_only else Admission.ALWAYS
     tiers = [check_tier(replace(tier, admission=tier.admission or default)) for tier in named]
     _check_directories(tiers)
@@ -43,8 +43,12 @@ def prompts_only(user: TieringConfig, tiers: Sequence[TierConfig]) -> bool:
     return bool(tiers) and all(tier.admission is Admission.PROMPT_ONLY for tier in tiers)
 
 
-def _with_names(tiers: Sequence[TierConfig], entries: Sequence[Mapping[str, Any]]) -> list[TierConfig]:
-    """Return the tiers with distinct names: unnamed tiers of the same type get their positions appended."""
+def with_distinct_names(tiers: Sequence[TierConfig], entries: Sequence[Mapping[str, Any]]) -> list[TierConfig]:
+    """Return the tiers with distinct names: unnamed tiers of the same type get their positions appended.
+
+    Raises:
+        ConfigError: two entries give the same name, or one gives that of the primary tier.
+    """
     names = [tier.name for tier in tiers]
     named = [
         tier if "name" in entry or names.count(tier.name) == 1 else replace(tier, name=f"{tier.name}-{index}")

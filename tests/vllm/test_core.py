@@ -11,6 +11,7 @@ from kvtier.config import KVCacheGroup, OffloadingConfig
 from kvtier.errors import ConfigError
 from kvtier.events import TierState
 from kvtier.spec.tiering import TieringOffloadingSpec
+from kvtier.tiering.manager import TieringOffloadingManager
 
 LAYOUT = {"layout": "l", "hash": "sha256", "rank": 0}
 WEIGHTS = Weights({"weights": "w"})
@@ -153,7 +154,7 @@ def test_the_log_says_once_what_there_is_and_warns_if_a_tier_is_down(tmp_path, l
         assert core.off_reason is None
         core._spec.wait_for_tiers(60)
         log.records.clear()
-        core._say_ready(core.manager.get_stats())
+        core._say_ready()
     finally:
         core.shutdown()
     (said,) = [record for record in log.records if "is ready" in record.getMessage()]
@@ -173,6 +174,26 @@ def test_workers_that_attach_late_are_said(tmp_path, log):
         core._open([says()])
         assert core.off_reason is None
         assert log.text.count("kvtier is ready") == 1
+    finally:
+        core.shutdown()
+
+
+@pytest.mark.parametrize("is_late", [True, False], ids=["late workers", "workers in time"])
+def test_a_fault_in_what_the_log_is_told_does_not_stop_the_engine(tmp_path, log, monkeypatch, is_late):
+    def raise_fault(self):
+        raise RuntimeError("dictionary changed size during iteration")
+
+    monkeypatch.setattr(TieringOffloadingManager, "get_stats", raise_fault)
+    core = CoreHalf(first_spec(tmp_path, secondary_tiers=[]))
+    try:
+        if is_late:
+            core.start(0.01)
+        core._open([says()])
+        if not is_late:
+            core.start(60)
+        assert core.manager is not None
+        assert core.off_reason is None
+        assert log.text.count("cannot tell the state of its tiers") == 1
     finally:
         core.shutdown()
 

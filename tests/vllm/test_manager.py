@@ -318,6 +318,28 @@ def test_why_kvtier_is_off_is_a_series(core, manager):
     assert reasons() == {"configuration": 0, "failed_copy": 1}
 
 
+def test_while_kvtier_is_off_no_gauge_keeps_its_last_value(core, manager):
+    def gauges(stats):
+        values = stats.data["data"]
+        return {
+            (name, labels): value
+            for name, declared in metric_definitions().items()
+            if isinstance(declared, base.OffloadingGaugeMetadata) and name != "vllm:kvtier_off"
+            for labels, value in values.get(name, {}).items()
+        }
+
+    store(manager, KEYS[:2], request(manager))
+    step(manager)
+    shown = gauges(manager.get_stats())
+    assert shown["vllm:kvtier_tier_up", ("example",)] == 1
+    assert shown["vllm:kvtier_blocks", ("primary",)] == 2
+    core.control.count_failure(0)
+    manager.complete_store((), request(manager))
+    shown |= gauges(manager.get_stats())
+    assert set(shown.values()) == {0}
+    assert manager.get_stats() is None, "nothing changes any more"
+
+
 def test_names_of_vllms_own_dashboards_have_the_same_values(core, manager):
     context = request(manager)
     output = manager.prepare_store(KEYS[:2], context)

@@ -41,7 +41,7 @@ BLOCK_BYTES = 8192
 KEYS = [make_offload_key(bytes([index]) * 32, 0) for index in range(4)]
 
 
-def make_spec(model):
+def make_spec(model, *tiers):
     parallel = OffloadingParallelConfig(0, 1, 1, 1, 1, 1, 0, 1, None, True)
     config = SimpleNamespace(
         model=OffloadingModelConfig(str(model), "float32"),
@@ -49,13 +49,14 @@ def make_spec(model):
         cache=OffloadingCacheConfig(128, 1),
         parallel=parallel,
     )
-    return SimpleNamespace(config=config)
+    return SimpleNamespace(config=config, secondary_tier_configs=list(tiers))
 
 
 class OwnTiering:
-    """vLLM's manager over four blocks of host memory and one tier of kvtier."""
+    """vLLM's manager over four blocks of host memory and one tier of kvtier, or several."""
 
-    def __init__(self, model, directory, **keys):
+    def __init__(self, model, directory, *more, **keys):
+        """Args: more: configurations of kvtier's further tiers."""
         self.region = SharedOffloadRegion(
             engine_id=uuid.uuid4().hex,
             num_chunks=4,
@@ -65,15 +66,15 @@ class OwnTiering:
         )
         primary = CPUPrimaryTierOffloadingManager(num_chunks=4, mmap_region=self.region)
         self.view = np.asarray(primary.get_kv_memoryview())
-        tier_config = {
-            "type": "KVTierSecondaryTier",
-            "module_path": "kvtier.adapters.vllm.tier",
-            "tier": {"type": "disk", "path": str(directory), "capacity": "4MiB"},
-        }
-        view = primary.get_kv_memoryview()
-        self.tier = SecondaryTierFactory.create_secondary_tier(tier_config | keys, view, make_spec(model))
-        self.manager = TieringOffloadingManager(primary, [self.tier])
-        wait_for(lambda: self.tier._tier.get_finished_jobs() is not None and self.tier._tier.state.value == "up")
+        entry = {"type": "KVTierSecondaryTier", "module_path": "kvtier.adapters.vllm.tier"}
+        first = {**entry, "tier": {"type": "disk", "path": str(directory), "capacity": "4MiB"}, **keys}
+        entries = [first, *({**entry, "tier": tier, **keys} for tier in more)]
+        spec, view = make_spec(model, *entries), primary.get_kv_memoryview()
+        self.tiers = [SecondaryTierFactory.create_secondary_tier(one, view, spec) for one in entries]
+        self.tier = self.tiers[0]
+        self.manager = TieringOffloadingManager(primary, self.tiers)
+        for tier in self.tiers:
+            wait_for(lambda own=tier._tier: own.get_finished_jobs() is not None and own.state.value != "starting")
 
     def step(self):
         self.manager.on_schedule_end(ScheduleEndContext((), ()))
@@ -191,3 +192,22 @@ def test_an_engine_without_a_namespace_is_refused(tmp_path):
     with pytest.raises(ValueError, match="it must know their model"):
         OwnTiering("some/hub-model", tmp_path / "disk")
     OwnTiering("some/hub-model", tmp_path / "disk", namespace="some/hub-model at revision 1").close()
+
+
+def test_each_of_several_tiers_has_its_own_series(tmp_path):
+    memory = {"type": "memory", "capacity": "1MiB"}
+    disk = {"type": "disk", "path": str(tmp_path / "far"), "capacity": "4MiB"}
+    engine = OwnTiering("any", tmp_path / "near", memory, disk, memory | {"name": "far memory"}, namespace="any")
+    engine.store(KEYS, request(engine.manager, "first"))
+    engine.step()
+    figures = engine.manager.get_stats().data["data"]
+    names = {("disk-0",), ("memory",), ("disk-2",), ("far memory",)}
+    assert figures["vllm:kvtier_tier_up"] == dict.fromkeys(names, 1)
+    assert figures["vllm:kvtier_blocks"] == dict.fromkeys(names, 4)
+    engine.close()
+
+
+def test_a_name_that_two_tiers_have_is_refused(tmp_path):
+    memory = {"type": "memory", "capacity": "1MiB", "name": "disk"}
+    with pytest.raises(ValueError, match=r"secondary_tiers\[2\].tier.name='disk': another name"):
+        OwnTiering("any", tmp_path, memory, {"type": "memory", "capacity": "1MiB", "name": "disk"}, namespace="any")

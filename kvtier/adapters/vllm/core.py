@@ -7,8 +7,8 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from vllm.logger import init_logger
@@ -104,8 +104,9 @@ class CoreHalf:
             return
         if self._ready.wait(timeout) and self._spec is not None and self.manager is not None:
             known = self._weights_said.wait(max(0.0, min(WEIGHTS_SECONDS, deadline - time.monotonic())))
-            self._spec.wait_for_tiers(max(0.0, deadline - time.monotonic()) if known else 0.0)
-            self._say_ready(self.manager.get_stats())
+            with _faults_logged():
+                self._spec.wait_for_tiers(max(0.0, deadline - time.monotonic()) if known else 0.0)
+            self._say_ready()
             if not known:
                 logger.info("tiers %s open when the weights have been read", self._first.persistent_tiers)
             return
@@ -114,8 +115,13 @@ class CoreHalf:
         if self._is_late:
             logger.warning("kvtier starts later: its workers have not attached in %.0f s", timeout)
 
-    def _say_ready(self, stats: Mapping[str, float]) -> None:
+    def _say_ready(self) -> None:
         """Log one line with what each tier can hold, as a warning if a tier is down."""
+        if self.manager is not None:
+            with _faults_logged():
+                self._say_what_tiers_hold(self.manager.get_stats())
+
+    def _say_what_tiers_hold(self, stats: Mapping[str, float]) -> None:
         first = self._first
         said = [f"{format_size(first.num_blocks * first.block_bytes)} of host memory for {first.num_blocks:,} blocks"]
         downs = {tier.name for tier in first.tiers if stats.get(f"times_down.{tier.name}")}
@@ -160,8 +166,8 @@ class CoreHalf:
         finally:
             with self._lock:
                 self._ready.set()
-            if self._is_late and self.manager is not None:
-                self._say_ready(self.manager.get_stats())
+            if self._is_late:
+                self._say_ready()
 
     def _identify(self, weights: Weights) -> None:
         """Take the weights' identity, or the reason why there is none; on a thread of the host."""
@@ -194,6 +200,15 @@ class CoreHalf:
         if any(said.uses_lora for said in announcements) and not self._first.user_config.allow_lora:
             return "with LoRA, block hashes carry the adapters' names, not their contents; set allow_lora to trust them"
         return ""
+
+
+@contextmanager
+def _faults_logged() -> Iterator[None]:
+    """Log an exception of what only tells the operator how things are: it must not stop the engine."""
+    try:
+        yield
+    except Exception:  # whatever it is, the manager works: logged
+        logger.exception("kvtier works, but cannot tell the state of its tiers")
 
 
 def guess_speed(config: OffloadingConfig, announcements: Sequence[Announcement]) -> OffloadingConfig:

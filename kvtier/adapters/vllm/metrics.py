@@ -108,6 +108,10 @@ class ManagerStatsReporter(StatsReporter):
         self.errors: Counter[str] = Counter()
         self._has_begun = False
 
+    def _gauges_at_zero(self) -> dict[str, float]:
+        """Return a 0 for each gauge reported so far: vLLM keeps the last value of one that nobody sets."""
+        return {name: 0.0 for name, found in self._known.items() if found is not None and found[0] is Kind.GAUGE}
+
     @property
     def num_lookups(self) -> int:
         """Number of lookups so far."""
@@ -118,13 +122,15 @@ class ManagerStatsReporter(StatsReporter):
 
         Args:
             stats: as `TieringOffloadingManager.get_stats` returns them; empty without a manager.
-            off_reason: one of `OFF_REASONS` while kvtier is off, else None.
+            off_reason: one of `OFF_REASONS` while kvtier is off, else None. Then no tier is up, and nothing is held.
         """
         zeros: Mapping[str, float] = {}
         if stats and not self._has_begun:
             # Every series whose labels are known begins at 0: an alert does not notice the event with which one begins.
             self._has_begun = True
             zeros = zero_counts(PRIMARY, [name.removesuffix(".up") for name in stats if name.endswith(".up")])
+        if off_reason is not None:
+            stats = self._gauges_at_zero()
         answers = {
             "lookups.hit": self.num_hits,
             "lookups.miss": self.num_misses,

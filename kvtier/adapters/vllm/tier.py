@@ -10,7 +10,7 @@ any other model, `"namespace": "a name"` identifies the weights, and kvtier trus
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +32,8 @@ from kvtier.keys import OffloadKey
 from kvtier.namespace import Namespace
 from kvtier.registry import create_secondary_tier
 from kvtier.secondary.stand_ins import UnusableTierManager
+from kvtier.spec.tiers import with_distinct_names
+from kvtier.tier_config import parse_tier
 from kvtier.types import JobMetadata, ScheduleEndContext
 from kvtier.weights.weight_files import UnknownWeightsError, identify_files, process_started_at, weight_files
 
@@ -84,15 +86,16 @@ class KVTierSecondaryTier(tiering.SecondaryTierManager):  # type: ignore[misc]  
         )
         self._running: set[int] = set()
         spec = SimpleNamespace(tier_context=context, config=offloading_spec.config)
+        name = distinct_name(tier, offloading_spec.secondary_tier_configs)
         try:
-            self._tier: SecondaryTierManager = create_secondary_tier(tier, primary_kv_view, spec)
+            self._tier: SecondaryTierManager = create_secondary_tier({**tier, "name": name}, primary_kv_view, spec)
             self._tier.start()
         except ConfigError:
             raise
         except Exception as error:  # a fault costs this tier only: reported
-            logger.exception("kvtier: tier %s cannot be used, the engine runs without it", tier_type)
+            logger.exception("kvtier: tier %s cannot be used, the engine runs without it", name)
             reason = f"{type(error).__name__}: {error}"
-            self._tier = UnusableTierManager(primary_kv_view, tier_type, reason)
+            self._tier = UnusableTierManager(primary_kv_view, name, reason)
         self.medium = MEDIA[self._tier.medium] if self._tier.medium is not None else None
         self.locality = LOCALITIES[self._tier.locality] if self._tier.locality is not None else None
         if self.medium is not None and hasattr(self, "cache_hit_source"):
@@ -162,6 +165,23 @@ class KVTierSecondaryTier(tiering.SecondaryTierManager):  # type: ignore[misc]  
         return JobMetadata(
             job.job_id, list(job.keys), slots_of_job(job), job.is_promotion, EngineReqContext(job.req_context)
         )
+
+
+def distinct_name(tier: Mapping[str, Any], listed: Sequence[Mapping[str, Any]]) -> str:
+    """Return a name for a tier that no other one of kvtier's has, since it is the label of its metrics.
+
+    Args:
+        tier: of an entry in `listed`, the same object.
+        listed: the entries of vLLM's `secondary_tiers`.
+
+    Raises:
+        ConfigError: two entries give the same name, or one is wrong.
+    """
+    ours = [(f"secondary_tiers[{index}].tier", entry["tier"]) for index, entry in enumerate(listed) if "tier" in entry]
+    named = with_distinct_names([parse_tier(entry, where) for where, entry in ours], [entry for _, entry in ours])
+    return next(
+        (one.name for one, (_, entry) in zip(named, ours, strict=True) if entry is tier), parse_tier(tier, "tier").name
+    )
 
 
 def spec_identity(spec: Any, namespace: str | None) -> dict[str, str | int] | None:
