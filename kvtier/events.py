@@ -33,7 +33,7 @@ class BlocksRecomputed(NamedTuple):
 
 
 class BlocksLoaded(NamedTuple):
-    """A request loaded blocks to the device; `by_source` counts them per tier from which they came.
+    """Blocks of a request arrived on the device; `by_source` counts them per tier from which they came.
 
     They hold `num_tokens`, which the engine would have computed in about `seconds`; both are 0 if that is not known.
     """

@@ -196,8 +196,8 @@ _OF_REQUESTS = (
     _on(BlocksLoaded, lambda event: event.by_source.items(), "loaded_blocks", _TIER,
         "Blocks loaded to the device, by the tier they came from", "hit_blocks"),
     _on(LoadFailed, lambda event: (("", 1),), "failed_loads", (),
-        "Loads to the device that failed, and count as hits all the same; the engine computes these blocks, or asks "
-        "for them once more"),
+        "Loads to the device that failed; they save nothing: the engine computes these blocks, or asks for them once "
+        "more"),
     _on(BlocksLoaded, _by_share(attrgetter("num_tokens")), "saved_tokens", _TIER,
         "Tokens that were loaded and not computed"),
     _on(BlocksLoaded, _by_share(attrgetter("seconds")), "saved_seconds", _TIER,

@@ -6,10 +6,10 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from kvtier.errors import BlockNotReadyError
-from kvtier.events import Observer, UnexpectedCall
+from kvtier.events import BlocksLoaded, Observer, UnexpectedCall
 from kvtier.keys import OffloadKey
 from kvtier.primary.table import BlockTable, Placement
-from kvtier.tiering.requests import RequestState, RunningCopies
+from kvtier.tiering.requests import Copies, RequestState, RunningCopies
 
 
 @dataclass(slots=True, eq=False)
@@ -53,6 +53,7 @@ class StaleTransfers:
         state.copies.storing.clear()
         state.copies.loading.clear()
         state.copies.loading_again.clear()
+        state.copies.arriving.clear()
 
     def slots(self) -> list[int]:
         """Return the slots under such copies, one entry per copy."""
@@ -153,6 +154,10 @@ class DeviceTransfers:
         """
         state.copies.loading = slots
 
+    def announce(self, state: RequestState, loaded: BlocksLoaded) -> None:
+        """Keep the event of a load that has begun until all loads of the request have ended, or one has failed."""
+        state.copies.arriving.append(loaded)
+
     def end_load(
         self, req_id: str, state: RequestState | None, keys: Collection[OffloadKey], success: bool
     ) -> list[OffloadKey]:
@@ -174,7 +179,17 @@ class DeviceTransfers:
             self._table.unpin(slots)
         else:
             dropped += self._table.discard(done, slots)
+        if state is not None and state.copies.arriving:
+            self._report_arrived(state.copies, success)
         return dropped
+
+    def _report_arrived(self, copies: Copies, success: bool) -> None:
+        if not success:
+            copies.arriving.clear()
+        elif not copies.loading:
+            arrived, copies.arriving = copies.arriving, []
+            for event in arrived:
+                self._observer.on_event(event)
 
     def _end_repeated_loads(
         self, running: dict[OffloadKey, RunningCopies], keys: Iterable[OffloadKey], success: bool

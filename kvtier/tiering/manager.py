@@ -281,11 +281,12 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         if state.wait.since is not None or state.wait.waited:
             self._waiting.settle(state, WaitOutcome.LOADED)
         self._note_use(once, req_context, state.uses, all_held=True)
-        sources = state.plans.sources
-        by_source = (
-            {PRIMARY: len(ordered)} if not sources else Counter(map(sources.get, ordered, itertools.repeat(PRIMARY)))
-        )
-        self._observer.on_event(BlocksLoaded(req_context.req_id, by_source, num_tokens, seconds))
+        if ordered:
+            sources = state.plans.sources
+            by_source = (
+                Counter(map(sources.get, ordered, itertools.repeat(PRIMARY))) if sources else {PRIMARY: len(ordered)}
+            )
+            self._transfers.announce(state, BlocksLoaded(req_context.req_id, by_source, num_tokens, seconds))
         if self._left is not None and slots:  # an observer has forked during this call, and this is the child
             raise BlockNotReadyError("this process was forked during the call")
         return self._make_spec(slots)

@@ -9,6 +9,7 @@ from typing import Any
 
 from kvtier.clock import Clock
 from kvtier.errors import InvariantError
+from kvtier.events import BlocksLoaded
 from kvtier.keys import OffloadKey
 from kvtier.primary.uses import Arrivals, RequestUses
 from kvtier.tiering.outline import Outline
@@ -162,11 +163,13 @@ class Copies:
     Attributes:
         storing, loading: by key, in the order in which they were prepared.
         loading_again: all loads of each key that was already being loaded, the first one included.
+        arriving: what to tell observers of these loads when they have ended.
     """
 
     storing: dict[OffloadKey, int] = field(default_factory=dict)
     loading: dict[OffloadKey, int] = field(default_factory=dict)
     loading_again: dict[OffloadKey, RunningCopies] = field(default_factory=dict)
+    arriving: list[BlocksLoaded] = field(default_factory=list)
 
     @property
     def are_unfinished(self) -> bool:

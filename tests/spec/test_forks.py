@@ -15,7 +15,7 @@ from forked_child import ALL_WAYS, by_os, tell, without_the_interpreter
 from kvtier.clock import monotonic_clock
 from kvtier.config import KVCacheGroup, OffloadingConfig
 from kvtier.errors import BlockNotReadyError
-from kvtier.events import BlocksLoaded, TierState
+from kvtier.events import RequestWaited, TierState
 from kvtier.executors.base import StoreDescription
 from kvtier.executors.inline import InlineExecutor
 from kvtier.executors.threads import ThreadExecutor
@@ -89,11 +89,14 @@ class Engine:
     def store(self, keys):
         context = self.request()
         output = self.manager.prepare_store(keys, context)
-        for key, slot in zip(output.keys_to_store, output.store_spec.block_ids.tolist(), strict=True):
-            self.arena.row(slot)[:] = content(key)
+        self.fill(output)
         self.manager.complete_store(output.keys_to_store, context)
         self.manager.on_request_finished(context)
         wait_for(lambda: self.step() or not self.manager.has_pending_work(), "the tier to store")
+
+    def fill(self, output):
+        for key, slot in zip(output.keys_to_store, output.store_spec.block_ids.tolist(), strict=True):
+            self.arena.row(slot)[:] = content(key)
 
     def load(self, keys):
         """Load all of `keys` and compare."""
@@ -269,20 +272,23 @@ def test_calls_that_were_looked_up_before_the_fork_miss_too(engine):
 
 def test_a_fork_in_the_middle_of_a_call_loads_nothing_in_the_child(engine):
     """By an observer: the call goes on in both processes."""
-    keys = make_keys("forked")
-    engine.store(keys)
+    keys, storing, context = make_keys("forked"), engine.request(), engine.request()
+    stored = engine.manager.prepare_store(keys, storing)
+    engine.fill(stored)
+    assert engine.manager.lookup(keys[0], context) is LookupResult.HIT_PENDING
+    engine.step()
+    engine.manager.complete_store(keys, storing)
     reader, writer = os.pipe()
 
     class Forking:
         pid = None
 
         def on_event(self, event):
-            if isinstance(event, BlocksLoaded):
+            if isinstance(event, RequestWaited):
                 self.pid = os.fork()
 
     observer = Forking()
     engine.spec.observers.add(observer)
-    context = engine.request()
     assert {engine.manager.lookup(key, context) for key in keys} == {LookupResult.HIT}
     try:
         slots, answer = engine.manager.prepare_load(keys, context).block_ids.tolist(), b"slots"

@@ -36,7 +36,7 @@ def test_a_tier_below_brings_it_once_more(make_engine):
     fail(engine, keys, context)
     assert engine.wait_hits(keys, context) == 3
     assert engine.load(keys, context) == [payload(key) for key in keys]
-    assert engine.manager.get_stats()["loaded_blocks.tier0"] == 6
+    assert engine.manager.get_stats()["loaded_blocks.tier0"] == 3  # once, although they were sent twice
 
 
 def test_others_go_on_with_the_slots_that_they_hold(make_engine):
@@ -189,3 +189,41 @@ def test_loads_from_two_slots_are_held_through_a_reset(make_engine):
     engine.manager.complete_load({key}, context)
     engine.step()
     assert engine.table.num_free == engine.table.num_slots
+
+
+def test_only_what_arrived_counts_as_loaded_and_saves_tokens(make_engine):
+    engine, keys = make_engine(num_tiers=0, tokens_per_block=16, prefill_rate=100.0), make_keys(4)
+    context = engine.request()
+    engine.store(keys, context)
+
+    def counted():
+        stats = engine.manager.get_stats()
+        names = ("loaded_blocks.primary", "saved_tokens.primary")
+        return (*(stats.get(name, 0) for name in names), stats.get("saved_seconds.primary", 0) > 0)
+
+    engine.scan(keys, context)
+    engine.manager.prepare_load(keys, context)
+    assert counted() == (0, 0, False)
+    engine.manager.complete_load(set(keys), context, success=False)
+    assert counted() == (0, 0, False)
+    assert engine.store(keys, context) == keys
+    engine.manager.prepare_load(keys, context)
+    engine.manager.complete_load(keys[:1], context)
+    assert counted() == (0, 0, False), "a part has arrived"
+    engine.finish(context)
+    engine.manager.complete_load(keys[1:], context)
+    assert counted() == (4, 64, True)
+
+
+def test_a_load_from_before_a_reset_saves_nothing(make_engine):
+    engine, keys = make_engine(num_tiers=0), make_keys(2)
+    context = engine.request()
+    engine.store(keys, context)
+    engine.manager.prepare_load(keys, context)
+    engine.manager.reset_cache()
+    engine.manager.complete_load(keys, context)
+    engine.step()
+    assert "loaded_blocks.primary" not in engine.manager.get_stats()
+    engine.store(keys, context)
+    engine.load(keys, context)
+    assert engine.manager.get_stats()["loaded_blocks.primary"] == 2
