@@ -18,8 +18,19 @@ from kvtier import forks
 from kvtier.descriptors import Descriptor
 from kvtier.errors import CapacityError, ConfigError
 from kvtier.primary.control_page import CONTROL_BYTES, ControlPage
-from kvtier.primary.huge_pages import ADVICE, HUGE_PAGE_BYTES, SMALL, HugePages, Memory, MemoryKind, kinds_of_memory
+from kvtier.primary.huge_pages import (
+    ADVICE,
+    FEW_PAGES,
+    HUGE_PAGE_BYTES,
+    LEAST_HUGE,
+    SMALL,
+    HugePages,
+    Memory,
+    MemoryKind,
+    kinds_of_memory,
+)
 from kvtier.primary.memory_file import forbid_resizing, make_memory_file, no_room
+from kvtier.primary.memory_limit import NUM_THREADS
 from kvtier.sizes import format_size
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -155,7 +166,7 @@ class Arena(forks.ProcessBound):
         huge_pages: HugePages = HugePages.AUTO,
         folder: Path | None = None,
         progress: Progress | None = None,
-        threads: int = 2,
+        threads: int = NUM_THREADS,
     ) -> Self:
         """Make an arena and allocate all of its pages, so that no later access fails for lack of memory.
 
@@ -264,7 +275,9 @@ class Arena(forks.ProcessBound):
         size = format_size(self.num_blocks * self.block_bytes)
         if self.memory is None or self.memory.kind is MemoryKind.SMALL:
             return f"{size} of host memory in 4 KiB pages; {ADVICE}"
-        return f"{size} of host memory in {self.memory.kind.value}, {format_size(self.huge_bytes())} mapped so"
+        found = self.huge_bytes()
+        line = f"{size} of host memory in {self.memory.kind.value}, {format_size(found)} mapped so"
+        return line if found >= self._whole_huge_pages() * LEAST_HUGE else f"{line}; {FEW_PAGES}"
 
     def huge_bytes(self) -> int:
         """Return how many bytes of the arena this process maps by huge pages (`/proc/self/smaps`, proc(5))."""
@@ -283,13 +296,16 @@ class Arena(forks.ProcessBound):
 
     def _check_huge(self) -> None:
         """Raise CapacityError if a whole huge page of the blocks is not one."""
-        least = self.num_blocks * self.block_bytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
-        found = self.huge_bytes()
+        least, found = self._whole_huge_pages(), self.huge_bytes()
         if found < least:
             raise CapacityError(
                 f"huge_pages: only {format_size(found)} of {format_size(least)} are in huge pages: the host's memory is"
                 " fragmented; reserve huge pages soon after its start (sysctl vm.nr_hugepages)"
             )
+
+    def _whole_huge_pages(self) -> int:
+        """Return how many bytes of the blocks would be in huge pages if all were."""
+        return self.num_blocks * self.block_bytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
 
     def _back(self, total: int, progress: Progress | None, threads: int) -> None:
         """Allocate and map all pages, slice by slice, on `threads` threads."""

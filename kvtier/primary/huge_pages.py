@@ -27,6 +27,13 @@ ADVICE = (
 )
 """For an arena in small pages; measured by `benchmarks/huge_pages.py`."""
 
+LEAST_HUGE = 0.9
+"""Share of an arena in huge pages below which the log says `FEW_PAGES`."""
+FEW_PAGES = (
+    "the rest is in 4 KiB pages: the host's memory is fragmented, or its kernel is older than 5.14, which gives memory"
+    " files huge pages only with shmem_enabled=always; sysctl vm.nr_hugepages=N (as root) reserves them"
+)
+
 _TRANSPARENT_FOLDER = "sys/kernel/mm/transparent_hugepage"
 _ADVISED = {"advise", "within_size", "always", "force"}
 

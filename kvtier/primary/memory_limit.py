@@ -23,6 +23,11 @@ RESERVE_BYTES = 256 * 1024**2
 RESERVE_SHARE = 0.05
 """The smaller of the two stays free below every limit."""
 
+NUM_THREADS = 2
+"""Threads that allocate an arena's pages. Their stacks count as address space."""
+_STACK_BYTES = 8 << 20
+"""Of a thread, where nothing limits the stack."""
+
 _NO_LIMIT = 1 << 62
 """cgroup v1 writes "unlimited" as a number close to 2**63."""
 
@@ -130,7 +135,9 @@ def _address_space(root: Path) -> Iterator[MemoryLimit]:
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY:
         used = _table(root / "proc/self/status").get("VmSize", 0) * 1024
-        yield MemoryLimit("address space, RLIMIT_AS", max(0, limit - used))
+        stack = resource.getrlimit(resource.RLIMIT_STACK)[0]
+        stacks = NUM_THREADS * (_STACK_BYTES if stack == resource.RLIM_INFINITY else stack)
+        yield MemoryLimit("address space, RLIMIT_AS", max(0, limit - used - stacks))
 
 
 def _machine_limit(root: Path) -> Iterator[MemoryLimit]:

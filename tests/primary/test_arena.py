@@ -174,6 +174,26 @@ def test_a_process_that_can_start_no_thread_is_told_in_one_line() -> None:
     assert result.stdout.count("\n") == 1
 
 
+WITHOUT_ROOM_FOR_STACKS = """
+import resource
+from kvtier.errors import CapacityError
+from kvtier.primary.arena import Arena
+resource.setrlimit(resource.RLIMIT_STACK, (128 << 20, resource.getrlimit(resource.RLIMIT_STACK)[1]))
+used = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), -1))
+try:
+    Arena.create(64, 4096)
+except CapacityError as error:
+    print(error)
+"""
+
+
+def test_stacks_of_threads_count_as_address_space() -> None:
+    result = subprocess.run([sys.executable, "-c", WITHOUT_ROOM_FOR_STACKS], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("260.0 KiB of host memory asked, 0 B available (limit: address space, RLIMIT_AS")
+    assert result.stdout.count("\n") == 1
+
+
 def test_nothing_stays_mapped() -> None:
     def num_mapped() -> int:
         gc.collect()

@@ -221,6 +221,7 @@ def test_every_kind_of_huge_pages_holds_an_arena(kind: MemoryKind) -> None:
             assert arena.memory.kind is kind
             assert arena.huge_bytes() >= BLOCKS * BLOCK_BYTES
             assert kind.value in arena.describe_memory()
+            assert arena.describe_memory().endswith(" MiB mapped so")
             assert FILE_BYTES <= os.fstat(arena.fd).st_size < FILE_BYTES + HUGE_PAGE_BYTES
             arena.row(2)[:4] = b"abcd"
             arena.control.publish(0, 9)
@@ -254,6 +255,14 @@ def test_a_kernel_that_cannot_populate_a_mapping_gives_huge_pages_too(
         Arena.create(BLOCKS, BLOCK_BYTES, huge_pages=HugePages.REQUIRE, folder=folder) as arena,
     ):
         assert arena.huge_bytes() >= BLOCKS * BLOCK_BYTES
+
+
+@needs_root
+def test_the_log_says_why_few_pages_are_huge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvtier.primary.arena._MADV_POPULATE_WRITE", 9999)  # as before Linux 5.14
+    with transparent_pages(), Arena.create(BLOCKS, BLOCK_BYTES) as arena:
+        assert arena.memory == Memory(MemoryKind.TRANSPARENT)
+        assert "transparent huge pages, 0 B mapped so; the rest is in 4 KiB pages" in arena.describe_memory()
 
 
 @needs_root
