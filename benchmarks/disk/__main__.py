@@ -16,15 +16,19 @@ from pathlib import Path
 
 from cases import JOB_SIZES, CaseFigures, measure_cases
 from index import NUM_BLOCKS, IndexFigures
+from peers import measure_peers
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from tables import index_table, scheduler_table, speed_table
+from tables import index_table, peer_table, scheduler_table, speed_table
 
 from kvtier.cli.disk_speed.measure import BLOCK_SIZES, ROUND_BYTES
 from kvtier.sizes import parse_size
 
 QUICK_BYTES = 64 << 20
 QUICK_INDEX = 50_000
+PEER_BYTES = 512 << 20
+"""What a peer moves per round, and the size of its arena: there are five of them at once."""
+PEER_JOB = 16
 
 
 def main() -> None:
@@ -38,14 +42,22 @@ def main() -> None:
     parser.add_argument("--bytes", help="what a round moves, at least, for example 1GiB")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--index", type=int, help="blocks in the index of the start that is measured; 0: none")
+    parser.add_argument("--peers", action="store_true", help="compare with other stores of blocks, and only that")
+    parser.add_argument("--arena-path", type=Path, help="with --peers: a tmpfs of huge pages for the arenas")
     options = parser.parse_args()
-    console = Console(width=140)
+    console = Console(width=180 if options.peers else 140)
     default = [128 << 10, 2 << 20] if options.quick else list(BLOCK_SIZES)
     sizes = default if options.blocks is None else [parse_size("blocks", text) for text in options.blocks]
     num_bytes = parse_size("bytes", options.bytes or (QUICK_BYTES if options.quick else ROUND_BYTES))
     rounds = options.rounds or (1 if options.quick else 5)
     num_index = options.index if options.index is not None else (QUICK_INDEX if options.quick else NUM_BLOCKS)
     folder = Path(tempfile.mkdtemp(prefix="kvtier-disk-", dir=options.folder))
+    if options.peers:
+        num_bytes = (
+            parse_size("bytes", options.bytes) if options.bytes else (QUICK_BYTES if options.quick else PEER_BYTES)
+        )
+        compare_with_peers(folder, sizes, num_bytes, rounds, options, console)
+        return
     try:
         figures, index = measure(folder, sizes, options.jobs, num_bytes, rounds, num_index, console)
     finally:
@@ -68,6 +80,27 @@ def measure(
         progress.update(task, description="a large index")
         index = IndexFigures.measure(folder, num_index) if num_index else None
     return figures, index
+
+
+def compare_with_peers(
+    folder: Path, sizes: list[int], num_bytes: int, rounds: int, options: argparse.Namespace, console: Console
+) -> None:
+    """Measure each size; print a table after each, and write JSON if asked."""
+    found, columns = [], (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    try:
+        for size in sizes:
+            with Progress(*columns, console=console, transient=True) as progress:
+                task = progress.add_task("starting", total=None)
+                tell = lambda what: progress.update(task, description=what)  # noqa: B023, E731 - called in this turn only
+                figures = measure_peers(
+                    folder, size, PEER_JOB, num_bytes, rounds, options.arena_path, tell, console.print
+                )
+            console.print(peer_table(figures, PEER_JOB))
+            found += [row.to_json() for row in figures]
+    finally:
+        shutil.rmtree(folder)
+    if options.json is not None:
+        options.json.write_text(json.dumps({"peers": found}, indent=1))
 
 
 def report(figures: list[CaseFigures], index: IndexFigures | None, path: Path | None, console: Console) -> None:

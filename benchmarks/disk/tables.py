@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from cases import CPU_BLOCK_BYTES, CPU_TARGET, STEP_TARGET_MS, CaseFigures
 from index import IndexFigures
+from peers import KVTIER, PeerFigures
 from rich.table import Table
 
 from kvtier.sizes import format_size
@@ -90,6 +91,46 @@ def index_table(figures: IndexFigures) -> Table:
     ):
         table.add_row(name, _marked(shown, late), target)
     return table
+
+
+PEER_TARGETS = {128 << 10: (0.60, 0.70, 0.30), 512 << 10: (0.85, 0.90, 0.20), 2 << 20: (0.90, 0.95, 0.16)}
+"""Least ratios of kvtier's stores and loads to the raw limit with checksums, and most CPU seconds per GB, by bytes per
+block; larger blocks have the last one's."""
+
+
+def peer_table(figures: Sequence[PeerFigures], job_blocks: int) -> Table:
+    """Return a table of kvtier, its peers and the raw limits, one row per block size and each of them."""
+    table = Table(
+        title=f"blocks to and from the disk in jobs of {job_blocks}, the scheduler busy (medians; ! misses its target)",
+        caption="of summed: speed / the raw limit with checksums from huge pages just before and after. CPU: beside the"
+        " scheduler's thread, whose time in the store's calls is us/block. times: kvtier's speed / this one's.",
+    )
+    for column in ("block", "", "memory"):
+        table.add_column(column)
+    for direction in ("store", "load"):
+        for column in ("GB/s", "of summed", "CPU s/GB", "us/block", "times"):
+            table.add_column(f"{direction} {column}", justify="right")
+    for row in figures:
+        own = next(other for other in figures if (other.name, other.block_bytes) == (KVTIER, row.block_bytes))
+        cells = [cell for load in (False, True) for cell in _peer_cells(row, own, load)]
+        table.add_row(format_size(row.block_bytes), row.name, row.memory, *cells)
+    return table
+
+
+def _peer_cells(row: PeerFigures, own: PeerFigures, load: bool) -> list[str]:
+    speed, ratio, cpu, thread = (
+        row.median(load, name) for name in ("gb_per_second", "ratio", "cpu_per_gb", "thread_us")
+    )
+    targets = PEER_TARGETS.get(min(row.block_bytes, max(PEER_TARGETS))) if row is own else None
+    slow = targets is not None and ratio < targets[load]
+    costly = targets is not None and cpu > targets[2]
+    return [
+        f"{speed:.2f}",
+        "" if ratio is None else _marked(f"{ratio:.2f}", slow),
+        _marked(f"{cpu:.3f}", costly),
+        "" if thread is None else f"{thread:.1f}",
+        "" if row is own else f"{own.median(load, 'gb_per_second') / speed:.2f}",
+    ]
 
 
 def _marked(text: str, late: bool) -> str:

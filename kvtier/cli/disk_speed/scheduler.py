@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
 from kvtier.keys import OffloadKey
-from kvtier.secondary.slotted import SlottedTierManager
-from kvtier.types import JobMetadata, ReqContext, ScheduleEndContext
+from kvtier.types import JobMetadata, JobResult, ReqContext, ScheduleEndContext
 
 STEP_SECONDS = 0.002
 """Duration of one step's Python work on an idle processor."""
+
+
+class MeasuredTier(Protocol):
+    """What the scheduler calls of a tier."""
+
+    @property
+    def block_bytes(self) -> int: ...
+    def can_store(self, num_blocks: int, /) -> bool: ...
+    def submit_store(self, job_metadata: JobMetadata, /) -> None: ...
+    def submit_load(self, job_metadata: JobMetadata, /) -> None: ...
+    def get_finished_jobs(self) -> Iterable[JobResult]: ...
+    def on_schedule_end(self, context: ScheduleEndContext, /) -> None: ...
 
 
 @dataclass
@@ -26,12 +38,14 @@ class Steps:
         polls: per step, the time in the tier, without submissions.
         polls_per_job: per step in which jobs ended, the time in the tier divided by the number of these jobs.
         submits: per job, its submission.
+        work_cpu: processor time of all steps' Python work, without the tier.
     """
 
     steps: list[float] = field(default_factory=list)
     polls: list[float] = field(default_factory=list)
     polls_per_job: list[float] = field(default_factory=list)
     submits: list[float] = field(default_factory=list)
+    work_cpu: float = 0.0
 
     def job_seconds(self) -> float:
         """Return the thread's time per job: the median submission plus the median share of a poll."""
@@ -41,14 +55,14 @@ class Steps:
 class BusyScheduler:
     """Drives a tier as the tiering manager does, between pieces of pure Python work."""
 
-    def __init__(self, tier: SlottedTierManager, num_slots: int, most_bytes: int) -> None:
+    def __init__(self, tier: MeasuredTier, num_slots: int, most_bytes: int) -> None:
         """Args: num_slots: of the arena; most_bytes: limit of loads in flight (the tier itself limits its stores)."""
         self._tier = tier
         self._num_slots = num_slots
         self._most_blocks = max(1, most_bytes // tier.block_bytes)
         self._context = ReqContext("speed")
         self._job_id = 0
-        self._turns = _turns_for(STEP_SECONDS)
+        self._turns = turns_for(STEP_SECONDS)
         self.num_failed = 0
         """Number of jobs of which a block failed."""
 
@@ -77,7 +91,9 @@ class BusyScheduler:
         slots, num_in_flight, steps = self._slots(job_blocks), 0, Steps()
         began = start = time.perf_counter()
         while waiting or in_flight:
+            worked = time.thread_time()
             work(self._turns)
+            steps.work_cpu += time.thread_time() - worked
             polled = time.perf_counter()
             results = list(self._tier.get_finished_jobs())
             poll = time.perf_counter() - polled
@@ -131,7 +147,7 @@ def work(turns: int) -> int:
     return total
 
 
-def _turns_for(seconds: float) -> int:
+def turns_for(seconds: float) -> int:
     """Return how many turns of `work` take `seconds` on an idle processor."""
     turns = 10_000
     times = []
