@@ -1,7 +1,7 @@
 """Workers for torch tensors.
 
-CPU tensors are viewed as numpy arrays and get `NumpyOffloadingWorker`. CUDA tensors are copied on a separate stream,
-and the arena's pages are registered with the CUDA driver.
+CPU tensors are viewed as numpy arrays and get `NumpyOffloadingWorker`. CUDA tensors are copied on streams of the
+worker's own, with one call of the driver per transfer, and the arena's pages are registered with the driver.
 """
 
 from __future__ import annotations
@@ -9,15 +9,18 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from kvtier import forks
 from kvtier.abc import OffloadingWorker
-from kvtier.errors import CapacityError, ConfigError
+from kvtier.adapters.cuda import CopyDevice, CudaDevice, DeviceEvent
+from kvtier.adapters.page_copies import Rows, TransferOrder, page_copies
+from kvtier.errors import ConfigError
 from kvtier.primary.control_page import ControlPage
-from kvtier.primary.copies import BlockLayout, CopyPlan, KVCaches
+from kvtier.primary.copies import BlockLayout, KVCaches
 from kvtier.primary.worker import (
     NumpyOffloadingWorker,
     TransferBook,
@@ -26,6 +29,9 @@ from kvtier.primary.worker import (
     sequence_of,
 )
 from kvtier.types import GPULoadStoreSpec, LoadStoreSpec, TransferResult
+
+STREAMS_PER_DIRECTION = 2
+"""The second one begins a transfer while the first one ends another."""
 
 
 def make_worker(
@@ -54,7 +60,8 @@ def make_worker(
         return NumpyOffloadingWorker(view, arrays, engine_blocks_per_block, control, rank)
     if kinds == {"cuda"} and len({tensor.device for tensor in tensors}) == 1:
         pages = KVCaches(rows, kv_caches.group_data_refs)
-        return TorchOffloadingWorker(view, pages, engine_blocks_per_block, control, rank)
+        device = CudaDevice(tensors[0].device)
+        return TorchOffloadingWorker(device, view, pages, engine_blocks_per_block, control, rank)
     raise ConfigError(
         "tensors", [str(tensor.device) for tensor in tensors], "all on the CPU, or all on one CUDA device"
     )
@@ -75,44 +82,60 @@ def byte_rows(index: int, tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class _Transfer:
-    """One transfer on the stream; the event `has_ended` completes after its last copy."""
+    """One transfer on its stream; the event `has_ended` completes after its last copy."""
 
     job_id: int
+    number: int
     sequence: int
+    stream: Any
     success: bool
     num_bytes: int
     started: float
-    has_ended: torch.cuda.Event
+    has_ended: DeviceEvent
 
 
 class TorchOffloadingWorker(OffloadingWorker):
-    """Copies between slots and CUDA tensors on one side stream, in the order of submission.
+    """Copies between slots and tensors of a device, on two streams per direction.
 
-    The side stream first waits for the stream that is current at `submit_*`: so a store reads finished results, and a
-    load overwrites nothing that is still read. `get_finished` polls one event per transfer.
+    A transfer first waits for the stream that is current at `submit_*`: so a store reads finished results, and a load
+    overwrites nothing that is still read. It also waits for earlier transfers of its slots or engine blocks. Otherwise
+    transfers may overtake each other. `get_finished` polls one event per transfer.
     """
 
     def __init__(
         self,
+        device: CopyDevice,
         view: memoryview,
         kv_caches: KVCaches,
         engine_blocks_per_block: int = 1,
         control: ControlPage | None = None,
         rank: int = 0,
     ) -> None:
-        """Register the arena's pages with the driver and create the stream; arguments as in `make_worker`."""
+        """Register the arena's pages with the device and create the streams.
+
+        Args:
+            device: where the tensors are.
+            view: as for `NumpyOffloadingWorker`, like the arguments below.
+            kv_caches: tensors of int8, 2-D, rows of any stride.
+
+        Raises:
+            ConfigError: a shape is wrong, or a block does not fit into a slot.
+            CapacityError: the device refused the arena's pages.
+        """
         self._layout = BlockLayout.of(kv_caches, engine_blocks_per_block)
         check_slot_bytes(self._layout, view)
+        self._view = view  # the mapping lives as long as copies may run
         self._tensors = kv_caches.tensors
-        self._arena = torch.from_numpy(np.asarray(view).view(np.int8))
-        self._device = kv_caches.tensors[0].device
+        arena = np.asarray(view)
+        self._arena = Rows(arena.ctypes.data, arena.strides[0])
+        self._rows = [Rows(tensor.data_ptr(), tensor.stride(0)) for tensor in kv_caches.tensors]
+        self._order = TransferOrder(len(view), max(map(len, kv_caches.tensors)))
         self._book = TransferBook(control, rank)
         self._running: dict[int, _Transfer] = {}
-        with torch.cuda.device(self._device):
-            status = int(torch.cuda.cudart().cudaHostRegister(self._arena.data_ptr(), self._arena.nbytes, 0))
-            if status:
-                raise CapacityError(f"cudaHostRegister of {self._arena.nbytes} bytes failed with status {status}")
-            self._stream = torch.cuda.Stream()
+        self._device = device
+        # A share of an arena has gaps between its rows.
+        device.register(self._arena.address, (len(view) - 1) * self._arena.stride + arena.shape[1])
+        self._stores, self._loads = ([device.make_stream() for _ in range(STREAMS_PER_DIRECTION)] for _ in range(2))
         self._left_to_parent = False
         forks.register(self)
 
@@ -131,7 +154,7 @@ class TorchOffloadingWorker(OffloadingWorker):
     ) -> bool:
         """Queue copies of slots into engine blocks, after all work already queued on the current stream.
 
-        An expedited load takes its turn, too: all copies share one stream.
+        Any load takes the stream with the fewest transfers, so an expedited one has no road of its own.
         """
         self._submit(job_id, dst_spec, src_spec, to_slots=False)
         return True
@@ -139,9 +162,8 @@ class TorchOffloadingWorker(OffloadingWorker):
     def get_finished(self) -> list[TransferResult]:
         """Return the transfers whose event has completed since the last call."""
         for transfer in list(self._running.values()):
-            if not transfer.has_ended.query():
-                break  # a CUDA stream runs in order: later transfers end later
-            self._end(transfer)
+            if transfer.has_ended.query():
+                self._end(transfer)
         return self._book.take()
 
     def wait(self, job_ids: set[int]) -> None:
@@ -150,15 +172,14 @@ class TorchOffloadingWorker(OffloadingWorker):
             self._running[job_id].has_ended.synchronize()
 
     def shutdown(self) -> None:
-        """Wait for the stream, then unregister the arena's pages; no call may follow."""
+        """Wait for all transfers, then unregister the arena's pages; no call may follow."""
         if self._left_to_parent:
             return
-        self._stream.synchronize()
         for transfer in list(self._running.values()):
+            transfer.has_ended.synchronize()
             self._end(transfer)
-        with torch.cuda.device(self._device):
-            torch.cuda.cudart().cudaHostUnregister(self._arena.data_ptr())
-        self._tensors, self._arena = (), torch.empty((0, 0), dtype=torch.int8)
+        self._device.unregister(self._arena.address)
+        self._tensors, self._view = (), memoryview(b"")
 
     def _submit(self, job_id: int, gpu_spec: GPULoadStoreSpec, slots: LoadStoreSpec, *, to_slots: bool) -> None:
         sequence, started = sequence_of(slots), time.perf_counter()
@@ -166,48 +187,33 @@ class TorchOffloadingWorker(OffloadingWorker):
         try:
             if self._left_to_parent:
                 raise ValueError("this is a forked child: the worker belongs to the parent process")
-            plan = plan_transfer(self._layout, gpu_spec, slots, len(self._arena))
+            plan = plan_transfer(self._layout, gpu_spec, slots, len(self._view))
         except ValueError as error:
             self._book.report(job_id, error)
             self._book.end(TransferResult(job_id, success=False), sequence)
             return
-        success, has_ended, current = True, torch.cuda.Event(), torch.cuda.current_stream(self._device)
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            try:
-                self._stream.wait_stream(current)
-                copy_pages(self._layout, plan, self._arena, self._tensors, to_slots=to_slots)
-            except RuntimeError as error:  # copies that were queued before the error still run: wait for their event
-                self._book.report(job_id, error)
-                success = False
-            has_ended.record(self._stream)
-        self._running[job_id] = _Transfer(job_id, sequence, success, plan.num_bytes, started, has_ended)
+        copies = page_copies(self._layout, plan, self._rows, self._arena)
+        number, earlier = self._order.enter(copies)
+        events = [transfer.has_ended for transfer in self._running.values() if transfer.number in earlier]
+        stream, success = self._idlest(self._stores if to_slots else self._loads), True
+        try:
+            self._device.wait(stream, events)
+            if len(copies):
+                # Slots hold what they hold, unless a store of an earlier transfer fills them first.
+                self._device.copy(stream, copies, to_slots=to_slots, early=not to_slots and not events)
+        except RuntimeError as error:  # copies that were queued before the error still run: wait for their event
+            self._book.report(job_id, error)
+            success = False
+        self._running[job_id] = _Transfer(
+            job_id, number, sequence, stream, success, plan.num_bytes, started, self._device.record(stream)
+        )
+
+    def _idlest(self, streams: Sequence[Any]) -> Any:
+        """Return the stream with the fewest running transfers."""
+        return min(streams, key=lambda stream: sum(running.stream is stream for running in self._running.values()))
 
     def _end(self, transfer: _Transfer) -> None:
         del self._running[transfer.job_id]
         seconds = time.perf_counter() - transfer.started
         result = TransferResult(transfer.job_id, transfer.success, transfer.num_bytes, seconds)
         self._book.end(result, transfer.sequence)
-
-
-def copy_pages(
-    layout: BlockLayout, plan: CopyPlan, arena: torch.Tensor, tensors: Sequence[torch.Tensor], *, to_slots: bool
-) -> None:
-    """Queue a plan on the current stream, page by page: torch copies strided memory through an unpinned buffer.
-
-    Args:
-        arena: int8, shape (num_slots, slot_bytes), pinned if the tensors are on a device.
-        tensors: int8, shape (num_engine_blocks, row_bytes) each.
-    """
-    factor = layout.engine_blocks_per_block
-    for group_idx, runs in plan.groups:
-        part_bytes = layout.engine_block_bytes(group_idx)
-        for ref, offset in layout.page_offsets(group_idx):
-            rows = tensors[ref.tensor_idx]
-            for run in runs:
-                for step in range(run.length):
-                    slot, part = divmod(run.slot * factor + run.part + step, factor)
-                    start = part * part_bytes + offset
-                    page = arena[slot, start : start + ref.page_bytes]
-                    row = rows[run.engine_block + step, : ref.page_bytes]
-                    source, target = (row, page) if to_slots else (page, row)
-                    target.copy_(source, non_blocking=True)

@@ -1,16 +1,16 @@
-"""Workers over torch tensors: on the CPU through numpy, on CUDA over a side stream."""
+"""Workers over torch tensors: on the CPU through numpy, on CUDA over streams of their own."""
 
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="TORCH IS NOT INSTALLED: its workers were not checked")
 
-from kvtier.adapters.torch import TorchOffloadingWorker, byte_rows, copy_pages, make_worker  # noqa: E402 - needs torch
+from kvtier.adapters import cuda  # noqa: E402 - needs torch
+from kvtier.adapters.torch import TorchOffloadingWorker, byte_rows, make_worker  # noqa: E402 - as above
 from kvtier.errors import ConfigError  # noqa: E402 - as above
 from kvtier.primary.arena import Arena, align_block_bytes  # noqa: E402 - as above
-from kvtier.primary.copies import BlockLayout, KVCaches, plan_copies  # noqa: E402 - as above
+from kvtier.primary.copies import KVCaches  # noqa: E402 - as above
 from kvtier.primary.worker import NumpyOffloadingWorker  # noqa: E402 - as above
 from kvtier.types import CPULoadStoreSpec, GPULoadStoreSpec  # noqa: E402 - as above
 
@@ -72,27 +72,19 @@ def test_tensors_that_cannot_be_viewed_are_refused(arena: Arena) -> None:
         make_worker(arena.view, KVCaches([torch.zeros((4, 8), device="meta")]))
 
 
-@pytest.mark.parametrize("factor", [1, 3])
-def test_torch_copies_what_numpy_copies(factor: int) -> None:
-    tensors = [byte_rows(index, tensor) for index, tensor in enumerate(make_tensors("cpu"))]
-    slot_bytes = factor * 2 * PAGE + 5
-    arenas = [torch.zeros((16, slot_bytes), dtype=torch.int8) for _ in range(2)]
-    layout = BlockLayout.of(KVCaches(tensors, REFS), factor)
-    gpu_spec = GPULoadStoreSpec([4, 5, 6, 1, 8, 9], [4, 2], [factor - 1, 0])
-    slots = CPULoadStoreSpec([2, 3, 4, 9, 0, 1] if factor == 1 else [2, 3, 5])
-    copy_pages(layout, plan_copies(layout, gpu_spec, slots, 16), arenas[0], tensors, to_slots=True)
-    worker = NumpyOffloadingWorker(
-        memoryview(arenas[1].numpy()), KVCaches([tensor.numpy() for tensor in tensors], REFS), factor
-    )
-    worker.submit_store(1, gpu_spec, slots)
-    assert worker.get_finished()[0].success
-    assert arenas[0].any()
-    assert np.array_equal(arenas[0].numpy(), arenas[1].numpy())
+@pytest.mark.gpu
+@needs_cuda
+def test_cuda_round_trip(arena: Arena) -> None:
+    round_trip(arena, "cuda")
 
 
 @pytest.mark.gpu
 @needs_cuda
-def test_cuda_round_trip(arena: Arena) -> None:
+def test_cuda_round_trip_where_the_driver_copies_one_page_per_call(
+    arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = cuda.DriverCopies.find()
+    monkeypatch.setattr(cuda.DriverCopies, "find", lambda: cuda.DriverCopies(None, found.single))
     round_trip(arena, "cuda")
 
 
