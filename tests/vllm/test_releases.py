@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -31,10 +32,17 @@ def python_of(release):
     return python
 
 
-def path_to_kvtier():
-    """Return an environment in which another release finds this kvtier and its entry point, not installed there."""
-    root = str(Path(kvtier.__file__).parents[1])
-    return {"PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
+@pytest.fixture(scope="module")
+def path_to_kvtier(tmp_path_factory):
+    """Return an environment in which another release finds this kvtier, which is not installed there.
+
+    A path to the sources is not enough: vLLM looks for the entry points of installed packages.
+    """
+    found = tmp_path_factory.mktemp("found") / "kvtier-0.dist-info"
+    found.mkdir()
+    (found / "entry_points.txt").write_text(distribution("kvtier").read_text("entry_points.txt"))
+    paths = [str(found.parent), str(Path(kvtier.__file__).parents[1]), os.environ.get("PYTHONPATH")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def over(directory):
@@ -68,9 +76,9 @@ def compute(model, dtype, folder, **options):
 
 
 @pytest.mark.parametrize("release", OTHERS)
-def test_another_release_computes_the_same_and_finds_it_on_the_disk(computed_here, release, tmp_path):
+def test_another_release_computes_the_same_and_finds_it_on_the_disk(computed_here, release, path_to_kvtier, tmp_path):
     model, dtype, blocks, answers, directory = computed_here
-    there = {"python": python_of(release), "environment": path_to_kvtier()}
+    there = {"python": python_of(release), "environment": path_to_kvtier}
     (tmp_path / "new").mkdir()
     theirs, their_answers, _ = compute(model, dtype, tmp_path / "new", **there)
     # Which windows of a sliding layer are offered differs from release to release.
