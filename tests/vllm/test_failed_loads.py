@@ -7,19 +7,17 @@ from pathlib import Path
 
 import pytest
 from vllm.v1.kv_offload import base
-from vllm_engine import Engine, prompt, wait_until_up, written
+from vllm_engine import TIERS_OF_TESTS, Engine, prompt, wait_until_up, written
 
 from kvtier.adapters.vllm.compat import HAS_FAILED_RECEIVES
 from kvtier.testing.patience import wait_for
 
-HERE = str(Path(__file__).parent)
 TOKENS = 5 * 128
 """Tokens of a prompt of 700 that whole blocks hold."""
 
 
 def faulty_engine(model, log, connector="kvtier", **options):
-    environment = {"PYTHONPATH": os.pathsep.join([HERE, os.environ.get("PYTHONPATH", "")])}
-    environment |= options.pop("environment", {})
+    environment = TIERS_OF_TESTS | options.pop("environment", {})
     return Engine(
         model,
         log,

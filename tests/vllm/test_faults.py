@@ -1,11 +1,7 @@
 """Tiers that hang, lie, raise or cannot start, and reset, sleep and exit while they do."""
 
-from pathlib import Path
-
 import pytest
-from vllm_engine import Engine, prompt
-
-HERE = str(Path(__file__).parent)
+from vllm_engine import TIERS_OF_TESTS, Engine, prompt
 
 
 def engine_with(model, tmp_path, kind, **keys):
@@ -14,7 +10,7 @@ def engine_with(model, tmp_path, kind, **keys):
         model,
         tmp_path / "log",
         kvtier={"secondary_tiers": [tier], "load_deadline": 1.0, "drain_timeout": 1.0, "tier_deadline": 2.0} | keys,
-        environment={"PYTHONPATH": HERE},
+        environment=TIERS_OF_TESTS,
     )
 
 

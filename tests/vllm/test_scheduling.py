@@ -1,9 +1,7 @@
 """What vLLM's scheduler does to requests while their blocks are on the way: preemption, and aborts."""
 
-from pathlib import Path
-
 import pytest
-from vllm_engine import Engine, prompt
+from vllm_engine import TIERS_OF_TESTS, Engine, prompt
 
 from kvtier.testing.patience import wait_for
 
@@ -44,7 +42,7 @@ def engine(model, gate, tmp_path_factory):
         "cpu_bytes_to_use": 8 * 2 * 2 * BLOCK * 64 * 4,
         "load_deadline": 60.0,
     }
-    environment = {"PYTHONPATH": str(Path(__file__).parent), "KVTIER_TEST_GATE": str(gate)}
+    environment = TIERS_OF_TESTS | {"KVTIER_TEST_GATE": str(gate)}
     log = tmp_path_factory.mktemp("gated") / "log"
     with Engine(model, log, kvtier=keys, environment=environment, num_gpu_blocks_override=24) as engine:
         yield engine

@@ -1,10 +1,9 @@
 """Weights that change in a running engine, and engines that pause and sleep."""
 
 import shutil
-from pathlib import Path
 
 import pytest
-from vllm_engine import Engine, prompt, wait_until_up, written
+from vllm_engine import TIERS_OF_TESTS, Engine, prompt, wait_until_up, written
 
 from kvtier.testing.patience import wait_for
 
@@ -77,8 +76,7 @@ def hanging(model, tmp_path):
         "drain_timeout": 1.0,
         "job_deadline": 60.0,
     }
-    here = {"PYTHONPATH": str(Path(__file__).parent)}
-    with Engine(model, tmp_path / "log", kvtier=keys, environment=here) as engine:
+    with Engine(model, tmp_path / "log", kvtier=keys, environment=TIERS_OF_TESTS) as engine:
         yield engine
 
 

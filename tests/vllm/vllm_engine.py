@@ -56,6 +56,10 @@ def transfer_config(connector=None, **keys):
     return {**chosen, "kv_role": "kv_both", "kv_connector_extra_config": extra}
 
 
+TIERS_OF_TESTS = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
+"""Environment in which an engine and its processes find the tiers and workers that lie beside the tests."""
+
+
 def environment_of(*changes):
     """Return the environment of an engine's process; None takes a variable out."""
     merged = os.environ | ENVIRONMENT
