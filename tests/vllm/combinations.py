@@ -21,6 +21,8 @@ class Combination:
         role: vLLM's `kv_role`.
         finds: whether a prompt that comes again is found.
         says: what the log says if it is not.
+        stops: what vLLM says when it does not start, or stops at the first request, "" if it serves.
+        alone: whether vLLM stops in the same way without kvtier.
     """
 
     name: str
@@ -30,6 +32,8 @@ class Combination:
     role: str = "kv_both"
     finds: bool = True
     says: str = ""
+    stops: str = ""
+    alone: bool = False
 
 
 WORKS = "works"
@@ -82,8 +86,41 @@ COMBINATIONS = (
         "async scheduling", "works with vLLM's scheduler over a simulated model; on CPUs vLLM itself never turns it on"
     ),
     Combination("`sleep`", "works on CPUs as far as vLLM sleeps there: caches are emptied, no memory is freed"),
-    Combination("`--kv-cache-dtype fp8`", "untested: vLLM needs AVX-512 for it on CPUs"),
-    Combination("Mamba with `--enable-prefix-caching`", "untested: vLLM 0.32 fails on CPUs"),
-    Combination("pipeline parallelism", "untested: the workers of vLLM 0.32 stop at the first request on CPUs"),
-    Combination("encoder-decoder, multimodal", "untested"),
+    Combination("multimodal (Qwen2-Audio)", "works; a prompt with another sound is not found", "audio", DUMMY | {
+        "skip_tokenizer_init": False,
+    }),
+    Combination(
+        "encoder-decoder (Whisper)",
+        "vLLM (0.28 to 0.33) does not start with any KV connector",
+        "whisper",
+        DUMMY | {"skip_tokenizer_init": False, "max_model_len": 440},
+        stops="Encoder-decoder models are not currently supported with KV connectors",
+    ),
+    Combination(
+        "`--kv-cache-dtype fp8`",
+        'untested: without AVX-512 or AMX vLLM does not start with it on CPUs, with or without kvtier ("FP8 KV cache on'
+        ' CPU requires x86 with AVX-512 or AMX")',
+        "llama",
+        {"kv_cache_dtype": "fp8"},
+        stops="FP8 KV cache on CPU requires x86 with AVX-512 or AMX",
+        alone=True,
+    ),
+    Combination(
+        "Mamba with `--enable-prefix-caching`",
+        "untested: vLLM 0.32 stops at the first request on CPUs, with or without kvtier (an IndexError of its Mamba"
+        " layer)",
+        "mamba",
+        DUMMY | {"enable_prefix_caching": True},
+        stops="in conv_ssm_forward",
+        alone=True,
+    ),
+    Combination(
+        "pipeline parallelism",
+        "untested: vLLM 0.32 stops at the first request on CPUs, with or without kvtier (its second stage has no"
+        " `intermediate_tensors`)",
+        "llama",
+        {"pipeline_parallel_size": 2},
+        stops="assert self.intermediate_tensors is not None",
+        alone=True,
+    ),
 )  # fmt: skip

@@ -50,20 +50,37 @@ def make_engine(options):
     return LLM(**(defaults | options))
 
 
-def generate(engine, prompts, max_tokens=12, adapter=None, **parameters):
+def generate(engine, prompts, max_tokens=12, adapter=None, image=None, audio=None, **parameters):
     """Args:
     adapter: (name, number, path, load in place) of a LoRA adapter.
+    image, audio: the seed of noise that each prompt has as an image or as a second of sound.
     """
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, **parameters)
-    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+    media = {"image": noise_image(image)} if image is not None else {}
+    media |= {"audio": noise_audio(audio)} if audio is not None else {}
+    asked = [{"prompt_token_ids": prompt} | ({"multi_modal_data": media} if media else {}) for prompt in prompts]
     started = time.perf_counter()
     outputs = engine.generate(asked, sampling, use_tqdm=False, lora_request=adapter_request(adapter))
     return {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "seconds": time.perf_counter() - started,
     }
+
+
+def noise_image(seed):
+    import numpy as np
+    from PIL import Image
+
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+
+
+def noise_audio(seed):
+    """Return (samples, samples per second)."""
+    import numpy as np
+
+    return np.random.default_rng(seed).standard_normal(16_000).astype(np.float32), 16_000
 
 
 def adapter_request(adapter):

@@ -207,3 +207,81 @@ def save_deepseek(folder: Path, seed: int = 0) -> Path:
         weights[f"{attention}.kv_b_proj.weight"] = random(heads * (nope + value), latent)
         weights[f"{attention}.o_proj.weight"] = random(hidden, heads * value)
     return save(folder, config, weights)
+
+
+SOUND = {510: "<|audio_bos|>", 511: "<|AUDIO|>", 509: "<|audio_eos|>"}
+"""What stands for a sound in a prompt for `save_audio_model`, in this order: the tokens' ids and names."""
+
+
+def save_audio_model(folder: Path) -> Path:
+    """Write a model of Qwen2-Audio's shape without weights, with all that vLLM needs to take sounds in prompts."""
+    from transformers import Qwen2AudioProcessor, WhisperFeatureExtractor
+
+    text = llama_config(architectures=["Qwen2ForCausalLM"], model_type="qwen2")
+    audio = {
+        "model_type": "qwen2_audio_encoder",
+        "d_model": 32,
+        "encoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 64,
+        "num_mel_bins": 80,
+        "max_source_positions": 1500,
+    }
+    config = {
+        "architectures": ["Qwen2AudioForConditionalGeneration"],
+        "model_type": "qwen2_audio",
+        "audio_token_index": 511,
+        "torch_dtype": "float32",
+        "text_config": text,
+        "audio_config": audio,
+    }
+    Qwen2AudioProcessor(WhisperFeatureExtractor(feature_size=80), tokenizer_with(SOUND)).save_pretrained(folder)
+    return save_config(folder, config)
+
+
+def save_whisper(folder: Path) -> Path:
+    """Write a model of Whisper's shape, an encoder and a decoder, without weights."""
+    from transformers import WhisperFeatureExtractor
+
+    config = {
+        "architectures": ["WhisperForConditionalGeneration"],
+        "model_type": "whisper",
+        "vocab_size": VOCABULARY,
+        "num_mel_bins": 80,
+        "d_model": 64,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+        "max_source_positions": 1500,
+        "max_target_positions": 448,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "decoder_start_token_id": 511,
+        "torch_dtype": "float32",
+    }
+    tokenizer_with({511: "<|startoftranscript|>"}).save_pretrained(folder)
+    WhisperFeatureExtractor(chunk_length=2).save_pretrained(folder)
+    return save_config(folder, config)
+
+
+def tokenizer_with(special: dict[int, str]):
+    """Return a tokenizer of VOCABULARY words, of which some are special."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    ends = {0: "<unk>", 1: "<s>", 2: "</s>"}
+    words = {(ends | special).get(index, f"word{index}"): index for index in range(VOCABULARY)}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<unk>",
+        additional_special_tokens=list(special.values()),
+    )
