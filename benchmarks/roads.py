@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -235,11 +235,8 @@ def structure() -> dict[str, int]:
 
 
 def _fields_of_state() -> set[str]:
-    """Return the names of a request's fields: those that are set, and those with a default in the class."""
-    state = RequestState(ReqContext("one"), 0.0)
-    state.begin_to_act()
-    declared = (name for name, value in vars(RequestState).items() if not callable(value) and name[0] != "_")
-    return {*vars(state), *(name for name in declared if not isinstance(vars(RequestState)[name], property))}
+    """Return the names of a request's fields."""
+    return {each.name for each in fields(RequestState)}
 
 
 def _module(path: Path) -> str:

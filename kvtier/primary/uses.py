@@ -30,8 +30,10 @@ class Arrivals:
     def next(self) -> float:
         """Return the time for a request that comes now, in seconds of the clock."""
         now = self._clock()
-        self._last = now if now > self._last else math.nextafter(self._last, math.inf)
-        return self._last
+        if now <= self._last:
+            now = math.nextafter(self._last, math.inf)
+        self._last = now
+        return now
 
 
 class RequestUses:

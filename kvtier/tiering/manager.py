@@ -185,6 +185,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         self._cascades = Cascades(table, guards, self._pace, self._primary.block_bytes, clock, observer)
         self._note_use = Usage(self._table, self._tiers, self._cascades, self._retention).note
         self._scanned = ScannedRequests()
+        self._has_to_poll = bool(guards) or self._watcher is not None or self._left is not None
         self._polled = False
         self._current: ReqContext | None = None
         self._state: RequestState
@@ -239,14 +240,15 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         """
         if not self._polled:
             self._poll_once()
-        state = self._requests.get(req_context.req_id)
+        state = self._requests.get_acting(req_context.req_id)
         return state is not None and self._promoter.is_as_planned(state, first_key, shortest)
 
     @in_turn
     def _enter(self, req_context: ReqContext) -> None:
         if not self._polled:
             self._poll()
-        self._state = state = self._requests.open(req_context)
+        # A lookup by a thread that takes no turns may meet the state from now on.
+        self._state = state = self._requests.open(req_context).begin_to_act()
         self._current, self._scan = req_context, state.scan.keys
         if not self._scan:
             self._scanned.add(state)
@@ -255,7 +257,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
 
     def get_load_source(self, key: OffloadKey, req_context: ReqContext) -> str:
         """Return the tier that a hit of this request came from: "primary", or the name of a secondary tier."""
-        state = self._requests.get(req_context.req_id)
+        state = self._requests.get_acting(req_context.req_id)
         return state.plans.sources.get(key, PRIMARY) if state is not None else PRIMARY
 
     # -- transfers between device and primary -------------------------------------------------------------
@@ -267,7 +269,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         Raises:
             BlockNotReadyError: a key is not ready; nothing was pinned.
         """
-        state = self._requests.open(req_context)
+        state = self._requests.open(req_context).begin_to_act()
         ordered = keys if isinstance(keys, list) else list(keys)
         leased = None if state.copies.loading else self._promoter.hand_over(state, ordered)
         if leased is None:
@@ -297,7 +299,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
 
         With `success=False` the load need not have been prepared: `prepare_load` may have raised.
         """
-        state = self._requests.get(req_context.req_id)
+        state = self._requests.get_acting(req_context.req_id)
         dropped = self._transfers.end_load(req_context.req_id, state, keys, success)
         if not success:
             self._promoter.lose(self._requests, frozenset(dropped))
@@ -318,7 +320,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         distinct = set(slots)
         once = ordered if len(distinct) == len(slots) else list(dict.fromkeys(ordered))
         state = self._requests.get(req_context.req_id)
-        uses = RequestUses(self._clock()) if state is None else state.uses
+        uses = RequestUses(self._clock()) if state is None else state.begin_to_act().uses
         self._note_use(once, req_context, uses, all_held=None not in distinct)
 
     @in_turn
@@ -330,7 +332,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         """
         if not self._polled:
             self._poll()
-        state = self._requests.open(req_context)
+        state = self._requests.open(req_context).begin_to_act()
         ordered = keys if isinstance(keys, list) else list(keys)
         self._note_begun(state)
         self._pace.note_store(state, ordered)
@@ -369,7 +371,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
     @in_turn
     def complete_store(self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True) -> None:
         """Make stored blocks loadable and offer them to every tier; see `OffloadingManager.complete_store`."""
-        state = self._requests.get(req_context.req_id)
+        state = self._requests.get_acting(req_context.req_id)
         ready = self._transfers.end_store(req_context.req_id, state, keys, success)
         if self._flights.late:
             self._flights.end_stores(keys)
@@ -391,11 +393,13 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         """Register a request. Return REQUEST_LEVEL if any tier wants all of its blocks."""
         state = self._requests.open(req_context)
-        hint = NO_HINT if req_context.kv_transfer_params is None else self._read_hint(req_context)
-        if hint is not NO_HINT or state.has_acted:
-            state.uses.hint = hint
-        if self._tiers.guards:
-            state.request_level_tiers = self._tiers.announce(req_context)
+        if req_context.kv_transfer_params is not None or state.has_acted:
+            hint = self._read_hint(req_context)
+            if hint is not NO_HINT or state.has_acted:
+                state.begin_to_act().uses.hint = hint
+        if not self._tiers.guards:
+            return _BLOCK_LEVEL
+        state.request_level_tiers = self._tiers.announce(req_context)
         return _REQUEST_LEVEL if state.request_level_tiers else _BLOCK_LEVEL
 
     def _read_hint(self, req_context: ReqContext) -> Hint:
@@ -427,7 +431,8 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
     @in_turn
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         """Collect results, end waits and leases that are over, and plan promotions, oldest request first."""
-        self._poll()
+        if self._has_to_poll or self._transfers.stale.pending:
+            self._poll()
         now = self._clock()
         self._pace.end_step(now)
         for req_id in context.new_req_ids:
@@ -435,8 +440,8 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
             if state is not None:
                 self._note_begun(state)
         for req_id in context.preempted_req_ids:
-            state = self._requests.get(req_id)
-            if state is not None and state.has_acted:
+            state = self._requests.get_acting(req_id)
+            if state is not None:
                 self._begin_attempt(state)
         if self._scanned.states or self._requests.active:
             self._plan(now)

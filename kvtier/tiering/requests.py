@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Self
 
 from kvtier.clock import Clock
 from kvtier.errors import InvariantError
@@ -17,8 +16,6 @@ from kvtier.tiering.tiers import SecondaryTiers
 from kvtier.types import ReqContext, TierFilter
 
 _ALL_TIERS = TierFilter.ALL
-_MAKING = threading.Lock()
-"""Held while a request's parts are made."""
 
 
 @dataclass(slots=True, eq=False)
@@ -177,6 +174,7 @@ class Copies:
         return bool(self.storing or self.loading)
 
 
+@dataclass(slots=True, eq=False)
 class RequestState:
     """One request.
 
@@ -187,43 +185,37 @@ class RequestState:
         request_level_tiers: indices of tiers that want every block of the request, prefix hits included. Written by
             the manager.
         finished: whether the engine has ended it. Its copies may still run. Written by the manager.
-        has_acted: whether it has the following parts. They are made when one of them is first used: engines announce
-            thousands of requests that they have not come to, and some requests never use the cache.
+        is_new: whether the engine has neither looked it up nor begun it. Written by `Requests`.
+        has_acted: whether it has the following parts. They are made when it first looks up, loads, stores or uses a
+            block: engines announce thousands of requests that they have not come to, and some never use the cache.
         awaiting: keys of promotions, queued or in flight, that this request waits for. Written by `flights.py`.
         uses: the blocks that it has used and stored. Written by `uses.py` and the manager.
     """
 
-    request_level_tiers: tuple[int, ...] = ()
-    finished = False
-    has_acted = False
+    context: ReqContext
+    came: float
+    tiers: tuple[int, ...] = ()
+    request_level_tiers: tuple[int, ...] = field(default=(), init=False)
+    finished: bool = field(default=False, init=False)
+    is_new: bool = field(default=True, init=False)
+    has_acted: bool = field(default=False, init=False)
+    awaiting: set[OffloadKey] = field(init=False, repr=False)
+    uses: RequestUses = field(init=False, repr=False)
+    scan: Scan = field(init=False, repr=False)
+    wait: Wait = field(init=False, repr=False)
+    lease: Lease = field(init=False, repr=False)
+    plans: Plans = field(init=False, repr=False)
+    progress: Progress = field(init=False, repr=False)
+    copies: Copies = field(init=False, repr=False)
 
-    awaiting: set[OffloadKey]
-    uses: RequestUses
-    scan: Scan
-    wait: Wait
-    lease: Lease
-    plans: Plans
-    progress: Progress
-    copies: Copies
-
-    def __init__(self, context: ReqContext, came: float, tiers: tuple[int, ...] = ()) -> None:
-        self.context, self.came, self.tiers = context, came, tiers
-
-    def __getattr__(self, name: str) -> Any:
-        """Make the parts: Python calls this when an attribute is not there."""
-        if name not in _PARTS:
-            raise AttributeError(f"a request's state has no {name!r}")
-        self.begin_to_act()
-        return object.__getattribute__(self, name)
-
-    def begin_to_act(self) -> None:
-        """Make the parts, once, even if threads call without a lock of their own."""
-        with _MAKING:
-            if not self.has_acted:
-                self.awaiting, self.uses = set(), RequestUses(self.came, self.context.req_id)
-                self.scan, self.wait, self.lease = Scan(), Wait(), Lease()
-                self.plans, self.progress, self.copies = Plans(), Progress(), Copies()
-                self.has_acted = True
+    def begin_to_act(self) -> Self:
+        """Make the parts, if that has not been done."""
+        if not self.has_acted:
+            self.awaiting, self.uses = set(), RequestUses(self.came, self.context.req_id)
+            self.scan, self.wait, self.lease = Scan(), Wait(), Lease()
+            self.plans, self.progress, self.copies = Plans(), Progress(), Copies()
+            self.has_acted = True
+        return self
 
     @property
     def may_wait(self) -> bool:
@@ -243,9 +235,6 @@ class RequestState:
             or plans.scan is not None
             or (plans.outline is not None and not plans.outline.is_done)
         )
-
-
-_PARTS = frozenset(RequestState.__annotations__) - {"request_level_tiers"}
 
 
 class ScannedRequests:
@@ -295,6 +284,7 @@ class Requests:
     """The requests that are live, or that have unfinished copies between device and arena.
 
     Attributes:
+        num_new: number of live requests that the engine has neither looked up nor begun. They hold nothing.
         active: the live ones that a step has to look at. The others are new, or only decode: their blocks are loaded or
             computed, and they wait for nothing.
     """
@@ -303,12 +293,17 @@ class Requests:
         """Args: tiers: told when a request is over."""
         self._tiers, self._times = tiers, Arrivals(clock)
         self._by_id: dict[str, RequestState] = {}
-        # Engines hold thousands of requests that they have not come to yet. They are kept apart, so that no step
+        # Engines hold thousands of requests that they have not come to yet. They are only counted, so that no step
         # visits each of them.
-        self._new: set[RequestState] = set()
+        self.num_new = 0
         self.active: set[RequestState] = set()
         self.get: Callable[[str], RequestState | None] = self._by_id.get
         """Return the state of a request, or None. The dict's own method: it is called many times per request."""
+
+    def get_acting(self, req_id: str) -> RequestState | None:
+        """Return the state of a request that has acted, or None."""
+        state = self._by_id.get(req_id)
+        return state if state is not None and state.has_acted else None
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -317,20 +312,17 @@ class Requests:
         """Yield the requests that have acted; the others hold nothing and wait for nothing."""
         return iter([state for state in self._by_id.values() if state.has_acted])
 
-    @property
-    def num_new(self) -> int:
-        """Number of live requests that the engine has neither looked up nor begun. They wait for and hold nothing."""
-        return len(self._new)
-
     def note_begun(self, state: RequestState) -> None:
         """Note that the engine computes this request. It never looks up some, for example prompts below one block."""
-        self._new.discard(state)
+        if state.is_new:
+            state.is_new = False
+            self.num_new -= 1
 
     def activate(self, states: Iterable[RequestState]) -> None:
         """Look at these requests at each step from now on: the engine has looked them up, or begins them anew."""
         for state in states:
             if not state.finished and state not in self.active:
-                self._new.discard(state)
+                self.note_begun(state)
                 self.active.add(state)
 
     def retire(self, states: Iterable[RequestState]) -> None:
@@ -351,17 +343,18 @@ class Requests:
         tiers = self._tiers.all_indices if wanted is _ALL_TIERS else self._tiers.allowed(wanted)
         state = RequestState(context, self._times.next(), tiers)
         if former is not None:
-            state.begin_to_act()
-            state.copies = former.copies
+            state.begin_to_act().copies = former.copies
         self._by_id[context.req_id] = state
-        self._new.add(state)
+        self.num_new += 1
         return state
 
     def close(self, state: RequestState) -> None:
         """Drop the request if it is finished and has no unfinished copies."""
         if not state.finished:
             return
-        self._new.discard(state)
+        if state.is_new:  # `note_begun`, inlined: this runs for each request, also for those that never act
+            state.is_new = False
+            self.num_new -= 1
         if state.has_acted:
             self.active.discard(state)
             if state.copies.are_unfinished:
@@ -372,12 +365,14 @@ class Requests:
 
     def check_invariants(self) -> None:
         """Raise InvariantError if a request's parts contradict each other."""
+        if self.num_new != sum(state.is_new for state in self._by_id.values()):
+            raise InvariantError(f"{self.num_new} new requests are counted, and there are others")
         for state in self:
             if state.finished and (state.lease.slots or state.awaiting):
                 raise InvariantError(f"request {state.context.req_id} is over and holds a lease or waits")
             if state.finished and not state.copies.are_unfinished:
                 raise InvariantError(f"request {state.context.req_id} is over and was not dropped")
-            if (state in self._new) + (state in self.active) > (not state.finished):
+            if state.is_new + (state in self.active) > (not state.finished):
                 raise InvariantError(f"request {state.context.req_id} is counted wrongly among new and active ones")
             if state.is_pending and not state.finished and state not in self.active and not state.scan.keys:
                 raise InvariantError(f"request {state.context.req_id} waits, and no step looks at it")

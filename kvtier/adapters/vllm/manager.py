@@ -22,14 +22,13 @@ from kvtier.adapters.vllm.translation import (
 from kvtier.keys import OffloadKey
 from kvtier.log import cleaned
 from kvtier.tiering.manager import TieringOffloadingManager
-from kvtier.types import LookupResult, OffloadingEvent, OffloadPolicy, ScheduleEndContext
+from kvtier.types import LookupResult, OffloadingEvent, OffloadPolicy
 
 logger = cleaned(init_logger("vllm.kvtier"))
 
 _MISS, _HIT, _RETRY = base.LookupResult.MISS, base.LookupResult.HIT, base.LookupResult.RETRY
 _OUR_MISS, _OUR_HIT, _OUR_PENDING = LookupResult.MISS, LookupResult.HIT, LookupResult.HIT_PENDING
 _REQUEST_LEVEL = OffloadPolicy.REQUEST_LEVEL
-_NOTHING_NEW = ScheduleEndContext()
 _NEWLY_COMPUTED_ONLY = base.RequestOffloadingContext(NEWLY_COMPUTED_ONLY)
 
 FEW_REQUESTS = 20
@@ -232,10 +231,7 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         manager, self._scanned = self._core.manager, None
         try:
             if manager is not None and not self._off:
-                is_idle = not (context.new_req_ids or context.preempted_req_ids)
-                manager.on_schedule_end(
-                    _NOTHING_NEW if is_idle else ScheduleEndContext(context.new_req_ids, context.preempted_req_ids)
-                )
+                manager.on_schedule_end(context)  # has the attributes of kvtier's
         except Exception as error:  # noqa: BLE001 - nothing may stop the engine: reported
             self._report("on_schedule_end", error)
 
