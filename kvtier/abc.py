@@ -153,11 +153,13 @@ class StoreContext:
         namespace: the store must not show blocks of any other namespace.
         block_bytes: payload bytes of every block.
         failures: counts the blocks that the store could not read or write, by cause.
+        huge_pages: whether the buffers lie in huge pages. Direct I/O from them needs no private memory.
     """
 
     namespace: Namespace
     block_bytes: int
     failures: FailureCounter = field(default_factory=FailureCounter)
+    huge_pages: bool = False
 
 
 class BlockStore(ABC):

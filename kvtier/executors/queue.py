@@ -40,7 +40,7 @@ class TaskQueue(Generic[Urgent]):
                     self._urgent.append(task)
                 else:
                     (self._loads if task.is_load else self._stores).append(task)
-                self._changed.notify()
+            self._changed.notify()  # one thread, which wakes the next one if there is more to do
 
     def take(self, max_blocks: int, *, wait: bool = True) -> Sequence[Part | Urgent]:
         """Take the next task, and with it parts of the same kind that wait behind it.
@@ -62,13 +62,15 @@ class TaskQueue(Generic[Urgent]):
             if not isinstance(task, Part):
                 return (task,)
             self._num_storing += not task.is_load
-            return self._with_those_behind(task, max_blocks)
+            tasks = self._with_those_behind(task, max_blocks)
+            if self._has_next():
+                self._changed.notify()
+            return tasks
 
     def end_store(self) -> None:
-        """Note that the stores of one `take` have ended."""
+        """Note that the stores of one `take` have ended. The caller takes again at once, so no other thread wakes."""
         with self._changed:
             self._num_storing -= 1
-            self._changed.notify()
 
     def take_any(self, count: int) -> list[Part | Urgent]:
         """Take up to `count` tasks of any kind, without waiting."""
@@ -100,7 +102,7 @@ class TaskQueue(Generic[Urgent]):
     def _pop(self) -> Part | Urgent | None:
         if self._urgent:
             return self._urgent.popleft()
-        may_store = self._stores and (self._max_storing is None or self._num_storing < self._max_storing)
+        may_store = self._may_store()
         if self._loads and (self._loads_in_a_row < _MAX_LOADS_IN_A_ROW or not may_store):
             self._loads_in_a_row += 1
             return self._loads.popleft()
@@ -108,6 +110,12 @@ class TaskQueue(Generic[Urgent]):
             self._loads_in_a_row = 0
             return self._stores.popleft()
         return None
+
+    def _may_store(self) -> bool:
+        return bool(self._stores) and (self._max_storing is None or self._num_storing < self._max_storing)
+
+    def _has_next(self) -> bool:
+        return bool(self._urgent or self._loads) or self._may_store()
 
     def _with_those_behind(self, first: Part, max_blocks: int) -> list[Part | Urgent]:
         tasks: list[Part | Urgent] = [first]

@@ -86,8 +86,11 @@ class StoreRunner:
         lost: why the store must be opened anew, after it has raised StoreUnavailableError; else None.
     """
 
-    def __init__(self, description: StoreDescription) -> None:
+    def __init__(self, description: StoreDescription, huge_pages: bool = False) -> None:
         """Open the store.
+
+        Args:
+            huge_pages: as in `StoreContext`.
 
         Raises:
             StoreUnavailableError: the store cannot be opened. A plug-in's own errors are translated to this one.
@@ -99,7 +102,7 @@ class StoreRunner:
         self.lost: str | None = None
         self._usage: Usage | None = None
         self._usage_said_at = 0.0
-        context = StoreContext(description.namespace, description.block_bytes, self._failures)
+        context = StoreContext(description.namespace, description.block_bytes, self._failures, huge_pages)
         try:
             store: SlotStore | BlockStore
             if issubclass(store_class, BlockStore) and not store_class.seals_itself:

@@ -71,11 +71,13 @@ class Channel:
         self._parent_fd = parent_fd
         self._parent_pid = parent_pid
         self._send_lock = threading.Lock()
+        self._arrivals = self._poller(select.POLLIN)
+        self._buffer = memoryview(bytearray(MAX_PACKET_BYTES + 1))
 
     def wait_for_end(self) -> None:
         """Wait until the parent ends or the socket closes. Reads nothing."""
         with contextlib.suppress(_EndOfParent):
-            self._wait(0)
+            self._wait(self._poller(0))
 
     def receive(self) -> list[Request]:
         """Wait for a packet of messages.
@@ -85,18 +87,18 @@ class Channel:
             ProtocolError: the packet is malformed.
         """
         while True:
-            self._wait(select.POLLIN)
+            self._wait(self._arrivals)
             try:
-                packet, _, flags, _ = self._socket.recvmsg(MAX_PACKET_BYTES + 1)
+                length = self._socket.recv_into(self._buffer)
             except BlockingIOError:
                 continue
             except OSError as error:
                 raise _EndOfParent from error
-            if not packet:
+            if not length:
                 raise _EndOfParent
-            if flags & socket.MSG_TRUNC:
+            if length > MAX_PACKET_BYTES:
                 raise ProtocolError("a packet that is too long")
-            return decode(packet, REQUESTS)
+            return decode(bytes(self._buffer[:length]), REQUESTS)
 
     def send(self, messages: Sequence[StoreReport]) -> None:
         """Send messages, in as few packets as possible. Waits while the socket is full.
@@ -117,15 +119,20 @@ class Channel:
                     self._socket.send(packet, socket.MSG_NOSIGNAL)
                     return
                 except BlockingIOError:
-                    self._wait(select.POLLOUT)
+                    self._wait(self._poller(select.POLLOUT))
                 except OSError as error:
                     raise _EndOfParent from error
 
-    def _wait(self, events: int) -> None:
+    def _poller(self, events: int) -> select.poll:
+        """Return a poller for events of the socket and the end of the parent. Threads must not share it."""
         poller = select.poll()
         poller.register(self._socket, events)
         if self._parent_fd >= 0:
             poller.register(self._parent_fd, select.POLLIN)
+        return poller
+
+    def _wait(self, poller: select.poll) -> None:
+        if self._parent_fd >= 0:
             if self._parent_fd in dict(poller.poll()):
                 raise _EndOfParent
             return
@@ -213,7 +220,7 @@ class Server:
                 self._ending.wait(share * (now - started))
 
     def _move(self, runner: StoreRunner, parts: Sequence[Part]) -> list[PartResult]:
-        return runner.run(parts, [self._rows[slot] for part in parts for slot in part.arena_slots])
+        return runner.run(parts, self._rows.of([slot for part in parts for slot in part.arena_slots]))
 
 
 class Watchdog:
@@ -257,7 +264,7 @@ def serve(socket_fd: int, arena_fd: int, parent_fd: int, parent_pid: int) -> int
             raise ProtocolError(f"{type(first).__name__} while no store is open")
         description = StoreDescription.from_json(first.description)
         arena = Arena.attach(arena_fd, description.num_blocks, description.block_bytes)
-        runner = StoreRunner(description)
+        runner = StoreRunner(description, arena.is_in_huge_pages())
         watchdog.open.set()
         try:
             Server(channel, runner, arena_rows(arena.view), description).serve()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -42,6 +42,7 @@ Progress = Callable[[int, int], None]
 """Called with (bytes allocated so far, bytes in total)."""
 
 _SLICE_BYTES = 64 * 1024**2
+_SAMPLED_PAGES = 64
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
 _MADV_HUGEPAGE = 14
@@ -73,6 +74,17 @@ class Rows:
             raise IndexError(f"slot {slot}: 0 to {self._num_rows - 1} allowed")
         start = slot * self.block_bytes
         return self._flat[start : start + self.block_bytes]
+
+    def of(self, slots: Sequence[int]) -> list[memoryview]:
+        """Return the rows of slots.
+
+        Raises:
+            IndexError: there is no such slot.
+        """
+        if slots and (min(slots) < 0 or max(slots) >= self._num_rows):
+            raise IndexError(f"slots {min(slots)} to {max(slots)}: 0 to {self._num_rows - 1} allowed")
+        flat, length = self._flat, self.block_bytes
+        return [flat[start : start + length] for start in map(length.__mul__, slots)]
 
 
 def arena_rows(view: memoryview) -> Rows:
@@ -278,6 +290,16 @@ class Arena(forks.ProcessBound):
         found = self.huge_bytes()
         line = f"{size} of host memory in {self.memory.kind.value}, {format_size(found)} mapped so"
         return line if found >= self._whole_huge_pages() * LEAST_HUGE else f"{line}; {FEW_PAGES}"
+
+    def is_in_huge_pages(self) -> bool:
+        """Return whether this process maps most of the arena by huge pages: true for most of a few places, now read."""
+        if _page_bytes(self.fd) >= HUGE_PAGE_BYTES:
+            return True
+        total = self.num_blocks * self.block_bytes
+        places = range(0, total, max(HUGE_PAGE_BYTES, -(-total // _SAMPLED_PAGES)))
+        for place in places:
+            self._mapping[self._mapping.offset + place]  # maps the page, by a huge page if it is one
+        return 2 * self.huge_bytes() > len(places) * HUGE_PAGE_BYTES
 
     def huge_bytes(self) -> int:
         """Return how many bytes of the arena this process maps by huge pages (`/proc/self/smaps`, proc(5))."""

@@ -1,6 +1,8 @@
 """Pieces of a part are reported together, every block once and under its own cause."""
 
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -102,6 +104,29 @@ def test_loads_find_a_thread_while_stores_wait_for_one():
     queue.end_store()
     assert queue.take(1) == stores[2:3]
     assert queue.take(1, wait=False) == ()
+
+
+def test_every_waiting_thread_gets_one_of_the_tasks_that_come_together():
+    queue, all_busy = TaskQueue(max_storing=3), threading.Barrier(5)
+
+    def work() -> None:
+        while tasks := queue.take(1):
+            all_busy.wait(30)  # ends only if each thread holds a task
+            if not tasks[0].is_load:
+                queue.end_store()
+
+    with ThreadPoolExecutor(4) as pool:
+        workers = [pool.submit(work) for _ in range(4)]
+        try:
+            for number in range(20):
+                stores = [make_part(number, index, 1, is_load=False) for index in range(3)]
+                queue.put(*stores, make_part(number, 3, 1))
+                all_busy.wait(30)
+        finally:
+            queue.close()
+        for worker in workers:
+            worker.result()
+    assert not queue
 
 
 def test_what_is_taken_to_be_sent_has_the_same_order():

@@ -206,9 +206,16 @@ import sys
 from kvtier.primary.arena import Arena
 fd, blocks, size = map(int, sys.argv[1:])
 with Arena.attach(fd, blocks, size) as arena:
+    assert arena.is_in_huge_pages()
     arena.row(3)[:4] = bytes(arena.row(2)[:4])[::-1]
     arena.control.publish(1, 7)
 """
+
+
+def test_an_arena_in_small_pages_says_so() -> None:
+    with Arena.create(BLOCKS, BLOCK_BYTES, huge_pages=HugePages.OFF) as arena:
+        arena.row(2)[:4] = b"abcd"
+        assert not arena.is_in_huge_pages()
 
 
 @needs_root

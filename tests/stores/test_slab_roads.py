@@ -7,6 +7,7 @@ import pytest
 
 from kvtier.abc import StoreContext
 from kvtier.namespace import Namespace
+from kvtier.stores.integrity import scratch
 from kvtier.stores.slab.roads import LEAST_GAIN, PROBE_EVERY, SAMPLES, Road, RoadChoice
 from kvtier.stores.slab.store import SlabStore
 from kvtier.testing.stores import make_key
@@ -47,6 +48,24 @@ def test_one_stall_changes_nothing() -> None:
     taken({Road.STRAIGHT: 1.0, Road.COPIED: 2.0}, choice)
     choice.learn(Road.STRAIGHT, 1 << 20, 1000.0)
     assert [choice.choose() for _ in range(PROBE_EVERY)].count(Road.STRAIGHT) >= PROBE_EVERY - 1
+
+
+@pytest.mark.parametrize("huge_pages", [False, True])
+def test_blocks_in_huge_pages_need_no_private_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, huge_pages: bool
+) -> None:
+    taken: list[int] = []
+    take = scratch.private_memory
+    monkeypatch.setattr(scratch, "private_memory", lambda num_bytes: taken.append(num_bytes) or take(num_bytes))
+    context = StoreContext(Namespace({"model": "roads"}), BLOCK_BYTES, huge_pages=huge_pages)
+    store = SlabStore.open({"path": str(tmp_path / "slab"), "capacity": 40 * BLOCK_BYTES}, context)
+    list(store.recover())
+    row = memoryview(mmap.mmap(-1, BLOCK_BYTES))
+    for _ in range(4 * SAMPLES):
+        assert store.write([0], [make_key(1)], [row]) == store.read_into([0], [make_key(1)], [row]) == [True]
+    needs_none = huge_pages or not store.direct
+    store.close()
+    assert bool(taken) is not needs_none
 
 
 def test_blocks_written_and_read_on_both_roads_are_right_after_a_restart(tmp_path: Path) -> None:

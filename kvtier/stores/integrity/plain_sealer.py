@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
@@ -18,6 +19,11 @@ from kvtier.types import FailureCause
 
 _PIECE_BYTES = 256 << 10
 """Copied and summed at once: few enough for a core's own (L2) cache."""
+_HELD_BYTES = 64 << 10
+"""xxhash sums at most so many bytes without giving the interpreter lock away."""
+_MOST_HELD_BYTES = 256 << 10
+"""Payloads up to this length are summed without giving the interpreter lock away: to win it back from other threads
+takes longer than the sum, some 10 microseconds, and costs processor time."""
 
 
 class PlainSealer(Sealer):
@@ -41,7 +47,7 @@ class PlainSealer(Sealer):
         self._authenticator = authenticator
         self._scratch = scratch
         self._checksum_of: Callable[[Bytes], bytes] = (
-            xxhash.xxh3_128_digest if authenticator is None else authenticator.checksum_of
+            _checksum_of if authenticator is None else authenticator.checksum_of
         )
 
     @classmethod
@@ -75,12 +81,19 @@ class PlainSealer(Sealer):
         if self._scratch is not None:
             copies = self._scratch.like(payloads)
             checksums = list(map(self._copy, payloads, copies))
-            summed = zip(keys, copies, checksums, slots, strict=False)
-            return Sealed(copies, [self.header_of(key, load.nbytes, sum_, slot) for key, load, sum_, slot in summed])
+            return Sealed(copies, self._headers_of(keys, copies, checksums, slots))
         # Compute all checksums first. Reading a payload evicts everything else from the processor's cache, so code
         # between two payloads would start with a cold cache each time.
-        summed = zip(keys, payloads, list(map(self._checksum_of, payloads)), slots, strict=False)
-        return Sealed(payloads, [self.header_of(key, load.nbytes, sum_, slot) for key, load, sum_, slot in summed])
+        checksums = list(map(self._checksum_of, payloads))
+        return Sealed(payloads, self._headers_of(keys, payloads, checksums, slots))
+
+    def _headers_of(
+        self, keys: Sequence[OffloadKey], payloads: Sequence[Bytes], checksums: Sequence[bytes], slots: Iterable[int]
+    ) -> list[bytes]:
+        if self._authenticator is None:
+            return self.headers.make(keys, payloads, slots, checksums)
+        blocks = zip(keys, payloads, checksums, slots, strict=False)
+        return [self.header_of(key, len(payload), checksum, slot) for key, payload, checksum, slot in blocks]
 
     def _copy(self, payload: memoryview, target: memoryview) -> bytes:
         """Copy a payload and return its checksum. Each piece is summed while it is in the processor's cache."""
@@ -112,13 +125,27 @@ class PlainSealer(Sealer):
         slots: Iterable[int] = NO_SLOTS,
     ) -> list[FailureCause | None]:
         """Verify payloads in place; copy the verified ones to their buffers if they are elsewhere."""
-        summed = zip(headers, keys, stored, list(map(self._checksum_of, stored)), slots, strict=False)
-        causes = [self.verify_summed(header, key, len(load), sum_, slot) for header, key, load, sum_, slot in summed]
+        causes = self._verify_all(headers, keys, stored, list(map(self._checksum_of, stored)), slots)
         if stored is not buffers:
             for cause, payload, buffer in zip(causes, stored, buffers, strict=True):
                 if cause is None:
                     copy_bytes(buffer, memoryview(payload))
         return causes
+
+    def _verify_all(
+        self,
+        headers: Sequence[Bytes],
+        keys: Sequence[OffloadKey],
+        stored: Sequence[Bytes],
+        checksums: Sequence[bytes],
+        slots: Iterable[int],
+    ) -> list[FailureCause | None]:
+        """Verify payloads together. Only if one fails, look at each for the cause."""
+        slots = list(itertools.islice(slots, len(keys)))
+        if self._authenticator is None and self.headers.match(headers, keys, stored, slots, checksums):
+            return [None] * len(keys)
+        blocks = zip(headers, keys, stored, checksums, slots, strict=True)
+        return [self.verify_summed(header, key, len(load), sum_, slot) for header, key, load, sum_, slot in blocks]
 
     def verify(self, header: Bytes, key: OffloadKey, stored: Bytes, slot: int = 0) -> FailureCause | None:
         """Return None if a payload is what was sealed, else the cause."""
@@ -153,6 +180,16 @@ class PlainSealer(Sealer):
         if self._scratch is not None:
             return _CopiedOpenStream(self, key, buffer, slot, self._scratch)
         return _PlainOpenStream(self, key, buffer, slot)
+
+
+def _checksum_of(payload: Bytes) -> bytes:
+    """Return the XXH3-128 of a payload."""
+    if not _HELD_BYTES < len(payload) <= _MOST_HELD_BYTES:
+        return xxhash.xxh3_128_digest(payload)
+    checksum = xxhash.xxh3_128()
+    for start in range(0, len(payload), _HELD_BYTES):
+        checksum.update(payload[start : start + _HELD_BYTES])
+    return checksum.digest()
 
 
 class _PlainSealStream(SealStream):

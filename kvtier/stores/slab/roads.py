@@ -1,8 +1,8 @@
 """Which of two roads a disk's bytes take: straight between arena and device, or through private memory in huge pages.
 
-From huge pages the straight road is up to twice as fast. From pages of 4 KiB the device and the kernel need so much
-longer that a copy may pay, or not: that depends on the device, and on how busy the processors are. So it is measured,
-in use.
+From an arena in huge pages a copy can gain nothing, so bytes go straight. From pages of 4 KiB the device and the kernel
+need so much longer that a copy may pay, or not: that depends on the device, and on how busy the processors are. So it
+is measured, in use.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ class RoadChoice:
     """Measures both roads of one direction and chooses. Threads may share it: a lost sample does no harm."""
 
     def __init__(self, only: Road | None = None) -> None:
-        """Args: only: the road to take always, for measurements."""
+        """Args: only: the road to take always; None to choose by measuring."""
         self._only = only
         self._calls = itertools.count()
         self._times: dict[Road, deque[float]] = {road: deque(maxlen=SAMPLES) for road in Road}
+        self._better = Road.STRAIGHT
 
     def choose(self) -> Road:
         """Return the road for the next call: at first both in turn, then the better one, and rarely the other."""
@@ -43,16 +44,14 @@ class RoadChoice:
         call = next(self._calls)
         if call < 2 * SAMPLES:
             return Road.COPIED if call % 2 == 0 else Road.STRAIGHT
-        better = self._better()
         if call % PROBE_EVERY:
-            return better
-        return Road.STRAIGHT if better is Road.COPIED else Road.COPIED
+            return self._better
+        return Road.STRAIGHT if self._better is Road.COPIED else Road.COPIED
 
     def learn(self, road: Road, num_bytes: int, seconds: float) -> None:
         """Note how long a call on a road took."""
-        if num_bytes:
-            self._times[road].append(seconds / num_bytes)
-
-    def _better(self) -> Road:
-        straight, copied = (statistics.median(tuple(self._times[road]) or (0.0,)) for road in Road)
-        return Road.COPIED if copied * LEAST_GAIN < straight else Road.STRAIGHT
+        if self._only is not None or not num_bytes:
+            return
+        self._times[road].append(seconds / num_bytes)
+        straight, copied = (statistics.median(tuple(times) or (0.0,)) for times in self._times.values())
+        self._better = Road.COPIED if copied * LEAST_GAIN < straight else Road.STRAIGHT

@@ -52,7 +52,7 @@ class SlabStore(SlotStore):
         directory: opened for the sealer's namespace. The store closes it, also if this raises OSError.
         sealer: of the blocks.
         writes_ahead: as in `Segments`.
-        road: the only one to take; None to choose by measuring.
+        road: the only one to take; None: straight if the buffers lie in huge pages, else chosen by measuring.
         """
         self._directory = directory
         self._geometry = geometry
@@ -62,7 +62,9 @@ class SlabStore(SlotStore):
         folder = directory.namespace
         self._segments = Segments(folder, geometry, self._make_room, min_free, writes_ahead)
         self._sealer = sealer
-        self._roads = {Road.STRAIGHT: sealer, Road.COPIED: sealer.through_huge_pages()}
+        self._copying_sealer = sealer.through_huge_pages()
+        if road is None and context.huge_pages:
+            road = Road.STRAIGHT
         self._writing, self._reading = RoadChoice(road), RoadChoice(road)
         try:
             self._segments.fit()
@@ -88,7 +90,7 @@ class SlabStore(SlotStore):
             options: `DirectoryOptions`.
             segment_bytes, growth_bytes: as in `SlabGeometry.of`.
             writes_ahead: as in `Segments`.
-            road: the only one to take; None to choose by measuring.
+            road: as in the constructor.
 
         Raises:
             ConfigError: the capacity does not hold one block.
@@ -186,11 +188,11 @@ class SlabStore(SlotStore):
     @contextmanager
     def _road(self, choice: RoadChoice, buffers: Sequence[memoryview]) -> Iterator[Sealer]:
         """Choose a road for the blocks of a call, and measure it. Through the page cache there is no choice."""
-        if not self._segments.direct or self._roads[Road.COPIED] is self._sealer:
+        if not self._segments.direct or self._copying_sealer is self._sealer:
             yield self._sealer
             return
         road, start = choice.choose(), time.perf_counter()
-        yield self._roads[road]
+        yield self._copying_sealer if road is Road.COPIED else self._sealer
         choice.learn(road, len(buffers) * self._geometry.block_bytes, time.perf_counter() - start)
 
     def _runs(self, slots: Sequence[int], buffers: Sequence[memoryview], most: int | None) -> list[Run]:
@@ -284,7 +286,7 @@ class SlabStore(SlotStore):
         payload = memoryview(mmap.mmap(-1, whole_pages(self._geometry.block_bytes)))[: self._geometry.block_bytes]
         try:
             (cause,) = self._receive(
-                self._roads[Road.COPIED], Run(*self._geometry.locate(slot), slot, [0]), [key], [payload]
+                self._copying_sealer, Run(*self._geometry.locate(slot), slot, [0]), [key], [payload]
             )
         except OSError:
             return None

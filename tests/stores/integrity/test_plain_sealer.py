@@ -2,6 +2,7 @@ import mmap
 
 import numpy as np
 import pytest
+import xxhash
 from sealed_blocks import header_of, resigned
 
 from kvtier.errors import KeyFormatError
@@ -48,6 +49,27 @@ def test_a_batch_is_sealed_and_opened_where_it_lies_or_copied_from_elsewhere(sea
     spoilt = [memoryview(flip_bit(stored[0], 9)), *stored[1:]]
     assert sealer.open(headers, keys, spoilt, buffers, slots) == [FailureCause.CORRUPT, None, None]
     assert [bytes(buffer) for buffer in buffers] == [b"?" * len(PAYLOAD), PAYLOAD[::-1], b""]
+
+
+@pytest.mark.parametrize("length", [1, 64 << 10, (64 << 10) + 1, 200_001, 256 << 10, (256 << 10) + 1])
+def test_the_checksum_in_a_header_is_the_payloads_xxh3(sealer, length):
+    payloads = [memoryview(np.random.default_rng(length).bytes(length))]
+    _, (header,) = sealer.seal([KEY], payloads, [7])
+    assert sealer.headers.parse(header).payload_checksum == xxhash.xxh3_128_digest(payloads[0])
+    assert sealer.open([header], [KEY], payloads, payloads, [7]) == [None]
+
+
+def test_a_key_or_slot_that_no_header_can_hold_is_an_error_or_a_miss(sealer):
+    payload = memoryview(PAYLOAD)
+    header = header_of(sealer, KEY, PAYLOAD, 7)
+    for key in (b"1234", bytes(69), bytes(300)):
+        with pytest.raises(KeyFormatError):
+            sealer.seal([key], [payload], [7])
+        assert sealer.open([header], [key], [payload], [payload], [7]) == [FailureCause.FOREIGN]
+    for slot in (-1, 1 << 32):
+        with pytest.raises(ValueError, match="slot"):
+            sealer.seal([KEY], [payload], [slot])
+        assert sealer.open([header], [KEY], [payload], [payload], [slot]) == [FailureCause.FOREIGN]
 
 
 def test_payloads_can_be_written_from_private_memory(sealer):
