@@ -1,7 +1,8 @@
-"""LMCache's raw-block backend: slots in one file, a header per slot, without checksums, on threads in the process.
+"""LMCache's raw-block backend: slots in one file, a header per slot, without checksums, in LMCache's process.
 
 Its calls of the device are an extension in Rust, which PyPI does not have. Where it is not installed, the same calls
-are made from Python: pread and pwrite of a whole block, without the interpreter lock.
+are made from Python: pread and pwrite of a whole block, without the interpreter lock. LMCache's own messages between an
+engine and its process are replaced by a pipe, so its time on the scheduler's thread says little.
 """
 
 from __future__ import annotations
@@ -10,7 +11,12 @@ import importlib.util
 import mmap
 import os
 import threading
+import time
 from collections.abc import Iterable, Sequence
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import DupFd
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +27,7 @@ from lmcache.v1.storage_backend.raw_block.core import RawBlockCore
 from peer import THREADS, Peer, PeerPlace, reserve_file
 
 from kvtier.keys import OffloadKey
+from kvtier.primary.arena import Arena
 from kvtier.types import JobMetadata, JobResult, ScheduleEndContext
 
 HAS_RUST = importlib.util.find_spec("lmcache_rust_raw_block_io") is not None
@@ -30,14 +37,64 @@ _CATALOGUE_BYTES = 256 << 20
 
 
 class LMCachePeer(Peer):
-    """The adapter of LMCache's own process, with its threads and its index."""
+    """Sends jobs to the process that runs LMCache's adapter over the same arena."""
 
     note = "" if HAS_RUST else "calls from Python"
 
     def __init__(self, place: PeerPlace) -> None:
         self.tier, self.block_bytes = self, place.block_bytes
-        path, slot_bytes = place.folder / "slots", place.block_bytes + _HEADER_BYTES
-        capacity = _CATALOGUE_BYTES + (place.num_blocks + 2 * THREADS) * slot_bytes
+        context = get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        place_there = (DupFd(place.arena_fd), place.folder, place.num_blocks, place.block_bytes)
+        self._process = context.Process(target=serve, args=(theirs, *place_there), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._pipe.recv()  # it has opened its file
+
+    def can_store(self, num_blocks: int) -> bool:
+        return True
+
+    def submit_store(self, job: JobMetadata) -> None:
+        self._pipe.send(("store", job.job_id, list(job.keys), job.block_ids.tolist()))
+
+    def submit_load(self, job: JobMetadata) -> None:
+        self._pipe.send(("load", job.job_id, list(job.keys), job.block_ids.tolist()))
+
+    def get_finished_jobs(self) -> Iterable[JobResult]:
+        while self._pipe.poll():
+            yield JobResult(*self._pipe.recv())
+
+    def on_schedule_end(self, context: ScheduleEndContext) -> None:
+        """Do nothing: the adapter has no steps."""
+
+    def forget(self, keys: Sequence[OffloadKey]) -> None:
+        self._pipe.send(("forget", 0, list(keys), []))
+
+    def cpu_seconds_elsewhere(self) -> float:
+        return time.clock_gettime((~(self._process.pid or 0) << 3) | 2)  # a process's CPU clock: clock_getcpuclockid(3)
+
+    def close(self) -> None:
+        self._pipe.close()  # its end
+        self._process.join()
+
+
+def serve(pipe: Connection, arena_fd: Any, folder: Path, num_blocks: int, block_bytes: int) -> None:
+    """Run LMCache's adapter until the pipe ends."""
+    server = LMCacheServer(pipe, Arena.attach(arena_fd.detach(), num_blocks, block_bytes), folder)
+    try:
+        while True:
+            server.turn()
+    except EOFError:
+        server.adapter.close()
+
+
+class LMCacheServer:
+    """LMCache's adapter, with its threads and its index, and a pipe of jobs."""
+
+    def __init__(self, pipe: Connection, arena: Arena, folder: Path) -> None:
+        self._pipe, self._arena = pipe, arena
+        path, slot_bytes = folder / "slots", arena.block_bytes + _HEADER_BYTES
+        capacity = _CATALOGUE_BYTES + (arena.num_blocks + 2 * THREADS) * slot_bytes
         reserve_file(path, capacity)
         if not HAS_RUST:
             RawBlockCore._rawdev = _python_device  # type: ignore[method-assign]
@@ -48,48 +105,40 @@ class LMCachePeer(Peer):
             num_store_workers=THREADS,
             num_load_workers=THREADS,
         )
-        self._adapter = RawBlockL2Adapter(config)
-        rows = torch.frombuffer(place.view, dtype=torch.uint8).view(place.num_blocks, place.block_bytes)
+        self.adapter = RawBlockL2Adapter(config)
+        rows = torch.frombuffer(arena.view.cast("B"), dtype=torch.uint8).view(arena.num_blocks, arena.block_bytes)
         self._objects = [_memory_object(row) for row in rows]
         self._jobs: dict[int, int] = {}
-        self._loads: set[int] = set()
+        self._loads: dict[int, int] = {}
+        self._ends = [self.adapter.get_store_event_fd(), self.adapter.get_load_event_fd()]
+        pipe.send("ready")
 
-    def can_store(self, num_blocks: int) -> bool:
-        return True
-
-    def submit_store(self, job: JobMetadata) -> None:
-        task = self._adapter.submit_store_task(_names(job.keys), self._objects_of(job))
-        self._jobs[task] = job.job_id
-
-    def submit_load(self, job: JobMetadata) -> None:
-        task = self._adapter.submit_load_task(_names(job.keys), self._objects_of(job))
-        self._jobs[task] = job.job_id
-        self._loads.add(task)
-
-    def _objects_of(self, job: JobMetadata) -> list[Any]:
-        return [self._objects[slot] for slot in job.block_ids.tolist()]
-
-    def get_finished_jobs(self) -> Iterable[JobResult]:
-        for task, result in self._adapter.pop_completed_store_tasks().items():
-            yield JobResult(self._jobs.pop(task), result.is_successful())
-        for task in list(self._loads):
-            bitmap = self._adapter.query_load_result(task)
+    def turn(self) -> None:
+        """Wait for a job or for an end of one, and pass it on."""
+        for ready in wait([self._pipe, *self._ends]):
+            if ready is self._pipe:
+                self._begin(*self._pipe.recv())
+            else:
+                os.eventfd_read(int(ready))
+        for task, result in self.adapter.pop_completed_store_tasks().items():
+            self._pipe.send((self._jobs.pop(task), result.is_successful()))
+        for task, num_blocks in list(self._loads.items()):
+            bitmap = self.adapter.query_load_result(task)
             if bitmap is not None:
-                self._loads.remove(task)
-                yield JobResult(self._jobs.pop(task), True)  # the comparison of the bytes finds a block that is missing
+                del self._loads[task]
+                self._pipe.send((self._jobs.pop(task), bitmap.popcount() == num_blocks))
 
-    def on_schedule_end(self, context: ScheduleEndContext) -> None:
-        """Do nothing: the adapter has no steps."""
-
-    def forget(self, keys: Sequence[OffloadKey]) -> None:
-        self._adapter.delete(_names(keys))
-
-    def close(self) -> None:
-        self._adapter.close()
-
-
-def _names(keys: Sequence[OffloadKey]) -> list[ObjectKey]:
-    return [ObjectKey(bytes(key), "benchmark", 0) for key in keys]
+    def _begin(self, what: str, job_id: int, keys: list[OffloadKey], slots: list[int]) -> None:
+        names = [ObjectKey(bytes(key), "benchmark", 0) for key in keys]
+        objects = [self._objects[slot] for slot in slots]
+        match what:
+            case "store":
+                self._jobs[self.adapter.submit_store_task(names, objects)] = job_id
+            case "load":
+                task = self.adapter.submit_load_task(names, objects)
+                self._jobs[task], self._loads[task] = job_id, len(names)
+            case _:
+                self.adapter.delete(names)
 
 
 def _memory_object(row: torch.Tensor) -> TensorMemoryObj:

@@ -12,7 +12,6 @@ import hashlib
 import importlib
 import json
 import os
-import shutil
 import signal
 import sys
 import time
@@ -40,7 +39,7 @@ class PeerOrder:
 
     Attributes:
         module, class_name: the peer's class, in a file of this folder.
-        folder: on the filesystem to measure; made here, and removed at the end.
+        folder: on the filesystem to measure; made here.
         huge_pages: of the arena, as in a configuration.
         arena_path: a folder on a tmpfs for the arena, or None.
     """
@@ -135,9 +134,8 @@ class PeerSession:
                 raise KVTierError("WRONG BYTES: what was loaded is not what was stored")
 
     def close(self) -> None:
-        """End the peer and remove its files."""
+        """End the peer."""
         self._peer.close()
-        shutil.rmtree(self._order.folder)
 
 
 def main() -> None:

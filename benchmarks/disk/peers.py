@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from peer_process import PeerOrder
@@ -106,6 +107,12 @@ class PeerProcess:
             )
         self.ready = self._ask(order.to_json())
 
+    @property
+    def name(self) -> str:
+        """The peer's name, with what is special about it here."""
+        note = self.ready["note"]
+        return f"{self._kind.name} ({note})" if note else self._kind.name
+
     def move(self, load: bool, round_number: int) -> dict[str, float]:
         """Store or load a round's blocks."""
         return self._ask(f"{'load' if load else 'store'} {round_number}")
@@ -125,7 +132,7 @@ class PeerProcess:
 
     def close(self) -> None:
         """Let the process end; kill it if it does not."""
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(BrokenPipeError, subprocess.TimeoutExpired):
             self._process.communicate(timeout=_END_SECONDS)
         self._process.kill()
         self._process.wait()
@@ -158,7 +165,7 @@ class RawLimits:
 
 
 def measure_peers(
-    folder: Path,
+    parent: Path,
     block_bytes: int,
     job_blocks: int,
     num_bytes: int,
@@ -170,6 +177,7 @@ def measure_peers(
     """Return the figures of the raw limits and of all peers whose packages are installed, for one block size.
 
     Args:
+        parent: a folder on the filesystem to measure.
         num_bytes: least bytes per round, and of each peer's arena.
         tell: called with what is measured now.
         say: called with what people must know: who is missing.
@@ -178,7 +186,8 @@ def measure_peers(
         KVTierError: a job failed, or bytes differ.
     """
     num_blocks = -(-num_bytes // (block_bytes * job_blocks)) * job_blocks
-    with ExitStack() as stack:
+    with TemporaryDirectory(dir=parent) as name, ExitStack() as stack:
+        folder = Path(name)
         limits = stack.enter_context(closing(RawLimits(folder, num_blocks * block_bytes, block_bytes)))
         running: list[tuple[PeerFigures, PeerProcess]] = []
         for number, kind in enumerate(KINDS):
@@ -197,18 +206,15 @@ def measure_peers(
             process = _start(kind, order, folder / f"peer-{number}.log", say)
             if process is not None:
                 stack.enter_context(closing(process))
-                note = process.ready["note"]
-                name = f"{kind.name} ({note})" if note else kind.name
-                running.append((PeerFigures(name, block_bytes, process.ready["memory"]), process))
+                running.append((PeerFigures(process.name, block_bytes, process.ready["memory"]), process))
         for number in range(rounds + 1):
             tell(f"{block_bytes >> 10} KiB: round {number} of {rounds}")
             _round(limits, running, number)
-    for figures in (*limits.figures.values(), *(figures for figures, _ in running)):
-        first = len(figures.store) // (
-            rounds + 1
-        )  # round 0 is not counted: files and slots are used for the first time
-        figures.store, figures.load = figures.store[first:], figures.load[first:]
-    return [*limits.figures.values(), *(figures for figures, _ in running)]
+    found = [*limits.figures.values(), *(figures for figures, _ in running)]
+    for figures in found:
+        uncounted = len(figures.store) // (rounds + 1)  # round 0, in which files and slots are used for the first time
+        figures.store, figures.load = figures.store[uncounted:], figures.load[uncounted:]
+    return found
 
 
 def _start(kind: PeerKind, order: PeerOrder, log: Path, say: Callable[[str], None]) -> PeerProcess | None:

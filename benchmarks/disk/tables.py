@@ -9,6 +9,7 @@ from index import IndexFigures
 from peers import KVTIER, PeerFigures
 from rich.table import Table
 
+from kvtier.primary.huge_pages import MemoryKind
 from kvtier.sizes import format_size
 
 
@@ -105,7 +106,7 @@ def peer_table(figures: Sequence[PeerFigures], job_blocks: int) -> Table:
         caption="of summed: speed / the raw limit with checksums from huge pages just before and after. CPU: beside the"
         " scheduler's thread, whose time in the store's calls is us/block. times: kvtier's speed / this one's.",
     )
-    for column in ("block", "", "memory"):
+    for column in ("block", "", "pages"):
         table.add_column(column)
     for direction in ("store", "load"):
         for column in ("GB/s", "of summed", "CPU s/GB", "us/block", "times"):
@@ -113,7 +114,8 @@ def peer_table(figures: Sequence[PeerFigures], job_blocks: int) -> Table:
     for row in figures:
         own = next(other for other in figures if (other.name, other.block_bytes) == (KVTIER, row.block_bytes))
         cells = [cell for load in (False, True) for cell in _peer_cells(row, own, load)]
-        table.add_row(format_size(row.block_bytes), row.name, row.memory, *cells)
+        pages = "4 KiB" if row.memory == MemoryKind.SMALL.value else "huge"
+        table.add_row(format_size(row.block_bytes), row.name, pages, *cells)
     return table
 
 
