@@ -83,6 +83,7 @@ def test_a_request_aborted_while_it_waits_for_its_blocks(engine, baseline, gate)
         assert engine.generate(one) == baseline(one)
         nothing_is_left(engine)
     engine.reset()
+    read = engine.metrics().get("kvtier_read_blocks.gated", 0)
     gate.touch()
     name = engine.ask("begin", prompt=asked, steps=5)
     assert engine.metrics()["kvtier_jobs.gated"] == 1
@@ -92,6 +93,18 @@ def test_a_request_aborted_while_it_waits_for_its_blocks(engine, baseline, gate)
     gate.unlink()
     nothing_is_left(engine)
     before = engine.external_hits()
-    assert engine.generate(asked) == baseline(asked)
-    assert engine.external_hits() - before == 5 * BLOCK
-    assert engine.metrics()["kvtier_read_blocks.gated"] >= 5
+
+    def is_loaded():
+        # A closed gate or a busy machine may have shown the tier as slower than computing. Then kvtier computes the
+        # prompt, and measures the tier anew beside it.
+        assert engine.generate(asked) == baseline(asked)
+        if engine.metrics()["kvtier_read_blocks.gated"] >= read + 5:
+            return True
+        for one in others:  # as above: out of host memory
+            engine.generate(one)
+            nothing_is_left(engine)
+        engine.reset()
+        return False
+
+    wait_for(is_loaded, what="loading from the tier")
+    assert engine.external_hits() - before >= 5 * BLOCK
