@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from kvtier.adapters.cuda import DriverCopies
 from kvtier.adapters.torch import make_worker
 from kvtier.adapters.transformers import PrefixCache
 from kvtier.primary.arena import Arena
@@ -187,6 +188,8 @@ def main() -> None:
         print("NO CUDA DEVICE: nothing was measured. --device cpu --quick checks this script")
         return
     figures: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
+    if device.type == "cuda":
+        figures["copies in one call"] = DriverCopies.find().is_batched
     figures["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     with tempfile.TemporaryDirectory(prefix="kvtier-gpu-") as folder:
         parts: dict[str, Callable[[], Any]] = {

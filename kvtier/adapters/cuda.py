@@ -52,11 +52,17 @@ class CopyAttributes(ctypes.Structure):
 
 
 class DriverCopies:
-    """Queues the copies of a transfer on a stream."""
+    """Queues the copies of a transfer on a stream.
+
+    Attributes:
+        single: the address of `cuMemcpyAsync`.
+        is_batched: whether the driver takes a transfer in one call.
+    """
 
     def __init__(self, batch: int | None, single: int) -> None:
         """Args: batch, single: addresses of `cuMemcpyBatchAsync`, None if the driver has none, and `cuMemcpyAsync`."""
         self.single = single
+        self.is_batched = batch is not None
         self._batch = None if batch is None else _Batch(batch)
         self._single = _Single(single)
 
