@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Container, Iterable, Sequence
 
 from kvtier.executors.protocol import Part, PartResult, Probe, ProbeAnswer, Unavailable, Usage
@@ -70,12 +69,14 @@ class StoreLoop:
         """Do what is queued, until `close` is called; without `wait`, until nothing is queued."""
         while tasks := self._queue.take(self.blocks_per_call, wait=wait):
             self.busy_at = time.monotonic()  # threads set it without a lock: its reader needs no exact value
-            reports: list[JobReport] = [runner.answer(task) for task in tasks if isinstance(task, Probe)]
             parts = [task for task in tasks if isinstance(task, Part)]
+            reports: list[JobReport] = []
             if parts:
                 reports += self._joiner.add(move(runner, parts))
                 if not parts[0].is_load:
                     self._queue.end_store()
+            else:
+                reports += [runner.answer(task) for task in tasks if isinstance(task, Probe)]
             reports += runner.usage_news()
             if runner.lost is not None:
                 reports.append(Unavailable.because(runner.lost))
@@ -152,15 +153,16 @@ def join_results(results: Iterable[PartResult]) -> list[PartResult]:
 def _join_run(run: Sequence[PartResult]) -> PartResult:
     if len(run) == 1:
         return run[0]
-    failures: Counter[FailureCause] = Counter()
+    failures: dict[FailureCause, int] = {}
     for result in run:
-        failures.update(result.failures)
+        for cause, count in result.failures.items():
+            failures[cause] = failures.get(cause, 0) + count
     return PartResult(
         run[0].serial,
         run[0].first,
         [success for result in run for success in result.successes],
         sum(result.num_bytes for result in run),
-        dict(failures),
+        failures,
     )
 
 

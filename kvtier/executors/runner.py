@@ -115,6 +115,8 @@ class StoreRunner:
         except Exception as error:
             raise StoreUnavailableError(f"{description.path}: {type(error).__name__}: {error}") from error
         self.store: SlotStore | BlockStore = store
+        # To ask for the class of an object costs calls where the class is abstract.
+        self._slots, self._blocks = _by_kind(store)
 
     def index(self) -> Iterator[IndexBatch]:
         """Yield the blocks that the store has recovered, in batches that fit one message.
@@ -204,10 +206,10 @@ class StoreRunner:
 
         Never raises.
         """
-        if not isinstance(self.store, BlockStore):
+        if self._blocks is None:
             return ()
         try:
-            told = self.store.usage()
+            told = self._blocks.usage()
             usage = None if told is None else Usage(*told)
         except Exception as error:  # noqa: BLE001 - a plug-in may raise anything; reported
             self._complain(f"{type(error).__name__}: {error}")
@@ -234,12 +236,11 @@ class StoreRunner:
         store_slots: Sequence[int] | None,
         buffers: Sequence[memoryview],
     ) -> Sequence[bool]:
-        store = self.store
-        if isinstance(store, SlotStore):
-            if store_slots is None:
-                raise StoreError("a part without slots for a store of slots")
-            return (store.read_into if is_load else store.write)(store_slots, keys, buffers)
-        return (store.read_into if is_load else store.write)(keys, buffers)
+        if self._blocks is not None:
+            return (self._blocks.read_into if is_load else self._blocks.write)(keys, buffers)
+        if self._slots is None or store_slots is None:
+            raise StoreError("a part without slots for a store of slots")
+        return (self._slots.read_into if is_load else self._slots.write)(store_slots, keys, buffers)
 
     def _guarded(self, count: int, call: Callable[[], Sequence[bool]]) -> list[bool]:
         """Return the `count` answers of `call`; all False if it raises or gives another number.
@@ -265,6 +266,10 @@ class StoreRunner:
             logger.warning("%s: %s", type(self.store).__name__, what)
 
 
+def _by_kind(store: SlotStore | BlockStore) -> tuple[SlotStore | None, BlockStore | None]:
+    return (store, None) if isinstance(store, SlotStore) else (None, store)
+
+
 def split_result(
     successes: Sequence[bool], failures: Mapping[FailureCause, int], parts: Sequence[Part], block_bytes: int
 ) -> list[PartResult]:
@@ -282,5 +287,5 @@ def split_result(
         failed = own.count(False)
         own_causes, causes = causes[:failed], causes[failed:]
         num_bytes = (len(own) - failed) * block_bytes
-        results.append(PartResult(part.serial, part.first, own, num_bytes, Counter(own_causes)))
+        results.append(PartResult(part.serial, part.first, own, num_bytes, Counter(own_causes) if failed else {}))
     return results

@@ -67,6 +67,7 @@ _NONE = bytes(16)
 _NONCE = slice(24, 36)
 _ENCRYPTED_MARK_BYTES = 4
 _MAX_SEQUENCES = 1 << 48
+"""The count starts again there: a forged header may have made it start near the end."""
 
 HEADER_DTYPE = np.dtype(
     [
@@ -172,7 +173,7 @@ class BlockHeaders:
             MAGIC,
             self.version,
             len(key),
-            self._next_sequence(),
+            (next(self._sequence) % _MAX_SEQUENCES).to_bytes(6, "little"),
             slot,
             payload_bytes,
             self.mark + nonce,
@@ -190,7 +191,9 @@ class BlockHeaders:
         """
         _check_lengths(keys)
         try:
-            return self._make(keys, payloads, slots, checksums, [self._next_sequence() for _ in keys])
+            numbers = itertools.islice(self._sequence, len(keys))
+            sequences = [(number % _MAX_SEQUENCES).to_bytes(6, "little") for number in numbers]
+            return self._make(keys, payloads, slots, checksums, sequences)
         except struct.error as error:
             raise ValueError(f"slot or payload length: {error}") from error
 
@@ -225,10 +228,6 @@ class BlockHeaders:
             body = pack(MAGIC, version, len(key), sequence, slot, len(payload), mark, checksum, key)
             headers.append(body + pack_sum(sum_of(body)))
         return headers
-
-    def _next_sequence(self) -> bytes:
-        number = next(self._sequence) % _MAX_SEQUENCES  # a forged header may have made the count start near the end
-        return number.to_bytes(6, "little")
 
     def parse(self, header: Bytes) -> Record | FailureCause:
         """Return the content of a header, without looking at the payload.

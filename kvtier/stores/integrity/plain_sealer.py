@@ -47,7 +47,7 @@ class PlainSealer(Sealer):
         self._authenticator = authenticator
         self._scratch = scratch
         self._checksum_of: Callable[[Bytes], bytes] = (
-            _checksum_of if authenticator is None else authenticator.checksum_of
+            xxhash.xxh3_128_digest if authenticator is None else authenticator.checksum_of
         )
 
     @classmethod
@@ -84,7 +84,7 @@ class PlainSealer(Sealer):
             return Sealed(copies, self._headers_of(keys, copies, checksums, slots))
         # Compute all checksums first. Reading a payload evicts everything else from the processor's cache, so code
         # between two payloads would start with a cold cache each time.
-        checksums = list(map(self._checksum_of, payloads))
+        checksums = self._checksums_of(payloads)
         return Sealed(payloads, self._headers_of(keys, payloads, checksums, slots))
 
     def _headers_of(
@@ -96,14 +96,16 @@ class PlainSealer(Sealer):
         return [self.header_of(key, len(payload), checksum, slot) for key, payload, checksum, slot in blocks]
 
     def _copy(self, payload: memoryview, target: memoryview) -> bytes:
-        """Copy a payload and return its checksum. Each piece is summed while it is in the processor's cache."""
+        """Copy a payload and return the checksum of the copy."""
         checksum = self.checksum()
-        for start in range(0, payload.nbytes, _PIECE_BYTES):
-            piece = target[start : start + _PIECE_BYTES]
-            copy_bytes(piece, payload[start : start + _PIECE_BYTES])
-            checksum.update(piece)
+        _copy_summed(checksum, payload, target)
         digest: bytes = checksum.digest()
         return digest
+
+    def _checksums_of(self, payloads: Sequence[Bytes]) -> list[bytes]:
+        if self._authenticator is None and payloads and _HELD_BYTES < len(payloads[0]) <= _MOST_HELD_BYTES:
+            return list(map(_held_checksum_of, payloads))
+        return list(map(self._checksum_of, payloads))
 
     def header_of(self, key: OffloadKey, payload_bytes: int, checksum: bytes, slot: int = 0) -> bytes:
         """Return the header for a payload with this checksum."""
@@ -124,8 +126,14 @@ class PlainSealer(Sealer):
         buffers: Sequence[memoryview],
         slots: Iterable[int] = NO_SLOTS,
     ) -> list[FailureCause | None]:
-        """Verify payloads in place; copy the verified ones to their buffers if they are elsewhere."""
-        causes = self._verify_all(headers, keys, stored, list(map(self._checksum_of, stored)), slots)
+        """Verify payloads in place; copy the verified ones to their buffers if they are elsewhere.
+
+        Payloads in the sealer's private memory are copied while they are summed: so they pass the cache only once.
+        """
+        if self._scratch is not None and self._scratch.handed_out(stored):
+            checksums = [self._copy(memoryview(load), buffer) for load, buffer in zip(stored, buffers, strict=True)]
+            return self._verify_all(headers, keys, stored, checksums, slots)
+        causes = self._verify_all(headers, keys, stored, self._checksums_of(stored), slots)
         if stored is not buffers:
             for cause, payload, buffer in zip(causes, stored, buffers, strict=True):
                 if cause is None:
@@ -182,10 +190,16 @@ class PlainSealer(Sealer):
         return _PlainOpenStream(self, key, buffer, slot)
 
 
-def _checksum_of(payload: Bytes) -> bytes:
-    """Return the XXH3-128 of a payload."""
-    if not _HELD_BYTES < len(payload) <= _MOST_HELD_BYTES:
-        return xxhash.xxh3_128_digest(payload)
+def _copy_summed(checksum: Any, source: memoryview, target: memoryview) -> None:
+    """Copy bytes and add them to a checksum. Each piece is summed while it is in the processor's cache."""
+    for start in range(0, source.nbytes, _PIECE_BYTES):
+        piece = target[start : start + _PIECE_BYTES]
+        copy_bytes(piece, source[start : start + _PIECE_BYTES])
+        checksum.update(piece)
+
+
+def _held_checksum_of(payload: Bytes) -> bytes:
+    """Return the XXH3-128 of a payload, without giving the interpreter lock away."""
     checksum = xxhash.xxh3_128()
     for start in range(0, len(payload), _HELD_BYTES):
         checksum.update(payload[start : start + _HELD_BYTES])
@@ -232,6 +246,5 @@ class _CopiedOpenStream(_PlainOpenStream):
         return self._scratch.like([self._buffer[start:stop]])[0]
 
     def note(self, piece: memoryview, /) -> None:
-        super().note(piece)
-        copy_bytes(self._buffer[self._noted : self._noted + piece.nbytes], piece)
+        _copy_summed(self._checksum, piece, self._buffer[self._noted : self._noted + piece.nbytes])
         self._noted += piece.nbytes

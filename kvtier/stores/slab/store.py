@@ -10,7 +10,6 @@ from __future__ import annotations
 import mmap
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -63,7 +62,7 @@ class SlabStore(SlotStore):
         self._segments = Segments(folder, geometry, self._make_room, min_free, writes_ahead)
         self._sealer = sealer
         self._copying_sealer = sealer.through_huge_pages()
-        if road is None and context.huge_pages:
+        if road is None and (context.huge_pages or self._copying_sealer is sealer):
             road = Road.STRAIGHT
         self._writing, self._reading = RoadChoice(road), RoadChoice(road)
         try:
@@ -147,11 +146,10 @@ class SlabStore(SlotStore):
         Raises:
             StoreUnavailableError: the directory was removed.
         """
-        results = [False] * len(slots)
-        with self._road(self._writing, buffers) as sealer:
-            most = sealer.most_sealed(self._geometry.block_bytes)
-            for run in self._runs([int(slot) for slot in slots], buffers, most):
-                self._write_run(sealer, run, keys, buffers, results)
+        results, (road, sealer), start = [False] * len(slots), self._road(self._writing), time.perf_counter()
+        for run in self._runs(slots, buffers, sealer.most_sealed(self._geometry.block_bytes)):
+            self._write_run(sealer, run, keys, buffers, results)
+        self._writing.learn(road, len(buffers) * self._geometry.block_bytes, time.perf_counter() - start)
         return results
 
     def read_into(self, slots: Sequence[int], keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
@@ -160,11 +158,10 @@ class SlabStore(SlotStore):
         Raises:
             StoreUnavailableError: the directory was removed.
         """
-        results = [False] * len(slots)
-        with self._road(self._reading, buffers) as sealer:
-            most = sealer.most_opened(self._geometry.block_bytes)
-            for run in self._runs([int(slot) for slot in slots], buffers, most):
-                self._read_run(sealer, run, keys, buffers, results)
+        results, (road, sealer), start = [False] * len(slots), self._road(self._reading), time.perf_counter()
+        for run in self._runs(slots, buffers, sealer.most_opened(self._geometry.block_bytes)):
+            self._read_run(sealer, run, keys, buffers, results)
+        self._reading.learn(road, len(buffers) * self._geometry.block_bytes, time.perf_counter() - start)
         return results
 
     def prepare(self) -> tuple[int, int] | None:
@@ -185,19 +182,15 @@ class SlabStore(SlotStore):
         """Return whether data files of these lengths fit beside the blocks of other namespaces."""
         return self._directory.has_room(self._geometry.cost_bytes(lengths), self._capacity)
 
-    @contextmanager
-    def _road(self, choice: RoadChoice, buffers: Sequence[memoryview]) -> Iterator[Sealer]:
-        """Choose a road for the blocks of a call, and measure it. Through the page cache there is no choice."""
-        if not self._segments.direct or self._copying_sealer is self._sealer:
-            yield self._sealer
-            return
-        road, start = choice.choose(), time.perf_counter()
-        yield self._copying_sealer if road is Road.COPIED else self._sealer
-        choice.learn(road, len(buffers) * self._geometry.block_bytes, time.perf_counter() - start)
+    def _road(self, choice: RoadChoice) -> tuple[Road, Sealer]:
+        """Choose a road for the blocks of a call, and the sealer for it. Through the page cache there is no choice."""
+        road = choice.choose() if self._segments.direct else Road.STRAIGHT
+        return road, self._copying_sealer if road is Road.COPIED else self._sealer
 
     def _runs(self, slots: Sequence[int], buffers: Sequence[memoryview], most: int | None) -> list[Run]:
         """Return runs of the valid slots and buffers; count the invalid ones as failures."""
         self._directory.check_present(self._records.status)
+        slots = list(map(int, slots))
         usable = [
             position
             for position, (slot, buffer) in enumerate(zip(slots, buffers, strict=True))
