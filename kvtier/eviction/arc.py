@@ -8,13 +8,13 @@ adapts slowly when the workload changes.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from math import ceil, floor
 
 from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
+from kvtier.key_tables import KeyQueue
 from kvtier.keys import OffloadKey
 
 
@@ -32,10 +32,8 @@ class ARCPolicy(EvictionPolicy):
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
-        self._t1: OrderedDict[OffloadKey, None] = OrderedDict()
-        self._t2: OrderedDict[OffloadKey, None] = OrderedDict()
-        self._b1: OrderedDict[OffloadKey, None] = OrderedDict()
-        self._b2: OrderedDict[OffloadKey, None] = OrderedDict()
+        self._t1: KeyQueue[None] = KeyQueue()
+        self._t2, self._b1, self._b2 = (KeyQueue[None](beside=self._t1) for _ in range(3))
         self._p = 0.0
         # Ghosts made since the last insert. The paper adapts p before it evicts; here `evict` runs before `insert`,
         # so adaptation subtracts them.
@@ -50,70 +48,39 @@ class ARCPolicy(EvictionPolicy):
     def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         """Hold `keys`. Keys with a ghost go to T2, and each of them adapts p; the others go to T1."""
         t1, t2, b1, b2 = self._t1, self._t2, self._b1, self._b2
-        if b1.keys().isdisjoint(keys) and b2.keys().isdisjoint(keys):
-            for key in reversed(keys):
-                t1[key] = None
+        if b1.isdisjoint(keys) and b2.isdisjoint(keys):
+            t1.append(keys[::-1], None)
             keys = ()
         for key in reversed(keys):
             if key in b1:
                 self._p = self._raised(self._p, len(b1) - self._fresh_b1, len(b2) - self._fresh_b2)
-                del b1[key]
-                t2[key] = None
+                t2.take((key,), b1)
             elif key in b2:
                 self._p = self._lowered(self._p, len(b1) - self._fresh_b1, len(b2) - self._fresh_b2)
-                del b2[key]
-                t2[key] = None
+                t2.take((key,), b2)
             else:
-                t1[key] = None
+                t1.append((key,), None)
         self._fresh_b1 = self._fresh_b2 = 0
         self._trim_ghosts()
 
     def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         """Move the held ones of `keys` to the recent end of T2."""
-        t1, t2 = self._t1, self._t2
-        move_to_end = t2.move_to_end
-        rest = reversed(keys)
-        if keys and keys[-1] in t2:
-            try:  # usually all keys are in T2 then: `map` runs in C and takes half the time of the loop below
-                deque(map(move_to_end, reversed(keys)), maxlen=0)
-                return
-            except KeyError:
-                pass
-        elif keys and keys[-1] in t1:
-            try:  # usually all keys are in T1 then: nothing is asked twice
-                for key in rest:
-                    del t1[key]
-                    t2[key] = None
-                return
-            except KeyError:
-                rest = chain((key,), rest)
-        for key in rest:
-            if key in t2:
-                move_to_end(key)
-            elif key in t1:
-                del t1[key]
-                t2[key] = None
+        self._t2.take(keys[::-1], self._t1, self._t2)
 
     def evict(self, keys: Sequence[OffloadKey]) -> None:
         """Stop holding `keys` and remember them: keys of T1 in B1, keys of T2 in B2."""
-        t1, t2, b1, b2 = self._t1, self._t2, self._b1, self._b2
-        fresh_b1 = 0
-        for key in keys:
-            if key in t1:
-                del t1[key]
-                b1[key] = None
-                fresh_b1 += 1
-            else:
-                del t2[key]
-                b2[key] = None
-        self._fresh_b1 += fresh_b1
-        self._fresh_b2 += len(keys) - fresh_b1
+        left = len(self._t1)
+        self._b1.take(keys, self._t1)
+        num_recent = left - len(self._t1)
+        if num_recent < len(keys):
+            self._b2.take(keys, self._t2)
+        self._fresh_b1 += num_recent
+        self._fresh_b2 += len(keys) - num_recent
 
     def remove(self, keys: Sequence[OffloadKey]) -> None:
         """Forget `keys`, as held keys and as ghosts."""
-        for key in keys:
-            for queue in (self._t1, self._t2, self._b1, self._b2):
-                queue.pop(key, None)
+        for queue in (self._t1, self._t2, self._b1, self._b2):
+            queue.discard(keys)
 
     def candidates(self, incoming: Sequence[OffloadKey] = ()) -> Iterator[OffloadKey]:
         """Yield every held key in the order in which the paper's REPLACE evicts while `incoming` is inserted.
@@ -121,7 +88,7 @@ class ARCPolicy(EvictionPolicy):
         The n-th victim is the paper's choice for the n-th key from the tail of `incoming`. After those, p stays fixed.
         """
         b1, b2 = self._b1, self._b2
-        if b1.keys().isdisjoint(incoming) and b2.keys().isdisjoint(incoming):
+        if b1.isdisjoint(incoming) and b2.isdisjoint(incoming):
             return self._candidates_for_strangers(len(incoming))
         return self._candidates_one_by_one(incoming)
 
@@ -174,12 +141,8 @@ class ARCPolicy(EvictionPolicy):
 
     def settle(self, keys: Sequence[OffloadKey]) -> None:
         """Move the held ones of `keys` to the recent end of their own list, tail first."""
-        t1, t2 = self._t1, self._t2
-        for key in reversed(keys):
-            if key in t1:
-                t1.move_to_end(key)
-            elif key in t2:
-                t2.move_to_end(key)
+        self._t1.renew(keys[::-1])
+        self._t2.renew(keys[::-1])
 
     def clear(self) -> None:
         """Forget everything, ghosts and p included."""
@@ -198,6 +161,7 @@ class ARCPolicy(EvictionPolicy):
         """Raise InvariantError if lists overlap, lists are longer than the paper allows, or p is out of its range."""
         lists = (self._t1, self._t2, self._b1, self._b2)
         total = sum(map(len, lists))
+        self._t1.check_invariants()
         if len(set().union(*lists)) != total:
             raise InvariantError("ARC: a key is in two lists")
         if len(self) > self.capacity:
@@ -217,8 +181,5 @@ class ARCPolicy(EvictionPolicy):
         t1, b1, b2 = self._t1, self._b1, self._b2
         # In a full policy these are the paper's limits. A tenant's policy holds less than its capacity, and remembers
         # no more keys than it holds.
-        # To list the keys and delete them takes half the time of as many popitem(last=False).
-        for key in list(islice(b1, max(0, len(b1) - min(self.capacity - len(t1), len(self))))):
-            del b1[key]
-        for key in list(islice(b2, max(0, len(b1) + len(b2) - len(self)))):
-            del b2[key]
+        b1.drop(b1.oldest(len(b1) - min(self.capacity - len(t1), len(self))))
+        b2.drop(b2.oldest(len(b1) + len(b2) - len(self)))

@@ -9,12 +9,13 @@ prefix is evicted and has to be computed again. A large cache therefore loses to
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import chain, islice
+from itertools import chain, groupby
 
 from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
+from kvtier.key_tables import KeyQueue
 from kvtier.keys import OffloadKey
 
 MAX_USES = 3
@@ -37,33 +38,28 @@ class S3FIFOPolicy(EvictionPolicy):
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
-        self._small: OrderedDict[OffloadKey, int] = OrderedDict()
-        self._main: OrderedDict[OffloadKey, int] = OrderedDict()
-        self._ghosts: OrderedDict[OffloadKey, None] = OrderedDict()
+        self._small: KeyQueue[int] = KeyQueue()
+        self._main: KeyQueue[int] = KeyQueue(beside=self._small)
+        self._ghosts: KeyQueue[int] = KeyQueue(beside=self._small)
         self._most_small = max(1, capacity // SMALL_SHARE)
         self._most_ghosts = max(1, capacity - self._most_small)
 
     def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         """Append keys with a ghost to the main queue, and the others to the small queue."""
         small, main, ghosts = self._small, self._main, self._ghosts
-        if ghosts.keys().isdisjoint(keys):
-            for key in reversed(keys):
-                small[key] = 0
-            return
-        for key in reversed(keys):
-            if key in ghosts:
-                del ghosts[key]
-                main[key] = 0
-            else:
-                small[key] = 0
+        for is_ghost, same in groupby(reversed(keys), ghosts.__contains__) if ghosts else [(False, reversed(keys))]:
+            run = list(same)
+            if is_ghost:
+                ghosts.drop(run)
+            (main if is_ghost else small).append(run, 0)
 
     def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         """Count one more use of the held ones of `keys`; no key moves."""
         for queue in (self._small, self._main):
-            if not queue.keys().isdisjoint(keys):
-                for key in keys:
-                    if queue.get(key, MAX_USES) < MAX_USES:
-                        queue[key] += 1
+            for key in keys if not queue.isdisjoint(keys) else ():
+                uses = queue.get(key, MAX_USES)
+                if uses < MAX_USES:
+                    queue[key] = uses + 1
 
     def candidates(self, incoming: Sequence[OffloadKey] = ()) -> Iterator[OffloadKey]:
         """Yield every held key in the order in which the queues evict while `incoming` is inserted.
@@ -72,8 +68,8 @@ class S3FIFOPolicy(EvictionPolicy):
         """
         ghosts, most_small = self._ghosts, self._most_small
         joins_small = iter([key not in ghosts for key in reversed(incoming)])
-        small, left_small = iter(self._small.items()), len(self._small)
-        main, moved = iter(self._main.items()), deque[tuple[OffloadKey, int]]()
+        small, left_small = self._small.entries(), len(self._small)
+        main, moved = self._main.entries(), deque[tuple[OffloadKey, int]]()
         left_main, arrived = len(self._main), 0
         while left_small or left_main:
             in_small = left_small + arrived >= most_small or not left_main
@@ -100,55 +96,63 @@ class S3FIFOPolicy(EvictionPolicy):
         most_ghosts = min(self._most_ghosts, len(self))  # a tenant's policy holds less than its capacity
         self._evict_from_small(victims)
         self._evict_from_main(victims)
-        for key in list(islice(self._ghosts, max(0, len(self._ghosts) - most_ghosts))):
-            del self._ghosts[key]
+        self._ghosts.drop(self._ghosts.oldest(len(self._ghosts) - most_ghosts))
 
     def _evict_from_small(self, victims: set[OffloadKey]) -> None:
-        """Walk the small queue up to its last victim, or to its end if the main queue had to give a key instead."""
-        small, main, ghosts = self._small, self._main, self._ghosts
-        left = len(small.keys() & victims)
-        all_pass = left < len(victims) and len(small) >= self._most_small and 0 not in small.values()
-        skipped: list[OffloadKey] = []
-        while small and (left or all_pass):
-            key, uses = small.popitem(last=False)
+        """Walk the small queue up to its last victim, or to its end if the main queue had to give a key instead.
+
+        Keys that are no victims although they were used once only stay: the caller may not evict them, for example
+        while they are read.
+        """
+        small = self._small
+        left = len(small.held(victims))
+        all_pass = left < len(victims) and len(small) >= self._most_small and all(uses for _, uses in small.entries())
+        used: list[OffloadKey] = []
+        gone: list[OffloadKey] = []
+        for key, uses in small.entries():
+            if not (left or all_pass):
+                break
             if uses:
-                main[key] = 0
+                used.append(key)
                 if key in victims:
                     left -= 1
                     all_pass = True
             elif key in victims:
-                victims.discard(key)
                 left -= 1
-                ghosts[key] = None
-            else:
-                skipped.append(key)
-        _put_back(small, skipped)
+                gone.append(key)
+        victims.difference_update(gone)
+        self._ghosts.take(gone, small)
+        small.drop(used)
+        self._main.append(used, 0)
 
     def _evict_from_main(self, victims: set[OffloadKey]) -> None:
-        main, skipped = self._main, list[OffloadKey]()
+        """Walk the main queue, again and again if need be, up to its last victim; used keys move to its new end."""
+        main = self._main
         while victims:
-            key, uses = main.popitem(last=False)
-            if uses:
-                main[key] = uses - 1
-            elif key in victims:
-                victims.discard(key)
-            else:
-                skipped.append(key)
-        _put_back(main, skipped)
+            used: list[tuple[OffloadKey, int]] = []
+            gone: list[OffloadKey] = []
+            for key, uses in main.entries():
+                if uses:
+                    used.append((key, uses - 1))
+                elif key in victims:
+                    victims.discard(key)
+                    gone.append(key)
+                    if not victims:
+                        break
+            main.drop(gone)
+            for key, uses in used:
+                main[key] = uses
+            main.renew([key for key, _ in used])
 
     def remove(self, keys: Sequence[OffloadKey]) -> None:
         """Forget `keys`, held or ghosts."""
-        for key in keys:
-            for queue in (self._small, self._main, self._ghosts):
-                queue.pop(key, None)
+        for queue in (self._small, self._main, self._ghosts):
+            queue.discard(keys)
 
     def settle(self, keys: Sequence[OffloadKey]) -> None:
         """Move the held ones of `keys` to the new end of their own queue, tail first."""
-        for key in reversed(keys):
-            if key in self._small:
-                self._small.move_to_end(key)
-            elif key in self._main:
-                self._main.move_to_end(key)
+        self._small.renew(keys[::-1])
+        self._main.renew(keys[::-1])
 
     def clear(self) -> None:
         """Forget everything, including ghosts."""
@@ -164,18 +168,10 @@ class S3FIFOPolicy(EvictionPolicy):
     def check_invariants(self) -> None:
         """Raise InvariantError if queues overlap or are too long, or a use count is out of range."""
         small, main, ghosts = self._small, self._main, self._ghosts
+        small.check_invariants()
         if len({*small, *main, *ghosts}) != len(small) + len(main) + len(ghosts):
             raise InvariantError("S3-FIFO: a key is in two queues")
         if len(self) > self.capacity or len(ghosts) > self._most_ghosts:
             raise InvariantError(f"S3-FIFO: {len(self)} keys and {len(ghosts)} ghosts, capacity {self.capacity}")
         if not all(0 <= uses <= MAX_USES for uses in chain(small.values(), main.values())):
             raise InvariantError("S3-FIFO: a use count is out of its range")
-
-
-def _put_back(queue: OrderedDict[OffloadKey, int], unused_keys: Sequence[OffloadKey]) -> None:
-    """Put keys that a walk skipped back at the old end, in their order. Such keys are no victims only because the
-    caller may not evict them, for example while they are read.
-    """
-    for key in reversed(unused_keys):
-        queue[key] = 0
-        queue.move_to_end(key, last=False)

@@ -1,0 +1,202 @@
+"""Tables with one entry per block, against a dict and an OrderedDict that get the same calls."""
+
+import random
+import time
+from collections import OrderedDict
+from itertools import islice
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from kvtier import key_tables
+from kvtier.errors import InvariantError
+from kvtier.key_tables import KeyDict, KeyQueue
+from kvtier.keys import make_offload_key
+
+KEYS = [make_offload_key(bytes([i, 7 * i % 3]), i % 2) for i in range(48)]
+LISTS = st.lists(st.sampled_from(KEYS), max_size=20)
+RUNS = st.builds(lambda start, count: KEYS[start : start + count], st.integers(0, 47), st.integers(0, 24))
+
+
+class QueueMachine(RuleBasedStateMachine):
+    """Two queues beside each other, and two OrderedDicts."""
+
+    @initialize(longest=st.integers(1, 8), short=st.integers(1, 8), most_bytes=st.sampled_from([60, 400]))
+    def begin(self, longest, short, most_bytes):
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(key_tables, "LONGEST_RUN", longest)
+        self.patch.setattr(key_tables, "SHORT_RUN", min(short, longest))
+        self.patch.setattr(key_tables, "MOST_BYTES_PER_KEY", most_bytes)
+        self.queues = [KeyQueue()]
+        self.queues.append(KeyQueue(beside=self.queues[0]))
+        self.models = [OrderedDict(), OrderedDict()]
+
+    def teardown(self):
+        self.patch.undo()
+
+    @rule(keys=st.one_of(LISTS, RUNS), to=st.integers(0, 1), value=st.integers(0, 3))
+    def append(self, keys, to, value):
+        new = [key for key in dict.fromkeys(keys) if not any(key in model for model in self.models)]
+        self.queues[to].append(new, value)
+        self.models[to].update(dict.fromkeys(new, value))
+
+    @rule(keys=st.one_of(LISTS, RUNS), of=st.integers(0, 1))
+    def renew(self, keys, of):
+        self.queues[of].renew(keys)
+        for key in keys:
+            if key in self.models[of]:
+                self.models[of].move_to_end(key)
+
+    @rule(keys=st.one_of(LISTS, RUNS), to=st.integers(0, 1), both=st.booleans())
+    def take(self, keys, to, both):
+        source = 1 - to
+        keys = keys if both else list(dict.fromkeys(keys))
+        self.queues[to].take(keys, *(self.queues if both else [self.queues[source]]))
+        for key in keys:
+            if key in self.models[source]:
+                self.models[to][key] = self.models[source].pop(key)
+            elif both and key in self.models[to]:
+                self.models[to].move_to_end(key)
+
+    @rule(of=st.integers(0, 1), count=st.integers(0, 12))
+    def drop_the_oldest(self, of, count):
+        oldest = self.queues[of].oldest(count)
+        assert oldest == list(islice(self.models[of], count))
+        self.queues[of].drop(oldest)
+        for key in oldest:
+            del self.models[of][key]
+
+    @rule(keys=st.one_of(LISTS, RUNS), of=st.integers(0, 1))
+    def discard(self, keys, of):
+        self.queues[of].discard(keys)
+        for key in keys:
+            self.models[of].pop(key, None)
+
+    @rule(key=st.sampled_from(KEYS), of=st.integers(0, 1), value=st.integers(0, 3))
+    def assign(self, key, of, value):
+        if key not in self.models[1 - of]:
+            self.queues[of][key] = self.models[of][key] = value
+
+    @rule(of=st.integers(0, 1))
+    def clear(self, of):
+        self.queues[of].clear()
+        self.models[of].clear()
+
+    @rule(keys=LISTS)
+    def ask(self, keys):
+        for queue, model in zip(self.queues, self.models, strict=True):
+            assert queue.isdisjoint(keys) == model.keys().isdisjoint(keys)
+            assert [queue.get(key, -1) for key in keys] == [model.get(key, -1) for key in keys]
+            assert queue.held(keys) == [key for key in keys if key in model]
+            assert [key in queue for key in keys] == [key in model for key in keys]
+
+    @invariant()
+    def equal(self):
+        if hasattr(self, "queues"):
+            for queue, model in zip(self.queues, self.models, strict=True):
+                queue.check_invariants()
+                assert list(queue.entries()) == list(model.items())
+                assert len(queue) == len(model)
+
+
+QueueMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+test_a_queue_is_an_ordered_dict = QueueMachine.TestCase
+
+
+class DictMachine(RuleBasedStateMachine):
+    """A KeyDict, and a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.model = KeyDict(), {}
+
+    @rule(keys=LISTS, first=st.integers(0, 9))
+    def enter(self, keys, first):
+        values = list(range(first, first + len(keys)))
+        self.table.set_all(keys, values)
+        self.model.update(zip(keys, values, strict=True))
+
+    @rule(keys=LISTS)
+    def leave(self, keys):
+        here = [key for key in dict.fromkeys(keys) if key in self.model]
+        assert self.table.pop_all(here) == [self.model.pop(key) for key in here]
+
+    @rule(keys=LISTS)
+    def ask(self, keys):
+        assert self.table.get_all(keys) == [self.model.get(key) for key in keys]
+        assert self.table.isdisjoint(keys) == self.model.keys().isdisjoint(keys)
+        assert self.table.held(keys) == [key for key in keys if key in self.model]
+        assert self.table.missing(keys) == [key for key in keys if key not in self.model]
+        for key in keys:
+            assert (key in self.table, self.table.get(key), self.table.get(key, 5)) == (
+                key in self.model,
+                self.model.get(key),
+                self.model.get(key, 5),
+            )
+
+    @invariant()
+    def equal(self):
+        assert dict(self.table) == self.model
+        assert self.table == self.model
+        assert sorted(self.table.every_value()) == sorted(self.model.values())
+        assert len(self.table) == len(self.model)
+
+
+DictMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+test_a_key_dict_is_a_dict = DictMachine.TestCase
+
+
+def test_what_is_not_here_is_a_key_error():
+    queue, table = KeyQueue(), KeyDict()
+    queue.append(KEYS[:3], None)
+    for wrong in (lambda: queue[KEYS[5]], lambda: queue.drop(KEYS[2:5]), lambda: queue.pop(KEYS[5])):
+        with pytest.raises(KeyError):
+            wrong()
+    queue.check_invariants()
+    assert list(queue) == KEYS[:2]
+    for wrong in (lambda: table[KEYS[0]], lambda: table.pop_all(KEYS[:1]), lambda: table.pop(KEYS[0])):
+        with pytest.raises(KeyError):
+            wrong()
+    assert queue.pop(KEYS[0]) is None
+    assert table.pop(KEYS[0], 3) == 3
+
+
+@pytest.mark.parametrize("harm", ["places", "runs", "size"])
+def test_contradictions_are_noticed(harm):
+    queue = KeyQueue()
+    queue.append(KEYS, None)
+    queue.check_invariants()
+    if harm == "places":
+        queue._places.shards[0].clear()
+        queue._places.shards[KEYS[3][key_tables.SHARD_BYTE]].clear()
+    elif harm == "runs":
+        queue._runs[99] = {}
+    else:
+        queue._size += 1
+    with pytest.raises(InvariantError):
+        queue.check_invariants()
+
+
+def test_no_table_behind_a_large_queue_is_large():
+    """Whatever comes and goes in whatever portions, no dict of a queue has an entry per key or a hole per use."""
+    chance = random.Random(3)
+    queue, number, held = KeyQueue(), 0, 20_000
+    begin = time.monotonic()
+    while number < 5 * held:
+        count = chance.choice((1, 2, 5, 17, 300))
+        new = [
+            make_offload_key((number + i).to_bytes(4, "little") * 2 + bytes([(number + i) % 256]), 0)
+            for i in range(count)
+        ]
+        number += count
+        if len(queue) >= held:
+            queue.drop(queue.oldest(count))
+        queue.append(new, None)
+        queue.renew(new[: count // 2])
+        assert time.monotonic() - begin < 600
+    queue.check_invariants()
+    assert len(queue._runs) < held / 4
+    assert max(map(len, queue._places.shards)) < held / 64
+    assert sum(key_tables.getsizeof(run) for run in queue._runs.values()) < 500 * held
