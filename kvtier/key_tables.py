@@ -11,13 +11,13 @@ Both hold keys and plain values only, which Python's garbage collector does not 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, MutableMapping, Sequence
 from itertools import chain, islice
 from sys import getsizeof
 from typing import Any, TypeVar, overload
 
-from kvtier.errors import InvariantError
-from kvtier.keys import GROUP_BYTES, OffloadKey
+from kvtier.errors import InvariantError, KeyFormatError
+from kvtier.keys import GROUP_BYTES, MIN_KEY_BYTES, OffloadKey
 
 V = TypeVar("V")
 T = TypeVar("T")
@@ -41,7 +41,7 @@ MOST_BYTES_PER_KEY = 400
 class KeyDict(MutableMapping[OffloadKey, V]):
     """A dict of keys, without order.
 
-    Its methods raise IndexError or TypeError for what `make_offload_key` does not make.
+    What `make_offload_key` does not make is not here. The methods for many keys refuse it with a KeyFormatError.
 
     Attributes:
         shards: one dict for each value of a key's byte `SHARD_BYTE`. Callers on a hot path may look a key up in
@@ -61,10 +61,16 @@ class KeyDict(MutableMapping[OffloadKey, V]):
     @overload
     def get(self, key: OffloadKey, /, default: V | T) -> V | T: ...
     def get(self, key: OffloadKey, /, default: Any = None) -> Any:
-        return self.shards[key[SHARD_BYTE]].get(key, default)
+        try:
+            return self.shards[key[SHARD_BYTE]].get(key, default)
+        except (IndexError, TypeError):
+            return default
 
     def __contains__(self, key: object) -> bool:
-        return key in self.shards[key[SHARD_BYTE]]  # type: ignore[index]
+        try:
+            return key in self.shards[key[SHARD_BYTE]]  # type: ignore[index]
+        except (IndexError, TypeError):
+            return False
 
     def __setitem__(self, key: OffloadKey, value: V) -> None:
         self.shards[key[SHARD_BYTE]][key] = value
@@ -90,28 +96,45 @@ class KeyDict(MutableMapping[OffloadKey, V]):
 
     # -- many keys at once: a call per key would take as long as the rest ------------------------------------
 
-    def get_all(self, keys: Iterable[OffloadKey]) -> list[V | None]:
+    def get_all(self, keys: Collection[OffloadKey]) -> list[V | None]:
         """Return the value of each key, in order; None for keys that are not here."""
         shards = self.shards
-        return [shards[key[SHARD_BYTE]].get(key) for key in keys]
+        try:
+            return [shards[key[SHARD_BYTE]].get(key) for key in keys]
+        except (IndexError, TypeError):
+            raise _malformed(keys) from None
 
-    def isdisjoint(self, keys: Iterable[OffloadKey]) -> bool:
+    def values_of(self, keys: Iterable[OffloadKey]) -> list[V]:
+        """Return the value of each key, in order; all are here."""
+        shards = self.shards
+        return [shards[key[SHARD_BYTE]][key] for key in keys]
+
+    def isdisjoint(self, keys: Collection[OffloadKey]) -> bool:
         """Return whether none of `keys` is here."""
         shards = self.shards
-        for key in keys:  # noqa: SIM110 - `all` with a generator takes twice as long
-            if key in shards[key[SHARD_BYTE]]:
-                return False
+        try:
+            for key in keys:  # `all` with a generator takes twice as long
+                if key in shards[key[SHARD_BYTE]]:
+                    return False
+        except (IndexError, TypeError):
+            raise _malformed(keys) from None
         return True
 
-    def held(self, keys: Iterable[OffloadKey]) -> list[OffloadKey]:
+    def held(self, keys: Collection[OffloadKey]) -> list[OffloadKey]:
         """Return those of `keys` that are here, in their order."""
         shards = self.shards
-        return [key for key in keys if key in shards[key[SHARD_BYTE]]]
+        try:
+            return [key for key in keys if key in shards[key[SHARD_BYTE]]]
+        except (IndexError, TypeError):
+            raise _malformed(keys) from None
 
-    def missing(self, keys: Iterable[OffloadKey]) -> list[OffloadKey]:
+    def missing(self, keys: Collection[OffloadKey]) -> list[OffloadKey]:
         """Return those of `keys` that are not here, in their order."""
         shards = self.shards
-        return [key for key in keys if key not in shards[key[SHARD_BYTE]]]
+        try:
+            return [key for key in keys if key not in shards[key[SHARD_BYTE]]]
+        except (IndexError, TypeError):
+            raise _malformed(keys) from None
 
     def set_all(self, keys: Iterable[OffloadKey], values: Iterable[V]) -> None:
         """Enter `keys` with their `values`, of which there are as many."""
@@ -123,6 +146,11 @@ class KeyDict(MutableMapping[OffloadKey, V]):
         """Remove `keys`, all of which are here, and return their values in order."""
         shards = self.shards
         return [shards[key[SHARD_BYTE]].pop(key) for key in keys]
+
+
+def _malformed(keys: Collection[OffloadKey]) -> KeyFormatError:
+    wrong = next((key for key in keys if not isinstance(key, bytes) or len(key) < MIN_KEY_BYTES), None)
+    return KeyFormatError(f"a key must be bytes made by make_offload_key, not {wrong!r:.80}")
 
 
 class _Places:

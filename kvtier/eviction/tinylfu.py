@@ -11,12 +11,12 @@ were used often take the room, and live sessions that grow turn by turn find non
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import islice
 
 from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
+from kvtier.key_tables import KeyDict, KeyQueue
 from kvtier.keys import OffloadKey
 
 WINDOW_SHARE = 100
@@ -51,11 +51,9 @@ class TinyLFUPolicy(EvictionPolicy):
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
-        self._window: OrderedDict[OffloadKey, None] = OrderedDict()
-        self._probation: OrderedDict[OffloadKey, None] = OrderedDict()
-        self._protected: OrderedDict[OffloadKey, None] = OrderedDict()
-        self._uses: dict[OffloadKey, int] = {}
-        self._ghosts: OrderedDict[OffloadKey, None] = OrderedDict()
+        self._window: KeyQueue[None] = KeyQueue()
+        self._probation, self._protected, self._ghosts = (KeyQueue[None](beside=self._window) for _ in range(3))
+        self._uses: KeyDict[int] = KeyDict()
         self._most_window = max(1, capacity // WINDOW_SHARE)
         self._most_protected = (capacity - self._most_window) * PROTECTED_PERCENT // 100
         # An entry of _uses has the count in its low COUNT_BITS bits and the epoch of that count above them. A new epoch
@@ -66,16 +64,11 @@ class TinyLFUPolicy(EvictionPolicy):
     def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         """Append `keys` to the window. Its oldest keys beyond its size move to vacant places of the main part."""
         window, probation, ghosts = self._window, self._probation, self._ghosts
-        if not ghosts.keys().isdisjoint(keys):
-            for key in keys:
-                ghosts.pop(key, None)
-        for key in reversed(keys):
-            window[key] = None
+        ghosts.discard(keys)
+        window.append(keys[::-1], None)
         self._count(keys)
         vacant = self.capacity - self._most_window - len(probation) - len(self._protected)
-        for key in list(islice(window, max(0, min(vacant, len(window) - self._most_window)))):
-            del window[key]
-            probation[key] = None
+        probation.take(window.oldest(min(vacant, len(window) - self._most_window)), window)
 
     def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         """Count a use of the held ones of `keys`.
@@ -85,17 +78,9 @@ class TinyLFUPolicy(EvictionPolicy):
         """
         window, probation, protected = self._window, self._probation, self._protected
         held = [key for key in keys if key in probation or key in protected or key in window]
-        for key in reversed(held):
-            if key in protected:
-                protected.move_to_end(key)
-            elif key in window:
-                window.move_to_end(key)
-            else:
-                del probation[key]
-                protected[key] = None
-        for key in list(islice(protected, max(0, len(protected) - self._most_protected))):
-            del protected[key]
-            probation[key] = None
+        protected.take(held[::-1], protected, probation)
+        window.renew(held[::-1])
+        probation.take(protected.oldest(len(protected) - self._most_protected), protected)
         self._count(held)
 
     def _count(self, keys: Sequence[OffloadKey]) -> None:
@@ -149,41 +134,27 @@ class TinyLFUPolicy(EvictionPolicy):
         """Stop holding `keys` and keep their counts; the counts of the oldest ghosts beyond the limit go."""
         ghosts, uses = self._ghosts, self._uses
         most_ghosts = GHOSTS_PER_KEY * len(self)  # not of the capacity, of which a tenant's policy holds a part
-        for key in keys:
-            self._drop(key)
-            ghosts[key] = None
-        for key in list(islice(ghosts, max(0, len(ghosts) - most_ghosts))):
-            del ghosts[key]
-            del uses[key]
-
-    def _drop(self, key: OffloadKey) -> None:
-        for queue in (self._window, self._probation, self._protected):
-            if key in queue:
-                del queue[key]
-                return
+        ghosts.take(keys, self._window, self._probation, self._protected)
+        forgotten = ghosts.oldest(len(ghosts) - most_ghosts)
+        ghosts.drop(forgotten)
+        uses.pop_all(forgotten)
 
     def remove(self, keys: Sequence[OffloadKey]) -> None:
         """Forget `keys` and their counts."""
+        for queue in (self._window, self._probation, self._protected, self._ghosts):
+            queue.discard(keys)
         for key in keys:
-            self._drop(key)
-            self._ghosts.pop(key, None)
             self._uses.pop(key, None)
 
     def settle(self, keys: Sequence[OffloadKey]) -> None:
         """Make the held ones of `keys` the most recent, tail first. The first of them get the places in the window."""
         window, probation, protected = self._window, self._probation, self._protected
-        loose: list[OffloadKey] = []
-        num_window = 0
-        for key in reversed(keys):
-            if key in protected:
-                protected.move_to_end(key)
-            elif key in window or key in probation:
-                num_window += key in window
-                self._drop(key)
-                loose.append(key)
+        protected.renew(keys[::-1])
+        num_window = len(window.held(keys))
+        loose = [key for key in reversed(keys) if key in window or key in probation]
         border = len(loose) - num_window
-        probation.update(dict.fromkeys(loose[:border]))
-        window.update(dict.fromkeys(loose[border:]))
+        probation.take(loose[:border], window, probation)
+        window.take(loose[border:], window, probation)
 
     def clear(self) -> None:
         """Forget everything, including counts."""
@@ -201,6 +172,7 @@ class TinyLFUPolicy(EvictionPolicy):
     def check_invariants(self) -> None:
         """Raise InvariantError if queues overlap or are too long, or a key has no count or a count no key."""
         queues = (self._window, self._probation, self._protected, self._ghosts)
+        self._window.check_invariants()
         if len(set().union(*queues)) != sum(map(len, queues)) or set().union(*queues) != self._uses.keys():
             raise InvariantError("TinyLFU: a key is in two queues, or has no count")
         if len(self) > self.capacity or len(self._ghosts) > GHOSTS_PER_KEY * self.capacity:

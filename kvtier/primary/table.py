@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from enum import Enum
-from itertools import compress, filterfalse, islice, repeat
-from typing import NamedTuple
+from itertools import compress, islice, repeat
+from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
 from kvtier.eviction.lru import LRUPolicy
 from kvtier.eviction.timeless import with_time
+from kvtier.key_tables import KeyDict
 from kvtier.keys import OffloadKey, common_key_bytes
 from kvtier.log import logger
 from kvtier.primary.transit import Transit
@@ -77,7 +78,7 @@ class BlockTable:
         self.num_slots = num_slots
         self.policy = with_time(policy)
         self.transit = Transit()
-        self.slot_of: dict[OffloadKey, int] = {}
+        self.slot_of: KeyDict[int] = KeyDict()
         self.filling: set[int] = set()
         self._pins: dict[int, int] = {}
         self._quarantine: set[int] = set()
@@ -90,7 +91,9 @@ class BlockTable:
         self._is_plug_in = not type(policy).__module__.startswith("kvtier.eviction.")
 
     def __len__(self) -> int:
-        return len(self.slot_of)
+        if self._adopting:
+            return len(self.slot_of)
+        return self.num_slots - len(self._free) - len(self._quarantine)
 
     def __contains__(self, key: object) -> bool:
         return key in self.slot_of
@@ -124,9 +127,10 @@ class BlockTable:
 
     def ready_slots(self, keys: Sequence[OffloadKey]) -> list[int] | None:
         """Return the slots of `keys`, in order, or None if any of them is not READY."""
-        get = self.slot_of.get
-        slots = [get(key, -1) for key in keys]
-        return None if -1 in slots or not self.filling.isdisjoint(slots) else slots
+        slots = self.slot_of.get_all(keys)
+        if None in slots or not self.filling.isdisjoint(slots):
+            return None
+        return cast(list[int], slots)
 
     # -- placing ------------------------------------------------------------------------------------------
 
@@ -156,8 +160,8 @@ class BlockTable:
         unique = dict.fromkeys(keys)
         slot_of = self.slot_of
         if all_new is None:
-            all_new = slot_of.keys().isdisjoint(unique)
-        missing = list(unique if all_new else filterfalse(slot_of.__contains__, unique))
+            all_new = slot_of.isdisjoint(unique)
+        missing = list(unique) if all_new else slot_of.missing(unique)
         needed = len(missing) - len(self._free)
         if needed <= 0:
             return Placement(missing, [], 0)
@@ -201,7 +205,7 @@ class BlockTable:
             self.policy.may_decline = may_decline
             victims, num_declined = self._proposed(count, incoming, protected)
             if self._is_plug_in:
-                slots = set(map(self.slot_of.__getitem__, victims))  # raises for a key that is not held
+                slots = set(self.slot_of.values_of(victims))  # raises for a key that is not held
                 if len(slots) < len(victims):
                     raise InvariantError("candidates that come twice")
         except Exception as fault:  # noqa: BLE001 - a plug-in may raise anything; reported, and LRU takes over
@@ -212,7 +216,7 @@ class BlockTable:
     def _proposed(
         self, count: int, incoming: Sequence[OffloadKey], protected: Sequence[Set[OffloadKey]]
     ) -> tuple[list[OffloadKey], int]:
-        get_slot, pins, filling = self.slot_of.__getitem__, self._pins, self.filling
+        slots_of, pins, filling = self.slot_of.values_of, self._pins, self.filling
         if not (filling or pins or protected):
             victims = list(islice(self.policy.candidates(incoming), count))
             return victims, count - len(victims) if len(victims) < len(self) else 0
@@ -226,7 +230,7 @@ class BlockTable:
             if not batch:
                 break
             if filling or pins:
-                slots = list(map(get_slot, batch))
+                slots = slots_of(batch)
                 if not (filling.isdisjoint(slots) and pins.keys().isdisjoint(slots)):
                     idle = [slot not in filling and slot not in pins for slot in slots]
                     batch = list(compress(batch, idle))
@@ -256,13 +260,13 @@ class BlockTable:
             self.transit.remove(placement.victims)
             self.transit.add(keys[len(keys) - placement.num_passing :])
         if placement.victims:
-            freed = list(map(slot_of.pop, placement.victims))
+            freed = slot_of.pop_all(placement.victims)
             freed.reverse()
             free += freed
         slots = free[: -len(keys) - 1 : -1]
         del free[-len(keys) :]
         placed = dict(zip(keys, slots, strict=True))
-        slot_of.update(placed)
+        slot_of.set_all(keys, slots)
         self.filling.update(slots)
         try:  # repeats `_tell` to save a call: this runs for every store
             if placement.victims:
@@ -283,7 +287,7 @@ class BlockTable:
         """
         free, needed = self._free, count - len(self._free)
         victims = self.pick_victims(needed, (), (spared,)) if needed > 0 and not self._adopting else []
-        free += map(self.slot_of.pop, victims)
+        free += self.slot_of.pop_all(victims)
         if victims:
             self.transit.remove(victims)
             self._tell(self.policy.evict, victims)
@@ -343,7 +347,7 @@ class BlockTable:
         self._key_bytes = common_key_bytes(keys, self._key_bytes)
         self._adopted[places] = True
         slot_of, held = self.slot_of, len(self.slot_of)
-        slot_of.update(zip(keys, slots, strict=True))
+        slot_of.set_all(keys, slots)
         if len(slot_of) < held + len(keys):
             keys = [key for key in dict.fromkeys(keys) if key not in self.policy]
         self._tell(self.policy.insert, keys[::-1])
@@ -362,8 +366,8 @@ class BlockTable:
         self._adopting = False
         self._adopted = np.zeros(0, np.bool_)
         taken = np.zeros(self.num_slots, np.bool_)
-        for slots in (self.slot_of.values(), self._quarantine):
-            taken[np.fromiter(slots, np.intp, len(slots))] = True
+        taken[np.fromiter(self.slot_of.every_value(), np.intp)] = True
+        taken[np.fromiter(self._quarantine, np.intp)] = True
         self._free = np.flatnonzero(~taken)[::-1].tolist()
 
     # -- filling, pins and ends ---------------------------------------------------------------------------
@@ -384,7 +388,7 @@ class BlockTable:
             The keys that were forgotten.
         """
         slot_of = self.slot_of
-        mine = [key for key, slot in zip(keys, slots, strict=True) if slot_of.get(key) == slot]
+        mine = [key for key, slot, held in zip(keys, slots, slot_of.get_all(keys), strict=True) if slot == held]
         self.remove(mine)
         self._unpin_quarantined([slot for slot in slots if slot in self._quarantine])
         return mine
@@ -425,7 +429,7 @@ class BlockTable:
 
     def remove(self, keys: Iterable[OffloadKey]) -> list[OffloadKey]:
         """Forget `keys`, and return those that were held. Slots in use are quarantined, the others become free."""
-        held = [key for key in dict.fromkeys(keys) if key in self.slot_of]
+        held = self.slot_of.held(dict.fromkeys(keys))
         self.transit.remove(held)
         for key in held:
             if not self._into_quarantine(slot := self.slot_of.pop(key)):
@@ -445,7 +449,7 @@ class BlockTable:
 
     def clear(self) -> None:
         """Forget every key. Slots in use are quarantined until their last pin is dropped."""
-        for slot in self.slot_of.values():
+        for slot in [*self.filling, *self._pins]:
             self._into_quarantine(slot)
         self.slot_of.clear()
         self.transit.keys.clear()
@@ -458,7 +462,7 @@ class BlockTable:
 
     def check_invariants(self) -> None:
         """Raise InvariantError unless every slot is free, used or quarantined, and table and policy agree."""
-        used, free, quarantined = set(self.slot_of.values()), set(self._free), self._quarantine
+        used, free, quarantined = set(self.slot_of.every_value()), set(self._free), self._quarantine
         wrong: list[str] = []
         if len(used) != len(self.slot_of) or len(free) != len(self._free):
             wrong.append("a slot is used or free twice")
@@ -474,7 +478,7 @@ class BlockTable:
             wrong.append("a quarantined slot has no pin")
         if len(self.policy) != len(self.slot_of) or not all(map(self.policy.__contains__, self.slot_of)):
             wrong.append("policy and table hold different keys")
-        if not self.transit.keys.keys() <= self.slot_of.keys() or len(self.transit.keys) > self.transit.limit:
+        if not all(map(self.slot_of.__contains__, self.transit.keys)) or len(self.transit.keys) > self.transit.limit:
             wrong.append(f"{len(self.transit.keys)} in transit, {self.transit.limit} may be, all held")
         self.policy.check_invariants()
         if wrong:

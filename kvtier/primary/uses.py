@@ -8,11 +8,13 @@ each request asks once, would predict other hits than the engine has.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Container, Sequence, Set
+from collections.abc import Collection, Sequence, Set
 from itertools import chain
+from typing import Any
 
 from kvtier.clock import Clock
 from kvtier.hints import NO_HINT, Hint, read_hint
+from kvtier.key_tables import KeyDict
 from kvtier.keys import OffloadKey
 from kvtier.primary.retention import Retention
 from kvtier.primary.table import BlockTable, Placement
@@ -57,7 +59,7 @@ class RequestUses:
         self._early: set[OffloadKey] = set()
         self._named: list[Keys] = []
 
-    def count(self, keys: Keys, primary: Container[OffloadKey] | None) -> tuple[Keys, Keys]:
+    def count(self, keys: Keys, primary: KeyDict[Any] | None) -> tuple[Keys, Keys]:
         """Record a use of `keys`.
 
         Args:
@@ -77,11 +79,12 @@ class RequestUses:
                 keys = [key for key in keys if not known.get(key, False)]
         if fresh:
             self._named.append(fresh)
-        if primary is None or all(map(primary.__contains__, keys)):
+        if primary is None or not (missing := primary.missing(keys)):
             if keys:
                 self._aside.append(keys)
         else:
-            self._held.update(zip(keys, map(primary.__contains__, keys), strict=True))
+            self._held.update(dict.fromkeys(keys, True))
+            self._held.update(dict.fromkeys(missing, False))
         return keys, fresh
 
     def admissible(self, named: Keys, counted: Keys, table: BlockTable) -> Keys:

@@ -84,7 +84,7 @@ class SlottedTierManager(StoreTierManager):
         """Return those of `keys` whose blocks are stored or being stored; none while the tier is not UP."""
         if self._table is None or self._standing.state is not _UP:
             return frozenset()
-        return self._table.slot_of.keys() & keys
+        return frozenset(self._table.slot_of.held(keys))
 
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         """Count a use of the stored ones of `keys`, given in prefix order: at most one per block and request."""
@@ -141,7 +141,7 @@ class SlottedTierManager(StoreTierManager):
         if slots is None:
             held = [index for index, key in enumerate(keys) if table.is_ready(key)]
             keys, arena_slots = [keys[index] for index in held], [arena_slots[index] for index in held]
-            slots = [table.slot_of[key] for key in keys]
+            slots = table.slot_of.values_of(keys)
         table.pin(slots)
         self._uses.load(table, keys, metadata.req_context)
         absent = {FailureCause.ABSENT: len(metadata.keys) - len(keys)}

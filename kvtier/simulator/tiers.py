@@ -130,7 +130,7 @@ class SimulatedTierManager(SecondaryTierManager):
         slots = table.ready_slots(keys)
         if slots is None:
             keys = [key for key in keys if table.is_ready(key)]
-            slots = [table.slot_of[key] for key in keys]
+            slots = table.slot_of.values_of(keys)
         table.pin(slots)
         self._uses.load(table, keys, job_metadata.req_context)
         job = self._open(job_metadata, slots, keys)

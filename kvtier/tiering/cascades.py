@@ -127,7 +127,7 @@ class Cascades:
 
         Their slots stay pinned until the tier has answered.
         """
-        slots = list(map(self._table.slot_of.__getitem__, keys))
+        slots = self._table.slot_of.values_of(keys)
         self._table.pin(slots)
         if guard.hand_over(guard.open_job(keys, slots, req_context, is_promotion=False)):
             self._speeds[guard.index].begin(len(slots), self._clock())

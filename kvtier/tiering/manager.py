@@ -31,6 +31,7 @@ from kvtier.events import (
     WaitOutcome,
 )
 from kvtier.hints import NO_HINT, Hint, read_hint
+from kvtier.key_tables import SHARD_BYTE
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
 from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
@@ -95,7 +96,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
 
     # The attributes that `lookup` reads. CPython reads a slot directly. It keeps the other attributes of an instance in
     # a dict once there are more than 29, and with these six among them each lookup was measured to take 15% longer.
-    __slots__ = ("_current", "_filling", "_resolve", "_scan", "_slot_of", "_state")
+    __slots__ = ("_current", "_filling", "_resolve", "_scan", "_shards", "_state")
 
     def __init__(
         self,
@@ -190,7 +191,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         self._current: ReqContext | None = None
         self._state: RequestState
         self._scan: list[OffloadKey]
-        self._slot_of, self._filling = self._table.slot_of, self._table.filling
+        self._shards, self._filling = self._table.slot_of.shards, self._table.filling
         self._resolve = self._lookups.resolve
 
     def leave_to_parent(self) -> None:
@@ -211,7 +212,10 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         if req_context is not self._current:
             self._enter(req_context)
         self._scan.append(key)
-        slot = self._slot_of.get(key)
+        try:
+            slot = self._shards[key[SHARD_BYTE]].get(key)
+        except (IndexError, TypeError):  # made by no make_offload_key
+            return _MISS
         if slot is None:
             if not self._state.tiers:
                 return _MISS
@@ -316,7 +320,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         """Count a use of `keys`, given in prefix order, in every tier. Each block counts once per request."""
         ordered = keys if isinstance(keys, list) else list(keys)
         # One look at each key tells whether it is held and whether it comes twice: slots are compared in half the time.
-        slots = list(map(self._slot_of.get, ordered))
+        slots = self._table.slot_of.get_all(ordered)
         distinct = set(slots)
         once = ordered if len(distinct) == len(slots) else list(dict.fromkeys(ordered))
         state = self._requests.get(req_context.req_id)
@@ -338,13 +342,11 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         self._pace.note_store(state, ordered)
         if self._flights.by_key:
             self._promoter.take_over_abandoned(ordered)
-        slot_of = self._slot_of
+        slot_of = self._table.slot_of
+        all_new = slot_of.isdisjoint(ordered)
         state.uses.note_offer(ordered)
-        all_new = slot_of.keys().isdisjoint(ordered)
         if not all_new:
-            self._note_use(
-                [key for key in dict.fromkeys(ordered) if key in slot_of], req_context, state.uses, all_held=True
-            )
+            self._note_use(slot_of.held(dict.fromkeys(ordered)), req_context, state.uses, all_held=True)
         own: Set[OffloadKey] = frozenset()
         found: Set[OffloadKey] = frozenset()
         self._retention.serve(self._table, state.uses)
@@ -521,7 +523,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
     def take_events(self) -> Iterable[OffloadingEvent]:
         """Return KV events of the primary and secondary tiers since the last call. Engines ask after each step."""
         self._pace.note_output(self._clock())
-        return self._kv_events.take(self._slot_of) + self._tiers.take_events()
+        return self._kv_events.take(self._table.slot_of) + self._tiers.take_events()
 
     def get_stats(self) -> Mapping[str, float]:
         """Return counters since the start and current gauges, by the names that `kvtier.metrics` declares."""

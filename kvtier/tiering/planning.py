@@ -135,7 +135,7 @@ def _find(
     if room >= len(window) and not (lease or awaiting or denied):
         # Most prompts are planned as a whole, out of one tier. This takes half the time of the loop below.
         slot_of = holdings.table.slot_of
-        if slot_of.keys().isdisjoint(window) and (not queued or queued.isdisjoint(window)):
+        if slot_of.isdisjoint(window) and (not queued or queued.isdisjoint(window)):
             return list(map(found.get, window, repeat(HERE)))
     sources: list[int] = []
     for key in window:

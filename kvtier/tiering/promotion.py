@@ -214,8 +214,8 @@ class Promoter:
         part = queue.take(load)
         if not all(map(flights.queued.__contains__, part)):
             part = [key for key in part if key in flights.queued]
-        if not table.slot_of.keys().isdisjoint(part):
-            held = [key for key in part if key in table]  # stored by another request since: the next scan finds them
+        if not table.slot_of.isdisjoint(part):
+            held = table.slot_of.held(part)  # stored by another request since: the next scan finds them
             flights.drop(held)
             part = [key for key in part if key in flights.queued]
         self._retention.serve(table, load.state.uses)
@@ -313,8 +313,8 @@ class Promoter:
             bad_keys, bad_slots = [key for key, _ in bad], [slot for _, slot in bad]
             keys, slots = [key for key, _ in good], [slot for _, slot in good]
         table.publish(slots)
-        get_slot = table.slot_of.get
-        arrived = [key for key, slot in zip(keys, slots, strict=True) if get_slot(key) == slot]
+        held_in = table.slot_of.get_all(keys)
+        arrived = [key for key, slot, held in zip(keys, slots, held_in, strict=True) if slot == held]
         if not table.num_free and (unwanted := self._flights.unwanted(arrived)):
             # No request waits for them any more. A full memory has better blocks to keep.
             self._flights.abandon(unwanted)

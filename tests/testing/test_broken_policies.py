@@ -54,8 +54,9 @@ class HoldsWhatIsTouched(LRUPolicy):
 
 class RaisesOnUnknownTouch(LRUPolicy):
     def touch(self, keys: Sequence[OffloadKey]) -> None:
-        for key in reversed(keys):
-            self._queue.move_to_end(key)
+        if not all(map(self.__contains__, keys)):
+            raise KeyError("a key that is not held")
+        super().touch(keys)
 
 
 class HeadFirst(LRUPolicy):
@@ -89,7 +90,7 @@ class KeepsGhostsWhenCleared(ARCPolicy):
 
 class MiscountsItself(LRUPolicy):
     def __len__(self) -> int:
-        return len(self._queue) + 1
+        return super().__len__() + 1
 
 
 class BreaksItsInvariants(LRUPolicy):
