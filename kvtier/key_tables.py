@@ -1,18 +1,19 @@
 """Tables with one entry per block that grow and churn without a pause.
 
 A dict of a million keys is built anew whenever its memory is used up: by growth, and again and again by deletions and
-insertions at a constant size. That takes tens of milliseconds, in an `OrderedDict` more than a hundred. So no dict here
-has more than some ten thousand entries. `KeyDict` spreads its keys over 256 dicts. `KeyQueue` keeps an order as a chain
-of short dicts, and finds a key's place in it as a `KeyDict` does.
+insertions at a constant size. That takes tens of milliseconds, in an `OrderedDict` more than a hundred. So tables
+that may become large are other ones: `ShardedDict` spreads its keys over 256 dicts, and `LongQueue` keeps an order as a
+chain of short dicts. Small tables are a dict and an OrderedDict, which take less time per key. `key_dict` and
+`key_queues` choose.
 
-Both hold keys and plain values only, which Python's garbage collector does not visit.
+Large tables of plain values hold nothing that Python's garbage collector visits.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable, Iterator, MutableMapping, Sequence
-from itertools import chain, islice
+from itertools import chain, filterfalse, islice
 from sys import getsizeof
 from typing import Any, TypeVar, overload
 
@@ -21,6 +22,9 @@ from kvtier.keys import GROUP_BYTES, MIN_KEY_BYTES, OffloadKey
 
 V = TypeVar("V")
 T = TypeVar("T")
+
+MOST_IN_ONE = 65_536
+"""Most entries for which one dict, and one OrderedDict, is built anew quickly enough: in some milliseconds."""
 
 SHARD_BYTE = -1 - GROUP_BYTES
 """Which byte of a key chooses its shard: the last one of the block hash. Block hashes spread evenly over its values."""
@@ -38,23 +42,57 @@ MOST_BYTES_PER_KEY = 400
 """A run that takes more memory than this per key is mostly holes, and is built anew."""
 
 
-class KeyDict(MutableMapping[OffloadKey, V]):
+class SmallDict(dict[OffloadKey, V]):
+    """A dict of keys with the methods of a `ShardedDict`."""
+
+    __slots__ = ()
+
+    def get_all(self, keys: Collection[OffloadKey]) -> list[V | None]:
+        """Return the value of each key, in order; None for keys that are not here."""
+        return list(map(self.get, keys))
+
+    def values_of(self, keys: Iterable[OffloadKey]) -> list[V]:
+        """Return the value of each key, in order; all are here."""
+        return list(map(self.__getitem__, keys))
+
+    def isdisjoint(self, keys: Collection[OffloadKey]) -> bool:
+        """Return whether none of `keys` is here."""
+        return self.keys().isdisjoint(keys)
+
+    def held(self, keys: Collection[OffloadKey]) -> list[OffloadKey]:
+        """Return those of `keys` that are here, in their order."""
+        return list(filter(self.__contains__, keys))
+
+    def missing(self, keys: Collection[OffloadKey]) -> list[OffloadKey]:
+        """Return those of `keys` that are not here, in their order."""
+        return list(filterfalse(self.__contains__, keys))
+
+    def set_all(self, keys: Iterable[OffloadKey], values: Iterable[V]) -> None:
+        """Enter `keys` with their `values`, of which there are as many."""
+        self.update(zip(keys, values, strict=True))
+
+    def pop_all(self, keys: Iterable[OffloadKey]) -> list[V]:
+        """Remove `keys`, all of which are here, and return their values in order."""
+        return list(map(self.pop, keys))
+
+    def every_value(self) -> Iterator[V]:
+        """Return the values in the order in which the keys are iterated."""
+        return iter(self.values())
+
+
+class ShardedDict(MutableMapping[OffloadKey, V]):
     """A dict of keys, without order.
 
     What `make_offload_key` does not make is not here. The methods for many keys refuse it with a KeyFormatError.
-
-    Attributes:
-        shards: one dict for each value of a key's byte `SHARD_BYTE`. Callers on a hot path may look a key up in
-            `shards[key[SHARD_BYTE]]`, which saves a call, and change nothing there.
     """
 
-    __slots__ = ("shards",)
+    __slots__ = ("_shards",)
 
     def __init__(self) -> None:
-        self.shards: list[dict[OffloadKey, V]] = [{} for _ in range(NUM_SHARDS)]
+        self._shards: list[dict[OffloadKey, V]] = [{} for _ in range(NUM_SHARDS)]
 
     def __getitem__(self, key: OffloadKey) -> V:
-        return self.shards[key[SHARD_BYTE]][key]
+        return self._shards[key[SHARD_BYTE]][key]
 
     @overload
     def get(self, key: OffloadKey, /) -> V | None: ...
@@ -62,43 +100,43 @@ class KeyDict(MutableMapping[OffloadKey, V]):
     def get(self, key: OffloadKey, /, default: V | T) -> V | T: ...
     def get(self, key: OffloadKey, /, default: Any = None) -> Any:
         try:
-            return self.shards[key[SHARD_BYTE]].get(key, default)
+            return self._shards[key[SHARD_BYTE]].get(key, default)
         except (IndexError, TypeError):
             return default
 
     def __contains__(self, key: object) -> bool:
         try:
-            return key in self.shards[key[SHARD_BYTE]]  # type: ignore[index]
+            return key in self._shards[key[SHARD_BYTE]]  # type: ignore[index]
         except (IndexError, TypeError):
             return False
 
     def __setitem__(self, key: OffloadKey, value: V) -> None:
-        self.shards[key[SHARD_BYTE]][key] = value
+        self._shards[key[SHARD_BYTE]][key] = value
 
     def __delitem__(self, key: OffloadKey) -> None:
-        del self.shards[key[SHARD_BYTE]][key]
+        del self._shards[key[SHARD_BYTE]][key]
 
     def __len__(self) -> int:
         """Return the number of keys, which takes some microseconds."""
-        return sum(map(len, self.shards))
+        return sum(map(len, self._shards))
 
     def __iter__(self) -> Iterator[OffloadKey]:
-        return chain.from_iterable(self.shards)
+        return chain.from_iterable(self._shards)
 
     def every_value(self) -> Iterator[V]:
         """Return the values in the order in which the keys are iterated; quicker than `values`."""
-        return chain.from_iterable(map(dict.values, self.shards))
+        return chain.from_iterable(map(dict.values, self._shards))
 
     def clear(self) -> None:
         """Remove everything."""
-        for shard in self.shards:
+        for shard in self._shards:
             shard.clear()
 
     # -- many keys at once: a call per key would take as long as the rest ------------------------------------
 
     def get_all(self, keys: Collection[OffloadKey]) -> list[V | None]:
         """Return the value of each key, in order; None for keys that are not here."""
-        shards = self.shards
+        shards = self._shards
         try:
             return [shards[key[SHARD_BYTE]].get(key) for key in keys]
         except (IndexError, TypeError):
@@ -106,12 +144,12 @@ class KeyDict(MutableMapping[OffloadKey, V]):
 
     def values_of(self, keys: Iterable[OffloadKey]) -> list[V]:
         """Return the value of each key, in order; all are here."""
-        shards = self.shards
+        shards = self._shards
         return [shards[key[SHARD_BYTE]][key] for key in keys]
 
     def isdisjoint(self, keys: Collection[OffloadKey]) -> bool:
         """Return whether none of `keys` is here."""
-        shards = self.shards
+        shards = self._shards
         try:
             for key in keys:  # `all` with a generator takes twice as long
                 if key in shards[key[SHARD_BYTE]]:
@@ -122,7 +160,7 @@ class KeyDict(MutableMapping[OffloadKey, V]):
 
     def held(self, keys: Collection[OffloadKey]) -> list[OffloadKey]:
         """Return those of `keys` that are here, in their order."""
-        shards = self.shards
+        shards = self._shards
         try:
             return [key for key in keys if key in shards[key[SHARD_BYTE]]]
         except (IndexError, TypeError):
@@ -130,7 +168,7 @@ class KeyDict(MutableMapping[OffloadKey, V]):
 
     def missing(self, keys: Collection[OffloadKey]) -> list[OffloadKey]:
         """Return those of `keys` that are not here, in their order."""
-        shards = self.shards
+        shards = self._shards
         try:
             return [key for key in keys if key not in shards[key[SHARD_BYTE]]]
         except (IndexError, TypeError):
@@ -138,13 +176,13 @@ class KeyDict(MutableMapping[OffloadKey, V]):
 
     def set_all(self, keys: Iterable[OffloadKey], values: Iterable[V]) -> None:
         """Enter `keys` with their `values`, of which there are as many."""
-        shards = self.shards
+        shards = self._shards
         for key, value in zip(keys, values, strict=True):
             shards[key[SHARD_BYTE]][key] = value
 
     def pop_all(self, keys: Iterable[OffloadKey]) -> list[V]:
         """Remove `keys`, all of which are here, and return their values in order."""
-        shards = self.shards
+        shards = self._shards
         return [shards[key[SHARD_BYTE]].pop(key) for key in keys]
 
 
@@ -167,10 +205,10 @@ class _Places:
     def __init__(self) -> None:
         self.shards: list[dict[OffloadKey, int]] = [{} for _ in range(NUM_SHARDS)]
         self.last = 0
-        self.queues: list[KeyQueue[Any]] = []
+        self.queues: list[LongQueue[Any]] = []
 
 
-class KeyQueue(MutableMapping[OffloadKey, V]):
+class LongQueue(MutableMapping[OffloadKey, V]):
     """An ordered dict of keys, from the oldest to the newest; iteration starts at the oldest.
 
     The order is a chain of runs: keys that entered together, like the blocks of a request. Requests use again what an
@@ -180,7 +218,7 @@ class KeyQueue(MutableMapping[OffloadKey, V]):
 
     __slots__ = ("_places", "_runs", "_size")
 
-    def __init__(self, beside: KeyQueue[Any] | None = None) -> None:
+    def __init__(self, beside: LongQueue[Any] | None = None) -> None:
         """Args: beside: a queue that never holds the same key. Keys move between the two by whole runs."""
         self._places: _Places = _Places() if beside is None else beside._places
         self._places.queues.append(self)
@@ -285,7 +323,7 @@ class KeyQueue(MutableMapping[OffloadKey, V]):
         """Move those of `keys` that are here to the new end, one after the other."""
         self.take(keys, self)
 
-    def take(self, keys: Sequence[OffloadKey], *sources: KeyQueue[V]) -> None:
+    def take(self, keys: Sequence[OffloadKey], *sources: Any) -> None:
         """Move those of `keys` that are in `sources` to the new end, one after the other.
 
         Args:
@@ -330,7 +368,7 @@ class KeyQueue(MutableMapping[OffloadKey, V]):
         if moving:
             self._enter(moving)
 
-    def _pass_on(self, number: int, run: dict[OffloadKey, V], target: KeyQueue[V]) -> None:
+    def _pass_on(self, number: int, run: dict[OffloadKey, V], target: LongQueue[V]) -> None:
         """Move a whole run to the new end of another queue, or of this one."""
         if target is self:
             self._runs.move_to_end(number)
@@ -390,3 +428,97 @@ class KeyQueue(MutableMapping[OffloadKey, V]):
             raise InvariantError("key queues: keys are miscounted")
         if not all(run and len(run) < LONGEST_RUN + SHORT_RUN for _, run in runs):
             raise InvariantError("key queues: a run is empty or too long")
+
+
+class SmallQueue(OrderedDict[OffloadKey, V]):
+    """An OrderedDict of keys with the methods of a `LongQueue`."""
+
+    __slots__ = ()
+
+    def entries(self) -> Iterator[tuple[OffloadKey, V]]:
+        """Return keys and values, oldest first."""
+        return iter(self.items())
+
+    def isdisjoint(self, keys: Iterable[OffloadKey]) -> bool:
+        """Return whether none of `keys` is here."""
+        return self.keys().isdisjoint(keys)
+
+    def held(self, keys: Iterable[OffloadKey]) -> list[OffloadKey]:
+        """Return those of `keys` that are here, in their order."""
+        return list(filter(self.__contains__, keys))
+
+    def oldest(self, count: int) -> list[OffloadKey]:
+        """Return up to `count` keys, oldest first; none if it is below 1."""
+        return list(islice(self, count)) if count > 0 else []
+
+    def append(self, keys: Sequence[OffloadKey], value: V) -> None:
+        """Append `keys`, none of which is here, with one value."""
+        for key in keys:  # takes half the time of OrderedDict.update
+            self[key] = value
+
+    def renew(self, keys: Sequence[OffloadKey]) -> None:
+        """Move those of `keys` that are here to the new end, one after the other."""
+        move = self.move_to_end
+        # `map` runs in C and takes half the time of a loop. The deque of length 0 only consumes it.
+        try:
+            deque(map(move, keys), maxlen=0)
+        except KeyError:  # some are not held; a check of each beforehand takes a third longer if all are held
+            deque(map(move, filter(self.__contains__, keys)), maxlen=0)
+
+    def take(self, keys: Sequence[OffloadKey], *sources: Any) -> None:
+        """Move those of `keys` that are in `sources`, this queue perhaps among them, to the new end, one after the
+        other.
+        """
+        rest = iter(keys)
+        for source in sources:
+            if keys and keys[0] in source:
+                try:  # usually all keys are in one queue: nothing is asked twice
+                    if source is self:
+                        deque(map(self.move_to_end, keys), maxlen=0)
+                    else:
+                        for key in rest:
+                            self[key] = source.pop(key)
+                    return
+                except KeyError:
+                    rest = iter(keys) if source is self else chain((key,), rest)
+                    break
+        for key in rest:
+            for source in sources:
+                if key in source:
+                    self[key] = source.pop(key)
+                    break
+
+    def drop(self, keys: Iterable[OffloadKey]) -> None:
+        """Remove `keys`, all of which are here.
+
+        Raises:
+            KeyError: one of them is not; those before it are removed.
+        """
+        for key in keys:
+            del self[key]
+
+    def discard(self, keys: Iterable[OffloadKey]) -> None:
+        """Remove those of `keys` that are here."""
+        if self:
+            for key in keys:
+                self.pop(key, None)
+
+    def check_invariants(self) -> None:
+        """Do nothing: an OrderedDict cannot contradict itself."""
+
+
+KeyDict = SmallDict[V] | ShardedDict[V]
+KeyQueue = SmallQueue[V] | LongQueue[V]
+
+
+def key_dict(most: int) -> KeyDict[Any]:
+    """Return an empty table for up to `most` entries."""
+    return SmallDict() if most <= MOST_IN_ONE else ShardedDict()
+
+
+def key_queues(count: int, most: int) -> list[Any]:
+    """Return empty queues of which each has up to `most` entries, and no two the same key."""
+    if most <= MOST_IN_ONE:
+        return [SmallQueue() for _ in range(count)]
+    first: LongQueue[Any] = LongQueue()
+    return [first, *(LongQueue(beside=first) for _ in range(count - 1))]

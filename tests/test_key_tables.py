@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from kvtier import key_tables
-from kvtier.errors import InvariantError
-from kvtier.key_tables import KeyDict, KeyQueue
+from kvtier.errors import InvariantError, KeyFormatError
+from kvtier.key_tables import LongQueue, ShardedDict, SmallDict, key_dict, key_queues
 from kvtier.keys import make_offload_key
 
 KEYS = [make_offload_key(bytes([i, 7 * i % 3]), i % 2) for i in range(48)]
@@ -23,14 +23,18 @@ RUNS = st.builds(lambda start, count: KEYS[start : start + count], st.integers(0
 class QueueMachine(RuleBasedStateMachine):
     """Two queues beside each other, and two OrderedDicts."""
 
-    @initialize(longest=st.integers(1, 8), short=st.integers(1, 8), most_bytes=st.sampled_from([60, 400]))
-    def begin(self, longest, short, most_bytes):
+    @initialize(
+        longest=st.integers(1, 8),
+        short=st.integers(1, 8),
+        most_bytes=st.sampled_from([60, 400]),
+        capacity=st.sampled_from([48, 1_000_000]),
+    )
+    def begin(self, longest, short, most_bytes, capacity):
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(key_tables, "LONGEST_RUN", longest)
         self.patch.setattr(key_tables, "SHORT_RUN", min(short, longest))
         self.patch.setattr(key_tables, "MOST_BYTES_PER_KEY", most_bytes)
-        self.queues = [KeyQueue()]
-        self.queues.append(KeyQueue(beside=self.queues[0]))
+        self.queues = key_queues(2, capacity)
         self.models = [OrderedDict(), OrderedDict()]
 
     def teardown(self):
@@ -106,11 +110,11 @@ test_a_queue_is_an_ordered_dict = QueueMachine.TestCase
 
 
 class DictMachine(RuleBasedStateMachine):
-    """A KeyDict, and a dict."""
+    """A table, and a dict."""
 
-    def __init__(self):
-        super().__init__()
-        self.table, self.model = KeyDict(), {}
+    @initialize(capacity=st.sampled_from([48, 1_000_000]))
+    def begin(self, capacity):
+        self.table, self.model = key_dict(capacity), {}
 
     @rule(keys=LISTS, first=st.integers(0, 9))
     def enter(self, keys, first):
@@ -138,6 +142,8 @@ class DictMachine(RuleBasedStateMachine):
 
     @invariant()
     def equal(self):
+        if not hasattr(self, "table"):
+            return
         assert dict(self.table) == self.model
         assert self.table == self.model
         assert sorted(self.table.every_value()) == sorted(self.model.values())
@@ -145,11 +151,27 @@ class DictMachine(RuleBasedStateMachine):
 
 
 DictMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
-test_a_key_dict_is_a_dict = DictMachine.TestCase
+test_a_table_is_a_dict = DictMachine.TestCase
+
+
+@pytest.mark.parametrize("wrong", [b"", b"1234", "text" * 9, 7])
+def test_what_is_no_key_is_not_here(wrong):
+    table = ShardedDict()
+    table.set_all(KEYS, range(48))
+    assert wrong not in table
+    assert table.get(wrong, 5) == 5
+    for ask in (table.get_all, table.isdisjoint, table.held, table.missing):
+        with pytest.raises(KeyFormatError, match="make_offload_key"):
+            ask([make_offload_key(b"other", 0), wrong])
+
+
+def test_large_tables_are_others_than_small_ones():
+    assert isinstance(key_dict(key_tables.MOST_IN_ONE), SmallDict)
+    assert isinstance(key_dict(key_tables.MOST_IN_ONE + 1), ShardedDict)
 
 
 def test_what_is_not_here_is_a_key_error():
-    queue, table = KeyQueue(), KeyDict()
+    queue, table = LongQueue(), ShardedDict()
     queue.append(KEYS[:3], None)
     for wrong in (lambda: queue[KEYS[5]], lambda: queue.drop(KEYS[2:5]), lambda: queue.pop(KEYS[5])):
         with pytest.raises(KeyError):
@@ -165,7 +187,7 @@ def test_what_is_not_here_is_a_key_error():
 
 @pytest.mark.parametrize("harm", ["places", "runs", "size"])
 def test_contradictions_are_noticed(harm):
-    queue = KeyQueue()
+    queue = LongQueue()
     queue.append(KEYS, None)
     queue.check_invariants()
     if harm == "places":
@@ -182,7 +204,7 @@ def test_contradictions_are_noticed(harm):
 def test_no_table_behind_a_large_queue_is_large():
     """Whatever comes and goes in whatever portions, no dict of a queue has an entry per key or a hole per use."""
     chance = random.Random(3)
-    queue, number, held = KeyQueue(), 0, 20_000
+    queue, number, held = LongQueue(), 0, 20_000
     begin = time.monotonic()
     while number < 5 * held:
         count = chance.choice((1, 2, 5, 17, 300))

@@ -14,7 +14,7 @@ from math import ceil, floor
 
 from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
-from kvtier.key_tables import KeyQueue
+from kvtier.key_tables import KeyQueue, key_queues
 from kvtier.keys import OffloadKey
 
 
@@ -32,8 +32,11 @@ class ARCPolicy(EvictionPolicy):
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
-        self._t1: KeyQueue[None] = KeyQueue()
-        self._t2, self._b1, self._b2 = (KeyQueue[None](beside=self._t1) for _ in range(3))
+        self._t1: KeyQueue[None]
+        self._t2: KeyQueue[None]
+        self._b1: KeyQueue[None]
+        self._b2: KeyQueue[None]
+        self._t1, self._t2, self._b1, self._b2 = key_queues(4, capacity)
         self._p = 0.0
         # Ghosts made since the last insert. The paper adapts p before it evicts; here `evict` runs before `insert`,
         # so adaptation subtracts them.

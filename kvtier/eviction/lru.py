@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
-from kvtier.key_tables import KeyQueue
+from kvtier.key_tables import KeyQueue, key_queues
 from kvtier.keys import OffloadKey
 
 
@@ -21,7 +21,8 @@ class LRUPolicy(EvictionPolicy):
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
-        self._queue: KeyQueue[None] = KeyQueue()
+        self._queue: KeyQueue[None]
+        (self._queue,) = key_queues(1, capacity)
 
     def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         """Append `keys`; the first of them becomes the most recent."""

@@ -15,7 +15,7 @@ from itertools import chain, groupby
 
 from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
-from kvtier.key_tables import KeyQueue
+from kvtier.key_tables import KeyQueue, key_queues
 from kvtier.keys import OffloadKey
 
 MAX_USES = 3
@@ -38,9 +38,10 @@ class S3FIFOPolicy(EvictionPolicy):
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
-        self._small: KeyQueue[int] = KeyQueue()
-        self._main: KeyQueue[int] = KeyQueue(beside=self._small)
-        self._ghosts: KeyQueue[int] = KeyQueue(beside=self._small)
+        self._small: KeyQueue[int]
+        self._main: KeyQueue[int]
+        self._ghosts: KeyQueue[int]
+        self._small, self._main, self._ghosts = key_queues(3, capacity)
         self._most_small = max(1, capacity // SMALL_SHARE)
         self._most_ghosts = max(1, capacity - self._most_small)
 

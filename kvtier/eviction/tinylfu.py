@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 
 from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
-from kvtier.key_tables import KeyDict, KeyQueue
+from kvtier.key_tables import KeyDict, KeyQueue, key_dict, key_queues
 from kvtier.keys import OffloadKey
 
 WINDOW_SHARE = 100
@@ -51,9 +51,12 @@ class TinyLFUPolicy(EvictionPolicy):
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
-        self._window: KeyQueue[None] = KeyQueue()
-        self._probation, self._protected, self._ghosts = (KeyQueue[None](beside=self._window) for _ in range(3))
-        self._uses: KeyDict[int] = KeyDict()
+        self._window: KeyQueue[None]
+        self._probation: KeyQueue[None]
+        self._protected: KeyQueue[None]
+        self._ghosts: KeyQueue[None]
+        self._window, self._probation, self._protected, self._ghosts = key_queues(4, GHOSTS_PER_KEY * capacity)
+        self._uses: KeyDict[int] = key_dict((1 + GHOSTS_PER_KEY) * capacity)
         self._most_window = max(1, capacity // WINDOW_SHARE)
         self._most_protected = (capacity - self._most_window) * PROTECTED_PERCENT // 100
         # An entry of _uses has the count in its low COUNT_BITS bits and the epoch of that count above them. A new epoch

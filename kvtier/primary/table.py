@@ -23,7 +23,7 @@ from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
 from kvtier.eviction.lru import LRUPolicy
 from kvtier.eviction.timeless import with_time
-from kvtier.key_tables import KeyDict
+from kvtier.key_tables import KeyDict, key_dict
 from kvtier.keys import OffloadKey, common_key_bytes
 from kvtier.log import logger
 from kvtier.primary.transit import Transit
@@ -78,7 +78,7 @@ class BlockTable:
         self.num_slots = num_slots
         self.policy = with_time(policy)
         self.transit = Transit()
-        self.slot_of: KeyDict[int] = KeyDict()
+        self.slot_of: KeyDict[int] = key_dict(num_slots)
         self.filling: set[int] = set()
         self._pins: dict[int, int] = {}
         self._quarantine: set[int] = set()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvtier.key_tables import SHARD_BYTE
 from kvtier.keys import OffloadKey
 from kvtier.primary.table import BlockTable
 from kvtier.tiering.flights import Flights
@@ -50,10 +49,10 @@ class Lookups:
 
         Adds the keys to the scan, up to and including the first miss.
         """
-        shards, filling = self._table.slot_of.shards, self._table.filling
+        get_slot, filling = self._table.slot_of.get, self._table.filling
         num_pending, num_found = 0, len(keys)
         for index, key in enumerate(keys):
-            slot = shards[key[SHARD_BYTE]].get(key)
+            slot = get_slot(key)
             if slot is None or slot in filling:
                 answer = self._find(state, key, slot is not None)
                 if answer is _MISS or not (num_pending or self._waiting.defer(state)):

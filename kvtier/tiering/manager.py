@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from typing import Protocol
 
 from kvtier import forks
@@ -31,7 +31,6 @@ from kvtier.events import (
     WaitOutcome,
 )
 from kvtier.hints import NO_HINT, Hint, read_hint
-from kvtier.key_tables import SHARD_BYTE
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
 from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
@@ -96,7 +95,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
 
     # The attributes that `lookup` reads. CPython reads a slot directly. It keeps the other attributes of an instance in
     # a dict once there are more than 29, and with these six among them each lookup was measured to take 15% longer.
-    __slots__ = ("_current", "_filling", "_resolve", "_scan", "_shards", "_state")
+    __slots__ = ("_current", "_filling", "_find", "_resolve", "_scan", "_state")
 
     def __init__(
         self,
@@ -191,7 +190,8 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         self._current: ReqContext | None = None
         self._state: RequestState
         self._scan: list[OffloadKey]
-        self._shards, self._filling = self._table.slot_of.shards, self._table.filling
+        self._find: Callable[[OffloadKey], int | None] = self._table.slot_of.get
+        self._filling = self._table.filling
         self._resolve = self._lookups.resolve
 
     def leave_to_parent(self) -> None:
@@ -212,10 +212,8 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         if req_context is not self._current:
             self._enter(req_context)
         self._scan.append(key)
-        try:
-            slot = self._shards[key[SHARD_BYTE]].get(key)
-        except (IndexError, TypeError):  # made by no make_offload_key
-            return _MISS
+        find = self._find  # a call of `self._find(key)` would look for a method of the class first
+        slot = find(key)
         if slot is None:
             if not self._state.tiers:
                 return _MISS
