@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvtier.errors import InvariantError
+from kvtier.key_tables import KeyDict, key_dict
 from kvtier.keys import OffloadKey
 
 
@@ -85,12 +86,13 @@ class Chains:
         part_of: the part of each held key.
     """
 
-    def __init__(self) -> None:
-        self.part_of: dict[OffloadKey, Part] = {}
+    def __init__(self, capacity: int) -> None:
+        """Args: capacity: most held keys."""
+        self.part_of: KeyDict[Part] = key_dict(capacity)
 
     def hold(self, part: Part) -> None:
         """Record that `part` holds its keys."""
-        self.part_of.update(dict.fromkeys(part.keys, part))
+        self.part_of.set_all(part.keys, [part] * len(part.keys))
 
     def link(self, part: Part, before: OffloadKey) -> Part | None:
         """Make `part` continue the block `before`, and return its new parent.
@@ -168,7 +170,7 @@ class Chains:
         if parent is None:
             raise InvariantError("a part without a parent cannot be joined to it")
         size = len(parent.keys)
-        self.part_of.update(dict.fromkeys(part.keys, parent))
+        self.part_of.set_all(part.keys, [parent] * len(part.keys))
         parent.keys += part.keys
         parent.children, part.children = part.children, {}
         for child in parent.children:
@@ -211,7 +213,7 @@ class Chains:
 
     def check_invariants(self) -> None:
         """Raise InvariantError if parts and keys contradict each other."""
-        parts = set(self.part_of.values())
+        parts = set(self.part_of.every_value())
         if sum(len(part.keys) for part in parts) != len(self.part_of):
             raise InvariantError("chains: a part miscounts its keys")
         for part in parts:

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from itertools import chain, groupby, islice
+from itertools import chain, groupby
+from operator import itemgetter
 
 from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
@@ -26,6 +27,7 @@ from kvtier.eviction.ages import Ages
 from kvtier.eviction.chains import Chains, Part, Request
 from kvtier.eviction.leaves import Leaves
 from kvtier.eviction.reuse import ReuseTable, class_of
+from kvtier.key_tables import KeyQueue, key_queues
 from kvtier.keys import OffloadKey
 
 GHOSTS_PER_KEY = 4
@@ -52,9 +54,10 @@ class PrefixPolicy(EvictionPolicy):
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
         self._table = ReuseTable()
-        self._chains = Chains()
+        self._chains = Chains(capacity)
         self._part_of = self._chains.part_of
-        self._ghosts: OrderedDict[OffloadKey, Part] = OrderedDict()
+        self._ghosts: KeyQueue[Part]
+        (self._ghosts,) = key_queues(1, GHOSTS_PER_KEY * capacity)
         self._requests: OrderedDict[float, Request] = OrderedDict()
         self._leaves = Leaves(self._table)
         self._ages = Ages(self._table, self._leaves)
@@ -71,7 +74,7 @@ class PrefixPolicy(EvictionPolicy):
     def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         """Count a use of the held ones of `keys`, except of blocks whose last use was by the same request."""
         request, part_of = self._request(now), self._part_of
-        held = [key for key in keys if key in part_of]
+        held = part_of.held(keys)
         if not held:
             return
         used: list[Part] = []
@@ -114,8 +117,9 @@ class PrefixPolicy(EvictionPolicy):
         if not keys:
             return
         former: list[Part | None] = [None] * len(keys)
-        if not ghosts.keys().isdisjoint(keys):
-            former = [ghosts.pop(key, None) for key in keys]
+        if not ghosts.isdisjoint(keys):
+            former = [ghosts.get(key) for key in keys]
+            ghosts.discard(keys)
         new: list[Part] = []
         end = 0
         for ghost, same in groupby(former):
@@ -185,7 +189,7 @@ class PrefixPolicy(EvictionPolicy):
         for block in blocks:
             part = part_of.get(block[0])  # looked up again: a former round may have joined it to another part
             if part is None:
-                self._remember([key for key in block if key not in self._ghosts], request)
+                self._remember([key for key in dict.fromkeys(block) if key not in self._ghosts], request)
             elif part.keys[0] == block[0]:
                 self._link(part, before)
                 if part.request is request:
@@ -241,7 +245,7 @@ class PrefixPolicy(EvictionPolicy):
         if keys:
             ghost = Part([], class_of(1, request.gap), 1, request)
             ghost.ghosts = len(keys)
-            self._ghosts.update(dict.fromkeys(keys, ghost))
+            self._ghosts.append(keys, ghost)
             self._table.note_reached(ghost.kind, 0, len(keys))
             self._ages.enter(ghost)
 
@@ -283,7 +287,7 @@ class PrefixPolicy(EvictionPolicy):
         request = Request(self._current.time)
         request.num_known = self._current.num_known
         request.former_time, request.former_length = self._current.former_time, self._current.former_length
-        if self._ghosts.keys().isdisjoint(incoming):
+        if self._ghosts.isdisjoint(incoming):
             return [self._table.ranks[class_of(1, request.gap)][0]] * len(incoming)
         former = [self._ghosts.get(key) for key in incoming]
         for ghost in former:
@@ -303,10 +307,9 @@ class PrefixPolicy(EvictionPolicy):
         of a tier, and all tenants together must not remember more than one policy would.
         """
         ghosts, most_ghosts = self._ghosts, GHOSTS_PER_KEY * len(self)
-        for part, same in groupby(keys, key=self._part_of.pop):
-            block = list(same)
-            for key in block:  # takes a third of the time of OrderedDict.update
-                ghosts[key] = part
+        for part, same in groupby(zip(self._part_of.pop_all(keys), keys, strict=True), key=itemgetter(0)):
+            block = [key for _, key in same]
+            ghosts.append(block, part)
             part.ghosts += len(block)
             self._drop(part, block)
         self._forget_ghosts(most_ghosts)
@@ -322,8 +325,10 @@ class PrefixPolicy(EvictionPolicy):
 
     def _forget_ghosts(self, most: int) -> None:
         ghosts = self._ghosts
-        for key in list(islice(ghosts, max(0, len(ghosts) - most))):
-            ghosts.pop(key).ghosts -= 1
+        oldest = ghosts.oldest(len(ghosts) - most)
+        for key in oldest:
+            ghosts[key].ghosts -= 1
+        ghosts.drop(oldest)
 
     def remove(self, keys: Sequence[OffloadKey]) -> None:
         """Forget `keys`, held or ghosts. If no held key and no ghost is left, forget what was learned, too."""
@@ -360,7 +365,8 @@ class PrefixPolicy(EvictionPolicy):
         """Raise InvariantError if parts and keys contradict each other, or there are too many keys or ghosts."""
         if len(self) > self.capacity or len(self._ghosts) > GHOSTS_PER_KEY * self.capacity:
             raise InvariantError(f"prefix: {len(self)} keys, {len(self._ghosts)} ghosts, capacity {self.capacity}")
-        if not self._ghosts.keys().isdisjoint(self._part_of):
+        if not self._ghosts.isdisjoint(self._part_of):
             raise InvariantError("prefix: a key is held and a ghost")
+        self._ghosts.check_invariants()
         self._chains.check_invariants()
-        self._leaves.check_invariants({*self._part_of.values()})
+        self._leaves.check_invariants({*self._part_of.every_value()})

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 from kvtier.clock import Clock
 from kvtier.events import CascadeRefused, Observer
+from kvtier.key_tables import KeyQueue, key_queues
 from kvtier.keys import OffloadKey
 from kvtier.primary.table import BlockTable
 from kvtier.secondary.jobs import Job
@@ -41,7 +41,8 @@ class AdmissionRule:
     def __init__(self, admission: Admission, max_seen: int = MAX_SEEN) -> None:
         self._admission = admission
         self._max_seen = max_seen
-        self._seen_once: OrderedDict[OffloadKey, None] = OrderedDict()
+        self._seen_once: KeyQueue[None]
+        (self._seen_once,) = key_queues(1, max_seen)
 
     def on_store(self, keys: Sequence[OffloadKey], req_context: ReqContext) -> Sequence[OffloadKey]:
         """Return the newly stored `keys` that may enter."""
@@ -59,17 +60,16 @@ class AdmissionRule:
         return self._take_seen(keys) if self._seen_once else ()
 
     def _take_seen(self, keys: Sequence[OffloadKey]) -> list[OffloadKey]:
-        again = [key for key in dict.fromkeys(keys) if key in self._seen_once]
-        for key in again:
-            del self._seen_once[key]
+        again = self._seen_once.held(dict.fromkeys(keys))
+        self._seen_once.drop(again)
         return again
 
     def see(self, keys: Iterable[OffloadKey]) -> None:
         """Remember `keys`, so that `second_touch` admits them at their next use."""
         if self._admission is Admission.SECOND_TOUCH:
-            self._seen_once.update(dict.fromkeys(keys))
-            while len(self._seen_once) > self._max_seen:
-                self._seen_once.popitem(last=False)
+            seen = self._seen_once
+            seen.append([key for key in dict.fromkeys(keys) if key not in seen], None)
+            seen.drop(seen.oldest(len(seen) - self._max_seen))
 
 
 def _is_prompt(key: OffloadKey, req_context: ReqContext) -> bool:

@@ -7,12 +7,12 @@ miss. A thread of its own computes the digests, not the scheduler's thread.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import xxhash
 
+from kvtier.key_tables import KeyQueue, key_queues
 from kvtier.keys import OffloadKey
 from kvtier.primary.arena import Rows
 from kvtier.secondary.jobs import Job
@@ -34,7 +34,8 @@ class DigestLedger:
         """Args: rows: flat views of the primary slots, which stay pinned while they are hashed."""
         self._rows = rows
         self._max_entries = max_entries
-        self._digests: OrderedDict[OffloadKey, tuple[bytes, ...]] = OrderedDict()
+        self._digests: KeyQueue[tuple[bytes, ...]]
+        (self._digests,) = key_queues(1, max_entries)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvtier-ledger")
         self.hashing: dict[Job, Future[list[bytes]]] = {}
         """Jobs whose blocks are being hashed: before a store is handed over, and after a load."""
@@ -66,9 +67,8 @@ class DigestLedger:
             known = self._digests.get(key, ())
             if digest not in known:
                 self._digests[key] = (*known[1 - MAX_VERSIONS :], digest)
-            self._digests.move_to_end(key)
-        while len(self._digests) > self._max_entries:
-            self._digests.popitem(last=False)
+        self._digests.renew(keys)
+        self._digests.drop(self._digests.oldest(len(self._digests) - self._max_entries))
 
     def matching(self, keys: Sequence[OffloadKey], digests: Sequence[bytes]) -> list[OffloadKey]:
         """Return the `keys` whose digest was recorded for them."""

@@ -18,7 +18,7 @@ from kvtier.testing.policies import keys_of
 def decisions(policy_class, capacity=96, steps=400):
     """Yield the victims of a table through which requests pass, and sometimes the whole order."""
     table, chance = BlockTable(capacity, policy_class(capacity)), random.Random(7)
-    keys = keys_of(600)
+    keys = keys_of(*range(600))
     for number in range(1, steps):
         first, count = chance.randrange(580), chance.randrange(1, 24)
         named = keys[first : first + count]
