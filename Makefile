@@ -108,7 +108,7 @@ test-gpu:
 
 # FUSE for failing disks, network namespaces for lost hosts, certificates for TLS, a browser for reports, and Azure's emulator.
 # A browser or npm from elsewhere will do: Debian's may exclude them.
-SYSTEM_PACKAGES := fuse3 iproute2 openssl ca-certificates
+SYSTEM_PACKAGES := fuse3 iproute2 openssl ca-certificates libibverbs1 librdmacm1 libnuma1
 system-packages:
 	@run() { if [ "$$(id -u)" = 0 ]; then env "$$@"; else sudo env "$$@"; fi; }; \
 	packages="$(SYSTEM_PACKAGES)"; \

@@ -144,7 +144,7 @@ MAKERS = {
     "secrets": secret_options,
     **{
         f"tier {name}": lambda name=name: options_of_tier(name)
-        for name in ("disk", "filesystem", "memory", "object", "resp")
+        for name in ("disk", "filesystem", "memory", "mooncake", "object", "resp")
     },
 }
 

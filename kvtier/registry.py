@@ -101,6 +101,7 @@ TIERS.register("disk", "kvtier.secondary.disk", "DiskTierManager")
 TIERS.register("resp", "kvtier.secondary.resp", "RespTierManager")
 TIERS.register("object", "kvtier.secondary.object", "ObjectTierManager")
 TIERS.register("filesystem", "kvtier.secondary.filesystem", "FilesystemTierManager")
+TIERS.register("mooncake", "kvtier.secondary.mooncake", "MooncakeTierManager")
 TIERS.register("memory", "kvtier.secondary.memory_tier", "MemoryTierManager")
 TIERS.register("example", "kvtier.secondary.example", "ExampleSecondaryTierManager")
 
@@ -145,7 +146,7 @@ _GIVEN_TO_EVERY_TIER = ("offloading_spec", "vllm_config", "primary_kv_view", "ti
 class SecondaryTierFactory:
     """Makes secondary tiers from their configuration.
 
-    "disk", "resp", "object", "filesystem", "memory" and "example" are built in.
+    "disk", "resp", "object", "filesystem", "mooncake", "memory" and "example" are built in.
     """
 
     @classmethod

@@ -11,7 +11,16 @@ from object_fixtures import (  # noqa: F401 - found by their names
     swift_s3,
 )
 from requirements import need_root
-from server_fixtures import _valkey, _valkey_cluster, valkey, valkey_cluster  # noqa: F401 - found by their names
+from server_fixtures import (  # noqa: F401 - found by their names
+    _mooncake_pool,
+    _valkey,
+    _valkey_cluster,
+    make_pool,
+    mooncake_pool,
+    mooncake_values,
+    valkey,
+    valkey_cluster,
+)
 
 from kvtier.testing.patience import TEST_SECONDS
 
@@ -20,7 +29,7 @@ settings.register_profile("patient", deadline=None, suppress_health_check=[Healt
 settings.load_profile("patient")
 
 
-SERVERS = {"_azurite", "_moto", "_swift", "_valkey", "_valkey_cluster"}
+SERVERS = {"_azurite", "_mooncake_pool", "_moto", "_swift", "_valkey", "_valkey_cluster"}
 """The fixtures that start a server."""
 
 

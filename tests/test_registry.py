@@ -106,7 +106,7 @@ def test_registered_policies():
     assert error_of(EvictionPolicyFactory.create_policy, "none", 3).startswith("eviction_policy='none': supported are ")
 
 
-@pytest.mark.parametrize("tier_type", ["disk", "memory", "resp", "filesystem", "example"])
+@pytest.mark.parametrize("tier_type", ["disk", "memory", "resp", "filesystem", "mooncake", "example"])
 def test_built_in_tiers(tier_type):
     assert issubclass(SecondaryTierFactory.get_tier_class({"type": tier_type}), SecondaryTierManager)
 

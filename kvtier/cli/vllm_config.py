@@ -51,6 +51,13 @@ def vllm_config(
     bucket: Annotated[
         str | None, typer.Option(help="A bucket that engines share as URL:SIZE, for example s3://bucket/kvtier:20TB.")
     ] = None,
+    mooncake: Annotated[
+        str | None,
+        typer.Option(
+            help="A pool of Mooncake's as MASTER:PORT:SIZE, where SIZE is the memory that this host lends, for example"
+            " pool:50051:64GiB."
+        ),
+    ] = None,
     secret_file: Annotated[
         str | None, typer.Option(help="A file with the secret that guards the blocks of every tier named here.")
     ] = None,
@@ -69,7 +76,8 @@ def vllm_config(
 
     Exit code 0: the line is printed, and kvtier in vLLM accepts it. 2: a value is wrong; one line says which.
     """
-    shared = [*_shared("resp", resp), *_shared("filesystem", filesystem), *_shared("object", bucket)]
+    named = {"resp": resp, "filesystem": filesystem, "object": bucket, "mooncake": mooncake}
+    shared = [tier for kind, text in named.items() for tier in _shared(kind, text)]
     extra = extra_config(cpu, disk or [], option or [], shared, _guard(secret_file, secret_env, encrypt))
     check(extra)
     typer.echo(f"--kv-transfer-config {shlex.quote(transfer_config(extra, connector))}")
@@ -96,7 +104,9 @@ def extra_config(
     extra: dict[str, Any] = {"spec_name": SPEC_NAME, "cpu_bytes_to_use": cpu}
     tiers = [{**tier, **guard} for tier in (*map(_disk_tier, disks), *shared)]
     if guard and not tiers:
-        raise ConfigError("secret", None, "only with --disk, --resp, --filesystem or --bucket: host memory needs none")
+        raise ConfigError(
+            "secret", None, "only with --disk, --resp, --filesystem, --bucket or --mooncake: host memory needs none"
+        )
     if tiers:
         extra["secondary_tiers"] = tiers
     return extra | parse_options(options)
@@ -163,6 +173,9 @@ def _shared(kind: str, text: str | None) -> list[dict[str, Any]]:
     if kind == "filesystem":
         path, size = _place_and_size(kind, text, "PATH:SIZE expected, for example /mnt/shared/kvtier:2TiB")
         return [{"type": kind, "path": path, "capacity": size}]
+    if kind == "mooncake":
+        master, size = _place_and_size(kind, text, "MASTER:PORT:SIZE expected, for example pool:50051:64GiB")
+        return [{"type": kind, "master": master, "segment": size}]
     if "@" in text:
         raise ConfigError("bucket", HIDDEN, "a URL without credentials: put them in the environment or a profile")
     url, size = _place_and_size("bucket", text, "URL:SIZE expected, for example s3://bucket/kvtier:20TB")

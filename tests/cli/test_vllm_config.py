@@ -98,6 +98,7 @@ def test_a_password_in_a_url_is_not_repeated():
             "this one and secondary_tiers[0].path[0] contain each other",
         ),
         (("--cpu", "1GiB", "--disk", "/cache,:1GiB"), "a directory, or a list of directories"),
+        (("--cpu", "1GiB", "--mooncake", "pool"), "mooncake='pool': MASTER:PORT:SIZE expected"),
         (("--cpu", "1GiB", "--filesystem", "/mnt/kvtier"), "filesystem='/mnt/kvtier': PATH:SIZE expected"),
         (("--cpu", "1GiB", "--filesystem", "/mnt/kvtier:1KiB"), "64 blocks"),
         (("--cpu", "1GiB", "--bucket", "s3://bucket"), "bucket='s3://bucket': URL:SIZE expected"),

@@ -11,7 +11,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
-BUILT_IN = {"disk", "resp", "object", "filesystem", "memory"}
+BUILT_IN = {"disk", "resp", "object", "filesystem", "mooncake", "memory"}
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import shlex
 import signal
 from typing import Any
 
+from mooncake_server import MooncakePool, why_not
 from swift_server import ACCESS_KEY, SECRET_KEY, SwiftServer
 from valkey_server import ValkeyCluster, ValkeyServer
 
@@ -43,6 +44,16 @@ def main() -> None:
         place = {"url": f"s3://{BUCKET}", "endpoint": swift.endpoint, "region": "us-east-1", "path_style": True}
         print(f"An S3, OpenStack Swift's:\nexport AWS_ACCESS_KEY_ID={ACCESS_KEY} AWS_SECRET_ACCESS_KEY={SECRET_KEY}")
         show("and", configuration({**place, "allow_http": True, "capacity": "4GiB"}, "object"))
+        if reason := why_not():
+            print(f"No pool of Mooncake's: {reason}; `make system-packages` helps\n")
+        else:
+            pool = MooncakePool(lent_bytes=0)
+            stack.callback(pool.close)
+            pool.start()
+            show(
+                f"A pool of Mooncake's on {pool.address}",
+                configuration({"master": pool.address, "segment": "1GiB"}, "mooncake"),
+            )
         print("One process fills the Valkey, another answers from it:")
         print(f"{demonstration(configuration({'url': server.url}))}\n")
         print(f"For vLLM:\nkvtier vllm-config --cpu 8GiB --resp {server.url}\n")

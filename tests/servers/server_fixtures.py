@@ -1,6 +1,7 @@
 """Session fixtures: real servers, emptied before each test that uses them."""
 
 import pytest
+from mooncake_server import MooncakePool, PoolValues, why_not
 from requirements import lacking
 from valkey_server import ValkeyCluster, ValkeyServer
 
@@ -45,3 +46,44 @@ def valkey_cluster(_valkey_cluster):
     for node in _valkey_cluster.nodes:
         node.command("FLUSHALL")
     return _valkey_cluster
+
+
+@pytest.fixture(scope="session")
+def _mooncake_pool():
+    if reason := why_not():
+        lacking(reason, "make system-packages")
+    pool = MooncakePool()
+    try:
+        yield _started(pool)
+    finally:
+        pool.close()
+
+
+@pytest.fixture
+def mooncake_pool(_mooncake_pool):
+    """A pool whose processes a test does not stop. Blocks of earlier tests may be in it."""
+    return _mooncake_pool
+
+
+@pytest.fixture(scope="session")
+def mooncake_values(_mooncake_pool):
+    """Reads and writes the values of `mooncake_pool` without kvtier."""
+    values = PoolValues(_mooncake_pool.address)
+    yield values
+    values.close()
+
+
+@pytest.fixture
+def make_pool():
+    """Makes pools of a test's own."""
+    if reason := why_not():
+        lacking(reason, "make system-packages")
+    pools = []
+
+    def make(**options):
+        pools.append(MooncakePool(**options))
+        return _started(pools[-1])
+
+    yield make
+    for pool in pools:
+        pool.close()

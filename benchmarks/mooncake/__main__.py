@@ -1,0 +1,187 @@
+"""How fast the mooncake tier's store moves blocks, beside Mooncake's own calls, a raw socket and a copy in memory.
+
+One host is its own peer: a master, a process that lends memory, and this one. Every figure is the median of several
+rounds; within a round all cases move the same blocks, in an order that changes from round to round.
+
+- copy: from one part of memory to another, with numpy.
+- socket: through one TCP connection between two threads of this process, the limit of loopback.
+- bare: `batch_put_from` and `batch_get_into`, one registered buffer per block; nothing is summed or verified.
+- summed: the same, and an XXH3-128 of each payload.
+- kvtier: the store, which seals, verifies and moves payload and header.
+"""
+
+from __future__ import annotations
+
+import argparse
+import socket
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from rich.console import Console
+from rich.table import Table
+
+from kvtier.abc import StoreContext
+from kvtier.executors.loop import blocks_per_call
+from kvtier.namespace import Namespace
+from kvtier.primary.arena import Arena
+from kvtier.stores.mooncake.client import join
+from kvtier.stores.mooncake.options import MooncakeOptions
+from kvtier.stores.mooncake.store import MooncakeStore
+from kvtier.testing.stores import make_key
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "servers"))
+from mooncake_server import MooncakePool
+
+TARGET_RATIO = 0.85
+MOVED_BYTES = 32 << 20
+
+
+class Case:
+    """Blocks of one size, and all ways to move them."""
+
+    def __init__(self, pool: MooncakePool, block_bytes: int) -> None:
+        self.block_bytes, self.count = block_bytes, MOVED_BYTES // block_bytes
+        self.arena = Arena.create(2 * self.count, block_bytes)
+        rows = np.asarray(self.arena.view)
+        rows[:] = np.random.default_rng(1).integers(0, 256, rows.shape, dtype=np.uint8)
+        self.source, self.target = rows[: self.count], rows[self.count :]
+        self.rows = [self.arena.row(slot) for slot in range(2 * self.count)]
+        self.keys = [make_key(number) for number in range(self.count)]
+        self.names = [f"bare:{block_bytes}:{number}" for number in range(self.count)]
+        self.store = MooncakeStore.open(
+            {"master": pool.address}, StoreContext(Namespace({"bench": block_bytes}), block_bytes)
+        )
+        self.bare = join(MooncakeOptions(master=pool.address))
+        self.bare.register_buffer(rows.ctypes.data, rows.nbytes)
+        self.left, self.right = socket.socketpair()
+        self.steps = blocks_per_call(block_bytes)
+
+    def parts(self) -> list[range]:
+        """Return the blocks of each call, as many as an I/O process would give it."""
+        return [range(first, min(first + self.steps, self.count)) for first in range(0, self.count, self.steps)]
+
+    def copy(self) -> None:
+        """Copy all blocks in memory."""
+        np.copyto(self.target, self.source)
+
+    def through_a_socket(self) -> None:
+        """Send all blocks to another thread."""
+        sender = threading.Thread(target=self.left.sendall, args=(self.source.reshape(-1).data,))
+        sender.start()
+        view = memoryview(self.target.reshape(-1).data)
+        while view:
+            view = view[self.right.recv_into(view) :]
+        sender.join()
+
+    def _bare(self, move: Callable[..., list[int]], first: int) -> None:
+        for part in self.parts():
+            base = self.source if not first else self.target
+            addresses = [base.ctypes.data + index * self.block_bytes for index in part]
+            codes = move([self.names[index] for index in part], addresses, [self.block_bytes] * len(part))
+            assert all(code in (0, self.block_bytes) for code in codes), codes
+
+    def bare_put(self) -> None:
+        """Store with Mooncake's own call."""
+        self._bare(self.bare.batch_put_from, 0)
+
+    def bare_get(self) -> None:
+        """Load with Mooncake's own call."""
+        self._bare(self.bare.batch_get_into, self.count)
+
+    def summed_put(self) -> None:
+        """Sum, and store with Mooncake's own call."""
+        for row in self.rows[: self.count]:
+            xxhash.xxh3_128_digest(row)
+        self.bare_put()
+
+    def summed_get(self) -> None:
+        """Load with Mooncake's own call, and sum."""
+        self.bare_get()
+        for row in self.rows[self.count :]:
+            xxhash.xxh3_128_digest(row)
+
+    def put(self) -> None:
+        """Store with kvtier."""
+        for part in self.parts():
+            assert all(self.store.write([self.keys[i] for i in part], [self.rows[i] for i in part]))
+
+    def get(self) -> None:
+        """Load with kvtier."""
+        for part in self.parts():
+            into = [self.rows[self.count + i] for i in part]
+            assert all(self.store.read_into([self.keys[i] for i in part], into))
+
+    def forget(self) -> None:
+        """Delete all blocks, so that the next round stores new ones."""
+        self.bare.batch_remove(self.names, force=True)
+        self.store.delete(self.keys)
+
+    def measure(self, turn: int) -> dict[str, float]:
+        """Return seconds by case."""
+        self.forget()
+        puts = {"put bare": self.bare_put, "put kvtier": self.put}
+        gets = {"get bare": self.bare_get, "get summed": self.summed_get, "get kvtier": self.get}
+        others = {"copy": self.copy, "socket": self.through_a_socket}
+        seconds = {}
+        for cases in (puts, gets, others):
+            names = list(cases)
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                seconds[name] = timed(cases[name])
+        self.bare.batch_remove(self.names, force=True)
+        seconds["put summed"] = timed(self.summed_put)
+        self.get()
+        assert np.array_equal(self.source, self.target)
+        return seconds
+
+    def close(self) -> None:
+        """Leave the pool."""
+        self.store.close()
+        self.bare.close()
+
+
+def timed(call: Callable[[], None]) -> float:
+    """Return the seconds that a call takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[128, 512, 2048], help="KiB per block")
+    arguments = parser.parse_args()
+    columns = ("copy", "socket", "put bare", "put summed", "put kvtier", "get bare", "get summed", "get kvtier")
+    table = Table(*("KiB", *columns, "put ratio", "get ratio"), title="GB/s; ratios: kvtier to bare, wanted 0.85")
+    pool = MooncakePool(lent_bytes=512 << 20)
+    try:
+        pool.start()
+        for size in arguments.sizes:
+            case = Case(pool, size << 10)
+            case.measure(0)
+            rounds = [case.measure(turn) for turn in range(arguments.rounds)]
+            median = {name: statistics.median(each[name] for each in rounds) for name in columns}
+            ratios = [
+                statistics.median(each[f"{way} bare"] / each[f"{way} kvtier"] for each in rounds)
+                for way in ("put", "get")
+            ]
+            table.add_row(
+                str(size),
+                *(f"{MOVED_BYTES / median[name] / 1e9:.2f}" for name in columns),
+                *(f"{ratio:.2f}{'' if ratio >= TARGET_RATIO else ' !'}" for ratio in ratios),
+            )
+            case.close()
+    finally:
+        pool.close()
+    Console(width=130).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""A `BlockStore` in Mooncake Store: a pool of the memory of many hosts."""

@@ -1,0 +1,175 @@
+"""A process that lends memory of this host to the pool, for all engines here with the same options.
+
+What a process lends is lost when it ends, and an I/O process may be killed. So the lender is a process of its own. An
+I/O process holds a lease, which is a connection to the lender's socket. The lender ends some time after the last lease
+has ended: neither a new I/O process nor an engine's restart loses blocks. The socket has an abstract name (unix(7)), so
+that no file is left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import selectors
+import socket
+import struct
+import subprocess
+import sys
+import time
+from typing import Any
+
+from kvtier.errors import StoreUnavailableError, describe
+from kvtier.stores.mooncake.client import join
+from kvtier.stores.mooncake.options import MooncakeOptions
+
+GRACE_SECONDS = 60.0
+"""How long a lender goes on without a lease: longer than a new I/O process takes, and than many restarts."""
+START_SECONDS = 30.0
+"""Longest start of a lender. RDMA pins all of its memory, which takes seconds."""
+_RETRY_SECONDS = 0.05
+_LENDS = b"lends\n"
+_MAX_ANSWER_BYTES = 1024
+_CREDENTIALS = struct.Struct("3i")
+
+
+class Lease:
+    """Keeps a lender alive until `close`, or until this process ends."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        """Args: connection: to a lender that has said it lends."""
+        self._connection = connection
+        connection.setblocking(False)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the lender still runs."""
+        try:
+            return self._connection.recv(1, socket.MSG_PEEK) != b""
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """End the lease; the lender ends if it gets no other."""
+        self._connection.close()
+
+
+def ask_lender(options: MooncakeOptions, grace_seconds: float = GRACE_SECONDS) -> Lease:
+    """Return a lease of this host's lender, after starting it if there is none.
+
+    Args:
+        options: with a `segment`.
+        grace_seconds: of a new lender.
+
+    Raises:
+        StoreUnavailableError: it cannot lend the memory, or another user holds its name.
+    """
+    arguments = _arguments(options)
+    deadline = time.monotonic() + START_SECONDS
+    lender: subprocess.Popen[bytes] | None = None
+    while True:
+        if (connection := _connect(_address_of(arguments))) is not None:
+            return Lease(_wait_for_answer(connection, deadline))
+        if lender is None or lender.poll() is not None:  # the former one was just ending
+            command = [sys.executable, "-m", __name__, json.dumps(arguments), str(grace_seconds)]
+            # Its output would keep the engine's pipes open after the engine's end.
+            lender = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        if time.monotonic() > deadline:
+            raise StoreUnavailableError(f"the process that lends memory does not start in {START_SECONDS:g} s")
+        time.sleep(_RETRY_SECONDS)
+
+
+def _arguments(options: MooncakeOptions) -> dict[str, Any]:
+    """Return what decides which memory is lent to which pool; engines that agree on it share a lender."""
+    names = ("master", "segment", "protocol", "devices", "host", "metadata", "connect_timeout")
+    return {name: value for name, value in options.to_json().items() if name in names}
+
+
+def _address_of(arguments: dict[str, Any]) -> bytes:
+    told = json.dumps([os.getuid(), arguments], sort_keys=True).encode()
+    return b"\0kvtier-lender-" + hashlib.sha256(told).hexdigest()[:32].encode()
+
+
+def _connect(address: bytes) -> socket.socket | None:
+    """Return a connection to the lender of that address; None if there is none.
+
+    Raises:
+        StoreUnavailableError: it is a process of another user.
+    """
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.settimeout(START_SECONDS)
+        connection.connect(address)
+        _, user, _ = _CREDENTIALS.unpack(
+            connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        )
+    except OSError:
+        connection.close()
+        return None
+    if user != os.getuid():
+        connection.close()
+        raise StoreUnavailableError(f"a process of user {user} holds the name of this host's lender")
+    return connection
+
+
+def _wait_for_answer(connection: socket.socket, deadline: float) -> socket.socket:
+    try:
+        connection.settimeout(max(0.1, deadline - time.monotonic()))
+        answer = connection.recv(_MAX_ANSWER_BYTES)
+    except OSError as error:
+        answer = describe(error).encode()
+    if answer == _LENDS:
+        return connection
+    connection.close()
+    reason = answer.decode(errors="replace").strip() or "its process has ended"
+    raise StoreUnavailableError(f"no memory is lent: {reason}")
+
+
+def lend(options: MooncakeOptions, grace_seconds: float, address: bytes) -> None:
+    """Lend memory until there was no lease for `grace_seconds`; return at once if another process does it already."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        try:
+            listener.bind(address)
+        except OSError:
+            return
+        listener.listen(64)
+        try:
+            client = join(options, options.segment)
+        except StoreUnavailableError as error:
+            _serve(listener, str(error).encode(), 1.0)
+            return
+        try:
+            _serve(listener, _LENDS, grace_seconds)
+        finally:
+            client.close()
+
+
+def _serve(listener: socket.socket, answer: bytes, grace_seconds: float) -> None:
+    """Answer each connection, and return when there was none for `grace_seconds`."""
+    listener.setblocking(False)
+    alone_since = time.monotonic()
+    with selectors.DefaultSelector() as selector:
+        selector.register(listener, selectors.EVENT_READ)
+        while len(selector.get_map()) > 1 or time.monotonic() < alone_since + grace_seconds:
+            for key, _ in selector.select(min(1.0, grace_seconds)):
+                if key.fileobj is listener:
+                    connection, _ = listener.accept()
+                    connection.sendall(answer)
+                    selector.register(connection, selectors.EVENT_READ)
+                else:  # a lease has nothing to say but its end
+                    selector.unregister(key.fileobj)
+                    key.fileobj.close()  # type: ignore[union-attr]  # only sockets are registered
+                    alone_since = time.monotonic()
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    lend(MooncakeOptions.read(given), float(sys.argv[2]), _address_of(given))

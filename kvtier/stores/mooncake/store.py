@@ -1,0 +1,223 @@
+"""A `BlockStore` in the pooled memory of many hosts, which Mooncake Store manages.
+
+A value is a payload and then its header. Both move straight between the pool and the caller's buffers, or the sealer's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import compress
+from typing import Any, Self
+
+from kvtier.abc import BlockStore, StoreContext
+from kvtier.errors import StoreError, StoreUnavailableError
+from kvtier.keys import OffloadKey
+from kvtier.stores.failures import UNREADABLE, CleanUp, fitting_buffers
+from kvtier.stores.integrity import open_sealer
+from kvtier.stores.integrity.header import HEADER_BYTES
+from kvtier.stores.integrity.scratch import Scratch
+from kvtier.stores.integrity.sealing import Sealer
+from kvtier.stores.mooncake.client import join, own_address
+from kvtier.stores.mooncake.lender import Lease, ask_lender
+from kvtier.stores.mooncake.options import MooncakeOptions
+from kvtier.stores.mooncake.regions import Regions
+from kvtier.types import FailureCause
+
+_RPC_FAILED = -900
+_ABSENT = frozenset({-703, -704})
+"""No such object, or none of its copies can be read: its host was lost, or it is still being written."""
+_CAUSES = {
+    **dict.fromkeys(_ABSENT, FailureCause.ABSENT),
+    -200: FailureCause.NO_SPACE,
+    _RPC_FAILED: FailureCause.UNREACHABLE,
+}
+"""Causes of Mooncake's error codes; all others are I/O errors."""
+
+
+class MooncakeStore(BlockStore):
+    """Sealed blocks in a pool that engines share. Threads may share the store.
+
+    This process lends no memory to the pool, since what a process lends is lost when it is killed. Mooncake never
+    changes a value, so one that exists is deleted before it is written anew. Blocks that do not verify are counted and
+    deleted.
+    """
+
+    seals_itself = True
+
+    def __init__(
+        self,
+        client: Any,
+        options: MooncakeOptions,
+        sealer: Sealer,
+        context: StoreContext,
+        lease: Lease | None = None,
+    ) -> None:
+        """Args:
+        client: from `join`; `close` closes it.
+        lease: of the memory that this host lends; `close` ends it.
+        """
+        self._client, self._sealer, self._lease = client, sealer, lease
+        self._failures, self._block_bytes = context.failures, context.block_bytes
+        self._prefix = f"{options.prefix}:{sealer.namespace.fingerprint.hex()}:"
+        self._placement = _placement(options)
+        self._regions = Regions(client.register_buffer, client.unregister_buffer)
+        self._headers = Scratch()
+        self._clean_up = CleanUp()
+
+    @classmethod
+    def open(cls, options: Mapping[str, Any], context: StoreContext) -> Self:
+        """Join the pool; options: `MooncakeOptions`.
+
+        Raises:
+            StoreUnavailableError: the master cannot be reached, this host cannot lend its memory, or the secret cannot
+                be read.
+        """
+        _, sealer = open_sealer(options, context.namespace)
+        read = MooncakeOptions.read(options)
+        own_address(read)  # a process that could not join would be started for nothing
+        lease = ask_lender(read) if read.segment else None
+        return cls(join(read), read, sealer, context, lease)
+
+    def name(self, key: OffloadKey) -> str:
+        """Return the name of a block's value in the pool."""
+        return self._prefix + key.hex()
+
+    def contains(self, keys: Sequence[OffloadKey]) -> list[bool]:
+        """Return, per key, whether the pool has a value; for some seconds also one that was on a lost host."""
+        codes = self._client.batch_is_exist(list(map(self.name, keys))) if keys else []
+        _check_reachable(codes)
+        return [code == 1 for code in codes]
+
+    def write(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
+        """Store the blocks; False also for a buffer of another length."""
+        results = [False] * len(keys)
+        for part in self._parts(keys, buffers, self._sealer.most_sealed(self._block_bytes)):
+            for index, code in zip(part, self._put([keys[i] for i in part], [buffers[i] for i in part]), strict=True):
+                results[index] = code == 0
+                if code:
+                    self._failures.count(_CAUSES.get(code, FailureCause.IO_ERROR))
+        return results
+
+    def read_into(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
+        """Fill and verify buffers; a buffer whose result is False may hold anything."""
+        results = [False] * len(keys)
+        broken: list[OffloadKey] = []
+        for part in self._parts(keys, buffers, self._sealer.most_opened(self._block_bytes)):
+            for index, cause in zip(part, self._get([keys[i] for i in part], [buffers[i] for i in part]), strict=True):
+                results[index] = cause is None
+                if cause is not None:
+                    self._failures.count(cause)
+                if cause in UNREADABLE:
+                    broken.append(keys[index])
+        if broken:
+            with self._clean_up:
+                self.delete(broken)
+        return results
+
+    def delete(self, keys: Sequence[OffloadKey]) -> None:
+        """Forget `keys`, also those that others have asked for a moment ago."""
+        codes = self._client.batch_remove(list(map(self.name, keys)), force=True) if keys else []
+        _check_reachable(codes)
+        refusals = [code for code in codes if code and code not in _ABSENT]
+        if refusals:
+            raise StoreError(f"deleting: error {refusals[0]} of Mooncake's")
+
+    def close(self) -> None:
+        """Leave the pool. Its blocks stay; what this host lends, it lends a while longer (`lender.GRACE_SECONDS`)."""
+        self._regions.close()
+        self._client.close()
+        if self._lease is not None:
+            self._lease.close()
+
+    def _parts(
+        self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview], most: int | None
+    ) -> Iterator[list[int]]:
+        """Yield the indexes of the buffers of the right length, at most `most` at a time; count the others.
+
+        Mooncake moves only one of the values of a call that have the same key.
+        """
+        left = fitting_buffers(keys, buffers, self._block_bytes, self._failures)
+        while left:
+            first_of: dict[OffloadKey, int] = {}
+            repeated = [index for index in left if first_of.setdefault(keys[index], index) != index]
+            distinct = list(first_of.values())
+            step = most or len(distinct)
+            for start in range(0, len(distinct), step):
+                yield distinct[start : start + step]
+            left = repeated
+
+    def _put(self, keys: list[OffloadKey], buffers: list[memoryview]) -> list[int]:
+        """Return Mooncake's code per block; 0 for those that are stored."""
+        if self._lease is not None and not self._lease.is_alive:
+            raise StoreUnavailableError("the process that lends memory has ended")
+        if present := list(compress(keys, self.contains(keys))):
+            self.delete(present)
+        sealed = self._sealer.seal(keys, buffers)
+        headers = self._rooms_for_headers(len(keys))
+        for room, header in zip(headers, sealed.headers, strict=True):
+            room[:] = header
+        codes: list[int] = self._client.batch_put_from_multi_buffers(
+            list(map(self.name, keys)), *self._places(sealed.payloads, headers), self._placement
+        )
+        _check_reachable(codes)
+        return codes
+
+    def _get(self, keys: list[OffloadKey], buffers: list[memoryview]) -> list[FailureCause | None]:
+        """Return, per block, why it was not read; None if it was."""
+        payloads = self._sealer.rooms(buffers)
+        headers = self._rooms_for_headers(len(keys))
+        codes: list[int] = self._client.batch_get_into_multi_buffers(
+            list(map(self.name, keys)), *self._places(payloads, headers)
+        )
+        _check_reachable(codes)
+        causes = [self._why_not(key, code) for key, code in zip(keys, codes, strict=True)]
+        here = [index for index, cause in enumerate(causes) if cause is None]
+        into = [buffers[index] for index in here]
+        stored = into if payloads is buffers else [payloads[index] for index in here]
+        opened = self._sealer.open([headers[index] for index in here], [keys[index] for index in here], stored, into)
+        for index, cause in zip(here, opened, strict=True):
+            # A header of zeros, which other stores take for an empty place, is no value that a store of kvtier's wrote.
+            causes[index] = FailureCause.CORRUPT if cause is FailureCause.ABSENT else cause
+        return causes
+
+    def _why_not(self, key: OffloadKey, code: int) -> FailureCause | None:
+        """Return why a value was not read; None for the code that is the whole value's length."""
+        whole = self._block_bytes + HEADER_BYTES
+        if code == whole:
+            return None
+        cause = _CAUSES.get(code, FailureCause.IO_ERROR)
+        # A value of another length fails like a transfer from a lost host.
+        if cause is FailureCause.IO_ERROR and 0 <= self._client.get_size(self.name(key)) != whole:
+            return FailureCause.CORRUPT
+        return cause
+
+    def _rooms_for_headers(self, count: int) -> list[memoryview]:
+        memory = self._headers.piece(count * HEADER_BYTES)
+        return [memory[start : start + HEADER_BYTES] for start in range(0, count * HEADER_BYTES, HEADER_BYTES)]
+
+    def _places(
+        self, payloads: Sequence[memoryview], headers: Sequence[memoryview]
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Return the addresses and lengths of the two parts of each value."""
+        address = self._regions.address
+        pairs = zip(payloads, headers, strict=True)
+        addresses = [[address(payload), address(header)] for payload, header in pairs]
+        return addresses, [[self._block_bytes, HEADER_BYTES]] * len(addresses)
+
+
+def _placement(options: MooncakeOptions) -> Any:
+    """Return Mooncake's form of the options about replicas and pins."""
+    from mooncake.store import ReplicateConfig, SoftPinAction
+
+    placement = ReplicateConfig()
+    placement.replica_num = options.replicas
+    if options.soft_pin is not None:
+        placement.soft_pin_action = SoftPinAction.ENABLE
+        placement.soft_pin_ttl_ms = int(options.soft_pin * 1000)
+    return placement
+
+
+def _check_reachable(codes: Sequence[int]) -> None:
+    """Raise StoreUnavailableError if the master has answered for no key."""
+    if codes and all(code == _RPC_FAILED for code in codes):
+        raise StoreUnavailableError("mooncake_master does not answer")
