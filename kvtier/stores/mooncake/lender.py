@@ -70,8 +70,9 @@ def ask_lender(options: MooncakeOptions, grace_seconds: float = GRACE_SECONDS) -
     deadline = time.monotonic() + START_SECONDS
     lender: subprocess.Popen[bytes] | None = None
     while True:
-        if (connection := _connect(_address_of(arguments))) is not None:
-            return Lease(_wait_for_answer(connection, deadline))
+        connection = _connect(_address_of(arguments))
+        if connection is not None and _has_answered(connection, deadline):
+            return Lease(connection)
         if lender is None or lender.poll() is not None:  # the former one was just ending
             command = [sys.executable, "-m", __name__, json.dumps(arguments), str(grace_seconds)]
             # Its output would keep the engine's pipes open after the engine's end.
@@ -120,17 +121,25 @@ def _connect(address: bytes) -> socket.socket | None:
     return connection
 
 
-def _wait_for_answer(connection: socket.socket, deadline: float) -> socket.socket:
+def _has_answered(connection: socket.socket, deadline: float) -> bool:
+    """Wait until the lender says that it lends; return False, with the connection closed, if it was just ending.
+
+    Raises:
+        StoreUnavailableError: it cannot lend, or does not answer.
+    """
     try:
         connection.settimeout(max(0.1, deadline - time.monotonic()))
         answer = connection.recv(_MAX_ANSWER_BYTES)
+    except ConnectionError:
+        answer = b""
     except OSError as error:
         answer = describe(error).encode()
     if answer == _LENDS:
-        return connection
+        return True
     connection.close()
-    reason = answer.decode(errors="replace").strip() or "its process has ended"
-    raise StoreUnavailableError(f"no memory is lent: {reason}")
+    if not answer:
+        return False
+    raise StoreUnavailableError(f"no memory is lent: {answer.decode(errors='replace').strip()}")
 
 
 def lend(options: MooncakeOptions, grace_seconds: float, address: bytes) -> None:
