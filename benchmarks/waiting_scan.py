@@ -44,6 +44,7 @@ class Rig:
         capacity = int(num_keys * 1.5) * BLOCK_BYTES
         tier = {"type": "disk", "path": str(folder / f"disk-{num_keys}"), "capacity": 4 * capacity, "job_deadline": 600}
         extra = {"cpu_bytes_to_use": capacity, "secondary_tiers": [tier], "load_deadline": 600, "tier_deadline": 600}
+        extra["prefill_rate"] = 1.0  # else the request waits no longer than a fast engine would compute
         config = OffloadingConfig(
             extra_config=extra,
             groups=(KVCacheGroup(16, ("layer",)),),
