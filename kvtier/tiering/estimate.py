@@ -176,6 +176,37 @@ class TierSpeed:
         return self.bandwidth * (self.latency + 2 * self._gap + _BURST_SECONDS)
 
 
+class Turnover:
+    """How long the engine computes until it has loaded as many blocks from memory as memory has slots.
+
+    In this time a slot brings one hit on average. A promoted block that waits longer for its one load costs more hits
+    than it is.
+
+    Attributes:
+        seconds: infinity until there have been two loads.
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        self._num_slots = num_slots
+        self._loaded_at: float | None = None
+        self.seconds = math.inf
+
+    def note_load(self, num_blocks: int, computed: float) -> None:
+        """Note that the engine loads blocks. The last ones, about as many as there are slots, count most.
+
+        Args:
+            computed: seconds that the engine has computed so far. The time in which it is idle does not count, since
+                what requests wait for is computing.
+        """
+        if not num_blocks:
+            return
+        if self._loaded_at is not None:
+            elapsed, share = computed - self._loaded_at, min(1.0, num_blocks / self._num_slots)
+            before = elapsed / share if self.seconds == math.inf else self.seconds
+            self.seconds = before * (1.0 - share) + elapsed
+        self._loaded_at = computed
+
+
 class Outlook(NamedTuple):
     """What an engine has to do besides one request; times in seconds.
 

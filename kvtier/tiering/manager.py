@@ -290,6 +290,8 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
             by_source = (
                 Counter(map(sources.get, ordered, itertools.repeat(PRIMARY))) if sources else {PRIMARY: len(ordered)}
             )
+            if self._tiers.guards:
+                self._promoter.note_hits(by_source.get(PRIMARY, 0))
             self._transfers.announce(state, BlocksLoaded(req_context.req_id, by_source, num_tokens, seconds))
         if self._left is not None and slots:  # an observer has forked during this call, and this is the child
             raise BlockNotReadyError("this process was forked during the call")

@@ -32,6 +32,8 @@ class Pace:
         self._measures = settings.measures_prefill
         self._began = self._busy_until = -math.inf
         self._work = 0.0
+        self.computed = 0.0
+        """Seconds that the engine has computed so far, as predicted."""
         self._witnesses: list[RequestState] = []
         self._worked_at = -math.inf
         self._previous: tuple[float, float, float, list[RequestState]] | None = None
@@ -114,8 +116,10 @@ class Pace:
         if progress.num_computed > first:
             size, start = self._tokens_per_block, progress.start
             work = self.speed.work(start + first * size, start + progress.num_computed * size)
+            seconds = work / self.speed.rate
             self._work += work
-            self._busy_until = max(self._busy_until, self._began) + work / self.speed.rate
+            self.computed += seconds
+            self._busy_until = max(self._busy_until, self._began) + seconds
             self._witnesses.append(state)
             progress.left = max(0.0, progress.left - (progress.num_computed - first) * size)
 

@@ -37,6 +37,17 @@ class Prospect:
         slowest = max([self.ready_in[index] + num_keys * each for index, each in self.per_block.items()], default=0.0)
         return self.outlook.turn_in > 2 * slowest
 
+    def displaces_more(self, turnover: float) -> bool:
+        """Return whether blocks that wait in memory for the request's turn cost more hits than they are.
+
+        They arrive until then, so that they wait for half of the time. A tier that is faster than computing brings back
+        what gives way.
+
+        Args:
+            turnover: seconds in which a slot brings one hit; see `Turnover`.
+        """
+        return self.outlook.turn_in / 2 > turnover and min(self.per_block.values()) >= self.first_block
+
     def saved(self, outline: Outline, num_keys: int) -> list[float]:
         """Return the computing time that each of the next keys saves. All KV groups of a block share its time."""
         share = outline.num_rows / max(1, len(outline.order))

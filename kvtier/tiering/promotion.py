@@ -11,7 +11,7 @@ from kvtier.keys import OffloadKey
 from kvtier.primary.retention import Retention
 from kvtier.primary.table import BlockTable, Placement
 from kvtier.secondary.jobs import Job
-from kvtier.tiering.estimate import Outlook
+from kvtier.tiering.estimate import Outlook, Turnover
 from kvtier.tiering.flights import Flights
 from kvtier.tiering.guarded_tier import TierGuard
 from kvtier.tiering.leases import Leases
@@ -64,6 +64,7 @@ class Promoter:
         self._queues = [LoadQueue(guard, block_bytes) for guard in guards]
         self._flights, self._leases, self._waiting, self._pace = flights, leases, waiting, pace
         self._clock, self._observer = clock, observer
+        self._turnover = Turnover(table.num_slots)
         self._num_reconsidered = 0
         self._unfinished: list[RequestState] = []
         """Requests whose outlines have keys left to plan."""
@@ -124,14 +125,9 @@ class Promoter:
         outlook = self._pace.outlook(now, state)
         room = self._leases.room(len(flights))
         prospect = self._prospect(state, outlook, now)
-        is_short = prospect is not None and room < EARLY_FREE * self._leases.budget
-        if prospect is not None and is_short and prospect.is_early(len(outline.order)):
-            plans = state.plans
-            if plans.postponed_until is None:
-                plans.postponed_until = now + outlook.turn_in
-            if now < plans.postponed_until:
-                self._waiting.stop(state, now)  # no tier causes this wait
-                return
+        if prospect is not None and self._is_too_early(state, outline, prospect, room, now):
+            self._waiting.stop(state, now)  # no tier causes this wait
+            return
         holdings = Holdings(self._table, room, flights.late, self._leases.held, flights.queued.keys())
         plan = plan_promotions(state, outline, holdings, prospect, most)
         outline.num_planned = plan.num_planned
@@ -158,6 +154,25 @@ class Promoter:
             state.lease.expires = None
         elif state.lease.slots and state.lease.expires is None:
             self._leases.start_timeout(state, now)
+
+    def _is_too_early(self, state: RequestState, outline: Outline, prospect: Prospect, room: int, now: float) -> bool:
+        """Return whether memory has better use for its slots until the request's turn is nearer.
+
+        The request is planned at the latest when, as it seems now, its turn comes.
+        """
+        is_short = room < EARLY_FREE * self._leases.budget
+        if state.awaiting or not (
+            prospect.displaces_more(self._turnover.seconds) or (is_short and prospect.is_early(len(outline.order)))
+        ):
+            return False
+        plans = state.plans
+        if plans.postponed_until is None:
+            plans.postponed_until = now + prospect.outlook.turn_in
+        return now < plans.postponed_until
+
+    def note_hits(self, num_blocks: int) -> None:
+        """Note that a request loads blocks that memory held before it came."""
+        self._turnover.note_load(num_blocks, self._pace.computed)
 
     def _note_plan(self, state: RequestState, plan: PromotionPlan) -> None:
         num_awaited = len(plan.joins) + sum(map(len, plan.by_tier.values()))

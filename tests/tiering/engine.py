@@ -51,14 +51,17 @@ class Engine:
         admissions: Sequence[Admission] | None = None,
         tiers: Callable[[memoryview], Sequence] | None = None,
         probe_deadlines: Sequence[float | None] | None = None,
+        said_bytes: int = BLOCK_BYTES,
         **settings,
     ) -> None:
+        """Args: said_bytes: size of a block by which the manager guesses how fast a tier is."""
         self.arena = Arena.create(num_blocks, BLOCK_BYTES)
         self.clock = ManualClock()
         self.log = EventLog()
         self.primary = CPUPrimaryTierOffloadingManager(
             num_blocks, self.arena.view, policy(num_blocks), control=self.arena.control
         )
+        self.primary.block_bytes = said_bytes
         names = [f"tier{i}" for i in range(num_tiers)]
         made = tiers(self.arena.view) if tiers else [ScriptedTier(self.arena.view, name) for name in names]
         self.tiers = list(made)

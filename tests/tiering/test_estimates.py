@@ -3,12 +3,12 @@
 import math
 
 import pytest
-from engine import make_keys
+from engine import BLOCK_BYTES, make_keys
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtier.events import RequestGaveUp
-from kvtier.tiering.estimate import HERE, Outlook, PrefillSpeed, TierSpeed, choose_prefix
+from kvtier.tiering.estimate import HERE, Outlook, PrefillSpeed, TierSpeed, Turnover, choose_prefix
 from kvtier.types import LookupResult
 
 HIT, MISS, PENDING = LookupResult.HIT, LookupResult.MISS, LookupResult.HIT_PENDING
@@ -109,6 +109,60 @@ def test_what_is_overdue_is_taken_for_a_slower_tier():
     speed.begin(10, 0.0)
     assert speed.seconds(10, 0.05) == pytest.approx(0.15)
     assert speed.seconds(10, 1.0) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("num_blocks", [10, 100, 300])
+def test_a_memory_turns_over_when_as_many_blocks_were_loaded_as_it_has_slots(num_blocks):
+    turnover, now = Turnover(100), 0.0
+    for _ in range(40):
+        turnover.note_load(num_blocks, now)
+        turnover.note_load(0, now + 0.25)  # all of a request's blocks were promoted
+        now += 0.5
+    assert turnover.seconds == pytest.approx(max(0.5, 50 / num_blocks))
+    for _ in range(40):  # another load finds twice as much in the same time
+        turnover.note_load(2 * num_blocks, now)
+        now += 0.5
+    assert turnover.seconds == pytest.approx(max(0.5, 25 / num_blocks), rel=0.01)
+
+
+@pytest.mark.parametrize(("num_hits", "is_fast"), [(20, False), (20, True), (2, False)])
+def test_blocks_come_no_earlier_than_the_slots_that_they_take_pay_for(make_engine, num_hits, is_fast):
+    """Computing a block takes 0.1 s, and loading it from the slow tier 0.2 s. The turn of the second request
+    comes in 9 s.
+
+    A fast tier soon brings back what gives way, so it may be asked at once.
+    """
+    engine = make_engine(
+        num_blocks=40,
+        said_bytes=BLOCK_BYTES if is_fast else 2 * 10**9,
+        tokens_per_block=100,
+        prefill_rate=1000.0,
+        measures_prefill=False,
+    )
+    kept, asked = make_keys(20, "kept"), make_keys(8, "asked")
+    engine.store(kept, engine.request("writer"))
+    land_all(engine)
+    for number in range(20):  # a second of computing each, so that a slot brings a hit in 2 s or in 20 s
+        context, prompt = engine.request(f"reader {number}"), [*kept[:num_hits], *make_keys(10, f"new {number}")]
+        assert engine.hits(prompt, context) == num_hits
+        engine.load(prompt[:num_hits], context)
+        engine.store(prompt, context)
+        land_all(engine)
+        engine.finish(context)
+        engine.clock.advance(100.0)
+        engine.step()
+    engine.plant(asked)
+    long_prompt, first, second = make_keys(80, "first"), engine.request("first"), engine.request("second")
+    engine.scan(long_prompt, first)
+    engine.store(long_prompt, first)
+    land_all(engine)
+    engine.scan(asked, second)
+    engine.step()
+    assert bool(engine.tier.loads) is (is_fast or num_hits == 2)
+    engine.clock.advance(7.0)
+    engine.scan(asked, second)
+    engine.step()
+    assert engine.tier.loads
 
 
 def load(engine, name, num_blocks=16, seconds=0.02, patience=1.0):
