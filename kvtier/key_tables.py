@@ -46,6 +46,7 @@ class SmallDict(dict[OffloadKey, V]):
     """A dict of keys with the methods of a `ShardedDict`."""
 
     __slots__ = ()
+    shards = None
 
     def get_all(self, keys: Collection[OffloadKey]) -> list[V | None]:
         """Return the value of each key, in order; None for keys that are not here."""
@@ -84,15 +85,18 @@ class ShardedDict(MutableMapping[OffloadKey, V]):
     """A dict of keys, without order.
 
     What `make_offload_key` does not make is not here. The methods for many keys refuse it with a KeyFormatError.
+
+    Attributes:
+        shards: one dict for each value of a key's byte `SHARD_BYTE`. Others may read it.
     """
 
-    __slots__ = ("_shards",)
+    __slots__ = ("shards",)
 
     def __init__(self) -> None:
-        self._shards: list[dict[OffloadKey, V]] = [{} for _ in range(NUM_SHARDS)]
+        self.shards: list[dict[OffloadKey, V]] = [{} for _ in range(NUM_SHARDS)]
 
     def __getitem__(self, key: OffloadKey) -> V:
-        return self._shards[key[SHARD_BYTE]][key]
+        return self.shards[key[SHARD_BYTE]][key]
 
     @overload
     def get(self, key: OffloadKey, /) -> V | None: ...
@@ -100,43 +104,43 @@ class ShardedDict(MutableMapping[OffloadKey, V]):
     def get(self, key: OffloadKey, /, default: V | T) -> V | T: ...
     def get(self, key: OffloadKey, /, default: Any = None) -> Any:
         try:
-            return self._shards[key[SHARD_BYTE]].get(key, default)
+            return self.shards[key[SHARD_BYTE]].get(key, default)
         except (IndexError, TypeError):
             return default
 
     def __contains__(self, key: object) -> bool:
         try:
-            return key in self._shards[key[SHARD_BYTE]]  # type: ignore[index]
+            return key in self.shards[key[SHARD_BYTE]]  # type: ignore[index]
         except (IndexError, TypeError):
             return False
 
     def __setitem__(self, key: OffloadKey, value: V) -> None:
-        self._shards[key[SHARD_BYTE]][key] = value
+        self.shards[key[SHARD_BYTE]][key] = value
 
     def __delitem__(self, key: OffloadKey) -> None:
-        del self._shards[key[SHARD_BYTE]][key]
+        del self.shards[key[SHARD_BYTE]][key]
 
     def __len__(self) -> int:
         """Return the number of keys, which takes some microseconds."""
-        return sum(map(len, self._shards))
+        return sum(map(len, self.shards))
 
     def __iter__(self) -> Iterator[OffloadKey]:
-        return chain.from_iterable(self._shards)
+        return chain.from_iterable(self.shards)
 
     def every_value(self) -> Iterator[V]:
         """Return the values in the order in which the keys are iterated; quicker than `values`."""
-        return chain.from_iterable(map(dict.values, self._shards))
+        return chain.from_iterable(map(dict.values, self.shards))
 
     def clear(self) -> None:
         """Remove everything."""
-        for shard in self._shards:
+        for shard in self.shards:
             shard.clear()
 
     # -- many keys at once: a call per key would take as long as the rest ------------------------------------
 
     def get_all(self, keys: Collection[OffloadKey]) -> list[V | None]:
         """Return the value of each key, in order; None for keys that are not here."""
-        shards = self._shards
+        shards = self.shards
         try:
             return [shards[key[SHARD_BYTE]].get(key) for key in keys]
         except (IndexError, TypeError):
@@ -144,12 +148,12 @@ class ShardedDict(MutableMapping[OffloadKey, V]):
 
     def values_of(self, keys: Iterable[OffloadKey]) -> list[V]:
         """Return the value of each key, in order; all are here."""
-        shards = self._shards
+        shards = self.shards
         return [shards[key[SHARD_BYTE]][key] for key in keys]
 
     def isdisjoint(self, keys: Collection[OffloadKey]) -> bool:
         """Return whether none of `keys` is here."""
-        shards = self._shards
+        shards = self.shards
         try:
             for key in keys:  # `all` with a generator takes twice as long
                 if key in shards[key[SHARD_BYTE]]:
@@ -160,7 +164,7 @@ class ShardedDict(MutableMapping[OffloadKey, V]):
 
     def held(self, keys: Collection[OffloadKey]) -> list[OffloadKey]:
         """Return those of `keys` that are here, in their order."""
-        shards = self._shards
+        shards = self.shards
         try:
             return [key for key in keys if key in shards[key[SHARD_BYTE]]]
         except (IndexError, TypeError):
@@ -168,7 +172,7 @@ class ShardedDict(MutableMapping[OffloadKey, V]):
 
     def missing(self, keys: Collection[OffloadKey]) -> list[OffloadKey]:
         """Return those of `keys` that are not here, in their order."""
-        shards = self._shards
+        shards = self.shards
         try:
             return [key for key in keys if key not in shards[key[SHARD_BYTE]]]
         except (IndexError, TypeError):
@@ -176,13 +180,13 @@ class ShardedDict(MutableMapping[OffloadKey, V]):
 
     def set_all(self, keys: Iterable[OffloadKey], values: Iterable[V]) -> None:
         """Enter `keys` with their `values`, of which there are as many."""
-        shards = self._shards
+        shards = self.shards
         for key, value in zip(keys, values, strict=True):
             shards[key[SHARD_BYTE]][key] = value
 
     def pop_all(self, keys: Iterable[OffloadKey]) -> list[V]:
         """Remove `keys`, all of which are here, and return their values in order."""
-        shards = self._shards
+        shards = self.shards
         return [shards[key[SHARD_BYTE]].pop(key) for key in keys]
 
 

@@ -5,6 +5,7 @@ import sys
 import pytest
 from engine import make_keys
 
+from kvtier import key_tables
 from kvtier.events import RequestGaveUp, TierState
 from kvtier.tiering.outline import split_scan
 from kvtier.types import LookupResult, Medium, ScheduleEndContext, TierFilter, TierMatcher
@@ -275,4 +276,16 @@ def test_a_request_that_asked_for_nothing_leaves_nothing_behind(make_engine):
     again = engine.request("first")
     assert engine.store(keys, again) == keys
     engine.finish(again)
+    engine.manager.check_invariants()
+
+
+@pytest.mark.parametrize("wrong", [b"", b"1234", "text" * 9, 7])
+def test_a_large_cache_answers_as_a_small_one(make_engine, monkeypatch, wrong):
+    monkeypatch.setattr(key_tables, "MOST_IN_ONE", 0)
+    engine, keys = make_engine(num_tiers=1), make_keys(6)
+    context = engine.request()
+    engine.store(keys[:4], context)
+    assert engine.manager.lookup(wrong, context) is LookupResult.MISS
+    assert engine.scan(keys, context) == [HIT] * 4 + [MISS]
+    engine.step()
     engine.manager.check_invariants()
