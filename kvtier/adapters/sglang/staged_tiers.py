@@ -1,0 +1,320 @@
+"""Moves pages between their owner's memory and the tiers, through slots of a staging arena."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from kvtier.adapters.sglang.staging_slots import Batch, PageKeys, StagingSlots
+from kvtier.events import TierState
+from kvtier.spec.staging import StagingSpec
+from kvtier.tiering.guarded_tier import TierGuard
+from kvtier.types import LookupResult, ReqContext, ScheduleEndContext
+
+POLL_SECONDS = 0.0005
+"""Pause between two polls of tiers that are working."""
+EPOCH_BYTES = 8
+_STEP = ScheduleEndContext()
+
+Copy = Callable[[int, Sequence[memoryview]], None]
+"""Called with the index of a page and the arena's rows for it, one per key: it fills them, or takes their bytes."""
+
+
+class StagedTiers:
+    """The tiers of one SGLang rank. Several threads may call it at once; each call ends within its deadline.
+
+    The owner's memory is touched only by the calling thread, and only until the call returns. The arena's slots belong
+    to a job until the tier has answered it, also after the call has given up: a late write damages nobody's page.
+    """
+
+    def __init__(self, spec: StagingSpec, call_deadline: float) -> None:
+        """Create the arena and start the tiers. Takes ownership of `spec`.
+
+        Args:
+            call_deadline: longest time that a call waits, in seconds.
+
+        Raises:
+            CapacityError: the machine cannot hold the arena.
+        """
+        self._spec, self._call_deadline = spec, call_deadline
+        self._arena = spec.arena
+        self._tiers = spec.open_tiers()
+        self._lock = threading.Lock()
+        """Guards all below, and every call of the tiers; nobody waits or copies while holding it."""
+        self._slots = StagingSlots(spec.num_blocks)
+        self._batches: dict[int, Batch] = {}
+        self._numbers = itertools.count()
+        self._closed = False
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes in one slot, and in one block of a tier."""
+        return self._spec.block_bytes
+
+    # -- calls of any thread ------------------------------------------------------------------------------
+
+    def contains(self, pages: Sequence[PageKeys]) -> list[bool]:
+        """Return, per page, whether one tier holds all of it. A tier that does not answer in time holds nothing."""
+        found = [False] * len(pages)
+        deadline = time.monotonic() + self._call_deadline
+        for guard in self._tiers:
+            asked = [index for index, is_found in enumerate(found) if not is_found]
+            for index, is_held in zip(asked, self._held(guard, [pages[i] for i in asked], deadline), strict=True):
+                found[index] = is_held
+            if all(found):
+                break
+        return found
+
+    def store(self, pages: Sequence[PageKeys], fill: Copy) -> list[bool]:
+        """Copy pages to every tier that takes them; return, per page, whether a tier has all of it."""
+        with self._request() as request:
+            return self._store(pages, fill, request)
+
+    def _store(self, pages: Sequence[PageKeys], fill: Copy, request: ReqContext) -> list[bool]:
+        stored = [False] * len(pages)
+        deadline = time.monotonic() + self._call_deadline
+        todo = list(range(len(pages)))
+        while todo and time.monotonic() < deadline:
+            with self._lock:
+                self._poll()
+                usable = [guard for guard in self._tiers if guard.usable]
+                is_waiting = not usable and self._is_starting()
+                batch = self._slots.take([(index, len(pages[index])) for index in todo], is_store=True)
+            if not usable and not is_waiting:
+                self._give_back(batch)
+                break
+            if not usable or batch is None:
+                self._give_back(batch)
+                time.sleep(POLL_SECONDS)
+                continue
+            todo = todo[len(batch.pages) :]
+            with self._kept_on_success(batch):
+                for index, slots in batch.pages:
+                    fill(index, self._rows(slots))
+            self._submit_store(batch, pages, deadline, request)
+            self._wait(batch, deadline)
+            with self._lock:
+                for index, _ in batch.pages:
+                    stored[index] = batch.has(pages[index])
+        return stored
+
+    def load(self, pages: Sequence[PageKeys], take: Copy) -> list[bool]:
+        """Copy pages from the first tier that has them, whole and verified; return which were copied."""
+        loaded = [False] * len(pages)
+        deadline = time.monotonic() + self._call_deadline
+        with self._request() as request:
+            for guard in self._tiers:
+                todo = [index for index, is_loaded in enumerate(loaded) if not is_loaded]
+                if not todo:
+                    break
+                held = self._held(guard, [pages[index] for index in todo], deadline)
+                todo = [index for index, is_held in zip(todo, held, strict=True) if is_held]
+                self._load_from(guard, pages, todo, take, loaded, deadline, request)
+        return loaded
+
+    def start_epoch(self) -> None:
+        """Make every page stored so far miss."""
+        with self._lock:
+            if not self._closed:
+                self._tiers.drain()
+                self._poll()
+                self._tiers.start_epoch(os.urandom(EPOCH_BYTES))
+
+    def wait_until_started(self, timeout: float) -> dict[str, tuple[TierState, str]]:
+        """Wait until no tier is starting, at most `timeout` seconds; return each tier's state and the reason for it."""
+        deadline = time.monotonic() + timeout
+        while True:
+            with self._lock:
+                self._poll()
+                states = self._tiers.states()
+            if all(state is not TierState.STARTING for state, _ in states.values()) or time.monotonic() > deadline:
+                return states
+            time.sleep(POLL_SECONDS)
+
+    def readings(self) -> dict[str, float]:
+        """Return kvtier's metrics of the tiers, by name."""
+        with self._lock:
+            return {} if self._closed else self._tiers.stats()
+
+    def close(self) -> None:
+        """End the tiers and release the arena; idempotent. Calls of other threads return misses from now on."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._tiers.shutdown()
+            self._spec.shutdown()
+
+    def check_invariants(self) -> None:
+        """Raise InvariantError if a slot is used twice or lost. No other call may be running."""
+        with self._lock:
+            if self._closed:
+                return
+            self._tiers.check_invariants()
+            self._slots.check_invariants(set(self._batches.values()))
+
+    # -- lookups ------------------------------------------------------------------------------------------
+
+    def _held(self, guard: TierGuard, pages: Sequence[PageKeys], deadline: float) -> list[bool]:
+        """Return which pages a tier holds, as far as it says so in time."""
+        request = self._new_request("ask")
+        held = [False] * len(pages)
+        asked = dict.fromkeys(range(len(pages)))
+        begun = time.monotonic()
+        while True:
+            with self._lock:
+                self._poll()
+                for index in list(asked):
+                    answers = {guard.lookup(key, request) for key in pages[index]}
+                    if LookupResult.MISS in answers or answers == {LookupResult.HIT}:
+                        held[index] = LookupResult.MISS not in answers
+                        del asked[index]
+                now = time.monotonic()
+                is_late = now > deadline or now - begun > guard.patience.seconds
+                if not asked or self._closed:
+                    guard.forget_request(request)
+                    return held
+                # The question stays open after a wait in vain: it tells when the tier answers again.
+                guard.patience.ask(pages[next(iter(asked))][0], request)
+                if is_late:
+                    guard.patience.give_up()
+                    return held
+            time.sleep(POLL_SECONDS)
+
+    # -- moving -------------------------------------------------------------------------------------------
+
+    def _load_from(
+        self,
+        guard: TierGuard,
+        pages: Sequence[PageKeys],
+        todo: list[int],
+        take: Copy,
+        loaded: list[bool],
+        deadline: float,
+        request: ReqContext,
+    ) -> None:
+        while todo and time.monotonic() < deadline:
+            with self._lock:
+                self._poll()
+                if not guard.usable:
+                    return
+                batch = self._slots.take([(index, len(pages[index])) for index in todo], is_store=False)
+            if batch is None:
+                time.sleep(POLL_SECONDS)
+                continue
+            todo = todo[len(batch.pages) :]
+            with self._lock:
+                self._submit(batch, pages, [guard], request)
+            if not self._wait(batch, deadline, on_end=False):
+                return
+            with self._kept_on_success(batch):
+                for index, slots in batch.pages:
+                    if batch.has(pages[index]):
+                        take(index, self._rows(slots))
+                        loaded[index] = True
+            self._give_back(batch)
+
+    def _submit(
+        self, batch: Batch, pages: Sequence[PageKeys], guards: Sequence[TierGuard], request: ReqContext
+    ) -> None:
+        """Give a batch to tiers. The caller holds the lock."""
+        keys = [key for index, _ in batch.pages for key in pages[index]]
+        slots = [slot for _, page_slots in batch.pages for slot in page_slots]
+        for guard in guards:
+            job = guard.open_job(keys, slots, request, is_promotion=not batch.is_store)
+            if guard.hand_over(job):
+                batch.num_jobs += 1
+                self._batches[job.job_id] = batch
+
+    def _submit_store(self, batch: Batch, pages: Sequence[PageKeys], deadline: float, request: ReqContext) -> None:
+        """Give a filled batch to every tier that takes it now; if all of them are busy, wait for one."""
+        num_blocks = sum(len(slots) for _, slots in batch.pages)
+        while True:
+            with self._lock:
+                self._poll()
+                takers = [guard for guard in self._tiers if guard.can_store(num_blocks)]
+                if takers:
+                    self._submit(batch, pages, takers, request)
+                    return
+                if self._closed or time.monotonic() > deadline or not any(guard.usable for guard in self._tiers):
+                    return
+            time.sleep(POLL_SECONDS)
+
+    def _wait(self, batch: Batch, deadline: float, *, on_end: bool = True) -> bool:
+        """Wait until all jobs of a batch have ended; return whether they did.
+
+        Args:
+            on_end: whether the slots become free then. After the deadline they become free when the last job ends.
+        """
+        while True:
+            with self._lock:
+                self._poll()
+                if not batch.num_jobs:
+                    if on_end:
+                        self._slots.release(batch)
+                    return True
+                if time.monotonic() > deadline or self._closed:
+                    batch.is_abandoned = True
+                    if not batch.is_store:
+                        slots = {slot for _, page_slots in batch.pages for slot in page_slots}
+                        for guard in self._tiers:
+                            guard.cancel_unwanted(slots)
+                    return False
+            time.sleep(POLL_SECONDS)
+
+    def _poll(self) -> None:
+        """Take the results of all tiers. The caller holds the lock."""
+        if self._closed:
+            return
+        self._tiers.end_step(_STEP)
+        for guard in self._tiers:
+            for job in guard.poll():
+                batch = self._batches.pop(job.job_id, None)
+                if batch is None:
+                    continue
+                batch.done.append(frozenset(job.successful))
+                batch.num_jobs -= 1
+                if batch.is_abandoned and not batch.num_jobs:
+                    self._slots.release(batch)
+
+    def _is_starting(self) -> bool:
+        return any(state is TierState.STARTING for state, _ in self._tiers.states().values())
+
+    @contextmanager
+    def _request(self) -> Iterator[ReqContext]:
+        """Yield a request of which the tiers know; at its end they order its blocks, to evict tails first."""
+        with self._lock:
+            request = self._new_request("move")
+            self._tiers.announce(request)
+        try:
+            yield request
+        finally:
+            with self._lock:
+                if not self._closed:
+                    self._tiers.forget(request)
+
+    def _new_request(self, what: str) -> ReqContext:
+        return ReqContext(f"sglang-{what}-{next(self._numbers)}")
+
+    # -- slots --------------------------------------------------------------------------------------------
+
+    def _give_back(self, batch: Batch | None) -> None:
+        if batch is not None:
+            with self._lock:
+                self._slots.release(batch)
+
+    @contextmanager
+    def _kept_on_success(self, batch: Batch) -> Iterator[None]:
+        """Free the slots of a batch that no job uses if a copy from or to the owner's memory raises."""
+        try:
+            yield
+        except BaseException:
+            self._give_back(batch)
+            raise
+
+    def _rows(self, slots: Sequence[int]) -> list[memoryview]:
+        return [self._arena.row(slot) for slot in slots]

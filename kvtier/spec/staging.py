@@ -1,0 +1,46 @@
+"""The spec of tiers without a cache in host memory: its arena only holds blocks while they move to or from a tier."""
+
+from __future__ import annotations
+
+from kvtier.errors import ConfigError
+from kvtier.options import join_key
+from kvtier.spec.tiering import TieringOffloadingSpec
+from kvtier.tiering.tiers import SecondaryTiers
+from kvtier.types import Admission
+
+
+class StagingSpec(TieringOffloadingSpec):
+    """Checks the tiers of an engine that has a cache in host memory of its own, and makes them over a staging arena.
+
+    There is no manager: the caller owns the slots, and drives the tiers through their guards.
+    """
+
+    def open_tiers(self) -> SecondaryTiers:
+        """Create the arena and start the tiers, without waiting for them; called once.
+
+        Raises:
+            CapacityError: the machine cannot hold the arena.
+        """
+        made = self._make_tiers(self.arena.view)
+        return SecondaryTiers(
+            [tier for _, tier in made],
+            [config.name for config, _ in made],
+            [Admission.ALWAYS] * len(made),
+            [config.probe_deadline for config, _ in made],
+            self.settings,
+            self.tier_context.clock,
+            self.observers,
+            self.num_blocks,
+            self.block_bytes,
+        )
+
+    def refuse_admission(self) -> None:
+        """Refuse admission rules: the engine above decides which of its pages it writes.
+
+        Raises:
+            ConfigError: a tier has a rule other than "always".
+        """
+        for tier in self.tiers:
+            if tier.admission is not Admission.ALWAYS:
+                allowed = '"always" only: the engine decides what it writes'
+                raise ConfigError(join_key(tier.where, "admission"), tier.admission, allowed)
