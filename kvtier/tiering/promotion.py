@@ -66,7 +66,7 @@ class Promoter:
         self._clock, self._observer = clock, observer
         self._turnover = Turnover(table.num_slots)
         self._num_reconsidered = 0
-        self._unfinished: list[RequestState] = []
+        self._unfinished: set[RequestState] = set()
         """Requests whose outlines have keys left to plan."""
 
     # -- plans --------------------------------------------------------------------------------------------
@@ -83,11 +83,11 @@ class Promoter:
             if not asks:
                 state.plans.outline = None
         states = sorted({*self._unfinished, *scanned}, key=arrival)
-        self._unfinished = []
+        self._unfinished.clear()
         left = MAX_PLANNED
         for position, state in enumerate(states):
             if left <= 0:
-                self._unfinished += states[position:]
+                self._unfinished.update(states[position:])
                 break
             if state.plans.scan is not None:
                 left -= self._begin(state, state.plans.scan)
@@ -101,7 +101,7 @@ class Promoter:
                 self._promote(state, outline, MAX_PLANNED)
                 left -= max(_PLANNED_PER_LOOK, outline.num_planned - before)
             if not outline.is_done:
-                self._unfinished.append(state)
+                self._unfinished.add(state)
 
     def _begin(self, state: RequestState, scan: Scan) -> int:
         """Make the outline of a new scan, behind what is leased or awaited already.
@@ -382,7 +382,9 @@ class Promoter:
                 self._drop_outline(state)
 
     def let_go(self, state: RequestState) -> None:
-        """End all waits of the request, and its lease."""
+        """End all waits of the request, and its lease. If it is over, nothing is planned for it any more."""
+        if state.finished:
+            self._unfinished.discard(state)
         if state.awaiting:
             self._flights.leave(state)
         if state.lease.slots or state.lease.expires is not None:

@@ -1,5 +1,8 @@
 """A step plans a bounded number of blocks, however long a prompt is and however many requests wait."""
 
+import gc
+import weakref
+
 import pytest
 from engine import make_keys, payload
 
@@ -33,6 +36,22 @@ def test_a_long_prompt_is_planned_step_by_step_and_looked_up_once(make_engine):
     assert [key for job in engine.tier.loads for key in job.keys] == keys  # head first
     assert engine.hits(keys, context) == 3000
     assert engine.load(keys, context) == [payload(key) for key in keys]
+
+
+def test_a_request_that_ends_before_it_is_planned_is_forgotten_at_once(make_engine):
+    long_prompt, short_prompt = make_keys(2 * MAX_PLANNED, "long"), make_keys(8, "short")
+    engine = make_engine(num_blocks=4096)
+    engine.plant([*long_prompt, *short_prompt])
+    first, second = engine.request("first"), engine.request("second")
+    engine.scan(short_prompt, second)
+    engine.scan(long_prompt, first)
+    engine.step()
+    assert not any(key in short_prompt for job in engine.tier.loads for key in job.keys)
+    engine.finish(second)
+    is_held = weakref.ref(second)
+    del second
+    gc.collect()
+    assert not is_held()
 
 
 def test_what_a_slow_tier_is_to_bring_is_planned_as_it_arrives(make_engine):
