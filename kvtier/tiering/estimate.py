@@ -117,6 +117,7 @@ class TierSpeed:
         """
         seen_at_once = seen_at_once and now - self._polled_at <= _SHORT_GAP
         self.in_flight = max(0, self.in_flight - num_blocks)
+        self._unmeasured = 0.0  # whether blocks moved or not, the next probe has time
         elapsed = now - self._busy_since
         if num_moved:
             earliest = elapsed if seen_at_once else self._polled_at - self._busy_since
@@ -145,7 +146,6 @@ class TierSpeed:
         bandwidth: the one that accounts for more of the predicted time changes most. Both change by factors, so that
         slow and fast samples fade equally fast.
         """
-        self._unmeasured = 0.0
         transfer = num_blocks / self.bandwidth
         latency = self.latency if self._is_first else 0.0
         factor = (seconds / (latency + transfer)) ** (_WEIGHT if self.is_measured else 1.0)

@@ -111,6 +111,18 @@ def test_what_is_overdue_is_taken_for_a_slower_tier():
     assert speed.seconds(10, 1.0) == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize("num_moved", [0, 8])
+def test_a_tier_is_measured_seldom_though_all_blocks_fail(num_moved):
+    speed = TierSpeed(latency=0.01, bandwidth=100.0)
+    for second in range(20):
+        speed.poll(float(second))
+    assert speed.needs_probe(8)
+    speed.begin(8, 19.0)
+    speed.end(8, num_moved, 19.1)
+    speed.poll(19.1)
+    assert not speed.needs_probe(8)
+
+
 @pytest.mark.parametrize("num_blocks", [10, 100, 300])
 def test_a_memory_turns_over_when_as_many_blocks_were_loaded_as_it_has_slots(num_blocks):
     turnover, now = Turnover(100), 0.0
