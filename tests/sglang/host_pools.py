@@ -20,9 +20,9 @@ BUDGET = 1 << 30
 LAYOUTS = ("layer_first", "page_first", "page_first_direct", "page_head")
 
 
-def mha_pool(layout="page_first", dtype=torch.bfloat16, page_size=PAGE_SIZE):
+def mha_pool(layout="page_first", dtype=torch.bfloat16, page_size=PAGE_SIZE, heads=HEADS):
     def buffers():
-        return tuple(torch.zeros(TOKENS, HEADS, HEAD_DIM, dtype=dtype) for _ in range(LAYERS))
+        return tuple(torch.zeros(TOKENS, heads, HEAD_DIM, dtype=dtype) for _ in range(LAYERS))
 
     keys, values = buffers(), buffers()
     pointers = torch.zeros(LAYERS, dtype=torch.uint64)
@@ -30,7 +30,7 @@ def mha_pool(layout="page_first", dtype=torch.bfloat16, page_size=PAGE_SIZE):
     info = MHABufferInfo(
         buffers=device,
         page_size=page_size,
-        head_num=HEADS,
+        head_num=heads,
         head_dim=HEAD_DIM,
         v_head_dim=HEAD_DIM,
         dtype=dtype,

@@ -12,6 +12,7 @@ from host_pools import LAYOUTS, fill, indices, mamba_pool, mha_pool, mla_pool, n
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage
 from storages import config_of, create, disk, hashes, io_processes, opened, shared, wait_for_processes
 
+from kvtier.adapters.sglang.host_pages import HostPages
 from kvtier.adapters.sglang.options import SGLangOptions
 from kvtier.errors import ConfigError
 from kvtier.events import TierState
@@ -273,6 +274,26 @@ def test_no_call_works_before_the_pools_are_known_or_after_the_end(tmp_path):
     assert io_processes() == []
 
 
+@pytest.mark.parametrize("method", ["read", "write"])
+def test_an_end_in_the_middle_of_a_copy_is_a_miss(tmp_path, monkeypatch, method):
+    pool, keys = mha_pool(), hashes(4)
+    before, copy = fill(pool, 23), getattr(HostPages, method)
+    with opened([disk(tmp_path)], pool) as storage:
+
+        def copy_and_close(pages, index, rows):
+            copy(pages, index, rows)
+            storage.close()
+
+        if method == "write":
+            store(storage, pool, keys, range(4))
+        monkeypatch.setattr(HostPages, method, copy_and_close)
+        if method == "read":
+            assert storage.batch_set_v1(keys, indices(pool, range(4))) == [False] * 4
+        else:
+            loaded = storage.batch_get_v1(keys, indices(pool, range(8, 12)))
+            assert all(page_of(pool, 8 + page) == before[page] for page in range(4) if loaded[page])
+
+
 def test_clear_makes_pages_miss(tmp_path):
     pool, keys = mha_pool(), hashes(2)
     fill(pool, 17)
@@ -372,3 +393,17 @@ def test_a_pool_that_comes_late_and_a_pool_without_bytes(tmp_path):
         states = PoolTransfer(PoolName.MAMBA, indices(late, [0]), None, keys[-1:], PoolHitPolicy.TRAILING_PAGES)
         assert storage.batch_set_v2([states]) == {PoolName.MAMBA: [True]}
         assert storage.batch_exists_v2(keys, [transfer, states]).restorable_prefix_pages == [3]
+
+
+def test_a_late_pool_whose_pages_do_not_fit_into_the_staging_memory_misses_and_the_log_says_so(tmp_path, caplog):
+    from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+
+    pool, late, keys = mha_pool(), mha_pool(heads=64), hashes(1)
+    with opened([disk(tmp_path)], pool, options={"staging_bytes": "64KiB", "call_deadline": 1.0}) as storage:
+        storage.register_mem_host_pool_v2(late, PoolName.DRAFT)
+        assert "pool draft, which is not stored" in caplog.text
+        transfer = PoolTransfer(PoolName.DRAFT, indices(late, [0]), keys=keys)
+        assert storage.batch_set_v2([transfer]) == {PoolName.DRAFT: [False]}
+        assert storage.batch_get_v2([transfer]) == {PoolName.DRAFT: [False]}
+        store(storage, pool, keys, [0])
+        assert storage.batch_exists_v2(keys, [transfer]).kv_hit_pages == 0

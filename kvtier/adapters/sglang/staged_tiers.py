@@ -55,6 +55,11 @@ class StagedTiers:
         """Bytes in one slot, and in one block of a tier."""
         return self._spec.block_bytes
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the arena. A larger page can never be moved."""
+        return self._spec.num_blocks * self._spec.block_bytes
+
     # -- calls of any thread ------------------------------------------------------------------------------
 
     def contains(self, pages: Sequence[PageKeys]) -> list[bool]:
@@ -84,6 +89,7 @@ class StagedTiers:
                 usable = [guard for guard in self._tiers if guard.usable]
                 is_waiting = not usable and self._is_starting()
                 batch = self._slots.take([(index, len(pages[index])) for index in todo], is_store=True)
+                rows = self._rows(batch) if usable else []
             if not usable and not is_waiting:
                 self._give_back(batch)
                 break
@@ -93,8 +99,8 @@ class StagedTiers:
                 continue
             todo = todo[len(batch.pages) :]
             with self._kept_on_success(batch):
-                for index, slots in batch.pages:
-                    fill(index, self._rows(slots))
+                for (index, _), rows_of_page in zip(batch.pages, rows, strict=True):
+                    fill(index, rows_of_page)
             self._submit_store(batch, pages, deadline, request)
             self._wait(batch, deadline)
             with self._lock:
@@ -203,6 +209,7 @@ class StagedTiers:
                 if not guard.usable:
                     return
                 batch = self._slots.take([(index, len(pages[index])) for index in todo], is_store=False)
+                rows = self._rows(batch)
             if batch is None:
                 time.sleep(POLL_SECONDS)
                 continue
@@ -212,9 +219,9 @@ class StagedTiers:
             if not self._wait(batch, deadline, on_end=False):
                 return
             with self._kept_on_success(batch):
-                for index, slots in batch.pages:
+                for (index, _), rows_of_page in zip(batch.pages, rows, strict=True):
                     if batch.has(pages[index]):
-                        take(index, self._rows(slots))
+                        take(index, rows_of_page)
                         loaded[index] = True
             self._give_back(batch)
 
@@ -316,5 +323,6 @@ class StagedTiers:
             self._give_back(batch)
             raise
 
-    def _rows(self, slots: Sequence[int]) -> list[memoryview]:
-        return [self._arena.row(slot) for slot in slots]
+    def _rows(self, batch: Batch | None) -> list[list[memoryview]]:
+        """Return the arena's rows for each page of a batch. They stay mapped if the arena is closed meanwhile."""
+        return [] if batch is None else [[self._arena.row(slot) for slot in slots] for _, slots in batch.pages]

@@ -57,11 +57,17 @@ class KVTierHiCache(HiCacheStorage):  # type: ignore[misc]  # SGLang is not inst
         self._pools[_KV] = HostPages(_KV, mem_pool_host, may_be_direct=bool(self._options.interface_v1))
 
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
-        """Remember a pool of a hybrid model. It may come after the tiers are open."""
+        """Remember a pool of a hybrid model. It may come after the tiers are open, and misses if they have no room."""
         super().register_mem_host_pool_v2(host_pool, host_pool_name)
         name = _name(host_pool_name)
-        if name != _KV:
-            self._pools[name] = HostPages(name, host_pool)
+        if name == _KV:
+            return
+        pool = HostPages(name, host_pool)
+        if self._tiers is not None and self._tiers.num_bytes < pool.page_bytes:
+            allowed = f"at least {2 * pool.page_bytes}, two pages of pool {name}, which is not stored"
+            logger.error("kvtier: %s", ConfigError("staging_bytes", self._options.staging_bytes, allowed))
+            return
+        self._pools[name] = pool
 
     def on_host_pools_registered(self) -> None:
         """Allocate the staging arena and open the tiers, without waiting for them.
