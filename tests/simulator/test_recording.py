@@ -56,7 +56,8 @@ class LiveEngine:
     `touches`: as vLLM up to 0.30, it touches all blocks of a request after every lookup and every store.
     """
 
-    def __init__(self, path, log, disks=1, inline_io=False, touches=False, **config):
+    def __init__(self, path, log, disks=1, inline_io=False, touches=False, tokens_per_block=16, **config):
+        self.tokens_per_block = tokens_per_block
         self.touches = touches
         policy = config.get("eviction_policy", "lru")
         common = {"type": "disk", "capacity": "256KiB", "eviction_policy": policy}
@@ -66,11 +67,13 @@ class LiveEngine:
             "secondary_tiers": tiers,
             "record": str(path / "live.rec"),
             "load_deadline": 60.0,
-            "prefill_rate": 0.1,  # whatever the disk has comes sooner than it is computed
+            "prefill_rate": 0.1,  # whatever the disk has comes sooner than it is computed, until the rate is measured
             "probe_deadline": 60.0,
             **config,
         }
-        engine = OffloadingConfig(extra, (KVCacheGroup(16),), BLOCK_BYTES, Namespace({"model": "recorded"}))
+        engine = OffloadingConfig(
+            extra, (KVCacheGroup(tokens_per_block),), BLOCK_BYTES, Namespace({"model": "recorded"})
+        )
         self.spec = TieringOffloadingSpec(engine, observers=[log], inline_io=inline_io)
         states = self.spec.wait_for_tiers(PATIENCE_SECONDS)
         assert set(states.values()) <= {TierState.UP}
@@ -85,7 +88,9 @@ class LiveEngine:
         for number, keys in prompts:
             hint = hints[number % len(hints)]
             params = None if hint is None else {"kvtier": hint}
-            waiting.append((ReqContext(f"r{number}", params, num_prompt_tokens=tokens or 16 * len(keys)), keys))
+            waiting.append(
+                (ReqContext(f"r{number}", params, num_prompt_tokens=tokens or self.tokens_per_block * len(keys)), keys)
+            )
         live = []
         while waiting or live:
             while waiting and len(live) < width:
@@ -137,7 +142,9 @@ def prompts(count, seed=7):
 @pytest.mark.parametrize("policy", ["lru", "arc"])
 def test_a_recorded_live_run_replays_to_the_same_hits(tmp_path, disks, policy):
     log = LoadLog()
-    engine = LiveEngine(tmp_path, log, disks, eviction_policy=policy)
+    # No step computes enough tokens to measure the rate: else plans would depend on the time of each call, to the
+    # microsecond, which a recording does not have for every look at the clock.
+    engine = LiveEngine(tmp_path, log, disks, tokens_per_block=4, eviction_policy=policy)
     engine.serve(prompts(250))
     # On a busy machine the disk writes later than memory evicts, and has nothing yet.
     wait_for(lambda: not disks or log.from_disk() or engine.serve(prompts(50, seed=len(log.loads))), "a disk hit")
