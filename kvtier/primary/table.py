@@ -260,10 +260,9 @@ class BlockTable:
             self.transit.remove(placement.victims)
             self.transit.add(keys[len(keys) - placement.num_passing :])
         if placement.victims:
-            freed = slot_of.pop_all(placement.victims)
-            freed.reverse()
-            free += freed
-        slots = free[: -len(keys) - 1 : -1]
+            free += slot_of.pop_all(placement.victims)
+        slots = free[-len(keys) :]
+        slots.sort()  # neighbouring blocks in neighbouring slots: a disk moves such blocks in one call
         del free[-len(keys) :]
         placed = dict(zip(keys, slots, strict=True))
         slot_of.set_all(keys, slots)

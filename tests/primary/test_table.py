@@ -39,6 +39,16 @@ def test_slots_come_in_ascending_order():
     assert list(insert(make_table(), keys("a", "b", "c")).values()) == [0, 1, 2]
 
 
+def test_freed_slots_come_in_ascending_order_whatever_the_order_of_the_victims():
+    table = make_table(6)
+    insert(table, keys("a", "b", "c", "d", "e", "f"))
+    placement = table.plan(keys("u", "v", "w", "x"))
+    assert placement.victims == keys("f", "e", "d", "c")
+    assert list(table.apply(placement).values()) == [2, 3, 4, 5]
+    table.remove(keys("b", "a"))
+    assert list(insert(table, keys("y", "z")).values()) == [0, 1]
+
+
 def test_states_follow_a_blocks_life():
     table = make_table()
     (a,) = keys("a")
