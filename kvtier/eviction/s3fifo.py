@@ -141,6 +141,8 @@ class S3FIFOPolicy(EvictionPolicy):
                     if not victims:
                         break
             main.drop(gone)
+            if victims and not used:
+                raise KeyError(f"S3-FIFO does not hold {len(victims)} of the keys to evict")
             for key, uses in used:
                 main[key] = uses
             main.renew([key for key, _ in used])

@@ -52,3 +52,11 @@ def test_victims_that_the_caller_cannot_take_keep_their_place() -> None:
     policy.evict(keys_of(1))
     policy.check_invariants()
     assert list(policy.candidates()) == keys_of(3, 2, 0)
+
+
+def test_a_key_that_is_not_held_is_refused_as_a_victim() -> None:
+    policy = S3FIFOPolicy(20)
+    policy.insert(keys_of(0, 1, 2, 3))
+    policy.touch(keys_of(0, 1))
+    with pytest.raises(KeyError):
+        policy.evict(keys_of(3, 4))
