@@ -58,6 +58,11 @@ class Load:
         while time.monotonic() < until:
             self.step()
 
+    def until_more_come_back(self):
+        """Go on until ten more blocks have been loaded: how many are on a busy machine within some time is chance."""
+        wanted = self.loaded + 10
+        self.rig.wait(lambda: (self.step(), self.loaded >= wanted)[1], "blocks have come back")
+
     def finish(self):
         self.rig.wait(lambda: set(self.jobs) <= set(self.rig.results), "every job is answered")
         self.rig.assert_each_job_answered_once()
@@ -82,7 +87,7 @@ def test_killed_at_random_under_load(rig, tmp_path):
         rig.wait(lambda victim=victim: (load.step(), tier.io_pid not in (None, victim))[1], "the next life")
         if load.chance.random() < 0.8:
             rig.wait(lambda: (load.step(), tier.state is TierState.UP)[1], "it is up")
-    rig.wait(lambda: (load.step(), load.loaded > 10)[1], "blocks have come back")
+    load.until_more_come_back()
     load.finish()
     rig.wait_up()
     held = [number for number in range(NUMBERS) if rig.lookup(number) is LookupResult.HIT]
@@ -108,9 +113,8 @@ def test_stopped_continued_and_killed_at_random(rig, tmp_path, seed):
         with contextlib.suppress(ProcessLookupError):  # it was given up
             os.kill(pid, load.chance.choice([signal.SIGCONT, signal.SIGCONT, signal.SIGKILL]))
     rig.wait(lambda: (load.step(), tier.state is TierState.UP)[1], "it is up")
-    load.run(0.3)
+    load.until_more_come_back()
     load.finish()
-    assert load.loaded > 0
 
 
 ENGINE = """
@@ -119,8 +123,10 @@ from disk_rigs import make_rig, start
 from test_kills import Load
 rig = make_rig()
 start(rig, sys.argv[1])
+load = Load(rig, int(sys.argv[2]))
+load.until_more_come_back()
 print("working", flush=True)
-Load(rig, int(sys.argv[2])).run(60)
+load.run(60)
 """
 
 
@@ -160,5 +166,5 @@ def test_stripes_killed_at_random(rig, tmp_path):
         if pids:
             os.kill(load.chance.choice(pids), signal.SIGKILL)
     rig.wait(lambda: (load.step(), tier.get_stats()["stripes_up"] == 3)[1], "all are up")
+    load.until_more_come_back()
     load.finish()
-    assert load.loaded > 0
