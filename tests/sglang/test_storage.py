@@ -167,9 +167,10 @@ def test_ranks_whose_kv_is_the_same_share_pages(tmp_path):
     assert pages_of(pools[1])[:4] == before[:4]
 
 
-def test_a_tier_of_one_process_is_refused_where_ranks_share_pages(tmp_path):
+@pytest.mark.parametrize("one", [disk, lambda _: {"type": "memory", "capacity": "8MiB"}, lambda _: {"type": "example"}])
+def test_a_tier_of_one_process_is_refused_where_ranks_share_pages(tmp_path, one):
     with pytest.raises(ConfigError, match=r"secondary_tiers\[0\]\.type.*a tier that ranks share"):
-        create(config_of([disk(tmp_path)], is_mla_model=True, tp_size=2), mla_pool())
+        create(config_of([one(tmp_path)], is_mla_model=True, tp_size=2), mla_pool())
 
 
 def test_pages_are_looked_for_in_all_tiers(tmp_path):

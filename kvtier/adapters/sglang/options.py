@@ -13,9 +13,9 @@ from kvtier.namespace import Namespace
 from kvtier.options import check_known, convert_option
 from kvtier.redaction import shown_option
 from kvtier.registry import load_tier_class
-from kvtier.secondary.keyed import KeyedTierManager
 from kvtier.sizes import parse_size
 from kvtier.spec.staging import StagingSpec
+from kvtier.types import Locality
 
 
 class SGLangOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -130,10 +130,10 @@ def make_spec(
     spec.refuse_admission()
     if storage_config.is_mla_model and storage_config.tp_size > 1:
         for tier in spec.tiers:
-            if not issubclass(load_tier_class(tier), KeyedTierManager):
+            if getattr(load_tier_class(tier), "locality", None) is not Locality.REMOTE:
                 allowed = (
-                    "a tier that ranks share (resp, filesystem, object): with multi-head latent attention one rank"
-                    f" stores the pages of all {storage_config.tp_size}, and this tier belongs to one process"
+                    "a tier that ranks share (resp, filesystem, object, mooncake): with multi-head latent attention one"
+                    f" rank stores the pages of all {storage_config.tp_size}, and this tier belongs to one process"
                 )
                 raise ConfigError(f"{tier.where}.type", tier.tier_type, allowed)
     return spec
