@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import uuid
 from dataclasses import replace
 
@@ -12,7 +11,6 @@ from kvtier.abc import TierContext
 from kvtier.events import TierState
 from kvtier.namespace import Namespace
 from kvtier.secondary.mooncake import MooncakeTierManager
-from kvtier.testing.patience import PATIENCE_SECONDS, wait_for
 from kvtier.testing.tier_rig import SuiteSpec, TierRig
 from kvtier.testing.tiers import TierSuite
 
@@ -104,12 +102,3 @@ def test_a_lost_master_costs_misses_and_the_tier_comes_back(make_rig, make_pool)
     rig.wait_up()
     rig.wait(lambda: rig.store(range(10, 20)).success, "the lender has joined the new master")
     assert rig.load(range(10, 20))[1] == list(range(10, 20))
-
-
-@pytest.fixture(autouse=True)
-def _no_lender_stays():
-    yield
-    found = subprocess.run(["pgrep", "-f", "kvtier.stores.mooncake.lender"], capture_output=True, text=True)
-    for process in map(int, found.stdout.split()):
-        os.kill(process, signal.SIGKILL)
-        wait_for(lambda process=process: not os.path.exists(f"/proc/{process}"), "it ends", PATIENCE_SECONDS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from valkey_server import free_port
 
+from kvtier.stores.mooncake import lender
 from kvtier.stores.mooncake.client import join
 from kvtier.stores.mooncake.options import MooncakeOptions
 from kvtier.testing.patience import PATIENCE_SECONDS, wait_for
@@ -93,8 +95,22 @@ class MooncakePool:
         """Kill the process that lends memory, and with it the blocks."""
         self.lender = _kill(self.lender)
 
+    def kvtier_lenders(self) -> list[int]:
+        """Return the processes of kvtier's that lend memory to this pool."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                command = (folder / "cmdline").read_text(errors="replace")
+                if lender.__name__ in command and self.address in command:
+                    found.append(int(folder.name))
+        return found
+
     def close(self) -> None:
         """Kill everything, and remove the logs."""
+        for process in self.kvtier_lenders():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        wait_for(lambda: not self.kvtier_lenders(), "kvtier's lenders have ended", PATIENCE_SECONDS)
         self.kill_lender()
         self.kill_master()
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import subprocess
 import uuid
 
 import pytest
@@ -12,6 +11,8 @@ from kvtier.abc import StoreContext
 from kvtier.errors import ConfigError, StoreUnavailableError
 from kvtier.keys import OffloadKey
 from kvtier.namespace import Namespace
+from kvtier.primary import memory_limit
+from kvtier.primary.memory_limit import MemoryLimit
 from kvtier.stores.mooncake import lender
 from kvtier.stores.mooncake.lender import ask_lender
 from kvtier.stores.mooncake.options import MooncakeOptions
@@ -155,34 +156,28 @@ def ask(make_pool):
     pool = make_pool(lent_bytes=0)
     leases = []
 
-    def make(grace_seconds=0.5, segment=32 << 20):
-        options = MooncakeOptions(master=pool.address, segment=segment)
-        leases.append(ask_lender(options, grace_seconds))
+    def make(grace_seconds=0.5):
+        leases.append(ask_lender(make.options, grace_seconds))
         return leases[-1]
 
     make.pool = pool
+    make.options = MooncakeOptions(master=pool.address, segment=32 << 20)
     yield make
     for lease in leases:
         lease.close()
-    wait_for(lambda: not lenders(pool), "all lenders have ended", PATIENCE_SECONDS)
-
-
-def lenders(pool):
-    """Return the processes that lend memory to a pool."""
-    found = subprocess.run(["pgrep", "-f", f"{lender.__name__}.*{pool.address}"], capture_output=True, text=True)
-    return [int(line) for line in found.stdout.split()]
+    wait_for(lambda: not pool.kvtier_lenders(), "all lenders have ended", PATIENCE_SECONDS)
 
 
 def test_a_host_lends_memory_once_for_all_engines_and_as_long_as_one_needs_it(ask, open_store):
     first, second = ask(), ask()
-    assert len(lenders(ask.pool)) == 1
+    assert len(ask.pool.kvtier_lenders()) == 1
     store, _ = open_store(ask.pool)
     assert all(write(store, range(4)))
     first.close()
     assert second.is_alive
     assert all(read(store, range(4)))
     second.close()
-    wait_for(lambda: not lenders(ask.pool), "the lender has ended", PATIENCE_SECONDS)
+    wait_for(lambda: not ask.pool.kvtier_lenders(), "the lender has ended", PATIENCE_SECONDS)
     assert not any(read(store, range(4)))
 
 
@@ -190,9 +185,9 @@ def test_what_is_lent_outlives_the_process_that_asked_for_it(ask, open_store):
     ask(grace_seconds=PATIENCE_SECONDS).close()
     store, _ = open_store(ask.pool)
     assert all(write(store, range(4)))
-    (process,) = lenders(ask.pool)
+    (process,) = ask.pool.kvtier_lenders()
     assert ask(grace_seconds=PATIENCE_SECONDS).is_alive
-    assert lenders(ask.pool) == [process]
+    assert ask.pool.kvtier_lenders() == [process]
     assert all(read(store, range(4)))
     os.kill(process, signal.SIGKILL)
 
@@ -201,15 +196,68 @@ def test_a_killed_lender_makes_the_store_unavailable_and_the_next_one_starts_ano
     monkeypatch.setattr(lender, "GRACE_SECONDS", 0.5)
     store, _ = open_store(ask.pool, segment=32 << 20, prefix="same")
     assert all(write(store, range(4)))
-    (process,) = lenders(ask.pool)
+    (process,) = ask.pool.kvtier_lenders()
     os.kill(process, signal.SIGKILL)
     wait_for(lambda: not store._lease.is_alive, "the store sees it", PATIENCE_SECONDS)
     with pytest.raises(StoreUnavailableError, match="the process that lends memory has ended"):
         write(store, range(4))
     again, _ = open_store(ask.pool, segment=32 << 20, prefix="same")
     wait_for(lambda: all(write(again, range(4))), "the pool has memory again", PATIENCE_SECONDS)
-    for process in lenders(ask.pool):
+    for process in ask.pool.kvtier_lenders():
         os.kill(process, signal.SIGKILL)
+
+
+def test_a_process_that_no_longer_waits_for_the_lender_does_not_end_it(ask, monkeypatch):
+    monkeypatch.setattr(lender, "START_SECONDS", 0.5)
+    os.kill(ask.pool.master.pid, signal.SIGSTOP)
+
+    def has_waited_in_vain():
+        with pytest.raises(StoreUnavailableError) as caught:
+            ask(PATIENCE_SECONDS)
+        return "no memory is lent" in str(caught.value)
+
+    wait_for(has_waited_in_vain, "the lender has the connection", PATIENCE_SECONDS)
+    monkeypatch.undo()
+    wait_for(lambda: len(ask.pool.kvtier_lenders()) == 1, "only one lender goes on", PATIENCE_SECONDS)
+    (process,) = ask.pool.kvtier_lenders()
+    os.kill(ask.pool.master.pid, signal.SIGCONT)
+    assert ask(PATIENCE_SECONDS).is_alive
+    assert ask.pool.kvtier_lenders() == [process]
+    os.kill(process, signal.SIGKILL)
+
+
+def test_the_working_directory_shadows_no_module_of_the_lender(ask, monkeypatch, tmp_path):
+    (tmp_path / "selectors.py").write_text("raise SystemExit")
+    monkeypatch.chdir(tmp_path)
+    assert ask().is_alive
+
+
+def test_a_forked_child_keeps_no_lender_alive(ask):
+    lease = ask()
+    parent, child = os.pipe()
+    if not (pid := os.fork()):
+        os.close(child)
+        os.read(parent, 1)  # until the parent closes the pipe
+        os._exit(0)
+    os.close(parent)
+    try:
+        assert lease.is_alive
+        lease.close()
+        wait_for(lambda: not ask.pool.kvtier_lenders(), "the lender has ended", PATIENCE_SECONDS)
+    finally:
+        os.close(child)
+        os.waitpid(pid, 0)
+
+
+def test_memory_that_is_lent_already_is_not_asked_for_again(ask, monkeypatch):
+    """Else an engine could not restart while its lender has all memory that was free."""
+    monkeypatch.setattr(memory_limit, "memory_limits", lambda: [MemoryLimit("the test's", 1 << 20)])
+    with pytest.raises(ConfigError, match=r"segment=.*the test's"):
+        ask.options.check(BLOCK, {})
+    ask()
+    ask.options.check(BLOCK, {})
+    with pytest.raises(ConfigError, match=r"segment=.*the test's"):
+        MooncakeOptions(master=ask.pool.address, segment=64 << 20).check(BLOCK, {})
 
 
 def test_memory_that_cannot_be_lent_is_said(ask):

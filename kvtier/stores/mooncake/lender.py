@@ -8,29 +8,26 @@ that no file is left.
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import os
 import selectors
 import socket
-import struct
 import subprocess
 import sys
 import time
-from typing import Any
 
+from kvtier import forks
 from kvtier.errors import StoreUnavailableError, describe
 from kvtier.stores.mooncake.client import join
+from kvtier.stores.mooncake.lender_socket import START_SECONDS, connect, lender_address, lender_arguments
 from kvtier.stores.mooncake.options import MooncakeOptions
 
 GRACE_SECONDS = 60.0
 """How long a lender goes on without a lease: longer than a new I/O process takes, and than many restarts."""
-START_SECONDS = 30.0
-"""Longest start of a lender. RDMA pins all of its memory, which takes seconds."""
 _RETRY_SECONDS = 0.05
 _LENDS = b"lends\n"
 _MAX_ANSWER_BYTES = 1024
-_CREDENTIALS = struct.Struct("3i")
 
 
 class Lease:
@@ -40,6 +37,11 @@ class Lease:
         """Args: connection: to a lender that has said it lends."""
         self._connection = connection
         connection.setblocking(False)
+        forks.register(self)
+
+    def leave_to_parent(self) -> None:
+        """In a forked child, close its copy of the connection: the lender must not wait for the child's end."""
+        self._connection.close()
 
     @property
     def is_alive(self) -> bool:
@@ -66,18 +68,20 @@ def ask_lender(options: MooncakeOptions, grace_seconds: float = GRACE_SECONDS) -
     Raises:
         StoreUnavailableError: it cannot lend the memory, or another user holds its name.
     """
-    arguments = _arguments(options)
+    arguments = lender_arguments(options.to_json())
     deadline = time.monotonic() + START_SECONDS
     lender: subprocess.Popen[bytes] | None = None
     while True:
-        connection = _connect(_address_of(arguments))
+        connection = connect(lender_address(arguments))
         if connection is not None and _has_answered(connection, deadline):
             return Lease(connection)
         if lender is None or lender.poll() is not None:  # the former one was just ending
-            command = [sys.executable, "-m", __name__, json.dumps(arguments), str(grace_seconds)]
+            # -P keeps the working directory out of the module path: with -m, a file there could shadow a module.
+            command = [sys.executable, "-P", "-m", __name__, json.dumps(arguments), str(grace_seconds)]
             # Its output would keep the engine's pipes open after the engine's end.
             lender = subprocess.Popen(
                 command,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -86,39 +90,6 @@ def ask_lender(options: MooncakeOptions, grace_seconds: float = GRACE_SECONDS) -
         if time.monotonic() > deadline:
             raise StoreUnavailableError(f"the process that lends memory does not start in {START_SECONDS:g} s")
         time.sleep(_RETRY_SECONDS)
-
-
-def _arguments(options: MooncakeOptions) -> dict[str, Any]:
-    """Return what decides which memory is lent to which pool; engines that agree on it share a lender."""
-    names = ("master", "segment", "protocol", "devices", "host", "metadata", "connect_timeout")
-    return {name: value for name, value in options.to_json().items() if name in names}
-
-
-def _address_of(arguments: dict[str, Any]) -> bytes:
-    told = json.dumps([os.getuid(), arguments], sort_keys=True).encode()
-    return b"\0kvtier-lender-" + hashlib.sha256(told).hexdigest()[:32].encode()
-
-
-def _connect(address: bytes) -> socket.socket | None:
-    """Return a connection to the lender of that address; None if there is none.
-
-    Raises:
-        StoreUnavailableError: it is a process of another user.
-    """
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        connection.settimeout(START_SECONDS)
-        connection.connect(address)
-        _, user, _ = _CREDENTIALS.unpack(
-            connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        )
-    except OSError:
-        connection.close()
-        return None
-    if user != os.getuid():
-        connection.close()
-        raise StoreUnavailableError(f"a process of user {user} holds the name of this host's lender")
-    return connection
 
 
 def _has_answered(connection: socket.socket, deadline: float) -> bool:
@@ -171,7 +142,8 @@ def _serve(listener: socket.socket, answer: bytes, grace_seconds: float) -> None
             for key, _ in selector.select(min(1.0, grace_seconds)):
                 if key.fileobj is listener:
                     connection, _ = listener.accept()
-                    connection.sendall(answer)
+                    with contextlib.suppress(ConnectionError):  # its process may have ended, or waited long enough
+                        connection.sendall(answer)
                     selector.register(connection, selectors.EVENT_READ)
                 else:  # a lease has nothing to say but its end
                     selector.unregister(key.fileobj)
@@ -181,4 +153,4 @@ def _serve(listener: socket.socket, answer: bytes, grace_seconds: float) -> None
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
-    lend(MooncakeOptions.read(given), float(sys.argv[2]), _address_of(given))
+    lend(MooncakeOptions.read(given), float(sys.argv[2]), lender_address(given))

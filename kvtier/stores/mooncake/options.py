@@ -14,6 +14,7 @@ from kvtier.errors import CapacityError, ConfigError
 from kvtier.options import Threads, size_of
 from kvtier.primary.memory_limit import check_memory
 from kvtier.stores.integrity.secrets import GuardedOptions
+from kvtier.stores.mooncake.lender_socket import has_lender
 
 _ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.%]+)\]|([\w.-]+)):(\d{1,5})")
 _PREFIX = re.compile(r"[\w.-]{1,64}", re.ASCII)
@@ -105,6 +106,8 @@ class MooncakeOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True, k
             return
         if self.segment < _MIN_SEGMENT_BYTES:
             raise ConfigError("segment", self.segment, f"0, or at least {_MIN_SEGMENT_BYTES} bytes")
+        if has_lender(self.to_json()):  # of another engine, or from before a restart: it has the memory already
+            return
         try:
             check_memory(self.segment)
         except CapacityError as error:
