@@ -18,7 +18,13 @@ def disk(path, **options):
 
 def shared(path, **options):
     (path / "shared").mkdir(exist_ok=True)
-    return {"type": "filesystem", "path": str(path / "shared"), "capacity": "64MiB", **options}
+    known = {
+        "type": "filesystem",
+        "path": str(path / "shared"),
+        "capacity": "64MiB",
+        "probe_deadline": PATIENCE_SECONDS,
+    }
+    return {**known, **options}
 
 
 def config_of(tiers, *, interface_v1=1, options=(), **facts):

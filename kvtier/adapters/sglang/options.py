@@ -69,7 +69,6 @@ def read_options(extra_config: Mapping[str, Any] | None) -> SGLangOptions:
     options = SGLangOptions(**{key: convert_option(value, fields[key].type, key) for key, value in given.items()})
     if not options.tiers:
         raise ConfigError("tiers", options.tiers, "at least one tier")
-    parse_size("staging_bytes", options.staging_bytes)
     return options
 
 
@@ -113,6 +112,8 @@ def make_spec(
         ConfigError: the tiers' configuration is wrong, or a tier of this kind cannot serve this model.
     """
     index, num_ranks = _place_of(storage_config, attention_groups)
+    if parse_size("staging_bytes", options.staging_bytes) < block_bytes:
+        raise ConfigError("staging_bytes", options.staging_bytes, f"at least {block_bytes} bytes, one block")
     described = {"sglang.model_identity": options.model_identity, **rank_identity(storage_config), **identity}
     config = OffloadingConfig(
         extra_config={
