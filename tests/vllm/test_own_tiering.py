@@ -30,6 +30,7 @@ from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
 from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager, TieringOffloadingManager
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
+from kvtier.adapters.vllm.tier import distinct_name
 from kvtier.testing.patience import wait_for
 
 pytestmark = pytest.mark.skipif(
@@ -211,3 +212,9 @@ def test_a_name_that_two_tiers_have_is_refused(tmp_path):
     memory = {"type": "memory", "capacity": "1MiB", "name": "disk"}
     with pytest.raises(ValueError, match=r"secondary_tiers\[2\].tier.name='disk': another name"):
         OwnTiering("any", tmp_path, memory, {"type": "memory", "capacity": "1MiB", "name": "disk"}, namespace="any")
+
+
+def test_an_option_of_another_tier_type_may_be_called_tier():
+    ours = {"type": "memory", "capacity": "1MiB"}
+    listed = [{"type": "Another", "tier": "ssd"}, {"type": "KVTierSecondaryTier", "tier": ours}]
+    assert distinct_name(ours, "KVTierSecondaryTier", listed) == "memory"

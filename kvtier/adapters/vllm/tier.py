@@ -86,7 +86,7 @@ class KVTierSecondaryTier(tiering.SecondaryTierManager):  # type: ignore[misc]  
         )
         self._running: set[int] = set()
         spec = SimpleNamespace(tier_context=context, config=offloading_spec.config)
-        name = distinct_name(tier, offloading_spec.secondary_tier_configs)
+        name = distinct_name(tier, tier_type, offloading_spec.secondary_tier_configs)
         try:
             self._tier: SecondaryTierManager = create_secondary_tier({**tier, "name": name}, primary_kv_view, spec)
             self._tier.start()
@@ -167,17 +167,22 @@ class KVTierSecondaryTier(tiering.SecondaryTierManager):  # type: ignore[misc]  
         )
 
 
-def distinct_name(tier: Mapping[str, Any], listed: Sequence[Mapping[str, Any]]) -> str:
+def distinct_name(tier: Mapping[str, Any], tier_type: str, listed: Sequence[Mapping[str, Any]]) -> str:
     """Return a name for a tier that no other one of kvtier's has, since it is the label of its metrics.
 
     Args:
         tier: of an entry in `listed`, the same object.
+        tier_type: vLLM's type of that entry. Entries of other types have options of their own.
         listed: the entries of vLLM's `secondary_tiers`.
 
     Raises:
         ConfigError: two entries give the same name, or one is wrong.
     """
-    ours = [(f"secondary_tiers[{index}].tier", entry["tier"]) for index, entry in enumerate(listed) if "tier" in entry]
+    ours = [
+        (f"secondary_tiers[{index}].tier", entry["tier"])
+        for index, entry in enumerate(listed)
+        if entry.get("type") == tier_type and "tier" in entry
+    ]
     named = with_distinct_names([parse_tier(entry, where) for where, entry in ours], [entry for _, entry in ours])
     return next(
         (one.name for one, (_, entry) in zip(named, ours, strict=True) if entry is tier), parse_tier(tier, "tier").name
