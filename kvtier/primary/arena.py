@@ -302,10 +302,13 @@ class Arena(forks.ProcessBound):
         return 2 * self.huge_bytes() > len(places) * HUGE_PAGE_BYTES
 
     def huge_bytes(self) -> int:
-        """Return how many bytes of the arena this process maps by huge pages (`/proc/self/smaps`, proc(5))."""
+        """Return how many bytes of the arena this process maps by huge pages (`/proc/self/smaps`, proc(5)).
+
+        0 where there is no such file: without /proc, or in a kernel built without it.
+        """
         wanted, found = f"{self._mapping.address:x}-", 0
         inside = False
-        with open("/proc/self/smaps") as lines:
+        with suppress(FileNotFoundError), open("/proc/self/smaps") as lines:
             for line in lines:
                 name, _, value = line.partition(":")
                 if value[:1] != " ":  # the first line of a mapping: its addresses, flags and file

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -318,3 +319,25 @@ def test_a_share_of_a_missing_directory_is_made(rig, tmp_path):
     start(rig, tmp_path / "tier" / "dp1")
     assert rig.store(ALL).success
     assert Path(tmp_path / "tier").stat().st_mode & 0o777 == 0o700
+
+
+WITHOUT_PROC = """
+import os, sys
+from disk_rigs import make_rig, start
+assert not os.listdir("/proc")
+rig = make_rig()
+start(rig, sys.argv[1])
+rig.store([1, 2, 3])
+assert rig.load([1, 2, 3])[1] == [1, 2, 3]
+rig.close()
+"""
+
+
+@pytest.mark.root
+def test_a_disk_works_where_the_kernel_tells_nothing_of_mapped_pages(tmp_path):
+    """Without /proc, as in some chroots; kernels built without CONFIG_PROC_PAGE_MONITOR lack the same file."""
+    need_mounts()
+    hide = 'mount -t tmpfs none /proc && exec "$@"'
+    command = ["unshare", "--mount", "sh", "-c", hide, "sh", sys.executable, "-c", WITHOUT_PROC, str(tmp_path / "tier")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run(command, env=environment, check=True)
