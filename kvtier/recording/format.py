@@ -34,6 +34,8 @@ NOT_SURE, NOT_FOUND = 128, 127
 that has not answered yet. There are none if all would be `NOT_FOUND`."""
 PROMPT = struct.Struct("<q")
 """Extra bytes of "N" (a new request): tokens of the prompt, -1 if unknown; then the hint in JSON, if there is one."""
+NONE_LATE = b"\0"
+"""Extra bytes of "X" (a reset) if the engine does not complete the copies that run; else there are none."""
 
 _Count = Annotated[int, msgspec.Meta(ge=1)]
 

@@ -18,7 +18,7 @@ import msgspec
 from kvtier.events import CascadeRefused, Event, Observer, Observers
 from kvtier.hints import NO_HINT, read_hint
 from kvtier.keys import OffloadKey
-from kvtier.recording.format import HASH_BYTES, JOB, NOT_FOUND, NOT_SURE, PROMPT, TIER
+from kvtier.recording.format import HASH_BYTES, JOB, NONE_LATE, NOT_FOUND, NOT_SURE, PROMPT, TIER
 from kvtier.recording.stream import Recorder
 from kvtier.secondary.jobs import Job
 from kvtier.tiering.guarded_tier import TierGuard
@@ -86,9 +86,9 @@ class CallLog:
             self._recorder.note(b"Z", 0, struct.pack(f"<{len(numbers)}I", *numbers))
             self._recorder.flush()
 
-    def note_reset(self) -> None:
+    def note_reset(self, late_completions: bool) -> None:
         """Record a reset."""
-        self._recorder.note(b"X", 0)
+        self._recorder.note(b"X", 0, b"" if late_completions else NONE_LATE)
 
     def _number(self, req_context: ReqContext) -> int:
         number = self._numbers.get(req_context.req_id)
@@ -244,7 +244,7 @@ class RecordedManager(TieringOffloadingManager):
     def reset_cache(self, late_completions: bool = True) -> None:
         self._log.end_scan()
         super().reset_cache(late_completions)
-        self._log.note_reset()
+        self._log.note_reset(late_completions)
 
     @in_turn
     def shutdown(self) -> None:

@@ -200,7 +200,7 @@ class Repeater:
             manager.on_schedule_end(ScheduleEndContext(preempted_req_ids=[str(number) for number in preempted]))
             return
         if kind == b"X":
-            manager.reset_cache()
+            manager.reset_cache(late_completions=not record.extra)
             return
         if kind == b"N":
             new = NewRequest.of(record.extra)

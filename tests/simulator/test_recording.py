@@ -157,6 +157,22 @@ def test_a_recorded_live_run_replays_to_the_same_hits(tmp_path, disks, policy):
     assert not disks or log.from_disk()
 
 
+def test_a_reset_after_which_no_running_copy_is_completed_is_replayed_as_one(tmp_path):
+    engine = LiveEngine(tmp_path, log := LoadLog(), disks=0)
+    manager, context, ((_, keys),) = engine.manager, ReqContext("stored twice"), prompts(1)
+    manager.on_new_request(context)
+    assert manager.prepare_store(keys, context).keys_to_store == keys
+    manager.reset_cache(late_completions=False)
+    assert manager.prepare_store(keys, context).keys_to_store == keys
+    manager.complete_store(set(keys), context)
+    manager.on_request_finished(context)
+    engine.serve([(1, keys)])
+    engine.close()
+    again = repeat(tmp_path / "live.rec")
+    assert again.num_diverged == 0
+    assert [by_source for _, by_source in again.loads] == log.loads == [{"primary": len(keys)}]
+
+
 HINTS = [
     None,
     {"retain": "1h", "session": "of a customer"},
