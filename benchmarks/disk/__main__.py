@@ -12,6 +12,7 @@ import argparse
 import json
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from cases import JOB_SIZES, CaseFigures, measure_cases
@@ -90,11 +91,10 @@ def compare_with_peers(
     try:
         for size in sizes:
             with Progress(*columns, console=console, transient=True) as progress:
+                say = partial(console.print, soft_wrap=True)  # a command in a line shall be copied whole
                 task = progress.add_task("starting", total=None)
                 tell = lambda what: progress.update(task, description=what)  # noqa: B023, E731 - called in this turn only
-                figures = measure_peers(
-                    folder, size, PEER_JOB, num_bytes, rounds, options.arena_path, tell, console.print
-                )
+                figures = measure_peers(folder, size, PEER_JOB, num_bytes, rounds, options.arena_path, tell, say)
             console.print(peer_table(figures, PEER_JOB))
             found += [row.to_json() for row in figures]
     finally:

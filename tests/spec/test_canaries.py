@@ -32,6 +32,7 @@ GOOD = {
     "object": {"url": "s3://bucket/kvtier", "capacity": "1GiB", "endpoint": "https://127.0.0.1:1", "region": "x"},
     "filesystem": {"path": "shared", "capacity": "64MiB"},
     "memory": {"capacity": "1MiB"},
+    "mooncake": {"master": "127.0.0.1:1"},
     "example": {},
 }
 ADDRESSES = [
