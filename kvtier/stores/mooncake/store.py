@@ -1,6 +1,7 @@
 """A `BlockStore` in the pooled memory of many hosts, which Mooncake Store manages.
 
-A value is a payload and then its header. Both move straight between the pool and the caller's buffers, or the sealer's.
+A value is a payload and then its header. Large ones move straight between the pool and the caller's buffers, or the
+sealer's.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from kvtier.keys import OffloadKey
 from kvtier.stores.failures import UNREADABLE, CleanUp, fitting_buffers
 from kvtier.stores.integrity import open_sealer
 from kvtier.stores.integrity.header import HEADER_BYTES
-from kvtier.stores.integrity.scratch import Scratch
+from kvtier.stores.integrity.scratch import Scratch, copy_bytes
 from kvtier.stores.integrity.sealing import Sealer
 from kvtier.stores.mooncake.client import join, own_address
 from kvtier.stores.mooncake.lender import Lease, ask_lender
@@ -23,6 +24,9 @@ from kvtier.stores.mooncake.options import MooncakeOptions
 from kvtier.stores.mooncake.regions import Regions
 from kvtier.types import FailureCause
 
+_JOINED_BYTES = 256 << 10
+"""Largest payload that is joined with its header in private memory. A second buffer per value costs Mooncake as much as
+the first one; up to this length that is more than the copy costs."""
 _RPC_FAILED = -900
 _ABSENT = frozenset({-703, -704})
 """No such object, or none of its copies can be read: its host was lost, or it is still being written."""
@@ -61,7 +65,8 @@ class MooncakeStore(BlockStore):
         self._prefix = f"{options.prefix}:{sealer.namespace.fingerprint.hex()}:"
         self._placement = _placement(options)
         self._regions = Regions(client.register_buffer, client.unregister_buffer)
-        self._headers = Scratch()
+        self._scratch = Scratch()
+        self._joins = context.block_bytes <= _JOINED_BYTES
         self._clean_up = CleanUp()
 
     @classmethod
@@ -153,22 +158,33 @@ class MooncakeStore(BlockStore):
         if present := list(compress(keys, self.contains(keys))):
             self.delete(present)
         sealed = self._sealer.seal(keys, buffers)
-        headers = self._rooms_for_headers(len(keys))
-        for room, header in zip(headers, sealed.headers, strict=True):
-            room[:] = header
-        codes: list[int] = self._client.batch_put_from_multi_buffers(
-            list(map(self.name, keys)), *self._places(sealed.payloads, headers), self._placement
-        )
+        if self._joins:
+            values = self._private(len(keys), self._block_bytes + HEADER_BYTES)
+            for value, payload, header in zip(values, sealed.payloads, sealed.headers, strict=True):
+                copy_bytes(value[: self._block_bytes], payload)
+                value[self._block_bytes :] = header
+            places = self._places(values)
+        else:
+            headers = self._private(len(keys), HEADER_BYTES)
+            for room, header in zip(headers, sealed.headers, strict=True):
+                room[:] = header
+            places = self._places(sealed.payloads, headers)
+        names = list(map(self.name, keys))
+        codes: list[int] = self._client.batch_put_from_multi_buffers(names, *places, self._placement)
         _check_reachable(codes)
         return codes
 
     def _get(self, keys: list[OffloadKey], buffers: list[memoryview]) -> list[FailureCause | None]:
         """Return, per block, why it was not read; None if it was."""
-        payloads = self._sealer.rooms(buffers)
-        headers = self._rooms_for_headers(len(keys))
-        codes: list[int] = self._client.batch_get_into_multi_buffers(
-            list(map(self.name, keys)), *self._places(payloads, headers)
-        )
+        if self._joins:
+            values = self._private(len(keys), self._block_bytes + HEADER_BYTES)
+            payloads: Sequence[memoryview] = [value[: self._block_bytes] for value in values]
+            headers = [value[self._block_bytes :] for value in values]
+            places = self._places(values)
+        else:
+            payloads, headers = self._sealer.rooms(buffers), self._private(len(keys), HEADER_BYTES)
+            places = self._places(payloads, headers)
+        codes: list[int] = self._client.batch_get_into_multi_buffers(list(map(self.name, keys)), *places)
         _check_reachable(codes)
         causes = [self._why_not(key, code) for key, code in zip(keys, codes, strict=True)]
         here = [index for index, cause in enumerate(causes) if cause is None]
@@ -191,18 +207,16 @@ class MooncakeStore(BlockStore):
             return FailureCause.CORRUPT
         return cause
 
-    def _rooms_for_headers(self, count: int) -> list[memoryview]:
-        memory = self._headers.piece(count * HEADER_BYTES)
-        return [memory[start : start + HEADER_BYTES] for start in range(0, count * HEADER_BYTES, HEADER_BYTES)]
+    def _private(self, count: int, num_bytes: int) -> list[memoryview]:
+        """Return pieces of the thread's own memory; those of its last call must not be used any more."""
+        memory = self._scratch.piece(count * num_bytes)
+        return [memory[start : start + num_bytes] for start in range(0, count * num_bytes, num_bytes)]
 
-    def _places(
-        self, payloads: Sequence[memoryview], headers: Sequence[memoryview]
-    ) -> tuple[list[list[int]], list[list[int]]]:
-        """Return the addresses and lengths of the two parts of each value."""
+    def _places(self, *parts: Sequence[memoryview]) -> tuple[list[list[int]], list[list[int]]]:
+        """Return addresses and lengths of the parts of each value; args: the first part of all values, the second..."""
         address = self._regions.address
-        pairs = zip(payloads, headers, strict=True)
-        addresses = [[address(payload), address(header)] for payload, header in pairs]
-        return addresses, [[self._block_bytes, HEADER_BYTES]] * len(addresses)
+        values = list(zip(*parts, strict=True))
+        return [list(map(address, value)) for value in values], [[part.nbytes for part in value] for value in values]
 
 
 def _placement(options: MooncakeOptions) -> Any:
