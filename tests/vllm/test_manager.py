@@ -305,6 +305,17 @@ def test_requests_are_forgotten_though_kvtier_is_off(core, manager):
     assert sum(each.req_id.startswith("live") for each in contexts) <= 2
 
 
+def test_a_completion_after_the_end_of_its_request_keeps_nothing_of_it(manager):
+    ended, other = request(manager, "ended"), request(manager, "other")
+    manager.prepare_store(KEYS[:1], ended)
+    manager.on_request_finished(ended)
+    manager.complete_store(KEYS[:1], ended, success=False)  # no tier keeps it for a cascade
+    manager.lookup(KEYS[0], other)  # a manager may keep the request that it was asked for last
+    manager.complete_store((), ended)
+    gc.collect()
+    assert not [each for each in gc.get_objects() if isinstance(each, EngineReqContext) and each.req_id == "ended"]
+
+
 def test_why_kvtier_is_off_is_a_series(core, manager):
     def reasons():
         return {labels[0]: value for labels, value in manager.get_stats().data["data"]["vllm:kvtier_off"].items()}

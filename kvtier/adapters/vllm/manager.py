@@ -276,7 +276,9 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         last = self._last
         if last is not None and last[0] is theirs:
             return last[1]
-        ours = self._contexts.get(theirs.req_id) or EngineReqContext(theirs)
+        ours = self._contexts.get(theirs.req_id)
+        if ours is None:  # a completion that follows the end of its request, which nothing may keep alive
+            return EngineReqContext(theirs)
         self._last = (theirs, ours)
         return ours
 
