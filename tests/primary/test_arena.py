@@ -153,12 +153,11 @@ def test_the_last_view_unmaps_a_closed_arena() -> None:
     del arena
 
 
-WITHOUT_THREADS = """
-import threading
+IN_LITTLE_ADDRESS_SPACE = """
+import resource, threading
 from kvtier.errors import CapacityError
 from kvtier.primary.arena import Arena
-threading.stack_size(1 << 30)  # of address space, of which little is left
-import resource
+{before}
 used = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmSize"))
 resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), -1))
 try:
@@ -168,29 +167,21 @@ except CapacityError as error:
 """
 
 
-def test_a_process_that_can_start_no_thread_is_told_in_one_line() -> None:
-    result = subprocess.run([sys.executable, "-c", WITHOUT_THREADS], capture_output=True, text=True, check=True)
-    assert result.stdout.startswith("cpu_bytes_to_use: no thread can allocate")
-    assert result.stdout.count("\n") == 1
-
-
-WITHOUT_ROOM_FOR_STACKS = """
-import resource
-from kvtier.errors import CapacityError
-from kvtier.primary.arena import Arena
-resource.setrlimit(resource.RLIMIT_STACK, (128 << 20, resource.getrlimit(resource.RLIMIT_STACK)[1]))
-used = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmSize"))
-resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), -1))
-try:
-    Arena.create(64, 4096)
-except CapacityError as error:
-    print(error)
-"""
-
-
-def test_stacks_of_threads_count_as_address_space() -> None:
-    result = subprocess.run([sys.executable, "-c", WITHOUT_ROOM_FOR_STACKS], capture_output=True, text=True, check=True)
-    assert result.stdout.startswith("260.0 KiB of host memory asked, 0 B available (limit: address space, RLIMIT_AS")
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        # More of the address space than is left, which the check of free memory cannot know.
+        ("threading.stack_size(1 << 30)", "cpu_bytes_to_use: no thread can allocate"),
+        (
+            "resource.setrlimit(resource.RLIMIT_STACK, (128 << 20, resource.getrlimit(resource.RLIMIT_STACK)[1]))",
+            "260.0 KiB of host memory asked, 0 B available (limit: address space, RLIMIT_AS",
+        ),
+    ],
+)
+def test_stacks_of_threads_that_find_no_room_are_told_in_one_line(before: str, said: str) -> None:
+    code = IN_LITTLE_ADDRESS_SPACE.format(before=before)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith(said)
     assert result.stdout.count("\n") == 1
 
 

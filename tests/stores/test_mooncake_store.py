@@ -192,8 +192,7 @@ def test_what_is_lent_outlives_the_process_that_asked_for_it(ask, open_store):
     os.kill(process, signal.SIGKILL)
 
 
-def test_a_killed_lender_makes_the_store_unavailable_and_the_next_one_starts_another(ask, open_store, monkeypatch):
-    monkeypatch.setattr(lender, "GRACE_SECONDS", 0.5)
+def test_a_killed_lender_makes_the_store_unavailable_and_the_next_one_starts_another(ask, open_store):
     store, _ = open_store(ask.pool, segment=32 << 20, prefix="same")
     assert all(write(store, range(4)))
     (process,) = ask.pool.kvtier_lenders()

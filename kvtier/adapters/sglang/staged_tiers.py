@@ -95,7 +95,7 @@ class StagedTiers:
                 break
             if not usable or batch is None:
                 self._give_back(batch)
-                time.sleep(POLL_SECONDS)
+                time.sleep(POLL_SECONDS)  # SGLang's storage thread, with a deadline: another call's slots come free
                 continue
             todo = todo[len(batch.pages) :]
             with self._kept_on_success(batch):
@@ -139,7 +139,7 @@ class StagedTiers:
                 states = self._tiers.states()
             if all(state is not TierState.STARTING for state, _ in states.values()) or time.monotonic() > deadline:
                 return states
-            time.sleep(POLL_SECONDS)
+            time.sleep(POLL_SECONDS)  # the caller has asked to wait
 
     def readings(self) -> dict[str, float]:
         """Return kvtier's metrics of the tiers, by name."""
@@ -189,7 +189,7 @@ class StagedTiers:
                 if is_late:
                     guard.patience.give_up()
                     return held
-            time.sleep(POLL_SECONDS)
+            time.sleep(POLL_SECONDS)  # SGLang's thread, with a deadline: a tier answers
 
     # -- moving -------------------------------------------------------------------------------------------
 
@@ -211,7 +211,7 @@ class StagedTiers:
                 batch = self._slots.take([(index, len(pages[index])) for index in todo], is_store=False)
                 rows = self._rows(batch)
             if batch is None:
-                time.sleep(POLL_SECONDS)
+                time.sleep(POLL_SECONDS)  # as in `store`: another call's slots come free
                 continue
             todo = todo[len(batch.pages) :]
             with self._lock:
@@ -249,7 +249,7 @@ class StagedTiers:
                     return
                 if self._closed or time.monotonic() > deadline or not any(guard.usable for guard in self._tiers):
                     return
-            time.sleep(POLL_SECONDS)
+            time.sleep(POLL_SECONDS)  # SGLang's thread, with a deadline: a tier takes jobs again
 
     def _wait(self, batch: Batch, deadline: float, *, on_end: bool = True) -> bool:
         """Wait until all jobs of a batch have ended; return whether they did.
@@ -271,7 +271,7 @@ class StagedTiers:
                         for guard in self._tiers:
                             guard.cancel_unwanted(slots)
                     return False
-            time.sleep(POLL_SECONDS)
+            time.sleep(POLL_SECONDS)  # SGLang's thread, with a deadline: the jobs end
 
     def _poll(self) -> None:
         """Take the results of all tiers. The caller holds the lock."""
