@@ -33,6 +33,7 @@ def filled(model, baseline, tmp_path_factory):
 def ask_again(model, directory, log, **options):
     """Return (answers, tokens from kvtier, metrics, log) of a new engine over a copy of the directory."""
     with Engine(model, log, **({"kvtier": over(directory)} | options)) as engine:
+        wait_until_up(engine)
         answers = [engine.generate(asked)[0] for asked in PROMPTS]
         return answers, engine.external_hits(), engine.metrics(), engine.log()
 
@@ -50,6 +51,7 @@ def test_a_new_process_reads_what_the_last_one_wrote(model, baseline, filled, tm
 
 def test_after_a_reset_of_the_connector_the_disk_misses_too(model, baseline, filled, tmp_path):
     with Engine(model, tmp_path / "log", kvtier=over(copy_of(filled, tmp_path))) as engine:
+        wait_until_up(engine)
         assert engine.generate(PROMPTS[0]) == baseline(PROMPTS[0])
         assert engine.external_hits() == TOKENS
         assert engine.reset(reset_connector=True)

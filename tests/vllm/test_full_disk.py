@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 import pytest
-from vllm_engine import Engine, prompt
+from vllm_engine import Engine, prompt, wait_until_up
 
 from kvtier.testing.patience import wait_for
 
@@ -69,5 +69,6 @@ def test_the_engine_serves_while_the_disk_is_full_and_stores_again_when_it_is_no
     with contextlib.suppress(FileNotFoundError):
         stuffing.unlink()
     with Engine(model, tmp_path / "log-again", kvtier=keys) as engine:
+        wait_until_up(engine)
         assert [engine.generate(asked)[0] for asked in PROMPTS] == expected
         assert engine.external_hits() > 0

@@ -1,7 +1,7 @@
 """Blocks of several sizes, several KV groups, several workers."""
 
 import pytest
-from vllm_engine import Engine, prompt
+from vllm_engine import Engine, prompt, wait_until_up, written
 
 from kvtier.testing.patience import wait_for
 
@@ -59,13 +59,12 @@ def test_two_workers_share_an_arena_and_never_read_what_one_wrote(model, baselin
     asked = prompt(320, 700)
     keys = {"secondary_tiers": [{"type": "disk", "path": str(tmp_path / "disk"), "capacity": "64MiB"}]}
     with Engine(model, tmp_path / "one", kvtier=keys) as engine:
+        wait_until_up(engine)
         assert engine.generate(asked) == baseline(asked)
-        wait_for(
-            lambda: engine.generate(prompt(1, 20)) and engine.metrics().get("kvtier_written_blocks.disk", 0) == 5,
-            what="writing 5 blocks",
-        )
+        wait_for(lambda: written(engine) == 5, what="writing 5 blocks")
     two = {"tensor_parallel_size": 2, "processes": True, "environment": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}}
     with Engine(model, tmp_path / "two", kvtier=keys, **two) as engine:
+        wait_until_up(engine)
         cold = engine.generate(asked)
         assert engine.external_hits() == 0
         engine.reset()

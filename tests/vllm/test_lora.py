@@ -93,6 +93,7 @@ def test_names_are_trusted_across_engines_if_the_user_says_so(model, adapters, e
         assert hits_of(engine, adapters[0]) == (expected[1], 0)
         wait_for(lambda: written(engine) == 10, what="writing 10 blocks")
     with Engine(model, tmp_path / "log-2", kvtier=keys, **LORA) as engine:
+        wait_until_up(engine)
         assert hits_of(engine, adapters[0]) == (expected[1], TOKENS)
         assert engine.generate(PROMPT) == expected[0]
         assert engine.external_hits() == 2 * TOKENS

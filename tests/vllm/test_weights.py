@@ -58,9 +58,11 @@ def test_blocks_of_earlier_weights_are_never_served(model, baseline, trained, tm
         assert engine.reset(reset_connector=True)
         assert hits_of(engine) == (old, 0)
     with Engine(model, tmp_path / "log-2", kvtier=over(tmp_path / "before")) as engine:  # stored by these weights
+        wait_until_up(engine)
         assert hits_of(engine) == (old, TOKENS)
         assert engine.metrics()["kvtier_hit_blocks.disk"] == 5
     with Engine(path, tmp_path / "log-3", kvtier=over(tmp_path / "disk")) as engine:
+        wait_until_up(engine)
         assert hits_of(engine) == (new, 0)
 
 
