@@ -14,7 +14,7 @@ from kvtier.registry import check_tier, load_tier_class
 from kvtier.sizes import parse_size
 from kvtier.stores.slab.options import are_entangled
 from kvtier.tier_config import TierConfig, parse_tier
-from kvtier.types import Admission
+from kvtier.types import Admission, Locality
 
 PRIMARY_NAME = "primary"
 
@@ -97,13 +97,18 @@ def outlives_engine(tier_class: type) -> bool:
     return bool(getattr(tier_class, "persistent", False) or getattr(tier_class, "needs_namespace", False))
 
 
+def is_shared(tier: TierConfig) -> bool:
+    """Return whether any number of engines may use the tier at once, with the same options."""
+    return getattr(load_tier_class(tier), "locality", None) is Locality.REMOTE
+
+
 def _for_data_parallel(tier: TierConfig, config: OffloadingConfig) -> TierConfig:
     """Return the tier for this data-parallel rank: with its own directory and its share of the capacity.
 
-    An engine that does not know the number of ranks uses the whole capacity.
+    An engine that does not know the number of ranks uses the whole capacity. A shared tier stays as it is.
     """
     path = tier.options.get("path")
-    if config.data_parallel_size == 1 or not _directories(tier):
+    if config.data_parallel_size == 1 or not _directories(tier) or is_shared(tier):
         return tier
     folder = f"dp{config.data_parallel_index}"
     own = [os.path.join(one, folder) for one, _ in _directories(tier)]

@@ -328,6 +328,13 @@ def test_each_data_parallel_rank_has_a_directory_and_a_share():
     assert tier == {"type": "disk", "path": "/somewhere", "capacity": "1GiB"}
 
 
+def test_data_parallel_ranks_share_a_directory_that_hosts_share():
+    tier = {"type": "filesystem", "path": "/somewhere", "capacity": "1GiB"}
+    for size in (4, None):
+        (mine,) = spec_of(tier, said={"data_parallel_index": 1, "data_parallel_size": size}).tiers
+        assert (mine.options["path"], mine.options["capacity"]) == ("/somewhere", 2**30)
+
+
 @pytest.mark.parametrize(
     "tier", [own("LastingTier", path="/a"), {"type": "disk", "path": "/a", "capacity": "1GiB"}], ids=["own", "disk"]
 )

@@ -12,10 +12,9 @@ from kvtier.errors import ConfigError
 from kvtier.namespace import Namespace
 from kvtier.options import check_known, convert_option
 from kvtier.redaction import shown_option
-from kvtier.registry import load_tier_class
 from kvtier.sizes import parse_size
 from kvtier.spec.staging import StagingSpec
-from kvtier.types import Locality
+from kvtier.spec.tiers import is_shared
 
 
 class SGLangOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -131,7 +130,7 @@ def make_spec(
     spec.refuse_admission()
     if storage_config.is_mla_model and storage_config.tp_size > 1:
         for tier in spec.tiers:
-            if getattr(load_tier_class(tier), "locality", None) is not Locality.REMOTE:
+            if not is_shared(tier):
                 allowed = (
                     "a tier that ranks share (resp, filesystem, object, mooncake): with multi-head latent attention one"
                     f" rank stores the pages of all {storage_config.tp_size}, and this tier belongs to one process"
