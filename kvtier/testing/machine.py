@@ -159,7 +159,8 @@ class TieringMachine(RuleBasedStateMachine):
     def end_load(self, data: st.DataObject, success: bool = True) -> None:
         """A device copy from slots ends. Until now, the slots must hold the bytes that were stored."""
         request = data.draw(st.sampled_from([request for request in self.requests if request.loads]))
-        load = request.loads.pop(0)
+        load = data.draw(st.sampled_from(request.loads))
+        request.loads.remove(load)
         for key, slot in zip(load.keys, load.slots, strict=True):
             if bytes(self.arena.row(slot)) != self.payload(key, load.weights):
                 raise InvariantError("bytes loaded are not the bytes stored")

@@ -64,6 +64,16 @@ class StaleTransfers:
         """Free the slots of the stores that these late completions end. Return the keys without such stores."""
         return self._complete(self._stores, req_id, keys)
 
+    def give_back_loads(self, req_id: str, copies: Copies, keys: Iterable[OffloadKey]) -> None:
+        """Let the request's newer loads of `keys` wait for these ones, too: a completion may be that of either."""
+        for entry in self._loads:
+            if entry.req_id == req_id:
+                for key in copies.loading.keys() & entry.running.keys() & set(keys):
+                    newer = copies.loading_again.setdefault(key, RunningCopies([copies.loading[key]], 1))
+                    older = entry.running.pop(key)
+                    newer.slots += older.slots
+                    newer.num_running += older.num_running
+
     def complete_loads(self, req_id: str, keys: Iterable[OffloadKey]) -> list[OffloadKey]:
         """Free the slots of the loads that these late completions end. Return the keys without such loads."""
         return self._complete(self._loads, req_id, keys)
@@ -106,8 +116,8 @@ class DeviceTransfers:
     """Begins and ends the copies of requests. A completion without a running copy is reported as an event.
 
     Completions name keys, not slots. Each request remembers its slots, so that a completion from before a reset ends
-    the old copy and not a newer one of the same key. While a request loads a key several times, nobody knows which of
-    the loads a completion ends. So all their slots are held until the last one.
+    the old store and not a newer one of the same key. While a request loads a key several times, before and after a
+    reset, too, nobody knows which of the loads a completion ends. So all their slots are held until the last one.
     """
 
     def __init__(self, table: BlockTable, observer: Observer, finished: Callable[[], int]) -> None:
@@ -169,6 +179,8 @@ class DeviceTransfers:
         left = keys
         if self.stale.pending:
             self.stale.sweep()
+            if state is not None:
+                self.stale.give_back_loads(req_id, state.copies, keys)
             left = self.stale.complete_loads(req_id, keys)
         dropped: list[OffloadKey] = []
         if state is not None and state.copies.loading_again:

@@ -152,6 +152,25 @@ def test_late_completions_of_loads_release_their_slots(make_engine):
     assert engine.table.num_quarantined == 0
 
 
+def test_loads_of_a_key_before_and_after_a_reset_hold_their_slots_until_both_have_ended(make_engine):
+    engine, keys = make_engine(num_tiers=0), make_keys(2)
+    context = engine.request()
+    engine.store(keys, context)
+    engine.manager.prepare_load(keys, context)
+    engine.manager.reset_cache()
+    assert engine.store(keys, context) == keys
+    engine.manager.prepare_load(keys, context)
+    engine.manager.complete_load(keys, context)  # of one of the two
+    engine.step()
+    assert engine.table.num_quarantined == 2
+    assert len(engine.table.pins) == 4
+    engine.manager.complete_load(keys, context)
+    engine.step()
+    assert engine.table.num_quarantined == 0
+    assert not engine.table.pins
+    assert not engine.log.of(UnexpectedCall)
+
+
 def test_a_reset_waits_for_a_hung_tier_no_longer_than_its_deadline(make_engine):
     engine, keys = make_engine(num_tiers=2, drain_timeout=0.2), make_keys(3)
     engine.tiers[0].auto = False
