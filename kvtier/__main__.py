@@ -1,6 +1,20 @@
-"""`python -m kvtier`: the command line."""
+"""`kvtier` and `python -m kvtier`: the command line, where its packages are installed."""
 
-from kvtier.cli import main
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+
+def main() -> None:
+    """Run the command line, or say how to install what it needs."""
+    for package in ("typer", "rich"):
+        try:
+            import_module(package)
+        except ModuleNotFoundError:
+            sys.exit(f"kvtier: the command line needs {package}: pip install 'kvtier[cli]'")
+    import_module("kvtier.cli").main()
+
 
 if __name__ == "__main__":
     main()

@@ -48,7 +48,6 @@ class _LazyCommands(Commands):
 app = typer.Typer(
     cls=_LazyCommands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Keeps the KV cache of language models alive in host memory, on disk and beyond.",
 )

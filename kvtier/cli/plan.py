@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from kvtier.cli import replay_options as replay
-from kvtier.cli.vllm_config import check, extra_config, transfer_config
+from kvtier.cli.transfer_config import printed, transfer_config
+from kvtier.cli.vllm_config import check, extra_config
 from kvtier.errors import ConfigError
 from kvtier.simulator import plan_report, planner
 from kvtier.simulator.formats import load_trace
@@ -170,7 +170,7 @@ def vllm_option(setup: Setup, machine: Machine, trace: Trace, path: str, options
         if setup.admission is not Admission.ALWAYS:
             tier["admission"] = setup.admission.value
     check(extra, trace.tokens_per_block)
-    return f"--kv-transfer-config {shlex.quote(transfer_config(extra))}"
+    return printed(transfer_config(extra))
 
 
 def show(found: Plan) -> None:

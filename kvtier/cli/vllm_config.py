@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from kvtier.cli.transfer_config import Connector, Format, explanation, printed, transfer_config
 from kvtier.config import KVCacheGroup, OffloadingConfig
 from kvtier.errors import ConfigError
 from kvtier.namespace import Namespace
@@ -20,16 +20,6 @@ from kvtier.sizes import parse_size
 from kvtier.spec.tiering import TieringOffloadingSpec
 
 SPEC_NAME = "KVTierOffloadingSpec"
-CONNECTOR_MODULE = "kvtier.adapters.vllm.connector"
-
-
-class Connector(StrEnum):
-    """What connects vLLM with kvtier's spec."""
-
-    OFFLOADING = "offloading"
-    """vLLM's own OffloadingConnector."""
-    KVTIER = "kvtier"
-    """KVTierConnector, which is the same, except that a load that fails does not stop the engine."""
 
 
 _NO_GUARD: Mapping[str, Any] = {}
@@ -71,6 +61,14 @@ def vllm_config(
     option: Annotated[
         list[str] | None, typer.Option(help="Any other key as KEY=VALUE, for example load_deadline=1.5; repeatable.")
     ] = None,
+    output_format: Annotated[
+        Format,
+        typer.Option(
+            "--format",
+            help="cli: the option. json: its value. yaml: a file for `vllm serve --config`. python: for LLM().",
+        ),
+    ] = Format.CLI,
+    explain: Annotated[bool, typer.Option(help="Say on stderr, a line each, what the configuration means.")] = False,
 ) -> None:
     """Print the option to add to `vllm serve`.
 
@@ -80,7 +78,11 @@ def vllm_config(
     shared = [tier for kind, text in named.items() for tier in _shared(kind, text)]
     extra = extra_config(cpu, disk or [], option or [], shared, _guard(secret_file, secret_env, encrypt))
     check(extra)
-    typer.echo(f"--kv-transfer-config {shlex.quote(transfer_config(extra, connector))}")
+    refuse_relative_paths(extra)
+    config = transfer_config(extra, connector)
+    typer.echo(printed(config, output_format))
+    if explain:
+        typer.echo("\n".join(explanation(config)), err=True)
 
 
 def extra_config(
@@ -145,19 +147,6 @@ def check(extra: dict[str, Any], tokens_per_block: int = 1) -> None:
         construct_tier(tier, view, spec)
 
 
-def transfer_config(extra: dict[str, Any], connector: Connector = Connector.OFFLOADING) -> str:
-    """Return the value of vLLM's `--kv-transfer-config`."""
-    chosen = {"kv_connector": "OffloadingConnector"}
-    if connector is Connector.KVTIER:
-        chosen = {
-            "kv_connector": "KVTierConnector",
-            "kv_connector_module_path": CONNECTOR_MODULE,
-            "kv_load_failure_policy": "recompute",
-        }
-    config = {**chosen, "kv_role": "kv_both", "kv_connector_extra_config": extra}
-    return json.dumps(config, separators=(",", ":"))
-
-
 def _disk_tier(text: str) -> dict[str, Any]:
     place, size = _place_and_size("disk", text, "PATH:SIZE expected, for example /cache:200GiB")
     paths = place.split(",")
@@ -193,6 +182,24 @@ def _place_and_size(option: str, text: str, form: str) -> tuple[str, str]:
     if not colon or not place or "/" in size:
         raise ConfigError(option, text, form)
     return place, size
+
+
+def refuse_relative_paths(extra: Mapping[str, Any]) -> None:
+    """Refuse what the engine would look for in another folder than this command.
+
+    Raises:
+        ConfigError: a path is relative.
+    """
+    tiers = [(f"secondary_tiers[{index}].", tier) for index, tier in enumerate(extra.get("secondary_tiers", ()))]
+    for where, options in [("", extra), *tiers]:
+        for key in filter(_names_a_file, options):
+            for path in [options[key]] if isinstance(options[key], str) else options[key]:
+                if not Path(path).is_absolute():
+                    raise ConfigError(where + key, path, "an absolute path expected: engines run in other folders")
+
+
+def _names_a_file(key: str) -> bool:
+    return key == "path" or (key.endswith(("_path", "_file")) and not key.endswith("module_path"))
 
 
 def _json_or_text(value: str) -> Any:

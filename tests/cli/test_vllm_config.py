@@ -44,6 +44,53 @@ def test_kvtiers_connector_computes_what_could_not_be_loaded():
     assert run("--cpu", "8GiB", "--connector", "other").exit_code == 2
 
 
+def test_prints_the_same_configuration_in_every_form():
+    arguments = ("--cpu", "8GiB", "--disk", "/it's:200GiB")
+    wanted = json.loads(shlex.split(run(*arguments).stdout)[1])
+    assert json.loads(run(*arguments, "--format", "json").stdout) == wanted
+    name, value = run(*arguments, "--format", "yaml").stdout.split(": ", 1)
+    assert name == "kv-transfer-config"
+    assert json.loads(value.strip()[1:-1].replace("''", "'")) == wanted  # YAML's single quotes
+    program = run(*arguments, "--format", "python").stdout
+    kept = {}
+    exec(program.replace("from vllm.config import KVTransferConfig", "KVTransferConfig = dict"), kept)
+    assert kept["kv_transfer_config"] == wanted
+    assert run(*arguments, "--format", "toml").exit_code == 2
+
+
+def test_explains_every_key_on_stderr():
+    result = run("--cpu", "8GiB", "--disk", "/cache:200GiB", "--option", "load_deadline=1.5", "--explain")
+    assert json.loads(shlex.split(result.stdout)[1])
+    lines = result.stderr.splitlines()
+    assert [line.partition(" = ")[0] for line in lines] == [
+        "spec_name",
+        "cpu_bytes_to_use",
+        "load_deadline",
+        "secondary_tiers[0].type",
+        "secondary_tiers[0].path",
+        "secondary_tiers[0].capacity",
+    ]
+    assert all(": " in line.partition(" = ")[2] for line in lines)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--disk", "cache:2GiB"),
+        ("--disk", "/cache,cache:2GiB"),
+        ("--filesystem", "./shared:2GiB"),
+        ("--disk", "/cache:2GiB", "--secret-file", "secret"),
+        ("--option", "arena_path=tmp"),
+    ],
+)
+def test_a_path_that_depends_on_the_folder_is_refused(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret").write_text("a secret that is long enough")
+    result = run("--cpu", "8GiB", *arguments)
+    assert result.exit_code == 2
+    assert "an absolute path expected" in result.stderr
+
+
 def tiers_of(*arguments):
     result = run("--cpu", "8GiB", *arguments)
     assert result.exit_code == 0, result.stderr
