@@ -346,7 +346,9 @@ class LongQueue(MutableMapping[OffloadKey, V]):
             else:
                 if key in moving:  # it comes twice
                     moving[key] = moving.pop(key)
-                place += 1
+                    place += 1
+                else:
+                    place += self._length_of_run(keys, place, number)
                 continue
             end = place + len(run)
             if end <= count and keys[end - 1] == next(reversed(run)) and keys[place:end] == list(run):
@@ -371,6 +373,14 @@ class LongQueue(MutableMapping[OffloadKey, V]):
                 moving = {}
         if moving:
             self._enter(moving)
+
+    def _length_of_run(self, keys: Sequence[OffloadKey], place: int, number: int) -> int:
+        """Return how many of `keys`, from `place` on, are the whole of one run in any queue; 1 if they are not."""
+        for queue in self._places.queues:
+            run = queue._runs.get(number)
+            if run and keys[place] == next(iter(run)) and keys[place : place + len(run)] == list(run):
+                return len(run)
+        return 1
 
     def _pass_on(self, number: int, run: dict[OffloadKey, V], target: LongQueue[V]) -> None:
         """Move a whole run to the new end of another queue, or of this one."""

@@ -11,9 +11,9 @@ code runs on the engine's scheduler thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
 from enum import Enum
-from itertools import compress, islice, repeat
+from itertools import compress, islice
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -26,6 +26,7 @@ from kvtier.eviction.timeless import with_time
 from kvtier.key_tables import KeyDict, key_dict
 from kvtier.keys import OffloadKey, common_key_bytes
 from kvtier.log import logger
+from kvtier.primary.slot_counts import SlotCounts
 from kvtier.primary.transit import Transit
 
 MAX_SKIPPED = 4096
@@ -70,6 +71,7 @@ class BlockTable:
     Attributes (others may read and keep these objects, and only the methods change them):
         slot_of: the slot of every held key, FILLING or READY.
         filling: the slots that are being written.
+        pins: the pins of each slot, without the pin that the writer of a FILLING slot has.
         transit: held blocks that the policy has declined.
     """
 
@@ -80,7 +82,7 @@ class BlockTable:
         self.transit = Transit()
         self.slot_of: KeyDict[int] = key_dict(num_slots)
         self.filling: set[int] = set()
-        self._pins: dict[int, int] = {}
+        self.pins = SlotCounts()
         self._quarantine: set[int] = set()
         self._free: list[int] = list(range(num_slots - 1, -1, -1))
         self._key_bytes: int | None = None
@@ -102,11 +104,6 @@ class BlockTable:
     def num_free(self) -> int:
         """Number of slots that hold no block and that no job uses."""
         return len(self._free)
-
-    @property
-    def pins(self) -> Mapping[int, int]:
-        """Number of pins by slot, without the pin that the writer of a FILLING slot has."""
-        return self._pins
 
     @property
     def num_quarantined(self) -> int:
@@ -216,7 +213,7 @@ class BlockTable:
     def _proposed(
         self, count: int, incoming: Sequence[OffloadKey], protected: Sequence[Set[OffloadKey]]
     ) -> tuple[list[OffloadKey], int]:
-        slots_of, pins, filling = self.slot_of.values_of, self._pins, self.filling
+        slots_of, pins, filling = self.slot_of.values_of, self.pins.slots, self.filling
         if not (filling or pins or protected):
             victims = list(islice(self.policy.candidates(incoming), count))
             return victims, count - len(victims) if len(victims) < len(self) else 0
@@ -231,7 +228,7 @@ class BlockTable:
                 break
             if filling or pins:
                 slots = slots_of(batch)
-                if not (filling.isdisjoint(slots) and pins.keys().isdisjoint(slots)):
+                if not (filling.isdisjoint(slots) and pins.isdisjoint(slots)):
                     idle = [slot not in filling and slot not in pins for slot in slots]
                     batch = list(compress(batch, idle))
             for kept in protected:
@@ -292,7 +289,7 @@ class BlockTable:
             self._tell(self.policy.evict, victims)
         slots = [free.pop() for _ in range(min(count, len(free)))]
         self._quarantine.update(slots)
-        self._pins.update(dict.fromkeys(slots, 1))
+        self.pins.add(slots)
         return slots, victims
 
     # -- the policy ---------------------------------------------------------------------------------------
@@ -392,37 +389,26 @@ class BlockTable:
         self._unpin_quarantined([slot for slot in slots if slot in self._quarantine])
         return mine
 
-    def pin(self, slots: Iterable[int]) -> None:
+    def pin(self, slots: Collection[int]) -> None:
         """Add one pin to each of `slots`, which are READY. A pinned slot is neither evicted nor reused."""
-        pins = self._pins
-        for slot in slots:
-            pins[slot] = pins.get(slot, 0) + 1
+        self.pins.add(slots)
 
-    def unpin(self, slots: Iterable[int]) -> None:
+    def unpin(self, slots: Collection[int]) -> None:
         """Drop one pin of each of `slots`; a quarantined slot without pins becomes free."""
         if self._quarantine:
-            slots = list(slots)
             quarantined = [slot for slot in slots if slot in self._quarantine]
             slots = [slot for slot in slots if slot not in self._quarantine]
             self._unpin_quarantined(quarantined)
-        pins, slots = self._pins, list(slots)
-        counts = list(map(pins.pop, slots, repeat(0)))  # no Python loop: nearly all slots have exactly one pin
-        if counts.count(1) < len(counts):
-            for slot, count in zip(slots, counts, strict=True):
-                left = count + pins.pop(slot, 0) - 1  # of a slot that comes twice, the first pop took all pins
-                if left:
-                    pins[slot] = left
+        self.pins.drop(slots)
 
     def is_pinned(self, slot: int) -> bool:
         """Return whether a job may read or write the slot."""
-        return slot in self._pins or slot in self.filling
+        return slot in self.pins.slots or slot in self.filling
 
     def _unpin_quarantined(self, slots: Iterable[int]) -> None:
         for slot in slots:
-            left = self._pins.pop(slot, 0) - 1
-            if left:
-                self._pins[slot] = left
-            else:
+            self.pins.drop((slot,))
+            if slot not in self.pins.slots:
                 self._quarantine.discard(slot)
                 self._free.append(slot)
 
@@ -440,15 +426,15 @@ class BlockTable:
         """Quarantine the slot if a job uses it, and return whether one does; a writer's pin becomes a counted pin."""
         if slot in self.filling:
             self.filling.discard(slot)
-            self._pins[slot] = self._pins.get(slot, 0) + 1
-        if slot in self._pins:
+            self.pins.add((slot,))
+        if slot in self.pins.slots:
             self._quarantine.add(slot)
             return True
         return False
 
     def clear(self) -> None:
         """Forget every key. Slots in use are quarantined until their last pin is dropped."""
-        for slot in [*self.filling, *self._pins]:
+        for slot in [*self.filling, *self.pins.slots]:
             self._into_quarantine(slot)
         self.slot_of.clear()
         self.transit.keys.clear()
@@ -471,9 +457,11 @@ class BlockTable:
             wrong.append(f"{len(used)} used + {len(free)} free + {len(quarantined)} quarantined of {self.num_slots}")
         if not self.filling <= used:
             wrong.append("a slot is filling without a key")
-        if not free.isdisjoint(self._pins) or min(self._pins.values(), default=1) < 1:
-            wrong.append("a free slot is pinned, or a slot has less than no pins")
-        if not quarantined <= self._pins.keys():
+        if not free.isdisjoint(self.pins.slots):
+            wrong.append("a free slot is pinned")
+        if self.pins.num_excess:
+            wrong.append("a slot without a pin was unpinned")
+        if not quarantined <= self.pins.slots:
             wrong.append("a quarantined slot has no pin")
         if len(self.policy) != len(self.slot_of) or not all(map(self.policy.__contains__, self.slot_of)):
             wrong.append("policy and table hold different keys")

@@ -36,6 +36,6 @@ def check_slots(
     lost = table.filling - writers.keys()
     if lost:
         raise InvariantError(f"slots {sorted(lost)} are filling, and nobody fills them")
-    if pins != table.pins:
-        wrong = sorted(slot for slot in pins.keys() | table.pins.keys() if pins[slot] != table.pins.get(slot, 0))
+    wrong = sorted(slot for slot in pins.keys() | table.pins.slots if pins[slot] != table.pins.of(slot))
+    if wrong:
         raise InvariantError(f"slots {wrong} have other pins than their users")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterable, Set
+from collections import Counter
+from collections.abc import Container, Iterable, Sequence, Set
 
 from kvtier.errors import InvariantError
 from kvtier.keys import OffloadKey
+from kvtier.primary.slot_counts import SlotCounts
 from kvtier.primary.table import BlockTable
 from kvtier.tiering.requests import RequestState
 
@@ -16,25 +18,26 @@ class Leases:
     def __init__(self, table: BlockTable, budget: int, timeout: float) -> None:
         """Args: budget: most slots that leases and flights may hold together; timeout: of a lease, in seconds."""
         self._table, self._timeout = table, timeout
-        self._holders: dict[int, int] = {}
+        self._holders = SlotCounts()
         self.budget = budget
 
     @property
     def held(self) -> Container[int]:
         """The slots that requests hold."""
-        return self._holders.keys()
+        return self._holders.slots
 
     def room(self, num_flights: int) -> int:
         """Return how many slots the budget still allows."""
         return self.budget - len(self._holders) - num_flights
 
-    def hold(self, state: RequestState, keys: Iterable[OffloadKey]) -> None:
+    def hold(self, state: RequestState, keys: Sequence[OffloadKey]) -> None:
         """Pin the slots of `keys`, which are ready, for `state`."""
-        lease, holders, slot_of = state.lease.slots, self._holders, self._table.slot_of
-        taken = {key: slot_of[key] for key in keys if key not in lease}
+        lease = state.lease.slots
+        if not lease.keys().isdisjoint(keys):
+            keys = [key for key in keys if key not in lease]
+        taken = dict(zip(keys, self._table.slot_of.values_of(keys), strict=True))
         lease.update(taken)
-        for slot in taken.values():
-            holders[slot] = holders.get(slot, 0) + 1
+        self._holders.add(taken.values())
         self._table.pin(taken.values())
 
     def start_timeout(self, state: RequestState, now: float) -> None:
@@ -64,33 +67,25 @@ class Leases:
         """Unpin those of `keys`, which the table has forgotten, that `state` holds; return whether it held any."""
         slots = state.lease.slots
         lost = [slots.pop(key) for key in [key for key in slots if key in keys]]
-        self._drop(lost)
+        self._holders.drop(lost)
         self._table.unpin(lost)
         return bool(lost)
 
     def _take(self, state: RequestState) -> dict[OffloadKey, int]:
         lease = state.lease
         taken, lease.slots, lease.expires = lease.slots, {}, None
-        self._drop(taken.values())
+        self._holders.drop(taken.values())
         return taken
-
-    def _drop(self, slots: Collection[int]) -> None:
-        """Count one holder less of each of `slots`, of which none comes twice."""
-        holders = self._holders
-        # No Python loop: nearly all slots have one holder.
-        counts = list(map(holders.pop, slots))
-        if counts.count(1) < len(counts):
-            holders.update((slot, count - 1) for slot, count in zip(slots, counts, strict=True) if count > 1)
 
     def check_invariants(self, requests: Iterable[RequestState]) -> None:
         """Raise InvariantError unless the holders are exactly the requests' leases."""
-        counted: dict[int, int] = {}
+        counted: Counter[int] = Counter()
         for state in requests:
             for key, slot in state.lease.slots.items():
-                counted[slot] = counted.get(slot, 0) + 1
+                counted[slot] += 1
                 if self._table.slot_of.get(key) != slot:
                     raise InvariantError(f"slot {slot} is leased for a block that is not in it")
                 if not self._table.is_pinned(slot):
                     raise InvariantError(f"slot {slot} is leased and not pinned")
-        if counted != self._holders:
+        if any(counted[slot] != self._holders.of(slot) for slot in counted.keys() | self._holders.slots):
             raise InvariantError("leases and their holders differ")

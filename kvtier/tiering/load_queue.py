@@ -71,8 +71,15 @@ class LoadQueue:
         self.loads.append(QueuedLoad(keys, state, part, gain / len(keys), due))
 
     def arrange(self, wanted: Container[OffloadKey], now: float) -> None:
-        """Drop blocks that are not `wanted`, and sort the loads: first those that are due, then by gain."""
+        """Drop blocks that are not `wanted`, and sort the loads: first those that are due, then by gain.
+
+        The loads of one request stay in the order of its prompt, because its blocks are of no use without those before.
+        """
+        former: dict[RequestState, QueuedLoad] = {}
         for load in self.loads:
+            if before := former.get(load.state):
+                load.gain, load.due = min(load.gain, before.gain), max(load.due, before.due)
+            former[load.state] = load
             if not load.state.awaiting:  # it has given up; other requests may wait for some of these
                 load.keys = [key for key in load.keys if key in wanted]
         self.loads.sort(key=lambda load: (0, load.due) if load.due <= now else (1, -load.gain))

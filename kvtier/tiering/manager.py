@@ -7,9 +7,7 @@ for tiers at most `drain_timeout`.
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from typing import Protocol
 
@@ -48,8 +46,8 @@ from kvtier.tiering.kv_events import KVEventLog
 from kvtier.tiering.leases import Leases
 from kvtier.tiering.lookups import Lookups
 from kvtier.tiering.pace import Pace
-from kvtier.tiering.promotion import PRIMARY, Promoter
-from kvtier.tiering.requests import Requests, RequestState, ScannedRequests, arrival
+from kvtier.tiering.promotion import Promoter
+from kvtier.tiering.requests import PRIMARY, Requests, RequestState, ScannedRequests, arrival
 from kvtier.tiering.settings import ResetPolicy, TieringSettings
 from kvtier.tiering.tiers import SecondaryTiers
 from kvtier.tiering.turns import in_turn
@@ -295,10 +293,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
             self._waiting.settle(state, WaitOutcome.LOADED)
         self._note_use(once, req_context, state.uses, all_held=True)
         if ordered:
-            sources = state.plans.sources
-            by_source = (
-                Counter(map(sources.get, ordered, itertools.repeat(PRIMARY))) if sources else {PRIMARY: len(ordered)}
-            )
+            by_source = state.plans.count_sources(ordered)
             if self._tiers.guards:
                 self._promoter.note_hits(by_source.get(PRIMARY, 0))
             self._transfers.announce(state, BlocksLoaded(req_context.req_id, by_source, num_tokens, seconds))
@@ -476,7 +471,9 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         self._promoter.plan(scanned)
         for state in scanned:
             self._lookups.end_scan(state)
-        self._requests.retire([state for state in active if not state.is_pending and self._pace.is_done(state)])
+        # Most are told apart by their first condition: a call for each would take longer than their plans.
+        idle = [state for state in active if state.wait.since is None and not state.is_pending]
+        self._requests.retire(filter(self._pace.is_done, idle))
 
     def _note_begun(self, state: RequestState) -> None:
         """Note that the engine computes this request, whatever it has waited for."""

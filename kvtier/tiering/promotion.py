@@ -19,10 +19,9 @@ from kvtier.tiering.load_queue import LoadQueue, QueuedLoad
 from kvtier.tiering.outline import Outline, make_outline
 from kvtier.tiering.pace import Pace
 from kvtier.tiering.planning import Holdings, PromotionPlan, Prospect, plan_promotions
-from kvtier.tiering.requests import RequestState, Scan, arrival
+from kvtier.tiering.requests import PRIMARY, RequestState, Scan, arrival
 from kvtier.tiering.waiting import MAX_ENDED, Waiting
 
-PRIMARY = "primary"
 MAX_PLANNED = 512
 """A step plans a window of this many keys per request until it has planned so many; a request awaits about as many. So
 no call takes long for long prompts."""
@@ -275,7 +274,7 @@ class Promoter:
 
     def _place(self, keys: Sequence[OffloadKey]) -> Placement:
         try:
-            return self._table.plan(keys)
+            return self._table.plan(keys, all_new=True)
         except KeyFormatError:  # a tier answered HIT for a key of a wrong length or type
             return Placement([], [], len(keys))
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from itertools import repeat
+from operator import attrgetter
 from typing import Self
 
 from kvtier.clock import Clock
@@ -14,6 +17,9 @@ from kvtier.primary.uses import Arrivals, RequestUses
 from kvtier.tiering.outline import Outline
 from kvtier.tiering.tiers import SecondaryTiers
 from kvtier.types import ReqContext, TierFilter
+
+PRIMARY = "primary"
+"""Name of the primary tier, where names of tiers are given."""
 
 _ALL_TIERS = TierFilter.ALL
 
@@ -105,6 +111,15 @@ class Plans:
     num_held: int = 0
     asked: set[int] = field(default_factory=set)
     block_seconds: float = 0.0
+
+    def count_sources(self, keys: Sequence[OffloadKey]) -> Mapping[str, int]:
+        """Return how many of `keys` came from which tier."""
+        sources = self.sources
+        if not sources:
+            return {PRIMARY: len(keys)}
+        if list(sources) == keys:  # blocks mostly arrive in order, and a list of the same objects is soon compared
+            return Counter(sources.values())
+        return Counter(map(sources.get, keys, repeat(PRIMARY)))
 
 
 @dataclass(slots=True, eq=False)
@@ -275,9 +290,8 @@ class ScannedRequests:
         return states
 
 
-def arrival(state: RequestState) -> float:
-    """Return when a request came, to order requests by."""
-    return state.came
+arrival = attrgetter("came")
+"""Returns when a request came, to order requests by."""
 
 
 class Requests:
@@ -296,7 +310,7 @@ class Requests:
         # Engines hold thousands of requests that they have not come to yet. They are only counted, so that no step
         # visits each of them.
         self.num_new = 0
-        self.active: set[RequestState] = set()
+        self.active: dict[RequestState, None] = {}  # not a set: mostly in the order of arrival, so soon sorted
         self.get: Callable[[str], RequestState | None] = self._by_id.get
         """Return the state of a request, or None. The dict's own method: it is called many times per request."""
 
@@ -323,11 +337,12 @@ class Requests:
         for state in states:
             if not state.finished and state not in self.active:
                 self.note_begun(state)
-                self.active.add(state)
+                self.active[state] = None
 
     def retire(self, states: Iterable[RequestState]) -> None:
         """Look no more at these requests until they are active again: they wait for nothing, and only decode."""
-        self.active.difference_update(states)
+        for state in states:
+            self.active.pop(state, None)
 
     def open(self, context: ReqContext) -> RequestState:
         """Return the state of a request; create it if the request is new, or comes again after its end.
@@ -356,7 +371,7 @@ class Requests:
             state.is_new = False
             self.num_new -= 1
         if state.has_acted:
-            self.active.discard(state)
+            self.active.pop(state, None)
             if state.copies.are_unfinished:
                 return
         self._by_id.pop(state.context.req_id, None)

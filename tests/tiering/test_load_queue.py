@@ -38,6 +38,16 @@ def test_no_load_is_overtaken_for_longer_than_its_own_deadline():
     assert order(queue, now=3.5) == ["later", "late", "better"]
 
 
+def test_a_request_s_loads_keep_the_order_of_its_prompt_though_later_blocks_save_more():
+    queue = make_queue(("long", 10, 2.0, 9.0), ("short", 10, 3.0, 9.0))
+    long = queue.loads[0].state
+    later = make_keys(10, "behind")
+    queue.add(later, long, gain=9.0, due=5.0)
+    assert order(queue, now=0.0) == ["short", "long", "long"]
+    assert order(queue, now=7.0) == ["short", "long", "long"]
+    assert queue.loads[2].keys == later
+
+
 def test_what_is_before_whom_is_counted_when_a_tier_has_been_asked():
     queue = make_queue(("first", 64, 9.0, 9.0), ("second", 10, 1.0, 9.0))
     queue.arrange((), 0.0)

@@ -15,7 +15,7 @@ from vllm.v1.kv_offload.base import (
 
 from kvtier.counters import Observations, Sample, find_sample, zero_counts
 from kvtier.metrics import METRICS, OFF_REASONS, Kind, Metric
-from kvtier.tiering.promotion import PRIMARY
+from kvtier.tiering.requests import PRIMARY
 
 Targets = list[tuple[str, tuple[str, ...]]]
 """Names in vLLM, each with its label values."""
