@@ -17,6 +17,7 @@ from typing import Annotated, TypeVar
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from kvtier.errors import ProtocolError
 from kvtier.keys import MAX_KEY_BYTES, MIN_KEY_BYTES, OffloadKey
@@ -39,7 +40,11 @@ _MAX_PART_HEAD_BYTES = 64
 _MIN_ARRAY_KEYS = 64
 """Number of keys from which numpy splits them faster than `struct` does."""
 _SLOT_BYTES = 4
+_FEW_SLOTS = 16
+"""Number of slots up to which a list of them is packed faster than numpy looks for the least one."""
 
+Slots = Sequence[int] | npt.NDArray[np.int32]
+"""Indices of slots; an array travels without a Python object per slot."""
 U32 = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 U64 = Annotated[int, msgspec.Meta(ge=0)]
 """It needs no maximum, because msgpack has no larger integer."""
@@ -109,8 +114,8 @@ class Part(_Keyed, frozen=True, tag=2):
         first: int,
         is_load: bool,
         keys: Sequence[OffloadKey],
-        arena_slots: Sequence[int],
-        store_slots: Sequence[int] | None = None,
+        arena_slots: Slots,
+        store_slots: Slots | None = None,
     ) -> Part:
         """Return the part of these blocks.
 
@@ -331,7 +336,7 @@ def decode(packet: bytes, direction: msgspec.msgpack.Decoder[T]) -> T:
 def _join_keys(keys: Sequence[OffloadKey]) -> tuple[int, bytes]:
     """Return the common length of the keys, and the keys side by side."""
     key_bytes = len(keys[0]) if keys else 0
-    if len(set(map(len, keys))) > 1 or not MIN_KEY_BYTES <= key_bytes <= MAX_KEY_BYTES:
+    if set(map(len, keys)) != {key_bytes} or not MIN_KEY_BYTES <= key_bytes <= MAX_KEY_BYTES:
         raise ProtocolError(f"no keys, keys of different lengths, or not of {MIN_KEY_BYTES} to {MAX_KEY_BYTES} bytes")
     return key_bytes, b"".join(keys)
 
@@ -344,7 +349,11 @@ def _split_keys(joined: bytes, key_bytes: int) -> list[OffloadKey]:
     return keys
 
 
-def _pack_slots(slots: Sequence[int]) -> bytes:
+def _pack_slots(slots: Slots) -> bytes:
+    if isinstance(slots, np.ndarray):
+        if len(slots) > _FEW_SLOTS and slots.dtype == np.int32 and slots.min() >= 0:
+            return slots.tobytes()
+        slots = slots.tolist()
     try:
         return array("I", slots).tobytes()
     except (OverflowError, TypeError) as error:

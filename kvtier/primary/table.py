@@ -237,7 +237,7 @@ class BlockTable:
             victims += batch
         return victims, count - len(victims) if num_left > 0 else 0
 
-    def apply(self, placement: Placement, now: float = 0.0) -> dict[OffloadKey, int]:
+    def apply(self, placement: Placement, now: float = 0.0) -> list[int]:
         """Evict and insert as planned.
 
         Caller guarantees: the table has not changed since `plan`.
@@ -246,11 +246,11 @@ class BlockTable:
             now: when the request came; see `EvictionPolicy`.
 
         Returns:
-            The slots by key, in the order of the plan; they are FILLING.
+            The slots, in the order of the plan; they are FILLING.
         """
         keys, free, slot_of = placement.keys, self._free, self.slot_of
         if not keys:
-            return {}
+            return []
         if self._key_bytes is None:
             self._key_bytes = len(keys[0])
         if self.transit.keys or placement.num_passing:
@@ -261,7 +261,6 @@ class BlockTable:
         slots = free[-len(keys) :]
         slots.sort()  # neighbouring blocks in neighbouring slots: a disk moves such blocks in one call
         del free[-len(keys) :]
-        placed = dict(zip(keys, slots, strict=True))
         slot_of.set_all(keys, slots)
         self.filling.update(slots)
         try:  # repeats `_tell` to save a call: this runs for every store
@@ -270,7 +269,7 @@ class BlockTable:
             self.policy.insert(keys, now)
         except Exception as fault:  # noqa: BLE001 - a plug-in may raise anything; reported, and LRU takes over
             self.replace_policy(fault)
-        return placed
+        return slots
 
     def set_aside(self, count: int, spared: Set[OffloadKey]) -> tuple[list[int], list[OffloadKey]]:
         """Quarantine up to `count` slots for a job whose blocks are not to be kept; `publish` or `discard` frees them.

@@ -205,7 +205,7 @@ class TierUses:
         uses = self._of(req_context)
         uses.note_offer(list(offered))
         uses.note_stored(placement.keys)
-        return list(table.apply(placement, uses.came).values())
+        return table.apply(placement, uses.came)
 
     def end(self, table: BlockTable | None, req_context: ReqContext) -> None:
         """Learn of a request's end, and order its blocks by their positions in the prompt, as far as known."""

@@ -11,7 +11,7 @@ import numpy as np
 from kvtier.clock import Clock
 from kvtier.errors import InvariantError, ProtocolError
 from kvtier.events import BlocksFailed, Observer
-from kvtier.executors.protocol import Part, PartResult, blocks_per_packet
+from kvtier.executors.protocol import Part, PartResult, Slots, blocks_per_packet
 from kvtier.keys import OffloadKey
 from kvtier.types import FailureCause, JobMetadata, JobResult, ReqContext
 
@@ -23,7 +23,8 @@ class Job:
     The guard in `tiering/` keeps one per job, a striped tier another one, and a tier over a store a `MovingJob`.
 
     Attributes:
-        job_id, keys, slots, is_promotion, req_context: as in `JobMetadata`; the slots are of the primary arena.
+        job_id, keys, is_promotion, req_context: as in `JobMetadata`.
+        slots: of the primary arena; only the guard's jobs have them.
         submitted: time of the clock.
         num_left: blocks without an answer.
         successful: keys that succeeded, including those that needed no move.
@@ -64,7 +65,8 @@ class MovingJob(Job):
 
     Attributes:
         serial: a number of the job that is unique in its tier.
-        moving: the keys that must move. `slots`, and `store_slots` as in `Part`, have the same order.
+        moving: the keys that must move.
+        arena_slots, store_slots: as in `Part`, in the order of `moving`.
         failures: number of failed blocks by cause.
         answered: per block of `moving`, 1 if it is answered.
         progressed: when a block was answered last.
@@ -72,6 +74,7 @@ class MovingJob(Job):
 
     serial: int = 0
     moving: Sequence[OffloadKey] = ()
+    arena_slots: Slots = ()
     store_slots: Sequence[int] | None = None
     failures: dict[FailureCause, int] = field(default_factory=dict)
     answered: bytearray = field(default_factory=bytearray)
@@ -87,12 +90,13 @@ class MovingJob(Job):
         """Split the blocks that must move into parts, of which each fits a packet."""
         step = blocks_per_packet(len(self.moving[0]))
         if len(self.moving) <= step:
-            return [Part.of(self.serial, 0, self.is_promotion, self.moving, self.slots, self.store_slots)]
+            return [Part.of(self.serial, 0, self.is_promotion, self.moving, self.arena_slots, self.store_slots)]
         return [self._part(slice(start, start + step)) for start in range(0, len(self.moving), step)]
 
     def _part(self, span: slice) -> Part:
         store_slots = None if self.store_slots is None else self.store_slots[span]
-        return Part.of(self.serial, span.start, self.is_promotion, self.moving[span], self.slots[span], store_slots)
+        arena_slots = self.arena_slots[span]
+        return Part.of(self.serial, span.start, self.is_promotion, self.moving[span], arena_slots, store_slots)
 
 
 class JobLedger:
@@ -143,7 +147,7 @@ class JobLedger:
         self,
         metadata: JobMetadata,
         moving: Sequence[OffloadKey],
-        slots: Sequence[int],
+        arena_slots: Slots,
         store_slots: Sequence[int] | None,
         successful: list[OffloadKey],
         failures: Mapping[FailureCause, int],
@@ -152,7 +156,7 @@ class JobLedger:
 
         Args:
             moving: keys of the job that must move.
-            slots, store_slots: as in `MovingJob`.
+            arena_slots, store_slots: as in `MovingJob`.
             successful: keys of the job that need no move.
             failures: number of keys that cannot be moved, by cause.
         """
@@ -160,7 +164,7 @@ class JobLedger:
         job = MovingJob(
             metadata.job_id,
             metadata.keys,
-            slots,
+            (),
             metadata.is_promotion,
             metadata.req_context,
             now,
@@ -168,6 +172,7 @@ class JobLedger:
             successful,
             serial=self._next_serial,
             moving=moving,
+            arena_slots=arena_slots,
             store_slots=store_slots,
             answered=bytearray(count),
             progressed=now,
@@ -204,8 +209,10 @@ class JobLedger:
         self._count(job, -count)
         job.num_bytes += result.num_bytes
         job.count_failures(result.failures)
-        moved = compress(job.moving[span], result.successes)
-        job.successful = [*job.successful, *moved] if job.successful else list(moved)
+        if count == len(job.moving) and not job.successful and False not in result.successes:
+            job.successful = job.moving
+        else:
+            job.successful = [*job.successful, *compress(job.moving[span], result.successes)]
         if not job.num_left:
             del self._jobs[job.serial]
             self._overtaken.pop(job.serial, None)

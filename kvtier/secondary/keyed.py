@@ -106,7 +106,7 @@ class KeyedTierManager(StoreTierManager):
         return self._ledger.open(metadata, missing, [slot_of[key] for key in missing], None, here, {})
 
     def _begin_load(self, metadata: JobMetadata) -> MovingJob | None:
-        return self._ledger.open(metadata, list(metadata.keys), metadata.block_ids.tolist(), None, [], {})
+        return self._ledger.open(metadata, list(metadata.keys), metadata.block_ids, None, [], {})
 
     def _end_store(self, job: MovingJob, result: PartResult) -> None:
         self._probes.set_present(list(compress(job.moving[result.span], result.successes)))

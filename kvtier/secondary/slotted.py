@@ -13,7 +13,7 @@ from kvtier.errors import KeyFormatError, ProtocolError
 from kvtier.events import BlocksEvicted, TierState
 from kvtier.eviction.built_in import find_policy
 from kvtier.executors.base import Report
-from kvtier.executors.protocol import IndexBatch, IndexEnd, PartResult, Prepared, Ready
+from kvtier.executors.protocol import IndexBatch, IndexEnd, PartResult, Prepared, Ready, Slots
 from kvtier.keys import OffloadKey
 from kvtier.primary.retention import Retention, num_kept
 from kvtier.primary.table import BlockTable
@@ -136,15 +136,15 @@ class SlottedTierManager(StoreTierManager):
         if table is None:
             self._ledger.refuse(metadata, FailureCause.TIER_DOWN)
             return None
-        keys, arena_slots = list(metadata.keys), metadata.block_ids.tolist()
-        slots = table.ready_slots(keys)
+        keys, arena_slots = list(metadata.keys), metadata.block_ids
+        slots, absent = table.ready_slots(keys), {}
         if slots is None:
             held = [index for index, key in enumerate(keys) if table.is_ready(key)]
-            keys, arena_slots = [keys[index] for index in held], [arena_slots[index] for index in held]
+            absent = {FailureCause.ABSENT: len(keys) - len(held)}
+            keys, arena_slots = [keys[index] for index in held], arena_slots[held]
             slots = table.slot_of.values_of(keys)
         table.pin(slots)
         self._uses.load(table, keys, metadata.req_context)
-        absent = {FailureCause.ABSENT: len(metadata.keys) - len(keys)}
         return self._ledger.open(metadata, keys, arena_slots, slots, [], absent)
 
     def _begin_store(self, metadata: JobMetadata) -> MovingJob | None:
@@ -167,11 +167,11 @@ class SlottedTierManager(StoreTierManager):
         slots = self._uses.store(table, metadata.keys, placement, metadata.req_context)
         if placement.victims:
             self._say_evicted(placement.victims)
-        arena_slots = metadata.block_ids.tolist()
+        arena_slots: Slots = metadata.block_ids
         if len(placement.keys) < len(arena_slots):
-            arena_slot_of = dict(zip(metadata.keys, arena_slots, strict=True))
+            arena_slot_of = dict(zip(metadata.keys, metadata.block_ids.tolist(), strict=True))
             arena_slots = [arena_slot_of[key] for key in placement.keys]
-        left_out = {FailureCause.NO_SPACE: placement.num_left_out}
+        left_out = {FailureCause.NO_SPACE: placement.num_left_out} if placement.num_left_out else {}
         return self._ledger.open(metadata, placement.keys, arena_slots, slots, here, left_out)
 
     def _free_used_slots(self, table: BlockTable, count: int, protected: Collection[OffloadKey]) -> None:

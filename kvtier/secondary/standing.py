@@ -89,7 +89,8 @@ class Breaker:
             return False
         was_trial, self.state = self.state is not _CLOSED, _CLOSED
         self._failures = 0
-        if self._clock() - self.retry_at >= self._calm * self._backoff:
+        is_long = self._backoff != self._first_backoff
+        if is_long and self._clock() - self.retry_at >= self._calm * self._backoff:
             self._backoff = self._first_backoff
         return was_trial
 

@@ -31,6 +31,8 @@ from kvtier.types import FailureCause, JobMetadata, JobResult, ScheduleEndContex
 
 _UP, _OPEN = TierState.UP, BreakerState.OPEN
 _BYTES = frozenset({bytes})
+_FEW = 16
+"""Number of slots up to which a loop is faster than numpy."""
 _BREAKING = frozenset({FailureCause.IO_ERROR, FailureCause.TIER_DOWN})
 
 
@@ -274,8 +276,9 @@ class StoreTierManager(forks.ProcessBound, SecondaryTierManager):
         slots, keys = metadata.block_ids, metadata.keys
         if len(slots) != len(keys) or not _BYTES.issuperset(map(type, keys)):
             return False
-        numbers = slots.tolist()
-        return not numbers or bool(min(numbers) >= 0 and max(numbers) < self.num_blocks)
+        if len(slots) > _FEW:
+            return bool(slots.min() >= 0 and slots.max() < self.num_blocks)
+        return all(0 <= slot < self.num_blocks for slot in slots.tolist())
 
     def _pump(self) -> None:
         executor = self._supervisor.attend()
@@ -285,14 +288,14 @@ class StoreTierManager(forks.ProcessBound, SecondaryTierManager):
                     self._handle(report)
                     continue
                 job = self._ledger.apply(report)
-                if FailureCause.BUSY in report.failures:
+                if report.failures and FailureCause.BUSY in report.failures:
                     self._supervisor.pause_stores()
                 if job.is_promotion:
                     self._end_load(job, report)
                 else:
                     self._end_store(job, report)
                 if not job.num_left:
-                    is_broken = not _BREAKING.isdisjoint(job.failures)
+                    is_broken = bool(job.failures) and not _BREAKING.isdisjoint(job.failures)
                     self._supervisor.job_ended(job.num_bytes > 0, is_broken, is_store=not job.is_promotion)
         except ProtocolError as error:
             self._supervisor.fail(f"I/O process sent an invalid message: {error}")

@@ -194,7 +194,7 @@ class PolicySuite:
                 now += random.choice((0.001, 0.1, 3.0, 50.0))
                 keys = random.choice(chains)[: random.randint(1, 12)]
                 table.touch([key for key in keys if key in table], now)
-                slots = list(table.apply(table.plan(keys), now).values())
+                slots = table.apply(table.plan(keys), now)
                 table.publish(slots)
                 pins.append(random.sample(slots, min(random.randint(0, 3), len(slots))))
                 table.pin(pins[-1])

@@ -225,12 +225,9 @@ class DeviceTransfers:
 
     def begin_store(self, state: RequestState, placement: Placement) -> list[int]:
         """Apply the placement for `state` and return the slots to fill."""
-        placed = self._table.apply(placement, state.uses.came)
-        if state.copies.storing:
-            state.copies.storing.update(placed)
-        else:
-            state.copies.storing = placed
-        return list(placed.values())
+        slots = self._table.apply(placement, state.uses.came)
+        state.copies.storing.update(zip(placement.keys, slots, strict=True))
+        return slots
 
     def end_store(
         self, req_id: str, state: RequestState | None, keys: Collection[OffloadKey], success: bool

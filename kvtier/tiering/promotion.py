@@ -241,7 +241,7 @@ class Promoter:
             load.keys.clear()
         if not placement.keys:
             return
-        slots = list(table.apply(placement, load.state.uses.came).values())
+        slots = table.apply(placement, load.state.uses.came)
         if placement.victims:
             self._observer.on_event(BlocksEvicted(PRIMARY, placement.victims))
         flights.depart(placement.keys, slots)

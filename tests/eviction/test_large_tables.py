@@ -32,7 +32,7 @@ def decisions(policy_class, capacity=96, steps=400):
             case _:
                 table.touch(list(table.slot_of.held(named)), number)
                 placement = table.plan(named, may_decline=True)
-                table.publish(table.apply(placement, number).values())
+                table.publish(table.apply(placement, number))
                 yield placement
         if not number % 20:
             table.check_invariants()

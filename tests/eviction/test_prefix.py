@@ -292,7 +292,7 @@ def test_blocks_that_jobs_use_leave_no_block_out_of_memory_while_others_rank_as_
     table = BlockTable(100, PrefixPolicy(100))
     for now in range(10):
         held = keys_of(*range(10 * now, 10 * now + 10))
-        table.publish(table.apply(table.plan(held, may_decline=True), now).values())
+        table.publish(table.apply(table.plan(held, may_decline=True), now))
         table.settle(held)
     table.pin([table.slot_of[key] for key in table.pick_victims(10, (), ())])
     table.touch((), 10.0)

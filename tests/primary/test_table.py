@@ -20,7 +20,8 @@ def keys(*names):
 
 
 def insert(table, names, ready=True):
-    placed = table.apply(table.plan(names))
+    placement = table.plan(names)
+    placed = dict(zip(placement.keys, table.apply(placement), strict=True))
     if ready:
         table.publish(placed.values())
     return placed
@@ -44,7 +45,7 @@ def test_freed_slots_come_in_ascending_order_whatever_the_order_of_the_victims()
     insert(table, keys("a", "b", "c", "d", "e", "f"))
     placement = table.plan(keys("u", "v", "w", "x"))
     assert placement.victims == keys("f", "e", "d", "c")
-    assert list(table.apply(placement).values()) == [2, 3, 4, 5]
+    assert table.apply(placement) == [2, 3, 4, 5]
     table.remove(keys("b", "a"))
     assert list(insert(table, keys("y", "z")).values()) == [0, 1]
 
@@ -189,7 +190,7 @@ class TableMachine(RuleBasedStateMachine):
 
     @rule(names=names)
     def insert(self, names):
-        placed = self.table.apply(self.table.plan(keys(*names)))
+        placed = insert(self.table, keys(*names), ready=False)
         assert not set(placed.values()) & {slot for _, slot in self.filling.items()} & set(self.users)
         self.filling.update({slot: key for key, slot in placed.items()})
 
