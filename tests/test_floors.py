@@ -22,7 +22,19 @@ BESIDE = "-"
 
 CLIENTS = ("kvtier.stores.resp.", "kvtier.stores.object.")
 """Where a store's own client is imported; such modules are named by a path, and loaded by an I/O process only."""
-FORBIDDEN = ("torch", "transformers", "vllm", "sglang", "redis", "valkey", "obstore", "typer", "rich", "safetensors")
+FORBIDDEN = (
+    "torch",
+    "transformers",
+    "vllm",
+    "sglang",
+    "lmcache",
+    "redis",
+    "valkey",
+    "obstore",
+    "typer",
+    "rich",
+    "safetensors",
+)
 
 
 class Row(NamedTuple):

@@ -65,6 +65,8 @@ class SlottedTierManager(StoreTierManager):
         self._table: BlockTable | None = None
         clock = self.context.clock
         self._uses = TierUses(clock, Retention(clock, self.context.retain_share, self.context.tenant_quotas))
+        self._pinned: dict[OffloadKey, list[int]] = {}
+        """The slots that `pin` has pinned, one entry per pin. A key may have pins in an old slot and in its new one."""
         self._events: deque[OffloadingEvent] = deque(maxlen=_MAX_EVENTS)
         self._full_until = -math.inf
         self._prepared: Prepared | None = None
@@ -90,6 +92,26 @@ class SlottedTierManager(StoreTierManager):
         """Count a use of the stored ones of `keys`, given in prefix order: at most one per block and request."""
         if self._table is not None:
             self._uses.touch(self._table, keys, req_context)
+
+    def pin(self, keys: Collection[OffloadKey]) -> None:
+        """Keep the stored ones of `keys` from eviction, until the tier starts anew at the latest."""
+        table = self._table
+        if table is None:
+            return
+        for key in keys:
+            if table.is_ready(key):
+                slot = table.slot_of[key]
+                table.pin((slot,))
+                self._pinned.setdefault(key, []).append(slot)
+
+    def unpin(self, keys: Collection[OffloadKey]) -> None:
+        for key in keys:
+            slots = self._pinned.get(key)
+            if slots is None or self._table is None:
+                continue
+            self._table.unpin((slots.pop(0),))
+            if not slots:
+                del self._pinned[key]
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         self._uses.begin(req_context)
@@ -239,6 +261,7 @@ class SlottedTierManager(StoreTierManager):
 
     def _forget(self) -> None:
         self._table = None
+        self._pinned.clear()
         self._uses.clear()
 
     def _note(self, keys: Sequence[OffloadKey], removed: bool) -> None:

@@ -299,6 +299,15 @@ class StripedTierManager(SecondaryTierManager):
         for stripe in self._stripes:
             stripe.touch(keys, req_context)
 
+    def pin(self, keys: Collection[OffloadKey]) -> None:
+        """Pin the stored ones of `keys`, each in its stripe."""
+        for stripe in self._stripes:
+            stripe.pin(keys)
+
+    def unpin(self, keys: Collection[OffloadKey]) -> None:
+        for stripe in self._stripes:
+            stripe.unpin(keys)
+
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         for stripe in self._stripes:
             stripe.on_new_request(req_context)

@@ -7,17 +7,14 @@ from typing import Annotated, Any
 
 import msgspec
 
-from kvtier.config import KVCacheGroup, OffloadingConfig, Seconds, Text
+from kvtier.adapters.staging_options import StagingOptions
+from kvtier.config import Seconds, Text
 from kvtier.errors import ConfigError
-from kvtier.namespace import Namespace
-from kvtier.options import check_known, convert_option
-from kvtier.redaction import shown_option
-from kvtier.sizes import parse_size
 from kvtier.spec.staging import StagingSpec
 from kvtier.spec.tiers import is_shared
 
 
-class SGLangOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class SGLangOptions(StagingOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The extra configuration of HiCache's dynamic backend, for kvtier. SGLang takes its own keys out before."""
 
     backend_name: Annotated[Text, msgspec.Meta(description="for SGLang: a name for its log")]
@@ -27,9 +24,6 @@ class SGLangOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         int | bool,
         msgspec.Meta(description="for SGLang: 1 lets kvtier copy pages from and to the host pool itself; 0 is slower"),
     ] = 0
-    tiers: Annotated[
-        list[dict[str, Any]], msgspec.Meta(description="the tiers, as `secondary_tiers` in kvtier's configuration")
-    ]
     staging_bytes: Annotated[
         int | str,
         msgspec.Meta(
@@ -47,28 +41,6 @@ class SGLangOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
             " another text miss"
         ),
     ] = ""
-
-    def __repr__(self) -> str:
-        """Show the options without secrets."""
-        return f"{type(self).__name__}({shown_option('', msgspec.structs.asdict(self))})"
-
-
-def read_options(extra_config: Mapping[str, Any] | None) -> SGLangOptions:
-    """Check the extra configuration, without the options of the tiers.
-
-    Raises:
-        ConfigError: a key is unknown or missing, or a value is of a wrong type or out of range.
-    """
-    given = extra_config or {}
-    fields = {field.name: field for field in msgspec.structs.fields(SGLangOptions)}
-    check_known(given, fields)
-    for name, field in fields.items():
-        if field.required and name not in given:
-            raise ConfigError(name, None, "required")
-    options = SGLangOptions(**{key: convert_option(value, fields[key].type, key) for key, value in given.items()})
-    if not options.tiers:
-        raise ConfigError("tiers", options.tiers, "at least one tier")
-    return options
 
 
 def rank_identity(storage_config: Any) -> dict[str, str | int]:
@@ -111,23 +83,8 @@ def make_spec(
         ConfigError: the tiers' configuration is wrong, or a tier of this kind cannot serve this model.
     """
     index, num_ranks = _place_of(storage_config, attention_groups)
-    if parse_size("staging_bytes", options.staging_bytes) < block_bytes:
-        raise ConfigError("staging_bytes", options.staging_bytes, f"at least {block_bytes} bytes, one block")
     described = {"sglang.model_identity": options.model_identity, **rank_identity(storage_config), **identity}
-    config = OffloadingConfig(
-        extra_config={
-            "cpu_bytes_to_use": options.staging_bytes,
-            "secondary_tiers": options.tiers,
-            "spec_name": "StagingSpec",
-        },
-        groups=(KVCacheGroup(tokens_per_block=1),),
-        engine_block_bytes=block_bytes,
-        namespace=Namespace(described),
-        data_parallel_index=index,
-        data_parallel_size=num_ranks,
-    )
-    spec = StagingSpec(config)
-    spec.refuse_admission()
+    spec = options.make_spec(described, block_bytes, index, num_ranks)
     if storage_config.is_mla_model and storage_config.tp_size > 1:
         for tier in spec.tiers:
             if not is_shared(tier):

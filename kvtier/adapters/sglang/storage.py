@@ -10,11 +10,12 @@ import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, PoolHitPolicy, PoolName, PoolTransferResult
 from sglang.srt.runtime_context import get_parallel
 
-from kvtier.adapters.sglang.host_pages import HostPages, copy_from_rows, copy_to_rows, page_keys, parts_of
-from kvtier.adapters.sglang.options import make_spec, read_options
-from kvtier.adapters.sglang.staged_tiers import StagedTiers
-from kvtier.adapters.sglang.staging_slots import PageKeys
+from kvtier.adapters.memory_parts import copy_from_rows, copy_to_rows
+from kvtier.adapters.sglang.host_pages import HostPages, page_keys, parts_of
+from kvtier.adapters.sglang.options import SGLangOptions, make_spec
 from kvtier.adapters.sglang.transfers import TransferLog
+from kvtier.adapters.staged_tiers import StagedTiers
+from kvtier.adapters.staging_slots import PageKeys
 from kvtier.errors import ConfigError
 from kvtier.events import TierState
 from kvtier.log import logger
@@ -42,7 +43,7 @@ class KVTierHiCache(HiCacheStorage):  # type: ignore[misc]  # SGLang is not inst
             ConfigError: an option is wrong.
         """
         self._config = storage_config
-        self._options = read_options(storage_config.extra_config)
+        self._options = SGLangOptions.read(storage_config.extra_config)
         self._pools: dict[str, HostPages] = {}
         self._tiers: StagedTiers | None = None
         self._log = TransferLog()

@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from kvtier.adapters.sglang.staging_slots import Batch, PageKeys, StagingSlots
+from kvtier.adapters.staging_slots import Batch, PageKeys, StagingSlots
 from kvtier.events import TierState
+from kvtier.keys import OffloadKey
 from kvtier.spec.staging import StagingSpec
 from kvtier.tiering.guarded_tier import TierGuard
 from kvtier.types import LookupResult, ReqContext, ScheduleEndContext
@@ -25,7 +26,9 @@ Copy = Callable[[int, Sequence[memoryview]], None]
 
 
 class StagedTiers:
-    """The tiers of one SGLang rank. Several threads may call it at once; each call ends within its deadline.
+    """The tiers of an engine with a cache of its own.
+
+    Several threads may call it at once; each call ends within its deadline.
 
     The owner's memory is touched only by the calling thread, and only until the call returns. The arena's slots belong
     to a job until the tier has answered it, also after the call has given up: a late write damages nobody's page.
@@ -47,6 +50,8 @@ class StagedTiers:
         """Guards all below, and every call of the tiers; nobody waits or copies while holding it."""
         self._slots = StagingSlots(spec.num_blocks)
         self._batches: dict[int, Batch] = {}
+        self._pins: dict[OffloadKey, list[tuple[TierGuard, PageKeys]]] = {}
+        """By a page's first key: the tiers that have pinned it, one entry per pin."""
         self._numbers = itertools.count()
         self._closed = False
 
@@ -62,17 +67,34 @@ class StagedTiers:
 
     # -- calls of any thread ------------------------------------------------------------------------------
 
-    def contains(self, pages: Sequence[PageKeys]) -> list[bool]:
-        """Return, per page, whether one tier holds all of it. A tier that does not answer in time holds nothing."""
+    def contains(self, pages: Sequence[PageKeys], *, pin: bool = False) -> list[bool]:
+        """Return, per page, whether one tier holds all of it. A tier that does not answer in time holds nothing.
+
+        Args:
+            pin: whether the tiers keep the pages that are found from eviction, until `unpin`.
+        """
         found = [False] * len(pages)
         deadline = time.monotonic() + self._call_deadline
         for guard in self._tiers:
             asked = [index for index, is_found in enumerate(found) if not is_found]
-            for index, is_held in zip(asked, self._held(guard, [pages[i] for i in asked], deadline), strict=True):
+            held = self._held(guard, [pages[index] for index in asked], deadline, pin=pin)
+            for index, is_held in zip(asked, held, strict=True):
                 found[index] = is_held
             if all(found):
                 break
         return found
+
+    def unpin(self, pages: Sequence[PageKeys]) -> None:
+        """Undo one pin of each of `pages`; pages that are not pinned are ignored."""
+        with self._lock:
+            for page in pages:
+                pins = self._pins.get(page[0])
+                if pins is None:
+                    continue
+                guard, pinned = pins.pop()
+                if not pins:
+                    del self._pins[page[0]]
+                guard.tell("unpin", guard.tier.unpin, pinned)
 
     def store(self, pages: Sequence[PageKeys], fill: Copy) -> list[bool]:
         """Copy pages to every tier that takes them; return, per page, whether a tier has all of it."""
@@ -95,7 +117,7 @@ class StagedTiers:
                 break
             if not usable or batch is None:
                 self._give_back(batch)
-                time.sleep(POLL_SECONDS)  # SGLang's storage thread, with a deadline: another call's slots come free
+                time.sleep(POLL_SECONDS)  # a thread of the engine's, with a deadline: another call's slots come free
                 continue
             todo = todo[len(batch.pages) :]
             with self._kept_on_success(batch):
@@ -141,6 +163,23 @@ class StagedTiers:
                 return states
             time.sleep(POLL_SECONDS)  # the caller has asked to wait
 
+    def states(self) -> dict[str, tuple[TierState, str]]:
+        """Return each tier's state and the reason for it."""
+        return self.wait_until_started(0)
+
+    def take_removed(self) -> list[OffloadKey]:
+        """Return the keys of blocks that tiers with an index have evicted or lost since the last call.
+
+        If nobody calls it, they keep a bounded number of such events.
+        """
+        with self._lock:
+            self._poll()
+            return (
+                []
+                if self._closed
+                else [key for event in self._tiers.take_events() if event.removed for key in event.keys]
+            )
+
     def readings(self) -> dict[str, float]:
         """Return kvtier's metrics of the tiers, by name."""
         with self._lock:
@@ -165,8 +204,8 @@ class StagedTiers:
 
     # -- lookups ------------------------------------------------------------------------------------------
 
-    def _held(self, guard: TierGuard, pages: Sequence[PageKeys], deadline: float) -> list[bool]:
-        """Return which pages a tier holds, as far as it says so in time."""
+    def _held(self, guard: TierGuard, pages: Sequence[PageKeys], deadline: float, *, pin: bool = False) -> list[bool]:
+        """Return which pages a tier holds, as far as it says so in time. They are pinned as soon as they are found."""
         request = self._new_request("ask")
         held = [False] * len(pages)
         asked = dict.fromkeys(range(len(pages)))
@@ -179,6 +218,9 @@ class StagedTiers:
                     if LookupResult.MISS in answers or answers == {LookupResult.HIT}:
                         held[index] = LookupResult.MISS not in answers
                         del asked[index]
+                        if pin and held[index]:
+                            guard.tell("pin", guard.tier.pin, pages[index])
+                            self._pins.setdefault(pages[index][0], []).append((guard, pages[index]))
                 now = time.monotonic()
                 is_late = now > deadline or now - begun > guard.patience.seconds
                 if not asked or self._closed:
@@ -189,7 +231,7 @@ class StagedTiers:
                 if is_late:
                     guard.patience.give_up()
                     return held
-            time.sleep(POLL_SECONDS)  # SGLang's thread, with a deadline: a tier answers
+            time.sleep(POLL_SECONDS)  # a thread of the engine's, with a deadline: a tier answers
 
     # -- moving -------------------------------------------------------------------------------------------
 
@@ -249,7 +291,7 @@ class StagedTiers:
                     return
                 if self._closed or time.monotonic() > deadline or not any(guard.usable for guard in self._tiers):
                     return
-            time.sleep(POLL_SECONDS)  # SGLang's thread, with a deadline: a tier takes jobs again
+            time.sleep(POLL_SECONDS)  # a thread of the engine's, with a deadline: a tier takes jobs again
 
     def _wait(self, batch: Batch, deadline: float, *, on_end: bool = True) -> bool:
         """Wait until all jobs of a batch have ended; return whether they did.
@@ -271,7 +313,7 @@ class StagedTiers:
                         for guard in self._tiers:
                             guard.cancel_unwanted(slots)
                     return False
-            time.sleep(POLL_SECONDS)  # SGLang's thread, with a deadline: the jobs end
+            time.sleep(POLL_SECONDS)  # a thread of the engine's, with a deadline: the jobs end
 
     def _poll(self) -> None:
         """Take the results of all tiers. The caller holds the lock."""
@@ -305,7 +347,7 @@ class StagedTiers:
                     self._tiers.forget(request)
 
     def _new_request(self, what: str) -> ReqContext:
-        return ReqContext(f"sglang-{what}-{next(self._numbers)}")
+        return ReqContext(f"staged-{what}-{next(self._numbers)}")
 
     # -- slots --------------------------------------------------------------------------------------------
 

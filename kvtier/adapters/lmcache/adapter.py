@@ -1,0 +1,268 @@
+"""kvtier's tiers as a second-level adapter of LMCache."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from lmcache.lmcache_native import Bitmap
+from lmcache.v1.distributed.internal_api import L2StoreResult
+from lmcache.v1.distributed.l2_adapters.base import AdapterUsage, L2AdapterInterface
+from lmcache.v1.platform import create_event_notifier
+
+from kvtier import forks
+from kvtier.adapters.lmcache.holdings import Holding, Holdings
+from kvtier.adapters.lmcache.lanes import Lane
+from kvtier.adapters.lmcache.locks import Locks
+from kvtier.adapters.lmcache.objects import ObjectForms, block_keys, in_rounds, parts_of
+from kvtier.adapters.lmcache.options import LMCacheOptions
+from kvtier.adapters.memory_parts import copy_from_rows, copy_to_rows
+from kvtier.adapters.staged_tiers import StagedTiers
+from kvtier.adapters.staging_slots import PageKeys
+from kvtier.errors import ConfigError
+from kvtier.events import TierState
+from kvtier.log import logger
+
+_LOAD_THREADS = 2
+"""While one load's objects are copied to LMCache's memory, the tier reads for the other."""
+
+
+class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is not installed where types are checked
+    """An L2 adapter over kvtier's tiers, for LMCache's type "plugin".
+
+    LMCache calls it from its store, prefetch and eviction threads, and for statistics from others. No call but `close`
+    waits. Threads of the adapter copy objects between LMCache's memory and a staging arena, from and to which the tiers
+    work; when a task has its result, nobody touches the objects' memory any more. Whatever a tier does is at worst a
+    miss.
+    """
+
+    def __init__(self, adapter_params: Mapping[str, Any], l1_memory_desc: Any = None) -> None:
+        """Check the configuration, allocate the staging arena and open the tiers, without waiting for them.
+
+        Args:
+            adapter_params: see `LMCacheOptions`.
+            l1_memory_desc: address and size of LMCache's memory; not used.
+
+        Raises:
+            ConfigError: an option is wrong.
+            CapacityError: the machine cannot hold the arena.
+        """
+        super().__init__()  # without a capacity: the tiers evict, and LMCache must not do it a second time
+        self._options = LMCacheOptions.read(adapter_params)
+        spec = self._options.staging_spec()
+        self._tiers = StagedTiers(spec, self._options.call_deadline)
+        self._most_blocks = spec.num_blocks
+        self._forms, self._locks, self._holdings = ObjectForms(), Locks(), Holdings()
+        self._told: set[str] = set()
+        ids = itertools.count()
+        self._stores: Lane[L2StoreResult] = Lane("store", 1, create_event_notifier(), ids)
+        self._lookups: Lane[Bitmap] = Lane("lookup", 1, create_event_notifier(), ids)
+        self._loads: Lane[Bitmap] = Lane("load", _LOAD_THREADS, create_event_notifier(), ids)
+        self._lanes = (self._stores, self._lookups, self._loads)
+        self._is_closed = False
+        for lane in self._lanes:
+            lane.start()
+        forks.register(self)
+
+    def leave_to_parent(self) -> None:
+        """In a forked child, fail every further task."""
+        self._is_closed = True
+        for lane in self._lanes:
+            lane.leave_to_parent()
+
+    # -- event descriptors --------------------------------------------------------------------------------
+
+    def get_store_event_fd(self) -> int:
+        return self._stores.descriptor
+
+    def get_lookup_and_lock_event_fd(self) -> int:
+        return self._lookups.descriptor
+
+    def get_load_event_fd(self) -> int:
+        return self._loads.descriptor
+
+    # -- tasks --------------------------------------------------------------------------------------------
+
+    def submit_store_task(self, keys: list[Any], objects: list[Any]) -> int:
+        """Start storing objects; one that all tiers refuse fails the task, which may have stored the others."""
+        return self._stores.submit(lambda: self._store(keys, objects), L2StoreResult(False, 0))
+
+    def pop_completed_store_tasks(self) -> dict[int, L2StoreResult]:
+        return self._stores.take_all()
+
+    def submit_lookup_and_lock_task(self, keys: list[Any], group_layout_descs: dict[int, Any]) -> int:
+        """Start looking objects up. A tier with an index keeps those that are found until `submit_unlock`."""
+        return self._lookups.submit(lambda: self._look_up(keys, group_layout_descs), Bitmap(len(keys)))
+
+    def query_lookup_and_lock_result(self, task_id: int) -> Bitmap | None:
+        return self._lookups.take(task_id)
+
+    def submit_unlock(self, keys: list[Any]) -> None:
+        self._tiers.unpin(self._locks.take(keys))
+
+    def submit_load_task(self, keys: list[Any], objects: list[Any]) -> int:
+        """Start loading objects; each is copied whole and verified, or is a miss and its memory is left alone."""
+        return self._loads.submit(lambda: self._load(keys, objects), Bitmap(len(keys)))
+
+    def query_load_result(self, task_id: int) -> Bitmap | None:
+        return self._loads.take(task_id)
+
+    # -- the rest -----------------------------------------------------------------------------------------
+
+    def delete(self, keys: list[Any]) -> None:
+        """Do nothing, and say so once: the tiers evict by themselves, and `kvtier purge` deletes."""
+        if keys:
+            self._say_once(
+                "LMCache asked to delete objects. kvtier's tiers evict by themselves; to delete, use kvtier purge"
+            )
+
+    def get_usage(self) -> AdapterUsage:
+        """Return bytes and capacity of the tiers, with blocks of others there; per salt, what was stored since the
+        start. A tier that does not tell its capacity makes it unknown.
+        """
+        readings = self._tiers.readings()
+        names = list(self._tiers.states())
+        capacities = [readings.get(f"{name}.capacity_bytes") for name in names]
+        known = [int(capacity) for capacity in capacities if capacity is not None]
+        return AdapterUsage(
+            total_bytes_used=int(sum(readings.get(f"{name}.bytes", 0) for name in names)),
+            total_capacity_bytes=sum(known) if len(known) == len(names) else 0,
+            bytes_by_cache_salt=super().get_usage().bytes_by_cache_salt,
+        )
+
+    def report_status(self) -> dict[str, Any]:
+        """Return each tier's state. The adapter is healthy while a tier is up, or may come up."""
+        states = self._tiers.states()
+        return {
+            "is_healthy": any(state in (TierState.UP, TierState.STARTING) for state, _ in states.values()),
+            "type": type(self).__name__,
+            "tiers": {name: {"state": state.value, "reason": reason} for name, (state, reason) in states.items()},
+            "locked_object_count": len(self._locks),
+            "stored_object_count": len(self._holdings),
+        }
+
+    def readings(self) -> dict[str, float]:
+        """Return kvtier's own metrics by name, as `get_stats` of kvtier's managers does."""
+        return self._tiers.readings()
+
+    def wait_for_tiers(self, timeout: float) -> dict[str, tuple[TierState, str]]:
+        """Wait until no tier is starting, at most `timeout` seconds; return states and reasons by name.
+
+        LMCache does not call it: until a tier is up, its objects miss.
+        """
+        return self._tiers.wait_until_started(timeout)
+
+    def close(self) -> None:
+        """Fail the tasks that wait, end the tiers, and return when no thread touches LMCache's memory any more."""
+        forks.notice()
+        if self._is_closed:
+            return
+        self._is_closed = True
+        for lane in self._lanes:
+            lane.stop()
+        self._tiers.close()
+        for lane in self._lanes:
+            lane.join()
+
+    def check_invariants(self) -> None:
+        """Raise InvariantError if staging memory is lost or used twice. No task may be running."""
+        self._tiers.check_invariants()
+
+    # -- on the lanes' threads ----------------------------------------------------------------------------
+
+    def _store(self, keys: Sequence[Any], objects: Sequence[Any]) -> L2StoreResult:
+        blocks = self._blocks_of(keys, objects)
+        stored = [False] * len(keys)
+        for chosen in self._rounds(blocks, max(1, self._most_blocks // 2)):
+
+            def fill(page: int, rows: Sequence[memoryview], chosen: Sequence[int] = chosen) -> None:
+                copy_to_rows(parts_of(objects[chosen[page]]), rows)
+
+            for index, is_stored in zip(chosen, self._tiers.store(_picked(blocks, chosen), fill), strict=True):
+                stored[index] = is_stored
+        held = [
+            Holding(key, memory.get_size(), own)
+            for key, memory, own, is_stored in zip(keys, objects, blocks, stored, strict=True)
+            if is_stored
+        ]
+        fresh = self._holdings.add(held)
+        if fresh:
+            self._notify_keys_stored([one.key for one in fresh], [one.num_bytes for one in fresh])
+        self._tell_removed()
+        return L2StoreResult(all(stored), sum(one.num_bytes for one in fresh))
+
+    def _look_up(self, keys: Sequence[Any], layouts: Mapping[int, Any]) -> Bitmap:
+        bitmap = Bitmap(len(keys))
+        forms = [self._forms.of_lookup(key, layouts) for key in keys]
+        asked = [index for index, form in enumerate(forms) if form is not None]
+        blocks = [
+            block_keys(keys[index], form, self._block_bytes) for index, form in enumerate(forms) if form is not None
+        ]
+        held = self._tiers.contains(blocks, pin=True)
+        found = [(index, own) for index, own, is_held in zip(asked, blocks, held, strict=True) if is_held]
+        self._locks.add((keys[index], own) for index, own in found)
+        for index, _ in found:
+            bitmap.set(index)
+        return bitmap
+
+    def _load(self, keys: Sequence[Any], objects: Sequence[Any]) -> Bitmap:
+        bitmap = Bitmap(len(keys))
+        blocks = self._blocks_of(keys, objects)
+        loaded: list[int] = []
+        for chosen in self._rounds(blocks, self._most_blocks):
+
+            def take(page: int, rows: Sequence[memoryview], chosen: Sequence[int] = chosen) -> None:
+                copy_from_rows(rows, parts_of(objects[chosen[page]]))
+
+            begun = time.monotonic()
+            is_loaded = self._tiers.load(_picked(blocks, chosen), take)
+            loaded += itertools.compress(chosen, is_loaded)
+            if time.monotonic() - begun >= self._options.call_deadline:
+                break  # a tier hangs, or is slower than computing: the engine waits for this task
+        for index in loaded:
+            bitmap.set(index)
+        if loaded:
+            self._notify_keys_accessed([keys[index] for index in loaded])
+        self._tell_removed()
+        return bitmap
+
+    def _blocks_of(self, keys: Sequence[Any], objects: Sequence[Any]) -> list[PageKeys]:
+        return [
+            block_keys(key, self._forms.of_object(key, memory), self._block_bytes)
+            for key, memory in zip(keys, objects, strict=True)
+        ]
+
+    def _rounds(self, blocks: Sequence[PageKeys], most: int) -> Iterator[list[int]]:
+        """Yield the indices of objects whose blocks fit the staging memory together; none of those that never fit."""
+        fitting = [index for index, own in enumerate(blocks) if len(own) <= self._most_blocks]
+        if len(fitting) < len(blocks):
+            needed = 2 * self._block_bytes * max(map(len, blocks))
+            error = ConfigError("staging_bytes", self._options.staging_bytes, f"at least {needed}, two objects")
+            self._say_once(f"objects that are too large are not stored: {error}")
+        for chosen in in_rounds([len(blocks[index]) for index in fitting], most):
+            yield [fitting[index] for index in chosen]
+
+    def _tell_removed(self) -> None:
+        """Tell LMCache which objects no tier holds any more."""
+        touched = self._holdings.touched_by(self._tiers.take_removed())
+        if not touched:
+            return
+        held = self._tiers.contains([one.blocks for one in touched])
+        gone = self._holdings.remove(one for one, is_held in zip(touched, held, strict=True) if not is_held)
+        if gone:
+            self._notify_keys_deleted([one.key for one in gone], [one.num_bytes for one in gone])
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            logger.warning("kvtier: %s", text)
+
+    @property
+    def _block_bytes(self) -> int:
+        return self._tiers.block_bytes
+
+
+def _picked(blocks: Sequence[PageKeys], chosen: Sequence[int]) -> list[PageKeys]:
+    return [blocks[index] for index in chosen]
