@@ -20,6 +20,14 @@ _MEMORY_SECONDS = 5.0
 """Seconds of computing after which an earlier measurement weighs 1/e, about a third."""
 _WEIGHT = 0.5
 """Weight of a new sample against all earlier ones."""
+_FIRST_DOUBT = 9.0
+"""Variance of the logarithm of a value that is guessed: it may be wrong by a factor of 20, and seldom of more."""
+_NOISE = 0.1
+"""The same of one sample: jobs of one size take a third more or less."""
+_FADING = _NOISE / 2
+"""By how much each sample widens the doubt in what it shows, so that this is about as certain as one sample."""
+_ITERATIONS = 4
+"""Steps in which latency and transfer come close enough to their sum, whichever was the larger part before."""
 _LONGEST_GAP = 2.0
 """Most seconds between two polls that count. An idle engine does not poll."""
 _SHORT_GAP = 0.1
@@ -98,6 +106,8 @@ class TierSpeed:
         self.in_flight = 0
         self._busy_since = self._polled_at = self._gap = self._unmeasured = 0.0
         self._is_first = True
+        self._doubt = (_FIRST_DOUBT, _FIRST_DOUBT, 0.0)
+        """Variances of the logarithms of latency and of the seconds per block, and their covariance."""
 
     def begin(self, num_blocks: int, now: float) -> None:
         """Count the blocks of a job that the tier has been given."""
@@ -142,20 +152,31 @@ class TierSpeed:
     def _learn(self, num_blocks: int, seconds: float) -> None:
         """Take in one sample.
 
-        A job behind another one shows the bandwidth. One that began on an idle tier does not tell latency from
-        bandwidth: the one that accounts for more of the predicted time changes most. Both change by factors, so that
-        slow and fast samples fade equally fast.
+        A sample shows the sum of latency and transfer, and the estimate of the sum moves by a factor, so that slow and
+        fast samples fade equally fast. Of the two, the one that is less certain changes more, as in a Kalman filter
+        over their logarithms: once large jobs have shown the bandwidth, a small one shows the latency.
         """
-        transfer = num_blocks / self.bandwidth
-        latency = self.latency if self._is_first else 0.0
-        factor = (seconds / (latency + transfer)) ** (_WEIGHT if self.is_measured else 1.0)
+        latency, transfer = self.latency if self._is_first else 0.0, num_blocks / self.bandwidth
+        change = math.log(seconds / (latency + transfer)) * (_WEIGHT if self.is_measured else 1.0)
+        goal = math.log(latency + transfer) + change
         self.is_measured = True
-        if latency > transfer:
-            self.latency *= factor
-            self.bandwidth /= factor ** (transfer / latency)
-        else:
-            self.latency *= factor ** (latency / transfer)
-            self.bandwidth /= factor
+        of_latency, of_transfer, common = self._doubt
+        slower_start = slower_transfer = 0.0  # logarithms of the factors
+        for _ in range(_ITERATIONS):
+            starts, moves = latency * math.exp(slower_start), transfer * math.exp(slower_transfer)
+            share, rest = starts / (starts + moves), moves / (starts + moves)
+            by_latency, by_transfer = of_latency * share + common * rest, common * share + of_transfer * rest
+            known = share * by_latency + rest * by_transfer
+            missing = goal - math.log(starts + moves) + share * slower_start + rest * slower_transfer
+            slower_start, slower_transfer = by_latency * missing / known, by_transfer * missing / known
+        self.latency *= math.exp(slower_start)
+        self.bandwidth /= math.exp(slower_transfer)
+        variance, fading = known + _NOISE, _FADING / (share * share + rest * rest)
+        self._doubt = (
+            of_latency - by_latency * by_latency / variance + fading * share * share,
+            of_transfer - by_transfer * by_transfer / variance + fading * rest * rest,
+            common - by_latency * by_transfer / variance + fading * share * rest,
+        )
 
     def seconds(self, num_blocks: float, now: float) -> float:
         """Return the seconds from `now` until all blocks in flight and `num_blocks` more have arrived.

@@ -50,6 +50,32 @@ def test_one_stall_changes_nothing() -> None:
     assert [choice.choose() for _ in range(PROBE_EVERY)].count(Road.STRAIGHT) >= PROBE_EVERY - 1
 
 
+def test_a_road_on_which_every_call_fails_is_not_the_better_one() -> None:
+    for works in Road:
+        choice = RoadChoice()
+        for _ in range(2 * SAMPLES):
+            if choice.choose() is works:
+                choice.learn(works, 1 << 20, 1000.0)
+        assert [choice.choose() for _ in range(PROBE_EVERY)].count(works) >= PROBE_EVERY - 1
+
+
+def test_calls_that_fail_say_nothing_of_a_road(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learned: list[int] = []
+    monkeypatch.setattr(RoadChoice, "learn", lambda choice, road, num_bytes, seconds: learned.append(num_bytes))
+    options = {"path": str(tmp_path / "slab"), "capacity": 40 * BLOCK_BYTES}
+    store = SlabStore.open(options, StoreContext(Namespace({"model": "roads"}), BLOCK_BYTES))
+    list(store.recover())
+    memory = memoryview(mmap.mmap(-1, 2 * BLOCK_BYTES))
+    rows = [memory[:BLOCK_BYTES], memory[BLOCK_BYTES:]]
+    assert store.write([0], [make_key(1)], rows[:1]) == [True]
+    assert store.read_into([0, 1], [make_key(1), make_key(2)], rows) == [True, False]
+    assert store.read_into([1], [make_key(2)], rows[:1]) == [False]
+    assert learned == [BLOCK_BYTES]
+    assert store.read_into([0], [make_key(1)], rows[:1]) == [True]
+    store.close()
+    assert learned == [BLOCK_BYTES, BLOCK_BYTES]
+
+
 @pytest.mark.parametrize("huge_pages", [False, True])
 def test_blocks_in_huge_pages_need_no_private_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, huge_pages: bool

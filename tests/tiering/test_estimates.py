@@ -303,6 +303,31 @@ def test_loads_of_different_sizes_show_latency_and_bandwidth(is_behind):
     assert speed.seconds(10, now) == pytest.approx(0.42, rel=0.1)
 
 
+@pytest.mark.parametrize("sizes", [(20, 3, 6, 14, 1, 23, 5, 12), (1, 2, 1, 3), (1, 24)])
+def test_a_latency_as_long_as_the_transfer_of_a_block_is_not_taken_for_bandwidth(sizes):
+    """A tier of 20 ms and 45 blocks per second, of which 1 ms and 75 blocks per second were expected."""
+    speed, now = TierSpeed(bandwidth=75.0), 0.0
+    for num_blocks in [*sizes] * 12:
+        speed.begin(num_blocks, now)
+        now += 0.02 + num_blocks / 45
+        speed.poll(now - 0.001)
+        speed.end(num_blocks, num_blocks, now)
+        speed.poll(now := now + 1.0)
+    assert speed.latency == pytest.approx(0.02, rel=0.1)
+    assert speed.bandwidth == pytest.approx(45.0, rel=0.05)
+
+
+def test_one_stall_changes_the_prediction_of_a_well_known_tier_no_further_than_half_of_the_way():
+    speed, now = TierSpeed(bandwidth=75.0), 0.0
+    for num_blocks, stalls in [*[(number % 24 + 1, 0.0) for number in range(48)], (1, 2.0)]:
+        speed.begin(num_blocks, now)
+        now += 0.02 + num_blocks / 45 + stalls
+        speed.poll(now - 0.001)
+        speed.end(num_blocks, num_blocks, now)
+        speed.poll(now := now + 1.0)
+    assert 0.042 < speed.seconds(1, now) < math.sqrt(0.042 * 2.042) * 1.01
+
+
 def seem_slow(engine):
     """Two loads of four seconds, each after a step in which the engine worked."""
     for number in range(2):

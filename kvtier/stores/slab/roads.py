@@ -8,6 +8,7 @@ is measured, in use.
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections import deque
 from enum import Enum
@@ -49,9 +50,9 @@ class RoadChoice:
         return Road.STRAIGHT if self._better is Road.COPIED else Road.COPIED
 
     def learn(self, road: Road, num_bytes: int, seconds: float) -> None:
-        """Note how long a call on a road took."""
+        """Note how long a call on a road took that has moved all of its bytes. One that failed may have been quick."""
         if self._only is not None or not num_bytes:
             return
         self._times[road].append(seconds / num_bytes)
-        straight, copied = (statistics.median(tuple(times) or (0.0,)) for times in self._times.values())
+        straight, copied = (statistics.median(tuple(times) or (math.inf,)) for times in self._times.values())
         self._better = Road.COPIED if copied * LEAST_GAIN < straight else Road.STRAIGHT

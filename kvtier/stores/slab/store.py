@@ -149,7 +149,8 @@ class SlabStore(SlotStore):
         results, (road, sealer), start = [False] * len(slots), self._road(self._writing), time.perf_counter()
         for run in self._runs(slots, buffers, sealer.most_sealed(self._geometry.block_bytes)):
             self._write_run(sealer, run, keys, buffers, results)
-        self._writing.learn(road, len(buffers) * self._geometry.block_bytes, time.perf_counter() - start)
+        if all(results):
+            self._writing.learn(road, len(buffers) * self._geometry.block_bytes, time.perf_counter() - start)
         return results
 
     def read_into(self, slots: Sequence[int], keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
@@ -161,7 +162,8 @@ class SlabStore(SlotStore):
         results, (road, sealer), start = [False] * len(slots), self._road(self._reading), time.perf_counter()
         for run in self._runs(slots, buffers, sealer.most_opened(self._geometry.block_bytes)):
             self._read_run(sealer, run, keys, buffers, results)
-        self._reading.learn(road, len(buffers) * self._geometry.block_bytes, time.perf_counter() - start)
+        if all(results):
+            self._reading.learn(road, len(buffers) * self._geometry.block_bytes, time.perf_counter() - start)
         return results
 
     def prepare(self) -> tuple[int, int] | None:
