@@ -154,12 +154,19 @@ class StoreContext:
         block_bytes: payload bytes of every block.
         failures: counts the blocks that the store could not read or write, by cause.
         huge_pages: whether the buffers lie in huge pages. Direct I/O from them needs no private memory.
+        compressed: whether blocks may be shorter, because they are compressed; only for stores of kvtier's that can.
     """
 
     namespace: Namespace
     block_bytes: int
     failures: FailureCounter = field(default_factory=FailureCounter)
     huge_pages: bool = False
+    compressed: bool = False
+
+    @property
+    def whole_bytes(self) -> int | None:
+        """Length of a block, if shorter payloads are compressed ones; None if there are none."""
+        return self.block_bytes if self.compressed else None
 
 
 class BlockStore(ABC):

@@ -277,11 +277,16 @@ class StoreUsage(NamedTuple):
         blocks: number of blocks held.
         bytes: bytes held, with everything that the store keeps besides payloads, such as headers.
         capacity_bytes: upper limit of `bytes`.
+        compressed_blocks: blocks that were stored compressed since the store was opened.
+        unwritten_bytes, unread_bytes: bytes that need not be written, or read, for this reason.
     """
 
     blocks: int | None = None
     bytes: int | None = None
     capacity_bytes: int | None = None
+    compressed_blocks: int = 0
+    unwritten_bytes: int = 0
+    unread_bytes: int = 0
 
 
 class FailureCause(Enum):

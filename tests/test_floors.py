@@ -31,6 +31,7 @@ FORBIDDEN = (
     "redis",
     "valkey",
     "obstore",
+    "zstandard",
     "typer",
     "rich",
     "safetensors",

@@ -273,11 +273,14 @@ class Prepared(_Message, frozen=True, tag=11):
 
 
 class Usage(_Message, frozen=True, tag=12):
-    """How full a store addressed by key is, as `StoreUsage`."""
+    """How full a store addressed by key is, and what it has saved, as `StoreUsage`."""
 
     blocks: U64 | None
     bytes: U64 | None
     capacity_bytes: U64 | None
+    compressed_blocks: U64 = 0
+    unwritten_bytes: U64 = 0
+    unread_bytes: U64 = 0
 
 
 Request = Open | Part | Probe | Cancel

@@ -24,7 +24,10 @@ from kvtier.executors.protocol import (
 )
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
+from kvtier.stores.compression.options import Compression
+from kvtier.stores.compression.store import CompressedStore
 from kvtier.stores.integrity.checked_store import CheckedStore
+from kvtier.stores.varied import VariedStore
 from kvtier.types import FailureCause
 
 _SECONDS_BETWEEN_USAGES = 1.0
@@ -107,6 +110,8 @@ class StoreRunner:
             store: SlotStore | BlockStore
             if issubclass(store_class, BlockStore) and not store_class.seals_itself:
                 store = CheckedStore.over(store_class, description.options, context)
+            elif issubclass(store_class, VariedStore) and Compression.of(description.options) is not Compression.OFF:
+                store = CompressedStore.over(store_class, description.options, context)
             else:
                 store = store_class.open(description.options, context)
             self.num_slots = store.num_slots if isinstance(store, SlotStore) else 0

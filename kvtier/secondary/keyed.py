@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import compress
 from typing import Any, ClassVar
+
+from msgspec import structs
 
 from kvtier.abc import BlockStore, SlotStore
 from kvtier.errors import KeyFormatError, ProtocolError
@@ -25,6 +28,7 @@ _UP = TierState.UP
 _UNREADABLE = frozenset({FailureCause.CORRUPT, FailureCause.FOREIGN, FailureCause.OLD_FORMAT})
 """Causes after which a block stays a miss for long: a store that could not delete the block still says that it
 exists."""
+_SAVINGS = ("compressed_blocks", "unwritten_bytes", "unread_bytes")
 _LOOK_SECONDS = 0.0002
 """Least time between two polls in `lookup`: a long prefix of unknown keys is thousands of lookups."""
 
@@ -48,6 +52,8 @@ class KeyedTierManager(StoreTierManager):
         super().__init__(offloading_spec, primary_kv_view, tier_type, store=store, options=options, settings=settings)
         self._look_at = 0.0
         self._usage: Usage | None = None
+        self._savings: Counter[str] = Counter()
+        """What compression has saved in earlier lives of the executor, by the names of metrics."""
         self._probes = Probes(self.context.clock, self._send_probe)
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
@@ -80,7 +86,7 @@ class KeyedTierManager(StoreTierManager):
         if usage is not None:
             told = {"blocks": usage.blocks, "bytes": usage.bytes, "capacity_bytes": usage.capacity_bytes}
             stats |= {name: value for name, value in told.items() if value is not None}
-        return stats
+        return stats | self._all_savings()
 
     def check_invariants(self) -> None:
         """Raise InvariantError if the state contradicts itself."""
@@ -123,7 +129,7 @@ class KeyedTierManager(StoreTierManager):
             self._probes.answer(report.probe_id, report.found)
             self._supervisor.job_ended(served=False, broken=report.failed)
         elif isinstance(report, Usage):
-            self._usage = report
+            self._usage = _newest(self._usage, report)
         elif isinstance(report, Ready):
             if report.num_slots:
                 raise ProtocolError("a store of slots")
@@ -132,12 +138,26 @@ class KeyedTierManager(StoreTierManager):
 
     def _forget(self) -> None:
         self._probes.clear()
-        self._usage = None
+        self._savings, self._usage = self._all_savings(), None
+
+    def _all_savings(self) -> Counter[str]:
+        return self._savings + Counter(_savings_of(self._usage))
 
     def _send_probe(self, probe_id: int, keys: Sequence[OffloadKey]) -> None:
         executor = self._supervisor.executor
         if executor is not None and self._standing.state is _UP:
             executor.probe(probe_id, keys)
+
+
+def _savings_of(usage: Usage | None) -> dict[str, int]:
+    """Return what a store has saved by compression, by the names of metrics."""
+    return {} if usage is None else {name: getattr(usage, name) for name in _SAVINGS}
+
+
+def _newest(former: Usage | None, report: Usage) -> Usage:
+    """Return the report. What is saved only rises, although reports of two threads may overtake each other."""
+    known = _savings_of(former)
+    return structs.replace(report, **{name: max(value, getattr(report, name)) for name, value in known.items()})
 
 
 class DeclaredTierManager(KeyedTierManager):

@@ -19,16 +19,24 @@ UNREADABLE = frozenset({FailureCause.CORRUPT, FailureCause.FOREIGN, FailureCause
 
 
 def fitting_buffers(
-    keys: Sequence[OffloadKey], buffers: Sequence[memoryview], block_bytes: int, failures: FailureCounter
+    keys: Sequence[OffloadKey],
+    buffers: Sequence[memoryview],
+    block_bytes: int,
+    failures: FailureCounter,
+    shorter_too: bool = False,
 ) -> list[int]:
     """Return the indexes of the buffers that are `block_bytes` long; count the others as failures.
+
+    Args:
+        shorter_too: return those of shorter buffers, too, if they are not empty.
 
     Raises:
         StoreError: the numbers of keys and buffers differ.
     """
     if len(keys) != len(buffers):
         raise StoreError(f"{len(keys)} keys and {len(buffers)} buffers")
-    fitting = [index for index, buffer in enumerate(buffers) if buffer.nbytes == block_bytes]
+    least = 1 if shorter_too else block_bytes
+    fitting = [index for index, buffer in enumerate(buffers) if least <= buffer.nbytes <= block_bytes]
     if len(fitting) < len(keys):
         failures.count(FailureCause.IO_ERROR, len(keys) - len(fitting))
     return fitting

@@ -10,13 +10,13 @@ import msgspec
 
 from kvtier.errors import ConfigError
 from kvtier.options import Threads, size_of
+from kvtier.stores.compression.options import CompressedOptions
 from kvtier.stores.filesystem.janitor import MIN_GROUP_BLOCKS
 from kvtier.stores.integrity.header import HEADER_BYTES
-from kvtier.stores.integrity.secrets import GuardedOptions
 from kvtier.stores.mounts import mount_point_of
 
 
-class FilesystemOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class FilesystemOptions(CompressedOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Options of tier type `filesystem`."""
 
     path: Annotated[

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
-from kvtier.abc import BlockStore, StoreContext
+from kvtier.abc import StoreContext
 from kvtier.errors import StoreError, StoreUnavailableError, describe
 from kvtier.keys import OffloadKey
 from kvtier.stores.failures import UNREADABLE, SystemErrors, fitting_buffers
@@ -30,6 +30,7 @@ from kvtier.stores.integrity.header import HEADER_BYTES
 from kvtier.stores.integrity.sealing import Sealer
 from kvtier.stores.mounts import check_size
 from kvtier.stores.own_files import Folder, StrangerError
+from kvtier.stores.varied import VariedStore
 from kvtier.stores.vectored import NO_SPACE_ERRORS, read_fully, write_fully
 from kvtier.types import FailureCause, StoreUsage
 
@@ -44,10 +45,9 @@ _SECONDS_BETWEEN_STATFS = 0.5
 _SECONDS_BETWEEN_RELIEFS = 1.0
 
 
-class FilesystemStore(BlockStore):
+class FilesystemStore(VariedStore):
     """Sealed blocks of one namespace in a shared directory. It counts and deletes blocks that do not verify."""
 
-    seals_itself = True
     slow_probe_seconds = 0.0001
     """From so long per probe on, the remaining probes of a call are made in parallel."""
 
@@ -59,7 +59,7 @@ class FilesystemStore(BlockStore):
         self._janitor = janitor
         self._min_free = min_free
         self._failures = context.failures
-        self._block_bytes = context.block_bytes
+        self._block_bytes, self._compressed = context.block_bytes, context.compressed
         self._sealer = sealer
         self._lock = threading.Lock()
         self._free = (0.0, 0)
@@ -78,7 +78,7 @@ class FilesystemStore(BlockStore):
             StoreUnavailableError: the secret cannot be read, the directory is not kvtier's or cannot be used, or its
                 filesystem is smaller than the capacity.
         """
-        _, sealer = open_sealer(options, context.namespace)
+        _, sealer = open_sealer(options, context.namespace, context.whole_bytes)
         read = SharedDirectoryOptions.read(options)
         path, capacity, min_free = Path(read.path), read.capacity, read.min_free
         directory = SharedDirectory.open(path, sealer.namespace, read.mount_point)
@@ -132,7 +132,7 @@ class FilesystemStore(BlockStore):
             StoreUnavailableError: the directory is gone.
         """
         self._directory.check_present()
-        fitting = fitting_buffers(keys, buffers, self._block_bytes, self._failures)
+        fitting = fitting_buffers(keys, buffers, self._block_bytes, self._failures, self._compressed)
         results = [False] * len(keys)
         for done, index in enumerate(reversed(fitting)):
             shard = shard_of(keys[index])
@@ -150,9 +150,9 @@ class FilesystemStore(BlockStore):
             self._janitor.wrote(shard, num_bytes)
         return results
 
-    def read_into(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
-        """Fill and verify buffers; a buffer whose result is False may hold anything."""
-        results = [False] * len(keys)
+    def read_varied(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[int]:
+        """Fill and verify buffers; return the lengths of the payloads, 0 for a block that failed."""
+        lengths = [0] * len(keys)
         fitting = fitting_buffers(keys, buffers, self._block_bytes, self._failures)
         try:
             namespace = self._directory.namespace()
@@ -161,10 +161,10 @@ class FilesystemStore(BlockStore):
                 self._failures.count(FailureCause.ABSENT, len(fitting))
             else:
                 self._errors.count(error, len(fitting))
-            return results
+            return lengths
         with namespace:
-            self._read_all(namespace, fitting, keys, buffers, results)
-        return results
+            self._read_all(namespace, fitting, keys, buffers, lengths)
+        return lengths
 
     def _read_all(
         self,
@@ -172,9 +172,10 @@ class FilesystemStore(BlockStore):
         fitting: Sequence[int],
         keys: Sequence[OffloadKey],
         buffers: Sequence[memoryview],
-        results: list[bool],
+        lengths: list[int],
     ) -> None:
         for index in reversed(fitting):
+            cause: FailureCause | int
             try:
                 cause = self._read_from_shard(namespace, keys[index], buffers[index])
             except StrangerError:
@@ -184,9 +185,10 @@ class FilesystemStore(BlockStore):
                     self._errors.count(error)
                     continue
                 cause = FailureCause.ABSENT
-            results[index] = cause is None
-            if cause is not None:
+            if isinstance(cause, FailureCause):
                 self._failures.count(cause)
+            else:
+                lengths[index] = cause
 
     def delete(self, keys: Sequence[OffloadKey]) -> None:
         """Forget `keys`."""
@@ -218,7 +220,7 @@ class FilesystemStore(BlockStore):
                     taken = max(written, os.fstat(new.descriptor).st_blocks * 512)
                 finally:
                     os.close(new.descriptor)  # NFS writes back on close, and may report only here that space is out
-                if written < self._block_bytes + HEADER_BYTES:
+                if written < buffer.nbytes + HEADER_BYTES:
                     raise OSError(errno.EIO, "only a part was written")
                 new.folder.rename(new.name, key.hex())
             except BaseException:
@@ -227,30 +229,38 @@ class FilesystemStore(BlockStore):
                 raise
         return taken + new.folder_bytes
 
-    def _read_from_shard(self, namespace: Folder, key: OffloadKey, buffer: memoryview) -> FailureCause | None:
-        """Fill a buffer from a block's file; delete the file if the block is unreadable. Return why it failed."""
+    def _read_from_shard(self, namespace: Folder, key: OffloadKey, buffer: memoryview) -> FailureCause | int:
+        """Fill a buffer from a block's file; delete the file if the block is unreadable.
+
+        Returns:
+            The payload's length, or why it failed.
+        """
         with namespace.folder(shard_of(key)) as folder:
-            cause = self._read_one(key, folder.open_file(key.hex()), buffer)
-            if cause in UNREADABLE:
+            result = self._read_one(key, folder.open_file(key.hex()), buffer)
+            if result in UNREADABLE:
                 with contextlib.suppress(FileNotFoundError):
                     folder.unlink(key.hex())
-            return cause
+            return result
 
-    def _read_one(self, key: OffloadKey, descriptor: int, buffer: memoryview) -> FailureCause | None:
-        """Fill a buffer from an open file, and close the file. Return why it failed."""
+    def _read_one(self, key: OffloadKey, descriptor: int, buffer: memoryview) -> FailureCause | int:
+        """Fill a buffer from an open file, and close the file. Return the payload's length, or why it failed."""
         try:
-            tail = memoryview(bytearray(HEADER_BYTES + 1))  # one byte more than expected shows a file that is too long
-            rooms = self._sealer.rooms([buffer])
-            length = read_fully(descriptor, [*rooms, tail], 0)
-            if length != self._block_bytes + HEADER_BYTES:
+            status = os.fstat(descriptor)
+            payload_bytes = status.st_size - HEADER_BYTES
+            if not 0 < payload_bytes <= self._block_bytes:
                 return FailureCause.CORRUPT
-            (cause,) = self._sealer.open([tail[:HEADER_BYTES]], [key], rooms, [buffer])
-            if cause is FailureCause.ABSENT:
+            into = [buffer[:payload_bytes]]
+            header = memoryview(bytearray(HEADER_BYTES))
+            rooms = self._sealer.rooms(into)
+            if read_fully(descriptor, [*rooms, header], 0) != status.st_size:
                 return FailureCause.CORRUPT
-            if cause is None and os.fstat(descriptor).st_mtime < self._directory.roughly_now() - _SECONDS_FRESH:
+            (cause,) = self._sealer.open([header], [key], rooms, into)
+            if cause is not None:
+                return FailureCause.CORRUPT if cause is FailureCause.ABSENT else cause
+            if status.st_mtime < self._directory.roughly_now() - _SECONDS_FRESH:
                 with contextlib.suppress(OSError):
                     os.utime(descriptor)
-            return cause
+            return payload_bytes
         finally:
             os.close(descriptor)
 

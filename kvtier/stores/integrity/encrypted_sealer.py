@@ -25,9 +25,10 @@ from kvtier.types import FailureCause
 class EncryptedSealer(Sealer):
     """Encrypts payloads into private memory before they are stored, and decrypts them from there after a read."""
 
-    def __init__(self, cipher: PayloadCipher) -> None:
+    def __init__(self, cipher: PayloadCipher, whole_bytes: int | None = None) -> None:
+        """Args: whole_bytes: as `BlockHeaders` has it."""
         self.namespace = cipher.namespace
-        self.headers = BlockHeaders.encrypted(self.namespace.fingerprint)
+        self.headers = BlockHeaders.encrypted(self.namespace.fingerprint, whole_bytes)
         self._cipher = cipher
         self._scratch = Scratch(TAG_BYTES)
 

@@ -28,6 +28,9 @@ Headers of encrypted payloads have the same layout, with these differences:
 
 Encryption changes no length, so that direct I/O stays possible.
 
+The version of a payload that is shorter than its block, because it is compressed, has `COMPRESSED` added. Readers that
+expect whole blocks only take it for another format.
+
 A header of zeros means that there is no block. Magic and version are at the same place in every version. A reader
 checks them before the header checksum, which another version may compute in another way.
 XXH3: https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md
@@ -51,6 +54,8 @@ from kvtier.types import FailureCause
 MAGIC = b"KVTB"
 ENCRYPTED_VERSION = FORMAT_VERSION | 0x80
 """Version in headers of encrypted payloads: a reader of plain payloads takes it for another format."""
+COMPRESSED = 0x40
+"""Added to the version in headers of compressed payloads."""
 HEADER_BYTES = 128
 CHECKED_BYTES = 120
 """Bytes of the header that its own checksum covers."""
@@ -138,16 +143,24 @@ class BlockHeaders:
         mark: the part of the fingerprint that each header contains: its first 16 or 4 bytes.
     """
 
-    def __init__(self, fingerprint: bytes, version: int = FORMAT_VERSION, mark_bytes: int = FINGERPRINT_BYTES) -> None:
+    def __init__(
+        self,
+        fingerprint: bytes,
+        version: int = FORMAT_VERSION,
+        mark_bytes: int = FINGERPRINT_BYTES,
+        whole_bytes: int | None = None,
+    ) -> None:
+        """Args: whole_bytes: length of a block, if shorter payloads are compressed ones; None if there are none."""
         self.fingerprint = fingerprint
         self.version = version
+        self._whole_bytes = whole_bytes
         self.mark = fingerprint[:mark_bytes]
         self._sequence = itertools.count(1)
 
     @classmethod
-    def encrypted(cls, fingerprint: bytes) -> Self:
+    def encrypted(cls, fingerprint: bytes, whole_bytes: int | None = None) -> Self:
         """Return one for a namespace whose payloads are encrypted."""
-        return cls(fingerprint, ENCRYPTED_VERSION, _ENCRYPTED_MARK_BYTES)
+        return cls(fingerprint, ENCRYPTED_VERSION, _ENCRYPTED_MARK_BYTES, whole_bytes)
 
     def continue_after(self, sequence: int) -> None:
         """Give the next headers sequences above `sequence`. A recovering store calls it before the first header."""
@@ -171,7 +184,7 @@ class BlockHeaders:
             raise ValueError(f"slot={slot}, payload of {payload_bytes} bytes: both up to 2**32 - 1 allowed")
         return _BODY.pack(
             MAGIC,
-            self.version,
+            self._version_of(payload_bytes),
             len(key),
             (next(self._sequence) % _MAX_SEQUENCES).to_bytes(6, "little"),
             slot,
@@ -222,10 +235,14 @@ class BlockHeaders:
         sequences: Iterable[bytes],
     ) -> list[bytes]:
         """Return whole headers. One loop without calls of Python code: it runs for every block of a busy disk."""
-        pack, version, mark, sum_of, pack_sum = _BODY.pack, self.version, self.mark, _HEADER_SUM, _HEADER_CHECKSUM.pack
+        pack, mark, sum_of, pack_sum = _BODY.pack, self.mark, _HEADER_SUM, _HEADER_CHECKSUM.pack
+        lengths = list(map(len, payloads))
+        versions = [self.version] * len(lengths) if self._whole_bytes is None else map(self._version_of, lengths)
         headers = []
-        for key, payload, slot, checksum, sequence in zip(keys, payloads, slots, checksums, sequences, strict=False):
-            body = pack(MAGIC, version, len(key), sequence, slot, len(payload), mark, checksum, key)
+        for key, length, version, slot, checksum, sequence in zip(
+            keys, lengths, versions, slots, checksums, sequences, strict=False
+        ):
+            body = pack(MAGIC, version, len(key), sequence, slot, length, mark, checksum, key)
             headers.append(body + pack_sum(sum_of(body)))
         return headers
 
@@ -240,16 +257,21 @@ class BlockHeaders:
             return FailureCause.ABSENT
         if len(header) != HEADER_BYTES or header[:4] != MAGIC:
             return FailureCause.CORRUPT
-        if header[4] != self.version:
+        if header[4] != self.version and (self._whole_bytes is None or header[4] != self.version | COMPRESSED):
             return FailureCause.OLD_FORMAT
         if _HEADER_CHECKSUM.unpack_from(header, CHECKED_BYTES)[0] != header_checksum(header):
             return FailureCause.CORRUPT
         _, _, key_length, sequence, slot, length, fingerprint, checksum, key = _BODY.unpack_from(header)
         if not fingerprint.startswith(self.mark):
             return FailureCause.FOREIGN
-        if not MIN_KEY_BYTES <= key_length <= MAX_KEY_BYTES:
+        if not MIN_KEY_BYTES <= key_length <= MAX_KEY_BYTES or header[4] != self._version_of(length):
             return FailureCause.CORRUPT
         return Record(OffloadKey(key[:key_length]), slot, length, int.from_bytes(sequence, "little"), checksum)
+
+    def _version_of(self, payload_bytes: int) -> int:
+        """Return the version in the header of a payload of this length."""
+        is_whole = self._whole_bytes is None or payload_bytes == self._whole_bytes
+        return self.version if is_whole else self.version | COMPRESSED
 
     def expect(self, header: Bytes, key: OffloadKey, slot: int) -> Record | FailureCause:
         """Parse a header; return FOREIGN if it is of another key or slot."""

@@ -36,14 +36,20 @@ class PlainSealer(Sealer):
     """
 
     def __init__(
-        self, namespace: Namespace, authenticator: Authenticator | None = None, *, scratch: Scratch | None = None
+        self,
+        namespace: Namespace,
+        authenticator: Authenticator | None = None,
+        *,
+        scratch: Scratch | None = None,
+        whole_bytes: int | None = None,
     ) -> None:
         """Args:
         authenticator: signs blocks with a secret; the sealer then has the authenticator's namespace.
+        whole_bytes: as `BlockHeaders` has it.
         scratch: memory through which payloads go; None to read and write them in the caller's buffers.
         """
         self.namespace = namespace if authenticator is None else authenticator.namespace
-        self.headers = BlockHeaders(self.namespace.fingerprint)
+        self.headers = BlockHeaders(self.namespace.fingerprint, whole_bytes=whole_bytes)
         self._authenticator = authenticator
         self._scratch = scratch
         self._checksum_of: Callable[[Bytes], bytes] = (
