@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
 from enum import Enum
 from itertools import compress, islice
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,10 +124,11 @@ class BlockTable:
 
     def ready_slots(self, keys: Sequence[OffloadKey]) -> list[int] | None:
         """Return the slots of `keys`, in order, or None if any of them is not READY."""
-        slots = self.slot_of.get_all(keys)
-        if None in slots or not self.filling.isdisjoint(slots):
+        try:
+            slots = self.slot_of.values_of(keys)
+        except (KeyError, IndexError, TypeError):  # not held, or not a key
             return None
-        return cast(list[int], slots)
+        return slots if self.filling.isdisjoint(slots) else None
 
     # -- placing ------------------------------------------------------------------------------------------
 
