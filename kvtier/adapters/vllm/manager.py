@@ -84,6 +84,11 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
     def _manager(self) -> TieringOffloadingManager | None:
         return None if self._off else self._core.manager
 
+    @property
+    def _num_lookups(self) -> int:
+        manager = self._core.manager
+        return manager.num_lookups if manager is not None else 0
+
     def lookup(self, key: OffloadKey, req_context: Any) -> Any:
         # vLLM calls this once per key, so it makes no call but the scan's own.
         try:
@@ -99,8 +104,7 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
             self._report("lookup", error)
             return _MISS
         # Not mappings by answer: the hash of an enum's member is Python code, and takes longer than the lookup.
-        if answer is _OUR_HIT:
-            self._stats.num_hits += 1
+        if answer is _OUR_HIT:  # not counted: all others are, and the manager knows the number of all
             return _HIT
         if answer is _OUR_MISS:
             self._stats.num_misses += 1
@@ -215,7 +219,7 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         ours = self._contexts.pop(req_context.req_id, None)
         self._last = self._scanned = None
         self._num_finished += 1
-        if self._num_finished == FEW_REQUESTS and not self._stats.num_lookups:
+        if self._num_finished == FEW_REQUESTS and not self._num_lookups:
             logger.info(
                 "kvtier: vLLM has looked up nothing for the first %d requests: no prompt filled a block (the line"
                 " 'kvtier is ready' tells its size), or the device still had all of them",
@@ -263,7 +267,7 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         """Return vLLM's statistics since the last call; None if nothing has changed."""
         nothing: Mapping[str, float] = {}
         stats = self._try("get_stats", nothing, lambda manager: manager.get_stats())
-        return self._stats.report_all(stats, "failed_copy" if self._off else self._core.off_reason)
+        return self._stats.report_all(stats, self._num_lookups, "failed_copy" if self._off else self._core.off_reason)
 
     def shutdown(self) -> None:
         try:

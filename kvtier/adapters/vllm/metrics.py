@@ -98,13 +98,13 @@ class ManagerStatsReporter(StatsReporter):
     """Adds what only the engine's adapter counts.
 
     Attributes:
-        num_hits, num_misses, num_pending, num_retries: number of lookups so far, by answer.
+        num_misses, num_pending, num_retries: number of lookups so far, by answer. The others are hits.
         errors: number of exceptions of kvtier so far, by method of the manager.
     """
 
     def __init__(self, observations: Observations) -> None:
         super().__init__(observations)
-        self.num_hits = self.num_misses = self.num_pending = self.num_retries = 0
+        self.num_misses = self.num_pending = self.num_retries = 0
         self.errors: Counter[str] = Counter()
         self._has_begun = False
 
@@ -112,16 +112,12 @@ class ManagerStatsReporter(StatsReporter):
         """Return a 0 for each gauge reported so far: vLLM keeps the last value of one that nobody sets."""
         return {name: 0.0 for name, found in self._known.items() if found is not None and found[0] is Kind.GAUGE}
 
-    @property
-    def num_lookups(self) -> int:
-        """Number of lookups so far."""
-        return self.num_hits + self.num_misses + self.num_pending + self.num_retries
-
-    def report_all(self, stats: Mapping[str, float], off_reason: str | None) -> Any:
+    def report_all(self, stats: Mapping[str, float], num_lookups: int, off_reason: str | None) -> Any:
         """Return vLLM's statistics, or None if nothing has changed.
 
         Args:
             stats: as `TieringOffloadingManager.get_stats` returns them; empty without a manager.
+            num_lookups: number of lookups so far.
             off_reason: one of `OFF_REASONS` while kvtier is off, else None. Then no tier is up, and nothing is held.
         """
         zeros: Mapping[str, float] = {}
@@ -132,7 +128,7 @@ class ManagerStatsReporter(StatsReporter):
         if off_reason is not None:
             stats = self._gauges_at_zero()
         answers = {
-            "lookups.hit": self.num_hits,
+            "lookups.hit": num_lookups - self.num_misses - self.num_pending - self.num_retries,
             "lookups.miss": self.num_misses,
             "lookups.hit_pending": self.num_pending,
             "lookups.retry": self.num_retries,
