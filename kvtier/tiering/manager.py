@@ -255,7 +255,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         """
         if not self._polled:
             self._poll_once()
-        state = self._requests.get_acting(req_context.req_id)
+        state = self._requests.get(req_context.req_id)
         return state is not None and self._promoter.is_as_planned(state, first_key, shortest)
 
     @in_turn
@@ -263,7 +263,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         if not self._polled:
             self._poll()
         # A lookup by a thread that takes no turns may meet the state from now on.
-        self._state = state = self._requests.open(req_context).begin_to_act()
+        self._state = state = self._requests.open(req_context)
         scan = state.scan.keys
         self._num_before_scan = self.num_lookups - len(scan)
         self._current, self._scan = req_context, scan
@@ -274,7 +274,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
 
     def get_load_source(self, key: OffloadKey, req_context: ReqContext) -> str:
         """Return the tier that a hit of this request came from: "primary", or the name of a secondary tier."""
-        state = self._requests.get_acting(req_context.req_id)
+        state = self._requests.get(req_context.req_id)
         return state.plans.sources.get(key, PRIMARY) if state is not None else PRIMARY
 
     # -- transfers between device and primary -------------------------------------------------------------
@@ -286,7 +286,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         Raises:
             BlockNotReadyError: a key is not ready; nothing was pinned.
         """
-        state = self._requests.open(req_context).begin_to_act()
+        state = self._requests.open(req_context)
         ordered = keys if isinstance(keys, list) else list(keys)
         leased = None if state.copies.loading else self._promoter.hand_over(state, ordered)
         if leased is None:
@@ -315,7 +315,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
 
         With `success=False` the load need not have been prepared: `prepare_load` may have raised.
         """
-        state = self._requests.get_acting(req_context.req_id)
+        state = self._requests.get(req_context.req_id)
         dropped = self._transfers.end_load(req_context.req_id, state, keys, success)
         if not success:
             self._promoter.lose(self._requests, frozenset(dropped))
@@ -335,8 +335,8 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         slots = self._table.slot_of.get_all(ordered)
         distinct = set(slots)
         once = ordered if len(distinct) == len(slots) else list(dict.fromkeys(ordered))
-        state = self._requests.get(req_context.req_id)
-        uses = RequestUses(self._clock()) if state is None else state.begin_to_act().uses
+        state = self._requests.find(req_context)
+        uses = RequestUses(self._clock()) if state is None else state.uses
         self._note_use(once, req_context, uses, all_held=None not in distinct)
 
     @in_turn
@@ -348,9 +348,9 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         """
         if not self._polled:
             self._poll()
-        state = self._requests.open(req_context).begin_to_act()
+        state = self._requests.open(req_context)
         ordered = keys if isinstance(keys, list) else list(keys)
-        self._note_begun(state)
+        self._note_begun(req_context.req_id, state)
         self._pace.note_store(state, ordered)
         if self._flights.by_key:
             self._promoter.take_over_abandoned(ordered)
@@ -385,7 +385,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
     @in_turn
     def complete_store(self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True) -> None:
         """Make stored blocks loadable and offer them to every tier; see `OffloadingManager.complete_store`."""
-        state = self._requests.get_acting(req_context.req_id)
+        state = self._requests.get(req_context.req_id)
         ready = self._transfers.end_store(req_context.req_id, state, keys, success)
         if self._flights.late:
             self._flights.end_stores(keys)
@@ -406,15 +406,17 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
     @in_turn
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         """Register a request. Return REQUEST_LEVEL if any tier wants all of its blocks."""
-        state = self._requests.open(req_context)
-        if req_context.kv_transfer_params is not None or state.has_acted:
+        state = self._requests.announce(req_context)
+        if req_context.kv_transfer_params is not None or state is not None:
             hint = self._read_hint(req_context)
-            if hint is not NO_HINT or state.has_acted:
-                state.begin_to_act().uses.hint = hint
+            if hint is not NO_HINT or state is not None:
+                self._requests.open(req_context).uses.hint = hint
         if not self._tiers.guards:
             return _BLOCK_LEVEL
-        state.request_level_tiers = self._tiers.announce(req_context)
-        return _REQUEST_LEVEL if state.request_level_tiers else _BLOCK_LEVEL
+        request_level = self._tiers.announce(req_context)
+        if request_level or state is not None:
+            self._requests.open(req_context).request_level_tiers = request_level
+        return _REQUEST_LEVEL if request_level else _BLOCK_LEVEL
 
     def _read_hint(self, req_context: ReqContext) -> Hint:
         """Return the request's hint. Malformed hints are counted, and the first one is logged."""
@@ -430,16 +432,16 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         """End the request's waits and its lease; its blocks take their places in the order of recency."""
         state = self._requests.get(req_context.req_id)
         if state is None:
+            self._requests.drop_idle(req_context)
             return
         state.finished = True
         self._current = None
-        if state.has_acted:
-            self._pace.note_end(state)
-            self._promoter.let_go(state)
-            self._waiting.settle(state, WaitOutcome.CANCELLED)
-            self._lookups.end_scan(state)
-            self._retention.serve(self._table, state.uses)
-            self._table.settle(state.uses.in_order(req_context))
+        self._pace.note_end(state)
+        self._promoter.let_go(state)
+        self._waiting.settle(state, WaitOutcome.CANCELLED)
+        self._lookups.end_scan(state)
+        self._retention.serve(self._table, state.uses)
+        self._table.settle(state.uses.in_order(req_context))
         self._requests.close(state)
 
     @in_turn
@@ -450,11 +452,9 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         now = self._clock()
         self._pace.end_step(now)
         for req_id in context.new_req_ids:
-            state = self._requests.get(req_id)
-            if state is not None:
-                self._note_begun(state)
+            self._note_begun(req_id, self._requests.get(req_id))
         for req_id in context.preempted_req_ids:
-            state = self._requests.get_acting(req_id)
+            state = self._requests.get(req_id)
             if state is not None:
                 self._begin_attempt(state)
         if self._scanned.states or self._requests.active:
@@ -483,10 +483,10 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         idle = [state for state in active if state.wait.since is None and not state.is_pending]
         self._requests.retire(filter(self._pace.is_done, idle))
 
-    def _note_begun(self, state: RequestState) -> None:
+    def _note_begun(self, req_id: str, state: RequestState | None) -> None:
         """Note that the engine computes this request, whatever it has waited for."""
-        self._requests.note_begun(state)
-        if state.has_acted and (state.wait.since is not None or state.wait.waited):
+        self._requests.note_begun(req_id)
+        if state is not None and (state.wait.since is not None or state.wait.waited):
             self._waiting.settle(state, WaitOutcome.COMPUTED)
 
     def _begin_attempt(self, state: RequestState) -> None:

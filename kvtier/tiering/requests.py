@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import repeat
 from operator import attrgetter
-from typing import Self
 
 from kvtier.clock import Clock
 from kvtier.errors import InvariantError
@@ -191,7 +190,7 @@ class Copies:
 
 @dataclass(slots=True, eq=False)
 class RequestState:
-    """One request.
+    """A request that has looked up, loaded, stored or used a block.
 
     Attributes:
         came: when it came, in seconds of the clock. No other request came at the same time, so it is the order of
@@ -200,9 +199,6 @@ class RequestState:
         request_level_tiers: indices of tiers that want every block of the request, prefix hits included. Written by
             the manager.
         finished: whether the engine has ended it. Its copies may still run. Written by the manager.
-        is_new: whether the engine has neither looked it up nor begun it. Written by `Requests`.
-        has_acted: whether it has the following parts. They are made when it first looks up, loads, stores or uses a
-            block: engines announce thousands of requests that they have not come to, and some never use the cache.
         awaiting: keys of promotions, queued or in flight, that this request waits for. Written by `flights.py`.
         uses: the blocks that it has used and stored. Written by `uses.py` and the manager.
     """
@@ -212,25 +208,17 @@ class RequestState:
     tiers: tuple[int, ...] = ()
     request_level_tiers: tuple[int, ...] = field(default=(), init=False)
     finished: bool = field(default=False, init=False)
-    is_new: bool = field(default=True, init=False)
-    has_acted: bool = field(default=False, init=False)
-    awaiting: set[OffloadKey] = field(init=False, repr=False)
+    awaiting: set[OffloadKey] = field(default_factory=set, init=False, repr=False)
     uses: RequestUses = field(init=False, repr=False)
-    scan: Scan = field(init=False, repr=False)
-    wait: Wait = field(init=False, repr=False)
-    lease: Lease = field(init=False, repr=False)
-    plans: Plans = field(init=False, repr=False)
-    progress: Progress = field(init=False, repr=False)
-    copies: Copies = field(init=False, repr=False)
+    scan: Scan = field(default_factory=Scan, init=False, repr=False)
+    wait: Wait = field(default_factory=Wait, init=False, repr=False)
+    lease: Lease = field(default_factory=Lease, init=False, repr=False)
+    plans: Plans = field(default_factory=Plans, init=False, repr=False)
+    progress: Progress = field(default_factory=Progress, init=False, repr=False)
+    copies: Copies = field(default_factory=Copies, repr=False)
 
-    def begin_to_act(self) -> Self:
-        """Make the parts, if that has not been done."""
-        if not self.has_acted:
-            self.awaiting, self.uses = set(), RequestUses(self.came, self.context.req_id)
-            self.scan, self.wait, self.lease = Scan(), Wait(), Lease()
-            self.plans, self.progress, self.copies = Plans(), Progress(), Copies()
-            self.has_acted = True
-        return self
+    def __post_init__(self) -> None:
+        self.uses = RequestUses(self.came, self.context.req_id)
 
     @property
     def may_wait(self) -> bool:
@@ -297,47 +285,59 @@ arrival = attrgetter("came")
 class Requests:
     """The requests that are live, or that have unfinished copies between device and arena.
 
+    A request gets its state when it first looks up, loads, stores or uses a block. Until then it is idle, and holds
+    nothing: engines announce thousands of requests that they have not come to, and some never use the cache. No step
+    visits the idle ones.
+
     Attributes:
-        num_new: number of live requests that the engine has neither looked up nor begun. They hold nothing.
-        active: the live ones that a step has to look at. The others are new, or only decode: their blocks are loaded or
-            computed, and they wait for nothing.
+        active: the live ones that a step has to look at. The others only decode: their blocks are loaded or computed,
+            and they wait for nothing.
     """
 
     def __init__(self, tiers: SecondaryTiers, clock: Clock) -> None:
         """Args: tiers: told when a request is over."""
         self._tiers, self._times = tiers, Arrivals(clock)
         self._by_id: dict[str, RequestState] = {}
-        # Engines hold thousands of requests that they have not come to yet. They are only counted, so that no step
-        # visits each of them.
-        self.num_new = 0
+        self._idle: dict[str, tuple[ReqContext, float]] = {}
+        """Requests without a state, with the time when they came."""
+        self._new: set[str] = set()
+        """Live requests that the engine has neither looked up nor begun to compute."""
         self.active: dict[RequestState, None] = {}  # not a set: mostly in the order of arrival, so soon sorted
         self.get: Callable[[str], RequestState | None] = self._by_id.get
         """Return the state of a request, or None. The dict's own method: it is called many times per request."""
 
-    def get_acting(self, req_id: str) -> RequestState | None:
-        """Return the state of a request that has acted, or None."""
-        state = self._by_id.get(req_id)
-        return state if state is not None and state.has_acted else None
-
     def __len__(self) -> int:
-        return len(self._by_id)
+        return len(self._by_id) + len(self._idle)
 
     def __iter__(self) -> Iterator[RequestState]:
-        """Yield the requests that have acted; the others hold nothing and wait for nothing."""
-        return iter([state for state in self._by_id.values() if state.has_acted])
+        """Yield the states; the caller may close them meanwhile."""
+        return iter(list(self._by_id.values()))
 
-    def note_begun(self, state: RequestState) -> None:
+    @property
+    def num_new(self) -> int:
+        """Number of live requests that the engine has neither looked up nor begun to compute."""
+        return len(self._new)
+
+    def announce(self, context: ReqContext) -> RequestState | None:
+        """Learn of a new request; return its state if it has one already."""
+        req_id = context.req_id
+        if req_id in self._by_id:
+            return self.open(context)
+        if req_id not in self._idle:
+            self._idle[req_id] = context, self._times.next()
+            self._new.add(req_id)
+        return None
+
+    def note_begun(self, req_id: str) -> None:
         """Note that the engine computes this request. It never looks up some, for example prompts below one block."""
-        if state.is_new:
-            state.is_new = False
-            self.num_new -= 1
+        self._new.discard(req_id)
 
     def activate(self, states: Iterable[RequestState]) -> None:
         """Look at these requests at each step from now on: the engine has looked them up, or begins them anew."""
         for state in states:
-            if not state.finished and state not in self.active:
-                self.note_begun(state)
+            if not state.finished:
                 self.active[state] = None
+                self._new.discard(state.context.req_id)
 
     def retire(self, states: Iterable[RequestState]) -> None:
         """Look no more at these requests until they are active again: they wait for nothing, and only decode."""
@@ -345,49 +345,62 @@ class Requests:
             self.active.pop(state, None)
 
     def open(self, context: ReqContext) -> RequestState:
-        """Return the state of a request; create it if the request is new, or comes again after its end.
+        """Return the state of a request; create it if the request has none, or comes again after its end.
 
         A request with the name of one that has ended starts afresh, except for the unfinished copies of that one.
         """
-        former = self._by_id.get(context.req_id)
+        req_id = context.req_id
+        former = self._by_id.get(req_id)
+        if former is not None and not former.finished:
+            return former
+        copies = Copies()
         if former is not None:
-            if not former.finished:
-                return former
             self._tiers.forget(former.context)  # its last copies go on under another request of that name
+            copies = former.copies
+        if req_id in self._idle:
+            context, came = self._idle.pop(req_id)
+        else:
+            came = self._times.next()
+            self._new.add(req_id)
         wanted = context.load_tier_filter
         tiers = self._tiers.all_indices if wanted is _ALL_TIERS else self._tiers.allowed(wanted)
-        state = RequestState(context, self._times.next(), tiers)
-        if former is not None:
-            state.begin_to_act().copies = former.copies
-        self._by_id[context.req_id] = state
-        self.num_new += 1
+        state = self._by_id[req_id] = RequestState(context, came, tiers, copies)
         return state
+
+    def find(self, context: ReqContext) -> RequestState | None:
+        """Return the state of a request as `open` does, but None for one that was not announced."""
+        return self.open(context) if context.req_id in self._idle else self._by_id.get(context.req_id)
 
     def close(self, state: RequestState) -> None:
         """Drop the request if it is finished and has no unfinished copies."""
         if not state.finished:
             return
-        if state.is_new:  # `note_begun`, inlined: this runs for each request, also for those that never act
-            state.is_new = False
-            self.num_new -= 1
-        if state.has_acted:
-            self.active.pop(state, None)
-            if state.copies.are_unfinished:
-                return
+        self._new.discard(state.context.req_id)
+        self.active.pop(state, None)
+        if state.copies.are_unfinished:
+            return
         self._by_id.pop(state.context.req_id, None)
         if self._tiers.guards:
             self._tiers.forget(state.context)
 
+    def drop_idle(self, context: ReqContext) -> None:
+        """Drop a request that has ended, if it is idle."""
+        if self._idle.pop(context.req_id, None) is not None:
+            self._new.discard(context.req_id)
+            if self._tiers.guards:
+                self._tiers.forget(context)
+
     def check_invariants(self) -> None:
         """Raise InvariantError if a request's parts contradict each other."""
-        if self.num_new != sum(state.is_new for state in self._by_id.values()):
-            raise InvariantError(f"{self.num_new} new requests are counted, and there are others")
+        live = {req_id for req_id, state in self._by_id.items() if not state.finished} | self._idle.keys()
+        if not self._new <= live or not self._idle.keys().isdisjoint(self._by_id):
+            raise InvariantError("a request counts as new after its end, or is idle and has a state")
         for state in self:
             if state.finished and (state.lease.slots or state.awaiting):
                 raise InvariantError(f"request {state.context.req_id} is over and holds a lease or waits")
             if state.finished and not state.copies.are_unfinished:
                 raise InvariantError(f"request {state.context.req_id} is over and was not dropped")
-            if state.is_new + (state in self.active) > (not state.finished):
-                raise InvariantError(f"request {state.context.req_id} is counted wrongly among new and active ones")
+            if state in self.active and (state.finished or state.context.req_id in self._new):
+                raise InvariantError(f"request {state.context.req_id} is over or new, and steps look at it")
             if state.is_pending and not state.finished and state not in self.active and not state.scan.keys:
                 raise InvariantError(f"request {state.context.req_id} waits, and no step looks at it")

@@ -14,7 +14,7 @@ def make_queue(*loads, block_bytes=1 << 20):
     """A queue of (name, blocks, gain, due) for a tier that has not been asked for anything."""
     queue = LoadQueue(None, block_bytes)
     for arrival, (name, count, gain, due) in enumerate(loads):
-        state = RequestState(ReqContext(name), float(arrival)).begin_to_act()
+        state = RequestState(ReqContext(name), float(arrival))
         keys = make_keys(count, name)
         state.awaiting.update(keys)
         queue.add(keys, state, gain, due)
@@ -58,7 +58,7 @@ def test_what_is_before_whom_is_counted_when_a_tier_has_been_asked():
     assert queue.num_queued == 74 - len(taken)
     assert queue.num_up_to(first.state) == 64 - len(taken)
     assert queue.num_up_to(second.state) == 74 - len(taken)
-    assert queue.num_up_to(RequestState(ReqContext("unknown"), 9.0).begin_to_act()) == 0
+    assert queue.num_up_to(RequestState(ReqContext("unknown"), 9.0)) == 0
 
 
 def test_what_one_request_gave_up_stays_for_those_who_wait_for_it_too():

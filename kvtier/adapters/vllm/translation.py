@@ -18,7 +18,7 @@ from kvtier.primary.copies import KVCaches
 ANSWERS = {answer: base.LookupResult[answer.name] for answer in types.LookupResult}
 MEDIA = {medium: base.Medium[medium.name] for medium in types.Medium}
 LOCALITIES = {locality: base.Locality[locality.name] for locality in types.Locality}
-_ALL_TIERS, _OUR_ALL_TIERS = base.TierFilter.ALL, types.TierFilter.ALL
+_ALL_TIERS = base.TierFilter.ALL
 _HAS_HINTS = hasattr(base.ReqContext, "kv_hints")  # from 0.32 on
 
 
@@ -62,11 +62,9 @@ class EngineReqContext(types.ReqContext):
 
     def __init__(self, theirs: Any) -> None:
         # Not the base's constructor, which makes a dict of positions: vLLM keeps them. This runs for every request, and
-        # for some it is most of what they cost.
+        # for some it is most of what they cost, so what equals the class's default is not set either.
         self._theirs = theirs
         self.req_id = theirs.req_id
-        self.kv_transfer_params = None
-        self.load_tier_filter = _OUR_ALL_TIERS
         if theirs.kv_transfer_params is not None or (_HAS_HINTS and theirs.kv_hints is not None):
             self.kv_transfer_params = _with_hint(theirs)
         if theirs.load_tier_filter is not _ALL_TIERS:
