@@ -53,7 +53,7 @@ class Request:
 
     Attributes:
         name: the key on the server.
-        buffer: the payload to send, or the memory for a received one.
+        buffer: the payload to send, or the memory for a received one; of that, the payload's part once it is verified.
         server: a server to which another one has redirected us; None for the one in the slot table.
         asking: the cluster moves the slot right now, and its old owner redirected us (ASK).
     """
@@ -105,11 +105,12 @@ class Exchanges:
         gathered = 0
         for head, request in zip(heads, requests, strict=True):
             pieces.append(head)
-            if self._block_bytes >= _SENT_BYTES:
+            payload_bytes = request.buffer.nbytes
+            if payload_bytes >= _SENT_BYTES:
                 wire.send(pieces)
                 pieces, gathered = [], 0
-            stream = self._sealer.seal_stream(request.key, self._block_bytes)
-            for start in range(0, self._block_bytes, _SENT_BYTES):
+            stream = self._sealer.seal_stream(request.key, payload_bytes)
+            for start in range(0, payload_bytes, _SENT_BYTES):
                 piece = request.buffer[start : start + _SENT_BYTES]
                 pieces.append(stream.take(piece))
                 gathered += piece.nbytes
@@ -128,18 +129,20 @@ class Exchanges:
         gets = [_packed(b"*2\r\n$3\r\nGET\r\n", [request]) for request in requests]
         wire.send([b"".join(gets[: self._ahead])])
         most = len(self._value_line)
-        late = max(0, self._block_bytes - _LATE_BYTES)
         for number, request in enumerate(requests):
             line = _status(wire, request, most)
-            stream = self._sealer.open_stream(request.key, request.buffer)
-            is_value = line == self._value_line[:-2]
-            if is_value and late:
+            payload_bytes = self._payload_bytes(line)
+            late = max(0, payload_bytes - _LATE_BYTES)
+            payload = request.buffer[:payload_bytes]
+            stream = self._sealer.open_stream(request.key, payload)
+            if late:
                 wire.fill(stream.room(0, late), stream.note)
             if number + self._ahead < len(requests):
                 wire.send([gets[number + self._ahead]])
-            if is_value:
-                wire.fill(stream.room(late, self._block_bytes), stream.note, HEADER_BYTES + 2)
+            if payload_bytes:
+                wire.fill(stream.room(late, payload_bytes), stream.note, HEADER_BYTES + 2)
                 request.reply = _verified(stream.verify(wire.take(HEADER_BYTES, 0)))
+                request.buffer = payload
             else:
                 self._note_no_value(wire, request, line)
 
@@ -196,7 +199,17 @@ class Exchanges:
 
     def _set_head(self, request: Request) -> bytes:
         """Return the part of a SET command before the payload."""
-        return (_ASKING if request.asking else b"") + self._set + _bulk(request.name) + self._value_line
+        whole = request.buffer.nbytes == self._block_bytes
+        line = self._value_line if whole else b"$%d\r\n" % (HEADER_BYTES + request.buffer.nbytes)
+        return (_ASKING if request.asking else b"") + self._set + _bulk(request.name) + line
+
+    def _payload_bytes(self, line: bytes) -> int:
+        """Return the length of the payload in the value that a line announces; 0 if it is no block's value."""
+        if line == self._value_line[:-2]:
+            return self._block_bytes
+        length = parse_count(line[1:]) if line[:1] == b"$" else None
+        payload_bytes = 0 if length is None else length - HEADER_BYTES
+        return payload_bytes if 0 < payload_bytes < self._block_bytes else 0
 
     def _note_no_value(self, wire: Wire, request: Request, line: bytes) -> None:
         """Set the reply for a line that announces no value of the right length; skip a value of another length."""

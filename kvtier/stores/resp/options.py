@@ -16,7 +16,8 @@ import msgspec
 from kvtier.errors import ConfigError, StoreUnavailableError
 from kvtier.foreign_text import is_utf8
 from kvtier.redaction import HIDDEN, split_address
-from kvtier.stores.integrity.secrets import GuardedOptions, read_place
+from kvtier.stores.compression.options import CompressedOptions
+from kvtier.stores.integrity.secrets import read_place
 
 _SCHEMES = {"redis": False, "valkey": False, "rediss": True, "valkeys": True}
 _URL = '"redis://HOST:PORT/DATABASE", "rediss://..." for TLS, or "unix:///PATH"'
@@ -45,7 +46,7 @@ class Address:
 _Seconds = msgspec.Meta(gt=0, le=3600)
 
 
-class RespOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class RespOptions(CompressedOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Options of tier type `resp`. They contain the place of a password, but no password."""
 
     url: Annotated[

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from kvtier.abc import BlockStore, StoreContext
+from kvtier.abc import StoreContext
 from kvtier.errors import StoreError
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
@@ -22,6 +22,7 @@ from kvtier.stores.resp.fullness import Fullness
 from kvtier.stores.resp.options import RespOptions
 from kvtier.stores.resp.topology import Topology, open_topology
 from kvtier.stores.resp.wire import Break, ConnectionBrokenError, Refused
+from kvtier.stores.varied import VariedStore
 from kvtier.types import FailureCause, StoreUsage
 
 _ATTEMPTS = 3
@@ -46,14 +47,12 @@ _CAUSES = {
 }
 
 
-class RespStore(BlockStore):
+class RespStore(VariedStore):
     """Sealed blocks in a server that engines share.
 
     A value is a payload and its header. Plain payloads are sent from and received into the caller's buffers, without a
     copy. Blocks that do not verify are counted and deleted. Threads share the store; each call uses its own connection.
     """
-
-    seals_itself = True
 
     def __init__(self, topology: Topology, settings: RespOptions, sealer: Sealer, context: StoreContext) -> None:
         """Args:
@@ -63,7 +62,7 @@ class RespStore(BlockStore):
         self._topology = topology
         self._timeout = settings.timeout
         self._failures = context.failures
-        self._block_bytes = context.block_bytes
+        self._block_bytes, self._compressed = context.block_bytes, context.compressed
         ttl = None if settings.ttl is None else int(settings.ttl * 1000)
         self._exchanges = Exchanges(sealer, context.block_bytes, settings.prefix, ttl)
         self._fullness = Fullness()
@@ -80,7 +79,7 @@ class RespStore(BlockStore):
         Raises:
             StoreUnavailableError: no server answers, or all refuse the login.
         """
-        _, sealer = open_sealer(options, context.namespace)
+        _, sealer = open_sealer(options, context.namespace, context.whole_bytes)
         settings = RespOptions.read(options)
         return cls(open_topology(settings), settings, sealer, context)
 
@@ -111,12 +110,12 @@ class RespStore(BlockStore):
 
     def write(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
         """Store the blocks; False also for a buffer of another length."""
-        requests = self._requests(keys, buffers)
+        requests = self._requests(keys, buffers, self._compressed)
         self._carry_out(self._exchanges.write, [request for request in requests if request is not None])
         return self._results(requests)
 
-    def read_into(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
-        """Fill and verify buffers; a buffer whose result is False may hold anything."""
+    def read_varied(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[int]:
+        """Fill and verify buffers; return the lengths of the payloads, 0 for a block that failed."""
         requests = self._requests(keys, buffers)
         self._carry_out(self._exchanges.read, [request for request in requests if request is not None])
         results = self._results(requests)
@@ -124,7 +123,8 @@ class RespStore(BlockStore):
         if broken:
             with self._clean_up:
                 self.delete(broken)
-        return results
+        read = zip(requests, results, strict=True)
+        return [request.buffer.nbytes if request is not None and success else 0 for request, success in read]
 
     def delete(self, keys: Sequence[OffloadKey]) -> None:
         """Forget `keys`."""
@@ -162,12 +162,15 @@ class RespStore(BlockStore):
         """Close every connection."""
         self._topology.close()
 
-    def _requests(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[Request | None]:
+    def _requests(
+        self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview], shorter_too: bool = False
+    ) -> list[Request | None]:
         """Return one request per block; None for a buffer of another length."""
         if len(keys) != len(buffers):
             raise StoreError(f"{len(keys)} keys and {len(buffers)} buffers")
+        least = 1 if shorter_too else self._block_bytes
         return [
-            Request(key, self.name(key), buffer) if buffer.nbytes == self._block_bytes else None
+            Request(key, self.name(key), buffer) if least <= buffer.nbytes <= self._block_bytes else None
             for key, buffer in zip(keys, buffers, strict=True)
         ]
 
