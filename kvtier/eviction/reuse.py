@@ -131,6 +131,8 @@ def _densities(chances: Floats) -> Floats:
     seconds_before = seconds - share * _WIDTHS / 2 * (1.0 - chances / 4)
     best = np.zeros((NUM_BINS, len(left[0])))
     for first in range(NUM_BINS - 1):  # one array for all first bins would not fit the processor's caches
-        ahead = (uses[first:] - uses_before[first]) / (seconds[first:] - seconds_before[first])
+        more_uses, more_seconds = uses[first:] - uses_before[first], seconds[first:] - seconds_before[first]
+        # Where next to no block reaches an age, both differences are lost to rounding.
+        ahead = np.divide(more_uses, more_seconds, out=np.zeros_like(more_uses), where=more_seconds > 0)
         ahead.max(axis=0, out=best[first])
     return best.T

@@ -198,7 +198,10 @@ class BlockTable:
         protected: Sequence[Set[OffloadKey]],
         may_decline: bool = False,
     ) -> tuple[list[OffloadKey], int]:
-        """Return the victims as `pick_victims` does, and how many of `incoming` the policy declines."""
+        """Return the victims as `pick_victims` does, and how many of `incoming` the policy declines.
+
+        A key for which the policy proposes a victim that may not be evicted is not declined, but finds no slot either.
+        """
         try:
             self.policy.may_decline = may_decline
             victims, num_declined = self._proposed(count, incoming, protected)
@@ -221,7 +224,7 @@ class BlockTable:
         most = MAX_SKIPPED + 4 * count + sum(map(len, protected))
         candidates = islice(self.policy.candidates(incoming), most)
         victims = []
-        num_left = min(most, len(self))  # a policy that yields fewer declines the keys for which there is no victim
+        num_left = most = min(most, len(self))  # a policy that yields fewer declines the rest of `incoming`
         while len(victims) < count:
             batch = list(islice(candidates, count - len(victims)))
             num_left -= len(batch)
@@ -236,7 +239,7 @@ class BlockTable:
                 if not kept.isdisjoint(batch):
                     batch = [key for key in batch if key not in kept]
             victims += batch
-        return victims, count - len(victims) if num_left > 0 else 0
+        return victims, max(0, count - (most - num_left)) if num_left > 0 else 0
 
     def apply(self, placement: Placement, now: float = 0.0) -> list[int]:
         """Evict and insert as planned.

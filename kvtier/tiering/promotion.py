@@ -21,6 +21,7 @@ from kvtier.tiering.pace import Pace
 from kvtier.tiering.planning import Holdings, PromotionPlan, Prospect, plan_promotions
 from kvtier.tiering.requests import PRIMARY, RequestState, Scan, arrival
 from kvtier.tiering.waiting import MAX_ENDED, Waiting
+from kvtier.types import Admission
 
 MAX_PLANNED = 512
 """A step plans a window of this many keys per request until it has planned so many; a request awaits about as many. So
@@ -31,6 +32,13 @@ MAX_ASKED = 3 * MAX_PLANNED // 2
 
 EARLY_FREE = 0.6
 """Share of the budget of promotions that is kept free for requests whose turn comes soon."""
+
+QUICK_TIER = 2.0
+"""How many times as fast as computing a tier must be for memory to refuse no block. Above a tier that is less quick,
+hits in memory are worth more than what transit refuses: agents' slowest first tokens came later with 1.5."""
+
+USUAL_BLOCKS = 64
+"""Blocks for which loading and computing are compared then."""
 
 MAX_RECONSIDERED = 64
 """Number of the oldest waiting requests that every step reconsiders, and of the others that it reconsiders in turn."""
@@ -168,6 +176,22 @@ class Promoter:
         if plans.postponed_until is None:
             plans.postponed_until = now + prospect.outlook.turn_in
         return now < plans.postponed_until
+
+    @property
+    def may_decline(self) -> bool:
+        """Whether memory may refuse blocks for the sake of what it holds.
+
+        Not if a tier would bring back whatever gives way far sooner than it is computed: what is refused never comes
+        to that tier, and a block there is worth nearly as much as one in memory.
+        """
+        computing = self._pace.seconds(USUAL_BLOCKS) if self._pace.is_known else 0.0
+        return not any(
+            queue.guard.usable
+            and queue.guard.admission is Admission.ALWAYS
+            and queue.speed.is_measured
+            and QUICK_TIER * (queue.speed.latency + USUAL_BLOCKS / queue.speed.bandwidth) < computing
+            for queue in self._queues
+        )
 
     def note_hits(self, num_blocks: int) -> None:
         """Note that a request loads blocks that memory held before it came."""

@@ -122,6 +122,42 @@ def test_blocks_of_lower_rank_give_way_and_blocks_of_higher_rank_do_not(engine):
     assert [key in engine.table for key in make_keys(3, "a")] == [True, False, False]
 
 
+def test_a_block_that_finds_no_slot_because_a_victim_is_in_use_is_not_declined(engine):
+    engine.table.policy.low = tuple(engine.first[:3])
+    used = engine.request("uses a victim")
+    engine.manager.prepare_load(engine.first[:1], used)
+    assert serve(engine, "a", 5) == make_keys(2, "a")  # three victims proposed, one of them in use; two declined
+    engine.manager.complete_load(set(engine.first[:1]), used)
+    engine.step()
+    assert [key in engine.table.transit.keys for key in make_keys(2, "a")] == [True, True]
+    engine.table.policy.low = tuple(engine.first[3:7])
+    engine.manager.prepare_load(engine.first[3:5], used)
+    assert serve(engine, "b", 5) == make_keys(4, "b")  # two victims, the two in transit; one declined
+    assert list(engine.table.transit.keys) == make_keys(4, "b")[3:]
+    engine.manager.complete_load(set(engine.first[3:5]), used)
+
+
+@pytest.mark.parametrize(("load_seconds", "stored"), [(4.0, 2), (0.01, 10)])
+def test_memory_declines_nothing_above_a_tier_that_is_far_quicker_than_computing(make_engine, load_seconds, stored):
+    """An engine that computes 16 blocks in 0.4 s. There, what is declined beyond transit would never reach the tier."""
+    engine = make_engine(num_blocks=40, policy=ContentPolicy, tokens_per_block=256, prefill_rate=10_000.0)
+    engine.tier.auto = False
+    keys, context = make_keys(16, "measured"), engine.request("measured")
+    engine.plant(keys)
+    engine.scan(keys, context)
+    for _ in range(round(load_seconds / 0.01)):
+        engine.step()
+        engine.clock.advance(0.01)
+    for job in list(engine.tier.waiting):
+        engine.tier.finish(job)
+    engine.finish(context)
+    engine.step()
+    engine.tier.auto = True
+    engine.store(make_keys(40, "first"), engine.request("first"))
+    engine.step()
+    assert len(serve(engine, "new", 10)) == stored
+
+
 def test_a_block_in_transit_is_the_next_victim_of_a_load(engine):
     planted = make_keys(2, "planted")
     serve(engine, "a")
