@@ -1,107 +1,192 @@
-"""`PrefixCache.generate`: answers a prompt greedily within its request, and says what was restored and stored."""
+"""`PrefixCache.generate`: transformers' own `generate`, which goes on from restored tokens."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
 
-from kvtier.adapters.decoding import decode_greedily, last_full_block
+from kvtier.adapters.generate_call import Rows
+from kvtier.adapters.prefill import last_full_block, prefill, without_wrapper
 from kvtier.adapters.prefix_request import PrefixRequest
-from kvtier.errors import ConfigError
+from kvtier.adapters.recording_cache import CachedSequence, RecordingCache
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One answer, as `PrefixCache.generate` returns it.
+    """What `PrefixCache.generate` returns: the output of `model.generate`, and where the prompt's KV came from.
+
+    It can be used in place of the output: it is indexed and iterated like it, and has its attributes.
 
     Attributes:
-        sequences: prompt and new tokens, shape (1, tokens).
-        num_prompt_tokens: tokens of the prompt.
-        restored_tokens: tokens of the prompt that were restored, not computed.
+        output: what `model.generate` returned: a tensor, or a `ModelOutput` with `return_dict_in_generate`.
+        num_prompt_tokens: columns of the prompt, including padding.
+        restored_tokens: tokens of the prompts that were restored, not computed.
         sources: restored tokens per tier, by the tier's name; "primary" is host memory.
         splits: positions at which the prefill was split: the end of the restored prefix or, if nothing was restored,
             the last block boundary; empty for a prompt within one block.
-        stored_blocks: blocks of this request that are new in the primary tier.
+        stored_blocks: blocks of this call that are new in the primary tier.
         seconds_to_first_token: from the call to the choice of the first new token.
-        first_logits: shape (vocabulary,), the logits from which the first new token was chosen.
+        ran_without: why the model ran without restored tokens, for example "use_cache is False"; None if it did not.
     """
 
-    sequences: torch.Tensor
+    output: Any
     num_prompt_tokens: int
     restored_tokens: int
     sources: dict[str, int]
     splits: tuple[int, ...]
     stored_blocks: int
     seconds_to_first_token: float
-    first_logits: torch.Tensor
+    ran_without: str | None = None
+
+    @property
+    def sequences(self) -> torch.Tensor:
+        """Prompts and new tokens, shape (sequences, tokens)."""
+        sequences: torch.Tensor = sequences_of(self.output)
+        return sequences
 
     @property
     def new_token_ids(self) -> list[int]:
-        """The new tokens, with the end token if one ended the answer."""
+        """The new tokens of the first sequence, with the end token if one ended it."""
         return [int(token) for token in self.sequences[0, self.num_prompt_tokens :]]
 
+    def __getitem__(self, index: Any) -> Any:
+        return self.output[index]
 
-def generate(
-    model: Any,
-    request: PrefixRequest,
-    token_ids: list[int],
-    tokens_per_block: int,
-    max_new_tokens: int,
-    end_tokens: Collection[int],
-    started: float,
-) -> Generation:
-    """Restore a prompt's prefix, compute the rest, decode greedily, and store the new blocks.
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.output)
 
-    Args:
-        request: the prompt's, within its with statement.
-        started: `time.perf_counter()` from which the time to the first token counts.
+    def __len__(self) -> int:
+        return len(self.output)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "output":
+            raise AttributeError(name)
+        return getattr(self.output, name)
+
+
+def sequences_of(output: Any) -> torch.Tensor:
+    """Return the sequences in what `model.generate` returned."""
+    return output if isinstance(output, torch.Tensor) else output.sequences
+
+
+class FirstToken(StoppingCriteria):  # type: ignore[misc]  # transformers has no types
+    """Notes when the first new token was chosen. It stops nothing."""
+
+    def __init__(self) -> None:
+        self.chosen_at: float | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        if self.chosen_at is None:
+            int(input_ids[0, -1])  # a device may still be computing it
+            self.chosen_at = time.perf_counter()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+class Run:
+    """One call of `model.generate`."""
+
+    def __init__(self, model: Any, arguments: Mapping[str, Any], started: float) -> None:
+        """Prepare a call.
+
+        Args:
+            arguments: of the user, without the token ids.
+            started: `time.perf_counter()` from which the time to the first token counts.
+        """
+        self._model = model
+        self._started = started
+        self._first = FirstToken()
+        criteria = StoppingCriteriaList([*(arguments.get("stopping_criteria") or ()), self._first])
+        self._arguments = {**arguments, "stopping_criteria": criteria}
+
+    def without_cache(self, input_ids: torch.Tensor | None, reason: str) -> Generation:
+        """Generate as without kvtier."""
+        output = self._model.generate(input_ids, **self._arguments)
+        columns = 0 if input_ids is None else input_ids.shape[1]
+        return Generation(output, columns, 0, {}, (), 0, self._seconds(), reason)
+
+    def from_prefix(self, rows: Rows, requests: Sequence[PrefixRequest]) -> Generation:
+        """Restore what is stored of each row, generate, and store what is new.
+
+        Args:
+            requests: one per row, each within its with statement.
+        """
+        cache, column = _restore(rows, requests)
+        model = without_wrapper(self._model)
+        splits = (column,) if column else ()
+        boundary = last_full_block(rows.input_ids.shape[1], requests[0].opened.tokens_per_block)
+        if rows.padding == (0,) and boundary and not column:
+            # Without this, the first run of a prompt would round differently from those that restore it.
+            prefill(model, rows.input_ids, cache, boundary)
+            splits = (boundary,)
+        if rows.num_copies > 1:
+            cache.batch_repeat_interleave(rows.num_copies)
+        mask = {} if rows.attention_mask is None else {"attention_mask": rows.attention_mask}
+        output = model.generate(rows.input_ids, **{**self._arguments, **mask}, past_key_values=cache)
+        stored = 0
+        for row, request in enumerate(requests):
+            sequence = CachedSequence(cache, row * rows.num_copies, rows.padding[row])
+            stored += request.store_sequence(_held_tokens(rows, row, output, cache), sequence)
+        cache.stop_recording()
+        return Generation(
+            output=output,
+            num_prompt_tokens=rows.input_ids.shape[1],
+            restored_tokens=sum(request.restored_tokens for request in requests),
+            sources=dict(sum((Counter(request.sources) for request in requests), Counter())),
+            splits=splits,
+            stored_blocks=stored,
+            seconds_to_first_token=self._seconds(),
+        )
+
+    def _seconds(self) -> float:
+        return (self._first.chosen_at or time.perf_counter()) - self._started
+
+
+def _restore(rows: Rows, requests: Sequence[PrefixRequest]) -> tuple[RecordingCache, int]:
+    """Load each row's stored prefix; return a cache, and up to which column it is filled.
+
+    A cache has one length for all rows. So they are restored up to the column where the first of them needs computing.
     """
-    prompt = torch.tensor([token_ids], dtype=torch.long, device=model.device)
-    request.restore()
-    before = time.perf_counter() - started
-    split = request.restored_tokens or last_full_block(len(token_ids), tokens_per_block)
-    splits = (split,) if split else ()
-    decoded = decode_greedily(
-        model,
-        prompt,
-        request.past_key_values,
-        splits=splits,
-        max_new_tokens=max_new_tokens,
-        end_tokens=end_tokens,
-    )
-    new = torch.tensor([decoded.token_ids], dtype=prompt.dtype, device=prompt.device)
-    stored = request.store(token_ids + decoded.token_ids)
-    return Generation(
-        sequences=torch.cat([prompt, new], dim=1),
-        num_prompt_tokens=len(token_ids),
-        restored_tokens=request.restored_tokens,
-        sources=request.sources,
-        splits=splits,
-        stored_blocks=stored,
-        seconds_to_first_token=before + decoded.seconds_to_first,
-        first_logits=decoded.first_logits,
-    )
+    if rows.padding == (0,):
+        (request,) = requests
+        request.restore()
+        return request.past_key_values, request.restored_tokens
+    column = min(padding + request.find() for padding, request in zip(rows.padding, requests, strict=True))
+    loaded = [request.load(max(0, column - padding)) for padding, request in zip(rows.padding, requests, strict=True)]
+    opened = requests[-1].opened
+    size = opened.tokens_per_block
+    column = min(column, *(padding + num * size for padding, (_, num) in zip(rows.padding, loaded, strict=True)))
+    cache = RecordingCache(opened.model_config, opened.shape)
+    if column == 0:
+        return cache, 0
+    for padding, request in zip(rows.padding, requests, strict=True):
+        request.take_credit(max(0, column - padding))
+    for index, layer in enumerate(opened.shape.layers):
+        whole = []
+        for part, dim in enumerate((layer.key_dim, layer.value_dim)):
+            shape = (len(requests), layer.num_heads, column, dim)
+            tensor = torch.zeros(shape, dtype=layer.dtype, device=opened.shape.device)
+            for row, (padding, (builder, _)) in enumerate(zip(rows.padding, loaded, strict=True)):
+                if padding < column:
+                    tensor[row, :, padding:] = builder.tensors[index][part].flatten(1, 2)[:, : column - padding]
+            whole.append(tensor)
+        cache.restore(layer, *whole)
+    return cache, column
 
 
-def end_tokens_of(model: Any) -> Collection[int]:
-    """Return the end tokens of the model's generation settings, possibly none."""
-    settings = getattr(model, "generation_config", None)
-    ends = getattr(settings, "eos_token_id", None)
-    if ends is None:
-        return ()
-    return (ends,) if isinstance(ends, int) else tuple(ends)
-
-
-def check_end_tokens(value: Any) -> Collection[int]:
-    """Return `value` if it is a list, tuple or set of ints.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(token, int) for token in value):
-        raise ConfigError("end_tokens", value, "a list of token ids")
-    return value
+def _held_tokens(rows: Rows, row: int, output: Any, cache: RecordingCache) -> list[int]:
+    """Return a row's tokens whose KV is in the cache: with several sequences per row, those that all of them share."""
+    prompt = rows.token_ids(row)
+    if rows.num_copies > 1:
+        return prompt
+    sequence = sequences_of(output)[row].tolist()
+    tokens: list[int] = sequence[rows.padding[row] : cache.get_seq_length()]
+    if len(rows.padding) > 1:  # rows that ended earlier are filled up
+        while len(tokens) > len(prompt) and tokens[-1] == rows.pad_token_id:
+            tokens.pop()
+    return tokens

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvtier.abc import OffloadingManager, OffloadingWorker
-from kvtier.adapters.model_identity import CacheShape
+from kvtier.adapters.cache_shape import CacheShape
 from kvtier.adapters.model_watch import ModelIdentity
 from kvtier.adapters.staging import Staging
 from kvtier.events import TierState

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-import torch
-from transformers.cache_utils import DynamicLayer
-
-from kvtier.adapters.decoding import last_full_block
 from kvtier.adapters.opened_cache import POLL_SECONDS, OpenedCache
+from kvtier.adapters.prefill import last_full_block
 from kvtier.adapters.prompts import read_token_ids
+from kvtier.adapters.recording_cache import CachedSequence, RecordingCache
 from kvtier.adapters.staging import CacheBuilder
 from kvtier.adapters.token_blocks import chain_keys
 from kvtier.errors import BlockNotReadyError, ConfigError
@@ -56,49 +54,57 @@ class PrefixRequest:
     """Restores a prompt's stored prefix as a `DynamicCache`, from which the model can continue.
 
     Attributes:
-        past_key_values: a `DynamicCache` of the restored tokens, empty before `restore`.
+        past_key_values: a `DynamicCache` of the restored tokens, empty before `restore`. It keeps the KV of all tokens
+            until the request ends, also in layers with a sliding window.
         restored_tokens: number of restored tokens.
         sources: restored tokens per tier, by the tier's name; "primary" is host memory.
+        opened: what it shares with other requests.
     """
 
     def __init__(self, opened: OpenedCache, req_id: str, prompt: Prompt, hint: object = None) -> None:
         """Called by `PrefixCache.request`, not by users."""
-        self._opened = opened
+        self.opened = opened
         params = {HINT_KEY: hint} if hint is not None else None
         self._context = ReqContext(req_id, params, num_prompt_tokens=len(prompt.token_ids))
         self._prompt = prompt
         self._keys = self._keys_of(prompt.token_ids)
+        self._found: list[OffloadKey] | None = None
+        self._tiers: list[str] = []
         self._job_id = 0
         self.sources: dict[str, int] = {}
         self.restored_tokens = 0
-        self.past_key_values = CacheBuilder(opened.shape, opened.tokens_per_block, 0).build(opened.model_config, 0)
+        self.past_key_values = RecordingCache(opened.model_config, opened.shape)
+        if not prompt.has_keys:
+            self.past_key_values.stop_recording()
 
     def __enter__(self) -> Self:
-        with self._opened.lock:
-            if self._opened.is_open:
-                self._opened.manager.on_new_request(self._context)
+        with self.opened.lock:
+            if self.opened.is_open:
+                self.opened.manager.on_new_request(self._context)
                 self._note_positions(self._keys)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with self._opened.lock:
-            if self._opened.is_open:
-                self._opened.manager.on_request_finished(self._context)
-                self._opened.step()
+        with self.opened.lock:
+            if self.opened.is_open:
+                self.opened.manager.on_request_finished(self._context)
+                self.opened.step()
+        if isinstance(self.past_key_values, RecordingCache):
+            self.past_key_values.stop_recording()
 
     def _is_current(self) -> bool:
         """Return whether blocks may be restored and stored under the keys of this request."""
-        with self._opened.lock:
-            return self._opened.is_open and self._prompt.is_current()
+        with self.opened.lock:
+            return self.opened.is_open and self._prompt.is_current()
 
     def _keys_of(self, token_ids: Sequence[int]) -> list[OffloadKey]:
-        return chain_keys(token_ids, self._opened.tokens_per_block, self._prompt.root)
+        return chain_keys(token_ids, self.opened.tokens_per_block, self._prompt.root)
 
     def _note_positions(self, keys: Sequence[OffloadKey]) -> None:
         for index, key in enumerate(keys, start=1):
-            self._context.set_offload_key_position(key, index * self._opened.tokens_per_block)
+            self._context.set_offload_key_position(key, index * self.opened.tokens_per_block)
 
     # -- restore ------------------------------------------------------------------------------------------
 
@@ -107,53 +113,80 @@ class PrefixRequest:
 
         If the model has changed since the request was made, nothing is restored.
         """
-        opened, tokens_per_block = self._opened, self._opened.tokens_per_block
-        if not self._is_current():
-            return
-        restorable = last_full_block(len(self._prompt.token_ids), tokens_per_block) // tokens_per_block
-        found, tiers = self._find(self._keys[:restorable])
-        builder = CacheBuilder(opened.shape, tokens_per_block, len(found))
-        num_loaded = self._load(found, builder)
-        self.past_key_values = builder.build(opened.model_config, num_loaded)
-        self.restored_tokens = num_loaded * tokens_per_block
-        self.sources = {tier: count * tokens_per_block for tier, count in Counter(tiers[:num_loaded]).items()}
+        self._found = None
+        builder, num_loaded = self.load(self.find())
+        self.past_key_values = builder.build(self.opened.model_config, num_loaded)
+        self.take_credit(num_loaded * self.opened.tokens_per_block)
 
-    def _find(self, keys: list[OffloadKey]) -> tuple[list[OffloadKey], list[str]]:
-        """Wait until no promotion is pending; return the longest ready head of `keys`, and each key's tier."""
-        manager = self._opened.manager
-        while True:
-            with self._opened.lock:
-                if not self._opened.is_open:
-                    return [], []
-                answers = [manager.lookup(key, self._context) for key in keys]
-                end = next((i for i, answer in enumerate(answers) if answer is LookupResult.MISS), len(keys))
-                keys = keys[:end]
-                waiting = any(answer in _WAITING for answer in answers[:end])
-                self._opened.step()
-                if not waiting:
-                    return keys, [manager.get_load_source(key, self._context) for key in keys]
-            time.sleep(POLL_SECONDS)  # restore() blocks its caller; the manager's deadline bounds the wait
+    def find(self) -> int:
+        """Wait until no promotion is pending; return how many tokens of the prompt can be loaded."""
+        while not self.look_up():
+            time.sleep(POLL_SECONDS)  # the caller has asked to wait; the manager's deadline bounds it
+        return self.found_tokens
+
+    def look_up(self) -> bool:
+        """Look up the prompt's blocks and start to promote them; return whether no promotion is pending any more.
+
+        Called again, it goes on with the blocks that were found before.
+        """
+        tokens_per_block = self.opened.tokens_per_block
+        manager = self.opened.manager
+        with self.opened.lock:
+            if self._found is None:
+                restorable = last_full_block(len(self._prompt.token_ids), tokens_per_block)
+                self._found = self._keys[: restorable // tokens_per_block] if self._is_current() else []
+            if not self._found or not self.opened.is_open:
+                self._found, self._tiers = [], []
+                return True
+            answers = [manager.lookup(key, self._context) for key in self._found]
+            end = next((i for i, answer in enumerate(answers) if answer is LookupResult.MISS), len(answers))
+            self._found = self._found[:end]
+            self.opened.step()
+            if any(answer in _WAITING for answer in answers[:end]):
+                return False
+            self._tiers = [manager.get_load_source(key, self._context) for key in self._found]
+            return True
+
+    @property
+    def found_tokens(self) -> int:
+        """Tokens of the prompt that can be loaded, if no promotion is pending."""
+        return len(self._found or ()) * self.opened.tokens_per_block
+
+    def load(self, num_tokens: int) -> tuple[CacheBuilder, int]:
+        """Load the blocks of the first `num_tokens` tokens, all of which were found; return how many blocks came."""
+        keys = (self._found or [])[: -(-num_tokens // self.opened.tokens_per_block)]
+        builder = CacheBuilder(self.opened.shape, self.opened.tokens_per_block, len(keys))
+        return builder, self._load(keys, builder)
+
+    def take_credit(self, num_tokens: int) -> None:
+        """Note that the first `num_tokens` tokens need not be computed."""
+        size = self.opened.tokens_per_block
+        self.restored_tokens = num_tokens
+        counts: Counter[str] = Counter()
+        for index, tier in enumerate(self._tiers[: -(-num_tokens // size)]):
+            counts[tier] += min(size, num_tokens - index * size)
+        self.sources = dict(counts)
 
     def _load(self, keys: list[OffloadKey], builder: CacheBuilder) -> int:
         """Copy blocks to the builder, window by window; return how many were copied before the first failure."""
         loaded = 0
         for window in self._windows(keys):
-            with self._opened.lock:
-                if not self._opened.is_open or not self._load_window(window):
+            with self.opened.lock:
+                if not self.opened.is_open or not self._load_window(window):
                     break
-                builder.take(self._opened.staging, loaded, len(window))
+                builder.take(self.opened.staging, loaded, len(window))
             loaded += len(window)
         return loaded
 
     def _load_window(self, keys: list[OffloadKey]) -> bool:
         try:
-            slots = self._opened.manager.prepare_load(keys, self._context)
+            slots = self.opened.manager.prepare_load(keys, self._context)
         except BlockNotReadyError:  # another request has evicted a block since the lookup
             return False
         try:
             return self._transfer(len(keys), slots, is_load=True)
         finally:
-            self._opened.manager.complete_load(keys, self._context)
+            self.opened.manager.complete_load(keys, self._context)
 
     # -- store --------------------------------------------------------------------------------------------
 
@@ -183,6 +216,14 @@ class PrefixRequest:
             raise ConfigError("sequence", f"{len(checked)} tokens", allowed)
         return self.store_blocks(self._keys_of(checked[:held]))
 
+    def store_sequence(self, token_ids: Sequence[int], sequence: CachedSequence) -> int:
+        """Store the blocks of `token_ids`, which begin with the prompt, from a cache; return the number of new ones.
+
+        Args:
+            token_ids: the KV of all of them is in `sequence`.
+        """
+        return self._store(self._keys_of(token_ids), sequence) if self._prompt.has_keys else 0
+
     def store_blocks(self, keys: list[OffloadKey]) -> int:
         """Store blocks of `past_key_values` under the caller's own keys; return the number of new blocks.
 
@@ -194,25 +235,32 @@ class PrefixRequest:
         Raises:
             ConfigError: `past_key_values` is not a cache of one sequence, or holds fewer tokens.
         """
-        self._check_cache(len(keys) * self._opened.tokens_per_block)
-        if not self._is_current() or not self._has_shape():
+        self._check_cache(len(keys) * self.opened.tokens_per_block)
+        return self._store(keys, CachedSequence(self.past_key_values))
+
+    def _store(self, keys: list[OffloadKey], sequence: CachedSequence) -> int:
+        if not self._is_current() or not self._has_shape(sequence):
             return 0
         position = {key: index for index, key in enumerate(keys)}
         self._note_positions(keys)
         stored = 0
-        for window in self._windows(keys):
-            with self._opened.lock:
-                new = self._store_window(window, position) if self._opened.is_open else None
+        # Of blocks before it, layers with a window hold too little; the tiers have them.
+        first_block = -(-sequence.first_token(self.opened.shape) // self.opened.tokens_per_block)
+        for window in self._windows(keys[first_block:]):
+            with self.opened.lock:
+                new = self._store_window(window, position, sequence) if self.opened.is_open else None
             if new is None:
                 break
             if new:
-                self._opened.settle(STORE_PATIENCE_SECONDS)
+                self.opened.settle(STORE_PATIENCE_SECONDS)
                 stored += new
         return stored
 
-    def _store_window(self, keys: list[OffloadKey], position: dict[OffloadKey, int]) -> int | None:
+    def _store_window(
+        self, keys: list[OffloadKey], position: dict[OffloadKey, int], sequence: CachedSequence
+    ) -> int | None:
         """Store the new blocks of a window; return their number, or None if the primary tier has no room for any."""
-        output = self._opened.manager.prepare_store(keys, self._context)
+        output = self.opened.manager.prepare_store(keys, self._context)
         if output is None:
             return None
         new = output.keys_to_store
@@ -220,41 +268,46 @@ class PrefixRequest:
             return 0
         done = False
         try:
-            self._opened.staging.fill(self.past_key_values, [position[key] for key in new])
+            self.opened.staging.fill(sequence, [position[key] for key in new])
             done = self._transfer(len(new), output.store_spec, is_load=False)
         finally:
-            self._opened.manager.complete_store(new, self._context, success=done)
+            self.opened.manager.complete_store(new, self._context, success=done)
         return len(new) if done else 0
 
     def _check_cache(self, num_tokens: int) -> None:
-        layers = getattr(self.past_key_values, "layers", ())
-        if len(layers) != self._opened.shape.num_layers or any(type(layer) is not DynamicLayer for layer in layers):
-            allowed = f"the request's own DynamicCache expected, not {type(self.past_key_values).__name__}"
-            raise ConfigError("past_key_values", self.past_key_values, allowed)
-        for layer in layers if num_tokens else ():
-            found = tuple(layer.keys.shape) if layer.is_initialized else ()
-            if not found or found[0] != 1 or found[2] < num_tokens:
+        cache, shape = self.past_key_values, self.opened.shape
+        layers = getattr(cache, "layers", ())
+        if len(layers) <= shape.layers[-1].index or (shape.has_windows and not isinstance(cache, RecordingCache)):
+            allowed = f"the request's own cache expected, not {type(cache).__name__}"
+            raise ConfigError("past_key_values", cache, allowed)
+        for layer in shape.layers if num_tokens else ():
+            held = layers[layer.index]
+            found = tuple(held.keys.shape) if held.is_initialized else ()
+            if not found or found[0] != 1 or held.get_seq_length() < num_tokens:
                 allowed = f"KV of one sequence of at least {num_tokens} tokens expected, not of shape {found}"
-                raise ConfigError("past_key_values", self.past_key_values, allowed)
+                raise ConfigError("past_key_values", cache, allowed)
 
-    def _has_shape(self) -> bool:
+    def _has_shape(self, sequence: CachedSequence) -> bool:
         """Return whether the KV has the tiers' shape and type; under autocast, for example, it has another type."""
-        shape = self._opened.shape
-        key = (1, shape.num_heads, shape.key_dim, shape.dtype, shape.device)
-        value = (1, shape.num_heads, shape.value_dim, shape.dtype, shape.device)
-        return all(
-            _form(layer.keys) == key and _form(layer.values) == value
-            for layer in self.past_key_values.layers
-            if layer.is_initialized
-        )
+        for layer in self.opened.shape.layers:
+            held = sequence.cache.layers[layer.index]
+            if not held.is_initialized or (layer.window is not None and not sequence.cache.has_recorded(layer)):
+                return False
+            dims = (held.keys.shape[1], held.keys.shape[3], held.values.shape[3])
+            kinds = {held.keys.dtype, held.values.dtype}, {held.keys.device, held.values.device}
+            if dims != (layer.num_heads, layer.key_dim, layer.value_dim):
+                return False
+            if kinds != ({layer.dtype}, {self.opened.shape.device}):
+                return False
+        return True
 
     def _windows(self, keys: list[OffloadKey]) -> Iterator[list[OffloadKey]]:
-        size = self._opened.staging.num_blocks
+        size = self.opened.staging.num_blocks
         return (keys[start : start + size] for start in range(0, len(keys), size))
 
     def _transfer(self, num_blocks: int, slots: Any, is_load: bool) -> bool:
         """Copy the first `num_blocks` pages of the staging area to or from slots; return whether that succeeded."""
-        worker, pages = self._opened.worker, GPULoadStoreSpec(range(num_blocks))
+        worker, pages = self.opened.worker, GPULoadStoreSpec(range(num_blocks))
         self._job_id += 1
         started = (
             worker.submit_load(self._job_id, slots, pages)
@@ -265,7 +318,3 @@ class PrefixRequest:
             return False
         worker.wait({self._job_id})
         return all(result.success for result in worker.get_finished())
-
-
-def _form(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return (tensor.shape[0], tensor.shape[1], tensor.shape[3], tensor.dtype, tensor.device)

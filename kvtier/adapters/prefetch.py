@@ -1,0 +1,39 @@
+"""Brings prompts' blocks into host memory while their callers do other things."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from kvtier.adapters.prefix_request import PrefixRequest
+from kvtier.log import logger
+
+
+class Prefetcher:
+    """Starts promotions at once, and steps the manager on a thread until they have ended."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "kvtier-prefetch")  # starts its thread when there is something to wait for
+
+    def start(self, request: PrefixRequest) -> Future[int]:
+        """Look a prompt up, which starts its promotion, and return a future of its tokens in host memory."""
+        request.__enter__()
+        if not request.look_up():
+            return self._thread.submit(_wait, request)
+        found: Future[int] = Future()
+        request.__exit__(None, None, None)
+        found.set_result(request.found_tokens)
+        return found
+
+    def close(self) -> None:
+        """Wait for the thread; the cache must be closed already, so that nothing is waited for any more."""
+        self._thread.shutdown(cancel_futures=True)
+
+
+def _wait(request: PrefixRequest) -> int:
+    try:
+        return request.find()
+    except Exception:
+        logger.exception("kvtier: a prefetch failed")
+        raise
+    finally:
+        request.__exit__(None, None, None)
