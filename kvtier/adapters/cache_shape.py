@@ -18,6 +18,9 @@ from kvtier.errors import ConfigError
 ROPE_BY_LENGTH = frozenset({"dynamic", "longrope"})
 """Rotary embeddings whose angles depend on the prompt's length: the same prefix has other KV in a longer prompt."""
 
+_QUANTIZES_PASSES = "torch.ao.nn.quantized"
+"""Layers that scale activations by the largest one of a forward pass: another split gives other results."""
+
 _RESTORABLE = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
 """Kinds of layers whose KV can be restored. The last kind keeps nothing: it uses another layer's KV, or none."""
 
@@ -112,6 +115,11 @@ def _check_model(model: Any) -> None:
         raise ConfigError("model", kind, "a decoder-only causal language model expected")
     if model.training:
         raise ConfigError("model.training", True, "false expected: call model.eval() first")
+    if any(type(module).__module__.startswith(_QUANTIZES_PASSES) for module in model.modules()):
+        allowed = (
+            "layers that quantize each token by itself expected: of torch's, a token's KV depends on those beside it"
+        )
+        raise ConfigError("model", kind, allowed)
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         plain_parts(name, tensor)
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
