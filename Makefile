@@ -126,9 +126,10 @@ test-gpu:
 	PYTHONPATH=. $(GPU_PYTHON) -m pytest tests/adapters/test_torch_worker.py
 	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py --json gpu.json
 
-# FUSE for failing disks, network namespaces for lost hosts, certificates for TLS, a browser for reports, and Azure's emulator.
+# FUSE for failing disks, network namespaces for lost hosts, certificates for TLS, a browser for reports, promtool and systemd-analyze for the
+# files of deploy/, and Azure's emulator.
 # A browser or npm from elsewhere will do: Debian's may exclude them.
-SYSTEM_PACKAGES := fuse3 iproute2 openssl ca-certificates libibverbs1 librdmacm1 libnuma1
+SYSTEM_PACKAGES := fuse3 iproute2 openssl ca-certificates libibverbs1 librdmacm1 libnuma1 prometheus systemd
 system-packages:
 	@run() { if [ "$$(id -u)" = 0 ]; then env "$$@"; else sudo env "$$@"; fi; }; \
 	packages="$(SYSTEM_PACKAGES)"; \

@@ -136,7 +136,13 @@ def combinations() -> str:
     return "\n".join(["| models and options of vLLM | with kvtier |", "|---|---|", *lines, ""])
 
 
+def alerts() -> str:
+    """Return the rules for Prometheus, which stand in a file of their own."""
+    return f"```yaml\n{(DOCS.parent / 'deploy' / 'prometheus' / 'alerts.yml').read_text()}```\n"
+
+
 MAKERS = {
+    "alerts": alerts,
     "metrics": metrics,
     "combinations": combinations,
     "names of vLLM": names_of_vllm,
