@@ -87,8 +87,8 @@ def test_the_manifests():
 
 def test_the_unit(tmp_path):
     analyze = need_program("systemd-analyze")
-    text = (DEPLOY / "systemd" / "vllm-kvtier.service").read_text()
-    unit = tmp_path / "vllm-kvtier.service"
+    text = (DEPLOY / "systemd" / "vllm.service").read_text()
+    unit = tmp_path / "vllm.service"
     unit.write_text(text.replace("/opt/vllm/bin/vllm", sys.executable))  # a program that is there
     run(analyze, "verify", "--man=no", unit)
 

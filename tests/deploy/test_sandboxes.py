@@ -8,7 +8,7 @@ import pytest
 from requirements import need_mounts, need_users
 from sandbox import run_in_sandbox
 
-UNIT = Path(__file__).parents[2] / "deploy" / "systemd" / "vllm-kvtier.service"
+UNIT = Path(__file__).parents[2] / "deploy" / "systemd" / "vllm.service"
 
 PROTECT = """
 set -e
