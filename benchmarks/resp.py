@@ -42,6 +42,7 @@ from kvtier.stores.resp.store import RespStore
 from kvtier.testing.stores import make_key
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "servers"))
+from resp_peers import measure_peers, report_peers
 from valkey_server import ValkeyServer
 
 TARGET_RATIO = 0.8
@@ -49,6 +50,7 @@ TARGET_FROM_BYTES = 512 * 1024
 TARGET_PROBE_MILLISECONDS = 30.0
 PROBED_KEYS = 8192
 SLICE_BYTES = 8 << 20
+PEER_KIBIBYTES = (128, 512, 2048)
 Sample = dict[str, float]
 Move = Callable[[range], Any]
 """Moves the blocks with these numbers."""
@@ -274,10 +276,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one round of less data")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--peer", action="store_true", help="the whole tier beside LMCache's client instead")
+    parser.add_argument("--connections", type=int, help="of the tier, with --peer; its default otherwise")
     options = parser.parse_args()
-    sizes = [size * 1024 for size in (128, 512, 2048, 8192)]
-    figures = measure(sizes, (16 if options.quick else 128) << 20, 1 if options.quick else options.rounds)
-    report(figures)
+    total_bytes, rounds = (16 if options.quick else 128) << 20, 1 if options.quick else options.rounds
+    if options.peer:
+        figures = measure_peers([size * 1024 for size in PEER_KIBIBYTES], 2 * total_bytes, rounds, options.connections)
+        report_peers(figures)
+    else:
+        figures = measure([size * 1024 for size in (*PEER_KIBIBYTES, 8192)], total_bytes, rounds)
+        report(figures)
     if options.json is not None:
         options.json.write_text(json.dumps(figures, indent=1))
 

@@ -233,7 +233,9 @@ class _PlainOpenStream(OpenStream):
         self._checksum = sealer.checksum()
 
     def note(self, piece: memoryview, /) -> None:
-        self._checksum.update(piece)
+        step = _HELD_BYTES if piece.nbytes <= _MOST_HELD_BYTES else piece.nbytes
+        for start in range(0, piece.nbytes, step):
+            self._checksum.update(piece[start : start + step])
 
     def room(self, start: int, stop: int) -> memoryview:
         return self._buffer[start:stop]

@@ -20,13 +20,13 @@ connection is closed."""
 _NO_PAYLOAD = memoryview(b"")
 _GROUP = 32
 """Keys per EXISTS command, which returns the number of existing ones."""
-_AHEAD_BYTES = 512 * 1024
-"""Bytes that are requested ahead of what is received: enough to keep a connection busy, and little server memory."""
-_SENT_BYTES = 256 * 1024
-"""Bytes of payloads per send call."""
-_LATE_BYTES = 256 * 1024
-"""The next block is requested when this much of a large block is still to be received: the server prepares its reply
-meanwhile."""
+_BATCH_BYTES = 512 * 1024
+"""Bytes of small payloads that are sent together, or requested ahead: half of a usual L2 cache. It is also what a load
+may take of the server's memory, twice per connection, unless a block is larger."""
+_MIN_SENT_BLOCKS = 4
+"""Blocks that are sent together, if they are large: a payload evicts the interpreter from the processor's cache."""
+_MIN_REPLY_BYTES = len(b"+OK\r\n")
+"""No reply to a SET is shorter."""
 _MAX_INFO_BYTES = 32 * 1024
 """Most bytes of an INFO section, which usually has 2 KiB."""
 _ASKING = b"*1\r\n$6\r\nASKING\r\n"
@@ -81,7 +81,6 @@ class Exchanges:
         self._block_bytes = block_bytes
         self._value_bytes = HEADER_BYTES + block_bytes
         self._value_line = b"$%d\r\n" % self._value_bytes
-        self._ahead = max(1, _AHEAD_BYTES // block_bytes)
         if ttl_milliseconds is None:
             self._set, self._set_end = b"*3\r\n$3\r\nSET\r\n", b"\r\n"
         else:
@@ -96,55 +95,55 @@ class Exchanges:
     def write(self, wire: Wire, requests: Sequence[Request]) -> None:
         """SET every block: first its payload, plain or encrypted, then its header. A plain payload is not copied.
 
-        A piece is added to the checksum after it was sent: the send has brought it into the processor's cache, and the
-        server works meanwhile. The command before a large payload is sent separately: the server allocates the value
-        while the first piece is on its way.
+        A batch is sealed and then sent in one call: after each call this thread waits for the interpreter lock, and
+        runs with a cold cache.
         """
-        heads = [self._set_head(request) for request in requests]  # payloads will evict this code and data from caches
-        pieces: list[bytes | memoryview] = []
-        gathered = 0
-        for head, request in zip(heads, requests, strict=True):
-            pieces.append(head)
-            payload_bytes = request.buffer.nbytes
-            if payload_bytes >= _SENT_BYTES:
-                wire.send(pieces)
-                pieces, gathered = [], 0
-            stream = self._sealer.seal_stream(request.key, payload_bytes)
-            for start in range(0, payload_bytes, _SENT_BYTES):
-                piece = request.buffer[start : start + _SENT_BYTES]
-                pieces.append(stream.take(piece))
-                gathered += piece.nbytes
-                if gathered >= _SENT_BYTES:
-                    wire.send(pieces)
-                    pieces, gathered = [], 0
-                stream.note(piece)
-            pieces.append(stream.header() + self._set_end)
-        wire.send(pieces)
+        for batch in self._batches(requests, _MIN_SENT_BLOCKS, self._sealer.most_sealed(self._block_bytes)):
+            payloads, headers = self._sealer.seal([each.key for each in batch], [each.buffer for each in batch])
+            pieces: list[bytes | memoryview] = []
+            for request, payload, header in zip(batch, payloads, headers, strict=True):
+                pieces += self._set_head(request), payload, header + self._set_end
+            wire.send(pieces)
+        wire.await_bytes(len(requests) * _MIN_REPLY_BYTES)
         for request in requests:
             line = _status(wire, request)
             request.reply = Refused.parse(line[1:]) if line[:1] == b"-" else _expect(line, b"+OK")
 
     def read(self, wire: Wire, requests: Sequence[Request]) -> None:
-        """GET every block into its buffer, and verify it in place."""
-        gets = [_packed(b"*2\r\n$3\r\nGET\r\n", [request]) for request in requests]
-        wire.send([b"".join(gets[: self._ahead])])
-        most = len(self._value_line)
-        for number, request in enumerate(requests):
-            line = _status(wire, request, most)
-            payload_bytes = self._payload_bytes(line)
-            late = max(0, payload_bytes - _LATE_BYTES)
-            payload = request.buffer[:payload_bytes]
-            stream = self._sealer.open_stream(request.key, payload)
-            if late:
-                wire.fill(stream.room(0, late), stream.note)
-            if number + self._ahead < len(requests):
-                wire.send([gets[number + self._ahead]])
-            if payload_bytes:
-                wire.fill(stream.room(late, payload_bytes), stream.note, HEADER_BYTES + 2)
-                request.reply = _verified(stream.verify(wire.take(HEADER_BYTES, 0)))
-                request.buffer = payload
-            else:
-                self._note_no_value(wire, request, line)
+        """GET every block into its buffer, and verify it in place.
+
+        A batch is requested while the one before it arrives: the connection stays busy, and takes little of the
+        server's memory.
+        """
+        batches = self._batches(requests, 1)
+        asked = [_packed(b"*2\r\n$3\r\nGET\r\n", batch) for batch in batches]
+        wire.send(asked[:1])
+        for number, batch in enumerate(batches, start=1):
+            if number < len(batches):
+                wire.send([asked[number]])
+            for request in batch:
+                self._receive(wire, request)
+
+    def _receive(self, wire: Wire, request: Request) -> None:
+        """Receive the reply to a GET, and verify the block."""
+        line = _status(wire, request, len(self._value_line))
+        payload_bytes = self._payload_bytes(line)
+        if not payload_bytes:
+            self._note_no_value(wire, request, line)
+            return
+        payload = request.buffer[:payload_bytes]
+        stream = self._sealer.open_stream(request.key, payload)
+        room = stream.room(0, payload_bytes)
+        wire.fill(room, HEADER_BYTES + 2)
+        stream.note(room)
+        request.reply = _verified(stream.verify(wire.take(HEADER_BYTES, 0)))
+        request.buffer = payload
+
+    def _batches(self, requests: Sequence[Request], least: int, most: int | None = None) -> list[Sequence[Request]]:
+        """Cut requests into batches of `_BATCH_BYTES`, of at least `least` and at most `most` blocks."""
+        step = max(least, _BATCH_BYTES // self._block_bytes)
+        step = step if most is None else min(step, most)
+        return [requests[start : start + step] for start in range(0, len(requests), step)]
 
     def find(self, wire: Wire, requests: Sequence[Request]) -> None:
         """Ask with one EXISTS per block whether it exists."""

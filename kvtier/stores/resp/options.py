@@ -100,7 +100,7 @@ class RespOptions(CompressedOptions, frozen=True, forbid_unknown_fields=True, kw
             " policy decides"
         ),
     ] = None
-    connections: Annotated[int, msgspec.Meta(ge=1, le=64, description="parallel connections to each server")] = 4
+    connections: Annotated[int, msgspec.Meta(ge=1, le=64, description="parallel connections to each server")] = 8
     connect_timeout: Annotated[float, _Seconds, msgspec.Meta(description="seconds to connect")] = 1.0
     timeout: Annotated[
         float,

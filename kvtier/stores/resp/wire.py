@@ -8,7 +8,7 @@ from __future__ import annotations
 import ssl
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from socket import MSG_WAITALL, SO_RCVTIMEO, SO_SNDTIMEO, SOL_SOCKET, socket
 from typing import NamedTuple
@@ -18,8 +18,6 @@ from kvtier.foreign_text import first_line
 
 BUFFER_BYTES = 64 * 1024
 """Bytes per receive call for replies other than payloads."""
-PIECE_BYTES = 512 * 1024
-"""Bytes of a payload per receive call. A piece is added to the checksum while it is in the processor's L2 cache."""
 _TIMEVAL = struct.Struct("@ll")
 _MAX_LINE_BYTES = 8 * 1024
 _MAX_DIGITS = 20
@@ -154,27 +152,28 @@ class Wire:
                 answers.append(self._flag(self.line()))
         return answers
 
-    def fill(self, view: memoryview, note: Callable[[memoryview], None], behind: int = 0) -> None:
+    def fill(self, view: memoryview, behind: int = 0) -> None:
         """Fill the view with the next bytes.
 
         Args:
-            note: called with each piece as it arrives, while it is in the processor's cache.
-            behind: number of bytes that will certainly follow; they are received together with the last piece, for
-                `take`, which saves a system call.
+            behind: number of bytes that will certainly follow; they are received in the same call, for `take`, which
+                saves a system call.
         """
         done = min(view.nbytes, self._end - self._start)
         if done:
             view[:done] = self._memory[self._start : self._start + done]
             self._start += done
-            note(view[:done])
         while done < view.nbytes:
-            piece = view[done : done + PIECE_BYTES]
-            if behind and self._scatters and done + piece.nbytes == view.nbytes:
-                received = self._receive_with_line(piece, behind)
+            if behind and self._scatters:
+                done += self._receive_with_line(view[done:], behind)
             else:
-                received = self._receive(piece, self._whole)
-            note(piece[:received])
-            done += received
+                done += self._receive(view[done:], self._whole)
+
+    def await_bytes(self, count: int) -> None:
+        """Receive as many bytes as are missing to `count`, which will certainly arrive, in one call if possible."""
+        missing = count - (self._end - self._start)
+        if missing > 0:
+            self._receive_line(missing, self._whole)
 
     def take(self, count: int, most_after: int) -> bytes:
         """Return the next `count` bytes, and drop the line end after them.
@@ -234,14 +233,14 @@ class Wire:
         self._start, self._end = 0, max(0, received - view.nbytes)
         return min(received, view.nbytes)
 
-    def _receive_line(self, most: int) -> None:
+    def _receive_line(self, most: int, flags: int = 0) -> None:
         if self._start == self._end:
             self._start = self._end = 0
         elif self._end + most > BUFFER_BYTES:
             held = self._end - self._start
             self._memory[:held] = bytes(self._memory[self._start : self._end])
             self._start, self._end = 0, held
-        self._end += self._receive(self._memory[self._end : self._end + most])
+        self._end += self._receive(self._memory[self._end : self._end + most], flags)
 
     def _receive(self, view: memoryview, flags: int = 0) -> int:
         """Receive at least one byte into the view."""
