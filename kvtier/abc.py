@@ -321,6 +321,8 @@ class SecondaryTierManager(ABC):
             current namespace and epoch. For other tiers the manager keeps digests, and loads only blocks whose digest
             it knows.
         persistent: True if the tier may have blocks of earlier engines. Requests then wait a moment while it opens.
+        joins_stores: True if one store job may have blocks of several requests, as `JobMetadata.shares` says. The
+            blocks whose copies from the device end in one step are then one job.
         probe_deadline: longest that a request waits while `lookup` answers RETRY, in seconds. The manager waits longer
             before the tier's first answer, and shorter after waits in vain. A configuration may set another value.
     """
@@ -329,6 +331,7 @@ class SecondaryTierManager(ABC):
     locality: ClassVar[Locality | None] = None
     verifies_payloads: ClassVar[bool] = False
     persistent: ClassVar[bool] = False
+    joins_stores: ClassVar[bool] = False
     probe_deadline: ClassVar[float] = 0.25
 
     @classmethod

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from itertools import islice
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -224,7 +225,9 @@ class JobMetadata:
         keys: the blocks, in prefix order.
         block_ids: int32 array of shape (len(keys),): slots of the primary arena.
         is_promotion: True to copy from the tier to the slots, False to copy from the slots to the tier.
-        req_context: the request that caused it.
+        req_context: the request that caused it; the first one, if there are `shares`.
+        shares: each request and the number of its blocks, in the order of `keys`, if a store has blocks of several
+            requests. Only tiers that set `joins_stores` get such jobs.
     """
 
     job_id: int
@@ -232,6 +235,13 @@ class JobMetadata:
     block_ids: BlockIds
     is_promotion: bool
     req_context: ReqContext
+    shares: Sequence[tuple[ReqContext, int]] = ()
+
+    def by_request(self) -> Iterator[tuple[ReqContext, list[OffloadKey]]]:
+        """Yield each request with its keys, in order."""
+        keys = iter(self.keys)
+        for req_context, count in self.shares or ((self.req_context, len(self.keys)),):
+            yield req_context, list(islice(keys, count))
 
 
 @dataclass

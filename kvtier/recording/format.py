@@ -47,6 +47,7 @@ class RecordedTier(msgspec.Struct, frozen=True):
     admission: str
     policy: str
     probe_deadline: float | None = None
+    joins_stores: bool = False
 
 
 class Header(msgspec.Struct, frozen=True):

@@ -23,7 +23,7 @@ class Job:
     The guard in `tiering/` keeps one per job, a striped tier another one, and a tier over a store a `MovingJob`.
 
     Attributes:
-        job_id, keys, is_promotion, req_context: as in `JobMetadata`.
+        job_id, keys, is_promotion, req_context, shares: as in `JobMetadata`.
         slots: of the primary arena; only the guard's jobs have them.
         submitted: time of the clock.
         num_left: blocks without an answer.
@@ -42,11 +42,12 @@ class Job:
     successful: Collection[OffloadKey] = ()
     num_bytes: int = 0
     is_cancelled: bool = False
+    shares: Sequence[tuple[ReqContext, int]] = ()
 
     def as_metadata(self) -> JobMetadata:
         """Return the job for a tier. Keys and slots are copies, because a tier may change them."""
         slots = np.array(self.slots, dtype=np.int32)
-        return JobMetadata(self.job_id, list(self.keys), slots, self.is_promotion, self.req_context)
+        return JobMetadata(self.job_id, list(self.keys), slots, self.is_promotion, self.req_context, self.shares)
 
     def result(self, now: float) -> JobResult:
         """Return the result of the job, whose blocks must all be answered."""

@@ -16,7 +16,7 @@ from kvtier.executors.base import Report
 from kvtier.executors.protocol import IndexBatch, IndexEnd, PartResult, Prepared, Ready, Slots
 from kvtier.keys import OffloadKey
 from kvtier.primary.retention import Retention, num_kept
-from kvtier.primary.table import BlockTable
+from kvtier.primary.table import BlockTable, Placement
 from kvtier.primary.uses import TierUses
 from kvtier.secondary.jobs import MovingJob
 from kvtier.secondary.settings import TierSettings
@@ -174,27 +174,39 @@ class SlottedTierManager(StoreTierManager):
         if table is None:
             self._ledger.refuse(metadata, FailureCause.TIER_DOWN)
             return None
+        moving: list[OffloadKey] = []
+        slots: list[int] = []
+        here: list[OffloadKey] = []
+        num_left_out = 0
         try:
-            placement = self._uses.plan_store(table, metadata.keys, metadata.req_context)
+            for context, keys in metadata.by_request():
+                placement = self._plan_store(table, keys, context)
+                if len(placement.keys) + placement.num_left_out < len(keys):
+                    held = [key for key in keys if table.is_ready(key)]
+                    self._uses.touch(table, held, context)
+                    here += held
+                slots += self._uses.store(table, keys, placement, context)
+                moving += placement.keys
+                num_left_out += placement.num_left_out
+                if placement.victims:
+                    self._say_evicted(placement.victims)
         except KeyFormatError:  # keys of another length than those in the index
+            table.discard(moving, slots)
             self._ledger.refuse(metadata, FailureCause.CANCELLED)
             return None
-        if self.context.clock() < self._full_until:
-            self._free_used_slots(table, len(placement.keys), metadata.keys)
-            placement = self._uses.plan_store(table, metadata.keys, metadata.req_context)
-        here: list[OffloadKey] = []
-        if len(placement.keys) + placement.num_left_out < len(metadata.keys):
-            here = [key for key in metadata.keys if table.is_ready(key)]
-            self._uses.touch(table, here, metadata.req_context)
-        slots = self._uses.store(table, metadata.keys, placement, metadata.req_context)
-        if placement.victims:
-            self._say_evicted(placement.victims)
         arena_slots: Slots = metadata.block_ids
-        if len(placement.keys) < len(arena_slots):
+        if len(moving) < len(arena_slots):
             arena_slot_of = dict(zip(metadata.keys, metadata.block_ids.tolist(), strict=True))
-            arena_slots = [arena_slot_of[key] for key in placement.keys]
-        left_out = {FailureCause.NO_SPACE: placement.num_left_out} if placement.num_left_out else {}
-        return self._ledger.open(metadata, placement.keys, arena_slots, slots, here, left_out)
+            arena_slots = [arena_slot_of[key] for key in moving]
+        left_out = {FailureCause.NO_SPACE: num_left_out} if num_left_out else {}
+        return self._ledger.open(metadata, moving, arena_slots, slots, here, left_out)
+
+    def _plan_store(self, table: BlockTable, keys: list[OffloadKey], context: ReqContext) -> Placement:
+        placement = self._uses.plan_store(table, keys, context)
+        if self.context.clock() < self._full_until:
+            self._free_used_slots(table, len(placement.keys), keys)
+            placement = self._uses.plan_store(table, keys, context)
+        return placement
 
     def _free_used_slots(self, table: BlockTable, count: int, protected: Collection[OffloadKey]) -> None:
         """Evict `count` blocks, so that the next stores get their slots.

@@ -66,7 +66,7 @@ class LateTier(UnusableTierManager):
     def __init__(self, primary_kv_view: memoryview, tier_type: str, tier_class: Any) -> None:
         """Args: tier_class: of the successor; managers must see the same class attributes on this placeholder."""
         super().__init__(primary_kv_view, tier_type, _REASON)
-        for name in ("medium", "locality", "verifies_payloads", "probe_deadline"):
+        for name in ("medium", "locality", "verifies_payloads", "joins_stores", "probe_deadline"):
             setattr(self, name, getattr(tier_class, name, getattr(SecondaryTierManager, name)))
         self.epoch: bytes | None = None
         self._lock = threading.Lock()

@@ -53,6 +53,7 @@ def store_path(store: str | type[SlotStore] | type[BlockStore]) -> str:
 class StoreTierManager(forks.ProcessBound, SecondaryTierManager):
     """A tier over a store that an executor runs, usually in another process. Subclasses have the index, if any."""
 
+    joins_stores = True
     needs_namespace: ClassVar[bool] = True
     """Whether blocks outlive the process. Such a tier needs a namespace from the engine."""
     options_type: ClassVar[type[TierOptions] | None] = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,7 @@ class StripedTierManager(SecondaryTierManager):
     """One tier over several stripes. It is UP while any stripe is."""
 
     verifies_payloads = True
+    joins_stores = True
 
     @classmethod
     def check_options(
@@ -219,19 +221,15 @@ class StripedTierManager(SecondaryTierManager):
         routes = route(keys) if len(keys) == len(slots) else []
         if len(routes) <= 1:  # without a route, the first stripe gets the job, refuses it and counts that
             index = routes[0][0] if routes else 0
-            parts = [(index, keys, slots)]
+            parts = [(index, metadata)]
         else:
-            parts = [
-                (index, [keys[position] for position in positions], slots[np.asarray(positions, np.intp)])
-                for index, positions in routes
-            ]
-        is_promotion, context = metadata.is_promotion, metadata.req_context
-        num_blocks = sum(len(part_keys) for _, part_keys, _ in parts)
-        job = Job(metadata.job_id, keys, (), is_promotion, context, self._clock(), num_blocks)
-        for index, part_keys, part_slots in parts:
+            parts = [(index, _part_of(metadata, positions)) for index, positions in routes]
+        num_blocks = sum(len(part.keys) for _, part in parts)
+        job = Job(metadata.job_id, keys, (), metadata.is_promotion, metadata.req_context, self._clock(), num_blocks)
+        for index, part in parts:
             part_id, self._next_part = self._next_part, self._next_part + 1
-            self._parts[part_id] = (job, part_keys)
-            submit(self._stripes[index], JobMetadata(part_id, part_keys, part_slots, is_promotion, context))
+            self._parts[part_id] = (job, part.keys)
+            submit(self._stripes[index], replace(part, job_id=part_id))
 
     def _route_load(self, keys: Sequence[OffloadKey]) -> list[Route]:
         """Return the stripes to load `keys` from. Keys that no stripe has are added to one route, and fail there."""
@@ -375,3 +373,17 @@ def _merge(routes: Sequence[Route]) -> list[Route]:
     for index, positions in routes:
         merged.setdefault(index, []).extend(positions)
     return [(index, sorted(positions)) for index, positions in merged.items()]
+
+
+def _part_of(metadata: JobMetadata, positions: Sequence[int]) -> JobMetadata:
+    """Return the job of the blocks at these positions of a job, with the requests that they come from."""
+    keys, slots = (
+        [metadata.keys[position] for position in positions],
+        metadata.block_ids[np.asarray(positions, np.intp)],
+    )
+    if not metadata.shares:
+        return replace(metadata, keys=keys, block_ids=slots)
+    requests = [request for request, its_keys in metadata.by_request() for _ in its_keys]
+    runs = [list(run) for _, run in groupby([requests[position] for position in positions], key=id)]
+    shares = tuple((run[0], len(run)) for run in runs)
+    return replace(metadata, keys=keys, block_ids=slots, req_context=shares[0][0], shares=shares)

@@ -77,9 +77,13 @@ class RecordedTierManager(SecondaryTierManager):
     locality = Locality.LOCAL
     verifies_payloads = True
 
-    def __init__(self, name: str, view: memoryview) -> None:
-        """Args: view: only its shape counts; no byte of it is read."""
+    def __init__(self, name: str, view: memoryview, joins_stores: bool = False) -> None:
+        """Args:
+        view: only its shape counts; no byte of it is read.
+        joins_stores: as the recorded tier did: jobs are known by their numbers.
+        """
         super().__init__(None, view, name)
+        self.joins_stores = joins_stores  # type: ignore[misc]
         self.used = False
         self.refuses = False
         self.has: set[OffloadKey] = set()
@@ -136,7 +140,7 @@ class Repeater:
         self._clock = SimulatedClock()
         observers = Observers([self])
         view = memoryview(bytearray(header.primary_blocks)).cast("B", (header.primary_blocks, 1))
-        self._tiers = [RecordedTierManager(tier.name, view) for tier in header.tiers]
+        self._tiers = [RecordedTierManager(tier.name, view, tier.joins_stores) for tier in header.tiers]
         policy = POLICIES.load(header.policy)(header.primary_blocks)
         primary = CPUPrimaryTierOffloadingManager(header.primary_blocks, view, policy)
         primary.block_bytes = header.block_bytes  # the view has 1 byte per block, since no byte is read

@@ -43,6 +43,7 @@ class SimulatedTierManager(SecondaryTierManager):
     medium = Medium.STORAGE
     locality = Locality.LOCAL
     verifies_payloads = True
+    joins_stores = True
 
     def __init__(
         self,
@@ -107,16 +108,20 @@ class SimulatedTierManager(SecondaryTierManager):
 
     def submit_store(self, job_metadata: JobMetadata) -> None:
         """Write the blocks that the tier does not have, as far as slots can be freed."""
-        table, keys = self.table, job_metadata.keys
-        placement = self._uses.plan_store(table, keys, job_metadata.req_context)
-        here: list[OffloadKey] = []
-        if len(placement.keys) + placement.num_left_out < len(keys):
-            here = [key for key in keys if table.is_ready(key)]
-            self._uses.touch(table, here, job_metadata.req_context)
-        slots = self._uses.store(table, keys, placement, job_metadata.req_context)
-        if placement.victims:
-            self._observer.on_event(BlocksEvicted(self.tier_type, placement.victims))
-        job = self._open(job_metadata, slots, [*here, *placement.keys])
+        table = self.table
+        slots: list[int] = []
+        successful: list[OffloadKey] = []
+        for context, keys in job_metadata.by_request():
+            placement = self._uses.plan_store(table, keys, context)
+            if len(placement.keys) + placement.num_left_out < len(keys):
+                here = [key for key in keys if table.is_ready(key)]
+                self._uses.touch(table, here, context)
+                successful += here
+            slots += self._uses.store(table, keys, placement, context)
+            successful += placement.keys
+            if placement.victims:
+                self._observer.on_event(BlocksEvicted(self.tier_type, placement.victims))
+        job = self._open(job_metadata, slots, successful)
         self._num_storing += len(slots)
         if slots:
             self.written.append((job.submitted, job.num_bytes))

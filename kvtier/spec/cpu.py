@@ -285,6 +285,7 @@ class CPUOffloadingSpec(forks.ProcessBound, OffloadingSpec):
                     "name": config.name,
                     "admission": (config.admission or Admission.ALWAYS).value,
                     "policy": str(config.options.get("eviction_policy", "")),
+                    "joins_stores": tier.joins_stores,
                     "probe_deadline": tier.probe_deadline if config.probe_deadline is None else config.probe_deadline,
                 }
                 for config, tier in tiers

@@ -161,7 +161,7 @@ def _check_attributes(tier: SecondaryTierManager) -> None:
         Exception: of any kind; the tier cannot be used.
     """
     len(tier.primary_kv_view)
-    _ = tier.tier_type, tier.medium, tier.locality, tier.verifies_payloads, tier.persistent
+    _ = tier.tier_type, tier.medium, tier.locality, tier.verifies_payloads, tier.persistent, tier.joins_stores
     if not tier.probe_deadline > 0:
         raise ConfigError("probe_deadline", tier.probe_deadline, "seconds above 0")
 

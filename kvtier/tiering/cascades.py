@@ -123,16 +123,30 @@ class Cascades:
         )
 
     def start(self, guard: TierGuard, keys: list[OffloadKey], req_context: ReqContext) -> None:
-        """Submit a store of `keys`, of which there is at least one and all are ready.
+        """Submit a store of `keys`, of which there is at least one and all are ready; to some tiers, with `send`.
 
         Their slots stay pinned until the tier has answered.
         """
         slots = self._table.slot_of.values_of(keys)
         self._table.pin(slots)
-        if guard.hand_over(guard.open_job(keys, slots, req_context, is_promotion=False)):
-            self._speeds[guard.index].begin(len(slots), self._clock())
+        if guard.joins_stores:
+            guard.join(keys, slots, req_context)
         else:
-            self._table.unpin(slots)
+            job = guard.open_job(keys, slots, req_context, is_promotion=False)
+            self._note_sent(guard, job, guard.hand_over(job))
+
+    def send(self) -> None:
+        """Submit the stores that were joined since the last call; called at the end of a step."""
+        for guard in self._guards:
+            sent = guard.send_joined()
+            if sent is not None:
+                self._note_sent(guard, *sent)
+
+    def _note_sent(self, guard: TierGuard, job: Job, is_taken: bool) -> None:
+        if is_taken:
+            self._speeds[guard.index].begin(len(job.slots), self._clock())
+        else:
+            self._table.unpin(job.slots)
 
     def end(self, guard: TierGuard, job: Job) -> None:
         """Unpin the slots of a store that has ended, and count its blocks."""
@@ -159,8 +173,9 @@ class Cascades:
             return keys
         turnover = self._table.num_slots * self._pace.seconds(1)
         seconds = min(MAX_STORE_SECONDS, max(MIN_STORE_SECONDS, turnover * MAX_STORE_SHARE))
-        most = int(speed.bandwidth * seconds) - speed.in_flight
-        return keys[: max(1 if not speed.in_flight else 0, most)]
+        in_flight = speed.in_flight + guard.num_joined
+        most = int(speed.bandwidth * seconds) - in_flight
+        return keys[: max(1 if not in_flight else 0, most)]
 
     def _taken(self, offers: list[Offer]) -> list[Offer]:
         taken = []

@@ -28,6 +28,7 @@ from kvtier.types import (
     LookupResult,
     OffloadingEvent,
     ReqContext,
+    RequestOffloadingContext,
 )
 
 STORE_SHARE = 0.5
@@ -42,6 +43,7 @@ class TierGuard(TierCalls):
 
     Attributes:
         usable: whether lookups and jobs go to the tier now.
+        joins_stores: whether the stores of one step are one job: then pass them to `join`.
     """
 
     def __init__(
@@ -68,11 +70,17 @@ class TierGuard(TierCalls):
         """
         super().__init__(tier)
         self.usable = False
+        self.joins_stores = tier.joins_stores
         self._late = tier if isinstance(tier, LateTier) else None
         self.index = index
         self.name = name
         self.admission = admission
         self.jobs: dict[int, Job] = {}
+        self._joined: Job | None = None
+        """A store that the tier has not got yet, because others may join it until the step ends."""
+        self._shares: list[tuple[ReqContext, int]] = []
+        self._ended_requests: dict[str, ReqContext] = {}
+        """Requests that have ended since; the tier learns it after their blocks."""
         self._job_ids = job_ids
         self._num_storing = 0
         self._is_opening = False
@@ -125,7 +133,7 @@ class TierGuard(TierCalls):
         if self._num_storing and self._num_storing + num_blocks > self._most_pinned:
             return False
         try:
-            return bool(self.tier.can_store(num_blocks))
+            return bool(self.tier.can_store(num_blocks + self.num_joined))
         except Exception as fault:  # noqa: BLE001 - a tier's fault never reaches the engine: it is reported
             self._fault("can_store", fault)
             return False
@@ -137,8 +145,47 @@ class TierGuard(TierCalls):
             self._progressed_at = now
         if not is_promotion:
             self._num_storing += len(slots)
-        job = self.jobs[job_id] = Job(job_id, tuple(keys), list(slots), is_promotion, context, now, len(keys))
+        job = self.jobs[job_id] = Job(job_id, list(keys), list(slots), is_promotion, context, now, len(keys))
         return job
+
+    @property
+    def num_joined(self) -> int:
+        """Number of blocks that wait for `send_joined`."""
+        return 0 if self._joined is None else len(self._joined.slots)
+
+    def join(self, keys: Sequence[OffloadKey], slots: list[int], context: ReqContext) -> None:
+        """Add a request's blocks to the store job of this step, which `send_joined` submits."""
+        job = self._joined
+        if job is None:
+            self._joined = job = self.open_job(keys, slots, context, is_promotion=False)
+            self._shares = [(context, len(slots))]
+            return
+        self._num_storing += len(slots)
+        job.keys, job.slots, job.num_left = [*job.keys, *keys], [*job.slots, *slots], job.num_left + len(slots)
+        last, count = self._shares[-1]
+        if last is context:
+            self._shares[-1] = (context, count + len(slots))
+        else:
+            self._shares.append((context, len(slots)))
+
+    def send_joined(self) -> tuple[Job, bool] | None:
+        """Give the store job of this step to the tier, and then tell it which requests have ended.
+
+        Returns:
+            The job and whether the tier has taken it, as `hand_over` says; None if nothing was stored.
+        """
+        job, self._joined = self._joined, None
+        if job is None:
+            return None
+        if len(self._shares) > 1:
+            job.shares = tuple(self._shares)
+        if len(self.jobs) == 1:
+            self._progressed_at = self._clock()
+        is_taken = self.hand_over(job)
+        ended, self._ended_requests = self._ended_requests, {}
+        for req_context in ended.values():
+            self.tell("on_request_finished", self.tier.on_request_finished, req_context)
+        return job, is_taken
 
     def hand_over(self, job: Job, *, is_hashed: bool = False) -> bool:
         """Give a job to the tier; return False, and forget the job, if the tier refused it.
@@ -175,9 +222,20 @@ class TierGuard(TierCalls):
             self._num_storing -= len(job.slots)
 
     def forget_request(self, req_context: ReqContext) -> None:
-        """Tell the tier that a request is over."""
+        """Tell the tier that a request is over; if blocks wait for the end of the step, after them."""
         self.patience.forget(req_context)
-        self.tell("on_request_finished", self.tier.on_request_finished, req_context)
+        if self._joined is None:
+            self.tell("on_request_finished", self.tier.on_request_finished, req_context)
+        else:
+            self._ended_requests[req_context.req_id] = req_context
+
+    def begin_request(self, req_context: ReqContext) -> RequestOffloadingContext | None:
+        """Tell the tier of a new request; return its answer, None if it gives none."""
+        before = self._ended_requests.pop(req_context.req_id, None)
+        if before is not None:  # the engine uses its name again
+            self.tell("on_request_finished", self.tier.on_request_finished, before)
+        nothing: RequestOffloadingContext | None = None
+        return self.ask("on_new_request", nothing, self.tier.on_new_request, req_context)
 
     def readings(self) -> dict[str, float]:
         """Return the metrics of this tier by name. The guard's own values replace those that the tier gives."""
@@ -266,7 +324,7 @@ class TierGuard(TierCalls):
                     num_moved = min(num_moved, -(-num_bytes // self._block_bytes))
         except Exception as fault:  # noqa: BLE001 - a tier's fault never reaches the engine: it is reported
             self._fault("get_finished_jobs", fault)
-        if job is None or (self._digests is not None and job in self._digests.hashing):
+        if job is None or job is self._joined or (self._digests is not None and job in self._digests.hashing):
             self._observer.on_event(UnexpectedCall(f"result of tier {self.name}", 1))
             return
         job.successful, job.num_bytes = successful, num_bytes
@@ -316,7 +374,7 @@ class TierGuard(TierCalls):
             state, progress = TierState.DOWN, self._progress
         if progress != self._progress:
             self._progress, self._progressed_at = progress, now
-        if self.jobs and self._is_overdue(now):
+        if len(self.jobs) > (self._joined is not None) and self._is_overdue(now):
             self._down("its jobs make no progress", is_told=state is _DOWN)
         elif self._standing.fault is not None and self._pending_epoch is None:
             self._reconsider()
@@ -402,8 +460,8 @@ class TierGuard(TierCalls):
             self._digests.close()
 
     def has_live_cascade(self, now: float) -> bool:
-        """Return whether a store is unanswered and the tier makes progress."""
-        return self._num_storing > 0 and not self._is_overdue(now)
+        """Return whether a store waits for the end of the step, or is unanswered and the tier makes progress."""
+        return self._joined is not None or (self._num_storing > 0 and not self._is_overdue(now))
 
     def check_invariants(self) -> None:
         """Raise InvariantError if an ended job is being hashed or stores are miscounted; then check the tier."""

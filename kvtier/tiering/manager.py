@@ -461,6 +461,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
             self._plan(now)
         if self._tiers.guards:
             self._promoter.send()
+            self._cascades.send()
             self._tiers.end_step(context)
         self._polled, self._current = False, None
         if self._observer.held:
@@ -581,6 +582,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
             late_completions: whether the engine completes the copies that are running now. If not, a completion that
                 follows is always that of a newer copy.
         """
+        self._cascades.send()
         self._tiers.drain()
         self._poll()
         for state in self._requests:
@@ -613,6 +615,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         """End all tiers, within `drain_timeout`; idempotent."""
         if not self._closed:
             self._closed = True
+            self._cascades.send()
             self._tiers.shutdown()
             self._observer.raise_held()
 

@@ -84,7 +84,7 @@ class SecondaryTiers:
 
     def announce(self, req_context: ReqContext) -> tuple[int, ...]:
         """Tell every tier of a request; return the indices of those that want all of its blocks."""
-        answers = [guard.ask("on_new_request", None, guard.tier.on_new_request, req_context) for guard in self.guards]
+        answers = [guard.begin_request(req_context) for guard in self.guards]
         return tuple([guard.index for guard, answer in zip(self.guards, answers, strict=True) if _wants_all(answer)])
 
     def forget(self, req_context: ReqContext) -> None:

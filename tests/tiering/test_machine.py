@@ -32,11 +32,15 @@ QUICK = settings(
 )
 
 
+class JoiningTier(ScriptedTier):
+    joins_stores = True
+
+
 class ScriptedMachine(TieringMachine):
     """Two tiers that answer when and how Hypothesis says."""
 
     def make_tiers(self, arena, clock):
-        tiers = [ScriptedTier(arena.view, "slow"), ScriptedTier(arena.view, "quick")]
+        tiers = [JoiningTier(arena.view, "slow"), ScriptedTier(arena.view, "quick")]
         tiers[0].auto = False
         return tiers
 
