@@ -13,7 +13,7 @@ import msgspec
 from kvtier.errors import CapacityError, ConfigError
 from kvtier.options import Threads, size_of
 from kvtier.primary.memory_limit import check_memory
-from kvtier.stores.integrity.secrets import GuardedOptions
+from kvtier.stores.compression.options import CompressedOptions
 from kvtier.stores.mooncake.lender_socket import has_lender
 
 _ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.%]+)\]|([\w.-]+)):(\d{1,5})")
@@ -31,7 +31,7 @@ class Protocol(Enum):
     RDMA = "rdma"
 
 
-class MooncakeOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class MooncakeOptions(CompressedOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Options of tier type `mooncake`."""
 
     master: Annotated[str, msgspec.Meta(description="`HOST:PORT` of the pool's `mooncake_master`")]

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import compress
 from typing import Any, Self
 
-from kvtier.abc import BlockStore, StoreContext
+from kvtier.abc import StoreContext
 from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.keys import OffloadKey
 from kvtier.stores.failures import UNREADABLE, CleanUp, fitting_buffers
@@ -22,6 +22,7 @@ from kvtier.stores.mooncake.client import join, own_address
 from kvtier.stores.mooncake.lender import Lease, ask_lender
 from kvtier.stores.mooncake.options import MooncakeOptions
 from kvtier.stores.mooncake.regions import Regions
+from kvtier.stores.varied import VariedStore
 from kvtier.types import FailureCause
 
 _JOINED_BYTES = 256 << 10
@@ -38,15 +39,13 @@ _CAUSES = {
 """Causes of Mooncake's error codes; all others are I/O errors."""
 
 
-class MooncakeStore(BlockStore):
+class MooncakeStore(VariedStore):
     """Sealed blocks in a pool that engines share. Threads may share the store.
 
     This process lends no memory to the pool, since what a process lends is lost when it is killed. Mooncake never
     changes a value, so one that exists is deleted before it is written anew. Blocks that do not verify are counted and
     deleted.
     """
-
-    seals_itself = True
 
     def __init__(
         self,
@@ -61,12 +60,12 @@ class MooncakeStore(BlockStore):
         lease: of the memory that this host lends; `close` ends it.
         """
         self._client, self._sealer, self._lease = client, sealer, lease
-        self._failures, self._block_bytes = context.failures, context.block_bytes
+        self._failures, self._block_bytes, self._compressed = context.failures, context.block_bytes, context.compressed
         self._prefix = f"{options.prefix}:{sealer.namespace.fingerprint.hex()}:"
         self._placement = _placement(options)
         self._regions = Regions(client.register_buffer, client.unregister_buffer)
         self._scratch = Scratch()
-        self._joins = context.block_bytes <= _JOINED_BYTES
+        self._joins = context.compressed or context.block_bytes <= _JOINED_BYTES
         self._clean_up = CleanUp()
 
     @classmethod
@@ -77,7 +76,7 @@ class MooncakeStore(BlockStore):
             StoreUnavailableError: the master cannot be reached, this host cannot lend its memory, or the secret cannot
                 be read.
         """
-        _, sealer = open_sealer(options, context.namespace)
+        _, sealer = open_sealer(options, context.namespace, context.whole_bytes)
         read = MooncakeOptions.read(options)
         own_address(read)  # a process that could not join would be started for nothing
         lease = ask_lender(read) if read.segment else None
@@ -96,28 +95,31 @@ class MooncakeStore(BlockStore):
     def write(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
         """Store the blocks; False also for a buffer of another length."""
         results = [False] * len(keys)
-        for part in self._parts(keys, buffers, self._sealer.most_sealed(self._block_bytes)):
+        fitting = fitting_buffers(keys, buffers, self._block_bytes, self._failures, self._compressed)
+        for part in _parts(keys, fitting, self._sealer.most_sealed(self._block_bytes)):
             for index, code in zip(part, self._put([keys[i] for i in part], [buffers[i] for i in part]), strict=True):
                 results[index] = code == 0
                 if code:
                     self._failures.count(_CAUSES.get(code, FailureCause.IO_ERROR))
         return results
 
-    def read_into(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
-        """Fill and verify buffers; a buffer whose result is False may hold anything."""
-        results = [False] * len(keys)
+    def read_varied(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[int]:
+        """Fill and verify buffers; return the lengths of the payloads, 0 for a block that failed."""
+        lengths = [0] * len(keys)
         broken: list[OffloadKey] = []
-        for part in self._parts(keys, buffers, self._sealer.most_opened(self._block_bytes)):
-            for index, cause in zip(part, self._get([keys[i] for i in part], [buffers[i] for i in part]), strict=True):
-                results[index] = cause is None
-                if cause is not None:
-                    self._failures.count(cause)
-                if cause in UNREADABLE:
+        fitting = fitting_buffers(keys, buffers, self._block_bytes, self._failures)
+        for part in _parts(keys, fitting, self._sealer.most_opened(self._block_bytes)):
+            for index, got in zip(part, self._get([keys[i] for i in part], [buffers[i] for i in part]), strict=True):
+                if not isinstance(got, FailureCause):
+                    lengths[index] = got
+                    continue
+                self._failures.count(got)
+                if got in UNREADABLE:
                     broken.append(keys[index])
         if broken:
             with self._clean_up:
                 self.delete(broken)
-        return results
+        return lengths
 
     def delete(self, keys: Sequence[OffloadKey]) -> None:
         """Forget `keys`, also those that others have asked for a moment ago."""
@@ -134,23 +136,6 @@ class MooncakeStore(BlockStore):
         if self._lease is not None:
             self._lease.close()
 
-    def _parts(
-        self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview], most: int | None
-    ) -> Iterator[list[int]]:
-        """Yield the indexes of the buffers of the right length, at most `most` at a time; count the others.
-
-        Mooncake moves only one of the values of a call that have the same key.
-        """
-        left = fitting_buffers(keys, buffers, self._block_bytes, self._failures)
-        while left:
-            first_of: dict[OffloadKey, int] = {}
-            repeated = [index for index in left if first_of.setdefault(keys[index], index) != index]
-            distinct = list(first_of.values())
-            step = most or len(distinct)
-            for start in range(0, len(distinct), step):
-                yield distinct[start : start + step]
-            left = repeated
-
     def _put(self, keys: list[OffloadKey], buffers: list[memoryview]) -> list[int]:
         """Return Mooncake's code per block; 0 for those that are stored."""
         if self._lease is not None and not self._lease.is_alive:
@@ -159,10 +144,12 @@ class MooncakeStore(BlockStore):
             self.delete(present)
         sealed = self._sealer.seal(keys, buffers)
         if self._joins:
-            values = self._private(len(keys), self._block_bytes + HEADER_BYTES)
-            for value, payload, header in zip(values, sealed.payloads, sealed.headers, strict=True):
-                copy_bytes(value[: self._block_bytes], payload)
-                value[self._block_bytes :] = header
+            values = []
+            rooms = self._private(len(keys), self._block_bytes + HEADER_BYTES)
+            for room, payload, header in zip(rooms, sealed.payloads, sealed.headers, strict=True):
+                values.append(room[: payload.nbytes + HEADER_BYTES])
+                copy_bytes(room[: payload.nbytes], payload)
+                values[-1][payload.nbytes :] = header
             places = self._places(values)
         else:
             headers = self._private(len(keys), HEADER_BYTES)
@@ -174,33 +161,42 @@ class MooncakeStore(BlockStore):
         _check_reachable(codes)
         return codes
 
-    def _get(self, keys: list[OffloadKey], buffers: list[memoryview]) -> list[FailureCause | None]:
-        """Return, per block, why it was not read; None if it was."""
-        if self._joins:
-            values = self._private(len(keys), self._block_bytes + HEADER_BYTES)
-            payloads: Sequence[memoryview] = [value[: self._block_bytes] for value in values]
-            headers = [value[self._block_bytes :] for value in values]
-            places = self._places(values)
-        else:
-            payloads, headers = self._sealer.rooms(buffers), self._private(len(keys), HEADER_BYTES)
-            places = self._places(payloads, headers)
-        codes: list[int] = self._client.batch_get_into_multi_buffers(list(map(self.name, keys)), *places)
-        _check_reachable(codes)
-        causes = [self._why_not(key, code) for key, code in zip(keys, codes, strict=True)]
-        here = [index for index, cause in enumerate(causes) if cause is None]
-        into = [buffers[index] for index in here]
-        stored = into if payloads is buffers else [payloads[index] for index in here]
-        opened = self._sealer.open([headers[index] for index in here], [keys[index] for index in here], stored, into)
-        for index, cause in zip(here, opened, strict=True):
-            # A header of zeros, which other stores take for an empty place, is no value that a store of kvtier's wrote.
-            causes[index] = FailureCause.CORRUPT if cause is FailureCause.ABSENT else cause
-        return causes
-
-    def _why_not(self, key: OffloadKey, code: int) -> FailureCause | None:
-        """Return why a value was not read; None for the code that is the whole value's length."""
+    def _get(self, keys: list[OffloadKey], buffers: list[memoryview]) -> list[FailureCause | int]:
+        """Return, per block, the length of its payload, or why it was not read."""
         whole = self._block_bytes + HEADER_BYTES
-        if code == whole:
-            return None
+        names = list(map(self.name, keys))
+        rooms: Sequence[memoryview] = buffers
+        headers: list[memoryview] = []
+        codes: list[int]
+        if self._joins:
+            rooms = self._private(len(keys), whole)
+            addresses = list(map(self._regions.address, rooms))
+            codes = self._client.batch_get_into(names, addresses, [whole] * len(keys))
+        else:
+            rooms, headers = self._sealer.rooms(buffers), self._private(len(keys), HEADER_BYTES)
+            codes = self._client.batch_get_into_multi_buffers(names, *self._places(rooms, headers))
+        _check_reachable(codes)
+        got = [self._length(key, code) for key, code in zip(keys, codes, strict=True)]
+        here = [(index, length) for index, length in enumerate(got) if not isinstance(length, FailureCause)]
+        into = [buffers[index][:length] for index, length in here]
+        if self._joins:
+            headers = [rooms[index][length : length + HEADER_BYTES] for index, length in here]
+        else:
+            headers = [headers[index] for index, _ in here]
+        stored = into if rooms is buffers else [rooms[index][:length] for index, length in here]
+        opened = self._sealer.open(headers, [keys[index] for index, _ in here], stored, into)
+        for (index, _), cause in zip(here, opened, strict=True):
+            if cause is not None:
+                # A header of zeros, which other stores take for an empty place, is no value that a store of kvtier's
+                # wrote.
+                got[index] = FailureCause.CORRUPT if cause is FailureCause.ABSENT else cause
+        return got
+
+    def _length(self, key: OffloadKey, code: int) -> FailureCause | int:
+        """Return the length of the payload for a code that is that of a whole value; else why it was not read."""
+        whole = self._block_bytes + HEADER_BYTES
+        if code == whole or (self._compressed and HEADER_BYTES < code < whole):
+            return code - HEADER_BYTES
         cause = _CAUSES.get(code, FailureCause.IO_ERROR)
         # A value of another length fails like a transfer from a lost host.
         if cause is FailureCause.IO_ERROR and 0 <= self._client.get_size(self.name(key)) != whole:
@@ -217,6 +213,22 @@ class MooncakeStore(BlockStore):
         address = self._regions.address
         values = list(zip(*parts, strict=True))
         return [list(map(address, value)) for value in values], [[part.nbytes for part in value] for value in values]
+
+
+def _parts(keys: Sequence[OffloadKey], fitting: Sequence[int], most: int | None) -> Iterator[list[int]]:
+    """Yield the indexes in `fitting`, at most `most` at a time.
+
+    Mooncake moves only one of the values of a call that have the same key.
+    """
+    left = list(fitting)
+    while left:
+        first_of: dict[OffloadKey, int] = {}
+        repeated = [index for index in left if first_of.setdefault(keys[index], index) != index]
+        distinct = list(first_of.values())
+        step = most or len(distinct)
+        for start in range(0, len(distinct), step):
+            yield distinct[start : start + step]
+        left = repeated
 
 
 def _placement(options: MooncakeOptions) -> Any:
