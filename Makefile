@@ -7,7 +7,7 @@
 # make test-lmcache   the tests under LMCache's server, in an environment of its own
 # make test-gpu   the tests and figures that need a GPU: GPU_PYTHON names a Python that has torch with CUDA
 # make system-packages   what some tests need besides Python packages, by apt and npm (as root, or with sudo)
-# make docs    write the generated tables of docs/ anew
+# make docs    write the generated tables of docs/ anew, and build the site in site/, with all links checked
 # make cov     which lines the core's tests do not run
 # make soak    the long tests
 # make bench   the benchmarks
@@ -21,6 +21,8 @@ VENV := .venv
 CORE_VENV := .venv-core
 STAMP := $(VENV)/.complete
 CORE_STAMP := $(CORE_VENV)/.complete
+DOCS_VENV := .venv-docs
+DOCS_STAMP := $(DOCS_VENV)/.complete
 BIN := $(VENV)/bin
 CORE_BIN := $(CORE_VENV)/bin
 PIP_OPTIONS := --quiet --disable-pip-version-check -c constraints.txt
@@ -51,8 +53,9 @@ demo: $(STAMP)
 
 test: lint test-core test-torch
 
-docs: $(STAMP)
+docs: $(STAMP) $(DOCS_STAMP)
 	$(BIN)/python docs/make_tables.py
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict
 
 # What `kvtier simulate` and `plan` print in docs/planning.md, made anew: make examples TRACES=FOLDER
 examples: $(STAMP)
@@ -165,6 +168,12 @@ $(CORE_STAMP): pyproject.toml constraints.txt Makefile
 	$(CORE_BIN)/pip install $(PIP_OPTIONS) -e ".[test]"
 	touch $@
 
+$(DOCS_STAMP): pyproject.toml
+	$(call make_venv,$(DOCS_VENV))
+	$(DOCS_VENV)/bin/pip install $(PIP_OPTIONS) --no-deps -e .
+	$(DOCS_VENV)/bin/pip install $(PIP_OPTIONS) "mkdocs-material>=9.7,<10" "mkdocs<2" "mkdocstrings[python]>=0.30"
+	touch $@
+
 define make_venv
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	|| { echo "Python 3.11 or later is needed; $(PYTHON) is older. Name another: make PYTHON=python3.12" >&2; exit 1; }
@@ -174,5 +183,5 @@ define make_venv
 endef
 
 clean:
-	rm -rf $(VENV) $(CORE_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(CORE_VENV) $(DOCS_VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

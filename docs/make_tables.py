@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import msgspec
+from typer.core import TyperOption as Option
 
+import kvtier
+from kvtier.cli import COMMANDS, load_command
 from kvtier.config import TieringConfig
 from kvtier.metrics import GROUPS, METRICS, Kind, Label, Metric
 from kvtier.options import TierOptions
@@ -141,7 +144,62 @@ def alerts() -> str:
     return f"```yaml\n{(DOCS.parent / 'deploy' / 'prometheus' / 'alerts.yml').read_text()}```\n"
 
 
+def commands() -> str:
+    """Return what each command does and takes."""
+    return "".join(_command(f"kvtier {name}", load_command(name)) for name in COMMANDS)
+
+
+def _command(name: str, command: Any) -> str:
+    if hasattr(command, "commands"):
+        return "".join(_command(f"{name} {inner}", one) for inner, one in command.commands.items())
+    rows = [
+        f"| `{' '.join(parameter.opts) if isinstance(parameter, Option) else parameter.name.upper()}` | "
+        f"{' '.join((parameter.help or '').split()).replace('|', chr(92) + '|')} | {_default(parameter)} |"
+        for parameter in command.params
+        if not getattr(parameter, "hidden", False)
+    ]
+    text = "\n\n".join(" ".join(part.split()) for part in command.help.split("\n\n"))
+    return "\n".join([f"\n## {name}\n", text, "", "| argument | meaning | default |", "|---|---|---|", *rows, ""])
+
+
+def _default(parameter: Any) -> str:
+    if parameter.required:
+        return "required"
+    value = parameter.default
+    if value is None or value in ((), [], False):
+        return ""
+    return f"`{value.value if isinstance(value, Enum) else value}`"
+
+
+HEADINGS = {
+    "spec": "Make a cache",
+    "config": "Configure",
+    "abc": "Contracts",
+    "tiering": "The manager",
+    "registry": "Register your own",
+    "types": "Values",
+    "events": "Events",
+    "errors": "Errors",
+    "keys": "Keys and names",
+}
+"""Where the modules of public names stand on the page; all others are among keys and names."""
+
+
+def interface() -> str:
+    """Return what mkdocstrings reads: every public name of `kvtier` that has a text of its own, by heading."""
+    under: dict[str, list[str]] = {heading: [] for heading in HEADINGS.values()}
+    for name in kvtier.__all__:
+        found = getattr(kvtier, name)
+        module = getattr(found, "__module__", "")
+        if module.startswith("kvtier."):
+            heading = HEADINGS.get(module.split(".")[1], HEADINGS["keys"])
+            under[heading].append(f"::: {module}.{name}\n")
+    return "".join(f"\n## {heading}\n\n" + "\n".join(names) for heading, names in under.items())
+
+
 MAKERS = {
+    "commands": commands,
+    "interface": interface,
     "alerts": alerts,
     "metrics": metrics,
     "combinations": combinations,
