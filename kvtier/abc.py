@@ -78,10 +78,13 @@ class EvictionPolicy(ABC):
         """Start to hold `keys`; this counts one use of each."""
 
     @abstractmethod
-    def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
+    def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> bool | None:
         """Count one more use of each of `keys`; keys not held are ignored.
 
         A call without keys only tells, by `now`, for which request the next `candidates` is called.
+
+        Returns:
+            True if the policy has noticed that it holds all of `keys`, which saves the caller a look; else nothing.
         """
 
     @abstractmethod

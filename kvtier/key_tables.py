@@ -323,27 +323,34 @@ class LongQueue(MutableMapping[OffloadKey, V]):
             shards[key[SHARD_BYTE]][key] = number
         self._size += len(keys)
 
-    def renew(self, keys: Sequence[OffloadKey]) -> None:
-        """Move those of `keys` that are here to the new end, one after the other."""
-        self.take(keys, self)
+    def renew(self, keys: Sequence[OffloadKey]) -> bool:
+        """Move those of `keys` that are here to the new end, one after the other; return whether all are here."""
+        return self.take(keys, self)
 
-    def take(self, keys: Sequence[OffloadKey], *sources: Any) -> None:
+    def take(self, keys: Sequence[OffloadKey], *sources: Any) -> bool:
         """Move those of `keys` that are in `sources` to the new end, one after the other.
 
         Args:
             sources: queues beside this one, or itself. Unless it is among them, no key comes twice.
+
+        Returns:
+            True if each key was in one of `sources`; False if one was not, or came twice.
         """
         shards = self._places.shards
-        place, count = 0, len(keys)
+        place, count, found_all = 0, len(keys), True
         moving: dict[OffloadKey, V] = {}
         while place < count:
             key = keys[place]
-            number = shards[key[SHARD_BYTE]].get(key, 0)
+            try:
+                number = shards[key[SHARD_BYTE]].get(key, 0)
+            except (IndexError, TypeError):  # not a key
+                number = 0
             for source in sources:
                 run = source._runs.get(number)
                 if run is not None and key in run:
                     break
             else:
+                found_all = False
                 if key in moving:  # it comes twice
                     moving[key] = moving.pop(key)
                     place += 1
@@ -373,6 +380,7 @@ class LongQueue(MutableMapping[OffloadKey, V]):
                 moving = {}
         if moving:
             self._enter(moving)
+        return found_all
 
     def _length_of_run(self, keys: Sequence[OffloadKey], place: int, number: int) -> int:
         """Return how many of `keys`, from `place` on, are the whole of one run in any queue; 1 if they are not."""
@@ -470,18 +478,23 @@ class SmallQueue(OrderedDict[OffloadKey, V]):
         for key in keys:  # takes half the time of OrderedDict.update
             self[key] = value
 
-    def renew(self, keys: Sequence[OffloadKey]) -> None:
-        """Move those of `keys` that are here to the new end, one after the other."""
+    def renew(self, keys: Sequence[OffloadKey]) -> bool:
+        """Move those of `keys` that are here to the new end, one after the other; return whether all are here."""
         move = self.move_to_end
         # `map` runs in C and takes half the time of a loop. The deque of length 0 only consumes it.
         try:
             deque(map(move, keys), maxlen=0)
+            return True
         except KeyError:  # some are not held; a check of each beforehand takes a third longer if all are held
             deque(map(move, filter(self.__contains__, keys)), maxlen=0)
+            return False
 
-    def take(self, keys: Sequence[OffloadKey], *sources: Any) -> None:
+    def take(self, keys: Sequence[OffloadKey], *sources: Any) -> bool:
         """Move those of `keys` that are in `sources`, this queue perhaps among them, to the new end, one after the
         other.
+
+        Returns:
+            True if all keys were in one of `sources`; False if they were not, or in several.
         """
         rest = iter(keys)
         for source in sources:
@@ -492,7 +505,7 @@ class SmallQueue(OrderedDict[OffloadKey, V]):
                     else:
                         for key in rest:
                             self[key] = source.pop(key)
-                    return
+                    return True
                 except KeyError:
                     rest = iter(keys) if source is self else chain((key,), rest)
                     break
@@ -501,6 +514,7 @@ class SmallQueue(OrderedDict[OffloadKey, V]):
                 if key in source:
                     self[key] = source.pop(key)
                     break
+        return False
 
     def drop(self, keys: Iterable[OffloadKey]) -> None:
         """Remove `keys`, all of which are here.

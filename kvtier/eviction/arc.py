@@ -66,9 +66,9 @@ class ARCPolicy(EvictionPolicy):
         self._fresh_b1 = self._fresh_b2 = 0
         self._trim_ghosts()
 
-    def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
+    def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> bool:
         """Move the held ones of `keys` to the recent end of T2."""
-        self._t2.take(keys[::-1], self._t1, self._t2)
+        return self._t2.take(keys[::-1], self._t1, self._t2)
 
     def evict(self, keys: Sequence[OffloadKey]) -> None:
         """Stop holding `keys` and remember them: keys of T1 in B1, keys of T2 in B2."""

@@ -28,9 +28,9 @@ class LRUPolicy(EvictionPolicy):
         """Append `keys`; the first of them becomes the most recent."""
         self._queue.append(keys[::-1], None)
 
-    def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
+    def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> bool:
         """Move the held ones of `keys` to the recent end; the first of them becomes the most recent."""
-        self._queue.renew(keys[::-1])
+        return self._queue.renew(keys[::-1])
 
     def evict(self, keys: Sequence[OffloadKey]) -> None:
         """Stop holding `keys`; LRU has no ghosts."""

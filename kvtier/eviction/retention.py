@@ -141,7 +141,7 @@ class RetentionPolicy(ServedPolicy):
             self._sessions.bring(keys, self._owner)
         self._place([(key, None) for key in keys], now)
 
-    def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
+    def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> bool | None:
         """Count one use of the held ones of `keys`. The hint may raise their rank.
 
         The policy counts the uses of its own blocks; a block held here moves to the recent end of its rank.
@@ -149,10 +149,10 @@ class RetentionPolicy(ServedPolicy):
         if self._sessions:
             self._sessions.share(keys, self._owner)
         if not keys or (not self._held and self._asks_for(Rank.OVER) <= Rank.NORMAL and self._hint.retain is None):
-            self.inner.touch(keys, now)
-            return
+            return self.inner.touch(keys, now)
         ranks = [(key, held.rank if (held := self._held.get(key)) is not None else Rank.NORMAL) for key in keys]
         self._place([(key, rank) for key, rank in ranks if rank is not Rank.NORMAL or key in self.inner], now)
+        return None
 
     def _asks_for(self, rank: Rank) -> Rank:
         return max(rank, _RANK_OF[self._hint.priority])

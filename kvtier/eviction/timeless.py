@@ -27,9 +27,8 @@ class TimelessPolicy(EvictionPolicy):
     def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         self.policy.insert(keys)
 
-    def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
-        if keys:  # a call without keys only tells the time
-            self.policy.touch(keys)
+    def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> bool | None:
+        return self.policy.touch(keys) if keys else None  # a call without keys only tells the time
 
     def evict(self, keys: Sequence[OffloadKey]) -> None:
         self.policy.evict(keys)

@@ -297,14 +297,19 @@ class BlockTable:
 
     # -- the policy ---------------------------------------------------------------------------------------
 
-    def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
-        """Count one more use of each of `keys`, in prefix order; see `EvictionPolicy.touch`."""
+    def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> bool:
+        """Count one more use of each of `keys`, in prefix order; see `EvictionPolicy.touch`.
+
+        Returns:
+            True if the policy says that all of them are held. False says nothing.
+        """
         if self.transit.keys:
             self.transit.remove(keys)  # wanted again: from now on they are victims in the policy's order
         try:  # repeats `_tell` to save a call: some engines touch the whole prompt at every step
-            self.policy.touch(keys, now)
+            return self.policy.touch(keys, now) is True
         except Exception as fault:  # noqa: BLE001 - a plug-in may raise anything; reported, and LRU takes over
             self.replace_policy(fault)
+            return False
 
     def settle(self, keys: Sequence[OffloadKey]) -> None:
         """Order `keys` by recency after a request has finished; see `EvictionPolicy.settle`."""

@@ -10,11 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence, Set
 from itertools import chain
-from typing import Any
 
 from kvtier.clock import Clock
 from kvtier.hints import NO_HINT, Hint, read_hint
-from kvtier.key_tables import KeyDict
 from kvtier.keys import OffloadKey
 from kvtier.primary.retention import Retention
 from kvtier.primary.table import BlockTable, Placement
@@ -59,12 +57,8 @@ class RequestUses:
         self._early: set[OffloadKey] = set()
         self._named: list[Keys] = []
 
-    def count(self, keys: Keys, primary: KeyDict[Any] | None) -> tuple[Keys, Keys]:
-        """Record a use of `keys`.
-
-        Args:
-            keys: no key twice.
-            primary: the keys that the primary tier holds; None if it holds all of `keys`.
+    def count(self, keys: Keys) -> tuple[Keys, Keys]:
+        """Record a use of `keys`, no key twice. Unless `note_missing` follows, the primary tier holds all of them.
 
         Returns:
             Two lists, both in the order of `keys`. The first: keys whose use counts in the primary tier, that is, all
@@ -79,13 +73,14 @@ class RequestUses:
                 keys = [key for key in keys if not known.get(key, False)]
         if fresh:
             self._named.append(fresh)
-        if primary is None or not (missing := primary.missing(keys)):
-            if keys:
-                self._aside.append(keys)
-        else:
-            self._held.update(dict.fromkeys(keys, True))
-            self._held.update(dict.fromkeys(missing, False))
+        if keys:
+            self._aside.append(keys)
         return keys, fresh
+
+    def note_missing(self, keys: Keys) -> None:
+        """Record that the primary tier did not hold these of the keys whose use `count` has just recorded."""
+        if keys:
+            self._known().update(dict.fromkeys(keys, False))
 
     def admissible(self, named: Keys, counted: Keys, table: BlockTable) -> Keys:
         """Return those of `named` whose use may admit them to another tier now. A block must be readable for that.
@@ -175,9 +170,9 @@ class TierUses:
         named, uses = list(dict.fromkeys(keys)), self._of(req_context)
         self._retention.serve(table, uses)
         uses.note_offer(named)
-        counted, _ = uses.count(named, table.slot_of)
-        if counted:
-            table.touch(counted, uses.came)
+        counted, _ = uses.count(named)
+        if counted and not table.touch(counted, uses.came):
+            uses.note_missing(table.slot_of.missing(counted))
 
     def load(self, table: BlockTable, keys: Sequence[OffloadKey], req_context: ReqContext) -> None:
         """Count the use of blocks that are loaded for a request. A later touch decides their order of recency."""

@@ -331,13 +331,10 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         """Count a use of `keys`, given in prefix order, in every tier. Each block counts once per request."""
         ordered = keys if isinstance(keys, list) else list(keys)
-        # One look at each key tells whether it is held and whether it comes twice: slots are compared in half the time.
-        slots = self._table.slot_of.get_all(ordered)
-        distinct = set(slots)
-        once = ordered if len(distinct) == len(slots) else list(dict.fromkeys(ordered))
+        once = ordered if len(set(ordered)) == len(ordered) else list(dict.fromkeys(ordered))
         state = self._requests.find(req_context)
         uses = RequestUses(self._clock()) if state is None else state.uses
-        self._note_use(once, req_context, uses, all_held=None not in distinct)
+        self._note_use(once, req_context, uses)
 
     @in_turn
     def prepare_store(self, keys: Collection[OffloadKey], req_context: ReqContext) -> PrepareStoreOutput | None:

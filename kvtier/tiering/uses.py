@@ -25,10 +25,11 @@ class Usage:
             uses: of the request.
             all_held: whether the primary tier is known to hold all of `keys`.
         """
-        counted, fresh = uses.count(keys, None if all_held else self._table.slot_of)
+        counted, fresh = uses.count(keys)
         if counted:
             self._retention.serve(self._table, uses)
-            self._table.touch(counted, uses.came)
+            if not (self._table.touch(counted, uses.came) or all_held):
+                uses.note_missing(self._table.slot_of.missing(counted))
         if fresh:
             self._tiers.touch(fresh, req_context)
         if self._cascades.count_uses:

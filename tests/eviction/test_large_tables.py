@@ -46,3 +46,19 @@ def test_a_large_table_decides_as_a_small_one(policy_class, monkeypatch):
     monkeypatch.setattr(key_tables, "LONGEST_RUN", 16)
     monkeypatch.setattr(key_tables, "SHORT_RUN", 4)
     assert list(decisions(policy_class)) == small
+
+
+@pytest.mark.parametrize("most_in_one", [0, 100])
+@pytest.mark.parametrize("policy_class", [LRUPolicy, ARCPolicy])
+def test_a_touch_says_whether_all_of_its_keys_are_held(policy_class, most_in_one, monkeypatch):
+    monkeypatch.setattr(key_tables, "MOST_IN_ONE", most_in_one)
+    table = BlockTable(8, policy_class(8))
+    held, stranger = keys_of(*range(6)), keys_of(9)
+    table.publish(table.apply(table.plan(held)))
+    for named in (held, held[3:] + held[:3], held):
+        assert table.touch(named)
+    for named in ([*held, *stranger], [*stranger, *held], [*held[:2], b"odd", *held[2:]]):
+        assert not table.touch(named)
+    assert isinstance(table.policy, policy_class)
+    assert list(table.policy.candidates()) == held[::-1]
+    table.check_invariants()
