@@ -106,7 +106,7 @@ def test_weights_may_follow_much_later(engine_id, arena):
     complete, said, known = [], [], threading.Event()
 
     def wait_for_weights():
-        known.wait(60)
+        known.wait(PATIENCE_SECONDS)
         return Weights({"weights": "w"})
 
     host = ArenaHost(engine_id, arena, 1, complete.append, said.append)

@@ -13,6 +13,7 @@ import pytest
 from kvtier.adapters.vllm import identity
 from kvtier.adapters.vllm.identity import UnknownWeightsError, alike_release, weights_of_engine
 from kvtier.adapters.vllm.worker import KVTierOffloadingWorker
+from kvtier.testing.patience import PATIENCE_SECONDS
 
 LONG_AGO = 1e9
 
@@ -197,13 +198,13 @@ def test_a_worker_that_reads_ends_at_once():
     stopped = threading.Event()
 
     def read(stop):
-        stop.wait(60)
+        stop.wait(PATIENCE_SECONDS)
         stopped.set()
         return {}, ""
 
     worker = worker_that(read)
     worker.shutdown()
-    assert stopped.wait(30)
+    assert stopped.wait(PATIENCE_SECONDS)
     assert worker._wait_for_weights() is not None
 
 
