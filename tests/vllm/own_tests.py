@@ -43,7 +43,7 @@ class KVTierExample(KVTierSecondaryTier):
             offloading_spec, primary_kv_view, tier_type, backpressure_detector, tier=tier, namespace="vLLM's tests"
         )
         vars(self).pop("cache_hit_source", None)  # the tests set that of the class
-        self.chunks = Chunks(self._tier)
+        self.chunks = self.blocks = Chunks(self._tier)  # `blocks` and `get_num_blocks` are the names in 0.28
         self.planted = []
 
     @property
@@ -52,6 +52,8 @@ class KVTierExample(KVTierSecondaryTier):
 
     def get_num_chunks(self):
         return self._tier.get_num_blocks()
+
+    get_num_blocks = get_num_chunks
 
     def get_finished_jobs(self):
         planted, self.planted = self.planted, []

@@ -546,8 +546,8 @@ def test_the_line_in_the_log_has_five_numbers():
     made.increase_counter("vllm:kvtier_stored_blocks", 7, ("device",))
     made.increase_counter("vllm:kvtier_stored_blocks", 2, ("disk",))
     made.set_gauge("vllm:kvtier_jobs", 3, ("disk",))
-    total = KVTierConnector.build_kv_connector_stats(made.to_dict()).aggregate(
-        KVTierConnector.build_kv_connector_stats(made.to_dict())
+    total = KVTierConnector.build_kv_connector_stats(made.data).aggregate(
+        KVTierConnector.build_kv_connector_stats(made.data)
     )
     assert total.reduce() == {
         "kvtier: tokens loaded": 768,

@@ -1,6 +1,7 @@
 """A vLLM that kvtier was not tested with: a warning, or a refusal if its classes call kvtier's in ways that fail."""
 
 import abc
+from dataclasses import replace
 
 import pytest
 import vllm
@@ -69,7 +70,8 @@ def test_what_cannot_work_is_refused_in_one_line():
 
 
 def test_the_engine_core_says_it_once(model, monkeypatch, log):
-    config = build_offloading_config(*engine_configs(model, spec_name="KVTierOffloadingSpec"))
+    made = build_offloading_config(*engine_configs(model, spec_name="KVTierOffloadingSpec"))
+    config = replace(made, worker_kv_bytes_per_block=4096)  # 0.28 counts the bytes of tensors, which nobody has made
     monkeypatch.setattr(vllm, "__version__", "0.34.0")
     monkeypatch.setattr(spec_module, "START_SECONDS", 0.01)
     specs = [KVTierOffloadingSpec(config) for _ in range(3)]  # the core's, and two workers'
