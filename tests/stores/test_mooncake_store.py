@@ -13,7 +13,9 @@ from kvtier.keys import OffloadKey
 from kvtier.namespace import Namespace
 from kvtier.primary import memory_limit
 from kvtier.primary.memory_limit import MemoryLimit
+from kvtier.stores.integrity import open_sealer
 from kvtier.stores.mooncake import lender
+from kvtier.stores.mooncake.client import join
 from kvtier.stores.mooncake.lender import ask_lender
 from kvtier.stores.mooncake.options import MooncakeOptions
 from kvtier.stores.mooncake.store import MooncakeStore
@@ -118,6 +120,37 @@ def test_a_full_pool_evicts(open_store, make_pool):
     wait_for(last_ones_are_stored_and_first_ones_gone, "the pool has evicted", PATIENCE_SECONDS)
     assert sum(store.contains([make_key(each) for each in range(number)])) * BLOCK <= pool.lent_bytes
     assert any(read(store, range(number - 16, number)))
+
+
+class GivenAway:
+    """Mooncake's client, whose first read of a value finds another key's: its own was stored anew meanwhile, and the
+    pool has given the old place away.
+    """
+
+    def __init__(self, client, other):
+        self._client, self._other, self.num_reads = client, other, 0
+
+    def __getattr__(self, name):
+        return getattr(self._client, name)
+
+    def batch_get_into(self, names, *places):
+        self.num_reads += 1
+        return self._client.batch_get_into([self._other] if self.num_reads == 1 else names, *places)
+
+
+def test_a_block_that_another_engine_stores_anew_meanwhile_is_read_once_more(open_store, mooncake_pool):
+    options = MooncakeOptions(master=mooncake_pool.address, prefix=uuid.uuid4().hex)
+    whole, context = open_store(mooncake_pool, prefix=options.prefix)
+    assert all(write(whole, [1, 2]))
+    _, sealer = open_sealer({}, context.namespace)
+    client = GivenAway(join(options), whole.name(make_key(2)))
+    store = MooncakeStore(client, options, sealer, context)
+    try:
+        assert read(store, [1]) == [True]
+        assert client.num_reads == 2
+        assert not context.failures.take()
+    finally:
+        store.close()
 
 
 def test_a_lost_host_costs_its_blocks_and_nothing_else(open_store, make_pool):

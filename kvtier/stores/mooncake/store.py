@@ -28,6 +28,8 @@ from kvtier.types import FailureCause
 _JOINED_BYTES = 256 << 10
 """Largest payload that is joined with its header in private memory. A second buffer per value costs Mooncake as much as
 the first one; up to this length that is more than the copy costs."""
+_READS = 2
+"""Attempts to read a block that does not verify."""
 _RPC_FAILED = -900
 _ABSENT = frozenset({-703, -704})
 """No such object, or none of its copies can be read: its host was lost, or it is still being written."""
@@ -109,7 +111,7 @@ class MooncakeStore(VariedStore):
         broken: list[OffloadKey] = []
         fitting = fitting_buffers(keys, buffers, self._block_bytes, self._failures)
         for part in _parts(keys, fitting, self._sealer.most_opened(self._block_bytes)):
-            for index, got in zip(part, self._get([keys[i] for i in part], [buffers[i] for i in part]), strict=True):
+            for index, got in self._get_whole(part, keys, buffers).items():
                 if not isinstance(got, FailureCause):
                     lengths[index] = got
                     continue
@@ -160,6 +162,24 @@ class MooncakeStore(VariedStore):
         codes: list[int] = self._client.batch_put_from_multi_buffers(names, *places, self._placement)
         _check_reachable(codes)
         return codes
+
+    def _get_whole(
+        self, indexes: list[int], keys: Sequence[OffloadKey], buffers: Sequence[memoryview]
+    ) -> dict[int, FailureCause | int]:
+        """Return, per index, the length of its block's payload, or why it was not read.
+
+        What does not verify is read once more. If another engine stores the block anew meanwhile, the pool gives the
+        place of the deleted value to any key, and this read has got that one's bytes.
+        """
+        got: dict[int, FailureCause | int] = {}
+        left = indexes
+        for _ in range(_READS):
+            read = self._get([keys[index] for index in left], [buffers[index] for index in left])
+            got |= zip(left, read, strict=True)
+            left = [index for index in left if got[index] in UNREADABLE]
+            if not left:
+                break
+        return got
 
     def _get(self, keys: list[OffloadKey], buffers: list[memoryview]) -> list[FailureCause | int]:
         """Return, per block, the length of its payload, or why it was not read."""
