@@ -14,8 +14,9 @@ import numpy.typing as npt
 Plane = npt.NDArray[np.uint8]
 
 ELEMENT_SIZES = (1, 2, 4, 8)
-_PIECE_ELEMENTS = 32 << 10
-"""Few enough that a piece stays in a core's own (L2) cache while its planes are made."""
+_PIECE_ELEMENTS = 1 << 20
+"""Most blocks are one piece. Smaller pieces would stay in a core's own cache, but a thread must win the interpreter
+lock back after each call, and among several threads that took longer than the work."""
 _SIZES = {
     **dict.fromkeys(("bfloat16", "float16", "half", "bf16", "fp16", "int16"), 2),
     **dict.fromkeys(("float32", "float", "int32"), 4),
@@ -38,7 +39,7 @@ def element_bytes(identity: Mapping[str, str | int]) -> int:
 
 
 def split(payload: memoryview, planes: Sequence[Plane]) -> None:
-    """Write the planes of a payload, in one pass over it.
+    """Write the planes of a payload.
 
     Args:
         payload: a whole number of elements; an element has as many bytes as there are planes.
@@ -59,7 +60,7 @@ def split(payload: memoryview, planes: Sequence[Plane]) -> None:
 
 
 def merge(planes: Sequence[Plane], target: memoryview) -> None:
-    """Write the payload of these planes to `target`, other memory, in one pass."""
+    """Write the payload of these planes to `target`, other memory."""
     size = len(planes)
     if size == 1:
         np.copyto(np.frombuffer(target, np.uint8), planes[0])

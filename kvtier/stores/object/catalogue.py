@@ -36,23 +36,27 @@ class Place:
     Attributes:
         pack: the object.
         place: index of the value in the pack.
-        num_values: number of values in the pack.
+        value_bytes: length of each value of the pack.
     """
 
-    __slots__ = ("num_values", "pack", "place")
+    __slots__ = ("pack", "place", "value_bytes")
 
-    def __init__(self, pack: Pack, place: int, num_values: int) -> None:
-        self.pack, self.place, self.num_values = pack, place, num_values
+    def __init__(self, pack: Pack, place: int, value_bytes: int) -> None:
+        self.pack, self.place, self.value_bytes = pack, place, value_bytes
 
 
 class Catalogue:
     """Packs by stamp, blocks of one namespace by digest. Threads share it."""
 
-    def __init__(self, root: str, fingerprint: str, value_bytes: int) -> None:
-        """Args: root: prefix of all names; value_bytes: length of each value of this namespace."""
+    def __init__(self, root: str, fingerprint: str, value_bytes: int, least_bytes: int | None = None) -> None:
+        """Args:
+        root: prefix of all names.
+        value_bytes: length of each value of this namespace.
+        least_bytes: shortest values, if those of a pack may all be shorter by the same number of bytes.
+        """
         self._root = root
         self._fingerprint = fingerprint
-        self._value_bytes = value_bytes
+        self._lengths = range(value_bytes if least_bytes is None else least_bytes, value_bytes + 1)
         self._lock = threading.Lock()
         self._packs: dict[str, Pack] = {}
         self._pack_of: dict[int, Pack] = {}
@@ -79,7 +83,7 @@ class Catalogue:
         if pack is None:
             return None
         digests = self._digests(pack)
-        return Place(pack, digests.index(digest), len(digests))
+        return Place(pack, digests.index(digest), pack.size // len(digests))
 
     def add(self, path: str, size: int) -> str | None:
         """Add an object, once or again, in any order; return its stamp, None if its name is not kvtier's."""
@@ -167,7 +171,8 @@ class Catalogue:
                     if name.places >> place & 1 and self._pack_of.get(digest) is target:
                         del self._pack_of[digest]
             return
-        if pack.size != len(name.digests) * self._value_bytes:
+        length, rest = divmod(pack.size, len(name.digests))
+        if rest or length not in self._lengths:
             return  # its size contradicts its name: the bytes count, and it is deleted when it is the oldest
         for place, digest in enumerate(name.digests):
             former = self._pack_of.get(digest)

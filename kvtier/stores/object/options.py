@@ -13,8 +13,8 @@ import msgspec
 from kvtier.errors import ConfigError
 from kvtier.options import JobDeadline, Threads, size_of
 from kvtier.redaction import split_address
+from kvtier.stores.compression.options import CompressedOptions
 from kvtier.stores.integrity.header import HEADER_BYTES
-from kvtier.stores.integrity.secrets import GuardedOptions
 from kvtier.stores.object.names import LAYOUT, MAX_BLOCKS, MAX_PREFIX_BYTES
 
 _SCHEMES = ("s3", "gs", "az")
@@ -38,7 +38,7 @@ class Place(NamedTuple):
 _Deadline = msgspec.Meta(ge=0.1, le=600)
 
 
-class ObjectOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class ObjectOptions(CompressedOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Options of tier type `object`. They contain no credentials."""
 
     url: Annotated[

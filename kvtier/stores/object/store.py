@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from kvtier.abc import BlockStore, StoreContext
+from kvtier.abc import StoreContext
 from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.keys import OffloadKey
 from kvtier.stores.failures import UNREADABLE, CleanUp, fitting_buffers
@@ -18,11 +18,12 @@ from kvtier.stores.integrity import open_sealer
 from kvtier.stores.integrity.header import HEADER_BYTES
 from kvtier.stores.integrity.plain_sealer import PlainSealer
 from kvtier.stores.integrity.sealing import Sealer
-from kvtier.stores.object.catalogue import Catalogue, Pack
+from kvtier.stores.object.catalogue import Catalogue, Pack, Place
 from kvtier.stores.object.client import Client, RequestError, Trouble, connect
 from kvtier.stores.object.names import PackName, Stamps, TakenBack, digest_of, split
 from kvtier.stores.object.options import ObjectOptions
 from kvtier.stores.object.refresher import OVERLAP_SECONDS, Refresher
+from kvtier.stores.varied import VariedStore
 from kvtier.types import FailureCause, StoreUsage
 
 _SECONDS_BUSY = 0.5
@@ -37,22 +38,19 @@ _CAUSES = {
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A block to read: its index in the call, and its place in a pack of `num_values` values."""
+    """A block to read: its index in the call, and its place in a pack."""
 
     index: int
     place: int
-    num_values: int
 
 
-class ObjectStore(BlockStore):
+class ObjectStore(VariedStore):
     """Sealed blocks in packs. Only verified payloads are written to buffers. Threads share the store.
 
     Attributes:
         client: the bucket; it counts requests.
         catalogue: the index.
     """
-
-    seals_itself = True
 
     def __init__(
         self,
@@ -70,12 +68,14 @@ class ObjectStore(BlockStore):
         self.client = client
         self._settings = settings
         self._failures = context.failures
-        self._block_bytes = context.block_bytes
+        self._block_bytes, self._compressed = context.block_bytes, context.compressed
         self._value_bytes = HEADER_BYTES + context.block_bytes
-        self._sealer = PlainSealer(context.namespace) if sealer is None else sealer
+        self._sealer = PlainSealer(context.namespace, whole_bytes=context.whole_bytes) if sealer is None else sealer
         self._fingerprint = self._sealer.namespace.fingerprint.hex()
         self._stamps = Stamps()
-        self.catalogue = Catalogue(settings.root, self._fingerprint, self._value_bytes)
+        self.catalogue = Catalogue(
+            settings.root, self._fingerprint, self._value_bytes, HEADER_BYTES + 1 if context.compressed else None
+        )
         self._values_per_pack = settings.values_per_pack(context.block_bytes)
         pack_bytes = self._values_per_pack * self._value_bytes
         self._refresher = Refresher(client, self.catalogue, self._stamps, settings, pack_bytes, overlap_seconds)
@@ -91,7 +91,7 @@ class ObjectStore(BlockStore):
             StoreUnavailableError: the bucket does not exist, refuses access or does not answer, or the secret cannot be
                 read.
         """
-        _, sealer = open_sealer(options, context.namespace)
+        _, sealer = open_sealer(options, context.namespace, context.whole_bytes)
         settings = ObjectOptions.read(options)
         store = cls(Client(connect(settings), settings.where), settings, context, sealer)
         store.start()
@@ -128,43 +128,50 @@ class ObjectStore(BlockStore):
     def write(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
         """Store the blocks in as few packs as possible; False also for a buffer of another length."""
         self._check()
-        fitting = fitting_buffers(keys, buffers, self._block_bytes, self._failures)
+        fitting = fitting_buffers(keys, buffers, self._block_bytes, self._failures, self._compressed)
         results = [False] * len(keys)
-        for run in split(len(fitting), self._values_per_pack):
-            indexes = fitting[run.start : run.stop]
+        for indexes in self._packs(fitting, buffers):
             written = self._write_pack([keys[index] for index in indexes], [buffers[index] for index in indexes])
             for index in indexes:
                 results[index] = written
         return results
 
-    def read_into(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
-        """Fill buffers with verified payloads; a buffer whose result is False is unchanged."""
+    def read_varied(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[int]:
+        """Fill buffers with verified payloads; return their lengths. A buffer whose result is 0 is unchanged."""
         self._check()
         fitting = fitting_buffers(keys, buffers, self._block_bytes, self._failures)
-        causes: dict[int, FailureCause] = {}
-        wanted: dict[str, tuple[Pack, list[Wanted]]] = {}
+        got: dict[int, FailureCause | int] = {}
+        wanted: dict[str, tuple[Place, list[Wanted]]] = {}
         for index in fitting:
             found = self.catalogue.find(digest_of(keys[index]))
             if found is None:
-                causes[index] = FailureCause.ABSENT
+                got[index] = FailureCause.ABSENT
             else:
-                group = wanted.setdefault(found.pack.stamp, (found.pack, []))
-                group[1].append(Wanted(index, found.place, found.num_values))
-        most_skipped = self.client.read_costs.bytes_per_request // self._value_bytes
-        runs = [(pack, run) for pack, blocks in wanted.values() for run in _runs(blocks, most_skipped)]
+                group = wanted.setdefault(found.pack.stamp, (found, []))
+                group[1].append(Wanted(index, found.place))
+        affordable = self.client.read_costs.bytes_per_request
+        runs = [
+            (found.pack, found.value_bytes, run)
+            for found, blocks in wanted.values()
+            for run in _runs(blocks, affordable // found.value_bytes)
+        ]
         if len(runs) == 1:
-            causes |= self._read_run(*runs[0], keys, buffers)
+            got |= self._read_run(*runs[0], keys, buffers)
         else:
-            for some in self._pool.map(lambda run: self._read_run(run[0], run[1], keys, buffers), runs):
-                causes |= some
+            for some in self._pool.map(lambda run: self._read_run(run[0], run[1], run[2], keys, buffers), runs):
+                got |= some
+        causes = {index: cause for index, cause in got.items() if isinstance(cause, FailureCause)}
         for cause in causes.values():
             self._failures.count(cause)
         if broken := [keys[index] for index, cause in causes.items() if cause in UNREADABLE]:
             with self._clean_up:
                 self.delete(broken)
         self._check()
-        good = set(fitting) - causes.keys()
-        return [index in good for index in range(len(keys))]
+        lengths = [0] * len(keys)
+        for index, length in got.items():
+            if not isinstance(length, FailureCause):
+                lengths[index] = length
+        return lengths
 
     def delete(self, keys: Sequence[OffloadKey]) -> None:
         """Delete blocks for all engines."""
@@ -197,7 +204,8 @@ class ObjectStore(BlockStore):
             raise StoreUnavailableError(self._refresher.lost)
 
     def _write_pack(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> bool:
-        size = len(keys) * self._value_bytes
+        value_bytes = HEADER_BYTES + max(map(len, buffers))
+        size = len(keys) * value_bytes
         if time.monotonic() < self._busy_until:
             self._failures.count(FailureCause.BUSY, len(keys))
             return False
@@ -208,7 +216,7 @@ class ObjectStore(BlockStore):
         name = PackName(self._stamps.make(), self._fingerprint, tuple(map(digest_of, keys)))
         path = name.path(self._settings.root)
         try:
-            self.client.put(path, self._pack(keys, buffers))
+            self.client.put(path, self._pack(keys, buffers, value_bytes))
         except RequestError as error:
             self._failures.count(_CAUSES.get(error.trouble, FailureCause.IO_ERROR), len(keys))
             self._learn(error)
@@ -218,37 +226,68 @@ class ObjectStore(BlockStore):
         self.catalogue.add(path, size)
         return True
 
-    def _pack(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> memoryview:
-        """Return the sealed values in new memory, which obstore may still read after a request has failed."""
-        memory = np.empty(len(keys) * self._value_bytes, np.uint8).data
+    def _packs(self, fitting: Sequence[int], buffers: Sequence[memoryview]) -> list[list[int]]:
+        """Return the indexes of the blocks of each pack. Compressed ones are kept apart from whole ones, since all
+        values of a pack take the space of its longest.
+        """
+        whole = [index for index in fitting if buffers[index].nbytes == self._block_bytes]
+        shorter = [index for index in fitting if buffers[index].nbytes < self._block_bytes]
+        return [
+            group[run.start : run.stop]
+            for group in (whole, shorter)
+            for run in split(len(group), self._values_per_pack)
+        ]
+
+    def _pack(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview], value_bytes: int) -> memoryview:
+        """Return the sealed values in new memory, which obstore may still read after a request has failed.
+
+        Zeros fill each value up to `value_bytes`.
+        """
+        memory = np.empty(len(keys) * value_bytes, np.uint8).data
         for number, (key, buffer) in enumerate(zip(keys, buffers, strict=True)):
-            start = number * self._value_bytes
-            target = memory[start + HEADER_BYTES : start + self._value_bytes]
-            memory[start : start + HEADER_BYTES] = self._sealer.seal_into(key, buffer, target)
+            value = memory[number * value_bytes : (number + 1) * value_bytes]
+            end = HEADER_BYTES + buffer.nbytes
+            value[:HEADER_BYTES] = self._sealer.seal_into(key, buffer, value[HEADER_BYTES:end])
+            value[end:] = bytes(value_bytes - end)
         return memory
 
     def _read_run(
-        self, pack: Pack, run: Sequence[Wanted], keys: Sequence[OffloadKey], buffers: Sequence[memoryview]
-    ) -> dict[int, FailureCause]:
-        """Read neighbouring values with one request; return the failed indexes and why they failed."""
+        self,
+        pack: Pack,
+        value_bytes: int,
+        run: Sequence[Wanted],
+        keys: Sequence[OffloadKey],
+        buffers: Sequence[memoryview],
+    ) -> dict[int, FailureCause | int]:
+        """Read neighbouring values with one request; return per index the payload's length, or why it failed."""
         first, last = run[0].place, run[-1].place
-        size = run[0].num_values * self._value_bytes
         try:
-            body = self.client.get(pack.path, first * self._value_bytes, (last - first + 1) * self._value_bytes, size)
+            body = self.client.get(pack.path, first * value_bytes, (last - first + 1) * value_bytes, pack.size)
         except RequestError as error:
             if error.trouble is Trouble.ABSENT:
                 self.catalogue.forget([pack.stamp])
             self._learn(error)
             return dict.fromkeys((wanted.index for wanted in run), _CAUSES.get(error.trouble, FailureCause.IO_ERROR))
         self._learn(None)
-        causes: dict[int, FailureCause] = {}
+        got: dict[int, FailureCause | int] = {}
         for wanted in run:
-            start = (wanted.place - first) * self._value_bytes
-            header, stored = body[start : start + HEADER_BYTES], body[start + HEADER_BYTES : start + self._value_bytes]
-            (cause,) = self._sealer.open([header], [keys[wanted.index]], [stored], [buffers[wanted.index]])
-            if cause is not None:
-                causes[wanted.index] = FailureCause.CORRUPT if cause is FailureCause.ABSENT else cause
-        return causes
+            start = (wanted.place - first) * value_bytes
+            value = body[start : start + value_bytes]
+            got[wanted.index] = self._open(keys[wanted.index], value, buffers[wanted.index])
+        return got
+
+    def _open(self, key: OffloadKey, value: memoryview, buffer: memoryview) -> FailureCause | int:
+        """Fill a buffer with the payload of a value; return its length, or why it failed."""
+        header = value[:HEADER_BYTES]
+        record = self._sealer.headers.parse(header)
+        length = value.nbytes - HEADER_BYTES if isinstance(record, FailureCause) else record.payload_bytes
+        if not 0 < length <= value.nbytes - HEADER_BYTES or bytes(value[HEADER_BYTES + length :]).strip(b"\0"):
+            return FailureCause.CORRUPT
+        stored = value[HEADER_BYTES : HEADER_BYTES + length]
+        (cause,) = self._sealer.open([header], [key], [stored], [buffer[:length]])
+        if cause is None:
+            return length
+        return FailureCause.CORRUPT if cause is FailureCause.ABSENT else cause
 
     def _learn(self, error: RequestError | None) -> None:
         """Record how a request ended; None for success.
