@@ -1,11 +1,15 @@
 """Memory and tiers for the tests under LMCache, which has an environment of its own: `make test-lmcache`."""
 
+import sys
 from importlib.metadata import packages_distributions
+from pathlib import Path
 
 import pytest
 
 HAS_LMCACHE = "lmcache" in packages_distributions()
 collect_ignore_glob = [] if HAS_LMCACHE else ["test_*.py"]
+
+sys.path.append(str(Path(__file__).parents[1] / "vllm"))  # its engines and models serve here, too
 
 KINDS = ("disk", "shared", "resp", "object", "stack")
 
