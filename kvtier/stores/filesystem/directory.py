@@ -30,7 +30,6 @@ from kvtier.keys import OffloadKey
 from kvtier.namespace import Namespace
 from kvtier.stores.mounts import check_mounted, make_last_directory
 from kvtier.stores.own_files import FOLDER_MODE, FOUND_BY_FSCK, Folder, StrangerError
-from kvtier.stores.slab.layout import rank_of
 
 SHARD_DIGITS = 3
 MARKER_NAME = "kvtier.json"
@@ -218,7 +217,7 @@ def shard_names(namespace: Folder, prefix: str) -> list[str]:
 def _take(path: Path) -> Folder:
     """Open the directory, create it if it is missing, and check that it is this user's and a tier's."""
     make_last_directory(path)
-    folder = Folder.open(path, follow=rank_of(path.name) is None)
+    folder = Folder.open(path)
     try:
         if folder.owner != os.geteuid():
             raise StoreUnavailableError(f"{path}: belongs to user {folder.owner}, not to {os.geteuid()}")
