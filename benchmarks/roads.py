@@ -186,6 +186,7 @@ def measure(folder: str, io_calls: Path) -> list[Road]:
     engine.step()
     with Tracer("store", is_call("complete_store"), is_call("c_call:send")) as stored:
         manager.complete_store(keys, context)
+        engine.step()  # sends it
     with Tracer("result", is_call("c_return:recv_into"), enters("primary/table.py", "unpin")) as result:
         engine.step_until(lambda: not manager.has_pending_work())
     manager.on_request_finished(context)

@@ -1,9 +1,9 @@
 """The longest calls of the scheduler's thread while a cache grows to a million blocks, and while blocks come and go.
 
 Drives the public TieringOffloadingManager as a scheduler does: a request stores its blocks and ends; while the cache is
-full, every request first uses the blocks of an earlier one, and its stores evict others. Prints, per policy and phase,
-the longest call, and how many calls were longer than some limits. Beside them stand a plain dict and an OrderedDict
-with the same keys, the least that a table and an order of eviction need.
+full, every request first uses the blocks of an earlier one, and its stores evict others. At last the cache is reset.
+Prints, per policy and phase, the longest call, and how many calls were longer than some limits. Beside them stand a
+plain dict and an OrderedDict with the same keys, the least that a table and an order of eviction need.
 
 Python's garbage collector runs as it would in an engine: by default after `gc.freeze()`, as vLLM calls it when it has
 started; `--gc on` without it, `--gc off` without collections. The time of full collections is printed, too: they visit
@@ -99,6 +99,9 @@ def measure(policy: str, num_blocks: int, size: int, keys: Keys) -> Iterator[tup
         recent = engine.stored[-num_blocks // size :]
         engine.serve(size, timed, recent[int(chance.integers(len(recent)))])
     yield "churn", timed, _collect()
+    timed = Timed()
+    timed("reset_cache", engine.manager.reset_cache)
+    yield "reset", timed, _collect()
     engine.manager.shutdown()
 
 
