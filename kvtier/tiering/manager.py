@@ -477,9 +477,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         self._promoter.plan(scanned)
         for state in scanned:
             self._lookups.end_scan(state)
-        # Most are told apart by their first condition: a call for each would take longer than their plans.
-        idle = [state for state in active if state.wait.since is None and not state.is_pending]
-        self._requests.retire(filter(self._pace.is_done, idle))
+        self._requests.retire([state for state in self._pace.done(active) if not state.is_pending])
 
     def _note_begun(self, req_id: str, state: RequestState | None) -> None:
         """Note that the engine computes this request, whatever it has waited for."""

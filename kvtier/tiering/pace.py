@@ -205,10 +205,12 @@ class Pace:
             self._num_waiting += num_new
             self._backlog += num_new * self._usual
 
-    def is_done(self, state: RequestState) -> bool:
-        """Return whether the engine has nothing to compute of a request's prompt any more, as far as known."""
-        progress = state.progress
-        return not self._tokens_per_block or (progress.first_key is not None and progress.left < self._tokens_per_block)
+    def done(self, states: Sequence[RequestState]) -> Sequence[RequestState]:
+        """Return those of `states` of whose prompts the engine has nothing to compute any more, as far as known."""
+        size = self._tokens_per_block
+        if not size:
+            return states
+        return [state for state in states if state.progress.left < size and state.progress.first_key is not None]
 
     def _left(self, state: RequestState) -> float:
         if state.finished:
