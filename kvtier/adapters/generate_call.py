@@ -71,7 +71,8 @@ def read_call(model: Any, input_ids: torch.Tensor | None, arguments: Mapping[str
         return f"{others[0]} may change the KV of the prompt"
     if input_ids is None:
         return "there are no token ids"
-    if placeholder_ids(model.config) & set(input_ids.unique().tolist()):
+    placeholders = placeholder_ids(model.config)
+    if placeholders and not placeholders.isdisjoint(input_ids.unique().tolist()):
         return "the prompt has tokens that stand for images, sound or video"
     mask = _mask(settings, input_ids, beside.get("attention_mask"))
     padding = _left_padding(input_ids, mask)

@@ -56,12 +56,12 @@ def make(request):
     return request.param
 
 
-@pytest.mark.parametrize("window", [2, 31, 32, 33, 100, 1000])
+@pytest.mark.parametrize("window", [2, 32, 33, 1000])
 def test_prompts_around_every_boundary(make, window):
     """Blocks of 32 tokens; windows shorter and longer than a block, a prompt and an answer."""
     model = make(window)
     with PrefixCache(model, MEMORY_ONLY) as cache:
-        for length in (33, 64, 65, 150):
+        for length in (65, 150):
             prompt = tokens(length, seed=length)
             expected = model.generate(prompt, max_new_tokens=5)
             cold = cache.generate(prompt, max_new_tokens=5, **LOGITS)
@@ -76,19 +76,19 @@ def test_prompts_around_every_boundary(make, window):
 def test_answers_and_follow_ups_from_memory_and_disk(make, tmp_path):
     model, prompt = make(), tokens(150)
     with PrefixCache(model, tiers(tmp_path)) as cache:
-        first = cache.generate(prompt, max_new_tokens=80)
+        first = cache.generate(prompt, max_new_tokens=50)
         follow_up = torch.cat([first.sequences, tokens(45, seed=2)], dim=1)
-        expected = model.generate(follow_up, max_new_tokens=40)
-        second = cache.generate(follow_up, max_new_tokens=40)
-        assert second.sources == {"primary": 224}  # of 150 + 80 tokens
+        expected = model.generate(follow_up, max_new_tokens=20)
+        second = cache.generate(follow_up, max_new_tokens=20)
+        assert second.sources == {"primary": 192}  # of 150 + 50 tokens
         assert torch.equal(second.sequences, expected)
         assert cache.flush()
         cache.forget_primary()
-        from_disk = cache.generate(follow_up, max_new_tokens=40)
-        assert from_disk.sources == {"disk": 256}
+        from_disk = cache.generate(follow_up, max_new_tokens=20)
+        assert from_disk.sources == {"disk": 224}
         assert torch.equal(from_disk.sequences, expected)
     with PrefixCache(make(), tiers(tmp_path)) as cache:
-        assert cache.generate(follow_up, max_new_tokens=1).sources == {"disk": 256}
+        assert cache.generate(follow_up, max_new_tokens=1).sources == {"disk": 224}
 
 
 def test_a_window_of_another_length_shares_nothing(make, tmp_path):
@@ -103,7 +103,7 @@ def test_padded_batches(make, arguments):
     model = make()
     batch, mask = tokens(240, seed=4).reshape(2, 120), torch.ones(2, 120, dtype=torch.long)
     mask[0, :21] = 0
-    settings = {"attention_mask": mask, "max_new_tokens": 50, **arguments}
+    settings = {"attention_mask": mask, "max_new_tokens": 12, **arguments}
     expected = model.generate(batch, **settings)
     with PrefixCache(model, MEMORY_ONLY) as cache:
         answers = [cache.generate(batch, **settings) for _ in range(2)]
