@@ -144,8 +144,8 @@ class ARCPolicy(EvictionPolicy):
 
     def settle(self, keys: Sequence[OffloadKey]) -> None:
         """Move the held ones of `keys` to the recent end of their own list, tail first."""
-        self._t1.renew(keys[::-1])
-        self._t2.renew(keys[::-1])
+        if not self._t1.renew(keys[::-1]):
+            self._t2.renew(keys[::-1])
 
     def clear(self) -> None:
         """Forget everything, ghosts and p included."""
