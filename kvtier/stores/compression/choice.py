@@ -15,37 +15,26 @@ _BLOCKS_PER_TRIAL = 64
 """While blocks are not compressed, one in so many is, to learn what it would bring."""
 _KEPT = 0.95
 """Weight that a measurement keeps when the next one comes: about the last twenty count."""
-_LEAST_SPREAD = 0.001
-"""Variance of the lengths, as a share of their mean's square, from which they tell latency and bandwidth apart."""
+_PATIENCE = 3
+"""Once blocks are compressed, it ends only when it takes so many times as long as it saves. Threads that wait for a
+processor leave the medium to others meanwhile: it seems faster than it is, and the processor slower."""
 
 
 class CallCosts:
-    """How long a medium takes for one more byte, measured: a line through calls of different lengths, the newest ones
-    counting most. Its height is what a call takes without a byte, which compression does not save.
-    """
+    """Seconds per byte of the latest calls, their latency included."""
 
     def __init__(self) -> None:
-        self._weight = self._bytes = self._seconds = self._squares = self._products = 0.0
+        self._bytes = self._seconds = 0.0
 
     def learn(self, num_bytes: int, seconds: float) -> None:
         """Note a call."""
-        self._weight = self._weight * _KEPT + 1
         self._bytes = self._bytes * _KEPT + num_bytes
         self._seconds = self._seconds * _KEPT + seconds
-        self._squares = self._squares * _KEPT + num_bytes * num_bytes
-        self._products = self._products * _KEPT + num_bytes * seconds
 
     @property
     def seconds_per_byte(self) -> float | None:
-        """Return the slope of the line; None before the first call."""
-        if not self._bytes:
-            return None
-        whole = self._seconds / self._bytes
-        spread = self._weight * self._squares - self._bytes * self._bytes
-        if spread < _LEAST_SPREAD * self._bytes * self._bytes:
-            return whole
-        slope = (self._weight * self._products - self._bytes * self._seconds) / spread
-        return min(max(slope, 0.0), whole)
+        """Return what a byte takes; None before the first call."""
+        return self._seconds / self._bytes if self._bytes else None
 
 
 class Choice(ABC):
@@ -81,9 +70,13 @@ class Measured(Choice):
     take longer than to compress them, and than to restore them, so that no load becomes slower.
 
     While a load runs, at most half of the processors compress.
+
+    Attributes:
+        compresses: whether blocks are compressed at the moment, other than to learn.
     """
 
     def __init__(self, num_processors: int | None = None) -> None:
+        self.compresses = False
         self._lock = threading.Lock()
         self._writes, self._reads = CallCosts(), CallCosts()
         self._compression, self._expansion, self._share = _Mean(), _Mean(), _Mean()
@@ -93,7 +86,8 @@ class Measured(Choice):
 
     def shrink(self, codec: BlockCodec, payload: memoryview, room: memoryview) -> memoryview:
         with self._lock:
-            is_trial = not self.is_faster
+            self.compresses = self._is_faster()
+            is_trial = not self.compresses
             if is_trial and self._until_trial:
                 self._until_trial -= 1
                 return payload
@@ -102,6 +96,8 @@ class Measured(Choice):
             self._until_trial = _BLOCKS_PER_TRIAL - 1
             self._num_compressing += 1
         try:
+            if is_trial and (length := codec.compress(payload, room)):
+                codec.try_expand(room[:length])  # what a thread does first takes longer, since it allocates memory
             started = time.perf_counter()
             length = codec.compress(payload, room)
             compressed = time.perf_counter()
@@ -114,14 +110,14 @@ class Measured(Choice):
         self._learn(payload.nbytes, length, compressed - started, expanded - compressed if is_trial else 0.0)
         return room[:length] if length else payload
 
-    @property
-    def is_faster(self) -> bool:
-        """Whether compressed blocks are stored and loaded faster than others, by all that is known."""
+    def _is_faster(self) -> bool:
+        """Return whether compressed blocks are stored and loaded faster than others, by all that is known."""
         write = self._writes.seconds_per_byte
         if write is None or self._share.value is None:
             return False
         read = self._reads.seconds_per_byte
-        saved, compression, expansion = self._share.value, self._compression.value or 0.0, self._expansion.value or 0.0
+        saved = self._share.value * (_PATIENCE if self.compresses else 1)
+        compression, expansion = self._compression.value or 0.0, self._expansion.value or 0.0
         return saved * write > compression and saved * (write if read is None else read) > expansion
 
     def wrote(self, num_bytes: int, seconds: float) -> None:
@@ -153,10 +149,15 @@ class Measured(Choice):
 
 
 class _Mean:
-    """A mean in which the newest values count most."""
+    """The mean of the latest values."""
 
     def __init__(self) -> None:
-        self.value: float | None = None
+        self._weight = self._sum = 0.0
+
+    @property
+    def value(self) -> float | None:
+        return self._sum / self._weight if self._weight else None
 
     def learn(self, value: float) -> None:
-        self.value = value if self.value is None else self.value + (value - self.value) * (1 - _KEPT)
+        self._weight = self._weight * _KEPT + 1
+        self._sum = self._sum * _KEPT + value
