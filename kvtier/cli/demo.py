@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from contextlib import contextmanager
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from kvtier.cli.json_argument import read_json
 from kvtier.config import TieringConfig, parse_config
-from kvtier.errors import ConfigError, KVTierError
+from kvtier.errors import KVTierError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,20 +75,7 @@ def read_tiers(text: str) -> dict[str, Any]:
     Raises:
         ConfigError: the file cannot be read, holds no JSON object, or a key has a wrong value.
     """
-    source = text
-    if not text.lstrip().startswith(("{", "[")):
-        path = Path(text.removeprefix("@"))
-        try:
-            source = path.read_text(encoding="utf-8")
-        except (OSError, ValueError):
-            raise ConfigError("tiers", text, "JSON text or the path of a readable JSON file expected") from None
-    shown = text if text != source else "..."  # the text may hold a secret, and only parsed JSON can be redacted
-    try:
-        value = json.loads(source)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError("tiers", shown, f"not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError("tiers", shown, "a JSON object expected")
+    value = read_json("tiers", text)
     if "spec_name" not in value:
         parse_config(value, TieringConfig)  # fail before the model is loaded, which takes a while
     return value

@@ -1,0 +1,1 @@
+"""What `kvtier doctor` looks at: the machine, and each tier of a configuration."""
