@@ -207,8 +207,6 @@ class Replay:
             output = manager.prepare_store(computed, context)
             if output is not None and output.keys_to_store:
                 manager.complete_store(output.keys_to_store, context)
-                if self._engine.tiers:
-                    manager.on_schedule_end(_STEP)  # while it computes, an engine steps on; each step sends its stores
         saved = min(num_hits * self._trace.tokens_per_block, max(0, request.input_tokens - 1))
         computing = self._machine.prefill_seconds(saved, request.input_tokens)
         self._free_at = now + computing
