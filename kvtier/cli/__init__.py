@@ -17,6 +17,7 @@ COMMANDS = {
     "verify": "Read every block and compare it with its checksum, also while an engine uses the directory.",
     "purge": "Delete all or some namespaces of a disk tier. Files are unlinked, not overwritten.",
     "doctor": "Say what an engine would meet on this machine, and with this configuration, and what to do about it.",
+    "top": "Show what an engine's cache does, live: hits by tier, bytes, waits, failures, capacity.",
     "vllm-config": "Print the option to add to `vllm serve`.",
     "simulate": "Replay a trace through kvtier's own manager, policies and admission, in simulated time.",
     "plan": "Find the cheapest configuration that meets a target, and print the option that makes vLLM use it.",

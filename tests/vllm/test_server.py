@@ -80,6 +80,12 @@ class Server:
     def metric(self, name):
         return sum(self.metrics(name))
 
+    def watched(self):
+        """Return what `kvtier top` tells programs."""
+        url = f"http://127.0.0.1:{self.port}/metrics"
+        command = [sys.executable, "-m", "kvtier", "top", url, "--once", "--json", "--interval", "0.1"]
+        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
     def stop(self):
         self.process.send_signal(signal.SIGTERM)
         try:
@@ -108,5 +114,8 @@ def test_streams_side_by_side(server, baseline):
     assert server.streams(prompts) == expected
     assert server.metric("vllm:external_prefix_cache_hits_total") > 512
     assert server.metric("vllm:kvtier_hit_blocks_total") > 0
+    (primary,) = server.watched()["tiers"]
+    assert (primary["name"], primary["is_up"]) == ("primary", True)
+    assert 0 < primary["fill"] <= 1
     server.open("/reset_prefix_cache?reset_external=true", {}).read()
     assert server.streams(prompts) == expected

@@ -1,0 +1,1 @@
+"""What `kvtier top` reads from an engine, and how it shows it."""
