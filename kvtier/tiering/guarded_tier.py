@@ -141,12 +141,17 @@ class TierGuard(TierCalls):
     def open_job(self, keys: Sequence[OffloadKey], slots: list[int], context: ReqContext, *, is_promotion: bool) -> Job:
         """Return a new job for `hand_over`. Its slots stay pinned, or filling, until it has ended."""
         job_id, now = next(self._job_ids), self._clock()
-        if not self.jobs:
+        if not self._has_unanswered:
             self._progressed_at = now
         if not is_promotion:
             self._num_storing += len(slots)
         job = self.jobs[job_id] = Job(job_id, list(keys), list(slots), is_promotion, context, now, len(keys))
         return job
+
+    @property
+    def _has_unanswered(self) -> bool:
+        """Whether the tier has got a job that it has not answered."""
+        return len(self.jobs) > (self._joined is not None)
 
     @property
     def num_joined(self) -> int:
@@ -174,13 +179,15 @@ class TierGuard(TierCalls):
         Returns:
             The job and whether the tier has taken it, as `hand_over` says; None if nothing was stored.
         """
-        job, self._joined = self._joined, None
+        job = self._joined
         if job is None:
             return None
-        if len(self._shares) > 1:
-            job.shares = tuple(self._shares)
-        if len(self.jobs) == 1:
+        if not self._has_unanswered:
             self._progressed_at = self._clock()
+        self._joined = None
+        shares, self._shares = self._shares, []  # the guard keeps no request that has ended
+        if len(shares) > 1:
+            job.shares = tuple(shares)
         is_taken = self.hand_over(job)
         ended, self._ended_requests = self._ended_requests, {}
         for req_context in ended.values():
@@ -374,7 +381,7 @@ class TierGuard(TierCalls):
             state, progress = TierState.DOWN, self._progress
         if progress != self._progress:
             self._progress, self._progressed_at = progress, now
-        if len(self.jobs) > (self._joined is not None) and self._is_overdue(now):
+        if self._has_unanswered and self._is_overdue(now):
             self._down("its jobs make no progress", is_told=state is _DOWN)
         elif self._standing.fault is not None and self._pending_epoch is None:
             self._reconsider()

@@ -1,5 +1,8 @@
 """The stores that end in one step reach a tier as one job, if the tier takes such jobs."""
 
+import gc
+import weakref
+
 import pytest
 from engine import make_keys, payload
 
@@ -81,6 +84,37 @@ def test_a_store_that_waits_for_the_end_of_the_step_keeps_the_engine_stepping(en
     assert not engine.manager.has_pending_work()
     assert engine.tier.stores
     assert engine.manager.tier_states()["joining"][0].value == "up"
+
+
+def test_a_store_that_waits_for_the_end_of_the_step_does_not_make_the_loads_of_that_step_late(engine):
+    keys = make_keys(2)
+    for name, stored in (("first", keys), ("others", make_keys(16, "others"))):
+        context = engine.request(name)
+        engine.store(stored, context)
+        engine.finish(context)
+        engine.step()
+        engine.step()
+    engine.store(make_keys(1, "waits"), engine.request("waits"))
+    engine.clock.advance(3600.0)
+    engine.tier.auto = False
+    engine.scan(keys, engine.request("again"))
+    engine.step()
+    assert {job.is_promotion for job in engine.tier.waiting} == {True, False}
+    assert engine.manager.tier_states()["joining"][0].value == "up"
+
+
+def test_requests_that_have_ended_are_forgotten_when_their_blocks_are_sent(engine):
+    contexts = [engine.request(name) for name in ("first", "second")]
+    for context in contexts:
+        engine.store(make_keys(2, context.req_id), context)
+        engine.finish(context)
+    ended = [weakref.ref(context) for context in contexts]
+    del context, contexts
+    for _ in range(2):
+        engine.step()
+    engine.tier.stores.clear()
+    gc.collect()
+    assert [reference() for reference in ended] == [None, None]
 
 
 def test_blocks_that_wait_for_the_end_of_the_step_are_not_evicted(engine):
