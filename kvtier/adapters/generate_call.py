@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 
-from kvtier.adapters.prompts import placeholder_ids
+from kvtier.adapters.prompts import embeds_token_types, placeholder_ids
 
 _FROM_A_PREFIX = frozenset(
     {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE}
@@ -81,6 +81,8 @@ def read_call(model: Any, input_ids: torch.Tensor | None, arguments: Mapping[str
     for name in ("position_ids", "token_type_ids"):
         if name in beside and not _is_default(name, beside[name], mask):
             return f"{name} are not those that the model uses by default"
+    if "token_type_ids" in beside and embeds_token_types(model):
+        return "token_type_ids change the KV of each token"
     return Rows(
         input_ids=input_ids,
         attention_mask=mask if any(padding) else None,

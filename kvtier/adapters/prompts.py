@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import reprlib
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from kvtier.adapters.prefill import without_wrapper
 from kvtier.errors import ConfigError
 
 _INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32})
@@ -68,10 +70,11 @@ def vocabulary_of(model: Any) -> int | None:
     return int(weight.shape[0]) if isinstance(weight, torch.Tensor) and weight.ndim == 2 else None
 
 
-def find_foreign_input(inputs: Mapping[str, Any], num_tokens: int) -> str | None:
+def find_foreign_input(model: Any, inputs: Mapping[str, Any], num_tokens: int) -> str | None:
     """Return the name of the first input that makes the KV depend on more than the token ids; None if there is none.
 
-    A mask without padding, positions that count from 0, and token types of 0 are the model's defaults, and allowed.
+    A mask without padding, positions that count from 0, and token types of 0 are the model's defaults, and allowed;
+    token types only if `embeds_token_types` is false.
 
     Raises:
         ConfigError: a cache was given; the request makes its own.
@@ -80,7 +83,9 @@ def find_foreign_input(inputs: Mapping[str, Any], num_tokens: int) -> str | None
         kind = type(inputs["past_key_values"]).__name__
         raise ConfigError("past_key_values", kind, "no cache expected: the request makes it, and restore() fills it")
     for name, value in inputs.items():
-        if value is not None and not _is_default(name, value, num_tokens):
+        if value is None:
+            continue
+        if not _is_default(name, value, num_tokens) or (name == "token_type_ids" and embeds_token_types(model)):
             return name
     return None
 
@@ -102,3 +107,14 @@ def placeholder_ids(config: Any) -> frozenset[int]:
     """Return the placeholder tokens for images, sound or video; their KV depends on more than the token."""
     values = (getattr(config, name, None) for name in vars(config) if _PLACEHOLDER.fullmatch(name))
     return frozenset(value for value in values if isinstance(value, int))
+
+
+def embeds_token_types(model: Any) -> bool:
+    """Return whether token types of 0 may give other KV than no token types.
+
+    GPT-2 and its like add the embedding of each token's type, also of type 0. Models for images, sound or video tell
+    these from text by the types, and text has type 0.
+    """
+    return "token_type_ids" in inspect.signature(without_wrapper(model).forward).parameters and not placeholder_ids(
+        model.config
+    )

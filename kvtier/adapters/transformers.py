@@ -304,7 +304,7 @@ class PrefixCache(forks.ProcessBound):
         """
         started = time.perf_counter()
         given = arguments.pop("inputs", None) if input_ids is None else input_ids
-        find_foreign_input({"past_key_values": arguments.get("past_key_values")}, 0)
+        find_foreign_input(self.model, {"past_key_values": arguments.get("past_key_values")}, 0)
         rows = None
         if given is not None or arguments.get("inputs_embeds") is None:
             rows = read_rows("input_ids", given, vocabulary_of(self.model))
@@ -358,7 +358,7 @@ class PrefixCache(forks.ProcessBound):
         if input_ids is None and inputs.get("inputs_embeds") is None:
             raise ConfigError("input_ids", None, "token ids of one prompt expected")
         token_ids = [] if input_ids is None else read_token_ids("input_ids", input_ids, vocabulary_of(self.model))
-        foreign = find_foreign_input(inputs, len(token_ids)) is not None
+        foreign = find_foreign_input(self.model, inputs, len(token_ids)) is not None
         has_keys = not foreign and not placeholder_ids(self.model.config) & set(token_ids)
         with self._lock:
             opened = self._follow_model()

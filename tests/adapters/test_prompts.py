@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 
 import torch
 from adapters_models import tiny_llama, tokens
-from transformers import BatchEncoding, DynamicCache
+from transformers import BatchEncoding, DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from kvtier.adapters.transformers import PrefixCache
 from kvtier.errors import ConfigError, KVTierError
@@ -122,6 +122,27 @@ def test_what_says_nothing_beside_the_tokens_is_taken(cache):
     with cache.request(PROMPT, **inputs, token_type_ids=torch.zeros_like(PROMPT), past_key_values=None) as request:
         request.restore()
         assert request.restored_tokens == 96
+
+
+def test_types_that_the_model_embeds_are_more_than_tokens():
+    """GPT-2 adds the embedding of type 0 if types are given at all."""
+    torch.manual_seed(0)
+    ends = dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"))
+    size = {"vocab_size": 300, "n_embd": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}
+    model, types = GPT2LMHeadModel(GPT2Config(**size, **ends)).eval(), torch.zeros_like(PROMPT)
+    plain, typed = (model.generate(PROMPT, max_new_tokens=40, token_type_ids=given) for given in (None, types))
+    assert not torch.equal(plain, typed)
+    with PrefixCache(model, MEMORY_ONLY) as cache:
+        for _ in range(2):
+            answer = cache.generate(PROMPT, max_new_tokens=40, token_type_ids=types)
+            assert torch.equal(answer.output, typed)
+        assert torch.equal(cache.generate(PROMPT, max_new_tokens=40).output, plain)
+        follow_up = torch.cat([typed, PROMPT[:, :20]], dim=1)
+        answer = cache.generate(follow_up, max_new_tokens=40)
+        assert torch.equal(answer.output, model.generate(follow_up, max_new_tokens=40))
+        with cache.request(PROMPT, token_type_ids=types) as request:
+            request.restore()
+            assert request.restored_tokens == 0
 
 
 @pytest.mark.parametrize(
