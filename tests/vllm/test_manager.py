@@ -316,6 +316,23 @@ def test_a_completion_after_the_end_of_its_request_keeps_nothing_of_it(manager):
     assert not [each for each in gc.get_objects() if isinstance(each, EngineReqContext) and each.req_id == "ended"]
 
 
+def test_a_scan_that_kvtier_answers_by_itself_keeps_no_request(manager):
+    given_up, other = request(manager, "given up"), request(manager, "scanned last")
+    for _ in range(2):
+        store(manager, KEYS[:2], other)
+        step(manager)
+        manager.lookup(KEYS[0], given_up)
+        fail_load(manager, KEYS[:2], given_up)
+    manager.lookup(KEYS[0], other)
+    assert manager.lookup(KEYS[0], given_up) is MISS
+    for context in (other, given_up):
+        manager.on_request_finished(context)
+    step(manager)
+    gc.collect()
+    contexts = [each for each in gc.get_objects() if isinstance(each, EngineReqContext)]
+    assert [each.req_id for each in contexts if each.req_id in ("given up", "scanned last")] in ([], ["scanned last"])
+
+
 def test_why_kvtier_is_off_is_a_series(core, manager):
     def reasons():
         return {labels[0]: value for labels, value in manager.get_stats().data["data"]["vllm:kvtier_off"].items()}

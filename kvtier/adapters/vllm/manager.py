@@ -71,7 +71,7 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         self._reported: set[str] = set()
         self._off = False
         self._scanned: Any = None
-        self._ours: EngineReqContext
+        self._ours: Any = None  # of the request that is being looked up, an EngineReqContext
         self._lookup: Callable[[OffloadKey, EngineReqContext], LookupResult]
         self._repeated: RepeatedScan | GivenUpScan | None = None
         forks.register(self)
@@ -217,7 +217,7 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         """Forget a request; completions of its transfers may still follow."""
         manager = self._core.manager
         ours = self._contexts.pop(req_context.req_id, None)
-        self._last = self._scanned = None
+        self._last = self._scanned = self._repeated = self._ours = None  # keeps no request that has ended
         self._num_finished += 1
         if self._num_finished == FEW_REQUESTS and not self._num_lookups:
             logger.info(
