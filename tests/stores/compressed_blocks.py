@@ -91,6 +91,18 @@ class CompressedBlocks:
         assert set(context.failures.take()) == {self.cause_when_off}
         with_off.close()
 
+    def test_a_sealed_block_of_another_length_is_a_miss_where_none_is_compressed(self):
+        context = StoreContext(self.context.namespace, self.block_bytes)
+        with_off = self.store_class.open(self.options(self.medium), context)
+        _, sealer = open_sealer(dict(self.seal_options), context.namespace)
+        for payload_bytes in (1, self.block_bytes // 2, self.block_bytes - 1):
+            (stored,), (header,) = sealer.seal([make_key(1)], [memoryview(self.payload(1)[:payload_bytes])])
+            whole = (header + bytes(stored)).ljust(HEADER_BYTES + self.block_bytes, b"\0")
+            self.plant(with_off, make_key(1), whole if self.header_first else bytes(stored) + header)
+            assert list(with_off.read_into([make_key(1)], self.buffers(1))) == [False]
+            assert set(context.failures.take()) <= {FailureCause.CORRUPT, FailureCause.ABSENT}
+        with_off.close()
+
     def test_what_does_not_expand_is_a_miss_although_it_is_sealed(self):
         key, codec = make_key(1), BlockCodec(self.block_bytes, 2)
         room = memoryview(bytearray(codec.most_bytes))

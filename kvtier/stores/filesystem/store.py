@@ -257,6 +257,8 @@ class FilesystemStore(VariedStore):
             (cause,) = self._sealer.open([header], [key], rooms, into)
             if cause is not None:
                 return FailureCause.CORRUPT if cause is FailureCause.ABSENT else cause
+            if payload_bytes < self._block_bytes and not self._compressed:
+                return FailureCause.CORRUPT
             if status.st_mtime < self._directory.roughly_now() - _SECONDS_FRESH:
                 with contextlib.suppress(OSError):
                     os.utime(descriptor)

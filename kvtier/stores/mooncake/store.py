@@ -214,14 +214,20 @@ class MooncakeStore(VariedStore):
 
     def _length(self, key: OffloadKey, code: int) -> FailureCause | int:
         """Return the length of the payload for a code that is that of a whole value; else why it was not read."""
-        whole = self._block_bytes + HEADER_BYTES
-        if code == whole or (self._compressed and HEADER_BYTES < code < whole):
+        if self._is_length(code):
             return code - HEADER_BYTES
         cause = _CAUSES.get(code, FailureCause.IO_ERROR)
         # A value of another length fails like a transfer from a lost host.
-        if cause is FailureCause.IO_ERROR and 0 <= self._client.get_size(self.name(key)) != whole:
-            return FailureCause.CORRUPT
+        if cause is FailureCause.IO_ERROR:
+            size = self._client.get_size(self.name(key))
+            if size >= 0 and not self._is_length(size):
+                return FailureCause.CORRUPT
         return cause
+
+    def _is_length(self, num_bytes: int) -> bool:
+        """Return whether a value may have this length."""
+        whole = self._block_bytes + HEADER_BYTES
+        return num_bytes == whole or (self._compressed and HEADER_BYTES < num_bytes < whole)
 
     def _private(self, count: int, num_bytes: int) -> list[memoryview]:
         """Return pieces of the thread's own memory; those of its last call must not be used any more."""

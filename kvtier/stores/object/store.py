@@ -286,7 +286,7 @@ class ObjectStore(VariedStore):
         stored = value[HEADER_BYTES : HEADER_BYTES + length]
         (cause,) = self._sealer.open([header], [key], [stored], [buffer[:length]])
         if cause is None:
-            return length
+            return length if length == self._block_bytes or self._compressed else FailureCause.CORRUPT
         return FailureCause.CORRUPT if cause is FailureCause.ABSENT else cause
 
     def _learn(self, error: RequestError | None) -> None:

@@ -74,8 +74,14 @@ requests stay UNANSWERED."""
 class Exchanges:
     """The commands for blocks of one length and namespace."""
 
-    def __init__(self, sealer: Sealer, block_bytes: int, prefix: str, ttl_milliseconds: int | None) -> None:
-        """Args: ttl_milliseconds: how long the server keeps a block after its last write; None for no limit."""
+    def __init__(
+        self, sealer: Sealer, block_bytes: int, prefix: str, ttl_milliseconds: int | None, shorter_too: bool = False
+    ) -> None:
+        """Args:
+        ttl_milliseconds: how long the server keeps a block after its last write; None for no limit.
+        shorter_too: whether shorter payloads are read, too.
+        """
+        self._least_bytes = 1 if shorter_too else block_bytes
         self._sealer = sealer
         self._name_prefix = f"{prefix}:{sealer.namespace.fingerprint.hex()}:".encode()
         self._block_bytes = block_bytes
@@ -137,6 +143,8 @@ class Exchanges:
         wire.fill(room, HEADER_BYTES + 2)
         stream.note(room)
         request.reply = _verified(stream.verify(wire.take(HEADER_BYTES, 0)))
+        if request.reply is Outcome.DONE and payload_bytes < self._least_bytes:
+            request.reply = FailureCause.CORRUPT
         request.buffer = payload
 
     def _batches(self, requests: Sequence[Request], least: int, most: int | None = None) -> list[Sequence[Request]]:

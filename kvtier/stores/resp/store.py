@@ -64,7 +64,7 @@ class RespStore(VariedStore):
         self._failures = context.failures
         self._block_bytes, self._compressed = context.block_bytes, context.compressed
         ttl = None if settings.ttl is None else int(settings.ttl * 1000)
-        self._exchanges = Exchanges(sealer, context.block_bytes, settings.prefix, ttl)
+        self._exchanges = Exchanges(sealer, context.block_bytes, settings.prefix, ttl, context.compressed)
         self._fullness = Fullness()
         self._breaks: Counter[Server] = Counter()
         self._usage: StoreUsage | None = None

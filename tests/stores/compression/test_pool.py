@@ -1,11 +1,15 @@
 """The shipped suite on compressed blocks in a pool of Mooncake's: plain, and encrypted."""
 
+import random
 import uuid
 
 import pytest
-from compressed_blocks import CompressedBlocks
+from compressed_blocks import CompressedBlocks, bfloat16
 from guarded_stores import SECRET
 
+from kvtier.abc import StoreContext
+from kvtier.namespace import Namespace
+from kvtier.stores.compression.store import CompressedStore
 from kvtier.stores.integrity.header import ENCRYPTED_VERSION
 from kvtier.stores.mooncake.store import MooncakeStore
 from kvtier.testing.stores import StoreSuite, make_key
@@ -50,6 +54,22 @@ class TestCompressed(CompressedBlocks, Pooled):
     @property
     def seal_options(self):
         return self._secret.items()
+
+
+@pytest.mark.parametrize("block_bytes", [64 << 10, 600_000])
+def test_a_lost_host_is_not_taken_for_broken_blocks(make_pool, block_bytes):
+    pool, keys = make_pool(), [make_key(number) for number in range(3)]
+    context = StoreContext(Namespace({"dtype": "bfloat16"}), block_bytes)
+    options = {"master": pool.address, "prefix": uuid.uuid4().hex, "compress": "zstd"}
+    store = CompressedStore.over(MooncakeStore, options, context)
+    try:
+        payloads = [bfloat16(0, block_bytes), random.Random(1).randbytes(block_bytes), bfloat16(2, block_bytes)]
+        assert all(store.write(keys, list(map(memoryview, payloads))))
+        pool.kill_lender()
+        assert store.read_into(keys, [memoryview(bytearray(block_bytes)) for _ in keys]) == [False] * 3
+        assert FailureCause.CORRUPT not in context.failures.take()
+    finally:
+        store.close()
 
 
 class TestEncrypted(TestCompressed):
