@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from kvtier import forks
 from kvtier.adapters.staging_slots import Batch, PageKeys, StagingSlots
 from kvtier.events import TierState
 from kvtier.keys import OffloadKey
@@ -46,14 +47,25 @@ class StagedTiers:
         self._spec, self._call_deadline = spec, call_deadline
         self._arena = spec.arena
         self._tiers = spec.open_tiers()
-        self._lock = threading.Lock()
-        """Guards all below, and every call of the tiers; nobody waits or copies while holding it."""
+        self._unchecked_lock = threading.Lock()
         self._slots = StagingSlots(spec.num_blocks)
         self._batches: dict[int, Batch] = {}
         self._pins: dict[OffloadKey, list[tuple[TierGuard, PageKeys]]] = {}
         """By a page's first key: the tiers that have pinned it, one entry per pin."""
         self._numbers = itertools.count()
         self._closed = False
+        forks.register(self)
+
+    def leave_to_parent(self) -> None:
+        """In a forked child, find nothing and move nothing. A thread of the parent may have held the lock."""
+        self._unchecked_lock = threading.Lock()
+        self._closed = True
+
+    @property
+    def _lock(self) -> threading.Lock:
+        """Guards the state, and every call of the tiers; nobody waits or copies while holding it."""
+        forks.notice()
+        return self._unchecked_lock
 
     @property
     def block_bytes(self) -> int:

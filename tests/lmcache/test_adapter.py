@@ -1,6 +1,8 @@
 """`KVTierL2Adapter` through LMCache's own factory and over its host memory: every byte of every object is compared."""
 
 import json
+import signal
+import threading
 from pathlib import Path
 from typing import get_type_hints
 
@@ -29,7 +31,7 @@ from lmcache.v1.distributed.l2_adapters.base import L2AdapterInterface
 from kvtier.adapters.lmcache.options import LMCacheOptions
 from kvtier.errors import ConfigError
 from kvtier.events import TierState
-from kvtier.testing.patience import wait_for
+from kvtier.testing.patience import PATIENCE_SECONDS, wait_for
 
 KIB = 1 << 10
 SIZES = [2, 4 * KIB, 64 * KIB, 64 * KIB + 2, 300 * KIB, MIB]
@@ -343,6 +345,41 @@ def test_a_forked_child_misses_and_the_parent_goes_on(tmp_path, memory, fork):
         assert caller.lock(keys, 256 * KIB) == [0, 1]
         assert caller.load(keys, objects) == [0, 1]
         caller.adapter.submit_unlock(keys)
+
+
+@pytest.mark.parametrize("fork", ALL_WAYS)
+def test_a_child_does_not_wait_for_locks_that_threads_of_the_parent_held(tmp_path, memory, fork):
+    keys = keys_of(2)
+    with memory.objects([256 * KIB] * 2, seed=19) as objects, opened([disk(tmp_path)], memory) as caller:
+        caller.store(keys, objects)
+        adapter = caller.adapter
+        locked = caller.lock(keys, 256 * KIB)
+
+        def child():
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(int(PATIENCE_SECONDS))
+            adapter.submit_unlock(keys)
+            answers = adapter.report_status()["is_healthy"], adapter.get_usage().total_bytes_used, adapter.readings()
+            adapter.close()
+            return answers
+
+        held, go_on = threading.Event(), threading.Event()
+
+        def hold():
+            with adapter._locks._lock, adapter._tiers._lock, adapter._usage_lock:
+                held.set()
+                assert go_on.wait(PATIENCE_SECONDS)
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        try:
+            assert held.wait(PATIENCE_SECONDS)
+            assert tell(fork, child) == [False, 0, {}]
+        finally:
+            go_on.set()
+            thread.join()
+        assert locked == caller.load(keys, objects) == [0, 1]
+        adapter.submit_unlock(keys)
 
 
 def test_usage_is_per_salt(tmp_path, memory):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -69,6 +70,8 @@ class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is n
     def leave_to_parent(self) -> None:
         """In a forked child, fail every further task."""
         self._is_closed = True
+        self._locks = Locks()
+        self._usage_lock = threading.Lock()  # LMCache's
         for lane in self._lanes:
             lane.leave_to_parent()
 
@@ -100,6 +103,7 @@ class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is n
         return self._lookups.take(task_id)
 
     def submit_unlock(self, keys: list[Any]) -> None:
+        forks.notice()
         self._tiers.unpin(self._locks.take(keys))
 
     def submit_load_task(self, keys: list[Any], objects: list[Any]) -> int:
