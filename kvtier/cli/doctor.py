@@ -13,6 +13,7 @@ from kvtier.cli.checks.machine import check_machine
 from kvtier.cli.checks.tiers import check_tiers
 from kvtier.cli.json_argument import read_json
 from kvtier.cli.slabs import AsJson, make_console, print_json, refusing
+from kvtier.errors import ConfigError
 from kvtier.sizes import parse_size
 
 EXIT_ERROR = 1
@@ -45,8 +46,14 @@ def doctor(config: ConfigArgument = None, as_json: AsJson = False) -> None:
 
 
 def extra_of(config: dict[str, Any]) -> dict[str, Any]:
-    """Return kvtier's own configuration, from it or from vLLM's transfer configuration around it."""
+    """Return kvtier's own configuration, from it or from vLLM's transfer configuration around it.
+
+    Raises:
+        ConfigError: the transfer configuration holds no configuration of kvtier.
+    """
     inner = config.get("kv_connector_extra_config", config)
+    if not isinstance(inner, dict):
+        raise ConfigError("kv_connector_extra_config", type(inner).__name__, "a JSON object expected")
     return {"spec_name": "TieringOffloadingSpec", **inner}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -9,6 +10,8 @@ from typer.testing import CliRunner
 from kvtier.cli import app
 from kvtier.cli.checks.findings import Level
 from kvtier.cli.checks.machine import check_machine
+
+EXAMPLES = str(Path(__file__).parents[2] / "examples")
 
 
 def run(*arguments):
@@ -134,3 +137,41 @@ def test_a_folder_that_this_user_may_not_write_is_an_error(tmp_path, monkeypatch
     code, found = findings_of(with_tiers({"type": "disk", "path": str(tmp_path / "kv"), "capacity": "256MiB"}))
     assert code == 1
     assert "cannot be written by this user" in of(found, "disk")[0][1]
+
+
+def test_a_folder_that_is_there_is_looked_at_itself(tmp_path, monkeypatch):
+    """An administrator may make the tier's folder for a user who may not write the folder above it."""
+    (tmp_path / "kv").mkdir()
+    may_write = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and may_write(path, mode))
+    code, found = findings_of(with_tiers({"type": "disk", "path": str(tmp_path / "kv"), "capacity": "256MiB"}))
+    assert code == 0
+    assert of(found, "disk")[-1] == (
+        "warning",
+        f"not tried: {tmp_path}, where the trial would be, cannot be written by this user",
+    )
+
+
+@pytest.mark.root
+def test_a_mount_point_is_no_folder_of_a_tier():
+    code, found = findings_of(with_tiers({"type": "disk", "path": "/proc", "capacity": "256MiB"}))
+    assert code == 0
+    assert "on proc" in of(found, "disk")[0][1]
+    assert of(found, "disk")[-1][1] == "not tried: /proc is a mount point, and kvtier needs a folder for itself"
+
+
+def test_a_tier_of_ones_own_is_tried_with_its_own_options(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([EXAMPLES, os.environ.get("PYTHONPATH", "")]))
+    tier = {"type": "ZippedTier", "module_path": "zipped_tier", "path": str(tmp_path / "zipped")}
+    code, found = findings_of(with_tiers(tier))
+    assert code == 0
+    assert of(found, "ZippedTier")[-1][1].startswith("works: ")
+
+
+@pytest.mark.parametrize("wrong", [None, [], "text"], ids=str)
+def test_a_transfer_configuration_without_kvtiers_is_one_line(wrong):
+    result = run(json.dumps({"kv_connector": "OffloadingConnector", "kv_connector_extra_config": wrong}))
+    assert result.exit_code == 2
+    assert result.stderr.startswith("kvtier: kv_connector_extra_config=")
+    assert result.stderr.count("\n") == 1

@@ -66,6 +66,9 @@ def check_tiers(extra: Mapping[str, Any]) -> Iterator[Finding]:
         places = list(_places(tier))
         yield from places
         if all(place.level is not Level.ERROR for place in places):
+            if untried := next(filter(None, map(_why_untried, _paths(tier))), None):
+                yield untried._replace(subject=tier.name)
+                continue
             with _warnings() as said:
                 found = list(_try(tier))
             if found[-1].level is Level.OK:
@@ -102,14 +105,15 @@ def _places(tier: TierConfig) -> Iterator[Finding]:
             remedy = "make it, or mount what should be there: kvtier makes only the last folder of a path"
             yield Finding(Level.ERROR, name, f"{parent} is not there", remedy)
             continue
-        mount = MountTable().at(os.path.realpath(parent))
+        place = path if path.is_dir() else parent
+        mount = MountTable().at(os.path.realpath(place))
         kind = "unknown" if mount is None else mount.kind
-        status = os.statvfs(parent)
-        free, wanted = status.f_bavail * status.f_frsize, tier.options.get("capacity", 0) // len(paths)
+        status = os.statvfs(place)
+        free, wanted = status.f_bavail * status.f_frsize, (_capacity(tier) or 0) // len(paths)
         text = f"{path}: on {kind}, {format_size(free)} free"
-        if not os.access(parent, os.W_OK | os.X_OK):
+        if not os.access(place, os.W_OK | os.X_OK):
             remedy = "the folder's owner or mode; fsGroup in Kubernetes, CacheDirectory= of systemd"
-            yield Finding(Level.ERROR, name, f"{parent} cannot be written by this user", remedy)
+            yield Finding(Level.ERROR, name, f"{place} cannot be written by this user", remedy)
         elif free < wanted and not path.exists():
             remedy = "a smaller capacity: a tier that meets a full disk forgets blocks"
             yield Finding(Level.WARNING, name, f"{text}, of {format_size(wanted)} asked for", remedy)
@@ -120,6 +124,23 @@ def _places(tier: TierConfig) -> Iterator[Finding]:
             )
         else:
             yield Finding(Level.OK, name, text)
+
+
+def _capacity(tier: TierConfig) -> int | None:
+    """Return the bytes that a tier's folders may take; None if a tier of the user's own has no such option."""
+    capacity = tier.options.get("capacity")
+    return capacity if isinstance(capacity, int) else None
+
+
+def _why_untried(path: Path) -> Finding | None:
+    """Return why no trial can stand beside a tier's folder; None if one can."""
+    if path.is_mount():
+        text, remedy = f"{path} is a mount point, and kvtier needs a folder for itself", "a folder below it"
+    elif not os.access(path.parent, os.W_OK | os.X_OK):
+        text, remedy = f"{path.parent}, where the trial would be, cannot be written by this user", ""
+    else:
+        return None
+    return Finding(Level.WARNING, "", f"not tried: {text}", remedy)
 
 
 def _try(tier: TierConfig) -> Iterator[Finding]:
@@ -210,7 +231,9 @@ def _trial_options(tier: TierConfig) -> Iterator[dict[str, Any]]:
             folders.append(Path(tempfile.mkdtemp(prefix=".kvtier-doctor-", dir=path.parent)))
         if folders:
             places = [str(folder / "tier") for folder in folders]
-            options |= {"path": places if len(places) > 1 else places[0], "capacity": TRIAL_CAPACITY * len(places)}
+            options["path"] = places if len(places) > 1 else places[0]
+            if _capacity(tier) is not None:
+                options["capacity"] = TRIAL_CAPACITY * len(places)
         yield options
     finally:
         for folder in folders:
