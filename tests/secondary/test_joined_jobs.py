@@ -74,6 +74,15 @@ def test_blocks_that_are_there_already_count_whichever_request_brings_them(disk)
     assert disk.rig.load(range(7))[1] == list(range(7))
 
 
+def test_a_block_that_two_requests_bring_is_stored_once(disk):
+    first, second = begun(disk, "first"), begun(disk, "second")
+    result = disk.store((first, [0, 1, 2]), (second, [0, 1, 3, 4]))
+    assert result.success
+    assert result.transfer_bytes == 5 * disk.rig.block_bytes
+    assert disk.rig.load(range(5))[1] == list(range(5))
+    disk.tier.check_invariants()
+
+
 def test_the_end_of_each_request_orders_its_own_blocks(disk):
     """The tail of a prefix is evicted before its head, though the blocks of two requests came in one job."""
     half = disk.num_slots // 2
