@@ -28,6 +28,7 @@ from forked_child import ALL_WAYS, tell
 from lmcache.v1.distributed.api import ObjectKey
 from lmcache.v1.distributed.l2_adapters.base import L2AdapterInterface
 
+from kvtier.adapters.lmcache.holdings import Holdings
 from kvtier.adapters.lmcache.options import LMCacheOptions
 from kvtier.errors import ConfigError
 from kvtier.events import TierState
@@ -390,6 +391,18 @@ def test_usage_is_per_salt(tmp_path, memory):
         usage = caller.adapter.get_usage()
         assert usage.bytes_by_cache_salt == {"one": 128 * KIB, "two": 64 * KIB}
         assert usage.total_bytes_used == 192 * KIB
+
+
+def test_only_so_many_objects_are_remembered(tmp_path, memory):
+    keys = keys_of(10)
+    with memory.objects([150 * KIB] * 10, seed=22) as objects, opened([shared(tmp_path)], memory) as caller:
+        caller.adapter._holdings = Holdings(most=4)
+        for key, one in zip(keys, objects, strict=True):
+            caller.store([key], [one])
+        assert caller.adapter.report_status()["stored_object_count"] == 4
+        assert caller.adapter.get_usage().bytes_by_cache_salt == {"": 600 * KIB}
+        assert caller.listener.deleted == keys[:6]
+        assert caller.look_up(keys, 150 * KIB) == list(range(10))
 
 
 def test_deletion_is_left_to_the_tiers_and_said_once(tmp_path, memory, caplog):

@@ -124,7 +124,7 @@ class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is n
 
     def get_usage(self) -> AdapterUsage:
         """Return bytes and capacity of the tiers, with blocks of others there; per salt, what was stored since the
-        start. A tier that does not tell its capacity makes it unknown.
+        start, the latest objects. A tier that does not tell its capacity makes it unknown.
         """
         readings = self._tiers.readings()
         names = list(self._tiers.states())
@@ -187,7 +187,7 @@ class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is n
             for index, is_stored in zip(chosen, self._tiers.store(_picked(blocks, chosen), fill), strict=True):
                 stored[index] = is_stored
         held = [
-            Holding(key, memory.get_size(), own)
+            Holding.of(key, memory.get_size(), own)
             for key, memory, own, is_stored in zip(keys, objects, blocks, stored, strict=True)
             if is_stored
         ]
@@ -249,12 +249,12 @@ class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is n
             yield [fitting[index] for index in chosen]
 
     def _tell_removed(self) -> None:
-        """Tell LMCache which objects no tier holds any more."""
+        """Tell LMCache which objects no tier holds any more, or are too many to remember."""
+        gone = self._holdings.take_excess()
         touched = self._holdings.touched_by(self._tiers.take_removed())
-        if not touched:
-            return
-        held = self._tiers.contains([one.blocks for one in touched])
-        gone = self._holdings.remove(one for one, is_held in zip(touched, held, strict=True) if not is_held)
+        if touched:
+            held = self._tiers.contains([one.blocks for one in touched])
+            gone += self._holdings.remove(one for one, is_held in zip(touched, held, strict=True) if not is_held)
         if gone:
             self._notify_keys_deleted([one.key for one in gone], [one.num_bytes for one in gone])
 

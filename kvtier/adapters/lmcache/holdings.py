@@ -3,27 +3,43 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from kvtier.adapters.staging_slots import PageKeys
-from kvtier.keys import OffloadKey, get_offload_block_hash
+from kvtier.keys import OffloadKey, get_offload_block_hash, make_offload_key
+
+MOST_HELD = 1 << 20
+"""Most objects to remember. Servers and shared filesystems do not tell what they evict: the number would only rise."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Holding:
-    """An object in the tiers.
+    """An object in the tiers. It is small, since there may be a million.
 
     Attributes:
         key: LMCache's.
         num_bytes: in the object.
-        blocks: keys of its blocks.
+        block_hash: with which the keys of its blocks begin.
+        num_blocks: that hold it.
     """
 
     key: Any
     num_bytes: int
-    blocks: PageKeys
+    block_hash: bytes
+    num_blocks: int
+
+    @classmethod
+    def of(cls, key: Any, num_bytes: int, blocks: PageKeys) -> Self:
+        """Return one for an object with these blocks."""
+        return cls(key, num_bytes, get_offload_block_hash(blocks[0]), len(blocks))
+
+    @property
+    def blocks(self) -> PageKeys:
+        """Keys of its blocks."""
+        return [make_offload_key(self.block_hash, number) for number in range(self.num_blocks)]
 
 
 class Holdings:
@@ -32,9 +48,10 @@ class Holdings:
     The tiers know hashes only. So objects that an earlier process has stored are found and loaded, but not listed here.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = MOST_HELD) -> None:
+        self._most = most
         self._lock = threading.Lock()
-        self._by_hash: dict[bytes, Holding] = {}
+        self._by_hash: OrderedDict[bytes, Holding] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._by_hash)
@@ -42,9 +59,14 @@ class Holdings:
     def add(self, stored: Iterable[Holding]) -> list[Holding]:
         """Note objects that the tiers hold now; return those that are new."""
         with self._lock:
-            fresh = [held for held in stored if _hash_of(held.blocks) not in self._by_hash]
-            self._by_hash.update((_hash_of(held.blocks), held) for held in fresh)
+            fresh = [held for held in stored if held.block_hash not in self._by_hash]
+            self._by_hash.update((held.block_hash, held) for held in fresh)
         return fresh
+
+    def take_excess(self) -> list[Holding]:
+        """Forget the oldest of too many objects; return them."""
+        with self._lock:
+            return [self._by_hash.popitem(last=False)[1] for _ in range(len(self._by_hash) - self._most)]
 
     def touched_by(self, removed: Collection[OffloadKey]) -> list[Holding]:
         """Return the objects of which these blocks were a part."""
@@ -55,8 +77,4 @@ class Holdings:
     def remove(self, gone: Iterable[Holding]) -> list[Holding]:
         """Forget objects that no tier holds any more; return those that were noted."""
         with self._lock:
-            return [held for one in gone if (held := self._by_hash.pop(_hash_of(one.blocks), None)) is not None]
-
-
-def _hash_of(blocks: PageKeys) -> bytes:
-    return get_offload_block_hash(blocks[0])
+            return [held for one in gone if (held := self._by_hash.pop(one.block_hash, None)) is not None]
