@@ -21,7 +21,7 @@ from kvtier.adapters.recording_cache import CachedSequence, RecordingCache
 class Generation:
     """What `PrefixCache.generate` returns: the output of `model.generate`, and where the prompt's KV came from.
 
-    It can be used in place of the output: it is indexed and iterated like it, and has its attributes.
+    It is indexed and iterated like the output, and has its attributes. Functions that take a tensor take `output`.
 
     Attributes:
         output: what `model.generate` returned: a tensor, or a `ModelOutput` with `return_dict_in_generate`.
