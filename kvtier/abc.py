@@ -325,7 +325,7 @@ class SecondaryTierManager(ABC):
             it knows.
         persistent: True if the tier may have blocks of earlier engines. Requests then wait a moment while it opens.
         joins_stores: True if one store job may have blocks of several requests, as `JobMetadata.shares` says. The
-            blocks whose copies from the device end in one step are then one job.
+            blocks whose copies from the device end in one step are then one job, or several large ones.
         probe_deadline: longest that a request waits while `lookup` answers RETRY, in seconds. The manager waits longer
             before the tier's first answer, and shorter after waits in vain. A configuration may set another value.
     """

@@ -131,6 +131,8 @@ class Cascades:
         self._table.pin(slots)
         if guard.joins_stores:
             guard.join(keys, slots, req_context)
+            if guard.num_joined >= guard.most_joined:
+                self._send_joined(guard)
         else:
             job = guard.open_job(keys, slots, req_context, is_promotion=False)
             self._note_sent(guard, job, guard.hand_over(job))
@@ -138,9 +140,12 @@ class Cascades:
     def send(self) -> None:
         """Submit the stores that were joined since the last call; called at the end of a step."""
         for guard in self._guards:
-            sent = guard.send_joined()
-            if sent is not None:
-                self._note_sent(guard, *sent)
+            self._send_joined(guard)
+
+    def _send_joined(self, guard: TierGuard) -> None:
+        sent = guard.send_joined()
+        if sent is not None:
+            self._note_sent(guard, *sent)
 
     def _note_sent(self, guard: TierGuard, job: Job, is_taken: bool) -> None:
         if is_taken:

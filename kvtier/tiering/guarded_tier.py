@@ -33,6 +33,9 @@ from kvtier.types import (
 
 STORE_SHARE = 0.5
 """Most slots that unanswered stores of one tier pin, as a share of the primary's: the rest is left for new blocks."""
+MOST_JOINED_BYTES = 64 << 20
+"""Blocks that wait for the end of the step are sent before it from this size on: a tier limits its stores by what it
+has got, and may take any job while it has none."""
 FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 30.0
 """Shortest and longest pause before a tier that misbehaved is tried again."""
 _UP, _STARTING, _DOWN = TierState.UP, TierState.STARTING, TierState.DOWN
@@ -44,6 +47,7 @@ class TierGuard(TierCalls):
     Attributes:
         usable: whether lookups and jobs go to the tier now.
         joins_stores: whether the stores of one step are one job: then pass them to `join`.
+        most_joined: from this number of blocks on, call `send_joined` before the step ends.
     """
 
     def __init__(
@@ -97,6 +101,7 @@ class TierGuard(TierCalls):
         self._times = StateTimes(clock())
         self._digests = None if tier.verifies_payloads else DigestLedger(arena_rows(tier.primary_kv_view))
         self._num_slots, self._block_bytes = num_slots, block_bytes
+        self.most_joined = max(1, MOST_JOINED_BYTES // block_bytes)
         self._most_pinned = int(self._num_slots * STORE_SHARE)
         self._draining = False
         self._pending_epoch: bytes | None = None

@@ -147,6 +147,24 @@ def test_a_name_that_is_used_again_in_the_same_step_ends_before_it_begins_anew(e
     assert engine.tier.calls.count(("end", "again")) == 1
 
 
+def test_the_stores_of_a_step_do_not_pass_the_tiers_own_limit(make_engine):
+    class Limited(JoiningTier):
+        """Takes any job while it has none, else up to 8 blocks."""
+
+        def can_store(self, num_blocks):
+            waiting = sum(len(job.keys) for job in self.waiting)
+            return not waiting or waiting + num_blocks <= 8
+
+    engine = make_engine(num_blocks=64, said_bytes=16 << 20, tiers=lambda view: [Limited(view)])
+    engine.step()
+    engine.tier.auto = False
+    for index in range(10):
+        engine.store(make_keys(2, str(index)), engine.request(str(index)))
+    engine.step()
+    assert sum(len(job.keys) for job in engine.tier.stores) == 8
+    assert len(engine.tier.stores) < 4
+
+
 @pytest.mark.parametrize("method", ["submit_store", "can_store"])
 def test_a_refused_job_leaves_no_pin(engine, method):
     engine.store(make_keys(4, "a"), engine.request("a"))
