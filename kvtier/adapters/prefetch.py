@@ -17,11 +17,13 @@ class Prefetcher:
     def start(self, request: PrefixRequest) -> Future[int]:
         """Look a prompt up, which starts its promotion, and return a future of its tokens in host memory."""
         request.__enter__()
-        if not request.look_up():
-            return self._thread.submit(_wait, request)
         found: Future[int] = Future()
-        request.__exit__(None, None, None)
-        found.set_result(request.found_tokens)
+        if request.look_up():
+            _end(request)
+            found.set_result(request.found_tokens)
+        else:
+            found = self._thread.submit(_wait, request)
+            found.add_done_callback(lambda ended: _end(request) if ended.cancelled() else None)
         return found
 
     def close(self) -> None:
@@ -36,4 +38,8 @@ def _wait(request: PrefixRequest) -> int:
         logger.exception("kvtier: a prefetch failed")
         raise
     finally:
-        request.__exit__(None, None, None)
+        _end(request)
+
+
+def _end(request: PrefixRequest) -> None:
+    request.__exit__(None, None, None)
