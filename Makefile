@@ -51,7 +51,9 @@ export HF_HUB_OFFLINE = 1
 demo: $(STAMP)
 	$(BIN)/kvtier demo $(DEMO_OPTIONS)
 
-test: lint test-core test-torch
+# Both halves at once: most of the core's tests wait for processes and servers most of the time.
+test: lint
+	$(MAKE) --jobs=2 --output-sync=target test-core test-torch
 
 docs: $(STAMP) $(DOCS_STAMP)
 	$(BIN)/python docs/make_tables.py
