@@ -13,8 +13,8 @@ from kvtier.testing.patience import wait_for
 
 PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
 ENGINES_LABELS = {"engine", "model_name"}
-UNUSUAL = {"unexpected", "errors", "prepared_share"}
-"""Rows without a series until something unusual happens, or until a disk has had time."""
+UNUSUAL = {"unexpected", "errors", "prepared_share", "compressed_blocks", "unwritten_bytes", "unread_bytes"}
+"""Rows without a series until something unusual happens, a disk has had time, or a tier compresses."""
 
 
 def ask_all(engine):
