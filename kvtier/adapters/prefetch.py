@@ -34,7 +34,7 @@ class Prefetcher:
 def _wait(request: PrefixRequest) -> int:
     try:
         return request.find()
-    except Exception:
+    except Exception:  # passed on by the future, which a caller may never look at: logged, too
         logger.exception("kvtier: a prefetch failed")
         raise
     finally:

@@ -81,16 +81,23 @@ def _paths(tier: TierConfig) -> list[Path]:
     return [] if path is None else [Path(one) for one in ([path] if isinstance(path, str) else path)]
 
 
+class _Collector(logging.Handler):
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage().removeprefix("kvtier: "))
+
+
 @contextmanager
 def _warnings() -> Iterator[list[str]]:
     """Collect what kvtier would say in an engine's log, instead of showing it."""
-    said: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage().removeprefix("kvtier: "))  # type: ignore[method-assign]
+    handler = _Collector(logging.WARNING)
     propagates, logger.propagate = logger.propagate, False
     logger.addHandler(handler)
     try:
-        yield said
+        yield handler.said
     finally:
         logger.removeHandler(handler)
         logger.propagate = propagates
