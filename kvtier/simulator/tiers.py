@@ -43,7 +43,7 @@ class SimulatedTierManager(SecondaryTierManager):
     medium = Medium.STORAGE
     locality = Locality.LOCAL
     verifies_payloads = True
-    joins_stores = False  # a replay ends no step between the store of a request and the end of its computing
+    joins_stores = True
 
     def __init__(
         self,
