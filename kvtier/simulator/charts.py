@@ -1,22 +1,29 @@
-"""Charts as SVG: lines, points and stacked areas, with axes at round numbers."""
+"""Charts as SVG: lines, points and stacked areas, each with a legend and a table of its figures."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import NamedTuple
+
+from kvtier.simulator.axes import Axis
+from kvtier.simulator.looks import AreaLook, LineLook
+from kvtier.simulator.tables import figures_table
 
 _WIDTH, _HEIGHT = 560.0, 320.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 66.0, 14.0, 12.0, 44.0
-_NUM_COLOURS = 8
-
-_DASHES = ((), (9.0, 3.0), (2.0, 3.0), (9.0, 3.0, 2.0, 3.0), (14.0, 3.0, 2.0, 3.0, 2.0, 3.0))
-"""Lengths of strokes and gaps. Each pattern is used with all colours before the next: forty lines look different."""
-_REFERENCE = (5.0, 5.0)
+_LEFT, _RIGHT, _TOP, _BOTTOM = 74.0, 14.0, 12.0, 44.0
+_MOST_MARKS, _FEW_MARKS = 40, 8
+"""A line with more points than the first has about as many marks as the second, so that it can be seen below them."""
 
 Point = tuple[float, float]
-Format = Callable[[float], str]
+
+
+class Data(NamedTuple):
+    """The table behind a chart."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -34,125 +41,54 @@ class Series:
     line: bool = True
 
 
-@dataclass(frozen=True)
-class Axis:
-    """One axis.
+def line_chart(title: str, x: Axis, y: Axis, series: Sequence[Series], data: Data | None = None) -> str:
+    """Return a figure with one line, or one cloud of points, per series, a legend and a table.
 
-    Attributes:
-        write: returns a number of the axis as text.
-        low, high: its ends.
+    Args:
+        data: the table; if absent, it has every point.
     """
-
-    title: str
-    write: Format
-    low: float
-    high: float
-    logarithmic: bool = False
-
-    def place(self, value: float) -> float:
-        """Return a value's place between the ends, 0 to 1; values outside are put at the nearer end."""
-        low, high = self.low, self.high
-        value = min(max(value, low), high)
-        if self.logarithmic:
-            return math.log(value / low) / math.log(high / low) if high > low else 0.5
-        return (value - low) / (high - low) if high > low else 0.5
-
-    def ticks(self) -> list[float]:
-        """Return a few round values between the ends."""
-        if self.logarithmic:
-            return _log_ticks(self.low, self.high)
-        step = _round_step((self.high - self.low) / 5)
-        first = math.ceil(self.low / step - 1e-9)
-        return [index * step for index in range(first, int(self.high / step + 1e-9) + 1)]
-
-
-def _round_step(raw: float) -> float:
-    if raw <= 0:
-        return 1.0
-    power = 10.0 ** math.floor(math.log10(raw))
-    return next(power * factor for factor in (1.0, 2.0, 2.5, 5.0, 10.0) if power * factor >= raw * (1 - 1e-9))
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    decades = math.log10(high / low)
-    if decades > 2.5:
-        tens = [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
-        steps = (1.0,) if decades > 4 else (1.0, 3.0)
-        return [ten * step for ten in tens for step in steps if low <= ten * step <= high]
-    factor = 2.0
-    while math.log(high / low) / math.log(factor) > 7:
-        factor *= 2
-    first = math.ceil(math.log(low) / math.log(factor) - 1e-9)
-    ticks = [factor**index for index in range(first, int(math.log(high) / math.log(factor) + 1e-9) + 1)]
-    return ticks if len(ticks) > 1 else [low, high]
-
-
-def line_chart(title: str, x: Axis, y: Axis, series: Sequence[Series]) -> str:
-    """Return a figure with one line, or one cloud of points, per series, and a legend."""
+    looks = [LineLook.reference() if one.dashed else LineLook.of(index) for index, one in enumerate(series)]
     drawn = [_frame(x, y)]
-    looks = [_look(index, one.dashed) for index, one in enumerate(series)]
-    for one, look in zip(series, looks, strict=True):
+    for index, (one, look) in enumerate(zip(series, looks, strict=True)):
         spots = [(_x(x, a), _y(y, b)) for a, b in one.points]
         if one.line and len(spots) > 1:
-            path = " ".join(f"{a:.1f},{b:.1f}" for a, b in spots)
-            dashes = f' stroke-dasharray="{" ".join(f"{length:g}" for length in look.dashes)}"' if look.dashes else ""
-            drawn.append(f'<polyline points="{path}" fill="none" stroke="{look.colour}" stroke-width="2"{dashes}/>')
-        if not one.dashed and len(spots) <= 40:
-            drawn += [
-                _spot(a, b, look.colour, one.name, x, y, point) for (a, b), point in zip(spots, one.points, strict=True)
-            ]
-    return _figure(title, drawn, [(one.name, look) for one, look in zip(series, looks, strict=True)])
-
-
-@dataclass(frozen=True)
-class _Look:
-    """Colour and dashes of a line, in a chart and in its legend."""
-
-    colour: str
-    dashes: Sequence[float] = ()
-
-    @property
-    def swatch(self) -> str:
-        """A CSS background for the legend with the line's strokes and gaps."""
-        if not self.dashes:
-            return self.colour
-        stops, at = [], 0.0
-        for index, length in enumerate(self.dashes):
-            colour = "transparent" if index % 2 else self.colour
-            stops.append(f"{colour} {at:g}px {at + length:g}px")
-            at += length
-        return f"repeating-linear-gradient(90deg,{','.join(stops)})"
-
-
-def _look(index: int, is_reference: bool = False) -> _Look:
-    if is_reference:
-        return _Look("var(--text)", _REFERENCE)
-    return _Look(f"var(--c{index % _NUM_COLOURS})", _DASHES[index // _NUM_COLOURS % len(_DASHES)])
+            drawn.append(look.line(spots, len(series) - 1 - index))
+        every = 1 if len(spots) <= _MOST_MARKS else len(spots) // _FEW_MARKS
+        for at in range(index % every, len(spots), every):
+            drawn.append(look.mark(*spots[at], _said(one.name, x, y, one.points[at])))
+    legend = [(one.name, look.key(one.line)) for one, look in zip(series, looks, strict=True)]
+    return _figure(title, drawn, legend, data or _data_of(x, y, series))
 
 
 def area_chart(
     title: str, x: Axis, y: Axis, names: Sequence[str], rows: Sequence[tuple[float, Sequence[float]]]
 ) -> str:
-    """Return a figure of stacked areas; the first name is lowest.
+    """Return a figure of stacked areas, with a legend and a table.
 
     Args:
+        names: of the areas; the first one is lowest, and the last one is what no tier brought.
         rows: (x, height of each area), in the order of x.
     """
+    looks = [AreaLook.of(index) for index in range(len(names) - 1)] + [AreaLook.computed()]
     drawn = [_frame(x, y)]
     below = [0.0] * len(rows)
-    for index in range(len(names)):
+    for index, look in enumerate(looks):
         above = [low + heights[index] for low, (_, heights) in zip(below, rows, strict=True)]
         edge = [(at, high) for (at, _), high in zip(rows, above, strict=True)]
         edge += [(at, low) for (at, _), low in zip(reversed(rows), reversed(below), strict=True)]
-        path = " ".join(f"{_x(x, a):.1f},{_y(y, b):.1f}" for a, b in edge)
-        drawn.append(
-            f'<polygon points="{path}" fill="var(--c{_AREAS[index]})" fill-opacity="{0.25 if index == 2 else 0.8}"/>'
-        )
+        drawn.append(look.area(" ".join(f"{_x(x, a):.1f},{_y(y, b):.1f}" for a, b in edge)))
         below = above
-    return _figure(title, drawn, [(name, _look(_AREAS[index])) for index, name in enumerate(names)])
+    legend = [(name, look.key()) for name, look in zip(names, looks, strict=True)]
+    data = Data([x.title, *names], [[x.write(at), *map(y.write, heights)] for at, heights in rows])
+    return _figure(title, drawn, legend, data)
 
 
-_AREAS = (0, 2, 7)
+def _data_of(x: Axis, y: Axis, series: Sequence[Series]) -> Data:
+    """Return a row per x, a column per series."""
+    values = [dict(one.points) for one in series]
+    places = sorted({at for one in values for at in one})
+    rows = [[x.write(at), *(y.write(one[at]) if at in one else "" for one in values)] for at in places]
+    return Data([x.title, *(one.name for one in series)], rows)
 
 
 def _x(axis: Axis, value: float) -> float:
@@ -163,9 +99,8 @@ def _y(axis: Axis, value: float) -> float:
     return _HEIGHT - _BOTTOM - axis.place(value) * (_HEIGHT - _TOP - _BOTTOM)
 
 
-def _spot(a: float, b: float, colour: str, name: str, x: Axis, y: Axis, point: Point) -> str:
-    said = escape(f"{name}: {x.write(point[0])}, {y.write(point[1])}")
-    return f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.5" fill="{colour}"><title>{said}</title></circle>'
+def _said(name: str, x: Axis, y: Axis, point: Point) -> str:
+    return f"<title>{escape(f'{name}: {x.write(point[0])}, {y.write(point[1])}')}</title>"
 
 
 def _frame(x: Axis, y: Axis) -> str:
@@ -182,14 +117,16 @@ def _frame(x: Axis, y: Axis) -> str:
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     parts.append(f'<text class="note" x="{middle:.0f}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(x.title)}</text>')
     parts.append(
-        f'<text class="note" transform="translate(13 {(_TOP + bottom) / 2:.0f}) rotate(-90)" text-anchor="middle">'
+        f'<text class="note" transform="translate(14 {(_TOP + bottom) / 2:.0f}) rotate(-90)" text-anchor="middle">'
         f"{escape(y.title)}</text>"
     )
     return "".join(parts)
 
 
-def _figure(title: str, drawn: Sequence[str], legend: Sequence[tuple[str, _Look]]) -> str:
-    entries = "".join(f'<span><i style="background:{look.swatch}"></i>{escape(name)}</span>' for name, look in legend)
+def _figure(title: str, drawn: Sequence[str], legend: Sequence[tuple[str, str]], data: Data) -> str:
+    entries = "".join(f"<span>{key}{escape(name)}</span>" for name, key in legend)
     view = f'<svg viewBox="0 0 {_WIDTH:.0f} {_HEIGHT:.0f}" role="img" aria-label="{escape(title)}">'
-    caption = f"<figcaption>{escape(title)}</figcaption>"
-    return f"<figure>{caption}{view}" + "".join(drawn) + f'</svg><div class="legend">{entries}</div></figure>'
+    return (
+        f"<figure><figcaption>{escape(title)}</figcaption>{view}{''.join(drawn)}</svg>"
+        f'<div class="legend">{entries}</div>{figures_table(data.header, data.rows)}</figure>'
+    )

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kvtier.simulator.charts import Axis, Series, line_chart
-from kvtier.simulator.page import code, figures, page, paragraph, remarks, section, table
+from kvtier.simulator.axes import Axis
+from kvtier.simulator.charts import Series, line_chart
+from kvtier.simulator.page import code, figures, page, paragraph, remarks, section
 from kvtier.simulator.planner import LEAST_GAIN, Plan, frontier
 from kvtier.simulator.prices import Offer
 from kvtier.simulator.report import NO_OFFLOADING, drive_writes, facts, percent, seconds, trace_json
 from kvtier.simulator.results import Result
+from kvtier.simulator.tables import table
 from kvtier.sizes import format_size
 
 HEADER = (

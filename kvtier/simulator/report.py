@@ -6,11 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvtier.simulator.charts import Axis, Series, area_chart, line_chart
-from kvtier.simulator.page import figures, page, remarks, section, table
+from kvtier.simulator.axes import Axis
+from kvtier.simulator.charts import Data, Series, area_chart, line_chart
+from kvtier.simulator.page import figures, page, remarks, section
 from kvtier.simulator.rates import HOUR, UNEVEN, busiest_hour
 from kvtier.simulator.results import NUM_INTERVALS, Result
 from kvtier.simulator.setup import DISK, Machine
+from kvtier.simulator.tables import table
 from kvtier.simulator.trace import Trace
 from kvtier.sizes import format_size
 
@@ -233,7 +235,12 @@ def _time_chart(shown: Sequence[Result], results: Sequence[Result]) -> str:
     high = max(values)
     low = max(high / 10_000, min(value for value in values if value > 0) if high > 0 else 1e-3)
     x = Axis("time to first token", seconds, low, max(high, low * 2), logarithmic=True)
-    return line_chart("Time to first token", x, Axis("requests served by then", _short_percent, 0.0, 1.0), series)
+    y = Axis("requests served by then", _short_percent, 0.0, 1.0)
+    rows = [
+        [f"{percentage}%", *(seconds(one.points[round(percentage / 100 * (len(one.points) - 1))][0]) for one in series)]
+        for percentage in (*range(0, 100, 5), 99, 100)
+    ]
+    return line_chart("Time to first token", x, y, series, Data([y.title, *(one.name for one in series)], rows))
 
 
 def _cumulated(quantiles: Sequence[float]) -> list[tuple[float, float]]:
@@ -248,7 +255,7 @@ def _source_chart(result: Result, name: str) -> str:
         for index, counts in enumerate(result.timeline)
         if sum(counts)
     ]
-    x = Axis("minutes", lambda value: f"{value:g}", 0.0, result.seconds / 60)
+    x = Axis("minutes", lambda value: f"{value:.4g}", 0.0, result.seconds / 60)
     return area_chart(name, x, Axis("blocks", _short_percent, 0.0, 1.0), list(names), rows)
 
 
