@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from kvtier.adapters.first_logits import FirstLogits
 from kvtier.adapters.generate_call import Rows
 from kvtier.adapters.prefill import last_full_block, prefill, without_wrapper
 from kvtier.adapters.prefix_request import PrefixRequest
@@ -33,6 +34,9 @@ class Generation:
         stored_blocks: blocks of this call that are new in the primary tier.
         seconds_to_first_token: from the call to the choice of the first new token.
         ran_without: why the model ran without restored tokens, for example "use_cache is False"; None if it did not.
+        first_logits: the logits that the first new token was chosen from, before temperature, penalties and other
+            processors: float32, shape (vocabulary,) for one prompt, (rows, vocabulary) for several. None if
+            `ran_without`, or if the model's `generate` is not transformers' own.
     """
 
     output: Any
@@ -43,6 +47,7 @@ class Generation:
     stored_blocks: int
     seconds_to_first_token: float
     ran_without: str | None = None
+    first_logits: torch.Tensor | None = None
 
     @property
     def sequences(self) -> torch.Tensor:
@@ -127,7 +132,8 @@ class Run:
         if rows.num_copies > 1:
             cache.batch_repeat_interleave(rows.num_copies)
         mask = {} if rows.attention_mask is None else {"attention_mask": rows.attention_mask}
-        output = model.generate(rows.input_ids, **{**self._arguments, **mask}, past_key_values=cache)
+        first = FirstLogits(cache, rows.input_ids.shape[1])
+        output = first.watch(model).generate(rows.input_ids, **{**self._arguments, **mask}, past_key_values=cache)
         stored = 0
         for row, request in enumerate(requests):
             sequence = CachedSequence(cache, row * rows.num_copies, rows.padding[row])
@@ -141,6 +147,7 @@ class Run:
             splits=splits,
             stored_blocks=stored,
             seconds_to_first_token=self._seconds(),
+            first_logits=first.of_prompts(rows.num_copies),
         )
 
     def _seconds(self) -> float:

@@ -257,3 +257,56 @@ def test_the_callers_criteria_stay_as_they_are(cache):
     criteria = StoppingCriteriaList([MaxLengthCriteria(104)])
     assert both(cache, PROMPT, stopping_criteria=criteria)[1].sequences.shape == (1, 104)
     assert len(criteria) == 1
+
+
+# -- the first logits -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", WAYS.values(), ids=WAYS)
+def test_first_logits_are_raw_however_the_token_is_chosen(cache, model, arguments):
+    expected = model(PROMPT).logits[0, -1]
+    lengths = {} if {"generation_config", "max_length"} & arguments.keys() else {"max_new_tokens": 3}
+    for _ in range(2):
+        logits = cache.generate(PROMPT, **lengths, **arguments).first_logits
+        assert (logits.shape, logits.dtype) == ((300,), torch.float32)
+        assert torch.allclose(logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"num_beams": 2}, {"num_return_sequences": 2, **SAMPLING}], ids=str)
+def test_first_logits_of_each_row_of_a_batch(cache, model, arguments):
+    alone = [model(row[None, padding:]).logits[0, -1] for row, padding in zip(BATCH, (41, 5, 0), strict=True)]
+    for _ in range(2):
+        settings = {"attention_mask": PADDED, "max_new_tokens": 3, "pad_token_id": 299, **arguments}
+        logits = cache.generate(BATCH, **settings).first_logits
+        assert torch.allclose(logits, torch.stack(alone), atol=1e-5)
+
+
+def test_first_logits_are_those_that_transformers_returns(cache):
+    asked = {"return_dict_in_generate": True, "output_logits": True}
+    for _ in range(2):
+        answer = cache.generate(PROMPT, max_new_tokens=3, **asked)
+        assert torch.equal(answer.first_logits, answer.logits[0][0])
+
+
+def test_first_logits_leave_the_model_as_it_is(cache, model):
+    before, namespace = dict(vars(model)), cache.namespace
+    seen = []
+    hook = model.register_forward_hook(lambda module, inputs, output: seen.append(module))
+    try:
+        cache.generate(PROMPT, max_new_tokens=3)
+    finally:
+        hook.remove()
+    assert seen
+    assert all(module is model for module in seen)
+    assert vars(model) == before
+    assert cache.namespace == namespace
+    assert cache.generate(PROMPT, use_cache=False, max_new_tokens=3).first_logits is None
+
+
+def test_first_logits_of_a_compiled_model():
+    model = tiny_llama()
+    expected = model(PROMPT).logits[0, -1]
+    model.compile(backend="eager")
+    with PrefixCache(model, MEMORY_ONLY) as cache:
+        for _ in range(2):
+            assert torch.allclose(cache.generate(PROMPT, max_new_tokens=3).first_logits, expected, atol=1e-5)

@@ -68,6 +68,8 @@ def test_prompts_around_every_boundary(make, window):
             warm = cache.generate(prompt, max_new_tokens=5, **LOGITS)
             assert warm.restored_tokens == (length - 1) // 32 * 32
             assert torch.equal(first_logits(cold), first_logits(warm))
+            assert torch.equal(cold.first_logits, first_logits(cold))
+            assert torch.equal(warm.first_logits, first_logits(cold))
             assert torch.equal(cold.sequences, expected)
             assert torch.equal(warm.sequences, expected)
         cache.manager.check_invariants()
