@@ -33,7 +33,7 @@ def load_command(name: str) -> Any:
     found = getattr(import_module(f"kvtier.cli.{attribute}"), attribute)
     if isinstance(found, typer.Typer):
         return typer.main.get_group(found)
-    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     single.command(name)(found)
     return typer.main.get_command(single)
 
@@ -50,6 +50,7 @@ class _LazyCommands(Commands):
 app = typer.Typer(
     cls=_LazyCommands,
     no_args_is_help=True,
+    rich_markup_mode=None,  # rich would cut the names of options at 80 columns, and make every help slower
     pretty_exceptions_enable=False,
     help="Keeps the KV cache of language models alive in host memory, on disk and beyond.",
 )

@@ -16,10 +16,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from kvtier.cli.disk_speed.measure import BLOCK_SIZES, ROUND_BYTES, Figures, measure_case
 from kvtier.cli.slabs import AsJson, make_console, print_json, refusing
+from kvtier.cli.tables import folding_table
 from kvtier.errors import ConfigError, KVTierError
 from kvtier.sizes import format_size, parse_size
 from kvtier.stores.slab.layout import LOCK_NAME
@@ -34,7 +34,7 @@ _END_SECONDS = 10.0
 _SPACE_NEEDED = 4
 """Free space needed, as a multiple of a round's bytes: the raw limit's file, the tier's files, and a reserve of 2."""
 
-bench = typer.Typer(no_args_is_help=True, help="Measure how fast kvtier is on this machine.")
+bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure how fast kvtier is on this machine.")
 
 
 @bench.command()
@@ -150,9 +150,9 @@ def advise(figures: Sequence[Figures]) -> dict[str, Any]:
 
 
 def _show(console: Console, figures: Sequence[Figures], advice: dict[str, Any]) -> None:
-    table = Table(title="blocks to and from the disk beside a busy scheduler (medians)")
-    for column in ("block", "", "raw GB/s", "raw, 4 KiB pages", "tier GB/s", "ratio"):
-        table.add_column(column, justify="right" if column else "left")
+    headings = ("block", "", "raw GB/s", "raw, 4 KiB pages", "tier GB/s", "ratio")
+    title = "blocks to and from the disk beside a busy scheduler (medians)"
+    table = folding_table(headings, left=("",), title=title)
     for row in figures:
         speeds = (f"{row.raw:.2f}", f"{row.raw_small:.2f}", f"{row.tier:.2f}", f"{row.ratio:.2f}")
         table.add_row(format_size(row.block_bytes), "load" if row.load else "store", *speeds)

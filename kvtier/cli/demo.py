@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from kvtier.cli.json_argument import read_json
+from kvtier.cli.configuration import errors_in, read_config
 from kvtier.config import TieringConfig, parse_config
 from kvtier.errors import KVTierError
 
@@ -27,7 +27,10 @@ def demo(
         str | None, typer.Option(help="Folder or hub id of a causal model. Default: SmolLM2-135M.")
     ] = None,
     tiers: Annotated[
-        str | None, typer.Option(help="JSON configuration of the tiers: JSON text, a path, or @path.")
+        str | None,
+        typer.Option(
+            "--config", "--tiers", metavar="FILE", help="Configuration of the tiers: a YAML or JSON file, or JSON text."
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     turns: Annotated[int, typer.Option(min=2, help="Turns before memory is emptied; the first one is cold.")] = 3,
@@ -70,15 +73,16 @@ def demo(
 
 
 def read_tiers(text: str) -> dict[str, Any]:
-    """Return the configuration that `--tiers` gives: JSON text, a path, or @path.
+    """Return the configuration that `--config` gives, as `read_config` does.
 
     Raises:
-        ConfigError: the file cannot be read, holds no JSON object, or a key has a wrong value.
+        KVTierError: the file cannot be read, holds no configuration, or a key has a wrong value.
     """
-    value = read_json("tiers", text)
-    if "spec_name" not in value:
-        parse_config(value, TieringConfig)  # fail before the model is loaded, which takes a while
-    return value
+    given = read_config("config", text)
+    if "spec_name" not in given.values:
+        with errors_in(given.source):
+            parse_config(given.values, TieringConfig)  # fail before the model is loaded, which takes a while
+    return given.values
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.text import Text
@@ -11,7 +11,7 @@ from rich.text import Text
 from kvtier.cli.checks.findings import Finding, Level
 from kvtier.cli.checks.machine import check_machine
 from kvtier.cli.checks.tiers import check_tiers
-from kvtier.cli.json_argument import read_json
+from kvtier.cli.configuration import ConfigOption, Given, errors_in, read_config
 from kvtier.cli.slabs import AsJson, make_console, print_json, refusing
 from kvtier.errors import ConfigError
 from kvtier.sizes import parse_size
@@ -19,13 +19,10 @@ from kvtier.sizes import parse_size
 EXIT_ERROR = 1
 _STYLES = {Level.OK: "green", Level.WARNING: "yellow", Level.ERROR: "bold red"}
 
-ConfigArgument = Annotated[
-    str | None,
-    typer.Argument(help="What `kvtier vllm-config --format json` prints: JSON text, a path, or @path. Default: none."),
-]
+ConfigArgument = Annotated[str | None, typer.Argument(metavar="FILE", help="The same as --config, for short.")]
 
 
-def doctor(config: ConfigArgument = None, as_json: AsJson = False) -> None:
+def doctor(file: ConfigArgument = None, config: ConfigOption = None, as_json: AsJson = False) -> None:
     """Say what an engine would meet on this machine, and with this configuration, and what to do about it.
 
     Each tier is started, stores some blocks and reads them back: on a disk in a folder of its own beside the tier's, in
@@ -33,32 +30,29 @@ def doctor(config: ConfigArgument = None, as_json: AsJson = False) -> None:
     configuration is wrong; one line says why.
     """
     with refusing(as_json):
-        extra = None if config is None else extra_of(read_json("config", config))
+        if file is not None and config is not None:
+            raise ConfigError("config", config, "given once, with --config or without")
+        text = config or file
+        given = None if text is None else read_config("config", text)
         findings = []
-        for finding in examine(extra):
-            findings.append(finding)
-            if not as_json:
-                show(finding)
+        with errors_in("" if given is None else given.source):
+            for finding in examine(given):
+                findings.append(finding)
+                if not as_json:
+                    show(finding)
     if as_json:
         print_json({"findings": [finding._asdict() for finding in findings]})
     if any(finding.level is Level.ERROR for finding in findings):
         raise typer.Exit(EXIT_ERROR)
 
 
-def extra_of(config: dict[str, Any]) -> dict[str, Any]:
-    """Return kvtier's own configuration, from it or from vLLM's transfer configuration around it.
+def examine(given: Given | None) -> Iterator[Finding]:
+    """Yield all findings.
 
     Raises:
-        ConfigError: the transfer configuration holds no configuration of kvtier.
+        ConfigError: the configuration is wrong.
     """
-    inner = config.get("kv_connector_extra_config", config)
-    if not isinstance(inner, dict):
-        raise ConfigError("kv_connector_extra_config", type(inner).__name__, "a JSON object expected")
-    return {"spec_name": "TieringOffloadingSpec", **inner}
-
-
-def examine(extra: dict[str, Any] | None) -> Iterator[Finding]:
-    """Yield all findings."""
+    extra = None if given is None else {"spec_name": "TieringOffloadingSpec", **given.values}
     host_bytes = None
     if extra is not None and "cpu_bytes_to_use" in extra:
         host_bytes = parse_size("cpu_bytes_to_use", extra["cpu_bytes_to_use"])

@@ -23,6 +23,11 @@ EXIT_INTERRUPTED = 130
 class Commands(TyperGroup):
     """The group of commands. It reports errors of kvtier and of the operating system in one line on stderr."""
 
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """List the commands with what each does, uncut."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.help or "") for name, command in self.commands.items()])
+
     def invoke(self, ctx: Any) -> Any:
         try:
             result = super().invoke(ctx)

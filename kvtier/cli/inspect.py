@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
@@ -25,6 +24,7 @@ from kvtier.cli.slabs import (
     print_json,
     refusing,
 )
+from kvtier.cli.tables import folding_table
 from kvtier.foreign_text import one_line
 from kvtier.sizes import format_size
 from kvtier.stores.slab.inspection import NamespaceSurvey, SlabSurvey, survey_slab
@@ -72,12 +72,8 @@ def show(console: Console, survey: SlabSurvey) -> None:
 
 
 def _table(survey: SlabSurvey) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("namespace", no_wrap=True)
-    for heading in ("blocks", "each", "on disk", "fill"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("last use", no_wrap=True)
-    table.add_column("health", no_wrap=True)
+    headings = ("namespace", "blocks", "each", "on disk", "fill", "last use", "health")
+    table = folding_table(headings, left=("namespace", "last use", "health"))
     for namespace in survey.namespaces:
         fill = namespace.num_blocks / namespace.num_slots if namespace.num_slots else 0.0
         table.add_row(

@@ -179,8 +179,9 @@ def show(found: Plan) -> None:
     for line in facts(found.trace, found.block_bytes, found.machine):
         console.print(line, soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
+    last = len(plan_report.HEADER) - 1
     for index, name in enumerate(plan_report.HEADER):
-        table.add_column(name, justify="left" if index in (0, len(plan_report.HEADER) - 1) else "right")
+        table.add_column(name, justify="left" if index in (0, last) else "right", overflow="fold")
     for offer in plan_report.best_offers(found):
         table.add_row(*plan_report.offer_row(offer, found.chosen), style=None if offer.buys else "dim")
     count = len(found.offers) - 1

@@ -27,7 +27,7 @@ SHORT_ID = 12
 _MAX_COMMAND_CHARACTERS = 60
 
 Directories = Annotated[
-    list[Path], typer.Argument(metavar="DIR...", help="The `path` of a disk tier. Includes folders dpN below it.")
+    list[Path], typer.Argument(metavar="DIR", help="The `path` of a disk tier. Includes folders dpN below it.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 

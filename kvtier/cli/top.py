@@ -6,13 +6,13 @@ import time
 from typing import Annotated
 
 import typer
-from rich import box
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from kvtier.cli.slabs import AsJson, make_console, print_json, refusing
+from kvtier.cli.tables import folding_table
 from kvtier.cli.watching.exposition import Sample, fetch
 from kvtier.cli.watching.figures import Figures, TierFigures, figures_of
 from kvtier.sizes import format_size
@@ -71,10 +71,8 @@ def view(figures: Figures) -> RenderableType:
 
 
 def _table(figures: Figures) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("tier", overflow="fold")
-    for heading in ("", "hits", "read/s", "written/s", "full", "of", "up/down", "again/s"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    headings = ("tier", "", "hits", "read/s", "written/s", "full", "of", "up/down", "again/s")
+    table = folding_table(headings, left=("tier",))
     for tier in figures.tiers:
         table.add_row(
             tier.name,

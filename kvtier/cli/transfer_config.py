@@ -11,6 +11,7 @@ from typing import Any
 from kvtier.cli.schema import configuration_schema
 
 CONNECTOR_MODULE = "kvtier.adapters.vllm.connector"
+CONNECTOR_CLASS = "KVTierConnector"
 
 
 class Connector(StrEnum):
@@ -40,7 +41,7 @@ def transfer_config(extra: Mapping[str, Any], connector: Connector = Connector.O
     chosen = {"kv_connector": "OffloadingConnector"}
     if connector is Connector.KVTIER:
         chosen = {
-            "kv_connector": "KVTierConnector",
+            "kv_connector": CONNECTOR_CLASS,
             "kv_connector_module_path": CONNECTOR_MODULE,
             "kv_load_failure_policy": "recompute",
         }

@@ -9,13 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-from kvtier.cli.transfer_config import Connector, Format, explanation, printed, transfer_config
+from kvtier.cli.configuration import Given, errors_in, read_config
+from kvtier.cli.transfer_config import CONNECTOR_CLASS, Connector, Format, explanation, printed, transfer_config
 from kvtier.config import KVCacheGroup, OffloadingConfig
 from kvtier.errors import ConfigError
 from kvtier.namespace import Namespace
 from kvtier.primary.arena import align_block_bytes
 from kvtier.redaction import HIDDEN
-from kvtier.registry import construct_tier
+from kvtier.registry import SPECS, construct_tier
 from kvtier.sizes import parse_size
 from kvtier.spec.tiering import TieringOffloadingSpec
 
@@ -26,7 +27,9 @@ _NO_GUARD: Mapping[str, Any] = {}
 
 
 def vllm_config(
-    cpu: Annotated[str, typer.Option(help="Host memory for each engine, for example 8GiB.")],
+    cpu: Annotated[
+        str | None, typer.Option(help="Host memory for each engine, for example 8GiB; required without --config.")
+    ] = None,
     disk: Annotated[
         list[str] | None,
         typer.Option(
@@ -56,10 +59,22 @@ def vllm_config(
     ] = None,
     encrypt: Annotated[bool, typer.Option(help="Also encrypt the blocks with that secret.")] = False,
     connector: Annotated[
-        Connector, typer.Option(help="vLLM's own connector, or kvtier's, with which a load that fails is computed.")
-    ] = Connector.OFFLOADING,
+        Connector | None,
+        typer.Option(
+            help="vLLM's own connector, or kvtier's, with which a load that fails is computed. Default: the one in"
+            " --config, else vLLM's own."
+        ),
+    ] = None,
     option: Annotated[
         list[str] | None, typer.Option(help="Any other key as KEY=VALUE, for example load_deadline=1.5; repeatable.")
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Check and print this configuration: a YAML or JSON file, or JSON text. With it, --cpu and --option"
+            " replace keys, and the options that name tiers are refused.",
+        ),
     ] = None,
     output_format: Annotated[
         Format,
@@ -75,14 +90,43 @@ def vllm_config(
     Exit code 0: the line is printed, and kvtier in vLLM accepts it. 2: a value is wrong; one line says which.
     """
     named = {"resp": resp, "filesystem": filesystem, "object": bucket, "mooncake": mooncake}
-    shared = [tier for kind, text in named.items() for tier in _shared(kind, text)]
-    extra = extra_config(cpu, disk or [], option or [], shared, _guard(secret_file, secret_env, encrypt))
-    check(extra)
-    refuse_relative_paths(extra)
-    config = transfer_config(extra, connector)
-    typer.echo(printed(config, output_format))
+    guard = _guard(secret_file, secret_env, encrypt)
+    given = None if config is None else read_config("config", config)
+    if given is None:
+        if cpu is None:
+            raise ConfigError("cpu", None, "--cpu SIZE or --config FILE expected")
+        shared = [tier for kind, text in named.items() for tier in _shared(kind, text)]
+        extra = extra_config(cpu, disk or [], option or [], shared, guard)
+    else:
+        _refuse_tiers_beside({"disk": disk, **named, **guard})
+        extra = _changed(given, cpu, option or [])
+    with errors_in("" if given is None else given.source):
+        check(extra)
+        refuse_relative_paths(extra)
+    transfer = transfer_config(extra, connector or _connector_of(given))
+    typer.echo(printed(transfer, output_format))
     if explain:
-        typer.echo("\n".join(explanation(config)), err=True)
+        typer.echo("\n".join(explanation(transfer)), err=True)
+
+
+def _refuse_tiers_beside(options: Mapping[str, Any]) -> None:
+    for name, value in options.items():
+        if value:
+            raise ConfigError(name, HIDDEN, "not together with --config: write the tier into that file")
+
+
+def _changed(given: Given, cpu: str | None, options: Sequence[str]) -> dict[str, Any]:
+    """Return a given configuration for vLLM, with the keys that other options replace."""
+    size: dict[str, Any] = {} if cpu is None else {"cpu_bytes_to_use": cpu}
+    extra = {"spec_name": SPEC_NAME, **given.values, **size, **parse_options(options)}
+    if extra["spec_name"] in SPECS:  # those are for programs of one's own; vLLM's is registered with vLLM
+        extra["spec_name"] = SPEC_NAME
+    return extra
+
+
+def _connector_of(given: Given | None) -> Connector:
+    is_own = given is not None and given.connector == CONNECTOR_CLASS
+    return Connector.KVTIER if is_own else Connector.OFFLOADING
 
 
 def extra_config(
@@ -138,7 +182,7 @@ def check(extra: dict[str, Any], tokens_per_block: int = 1) -> None:
     Raises:
         ConfigError: a key is unknown or has a wrong value.
     """
-    block_bytes = min(parse_size("cpu_bytes_to_use", extra["cpu_bytes_to_use"]), align_block_bytes(1))
+    block_bytes = min(parse_size("cpu_bytes_to_use", extra.get("cpu_bytes_to_use")), align_block_bytes(1))
     groups = (KVCacheGroup(tokens_per_block),)
     config = OffloadingConfig(extra, groups, engine_block_bytes=block_bytes, namespace=Namespace())
     spec = TieringOffloadingSpec(config)

@@ -1,11 +1,14 @@
-"""The commands as a whole: `--help` knows them all and imports none of them."""
+"""The commands as a whole: `--help` knows them all and imports none of them; nothing is cut at 80 columns."""
 
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
+from typer.testing import CliRunner
 
-from kvtier.cli import COMMANDS, load_command
+from kvtier.cli import COMMANDS, app, load_command
+from kvtier.cli.tables import folding_table
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -17,8 +20,34 @@ def test_help_imports_no_command_and_inspect_imports_only_itself():
     program = (
         "import sys\nfrom typer.testing import CliRunner\nfrom kvtier.cli import COMMANDS, app\n"
         "assert CliRunner().invoke(app, sys.argv[1:]).exit_code == 0\n"
+        "assert sys.argv[1] != '--help' or not {'numpy', 'rich', 'msgspec', 'yaml'} & set(sys.modules)\n"
         "print([name for name in COMMANDS if f'kvtier.cli.{name}'.replace('-', '_') in sys.modules])"
     )
     for arguments, imported in ((["--help"], "[]"), (["inspect", "--help"], "['inspect']")):
         done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == imported
+
+
+@pytest.mark.parametrize("name", ["", *(name for name in COMMANDS if name != "bench"), "bench disk"])
+def test_help_cuts_nothing_at_80_columns(monkeypatch, name):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = CliRunner().invoke(app, [*name.split(), "--help"]).stdout
+    assert "\u2026" not in shown
+    _, _, rest = shown.partition("\n")
+    assert "..." not in rest
+    assert max(map(len, shown.splitlines())) <= 80
+    if name and name != "bench disk":
+        for option in load_command(name).params:
+            assert option.hidden or all(one in shown for one in getattr(option, "opts", ()) if one.startswith("-"))
+
+
+def test_a_narrow_table_folds_and_shows_all():
+    table = folding_table(("tier", "bytes"), left=("tier",))
+    table.add_row("a-tier-with-a-long-name", "123456789 GiB")
+    console = Console(width=20)
+    with console.capture() as capture:
+        console.print(table)
+    shown = capture.get()
+    assert "\u2026" not in shown
+    assert "".join(sorted(shown.replace(" ", ""))).count("9") == 1
+    assert set("a-tier-with-a-long-name123456789GiB") <= set(shown)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from kvtier.cli.demonstration.turns import Turn
+from kvtier.cli.tables import folding_table
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,15 @@ def check_turns(turns: Sequence[Turn], dtype: str) -> list[Check]:
 
 def table_of(turns: Sequence[Turn], title: str) -> Table:
     """Return the turns as a table for a terminal."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("turn", no_wrap=True)
-    for heading in ("prompt\ntokens", "tokens\nrestored"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("from\ntier", no_wrap=True)
-    for heading in ("first token\nwith kvtier", "the same\nwithout", "speedup"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    headings = (
+        "turn",
+        "prompt\ntokens",
+        "tokens\nrestored",
+        "from\ntier",
+        "first token\nwith kvtier",
+        "the same\nwithout",
+    )
+    table = folding_table((*headings, "speedup"), left=("turn", "from\ntier"), title=title)
     for number, turn in enumerate(turns, start=1):
         answer = turn.answer
         table.add_row(
