@@ -14,14 +14,17 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from kvtier.clock import Clock, monotonic_clock
+from kvtier.errors import StoreError
 from kvtier.events import NullObserver, Observer, TierState
 from kvtier.keys import OffloadKey
 from kvtier.namespace import Namespace
 from kvtier.types import (
+    Answer,
     FailureCause,
     GPULoadStoreSpec,
     JobMetadata,
     JobResult,
+    KeyPage,
     LoadStoreSpec,
     Locality,
     LookupResult,
@@ -216,7 +219,22 @@ class BlockStore(ABC):
 
     @abstractmethod
     def delete(self, keys: Sequence[OffloadKey]) -> None:
-        """Delete the values of `keys`; absent keys are ignored."""
+        """Delete the values of `keys`; absent keys are ignored. If one may still be there, raise StoreError."""
+
+    def list_keys(self, cursor: bytes, most: int) -> KeyPage | None:
+        """Return some of the keys held in this namespace; None if the store cannot tell.
+
+        Args:
+            cursor: b"" for the first page, then the `cursor` of the page before; it outlives the store's process.
+            most: about how many keys to return, 1 to `MOST_LISTED`.
+
+        A key that is held from the first page to the last comes at least once. Others may come or not, and a key may
+        come twice.
+
+        Raises:
+            StoreError: the medium failed, or the cursor is not one of this store.
+        """
+        return None
 
     def usage(self) -> StoreUsage | None:
         """Return how full the store is, without I/O: it is called often. None if that is not known."""
@@ -267,6 +285,14 @@ class SlotStore(ABC):
 
         A slot that fails this check is invalidated: `recover` never yields it again.
         """
+
+    def delete(self, slots: Sequence[int], keys: Sequence[OffloadKey]) -> None:
+        """Empty the slots that hold `keys`: neither `read_into` nor `recover`, in a later process, finds the blocks.
+
+        Raises:
+            StoreError: a block may still be there, or the store cannot delete.
+        """
+        raise StoreError(f"{type(self).__name__} cannot delete")
 
     def prepare(self) -> tuple[int, int] | None:
         """Do a few milliseconds of work that makes later calls quicker.
@@ -326,6 +352,7 @@ class SecondaryTierManager(ABC):
         persistent: True if the tier may have blocks of earlier engines. Requests then wait a moment while it opens.
         joins_stores: True if one store job may have blocks of several requests, as `JobMetadata.shares` says. The
             blocks whose copies from the device end in one step are then one job, or several large ones.
+        deletes, lists_keys: True if `delete` and `list_keys` may be called.
         probe_deadline: longest that a request waits while `lookup` answers RETRY, in seconds. The manager waits longer
             before the tier's first answer, and shorter after waits in vain. A configuration may set another value.
     """
@@ -335,6 +362,8 @@ class SecondaryTierManager(ABC):
     verifies_payloads: ClassVar[bool] = False
     persistent: ClassVar[bool] = False
     joins_stores: ClassVar[bool] = False
+    deletes: ClassVar[bool] = False
+    lists_keys: ClassVar[bool] = False
     probe_deadline: ClassVar[float] = 0.25
 
     @classmethod
@@ -453,6 +482,24 @@ class SecondaryTierManager(ABC):
     def unpin(self, keys: Collection[OffloadKey]) -> None:
         """Undo one `pin` of each of `keys`; keys that are not pinned are ignored."""
         return
+
+    def delete(self, keys: Collection[OffloadKey]) -> Answer[Collection[OffloadKey]]:
+        """Begin to delete blocks for every user of the medium; called only if `deletes` is True.
+
+        Blocks in transfer, and blocks that an unanswered job or a `pin` holds, may stay.
+        Implementer must: return without I/O; settle the answer in a later `get_finished_jobs`. It fails if the store
+        does or the tier goes down. Its value: those of `keys` that no lookup or load, in this process or a later one,
+        finds any more, unless they are stored again; absent keys are among them.
+        """
+        raise NotImplementedError
+
+    def list_keys(self, cursor: bytes, most: int) -> Answer[KeyPage]:
+        """Begin to read some of the keys that the tier holds; called only if `lists_keys` is True.
+
+        Args: as `BlockStore.list_keys`, which says what a listing contains.
+        Implementer must: return without I/O; settle the answer in a later `get_finished_jobs`.
+        """
+        raise NotImplementedError
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         """Learn of a new request; return which of its blocks the engine should offer."""

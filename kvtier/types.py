@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from itertools import islice
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,11 @@ from numpy.typing import NDArray
 from kvtier.keys import OffloadKey
 
 BlockIds = NDArray[np.int32]
+T = TypeVar("T")
+
+MOST_LISTED = 450
+"""Most keys that are asked for in one page of a listing. Twice as many of the longest fit one message of an I/O
+process."""
 
 
 class LookupResult(Enum):
@@ -297,6 +302,48 @@ class StoreUsage(NamedTuple):
     compressed_blocks: int = 0
     unwritten_bytes: int = 0
     unread_bytes: int = 0
+
+
+class KeyPage(NamedTuple):
+    """Some of the keys that a store or a tier holds.
+
+    Attributes:
+        keys: about as many as were asked for, at most `2 * MOST_LISTED`; there may be none although more follow.
+        cursor: what to ask with for the next page; None if there is none.
+    """
+
+    keys: Sequence[OffloadKey]
+    cursor: bytes | None
+
+
+class AnswerState(Enum):
+    """Whether a tier has answered."""
+
+    OPEN = "open"
+    DONE = "done"
+    FAILED = "failed"
+
+
+@dataclass(eq=False)
+class Answer(Generic[T]):
+    """A tier's answer to a question that needs I/O. It is open until one of the tier's later polls.
+
+    Attributes:
+        value: set if the state is DONE.
+    """
+
+    state: AnswerState = AnswerState.OPEN
+    value: T | None = None
+
+    def settle(self, value: T) -> None:
+        """Be DONE, unless it has failed before."""
+        if self.state is AnswerState.OPEN:
+            self.state, self.value = AnswerState.DONE, value
+
+    def fail(self) -> None:
+        """Be FAILED, unless it is DONE."""
+        if self.state is AnswerState.OPEN:
+            self.state = AnswerState.FAILED
 
 
 class FailureCause(Enum):

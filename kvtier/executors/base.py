@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvtier.errors import ProtocolError
-from kvtier.executors.protocol import Part, StoreReport
+from kvtier.executors.protocol import Chore, Part, StoreReport
 from kvtier.keys import OffloadKey
 from kvtier.namespace import Namespace
 
@@ -124,6 +124,10 @@ class IOExecutor(ABC):
     @abstractmethod
     def probe(self, probe_id: int, keys: Sequence[OffloadKey]) -> None:
         """Queue the question which of `keys` the store holds. It overtakes all parts that have not started."""
+
+    @abstractmethod
+    def do(self, chore: Chore) -> None:
+        """Queue a chore, with as many keys as a probe may have. It overtakes all parts that have not started."""
 
     @abstractmethod
     def poll(self) -> list[Report]:

@@ -8,7 +8,7 @@ from kvtier import forks
 from kvtier.errors import StoreUnavailableError
 from kvtier.executors.base import IOExecutor, Report, StoreDescription
 from kvtier.executors.loop import StoreLoop
-from kvtier.executors.protocol import IndexEnd, Part, PartResult, Probe, Ready, Unavailable
+from kvtier.executors.protocol import Chore, IndexEnd, Part, PartResult, Probe, Ready, Unavailable
 from kvtier.executors.runner import StoreRunner
 from kvtier.keys import OffloadKey
 from kvtier.primary.arena import Rows
@@ -51,6 +51,9 @@ class InlineExecutor(IOExecutor):
 
     def probe(self, probe_id: int, keys: Sequence[OffloadKey]) -> None:
         self._loop.put(Probe.of(probe_id, keys))
+
+    def do(self, chore: Chore) -> None:
+        self._loop.put(chore)
 
     def poll(self) -> list[Report]:
         """Do everything that is queued, and return all results."""

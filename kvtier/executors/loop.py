@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Container, Iterable, Sequence
 
-from kvtier.executors.protocol import Part, PartResult, Probe, ProbeAnswer, Unavailable, Usage
+from kvtier.executors.protocol import Chore, ChoreDone, Part, PartResult, Probe, ProbeAnswer, Unavailable, Usage
 from kvtier.executors.queue import TaskQueue
 from kvtier.executors.runner import StoreRunner
 from kvtier.types import FailureCause
@@ -21,7 +21,7 @@ _MAX_BLOCKS_PER_CALL = 64
 
 Move = Callable[[StoreRunner, Sequence[Part]], list[PartResult]]
 """Moves parts, all of them loads or all stores, in one call into the store."""
-JobReport = PartResult | ProbeAnswer | Unavailable | Usage
+JobReport = PartResult | ProbeAnswer | ChoreDone | Unavailable | Usage
 
 
 def blocks_per_call(block_bytes: int) -> int:
@@ -39,11 +39,11 @@ class StoreLoop:
     def __init__(self, block_bytes: int, threads: int = 1) -> None:
         """Args: threads: that call `run`. All but one may store at the same time, so that no load waits for a store."""
         self.blocks_per_call = blocks_per_call(block_bytes)
-        self._queue = TaskQueue[Probe](max(1, threads - 1))
+        self._queue = TaskQueue[Probe | Chore](max(1, threads - 1))
         self._joiner = Joiner()
         self.busy_at = time.monotonic()
 
-    def put(self, task: Part | Probe) -> None:
+    def put(self, task: Part | Probe | Chore) -> None:
         """Queue a task. A part is cut into pieces, of one call each."""
         if isinstance(task, Part):
             pieces = task.cut(self.blocks_per_call)
@@ -76,11 +76,15 @@ class StoreLoop:
                 if not parts[0].is_load:
                     self._queue.end_store()
             else:
-                reports += [runner.answer(task) for task in tasks if isinstance(task, Probe)]
+                reports += [_answer(runner, task) for task in tasks if not isinstance(task, Part)]
             reports += runner.usage_news()
             if runner.lost is not None:
                 reports.append(Unavailable.because(runner.lost))
             report(reports)
+
+
+def _answer(runner: StoreRunner, task: Probe | Chore) -> ProbeAnswer | ChoreDone:
+    return runner.answer(task) if isinstance(task, Probe) else runner.do(task)
 
 
 class _OpenPart:

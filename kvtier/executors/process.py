@@ -23,6 +23,7 @@ from kvtier.executors.protocol import (
     MAX_PACKET_BYTES,
     REPORTS,
     Cancel,
+    Chore,
     IndexBatch,
     Open,
     Part,
@@ -104,7 +105,7 @@ class IOProcess(IOExecutor):
         self._pidfd: Descriptor | None = None
         self._socket: socket.socket | None = None
         self._descriptor: Descriptor | None = None
-        self._queue = TaskQueue[Open | Probe | Cancel]()
+        self._queue = TaskQueue[Open | Probe | Cancel | Chore]()
         self._unsent: list[Request] = []
         """Messages taken from the queue, in the order in which they will be sent."""
         self._packet: tuple[bytes, int] | None = None
@@ -187,6 +188,10 @@ class IOProcess(IOExecutor):
 
     def probe(self, probe_id: int, keys: Sequence[OffloadKey]) -> None:
         self._queue.put(Probe.of(probe_id, keys))
+        self._send_queued()
+
+    def do(self, chore: Chore) -> None:
+        self._queue.put(chore)
         self._send_queued()
 
     def poll(self) -> list[Report]:

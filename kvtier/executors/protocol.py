@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from kvtier.errors import ProtocolError
 from kvtier.keys import MAX_KEY_BYTES, MIN_KEY_BYTES, OffloadKey
-from kvtier.types import FailureCause
+from kvtier.types import MOST_LISTED, FailureCause
 
 T = TypeVar("T")
 
@@ -35,6 +35,7 @@ MAX_CANCELLED = 4096
 """Most jobs that one message cancels. Each takes at most 9 bytes of the packet."""
 
 MAX_REASON_CHARACTERS = 400
+MAX_CURSOR_BYTES = 1024
 _MAX_PART_HEAD_BYTES = 64
 """Most bytes of a packet with one part, without the part's keys and slots."""
 _MIN_ARRAY_KEYS = 64
@@ -49,6 +50,7 @@ U32 = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 U64 = Annotated[int, msgspec.Meta(ge=0)]
 """It needs no maximum, because msgpack has no larger integer."""
 KeyBytes = Annotated[int, msgspec.Meta(ge=MIN_KEY_BYTES, le=MAX_KEY_BYTES)]
+_KEY = msgspec.Meta(min_length=MIN_KEY_BYTES, max_length=MAX_KEY_BYTES)
 Flags = Annotated[list[bool], msgspec.Meta(min_length=1, max_length=MAX_PACKET_BYTES)]
 """One per block. The maximum is checked before memory is taken for them."""
 
@@ -198,6 +200,45 @@ class Cancel(_Message, frozen=True, tag=4):
         return [cls(list(serials[start : start + MAX_CANCELLED])) for start in range(0, len(serials), MAX_CANCELLED)]
 
 
+class Delete(_Keyed, frozen=True, tag=13):
+    """Asks to delete blocks.
+
+    Attributes:
+        packed_slots: of the store, 4 bytes each, or None if keys are the location.
+    """
+
+    chore_id: U64
+    packed_slots: bytes | None
+
+    @classmethod
+    def of(cls, chore_id: int, keys: Sequence[OffloadKey], slots: Sequence[int] | None = None) -> Delete:
+        """Return the question for `keys`.
+
+        Raises:
+            ProtocolError: as `Part.of`.
+        """
+        return cls(*_join_keys(keys), chore_id, None if slots is None else _pack_slots(slots))
+
+    def __post_init__(self) -> None:
+        if self.packed_slots is not None:
+            self._check_slots(self.packed_slots)
+        elif not self.joined_keys or len(self.joined_keys) % self.key_bytes:
+            raise ProtocolError("no keys, or a piece of one")
+
+    @property
+    def slots(self) -> list[int] | None:
+        """Slots of the store, unpacked at every access; None if keys are the location."""
+        return None if self.packed_slots is None else _unpack_slots(self.packed_slots)
+
+
+class ListKeys(_Message, frozen=True, tag=14):
+    """Asks for a page of the keys that a store addressed by key holds."""
+
+    chore_id: U64
+    cursor: Annotated[bytes, msgspec.Meta(max_length=MAX_CURSOR_BYTES)]
+    most: Annotated[int, msgspec.Meta(ge=1, le=MOST_LISTED)]
+
+
 class Ready(_Message, frozen=True, tag=5):
     """The store is open; `num_slots` is 0 for stores addressed by key. The index follows."""
 
@@ -283,8 +324,24 @@ class Usage(_Message, frozen=True, tag=12):
     unread_bytes: U64 = 0
 
 
-Request = Open | Part | Probe | Cancel
-StoreReport = Ready | Unavailable | IndexBatch | IndexEnd | PartResult | ProbeAnswer | Prepared | Usage
+class ChoreDone(_Message, frozen=True, tag=15):
+    """The end of a `Delete` or a `ListKeys`.
+
+    Attributes:
+        failed: whether the store could not do it.
+        keys, cursor: of the page; empty for a `Delete`.
+    """
+
+    chore_id: U64
+    failed: bool
+    keys: Annotated[list[Annotated[bytes, _KEY]], msgspec.Meta(max_length=2 * MOST_LISTED)] = []
+    cursor: Annotated[bytes, msgspec.Meta(max_length=MAX_CURSOR_BYTES)] | None = None
+
+
+Chore = Delete | ListKeys
+"""Work for a store besides moving blocks and telling which it has."""
+Request = Open | Part | Probe | Cancel | Chore
+StoreReport = Ready | Unavailable | IndexBatch | IndexEnd | PartResult | ProbeAnswer | Prepared | Usage | ChoreDone
 
 _Packet = msgspec.Meta(min_length=1, max_length=MAX_MESSAGES)
 _ENCODER = msgspec.msgpack.Encoder()

@@ -1,4 +1,4 @@
-"""A queue of tasks for an executor: questions come first, then loads, then stores."""
+"""A queue of tasks for an executor: questions and chores come first, then loads, then stores."""
 
 from __future__ import annotations
 

@@ -13,7 +13,12 @@ from kvtier.abc import BlockStore, FailureCounter, SlotStore, StoreContext
 from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.executors.base import StoreDescription
 from kvtier.executors.protocol import (
+    MAX_CURSOR_BYTES,
+    Chore,
+    ChoreDone,
+    Delete,
     IndexBatch,
+    ListKeys,
     Part,
     PartResult,
     Prepared,
@@ -28,7 +33,7 @@ from kvtier.stores.compression.options import Compression
 from kvtier.stores.compression.store import CompressedStore
 from kvtier.stores.integrity.checked_store import CheckedStore
 from kvtier.stores.varied import VariedStore
-from kvtier.types import FailureCause
+from kvtier.types import MOST_LISTED, FailureCause, KeyPage
 
 _SECONDS_BETWEEN_USAGES = 1.0
 """An unchanged usage is reported again after this time: of two threads' reports, the older one may arrive last."""
@@ -194,6 +199,41 @@ class StoreRunner:
 
         found = self._guarded(len(keys), ask)
         return ProbeAnswer(probe.probe_id, found, failed)
+
+    def do(self, chore: Chore) -> ChoreDone:
+        """Delete blocks, or list keys. Never raises."""
+        done = ChoreDone(chore.chore_id, failed=True)
+
+        def work() -> Sequence[bool]:
+            nonlocal done
+            if isinstance(chore, Delete):
+                self._delete(chore)
+                done = ChoreDone(chore.chore_id, failed=False)
+            else:
+                page = self._list(chore)
+                done = ChoreDone(chore.chore_id, False, list(page.keys), page.cursor)
+            return ()
+
+        self._failures.begin()  # what a store counts on its way belongs to no job
+        self._guarded(0, work)
+        self._failures.end()
+        return done
+
+    def _delete(self, chore: Delete) -> None:
+        if self._blocks is not None:
+            self._blocks.delete(chore.keys)
+        elif self._slots is not None and chore.slots is not None:
+            self._slots.delete(chore.slots, chore.keys)
+        else:
+            raise StoreError("a deletion without slots in a store of slots")
+
+    def _list(self, chore: ListKeys) -> KeyPage:
+        page = None if self._blocks is None else self._blocks.list_keys(chore.cursor, chore.most)
+        if page is None:
+            raise StoreError("it cannot list its keys")
+        if len(page.keys) > 2 * MOST_LISTED or len(page.cursor or b"") > MAX_CURSOR_BYTES:
+            raise StoreError(f"a page of {len(page.keys)} keys, {chore.most} asked for, or a cursor that is too long")
+        return page
 
     def prepare(self) -> Prepared | None:
         """Let a SlotStore work ahead for a few milliseconds. Return None if it has nothing to do, or has failed."""

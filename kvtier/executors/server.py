@@ -27,7 +27,9 @@ from kvtier.executors.protocol import (
     MAX_PACKET_BYTES,
     REQUESTS,
     Cancel,
+    Delete,
     IndexEnd,
+    ListKeys,
     Open,
     Part,
     PartResult,
@@ -192,7 +194,7 @@ class Server:
             if max(request.arena_slots) >= self._num_blocks:
                 raise ProtocolError("a slot outside the arena")
             self._loop.put(request)
-        elif isinstance(request, Probe):
+        elif isinstance(request, Probe | Delete | ListKeys):
             self._loop.put(request)
         elif isinstance(request, Cancel):
             self._channel.send(self._loop.cancel(frozenset(request.serials)))

@@ -16,7 +16,7 @@ from kvtier import forks
 from kvtier.errors import StoreUnavailableError
 from kvtier.executors.base import IOExecutor, Report, StoreDescription
 from kvtier.executors.loop import StoreLoop, cancelled
-from kvtier.executors.protocol import IndexEnd, Part, PartResult, Probe, Ready, Unavailable
+from kvtier.executors.protocol import Chore, IndexEnd, Part, PartResult, Probe, Ready, Unavailable
 from kvtier.executors.runner import StoreRunner
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
@@ -60,6 +60,9 @@ class ThreadExecutor(IOExecutor):
 
     def probe(self, probe_id: int, keys: Sequence[OffloadKey]) -> None:
         self._loop.put(Probe.of(probe_id, keys))
+
+    def do(self, chore: Chore) -> None:
+        self._loop.put(chore)
 
     def poll(self) -> list[Report]:
         self._news.clear()  # before the reports are read, so that a report after this sets it again

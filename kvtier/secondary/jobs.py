@@ -132,6 +132,10 @@ class JobLedger:
         """Return the serials of the jobs without a result; given `job_ids`, of these only."""
         return [serial for serial, job in self._jobs.items() if job_ids is None or job.job_id in job_ids]
 
+    def moving_keys(self) -> set[OffloadKey]:
+        """Return the keys of all blocks that move. It takes long: not for every lookup."""
+        return {key for job in self._jobs.values() for key in job.moving}
+
     @property
     def oldest_submission(self) -> float | None:
         """When the oldest job without a result was submitted; None if there is none."""

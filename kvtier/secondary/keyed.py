@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import compress
 from typing import Any, ClassVar
@@ -14,14 +14,32 @@ from kvtier.abc import BlockStore, SlotStore
 from kvtier.errors import KeyFormatError, ProtocolError
 from kvtier.events import TierState
 from kvtier.executors.base import Report
-from kvtier.executors.protocol import IndexEnd, PartResult, ProbeAnswer, Ready, Usage
+from kvtier.executors.protocol import (
+    MAX_CURSOR_BYTES,
+    ChoreDone,
+    IndexEnd,
+    ListKeys,
+    PartResult,
+    ProbeAnswer,
+    Ready,
+    Usage,
+)
 from kvtier.keys import OffloadKey, common_key_bytes
 from kvtier.options import StoreOptions
+from kvtier.secondary.chores import failed
 from kvtier.secondary.jobs import MovingJob
 from kvtier.secondary.probes import Probes
 from kvtier.secondary.settings import TierSettings
 from kvtier.secondary.store_tier import StoreTierManager
-from kvtier.types import FailureCause, JobMetadata, LookupResult, ReqContext, ScheduleEndContext
+from kvtier.types import (
+    Answer,
+    FailureCause,
+    JobMetadata,
+    KeyPage,
+    LookupResult,
+    ReqContext,
+    ScheduleEndContext,
+)
 
 _MISS, _RETRY = LookupResult.MISS, LookupResult.RETRY
 _UP = TierState.UP
@@ -37,6 +55,7 @@ class KeyedTierManager(StoreTierManager):
     """Blocks by key in a `BlockStore`. kvtier seals them unless the store does it itself (`seals_itself`)."""
 
     verifies_payloads = True
+    deletes = True
 
     def __init__(
         self,
@@ -69,6 +88,32 @@ class KeyedTierManager(StoreTierManager):
             if self._standing.state is not _UP:
                 return _MISS
             answer = self._probes.lookup(key)
+        return answer
+
+    def delete(self, keys: Collection[OffloadKey]) -> Answer[Collection[OffloadKey]]:
+        """Delete blocks from the store, except those that a job is moving."""
+        if self._standing.state is not _UP:
+            return failed()
+        moving = self._ledger.moving_keys()
+        wanted = [key for key in dict.fromkeys(keys) if key not in moving]
+        if len(set(map(len, wanted))) > 1:
+            return failed()
+        return self._delete(wanted, None, (), self._end_delete)
+
+    def _end_delete(self, keys: Sequence[OffloadKey], slots: Sequence[int], success: bool) -> None:
+        if success:
+            self._probes.set_absent(keys)
+
+    def list_keys(self, cursor: bytes, most: int) -> Answer[KeyPage]:
+        """Ask the store for a page of its keys."""
+        executor, answer = self._supervisor.executor, Answer[KeyPage]()
+        if executor is None or self._standing.state is not _UP or len(cursor) > MAX_CURSOR_BYTES:
+            return failed()
+
+        def end(report: ChoreDone) -> None:
+            answer.settle(KeyPage([OffloadKey(key) for key in report.keys], report.cursor))
+
+        executor.do(ListKeys(self._chores.begin(answer, end), cursor, most))
         return answer
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:

@@ -9,7 +9,7 @@ from itertools import compress
 from typing import Any
 
 from kvtier.abc import BlockStore, SlotStore
-from kvtier.errors import KeyFormatError, ProtocolError
+from kvtier.errors import KeyFormatError, ProtocolError, StoreError
 from kvtier.events import BlocksEvicted, TierState
 from kvtier.eviction.built_in import find_policy
 from kvtier.executors.base import Report
@@ -18,12 +18,15 @@ from kvtier.keys import OffloadKey
 from kvtier.primary.retention import Retention, num_kept
 from kvtier.primary.table import BlockTable, Placement
 from kvtier.primary.uses import TierUses
+from kvtier.secondary.chores import failed, page_of, settled
 from kvtier.secondary.jobs import MovingJob
 from kvtier.secondary.settings import TierSettings
 from kvtier.secondary.store_tier import StoreTierManager
 from kvtier.types import (
+    Answer,
     FailureCause,
     JobMetadata,
+    KeyPage,
     LookupResult,
     OffloadingEvent,
     ReqContext,
@@ -43,6 +46,8 @@ class SlottedTierManager(StoreTierManager):
     """Blocks in the slots of a `SlotStore`. The index is read from the store at every start."""
 
     verifies_payloads = True
+    deletes = True
+    lists_keys = True
 
     def __init__(
         self,
@@ -112,6 +117,35 @@ class SlottedTierManager(StoreTierManager):
             self._table.unpin((slots.pop(0),))
             if not slots:
                 del self._pinned[key]
+
+    def delete(self, keys: Collection[OffloadKey]) -> Answer[Collection[OffloadKey]]:
+        """Delete blocks that no job and no `pin` holds. They are misses at once."""
+        table = self._table
+        if table is None or self._standing.state is not _UP:
+            return failed()
+        wanted = dict.fromkeys(keys)
+        held = [key for key in table.slot_of.held(wanted) if not table.is_pinned(table.slot_of[key])]
+        slots = [table.slot_of[key] for key in held]
+        absent = table.slot_of.missing(wanted)
+        table.pin(slots)  # quarantines them below: nobody stores into a slot that the executor still empties
+        self._note(table.remove(held), removed=True)
+        return self._delete(held, slots, absent, self._end_delete)
+
+    def _end_delete(self, keys: Sequence[OffloadKey], slots: Sequence[int], success: bool) -> None:
+        """Free the slots. If a block may still be there, a later start finds it; in this process it stays a miss."""
+        if self._table is not None:
+            self._table.unpin(slots)
+
+    def list_keys(self, cursor: bytes, most: int) -> Answer[KeyPage]:
+        """Answer from the index at once."""
+        if self._table is None or self._standing.state is not _UP:
+            return failed()
+        try:
+            page = page_of(self._table.slot_of, cursor, most)
+        except StoreError:
+            return failed()
+        ready = [key for key in page.keys if self._table.is_ready(key)]
+        return settled(page._replace(keys=ready))
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         self._uses.begin(req_context)

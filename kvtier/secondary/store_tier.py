@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -17,17 +17,19 @@ from kvtier.events import Observers, TierState
 from kvtier.executors.base import IOExecutor, Report, StoreDescription
 from kvtier.executors.inline import InlineExecutor
 from kvtier.executors.process import IOProcess
-from kvtier.executors.protocol import PartResult
+from kvtier.executors.protocol import ChoreDone, Delete, PartResult
 from kvtier.executors.threads import ThreadExecutor
+from kvtier.keys import OffloadKey
 from kvtier.namespace import Namespace
 from kvtier.options import TierOptions
 from kvtier.primary.arena import arena_rows
+from kvtier.secondary.chores import KEYS_PER_CHORE, Chores, Deletion, failed
 from kvtier.secondary.jobs import JobLedger, MovingJob
 from kvtier.secondary.settings import TierSettings
 from kvtier.secondary.standing import Breaker, BreakerState, Standing
 from kvtier.secondary.supervisor import Supervisor
 from kvtier.secondary.trial import check_or_try
-from kvtier.types import FailureCause, JobMetadata, JobResult, ScheduleEndContext
+from kvtier.types import Answer, FailureCause, JobMetadata, JobResult, ScheduleEndContext
 
 _UP, _OPEN = TierState.UP, BreakerState.OPEN
 _BYTES = frozenset({bytes})
@@ -106,6 +108,7 @@ class StoreTierManager(forks.ProcessBound, SecondaryTierManager):
         self._namespace = namespace
         clock, observer = self.context.clock, self.context.observer
         self._ledger = JobLedger(tier_type, clock, observer)
+        self._chores = Chores(clock)
         deadlines, settings = self.settings.deadlines, self.settings
         breaker, self._store_breaker = (
             Breaker(clock, settings.failures_to_open, settings.first_backoff, settings.longest_backoff)
@@ -123,6 +126,7 @@ class StoreTierManager(forks.ProcessBound, SecondaryTierManager):
     def leave_to_parent(self) -> None:
         """In a forked child, have no blocks and accept none; the parent's executor goes on."""
         self._supervisor.leave_to_parent()
+        self._chores.end_life()
         self._forget()
 
     @property
@@ -209,6 +213,7 @@ class StoreTierManager(forks.ProcessBound, SecondaryTierManager):
     def start_epoch(self, epoch: bytes) -> None:
         """Start a new executor with the epoch's namespace. The tier is STARTING until its store is open."""
         self._namespace = self._namespace.with_epoch(epoch)
+        self._chores.end_life()
         self._forget()
         self._supervisor.restart()
 
@@ -285,6 +290,9 @@ class StoreTierManager(forks.ProcessBound, SecondaryTierManager):
         executor = self._supervisor.attend()
         try:
             for report in self._supervisor.heed(executor.poll()) if executor is not None else ():
+                if isinstance(report, ChoreDone):
+                    self._chores.end(report)
+                    continue
                 if not isinstance(report, PartResult):
                     self._handle(report)
                     continue
@@ -302,8 +310,40 @@ class StoreTierManager(forks.ProcessBound, SecondaryTierManager):
             self._supervisor.fail(f"I/O process sent an invalid message: {error}")
             return
         self._supervisor.check_hang()
+        if self._chores and self._chores.expire(self.settings.deadlines.job):
+            self._supervisor.question_expired()
+
+    def _delete(
+        self,
+        keys: Sequence[OffloadKey],
+        slots: Sequence[int] | None,
+        absent: Iterable[OffloadKey],
+        on_end: Callable[[Sequence[OffloadKey], Sequence[int], bool], None],
+    ) -> Answer[Any]:
+        """Let the executor delete blocks; return the answer to the whole deletion.
+
+        Args:
+            slots: of the store, if it has slots.
+            absent: further keys of the deletion.
+            on_end: called with some of `keys` and their slots, and whether the store has deleted them.
+        """
+        executor = self._supervisor.executor
+        if executor is None:
+            return failed()
+        deletion = Deletion(keys, absent)
+        for start in range(0, len(keys), KEYS_PER_CHORE):
+            some = keys[start : start + KEYS_PER_CHORE]
+            places = None if slots is None else slots[start : start + KEYS_PER_CHORE]
+
+            def end(report: ChoreDone, some: Any = some, places: Any = places) -> None:
+                on_end(some, places or (), not report.failed)
+                deletion.end_chore()
+
+            executor.do(Delete.of(self._chores.begin(deletion.answer, end), some, places))
+        return deletion.answer
 
     def _end_life(self) -> None:
+        self._chores.end_life()
         self._forget()
         self._ledger.fail_all(FailureCause.TIER_DOWN)
 

@@ -18,13 +18,17 @@ from kvtier.abc import EvictionPolicy, SecondaryTierManager, TierContext
 from kvtier.errors import InvariantError
 from kvtier.events import BlocksEvicted, BlocksFailed, Event, Observer, TierState, TierStateChanged
 from kvtier.keys import OffloadKey
+from kvtier.secondary.chores import failed, settled
 from kvtier.secondary.jobs import Job
 from kvtier.secondary.settings import TierSettings
 from kvtier.secondary.slotted import SlottedTierManager
 from kvtier.secondary.trial import check_or_try
 from kvtier.types import (
+    Answer,
+    AnswerState,
     JobMetadata,
     JobResult,
+    KeyPage,
     LookupResult,
     OffloadingEvent,
     ReqContext,
@@ -81,6 +85,8 @@ class StripedTierManager(SecondaryTierManager):
 
     verifies_payloads = True
     joins_stores = True
+    deletes = True
+    lists_keys = True
 
     @classmethod
     def check_options(
@@ -123,6 +129,8 @@ class StripedTierManager(SecondaryTierManager):
         self._next_part = 1
         self._clock = context.clock
         self._parts: dict[int, tuple[Job, Sequence[OffloadKey]]] = {}
+        self._deletions: list[tuple[Answer[Collection[OffloadKey]], list[Answer[Collection[OffloadKey]]]]] = []
+        """Open answers, each with those of the stripes."""
 
     # -- health -------------------------------------------------------------------------------------------
 
@@ -209,6 +217,8 @@ class StripedTierManager(SecondaryTierManager):
                 job.successful = [*job.successful, *(keys if result.success else result.successful_keys or ())]
                 if not job.num_left:
                     finished.append(job.result(self._clock()))
+        if self._deletions:
+            self._settle_deletions()
         return finished
 
     def _submit(
@@ -305,6 +315,39 @@ class StripedTierManager(SecondaryTierManager):
     def unpin(self, keys: Collection[OffloadKey]) -> None:
         for stripe in self._stripes:
             stripe.unpin(keys)
+
+    def delete(self, keys: Collection[OffloadKey]) -> Answer[Collection[OffloadKey]]:
+        """Delete blocks from every stripe. A stripe that is down may have blocks: then the answer fails."""
+        answers = [stripe.delete(keys) for stripe in self._stripes]
+        joined: Answer[Collection[OffloadKey]] = Answer()
+        self._deletions.append((joined, answers))
+        self._settle_deletions()
+        return joined
+
+    def list_keys(self, cursor: bytes, most: int) -> Answer[KeyPage]:
+        """List one stripe after the other. All must be up: another listing would miss the blocks of the others."""
+        index = cursor[0] if cursor else 0
+        if index >= len(self._stripes) or any(stripe.state is not _UP for stripe in self._stripes):
+            return failed()
+        answer = self._stripes[index].list_keys(cursor[1:], most)
+        page = answer.value
+        if page is None:
+            return answer
+        if page.cursor is not None:
+            return settled(page._replace(cursor=bytes([index]) + page.cursor))
+        return settled(page._replace(cursor=bytes([index + 1]) if index + 1 < len(self._stripes) else None))
+
+    def _settle_deletions(self) -> None:
+        still_open = []
+        for joined, answers in self._deletions:
+            states = {answer.state for answer in answers}
+            if AnswerState.FAILED in states:
+                joined.fail()
+            elif AnswerState.OPEN in states:
+                still_open.append((joined, answers))
+            else:
+                joined.settle(frozenset.intersection(*(frozenset(answer.value or ()) for answer in answers)))
+        self._deletions = still_open
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         for stripe in self._stripes:

@@ -14,7 +14,7 @@ from kvtier.clock import Clock
 from kvtier.errors import InvariantError, StoreUnavailableError
 from kvtier.events import TierState
 from kvtier.executors.base import Ended, IOExecutor, Report
-from kvtier.executors.protocol import IndexEnd, PartResult, Prepared, ProbeAnswer, Unavailable, Usage
+from kvtier.executors.protocol import ChoreDone, IndexEnd, PartResult, Prepared, ProbeAnswer, Unavailable, Usage
 from kvtier.secondary.jobs import JobLedger
 from kvtier.secondary.settings import Deadlines
 from kvtier.secondary.standing import Breaker, BreakerState, Standing
@@ -35,7 +35,7 @@ class _Phase(Enum):
 # In CPython 3.11, reading a member of an enum class costs 0.1 us; these run in every step.
 _OPENING, _WORKING, _ENDING, _WAITING = _Phase.OPENING, _Phase.WORKING, _Phase.ENDING, _Phase.WAITING
 _OPEN = BreakerState.OPEN
-_WHILE_WORKING = (PartResult, ProbeAnswer, Prepared, Usage)
+_WHILE_WORKING = (PartResult, ProbeAnswer, Prepared, Usage, ChoreDone)
 """Reports that an executor may send after its store is open."""
 
 

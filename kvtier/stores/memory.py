@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from kvtier.errors import ConfigError
 from kvtier.keys import MAX_KEY_BYTES, OffloadKey
 from kvtier.options import StoreOptions, Threads, size_of
 from kvtier.stores.integrity.header import HEADER_BYTES
-from kvtier.types import StoreUsage
+from kvtier.types import KeyPage, StoreUsage
 
 
 class MemoryOptions(StoreOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -76,6 +77,12 @@ class MemoryStore(BlockStore):
         with self._lock:
             for key in keys:
                 self._forget(key)
+
+    def list_keys(self, cursor: bytes, most: int) -> KeyPage:
+        """List the keys in their order."""
+        with self._lock:
+            keys = heapq.nsmallest(most, (key for key in self._values if key > cursor))
+        return KeyPage(keys, keys[-1] if len(keys) == most else None)
 
     def usage(self) -> StoreUsage:
         """Return what is held, keys included."""

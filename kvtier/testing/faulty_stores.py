@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Self
 from kvtier.abc import BlockStore, SlotStore, StoreContext
 from kvtier.keys import OffloadKey
 from kvtier.stores.integrity.checked_store import CheckedStore
-from kvtier.types import StoreUsage
+from kvtier.types import KeyPage, StoreUsage
 
 EXIT_STATUS = 86
 """Exit status of a process that the fault EXIT has ended."""
@@ -240,6 +240,9 @@ class FaultyBlockStore(BlockStore):
         if self.plan.enter("delete") is not Fault.RETURN_FALSE:
             self.inner.delete(keys)
 
+    def list_keys(self, cursor: bytes, most: int) -> KeyPage | None:
+        return None if self.plan.enter("list_keys") is Fault.RETURN_FALSE else self.inner.list_keys(cursor, most)
+
     def usage(self) -> StoreUsage | None:
         return self.inner.usage()
 
@@ -303,6 +306,10 @@ class FaultySlotStore(SlotStore):
         if fault is Fault.RETURN_FALSE:
             return [False] * len(slots)
         return _spoil_reads(fault, self._history, slots, buffers, self.inner.read_into(slots, keys, buffers))
+
+    def delete(self, slots: Sequence[int], keys: Sequence[OffloadKey]) -> None:
+        if self.plan.enter("delete") is not Fault.RETURN_FALSE:
+            self.inner.delete(slots, keys)
 
     def close(self) -> None:
         """Close the inner store, by plan."""

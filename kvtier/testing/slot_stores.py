@@ -111,6 +111,15 @@ class SlotStoreSuite(Suite):
         assert self._read([1], [11]) == [self.payload(11)]
         assert self._read([1], [10]) == [None]
 
+    def test_what_was_deleted_is_gone_for_later_processes_too(self) -> None:
+        self._write([1, 2, 3])
+        self.store.delete([1, 3], [make_key(1), make_key(3)])
+        assert self._read([1, 2, 3]) == [None, self.payload(2), None]
+        assert self._reopen() == {2: make_key(2)}
+        self._write([1], [10])
+        assert self._read([1], [10]) == [self.payload(10)]
+        self.store.delete([], [])
+
     def test_empty_batches(self) -> None:
         assert list(self.store.write([], [], [])) == []
         assert list(self.store.read_into([], [], [])) == []

@@ -23,6 +23,7 @@ from kvtier.errors import StoreError
 from kvtier.keys import MAX_KEY_BYTES, MIN_KEY_BYTES, OffloadKey, make_offload_key
 from kvtier.namespace import Namespace
 from kvtier.testing.patience import PATIENCE_SECONDS
+from kvtier.types import MOST_LISTED
 
 FILLING = 0xA5
 """The byte that fills buffers before a read."""
@@ -226,6 +227,58 @@ class StoreSuite(Suite):
         self.store.delete([make_key(1), make_key(3), make_key(4)])
         assert list(self.store.contains([make_key(number) for number in (1, 2, 3)])) == [False, True, False]
         assert self._read([1, 2, 3]) == [None, self.payload(2), None]
+
+    def _listed(self, most: int) -> list[OffloadKey] | None:
+        """Return all keys that the store lists, page by page; None if it cannot list."""
+        found: list[OffloadKey] = []
+        cursor: bytes | None = b""
+        while cursor is not None:
+            page = self.store.list_keys(cursor, most)
+            if page is None:
+                assert not found, "a store that lists some pages must list all"
+                return None
+            assert page.cursor != cursor or page.keys, "a listing that does not go on"
+            assert len(page.keys) <= 2 * MOST_LISTED
+            found += page.keys
+            cursor = page.cursor
+        return found
+
+    def test_a_listing_has_every_key_of_this_namespace(self) -> None:
+        if self._listed(10) is None:
+            return
+        foreign = self.open_store(self.medium, self.make_context("another"))
+        try:
+            self._write([100], foreign)
+        finally:
+            foreign.close()
+        assert self._listed(10) == []
+        self._write(range(30))
+        for most in (1, 7, 30, MOST_LISTED):
+            assert set(self._listed(most) or ()) == {make_key(number) for number in range(30)}
+        self.store.delete([make_key(number) for number in range(0, 30, 2)])
+        assert set(self._listed(7) or ()) == {make_key(number) for number in range(1, 30, 2)}
+
+    def test_a_listing_goes_on_while_blocks_come_and_go(self) -> None:
+        self._write(range(30))
+        first = self.store.list_keys(b"", 5)
+        if first is None:
+            return
+        found, cursor = list(first.keys), first.cursor
+        self.store.delete([make_key(number) for number in range(10)])
+        self._write(range(100, 110))
+        while cursor is not None:
+            page = self.store.list_keys(cursor, 5)
+            assert page is not None
+            found += page.keys
+            cursor = page.cursor
+        assert {make_key(number) for number in range(10, 30)} <= set(found)
+
+    def test_a_cursor_that_is_none_raises_nothing_else(self) -> None:
+        for cursor in (b"nonsense", b"\xff" * 100):
+            try:
+                self.store.list_keys(cursor, 5)
+            except StoreError:
+                continue
 
     def test_empty_batches(self) -> None:
         assert list(self.store.contains([])) == []

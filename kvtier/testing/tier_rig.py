@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,8 +15,17 @@ from kvtier.keys import OffloadKey
 from kvtier.primary.arena import Arena
 from kvtier.testing.patience import PATIENCE_SECONDS, wait_for
 from kvtier.testing.stores import make_key, make_payload
-from kvtier.types import JobMetadata, JobResult, LookupResult, ReqContext, ScheduleEndContext
+from kvtier.types import (
+    Answer,
+    AnswerState,
+    JobMetadata,
+    JobResult,
+    LookupResult,
+    ReqContext,
+    ScheduleEndContext,
+)
 
+T = TypeVar("T")
 _UNTOUCHED = 0x5A
 
 
@@ -140,6 +150,26 @@ class TierRig:
 
         self.wait(answered, f"a lookup of block {number} is answered")
         return answer
+
+    def delete(self, numbers: Sequence[int]) -> Collection[OffloadKey] | None:
+        """Delete blocks; return the keys that are gone, None if the deletion failed."""
+        return self._value(self.tier.delete([make_key(number) for number in numbers]), "a deletion")
+
+    def listed(self, most: int) -> list[OffloadKey] | None:
+        """Return all keys that the tier lists; None if a page failed."""
+        found: list[OffloadKey] = []
+        cursor: bytes | None = b""
+        while cursor is not None:
+            page = self._value(self.tier.list_keys(cursor, most), "a page of keys")
+            if page is None:
+                return None
+            found += page.keys
+            cursor = page.cursor
+        return found
+
+    def _value(self, answer: Answer[T], what: str) -> T | None:
+        self.wait(lambda: answer.state is not AnswerState.OPEN, what)
+        return answer.value
 
     def assert_each_job_answered_once(self) -> None:
         """Fail unless each submitted job, and no other, has exactly one result."""

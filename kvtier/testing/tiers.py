@@ -104,6 +104,32 @@ class TierSuite:
         rig.assert_each_job_answered_once()
         assert sum(rig.results[job_id].success for job_id in loads) == count
 
+    def test_what_was_deleted_misses(self) -> None:
+        rig = self.rig
+        if not rig.tier.deletes:
+            return
+        rig.store(range(16))
+        rig.lookup(0)
+        numbers = [0, 3, 15, 99]
+        assert set(rig.delete(numbers) or ()) == {make_key(number) for number in numbers}
+        assert [rig.lookup(number) for number in numbers] == [LookupResult.MISS] * 4
+        kept = [number for number in range(16) if number not in numbers]
+        assert rig.load(range(16))[1] == kept
+        assert rig.store([3]).success
+        assert rig.load([3])[1] == [3]
+        assert rig.delete([]) is not None
+
+    def test_a_listing_has_every_key(self) -> None:
+        rig = self.rig
+        if not rig.tier.lists_keys:
+            return
+        assert rig.listed(5) == []
+        rig.store(range(16))
+        assert set(rig.listed(5) or ()) == {make_key(number) for number in range(16)}
+        if rig.tier.deletes:
+            rig.delete([4, 5])
+            assert set(rig.listed(100) or ()) == {make_key(number) for number in range(16) if number not in (4, 5)}
+
     def test_an_empty_job_is_answered(self) -> None:
         self.rig.finish(self.rig.submit([], [], load=False))
         self.rig.finish(self.rig.submit([], [], load=True))

@@ -41,6 +41,9 @@ class PuppetExecutor(IOExecutor):
     def probe(self, probe_id, keys):
         pass
 
+    def do(self, chore):
+        pass
+
     def poll(self):
         if self.garbage:
             raise ProtocolError("?")

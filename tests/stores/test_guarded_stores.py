@@ -70,6 +70,9 @@ class SharedMemory(MemoryStore):
     def delete(self, keys):
         self._shared.delete(self._named(keys))
 
+    def list_keys(self, cursor, most):
+        return None  # as a store that cannot
+
 
 class OnSealed(Guarded, StoreSuite):
     header_first = True

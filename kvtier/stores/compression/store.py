@@ -18,7 +18,7 @@ from kvtier.stores.compression.planes import element_bytes
 from kvtier.stores.failures import CleanUp, fitting_buffers
 from kvtier.stores.integrity.scratch import Scratch
 from kvtier.stores.varied import VariedStore
-from kvtier.types import FailureCause, StoreUsage
+from kvtier.types import FailureCause, KeyPage, StoreUsage
 
 
 class CompressedStore(BlockStore):
@@ -93,6 +93,10 @@ class CompressedStore(BlockStore):
     def delete(self, keys: Sequence[OffloadKey]) -> None:
         """Forget `keys`."""
         self.inner.delete(keys)
+
+    def list_keys(self, cursor: bytes, most: int) -> KeyPage | None:
+        """Return the inner store's page."""
+        return self.inner.list_keys(cursor, most)
 
     def usage(self) -> StoreUsage:
         """Return the inner store's usage, which counts stored bytes, and what compression has saved."""

@@ -22,7 +22,7 @@ from kvtier.abc import StoreContext
 from kvtier.errors import StoreError, StoreUnavailableError, describe
 from kvtier.keys import OffloadKey
 from kvtier.stores.failures import UNREADABLE, SystemErrors, fitting_buffers
-from kvtier.stores.filesystem.directory import SharedDirectory, shard_of
+from kvtier.stores.filesystem.directory import SharedDirectory, is_block, shard_names, shard_of
 from kvtier.stores.filesystem.janitor import Janitor
 from kvtier.stores.filesystem.options import SharedDirectoryOptions
 from kvtier.stores.integrity import open_sealer
@@ -32,7 +32,7 @@ from kvtier.stores.mounts import check_size
 from kvtier.stores.own_files import Folder, StrangerError
 from kvtier.stores.varied import VariedStore
 from kvtier.stores.vectored import NO_SPACE_ERRORS, read_fully, write_fully
-from kvtier.types import FailureCause, StoreUsage
+from kvtier.types import FailureCause, KeyPage, StoreUsage
 
 _ABSENT_ERRORS = frozenset({errno.ENOENT, errno.ESTALE, errno.ENOTDIR})
 """ESTALE is NFS's error when another host has deleted the file meanwhile."""
@@ -191,7 +191,12 @@ class FilesystemStore(VariedStore):
                 lengths[index] = cause
 
     def delete(self, keys: Sequence[OffloadKey]) -> None:
-        """Forget `keys`."""
+        """Forget `keys`.
+
+        Raises:
+            StoreError: a file could not be deleted; the others were.
+        """
+        broken: OSError | None = None
         for key in keys:
             try:
                 with self._directory.namespace() as namespace, namespace.folder(shard_of(key)) as folder:
@@ -199,6 +204,30 @@ class FilesystemStore(VariedStore):
             except OSError as error:
                 if error.errno not in _ABSENT_ERRORS:
                     self._errors.log(error)
+                    broken = error
+        if broken is not None:
+            raise StoreError(f"{broken.filename or self._directory.path}: {describe(broken)}") from broken
+
+    def list_keys(self, cursor: bytes, most: int) -> KeyPage:
+        """List the files, shard by shard, in order of their names.
+
+        Raises:
+            StoreError: a folder cannot be read.
+        """
+        shard, _, after = cursor.decode(errors="replace").partition("/")
+        found: list[OffloadKey] = []
+        try:
+            with self._directory.namespace() as namespace:
+                for name in sorted(one for one in shard_names(namespace, "") if one >= shard):
+                    left = _blocks_in(namespace, name, after if name == shard else "")
+                    room = most - len(found)
+                    found += [OffloadKey(bytes.fromhex(block)) for block in left[:room]]
+                    if len(left) >= room:
+                        return KeyPage(found, f"{name}/{found[-1].hex()}".encode())
+        except OSError as error:
+            if error.errno not in _ABSENT_ERRORS:
+                raise StoreError(f"{error.filename or self._directory.path}: {describe(error)}") from error
+        return KeyPage(found, None)
 
     def usage(self) -> StoreUsage:
         """Return the janitor's estimate of what the directory holds, of all namespaces and hosts."""
@@ -287,6 +316,15 @@ class FilesystemStore(VariedStore):
                 return
             self._relieved_at = now
         self._janitor.relieve(shard)
+
+
+def _blocks_in(namespace: Folder, shard: str, after: str) -> list[str]:
+    """Return the names of a shard's blocks that come after one, in order; none if the shard is gone."""
+    try:
+        with namespace.folder(shard) as folder:
+            return sorted(name for name in folder.names() if name > after and is_block(name))
+    except FileNotFoundError:
+        return []
 
 
 def _exists(namespace: Folder, key: OffloadKey) -> bool | OSError:

@@ -15,7 +15,7 @@ from kvtier.stores.integrity.header import HEADER_BYTES
 from kvtier.stores.integrity.plain_sealer import PlainSealer
 from kvtier.stores.integrity.scratch import Scratch
 from kvtier.stores.integrity.sealing import MAX_SCRATCH_BYTES, Sealer
-from kvtier.types import FailureCause, StoreUsage
+from kvtier.types import FailureCause, KeyPage, StoreUsage
 
 _Answer = TypeVar("_Answer")
 
@@ -85,6 +85,10 @@ class CheckedStore(BlockStore):
     def delete(self, keys: Sequence[OffloadKey]) -> None:
         """Forget `keys`."""
         self._guarded((), lambda: self.inner.delete(keys))
+
+    def list_keys(self, cursor: bytes, most: int) -> KeyPage | None:
+        """Return the inner store's page."""
+        return self._guarded((), lambda: self.inner.list_keys(cursor, most))
 
     def usage(self) -> StoreUsage | None:
         """Return the inner store's usage."""

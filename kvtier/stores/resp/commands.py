@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from binascii import hexlify
+import re
+from binascii import hexlify, unhexlify
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from kvtier.keys import OffloadKey
+from kvtier.keys import MAX_KEY_BYTES, MIN_KEY_BYTES, OffloadKey
 from kvtier.stores.integrity.header import HEADER_BYTES
 from kvtier.stores.integrity.sealing import Sealer
 from kvtier.stores.resp.connections import Server
@@ -29,6 +30,12 @@ _MIN_REPLY_BYTES = len(b"+OK\r\n")
 """No reply to a SET is shorter."""
 _MAX_INFO_BYTES = 32 * 1024
 """Most bytes of an INFO section, which usually has 2 KiB."""
+_MAX_SCANNED = 100_000
+"""Most names in a page of a scan; a server sends about as many as it is asked to look at."""
+_MAX_NAME_BYTES = 4096
+_PATTERN = re.compile(rb"[*?\[\]\\^-]")
+"""Characters that mean something in a pattern."""
+_HEXADECIMAL = re.compile(rb"([0-9a-f]{2})+")
 _ASKING = b"*1\r\n$6\r\nASKING\r\n"
 
 
@@ -180,6 +187,33 @@ class Exchanges:
         """UNLINK the blocks."""
         self._ask(wire, b"*2\r\n$6\r\nUNLINK\r\n", requests)
 
+    def scan(self, wire: Wire, cursor: int, count: int) -> tuple[int, list[OffloadKey]] | Refused:
+        """SCAN some of the server's names; return the next cursor, 0 at the end, and the keys of blocks among them.
+
+        Args:
+            count: about how many names the server looks at.
+        """
+        pattern = _PATTERN.sub(rb"\\\g<0>", self._name_prefix) + b"*"
+        parts = (b"SCAN", b"%d" % cursor, b"MATCH", pattern, b"COUNT", b"%d" % count)
+        wire.send([b"*%d\r\n" % len(parts) + b"".join(map(_bulk, parts))])
+        line = wire.line()
+        if line[:1] == b"-":
+            return Refused.parse(line[1:])
+        if line != b"*2":
+            raise ConnectionBrokenError(Break.GARBAGE, "a reply that is no page of names")
+        following = parse_count(_text(wire))
+        number = parse_count(wire.line()[1:])
+        if following is None or number is None or number > _MAX_SCANNED:
+            raise ConnectionBrokenError(Break.GARBAGE, "a reply that is no page of names")
+        names = [_text(wire) for _ in range(number)]
+        return following, [key for name in names if (key := self._key(name)) is not None]
+
+    def _key(self, name: bytes) -> OffloadKey | None:
+        """Return the key of a block's name; None if it is no such name."""
+        digits = name.removeprefix(self._name_prefix)
+        is_block = len(digits) < len(name) and MIN_KEY_BYTES <= len(digits) / 2 <= MAX_KEY_BYTES
+        return OffloadKey(unhexlify(digits)) if is_block and _HEXADECIMAL.fullmatch(digits) else None
+
     def _ask(self, wire: Wire, command: bytes, requests: Sequence[Request]) -> None:
         wire.send([_packed(command, requests)])
         if any(request.asking for request in requests):
@@ -252,6 +286,15 @@ def ask_memory(wire: Wire) -> tuple[int, int] | None:
     fields = dict(row.partition(b":")[::2] for row in wire.take(length, 0).splitlines())
     used, limit = (parse_count(fields.get(name, b"")) for name in (b"used_memory", b"maxmemory"))
     return None if used is None or limit is None else (used, limit)
+
+
+def _text(wire: Wire) -> bytes:
+    """Receive a short text."""
+    line = wire.line()
+    length = parse_count(line[1:])
+    if line[:1] != b"$" or length is None or length > _MAX_NAME_BYTES:
+        raise ConnectionBrokenError(Break.GARBAGE, "a reply that is not a short text")
+    return wire.take(length, _MAX_NAME_BYTES)
 
 
 def _verified(cause: FailureCause | None) -> Reply:

@@ -23,7 +23,7 @@ from kvtier.stores.resp.options import RespOptions
 from kvtier.stores.resp.topology import Topology, open_topology
 from kvtier.stores.resp.wire import Break, ConnectionBrokenError, Refused
 from kvtier.stores.varied import VariedStore
-from kvtier.types import FailureCause, StoreUsage
+from kvtier.types import FailureCause, KeyPage, StoreUsage
 
 _ATTEMPTS = 3
 """One more attempt for a closed connection, and one for a slot that has moved."""
@@ -130,9 +130,34 @@ class RespStore(VariedStore):
         """Forget `keys`."""
         requests = [Request(key, self.name(key)) for key in keys]
         self._carry_out(self._exchanges.delete, requests)
-        refusals = [request.reply for request in requests if isinstance(request.reply, Refused)]
-        if refusals:
-            raise StoreError(f"deleting: {refusals[0]}")
+        undone = [request for request in requests if request.reply not in (Outcome.DONE, Outcome.NOT_HELD)]
+        if undone:
+            raise StoreError(f"deleting: {_explain(undone[0])}")
+
+    def list_keys(self, cursor: bytes, most: int) -> KeyPage:
+        """SCAN one server after the other, in the order of their addresses. A lost node's blocks do not come.
+
+        Raises:
+            StoreError: the server does not answer, or refuses.
+        """
+        address, _, place = cursor.decode(errors="replace").partition(" ")
+        servers = sorted((one for one in self._topology.servers if one.address >= address), key=lambda one: one.address)
+        if not servers:
+            return KeyPage([], None)
+        server = servers[0]
+        start = int(place) if server.address == address and place.isdecimal() else 0
+        try:
+            page = server.exchange(
+                lambda wire: self._exchanges.scan(wire, start, most), time.monotonic() + self._timeout
+            )
+        except (ServerLostError, ConnectionBrokenError) as error:
+            raise StoreError(f"listing: {error}") from error
+        if isinstance(page, Refused):
+            raise StoreError(f"listing: {page}")
+        following, keys = page
+        if following:
+            return KeyPage(keys, f"{server.address} {following}".encode())
+        return KeyPage(keys, f"{servers[1].address} 0".encode() if len(servers) > 1 else None)
 
     def usage(self) -> StoreUsage | None:
         """Return the memory and the limits of all servers, as of some seconds ago.
@@ -281,4 +306,4 @@ def _failed(request: Request) -> bool:
 
 
 def _explain(request: Request) -> str:
-    return "no answer" if isinstance(request.reply, FailureCause) else str(request.reply)
+    return str(request.reply) if isinstance(request.reply, Refused) else "no answer"

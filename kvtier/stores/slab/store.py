@@ -166,6 +166,19 @@ class SlabStore(SlotStore):
             self._reading.learn(road, len(buffers) * self._geometry.block_bytes, time.perf_counter() - start)
         return results
 
+    def delete(self, slots: Sequence[int], keys: Sequence[OffloadKey]) -> None:
+        """Empty the records of the slots. The payloads stay until others overwrite them.
+
+        Raises:
+            StoreUnavailableError: the directory was removed.
+            StoreError: the records cannot be written.
+        """
+        self._directory.check_present(self._records.status)
+        try:
+            self._records.clear(slot for slot in map(int, slots) if 0 <= slot < self.num_slots)
+        except OSError as error:
+            raise StoreError(f"{self._directory.path}: {describe(error)}") from error
+
     def prepare(self) -> tuple[int, int] | None:
         """Write zeros to the space of the next blocks, unless blocks of other namespaces take it."""
         return self._segments.write_ahead(self._has_room)
