@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import compress
@@ -34,7 +33,7 @@ class CompressedStore(BlockStore):
         self._scratch = Scratch()
         self._clean_up = CleanUp()
         self._lock = threading.Lock()
-        self._saved = StoreUsage()
+        self._saved = self._told = StoreUsage()
 
     @classmethod
     def open(cls, options: Mapping[str, Any], context: StoreContext) -> Self:
@@ -62,12 +61,12 @@ class CompressedStore(BlockStore):
     def write(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
         """Compress and store the blocks; False also for a buffer of another length."""
         fitting = fitting_buffers(keys, buffers, self._block_bytes, self._failures)
-        payloads = self._shrink([buffers[index] for index in fitting])
-        started = time.perf_counter()
-        written = self.inner.write([keys[index] for index in fitting], payloads)
-        seconds = time.perf_counter() - started
-        lengths = [payload.nbytes for payload in compress(payloads, written)]
-        self._choice.wrote(sum(lengths), seconds)
+        with self._choice.storing():
+            payloads = self._shrink([buffers[index] for index in fitting])
+            with self._choice.writing() as moved:
+                written = self.inner.write([keys[index] for index in fitting], payloads)
+                lengths = [payload.nbytes for payload in compress(payloads, written)]
+                moved.num_bytes = sum(lengths)
         num_compressed = len(lengths) - lengths.count(self._block_bytes)
         self._note(num_compressed, unwritten_bytes=len(lengths) * self._block_bytes - sum(lengths))
         results = [False] * len(keys)
@@ -78,9 +77,9 @@ class CompressedStore(BlockStore):
     def read_into(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
         """Fill and verify buffers; a buffer whose result is False may hold anything."""
         with self._choice.loading():
-            started = time.perf_counter()
-            lengths = self.inner.read_varied(keys, buffers)
-            self._choice.read(sum(lengths), time.perf_counter() - started)
+            with self._choice.reading() as moved:
+                lengths = self.inner.read_varied(keys, buffers)
+                moved.num_bytes = sum(lengths)
             results = [self._restore(buffer, length) for buffer, length in zip(buffers, lengths, strict=True)]
         broken = [key for key, length, good in zip(keys, lengths, results, strict=True) if length and not good]
         if broken:
@@ -100,8 +99,15 @@ class CompressedStore(BlockStore):
 
     def usage(self) -> StoreUsage:
         """Return the inner store's usage, which counts stored bytes, and what compression has saved."""
-        told, saved = self.inner.usage() or StoreUsage(), self._saved
-        return saved._replace(blocks=told.blocks, bytes=told.bytes, capacity_bytes=told.capacity_bytes)
+        told = self.inner.usage() or StoreUsage()
+        with self._lock:
+            saved, padding, last = self._saved, self.inner.padding(), self._told
+            # a call that has not ended may have counted its padding, but not yet what it saves, which is more
+            self._told = saved._replace(
+                unwritten_bytes=max(last.unwritten_bytes, saved.unwritten_bytes - padding.written),
+                unread_bytes=max(last.unread_bytes, saved.unread_bytes - padding.read),
+            )
+            return self._told._replace(blocks=told.blocks, bytes=told.bytes, capacity_bytes=told.capacity_bytes)
 
     def close(self) -> None:
         """Close the inner store."""
@@ -115,7 +121,12 @@ class CompressedStore(BlockStore):
         return [self._choice.shrink(self._codec, buffer, room) for buffer, room in zip(buffers, rooms, strict=True)]
 
     def _restore(self, buffer: memoryview, length: int) -> bool:
-        return length == self._block_bytes or (length > 0 and self._codec.expand(buffer, length))
+        if length in (0, self._block_bytes):
+            return length > 0
+        with self._choice.expanding() as moved:
+            restored = self._codec.expand(buffer, length)
+            moved.num_bytes = self._block_bytes if restored else 0
+        return restored
 
     def _note(self, compressed_blocks: int = 0, unwritten_bytes: int = 0, unread_bytes: int = 0) -> None:
         if not (unwritten_bytes or unread_bytes):

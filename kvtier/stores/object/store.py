@@ -23,7 +23,7 @@ from kvtier.stores.object.client import Client, RequestError, Trouble, connect
 from kvtier.stores.object.names import PackName, Stamps, TakenBack, digest_of, split
 from kvtier.stores.object.options import ObjectOptions
 from kvtier.stores.object.refresher import OVERLAP_SECONDS, Refresher
-from kvtier.stores.varied import VariedStore
+from kvtier.stores.varied import Padding, PaddingCount, VariedStore
 from kvtier.types import FailureCause, StoreUsage
 
 _SECONDS_BUSY = 0.5
@@ -82,6 +82,7 @@ class ObjectStore(VariedStore):
         self._busy_until = 0.0
         self._pool = ThreadPoolExecutor(settings.requests, thread_name_prefix="kvtier-object")
         self._clean_up = CleanUp()
+        self._padding = PaddingCount()
 
     @classmethod
     def open(cls, options: Mapping[str, Any], context: StoreContext) -> Self:
@@ -194,6 +195,10 @@ class ObjectStore(VariedStore):
         """Return the number of this namespace's blocks, and the bytes of all packs, as of the last listing."""
         return StoreUsage(len(self.catalogue), self.catalogue.total_bytes, self._settings.capacity)
 
+    def padding(self) -> Padding:
+        """Return the zeros in packs that were written, and in values that were read."""
+        return self._padding.total
+
     def close(self) -> None:
         """End all threads."""
         self._refresher.close()
@@ -224,6 +229,7 @@ class ObjectStore(VariedStore):
             return False
         self._learn(None)
         self.catalogue.add(path, size)
+        self._padding.add(written=size - sum(HEADER_BYTES + len(buffer) for buffer in buffers))
         return True
 
     def _packs(self, fitting: Sequence[int], buffers: Sequence[memoryview]) -> list[list[int]]:
@@ -273,7 +279,10 @@ class ObjectStore(VariedStore):
         for wanted in run:
             start = (wanted.place - first) * value_bytes
             value = body[start : start + value_bytes]
-            got[wanted.index] = self._open(keys[wanted.index], value, buffers[wanted.index])
+            opened = self._open(keys[wanted.index], value, buffers[wanted.index])
+            got[wanted.index] = opened
+            if not isinstance(opened, FailureCause):
+                self._padding.add(read=value_bytes - HEADER_BYTES - opened)
         return got
 
     def _open(self, key: OffloadKey, value: memoryview, buffer: memoryview) -> FailureCause | int:

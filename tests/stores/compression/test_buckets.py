@@ -83,6 +83,9 @@ class TestCompressed(CompressedBlocks, Packed):
         assert len(sizes) == 2, "compressed blocks are kept apart from whole ones"
         assert self._read(range(12)) == blocks
         assert sum(sizes) == self.store.usage().bytes < 12 * self.block_bytes
+        told = self.store.usage()
+        assert told.unwritten_bytes == 12 * (self.block_bytes + HEADER_BYTES) - sum(sizes), "zeros at its end count"
+        assert told.unread_bytes == told.unwritten_bytes
         self.store.inner.catalogue.check_invariants()
         with_off = OverBucket.open(self.options(self.medium), self.context)
         assert list(with_off.contains(keys)) == [number % 3 == 0 for number in range(12)]
