@@ -17,7 +17,7 @@ from vllm.v1.kv_offload import base
 
 from kvtier.adapters.vllm.manager import KVTierOffloadingManager
 from kvtier.adapters.vllm.translation import EngineReqContext
-from kvtier.counters import Observations
+from kvtier.metrics.counters import Observations
 from kvtier.primary.arena import Arena
 from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
 from kvtier.registry import POLICIES

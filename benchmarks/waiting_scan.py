@@ -36,7 +36,7 @@ class Rig:
 
         from kvtier.adapters.vllm.manager import KVTierOffloadingManager
         from kvtier.config import KVCacheGroup, OffloadingConfig
-        from kvtier.counters import Observations
+        from kvtier.metrics.counters import Observations
         from kvtier.namespace import Namespace
         from kvtier.spec.tiering import TieringOffloadingSpec
 

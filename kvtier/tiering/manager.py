@@ -14,7 +14,6 @@ from typing import Protocol
 from kvtier import forks
 from kvtier.abc import OffloadingManager, SecondaryTierManager
 from kvtier.clock import Clock, monotonic_clock
-from kvtier.counters import EventCounters, tier_readings
 from kvtier.errors import BlockNotReadyError
 from kvtier.events import (
     BlocksEvicted,
@@ -32,6 +31,7 @@ from kvtier.hints import NO_HINT, Hint, read_hint
 from kvtier.key_tables import SHARD_BYTE
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
+from kvtier.metrics.counters import EventCounters, tier_readings
 from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
 from kvtier.primary.retention import Retention, num_kept
 from kvtier.primary.uses import RequestUses
@@ -552,6 +552,12 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         }
         counted = self._counters.snapshot()
         return counted | tier_readings(PRIMARY, held) | self._tiers.stats()
+
+    def get_histograms(self) -> Mapping[str, Sequence[int]]:
+        """Return per histogram, as `name.label.label`, the number of values in each bucket of its row in `METRICS`; the
+        last bucket has no upper end.
+        """
+        return self._counters.histograms()
 
     @property
     def prefill_rate(self) -> float:

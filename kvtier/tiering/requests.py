@@ -12,13 +12,11 @@ from kvtier.clock import Clock
 from kvtier.errors import InvariantError
 from kvtier.events import BlocksLoaded
 from kvtier.keys import OffloadKey
+from kvtier.metrics.rows import PRIMARY as PRIMARY
 from kvtier.primary.uses import Arrivals, RequestUses
 from kvtier.tiering.outline import Outline
 from kvtier.tiering.tiers import SecondaryTiers
 from kvtier.types import ReqContext, TierFilter
-
-PRIMARY = "primary"
-"""Name of the primary tier, where names of tiers are given."""
 
 _ALL_TIERS = TierFilter.ALL
 

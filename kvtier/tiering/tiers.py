@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 from kvtier.abc import SecondaryTierManager
 from kvtier.clock import Clock
-from kvtier.counters import tier_readings
 from kvtier.events import Observer, TierState
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
+from kvtier.metrics.counters import tier_readings
 from kvtier.tiering.guarded_tier import TierGuard
 from kvtier.tiering.settings import TieringSettings
 from kvtier.types import (

@@ -129,7 +129,10 @@ def test_once_for_people_and_for_programs(metrics):
 
 @pytest.mark.parametrize(
     ("text", "complaint"),
-    [("vllm:num_requests_running 3\n", "no engine with kvtier, or no request yet"), ("<html></html>", "nothing here")],
+    [
+        ("vllm:num_requests_running 3\n", "no engine with kvtier, or no request yet"),
+        ("<html></html>", "no name here begins"),
+    ],
 )
 def test_a_page_without_kvtier_is_refused(metrics, text, complaint):
     texts, url = metrics

@@ -7,7 +7,6 @@ import typing
 import pytest
 from engine import Engine, EventLog, make_keys
 
-from kvtier.counters import MAX_OBSERVATIONS, EventCounters, Observations, find_sample, zero_counts
 from kvtier.events import (
     BlocksEvicted,
     BlocksRecomputed,
@@ -19,6 +18,7 @@ from kvtier.events import (
     WaitOutcome,
 )
 from kvtier.metrics import METRICS, Kind, Source
+from kvtier.metrics.counters import MAX_OBSERVATIONS, EventCounters, Observations, find_sample, zero_counts
 from kvtier.testing.scripted_tier import ScriptedTier
 from kvtier.tiering.evicted_keys import EvictedKeys
 

@@ -21,8 +21,8 @@ from vllm.v1.structured_output import StructuredOutputManager
 from kvtier.adapters.vllm.compat import groups_to_retry
 from kvtier.adapters.vllm.manager import KVTierOffloadingManager
 from kvtier.config import KVCacheGroup, OffloadingConfig
-from kvtier.counters import Observations
 from kvtier.keys import GROUP_BYTES
+from kvtier.metrics.counters import Observations
 from kvtier.spec.tiering import TieringOffloadingSpec
 
 TELLS_KIND_OF_GROUP = "sliding_window_size_in_chunks" in {item.name for item in fields(OffloadingGroupConfig)}

@@ -14,8 +14,8 @@ from kvtier.adapters.vllm.metrics import StatsReporter, metric_definitions
 from kvtier.adapters.vllm.spec import KVTierOffloadingSpec
 from kvtier.adapters.vllm.translation import EngineReqContext
 from kvtier.config import KVCacheGroup, OffloadingConfig
-from kvtier.counters import Observations
 from kvtier.metrics import METRICS, OFF_REASONS, Kind
+from kvtier.metrics.counters import Observations
 from kvtier.secondary.example import ExampleSecondaryTierManager
 from kvtier.spec.tiering import TieringOffloadingSpec
 from kvtier.tiering.manager import TieringOffloadingManager

@@ -17,9 +17,9 @@ from kvtier import forks
 from kvtier.adapters.vllm.compat import hash_seed_is_random
 from kvtier.adapters.vllm.handover import Announcement, ArenaHost, Weights
 from kvtier.config import OffloadingConfig
-from kvtier.counters import Observations
 from kvtier.errors import ConfigError
 from kvtier.log import cleaned
+from kvtier.metrics.counters import Observations
 from kvtier.namespace import Namespace
 from kvtier.primary.control_page import ControlPage
 from kvtier.sizes import format_size

@@ -13,8 +13,8 @@ from vllm.v1.kv_offload.base import (
     OffloadingHistogramMetadata,
 )
 
-from kvtier.counters import Observations, Sample, find_sample, zero_counts
 from kvtier.metrics import METRICS, OFF_REASONS, Kind, Metric
+from kvtier.metrics.counters import Observations, Sample, find_sample, zero_counts
 from kvtier.tiering.requests import PRIMARY
 
 Targets = list[tuple[str, tuple[str, ...]]]

@@ -25,10 +25,10 @@ from kvtier.abc import SecondaryTierManager, TierContext
 from kvtier.adapters.vllm.compat import NEWLY_COMPUTED_ONLY, make_known, slots_of_job, source_of_medium
 from kvtier.adapters.vllm.metrics import StatsReporter, metric_definitions
 from kvtier.adapters.vllm.translation import ANSWERS, LOCALITIES, MEDIA, EngineReqContext, offloading_event
-from kvtier.counters import EventCounters, tier_readings
 from kvtier.errors import ConfigError
 from kvtier.events import Observers, TierState
 from kvtier.keys import OffloadKey
+from kvtier.metrics.counters import EventCounters, tier_readings
 from kvtier.namespace import Namespace
 from kvtier.registry import create_secondary_tier
 from kvtier.secondary.stand_ins import UnusableTierManager

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 from kvtier.errors import ConfigError
 
-PREFIX = "vllm:kvtier_"
+PREFIX = "kvtier_"
+_ENGINES = "vllm:"
+"""What stands before the names in vLLM; in a program with `kvtier.metrics.collector` usually nothing does."""
 MAX_BYTES = 64 << 20
 """Longest answer that is read; an engine's has some 100 KiB."""
 SECONDS = 5.0
@@ -63,14 +65,15 @@ def fetch(url: str) -> Sample:
         text = answer.read(MAX_BYTES).decode("utf-8", "replace")
     sample = Sample(time.monotonic(), dict(parse(text)))
     if not sample.values:
-        raise ConfigError("url", url, f"nothing here begins with {PREFIX}: no engine with kvtier, or no request yet")
+        raise ConfigError("url", url, f"no name here begins with {PREFIX}: no engine with kvtier, or no request yet")
     return sample
 
 
 def parse(text: str) -> Iterator[tuple[tuple[str, frozenset[tuple[str, str]]], float]]:
     """Yield kvtier's series of a text; engines and their ranks, which differ by other labels, are summed later."""
     for line in text.splitlines():
-        if not line.startswith(PREFIX) or not (found := _LINE.fullmatch(line.strip())):
+        line = line.strip().removeprefix(_ENGINES)
+        if not line.startswith(PREFIX) or not (found := _LINE.fullmatch(line)):
             continue
         name, labels, value = found.groups()
         pairs = ((key, _unescaped(text)) for key, text in _LABEL.findall(labels or ""))

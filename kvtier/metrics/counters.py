@@ -7,12 +7,13 @@ its values, as `name_count.label.label` and `name_sum.label.label`.
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from kvtier.events import Event
-from kvtier.metrics import METRICS, Amounts, Kind, Metric, Source
+from kvtier.metrics.rows import METRICS, Amounts, Kind, Metric, Source
 
 MAX_OBSERVATIONS = 10_000
 """Most values of histograms that are kept until they are taken."""
@@ -72,12 +73,15 @@ class EventCounters:
     def __init__(self) -> None:
         self._counts: defaultdict[str, float] = defaultdict(float)
         self._readers: defaultdict[type[Any], list[tuple[str, str, Callable[[Any], Amounts]]]] = defaultdict(list)
+        self._histograms: dict[str, tuple[str, tuple[float, ...]]] = {}
+        self._in_buckets: dict[str, list[int]] = {}
         for metric in METRICS.values():
             if metric.event is None or metric.read is None:
                 continue
             dot = "." if metric.labels else ""
             if metric.kind is _HISTOGRAM:
                 total, times = (f"{part}{dot}" for part in _PARTS_OF[metric.name])
+                self._histograms[times] = (f"{metric.name}{dot}", metric.buckets)
             else:
                 total, times = f"{metric.name}{dot}", ""
             self._readers[metric.event].append((total, times, metric.read))
@@ -89,10 +93,20 @@ class EventCounters:
                 counts[prefix + labels] += amount
                 if times:
                     counts[times + labels] += 1
+                    self._count_in_bucket(times, labels, amount)
+
+    def _count_in_bucket(self, times: str, labels: str, value: float) -> None:
+        name, ends = self._histograms[times]
+        numbers = self._in_buckets.setdefault(name + labels, [0] * (len(ends) + 1))
+        numbers[bisect_left(ends, value)] += 1  # a bucket has the values up to its end, with the end
 
     def snapshot(self) -> dict[str, float]:
         """Return all counts, named as in `get_stats`."""
         return dict(self._counts)
+
+    def histograms(self) -> dict[str, tuple[int, ...]]:
+        """Return per histogram, as `name.label.label`, the number of values in each bucket; the last has no end."""
+        return {name: tuple(numbers) for name, numbers in self._in_buckets.copy().items()}
 
 
 class Observations:

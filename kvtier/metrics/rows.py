@@ -52,6 +52,9 @@ class Source(Enum):
     """Counted by the engine's adapter; not in `get_stats`."""
 
 
+PRIMARY = "primary"
+"""What host memory is called where tiers have names."""
+
 _COUNTER, _GAUGE, _HISTOGRAM = Kind.COUNTER, Kind.GAUGE, Kind.HISTOGRAM
 
 Amounts = Iterable[tuple[str, float]]
