@@ -4,15 +4,18 @@ import random
 import time
 from collections import OrderedDict
 from itertools import islice
+from sys import getsizeof
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from kvtier import key_queues as key_queues_module
 from kvtier import key_tables
-from kvtier.errors import InvariantError, KeyFormatError
-from kvtier.key_tables import LongQueue, ShardedDict, SmallDict, key_dict, key_queues
+from kvtier.errors import InvariantError
+from kvtier.key_queues import LongQueue, key_queues
+from kvtier.key_tables import ShardedDict, SmallDict, key_dict
 from kvtier.keys import make_offload_key
 
 KEYS = [make_offload_key(bytes([i, 7 * i % 3]), i % 2) for i in range(48)]
@@ -31,9 +34,9 @@ class QueueMachine(RuleBasedStateMachine):
     )
     def begin(self, longest, short, most_bytes, capacity):
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(key_tables, "LONGEST_RUN", longest)
-        self.patch.setattr(key_tables, "SHORT_RUN", min(short, longest))
-        self.patch.setattr(key_tables, "MOST_BYTES_PER_KEY", most_bytes)
+        self.patch.setattr(key_queues_module, "LONGEST_RUN", longest)
+        self.patch.setattr(key_queues_module, "SHORT_RUN", min(short, longest))
+        self.patch.setattr(key_queues_module, "MOST_BYTES_PER_KEY", most_bytes)
         self.queues = key_queues(2, capacity)
         self.models = [OrderedDict(), OrderedDict()]
 
@@ -52,6 +55,14 @@ class QueueMachine(RuleBasedStateMachine):
         for key in keys:
             if key in self.models[of]:
                 self.models[of].move_to_end(key)
+
+    @rule(keys=st.one_of(LISTS, RUNS), of=st.integers(0, 1))
+    def renew_all(self, keys, of):
+        self.queues[of].renew_all(keys, self.queues[1 - of])
+        for key in keys:
+            for model in self.models:
+                if key in model:
+                    model.move_to_end(key)
 
     @rule(keys=st.one_of(LISTS, RUNS), to=st.integers(0, 1), both=st.booleans())
     def take(self, keys, to, both):
@@ -155,14 +166,27 @@ test_a_table_is_a_dict = DictMachine.TestCase
 
 
 @pytest.mark.parametrize("wrong", [b"", b"1234", "text" * 9, 7])
-def test_what_is_no_key_is_not_here(wrong):
-    table = ShardedDict()
+@pytest.mark.parametrize("most", [0, 48])
+def test_what_is_no_key_is_not_here(wrong, most, monkeypatch):
+    monkeypatch.setattr(key_tables, "MOST_IN_ONE", most)
+    table, (queue, beside) = key_dict(48), key_queues(2, 48)
     table.set_all(KEYS, range(48))
-    assert wrong not in table
-    assert table.get(wrong, 5) == 5
-    for ask in (table.get_all, table.isdisjoint, table.held, table.missing):
-        with pytest.raises(KeyFormatError, match="make_offload_key"):
-            ask([make_offload_key(b"other", 0), wrong])
+    queue.append(KEYS, None)
+    asked = [make_offload_key(b"other", 0), wrong, KEYS[3]]
+    for here in (table, queue):
+        assert wrong not in here
+        assert here.get(wrong, 5) == 5
+        assert here.isdisjoint(asked[:2])
+        assert not here.isdisjoint(asked)
+        assert here.held(asked) == [KEYS[3]]
+    assert table.get_all(asked) == [None, None, 3]
+    assert table.missing(asked) == asked[:2]
+    assert not queue.renew(asked)
+    queue.renew_all(asked, beside)
+    assert not beside.take(asked, queue)
+    assert list(beside) == [KEYS[3]]
+    queue.discard(asked)
+    assert list(queue) == [*KEYS[:3], *KEYS[4:]]
 
 
 def test_large_tables_are_others_than_small_ones():
@@ -221,4 +245,4 @@ def test_no_table_behind_a_large_queue_is_large():
     queue.check_invariants()
     assert len(queue._runs) < held / 4
     assert max(map(len, queue._places.shards)) < held / 64
-    assert sum(key_tables.getsizeof(run) for run in queue._runs.values()) < 500 * held
+    assert sum(getsizeof(run) for run in queue._runs.values()) < 500 * held

@@ -14,7 +14,7 @@ from math import ceil, floor
 
 from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
-from kvtier.key_tables import KeyQueue, key_queues
+from kvtier.key_queues import KeyQueue, key_queues
 from kvtier.keys import OffloadKey
 
 
@@ -144,8 +144,7 @@ class ARCPolicy(EvictionPolicy):
 
     def settle(self, keys: Sequence[OffloadKey]) -> None:
         """Move the held ones of `keys` to the recent end of their own list, tail first."""
-        if not self._t1.renew(keys[::-1]):
-            self._t2.renew(keys[::-1])
+        self._t1.renew_all(keys[::-1], self._t2)
 
     def clear(self) -> None:
         """Forget everything, ghosts and p included."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
-from kvtier.key_tables import KeyQueue, key_queues
+from kvtier.key_queues import KeyQueue, key_queues
 from kvtier.keys import OffloadKey
 
 

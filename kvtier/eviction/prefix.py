@@ -27,7 +27,7 @@ from kvtier.eviction.ages import Ages
 from kvtier.eviction.chains import Chains, Part, Request
 from kvtier.eviction.leaves import Leaves
 from kvtier.eviction.reuse import ReuseTable, class_of
-from kvtier.key_tables import KeyQueue, key_queues
+from kvtier.key_queues import KeyQueue, key_queues
 from kvtier.keys import OffloadKey
 
 GHOSTS_PER_KEY = 4

@@ -15,7 +15,7 @@ from itertools import chain, groupby
 
 from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
-from kvtier.key_tables import KeyQueue, key_queues
+from kvtier.key_queues import KeyQueue, key_queues
 from kvtier.keys import OffloadKey
 
 MAX_USES = 3

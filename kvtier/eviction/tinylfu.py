@@ -16,7 +16,8 @@ from collections.abc import Iterator, Sequence
 
 from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
-from kvtier.key_tables import KeyDict, KeyQueue, key_dict, key_queues
+from kvtier.key_queues import KeyQueue, key_queues
+from kvtier.key_tables import KeyDict, key_dict
 from kvtier.keys import OffloadKey
 
 WINDOW_SHARE = 100

@@ -46,6 +46,9 @@ class SlotCounts:
         """Count each of `slots`, all of which are counted, once less, twice if it comes twice."""
         further = self._further
         if not further or further.keys().isdisjoint(slots):
+            if len(slots) == len(self.slots) and self.slots.issuperset(slots) and not further:
+                self.slots.clear()  # takes a tenth of the time per slot
+                return
             left = len(self.slots) - len(slots)
             self.slots.difference_update(slots)
             self.num_excess += len(self.slots) - left

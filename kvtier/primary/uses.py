@@ -48,7 +48,7 @@ class RequestUses:
         hint: of the request.
     """
 
-    __slots__ = ("_aside", "_early", "_held", "_named", "came", "hint", "request")
+    __slots__ = ("_aside", "_early", "_held", "_named", "_were_offered", "came", "hint", "request")
 
     def __init__(self, came: float, request: str = "", hint: Hint = NO_HINT) -> None:
         self.came, self.request, self.hint = came, request, hint
@@ -56,6 +56,8 @@ class RequestUses:
         self._aside: list[Keys] = []
         self._early: set[OffloadKey] = set()
         self._named: list[Keys] = []
+        self._were_offered = False
+        """Whether some of `_named` were offered. Only such a list may have a key twice."""
 
     def count(self, keys: Keys) -> tuple[Keys, Keys]:
         """Record a use of `keys`, no key twice. Unless `note_missing` follows, the primary tier holds all of them.
@@ -108,6 +110,7 @@ class RequestUses:
     def note_offer(self, keys: Keys) -> None:
         """Record the blocks that the request offers for storing, in prefix order, whether held or not."""
         self._named.append(keys.copy())
+        self._were_offered = True
 
     @property
     def own(self) -> Set[OffloadKey]:
@@ -122,7 +125,9 @@ class RequestUses:
         without them. If the engine does not give the position of every named block, only named blocks are returned, in
         the order of the calls.
         """
-        keys = list(dict.fromkeys(chain.from_iterable(self._named)))
+        named = self._named
+        is_one_list = len(named) == 1 and not self._were_offered
+        keys = named[0] if is_one_list else list(dict.fromkeys(chain.from_iterable(named)))
         positions = context.offload_key_positions
         if not keys or not all(map(positions.__contains__, keys)):
             return keys
@@ -143,6 +148,7 @@ class RequestUses:
         self._aside.clear()
         self._early.clear()
         self._named.clear()
+        self._were_offered = False
 
 
 class TierUses:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from kvtier.clock import Clock
 from kvtier.events import CascadeRefused, Observer
-from kvtier.key_tables import KeyQueue, key_queues
+from kvtier.key_queues import KeyQueue, key_queues
 from kvtier.keys import OffloadKey
 from kvtier.primary.table import BlockTable
 from kvtier.secondary.jobs import Job

@@ -185,12 +185,14 @@ class DeviceTransfers:
         dropped: list[OffloadKey] = []
         if state is not None and state.copies.loading_again:
             left, dropped = self._end_repeated_loads(state.copies.loading_again, left, success)
-        done, slots = _take(state.copies.loading, left) if state is not None else ([], [])
+        done: dict[OffloadKey, int] = {}
+        if state is not None:
+            done, state.copies.loading = _split(state.copies.loading, left)
         if success:
             self._count_unexpected("complete_load", left, done)
-            self._table.unpin(slots)
+            self._table.unpin(done.values())
         else:
-            dropped += self._table.discard(done, slots)
+            dropped += self._table.discard(list(done), list(done.values()))
         if state is not None and state.copies.arriving:
             self._report_arrived(state.copies, success)
         return dropped
@@ -237,26 +239,31 @@ class DeviceTransfers:
         if self.stale.pending:
             self.stale.sweep()
             left = self.stale.complete_stores(req_id, keys)
-        done, slots = _take(state.copies.storing, left) if state is not None else ([], [])
+        done: dict[OffloadKey, int] = {}
+        if state is not None:
+            done, state.copies.storing = _split(state.copies.storing, left)
         self._count_unexpected("complete_store", left, done)
         if success:
-            self._table.publish(slots)
-            return done
-        self._table.discard(done, slots)
+            self._table.publish(done.values())
+            return list(done)
+        self._table.discard(list(done), list(done.values()))
         return []
 
-    def _count_unexpected(self, what: str, asked: Collection[OffloadKey], done: list[OffloadKey]) -> None:
+    def _count_unexpected(self, what: str, asked: Collection[OffloadKey], done: Collection[OffloadKey]) -> None:
         if len(done) < len(asked) and (times := len(set(asked)) - len(done)):
             self._observer.on_event(UnexpectedCall(what, times))
 
 
-def _take(pending: dict[OffloadKey, int], keys: Collection[OffloadKey]) -> tuple[list[OffloadKey], list[int]]:
-    """Remove `keys` from `pending`. Return the removed keys and their slots, in the order of `pending`."""
-    done = list(pending)
-    if keys == done or pending.keys() == keys:  # all of them, as a list or as a set
-        slots = list(pending.values())
-        pending.clear()
-        return done, slots
-    wanted = keys if isinstance(keys, set | frozenset) else set(keys)
-    done = [key for key in pending if key in wanted]
-    return done, [pending.pop(key) for key in done]
+def _split(
+    pending: dict[OffloadKey, int], keys: Collection[OffloadKey]
+) -> tuple[dict[OffloadKey, int], dict[OffloadKey, int]]:
+    """Return those of `pending` that are among `keys`, and the others, both in the order of `pending`."""
+    wanted = keys if isinstance(keys, set | frozenset) else None
+    # Engines mostly complete a transfer as a whole. To compare with `pending.keys()` would take three times as long.
+    if len(keys) == len(pending) and (keys == list(pending) if wanted is None else wanted.issuperset(pending)):
+        return pending, {}
+    wanted = wanted or set(keys)
+    others = {key: slot for key, slot in pending.items() if key not in wanted}
+    if len(others) == len(pending):
+        return {}, pending
+    return {key: slot for key, slot in pending.items() if key in wanted}, others

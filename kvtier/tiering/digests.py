@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import xxhash
 
-from kvtier.key_tables import KeyQueue, key_queues
+from kvtier.key_queues import KeyQueue, key_queues
 from kvtier.keys import OffloadKey
 from kvtier.primary.arena import Rows
 from kvtier.secondary.jobs import Job

@@ -11,6 +11,9 @@ import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvtier import forks
 from kvtier.abc import OffloadingManager, SecondaryTierManager
 from kvtier.clock import Clock, monotonic_clock
@@ -28,7 +31,7 @@ from kvtier.events import (
     WaitOutcome,
 )
 from kvtier.hints import NO_HINT, Hint, read_hint
-from kvtier.key_tables import SHARD_BYTE
+from kvtier.key_tables import NOT_A_KEY, SHARD_BYTE
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
 from kvtier.metrics.counters import EventCounters, tier_readings
@@ -220,7 +223,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         else:  # repeats `ShardedDict.get` to save a call
             try:
                 slot = shards[key[SHARD_BYTE]].get(key)
-            except (IndexError, TypeError):  # not a key
+            except NOT_A_KEY:
                 return _MISS
         if slot is None:
             if not self._state.tiers:
@@ -291,9 +294,10 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         leased = None if state.copies.loading else self._promoter.hand_over(state, ordered)
         if leased is None:
             slots, once = self._transfers.begin_load(state, ordered)
+            places, by_source = np.fromiter(slots, np.int32, len(slots)), None
         else:
-            (slots, by_key), once = leased, ordered
-            self._transfers.begin_leased_load(state, by_key)
+            (slots_by_key, places, by_source), once = leased, ordered
+            self._transfers.begin_leased_load(state, slots_by_key)
         num_tokens, seconds = self._pace.note_load(state, ordered)
         if state.lease.slots or state.awaiting:
             self._promoter.let_go(state)
@@ -301,13 +305,14 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
             self._waiting.settle(state, WaitOutcome.LOADED)
         self._note_use(once, req_context, state.uses, all_held=True)
         if ordered:
-            by_source = state.plans.count_sources(ordered)
+            if by_source is None:
+                by_source = state.plans.count_sources(ordered)
             if self._tiers.guards:
                 self._promoter.note_hits(by_source.get(PRIMARY, 0))
             self._transfers.announce(state, BlocksLoaded(req_context.req_id, by_source, num_tokens, seconds))
-        if self._left is not None and slots:  # an observer has forked during this call, and this is the child
+        if self._left is not None and len(places):  # an observer has forked during this call, and this is the child
             raise BlockNotReadyError("this process was forked during the call")
-        return self._make_spec(slots)
+        return self._make_spec(places)
 
     @in_turn
     def complete_load(self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True) -> None:
@@ -373,11 +378,12 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
             held = [key for key in dict.fromkeys(ordered) if self._table.is_ready(key)]
             if held and self._tiers[index].can_store(len(held)):
                 self._cascades.start(self._tiers[index], held, req_context)
-        return PrepareStoreOutput(placement.keys, self._make_spec(slots), placement.victims)
+        places = np.fromiter(slots, np.int32, len(slots))
+        return PrepareStoreOutput(placement.keys, self._make_spec(places), placement.victims)
 
-    def _make_spec(self, slots: list[int]) -> CPULoadStoreSpec:
+    def _make_spec(self, places: NDArray[np.int32]) -> CPULoadStoreSpec:
         """Return the spec of a transfer. A spec without slots reaches no worker, so it gets no sequence number."""
-        return CPULoadStoreSpec(slots, self._primary.next_sequence() if slots else 0)
+        return CPULoadStoreSpec(places, self._primary.next_sequence() if len(places) else 0)
 
     @in_turn
     def complete_store(self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True) -> None:

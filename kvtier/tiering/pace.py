@@ -6,7 +6,7 @@ The blocks that the engine offers to store show what it has computed.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from kvtier.keys import GROUP_BYTES, OffloadKey
 from kvtier.tiering.estimate import GUESSED_RATE, Outlook, PrefillSpeed
@@ -74,7 +74,7 @@ class Pace:
             length = len(keys) * self._tokens_per_block if prompt is None else prompt - progress.start
             progress.left = float(max(0, length))
 
-    def note_load(self, state: RequestState, keys: Collection[OffloadKey]) -> tuple[int, float]:
+    def note_load(self, state: RequestState, keys: Sequence[OffloadKey]) -> tuple[int, float]:
         """Note that the request loads these blocks, so that it will not compute them.
 
         Returns:
@@ -86,7 +86,7 @@ class Pace:
         if progress.first_key is None:
             self.note_scan(state)
         if progress.first_key is not None:
-            progress.num_loaded = len(_of_group(list(keys), progress.first_key[-GROUP_BYTES:]))
+            progress.num_loaded = len(_of_group(keys, progress.first_key[-GROUP_BYTES:]))
             num_tokens = progress.num_loaded * self._tokens_per_block
             progress.left = max(0.0, progress.left - num_tokens)
             return num_tokens, self.speed.seconds(progress.start, progress.start + num_tokens)

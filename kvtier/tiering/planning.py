@@ -94,14 +94,14 @@ class Holdings:
         table: of the primary tier.
         room: slots that the budget of promotions still allows, for new leases and promotions together.
         late: in-flight keys that no request may wait for any more.
-        held: slots that some lease holds already; a further lease of them takes nothing from the budget.
+        held: by slot, how many leases hold it. A further lease of a held one takes nothing from the budget.
         queued: keys that a tier will be asked for, for any request.
     """
 
     table: BlockTable
     room: int
     late: Container[OffloadKey] = ()
-    held: Container[int] = ()
+    held: Sequence[int] = ()
     queued: Set[OffloadKey] = frozenset()
 
 
@@ -167,7 +167,7 @@ def _find(
             elif slot in filling:
                 if key not in late:
                     plan.joins.append(key)
-            elif slot in held:
+            elif held and held[slot]:
                 plan.hits.append(key)
             elif room > 0:
                 plan.hits.append(key)

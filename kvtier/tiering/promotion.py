@@ -14,7 +14,7 @@ from kvtier.secondary.jobs import Job
 from kvtier.tiering.estimate import Outlook, Turnover
 from kvtier.tiering.flights import Flights
 from kvtier.tiering.guarded_tier import TierGuard
-from kvtier.tiering.leases import Leases
+from kvtier.tiering.leases import HandedOver, Leases
 from kvtier.tiering.load_queue import LoadQueue, QueuedLoad
 from kvtier.tiering.outline import Outline, make_outline
 from kvtier.tiering.pace import Pace
@@ -359,8 +359,8 @@ class Promoter:
             table.remove(unwanted)
             arrived = [key for key in arrived if key not in unwanted]
         for state, theirs in self._flights.land(keys, slots).items():
-            self._leases.hold(state, theirs)
             state.plans.sources.update(dict.fromkeys(theirs, guard.name))
+            self._leases.hold(state, theirs)
             self._end_wait(state)
         if arrived:
             self._observer.on_event(BlocksStored(arrived, guard.name))
@@ -394,7 +394,7 @@ class Promoter:
         self._flights.abandon(abandoned)
         self._table.remove(abandoned)
 
-    def hand_over(self, state: RequestState, keys: list[OffloadKey]) -> tuple[list[int], dict[OffloadKey, int]] | None:
+    def hand_over(self, state: RequestState, keys: list[OffloadKey]) -> HandedOver | None:
         """End the request's lease; see `Leases.hand_over`."""
         return self._leases.hand_over(state, keys) if state.lease.slots else None
 

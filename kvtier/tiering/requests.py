@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -74,12 +75,19 @@ class Wait:
 class Lease:
     """Slots that are pinned for a request until it loads them. Written by `leases.py`.
 
+    Blocks are leased in parts, a few hundred at once. What a load of all of them needs is put together then, so that
+    the load of a long prompt takes little time.
+
     Attributes:
         slots: by key.
+        places: the same slots in the same order; None before the first part, since most requests lease nothing.
+        by_source: how many of the blocks came from which tier; None likewise.
         expires: when the lease ends by itself, seconds of the clock; None while promotions are awaited.
     """
 
     slots: dict[OffloadKey, int] = field(default_factory=dict)
+    places: array[int] | None = None
+    by_source: dict[str, int] | None = None
     expires: float | None = None
 
 
@@ -114,8 +122,9 @@ class Plans:
         sources = self.sources
         if not sources:
             return {PRIMARY: len(keys)}
-        if list(sources) == keys:  # blocks mostly arrive in order, and a list of the same objects is soon compared
-            return Counter(sources.values())
+        if len(sources) == len(keys) and list(sources) == keys:  # blocks mostly arrive in order
+            names = list(sources.values())
+            return {names[0]: len(names)} if names.count(names[0]) == len(names) else Counter(names)
         return Counter(map(sources.get, keys, repeat(PRIMARY)))
 
 
