@@ -45,6 +45,22 @@ TRIAL_CAPACITY = 4 * NUM_BLOCKS * BLOCK_BYTES
 _IN_MEMORY = ("tmpfs", "ramfs", "overlay")
 
 
+def _check_servers(tier: TierConfig) -> Iterator[Finding]:
+    from kvtier.cli.checks.valkey import check_servers  # redis-py is an extra
+
+    return check_servers(tier)
+
+
+def _check_bucket(tier: TierConfig) -> Iterator[Finding]:
+    from kvtier.cli.checks.buckets import check_bucket  # obstore is an extra
+
+    return check_bucket(tier)
+
+
+_CHECKS = {"resp": _check_servers, "object": _check_bucket}
+"""What else is looked at, by type of tier."""
+
+
 class TrialSpec:
     """Stands in for the engine's spec: a tier reads only its `tier_context`."""
 
@@ -69,6 +85,9 @@ def check_tiers(extra: Mapping[str, Any]) -> Iterator[Finding]:
             if untried := next(filter(None, map(_why_untried, _paths(tier))), None):
                 yield untried._replace(subject=tier.name)
                 continue
+            for kind, check in _CHECKS.items():
+                if tier.tier_type == kind and tier.module_path is None:
+                    yield from check(tier)
             with _warnings() as said:
                 found = list(_try(tier))
             if found[-1].level is Level.OK:

@@ -20,7 +20,7 @@ from redis.retry import Retry
 from kvtier.errors import StoreError
 from kvtier.foreign_text import first_line
 from kvtier.stores.resp.options import RespOptions
-from kvtier.stores.resp.wire import ConnectionBrokenError, Wire
+from kvtier.stores.resp.wire import ConnectionBrokenError, Refused, Wire
 
 _FOREIGN = (redis.RedisError, OSError, RecursionError, ValueError)
 """What redis-py raises: its own errors, and those of its parser for unexpected replies (pushes, numbers)."""
@@ -187,6 +187,26 @@ class Server:
         except _FOREIGN as error:
             connection.disconnect()
             raise ServerLostError(self._why(error)) from None  # the original error may contain the password
+        finally:
+            self._pool.release(connection)
+
+    def ask(self, *words: str | bytes) -> Any:
+        """Send one command, and return redis-py's value of its reply, or a `Refused`. It is slower than `exchange`.
+
+        Raises:
+            ServerLostError: the server does not answer, or refuses the login.
+        """
+        connection = self._connection()
+        try:
+            connection.send_command(*words)
+            return connection.read_response()
+        except redis.ResponseError as error:
+            # redis-py cuts the code off the messages that it has a class for
+            code = "NOPERM" if isinstance(error, redis.exceptions.NoPermissionError) else ""
+            return Refused.parse(f"{code} {error}".strip().encode(errors="replace"))
+        except _FOREIGN as error:
+            connection.disconnect()
+            raise ServerLostError(self._why(error)) from None
         finally:
             self._pool.release(connection)
 
