@@ -6,16 +6,20 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 from kvtier import forks
+from kvtier.abc import SecondaryTierManager
 from kvtier.adapters.staging_slots import Batch, PageKeys, StagingSlots
 from kvtier.events import TierState
 from kvtier.keys import OffloadKey
 from kvtier.spec.staging import StagingSpec
 from kvtier.tiering.guarded_tier import TierGuard
-from kvtier.types import LookupResult, ReqContext, ScheduleEndContext
+from kvtier.types import Answer, AnswerState, LookupResult, ReqContext, ScheduleEndContext
+
+T = TypeVar("T")
 
 POLL_SECONDS = 0.0005
 """Pause between two polls of tiers that are working."""
@@ -79,15 +83,20 @@ class StagedTiers:
 
     # -- calls of any thread ------------------------------------------------------------------------------
 
-    def contains(self, pages: Sequence[PageKeys], *, pin: bool = False) -> list[bool]:
+    def contains(
+        self, pages: Sequence[PageKeys], *, pin: bool = False, among: Collection[int] | None = None
+    ) -> list[bool]:
         """Return, per page, whether one tier holds all of it. A tier that does not answer in time holds nothing.
 
         Args:
             pin: whether the tiers keep the pages that are found from eviction, until `unpin`.
+            among: indices of the tiers to ask; None for all.
         """
         found = [False] * len(pages)
         deadline = time.monotonic() + self._call_deadline
         for guard in self._tiers:
+            if among is not None and guard.index not in among:
+                continue
             asked = [index for index, is_found in enumerate(found) if not is_found]
             held = self._held(guard, [pages[index] for index in asked], deadline, pin=pin)
             for index, is_held in zip(asked, held, strict=True):
@@ -155,6 +164,38 @@ class StagedTiers:
                 todo = [index for index, is_held in zip(todo, held, strict=True) if is_held]
                 self._load_from(guard, pages, todo, take, loaded, deadline, request)
         return loaded
+
+    @property
+    def names(self) -> list[str]:
+        """The tiers' names, in the order in which they are asked."""
+        return [guard.name for guard in self._tiers]
+
+    def chores(self, index: int) -> tuple[bool, bool]:
+        """Return whether a tier deletes, and whether it lists its keys."""
+        tier = self._tiers[index].tier
+        return tier.deletes, tier.lists_keys
+
+    def ask(self, index: int, what: str, question: Callable[[SecondaryTierManager], Answer[T]]) -> T | None:
+        """Ask one tier, and wait for its answer; None if it fails, is not up, or does not answer in time.
+
+        Args:
+            what: name of the tier's method, for the log.
+        """
+        guard, answer = self._tiers[index], None
+        deadline = time.monotonic() + self._call_deadline
+        while True:
+            with self._lock:
+                self._poll()
+                if answer is None and guard.usable:
+                    answer = guard.ask(what, None, question, guard.tier)
+                    if answer is None:
+                        return None
+                if answer is not None and answer.state is not AnswerState.OPEN:
+                    return answer.value
+                is_starting = guard.describe()[0] is TierState.STARTING
+                if self._closed or time.monotonic() > deadline or (answer is None and not is_starting):
+                    return None
+            time.sleep(POLL_SECONDS)  # a thread of the engine's, with a deadline: a tier answers
 
     def start_epoch(self) -> None:
         """Make every page stored so far miss."""

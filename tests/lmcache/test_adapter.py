@@ -405,17 +405,6 @@ def test_only_so_many_objects_are_remembered(tmp_path, memory):
         assert caller.look_up(keys, 150 * KIB) == list(range(10))
 
 
-def test_deletion_is_left_to_the_tiers_and_said_once(tmp_path, memory, caplog):
-    keys = keys_of(1)
-    with memory.objects([64 * KIB], seed=21) as objects, opened([disk(tmp_path)], memory) as caller:
-        caller.store(keys, objects)
-        for _ in range(2):
-            caller.adapter.delete(keys)
-        assert caller.look_up(keys, 64 * KIB) == [0]
-        assert caller.listener.deleted == []
-    assert sum("kvtier purge" in record.getMessage() for record in caplog.records) == 1
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -9,21 +9,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lmcache.lmcache_native import Bitmap
+from lmcache.v1.distributed.api import EncodedObjectKey, KeyEntry, KeyListPage
 from lmcache.v1.distributed.internal_api import L2StoreResult
 from lmcache.v1.distributed.l2_adapters.base import AdapterUsage, L2AdapterInterface
 from lmcache.v1.platform import create_event_notifier
 
 from kvtier import forks
 from kvtier.adapters.lmcache.holdings import Holding, Holdings
+from kvtier.adapters.lmcache.kinds import Kinds
 from kvtier.adapters.lmcache.lanes import Lane
 from kvtier.adapters.lmcache.locks import Locks
-from kvtier.adapters.lmcache.objects import ObjectForms, block_keys, in_rounds, parts_of
+from kvtier.adapters.lmcache.objects import in_rounds, parts_of
 from kvtier.adapters.lmcache.options import LMCacheOptions
+from kvtier.adapters.lmcache.upkeep import Upkeep
 from kvtier.adapters.memory_parts import copy_from_rows, copy_to_rows
 from kvtier.adapters.staged_tiers import StagedTiers
 from kvtier.adapters.staging_slots import PageKeys
 from kvtier.errors import ConfigError
 from kvtier.events import TierState
+from kvtier.foreign_text import one_line
 from kvtier.log import logger
 
 _LOAD_THREADS = 2
@@ -55,7 +59,9 @@ class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is n
         spec = self._options.staging_spec()
         self._tiers = StagedTiers(spec, self._options.call_deadline)
         self._most_blocks = spec.num_blocks
-        self._forms, self._locks, self._holdings = ObjectForms(), Locks(), Holdings()
+        self._kinds, self._locks, self._holdings = Kinds(spec.block_bytes), Locks(), Holdings()
+        self._upkeep = Upkeep(self._tiers, self._kinds, spec.block_bytes, self._options.call_deadline)
+        self._num_undeleted = 0
         self._told: set[str] = set()
         ids = itertools.count()
         self._stores: Lane[L2StoreResult] = Lane("store", 1, create_event_notifier(), ids)
@@ -116,11 +122,64 @@ class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is n
     # -- the rest -----------------------------------------------------------------------------------------
 
     def delete(self, keys: list[Any]) -> None:
-        """Do nothing, and say so once: the tiers evict by themselves, and `kvtier purge` deletes."""
-        if keys:
-            self._say_once(
-                "LMCache asked to delete objects. kvtier's tiers evict by themselves; to delete, use kvtier purge"
+        """Delete objects from all tiers, except locked ones, and wait at most `call_deadline` per tier.
+
+        It raises nothing, because that would end LMCache's eviction thread. What could not be deleted is in the log,
+        and counted in `report_status`.
+        """
+        forks.notice()
+        wanted = [key for key in keys if key not in self._locks]
+        forms = [self._kinds.all_blocks_of(key) for key in wanted]
+        held = [[one for blocks in own if (one := self._holdings.of(blocks)) is not None] for own in forms]
+        gone = self._upkeep.delete(forms)
+        for key, own, known, is_gone in zip(wanted, forms, held, gone, strict=True):
+            if not own or not is_gone:
+                self._num_undeleted += 1
+                self._say_once(self._why_undeleted(key, is_known=bool(own)))
+            elif removed := self._holdings.remove(known):
+                self._notify_keys_deleted([key], [removed[0].num_bytes])
+        self._tell_removed()
+
+    def _why_undeleted(self, key: Any, *, is_known: bool) -> str:
+        if not is_known:
+            return (
+                "objects were not deleted: nobody has stored, loaded or looked up any of model"
+                f" {one_line(key.model_name)}, rank {key.kv_rank}, group {key.object_group_id} since the start, so that"
+                " their size is not known"
             )
+        if self._is_closed or not (names := self._upkeep.cannot_delete):
+            return "some objects were not deleted: a tier failed, did not answer in time, or was moving them"
+        return f"objects were not deleted from {', '.join(names)}, which cannot delete"
+
+    def list_l2_keys(
+        self, model_name: str | None = None, page_size: int = 500, cursor: str | None = None
+    ) -> KeyListPage:
+        """List objects that a tier holds whole now. It waits at most `call_deadline`, then returns a shorter page.
+
+        Objects come whose model, rank, group, salt and form this server has met since it started, whoever stored them.
+
+        Raises:
+            NotImplementedError: no tier lists its keys.
+            StoreError: a tier that does is down, or has not answered in time.
+            ValueError: `page_size` is below 1, or the cursor is malformed.
+        """
+        forks.notice()
+        if page_size < 1:
+            raise ValueError(f"page_size={page_size}: at least 1")
+        cannot = self._upkeep.cannot_list
+        if len(cannot) == len(self._tiers.names):
+            raise NotImplementedError(f"{', '.join(cannot)}: no such tier can list its keys")
+        found, following = self._upkeep.list_objects(model_name, page_size, cursor)
+        entries = [
+            KeyEntry(
+                EncodedObjectKey(
+                    chunk_hash.hex(), kind.model_name, kind.kv_rank, kind.object_group_id, kind.cache_salt
+                ),
+                kind.form[0],
+            )
+            for kind, chunk_hash in found
+        ]
+        return KeyListPage(tuple(entries), following)
 
     def get_usage(self) -> AdapterUsage:
         """Return bytes and capacity of the tiers, with blocks of others there; per salt, what was stored since the
@@ -143,6 +202,9 @@ class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is n
             "is_healthy": any(state in (TierState.UP, TierState.STARTING) for state, _ in states.values()),
             "type": type(self).__name__,
             "tiers": {name: {"state": state.value, "reason": reason} for name, (state, reason) in states.items()},
+            "cannot_delete": self._upkeep.cannot_delete,
+            "cannot_list": self._upkeep.cannot_list,
+            "undeleted_object_count": self._num_undeleted,
             "locked_object_count": len(self._locks),
             "stored_object_count": len(self._holdings),
         }
@@ -199,11 +261,9 @@ class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is n
 
     def _look_up(self, keys: Sequence[Any], layouts: Mapping[int, Any]) -> Bitmap:
         bitmap = Bitmap(len(keys))
-        forms = [self._forms.of_lookup(key, layouts) for key in keys]
-        asked = [index for index, form in enumerate(forms) if form is not None]
-        blocks = [
-            block_keys(keys[index], form, self._block_bytes) for index, form in enumerate(forms) if form is not None
-        ]
+        named = [self._kinds.blocks_of_lookup(key, layouts) for key in keys]
+        asked = [index for index, own in enumerate(named) if own is not None]
+        blocks = [own for own in named if own is not None]
         held = self._tiers.contains(blocks, pin=True)
         found = [(index, own) for index, own, is_held in zip(asked, blocks, held, strict=True) if is_held]
         self._locks.add((keys[index], own) for index, own in found)
@@ -233,10 +293,7 @@ class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is n
         return bitmap
 
     def _blocks_of(self, keys: Sequence[Any], objects: Sequence[Any]) -> list[PageKeys]:
-        return [
-            block_keys(key, self._forms.of_object(key, memory), self._block_bytes)
-            for key, memory in zip(keys, objects, strict=True)
-        ]
+        return [self._kinds.blocks_of_object(key, memory) for key, memory in zip(keys, objects, strict=True)]
 
     def _rounds(self, blocks: Sequence[PageKeys], most: int) -> Iterator[list[int]]:
         """Yield the indices of objects whose blocks fit the staging memory together; none of those that never fit."""

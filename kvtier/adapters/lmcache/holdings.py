@@ -74,6 +74,10 @@ class Holdings:
             hashes = dict.fromkeys(map(get_offload_block_hash, removed))
             return [self._by_hash[one] for one in hashes if one in self._by_hash]
 
+    def of(self, blocks: PageKeys) -> Holding | None:
+        """Return the object that these blocks hold; None if it is not known."""
+        return self._by_hash.get(get_offload_block_hash(blocks[0]))
+
     def remove(self, gone: Iterable[Holding]) -> list[Holding]:
         """Forget objects that no tier holds any more; return those that were noted."""
         with self._lock:

@@ -25,6 +25,9 @@ class Locks:
             for key, blocks in locked:
                 self._blocks.setdefault(key, []).append(blocks)
 
+    def __contains__(self, key: Any) -> bool:
+        return key in self._blocks
+
     def take(self, keys: Iterable[Any]) -> list[PageKeys]:
         """Forget one lock of each object, and return the blocks of those that were locked."""
         taken = []
