@@ -32,6 +32,7 @@ TORCH_TESTS := $(NEED_TORCH) tests/spec/test_worker_choice.py
 PIP_QUIET := --quiet --disable-pip-version-check
 # Most tests wait for processes and servers most of the time. The tests of a file stay together, in their order.
 TWO_AT_ONCE := -n 2 --dist loadfile
+THREE_AT_ONCE := -n 3 --dist loadfile
 VLLM ?= 0.32.0
 VLLM_TESTS ?= tests/vllm
 VLLM_SUPPORTED := 0.28.0 0.30.0 0.32.0 0.33.0
@@ -51,9 +52,9 @@ export HF_HUB_OFFLINE = 1
 demo: $(STAMP)
 	$(BIN)/kvtier demo $(DEMO_OPTIONS)
 
-# Both halves at once: most of the core's tests wait for processes and servers most of the time.
-test: lint
-	$(MAKE) --jobs=2 --output-sync=target test-core test-torch
+# All at once: the checks use one core, and most of the core's tests wait for processes and servers most of the time.
+test:
+	$(MAKE) --jobs=3 --output-sync=target lint test-core test-torch
 
 docs: $(STAMP) $(DOCS_STAMP)
 	$(BIN)/python docs/make_tables.py
@@ -89,7 +90,7 @@ cov: $(CORE_STAMP)
 # The core's tests, where torch and transformers cannot be imported because they are not there.
 test-core: $(CORE_STAMP)
 	! $(CORE_BIN)/python -c "import torch" 2>/dev/null
-	$(CORE_BIN)/python -m pytest $(addprefix --ignore=,$(NEED_TORCH)) $(TWO_AT_ONCE) --durations=10 -m "not soak"
+	$(CORE_BIN)/python -m pytest $(addprefix --ignore=,$(NEED_TORCH)) $(THREE_AT_ONCE) --durations=10 -m "not soak"
 
 # What needs torch, in an environment that has it.
 test-torch: $(STAMP)
