@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,42 +17,74 @@ from kvtier.cli.slabs import AsJson, make_console, print_json, refusing
 from kvtier.cli.tables import folding_table
 from kvtier.cli.watching.exposition import Sample, fetch
 from kvtier.cli.watching.figures import Figures, TierFigures, figures_of
+from kvtier.cli.watching.recorded import samples
+from kvtier.errors import TraceError
 from kvtier.sizes import format_size
 
-UrlArgument = Annotated[str, typer.Argument(help="The engine's metrics.")]
+SourceArgument = Annotated[
+    str, typer.Argument(metavar="URL|FILE", help="The address of an engine's metrics, or a recording of an engine.")
+]
 IntervalOption = Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")]
-OnceOption = Annotated[bool, typer.Option("--once", help="Print what happens in one interval, and end.")]
+OnceOption = Annotated[
+    bool, typer.Option("--once", help="Print what happens in one interval, or in a whole recording, and end.")
+]
 
 
 def top(
-    url: UrlArgument = "http://localhost:8000/metrics",
+    source: SourceArgument = "http://localhost:8000/metrics",
     interval: IntervalOption = 2.0,
     once: OnceOption = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what an engine's cache does, live: hits by tier, bytes, waits, failures, capacity.
 
-    Ctrl-C ends it. With --json, a line of JSON per interval. Exit code 2: the engine does not answer, or has no kvtier;
-    one line says why.
+    Ctrl-C ends it. With --json, JSON per interval. A recording (`record` in the configuration) is repeated call by
+    call: what a person watches goes as fast as it went then, --json as fast as it can. Exit code 2: the engine does not
+    answer, has no kvtier, or the file is no recording; one line says why.
     """
     with refusing(as_json):
-        before = fetch(url)
+        if "://" in source:
+            looks = _looks_at_engine(source, interval)
+        else:
+            plays = not (once or as_json)
+            looks = _looks_at_recording(Path(source), None if once else interval, plays)
         if once or as_json:
-            while True:
-                before, figures = _next(url, before, interval)
+            for figures in looks:
                 print_json(figures.to_json()) if as_json else make_console().print(view(figures))
                 if once:
                     return
+            return
         with Live(console=make_console(), screen=True, auto_refresh=False) as live:
-            while True:
-                before, figures = _next(url, before, interval)
+            for figures in looks:
                 live.update(view(figures), refresh=True)
 
 
-def _next(url: str, before: Sample, interval: float) -> tuple[Sample, Figures]:
-    time.sleep(interval)
-    now = fetch(url)
-    return now, figures_of(before, now)
+def _looks_at_engine(url: str, interval: float) -> Iterator[Figures]:
+    before = fetch(url)
+    while True:
+        time.sleep(interval)
+        now = fetch(url)
+        yield figures_of(before, now)
+        before = now
+
+
+def _looks_at_recording(path: Path, interval: float | None, plays: bool) -> Iterator[Figures]:
+    """Yield what happened in each interval; with `plays`, as long after each other as they were then.
+
+    Raises:
+        TraceError: the file is no recording, or nothing happens in it.
+    """
+    before: Sample | None = None
+    num_looks = 0
+    for now in samples(path, interval):
+        if before is not None:
+            num_looks += 1
+            if plays:
+                time.sleep(now.seconds - before.seconds)
+            yield figures_of(before, now)
+        before = now
+    if not num_looks:
+        raise TraceError(f"{path}: a recording in which nothing happens")
 
 
 def view(figures: Figures) -> RenderableType:

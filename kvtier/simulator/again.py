@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -137,6 +137,7 @@ class Repeater:
             ConfigError: the recorded policy is not registered.
         """
         self.found = Repeated()
+        self._block_bytes = header.block_bytes
         self._clock = SimulatedClock()
         observers = Observers([self])
         view = memoryview(bytearray(header.primary_blocks)).cast("B", (header.primary_blocks, 1))
@@ -165,6 +166,13 @@ class Repeater:
         )
         self._contexts: dict[int, ReqContext] = {}
         self._scans: dict[int, list[OffloadKey]] = {}
+
+    def stats(self) -> dict[str, float]:
+        """Return the manager's `get_stats`, with the bytes of blocks that only the recorded engine has moved."""
+        found, block_bytes = dict(self._manager.get_stats()), self._block_bytes
+        for name in [name for name in found if name.startswith(("promoted_blocks.", "cascaded_blocks."))]:
+            found[name.replace("_blocks", "_bytes", 1)] = found[name] * block_bytes
+        return found
 
     def on_event(self, event: Event) -> None:
         """Note the sources of every load."""
@@ -240,7 +248,15 @@ class Repeater:
 
 
 def repeat(path: Path) -> Repeated:
-    """Replay a recording call by call; return its loads.
+    """Replay a recording call by call; return its loads. Raises as `steps`."""
+    found = Repeated()
+    for _, repeater in steps(path):
+        found = repeater.found
+    return found
+
+
+def steps(path: Path) -> Iterator[tuple[float, Repeater]]:
+    """Replay a recording; yield the time, in seconds, and the repeater after each call or answer.
 
     Raises:
         TraceError: the file is no recording, or is damaged.
@@ -252,8 +268,8 @@ def repeat(path: Path) -> Repeated:
         repeater = Repeater(header)
         for record in records:
             repeater.take(record)
+            yield record.time, repeater
     except KVTierError:
         raise
     except (struct.error, IndexError, ValueError, MemoryError) as error:
         raise TraceError(f"{path}: a damaged recording ({error})") from None
-    return repeater.found

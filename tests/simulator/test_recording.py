@@ -452,6 +452,33 @@ def test_the_command_line_repeats_a_recording(tmp_path):
     assert "0 could not be followed" in printed
 
 
+def test_top_shows_of_a_recording_what_the_engine_did(tmp_path):
+    log = LoadLog()
+    engine = LiveEngine(tmp_path, log)
+    engine.serve(prompts(80))
+    stats = engine.manager.get_stats()
+    engine.close()
+    path = str(tmp_path / "live.rec")
+    printed = json.loads(CliRunner().invoke(app, ["top", path, "--once", "--json"]).stdout)
+    tiers = {tier["name"]: tier for tier in printed["tiers"]}
+    for name in ("primary", "disk0"):
+        hits = tiers[name]["hit_blocks_per_second"] * printed["seconds"]
+        assert hits == pytest.approx(sum(by_source.get(name, 0) for by_source in log.loads))
+    read = tiers["disk0"]["read_bytes_per_second"] * printed["seconds"]
+    assert read == pytest.approx(stats["promoted_blocks.disk0"] * BLOCK_BYTES)
+    assert "disk0" in CliRunner().invoke(app, ["top", path, "--once"], env={"COLUMNS": "80"}).stdout
+    lines = CliRunner().invoke(app, ["top", path, "--json", "--interval", "0.1"]).stdout
+    assert lines.count('"tiers"') >= 1
+
+
+def test_top_refuses_what_is_no_recording(tmp_path):
+    (tmp_path / "text").write_text("a text")
+    for path in (tmp_path / "text", tmp_path / "absent", tmp_path):
+        done = CliRunner().invoke(app, ["top", str(path), "--once"])
+        assert done.exit_code == 2
+        assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("policy", ["lru", "arc"])
 def test_a_simulated_disk_holds_what_a_real_one_holds(tmp_path, policy):
     """The same requests, one after the other, through the production disk tier over real files, and in simulation."""
