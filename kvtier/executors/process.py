@@ -27,8 +27,11 @@ from kvtier.executors.protocol import (
     IndexBatch,
     Open,
     Part,
+    PartResult,
     Probe,
+    ProbeAnswer,
     Request,
+    StoreReport,
     decode,
     encode,
 )
@@ -112,6 +115,8 @@ class IOProcess(IOExecutor):
         """The packet that the socket did not take yet, and how many of `_unsent` are in it."""
         self._local: list[Report] = []
         self._submitted = False
+        self._num_awaited = 0
+        """Blocks of submitted parts without an answer, and probes without one."""
         self._buffer = memoryview(bytearray(MAX_PACKET_BYTES + 1))
         self._ended_at: float | None = None
         forks.register(self)
@@ -179,6 +184,7 @@ class IOProcess(IOExecutor):
 
     def submit(self, part: Part) -> None:
         """Queue blocks. The first part after a poll is sent at once; later ones are sent together at the next send."""
+        self._num_awaited += part.num_blocks
         if self._submitted or self._unsent:
             self._queue.put(part)
             return
@@ -187,6 +193,7 @@ class IOProcess(IOExecutor):
         self._send_queued()
 
     def probe(self, probe_id: int, keys: Sequence[OffloadKey]) -> None:
+        self._num_awaited += 1
         self._queue.put(Probe.of(probe_id, keys))
         self._send_queued()
 
@@ -199,7 +206,7 @@ class IOProcess(IOExecutor):
         if self._socket is None:
             return reports
         self._submitted = False
-        self._send_queued()
+        self.flush()
         num_index = 0
         for _ in range(_MAX_PACKETS):
             packet = self._receive()
@@ -211,12 +218,28 @@ class IOProcess(IOExecutor):
             arrived = decode(packet, REPORTS)
             reports += arrived
             num_index += isinstance(arrived[0], IndexBatch)
-            if num_index >= _MAX_INDEX_BATCHES:
+            if num_index >= _MAX_INDEX_BATCHES or self._is_last_answer(arrived):
                 break
         return reports
 
+    def _is_last_answer(self, arrived: list[StoreReport]) -> bool:
+        """Note what was answered; return whether it was all that was asked for.
+
+        Then the next look at the socket would mostly find nothing, for the price of a system call. What comes unasked
+        waits for the next poll.
+        """
+        before = left = self._num_awaited
+        for report in arrived:
+            if isinstance(report, PartResult):
+                left -= len(report.successes)
+            elif isinstance(report, ProbeAnswer):
+                left -= 1
+        self._num_awaited = left
+        return left <= 0 < before
+
     def flush(self) -> None:
-        self._send_queued()
+        if self._unsent or self._queue:
+            self._send_queued()
 
     def cancel(self, serials: Collection[int]) -> None:
         """Answer the unsent parts of these jobs as cancelled. Ask the process to cancel those that have not begun."""
@@ -229,6 +252,7 @@ class IOProcess(IOExecutor):
                 kept.append(task)
         self._unsent = kept
         self._local.extend(map(cancelled, parts))
+        self._num_awaited -= sum(part.num_blocks for part in parts)
         self._queue.put(*Cancel.of(list(serials)))
         self._send_queued()
 
@@ -299,8 +323,8 @@ class IOProcess(IOExecutor):
             self._packet = None
             del self._unsent[:count]
 
-    def _receive(self) -> bytes | None:
-        """Return a packet; b"" if the socket has closed; None if there is none now."""
+    def _receive(self) -> memoryview | bytes | None:
+        """Return a packet, until the next call; an empty one if the socket has closed; None if there is none now."""
         if self._socket is None:
             return b""
         try:
@@ -311,7 +335,7 @@ class IOProcess(IOExecutor):
             return b""
         if length > MAX_PACKET_BYTES:
             raise ProtocolError("a packet that is too long")
-        return bytes(self._buffer[:length])
+        return self._buffer[:length]
 
     def _ended(self) -> list[Report]:
         """Return why the process ended. Return nothing for up to `_SECONDS_TO_EXIT` while it has not exited yet."""

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Iterable, Sequence
-from itertools import islice
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -38,11 +38,10 @@ MAX_REASON_CHARACTERS = 400
 MAX_CURSOR_BYTES = 1024
 _MAX_PART_HEAD_BYTES = 64
 """Most bytes of a packet with one part, without the part's keys and slots."""
+_MAX_ARRAY_HEAD_BYTES = 3
 _MIN_ARRAY_KEYS = 64
 """Number of keys from which numpy splits them faster than `struct` does."""
 _SLOT_BYTES = 4
-_FEW_SLOTS = 16
-"""Number of slots up to which a list of them is packed faster than numpy looks for the least one."""
 
 Slots = Sequence[int] | npt.NDArray[np.int32]
 """Indices of slots; an array travels without a Python object per slot."""
@@ -75,11 +74,16 @@ class _Keyed(_Message, frozen=True):
         """The keys, split at every access."""
         return _split_keys(self.joined_keys, self.key_bytes)
 
-    def _check_slots(self, packed: bytes) -> None:
-        """Raise ProtocolError unless there are only whole keys, and one packed slot per key."""
-        length = len(self.joined_keys)
-        if not length or len(packed) * self.key_bytes != length * _SLOT_BYTES or length % self.key_bytes:
-            raise ProtocolError("keys and slots differ in number")
+    def _count(self) -> int:
+        """Return the number of keys.
+
+        Raises:
+            ProtocolError: there are none, or a piece of one.
+        """
+        count, rest = divmod(len(self.joined_keys), self.key_bytes)
+        if not count or rest:
+            raise ProtocolError("no keys, or a piece of one")
+        return count
 
 
 class Open(_Message, frozen=True, tag=1):
@@ -121,6 +125,9 @@ class Part(_Keyed, frozen=True, tag=2):
     ) -> Part:
         """Return the part of these blocks.
 
+        Args:
+            arena_slots, store_slots: an array is of int32, and the caller has made sure that none is negative.
+
         Raises:
             ProtocolError: there are not as many slots as keys, keys differ in length, or a slot does not fit 4 bytes.
         """
@@ -128,9 +135,9 @@ class Part(_Keyed, frozen=True, tag=2):
         return cls(*_join_keys(keys), serial, first, is_load, _pack_slots(arena_slots), packed)
 
     def __post_init__(self) -> None:
-        self._check_slots(self.packed_arena_slots)
-        if self.packed_store_slots is not None:
-            self._check_slots(self.packed_store_slots)
+        length, store_slots = self._count() * _SLOT_BYTES, self.packed_store_slots
+        if len(self.packed_arena_slots) != length or (store_slots is not None and len(store_slots) != length):
+            raise ProtocolError("keys and slots differ in number")
 
     @property
     def num_blocks(self) -> int:
@@ -181,8 +188,7 @@ class Probe(_Keyed, frozen=True, tag=3):
         return cls(*_join_keys(keys), probe_id)
 
     def __post_init__(self) -> None:
-        if not self.joined_keys or len(self.joined_keys) % self.key_bytes:
-            raise ProtocolError("no keys, or a piece of one")
+        self._count()
 
 
 class Cancel(_Message, frozen=True, tag=4):
@@ -271,7 +277,8 @@ class IndexBatch(_Keyed, frozen=True, tag=7):
         return cls(*_join_keys(keys), _pack_slots(slots))
 
     def __post_init__(self) -> None:
-        self._check_slots(self.packed_slots)
+        if len(self.packed_slots) != self._count() * _SLOT_BYTES:
+            raise ProtocolError("keys and slots differ in number")
 
     @property
     def slots(self) -> list[int]:
@@ -354,29 +361,28 @@ def blocks_per_packet(key_bytes: int) -> int:
     return (MAX_PACKET_BYTES - _MAX_PART_HEAD_BYTES) // (key_bytes + 2 * _SLOT_BYTES)
 
 
-def encode(messages: Iterable[Request | StoreReport]) -> tuple[bytes, int]:
+def encode(messages: Sequence[Request | StoreReport]) -> tuple[bytes, int]:
     """Return one packet with the first of `messages`, as many as fit, and how many these are.
 
     Raises:
         ProtocolError: there are none, the first one alone does not fit a packet, or a value has no encoding.
     """
-    length = 3  # of the array's head, in msgpack
-    encoded: list[msgspec.Raw] = []
-    for message in islice(messages, MAX_MESSAGES):
-        try:
-            raw = _ENCODER.encode(message)
-        except (msgspec.MsgspecError, TypeError, ValueError, OverflowError) as error:
-            raise ProtocolError(f"{type(message).__name__} cannot be encoded: {error}") from error
-        length += len(raw)
-        if length > MAX_PACKET_BYTES:
-            break
-        encoded.append(msgspec.Raw(raw))
-    if not encoded:
-        raise ProtocolError(f"a message of {length} bytes: {MAX_PACKET_BYTES} allowed")
-    return _ENCODER.encode(encoded), len(encoded)
+    first = messages[:MAX_MESSAGES]
+    try:
+        packet = _ENCODER.encode(first)
+        if len(packet) <= MAX_PACKET_BYTES and first:
+            return packet, len(first)
+        encoded = list(map(_ENCODER.encode, first))
+    except (msgspec.MsgspecError, TypeError, ValueError, OverflowError) as error:
+        raise ProtocolError(f"a message that cannot be encoded: {error}") from error
+    lengths = accumulate(map(len, encoded), initial=_MAX_ARRAY_HEAD_BYTES)
+    count = sum(length <= MAX_PACKET_BYTES for length in lengths) - 1
+    if count < 1:
+        raise ProtocolError(f"no message, or one of more than {MAX_PACKET_BYTES} bytes")
+    return _ENCODER.encode(list(map(msgspec.Raw, encoded[:count]))), count
 
 
-def decode(packet: bytes, direction: msgspec.msgpack.Decoder[T]) -> T:
+def decode(packet: bytes | memoryview, direction: msgspec.msgpack.Decoder[T]) -> T:
     """Return the messages of a packet.
 
     Args:
@@ -411,9 +417,7 @@ def _split_keys(joined: bytes, key_bytes: int) -> list[OffloadKey]:
 
 def _pack_slots(slots: Slots) -> bytes:
     if isinstance(slots, np.ndarray):
-        if len(slots) > _FEW_SLOTS and slots.dtype == np.int32 and slots.min() >= 0:
-            return slots.tobytes()
-        slots = slots.tolist()
+        return slots.tobytes()
     try:
         return array("I", slots).tobytes()
     except (OverflowError, TypeError) as error:

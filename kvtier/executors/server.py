@@ -100,7 +100,7 @@ class Channel:
                 raise _EndOfParent
             if length > MAX_PACKET_BYTES:
                 raise ProtocolError("a packet that is too long")
-            return decode(bytes(self._buffer[:length]), REQUESTS)
+            return decode(self._buffer[:length], REQUESTS)
 
     def send(self, messages: Sequence[StoreReport]) -> None:
         """Send messages, in as few packets as possible. Waits while the socket is full.

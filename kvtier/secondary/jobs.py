@@ -12,8 +12,11 @@ from kvtier.clock import Clock
 from kvtier.errors import InvariantError, ProtocolError
 from kvtier.events import BlocksFailed, Observer
 from kvtier.executors.protocol import Part, PartResult, Slots, blocks_per_packet
-from kvtier.keys import OffloadKey
+from kvtier.keys import MAX_KEY_BYTES, OffloadKey
 from kvtier.types import FailureCause, JobMetadata, JobResult, ReqContext
+
+_SURE_TO_FIT = blocks_per_packet(MAX_KEY_BYTES)
+"""Most blocks that fit one packet, however long their keys are."""
 
 
 @dataclass(slots=True, eq=False)
@@ -81,6 +84,13 @@ class MovingJob(Job):
     answered: bytearray = field(default_factory=bytearray)
     progressed: float = 0.0
 
+    def slots_and_keys(self, result: PartResult) -> tuple[Sequence[int], Sequence[OffloadKey]]:
+        """Return the store's slots and the keys of the blocks that a result is of."""
+        slots, keys = self.store_slots or (), self.moving
+        if len(result.successes) == len(keys):
+            return slots, keys
+        return slots[result.span], keys[result.span]
+
     def count_failures(self, failures: Mapping[FailureCause, int]) -> None:
         """Add failed blocks by cause."""
         for cause, count in failures.items():
@@ -89,9 +99,9 @@ class MovingJob(Job):
 
     def parts(self) -> list[Part]:
         """Split the blocks that must move into parts, of which each fits a packet."""
-        step = blocks_per_packet(len(self.moving[0]))
-        if len(self.moving) <= step:
+        if len(self.moving) <= _SURE_TO_FIT:
             return [Part.of(self.serial, 0, self.is_promotion, self.moving, self.arena_slots, self.store_slots)]
+        step = blocks_per_packet(len(self.moving[0]))
         return [self._part(slice(start, start + step)) for start in range(0, len(self.moving), step)]
 
     def _part(self, span: slice) -> Part:
@@ -182,7 +192,8 @@ class JobLedger:
             answered=bytearray(count),
             progressed=now,
         )
-        job.count_failures(failures)
+        if failures:
+            job.count_failures(failures)
         self._next_serial += 1
         if not count:
             self._finish(job)
@@ -207,31 +218,34 @@ class JobLedger:
             raise ProtocolError(f"a result for job {result.serial}, which is not open")
         if not count or span.stop > len(job.moving) or 1 in job.answered[span]:
             raise ProtocolError(f"blocks {span.start} to {span.stop} of job {result.serial} are not open")
-        self._note_progress(job)
+        job.progressed = self._clock()
+        if next(iter(self._jobs.values())) is not job:
+            self._note_overtaken(job)
         self.num_answered += count
         job.answered[span] = b"\1" * count
         job.num_left -= count
         self._count(job, -count)
         job.num_bytes += result.num_bytes
-        job.count_failures(result.failures)
+        if result.failures:
+            job.count_failures(result.failures)
         if count == len(job.moving) and not job.successful and False not in result.successes:
             job.successful = job.moving
         else:
             job.successful = [*job.successful, *compress(job.moving[span], result.successes)]
         if not job.num_left:
             del self._jobs[job.serial]
-            self._overtaken.pop(job.serial, None)
+            if self._overtaken:
+                self._overtaken.pop(job.serial, None)
             self._finish(job)
         return job
 
-    def _note_progress(self, job: MovingJob) -> None:
-        """Learn that blocks of a job were answered: earlier jobs of its kind are overtaken now."""
-        now = job.progressed = self._clock()
+    def _note_overtaken(self, job: MovingJob) -> None:
+        """Note that blocks of a job were answered before those of earlier jobs of its kind."""
         for serial, other in self._jobs.items():
             if other is job:
                 break
             if serial not in self._overtaken and other.is_promotion is job.is_promotion:
-                self._overtaken[serial] = (other, now)
+                self._overtaken[serial] = (other, job.progressed)
 
     def fail_all(self, cause: FailureCause) -> None:
         """Make the results of all jobs; their unanswered blocks failed. Only after the executor has certainly ended."""
@@ -251,7 +265,10 @@ class JobLedger:
 
     def take_results(self) -> list[JobResult]:
         """Return the results since the last call."""
-        ended, self._ended = self._ended, []
+        ended = self._ended
+        if not ended:
+            return []
+        self._ended = []
         return [job.result(job.progressed) for job in ended]
 
     def _count(self, job: MovingJob, blocks: int) -> None:

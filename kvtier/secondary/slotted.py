@@ -213,7 +213,8 @@ class SlottedTierManager(StoreTierManager):
         here: list[OffloadKey] = []
         num_left_out = 0
         try:
-            for context, keys in metadata.by_request():
+            requests = metadata.by_request() if metadata.shares else ((metadata.req_context, list(metadata.keys)),)
+            for context, keys in requests:
                 placement = self._plan_store(table, keys, context)
                 if len(placement.keys) + placement.num_left_out < len(keys):
                     held = [key for key in keys if table.is_ready(key)]
@@ -259,22 +260,22 @@ class SlottedTierManager(StoreTierManager):
 
     def _end_load(self, job: MovingJob, result: PartResult) -> None:
         """Unpin the blocks, and remove those that could not be loaded."""
-        table, span = self._table, result.span
-        if table is None or job.store_slots is None:
+        table = self._table
+        if table is None:
             return
-        slots = job.store_slots[span]
+        slots, keys = job.slots_and_keys(result)
         if False in result.successes and FailureCause.CANCELLED not in result.failures:
-            read = zip(job.moving[span], slots, result.successes, strict=True)
+            read = zip(keys, slots, result.successes, strict=True)
             gone = [key for key, slot, success in read if not success and table.slot_of.get(key) == slot]
             self._note(table.remove(gone), removed=True)
         table.unpin(slots)
 
     def _end_store(self, job: MovingJob, result: PartResult) -> None:
         """Publish the stored blocks, and remove those that could not be stored."""
-        table, span = self._table, result.span
-        if table is None or job.store_slots is None:
+        table = self._table
+        if table is None:
             return
-        keys, slots = job.moving[span], job.store_slots[span]
+        slots, keys = job.slots_and_keys(result)
         if False not in result.successes:
             table.publish(slots)
             self._note(keys, removed=False)

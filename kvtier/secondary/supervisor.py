@@ -107,13 +107,14 @@ class Supervisor:
         now = self._clock()
         self._gap, self._watched_at = now - self._watched_at, now
         if self._phase is _WORKING:
-            if self._standing.breaker.try_again():
+            if self._standing.breaker.state is _OPEN and self._standing.breaker.try_again():
                 self._standing.change(TierState.UP, "trying again")
         elif self._phase is _ENDING:
             self._check_end()
         if self._phase is _WAITING and self._standing.breaker.try_again():
             self._begin()
-        self._store_breaker.try_again()
+        if self._store_breaker.state is _OPEN:
+            self._store_breaker.try_again()
         return self.executor if self._phase is _WORKING or self._phase is _OPENING else None
 
     def heed(self, reports: list[Report]) -> list[Report]:
