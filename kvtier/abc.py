@@ -146,6 +146,8 @@ class FailureCounter:
 
     def take(self) -> dict[FailureCause, int]:
         """Return the counts since the last call."""
+        if not self._counts:
+            return {}
         with self._lock:
             counts, self._counts = dict(self._counts), Counter()
         return counts

@@ -178,8 +178,7 @@ class StoreRunner:
         successes = self._guarded(len(keys), lambda: self._call(is_load, keys, store_slots, buffers))
         failures = self._failures.end()
         failed = successes.count(False)
-        unexplained = failed - sum(failures.values())
-        if unexplained > 0:
+        if failed and (unexplained := failed - sum(failures.values())) > 0:
             cause = FailureCause.ABSENT if is_load and failed < len(successes) else FailureCause.IO_ERROR
             failures[cause] = failures.get(cause, 0) + unexplained
         return successes, failures

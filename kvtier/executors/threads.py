@@ -21,6 +21,7 @@ from kvtier.executors.runner import StoreRunner
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
 from kvtier.primary.arena import Rows
+from kvtier.stores.integrity.scratch import copy_bytes
 
 
 class ThreadExecutor(IOExecutor):
@@ -158,8 +159,6 @@ class ThreadExecutor(IOExecutor):
             with self._arena_lock:
                 if not self._wanted:
                     return False
-                if to_arena:
-                    self._rows[slot][:] = buffer
-                else:
-                    buffer[:] = self._rows[slot]
+                row = self._rows[slot]
+                copy_bytes(*((row, buffer) if to_arena else (buffer, row)))
         return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 
 import numpy as np
 
@@ -13,6 +14,7 @@ PAGE_BYTES = 4096
 MAX_BUFFERS = 1024
 """Most buffers per vectored call (IOV_MAX of Linux)."""
 NO_SPACE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_NUM_BYTES = attrgetter("nbytes")
 
 _VectoredCall = Callable[[int, Sequence[memoryview], int], int]
 
@@ -45,14 +47,16 @@ def _transfer(call: _VectoredCall, descriptor: int, buffers: Sequence[memoryview
     """Repeat `call` until all bytes are moved, a call moves none, or the rest would not be aligned."""
     done = 0
     pending = list(buffers)
-    while pending:
+    total = sum(map(_NUM_BYTES, pending))
+    while done < total:
         moved = call(descriptor, pending[:MAX_BUFFERS], offset + done)
         if moved <= 0:
             break
         done += moved
         if moved % unit:
             break
-        pending = _without_head(pending, moved)
+        if done < total:
+            pending = _without_head(pending, moved)
     return done
 
 

@@ -237,6 +237,8 @@ def test_a_part_is_cut_into_parts_that_hold_its_blocks_in_their_order(max_blocks
         lambda: Part.of(1, 0, True, [b"12345"], [1, 2], None),
         lambda: Part.of(1, 0, True, [b"12345"], [1], [1, 2]),
         lambda: Part.of(1, 0, True, [], [], None),
+        lambda: Part(5, b"12345", 1, 0, True, bytes(4), b""),
+        lambda: Part(5, b"123456", 1, 0, True, bytes(4), None),
         lambda: Part.of(2**64, 0, True, [b"12345"], [1], None),
         lambda: Probe.of(1, [b"x" * 36] * 3000),
         lambda: Probe.of(1, [b"x" * 4]),

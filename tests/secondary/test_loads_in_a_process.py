@@ -6,7 +6,9 @@ import pytest
 from fault_rigs import PATIENT, Recorder, faulty_tier, make_rig
 
 from kvtier.events import BlocksFailed, TierState
+from kvtier.executors.process import IOProcess
 from kvtier.secondary.disk import StripedDiskTierManager
+from kvtier.testing.patience import wait_for
 from kvtier.testing.stores import make_key, make_payload
 from kvtier.types import FailureCause
 
@@ -159,3 +161,23 @@ def test_every_stripe_hears_of_a_cancelled_job(tmp_path):
 
 def cancelled(rig):
     return [event for event in rig.recorder.of(BlocksFailed) if event.cause is FailureCause.CANCELLED]
+
+
+def test_the_answer_of_the_only_job_is_taken_with_one_look_at_the_socket(rig, monkeypatch):
+    tier = faulty_tier(rig, settings=PATIENT)
+    tier.start()
+    rig.wait_up()
+    looks, receive = [], IOProcess._receive
+    monkeypatch.setattr(IOProcess, "_receive", lambda self: looks.append(None) or receive(self))
+    answers = []
+
+    def answered():
+        looks.clear()
+        answers.extend(tier.get_finished_jobs())
+        return answers
+
+    for is_load in (False, True):
+        rig.submit([make_key(1), make_key(2)], [0, 1], load=is_load)
+        wait_for(answered, "the answer")
+        assert answers.pop().success
+        assert len(looks) == 1

@@ -20,7 +20,10 @@ from kvtier.types import FailureCause
 BLOCK = 8192
 
 
-@given(st.lists(st.integers(0, 5000), unique=True, max_size=60))
+NEIGHBOURS = st.builds(lambda first, count: list(range(first, first + count)), st.integers(0, 5000), st.integers(1, 60))
+
+
+@given(st.lists(st.integers(0, 5000), unique=True, max_size=60) | NEIGHBOURS)
 def test_runs_hold_every_slot_once_and_stay_in_their_segment(slots):
     geometry = SlabGeometry.of(8 << 30, 1 << 20)
     runs = coalesce(slots, range(len(slots)), geometry)

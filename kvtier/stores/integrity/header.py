@@ -62,15 +62,17 @@ CHECKED_BYTES = 120
 MAX_SLOT = 2**32 - 1
 MAX_PAYLOAD_BYTES = 2**32 - 1
 
-_BODY = struct.Struct("<4sBB6sII16s16s68s")
+_BODY = struct.Struct("<4sBBIHII16s16s68s")
+"""The sequence is two integers: the low 32 bits and the high 16."""
 _HEADER_CHECKSUM = struct.Struct("<Q")
 _HEADER_SUM = xxhash.xxh3_64_intdigest
 _NOTHING = bytes(HEADER_BYTES)
-_SEQUENCE = slice(6, 12)
+_SEQUENCE = struct.Struct("<6xIH")
 _CHECKSUM = slice(36, 52)
 _NONE = bytes(16)
 _NONCE = slice(24, 36)
 _ENCRYPTED_MARK_BYTES = 4
+_LOW_BITS, _LOW, _HIGH = 32, (1 << 32) - 1, (1 << 16) - 1
 _MAX_SEQUENCES = 1 << 48
 """The count starts again there: a forged header may have made it start near the end."""
 
@@ -182,11 +184,13 @@ class BlockHeaders:
         _check_lengths((key,))
         if not 0 <= slot <= MAX_SLOT or payload_bytes > MAX_PAYLOAD_BYTES:
             raise ValueError(f"slot={slot}, payload of {payload_bytes} bytes: both up to 2**32 - 1 allowed")
+        number = next(self._sequence) % _MAX_SEQUENCES
         return _BODY.pack(
             MAGIC,
             self._version_of(payload_bytes),
             len(key),
-            (next(self._sequence) % _MAX_SEQUENCES).to_bytes(6, "little"),
+            number & _LOW,
+            number >> _LOW_BITS,
             slot,
             payload_bytes,
             self.mark + nonce,
@@ -205,7 +209,7 @@ class BlockHeaders:
         _check_lengths(keys)
         try:
             numbers = itertools.islice(self._sequence, len(keys))
-            sequences = [(number % _MAX_SEQUENCES).to_bytes(6, "little") for number in numbers]
+            sequences = [(number & _LOW, number >> _LOW_BITS & _HIGH) for number in numbers]
             return self._make(keys, payloads, slots, checksums, sequences)
         except struct.error as error:
             raise ValueError(f"slot or payload length: {error}") from error
@@ -221,7 +225,7 @@ class BlockHeaders:
         """Return whether these are exactly the headers that `make` gave to these blocks at some time."""
         try:
             _check_lengths(keys)
-            sequences = [bytes(header[_SEQUENCE]) for header in headers]
+            sequences = list(map(_SEQUENCE.unpack_from, headers))
             return self._make(keys, payloads, slots, checksums, sequences) == list(headers)
         except (KeyFormatError, struct.error):
             return False
@@ -232,17 +236,17 @@ class BlockHeaders:
         payloads: Iterable[Sized],
         slots: Iterable[int],
         checksums: Iterable[bytes],
-        sequences: Iterable[bytes],
+        sequences: Iterable[tuple[int, int]],
     ) -> list[bytes]:
         """Return whole headers. One loop without calls of Python code: it runs for every block of a busy disk."""
         pack, mark, sum_of, pack_sum = _BODY.pack, self.mark, _HEADER_SUM, _HEADER_CHECKSUM.pack
         lengths = list(map(len, payloads))
         versions = [self.version] * len(lengths) if self._whole_bytes is None else map(self._version_of, lengths)
         headers = []
-        for key, length, version, slot, checksum, sequence in zip(
+        for key, length, version, slot, checksum, (low, high) in zip(
             keys, lengths, versions, slots, checksums, sequences, strict=False
         ):
-            body = pack(MAGIC, version, len(key), sequence, slot, length, mark, checksum, key)
+            body = pack(MAGIC, version, len(key), low, high, slot, length, mark, checksum, key)
             headers.append(body + pack_sum(sum_of(body)))
         return headers
 
@@ -261,12 +265,12 @@ class BlockHeaders:
             return FailureCause.OLD_FORMAT
         if _HEADER_CHECKSUM.unpack_from(header, CHECKED_BYTES)[0] != header_checksum(header):
             return FailureCause.CORRUPT
-        _, _, key_length, sequence, slot, length, fingerprint, checksum, key = _BODY.unpack_from(header)
+        _, _, key_length, low, high, slot, length, fingerprint, checksum, key = _BODY.unpack_from(header)
         if not fingerprint.startswith(self.mark):
             return FailureCause.FOREIGN
         if not MIN_KEY_BYTES <= key_length <= MAX_KEY_BYTES or header[4] != self._version_of(length):
             return FailureCause.CORRUPT
-        return Record(OffloadKey(key[:key_length]), slot, length, int.from_bytes(sequence, "little"), checksum)
+        return Record(OffloadKey(key[:key_length]), slot, length, low | high << _LOW_BITS, checksum)
 
     def _version_of(self, payload_bytes: int) -> int:
         """Return the version in the header of a payload of this length."""

@@ -177,6 +177,12 @@ def coalesce(
 ) -> list[Run]:
     """Return runs of at most `most` slots that cover `slots[p]` for each p in `positions`, sorted by slot."""
     longest = MAX_BUFFERS if most is None else min(most, MAX_BUFFERS)
+    if 0 < len(positions) == len(slots) <= longest:
+        # Most calls are one run: their blocks were placed together.
+        first = slots[0]
+        within = first % geometry.slots_per_segment + len(slots) <= geometry.slots_per_segment
+        if within and list(slots) == list(range(first, first + len(slots))):
+            return [Run(*geometry.locate(first), first, list(range(len(slots))))]
     runs: list[Run] = []
     run: list[int] = []
     end = -1

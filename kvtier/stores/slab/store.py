@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,6 +32,8 @@ from kvtier.stores.slab.roads import Road, RoadChoice
 from kvtier.stores.slab.segments import Segments
 from kvtier.stores.vectored import NO_SPACE_ERRORS
 from kvtier.types import FailureCause
+
+_SHAPE = attrgetter("nbytes", "c_contiguous")
 
 
 class SlabStore(SlotStore):
@@ -205,15 +208,12 @@ class SlabStore(SlotStore):
     def _runs(self, slots: Sequence[int], buffers: Sequence[memoryview], most: int | None) -> list[Run]:
         """Return runs of the valid slots and buffers; count the invalid ones as failures."""
         self._directory.check_present(self._records.status)
-        slots = list(map(int, slots))
-        usable = [
-            position
-            for position, (slot, buffer) in enumerate(zip(slots, buffers, strict=True))
-            if 0 <= slot < self._geometry.num_slots
-            and buffer.nbytes == self._geometry.block_bytes
-            and buffer.c_contiguous
-        ]
-        if len(usable) < len(slots):
+        slots, shapes = list(map(int, slots)), list(map(_SHAPE, buffers))
+        num_slots, shape = self._geometry.num_slots, (self._geometry.block_bytes, True)
+        usable: Sequence[int] = range(len(slots))
+        if min(slots, default=0) < 0 or max(slots, default=0) >= num_slots or shapes != [shape] * len(slots):
+            pairs = enumerate(zip(slots, shapes, strict=True))
+            usable = [position for position, (slot, own) in pairs if 0 <= slot < num_slots and own == shape]
             self._failures.count(FailureCause.IO_ERROR, len(slots) - len(usable))
         return coalesce(slots, usable, self._geometry, most)
 
