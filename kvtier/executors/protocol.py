@@ -226,10 +226,9 @@ class Delete(_Keyed, frozen=True, tag=13):
         return cls(*_join_keys(keys), chore_id, None if slots is None else _pack_slots(slots))
 
     def __post_init__(self) -> None:
-        if self.packed_slots is not None:
-            self._check_slots(self.packed_slots)
-        elif not self.joined_keys or len(self.joined_keys) % self.key_bytes:
-            raise ProtocolError("no keys, or a piece of one")
+        length = self._count() * _SLOT_BYTES
+        if self.packed_slots is not None and len(self.packed_slots) != length:
+            raise ProtocolError("keys and slots differ in number")
 
     @property
     def slots(self) -> list[int] | None:
