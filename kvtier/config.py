@@ -78,6 +78,7 @@ class OffloadingConfig:
         namespace_follows: True if the engine gives the namespace later, by `TieringOffloadingSpec.identify`;
             persistent tiers start then.
         replicated: True if a block is the same in all workers. It is stored once, by rank 0, and all of them load it.
+        tiers_key: what the user calls `secondary_tiers`, for errors.
     """
 
     extra_config: Mapping[str, Any] = field(repr=False)  # where users put passwords, allowed or not
@@ -93,6 +94,7 @@ class OffloadingConfig:
     enable_kv_cache_events: bool = False
     namespace_follows: bool = False
     replicated: bool = False
+    tiers_key: str = "secondary_tiers"
 
     def __post_init__(self) -> None:
         """Check the values.

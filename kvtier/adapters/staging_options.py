@@ -24,16 +24,20 @@ class StagingOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     ]
     staging_bytes: Annotated[
         int | str,
-        msgspec.Meta(description="host memory for bytes on their way to or from the tiers: bytes, or a text"),
+        msgspec.Meta(
+            description="host memory for bytes on their way to or from the tiers: bytes, or a text; at least two of the"
+            " largest objects, or pages"
+        ),
     ] = "256MiB"
     call_deadline: Annotated[
-        Seconds, msgspec.Meta(description="longest time that one call of the engine waits, seconds")
+        Seconds,
+        msgspec.Meta(description="longest time that one call of the engine waits for the tiers, seconds"),
     ] = 5.0
     model_identity: Annotated[
         str,
         msgspec.Meta(
-            description="a text that you change with the model's weights: the engine tells its name only, and bytes of"
-            " another text miss"
+            description="a text that you change with a model's weights: the engine tells a name only, and what was"
+            " stored with another text misses"
         ),
     ] = ""
 
@@ -86,6 +90,7 @@ class StagingOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
                 namespace=Namespace(identity),
                 data_parallel_index=rank,
                 data_parallel_size=num_ranks,
+                tiers_key="tiers",
             )
         )
         spec.refuse_admission()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from kvtier.errors import ConfigError
+from kvtier.errors import CapacityError, ConfigError
 from kvtier.options import join_key
+from kvtier.primary.arena import Arena
 from kvtier.spec.tiering import TieringOffloadingSpec
 from kvtier.tiering.tiers import SecondaryTiers
 from kvtier.types import Admission
@@ -14,6 +15,14 @@ class StagingSpec(TieringOffloadingSpec):
 
     There is no manager: the caller owns the slots, and drives the tiers through their guards.
     """
+
+    @property
+    def arena(self) -> Arena:
+        """The staging arena, created at the first use; raise as `TieringOffloadingSpec.arena`."""
+        try:
+            return super().arena
+        except CapacityError as error:
+            raise CapacityError(str(error).replace("cpu_bytes_to_use", "staging_bytes")) from error
 
     def open_tiers(self) -> SecondaryTiers:
         """Create the arena and start the tiers, without waiting for them; called once.

@@ -26,7 +26,7 @@ def parse_tiers(user: TieringConfig, config: OffloadingConfig) -> tuple[TierConf
         ConfigError: a tier's configuration is wrong, two tiers have the same name or directory, or a persistent tier is
             used with LoRA without `allow_lora`.
     """
-    listed = [parse_tier(entry, f"secondary_tiers[{index}]") for index, entry in enumerate(user.secondary_tiers)]
+    listed = [parse_tier(entry, f"{config.tiers_key}[{index}]") for index, entry in enumerate(user.secondary_tiers)]
     named = with_distinct_names(listed, user.secondary_tiers)
     default = Admission.PROMPT_ONLY if user.offload_prompt_only else Admission.ALWAYS
     tiers = [check_tier(replace(tier, admission=tier.admission or default)) for tier in named]

@@ -30,7 +30,7 @@ from lmcache.v1.distributed.l2_adapters.base import L2AdapterInterface
 
 from kvtier.adapters.lmcache.holdings import Holdings
 from kvtier.adapters.lmcache.options import LMCacheOptions
-from kvtier.errors import ConfigError
+from kvtier.errors import CapacityError, ConfigError
 from kvtier.events import TierState
 from kvtier.testing.patience import PATIENCE_SECONDS, wait_for
 
@@ -413,12 +413,17 @@ def test_only_so_many_objects_are_remembered(tmp_path, memory):
         ({"call_deadline": 0}, "call_deadline"),
         ({"block_bytes": "much"}, "^block_bytes"),
         ({"staging_bytes": "4KiB"}, "^staging_bytes"),
-        ({"tiers": [{"type": "dusk"}]}, "disk"),
-        ({"tiers": [{"type": "memory", "capacity": "1MiB", "admission": "second_touch"}]}, 'admission.*"always" only'),
+        ({"tiers": [{"type": "dusk"}]}, r"^tiers\[0\].type='dusk'.*disk"),
+        ({"tiers": [{"type": "memory", "capacity": "1B"}]}, r"^tiers\[0\].capacity"),
+        ({"tiers": [{"type": "memory", "capacity": "1MiB"}] * 2, "staging_bytes": "8EiB"}, "^staging_bytes"),
+        (
+            {"tiers": [{"type": "memory", "capacity": "1MiB", "admission": "second_touch"}]},
+            r'^tiers\[0\].admission.*"always" only',
+        ),
     ],
 )
 def test_a_wrong_option_stops_the_start(tmp_path, memory, options, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises((ConfigError, CapacityError), match=message):
         create(**{"tiers": [disk(tmp_path)], "memory": memory, **options})
 
 

@@ -7,7 +7,6 @@ from typing import Annotated
 import msgspec
 
 from kvtier.adapters.staging_options import StagingOptions
-from kvtier.config import Seconds
 from kvtier.sizes import parse_size
 from kvtier.spec.staging import StagingSpec
 
@@ -15,13 +14,6 @@ from kvtier.spec.staging import StagingSpec
 class LMCacheOptions(StagingOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`adapter_params` in the configuration of LMCache's plugin adapter."""
 
-    staging_bytes: Annotated[
-        int | str,
-        msgspec.Meta(
-            description="host memory for objects on their way to or from the tiers: bytes, or a text; at least two of"
-            " the largest objects"
-        ),
-    ] = "256MiB"
     block_bytes: Annotated[
         int | str,
         msgspec.Meta(
@@ -29,17 +21,6 @@ class LMCacheOptions(StagingOptions, frozen=True, forbid_unknown_fields=True, kw
             " change makes stored objects miss"
         ),
     ] = "1MiB"
-    call_deadline: Annotated[
-        Seconds,
-        msgspec.Meta(description="longest time that objects which fit the staging memory together wait, seconds"),
-    ] = 5.0
-    model_identity: Annotated[
-        str,
-        msgspec.Meta(
-            description="a text that you change with the models' weights: LMCache tells names only, and objects of"
-            " another text miss"
-        ),
-    ] = ""
 
     def staging_spec(self) -> StagingSpec:
         """Return the spec of the tiers; nothing is allocated or opened.

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import msgspec
 
 from kvtier.adapters.staging_options import StagingOptions
-from kvtier.config import Seconds, Text
+from kvtier.config import Text
 from kvtier.errors import ConfigError
 from kvtier.spec.staging import StagingSpec
 from kvtier.spec.tiers import is_shared
@@ -24,23 +24,6 @@ class SGLangOptions(StagingOptions, frozen=True, forbid_unknown_fields=True, kw_
         int | bool,
         msgspec.Meta(description="for SGLang: 1 lets kvtier copy pages from and to the host pool itself; 0 is slower"),
     ] = 0
-    staging_bytes: Annotated[
-        int | str,
-        msgspec.Meta(
-            description="host memory of one rank for pages on their way to or from the tiers: bytes, or a text"
-        ),
-    ] = "256MiB"
-    call_deadline: Annotated[
-        Seconds,
-        msgspec.Meta(description="longest time that one call of SGLang, for at most 128 pages, waits, seconds"),
-    ] = 5.0
-    model_identity: Annotated[
-        str,
-        msgspec.Meta(
-            description="a text that you change with the model's weights: SGLang tells its name only, and pages of"
-            " another text miss"
-        ),
-    ] = ""
 
 
 def rank_identity(storage_config: Any) -> dict[str, str | int]:
