@@ -11,15 +11,18 @@ from rich.console import Console
 from rich.table import Table
 
 from kvtier.cli import replay_options as replay
-from kvtier.simulator import report
-from kvtier.simulator.again import repeat
+from kvtier.recording.format import Header
+from kvtier.simulator import live_report, report, what_if
+from kvtier.simulator.again import Repeated, repeat, watch
 from kvtier.simulator.formats import load_trace
+from kvtier.simulator.live_run import LiveRun
 from kvtier.simulator.long_prompts import long_prompts_note
 from kvtier.simulator.results import Result
 from kvtier.simulator.runs import replay_all
 from kvtier.simulator.setup import Machine, Setup, combinations
 from kvtier.simulator.sizes import around, sizes_in_blocks
 from kvtier.simulator.trace import Trace
+from kvtier.tiering.estimate import DOUBLING_TOKENS
 from kvtier.types import Admission
 
 
@@ -47,7 +50,11 @@ def simulate(
     plot: replay.PlotOption = None,
     json_path: replay.JsonOption = None,
     as_recorded: Annotated[
-        bool, typer.Option(help="Repeat a recording of kvtier call by call, as it was configured; nothing else counts.")
+        bool,
+        typer.Option(
+            help="Repeat a recording of kvtier call by call, as it was configured. --plot then writes a page about it,"
+            " with what larger tiers would have given; sizes and policies are not used."
+        ),
     ] = False,
 ) -> None:
     """Replay a trace through kvtier's own manager, policies and admission, in simulated time.
@@ -55,10 +62,18 @@ def simulate(
     Exit code 0: the table is printed. 2: a trace, a size, a policy, a speed or a file to write cannot be used; one
     line says why.
     """
-    if as_recorded:
-        show_repeated(trace)
-        return
     replay.check_outputs(plot, json_path)
+    if as_recorded:
+        if plot is None and json_path is None:
+            show_repeated(repeat(trace))
+        else:
+            header, repeated, run = watch(trace)
+            show_repeated(repeated)
+            rate = header.prefill_rate if prefill_rate is None and prefill_curve is None else prefill_rate
+            speed = replay.prefill_speed(rate, prefill_curve, DOUBLING_TOKENS)
+            machine = replay.make_machine(speed, host_bandwidth, disk_read, disk_write, disk_latency)
+            write_recorded(trace, header, run, machine, processes, plot, json_path)
+        return
     with replay.tracked(f"reading {trace.name}") as progress:
         loaded = load_trace(trace, tokens_per_block, conversation_gap, progress)
     block_bytes, doubling = replay.block_bytes_and_doubling(loaded, model, kv_dtype)
@@ -80,16 +95,36 @@ def simulate(
         json_path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
-def show_repeated(recording: Path) -> None:
-    """Repeat every call of a recorded engine, and print what it loaded.
-
-    Raises:
-        KVTierError: the file is no recording, is damaged, or needs a policy that is not registered.
-    """
-    again = repeat(recording)
+def show_repeated(again: Repeated) -> None:
+    """Print what a recorded engine loaded."""
     blocks = ", ".join(f"{count:,} from {source}" for source, count in sorted(again.hits.items())) or "none"
     typer.echo(f"{again.num_records:,} calls and answers repeated, {again.num_diverged:,} could not be followed")
     typer.echo(f"blocks loaded: {blocks}")
+
+
+def write_recorded(
+    recording: Path,
+    header: Header,
+    run: LiveRun,
+    machine: Machine,
+    processes: int | None,
+    plot: Path | None,
+    json_path: Path | None,
+) -> None:
+    """Replay the recorded requests with larger tiers, and write the page and the figures about the recording.
+
+    Raises:
+        TraceError: the recording has no requests.
+    """
+    loaded = load_trace(recording)
+    asked = what_if.questions(header, loaded)
+    with replay.tracked(f"replaying {len(asked)} configurations") as progress:
+        results = replay_all(loaded, [one.setup for one in asked], machine, processes=processes, progress=progress)
+    answers = what_if.pair(asked, results)
+    if plot is not None:
+        plot.write_text(live_report.live_page(loaded.name, header, run, loaded, answers), encoding="utf-8")
+    if json_path is not None:
+        json_path.write_text(json.dumps(live_report.live_json(run, answers), indent=1) + "\n", encoding="utf-8")
 
 
 def curve_setups(trace: Trace, setups: list[Setup]) -> list[Setup]:

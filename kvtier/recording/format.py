@@ -41,13 +41,14 @@ _Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class RecordedTier(msgspec.Struct, frozen=True):
-    """One secondary tier of the recorded engine."""
+    """One secondary tier of the recorded engine; `capacity_bytes` is None if it has no limit, or is not known."""
 
     name: str
     admission: str
     policy: str
     probe_deadline: float | None = None
     joins_stores: bool = False
+    capacity_bytes: int | None = None
 
 
 class Header(msgspec.Struct, frozen=True):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from kvtier.recording.format import JOB, NOT_SURE, TIER, Header, NewRequest, Rec
 from kvtier.recording.reader import read_recording
 from kvtier.registry import POLICIES
 from kvtier.simulator.devices import SimulatedClock
+from kvtier.simulator.live_run import LiveRun
 from kvtier.simulator.trace_files import check_regular
 from kvtier.tiering.manager import TieringOffloadingManager
 from kvtier.tiering.settings import TieringSettings
@@ -128,18 +129,29 @@ class RecordedTierManager(SecondaryTierManager):
 
 
 class Repeater:
-    """Makes the recorded calls to a manager."""
+    """Makes the recorded calls to a manager.
 
-    def __init__(self, header: Header) -> None:
+    Attributes:
+        header: of the recording.
+        watcher: as in `__init__`.
+        found: what was loaded so far.
+    """
+
+    def __init__(self, header: Header, watcher: LiveRun | None = None) -> None:
         """Make the manager.
+
+        Args:
+            watcher: learns of every record before it is repeated, and of every event.
 
         Raises:
             ConfigError: the recorded policy is not registered.
         """
         self.found = Repeated()
+        self.header = header
         self._block_bytes = header.block_bytes
         self._clock = SimulatedClock()
-        observers = Observers([self])
+        self.watcher = watcher
+        observers = Observers([self] if watcher is None else [self, watcher])
         view = memoryview(bytearray(header.primary_blocks)).cast("B", (header.primary_blocks, 1))
         self._tiers = [RecordedTierManager(tier.name, view, tier.joins_stores) for tier in header.tiers]
         policy = POLICIES.load(header.policy)(header.primary_blocks)
@@ -183,6 +195,8 @@ class Repeater:
         """Replay one record: set a tier's answer, or call the manager."""
         self.found.num_records += 1
         self._clock.advance_to(record.time)
+        if self.watcher is not None:
+            self.watcher.on_record(record)
         if record.kind in b"JUB":
             self._stage(record)
             return
@@ -255,8 +269,27 @@ def repeat(path: Path) -> Repeated:
     return found
 
 
-def steps(path: Path) -> Iterator[tuple[float, Repeater]]:
+def watch(path: Path) -> tuple[Header, Repeated, LiveRun]:
+    """Replay a recording call by call; return its header, its loads, and what happened over time.
+
+    Raises:
+        TraceError: as `steps`, or there is no record.
+        ConfigError: as `steps`.
+    """
+    last: Repeater | None = None
+    for _, last in steps(path, LiveRun):  # noqa: B007 - the last one is what counts
+        pass
+    if last is None or last.watcher is None:
+        raise TraceError(f"{path}: a recording without requests")
+    last.watcher.close()
+    return last.header, last.found, last.watcher
+
+
+def steps(path: Path, make_watcher: Callable[[int], LiveRun] | None = None) -> Iterator[tuple[float, Repeater]]:
     """Replay a recording; yield the time, in seconds, and the repeater after each call or answer.
+
+    Args:
+        make_watcher: makes the repeater's watcher of the tokens per block.
 
     Raises:
         TraceError: the file is no recording, or is damaged.
@@ -265,7 +298,7 @@ def steps(path: Path) -> Iterator[tuple[float, Repeater]]:
     check_regular(path)
     header, records = read_recording(path)
     try:
-        repeater = Repeater(header)
+        repeater = Repeater(header, None if make_watcher is None else make_watcher(header.tokens_per_block))
         for record in records:
             repeater.take(record)
             yield record.time, repeater

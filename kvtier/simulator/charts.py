@@ -33,12 +33,14 @@ class Series:
     Attributes:
         dashed: the line is a reference, drawn in the text's colour and without points.
         line: whether the points are joined.
+        look: number of its look; None: its place in the chart.
     """
 
     name: str
     points: Sequence[Point]
     dashed: bool = False
     line: bool = True
+    look: int | None = None
 
 
 def line_chart(title: str, x: Axis, y: Axis, series: Sequence[Series], data: Data | None = None) -> str:
@@ -47,7 +49,10 @@ def line_chart(title: str, x: Axis, y: Axis, series: Sequence[Series], data: Dat
     Args:
         data: the table; if absent, it has every point.
     """
-    looks = [LineLook.reference() if one.dashed else LineLook.of(index) for index, one in enumerate(series)]
+    looks = [
+        LineLook.reference() if one.dashed else LineLook.of(index if one.look is None else one.look)
+        for index, one in enumerate(series)
+    ]
     drawn = [_frame(x, y)]
     for index, (one, look) in enumerate(zip(series, looks, strict=True)):
         spots = [(_x(x, a), _y(y, b)) for a, b in one.points]
@@ -61,15 +66,21 @@ def line_chart(title: str, x: Axis, y: Axis, series: Sequence[Series], data: Dat
 
 
 def area_chart(
-    title: str, x: Axis, y: Axis, names: Sequence[str], rows: Sequence[tuple[float, Sequence[float]]]
+    title: str,
+    x: Axis,
+    y: Axis,
+    names: Sequence[str],
+    rows: Sequence[tuple[float, Sequence[float]]],
+    first_look: int = 0,
 ) -> str:
     """Return a figure of stacked areas, with a legend and a table.
 
     Args:
         names: of the areas; the first one is lowest, and the last one is what no tier brought.
         rows: (x, height of each area), in the order of x.
+        first_look: number of the first area's look; the others follow.
     """
-    looks = [AreaLook.of(index) for index in range(len(names) - 1)] + [AreaLook.computed()]
+    looks = [AreaLook.of(first_look + index) for index in range(len(names) - 1)] + [AreaLook.computed()]
     drawn = [_frame(x, y)]
     below = [0.0] * len(rows)
     for index, look in enumerate(looks):

@@ -24,7 +24,8 @@ _MARKS = (
     '<path d="M{x:.1f} {low:.1f}l4.2 -7.4h-8.4z"',
 )
 """Shapes of the points: circle, square, triangle, diamond, triangle that stands on its head."""
-_COMPUTED = len(LIGHT) - 1
+COMPUTED = len(LIGHT) - 1
+"""Number of the look of what no tier brought."""
 
 PATTERNS = "".join(
     f'<pattern id="area{index}" width="8" height="8" patternUnits="userSpaceOnUse">'
@@ -113,7 +114,7 @@ class AreaLook:
     @classmethod
     def computed(cls) -> AreaLook:
         """Return the look of what no tier brought: pale and without a pattern."""
-        return cls(f"color-mix(in srgb, var(--c{_COMPUTED}) 28%, var(--card))")
+        return cls(f"color-mix(in srgb, var(--c{COMPUTED}) 28%, var(--card))")
 
     def area(self, path: str) -> str:
         """Return the area within a path of the drawing."""

@@ -20,7 +20,8 @@ p {{ margin: .25rem 0 .75rem; }} .faint {{ color: var(--faint); }}
 figure {{ margin: 0; padding: .75rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
   min-width: 0; }}
 figcaption {{ font-weight: 600; padding: 0 .25rem .35rem; }}
-.figures {{ display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }}
+.figures {{ display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); }}
+.table + .figures {{ margin-top: 1rem; }}
 figure > svg {{ display: block; width: 100%; height: auto; }} svg text {{ fill: var(--faint); font-size: 12px; }}
 svg .axis {{ stroke: var(--line); fill: none; }} svg .note {{ fill: var(--text); }}
 .patterns {{ position: absolute; }}
@@ -42,7 +43,8 @@ pre {{ background: var(--card); border: 1px solid var(--line); border-radius: .5
   td, td:first-child {{ display: flex; justify-content: space-between; gap: 1rem; border: 0; padding: .1rem .35rem;
     text-align: right; white-space: normal; }}
   td:first-child {{ font-weight: 600; }}
-  td::before {{ content: attr(data-name); color: var(--faint); font-weight: 400; text-align: left; }}
+  td::before {{ content: attr(data-name); color: var(--faint); font-weight: 400; text-align: left;
+    flex: 0 0 auto; max-width: 60%; }}
 }}
 @media (max-width: 36rem) {{ svg text {{ font-size: 15px; }} }}
 """

@@ -286,6 +286,7 @@ class CPUOffloadingSpec(forks.ProcessBound, OffloadingSpec):
                     "admission": (config.admission or Admission.ALWAYS).value,
                     "policy": str(config.options.get("eviction_policy", "")),
                     "joins_stores": tier.joins_stores,
+                    "capacity_bytes": _capacity_of(config),
                     "probe_deadline": tier.probe_deadline if config.probe_deadline is None else config.probe_deadline,
                 }
                 for config, tier in tiers
@@ -342,3 +343,11 @@ def device_of(kv_caches: KVCaches) -> str:
 
 def _are_same(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
     return len(ours) == len(theirs) and all(mine is other for mine, other in zip(ours, theirs, strict=True))
+
+
+def _capacity_of(config: TierConfig) -> int | None:
+    """Return a tier's capacity in bytes; None if its options have none, or one of another meaning."""
+    try:
+        return parse_size("capacity", config.options.get("capacity"))
+    except ConfigError:
+        return None

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 from browser import Browser
+from live_engine import LiveEngine, LoadLog, prompts
 from typer.testing import CliRunner
 
 from kvtier.cli import app
+from kvtier.testing.patience import wait_for
 
 EXTRACT = Path(__file__).parents[1] / "data" / "conversation_prefixes.jsonl"
 PRICES = ("--model", "Llama-3.1-8B", "--gpu-rate", "24", "--dram-price", "4", "--disk-price", "0.1")
@@ -20,6 +22,7 @@ SIZES = ("--dram", "16GiB,64GiB", "--disk", "0,512GiB", "--policy", "lru,arc", "
 COMMANDS = {
     "simulate": ("simulate", *SIZES),
     "plan": ("plan", *PRICES, *SIZES, "--target-hit-rate", "0.01", "--prefill-rate", "80000"),
+    "recorded": ("simulate", "--as-recorded", "--processes", "1"),
 }
 
 WIDER_THAN_WINDOW = "document.documentElement.scrollWidth - window.innerWidth"
@@ -72,15 +75,30 @@ def pictures(tmp_path_factory):
     return folder
 
 
+def recording(folder):
+    """Record an engine whose memory is too small."""
+    engine = LiveEngine(folder, log := LoadLog())
+    engine.serve(prompts(400))
+    wait_for(lambda: log.from_disk() or engine.serve(prompts(50, seed=len(log.loads))), "a disk hit")
+    engine.close()
+    return folder / "live.rec"
+
+
+def trace(folder):
+    lines = [json.loads(line) for line in EXTRACT.read_text().splitlines()[:250]]
+    records = [{"timestamp": 500 * n, "input_length": 512 * len(ids), "hash_ids": ids} for n, ids in enumerate(lines)]
+    path = folder / "part.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
 @pytest.fixture(scope="module", params=COMMANDS)
 def shown(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    lines = [json.loads(line) for line in EXTRACT.read_text().splitlines()[:250]]
-    records = [{"timestamp": 500 * n, "input_length": 512 * len(ids), "hash_ids": ids} for n, ids in enumerate(lines)]
-    trace, path = folder / "part.jsonl", folder / f"{request.param}.html"
-    trace.write_text("".join(json.dumps(record) + "\n" for record in records))
+    path = folder / f"{request.param}.html"
     command, *options = COMMANDS[request.param]
-    done = CliRunner().invoke(app, [command, str(trace), *options, "--plot", str(path)])
+    requests = recording(folder) if request.param == "recorded" else trace(folder)
+    done = CliRunner().invoke(app, [command, str(requests), *options, "--plot", str(path)])
     assert done.exit_code == 0, done.output
     return path
 
