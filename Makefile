@@ -7,7 +7,7 @@
 # make test-lmcache   the tests under LMCache's server, in an environment of its own
 # make test-gpu   the tests and figures that need a GPU: GPU_PYTHON names a Python that has torch with CUDA
 # make system-packages   what some tests need besides Python packages, by apt and npm (as root, or with sudo)
-# make docs    write the generated tables of docs/ anew, and build the site in site/, with all links checked
+# make docs    write the generated tables and plots of docs/ anew, and build the site in site/, with all links checked
 # make cov     which lines the core's tests do not run
 # make soak    the long tests
 # make bench   the benchmarks
@@ -58,6 +58,7 @@ test:
 
 docs: $(STAMP) $(DOCS_STAMP)
 	$(BIN)/python docs/make_tables.py
+	$(BIN)/python docs/make_plots.py
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict
 
 # What `kvtier simulate` and `plan` print in docs/planning.md, made anew: make examples TRACES=FOLDER

@@ -49,6 +49,12 @@ def line_chart(title: str, x: Axis, y: Axis, series: Sequence[Series], data: Dat
     Args:
         data: the table; if absent, it has every point.
     """
+    drawn, legend = drawing(x, y, series)
+    return _figure(title, drawn, legend, data or _data_of(x, y, series))
+
+
+def drawing(x: Axis, y: Axis, series: Sequence[Series]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Return a chart's elements of SVG, and its legend as (name, picture)."""
     looks = [
         LineLook.reference() if one.dashed else LineLook.of(index if one.look is None else one.look)
         for index, one in enumerate(series)
@@ -61,8 +67,7 @@ def line_chart(title: str, x: Axis, y: Axis, series: Sequence[Series], data: Dat
         every = 1 if len(spots) <= _MOST_MARKS else len(spots) // _FEW_MARKS
         for at in range(index % every, len(spots), every):
             drawn.append(look.mark(*spots[at], _said(one.name, x, y, one.points[at])))
-    legend = [(one.name, look.key(one.line)) for one, look in zip(series, looks, strict=True)]
-    return _figure(title, drawn, legend, data or _data_of(x, y, series))
+    return drawn, [(one.name, look.key(one.line)) for one, look in zip(series, looks, strict=True)]
 
 
 def area_chart(
