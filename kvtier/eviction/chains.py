@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kvtier.errors import InvariantError
 from kvtier.key_tables import KeyDict, key_dict
 from kvtier.keys import OffloadKey
+
+MIN_FORWARDED = 32
+"""Fewest blocks of a part that are not entered anew when it joins another one, but found through it. In a large table
+each entry costs a cache miss; and a part that stays behind takes some 300 bytes."""
 
 
 class Request:
@@ -57,15 +63,17 @@ class Part:
         parent: the part that this one continues; None for none.
         place: index, in the parent's `keys`, of the block before this part.
         children: the parts that continue this one.
+        joined_to: the part that its blocks belong to since it was joined; None if it was not.
     """
 
-    __slots__ = ("bin", "children", "ghosts", "keys", "kind", "parent", "place", "request", "uses")
+    __slots__ = ("bin", "children", "ghosts", "joined_to", "keys", "kind", "parent", "place", "request", "uses")
 
     def __init__(self, keys: list[OffloadKey], kind: int, uses: int, request: Request) -> None:
         self.keys, self.kind, self.uses, self.request = keys, kind, uses, request
         self.bin = self.ghosts = self.place = 0
         self.parent: Part | None = None
         self.children: dict[Part, None] = {}
+        self.joined_to: Part | None = None
 
     @property
     def is_leaf(self) -> bool:
@@ -79,11 +87,18 @@ class Part:
         return part
 
 
+def living(part: Part) -> Part:
+    """Return the part that holds the blocks of `part`: itself, unless it was joined to another."""
+    while part.joined_to is not None:
+        part = part.joined_to
+    return part
+
+
 class Chains:
     """The parts that hold blocks, and how they continue one another.
 
     Attributes:
-        part_of: the part of each held key.
+        part_of: a part for each held key: its own, or one that was joined to it. `find` and `living` return its own.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -94,14 +109,45 @@ class Chains:
         """Record that `part` holds its keys."""
         self.part_of.set_all(part.keys, [part] * len(part.keys))
 
+    def find(self, key: OffloadKey) -> Part | None:
+        """Return the part that holds a key; None if it is not held."""
+        part = self.part_of.get(key)
+        return part if part is None or part.joined_to is None else living(part)
+
+    def run_at(
+        self, keys: Sequence[OffloadKey], place: int, part: Part | None
+    ) -> tuple[Sequence[OffloadKey], Part | None]:
+        """Return the neighbours of `keys[place]` in `keys` that its part holds in the same order, and the next part.
+
+        No neighbours are returned if the key behind them is in the same part or not held: then only a look at each key
+        shows which of them belong together.
+
+        Args:
+            part: of `keys[place]`; None if it is not held.
+        """
+        if part is None:
+            return (), None
+        held, left = part.keys, len(keys) - place
+        first = 0 if held[0] == keys[place] else held.index(keys[place])
+        if first or len(held) > left:
+            held = held[first : first + left]
+        end = place + len(held)
+        run = keys[place:end]
+        if run != held:
+            return (), None
+        if end == len(keys):
+            return run, None
+        following = self.find(keys[end])
+        return ((), None) if following is None or following is part else (run, following)
+
     def link(self, part: Part, before: OffloadKey) -> Part | None:
         """Make `part` continue the block `before`, and return its new parent.
 
         Return None, and change nothing, if `before` is not held, if `part` has a parent already, or if the link would
         close a cycle.
         """
-        parent = self.part_of.get(before)
-        if parent is None or parent is part or part.parent is not None:
+        parent = self.find(before) if part.parent is None else None
+        if parent is None or parent is part:
             return None
         above = parent.parent if part.children else None  # a new part is above no other
         while above is not None:
@@ -170,7 +216,9 @@ class Chains:
         if parent is None:
             raise InvariantError("a part without a parent cannot be joined to it")
         size = len(parent.keys)
-        self.part_of.set_all(part.keys, [parent] * len(part.keys))
+        if len(part.keys) < MIN_FORWARDED:
+            self.part_of.set_all(part.keys, [parent] * len(part.keys))
+        part.joined_to = parent
         parent.keys += part.keys
         parent.children, part.children = part.children, {}
         for child in parent.children:
@@ -213,11 +261,11 @@ class Chains:
 
     def check_invariants(self) -> None:
         """Raise InvariantError if parts and keys contradict each other."""
-        parts = set(self.part_of.every_value())
+        parts = set(map(living, self.part_of.every_value()))
         if sum(len(part.keys) for part in parts) != len(self.part_of):
             raise InvariantError("chains: a part miscounts its keys")
         for part in parts:
-            if any(self.part_of.get(key) is not part for key in part.keys):
+            if any(self.find(key) is not part for key in part.keys):
                 raise InvariantError("chains: parts and keys differ")
             for child in part.children:
                 if child not in parts or child.parent is not part or not 0 <= child.place < len(part.keys):

@@ -24,7 +24,7 @@ from operator import itemgetter
 from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
 from kvtier.eviction.ages import Ages
-from kvtier.eviction.chains import Chains, Part, Request
+from kvtier.eviction.chains import Chains, Part, Request, living
 from kvtier.eviction.leaves import Leaves
 from kvtier.eviction.reuse import ReuseTable, class_of
 from kvtier.key_queues import KeyQueue, key_queues
@@ -71,18 +71,26 @@ class PrefixPolicy(EvictionPolicy):
 
     # -- uses ---------------------------------------------------------------------------------------------
 
-    def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
+    def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> bool:
         """Count a use of the held ones of `keys`, except of blocks whose last use was by the same request."""
-        request, part_of = self._request(now), self._part_of
-        held = part_of.held(keys)
-        if not held:
-            return
+        request, chains = self._request(now), self._chains
         used: list[Part] = []
-        for part, same in groupby(held, key=part_of.__getitem__):
-            if part.request is not request:
+        place, count = 0, len(keys)
+        known = chains.find(keys[0]) if keys else None
+        while known is not None:  # mostly whole parts, so that few keys have to be looked up
+            run, following = chains.run_at(keys, place, known)
+            if run and known.request is not request:
+                used += self._take(known, list(run), request)
+            place, known = place + len(run), following
+        others = self._part_of.held(keys[place:]) if place < count else []
+        for part, same in groupby(others, key=chains.find):
+            if part is not None and part.request is not request:
                 used += self._take(part, list(same), request)
-        request.last = held[-1]
-        self._end_use(request, used, len(held))
+        num_held = place + len(others)
+        if num_held:
+            request.last = others[-1] if others else keys[-1]
+            self._end_use(request, used, num_held)
+        return num_held == count
 
     def _take(self, part: Part, keys: list[OffloadKey], request: Request) -> list[Part]:
         """Count a use of `keys`, which are among the keys of `part`, and cut `part` so that they stand alone.
@@ -90,11 +98,13 @@ class PrefixPolicy(EvictionPolicy):
         Returns:
             The parts that hold exactly `keys` afterwards, in prefix order.
         """
-        first = part.keys.index(keys[0])
-        if part.keys[first : first + len(keys)] != keys:  # the caller gave keys out of prefix order
-            wanted = set(keys)
-            runs = [list(same) for is_wanted, same in groupby(part.keys, wanted.__contains__) if is_wanted]
-            return [taken for run in runs for taken in self._take(self._part_of[run[0]], run, request)]
+        first = 0
+        if part.keys != keys:
+            first = part.keys.index(keys[0])
+            if part.keys[first : first + len(keys)] != keys:  # the caller gave keys out of prefix order
+                wanted = set(keys)
+                runs = [list(same) for is_wanted, same in groupby(part.keys, wanted.__contains__) if is_wanted]
+                return [taken for run in runs for taken in self._take(living(self._part_of[run[0]]), run, request)]
         request.note_known(part.request, len(keys))
         self._table.note_used(part.kind, request.time - part.request.time, len(keys))
         if first:
@@ -175,33 +185,46 @@ class PrefixPolicy(EvictionPolicy):
 
     def settle(self, keys: Sequence[OffloadKey]) -> None:
         """Join the parts of a request that is over. Its blocks that were not stored become ghosts."""
-        part_of = self._part_of
-        blocks = [list(same) for _, same in groupby(keys, key=part_of.get)]
-        users = {part_of[block[0]].request for block in blocks if block[0] in part_of}
+        blocks = self._blocks(keys)
+        users = {part.request for part, _ in blocks if part is not None}
         # The request that is over was open, with its last block among `keys`. Others used some of the blocks before it
         # or since. Of those that are open, too, it is the oldest.
-        own = set(keys)
+        own = {user.last for user in users}
+        own = own.intersection(keys[-1:] if own <= {None, *keys[-1:]} else keys)
         open_users = [user for user in users if user.last in own]
         request = min(open_users or users, key=lambda user: user.time, default=self._current)
         request.length = len(keys)
+        gap = request.gap
         before: OffloadKey | None = None
         above: Part | None = None
-        for block in blocks:
-            part = part_of.get(block[0])  # looked up again: a former round may have joined it to another part
+        for part, block in blocks:
+            part = part and living(part)  # a former round may have joined it to another part
             if part is None:
                 self._remember([key for key in dict.fromkeys(block) if key not in self._ghosts], request)
             elif part.keys[0] == block[0]:
-                self._link(part, before)
+                if part.parent is None:
+                    self._link(part, before)
                 if part.request is request:
-                    self._classify(part)
+                    self._classify(part, class_of(part.uses, gap))
                     part = self._join(part) if above is not None and part.parent is above else part
             before, above = block[-1], part
         request.last = None
         self._forget_ghosts(GHOSTS_PER_KEY * self.capacity)
 
-    def _classify(self, part: Part) -> None:
+    def _blocks(self, keys: Sequence[OffloadKey]) -> list[tuple[Part | None, Sequence[OffloadKey]]]:
+        """Return `keys` in groups of neighbours of one part, each with that part; None for keys that are not held."""
+        blocks: list[tuple[Part | None, Sequence[OffloadKey]]] = []
+        place, part = 0, self._chains.find(keys[0]) if keys else None
+        while part is not None:
+            run, following = self._chains.run_at(keys, place, part)
+            if run:
+                blocks.append((part, run))
+            place, part = place + len(run), following
+        others = groupby(keys[place:], key=self._chains.find)
+        return [*blocks, *((part, list(same)) for part, same in others)]
+
+    def _classify(self, part: Part, kind: int) -> None:
         """Move a part to its final class: the request's gap may have become known after the part was entered."""
-        kind = class_of(part.uses, part.request.gap)
         if kind != part.kind:
             if not part.bin:
                 self._table.take_back(part.kind, len(part.keys))
@@ -226,7 +249,8 @@ class PrefixPolicy(EvictionPolicy):
             or part.ghosts
         ):
             return part
-        self._leaves.leave(part)
+        if not part.children:
+            self._leaves.leave(part)
         if not part.bin:  # each part counts up to MAX_WEIGHT blocks, and two parts are one from now on
             for kept in (part, above):
                 self._table.take_back(kept.kind, len(kept.keys))
@@ -308,7 +332,7 @@ class PrefixPolicy(EvictionPolicy):
         """
         ghosts, most_ghosts = self._ghosts, GHOSTS_PER_KEY * len(self)
         for part, same in groupby(zip(self._part_of.pop_all(keys), keys, strict=True), key=itemgetter(0)):
-            block = [key for _, key in same]
+            block, part = [key for _, key in same], living(part)
             ghosts.append(block, part)
             part.ghosts += len(block)
             self._drop(part, block)
@@ -336,7 +360,7 @@ class PrefixPolicy(EvictionPolicy):
         for key in keys:
             part, ghost = self._part_of.pop(key, None), self._ghosts.pop(key, None)
             if part is not None:
-                held.setdefault(part, []).append(key)
+                held.setdefault(living(part), []).append(key)
             if ghost is not None:
                 ghost.ghosts -= 1
         for part, block in held.items():
@@ -346,7 +370,7 @@ class PrefixPolicy(EvictionPolicy):
 
     def uses_of(self, key: OffloadKey) -> int:
         """Return how many uses of a held block are known; 0 if it is not held."""
-        part = self._part_of.get(key)
+        part = self._chains.find(key)
         return part.uses if part is not None else 0
 
     def clear(self) -> None:
@@ -369,4 +393,4 @@ class PrefixPolicy(EvictionPolicy):
             raise InvariantError("prefix: a key is held and a ghost")
         self._ghosts.check_invariants()
         self._chains.check_invariants()
-        self._leaves.check_invariants({*self._part_of.every_value()})
+        self._leaves.check_invariants(set(map(living, self._part_of.every_value())))

@@ -6,6 +6,7 @@ from itertools import islice
 import pytest
 
 from kvtier import key_queues, key_tables
+from kvtier.eviction import chains
 from kvtier.eviction.arc import ARCPolicy
 from kvtier.eviction.lru import LRUPolicy
 from kvtier.eviction.prefix import PrefixPolicy
@@ -45,11 +46,12 @@ def test_a_large_table_decides_as_a_small_one(policy_class, monkeypatch):
     monkeypatch.setattr(key_tables, "MOST_IN_ONE", 0)
     monkeypatch.setattr(key_queues, "LONGEST_RUN", 16)
     monkeypatch.setattr(key_queues, "SHORT_RUN", 4)
+    monkeypatch.setattr(chains, "MIN_FORWARDED", 2)
     assert list(decisions(policy_class)) == small
 
 
 @pytest.mark.parametrize("most_in_one", [0, 100])
-@pytest.mark.parametrize("policy_class", [LRUPolicy, ARCPolicy])
+@pytest.mark.parametrize("policy_class", [LRUPolicy, ARCPolicy, PrefixPolicy])
 def test_a_touch_says_whether_all_of_its_keys_are_held(policy_class, most_in_one, monkeypatch):
     monkeypatch.setattr(key_tables, "MOST_IN_ONE", most_in_one)
     table = BlockTable(8, policy_class(8))
