@@ -13,7 +13,7 @@ from typing import Any, TypeVar, overload
 
 from kvtier import key_tables
 from kvtier.errors import InvariantError
-from kvtier.key_tables import NOT_A_KEY, NUM_SHARDS, SHARD_BYTE
+from kvtier.key_tables import NOT_A_KEY, NUM_SHARDS, SHARD_BYTE, free_some
 from kvtier.keys import OffloadKey
 
 V = TypeVar("V")
@@ -37,14 +37,25 @@ class _Places:
         shards: the number of each key's run, as in a `KeyDict`.
         last: the last number that was given to a run of any of the queues.
         queues: those that share these places.
+        former: what the last `clear` has removed. Each call that appends keys frees some of it.
     """
 
-    __slots__ = ("last", "queues", "shards")
+    __slots__ = ("former", "last", "queues", "shards")
 
     def __init__(self) -> None:
         self.shards: list[dict[OffloadKey, int]] = [{} for _ in range(NUM_SHARDS)]
         self.last = 0
         self.queues: list[LongQueue[Any]] = []
+        self.former: list[dict[OffloadKey, Any]] = []
+
+    def clear(self) -> None:
+        """Remove all keys of all queues. What is removed now is freed later."""
+        self.former = list(filter(None, self.shards))
+        self.shards[:] = [{} for _ in range(NUM_SHARDS)]
+        for queue in self.queues:
+            self.former += queue._runs.values()
+            queue._runs = OrderedDict()
+            queue._size = 0
 
 
 class LongQueue(MutableMapping[OffloadKey, V]):
@@ -114,12 +125,11 @@ class LongQueue(MutableMapping[OffloadKey, V]):
     def clear(self) -> None:
         """Remove everything; without a look at each key, if no queue beside this one holds any."""
         shards = self._places.shards
-        if any(queue._size for queue in self._places.queues if queue is not self):
-            for key in self:
-                del shards[key[SHARD_BYTE]][key]
-        else:
-            for shard in shards:
-                shard.clear()
+        if not any(queue._size for queue in self._places.queues if queue is not self):
+            self._places.clear()
+            return
+        for key in self:
+            del shards[key[SHARD_BYTE]][key]
         self._runs.clear()
         self._size = 0
 
@@ -155,6 +165,8 @@ class LongQueue(MutableMapping[OffloadKey, V]):
 
     def _enter(self, keys: dict[OffloadKey, V]) -> None:
         """Put `keys`, which have no place yet, at the new end: in the last run if they and it are short."""
+        if self._places.former:
+            free_some(self._places.former)
         if not keys:
             return
         if len(keys) > LONGEST_RUN:
@@ -450,3 +462,13 @@ def key_queues(count: int, most: int) -> list[Any]:
         return [SmallQueue() for _ in range(count)]
     first: LongQueue[Any] = LongQueue()
     return [first, *(LongQueue(beside=first) for _ in range(count - 1))]
+
+
+def clear_queues(queues: Sequence[KeyQueue[Any]]) -> None:
+    """Empty `queues`, which `key_queues` has returned together."""
+    first = queues[0]
+    if isinstance(first, LongQueue):
+        first._places.clear()
+        return
+    for queue in queues:
+        queue.clear()

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from kvtier import key_queues as key_queues_module
 from kvtier import key_tables
 from kvtier.errors import InvariantError
-from kvtier.key_queues import LongQueue, key_queues
+from kvtier.key_queues import LongQueue, clear_queues, key_queues
 from kvtier.key_tables import ShardedDict, SmallDict, key_dict
 from kvtier.keys import make_offload_key
 
@@ -207,6 +207,43 @@ def test_what_is_not_here_is_a_key_error():
             wrong()
     assert queue.pop(KEYS[0]) is None
     assert table.pop(KEYS[0], 3) == 3
+
+
+@pytest.mark.parametrize("most", [0, 48])
+def test_queues_and_tables_are_empty_after_a_clear_and_used_again(most, monkeypatch):
+    monkeypatch.setattr(key_tables, "MOST_IN_ONE", most)
+    monkeypatch.setattr(key_tables, "MOST_FREED", 1)
+    table, queues = key_dict(48), key_queues(2, 48)
+    shards = table.shards
+    for _ in range(3):
+        for empties in (lambda: clear_queues(queues), lambda: [queue.clear() for queue in queues]):
+            table.set_all(KEYS, range(48))
+            queues[0].append(KEYS[:20], None)
+            queues[1].append(KEYS[20:], None)
+            assert [*map(len, queues)] == [20, 28]
+            empties()
+            table.clear()
+            assert not any(map(len, (*queues, table)))
+            assert not any(map(list, (*queues, table)))
+            assert not any(KEYS[0] in here for here in (*queues, table))
+            queues[0].check_invariants()
+    assert table.shards is shards  # others keep it
+
+
+def test_what_a_clear_removes_is_freed_by_and_by():
+    table, (queue,) = ShardedDict(), key_queues(1, 1_000_000)
+    for _ in range(3):
+        table.set_all(KEYS, range(48))
+        queue.append(KEYS, None)
+        table.clear()
+        queue.clear()
+        held = len(table._former), len(queue._places.former)
+        assert min(held) > 0
+    assert held == (len(table._former), len(queue._places.former))  # no more than one clear removes
+    table.set_all(KEYS[:1], [0])
+    queue.append(KEYS[:1], None)
+    assert not table._former
+    assert not queue._places.former
 
 
 @pytest.mark.parametrize("harm", ["places", "runs", "size"])

@@ -14,7 +14,7 @@ from math import ceil, floor
 
 from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
-from kvtier.key_queues import KeyQueue, key_queues
+from kvtier.key_queues import KeyQueue, clear_queues, key_queues
 from kvtier.keys import OffloadKey
 
 
@@ -148,8 +148,7 @@ class ARCPolicy(EvictionPolicy):
 
     def clear(self) -> None:
         """Forget everything, ghosts and p included."""
-        for queue in (self._t1, self._t2, self._b1, self._b2):
-            queue.clear()
+        clear_queues((self._t1, self._t2, self._b1, self._b2))
         self._p = 0.0
         self._fresh_b1 = self._fresh_b2 = 0
 

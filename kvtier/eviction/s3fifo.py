@@ -15,7 +15,7 @@ from itertools import chain, groupby
 
 from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
-from kvtier.key_queues import KeyQueue, key_queues
+from kvtier.key_queues import KeyQueue, clear_queues, key_queues
 from kvtier.keys import OffloadKey
 
 MAX_USES = 3
@@ -159,8 +159,7 @@ class S3FIFOPolicy(EvictionPolicy):
 
     def clear(self) -> None:
         """Forget everything, including ghosts."""
-        for queue in (self._small, self._main, self._ghosts):
-            queue.clear()
+        clear_queues((self._small, self._main, self._ghosts))
 
     def __len__(self) -> int:
         return len(self._small) + len(self._main)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 
 from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
-from kvtier.key_queues import KeyQueue, key_queues
+from kvtier.key_queues import KeyQueue, clear_queues, key_queues
 from kvtier.key_tables import KeyDict, key_dict
 from kvtier.keys import OffloadKey
 
@@ -162,8 +162,7 @@ class TinyLFUPolicy(EvictionPolicy):
 
     def clear(self) -> None:
         """Forget everything, including counts."""
-        for queue in (self._window, self._probation, self._protected, self._ghosts):
-            queue.clear()
+        clear_queues((self._window, self._probation, self._protected, self._ghosts))
         self._uses.clear()
         self._epoch = self._uses_in_epoch = 0
 

@@ -26,6 +26,7 @@ from kvtier.eviction.timeless import with_time
 from kvtier.key_tables import KeyDict, key_dict
 from kvtier.keys import OffloadKey, common_key_bytes
 from kvtier.log import logger
+from kvtier.primary.free_slots import FreeSlots
 from kvtier.primary.slot_counts import SlotCounts
 from kvtier.primary.transit import Transit
 
@@ -84,7 +85,7 @@ class BlockTable:
         self.filling: set[int] = set()
         self.pins = SlotCounts()
         self._quarantine: set[int] = set()
-        self._free: list[int] = list(range(num_slots - 1, -1, -1))
+        self._free = FreeSlots.up_to(num_slots)
         self._key_bytes: int | None = None
         self._adopting = False
         self._adopted = np.zeros(0, np.bool_)
@@ -170,7 +171,7 @@ class BlockTable:
         victims, num_declined = self._choose(needed, missing, protected, may_decline)
         num_passing = 0
         if self.transit.limit and (self.transit.keys or (may_decline and num_declined)):
-            if not (self.transit.keys or victims or self._free):
+            if not (self.transit.keys or victims or len(self._free)):
                 # Everything ranks higher. To begin with, the lowest ones make room, else no byte would pass.
                 victims, _ = self._choose(min(needed, self.transit.limit), missing, protected)
             idle = self.transit.idle(needed, lambda key: not self.is_pinned(slot_of[key]), others)
@@ -261,10 +262,9 @@ class BlockTable:
             self.transit.remove(placement.victims)
             self.transit.add(keys[len(keys) - placement.num_passing :])
         if placement.victims:
-            free += slot_of.pop_all(placement.victims)
-        slots = free[-len(keys) :]
+            free.push(slot_of.pop_all(placement.victims))
+        slots = free.take(len(keys))
         slots.sort()  # neighbouring blocks in neighbouring slots: a disk moves such blocks in one call
-        del free[-len(keys) :]
         slot_of.set_all(keys, slots)
         self.filling.update(slots)
         try:  # repeats `_tell` to save a call: this runs for every store
@@ -286,11 +286,11 @@ class BlockTable:
         """
         free, needed = self._free, count - len(self._free)
         victims = self.pick_victims(needed, (), (spared,)) if needed > 0 and not self._adopting else []
-        free += self.slot_of.pop_all(victims)
+        free.push(self.slot_of.pop_all(victims))
         if victims:
             self.transit.remove(victims)
             self._tell(self.policy.evict, victims)
-        slots = [free.pop() for _ in range(min(count, len(free)))]
+        slots = free.take(count)[::-1]
         self._quarantine.update(slots)
         self.pins.add(slots)
         return slots, victims
@@ -340,7 +340,7 @@ class BlockTable:
         """
         if not self._adopting:
             self._adopting = True
-            self._free = []
+            self._free = FreeSlots.up_to(0)
             self._adopted = np.zeros(self.num_slots, np.bool_)
         places = np.asarray(slots, np.intp)
         if not self._are_new(places):
@@ -372,7 +372,7 @@ class BlockTable:
         taken = np.zeros(self.num_slots, np.bool_)
         taken[np.fromiter(self.slot_of.every_value(), np.intp)] = True
         taken[np.fromiter(self._quarantine, np.intp)] = True
-        self._free = np.flatnonzero(~taken)[::-1].tolist()
+        self._free = FreeSlots(np.flatnonzero(~taken)[::-1])
 
     # -- filling, pins and ends ---------------------------------------------------------------------------
 
@@ -418,15 +418,14 @@ class BlockTable:
             self.pins.drop((slot,))
             if slot not in self.pins.slots:
                 self._quarantine.discard(slot)
-                self._free.append(slot)
+                self._free.push((slot,))
 
     def remove(self, keys: Iterable[OffloadKey]) -> list[OffloadKey]:
         """Forget `keys`, and return those that were held. Slots in use are quarantined, the others become free."""
         held = self.slot_of.held(dict.fromkeys(keys))
         self.transit.remove(held)
-        for key in held:
-            if not self._into_quarantine(slot := self.slot_of.pop(key)):
-                self._free.append(slot)
+        slots = self.slot_of.pop_all(held)
+        self._free.push([slot for slot in slots if not self._into_quarantine(slot)])
         self._tell(self.policy.remove, held)
         return held
 
