@@ -28,7 +28,7 @@ def tiny_llama(seed=0, dtype=torch.float32, **overrides):
     return LlamaForCausalLM(LlamaConfig(**settings)).to(dtype).eval()
 
 
-def save_tiny_model(folder: Path, text: str):
+def save_tiny_model(folder: Path, text: str, **overrides):
     """Save a tiny model with a tokenizer that learned the words of `text`, as `from_pretrained` reads them."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -36,7 +36,7 @@ def save_tiny_model(folder: Path, text: str):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator([text], trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    tiny_llama(vocab_size=tokenizer.get_vocab_size()).save_pretrained(folder)
+    tiny_llama(vocab_size=tokenizer.get_vocab_size(), **overrides).save_pretrained(folder)
 
 
 LOGITS = {"return_dict_in_generate": True, "output_logits": True}

