@@ -43,7 +43,7 @@ def main():
         found, before = restored_tokens(llm), found
         print(f"{question}\n{output.outputs[0].text.strip()}")
         print(f"[{len(output.prompt_token_ids)} tokens, {found - before} from kvtier's tiers]")
-        # The device still has the text. Here it forgets, as a busy server's device does, so that kvtier is seen at work.
+        # The device still has the text. It forgets here, as a busy server's device does, to show what kvtier restores.
         llm.reset_prefix_cache()
 
 

@@ -2,7 +2,7 @@
 
     python examples/vllm_shared_valkey.py Qwen/Qwen3-0.6B README.md --valkey redis://127.0.0.1:6379
 
-Here both run on this machine, each with half of a GPU. Engines on other machines need the same option, and nothing else.
+Here both run on this machine, each with half of a GPU. Engines on other machines need the same configuration, no more.
 It needs `pip install '.[redis]'`; `make servers` starts a Valkey to try it with.
 """
 
@@ -30,7 +30,7 @@ def main():
         for engine, name in ((first, "first"), (second, "second")):
             for question in QUESTIONS:
                 num_tokens, hits = engine.submit(ask, f"{text}\n\nQuestion: {question}\nAnswer:").result()
-                print(f"{name} engine: {num_tokens} tokens, blocks restored: {hits or 'none'}", flush=True)
+                print(f"{name} engine: {num_tokens} tokens, blocks restored: {dict(hits) or 'none'}", flush=True)
 
 
 def start_engine(chosen):

