@@ -291,6 +291,13 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     record_limit: Annotated[
         int | str, msgspec.Meta(description="size at which the recording ends, bytes, or a text")
     ] = DEFAULT_RECORD_LIMIT
+    spans: Annotated[
+        bool,
+        msgspec.Meta(
+            description="whether OpenTelemetry spans are made of loads, promotions and cascades, for the tracer"
+            " provider of the engine's process; needs `kvtier[otel]`"
+        ),
+    ] = False
 
     def settings(self, tokens_per_block: int, kv_events: bool) -> TieringSettings:
         """Return the tiering manager's settings."""

@@ -25,6 +25,7 @@ from kvtier.tiering.guarded_tier import TierGuard
 from kvtier.tiering.manager import TieringOffloadingManager
 from kvtier.tiering.requests import RequestState
 from kvtier.tiering.turns import in_turn
+from kvtier.tiering.watchers import Watcher, Watchers
 from kvtier.types import (
     CPULoadStoreSpec,
     PrepareStoreOutput,
@@ -185,14 +186,21 @@ class RecordedManager(TieringOffloadingManager):
     """
 
     def __init__(
-        self, *args: Any, recorder: Recorder, names: Sequence[str], observer: Observer | None = None, **keywords: Any
+        self,
+        *args: Any,
+        recorder: Recorder,
+        names: Sequence[str],
+        observer: Observer | None = None,
+        watcher: Watcher | None = None,
+        **keywords: Any,
     ) -> None:
         """Args: as for `TieringOffloadingManager`; recorder: the manager starts it, and `shutdown` closes it."""
         self._recorder = recorder
         self._log = CallLog(recorder, names)
         observers = Observers() if observer is None else Observers.over(observer)
         observers.add(self._log, CascadeRefused)
-        super().__init__(*args, names=names, observer=observers, watcher=self._log, **keywords)
+        both = self._log if watcher is None else Watchers(self._log, watcher)
+        super().__init__(*args, names=names, observer=observers, watcher=both, **keywords)
         recorder.start()
 
     @in_turn

@@ -27,6 +27,8 @@ from kvtier.recording.recorder import RecordedManager
 from kvtier.recording.stream import Recorder
 from kvtier.registry import POLICIES, WORKERS
 from kvtier.sizes import parse_size
+from kvtier.spans import EVENTS as SPAN_EVENTS
+from kvtier.spans import Spans
 from kvtier.spec.first_interface import config_from_pair
 from kvtier.tier_config import TierConfig
 from kvtier.tiering.manager import TieringOffloadingManager
@@ -259,6 +261,9 @@ class CPUOffloadingSpec(forks.ProcessBound, OffloadingSpec):
             "observer": self.observers,
         }
         secondary, user = [tier for _, tier in tiers], self.user_config
+        if user.spans:
+            keywords["watcher"] = spans = Spans(self.tier_context.clock)
+            self.observers.add(spans, *SPAN_EVENTS)
         if user.record is None:
             return TieringOffloadingManager(primary, secondary, **keywords)
         limit = parse_size("record_limit", user.record_limit)

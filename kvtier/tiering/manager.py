@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,13 +37,11 @@ from kvtier.metrics.counters import EventCounters, tier_readings
 from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
 from kvtier.primary.retention import Retention, num_kept
 from kvtier.primary.uses import RequestUses
-from kvtier.secondary.jobs import Job
 from kvtier.tiering.audit import check_slots
 from kvtier.tiering.cascades import Cascades
 from kvtier.tiering.device_copies import DeviceTransfers
 from kvtier.tiering.evicted_keys import EvictedKeys
 from kvtier.tiering.flights import Flights
-from kvtier.tiering.guarded_tier import TierGuard
 from kvtier.tiering.kv_events import KVEventLog
 from kvtier.tiering.leases import Leases
 from kvtier.tiering.lookups import Lookups
@@ -56,6 +53,7 @@ from kvtier.tiering.tiers import SecondaryTiers
 from kvtier.tiering.turns import in_turn
 from kvtier.tiering.uses import Usage
 from kvtier.tiering.waiting import Waiting
+from kvtier.tiering.watchers import Watcher
 from kvtier.types import (
     Admission,
     CPULoadStoreSpec,
@@ -74,22 +72,6 @@ _HIT, _MISS = LookupResult.HIT, LookupResult.MISS
 _BLOCK_LEVEL = RequestOffloadingContext(OffloadPolicy.BLOCK_LEVEL)
 _REQUEST_LEVEL = RequestOffloadingContext(OffloadPolicy.REQUEST_LEVEL)
 _DEFAULT_SETTINGS = TieringSettings()
-
-
-class Watcher(Protocol):
-    """Observes what a manager looks up and what its tiers answer.
-
-    It is called on the manager's thread, and must not change what it is given.
-    """
-
-    def on_scan(self, state: RequestState) -> None:
-        """Note that a request begins lookups, which add to `state.scan` from now on."""
-
-    def on_job_ended(self, guard: TierGuard, job: Job) -> None:
-        """Note that a tier's job has ended. The manager has not acted on it yet."""
-
-    def on_poll(self, guards: Sequence[TierGuard]) -> None:
-        """Note that all tiers have been polled. Each guard's `usable` says whether its tier is used from now on."""
 
 
 class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
