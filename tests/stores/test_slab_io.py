@@ -13,6 +13,8 @@ from slab_files import make_context, open_slab, read_at, segment_file, write_at
 from kvtier.stores import vectored
 from kvtier.stores.integrity.sealing import PORTION_BYTES
 from kvtier.stores.slab.layout import SlabGeometry, coalesce
+from kvtier.stores.slab.roads import Road
+from kvtier.stores.slab.store import SlabStore
 from kvtier.stores.vectored import PAGE_BYTES
 from kvtier.testing.stores import make_key, make_payload
 from kvtier.types import FailureCause
@@ -72,6 +74,18 @@ def test_a_batch_of_neighbours_is_one_call(tmp_path, calls):
     store.close()
 
 
+def test_neighbours_that_pass_private_memory_are_one_call(tmp_path, calls):
+    block = 1 << 20
+    options = {"path": str(tmp_path / "slab"), "capacity": 16 * block}
+    store = SlabStore.open(options, make_context(block_bytes=block), road=Road.COPIED)
+    buffers = page_aligned(4, block)
+    keys = [make_key(number) for number in range(4)]
+    assert all(store.write(range(4), keys, buffers))
+    assert all(store.read_into(range(4), keys, buffers))
+    assert calls == [("pwritev", 4), ("preadv", 4)]
+    store.close()
+
+
 def test_short_calls_are_continued(tmp_path, monkeypatch):
     context = make_context()
     store = open_slab(tmp_path / "slab", context)
@@ -126,7 +140,7 @@ LARGE = 2 * PORTION_BYTES + 3 * PAGE_BYTES
 def large(tmp_path):
     """A slab with three large blocks, and their payloads."""
     context = make_context(block_bytes=LARGE)
-    store = open_slab(tmp_path / "slab", context, capacity=32 << 20)
+    store = open_slab(tmp_path / "slab", context, capacity=8 * LARGE)
     payloads = page_aligned(3, LARGE)
     for number, payload in enumerate(payloads):
         payload[:] = make_payload(number, LARGE)

@@ -12,7 +12,6 @@ from kvtier.stores.integrity.scratch import Scratch, copy_bytes, whole_pages
 from kvtier.stores.integrity.sealing import (
     MAX_SCRATCH_BYTES,
     NO_SLOTS,
-    PORTION_BYTES,
     OpenStream,
     Sealed,
     Sealer,
@@ -20,6 +19,9 @@ from kvtier.stores.integrity.sealing import (
 )
 from kvtier.stores.integrity.secrets import NONCE_BYTES, TAG_BYTES, PayloadCipher
 from kvtier.types import FailureCause
+
+_MAX_OPENED_BYTES = 1 << 20
+"""Bytes that are read into private memory before they are decrypted: few enough for a core's own (L2) cache."""
 
 
 class EncryptedSealer(Sealer):
@@ -38,7 +40,7 @@ class EncryptedSealer(Sealer):
 
     def most_opened(self, block_bytes: int) -> int | None:
         """Return how many blocks stay in the processor's cache until they are decrypted."""
-        return max(1, PORTION_BYTES // whole_pages(block_bytes + TAG_BYTES))
+        return max(1, _MAX_OPENED_BYTES // whole_pages(block_bytes + TAG_BYTES))
 
     def seal(
         self, keys: Sequence[OffloadKey], payloads: Sequence[memoryview], slots: Iterable[int] = NO_SLOTS

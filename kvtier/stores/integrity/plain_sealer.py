@@ -31,8 +31,8 @@ class PlainSealer(Sealer):
 
     Direct I/O with huge pages is much faster than with 4 KiB pages, since the device handles fewer segments. An arena
     has 4 KiB pages on many systems. The sealer of `through_huge_pages` therefore copies payloads through private memory
-    in huge pages. The copy costs processor time (docs/performance.md has both), and least if the bytes are still in the
-    processor's cache: so it works in portions of several small blocks, or of a part of a large one.
+    in huge pages, in portions of several small blocks, or of a part of a large one. The copy costs processor time
+    (docs/performance.md has both).
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class PlainSealer(Sealer):
         return sealer
 
     def most_sealed(self, block_bytes: int) -> int | None:
-        """Return how many blocks stay in the processor's cache while they are copied; None if none is copied."""
+        """Return how many blocks are copied before one call of the system; None if none is copied."""
         return None if self._scratch is None else max(1, PORTION_BYTES // whole_pages(block_bytes))
 
     def reads_portions(self, block_bytes: int) -> bool:
-        """Return True if a block is copied, and too large to stay in the processor's cache until then."""
+        """Return True if a block is copied, and larger than a portion."""
         return self._scratch is not None and block_bytes > PORTION_BYTES
 
     def seal(

@@ -18,8 +18,13 @@ from kvtier.types import FailureCause
 
 MAX_SCRATCH_BYTES = 16 << 20
 """Private memory that a thread keeps for one batch, unless one block needs more."""
-PORTION_BYTES = 1 << 20
-"""Bytes that are read into private memory before they are copied: few enough for a core's own (L2) cache."""
+PORTION_BYTES = 4 << 20
+"""Bytes that pass private memory at once: as many as a call into a slab moves, so that it makes one system call.
+
+Portions of 1 MiB stay in a core's own (L2) cache, and yet take more processor time, up to a third more for small
+blocks: four times as many system calls, and as many times the steps around them. The copy itself works in pieces that
+stay in the cache.
+"""
 NO_SLOTS: Iterable[int] = itertools.repeat(0)
 """The slots for stores without slots, in which the key is the location."""
 
