@@ -223,6 +223,16 @@ class BlockStore(ABC):
     def delete(self, keys: Sequence[OffloadKey]) -> None:
         """Delete the values of `keys`; absent keys are ignored. If one may still be there, raise StoreError."""
 
+    def keep(self, keys: Sequence[OffloadKey], seconds: float) -> Sequence[bool] | None:
+        """Evict the values of `keys` after all others, for about `seconds`; None if the store cannot.
+
+        It is no promise: the medium may be full of such values, or shared with others.
+
+        Returns:
+            Per key, whether the store has a value.
+        """
+        return None
+
     def list_keys(self, cursor: bytes, most: int) -> KeyPage | None:
         """Return some of the keys held in this namespace; None if the store cannot tell.
 
@@ -474,12 +484,16 @@ class SecondaryTierManager(ABC):
         """Count one use of `keys`, without I/O."""
         return
 
-    def pin(self, keys: Collection[OffloadKey]) -> None:
+    def pin(self, keys: Collection[OffloadKey]) -> Answer[Collection[OffloadKey]] | None:
         """Keep those of `keys` that can be loaded now from eviction, until as many calls of `unpin`.
 
-        A tier whose medium evicts by itself does nothing: its blocks may miss all the same.
+        A tier whose medium evicts by itself does what it can, for a bounded time: its blocks may miss all the same.
+
+        Returns:
+            None if there is nothing to wait for, else an answer that a later `get_finished_jobs` settles. Its value:
+            the keys that the medium holds; others are misses, whatever `lookup` said before.
         """
-        return
+        return None
 
     def unpin(self, keys: Collection[OffloadKey]) -> None:
         """Undo one `pin` of each of `keys`; keys that are not pinned are ignored."""

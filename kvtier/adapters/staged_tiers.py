@@ -262,29 +262,69 @@ class StagedTiers:
         request = self._new_request("ask")
         held = [False] * len(pages)
         asked = dict.fromkeys(range(len(pages)))
+        pins: list[tuple[list[int], Answer[Collection[OffloadKey]]]] = []
         begun = time.monotonic()
         while True:
             with self._lock:
                 self._poll()
+                fresh = []
                 for index in list(asked):
                     answers = {guard.lookup(key, request) for key in pages[index]}
                     if LookupResult.MISS in answers or answers == {LookupResult.HIT}:
                         held[index] = LookupResult.MISS not in answers
                         del asked[index]
-                        if pin and held[index]:
-                            guard.tell("pin", guard.tier.pin, pages[index])
-                            self._pins.setdefault(pages[index][0], []).append((guard, pages[index]))
+                        fresh += [index] if held[index] else []
+                if pin and fresh and (answer := self._pin(guard, [pages[index] for index in fresh])):
+                    pins.append((fresh, answer))
+                pins = [
+                    (found, answer) for found, answer in pins if not self._settle(guard, pages, held, found, answer)
+                ]
                 now = time.monotonic()
                 is_late = now > deadline or now - begun > guard.patience.seconds
-                if not asked or self._closed:
+                if (not asked and (not pins or is_late)) or self._closed:
                     guard.forget_request(request)
                     return held
                 # The question stays open after a wait in vain: it tells when the tier answers again.
-                guard.patience.ask(pages[next(iter(asked))][0], request)
-                if is_late:
+                if asked:
+                    guard.patience.ask(pages[next(iter(asked))][0], request)
+                if asked and is_late:
                     guard.patience.give_up()
                     return held
             time.sleep(POLL_SECONDS)  # a thread of the engine's, with a deadline: a tier answers
+
+    def _pin(self, guard: TierGuard, pages: Sequence[PageKeys]) -> Answer[Collection[OffloadKey]] | None:
+        """Pin pages in a tier; return what to wait for. The caller holds the lock."""
+        answer = guard.ask("pin", None, guard.tier.pin, [key for page in pages for key in page])
+        for page in pages:
+            self._pins.setdefault(page[0], []).append((guard, page))
+        return answer
+
+    def _settle(
+        self,
+        guard: TierGuard,
+        pages: Sequence[PageKeys],
+        held: list[bool],
+        found: Sequence[int],
+        answer: Answer[Collection[OffloadKey]],
+    ) -> bool:
+        """Return whether a tier has said which of the pinned pages it holds; the others are not held, nor pinned."""
+        if answer.state is AnswerState.OPEN:
+            return False
+        if answer.value is None:
+            return True  # it cannot tell: as far as it knew when it was asked, they are there
+        kept = frozenset(answer.value)
+        for index in found:
+            if not kept.issuperset(pages[index]):
+                held[index] = False
+                self._unpin_one(pages[index], guard)
+        return True
+
+    def _unpin_one(self, page: PageKeys, guard: TierGuard) -> None:
+        pins = self._pins.get(page[0], [])
+        pins.remove((guard, page))
+        if not pins:
+            del self._pins[page[0]]
+        guard.tell("unpin", guard.tier.unpin, page)
 
     # -- moving -------------------------------------------------------------------------------------------
 

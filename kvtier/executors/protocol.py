@@ -236,6 +236,26 @@ class Delete(_Keyed, frozen=True, tag=13):
         return None if self.packed_slots is None else _unpack_slots(self.packed_slots)
 
 
+class Keep(_Keyed, frozen=True, tag=16):
+    """Asks a store addressed by key to evict blocks after all others, for some seconds."""
+
+    chore_id: U64
+    seconds: Annotated[float, msgspec.Meta(ge=0)]
+
+    @classmethod
+    def of(cls, chore_id: int, keys: Sequence[OffloadKey], seconds: float) -> Keep:
+        """Return the question for `keys`.
+
+        Raises:
+            ProtocolError: as `Part.of`.
+        """
+        return cls(*_join_keys(keys), chore_id, seconds)
+
+    def __post_init__(self) -> None:
+        if not self.joined_keys or len(self.joined_keys) % self.key_bytes:
+            raise ProtocolError("no keys, or a piece of one")
+
+
 class ListKeys(_Message, frozen=True, tag=14):
     """Asks for a page of the keys that a store addressed by key holds."""
 
@@ -331,11 +351,12 @@ class Usage(_Message, frozen=True, tag=12):
 
 
 class ChoreDone(_Message, frozen=True, tag=15):
-    """The end of a `Delete` or a `ListKeys`.
+    """The end of a chore.
 
     Attributes:
         failed: whether the store could not do it.
-        keys, cursor: of the page; empty for a `Delete`.
+        keys: of the page, or those that a `Keep` has found; empty for a `Delete`.
+        cursor: of the page.
     """
 
     chore_id: U64
@@ -344,7 +365,7 @@ class ChoreDone(_Message, frozen=True, tag=15):
     cursor: Annotated[bytes, msgspec.Meta(max_length=MAX_CURSOR_BYTES)] | None = None
 
 
-Chore = Delete | ListKeys
+Chore = Delete | Keep | ListKeys
 """Work for a store besides moving blocks and telling which it has."""
 Request = Open | Part | Probe | Cancel | Chore
 StoreReport = Ready | Unavailable | IndexBatch | IndexEnd | PartResult | ProbeAnswer | Prepared | Usage | ChoreDone

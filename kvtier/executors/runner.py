@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 from kvtier.abc import BlockStore, FailureCounter, SlotStore, StoreContext
@@ -18,6 +19,7 @@ from kvtier.executors.protocol import (
     ChoreDone,
     Delete,
     IndexBatch,
+    Keep,
     ListKeys,
     Part,
     PartResult,
@@ -200,7 +202,7 @@ class StoreRunner:
         return ProbeAnswer(probe.probe_id, found, failed)
 
     def do(self, chore: Chore) -> ChoreDone:
-        """Delete blocks, or list keys. Never raises."""
+        """Delete, keep or list blocks. Never raises."""
         done = ChoreDone(chore.chore_id, failed=True)
 
         def work() -> Sequence[bool]:
@@ -208,6 +210,8 @@ class StoreRunner:
             if isinstance(chore, Delete):
                 self._delete(chore)
                 done = ChoreDone(chore.chore_id, failed=False)
+            elif isinstance(chore, Keep):
+                done = ChoreDone(chore.chore_id, False, self._keep(chore))
             else:
                 page = self._list(chore)
                 done = ChoreDone(chore.chore_id, False, list(page.keys), page.cursor)
@@ -225,6 +229,13 @@ class StoreRunner:
             self._slots.delete(chore.slots, chore.keys)
         else:
             raise StoreError("a deletion without slots in a store of slots")
+
+    def _keep(self, chore: Keep) -> list[bytes]:
+        keys = chore.keys
+        held = None if self._blocks is None else self._blocks.keep(keys, chore.seconds)
+        if held is None or len(held) != len(keys):
+            raise StoreError("it cannot keep blocks from eviction")
+        return list(compress(keys, held))
 
     def _list(self, chore: ListKeys) -> KeyPage:
         page = None if self._blocks is None else self._blocks.list_keys(chore.cursor, chore.most)

@@ -29,6 +29,7 @@ from kvtier.executors.protocol import (
     Cancel,
     Delete,
     IndexEnd,
+    Keep,
     ListKeys,
     Open,
     Part,
@@ -194,7 +195,7 @@ class Server:
             if max(request.arena_slots) >= self._num_blocks:
                 raise ProtocolError("a slot outside the arena")
             self._loop.put(request)
-        elif isinstance(request, Probe | Delete | ListKeys):
+        elif isinstance(request, Probe | Delete | Keep | ListKeys):
             self._loop.put(request)
         elif isinstance(request, Cancel):
             self._channel.send(self._loop.cancel(frozenset(request.serials)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import compress
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from kvtier.executors.protocol import (
     MAX_CURSOR_BYTES,
     ChoreDone,
     IndexEnd,
+    Keep,
     ListKeys,
     PartResult,
     ProbeAnswer,
@@ -26,7 +28,7 @@ from kvtier.executors.protocol import (
 )
 from kvtier.keys import OffloadKey, common_key_bytes
 from kvtier.options import StoreOptions
-from kvtier.secondary.chores import failed
+from kvtier.secondary.chores import KEYS_PER_CHORE, failed
 from kvtier.secondary.jobs import MovingJob
 from kvtier.secondary.probes import Probes
 from kvtier.secondary.settings import TierSettings
@@ -47,6 +49,8 @@ _UNREADABLE = frozenset({FailureCause.CORRUPT, FailureCause.FOREIGN, FailureCaus
 """Causes after which a block stays a miss for long: a store that could not delete the block still says that it
 exists."""
 _SAVINGS = ("compressed_blocks", "unwritten_bytes", "unread_bytes")
+PIN_SECONDS = 60.0
+"""How long a pinned block is kept. Whoever pins it loads it soon, or crashes; an `unpin` needs no message."""
 _LOOK_SECONDS = 0.0002
 """Least time between two polls in `lookup`: a long prefix of unknown keys is thousands of lookups."""
 
@@ -56,6 +60,8 @@ class KeyedTierManager(StoreTierManager):
 
     verifies_payloads = True
     deletes = True
+    keeps: ClassVar[bool] = False
+    """Whether the store's `keep` does anything."""
 
     def __init__(
         self,
@@ -103,6 +109,31 @@ class KeyedTierManager(StoreTierManager):
     def _end_delete(self, keys: Sequence[OffloadKey], slots: Sequence[int], success: bool) -> None:
         if success:
             self._probes.set_absent(keys)
+
+    def pin(self, keys: Collection[OffloadKey]) -> Answer[Collection[OffloadKey]] | None:
+        """Ask the store to evict blocks last, for `PIN_SECONDS`, and to say which it still has."""
+        executor, wanted = self._supervisor.executor, list(dict.fromkeys(keys))
+        if not self.keeps or not wanted or executor is None or self._standing.state is not _UP:
+            return None
+        answer: Answer[Collection[OffloadKey]] = Answer()
+        batches = [wanted[start : start + KEYS_PER_CHORE] for start in range(0, len(wanted), KEYS_PER_CHORE)]
+        kept: set[OffloadKey] = set()
+        left = len(batches)
+
+        def end(report: ChoreDone, batch: Sequence[OffloadKey]) -> None:
+            nonlocal left
+            left -= 1
+            if not report.failed:
+                found = set(map(OffloadKey, report.keys))
+                self._probes.set_absent([key for key in batch if key not in found])
+                kept.update(found)
+            if not left:
+                answer.settle(frozenset(kept))
+
+        for batch in batches:
+            chore_id = self._chores.begin(answer, partial(end, batch=batch))
+            executor.do(Keep.of(chore_id, batch, PIN_SECONDS))
+        return answer
 
     def list_keys(self, cursor: bytes, most: int) -> Answer[KeyPage]:
         """Ask the store for a page of its keys."""

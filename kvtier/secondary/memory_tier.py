@@ -13,6 +13,7 @@ class MemoryTierManager(DeclaredTierManager):
     medium = Medium.CPU
     locality = Locality.LOCAL
     lists_keys = True
+    keeps = True
     needs_namespace = False
     options_type = MemoryOptions
     store = "kvtier.stores.memory:MemoryStore"

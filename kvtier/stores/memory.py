@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Self
@@ -43,6 +44,8 @@ class MemoryStore(BlockStore):
         self._lock = threading.Lock()
         self._values: OrderedDict[OffloadKey, bytes] = OrderedDict()
         self._used_bytes = 0
+        self._kept_until: dict[OffloadKey, float] = {}
+        """Until when `keep` keeps a value."""
 
     @classmethod
     def open(cls, options: Mapping[str, Any], context: StoreContext) -> Self:
@@ -78,6 +81,16 @@ class MemoryStore(BlockStore):
             for key in keys:
                 self._forget(key)
 
+    def keep(self, keys: Sequence[OffloadKey], seconds: float) -> list[bool]:
+        """Make `keys` the most recently used, and evict others before them; they take half of the capacity at most."""
+        until = time.monotonic() + seconds
+        with self._lock:
+            for key in keys:
+                if key in self._values:
+                    self._values.move_to_end(key)
+                    self._kept_until[key] = until
+            return [key in self._values for key in keys]
+
     def list_keys(self, cursor: bytes, most: int) -> KeyPage:
         """List the keys in their order."""
         with self._lock:
@@ -92,6 +105,7 @@ class MemoryStore(BlockStore):
         """Forget everything."""
         with self._lock:
             self._values.clear()
+            self._kept_until.clear()
             self._used_bytes = 0
 
     def _write_one(self, key: OffloadKey, value: bytes) -> bool:
@@ -101,7 +115,7 @@ class MemoryStore(BlockStore):
             if size > self.capacity:
                 return False
             while self._used_bytes + size > self.capacity:
-                self._forget(next(iter(self._values)))
+                self._forget(self._victim())
             self._values[key] = value
             self._used_bytes += size
             return True
@@ -115,7 +129,20 @@ class MemoryStore(BlockStore):
         buffer[:] = value
         return True
 
+    def _victim(self) -> OffloadKey:
+        """Return the least recently used key that is not kept; the very oldest if half of the capacity is kept."""
+        oldest, now, kept_bytes = next(iter(self._values)), time.monotonic(), 0
+        for key, value in self._values.items() if self._kept_until else ():
+            if self._kept_until.get(key, 0.0) <= now:
+                self._kept_until.pop(key, None)
+                return key
+            kept_bytes += len(key) + len(value)
+            if kept_bytes > self.capacity // 2:
+                break
+        return oldest
+
     def _forget(self, key: OffloadKey) -> None:
+        self._kept_until.pop(key, None)
         value = self._values.pop(key, None)
         if value is not None:
             self._used_bytes -= len(key) + len(value)

@@ -240,6 +240,9 @@ class FaultyBlockStore(BlockStore):
         if self.plan.enter("delete") is not Fault.RETURN_FALSE:
             self.inner.delete(keys)
 
+    def keep(self, keys: Sequence[OffloadKey], seconds: float) -> Sequence[bool] | None:
+        return None if self.plan.enter("keep") is Fault.RETURN_FALSE else self.inner.keep(keys, seconds)
+
     def list_keys(self, cursor: bytes, most: int) -> KeyPage | None:
         return None if self.plan.enter("list_keys") is Fault.RETURN_FALSE else self.inner.list_keys(cursor, most)
 

@@ -273,6 +273,16 @@ class StoreSuite(Suite):
             cursor = page.cursor
         assert {make_key(number) for number in range(10, 30)} <= set(found)
 
+    def test_what_is_kept_is_told_per_key_and_can_be_read(self) -> None:
+        self._write([1, 3])
+        held = self.store.keep([make_key(1), make_key(2), make_key(3)], 60.0)
+        if held is None:
+            return
+        assert list(held) == [True, False, True]
+        assert self._read([1, 2, 3]) == [self.payload(1), None, self.payload(3)]
+        self.store.delete([make_key(1)])
+        assert list(self.store.keep([make_key(1), make_key(3)], 60.0) or ()) == [False, True]
+
     def test_a_cursor_that_is_none_raises_nothing_else(self) -> None:
         for cursor in (b"nonsense", b"\xff" * 100):
             try:

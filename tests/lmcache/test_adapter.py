@@ -3,6 +3,7 @@
 import json
 import signal
 import threading
+from contextlib import closing
 from pathlib import Path
 from typing import get_type_hints
 
@@ -202,6 +203,37 @@ def test_a_full_disk_evicts_the_oldest_and_lmcache_is_told(tmp_path, memory):
         assert usage.bytes_by_cache_salt == {"": len(held) * 256 * KIB}
         assert len(held) * 256 * KIB <= usage.total_bytes_used <= usage.total_capacity_bytes <= 8 * MIB
         assert not caller.adapter.supports_global_eviction
+
+
+def test_locked_objects_outlast_others_in_a_memory_tier(memory):
+    locked, others = keys_of(4), keys_of(40, 1)
+    with (
+        memory.objects([256 * KIB] * 4, seed=10) as objects,
+        memory.objects([256 * KIB] * 40, seed=11) as fillers,
+        opened([{"type": "memory", "capacity": "8MiB"}], memory) as caller,
+    ):
+        caller.store(locked, objects)
+        assert caller.lock(locked, 256 * KIB) == [0, 1, 2, 3]
+        for start in range(0, 40, 4):
+            caller.store(others[start : start + 4], fillers[start : start + 4])
+        assert caller.load(locked, objects) == [0, 1, 2, 3]
+        caller.adapter.submit_unlock(locked)
+
+
+def test_a_lookup_finds_no_object_that_a_server_has_dropped_since(memory):
+    from valkey_server import ValkeyServer
+
+    keys = keys_of(3)
+    with (
+        closing(ValkeyServer().start()) as server,
+        memory.objects([150 * KIB] * 3, seed=12) as objects,
+        opened([resp(server)], memory) as caller,
+    ):
+        caller.store(keys, objects)
+        assert caller.look_up(keys, 150 * KIB) == [0, 1, 2]
+        server.command("FLUSHALL")
+        assert caller.lock(keys, 150 * KIB) == []
+        assert caller.adapter.report_status()["locked_object_count"] == 0
 
 
 def test_locked_objects_are_not_evicted(tmp_path, memory):

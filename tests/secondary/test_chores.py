@@ -1,5 +1,7 @@
 """Deletions and listings of tiers in real I/O processes."""
 
+import os
+
 import pytest
 from valkey_server import ValkeyServer
 
@@ -120,6 +122,88 @@ def test_stores_by_key_delete_and_list_more_than_a_message_holds(tmp_path, rigs,
         if server is not None:
             rig.close()
             server.close()
+
+
+def kept(rig, numbers):
+    """Pin blocks; return the numbers of those that the medium holds, None if it cannot keep blocks."""
+    answer = rig.tier.pin([make_key(number) for number in numbers])
+    rig.wait(lambda: answer.state is not OPEN, "the pin")
+    return None if answer.value is None else [number for number in numbers if make_key(number) in answer.value]
+
+
+def test_pinned_blocks_of_a_memory_tier_outlast_others(rigs):
+    rig = rigs({"type": "memory", "capacity": "512KiB"})
+    assert rig.store(range(16)).success
+    assert kept(rig, [0, 1, 99]) == [0, 1]
+    for start in range(100, 260, 32):
+        assert rig.store(range(start, start + 32)).success
+    assert rig.load([0, 1, 2])[1] == [0, 1]
+
+
+def test_only_half_of_a_memory_tier_can_be_pinned(rigs):
+    rig = rigs({"type": "memory", "capacity": "512KiB"})
+    rig.store(range(32))
+    rig.store(range(32, 60))
+    held = [number for number in range(60) if rig.lookup(number) is LookupResult.HIT]
+    assert kept(rig, held) == held
+    for start in range(100, 260, 32):
+        assert rig.store(range(start, start + 32)).success
+    assert rig.load(range(232, 260))[1] == list(range(232, 260))
+
+
+def test_a_pin_renews_what_a_shared_directory_deletes_first(tmp_path, rigs):
+    rig = rigs({"type": "filesystem", "path": str(tmp_path / "shared"), "capacity": "64MiB"})
+    rig.store([1, 2])
+    files = {
+        path.name: path
+        for path in (tmp_path / "shared").rglob("*")
+        if path.name in (make_key(1).hex(), make_key(2).hex())
+    }
+    for path in files.values():
+        os.utime(path, (1000, 1000))
+    assert kept(rig, [1, 7]) == [1]
+    assert files[make_key(1).hex()].stat().st_mtime > 1000
+    assert files[make_key(2).hex()].stat().st_mtime == 1000
+
+
+@pytest.mark.parametrize("options", [{}, {"ttl": 1000.0}])
+def test_a_pin_of_a_server_s_blocks_finds_those_that_it_has_evicted(rigs, options):
+    server = ValkeyServer().start()
+    try:
+        rig = rigs({"type": "resp", "url": server.url, **options})
+        rig.store(range(4))
+        names = server.command("KEYS", "*")
+        gone = next(name for name in names if make_key(2).hex() in str(name))
+        server.command("DEL", gone)
+        if options:
+            for name in names:
+                server.command("PEXPIRE", name, "100000")
+        assert rig.lookup(2) is LookupResult.HIT, "an answer from before"
+        assert kept(rig, range(4)) == [0, 1, 3]
+        assert rig.lookup(2) is LookupResult.MISS
+        left = next(name for name in names if make_key(1).hex() in str(name))
+        assert not options or int(server.command("PTTL", left)) > 100_000
+    finally:
+        rig.close()
+        server.close()
+
+
+def test_a_server_that_refuses_to_keep_blocks_is_asked_once(rigs, monkeypatch):
+    server = ValkeyServer().start()
+    monkeypatch.setenv("KVTIER_TEST_PASSWORD", "first")
+    server.command(
+        "ACL", "SETUSER", "kv", "on", ">first", "~kvtier:*", "+get", "+set", "+exists", "+unlink", "+ping", "+info"
+    )
+    try:
+        rig = rigs({"type": "resp", "url": server.url, "username": "kv", "password_env": "KVTIER_TEST_PASSWORD"})
+        rig.store([1])
+        for _ in range(3):
+            assert kept(rig, [1]) is None
+        assert len(server.command("ACL", "LOG")) == 1
+        assert rig.load([1])[1] == [1]
+    finally:
+        rig.close()
+        server.close()
 
 
 def test_a_dead_server_fails_deletions_and_listings(rigs):

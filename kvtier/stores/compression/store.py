@@ -93,6 +93,10 @@ class CompressedStore(BlockStore):
         """Forget `keys`."""
         self.inner.delete(keys)
 
+    def keep(self, keys: Sequence[OffloadKey], seconds: float) -> Sequence[bool] | None:
+        """Return the inner store's answers."""
+        return self.inner.keep(keys, seconds)
+
     def list_keys(self, cursor: bytes, most: int) -> KeyPage | None:
         """Return the inner store's page."""
         return self.inner.list_keys(cursor, most)

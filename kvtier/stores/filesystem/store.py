@@ -208,6 +208,20 @@ class FilesystemStore(VariedStore):
         if broken is not None:
             raise StoreError(f"{broken.filename or self._directory.path}: {describe(broken)}") from broken
 
+    def keep(self, keys: Sequence[OffloadKey], seconds: float) -> list[bool]:
+        """Renew the files' times, since all hosts delete the oldest files first.
+
+        Raises:
+            StoreError: a file's folder cannot be used.
+        """
+        try:
+            with self._directory.namespace() as namespace:
+                return [_renew(namespace, key) for key in keys]
+        except OSError as error:
+            if error.errno in _ABSENT_ERRORS:
+                return [False] * len(keys)
+            raise StoreError(f"{error.filename or self._directory.path}: {describe(error)}") from error
+
     def list_keys(self, cursor: bytes, most: int) -> KeyPage:
         """List the files, shard by shard, in order of their names.
 
@@ -316,6 +330,25 @@ class FilesystemStore(VariedStore):
                 return
             self._relieved_at = now
         self._janitor.relieve(shard)
+
+
+def _renew(namespace: Folder, key: OffloadKey) -> bool:
+    """Set the time of a block's file to now; return whether there is one."""
+    try:
+        with namespace.folder(shard_of(key)) as folder:
+            descriptor = folder.open_file(key.hex())
+    except StrangerError:
+        return False
+    except OSError as error:
+        if error.errno in _ABSENT_ERRORS:
+            return False
+        raise
+    try:
+        with contextlib.suppress(OSError):
+            os.utime(descriptor)
+        return True
+    finally:
+        os.close(descriptor)
 
 
 def _blocks_in(namespace: Folder, shard: str, after: str) -> list[str]:

@@ -86,6 +86,10 @@ class CheckedStore(BlockStore):
         """Forget `keys`."""
         self._guarded((), lambda: self.inner.delete(keys))
 
+    def keep(self, keys: Sequence[OffloadKey], seconds: float) -> Sequence[bool] | None:
+        """Return the inner store's answers."""
+        return self._guarded((), lambda: self.inner.keep(keys, seconds))
+
     def list_keys(self, cursor: bytes, most: int) -> KeyPage | None:
         """Return the inner store's page."""
         return self._guarded((), lambda: self.inner.list_keys(cursor, most))

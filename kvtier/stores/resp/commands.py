@@ -94,6 +94,7 @@ class Exchanges:
         self._block_bytes = block_bytes
         self._value_bytes = HEADER_BYTES + block_bytes
         self._value_line = b"$%d\r\n" % self._value_bytes
+        self._ttl = ttl_milliseconds
         if ttl_milliseconds is None:
             self._set, self._set_end = b"*3\r\n$3\r\nSET\r\n", b"\r\n"
         else:
@@ -183,6 +184,18 @@ class Exchanges:
                 held[index] = None if isinstance(flag, Refused) else flag
         return held
 
+    def keep(self, wire: Wire, requests: Sequence[Request]) -> None:
+        """TOUCH the blocks, which makes them the server's most recently used; if they expire, begin their time anew."""
+        if self._ttl is None:
+            self._ask(wire, b"*2\r\n$5\r\nTOUCH\r\n", requests)
+            return
+        digits = b"%d" % self._ttl
+        commands = [
+            (_ASKING if request.asking else b"") + b"*3\r\n$7\r\nPEXPIRE\r\n%b%b" % (_bulk(request.name), _bulk(digits))
+            for request in requests
+        ]
+        self._answer(wire, b"".join(commands), requests)
+
     def delete(self, wire: Wire, requests: Sequence[Request]) -> None:
         """UNLINK the blocks."""
         self._ask(wire, b"*2\r\n$6\r\nUNLINK\r\n", requests)
@@ -215,7 +228,11 @@ class Exchanges:
         return OffloadKey(unhexlify(digits)) if is_block and _HEXADECIMAL.fullmatch(digits) else None
 
     def _ask(self, wire: Wire, command: bytes, requests: Sequence[Request]) -> None:
-        wire.send([_packed(command, requests)])
+        self._answer(wire, _packed(command, requests), requests)
+
+    def _answer(self, wire: Wire, commands: bytes, requests: Sequence[Request]) -> None:
+        """Send one command per request, and take the answers, each 0, 1 or an error."""
+        wire.send([commands])
         if any(request.asking for request in requests):
             for request in requests:
                 line = _status(wire, request)

@@ -71,6 +71,7 @@ class RespStore(VariedStore):
         self._ask_usage_at = 0.0
         self._clean_up = CleanUp()
         self._told: set[str] = set()
+        self._may_keep = True
 
     @classmethod
     def open(cls, options: Mapping[str, Any], context: StoreContext) -> Self:
@@ -133,6 +134,23 @@ class RespStore(VariedStore):
         undone = [request for request in requests if request.reply not in (Outcome.DONE, Outcome.NOT_HELD)]
         if undone:
             raise StoreError(f"deleting: {_explain(undone[0])}")
+
+    def keep(self, keys: Sequence[OffloadKey], seconds: float) -> list[bool] | None:
+        """Make the blocks the most recently used of their server. After a refusal, never try again.
+
+        Raises:
+            StoreError: no server answers.
+        """
+        if not self._may_keep:
+            return None
+        requests = [Request(key, self.name(key)) for key in keys]
+        self._carry_out(self._exchanges.keep, requests)
+        if any(isinstance(request.reply, Refused) for request in requests):
+            self._may_keep = False
+            return None
+        if all(request.reply not in (Outcome.DONE, Outcome.NOT_HELD) for request in requests):
+            raise StoreError("keeping: no answer")
+        return [request.reply is Outcome.DONE for request in requests]
 
     def list_keys(self, cursor: bytes, most: int) -> KeyPage:
         """SCAN one server after the other, in the order of their addresses. A lost node's blocks do not come.
