@@ -137,6 +137,12 @@ class ModuleState:
         elif isinstance(value, MethodType) and _is_found_by_name(value.__func__):
             self.lines.append(f"{path}={value.__func__.__module__}.{value.__func__.__qualname__}")
             self._read(value.__self__, f"{path}.__self__", merged)
+        elif isinstance(value, MethodType):
+            self._read(value.__func__, f"{path}.__func__", merged)
+            self._read(value.__self__, f"{path}.__self__", merged)
+        elif isinstance(value, functools.partial):
+            for name in ("func", "args", "keywords"):
+                self._read(getattr(value, name), f"{path}.{name}", merged)
         elif dataclasses.is_dataclass(value) and hasattr(value, "__dict__"):
             self.lines.append(f"{path}: {type(value).__qualname__}")
             self._read(vars(value), path, merged)
@@ -279,6 +285,6 @@ def _is_stateless(value: object) -> bool:
 def _is_found_by_name(function: Callable[..., Any]) -> bool:
     """Return whether a function or class is found under its module and name: these identify it in all processes."""
     found: Any = sys.modules.get(function.__module__ or "")
-    for name in function.__qualname__.split("."):
+    for name in getattr(function, "__qualname__", "").split("."):  # a bound partial, as torchao sets, has none
         found = getattr(found, name, None)
     return found is function

@@ -4,6 +4,7 @@ import copy
 import functools
 import random
 import threading
+from types import MethodType
 
 import pytest
 
@@ -267,6 +268,35 @@ def test_what_cannot_be_described_is_like_nothing_but_itself(tmp_path):
         assert cache.generate(prompt, max_new_tokens=1).restored_tokens == 0
     with PrefixCache(model, tiers(tmp_path)) as cache:
         assert cache.generate(prompt, max_new_tokens=1).restored_tokens == 0
+
+
+def scaled(module, hidden, scale):
+    return type(module).forward(module, hidden) * scale
+
+
+class Scaled:
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, module, hidden):
+        return scaled(module, hidden, self.scale)
+
+
+def test_methods_without_a_name_of_their_own():
+    """torchao binds a partial function to each layer whose weights it quantizes."""
+
+    def with_method(function):
+        model = tiny_llama()
+        layer = model.model.layers[0].mlp
+        layer.forward = MethodType(function, layer)
+        return identity(model)
+
+    doubled = with_method(functools.partial(scaled, scale=2.0))
+    assert with_method(functools.partial(scaled, scale=2.0)) == doubled
+    assert with_method(functools.partial(scaled, scale=3.0)) != doubled
+    assert (
+        len({with_method(function) for function in (Scaled(2.0), Scaled(2.0), lambda *_: None, lambda *_: None)}) == 4
+    )
 
 
 def test_hashing_does_not_depend_on_who_else_hashes():
