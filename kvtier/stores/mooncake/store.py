@@ -25,9 +25,9 @@ from kvtier.stores.mooncake.regions import Regions
 from kvtier.stores.varied import VariedStore
 from kvtier.types import FailureCause
 
-_JOINED_BYTES = 256 << 10
-"""Largest payload that is joined with its header in private memory. A second buffer per value costs Mooncake as much as
-the first one; up to this length that is more than the copy costs."""
+_JOINED_BYTES = 512 << 10
+"""Largest payload that is joined with its header in private memory. A second buffer per value costs Mooncake a transfer
+of its own; up to this length that takes more processor time than the copy."""
 _READS = 2
 """Attempts to read a block that does not verify."""
 _RPC_FAILED = -900

@@ -21,11 +21,9 @@ connection is closed."""
 _NO_PAYLOAD = memoryview(b"")
 _GROUP = 32
 """Keys per EXISTS command, which returns the number of existing ones."""
-_BATCH_BYTES = 512 * 1024
-"""Bytes of small payloads that are sent together, or requested ahead: half of a usual L2 cache. It is also what a load
-may take of the server's memory, twice per connection, unless a block is larger."""
-_MIN_SENT_BLOCKS = 4
-"""Blocks that are sent together, if they are large: a payload evicts the interpreter from the processor's cache."""
+_ASKED_BYTES, _ASKED_BLOCKS = 512 * 1024, 2
+"""Payloads that a load requests ahead: so many bytes, and at least so many blocks. A load may take twice as much of the
+server's memory per connection."""
 _MIN_REPLY_BYTES = len(b"+OK\r\n")
 """No reply to a SET is shorter."""
 _MAX_INFO_BYTES = 32 * 1024
@@ -109,10 +107,12 @@ class Exchanges:
     def write(self, wire: Wire, requests: Sequence[Request]) -> None:
         """SET every block: first its payload, plain or encrypted, then its header. A plain payload is not copied.
 
-        A batch is sealed and then sent in one call: after each call this thread waits for the interpreter lock, and
-        runs with a cold cache.
+        All blocks are sealed and then sent in one call, unless the sealer has memory for fewer. After each call this
+        thread waits for the interpreter lock, and runs with a cold cache: that costs more than payloads cost that have
+        left the processor's cache before they are sent.
         """
-        for batch in self._batches(requests, _MIN_SENT_BLOCKS, self._sealer.most_sealed(self._block_bytes)):
+        most = self._sealer.most_sealed(self._block_bytes) or len(requests)
+        for batch in _batches(requests, most):
             payloads, headers = self._sealer.seal([each.key for each in batch], [each.buffer for each in batch])
             pieces: list[bytes | memoryview] = []
             for request, payload, header in zip(batch, payloads, headers, strict=True):
@@ -129,7 +129,7 @@ class Exchanges:
         A batch is requested while the one before it arrives: the connection stays busy, and takes little of the
         server's memory.
         """
-        batches = self._batches(requests, 1)
+        batches = _batches(requests, max(_ASKED_BLOCKS, _ASKED_BYTES // self._block_bytes))
         asked = [_packed(b"*2\r\n$3\r\nGET\r\n", batch) for batch in batches]
         wire.send(asked[:1])
         for number, batch in enumerate(batches, start=1):
@@ -154,12 +154,6 @@ class Exchanges:
         if request.reply is Outcome.DONE and payload_bytes < self._least_bytes:
             request.reply = FailureCause.CORRUPT
         request.buffer = payload
-
-    def _batches(self, requests: Sequence[Request], least: int, most: int | None = None) -> list[Sequence[Request]]:
-        """Cut requests into batches of `_BATCH_BYTES`, of at least `least` and at most `most` blocks."""
-        step = max(least, _BATCH_BYTES // self._block_bytes)
-        step = step if most is None else min(step, most)
-        return [requests[start : start + step] for start in range(0, len(requests), step)]
 
     def find(self, wire: Wire, requests: Sequence[Request]) -> None:
         """Ask with one EXISTS per block whether it exists."""
@@ -318,6 +312,10 @@ def _verified(cause: FailureCause | None) -> Reply:
     if cause is None:
         return Outcome.DONE
     return FailureCause.CORRUPT if cause is FailureCause.ABSENT else cause
+
+
+def _batches(requests: Sequence[Request], most: int) -> list[Sequence[Request]]:
+    return [requests[start : start + most] for start in range(0, len(requests), most)]
 
 
 def _bulk(text: bytes) -> bytes:
