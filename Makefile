@@ -159,7 +159,7 @@ soak: $(STAMP)
 	for version in $(VLLM_SUPPORTED); do $(MAKE) test-vllm VLLM=$$version VLLM_TESTS="tests/vllm -m soak" || exit 1; done
 
 bench: $(STAMP)
-	@for script in benchmarks/*.py benchmarks/*/; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+	@for script in $(filter-out benchmarks/peer_% benchmarks/resp_peer%,$(wildcard benchmarks/*.py)) $(dir $(wildcard benchmarks/*/__main__.py)); do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
 
 servers: $(STAMP)
 	@$(BIN)/python tests/servers

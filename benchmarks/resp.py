@@ -42,6 +42,7 @@ from kvtier.stores.resp.store import RespStore
 from kvtier.testing.stores import make_key
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "servers"))
+from resp_peer import receive
 from resp_peers import measure_peers, report_peers
 from valkey_server import ValkeyServer
 
@@ -176,16 +177,6 @@ def elapsed(work: Callable[[], Any]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
-
-
-def receive(connection: socket.socket, view: memoryview) -> None:
-    """Receive until `view` is full."""
-    done = 0
-    while done < len(view):
-        received = connection.recv_into(view[done:])
-        if not received:
-            raise ConnectionError("the other side is gone")
-        done += received
 
 
 @contextlib.contextmanager

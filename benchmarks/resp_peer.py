@@ -1,31 +1,26 @@
 """One client of a Valkey server, in a process of its own: kvtier's resp tier, LMCache's client, or one socket.
 
-It reads a `PeerOrder` as JSON, connects, and prints a line of JSON, which names the package that it lacks, if any. Then
-it reads commands, one per line: "store N" and "load N" for round N. Each is answered by the figures.
+What the process reads and prints: see `peer_worker`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import select
 import socket
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
+from peer_worker import Pattern, keys_of, serve
 
 from kvtier.abc import TierContext
 from kvtier.cli.disk_speed.session import MeasuringSpec
 from kvtier.errors import KVTierError
 from kvtier.events import TierState
-from kvtier.keys import OffloadKey, make_offload_key
+from kvtier.keys import OffloadKey
 from kvtier.namespace import Namespace
 from kvtier.primary.arena import Arena
 from kvtier.types import JobMetadata, ReqContext, ScheduleEndContext
@@ -35,7 +30,6 @@ _IN_FLIGHT_BYTES = 64 << 20
 _STEP_SECONDS = 0.0005
 """Time between two looks for results, for every client."""
 _START_SECONDS = 60.0
-_PATTERN_WORDS = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -54,14 +48,8 @@ class PeerOrder:
     num_blocks: int
     connections: int | None
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
     def keys(self, round_number: int) -> list[OffloadKey]:
-        return [
-            make_offload_key(hashlib.sha256(f"{self.peer}-{round_number}-{number}".encode()).digest(), 0)
-            for number in range(self.num_blocks)
-        ]
+        return keys_of(f"{self.peer}-{round_number}", self.num_blocks)
 
 
 class Peer(ABC):
@@ -204,9 +192,12 @@ class Session:
     def __init__(self, order: PeerOrder) -> None:
         self._order = order
         self._arena = Arena.create(order.num_blocks, order.block_bytes)
-        self._words = np.frombuffer(self._arena.view.cast("B"), np.uint64)
-        self._pattern = np.random.default_rng(1).integers(0, 1 << 63, _PATTERN_WORDS, dtype=np.uint64)
+        self._pattern = Pattern(self._arena.view)
         self._peer = PEERS[order.peer](order, self._arena)
+
+    def describe(self) -> dict[str, str]:
+        """Return nothing: there is nothing special."""
+        return {}
 
     def move(self, load: bool, round_number: int) -> dict[str, float]:
         """Store or load each block once; compare the bytes after a load.
@@ -216,15 +207,15 @@ class Session:
         """
         keys = self._order.keys(round_number)
         if load:
-            self._words[:] = 0
+            self._pattern.clear()
         else:
-            self._fill(round_number)
+            self._pattern.fill(round_number)
         cpu, start = self._peer.cpu_seconds(), time.perf_counter()
         self._run(keys, load)
         seconds, cpu = time.perf_counter() - start, self._peer.cpu_seconds() - cpu
         if load:
-            self._compare(round_number)
-        gigabytes = self._words.nbytes / 1e9
+            self._pattern.compare(round_number)
+        gigabytes = self._pattern.words.nbytes / 1e9
         return {"gb_per_second": gigabytes / seconds, "cpu_per_gb": cpu / gigabytes, "gigabytes": gigabytes}
 
     def _run(self, keys: Sequence[OffloadKey], load: bool) -> None:
@@ -240,43 +231,9 @@ class Session:
                 in_flight.add(start)
             in_flight.difference_update(self._peer.ended())
 
-    def _pieces(self, round_number: int) -> list[tuple[slice, np.ndarray]]:
-        """Return places in the arena and what they hold in a round: no two pieces are alike."""
-        starts = range(0, len(self._words), _PATTERN_WORDS)
-        return [
-            (slice(start, start + _PATTERN_WORDS), self._pattern + np.uint64(round_number * len(starts) + index))
-            for index, start in enumerate(starts)
-        ]
-
-    def _fill(self, round_number: int) -> None:
-        for place, words in self._pieces(round_number):
-            self._words[place] = words[: len(self._words[place])]
-
-    def _compare(self, round_number: int) -> None:
-        for place, words in self._pieces(round_number):
-            if not np.array_equal(self._words[place], words[: len(self._words[place])]):
-                raise KVTierError("WRONG BYTES: what was loaded is not what was stored")
-
-
-def main() -> None:
-    """Run in the peer's process, until standard input ends."""
-    figures = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what peers and their libraries print goes to standard error
-
-    def answer(what: dict[str, Any]) -> None:
-        print(json.dumps(what), file=figures, flush=True)
-
-    order = PeerOrder(**json.loads(sys.stdin.readline()))
-    try:
-        session = Session(order)
-    except ImportError as error:
-        answer({"missing": str(error)})
-        return
-    answer({})
-    for line in sys.stdin:
-        direction, number = line.split()
-        answer(session.move(direction == "load", int(number)))
+    def close(self) -> None:
+        """Do nothing: what the peer holds ends with its process."""
 
 
 if __name__ == "__main__":
-    main()
+    serve(lambda order: Session(PeerOrder(**order)))

@@ -7,17 +7,16 @@ After each load all bytes are compared. A client moves nothing while another one
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from peer_host import PEERS_PYTHON, PeerProcess
 from resp_peer import PEERS, PeerOrder
 from rich.console import Console
 from rich.table import Table
@@ -25,57 +24,9 @@ from valkey_server import ValkeyServer
 
 from kvtier.errors import KVTierError
 
-_ROOT = Path(__file__).parents[1]
-_ENVIRONMENT = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kvtier" / "peers"
-_LMCACHE = _ENVIRONMENT / "bin" / "python"
-_END_SECONDS = 30.0
+_SCRIPT = Path(__file__).with_name("resp_peer.py")
 TARGET_OF_LMCACHE = 0.9
 FIGURES = ("gb_per_second", "cpu_per_gb", "server_cpu_per_gb")
-
-
-class PeerProcess:
-    """A client's process; it waits for commands, and moves nothing meanwhile."""
-
-    def __init__(self, order: PeerOrder) -> None:
-        self.name = order.peer
-        python = _LMCACHE if order.peer == "LMCache" else Path(sys.executable)
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `close`
-        self._process = subprocess.Popen(
-            [str(python), str(Path(__file__).with_name("resp_peer.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1"},
-            start_new_session=True,  # Ctrl-C reaches only the benchmark, which then ends this process
-        )
-        self.ready = self._ask(order.to_json())
-
-    def move(self, load: bool, round_number: int) -> dict[str, float]:
-        """Store or load a round's blocks."""
-        return self._ask(f"{'load' if load else 'store'} {round_number}")
-
-    def _ask(self, line: str) -> dict[str, Any]:
-        if self._process.stdin is None or self._process.stdout is None:
-            raise KVTierError("a client's process has no pipes")
-        with contextlib.suppress(BrokenPipeError):  # it has ended: its log says why
-            self._process.stdin.write(line + "\n")
-            self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        if not answer:
-            self._log.seek(0)
-            print(self._log.read()[-2000:], file=sys.stderr)
-            raise KVTierError(f"{self.name} failed; its last words are above")
-        found: dict[str, Any] = json.loads(answer)
-        return found
-
-    def close(self) -> None:
-        """Let the process end; kill it if it does not."""
-        with contextlib.suppress(BrokenPipeError, subprocess.TimeoutExpired):
-            self._process.communicate(timeout=_END_SECONDS)
-        self._process.kill()
-        self._process.wait()
-        self._log.close()
 
 
 def measure_peers(sizes: list[int], num_bytes: int, rounds: int, connections: int | None) -> dict[str, Any]:
@@ -112,10 +63,12 @@ def _started(
     with contextlib.ExitStack() as stack:
         peers = []
         for name in PEERS:
-            why = "" if name != "LMCache" or _LMCACHE.exists() else f"there is no {_LMCACHE}"
+            python = PEERS_PYTHON if name == "LMCache" else Path(sys.executable)
+            why = "" if python.exists() else f"there is no {python}"
             if not why:
                 ours = connections if name == "kvtier" else None
-                peer = PeerProcess(PeerOrder(name, server.host, server.port, block_bytes, num_blocks, ours))
+                order = PeerOrder(name, server.host, server.port, block_bytes, num_blocks, ours)
+                peer = PeerProcess(name, python, _SCRIPT, asdict(order))
                 stack.callback(peer.close)
                 why = peer.ready.get("missing", "")
             if why:

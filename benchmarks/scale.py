@@ -3,7 +3,8 @@
 Each engine is a store of the tier with clients and connections of its own; all are opened in this process, and eight
 threads let them work in turn. Together they store 1,024 blocks, one or more per engine, load them, and ask for them.
 Servers run on this machine, too: the figures compare numbers of engines and kinds of tiers, not networks. The bucket is
-moto, a server in Python: its figures say what requests cost the engines, and nothing of a provider's speed.
+moto, a server in Python: its figures say what requests cost the engines, and nothing of a provider's speed. A second
+one is in this process's memory, for numbers of engines that moto cannot answer.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Place:
 
 
 @contextlib.contextmanager
-def resp() -> Iterator[Place]:
+def resp(engines: int) -> Iterator[Place]:
     """One Valkey server."""
     from valkey_server import ValkeyServer
 
@@ -65,7 +66,7 @@ def resp() -> Iterator[Place]:
 
 
 @contextlib.contextmanager
-def filesystem() -> Iterator[Place]:
+def filesystem(engines: int) -> Iterator[Place]:
     """A directory on this machine's disk."""
     from kvtier.stores.filesystem.store import FilesystemStore
 
@@ -76,8 +77,8 @@ def filesystem() -> Iterator[Place]:
 
 
 @contextlib.contextmanager
-def bucket() -> Iterator[Place]:
-    """A bucket of moto's."""
+def bucket(engines: int) -> Iterator[Place]:
+    """A bucket of moto's, listed as often as docs/scale.md advises for so many engines."""
     from moto_server import ACCESS_KEY, SECRET_KEY, MotoServer
 
     from kvtier.stores.object.store import ObjectStore
@@ -85,7 +86,8 @@ def bucket() -> Iterator[Place]:
     os.environ.update(AWS_ACCESS_KEY_ID=ACCESS_KEY, AWS_SECRET_ACCESS_KEY=SECRET_KEY)
     server = MotoServer().start()
     options = {"url": "s3://kvtier/scale", "capacity": 1 << 32, "endpoint": server.endpoint, "region": "us-east-1"}
-    options |= {"path_style": True, "allow_http": True}
+    options |= {"path_style": True, "allow_http": True, "refresh": _refresh(engines)}
+    options |= {"timeout": 60.0, "connect_timeout": 60.0}  # moto is slow
     try:
         server.make_bucket("kvtier")
         yield Place(lambda context: ObjectStore.open(options, context), _pids(server.process))
@@ -94,7 +96,32 @@ def bucket() -> Iterator[Place]:
 
 
 @contextlib.contextmanager
-def mooncake() -> Iterator[Place]:
+def bucket_in_memory(engines: int) -> Iterator[Place]:
+    """A bucket in this process's memory: what engines cost, however many requests a server could answer."""
+    from obstore.store import MemoryStore
+
+    from kvtier.stores.object.client import Client
+    from kvtier.stores.object.options import ObjectOptions
+    from kvtier.stores.object.store import ObjectStore
+
+    shared = MemoryStore()
+    settings = ObjectOptions.read({"url": "s3://kvtier/scale", "capacity": 1 << 32, "refresh": _refresh(engines)})
+
+    def open_store(context: StoreContext) -> ObjectStore:
+        store = ObjectStore(Client(shared, settings.where), settings, context)
+        store.start()
+        return store
+
+    yield Place(open_store, [])
+
+
+def _refresh(engines: int) -> float:
+    """Return the seconds that docs/scale.md advises."""
+    return 2.0 if engines <= 10 else 10.0 if engines <= 100 else 30.0
+
+
+@contextlib.contextmanager
+def mooncake(engines: int) -> Iterator[Place]:
     """A Mooncake master, and one process that lends memory."""
     from mooncake_server import MooncakePool
 
@@ -110,12 +137,18 @@ def mooncake() -> Iterator[Place]:
         pool.close()
 
 
-PLACES = {"resp": resp, "filesystem": filesystem, "object": bucket, "mooncake": mooncake}
+PLACES = {
+    "resp": resp,
+    "filesystem": filesystem,
+    "object": bucket,
+    "object-in-memory": bucket_in_memory,
+    "mooncake": mooncake,
+}
 
 
-def measure(kind: str, engines: int, rounds: int) -> dict[str, Any]:
+def measure(kind: str, engines: int, rounds: int, num_blocks: int) -> dict[str, Any]:
     """Return the figures of one kind with so many engines."""
-    with PLACES[kind]() as place, ThreadPoolExecutor(THREADS) as threads:
+    with PLACES[kind](engines) as place, ThreadPoolExecutor(THREADS) as threads:
         before = _resources(place)
         context = StoreContext(Namespace({"model": "scale"}), BLOCK_BYTES)
         started = time.perf_counter()
@@ -124,10 +157,16 @@ def measure(kind: str, engines: int, rounds: int) -> dict[str, Any]:
         list(threads.map(lambda store: store.contains([make_key(0)]), stores))
         after = _resources(place)
         figures = {name: (after[name] - before[name]) / engines for name in after}
+        arenas = [Arena.create(max(1, num_blocks // engines), BLOCK_BYTES) for _ in range(THREADS)]
         try:
-            taken = [_round(stores, threads, number) for number in range(rounds + 1)][1:]
+            taken = [_round(stores, arenas, threads, number) for number in range(rounds + 1)][1:]
+        except KVTierError as error:
+            causes = {cause.value: count for cause, count in context.failures.take().items()}
+            raise KVTierError(f"{error} {causes}") from None
         finally:
             list(threads.map(lambda store: store.close(), stores))
+            for arena in arenas:
+                arena.close()
     return {
         "kind": kind,
         "engines": engines,
@@ -137,10 +176,13 @@ def measure(kind: str, engines: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def _round(stores: list[BlockStore], threads: ThreadPoolExecutor, number: int) -> dict[str, float]:
-    """Let every engine store its blocks, then load them and look them up; all under new keys."""
-    per_engine = max(1, NUM_BLOCKS // len(stores))
-    arenas = [Arena.create(per_engine, BLOCK_BYTES) for _ in range(THREADS)]
+def _round(stores: list[BlockStore], arenas: list[Arena], threads: ThreadPoolExecutor, number: int) -> dict[str, float]:
+    """Let every engine store its blocks, then load them and look them up; all under new keys.
+
+    Args:
+        arenas: one per thread, the same in each round, since an engine's arena never changes.
+    """
+    per_engine = arenas[0].num_blocks
     for arena in arenas:
         np.asarray(arena.view)[:] = number
     shares = [range(first, len(stores), THREADS) for first in range(THREADS)]
@@ -172,8 +214,6 @@ def _round(stores: list[BlockStore], threads: ThreadPoolExecutor, number: int) -
         if way != "look":
             figures[f"{way}_gb"] = len(stores) * per_engine * BLOCK_BYTES / 1e9 / (time.perf_counter() - start)
     figures["look_p50_ms"], figures["look_p99_ms"] = np.percentile(np.array(lookups) * 1e3, (50, 99)).tolist()
-    for arena in arenas:
-        arena.close()
     return figures
 
 
@@ -202,6 +242,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=PLACES, default=list(PLACES))
     parser.add_argument("--engines", type=int, nargs="+", default=[1, 10, 100, 1000])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--blocks", type=int, default=NUM_BLOCKS, help="of all engines together, at least one each")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
     table = Table(title=f"{BLOCK_BYTES >> 10} KiB blocks; all engines together, and what each engine costs")
@@ -212,7 +253,7 @@ def main() -> None:
     for kind in arguments.kinds:
         for engines in arguments.engines:
             try:
-                row = measure(kind, engines, arguments.rounds)
+                row = measure(kind, engines, arguments.rounds, arguments.blocks)
             except (KVTierError, OSError) as error:
                 print(f"NOT MEASURED: {kind}, {engines} engines: {error}", file=sys.stderr)
                 continue

@@ -7,11 +7,7 @@ peer's turn, the device's raw limit with checksums is measured. A peer moves not
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -24,13 +20,12 @@ from peer_process import PeerOrder
 
 from kvtier.cli.disk_speed.raw import RawLimit
 from kvtier.cli.disk_speed.scheduler import STEP_SECONDS, turns_for, work
-from kvtier.errors import KVTierError
 from kvtier.primary.huge_pages import HugePages
 
-ENVIRONMENTS = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kvtier"
-ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from peer_host import ENVIRONMENTS, PEERS_PYTHON, PeerProcess
+
 RAW, SUMMED, SMALL = "raw limit", "raw limit, summed", "raw limit, small pages"
-_END_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,6 @@ class PeerKind:
 
 
 _OWN = Path(sys.executable)
-_OTHERS = ENVIRONMENTS / "peers" / "bin" / "python"
 KVTIER = "kvtier"
 KINDS = (
     PeerKind(KVTIER, "peer_kvtier", "KVTierPeer", _OWN),
@@ -58,8 +52,8 @@ KINDS = (
         ENVIRONMENTS / "vllm-0.32.0" / "bin" / "python",
         "make vllm-environment VLLM=0.32.0",
     ),
-    PeerKind("LMCache raw block", "peer_lmcache", "LMCachePeer", _OTHERS, "make peers-environment"),
-    PeerKind("NIXL POSIX", "peer_nixl", "NIXLPeer", _OTHERS, "make peers-environment"),
+    PeerKind("LMCache raw block", "peer_lmcache", "LMCachePeer", PEERS_PYTHON, "make peers-environment"),
+    PeerKind("NIXL POSIX", "peer_nixl", "NIXLPeer", PEERS_PYTHON, "make peers-environment"),
 )
 
 
@@ -87,55 +81,6 @@ class PeerFigures:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-class PeerProcess:
-    """A peer's process; it waits for commands, and moves nothing meanwhile."""
-
-    def __init__(self, kind: PeerKind, order: PeerOrder, log: Path) -> None:
-        self._kind, self._log = kind, log
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        with log.open("wb") as errors:
-            self._process = subprocess.Popen(
-                [str(kind.python), str(Path(__file__).with_name("peer_process.py"))],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env=environment,
-                start_new_session=True,  # Ctrl-C reaches only the benchmark, which then ends this process
-            )
-        self.ready = self._ask(order.to_json())
-
-    @property
-    def name(self) -> str:
-        """The peer's name, with what is special about it here."""
-        note = self.ready["note"]
-        return f"{self._kind.name} ({note})" if note else self._kind.name
-
-    def move(self, load: bool, round_number: int) -> dict[str, float]:
-        """Store or load a round's blocks."""
-        return self._ask(f"{'load' if load else 'store'} {round_number}")
-
-    def _ask(self, line: str) -> dict[str, Any]:
-        if self._process.stdin is None or self._process.stdout is None:
-            raise KVTierError("a peer's process has no pipes")
-        with contextlib.suppress(BrokenPipeError):  # it has ended: its log says why
-            self._process.stdin.write(line + "\n")
-            self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        if not answer:
-            print(self._log.read_text()[-2000:], file=sys.stderr)
-            raise KVTierError(f"{self._kind.name} failed; its last words are above")
-        found: dict[str, Any] = json.loads(answer)
-        return found
-
-    def close(self) -> None:
-        """Let the process end; kill it if it does not."""
-        with contextlib.suppress(BrokenPipeError, subprocess.TimeoutExpired):
-            self._process.communicate(timeout=_END_SECONDS)
-        self._process.kill()
-        self._process.wait()
 
 
 class RawLimits:
@@ -186,8 +131,8 @@ def measure_peers(
         KVTierError: a job failed, or bytes differ.
     """
     num_blocks = -(-num_bytes // (block_bytes * job_blocks)) * job_blocks
-    with TemporaryDirectory(dir=parent) as name, ExitStack() as stack:
-        folder = Path(name)
+    with TemporaryDirectory(dir=parent) as folder_name, ExitStack() as stack:
+        folder = Path(folder_name)
         limits = stack.enter_context(closing(RawLimits(folder, num_blocks * block_bytes, block_bytes)))
         running: list[tuple[PeerFigures, PeerProcess]] = []
         for number, kind in enumerate(KINDS):
@@ -203,10 +148,12 @@ def measure_peers(
                 kind.huge_pages.value,
                 path,
             )
-            process = _start(kind, order, folder / f"peer-{number}.log", say)
+            process = _start(kind, order, say)
             if process is not None:
                 stack.enter_context(closing(process))
-                running.append((PeerFigures(process.name, block_bytes, process.ready["memory"]), process))
+                note = process.ready["note"]
+                name = f"{kind.name} ({note})" if note else kind.name
+                running.append((PeerFigures(name, block_bytes, process.ready["memory"]), process))
         for number in range(rounds + 1):
             tell(f"{block_bytes >> 10} KiB: round {number} of {rounds}")
             _round(limits, running, number)
@@ -217,12 +164,12 @@ def measure_peers(
     return found
 
 
-def _start(kind: PeerKind, order: PeerOrder, log: Path, say: Callable[[str], None]) -> PeerProcess | None:
+def _start(kind: PeerKind, order: PeerOrder, say: Callable[[str], None]) -> PeerProcess | None:
     """Start a peer; say how to bring what it lacks, and return None, where it lacks something."""
     if not kind.python.exists():
         say(f"NOT MEASURED: {kind.name}: there is no {kind.python}. This brings it: {kind.command}")
         return None
-    process = PeerProcess(kind, order, log)
+    process = PeerProcess(kind.name, kind.python, Path(__file__).with_name("peer_process.py"), asdict(order))
     if "missing" in process.ready:
         process.close()
         say(f"NOT MEASURED: {kind.name}: {process.ready['missing']}. This brings it: {kind.command}")
