@@ -107,7 +107,7 @@ class RetentionPolicy(ServedPolicy):
         """Keys by the second in which their time ends. A later use moves a key, so no outdated entries pile up."""
         self._seconds: list[int] = []
         """A heap of the keys of `_ending`."""
-        self._sessions = SessionBlocks()
+        self._sessions = SessionBlocks(inner.capacity)
         self._owner: SessionName = ()
         self._hint, self._now = NO_HINT, 0.0
 

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from kvtier.key_tables import KeyDict, key_dict
 from kvtier.keys import OffloadKey
 
 SessionName = tuple[str | None, ...]
@@ -24,14 +25,16 @@ class SessionBlocks:
     session has ended.
     """
 
-    def __init__(self) -> None:
-        self._owner_of: dict[OffloadKey, _Session] = {}
+    def __init__(self, capacity: int) -> None:
+        """Args: capacity: most blocks that may belong to sessions."""
+        self._owner_of: KeyDict[_Session] = key_dict(capacity)
         self._by_name: dict[SessionName, _Session] = {}
         self._ended: deque[_Session] = deque()
         """Sessions that have ended and whose blocks `take` has not returned yet."""
 
     def __bool__(self) -> bool:
-        return bool(self._owner_of)
+        """Return False only if no block belongs to a session. This takes less time than to count blocks."""
+        return bool(self._by_name or self._ended)
 
     def __iter__(self) -> Iterator[OffloadKey]:
         return iter(self._owner_of)
@@ -47,7 +50,7 @@ class SessionBlocks:
         if session is None:
             session = self._by_name[name] = _Session(name)
         session.keys.update(dict.fromkeys(keys))
-        self._owner_of.update(dict.fromkeys(keys, session))
+        self._owner_of.set_all(keys, [session] * len(keys))
 
     def share(self, keys: Iterable[OffloadKey], user: SessionName) -> None:
         """Record that the session `user` uses `keys`: those that belong to another session are shared from now on."""

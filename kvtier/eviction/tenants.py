@@ -15,6 +15,7 @@ from itertools import islice
 from kvtier.errors import InvariantError
 from kvtier.eviction.retention import MAX_ENDED, RetentionPolicy, ServedPolicy
 from kvtier.hints import NO_HINT, Hint
+from kvtier.key_tables import KeyDict, key_dict
 from kvtier.keys import OffloadKey
 
 IDLE_SECONDS = 600.0
@@ -36,7 +37,7 @@ class TenantPolicy(ServedPolicy):
         self._make = make
         self._first, self._most_kept = first, first.most_kept
         self._policies: dict[str, RetentionPolicy] = {_NOBODY: first}
-        self._owner_of: dict[OffloadKey, str] = {}
+        self._owner_of: KeyDict[str] = key_dict(first.capacity)
         """The tenants of all blocks but those of `_first`, which may hold very many blocks already."""
         self._last_request: dict[str, float] = {}
         self._tenant, self._request, self._now = _NOBODY, "", 0.0
@@ -91,7 +92,7 @@ class TenantPolicy(ServedPolicy):
     def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         """Hold `keys` and charge them to the request's tenant."""
         if self._tenant != _NOBODY:
-            self._owner_of.update(dict.fromkeys(keys, self._tenant))
+            self._owner_of.set_all(keys, [self._tenant] * len(keys))
         self._policies[self._tenant].insert(keys, now)
 
     def touch(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:

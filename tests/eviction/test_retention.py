@@ -5,6 +5,7 @@ from itertools import islice
 
 import pytest
 
+from kvtier import key_tables
 from kvtier.eviction.lru import LRUPolicy
 from kvtier.eviction.prefix import PrefixPolicy
 from kvtier.eviction.retention import MAX_ENDED, RetentionPolicy
@@ -186,8 +187,9 @@ def test_a_policy_that_declines_what_comes_gives_no_high_priority_block_for_it()
 
 
 @pytest.mark.parametrize("inner", [LRUPolicy, S3FIFOPolicy, PrefixPolicy])
-@pytest.mark.parametrize("seed", range(6))
-def test_any_history_keeps_each_block_in_one_place(inner, seed):
+@pytest.mark.parametrize(("seed", "most_in_one"), [*((seed, 65_536) for seed in range(6)), (6, 0)])
+def test_any_history_keeps_each_block_in_one_place(inner, seed, most_in_one, monkeypatch):
+    monkeypatch.setattr(key_tables, "MOST_IN_ONE", most_in_one)
     rng, held = random.Random(seed), {}
     served = Served(capacity=40, share=0.3, inner=inner)
     policy = served.policy

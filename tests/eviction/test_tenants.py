@@ -7,6 +7,7 @@ from weakref import WeakSet
 
 import pytest
 
+from kvtier import key_tables
 from kvtier.eviction.arc import ARCPolicy
 from kvtier.eviction.lru import LRUPolicy
 from kvtier.eviction.prefix import PrefixPolicy
@@ -133,8 +134,9 @@ def test_names_that_a_client_makes_up_cost_a_bounded_number_of_accounts():
 
 
 @pytest.mark.parametrize("inner", [LRUPolicy, S3FIFOPolicy])
-@pytest.mark.parametrize("seed", range(4))
-def test_any_history_keeps_each_block_on_one_account(inner, seed):
+@pytest.mark.parametrize(("seed", "most_in_one"), [*((seed, 65_536) for seed in range(4)), (4, 0)])
+def test_any_history_keeps_each_block_on_one_account(inner, seed, most_in_one, monkeypatch):
+    monkeypatch.setattr(key_tables, "MOST_IN_ONE", most_in_one)
     rng, held, policy, now = random.Random(seed), set(), make(40, inner), 0.0
     hints = [NO_HINT, Hint(priority=Priority.HIGH), Hint(retain=9.0), Hint(session="s"), Hint(session="s", ended=True)]
     for _ in range(500):
