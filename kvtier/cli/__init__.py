@@ -21,6 +21,7 @@ COMMANDS = {
     "vllm-config": "Print the option to add to `vllm serve`.",
     "simulate": "Replay a trace through kvtier's own manager, policies and admission, in simulated time.",
     "plan": "Find the cheapest configuration that meets a target, and print the option that makes vLLM use it.",
+    "warm": "Copy a namespace's blocks from one tier to another, so that a new node starts warm.",
     "schema": "Print the JSON schema of the configuration, with every option of every tier.",
     "bench": "Measure how fast kvtier is on this machine.",
 }

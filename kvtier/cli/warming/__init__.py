@@ -1,0 +1,1 @@
+"""How `kvtier warm` copies blocks from one tier to another."""
