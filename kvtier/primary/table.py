@@ -28,7 +28,7 @@ from kvtier.keys import OffloadKey, common_key_bytes
 from kvtier.log import logger
 from kvtier.primary.free_slots import FreeSlots
 from kvtier.primary.slot_counts import SlotCounts
-from kvtier.primary.transit import Transit
+from kvtier.primary.transit import Declining, Transit
 
 MAX_SKIPPED = 4096
 """Part of the bound on how many candidates a search for victims looks at: this many, four per victim wanted, and one
@@ -140,7 +140,7 @@ class BlockTable:
         spared: Set[OffloadKey] = frozenset(),
         *,
         all_new: bool | None = None,
-        may_decline: bool = False,
+        declining: Declining = Declining.NEVER,
     ) -> Placement:
         """Choose which of `keys` to insert and which blocks to evict; change nothing.
 
@@ -149,7 +149,7 @@ class BlockTable:
             own: blocks of the same request, which it must not evict, except those in transit.
             spared: further keys that must not be evicted.
             all_new: whether none of `keys` is held; None if the caller does not know.
-            may_decline: whether the policy may leave out the tail of `keys`.
+            declining: what becomes of the tail of `keys` if the policy ranks it below what is held.
 
         Raises:
             KeyFormatError: the length or type of a key is wrong.
@@ -168,6 +168,7 @@ class BlockTable:
             return Placement([], [], len(missing))
         others = [kept for kept in (spared, () if all_new else unique.keys()) if kept]
         protected = [own, *others] if own else others
+        may_decline = declining is not Declining.NEVER
         victims, num_declined = self._choose(needed, missing, protected, may_decline)
         num_passing = 0
         if self.transit.limit and (self.transit.keys or (may_decline and num_declined)):
@@ -175,6 +176,8 @@ class BlockTable:
                 # Everything ranks higher. To begin with, the lowest ones make room, else no byte would pass.
                 victims, _ = self._choose(min(needed, self.transit.limit), missing, protected)
             idle = self.transit.idle(needed, lambda key: not self.is_pinned(slot_of[key]), others)
+            if num_declined and declining is Declining.IN_TRANSIT:
+                victims, _ = self._choose(needed, missing, protected)
             victims = list(islice(dict.fromkeys([*idle, *victims]), needed))
             if may_decline:
                 num_passing = min(num_declined, self.transit.room(victims), len(self._free) + len(victims))

@@ -7,6 +7,7 @@ that want it have read it. Then it is the next victim, whoever needs a slot.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence, Set
+from enum import Enum, auto
 from itertools import islice
 
 from kvtier.keys import OffloadKey
@@ -17,6 +18,17 @@ MAX_TRANSIT_SHARE = 0.05
 _MAX_BUSY = 256
 """Blocks that `idle` looks at in vain. Tiers read blocks in about the order in which they came, so if the oldest ones
 are still being read, the others are, too."""
+
+
+class Declining(Enum):
+    """What becomes of the tail of a request that the policy ranks below everything held."""
+
+    NEVER = auto()
+    """It takes the slots of held blocks, as the rest of the request does."""
+    IN_TRANSIT = auto()
+    """The same, but as much of it as transit has room for is the next to give way."""
+    REFUSED = auto()
+    """It passes as far as transit has room. The rest is not stored."""
 
 
 class Transit:

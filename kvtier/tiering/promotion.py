@@ -10,6 +10,7 @@ from kvtier.events import BlocksEvicted, BlocksStored, Observer, RequestGaveUp
 from kvtier.keys import OffloadKey
 from kvtier.primary.retention import Retention
 from kvtier.primary.table import BlockTable, Placement
+from kvtier.primary.transit import Declining
 from kvtier.secondary.jobs import Job
 from kvtier.tiering.estimate import Outlook, Turnover
 from kvtier.tiering.flights import Flights
@@ -32,10 +33,6 @@ MAX_ASKED = 3 * MAX_PLANNED // 2
 
 EARLY_FREE = 0.6
 """Share of the budget of promotions that is kept free for requests whose turn comes soon."""
-
-QUICK_TIER = 2.0
-"""How many times as fast as computing a tier must be for memory to refuse no block. Above a tier that is less quick,
-hits in memory are worth more than what transit refuses: agents' slowest first tokens came later with 1.5."""
 
 USUAL_BLOCKS = 64
 """Blocks for which loading and computing are compared then."""
@@ -178,20 +175,21 @@ class Promoter:
         return now < plans.postponed_until
 
     @property
-    def may_decline(self) -> bool:
-        """Whether memory may refuse blocks for the sake of what it holds.
+    def declining(self) -> Declining:
+        """What becomes of new blocks that the policy ranks below everything that memory holds.
 
-        Not if a tier would bring back whatever gives way far sooner than it is computed: what is refused never comes
-        to that tier, and a block there is worth nearly as much as one in memory.
+        Where a tier brings back sooner than computed what gives way, nothing is refused for the sake of what memory
+        holds. What is refused never comes to that tier, whose room it would have had far longer than memory's.
         """
         computing = self._pace.seconds(USUAL_BLOCKS) if self._pace.is_known else 0.0
-        return not any(
+        is_quick = any(
             queue.guard.usable
             and queue.guard.admission is Admission.ALWAYS
             and queue.speed.is_measured
-            and QUICK_TIER * (queue.speed.latency + USUAL_BLOCKS / queue.speed.bandwidth) < computing
+            and queue.speed.latency + USUAL_BLOCKS / queue.speed.bandwidth < computing
             for queue in self._queues
         )
+        return Declining.IN_TRANSIT if is_quick else Declining.REFUSED
 
     def note_hits(self, num_blocks: int) -> None:
         """Note that a request loads blocks that memory held before it came."""

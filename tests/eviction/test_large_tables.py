@@ -13,6 +13,7 @@ from kvtier.eviction.prefix import PrefixPolicy
 from kvtier.eviction.s3fifo import S3FIFOPolicy
 from kvtier.eviction.tinylfu import TinyLFUPolicy
 from kvtier.primary.table import BlockTable
+from kvtier.primary.transit import Declining
 from kvtier.testing.policies import keys_of
 
 
@@ -32,7 +33,7 @@ def decisions(policy_class, capacity=96, steps=400):
                 table.remove(named[:2])
             case _:
                 table.touch(list(table.slot_of.held(named)), number)
-                placement = table.plan(named, may_decline=True)
+                placement = table.plan(named, declining=Declining.REFUSED)
                 table.publish(table.apply(placement, number))
                 yield placement
         if not number % 20:

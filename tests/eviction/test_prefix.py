@@ -16,6 +16,7 @@ from kvtier.eviction.reuse import EDGES, NUM_BINS, NUM_CLASSES, ReuseTable, clas
 from kvtier.keys import OffloadKey, make_offload_key
 from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
 from kvtier.primary.table import BlockTable
+from kvtier.primary.transit import Declining
 from kvtier.secondary.example import ExampleSecondaryTierManager
 from kvtier.testing.clock import ManualClock
 from kvtier.testing.policies import PolicySuite, admit, keys_of
@@ -292,11 +293,11 @@ def test_blocks_that_jobs_use_leave_no_block_out_of_memory_while_others_rank_as_
     table = BlockTable(100, PrefixPolicy(100))
     for now in range(10):
         held = keys_of(*range(10 * now, 10 * now + 10))
-        table.publish(table.apply(table.plan(held, may_decline=True), now))
+        table.publish(table.apply(table.plan(held, declining=Declining.REFUSED), now))
         table.settle(held)
     table.pin([table.slot_of[key] for key in table.pick_victims(10, (), ())])
     table.touch((), 10.0)
-    placement = table.plan(keys_of(*range(100, 110)), may_decline=True)
+    placement = table.plan(keys_of(*range(100, 110)), declining=Declining.REFUSED)
     assert len(placement.victims) == 10
     assert placement.num_left_out == placement.num_passing == 0
 

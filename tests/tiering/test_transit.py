@@ -137,25 +137,50 @@ def test_a_block_that_finds_no_slot_because_a_victim_is_in_use_is_not_declined(e
     engine.manager.complete_load(set(engine.first[3:5]), used)
 
 
-@pytest.mark.parametrize(("load_seconds", "stored"), [(4.0, 2), (0.01, 10)])
-def test_memory_declines_nothing_above_a_tier_that_is_far_quicker_than_computing(make_engine, load_seconds, stored):
-    """An engine that computes 16 blocks in 0.4 s. There, what is declined beyond transit would never reach the tier."""
-    engine = make_engine(num_blocks=40, policy=ContentPolicy, tokens_per_block=256, prefill_rate=10_000.0)
-    engine.tier.auto = False
-    keys, context = make_keys(16, "measured"), engine.request("measured")
-    engine.plant(keys)
-    engine.scan(keys, context)
-    for _ in range(round(load_seconds / 0.01)):
+@pytest.fixture
+def measured(make_engine):
+    """Return a function that makes an engine, full of blocks that rank above all that comes.
+
+    It computes 16 blocks in 0.4 s. Its tier was seen to load them in the time given.
+    """
+
+    def make(load_seconds):
+        engine = make_engine(num_blocks=40, policy=ContentPolicy, tokens_per_block=256, prefill_rate=10_000.0)
+        engine.tier.auto = False
+        keys, context = make_keys(16, "measured"), engine.request("measured")
+        engine.plant(keys)
+        engine.scan(keys, context)
+        for _ in range(round(load_seconds / 0.01)):
+            engine.step()
+            engine.clock.advance(0.01)
+        for job in list(engine.tier.waiting):
+            engine.tier.finish(job)
+        engine.finish(context)
         engine.step()
-        engine.clock.advance(0.01)
-    for job in list(engine.tier.waiting):
-        engine.tier.finish(job)
-    engine.finish(context)
+        engine.tier.auto = True
+        engine.first = make_keys(40, "first")
+        engine.store(engine.first, engine.request("first"))
+        engine.step()
+        return engine
+
+    return make
+
+
+@pytest.mark.parametrize(("load_seconds", "stored"), [(4.0, 2), (0.3, 10), (0.01, 10)])
+def test_memory_refuses_nothing_above_a_tier_that_is_quicker_than_computing(measured, load_seconds, stored):
+    """There, what is declined beyond transit would never reach the tier."""
+    assert len(serve(measured(load_seconds), "new", 10)) == stored
+
+
+def test_above_a_quick_tier_the_tail_that_ranks_lowest_gives_way_first(measured):
+    engine = measured(0.3)
+    serve(engine, "new", 10)
     engine.step()
-    engine.tier.auto = True
-    engine.store(make_keys(40, "first"), engine.request("first"))
-    engine.step()
-    assert len(serve(engine, "new", 10)) == stored
+    assert list(engine.table.transit.keys) == make_keys(10, "new")[:7:-1]
+    assert num_first(engine) == 30
+    serve(engine, "other", 2)
+    assert num_first(engine) == 30
+    assert [key in engine.table for key in make_keys(10, "new")] == [True] * 8 + [False] * 2
 
 
 def test_a_block_in_transit_is_the_next_victim_of_a_load(engine):
