@@ -14,6 +14,7 @@ class ObjectTierManager(DeclaredTierManager):
 
     medium = Medium.STORAGE
     locality = Locality.REMOTE
+    lists_keys = True
     persistent: ClassVar[bool] = True
     """Blocks outlive the engine. With LoRA, such a tier needs `allow_lora`."""
     probe_deadline: ClassVar[float] = 1.0

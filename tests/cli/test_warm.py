@@ -138,8 +138,22 @@ def test_a_bucket_takes_a_disk(old, moto_s3):
     assert counts(run([old, bucket])[1]) == (60, 0, 0, 0)
     with Engine(bucket) as engine:
         assert engine.held(KEYS[:10]) == 10
-    code, found = run([bucket, old])
-    assert (code, "cannot list its blocks" in found["error"]) == (2, True)
+
+
+def test_a_new_nodes_disk_takes_a_bucket(tmp_path, old, moto_s3):
+    bucket = {"type": "object", "capacity": "64MiB", **moto_s3.options, "pack_size": "64KiB"}
+    assert counts(run([old, bucket])[1]) == (60, 0, 0, 0)
+    identity, new = tmp_path / "identity.json", disk(tmp_path / "new")
+    identity.write_text(CliRunner().invoke(app, ["inspect", "--json", old["path"]]).stdout)
+    code, found = run([bucket, new], "--identity", identity)
+    assert (code, counts(found)) == (0, (60, 0, 0, 0)), found
+    with Engine(new) as engine:
+        assert engine.held(KEYS) == 60
+
+
+def test_a_tier_that_cannot_list_its_blocks_is_no_source(old):
+    code, found = run([{"type": "example"}, old])
+    assert (code, "cannot list its blocks" in found["error"]) == (2, True), found
 
 
 def test_damaged_blocks_are_counted_and_not_copied(tmp_path, old):

@@ -85,6 +85,10 @@ class Catalogue:
         digests = self._digests(pack)
         return Place(pack, digests.index(digest), pack.size // len(digests))
 
+    def value_bytes_of(self, pack: Pack) -> int:
+        """Return the length of each value of a pack."""
+        return pack.size // max(1, len(self._digests(pack)))
+
     def add(self, path: str, size: int) -> str | None:
         """Add an object, once or again, in any order; return its stamp, None if its name is not kvtier's."""
         name = parse(path, self._root)
@@ -143,6 +147,15 @@ class Catalogue:
                     victims.append(stamp)
                     left -= self._packs[stamp].size
             return [self._packs[stamp] for stamp in victims]
+
+    def after(self, stamp: str) -> list[tuple[Pack, list[int]]]:
+        """Return the packs with later stamps, in order, and the places of the blocks of this namespace in each."""
+        with self._lock:
+            later = {pack.stamp: pack for pack in self._pack_of.values() if pack.stamp > stamp}
+            return [(later[one], self._places(later[one])) for one in sorted(later)]
+
+    def _places(self, pack: Pack) -> list[int]:
+        return [place for place, digest in enumerate(self._digests(pack)) if self._pack_of.get(digest) is pack]
 
     def stamps(self, since: str = "", before: str = "~") -> list[str]:
         """Return the stamps of known objects that are at least `since` and below `before`."""

@@ -15,7 +15,7 @@ from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.keys import OffloadKey
 from kvtier.stores.failures import UNREADABLE, CleanUp, fitting_buffers
 from kvtier.stores.integrity import open_sealer
-from kvtier.stores.integrity.header import HEADER_BYTES
+from kvtier.stores.integrity.header import HEADER_BYTES, Record
 from kvtier.stores.integrity.plain_sealer import PlainSealer
 from kvtier.stores.integrity.sealing import Sealer
 from kvtier.stores.object.catalogue import Catalogue, Pack, Place
@@ -24,7 +24,7 @@ from kvtier.stores.object.names import PackName, Stamps, TakenBack, digest_of, s
 from kvtier.stores.object.options import ObjectOptions
 from kvtier.stores.object.refresher import OVERLAP_SECONDS, Refresher
 from kvtier.stores.varied import Padding, PaddingCount, VariedStore
-from kvtier.types import FailureCause, StoreUsage
+from kvtier.types import FailureCause, KeyPage, StoreUsage
 
 _SECONDS_BUSY = 0.5
 """After the server has asked for fewer requests, no pack is sent for this long, since queued ones would be refused,
@@ -190,6 +190,32 @@ class ObjectStore(VariedStore):
         except RequestError as error:
             self._learn(error)
             raise StoreError(str(error)) from None
+
+    def list_keys(self, cursor: bytes, most: int) -> KeyPage:
+        """Read the headers in packs, since names have only digests of the keys. A cursor is a pack's stamp."""
+        self._check()
+        keys: list[OffloadKey] = []
+        for pack, places in self.catalogue.after(cursor.decode("ascii", "replace")):
+            keys += self._keys_in(pack, places)
+            if len(keys) >= most:
+                return KeyPage(keys, pack.stamp.encode())
+        return KeyPage(keys, None)
+
+    def _keys_in(self, pack: Pack, places: Sequence[int]) -> list[OffloadKey]:
+        """Return the keys of some values; values that have none are left out, as in a pack that was deleted."""
+        value_bytes = self.catalogue.value_bytes_of(pack)
+        # Of a pack with one large block only the header; else all, which takes one request, too.
+        length = HEADER_BYTES if len(places) == 1 else value_bytes * (places[-1] - places[0]) + HEADER_BYTES
+        try:
+            body = self.client.get(pack.path, places[0] * value_bytes, length, pack.size)
+        except RequestError as error:
+            if error.trouble is Trouble.ABSENT:
+                return []
+            self._learn(error)
+            raise StoreError(str(error)) from None
+        starts = [(place - places[0]) * value_bytes for place in places]
+        records = [self._sealer.headers.parse(body[start : start + HEADER_BYTES]) for start in starts]
+        return [record.key for record in records if isinstance(record, Record)]
 
     def usage(self) -> StoreUsage:
         """Return the number of this namespace's blocks, and the bytes of all packs, as of the last listing."""
