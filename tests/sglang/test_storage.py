@@ -10,6 +10,7 @@ import pytest
 import torch
 from host_pools import LAYOUTS, fill, indices, mamba_pool, mha_pool, mla_pool, num_pages, page_of, pages_of, wipe
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage
+from sglang.srt.mem_cache.storage.backend_factory import StorageBackendFactory
 from storages import config_of, create, disk, hashes, io_processes, opened, shared, wait_for_processes
 
 from kvtier.adapters.sglang.host_pages import HostPages
@@ -273,6 +274,17 @@ def test_no_call_works_before_the_pools_are_known_or_after_the_end(tmp_path):
     assert storage.batch_set_v1(keys, indices(pool, [0])) == [False]
     assert storage.readings() == {}
     assert io_processes() == []
+
+
+def test_flat_pages_miss_before_the_pools_are_known(tmp_path):
+    storage = StorageBackendFactory.create_backend("dynamic", config_of([disk(tmp_path)]), mha_pool())
+    assert storage.batch_get(["a", "b"]) == [None, None]
+    assert storage.get("a", torch.zeros(4)) is None
+    assert not storage.set("a", torch.zeros(4))
+    assert not storage.batch_set(["a"], [torch.zeros(4)])
+    assert not storage.exists("a")
+    assert storage.clear()
+    storage.close()
 
 
 @pytest.mark.parametrize("method", ["read", "write"])

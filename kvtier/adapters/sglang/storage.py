@@ -160,13 +160,15 @@ class KVTierHiCache(HiCacheStorage):  # type: ignore[misc]  # SGLang is not inst
         self, keys: list[str], target_locations: Any = None, target_sizes: Any = None
     ) -> list[torch.Tensor | None]:
         """Return flat pages, each in its target location if there are any; None for a page that no tier has."""
+        if self._tiers is None:
+            return [None] * len(keys)
         targets = [self._kv.new_page() for _ in keys] if target_locations is None else list(target_locations)
         fits = [self._is_page(target) for target in targets]
 
         def take(page: int, rows: Sequence[memoryview]) -> None:
             copy_from_rows(rows, parts_of(targets[page]))
 
-        if self._tiers is None or not all(fits) or len(targets) != len(keys):
+        if not all(fits) or len(targets) != len(keys):
             return [None] * len(keys)
         loaded = self._tiers.load(self._keys(_KV, keys), take)
         return [target if is_loaded else None for target, is_loaded in zip(targets, loaded, strict=True)]
