@@ -1,8 +1,10 @@
 """An engine over real memory and real disk tiers that records itself."""
 
+import contextlib
 import random
 
 from kvtier import KVCacheGroup, Namespace, OffloadingConfig, make_offload_key
+from kvtier.clock import monotonic_clock
 from kvtier.events import BlocksLoaded, RequestGaveUp, TierState
 from kvtier.spec.tiering import TieringOffloadingSpec
 from kvtier.testing.patience import PATIENCE_SECONDS, wait_for
@@ -24,6 +26,28 @@ class LoadLog:
             self.loads.append(dict(event.by_source))
         elif isinstance(event, RequestGaveUp) and event.reason == "deadline":
             self.gave_up.append(event)
+
+
+class StepClock:
+    """The machine's clock, which stands still during a step.
+
+    A recording has one time per call. A manager that is interrupted between two looks at the clock, on a busy machine,
+    plans by times that a recording does not have.
+    """
+
+    def __init__(self):
+        self._held = None
+
+    def __call__(self):
+        return monotonic_clock() if self._held is None else self._held
+
+    @contextlib.contextmanager
+    def held(self):
+        self._held = monotonic_clock()
+        try:
+            yield
+        finally:
+            self._held = None
 
 
 class LiveEngine:
@@ -50,7 +74,8 @@ class LiveEngine:
         engine = OffloadingConfig(
             extra, (KVCacheGroup(tokens_per_block),), BLOCK_BYTES, Namespace({"model": "recorded"})
         )
-        self.spec = TieringOffloadingSpec(engine, observers=[log], inline_io=inline_io)
+        self.clock = StepClock()
+        self.spec = TieringOffloadingSpec(engine, observers=[log], inline_io=inline_io, clock=self.clock)
         states = self.spec.wait_for_tiers(PATIENCE_SECONDS)
         assert set(states.values()) <= {TierState.UP}
         self.manager = self.spec.get_manager()
@@ -69,11 +94,12 @@ class LiveEngine:
             )
         live = []
         while waiting or live:
-            while waiting and len(live) < width:
-                live.append(waiting.pop(0))
-                self.manager.on_new_request(live[-1][0])
-            live = [entry for entry in live if not self.try_to_serve(*entry)]
-            self.manager.on_schedule_end(STEP)
+            with self.clock.held():
+                while waiting and len(live) < width:
+                    live.append(waiting.pop(0))
+                    self.manager.on_new_request(live[-1][0])
+                live = [entry for entry in live if not self.try_to_serve(*entry)]
+                self.manager.on_schedule_end(STEP)
 
     def try_to_serve(self, context, keys):
         answers = []
