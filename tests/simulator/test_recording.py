@@ -32,6 +32,11 @@ from kvtier.testing.patience import wait_for
 from kvtier.types import ReqContext
 
 
+def serve_until_the_disk_hits(engine, log):
+    """On a busy machine the disk writes later than memory evicts, and has nothing yet."""
+    wait_for(lambda: log.from_disk() or engine.serve(prompts(50, seed=len(log.loads))), "a disk hit")
+
+
 @pytest.mark.parametrize("disks", [0, 1, 2])
 @pytest.mark.parametrize("policy", ["lru", "arc"])
 def test_a_recorded_live_run_replays_to_the_same_hits(tmp_path, disks, policy):
@@ -40,8 +45,8 @@ def test_a_recorded_live_run_replays_to_the_same_hits(tmp_path, disks, policy):
     # microsecond, which a recording does not have for every look at the clock.
     engine = LiveEngine(tmp_path, log, disks, tokens_per_block=4, eviction_policy=policy)
     engine.serve(prompts(250))
-    # On a busy machine the disk writes later than memory evicts, and has nothing yet.
-    wait_for(lambda: not disks or log.from_disk() or engine.serve(prompts(50, seed=len(log.loads))), "a disk hit")
+    if disks:
+        serve_until_the_disk_hits(engine, log)
     engine.close()
     assert not log.gave_up, "the test wants a run without expired deadlines"
     again = repeat(tmp_path / "live.rec")
@@ -350,6 +355,7 @@ def test_top_shows_of_a_recording_what_the_engine_did(tmp_path):
     log = LoadLog()
     engine = LiveEngine(tmp_path, log)
     engine.serve(prompts(80))
+    serve_until_the_disk_hits(engine, log)
     stats = engine.manager.get_stats()
     engine.close()
     path = str(tmp_path / "live.rec")
