@@ -24,6 +24,7 @@ from kvtier.adapters.model_watch import ModelIdentity
 from kvtier.adapters.transformers import PrefixCache
 from kvtier.adapters.weights_digest import digest_tensors
 from kvtier.errors import ConfigError
+from kvtier.testing.patience import PATIENCE_SECONDS
 
 MEMORY_ONLY = {"cpu_bytes_to_use": "32MiB"}
 PROMPT = tokens(140)
@@ -500,7 +501,8 @@ def test_adapters_added_by_transformers_itself():
 )
 def test_adapters_of_other_kinds(config):
     model = peft.get_peft_model(tiny_llama(), config).eval()
-    with PrefixCache(model, MEMORY_ONLY) as cache:
+    patient = functools.partial(ModelIdentity, hashing_seconds=PATIENCE_SECONDS)
+    with PrefixCache(model, MEMORY_ONLY, make_identity=patient) as cache:
         assert ask(cache) == 0
         assert ask(cache) == BOUNDARY
         with torch.no_grad():

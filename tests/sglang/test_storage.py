@@ -1,6 +1,7 @@
 """`KVTierHiCache` through SGLang's own factory, over SGLang's own host pools: every byte of every page is compared."""
 
 import json
+import os
 import threading
 from pathlib import Path
 from typing import get_type_hints
@@ -15,6 +16,7 @@ from storages import config_of, create, disk, hashes, io_processes, opened, shar
 
 from kvtier.adapters.sglang.host_pages import HostPages
 from kvtier.adapters.sglang.options import SGLangOptions
+from kvtier.adapters.sglang.transfers import TransferLog
 from kvtier.errors import ConfigError
 from kvtier.events import TierState
 from kvtier.testing.patience import wait_for
@@ -170,7 +172,7 @@ def test_ranks_whose_kv_is_the_same_share_pages(tmp_path):
 
 @pytest.mark.parametrize("one", [disk, lambda _: {"type": "memory", "capacity": "8MiB"}, lambda _: {"type": "example"}])
 def test_a_tier_of_one_process_is_refused_where_ranks_share_pages(tmp_path, one):
-    with pytest.raises(ConfigError, match=r"secondary_tiers\[0\]\.type.*a tier that ranks share"):
+    with pytest.raises(ConfigError, match=r"^tiers\[0\].type.*a tier that ranks share"):
         create(config_of([one(tmp_path)], is_mla_model=True, tp_size=2), mla_pool())
 
 
@@ -330,6 +332,40 @@ def test_statistics(tmp_path):
         assert all(speed > 0 for speed in stats.backup_bandwidth + stats.prefetch_bandwidth)
         assert storage.get_stats().backup_pgs == []
         assert storage.readings()["disk.blocks"] == 2
+
+
+def test_what_several_threads_count_is_taken_once():
+    log, taken = TransferLog(), []
+    adders = [threading.Thread(target=lambda: [log.stored(1, 1, 1.0) for _ in range(2000)]) for _ in range(3)]
+    takers = [threading.Thread(target=lambda: [taken.append(log.take()) for _ in range(500)]) for _ in range(2)]
+    for thread in adders + takers:
+        thread.start()
+    for thread in adders + takers:
+        thread.join()
+    taken.append(log.take())
+    assert sum(sum(transfers.backup_pgs) for transfers in taken) == 6000
+
+
+def test_a_child_that_is_forked_during_a_count_can_take_the_counts():
+    log, stopped = TransferLog(), threading.Event()
+
+    def count():
+        while not stopped.is_set():
+            log.loaded(1, 1, 1.0)
+
+    counting = threading.Thread(target=count)
+    counting.start()
+    try:
+        for _ in range(50):
+            child = os.fork()
+            if not child:
+                log.take()
+                os._exit(0)
+            wait_for(lambda child=child: os.waitpid(child, os.WNOHANG)[0] == child, "the child's end")
+            log.take()
+    finally:
+        stopped.set()
+        counting.join()
 
 
 def test_the_page_lists_every_option():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import threading
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 _GIGA = 1e9
@@ -25,28 +26,43 @@ class Transfers:
 
 
 class TransferLog:
-    """Collects `Transfers`; several threads add to it."""
+    """Collects `Transfers`; several threads add to it.
+
+    There is no lock: the appends and pops of a deque are atomic, and a child that is forked while another thread held
+    a lock would wait for it for ever.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._transfers = Transfers()
+        self._stored: deque[tuple[int, float]] = deque()
+        self._loaded: deque[tuple[int, float]] = deque()
 
     def stored(self, pages: int, num_bytes: int, seconds: float) -> None:
         """Add a call that stored pages, if it did."""
         if pages:
-            with self._lock:
-                self._transfers.backup_pgs.append(pages)
-                self._transfers.backup_bandwidth.append(num_bytes / _GIGA / max(seconds, _LEAST_SECONDS))
+            self._stored.append((pages, num_bytes / _GIGA / max(seconds, _LEAST_SECONDS)))
 
     def loaded(self, pages: int, num_bytes: int, seconds: float) -> None:
         """Add a call that loaded pages, if it did."""
         if pages:
-            with self._lock:
-                self._transfers.prefetch_pgs.append(pages)
-                self._transfers.prefetch_bandwidth.append(num_bytes / _GIGA / max(seconds, _LEAST_SECONDS))
+            self._loaded.append((pages, num_bytes / _GIGA / max(seconds, _LEAST_SECONDS)))
 
     def take(self) -> Transfers:
         """Return the calls since the last one of this method."""
-        with self._lock:
-            transfers, self._transfers = self._transfers, Transfers()
+        transfers = Transfers()
+        for pages, bandwidth in _drained(self._stored):
+            transfers.backup_pgs.append(pages)
+            transfers.backup_bandwidth.append(bandwidth)
+        for pages, bandwidth in _drained(self._loaded):
+            transfers.prefetch_pgs.append(pages)
+            transfers.prefetch_bandwidth.append(bandwidth)
         return transfers
+
+
+def _drained(calls: deque[tuple[int, float]]) -> Iterator[tuple[int, float]]:
+    # As many as there are now: other threads may add faster than this one takes.
+    for _ in range(len(calls)):
+        try:
+            call = calls.popleft()
+        except IndexError:  # another thread takes, too
+            return
+        yield call
