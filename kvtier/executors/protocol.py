@@ -252,8 +252,7 @@ class Keep(_Keyed, frozen=True, tag=16):
         return cls(*_join_keys(keys), chore_id, seconds)
 
     def __post_init__(self) -> None:
-        if not self.joined_keys or len(self.joined_keys) % self.key_bytes:
-            raise ProtocolError("no keys, or a piece of one")
+        self._count()
 
 
 class ListKeys(_Message, frozen=True, tag=14):

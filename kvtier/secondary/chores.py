@@ -117,13 +117,13 @@ def page_of(keys: KeyDict[Any], cursor: bytes, most: int) -> KeyPage:
     A large index is listed shard by shard: to order all of it for each page would hold up its owner.
 
     Raises:
-        StoreError: the cursor is not one of an index.
+        StoreError: the cursor is not one of an index, or `most` is below 1.
     """
     shards: Sequence[Any] = keys.shards or (keys,)
     number, after = cursor[:1] or b"\0", cursor[1:]
     index = number[0]
-    if index >= len(shards):
-        raise StoreError("a cursor of another index")
+    if index >= len(shards) or most < 1:
+        raise StoreError("a cursor of another index, or a page without keys")
     found: list[OffloadKey] = []
     while index < len(shards):
         found += heapq.nsmallest(most - len(found), (key for key in shards[index] if key > after))

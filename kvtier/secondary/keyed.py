@@ -34,6 +34,7 @@ from kvtier.secondary.probes import Probes
 from kvtier.secondary.settings import TierSettings
 from kvtier.secondary.store_tier import StoreTierManager
 from kvtier.types import (
+    MOST_LISTED,
     Answer,
     FailureCause,
     JobMetadata,
@@ -102,7 +103,7 @@ class KeyedTierManager(StoreTierManager):
             return failed()
         moving = self._ledger.moving_keys()
         wanted = [key for key in dict.fromkeys(keys) if key not in moving]
-        if len(set(map(len, wanted))) > 1:
+        if not _are_keys(wanted):
             return failed()
         return self._delete(wanted, None, (), self._end_delete)
 
@@ -115,6 +116,8 @@ class KeyedTierManager(StoreTierManager):
         executor, wanted = self._supervisor.executor, list(dict.fromkeys(keys))
         if not self.keeps or not wanted or executor is None or self._standing.state is not _UP:
             return None
+        if not _are_keys(wanted):
+            return failed()
         answer: Answer[Collection[OffloadKey]] = Answer()
         batches = [wanted[start : start + KEYS_PER_CHORE] for start in range(0, len(wanted), KEYS_PER_CHORE)]
         kept: set[OffloadKey] = set()
@@ -138,7 +141,9 @@ class KeyedTierManager(StoreTierManager):
     def list_keys(self, cursor: bytes, most: int) -> Answer[KeyPage]:
         """Ask the store for a page of its keys."""
         executor, answer = self._supervisor.executor, Answer[KeyPage]()
-        if executor is None or self._standing.state is not _UP or len(cursor) > MAX_CURSOR_BYTES:
+        if executor is None or self._standing.state is not _UP:
+            return failed()
+        if len(cursor) > MAX_CURSOR_BYTES or not 1 <= most <= MOST_LISTED:
             return failed()
 
         def end(report: ChoreDone) -> None:
@@ -171,12 +176,7 @@ class KeyedTierManager(StoreTierManager):
 
     def _is_sound(self, metadata: JobMetadata) -> bool:
         """Check also that the keys have one length, since no index checks them here."""
-        if not super()._is_sound(metadata):
-            return False
-        try:
-            return not metadata.keys or common_key_bytes(metadata.keys, None) > 0
-        except KeyFormatError:
-            return False
+        return super()._is_sound(metadata) and _are_keys(metadata.keys)
 
     def _begin_store(self, metadata: JobMetadata) -> MovingJob | None:
         is_present = self._probes.is_present
@@ -260,3 +260,11 @@ class DeclaredTierManager(KeyedTierManager):
             settings=replace(settings, environment_secrets=read.environment_secrets),
         )
         read.check(self.block_bytes, self.context.policies)
+
+
+def _are_keys(keys: Sequence[OffloadKey]) -> bool:
+    """Return whether a message can name all of `keys`."""
+    try:
+        return not keys or common_key_bytes(keys, None) > 0
+    except KeyFormatError:
+        return False

@@ -7,6 +7,7 @@ from valkey_server import ValkeyServer
 
 from kvtier.abc import TierContext
 from kvtier.errors import ProtocolError, StoreError
+from kvtier.events import TierState
 from kvtier.executors.protocol import ChoreDone
 from kvtier.key_tables import ShardedDict, SmallDict
 from kvtier.keys import make_offload_key
@@ -17,7 +18,7 @@ from kvtier.testing.clock import ManualClock
 from kvtier.testing.stores import make_key
 from kvtier.testing.tier_rig import TierRig
 from kvtier.tier_config import parse_tier
-from kvtier.types import Answer, AnswerState, LookupResult
+from kvtier.types import MOST_LISTED, Answer, AnswerState, LookupResult
 
 OPEN, DONE, FAILED = AnswerState.OPEN, AnswerState.DONE, AnswerState.FAILED
 
@@ -97,6 +98,33 @@ def test_stripes_delete_and_list_as_one(tmp_path, rigs):
     assert set(rig.listed(3)) == {make_key(number) for number in range(24)}
     assert set(rig.delete(range(12, 20))) == {make_key(number) for number in range(12, 20)}
     assert set(rig.listed(450)) == {make_key(number) for number in (*range(12), *range(20, 24))}
+
+
+@pytest.mark.parametrize("keys", [[b"odd"], [bytes(100)], ["odd"], [7], [make_key(1), make_key(2)[1:]]])
+def test_what_no_message_can_name_is_refused_and_leaves_nothing_open(rigs, keys):
+    rig = rigs({"type": "memory", "capacity": "512KiB"}, clock=(clock := ManualClock()))
+    rig.store([1])
+    assert rig.tier.delete(keys).state is FAILED
+    assert rig.tier.pin(keys).state is FAILED
+    for _ in range(3):
+        clock.advance(60.0)
+        rig.poll()
+    assert rig.tier.state is TierState.UP
+    assert rig.load([1])[1] == [1]
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk"])
+def test_a_page_has_at_least_one_key(tmp_path, rigs, kind):
+    rig = rigs({"memory": {"type": "memory", "capacity": "512KiB"}, "disk": disk(tmp_path)}[kind])
+    rig.store([1])
+    assert rig.tier.list_keys(b"", 0).state is FAILED
+    assert rig.listed(1) == [make_key(1)]
+
+
+def test_a_page_is_not_longer_than_a_message(rigs):
+    rig = rigs({"type": "memory", "capacity": "512KiB"})
+    assert rig.tier.list_keys(b"", MOST_LISTED + 1).state is FAILED
+    assert rig.listed(MOST_LISTED) == []
 
 
 @pytest.mark.parametrize("kind", ["memory", "filesystem", "resp"])
