@@ -1,6 +1,7 @@
 """The shipped suite over obstore's own bucket in memory, all of it; over servers in `test_object_servers.py`."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 from object_buckets import Raw, open_over
@@ -166,6 +167,43 @@ class TestSmallPacks(OnBucket):
     def test_a_block_larger_than_a_pack_has_its_own(self):
         self._write(range(3))
         assert len(self.raw.paths()) == 3
+
+    def test_a_listing_reads_several_packs_at_once(self, monkeypatch):
+        self._write(range(12))
+        get, running, peaks = self.store.client.get, [], [0]
+
+        def slow(*place):
+            running.append(place)
+            peaks.append(len(running))
+            wait_for(lambda: max(peaks) >= 4, "other requests")
+            running.remove(place)
+            return get(*place)
+
+        monkeypatch.setattr(self.store.client, "get", slow)
+        assert set(self.store.list_keys(b"", 450).keys) == {make_key(number) for number in range(12)}
+
+    def test_a_page_that_takes_long_ends_early(self, monkeypatch):
+        self._write(range(40))
+        now, get = [0.0], self.store.client.get
+
+        def slow(*place):
+            now[0] += 0.5
+            return get(*place)
+
+        monkeypatch.setattr(self.store.client, "get", slow)
+        monkeypatch.setattr("kvtier.stores.object.store.time", SimpleNamespace(monotonic=lambda: now[0]))
+        found, cursor = [], b""
+        while cursor is not None:
+            page = self.store.list_keys(cursor, 450)
+            assert len(page.keys) < 20
+            found, cursor = [*found, *page.keys], page.cursor
+        assert sorted(found) == sorted(make_key(number) for number in range(40))
+
+    def test_a_page_looks_at_few_of_many_packs(self):
+        self._write(range(40))
+        later = self.store.catalogue.after("", 5)
+        assert len(later) == 5
+        assert self.store.catalogue.after(later[-1][0].stamp, 100)[0][0].stamp > later[-1][0].stamp
 
 
 class TestCapacity:

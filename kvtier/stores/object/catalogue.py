@@ -148,11 +148,14 @@ class Catalogue:
                     left -= self._packs[stamp].size
             return [self._packs[stamp] for stamp in victims]
 
-    def after(self, stamp: str) -> list[tuple[Pack, list[int]]]:
-        """Return the packs with later stamps, in order, and the places of the blocks of this namespace in each."""
+    def after(self, stamp: str, most: int) -> list[tuple[Pack, list[int]]]:
+        """Return the next `most` objects with later stamps, in order, each with the places of this namespace's blocks.
+
+        Fewer only if no more follow. An object may have no such blocks.
+        """
         with self._lock:
-            later = {pack.stamp: pack for pack in self._pack_of.values() if pack.stamp > stamp}
-            return [(later[one], self._places(later[one])) for one in sorted(later)]
+            later = heapq.nsmallest(most, (one for one in self._packs if one > stamp))
+            return [(self._packs[one], self._places(self._packs[one])) for one in later]
 
     def _places(self, pack: Pack) -> list[int]:
         return [place for place, digest in enumerate(self._digests(pack)) if self._pack_of.get(digest) is pack]

@@ -20,7 +20,7 @@ from kvtier.stores.integrity.plain_sealer import PlainSealer
 from kvtier.stores.integrity.sealing import Sealer
 from kvtier.stores.object.catalogue import Catalogue, Pack, Place
 from kvtier.stores.object.client import Client, RequestError, Trouble, connect
-from kvtier.stores.object.names import PackName, Stamps, TakenBack, digest_of, split
+from kvtier.stores.object.names import MAX_BLOCKS, PackName, Stamps, TakenBack, digest_of, split
 from kvtier.stores.object.options import ObjectOptions
 from kvtier.stores.object.refresher import OVERLAP_SECONDS, Refresher
 from kvtier.stores.varied import Padding, PaddingCount, VariedStore
@@ -29,6 +29,8 @@ from kvtier.types import FailureCause, KeyPage, StoreUsage
 _SECONDS_BUSY = 0.5
 """After the server has asked for fewer requests, no pack is sent for this long, since queued ones would be refused,
 too. The tier decides about longer pauses."""
+_LISTING_SECONDS = 1.0
+"""Longest time in which a page of a listing begins to read packs."""
 _CAUSES = {
     Trouble.ABSENT: FailureCause.ABSENT,
     Trouble.SHORT: FailureCause.CORRUPT,
@@ -192,14 +194,23 @@ class ObjectStore(VariedStore):
             raise StoreError(str(error)) from None
 
     def list_keys(self, cursor: bytes, most: int) -> KeyPage:
-        """Read the headers in packs, since names have only digests of the keys. A cursor is a pack's stamp."""
+        """Read the headers in packs, since names have only digests of the keys. A cursor is a pack's stamp.
+
+        Several packs are read at once, and a page that takes long ends early: other work of the tier waits for it.
+        """
         self._check()
+        until = time.monotonic() + _LISTING_SECONDS
         keys: list[OffloadKey] = []
-        for pack, places in self.catalogue.after(cursor.decode("ascii", "replace")):
-            keys += self._keys_in(pack, places)
-            if len(keys) >= most:
-                return KeyPage(keys, pack.stamp.encode())
-        return KeyPage(keys, None)
+        packs = self.catalogue.after(cursor.decode("ascii", "replace"), most)
+        read = [(pack, places) for pack, places in packs if places]
+        step = min(self._settings.requests, max(1, most // MAX_BLOCKS))
+        for start in range(0, len(read), step):
+            some = read[start : start + step]
+            for found in self._pool.map(lambda each: self._keys_in(*each), some):
+                keys += found
+            if len(keys) >= most or time.monotonic() > until:
+                return KeyPage(keys, some[-1][0].stamp.encode())
+        return KeyPage(keys, packs[-1][0].stamp.encode() if len(packs) == most else None)
 
     def _keys_in(self, pack: Pack, places: Sequence[int]) -> list[OffloadKey]:
         """Return the keys of some values; values that have none are left out, as in a pack that was deleted."""
