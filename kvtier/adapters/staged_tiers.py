@@ -109,13 +109,7 @@ class StagedTiers:
         """Undo one pin of each of `pages`; pages that are not pinned are ignored."""
         with self._lock:
             for page in pages:
-                pins = self._pins.get(page[0])
-                if pins is None:
-                    continue
-                guard, pinned = pins.pop()
-                if not pins:
-                    del self._pins[page[0]]
-                guard.tell("unpin", guard.tier.unpin, pinned)
+                self._unpin_one(page)
 
     def store(self, pages: Sequence[PageKeys], fill: Copy) -> list[bool]:
         """Copy pages to every tier that takes them; return, per page, whether a tier has all of it."""
@@ -319,12 +313,16 @@ class StagedTiers:
                 self._unpin_one(pages[index], guard)
         return True
 
-    def _unpin_one(self, page: PageKeys, guard: TierGuard) -> None:
-        pins = self._pins.get(page[0], [])
-        pins.remove((guard, page))
+    def _unpin_one(self, page: PageKeys, guard: TierGuard | None = None) -> None:
+        """Undo a pin of a page, if there is one: that of `guard` if nobody else has just taken it, else the latest."""
+        pins = self._pins.get(page[0])
+        if pins is None:
+            return
+        wanted = (guard, page)
+        pinning, pinned = pins.pop(pins.index(wanted) if wanted in pins else -1)
         if not pins:
             del self._pins[page[0]]
-        guard.tell("unpin", guard.tier.unpin, page)
+        pinning.tell("unpin", pinning.tier.unpin, pinned)
 
     # -- moving -------------------------------------------------------------------------------------------
 

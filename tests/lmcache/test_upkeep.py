@@ -8,6 +8,7 @@ from kvtier.errors import StoreError
 from kvtier.events import TierState
 from kvtier.keys import make_offload_key
 from kvtier.testing.patience import wait_for
+from kvtier.types import KeyPage
 
 KIB = 1 << 10
 SIZE = 150 * KIB
@@ -148,6 +149,26 @@ def test_a_malformed_cursor_is_refused(tmp_path, memory, cursor):
             caller.adapter.list_l2_keys(None, 5, cursor)
         with pytest.raises(ValueError, match="page_size"):
             caller.adapter.list_l2_keys(None, 0)
+
+
+def test_a_tier_that_repeats_a_cursor_is_an_error(tmp_path, memory, monkeypatch):
+    pages = iter([KeyPage((), b"\5")] * 100)
+    with opened([disk(tmp_path)], memory) as caller:
+        monkeypatch.setattr(caller.adapter._tiers, "ask", lambda *question: next(pages))
+        with pytest.raises(StoreError, match="disk repeats"):
+            caller.adapter.list_l2_keys(None, 5, "0.05.")
+
+
+def test_pins_of_two_tiers_end_in_any_order(tmp_path, memory):
+    with opened([disk(tmp_path), shared(tmp_path)], memory) as caller:
+        tiers, page = caller.adapter._tiers, [make_offload_key(b"first", 0), make_offload_key(b"first", 1)]
+        first, second = tiers._tiers
+        for guard in (first, second):
+            tiers._pin(guard, [page])
+        tiers.unpin([page])  # by the one who found it in the first tier, while the second one's answer is on its way
+        tiers._unpin_one(page, second)
+        tiers.unpin([page])
+        assert not tiers._pins
 
 
 def test_deletions_and_listings_of_a_closed_adapter_end_at_once(tmp_path, memory):

@@ -4,9 +4,13 @@ import random
 import socket
 import threading
 import time
+import tracemalloc
 
 import pytest
 
+from kvtier.namespace import Namespace
+from kvtier.stores.integrity.plain_sealer import PlainSealer
+from kvtier.stores.resp.commands import Exchanges
 from kvtier.stores.resp.wire import Break, ConnectionBrokenError, Refused, Wire
 from kvtier.testing.patience import PATIENCE_SECONDS
 
@@ -141,3 +145,30 @@ def test_silence_ends_with_the_timeout(ends, fragment):
     with pytest.raises(ConnectionBrokenError) as caught:
         listen()
     assert caught.value.kind is Break.TIMED_OUT
+
+
+class WithForeignNames:
+    """A wire to a server whose page has many long names of others."""
+
+    def __init__(self, count):
+        self.lines = iter([b"*2", b"$1", b"*%d" % count, *[b"$4096"] * count])
+
+    def send(self, pieces):
+        pass
+
+    def line(self):
+        return next(self.lines)
+
+    def take(self, count, most_after):
+        return b"0" * count
+
+
+def test_names_of_others_in_a_page_are_not_kept():
+    exchanges = Exchanges(PlainSealer(Namespace({"model": "m"})), 4096, "kvtier", None)
+    wire = WithForeignNames(5000)
+    tracemalloc.start()
+    try:
+        assert exchanges.scan(wire, 0, 450) == (0, [])
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()

@@ -57,7 +57,7 @@ class Upkeep:
         Objects of kinds that are not known do not come. A tier that cannot list is left out.
 
         Raises:
-            StoreError: a tier is down, or has not answered in time.
+            StoreError: a tier is down, has not answered in time, or repeats a cursor.
             ValueError: the cursor is malformed.
         """
         found: list[tuple[Kind, bytes]] = []
@@ -83,6 +83,8 @@ class Upkeep:
         page = self._tiers.ask(index, "list_keys", lambda tier: tier.list_keys(cursor, MOST_LISTED))
         if page is None:
             raise StoreError(f"tier {self._tiers.names[index]} did not list its keys: /status says whether it is up")
+        if page.cursor == cursor:  # whoever follows it would never come to an end
+            raise StoreError(f"tier {self._tiers.names[index]} repeats the cursor of its listing")
         return page
 
     def _following(self, index: int, page: KeyPage) -> _Place | None:

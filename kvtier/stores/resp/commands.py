@@ -212,8 +212,7 @@ class Exchanges:
         number = parse_count(wire.line()[1:])
         if following is None or number is None or number > _MAX_SCANNED:
             raise ConnectionBrokenError(Break.GARBAGE, "a reply that is no page of names")
-        names = [_text(wire) for _ in range(number)]
-        return following, [key for name in names if (key := self._key(name)) is not None]
+        return following, [key for _ in range(number) if (key := self._key(_text(wire))) is not None]
 
     def _key(self, name: bytes) -> OffloadKey | None:
         """Return the key of a block's name; None if it is no such name."""
