@@ -92,7 +92,7 @@ def test_a_directory_that_another_process_holds(model_folder, tmp_path):
     [
         ("{", "not valid JSON"),
         ("[]", "JSON object"),
-        ("/no/such/file.json", "readable JSON file"),
+        ("/no/such/file.json", "readable file of JSON or YAML"),
         ('{"cpu_bytes_to_use": "64MiB", "evection_policy": "lru"}', "evection_policy"),
     ],
 )
