@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -16,6 +18,12 @@ from kvtier.foreign_text import one_line
 
 MAX_BYTES = 1 << 20
 """Longest file that is read; a configuration has some 100 bytes per tier."""
+MAX_VALUES = 10_000
+"""Most values of a YAML file; a few aliases of aliases make more of them than any memory holds."""
+_FAULTS_OF_VALUES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What YAML's parser raises for a value that its tag does not allow, for example `!!bool often`."""
+_QUOTED = re.compile(r"'(?!<[a-z ]+>'|\\?.')[^']+'")
+"""What an error of YAML's parser quotes from the file, if that is no kind of token and no single character."""
 _OF_VLLM = ("kv-transfer-config", "kv_transfer_config")
 """The key in a file for `vllm serve --config`, as vLLM reads it."""
 _INNER = "kv_connector_extra_config"
@@ -59,8 +67,10 @@ def read_config(option: str, text: str) -> Given:
     shown = source or "..."
     try:
         value = _parsed(content, is_yaml=source.endswith((".yaml", ".yml")))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(option, shown, str(error) or "nested too deeply") from None
+    except ValueError as error:
+        raise ConfigError(option, shown, str(error)) from None
+    except RecursionError:
+        raise ConfigError(option, shown, "nested too deeply") from None
     if not isinstance(value, dict):
         raise ConfigError(option, shown, "keys and values expected: a JSON object or a YAML mapping")
     with errors_in(source):
@@ -111,9 +121,13 @@ def _distinct(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """Return an object; refuse a key that is there twice: one of its values would be ignored."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice: keep one")
+        raise ValueError(f"{_twice([name for name, _ in pairs])!r} is there twice: keep one")
     return found
+
+
+def _twice(names: Sequence[str]) -> str | None:
+    """Return the least name that is there twice; None if all differ."""
+    return min((name for name, times in Counter(names).items() if times > 1), default=None)
 
 
 def _parsed_yaml(content: str) -> Any:
@@ -122,28 +136,51 @@ def _parsed_yaml(content: str) -> Any:
     except ModuleNotFoundError:
         raise ValueError("YAML needs pyyaml: pip install 'kvtier[cli]', or give JSON") from None
     try:
-        root = yaml.compose(content, Loader=yaml.SafeLoader)
-        _refuse_doubles(root, yaml.MappingNode, set())
+        _check_values(yaml.compose(content, Loader=yaml.SafeLoader), yaml.MappingNode, {})
+    except yaml.YAMLError as error:
+        raise _not_yaml(error) from None
+    try:
         return yaml.safe_load(content)
     except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        # only the problem: the whole message quotes the file, which may hold a secret
-        raise ValueError(f"not valid YAML: {where}{one_line(problem or type(error).__name__)}") from None
+        raise _not_yaml(error) from None
+    except _FAULTS_OF_VALUES:
+        raise ValueError("not valid YAML: a value is not what its tag or its form says") from None
 
 
-def _refuse_doubles(node: Any, mapping: Any, seen: set[int]) -> None:
-    """Refuse a key that a mapping has twice, which YAML's parser takes; aliases are looked at once."""
-    if node is None or id(node) in seen or isinstance(node.value, str):
-        return
-    seen.add(id(node))
-    if isinstance(node, mapping):
-        names = [key.value for key, _ in node.value if isinstance(key.value, str)]
-        if doubles := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"line {node.start_mark.line + 1}: {min(doubles)!r} is there twice: keep one")
+def _not_yaml(error: Any) -> ValueError:
+    """Return an error that says where, and of the file no more than a name: it may hold a secret."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    what = _QUOTED.sub("'...'", one_line(problem or type(error).__name__))
+    return ValueError(f"not valid YAML: {where}{what}")
+
+
+def _check_values(node: Any, mapping: Any, counts: dict[int, int]) -> int:
+    """Return how many values a node makes, with those that aliases repeat.
+
+    Args:
+        counts: of the collections seen so far, by identity; one that is not finished, which contains itself, has
+            the most.
+
+    Raises:
+        ValueError: there are too many, or a mapping has a key twice, which YAML's parser takes.
+    """
+    if node is None or isinstance(node.value, str):
+        return 1
+    if id(node) in counts:
+        return counts[id(node)]
+    counts[id(node)], line = MAX_VALUES, node.start_mark.line + 1
+    names = [key.value for key, _ in node.value if isinstance(key.value, str)] if isinstance(node, mapping) else []
+    if double := _twice(names):
+        raise ValueError(f"line {line}: {double!r} is there twice: keep one")
+    total = 1
     for child in node.value:
         for one in child if isinstance(child, tuple) else (child,):
-            _refuse_doubles(one, mapping, seen)
+            total += _check_values(one, mapping, counts)
+        if total > MAX_VALUES:
+            raise ValueError(f"line {line}: more than {MAX_VALUES:,} values, or a value that contains itself")
+    counts[id(node)] = total
+    return total
 
 
 def _unwrapped(value: dict[str, Any], source: str) -> Given:
@@ -154,7 +191,7 @@ def _unwrapped(value: dict[str, Any], source: str) -> Given:
     """
     for key in _OF_VLLM:
         if key in value:
-            value = _mapping(key, json.loads(value[key]) if _is_json(value[key]) else value[key])
+            value = _mapping(key, _from_json(key, value[key]))
     connector = value.get("kv_connector", "")
     if _INNER in value:
         value = dict(_mapping(_INNER, value[_INNER]))
@@ -163,14 +200,20 @@ def _unwrapped(value: dict[str, Any], source: str) -> Given:
     return Given(value, source, connector if isinstance(connector, str) else "")
 
 
-def _is_json(value: object) -> bool:
+def _from_json(key: str, value: object) -> object:
+    """Return the value of JSON text; anything else as it is.
+
+    Raises:
+        ConfigError: an object has a key twice.
+    """
     if not isinstance(value, str):
-        return False
+        return value
     try:
-        json.loads(value)
-    except (ValueError, RecursionError):
-        return False
-    return True
+        return json.loads(value, object_pairs_hook=_distinct)
+    except (json.JSONDecodeError, RecursionError):
+        return value
+    except ValueError as error:
+        raise ConfigError(key, "...", str(error)) from None
 
 
 def _mapping(key: str, value: object) -> dict[str, Any]:

@@ -16,6 +16,9 @@ secondary_tiers:
   - {type: disk, path: FOLDER/kv, capacity: 64MiB}  # a comment
 """
 
+BOMB = "\n".join(f"y{count}: &a{count + 1} [*a{count}, *a{count}]" for count in range(40))
+"""Aliases that make 2**40 values of a first one."""
+
 
 def run(*arguments):
     return CliRunner().invoke(app, list(map(str, arguments)))
@@ -71,13 +74,18 @@ def test_options_replace_keys_of_the_file_and_tiers_are_refused_beside_it(tmp_pa
     ("text", "words"),
     [
         ("cpu_bytes_to_use: [1\nb: c", ["not valid YAML: line 2, column 2"]),
-        ("a: &a [*b]", ["not valid YAML", "undefined alias"]),
+        ("a: &a [*b]", ["not valid YAML: line 1, column 8: found undefined alias"]),
         ("a: !!python/object/apply:os.system [x]", ["not valid YAML"]),
         ("- 1", ["keys and values expected"]),
         ("", ["keys and values expected"]),
         ("just words", ["keys and values expected"]),
         ("a: 1\nb:\n  c: 1\n  c: 2\n", ["line 3", "'c' is there twice"]),
         ('{"a": 1, "a": 2}', ["'a' is there twice"]),
+        ('kv-transfer-config: \'{"a": 1, "a": 2}\'', ["'a' is there twice"]),
+        ("x: &a0 [1, 1]\n" + BOMB, ["more than 10,000 values"]),
+        ("x: &a0 {b: 1, c: 1}\n" + BOMB.replace("[", "{<<: [").replace("]", "]}"), ["more than 10,000 values"]),
+        ("a: &a [*a]", ["contains itself"]),
+        ("a: " + 5000 * "[" + 5000 * "]", ["nested too deeply"]),
         ('{"a": 1,}', ["not valid JSON", "line 1 column"]),
         ("[" * 100_000, ["config="]),
         ("a: " + "{b: " * 5000, ["config="]),
@@ -105,13 +113,27 @@ def test_a_wrong_value_names_the_file_and_the_key(tmp_path, yaml):
         assert error.count("\n") == 1
 
 
-def test_a_parser_does_not_quote_a_secret(tmp_path):
-    (tmp_path / "wrong.yaml").write_text('url: "redis://:hunter2@h\nb: [')
-    (tmp_path / "wrong.json").write_text('{"url": "redis://:hunter2@h", oops}')
-    for file in ("wrong.yaml", "wrong.json"):
-        done = run("doctor", "--config", tmp_path / file)
-        assert done.exit_code == 2
-        assert "hunter2" not in done.output
+@pytest.mark.parametrize(
+    "text",
+    [
+        'url: "redis://:hunter2@h\nb: [',
+        '{"url": "redis://:hunter2@h", oops}',
+        "password: *hunter2",
+        "password: !hunter2 x",
+        "password: !hunter2!x",
+        "password: !!bool hunter2",
+        "password: !!int hunter2",
+        "password: !!float hunter2",
+        "password: !!timestamp hunter2",
+        "password: !!binary hunter2é",
+    ],
+)
+def test_a_parser_does_not_quote_a_secret(tmp_path, text):
+    file = tmp_path / ("wrong.json" if text.startswith("{") else "wrong.yaml")
+    file.write_text(text)
+    done = run("doctor", "--config", file)
+    assert done.exit_code == 2
+    assert "hunter2" not in done.output
 
 
 @pytest.mark.parametrize("path", ["/nowhere/engine.yaml", "/", "/dev/zero", "x" * 5000, "a\0b"])

@@ -1,6 +1,7 @@
 """`kvtier top` against a server of metrics: what happened between two looks, for people and for programs."""
 
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -112,6 +113,30 @@ def test_the_view_fits_80_columns_and_says_what_is_wrong():
     assert "down" in shown(down)
     off = figures_of(sample(BEFORE, 10.0), sample(AFTER.replace('"fault"} 0.0', '"fault"} 1.0'), 12.0))
     assert "kvtier is off: fault" in shown(off)
+
+
+def test_values_that_are_no_numbers_and_escape_sequences_of_names_are_kept_from_the_terminal():
+    text = 'kvtier_bytes{tier="a\x1b[2Jb"} 1\nkvtier_bytes{tier="c"} NaN\nkvtier_bytes{tier="d"} +Inf\nkvtier_bytes x\n'
+    assert list(parse(text)) == [(("bytes", frozenset({("tier", r"a\x1b[2Jb")})), 1.0)]
+
+
+@pytest.mark.parametrize("answer", ["nonsense", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"])
+def test_an_answer_that_is_no_http_ends_with_one_line(answer):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(answer.encode())
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        done = CliRunner().invoke(app, ["top", f"http://127.0.0.1:{server.getsockname()[1]}/metrics", "--once"])
+        thread.join()
+    assert done.exit_code == 2
+    assert done.stderr.count("\n") == 1
+    assert "metrics, for example" in done.stderr
 
 
 def test_once_for_people_and_for_programs(metrics):

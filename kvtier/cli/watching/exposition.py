@@ -5,13 +5,16 @@ Format: Prometheus' text exposition, https://prometheus.io/docs/instrumenting/ex
 
 from __future__ import annotations
 
+import math
 import re
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 
 from kvtier.errors import ConfigError
+from kvtier.foreign_text import one_line
 
 PREFIX = "kvtier_"
 _ENGINES = "vllm:"
@@ -57,12 +60,14 @@ def fetch(url: str) -> Sample:
         ConfigError: this is no URL of metrics, or they hold nothing of kvtier's.
         OSError: the engine does not answer.
     """
+    wanted = "the http:// address of an engine's metrics, for example http://localhost:8000/metrics"
     if not url.startswith(("http://", "https://")):
-        raise ConfigError(
-            "url", url, "the http:// address of an engine's metrics, for example http://localhost:8000/metrics"
-        )
-    with urllib.request.urlopen(url, timeout=SECONDS) as answer:
-        text = answer.read(MAX_BYTES).decode("utf-8", "replace")
+        raise ConfigError("url", url, wanted)
+    try:
+        with urllib.request.urlopen(url, timeout=SECONDS) as answer:
+            text = answer.read(MAX_BYTES).decode("utf-8", "replace")
+    except (HTTPException, ValueError) as error:  # OSErrors have lines of their own
+        raise ConfigError("url", url, f"{wanted} ({one_line(error) or type(error).__name__})") from None
     sample = Sample(time.monotonic(), dict(parse(text)))
     if not sample.values:
         raise ConfigError("url", url, f"no name here begins with {PREFIX}: no engine with kvtier, or no request yet")
@@ -70,17 +75,22 @@ def fetch(url: str) -> Sample:
 
 
 def parse(text: str) -> Iterator[tuple[tuple[str, frozenset[tuple[str, str]]], float]]:
-    """Yield kvtier's series of a text; engines and their ranks, which differ by other labels, are summed later."""
+    """Yield kvtier's series of a text; engines and their ranks, which differ by other labels, are summed later.
+
+    Values that are no finite numbers are left out: kvtier has none.
+    """
     for line in text.splitlines():
         line = line.strip().removeprefix(_ENGINES)
         if not line.startswith(PREFIX) or not (found := _LINE.fullmatch(line)):
             continue
         name, labels, value = found.groups()
-        pairs = ((key, _unescaped(text)) for key, text in _LABEL.findall(labels or ""))
+        pairs = frozenset((key, one_line(_unescaped(text))) for key, text in _LABEL.findall(labels or ""))
         try:
-            yield (name.removeprefix(PREFIX), frozenset(pairs)), float(value)
+            number = float(value)
         except ValueError:
             continue
+        if math.isfinite(number):
+            yield (name.removeprefix(PREFIX), pairs), number
 
 
 def _unescaped(text: str) -> str:
