@@ -77,6 +77,19 @@ user_test_tester = testing .admin
 user_test_reader = reading
 """
 
+MAKE_RINGS = """
+import sys
+from swift.common.ring import RingBuilder
+
+folder, host, *devices = sys.argv[1:]
+for kind, port in (device.split("=") for device in devices):
+    builder = RingBuilder(part_power=2, replicas=1, min_part_hours=1)
+    builder.add_dev({"region": 1, "zone": 1, "weight": 1, "ip": host, "port": int(port), "device": kind})
+    builder.rebalance()
+    builder.get_ring().save(f"{folder}/{kind}.ring.gz")
+"""
+"""In a process of its own: eventlet, which Swift imports, replaces `http.client` for the whole process."""
+
 
 class SwiftServer:
     """Four processes on ports of their own; `address` is where S3 is spoken."""
@@ -126,16 +139,12 @@ class SwiftServer:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _configure(self) -> None:
-        from swift.common.ring import RingBuilder
-
         for kind in KINDS:
             (self.folder / "devices" / kind).mkdir(parents=True)
-            builder = RingBuilder(part_power=2, replicas=1, min_part_hours=1)
-            builder.add_dev(
-                {"region": 1, "zone": 1, "weight": 1, "ip": self.host, "port": self.ports[kind], "device": kind}
-            )
-            builder.rebalance()
-            builder.get_ring().save(str(self.folder / f"{kind}.ring.gz"))
+        devices = [f"{kind}={self.ports[kind]}" for kind in KINDS]
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", MAKE_RINGS, str(self.folder), self.host, *devices], check=True
+        )
         (self.folder / "swift.conf").write_text(SWIFT_CONF)
         user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
         for kind, port in self.ports.items():

@@ -70,6 +70,9 @@ class SharedMemory(MemoryStore):
     def delete(self, keys):
         self._shared.delete(self._named(keys))
 
+    def keep(self, keys, seconds):
+        return self._shared.keep(self._named(keys), seconds)
+
     def list_keys(self, cursor, most):
         return None  # as a store that cannot
 
