@@ -1,5 +1,6 @@
 """`kvtier warm` copies what a real tier holds to another one: verified, resumable, within the destination's room."""
 
+import functools
 import json
 import os
 import signal
@@ -246,7 +247,8 @@ def test_an_interrupted_copy_goes_on_where_it_ended(tmp_path, old):
     new = disk(tmp_path / "new")
     config = json.dumps({"cpu_bytes_to_use": "1MiB", "secondary_tiers": [old, new]})
     command = [sys.executable, "-m", "kvtier", "warm", "--config", config, "--from", "old", "--to", "new"]
-    process = subprocess.Popen([*command, "--rate", "1KiB"], stderr=subprocess.PIPE, text=True)
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # in the background it may be ignored
+    process = subprocess.Popen([*command, "--rate", "1KiB"], stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     wait_for(lambda: (tmp_path / "new").exists() and survey_slab(tmp_path / "new").namespaces, "a beginning")
     os.kill(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=PATIENCE_SECONDS)
