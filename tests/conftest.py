@@ -1,5 +1,7 @@
 """What all tests share: their patience, and servers, each started when the first test asks for it."""
 
+import os
+
 import pytest
 from hypothesis import HealthCheck, settings
 from object_fixtures import (  # noqa: F401 - found by their names
@@ -28,6 +30,9 @@ from kvtier.testing.patience import TEST_SECONDS
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
+
+# Threads of OpenMP, as torch has them, wait for one another by computing: beside other processes, most of their time.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 SERVERS = {"_azurite", "_mooncake_pool", "_moto", "_swift", "_valkey", "_valkey_cluster"}
 """The fixtures that start a server."""

@@ -100,7 +100,7 @@ def test_a_window_of_another_length_shares_nothing(make, tmp_path):
         assert cache.generate(tokens(100), max_new_tokens=1).restored_tokens == 0
 
 
-@pytest.mark.parametrize("arguments", [{}, {"num_beams": 2}, {"prefill_chunk_size": 7}], ids=str)
+@pytest.mark.parametrize("arguments", [{}, {"num_beams": 2}, {"prefill_chunk_size": 23}], ids=str)
 def test_padded_batches(make, arguments):
     model = make()
     batch, mask = tokens(240, seed=4).reshape(2, 120), torch.ones(2, 120, dtype=torch.long)

@@ -1,5 +1,6 @@
 """Engines one after the other over one tier, all defaults, on a busy machine: the next one finds what was stored."""
 
+import os
 import subprocess
 import sys
 import time
@@ -10,13 +11,14 @@ from whole_engine import WholeEngine, make_keys
 
 from kvtier.secondary.resp import RespTierManager
 
-NUM_BUSY, NUM_BLOCKS, NUM_ENGINES = 4, 8, 5
+NUM_BLOCKS, NUM_ENGINES = 8, 3
+BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
 
 
 @pytest.fixture
 def busy_machine():
-    """Processes that take all the processor time they get."""
-    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(NUM_BUSY)]
+    """A process for each processor that takes all the time it gets, until this one ends."""
+    processes = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(os.cpu_count() or 1)]
     yield
     for process in processes:
         process.kill()

@@ -62,7 +62,7 @@ def command(long_trace):
     def computing():
         assert process.poll() is None, process.stderr.read()
         seconds = sorted(children_of(process.pid).values())
-        return len(seconds) >= 2 and seconds[-2] > 1.5
+        return len(seconds) >= 2 and seconds[-2] > 0.5
 
     wait_for(computing, "two workers compute")
     children = list(children_of(process.pid))
