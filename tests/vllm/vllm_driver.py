@@ -28,14 +28,18 @@ def remember_instances(kind, instances):
     kind.__init__ = remember
 
 
-def make_engine(options):
+def make_engine(options, keeps_rate):
+    """Args: keeps_rate: kvtier takes the engine to be as slow as its configuration says, whatever it measures."""
     from vllm import LLM
 
     from kvtier.primary.arena import Arena
+    from kvtier.tiering.estimate import PrefillSpeed
     from kvtier.tiering.manager import TieringOffloadingManager
 
     remember_instances(Arena, ARENAS)
     remember_instances(TieringOffloadingManager, MANAGERS)
+    if keeps_rate:
+        PrefillSpeed.measure = lambda self, work, seconds: None
     # Measured to work on the CPU platform; float32, since a prefill split elsewhere rounds differently in less.
     defaults = {
         "skip_tokenizer_init": True,
@@ -226,7 +230,8 @@ def obey(engine, command, arguments):
 
 def main():
     replies = os.fdopen(int(os.environ["KVTIER_TEST_REPLIES"]), "w", buffering=1)
-    engine = make_engine(json.loads(sys.stdin.readline()))
+    options, more = json.loads(sys.stdin.readline())
+    engine = make_engine(options, **more)
     print(json.dumps({"started": os.getpid()}), file=replies)
     for line in sys.stdin:
         command, arguments = json.loads(line)

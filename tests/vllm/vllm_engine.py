@@ -51,10 +51,13 @@ def transfer_config(connector=None, **keys):
 
     A tiny model computes sooner than a disk on a busy machine reads: what is tested with it is told to be slow.
     """
-    extra = {"spec_name": "KVTierOffloadingSpec", "cpu_bytes_to_use": "32MiB", "prefill_rate": 1.0} | keys
+    extra = {"spec_name": "KVTierOffloadingSpec", "cpu_bytes_to_use": "32MiB", "prefill_rate": SLOW} | keys
     chosen = CONNECTORS[connector or os.environ.get("KVTIER_TEST_CONNECTOR", "offloading")]
     return {**chosen, "kv_role": "kv_both", "kv_connector_extra_config": extra}
 
+
+SLOW = 1.0
+"""Tokens per second: so slow that it pays to wait for any tier."""
 
 TIERS_OF_TESTS = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
 """Environment in which an engine and its processes find the tiers and workers that lie beside the tests."""
@@ -108,7 +111,9 @@ class Engine:
         )
         os.close(writing)
         self._replies = os.fdopen(reading)
-        self._send({"model": str(model)} | kv | options)
+        extra = kv.get("kv_transfer_config", {}).get("kv_connector_extra_config", {})
+        keeps_rate = extra.get("prefill_rate") == SLOW  # it would measure that after the first prompt
+        self._send([{"model": str(model)} | kv | options, {"keeps_rate": keeps_rate}])
         self._started = False
 
     def wait_until_started(self):
