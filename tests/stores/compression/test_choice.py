@@ -43,21 +43,21 @@ class Engine:
         """Return how many of so many blocks are compressed."""
         return sum(self.choice.shrink(self.processor, self.payload, self.room).nbytes < BLOCK for _ in range(count))
 
-    def store(self, seconds_per_byte, calls=MANY, rounds=20):
-        """Store so many blocks at once, again and again; return how many were compressed."""
+    def store(self, seconds_per_byte, calls=MANY, rounds=20, blocks=1):
+        """Store with so many calls at once, again and again; return how many blocks were compressed."""
         compressed = 0
         for _ in range(rounds):
             with contextlib.ExitStack() as stores, contextlib.ExitStack() as writes:
                 shrunk, moves = [], []
                 for _ in range(calls):
                     stores.enter_context(self.choice.storing())
-                    shrunk.append(self.choice.shrink(self.processor, self.payload, self.room))
-                for payload in shrunk:
+                    shrunk.append([self.choice.shrink(self.processor, self.payload, self.room) for _ in range(blocks)])
+                for payloads in shrunk:
                     moves.append(writes.enter_context(self.choice.writing()))
-                    moves[-1].num_bytes = payload.nbytes
+                    moves[-1].num_bytes = sum(payload.nbytes for payload in payloads)
                 # they end together, as they do where they share a medium
                 self.clock.advance(sum(move.num_bytes for move in moves) * seconds_per_byte)
-            compressed += sum(payload.nbytes < BLOCK for payload in shrunk)
+            compressed += sum(payload.nbytes < BLOCK for payloads in shrunk for payload in payloads)
         return compressed
 
     def load(self, seconds_per_byte, count=40):
@@ -155,6 +155,16 @@ def test_a_medium_that_seems_slow_beside_busy_processors_is_looked_at_without_th
         # as busy processors make it seem, and as it is
         engine.store(20e-9 if engine.choice.compresses else 0.5e-9, rounds=1)
     assert not engine.choice.compresses
+
+
+@pytest.mark.parametrize("blocks", [1, 16])
+def test_a_look_leaves_one_block_in_a_hundred_plain_however_many_a_call_has(engine, blocks):
+    engine.store(20e-9, blocks=blocks)
+    plain, total = 0, 0
+    while total < 6000 * blocks:
+        plain += 10 * MANY * blocks - engine.store(20e-9, rounds=10, blocks=blocks)
+        total += 10 * MANY * blocks
+    assert 0 < plain < 0.01 * total
 
 
 def test_noise_costs_only_trials():
