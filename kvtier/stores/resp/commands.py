@@ -281,15 +281,15 @@ class Exchanges:
         wire.skip(length)
 
 
-def ask_memory(wire: Wire) -> tuple[int, int] | None:
-    """Return the bytes that a server uses, and its `maxmemory` (0: no limit); None if it does not tell.
+def ask_memory(wire: Wire) -> tuple[int, int] | Refused | None:
+    """Return the bytes that a server uses, and its `maxmemory` (0: no limit); None if its answer has no such numbers.
 
     Source: https://valkey.io/commands/info/.
     """
     wire.send([b"*2\r\n$4\r\nINFO\r\n$6\r\nmemory\r\n"])
     line = wire.line()
     if line[:1] == b"-":
-        return None
+        return Refused.parse(line[1:])
     length = parse_count(line[1:])
     if line[:1] != b"$" or length is None or length > _MAX_INFO_BYTES:
         raise ConnectionBrokenError(Break.GARBAGE, "a reply that is not text")

@@ -136,7 +136,10 @@ class RespStore(VariedStore):
             raise StoreError(f"deleting: {_explain(undone[0])}")
 
     def keep(self, keys: Sequence[OffloadKey], seconds: float) -> list[bool] | None:
-        """Make the blocks the most recently used of their server. After a refusal, never try again.
+        """Make the blocks the most recently used of their server.
+
+        After a refusal that will not change, it is not tried again: servers log each attempt. After another one,
+        servers are only asked what they have.
 
         Raises:
             StoreError: no server answers.
@@ -145,11 +148,15 @@ class RespStore(VariedStore):
             return None
         requests = [Request(key, self.name(key)) for key in keys]
         self._carry_out(self._exchanges.keep, requests)
-        if any(isinstance(request.reply, Refused) for request in requests):
+        refused = [request for request in requests if isinstance(request.reply, Refused)]
+        if any(isinstance(request.reply, Refused) and request.reply.is_final for request in refused):
             self._may_keep = False
             return None
-        if all(request.reply not in (Outcome.DONE, Outcome.NOT_HELD) for request in requests):
-            raise StoreError("keeping: no answer")
+        for request in refused:
+            request.reply, request.server, request.asking = Outcome.UNANSWERED, None, False
+        self._carry_out(self._exchanges.find, refused)
+        if requests and all(request.reply not in (Outcome.DONE, Outcome.NOT_HELD) for request in requests):
+            raise StoreError(f"keeping: {_explain(requests[0])}")
         return [request.reply is Outcome.DONE for request in requests]
 
     def list_keys(self, cursor: bytes, most: int) -> KeyPage:
@@ -185,7 +192,7 @@ class RespStore(VariedStore):
         return self._usage
 
     def _ask_usage(self) -> None:
-        """Ask all servers for their memory. After a refusal, never ask again: servers may log each attempt."""
+        """Ask all servers for their memory, unless one will always refuse: servers may log each attempt."""
         self._ask_usage_at = math.inf
         deadline = time.monotonic() + min(self._timeout, _USAGE_TIMEOUT_SECONDS)
         try:
@@ -193,12 +200,9 @@ class RespStore(VariedStore):
         except (ServerLostError, ConnectionBrokenError):
             self._usage = None  # this does not count as a broken connection; the next job will find out
         else:
-            known = [memory for memory in told if memory is not None]
-            if len(known) < len(told):
-                self._usage = None
+            self._usage = _usage_of(told)
+            if any(memory is None or (isinstance(memory, Refused) and memory.is_final) for memory in told):
                 return
-            limits = [limit for _, limit in known]
-            self._usage = StoreUsage(None, sum(used for used, _ in known), sum(limits) if all(limits) else None)
         self._ask_usage_at = time.monotonic() + _SECONDS_BETWEEN_USAGES
 
     def close(self) -> None:
@@ -317,6 +321,15 @@ def _cause(request: Request) -> FailureCause | None:
     if isinstance(reply, Refused):
         return _CAUSES.get(reply.code, FailureCause.IO_ERROR)
     return FailureCause.ABSENT if reply is Outcome.NOT_HELD else FailureCause.UNREACHABLE
+
+
+def _usage_of(told: Sequence[tuple[int, int] | Refused | None]) -> StoreUsage | None:
+    """Return the sum of what servers tell of their memory; None if one has not told it."""
+    known = [memory for memory in told if memory is not None and not isinstance(memory, Refused)]
+    if len(known) < len(told):
+        return None
+    limits = [limit for _, limit in known]
+    return StoreUsage(None, sum(used for used, _ in known), sum(limits) if all(limits) else None)
 
 
 def _failed(request: Request) -> bool:

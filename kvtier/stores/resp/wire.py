@@ -45,6 +45,10 @@ class ConnectionBrokenError(StoreError):
         self.kind = kind
 
 
+_UNKNOWN = ("unknown command", "unsupported command")
+"""How errors begin for commands that a server, or a proxy before it, does not have."""
+
+
 class Refused(NamedTuple):
     """An error reply: its first word, such as "OOM" or "MOVED", and the rest."""
 
@@ -56,6 +60,14 @@ class Refused(NamedTuple):
         """Parse an error line without its "-"."""
         code, _, text = first_line(line.decode("utf-8", "replace")).partition(" ")
         return cls(code, text)
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the server will refuse the command every time: the user may not use it, or there is no such command.
+
+        Other refusals pass: of a replica, or of a server that is loading, busy or full.
+        """
+        return self.code == "NOPERM" or (self.code == "ERR" and self.text.startswith(_UNKNOWN))
 
     def __str__(self) -> str:
         return f"{self.code} {self.text}".strip()
