@@ -68,18 +68,24 @@ class SystemErrors:
 class CleanUp(AbstractContextManager[None]):
     """A context around the deletion of blocks that failed verification. Threads may share it.
 
-    It logs a StoreError once instead of raising it, since other blocks of the same call were read well. It raises a
-    StoreUnavailableError, since the store must be opened anew.
+    It logs a StoreError once instead of raising it, since other blocks of the same call were read well.
+
+    Attributes:
+        lost: the StoreUnavailableError after which the store must be opened anew; None if there was none. Whoever
+            wraps a store that does not remember it raises it in the next call.
     """
 
     def __init__(self) -> None:
+        self.lost: StoreUnavailableError | None = None
         self._is_logged = False
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        if not isinstance(error, StoreError) or isinstance(error, StoreUnavailableError):
+        if not isinstance(error, StoreError):
             return False
+        if isinstance(error, StoreUnavailableError):
+            self.lost = error
         if not self._is_logged:
             self._is_logged = True
             logger.warning("blocks that failed verification could not be deleted: %s", error)

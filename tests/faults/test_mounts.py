@@ -11,13 +11,16 @@ import pytest
 from disk_rigs import disk_tier, make_rig, start, striped_tier
 from requirements import need_mounts
 
+from kvtier.abc import StoreContext
 from kvtier.errors import StoreUnavailableError
 from kvtier.events import BlocksFailed, TierState
 from kvtier.eviction.lru import LRUPolicy
+from kvtier.namespace import Namespace
 from kvtier.secondary.filesystem import FilesystemTierManager
 from kvtier.stores import mounts
+from kvtier.stores.filesystem.store import FilesystemStore
 from kvtier.stores.mounts import check_mounted, mount_point_of
-from kvtier.testing.stores import make_key
+from kvtier.testing.stores import make_key, make_payload
 from kvtier.types import FailureCause, LookupResult
 
 ALL = list(range(20))
@@ -341,3 +344,21 @@ def test_a_disk_works_where_the_kernel_tells_nothing_of_mapped_pages(tmp_path):
     command = ["unshare", "--mount", "sh", "-c", hide, "sh", sys.executable, "-c", WITHOUT_PROC, str(tmp_path / "tier")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run(command, env=environment, check=True)
+
+
+@pytest.mark.root
+def test_unreadable_blocks_that_cannot_be_deleted_are_corrupt_all_the_same(small_disk, caplog):
+    """As on hosts that mount the directory read-only: to count them as errors of the disk would end the tier."""
+    disk = small_disk()
+    context = StoreContext(Namespace({"model": "read-only"}), 8192)
+    store = FilesystemStore.open({"path": str(disk.path / "shared"), "capacity": 1 << 20}, context)
+    keys = [make_key(number) for number in range(3)]
+    buffers = [memoryview(bytearray(make_payload(number, 8192))) for number in range(3)]
+    assert all(store.write(keys, buffers))
+    store.path_of(keys[1]).write_bytes(b"nothing of ours")
+    disk.remount("ro")
+    assert store.read_into(keys, buffers) == [True, False, True]
+    assert context.failures.take() == {FailureCause.CORRUPT: 1}
+    assert store.read_into(keys, buffers) == [True, False, True]
+    assert caplog.text.count("Read-only file system") == 1
+    store.close()

@@ -7,12 +7,13 @@ import pytest
 from object_buckets import Raw, open_over
 from obstore.store import MemoryStore
 
+from kvtier.errors import StoreUnavailableError
 from kvtier.stores.integrity.header import HEADER_BYTES
 from kvtier.stores.object import refresher
-from kvtier.stores.object.client import ReadCosts
+from kvtier.stores.object.client import ReadCosts, RequestError, Trouble
 from kvtier.stores.object.names import PackName, TakenBack, digest_of, parse
 from kvtier.testing.patience import wait_for
-from kvtier.testing.stores import StoreSuite, make_key
+from kvtier.testing.stores import StoreSuite, flip_bit, make_key
 from kvtier.types import FailureCause
 
 
@@ -133,6 +134,23 @@ class TestInMemory(OnBucket):
         assert self._read(range(3)) == [None] * 3
         assert self.context.failures.take() == {FailureCause.ABSENT: 3}
         assert not any(self.store.contains([make_key(number) for number in range(3)]))
+
+    def test_a_bucket_that_is_lost_in_a_clean_up_costs_no_good_block(self, monkeypatch):
+        self._write([1, 2])
+        raw = self.peek(self.store, make_key(1))
+        self.plant(self.store, make_key(1), flip_bit(raw, 8 * HEADER_BYTES))
+
+        def fail(*body):
+            error = RequestError(Trouble.FAILED, "no connection")
+            for _ in range(3):
+                self.store._refresher.note(error)
+            raise error
+
+        monkeypatch.setattr(self.store.client, "put", fail)
+        assert self._read([1, 2]) == [None, self.payload(2)]
+        assert self.context.failures.take() == {FailureCause.CORRUPT: 1}
+        with pytest.raises(StoreUnavailableError, match="no connection"):
+            self.store.contains([make_key(2)])
 
     def test_what_others_delete_is_noticed_though_the_clock_was_set_back(self, monkeypatch):
         name = PackName("0" * 12 + "-" + "1" * 8 + "-" + "2" * 6, self.store._fingerprint, (digest_of(make_key(1)),))

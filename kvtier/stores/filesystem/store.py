@@ -281,8 +281,11 @@ class FilesystemStore(VariedStore):
         with namespace.folder(shard_of(key)) as folder:
             result = self._read_one(key, folder.open_file(key.hex()), buffer)
             if result in UNREADABLE:
-                with contextlib.suppress(FileNotFoundError):
+                try:
                     folder.unlink(key.hex())
+                except OSError as error:  # deleting is a favour: the block is unreadable all the same
+                    if error.errno not in _ABSENT_ERRORS:
+                        self._errors.log(error)
             return result
 
     def _read_one(self, key: OffloadKey, descriptor: int, buffer: memoryview) -> FailureCause | int:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Self, TypeVar
 
 from kvtier.abc import BlockStore, StoreContext
-from kvtier.errors import StoreError
+from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.keys import OffloadKey
 from kvtier.stores.failures import CleanUp, fitting_buffers
 from kvtier.stores.integrity import open_sealer
@@ -72,6 +72,7 @@ class CheckedStore(BlockStore):
 
     def contains(self, keys: Sequence[OffloadKey]) -> list[bool]:
         """Return the inner store's answers. Only `read_into` verifies values."""
+        self._check()
         return self._answers(keys, lambda: self.inner.contains(keys), count=False)
 
     def write(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
@@ -84,14 +85,17 @@ class CheckedStore(BlockStore):
 
     def delete(self, keys: Sequence[OffloadKey]) -> None:
         """Forget `keys`."""
+        self._check()
         self._guarded((), lambda: self.inner.delete(keys))
 
     def keep(self, keys: Sequence[OffloadKey], seconds: float) -> Sequence[bool] | None:
         """Return the inner store's answers."""
+        self._check()
         return self._guarded((), lambda: self.inner.keep(keys, seconds))
 
     def list_keys(self, cursor: bytes, most: int) -> KeyPage | None:
         """Return the inner store's page."""
+        self._check()
         return self._guarded((), lambda: self.inner.list_keys(cursor, most))
 
     def usage(self) -> StoreUsage | None:
@@ -102,6 +106,11 @@ class CheckedStore(BlockStore):
         """Close the inner store."""
         self._guarded((), self.inner.close)
 
+    def _check(self) -> None:
+        """Raise StoreUnavailableError if the inner store has, when an earlier call deleted unreadable blocks."""
+        if self._clean_up.lost is not None:
+            raise StoreUnavailableError(str(self._clean_up.lost))
+
     def _in_parts(
         self,
         keys: Sequence[OffloadKey],
@@ -109,6 +118,7 @@ class CheckedStore(BlockStore):
         move: Callable[[Sequence[OffloadKey], Sequence[memoryview]], list[bool]],
     ) -> list[bool]:
         """Call `move` for the buffers of the right length, in parts that fit the private memory."""
+        self._check()
         fitting = fitting_buffers(keys, buffers, self._block_bytes, self._failures)
         results = [False] * len(keys)
         step = max(1, self._scratch_bytes // self._value_bytes)
@@ -146,12 +156,13 @@ class CheckedStore(BlockStore):
         absent = [key for key, cause in broken.items() if cause is FailureCause.ABSENT]
         try:
             with self._clean_up:
-                for key, held in zip(absent, self.contains(absent) if absent else (), strict=True):
+                present = self._answers(absent, lambda: self.inner.contains(absent), count=False) if absent else ()
+                for key, held in zip(absent, present, strict=True):
                     if held:
                         broken[key] = FailureCause.CORRUPT
                 doomed = [key for key, cause in broken.items() if cause is not FailureCause.ABSENT]
                 if doomed:
-                    self.delete(doomed)
+                    self._guarded((), lambda: self.inner.delete(doomed))
         finally:
             for cause in broken.values():
                 self._failures.count(cause)

@@ -169,11 +169,12 @@ class ObjectStore(VariedStore):
         if broken := [keys[index] for index, cause in causes.items() if cause in UNREADABLE]:
             with self._clean_up:
                 self.delete(broken)
-        self._check()
         lengths = [0] * len(keys)
         for index, length in got.items():
             if not isinstance(length, FailureCause):
                 lengths[index] = length
+        if not any(lengths):
+            self._check()  # else the next call does
         return lengths
 
     def delete(self, keys: Sequence[OffloadKey]) -> None:

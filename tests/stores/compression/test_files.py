@@ -1,12 +1,15 @@
 """The shipped suite on compressed blocks in files: plain, vouched for, and encrypted."""
 
-from compressed_blocks import CompressedBlocks
+import pytest
+from compressed_blocks import CompressedBlocks, sealed
 from file_blocks import FileBlocks
 from guarded_stores import Guarded, secret_options
 
+from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.stores.filesystem.store import FilesystemStore
 from kvtier.stores.integrity.header import ENCRYPTED_VERSION
-from kvtier.testing.stores import StoreSuite
+from kvtier.testing.stores import StoreSuite, make_key
+from kvtier.types import FailureCause
 
 
 class TestCompressedFiles(CompressedBlocks, FileBlocks, StoreSuite):
@@ -15,6 +18,20 @@ class TestCompressedFiles(CompressedBlocks, FileBlocks, StoreSuite):
 
     def options(self, medium):
         return {"path": str(medium / "shared"), "capacity": 64 << 20}
+
+    @pytest.mark.parametrize("error", [StoreError("not now"), StoreUnavailableError("gone")])
+    def test_a_failed_clean_up_costs_no_good_block(self, error, monkeypatch):
+        self._write([1, 2])
+        stored, header = sealed(self.context, make_key(3), b"does not expand", self.seal_options)
+        self.plant(self.store, make_key(3), stored + header)
+
+        def fail(keys):
+            assert list(keys) == [make_key(3)]
+            raise error
+
+        monkeypatch.setattr(self.store.inner, "delete", fail)
+        assert self._read([1, 3, 2]) == [self.payload(1), None, self.payload(2)]
+        assert self.context.failures.take() == {FailureCause.CORRUPT: 1}
 
 
 class TestOddLength(TestCompressedFiles):

@@ -1,6 +1,6 @@
 import pytest
 
-from kvtier.errors import StoreError
+from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.stores.integrity.checked_store import CheckedStore
 from kvtier.stores.memory import MemoryStore
 from kvtier.testing.faulty_stores import Fault, FaultPlan, FaultyBlockStore, Injection
@@ -86,6 +86,37 @@ def test_a_failed_clean_up_costs_no_good_block(store, plan, context, caplog, cal
     assert context.failures.take() == {FailureCause.FOREIGN: 1, FailureCause.ABSENT: 1}
     store.read_into(KEYS, buffers)
     assert [record.message for record in caplog.records if call in record.message] == [caplog.records[0].message]
+
+
+class Leaving(MemoryStore):
+    """Must be opened anew once it was asked to delete."""
+
+    def delete(self, keys):
+        raise StoreUnavailableError("gone")
+
+
+@pytest.mark.parametrize("scratch_bytes", [1 << 20, 1])
+def test_a_store_that_is_lost_in_a_clean_up_costs_no_good_block_and_is_opened_anew_after_it(context, scratch_bytes):
+    inner = Leaving(1 << 20)
+    store = CheckedStore(inner, context, scratch_bytes=scratch_bytes)
+    assert all(store.write(KEYS, [memoryview(payload) for payload in PAYLOADS]))
+    inner.write([KEYS[0]], [memoryview(inner.snapshot()[KEYS[1]])])
+    buffers = SUITE.buffers(8)
+    assert store.read_into(KEYS, buffers) == [False] + [True] * 7
+    assert [bytes(buffer) for buffer in buffers[1:]] == PAYLOADS[1:]
+    assert context.failures.take() == {FailureCause.FOREIGN: 1}
+    for call in (
+        lambda: store.contains(KEYS),
+        lambda: store.write(KEYS, buffers),
+        lambda: store.read_into(KEYS, buffers),
+        lambda: store.delete(KEYS),
+        lambda: store.keep(KEYS, 1.0),
+        lambda: store.list_keys(b"", 1),
+    ):
+        with pytest.raises(StoreUnavailableError, match="gone"):
+            call()
+    store.close()
+    assert not inner.snapshot()
 
 
 @pytest.mark.parametrize("scratch_bytes", [1, 3 * (8192 + 128)])
