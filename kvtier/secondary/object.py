@@ -15,6 +15,7 @@ class ObjectTierManager(DeclaredTierManager):
     medium = Medium.STORAGE
     locality = Locality.REMOTE
     lists_keys = True
+    keeps = True
     persistent: ClassVar[bool] = True
     """Blocks outlive the engine. With LoRA, such a tier needs `allow_lora`."""
     probe_deadline: ClassVar[float] = 1.0

@@ -72,6 +72,13 @@ class TestOnMoto(OnPlace):
         yield
         TierSuite.teardown_method(self)
 
+    def test_a_pin_tells_which_blocks_the_bucket_still_has(self):
+        rig, keys = self.rig, [make_key(number) for number in range(3)]
+        assert rig.store(range(2)).success
+        answer = rig.tier.pin(keys)
+        rig.wait(lambda: answer.value is not None, "the pin")
+        assert answer.value == frozenset(keys[:2])
+
     def test_blocks_outlive_the_tier(self):
         rig = self.rig
         assert rig.store(range(20)).success

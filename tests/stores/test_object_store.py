@@ -272,6 +272,96 @@ class TestCapacity:
         assert all(held[-90:])
         store.close()
 
+    def fill(self, suite, store, numbers):
+        """Write so many blocks, a pack each, and let the store make room meanwhile."""
+        for number in numbers:
+            self.write(suite, store, [number])
+            store._refresher._step()
+        store.catalogue.check_invariants()
+
+    def held(self, store, numbers):
+        return [number for number in numbers if store.contains([make_key(number)]) == [True]]
+
+    def test_what_is_kept_outlasts_what_is_newer(self, suite):
+        store = self.open(suite, 1 << 20, pack_size=8192)
+        self.fill(suite, store, range(50))
+        assert store.keep([make_key(number) for number in (3, 777, 9)], 60.0) == [True, False, True]
+        self.fill(suite, store, range(100, 400))
+        assert self.held(store, range(50)) == [3, 9]
+        buffers = suite.buffers(2)
+        assert store.read_into([make_key(3), make_key(9)], buffers) == [True, True]
+        assert [bytes(buffer) for buffer in buffers] == [suite.payload(3), suite.payload(9)]
+        store.close()
+
+    def test_what_was_kept_leaves_when_its_time_is_over(self, suite, monkeypatch):
+        store = self.open(suite, 1 << 20, pack_size=8192)
+        self.fill(suite, store, range(50))
+        store.keep([make_key(3)], 60.0)
+        store.keep([make_key(9)], 600.0)
+        later = SimpleNamespace(monotonic=lambda: time.monotonic() + 61, time=time.time)
+        monkeypatch.setattr(refresher, "time", later)
+        self.fill(suite, store, range(100, 400))
+        assert self.held(store, range(50)) == [9]
+        store.close()
+
+    def test_half_of_the_space_is_kept_at_most_and_of_one_call_the_head(self, suite):
+        store = self.open(suite, 1 << 20, pack_size=8192)
+        self.fill(suite, store, range(100))
+        assert all(store.keep([make_key(number) for number in range(100)], 60.0))
+        self.fill(suite, store, range(100, 400))
+        held = self.held(store, range(100))
+        assert held == list(range(len(held)))
+        assert 7 / 16 * (1 << 20) - 8320 < len(held) * 8320 <= 7 / 16 * (1 << 20)
+        assert self.held(store, range(350, 400)) == list(range(350, 400))
+        store.close()
+
+    def test_a_kept_block_that_is_written_again_stays_kept(self, suite):
+        store = self.open(suite, 1 << 20, pack_size=8192)
+        self.write(suite, store, [3])
+        store.keep([make_key(3)], 60.0)
+        self.write(suite, store, [3])
+        self.fill(suite, store, range(100, 400))
+        assert self.held(store, [3]) == [3]
+        store.close()
+
+    def test_what_is_kept_in_vain_is_gone(self, suite):
+        """Of blocks that are deleted, by this instance or another one, nothing is kept."""
+        store, other = (self.open(suite, 1 << 20, pack_size=8192) for _ in range(2))
+        self.fill(suite, store, range(4))
+        keys = [make_key(number) for number in range(4)]
+        assert all(store.keep(keys, 60.0))
+        store.delete(keys[:1])
+        other.refresh()
+        other.delete(keys[1:2])
+        store._refresher._rescan()
+        store._refresher._look_at_head()
+        assert store.read_into(keys, suite.buffers(4)) == [False, False, True, True]
+        assert store.keep(keys, 60.0) == [False, False, True, True]
+        for one in (store, other):
+            one.close()
+
+    def test_a_pack_is_kept_for_the_time_asked_beyond_its_ttl_and_not_again(self, suite, monkeypatch):
+        store = self.open(suite, 1 << 20, pack_size=8192, ttl=60)
+        self.write(suite, store, [1])
+        self.write(suite, store, [2])
+        assert store.keep([make_key(1)], 30.0) == [True]
+
+        def at(seconds):
+            """Let the store live so many seconds later."""
+            clock = SimpleNamespace(monotonic=lambda: time.monotonic() + seconds, time=lambda: time.time() + seconds)
+            monkeypatch.setattr(refresher, "time", clock)
+            monkeypatch.setattr("kvtier.stores.object.store.time", clock)
+            store._refresher._make_room()
+
+        at(20)
+        assert store.keep([make_key(1)], 60.0) == [True]
+        at(70)
+        assert self.held(store, [1, 2]) == [1]
+        assert store.keep([make_key(1)], 60.0) == [True]
+        at(90)
+        assert self.held(store, [1, 2]) == []
+        store.close()
+
     def test_two_that_delete_at_once_leave_as_much_as_one(self, suite):
         stores = [self.open(suite, 1 << 20, pack_size=8192) for _ in range(2)]
         first = 0

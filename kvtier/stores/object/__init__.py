@@ -16,8 +16,9 @@ engines write.
 
 **Deletion.** When the packs of all namespaces under the prefix reach 15/16 of the capacity, an instance deletes the
 oldest ones, down to 7/8. Instances that delete at the same time choose the same packs in the same order, and deleting
-an absent pack is no error. Between two listings, an instance writes at most its share of the free room. So the sum
-stays below the capacity unless the number of writers doubles within one `refresh`.
+an absent pack is no error. Each instance spares what its own `keep` was asked for, which the others do not know.
+Between two listings, an instance writes at most its share of the free room. So the sum stays below the capacity unless
+the number of writers doubles within one `refresh`.
 
 **Two writers of one block** make two packs. The later one counts; the other copy is deleted when it is the oldest.
 """

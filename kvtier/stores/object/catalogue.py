@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import heapq
+import itertools
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -62,6 +64,8 @@ class Catalogue:
         self._pack_of: dict[int, Pack] = {}
         self._gone: OrderedDict[str, None] = OrderedDict()
         """Stamps of deleted packs. A listing that began before their deletion must not add them again."""
+        self._kept_until: dict[str, float] = {}
+        """By stamp, until when `keep` keeps a pack; the latest calls come last."""
         self.total_bytes = 0
 
     def __len__(self) -> int:
@@ -108,6 +112,7 @@ class Catalogue:
             for stamp in stamps:
                 self._gone[stamp] = None
                 pack = self._packs.pop(stamp, None)
+                self._kept_until.pop(stamp, None)
                 if pack is not None:
                     self.total_bytes -= pack.size
                     for digest in self._digests(pack):
@@ -132,21 +137,55 @@ class Catalogue:
                 taken.append((pack, bits, pack.dead == (1 << len(self._digests(pack))) - 1))
             return taken
 
-    def oldest(self, until_bytes: int, before: str = "") -> list[Pack]:
-        """Return the packs to delete: those with stamps below `before`, and the oldest until `until_bytes` are left."""
+    def keep(self, digests: Iterable[int], until: float, now: float, since: str = "") -> list[bool]:
+        """Spare the packs of blocks in `oldest` until a time; return, per digest, whether a block is known.
+
+        Args:
+            now, until: seconds of a monotonic clock.
+            since: packs with earlier stamps are not spared.
+        """
         with self._lock:
-            count = sum(stamp < before for stamp in self._packs) if before else 0
-            victims = heapq.nsmallest(count, self._packs) if count else []
-            left = self.total_bytes - sum(self._packs[stamp].size for stamp in victims)
+            packs = [self._pack_of.get(digest) for digest in digests]
+            for pack in reversed(packs):  # a prompt's head last, which is worth more than its tail
+                if pack is not None and pack.stamp >= since:
+                    self._spare(pack.stamp, until)
+            for stamp in list(itertools.takewhile(lambda one: self._kept_until[one] <= now, self._kept_until)):
+                del self._kept_until[stamp]
+        return [pack is not None for pack in packs]
+
+    def _spare(self, stamp: str, until: float) -> None:
+        self._kept_until[stamp] = max(until, self._kept_until.pop(stamp, 0.0))
+
+    def oldest(self, until_bytes: int, before: str = "", now: float = math.inf) -> list[Pack]:
+        """Return the packs to delete: those with stamps below `before`, and the oldest until `until_bytes` are left.
+
+        Args:
+            now: packs that are kept beyond this time stay, if they take half of `until_bytes` at most; else those that
+                were kept last.
+        """
+        with self._lock:
+            spared = self._spared(until_bytes // 2, now)
+            candidates = [stamp for stamp in self._packs if stamp not in spared and stamp < before] if before else []
+            left = self.total_bytes - sum(self._packs[stamp].size for stamp in candidates)
             if left > until_bytes:
-                victims = []
-                left = self.total_bytes
-                for number, stamp in enumerate(sorted(self._packs)):
-                    if left <= until_bytes and number >= count:
-                        break
-                    victims.append(stamp)
-                    left -= self._packs[stamp].size
-            return [self._packs[stamp] for stamp in victims]
+                candidates, left = [stamp for stamp in self._packs if stamp not in spared], self.total_bytes
+            victims = []
+            for stamp in sorted(candidates):
+                if left <= until_bytes and stamp >= before:
+                    break
+                victims.append(self._packs[stamp])
+                left -= self._packs[stamp].size
+            return victims
+
+    def _spared(self, most_bytes: int, now: float) -> set[str]:
+        spared: set[str] = set()
+        for stamp, until in reversed(self._kept_until.items()):
+            if until > now and stamp in self._packs:
+                most_bytes -= self._packs[stamp].size
+                if most_bytes < 0:
+                    break
+                spared.add(stamp)
+        return spared
 
     def after(self, stamp: str, most: int) -> list[tuple[Pack, list[int]]]:
         """Return the next `most` objects with later stamps, in order, each with the places of this namespace's blocks.
@@ -195,6 +234,8 @@ class Catalogue:
             if former is None or former.stamp < pack.stamp:
                 if former is not None:
                     former.dead |= 1 << self._digests(former).index(digest)
+                    if until := self._kept_until.get(former.stamp):
+                        self._spare(pack.stamp, until)
                 self._pack_of[digest] = pack
             elif former is not pack:
                 pack.dead |= 1 << place

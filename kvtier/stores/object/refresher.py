@@ -225,7 +225,7 @@ class Refresher:
         if not self._is_above(_URGENT) and not self._is_my_turn():
             return
         until = int(self._settings.capacity * _LOW) if above else self._settings.capacity
-        self._delete(self._catalogue.oldest(until, before))
+        self._delete(self._catalogue.oldest(until, before, time.monotonic()))
 
     def _delete(self, packs: Sequence[Pack]) -> None:
         try:

@@ -20,7 +20,7 @@ from kvtier.stores.integrity.plain_sealer import PlainSealer
 from kvtier.stores.integrity.sealing import Sealer
 from kvtier.stores.object.catalogue import Catalogue, Pack, Place
 from kvtier.stores.object.client import Client, RequestError, Trouble, connect
-from kvtier.stores.object.names import MAX_BLOCKS, PackName, Stamps, TakenBack, digest_of, split
+from kvtier.stores.object.names import MAX_BLOCKS, PackName, Stamps, TakenBack, digest_of, split, stamp_at
 from kvtier.stores.object.options import ObjectOptions
 from kvtier.stores.object.refresher import OVERLAP_SECONDS, Refresher
 from kvtier.stores.varied import Padding, PaddingCount, VariedStore
@@ -193,6 +193,16 @@ class ObjectStore(VariedStore):
         except RequestError as error:
             self._learn(error)
             raise StoreError(str(error)) from None
+
+    def keep(self, keys: Sequence[OffloadKey], seconds: float) -> list[bool]:
+        """Delete other packs before those of the blocks, which take half of the capacity at most. No request is sent.
+
+        Other instances do not know of it, and delete the oldest packs. A pack whose `ttl` is over is not kept.
+        """
+        self._check()
+        ttl, now = self._settings.ttl, time.monotonic()
+        since = "" if ttl is None else stamp_at(time.time() - ttl)
+        return self.catalogue.keep(map(digest_of, keys), now + seconds, now, since)
 
     def list_keys(self, cursor: bytes, most: int) -> KeyPage:
         """Read the headers in packs, since names have only digests of the keys. A cursor is a pack's stamp.
