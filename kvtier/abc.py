@@ -365,6 +365,7 @@ class SecondaryTierManager(ABC):
         joins_stores: True if one store job may have blocks of several requests, as `JobMetadata.shares` says. The
             blocks whose copies from the device end in one step are then one job, or several large ones.
         deletes, lists_keys: True if `delete` and `list_keys` may be called.
+        keeps: True if `pin` asks the medium, which evicts by itself, and so says what is there.
         probe_deadline: longest that a request waits while `lookup` answers RETRY, in seconds. The manager waits longer
             before the tier's first answer, and shorter after waits in vain. A configuration may set another value.
     """
@@ -376,6 +377,7 @@ class SecondaryTierManager(ABC):
     joins_stores: ClassVar[bool] = False
     deletes: ClassVar[bool] = False
     lists_keys: ClassVar[bool] = False
+    keeps: ClassVar[bool] = False
     probe_deadline: ClassVar[float] = 0.25
 
     @classmethod

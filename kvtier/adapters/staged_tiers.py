@@ -15,6 +15,7 @@ from kvtier.abc import SecondaryTierManager
 from kvtier.adapters.staging_slots import Batch, PageKeys, StagingSlots
 from kvtier.events import TierState
 from kvtier.keys import OffloadKey
+from kvtier.secondary.chores import failed
 from kvtier.spec.staging import StagingSpec
 from kvtier.tiering.guarded_tier import TierGuard
 from kvtier.types import Answer, AnswerState, LookupResult, ReqContext, ScheduleEndContext
@@ -104,6 +105,29 @@ class StagedTiers:
             if all(found):
                 break
         return found
+
+    def gone(self, pages: Sequence[PageKeys]) -> list[bool]:
+        """Return, per page, whether certainly no tier holds all of it. One that is down, or late, may hold any page."""
+        gone = [True] * len(pages)
+        for index in range(len(self._tiers)):
+            left = [number for number, is_gone in enumerate(gone) if is_gone]
+            held = self._told_by(index, [key for number in left for key in pages[number]])
+            for number in left:
+                gone[number] = held is not None and not held.issuperset(pages[number])
+        return gone
+
+    def _told_by(self, index: int, keys: Sequence[OffloadKey]) -> frozenset[OffloadKey] | None:
+        """Return those of `keys` that a tier may hold; None if it does not say."""
+        guard = self._tiers[index]
+        if guard.tier.keeps and keys:  # a lookup that has failed is a miss, too; a pin says so
+            held = self.ask(index, "pin", lambda tier: tier.pin(keys) or failed())
+            return None if held is None else frozenset(held)
+        request = self._new_request("ask")
+        with self._lock:
+            self._poll()
+            held = [key for key in keys if guard.lookup(key, request) is not LookupResult.MISS]
+            guard.forget_request(request)
+            return frozenset(held) if guard.usable and not self._closed else None
 
     def unpin(self, pages: Sequence[PageKeys]) -> None:
         """Undo one pin of each of `pages`; pages that are not pinned are ignored."""

@@ -61,8 +61,6 @@ class KeyedTierManager(StoreTierManager):
 
     verifies_payloads = True
     deletes = True
-    keeps: ClassVar[bool] = False
-    """Whether the store's `keep` does anything."""
 
     def __init__(
         self,

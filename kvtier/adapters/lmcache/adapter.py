@@ -21,6 +21,7 @@ from kvtier.adapters.lmcache.lanes import Lane
 from kvtier.adapters.lmcache.locks import Locks
 from kvtier.adapters.lmcache.objects import in_rounds, parts_of
 from kvtier.adapters.lmcache.options import LMCacheOptions
+from kvtier.adapters.lmcache.review import Review
 from kvtier.adapters.lmcache.upkeep import Upkeep
 from kvtier.adapters.memory_parts import copy_from_rows, copy_to_rows
 from kvtier.adapters.staged_tiers import StagedTiers
@@ -61,6 +62,7 @@ class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is n
         self._most_blocks = spec.num_blocks
         self._kinds, self._locks, self._holdings = Kinds(spec.block_bytes), Locks(), Holdings()
         self._upkeep = Upkeep(self._tiers, self._kinds, spec.block_bytes, self._options.call_deadline)
+        self._review = Review(self._tiers, self._holdings, self._tell_gone)
         self._num_undeleted = 0
         self._told: set[str] = set()
         ids = itertools.count()
@@ -71,6 +73,7 @@ class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is n
         self._is_closed = False
         for lane in self._lanes:
             lane.start()
+        self._review.start()
         forks.register(self)
 
     def leave_to_parent(self) -> None:
@@ -78,8 +81,8 @@ class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is n
         self._is_closed = True
         self._locks = Locks()
         self._usage_lock = threading.Lock()  # LMCache's
-        for lane in self._lanes:
-            lane.leave_to_parent()
+        for part in (*self._lanes, self._review):
+            part.leave_to_parent()
 
     # -- event descriptors --------------------------------------------------------------------------------
 
@@ -226,11 +229,11 @@ class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is n
         if self._is_closed:
             return
         self._is_closed = True
-        for lane in self._lanes:
-            lane.stop()
+        for part in (*self._lanes, self._review):
+            part.stop()
         self._tiers.close()
-        for lane in self._lanes:
-            lane.join()
+        for part in (*self._lanes, self._review):
+            part.join()
 
     def check_invariants(self) -> None:
         """Raise InvariantError if staging memory is lost or used twice. No task may be running."""
@@ -257,6 +260,7 @@ class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is n
         if fresh:
             self._notify_keys_stored([one.key for one in fresh], [one.num_bytes for one in fresh])
         self._tell_removed()
+        self._review.note_stored(len(held))
         return L2StoreResult(all(stored), sum(one.num_bytes for one in fresh))
 
     def _look_up(self, keys: Sequence[Any], layouts: Mapping[int, Any]) -> Bitmap:
@@ -269,6 +273,7 @@ class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is n
         self._locks.add((keys[index], own) for index, own in found)
         for index, _ in found:
             bitmap.set(index)
+        self._review.doubt(own for own, is_held in zip(blocks, held, strict=True) if not is_held)
         return bitmap
 
     def _load(self, keys: Sequence[Any], objects: Sequence[Any]) -> Bitmap:
@@ -290,6 +295,8 @@ class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is n
         if loaded:
             self._notify_keys_accessed([keys[index] for index in loaded])
         self._tell_removed()
+        missed = set(range(len(keys))).difference(loaded)
+        self._review.doubt(blocks[index] for index in missed)
         return bitmap
 
     def _blocks_of(self, keys: Sequence[Any], objects: Sequence[Any]) -> list[PageKeys]:
@@ -310,10 +317,12 @@ class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is n
         gone = self._holdings.take_excess()
         touched = self._holdings.touched_by(self._tiers.take_removed())
         if touched:
-            held = self._tiers.contains([one.blocks for one in touched])
-            gone += self._holdings.remove(one for one, is_held in zip(touched, held, strict=True) if not is_held)
+            gone += self._review.gone(touched)
         if gone:
-            self._notify_keys_deleted([one.key for one in gone], [one.num_bytes for one in gone])
+            self._tell_gone(gone)
+
+    def _tell_gone(self, gone: Sequence[Holding]) -> None:
+        self._notify_keys_deleted([one.key for one in gone], [one.num_bytes for one in gone])
 
     def _say_once(self, text: str) -> None:
         if text not in self._told:

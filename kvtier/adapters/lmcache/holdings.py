@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Iterable
@@ -12,7 +13,7 @@ from kvtier.adapters.staging_slots import PageKeys
 from kvtier.keys import OffloadKey, get_offload_block_hash, make_offload_key
 
 MOST_HELD = 1 << 20
-"""Most objects to remember. Servers and shared filesystems do not tell what they evict: the number would only rise."""
+"""Most objects to remember: a tier may hold any number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +59,19 @@ class Holdings:
 
     def add(self, stored: Iterable[Holding]) -> list[Holding]:
         """Note objects that the tiers hold now; return those that are new."""
+        stored = list(stored)
         with self._lock:
             fresh = [held for held in stored if held.block_hash not in self._by_hash]
-            self._by_hash.update((held.block_hash, held) for held in fresh)
+            self._by_hash.update((held.block_hash, held) for held in stored)
         return fresh
+
+    def next(self, count: int) -> list[Holding]:
+        """Return the objects that were stored, or returned by this, the longest ago."""
+        with self._lock:
+            hashes = list(itertools.islice(self._by_hash, count))
+            for one in hashes:
+                self._by_hash.move_to_end(one)
+            return [self._by_hash[one] for one in hashes]
 
     def take_excess(self) -> list[Holding]:
         """Forget the oldest of too many objects; return them."""
@@ -79,6 +89,9 @@ class Holdings:
         return self._by_hash.get(get_offload_block_hash(blocks[0]))
 
     def remove(self, gone: Iterable[Holding]) -> list[Holding]:
-        """Forget objects that no tier holds any more; return those that were noted."""
+        """Forget objects that no tier holds any more; return those that were noted, and not stored again meanwhile."""
         with self._lock:
-            return [held for one in gone if (held := self._by_hash.pop(one.block_hash, None)) is not None]
+            removed = [one for one in gone if self._by_hash.get(one.block_hash) is one]
+            for one in removed:
+                self._by_hash.pop(one.block_hash, None)
+        return removed
