@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kvtier.errors import CapacityError, ConfigError
 from kvtier.options import join_key
 from kvtier.primary.arena import Arena
@@ -23,6 +25,16 @@ class StagingSpec(TieringOffloadingSpec):
             return super().arena
         except CapacityError as error:
             raise CapacityError(str(error).replace("cpu_bytes_to_use", "staging_bytes")) from error
+
+    def use_arena(self, arena: Arena) -> None:
+        """Work on memory of the caller's instead of a staging arena. Called before `open_tiers`; the spec then owns it.
+
+        Raises:
+            ConfigError: it has another shape.
+        """
+        self._check_arena(arena)
+        self._arena = arena
+        self.tier_context = replace(self.tier_context, arena_fd=arena.fd)
 
     def open_tiers(self) -> SecondaryTiers:
         """Create the arena and start the tiers, without waiting for them; called once.

@@ -20,6 +20,8 @@ from kvtier.testing.patience import PATIENCE_SECONDS, wait_for
 
 MODEL, RANK = "example/model", ObjectKey.ComputeKVRank(1, 0, 1, 0)
 MIB = 1 << 20
+BLOCK_BYTES = 64 << 10
+"""Of the tiers."""
 
 
 def layout(num_bytes, dtype=torch.bfloat16):
@@ -47,8 +49,8 @@ def bucket(place, **options):
 class HostMemory:
     """LMCache's memory manager, without a storage manager above it."""
 
-    def __init__(self, size=64 * MIB):
-        self.manager = L1MemoryManager(L1MemoryManagerConfig(size_in_bytes=size, use_lazy=False))
+    def __init__(self, size=64 * MIB, **config):
+        self.manager = L1MemoryManager(L1MemoryManagerConfig(size_in_bytes=size, use_lazy=False, **config))
 
     @contextmanager
     def objects(self, sizes, *, seed=None, dtype=torch.bfloat16):
@@ -150,7 +152,7 @@ def config_of(tiers, **options):
         "class_name": "KVTierL2Adapter",
         "adapter_params": {
             "staging_bytes": "4MiB",
-            "block_bytes": "64KiB",
+            "block_bytes": BLOCK_BYTES,
             "call_deadline": 60.0,
             **options,
             "tiers": tiers,

@@ -8,7 +8,7 @@ import sys
 import urllib.request
 from pathlib import Path
 
-from adapters import config_of
+from adapters import BLOCK_BYTES, config_of
 from valkey_server import free_port
 
 from kvtier.testing.patience import PATIENCE_SECONDS, wait_for
@@ -36,6 +36,7 @@ class CacheServer:
                 *("--http-port", str(self._http_port), "--chunk-size", str(CHUNK_TOKENS)),
                 *("--supported-transfer-mode", "auto", "--eviction-policy", "LRU"),
                 *("--l1-size-gb", "0.125", "--no-l1-use-lazy"),
+                *(("--l1-align-bytes", str(BLOCK_BYTES)) if options.get("shared_memory") else ()),
                 *("--l2-adapter", json.dumps(config_of(tiers, **options))),
             ],
             stdout=self._log,

@@ -56,10 +56,11 @@ def flip_every_block(folder, block_bytes=64 << 10):
     return num_flipped
 
 
-def test_two_engines_share_one_hosts_memory_and_the_disk_below_it(model, plain, tmp_path):
+@pytest.mark.parametrize("shared_memory", [False, True], ids=["copied", "shared-memory"])
+def test_two_engines_share_one_hosts_memory_and_the_disk_below_it(model, plain, tmp_path, shared_memory):
     tiers = [disk(tmp_path)]
     with (
-        CacheServer(tiers, tmp_path / "server.log") as server,
+        CacheServer(tiers, tmp_path / "server.log", shared_memory=shared_memory) as server,
         Engine(model, tmp_path / "first.log", **server.engine_options()) as first,
         Engine(model, tmp_path / "second.log", **server.engine_options()) as second,
     ):
@@ -89,7 +90,7 @@ def test_two_engines_share_one_hosts_memory_and_the_disk_below_it(model, plain, 
 
     # The disk outlives server and engines.
     with (
-        CacheServer(tiers, tmp_path / "server2.log") as server,
+        CacheServer(tiers, tmp_path / "server2.log", shared_memory=shared_memory) as server,
         Engine(model, tmp_path / "third.log", **server.engine_options()) as third,
     ):
         assert answer(server, third, 1) == (plain[1], PROMPT_TOKENS)

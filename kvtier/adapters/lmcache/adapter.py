@@ -6,7 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from lmcache.lmcache_native import Bitmap
 from lmcache.v1.distributed.api import EncodedObjectKey, KeyEntry, KeyListPage
@@ -19,17 +19,18 @@ from kvtier.adapters.lmcache.holdings import Holding, Holdings
 from kvtier.adapters.lmcache.kinds import Kinds
 from kvtier.adapters.lmcache.lanes import Lane
 from kvtier.adapters.lmcache.locks import Locks
-from kvtier.adapters.lmcache.objects import in_rounds, parts_of
+from kvtier.adapters.lmcache.objects import in_rounds
 from kvtier.adapters.lmcache.options import LMCacheOptions
 from kvtier.adapters.lmcache.review import Review
+from kvtier.adapters.lmcache.roads import Road, SharedRoad, StagedRoad
 from kvtier.adapters.lmcache.upkeep import Upkeep
-from kvtier.adapters.memory_parts import copy_from_rows, copy_to_rows
-from kvtier.adapters.staged_tiers import StagedTiers
 from kvtier.adapters.staging_slots import PageKeys
 from kvtier.errors import ConfigError
 from kvtier.events import TierState
 from kvtier.foreign_text import one_line
 from kvtier.log import logger
+
+T = TypeVar("T")
 
 _LOAD_THREADS = 2
 """While one load's objects are copied to LMCache's memory, the tier reads for the other."""
@@ -40,8 +41,8 @@ class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is n
 
     LMCache calls it from its store, prefetch and eviction threads, and for statistics from others. No call but `close`
     waits. Threads of the adapter copy objects between LMCache's memory and a staging arena, from and to which the tiers
-    work; when a task has its result, nobody touches the objects' memory any more. Whatever a tier does is at worst a
-    miss.
+    work, or the tiers' I/O processes work on LMCache's memory (`roads.py`). When a task has its result, nobody touches
+    the objects' memory any more. Whatever a tier does is at worst a miss.
     """
 
     def __init__(self, adapter_params: Mapping[str, Any], l1_memory_desc: Any = None) -> None:
@@ -49,7 +50,7 @@ class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is n
 
         Args:
             adapter_params: see `LMCacheOptions`.
-            l1_memory_desc: address and size of LMCache's memory; not used.
+            l1_memory_desc: address and size of LMCache's memory, for `shared_memory`.
 
         Raises:
             ConfigError: an option is wrong.
@@ -57,11 +58,11 @@ class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is n
         """
         super().__init__()  # without a capacity: the tiers evict, and LMCache must not do it a second time
         self._options = LMCacheOptions.read(adapter_params)
-        spec = self._options.staging_spec()
-        self._tiers = StagedTiers(spec, self._options.call_deadline)
-        self._most_blocks = spec.num_blocks
-        self._kinds, self._locks, self._holdings = Kinds(spec.block_bytes), Locks(), Holdings()
-        self._upkeep = Upkeep(self._tiers, self._kinds, spec.block_bytes, self._options.call_deadline)
+        is_shared = self._options.shared_memory
+        self._road: Road = SharedRoad(self._options, l1_memory_desc) if is_shared else StagedRoad(self._options)
+        self._tiers, block_bytes = self._road.tiers, self._road.tiers.block_bytes
+        self._kinds, self._locks, self._holdings = Kinds(block_bytes), Locks(), Holdings()
+        self._upkeep = Upkeep(self._tiers, self._kinds, block_bytes, self._options.call_deadline)
         self._review = Review(self._tiers, self._holdings, self._tell_gone)
         self._num_undeleted = 0
         self._told: set[str] = set()
@@ -244,12 +245,9 @@ class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is n
     def _store(self, keys: Sequence[Any], objects: Sequence[Any]) -> L2StoreResult:
         blocks = self._blocks_of(keys, objects)
         stored = [False] * len(keys)
-        for chosen in self._rounds(blocks, max(1, self._most_blocks // 2)):
-
-            def fill(page: int, rows: Sequence[memoryview], chosen: Sequence[int] = chosen) -> None:
-                copy_to_rows(parts_of(objects[chosen[page]]), rows)
-
-            for index, is_stored in zip(chosen, self._tiers.store(_picked(blocks, chosen), fill), strict=True):
+        for chosen in self._rounds(blocks, max(1, self._road.most_blocks // 2)):
+            done = self._road.store(_picked(blocks, chosen), _picked(objects, chosen))
+            for index, is_stored in zip(chosen, done, strict=True):
                 stored[index] = is_stored
         held = [
             Holding.of(key, memory.get_size(), own)
@@ -280,13 +278,9 @@ class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is n
         bitmap = Bitmap(len(keys))
         blocks = self._blocks_of(keys, objects)
         loaded: list[int] = []
-        for chosen in self._rounds(blocks, self._most_blocks):
-
-            def take(page: int, rows: Sequence[memoryview], chosen: Sequence[int] = chosen) -> None:
-                copy_from_rows(rows, parts_of(objects[chosen[page]]))
-
+        for chosen in self._rounds(blocks, self._road.most_blocks):
             begun = time.monotonic()
-            is_loaded = self._tiers.load(_picked(blocks, chosen), take)
+            is_loaded = self._road.load(_picked(blocks, chosen), _picked(objects, chosen))
             loaded += itertools.compress(chosen, is_loaded)
             if time.monotonic() - begun >= self._options.call_deadline:
                 break  # a tier hangs, or is slower than computing: the engine waits for this task
@@ -304,7 +298,7 @@ class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is n
 
     def _rounds(self, blocks: Sequence[PageKeys], most: int) -> Iterator[list[int]]:
         """Yield the indices of objects whose blocks fit the staging memory together; none of those that never fit."""
-        fitting = [index for index, own in enumerate(blocks) if len(own) <= self._most_blocks]
+        fitting = [index for index, own in enumerate(blocks) if len(own) <= self._road.most_blocks]
         if len(fitting) < len(blocks):
             needed = 2 * self._block_bytes * max(map(len, blocks))
             error = ConfigError("staging_bytes", self._options.staging_bytes, f"at least {needed}, two objects")
@@ -334,5 +328,5 @@ class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is n
         return self._tiers.block_bytes
 
 
-def _picked(blocks: Sequence[PageKeys], chosen: Sequence[int]) -> list[PageKeys]:
-    return [blocks[index] for index in chosen]
+def _picked(values: Sequence[T], chosen: Sequence[int]) -> list[T]:
+    return [values[index] for index in chosen]
