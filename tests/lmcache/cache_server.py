@@ -36,7 +36,7 @@ class CacheServer:
                 *("--http-port", str(self._http_port), "--chunk-size", str(CHUNK_TOKENS)),
                 *("--supported-transfer-mode", "auto", "--eviction-policy", "LRU"),
                 *("--l1-size-gb", "0.125", "--no-l1-use-lazy"),
-                *(("--l1-align-bytes", str(BLOCK_BYTES)) if options.get("shared_memory") else ()),
+                *(self._named_memory if options.get("shared_memory") else ()),
                 *("--l2-adapter", json.dumps(config_of(tiers, **options))),
             ],
             stdout=self._log,
@@ -56,6 +56,10 @@ class CacheServer:
 
         wait_for(is_up, "LMCache's server")
         return self
+
+    @property
+    def _named_memory(self):
+        return "--shm-name", f"kvtier_{self.port}", "--l1-align-bytes", str(BLOCK_BYTES)
 
     def engine_options(self):
         """Options of an `Engine` that uses this server, and has no other cache of prefixes."""

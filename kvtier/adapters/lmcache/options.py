@@ -25,8 +25,8 @@ class LMCacheOptions(StagingOptions, frozen=True, forbid_unknown_fields=True, kw
     shared_memory: Annotated[
         bool,
         msgspec.Meta(
-            description="whether the tiers' I/O processes work on LMCache's memory itself, without copies; it must lie"
-            " in shared memory (`--no-l1-use-lazy`), with `--l1-align-bytes` a multiple of `block_bytes`"
+            description="whether the tiers' I/O processes work on LMCache's memory itself, without copies; it must have"
+            " a name (`--no-l1-use-lazy --shm-name NAME`), and `--l1-align-bytes` be a multiple of `block_bytes`"
         ),
     ] = False
 
