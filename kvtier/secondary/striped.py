@@ -131,6 +131,8 @@ class StripedTierManager(SecondaryTierManager):
         self._parts: dict[int, tuple[Job, Sequence[OffloadKey]]] = {}
         self._deletions: list[tuple[Answer[Collection[OffloadKey]], list[Answer[Collection[OffloadKey]]]]] = []
         """Open answers, each with those of the stripes."""
+        self._listings: list[tuple[Answer[KeyPage], bytes, int]] = []
+        """Open answers with their cursors and sizes, which wait for stripes that are starting."""
 
     # -- health -------------------------------------------------------------------------------------------
 
@@ -219,6 +221,8 @@ class StripedTierManager(SecondaryTierManager):
                     finished.append(job.result(self._clock()))
         if self._deletions:
             self._settle_deletions()
+        if self._listings:
+            self._settle_listings()
         return finished
 
     def _submit(
@@ -326,6 +330,16 @@ class StripedTierManager(SecondaryTierManager):
 
     def list_keys(self, cursor: bytes, most: int) -> Answer[KeyPage]:
         """List one stripe after the other. All must be up: another listing would miss the blocks of the others."""
+        if self._is_starting():
+            answer: Answer[KeyPage] = Answer()
+            self._listings.append((answer, cursor, most))
+            return answer
+        return self._list(cursor, most)
+
+    def _is_starting(self) -> bool:
+        return not self._closed and any(stripe.state is TierState.STARTING for stripe in self._stripes)
+
+    def _list(self, cursor: bytes, most: int) -> Answer[KeyPage]:
         index = cursor[0] if cursor else 0
         if index >= len(self._stripes) or any(stripe.state is not _UP for stripe in self._stripes):
             return failed()
@@ -336,6 +350,14 @@ class StripedTierManager(SecondaryTierManager):
         if page.cursor is not None:
             return settled(page._replace(cursor=bytes([index]) + page.cursor))
         return settled(page._replace(cursor=bytes([index + 1]) if index + 1 < len(self._stripes) else None))
+
+    def _settle_listings(self) -> None:
+        if self._is_starting():
+            return
+        for waiting, cursor, most in self._listings:
+            page = self._list(cursor, most).value  # a slotted tier answers at once
+            waiting.fail() if page is None else waiting.settle(page)
+        self._listings.clear()
 
     def _settle_deletions(self) -> None:
         still_open = []
@@ -398,6 +420,7 @@ class StripedTierManager(SecondaryTierManager):
         self._say_state()
         for stripe in self._stripes:
             stripe.shutdown()
+        self._settle_listings()
 
     def check_invariants(self) -> None:
         """Raise InvariantError if a stripe contradicts itself, or parts and jobs each other."""

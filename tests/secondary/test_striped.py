@@ -20,7 +20,7 @@ from kvtier.secondary.disk import DiskTierManager, StripedDiskTierManager
 from kvtier.testing.stores import make_key, make_payload
 from kvtier.testing.tier_rig import succeeded
 from kvtier.testing.tiers import TierSuite
-from kvtier.types import FailureCause, LookupResult
+from kvtier.types import AnswerState, FailureCause, LookupResult
 
 
 class TestStriped(TierSuite):
@@ -258,6 +258,35 @@ def test_a_directory_that_cannot_be_used_at_the_start(rig, paths):
     rig.wait(lambda: up(tier) == 2, "the others are up")
     assert rig.store(range(8)).success
     assert rig.load(range(8))[1] == list(range(8))
+
+
+def test_a_listing_waits_for_directories_that_are_starting(rig, paths):
+    tier = striped(rig, paths)
+    rig.store(range(30))
+    tier.shutdown()
+    options = {"path": [str(path) for path in paths], "capacity": "3MiB"}
+    tier = StripedDiskTierManager(rig.spec, rig.arena.view, "disk", **options)
+    rig.attach(tier)
+    tier.start()
+    answer = tier.list_keys(b"", 100)
+    assert answer.state is AnswerState.OPEN
+    assert set(rig.listed(7)) == {make_key(number) for number in range(30)}
+    assert answer.state is AnswerState.DONE
+
+
+def test_a_listing_ends_with_the_tier_and_fails_without_a_directory(rig, paths):
+    paths[1].write_text("a file")
+    tier = StripedDiskTierManager(rig.spec, rig.arena.view, "disk", path=[str(p) for p in paths], capacity="3MiB")
+    rig.attach(tier)
+    answer = tier.list_keys(b"", 100)
+    tier.start()
+    rig.wait(lambda: answer.state is not AnswerState.OPEN, "an answer")
+    assert answer.state is AnswerState.FAILED
+    assert up(tier) == 2
+    other = StripedDiskTierManager(rig.spec, rig.arena.view, "disk", path=[str(p) for p in paths], capacity="3MiB")
+    answer = other.list_keys(b"", 100)
+    other.shutdown()
+    assert answer.state is AnswerState.FAILED
 
 
 HOLDER = """
