@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
-from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from kvtier.cli.given_files import parse_json, read_given, twice
 from kvtier.errors import ConfigError, KVTierError
 from kvtier.foreign_text import one_line
 
@@ -93,14 +91,11 @@ def errors_in(source: str) -> Iterator[None]:
 
 
 def _read_file(option: str, path: str) -> str:
+    expected = "JSON text, or the path of a readable file of JSON or YAML,"
     try:
-        with Path(path).open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-        if len(content) <= MAX_BYTES:
-            return content.decode("utf-8-sig")
-    except (OSError, ValueError):
-        raise ConfigError(option, path, "JSON text, or the path of a readable file of JSON or YAML, expected") from None
-    raise ConfigError(option, path, f"a file of at most {MAX_BYTES >> 10} KiB expected")
+        return read_given(option, path, MAX_BYTES, expected).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ConfigError(option, path, f"{expected} expected (this is no text in UTF-8)") from None
 
 
 def _parsed(content: str, is_yaml: bool) -> Any:
@@ -111,23 +106,7 @@ def _parsed(content: str, is_yaml: bool) -> Any:
     """
     if is_yaml or not content.lstrip().startswith(("{", "[")):
         return _parsed_yaml(content)
-    try:
-        return json.loads(content, object_pairs_hook=_distinct)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON: {error}") from None
-
-
-def _distinct(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object; refuse a key that is there twice: one of its values would be ignored."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"{_twice([name for name, _ in pairs])!r} is there twice: keep one")
-    return found
-
-
-def _twice(names: Sequence[str]) -> str | None:
-    """Return the least name that is there twice; None if all differ."""
-    return min((name for name, times in Counter(names).items() if times > 1), default=None)
+    return parse_json(content)
 
 
 def _parsed_yaml(content: str) -> Any:
@@ -171,7 +150,7 @@ def _check_values(node: Any, mapping: Any, counts: dict[int, int]) -> int:
         return counts[id(node)]
     counts[id(node)], line = MAX_VALUES, node.start_mark.line + 1
     names = [key.value for key, _ in node.value if isinstance(key.value, str)] if isinstance(node, mapping) else []
-    if double := _twice(names):
+    if double := twice(names):
         raise ValueError(f"line {line}: {double!r} is there twice: keep one")
     total = 1
     for child in node.value:
@@ -204,16 +183,14 @@ def _from_json(key: str, value: object) -> object:
     """Return the value of JSON text; anything else as it is.
 
     Raises:
-        ConfigError: an object has a key twice.
+        ConfigError: it is not valid JSON.
     """
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value, object_pairs_hook=_distinct)
-    except (json.JSONDecodeError, RecursionError):
-        return value
+        return parse_json(value)
     except ValueError as error:
-        raise ConfigError(key, "...", str(error)) from None
+        raise ConfigError(key, "...", f"keys and values expected: {error}") from None
 
 
 def _mapping(key: str, value: object) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from kvtier.cli.configuration import errors_in, read_config
 from kvtier.cli.demonstration.packaged_model import ADVICE
+from kvtier.cli.result_files import check_outputs
 from kvtier.config import TieringConfig, parse_config
 from kvtier.errors import KVTierError
 
@@ -60,6 +61,7 @@ def demo(
 
         obey(from_disk)
         return
+    check_outputs(json=json_path)
     chosen = None if tiers is None else read_tiers(tiers)
     with _folder(work_dir) as folder:
         with console.status("loading torch and transformers ..."):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvtier.cli import replay_options as replay
+from kvtier.cli.result_files import check_outputs, write_json, write_result
 from kvtier.cli.transfer_config import printed, transfer_config
 from kvtier.cli.vllm_config import check, extra_config
 from kvtier.errors import ConfigError
@@ -84,7 +84,7 @@ def plan(
     Exit code 0: found; it may be to buy nothing. 1: none of those tried meets the target. 2: a trace, a price, a target
     or a file to write cannot be used; one line says why.
     """
-    replay.check_outputs(plot, json_path)
+    check_outputs(plot=plot, json=json_path)
     prices = Prices(gpu_rate, dram_price, disk_price, months, drive_writes)
     target = make_target(target_hit_rate, target_ttft_p95, max_drive_writes)
     options = replay.engine_options(option, load_deadline)
@@ -109,9 +109,9 @@ def write(found: Plan, plot: Path | None, json_path: Path | None) -> None:
     """Print the plan, and write it to the given files."""
     show(found)
     if plot is not None:
-        plot.write_text(plan_report.plan_page(found), encoding="utf-8")
+        write_result(plot, plan_report.plan_page(found))
     if json_path is not None:
-        json_path.write_text(json.dumps(plan_report.plan_json(found), indent=1) + "\n", encoding="utf-8")
+        write_json(json_path, plan_report.plan_json(found))
 
 
 def make_target(hit_rate: float | None, first_token_p95: float | None, drive_writes: float | None) -> Target:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +14,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from kvtier.cli.vllm_config import parse_options
 from kvtier.config import TieringConfig, parse_config
-from kvtier.errors import ConfigError
+from kvtier.errors import ConfigError, KVTierError
+from kvtier.foreign_text import one_line
 from kvtier.registry import POLICIES
-from kvtier.simulator.geometry import find_geometry
+from kvtier.simulator.geometry import Geometry, find_geometry
 from kvtier.simulator.setup import SIMULATED_OPTIONS, Machine
 from kvtier.simulator.sizes import split_list
 from kvtier.simulator.trace import Trace
@@ -133,12 +133,22 @@ def block_bytes_and_doubling(trace: Trace, model: str | None, kv_dtype: str) -> 
     of the context; else those of the default model.
 
     Raises:
-        ConfigError: the model is not known.
+        KVTierError: the model is not known, or its file does not determine the size.
     """
     if model is None and trace.block_bytes is not None:
         return trace.block_bytes, DOUBLING_TOKENS
-    geometry = find_geometry(model or DEFAULT_MODEL, kv_dtype)
+    geometry = _geometry(model or DEFAULT_MODEL, kv_dtype)
     return geometry.token_bytes * trace.tokens_per_block, geometry.doubling
+
+
+def _geometry(model: str, kv_dtype: str) -> Geometry:
+    """Return a model's geometry; the error about a key of its file names the file, too."""
+    try:
+        return find_geometry(model, kv_dtype)
+    except ConfigError as error:
+        if error.key in ("model", "kv_dtype"):
+            raise
+        raise KVTierError(f"{one_line(model)}: {error}") from error
 
 
 def policies_of(text: str) -> list[str]:
@@ -177,26 +187,6 @@ def settings_of(options: dict[str, Any]) -> TieringSettings:
         ConfigError: a value is out of range.
     """
     return parse_config({"cpu_bytes_to_use": 1, **options}, TieringConfig).settings(1, kv_events=False)
-
-
-def check_outputs(plot: Path | None, json_path: Path | None) -> None:
-    """Check that both output files can be written; create and change nothing.
-
-    Raises:
-        ConfigError: a path is a folder, its folder does not exist, or permission is denied.
-    """
-    for name, path in (("plot", plot), ("json", json_path)):
-        if path is not None and (why := _obstacle(path)):
-            raise ConfigError(name, str(path), f"a file that can be written; {why}")
-
-
-def _obstacle(path: Path) -> str:
-    """Return why a file cannot be written, or "" if no reason is known."""
-    if path.is_dir():
-        return "this is a folder"
-    if not path.parent.is_dir():
-        return f"there is no folder {path.parent}"
-    return "" if os.access(path if path.exists() else path.parent, os.W_OK) else "permission denied"
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvtier.cli import replay_options as replay
+from kvtier.cli.result_files import check_outputs, write_json, write_result
 from kvtier.recording.format import Header
 from kvtier.simulator import live_report, report, what_if
 from kvtier.simulator.again import Repeated, repeat, watch
@@ -62,7 +62,7 @@ def simulate(
     Exit code 0: the table is printed. 2: a trace, a size, a policy, a speed or a file to write cannot be used; one
     line says why.
     """
-    replay.check_outputs(plot, json_path)
+    check_outputs(plot=plot, json=json_path)
     if as_recorded:
         if plot is None and json_path is None:
             show_repeated(repeat(trace))
@@ -89,10 +89,10 @@ def simulate(
     results, curve = results[: len(setups)], results[len(setups) :]
     show(loaded, machine, block_bytes, results)
     if plot is not None:
-        plot.write_text(report.as_page(loaded, machine, block_bytes, results, curve), encoding="utf-8")
+        write_result(plot, report.as_page(loaded, machine, block_bytes, results, curve))
     if json_path is not None:
         values = report.as_json(loaded, machine, results, curve)
-        json_path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        write_json(json_path, values)
 
 
 def show_repeated(again: Repeated) -> None:
@@ -122,9 +122,9 @@ def write_recorded(
         results = replay_all(loaded, [one.setup for one in asked], machine, processes=processes, progress=progress)
     answers = what_if.pair(asked, results)
     if plot is not None:
-        plot.write_text(live_report.live_page(loaded.name, header, run, loaded, answers), encoding="utf-8")
+        write_result(plot, live_report.live_page(loaded.name, header, run, loaded, answers))
     if json_path is not None:
-        json_path.write_text(json.dumps(live_report.live_json(run, answers), indent=1) + "\n", encoding="utf-8")
+        write_json(json_path, live_report.live_json(run, answers))
 
 
 def curve_setups(trace: Trace, setups: list[Setup]) -> list[Setup]:

@@ -73,15 +73,18 @@ def warm(
         tiers = places.find_tier(given, source, "from"), places.find_tier(to_given, target, "to")
         if (given, source) == (to_given, target):
             raise ConfigError("to", target, "another tier than --from")
+        for tier in tiers:
+            places.refuse_ranks(tier)
         known = known_namespace(tiers, namespace, identity)
         for tier in tiers:
             places.check_free(tier, known, is_source=tier is tiers[0])
-        foreign = places.foreign_bytes(tiers[1], places.fingerprint_in(tiers[1], known))
         slots = min(_MAX_SLOTS, max(1, ARENA_BYTES // known.block_bytes))
         arena = stack.enter_context(Arena.create(slots, known.block_bytes))
-        begin, end = (stack.enter_context(_started(tier, known, arena)) for tier in tiers)
+        begin, end = (
+            [stack.enter_context(_started(part, known, arena)) for part in places.parts_of(tier)] for tier in tiers
+        )
         progress = stack.enter_context(_shown(f"{source} to {target}", as_json))
-        copied = Copier(begin, end, arena.view, foreign, limit).run(progress)
+        copied = Copier(begin, end, arena.view, limit).run(progress)
     _tell(copied, known, as_json)
     if copied.num_failed or copied.no_room:
         raise typer.Exit(EXIT_WRONG)
@@ -103,10 +106,11 @@ def known_namespace(tiers: tuple[TierConfig, TierConfig], wanted: str | None, id
 @contextmanager
 def _started(tier: TierConfig, known: places.Known, arena: Arena) -> Iterator[Tier]:
     failures = Failures()
+    foreign = places.foreign_bytes(tier, places.fingerprint_in(tier, known))
     context = TierContext(known.namespace, arena.fd, observer=Observers([failures]))
     manager = construct_tier(tier, arena.view, TrialSpec(context))
     try:
-        opened = Tier(tier.name, manager, failures)
+        opened = Tier(tier.name, manager, failures, foreign)
         opened.start()
         yield opened
     finally:

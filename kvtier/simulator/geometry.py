@@ -127,7 +127,10 @@ def find_geometry(model: str, kv_dtype: str = "auto") -> Geometry:
     if path.is_dir():
         path = path / "config.json"
     if path.is_file():
-        return geometry_of(model, read_config(path), kv_dtype)
+        try:
+            return geometry_of(model, read_config(path), kv_dtype)
+        except RecursionError:
+            raise ConfigError("model", model, "a config.json that is not nested too deeply") from None
     for name, config in KNOWN_MODELS.items():
         if model.lower() in (name.lower(), name.rpartition("/")[2].lower()):
             return geometry_of(name, config, kv_dtype)

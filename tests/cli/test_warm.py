@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,14 +33,16 @@ def payload(key):
 class Engine:
     """An engine with one tier, whose blocks go through its real arena and its real I/O process."""
 
-    def __init__(self, tier, model="m"):
+    def __init__(self, tier, model="m", rank=0, num_ranks=1):
         patience = {"load_deadline": PATIENCE_SECONDS, "probe_deadline": PATIENCE_SECONDS, "prefill_rate": 0.01}
         extra = {"cpu_bytes_to_use": 64 * BLOCK_BYTES, "secondary_tiers": [tier], **patience}
-        config = OffloadingConfig(extra, (KVCacheGroup(16),), BLOCK_BYTES, Namespace({"model": model}))
+        ranks = {"data_parallel_index": rank, "data_parallel_size": num_ranks}
+        config = OffloadingConfig(extra, (KVCacheGroup(16),), BLOCK_BYTES, Namespace({"model": model}), **ranks)
         self.spec = TieringOffloadingSpec(config)
         states = self.spec.wait_for_tiers(PATIENCE_SECONDS)
         assert set(states.values()) == {TierState.UP}
         self.manager = self.spec.get_manager()
+        wait_for(self.has_all_directories, "all directories of a striped disk")
 
     def __enter__(self):
         return self
@@ -57,6 +60,11 @@ class Engine:
             self.manager.complete_store([key], REQUEST)
         self.manager.on_request_finished(REQUEST)
         wait_for(self.is_idle, "the blocks in the tier")
+
+    def has_all_directories(self):
+        self.manager.on_schedule_end(STEP)
+        stats = self.manager.get_stats()
+        return all(stats[name] == stats[f"{name}_up"] for name in stats if name.endswith(".stripes"))
 
     def is_idle(self):
         self.manager.on_schedule_end(STEP)
@@ -132,6 +140,70 @@ def test_blocks_go_through_a_shared_tier_to_another_nodes_disk(tmp_path, old, va
     assert (code, counts(found)) == (0, (60, 0, 0, 0)), found
     with Engine(new) as engine:
         assert engine.held(KEYS) == 60
+
+
+def striped(tmp_path, name, num_directories=3, **more):
+    paths = [str(tmp_path / f"{name}{number}") for number in range(num_directories)]
+    return {"type": "disk", "name": name, "path": paths, "capacity": "64MiB", **more}
+
+
+def test_blocks_are_striped_anew_over_a_disks_directories(tmp_path, old):
+    three, two, one = striped(tmp_path, "three"), striped(tmp_path, "two", 2), disk(tmp_path / "one")
+    for begin, end in ((old, three), (three, two), (two, one)):
+        code, found = run([begin, end])
+        assert (code, counts(found)) == (0, (60, 0, 0, 0)), found
+    for path in three["path"]:
+        (namespace,) = survey_slab(Path(path)).namespaces
+        assert 0 < namespace.num_blocks < 60
+    assert counts(run([old, three])[1]) == (0, 60, 0, 0)
+    for tier in (three, two, one):
+        with Engine(tier) as engine:
+            assert engine.held(KEYS) == 60
+
+
+def test_a_striped_disk_gets_what_each_directory_has_room_for(tmp_path, old):
+    small = striped(tmp_path, "small", 2, capacity="1MiB")
+    code, found = run([old, small])
+    copied, present, no_room, failed = counts(found)
+    assert (code, present, failed) == (1, 0, 0), found
+    assert copied + no_room == 60
+    with Engine(small) as engine:
+        assert engine.held(KEYS) == copied > 30, "both directories are filled"
+
+
+def test_a_directory_of_a_striped_disk_that_is_in_use_is_named(tmp_path, old):
+    three, one = striped(tmp_path, "three"), disk(tmp_path / "three1", capacity="20MiB")
+    assert run([old, three])[0] == 0
+    with Engine(one | {"name": "one"}):
+        for tiers in ([old, three], [three, disk(tmp_path / "new")]):
+            code, found = run(tiers)
+            assert (code, f"{tmp_path}/three1: in use by pid" in found["error"]) == (2, True), found
+
+
+def test_a_directory_of_a_striped_disk_that_cannot_be_used_is_named(tmp_path, old):
+    three = striped(tmp_path, "three")
+    (tmp_path / "three1").write_text("a file")
+    code, found = run([old, three])
+    assert (code, "three1: " in found["error"]) == (2, True), found
+
+
+def test_disks_of_data_parallel_engines_are_copied_one_by_one(tmp_path):
+    both = disk(tmp_path / "both")
+    for rank in range(2):
+        with Engine(both, rank=rank, num_ranks=2) as engine:
+            engine.store(KEYS[30 * rank : 30 * rank + 30])
+    new = disk(tmp_path / "new")
+    code, found = run([both, new])
+    assert code == 2
+    assert f"{tmp_path}/both: data-parallel engines have their blocks in dp0, dp1" in found["error"]
+    assert f"path {tmp_path}/both/dp0" in found["error"]
+    for rank in range(2):
+        mine = [tier | {"path": f"{tier['path']}/dp{rank}", "capacity": "32MiB"} for tier in (both, new)]
+        assert counts(run(mine)[1]) == (30, 0, 0, 0)
+    for rank in range(2):
+        with Engine(new, rank=rank, num_ranks=2) as engine:
+            assert engine.held(KEYS) == 30
+    assert "dp0, dp1" in run([disk(tmp_path / "other"), new])[1]["error"], "as a destination, too"
 
 
 def test_a_bucket_takes_a_disk(old, moto_s3):
@@ -241,6 +313,49 @@ def test_what_is_wrong_is_one_line(tmp_path, old):
     assert "--identity" in run([shared, new])[1]["error"]
     assert "inspect --json" in run([old, new], "--identity", __file__)[1]["error"]
     assert not (tmp_path / "new").exists()
+
+
+def changed(printed, **values):
+    """Return what `kvtier inspect --json` prints with other values of its namespace."""
+    content = json.loads(printed)
+    (one,) = content["directories"][0]["namespaces"]
+    one |= values
+    return json.dumps(content)
+
+
+def identified(identity, **more):
+    """Return values of a namespace with this identity, whose id fits it."""
+    namespace = Namespace(identity, bytes.fromhex(more.get("epoch", "")))
+    return {"identity": identity, "id": namespace.fingerprint.hex(), **more}
+
+
+def test_an_identity_is_believed_only_as_it_was_printed(tmp_path, old):
+    new = disk(tmp_path / "new")
+    printed = CliRunner().invoke(app, ["inspect", "--json", old["path"]]).stdout
+    own = json.loads(printed)["directories"][0]["namespaces"][0]["identity"]
+    sizes = [-16384, 0, 1, 4095, 16385, 1 << 32, 10**30, "16384"]
+    for text, words in [
+        ("[]", "Expected `object`, got `array`"),
+        ("{}", "missing required field `directories`"),
+        (printed[:-10], "not valid JSON"),
+        (printed.replace('"id"', '"id": "x", "id"'), "'id' is there twice"),
+        (json.dumps({"directories": []}), "tells of no namespace"),
+        (changed(printed, identity=None), "tells of no namespace"),
+        (changed(printed, identity=[1]), "Expected `object | null`, got `array`"),
+        (changed(printed, identity={"model": {}}), "Expected `int | str`, got `object`"),
+        (changed(printed, id=5), "Expected `str`, got `int`"),
+        (changed(printed, epoch="xy"), "hexadecimal"),
+        (changed(printed, format=99), "of format 99, this kvtier has format 1"),
+        (changed(printed, identity=own | {"kvtier.block_bytes": 8192}), "not the id of the identity beside it"),
+        *((changed(printed, **identified(own | {"kvtier.block_bytes": size})), "a multiple of") for size in sizes),
+        (changed(printed, **identified({"model": "m"})), "a multiple of"),
+    ]:
+        (tmp_path / "identity.json").write_text(text)
+        code, found = run([old, new], "--identity", tmp_path / "identity.json")
+        assert (code, words in found["error"]) == (2, True), (text, found)
+        assert not (tmp_path / "new").exists()
+    (tmp_path / "identity.json").write_text(printed)
+    assert run([old, new], "--identity", tmp_path / "identity.json")[0] == 0
 
 
 def test_an_interrupted_copy_goes_on_where_it_ended(tmp_path, old):

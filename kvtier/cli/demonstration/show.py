@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from kvtier.cli.demonstration.progress import Narrator
 from kvtier.cli.demonstration.report import Check, as_json, check_turns, print_report
 from kvtier.cli.demonstration.second_process import Order, answer_elsewhere
 from kvtier.cli.demonstration.turns import Answer, PlainRun, Turn, ask, compare
+from kvtier.cli.result_files import write_json
 
 
 @dataclass(frozen=True)
@@ -134,5 +134,5 @@ def run(settings: Settings, folder: Path, json_path: Path | None, console: Conso
     print_report(console, show.turns, checks, title)
     if json_path is not None:
         facts = {"model": loaded.name, "dtype": settings.dtype, "threads": settings.threads, "tiers": settings.tiers}
-        json_path.write_text(json.dumps(as_json(show.turns, checks, facts), indent=2) + "\n", encoding="utf-8")
+        write_json(json_path, as_json(show.turns, checks, facts), indent=2)
     return all(check.passed for check in checks)

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,7 +30,7 @@ KEYS_PER_PAGE = 256
 _PAUSE_SECONDS = 0.0005
 """Between two polls of a tier: a process of its own does the work."""
 _REQUEST, _STEP = ReqContext("warm"), ScheduleEndContext()
-_FULL = frozenset({FailureCause.NO_SPACE})
+_FULL = FailureCause.NO_SPACE
 
 
 @dataclass
@@ -68,13 +69,23 @@ class Failures:
             self.causes[event.cause] += event.num_blocks
 
 
-class Tier:
-    """A started tier with its failures; waits for what it is asked."""
+class Move(NamedTuple):
+    """Blocks on their way to or from a tier; `causes_before`: why blocks had failed there before."""
 
-    def __init__(self, name: str, manager: SecondaryTierManager, failures: Failures) -> None:
+    keys: Sequence[OffloadKey]
+    job_id: int
+    causes_before: Counter[FailureCause]
+
+
+class Tier:
+    """A tier with its failures; waits for what it is asked."""
+
+    def __init__(self, name: str, manager: SecondaryTierManager, failures: Failures, foreign_bytes: int = 0) -> None:
+        """Args: foreign_bytes: of its capacity, which blocks of others take."""
         self.name = name
         self.manager = manager
         self.failures = failures
+        self.foreign_bytes = foreign_bytes
         self._results: dict[int, JobResult] = {}
         self._next_id = 1
 
@@ -119,21 +130,35 @@ class Tier:
         self._wait(is_known)
         return [key for key in keys if answers[key] is not LookupResult.HIT]
 
-    def move(self, keys: Sequence[OffloadKey], load: bool) -> list[bool]:
-        """Load blocks into the first slots, or store them from there; return per block whether that succeeded."""
-        slots = np.arange(len(keys), dtype=np.int32)
+    def begin(self, keys: Sequence[OffloadKey], first_slot: int, load: bool) -> Move:
+        """Begin to load blocks into neighbouring slots, or to store them from there."""
+        slots = np.arange(first_slot, first_slot + len(keys), dtype=np.int32)
         job, self._next_id = JobMetadata(self._next_id, keys, slots, load, _REQUEST), self._next_id + 1
+        move = Move(keys, job.job_id, self.failures.causes.copy())
         (self.manager.submit_load if load else self.manager.submit_store)(job)
-        self._wait(lambda: job.job_id in self._results)
-        result = self._results.pop(job.job_id)
-        successful = keys if result.success else result.successful_keys or ()
-        return [key in successful for key in keys]
+        return move
 
-    def room(self, block_bytes: int, foreign_bytes: int) -> int | None:
+    def end(self, move: Move, failed: Counter[str]) -> list[bool]:
+        """Wait for a move; return per block whether it succeeded, and count by cause in `failed` those that did not."""
+        self._wait(lambda: move.job_id in self._results)
+        result = self._results.pop(move.job_id)
+        successful = move.keys if result.success else result.successful_keys or ()
+        results = [key in successful for key in move.keys]
+        num_failed = results.count(False)
+        causes = self.failures.causes - move.causes_before
+        for cause, count in causes.items():
+            failed[f"{self.name}: {cause.value}"] += min(count, num_failed)
+        if unexplained := num_failed - causes.total():
+            failed[f"{self.name}: no reason given"] += max(0, unexplained)
+        return results
+
+    def room(self, block_bytes: int) -> int | None:
         """Return how many blocks fit without any that gives way; None if the tier does not say."""
+        if _FULL in self.failures.causes:
+            return 0  # it has refused blocks for lack of space
         stats = self.manager.get_stats()
         limits = []
-        for unit, size, taken in (("blocks", 1, 0), ("bytes", block_bytes, foreign_bytes)):
+        for unit, size, taken in (("blocks", 1, 0), ("bytes", block_bytes, self.foreign_bytes)):
             capacity, held = stats.get(f"capacity_{unit}"), stats.get(unit)
             if capacity and held is not None:
                 limits.append(int(capacity - held - taken) // size)
@@ -152,20 +177,21 @@ class Tier:
 
 
 class Copier:
-    """Copies all blocks of a source that a destination does not have, as long as it has room."""
+    """Copies all blocks of a source that a destination does not have, as long as it has room.
+
+    A disk with several directories is as many tiers here: each is full by itself.
+    """
 
     def __init__(
-        self, source: Tier, target: Tier, view: memoryview, foreign_bytes: int = 0, rate: int | None = None
+        self, sources: Sequence[Tier], targets: Sequence[Tier], view: memoryview, rate: int | None = None
     ) -> None:
         """Args:
         view: the slots, shape (num_slots, block_bytes).
-        foreign_bytes: of the destination's capacity, which blocks of others take.
         rate: bytes per second; None for no limit.
         """
-        self._source, self._target, self._view = source, target, view
+        self._sources, self._targets, self._view = sources, targets, view
         shape = np.asarray(view).shape
         self._num_slots, self._block_bytes = shape[0], shape[1]
-        self._foreign_bytes = foreign_bytes
         self._rate = rate
         self.copied = Copied()
 
@@ -176,35 +202,52 @@ class Copier:
             StoreUnavailableError: a tier goes down meanwhile.
         """
         start = time.monotonic()
-        for page in self._source.pages():
-            missing = self._target.missing(page)
-            self.copied.present += len(page) - len(missing)
-            for first in range(0, len(missing), self._num_slots):
-                self._copy(missing[first : first + self._num_slots])
-                self.copied.seconds = time.monotonic() - start
-                progress(self.copied)
-                self._keep_rate()
+        for source in self._sources:
+            for page in source.pages():
+                missing = page
+                for target in self._targets:
+                    missing = target.missing(missing)
+                self.copied.present += len(page) - len(missing)
+                for first in range(0, len(missing), self._num_slots):
+                    self._copy(source, missing[first : first + self._num_slots])
+                    self.copied.seconds = time.monotonic() - start
+                    progress(self.copied)
+                    self._keep_rate()
         self.copied.seconds = time.monotonic() - start
         return self.copied
 
-    def _copy(self, keys: Sequence[OffloadKey]) -> None:
-        room = self._target.room(self._block_bytes, self._foreign_bytes)
-        if self._target.failures.causes.keys() & _FULL:
-            room = 0  # it has refused blocks for lack of space
-        if room is not None and room < len(keys):
-            self.copied.no_room += len(keys) - room
-            keys = keys[:room]
+    def _copy(self, source: Tier, keys: Sequence[OffloadKey]) -> None:
+        shares = self._shares(len(keys))
+        num_fitting = sum(count for _, count in shares)
+        self.copied.no_room += len(keys) - num_fitting
+        keys = keys[:num_fitting]
         if not keys:
             return
-        loaded = self._counted(self._source, keys, load=True)
-        # stored slots are the first ones, so what was loaded moves together
+        loaded = source.end(source.begin(keys, 0, load=True), self.copied.failed)
+        # stored slots are neighbours, so what was loaded moves together
         self._close_gaps(loaded)
         good = [key for key, success in zip(keys, loaded, strict=True) if success]
-        if not good:
-            return
-        stored = self._counted(self._target, good, load=False)
-        self.copied.blocks += sum(stored)
-        self.copied.bytes += sum(stored) * self._block_bytes
+        moves, first = [], 0
+        for target, count in shares:
+            if part := good[first : first + count]:
+                moves.append((target, target.begin(part, first, load=False)))
+            first += count
+        stored = sum(sum(target.end(move, self.copied.failed)) for target, move in moves)
+        self.copied.blocks += stored
+        self.copied.bytes += stored * self._block_bytes
+
+    def _shares(self, count: int) -> list[tuple[Tier, int]]:
+        """Divide blocks among the targets, equally as far as they have room."""
+        rooms = [(count if room is None else room, target) for target, room in self._rooms()]
+        shares, left = [], count
+        for index, (room, target) in enumerate(sorted(rooms, key=lambda one: one[0])):
+            share = min(room, -(-left // (len(rooms) - index)))
+            shares.append((target, share))
+            left -= share
+        return shares
+
+    def _rooms(self) -> list[tuple[Tier, int | None]]:
+        return [(target, target.room(self._block_bytes)) for target in self._targets]
 
     def _close_gaps(self, loaded: Sequence[bool]) -> None:
         if all(loaded):
@@ -213,18 +256,6 @@ class Copier:
         for place, slot in enumerate(np.flatnonzero(loaded)):
             if place != slot:
                 slots[place] = slots[slot]
-
-    def _counted(self, tier: Tier, keys: Sequence[OffloadKey], load: bool) -> list[bool]:
-        """Move blocks, and count those that fail by cause."""
-        before = tier.failures.causes.copy()
-        results = tier.move(keys, load)
-        num_failed = results.count(False)
-        causes = tier.failures.causes - before
-        for cause, count in causes.items():
-            self.copied.failed[f"{tier.name}: {cause.value}"] += min(count, num_failed)
-        if unexplained := num_failed - causes.total():
-            self.copied.failed[f"{tier.name}: no reason given"] += max(0, unexplained)
-        return results
 
     def _keep_rate(self) -> None:
         if self._rate:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import mmap
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from kvtier.cli.configuration import Given, errors_in, read_config
+from kvtier.cli.given_files import parse_json, read_given
 from kvtier.cli.slabs import SHORT_ID, describe_holder
 from kvtier.config import KVCacheGroup, OffloadingConfig
 from kvtier.errors import ConfigError, KVTierError, StoreUnavailableError
-from kvtier.namespace import Namespace
+from kvtier.namespace import FORMAT_VERSION, Namespace
 from kvtier.registry import load_tier_class
 from kvtier.spec.tiering import TieringOffloadingSpec
 from kvtier.stores.integrity import open_sealer
+from kvtier.stores.integrity.header import MAX_PAYLOAD_BYTES
 from kvtier.stores.integrity.secrets import ENCRYPTION_NAME, SECRET_NAME
 from kvtier.stores.slab.inspection import NamespaceSurvey, find_slabs, survey_slab
 from kvtier.stores.slab.layout import SlabGeometry
@@ -23,6 +28,26 @@ from kvtier.tier_config import TierConfig
 
 BLOCK_BYTES = "kvtier.block_bytes"
 _LEAST_BLOCK_BYTES = 4096
+_MAX_IDENTITY_BYTES = 16 << 20
+"""Longest file with identities; `kvtier inspect` prints about 2 KiB per namespace."""
+_IDENTITY = "a file with what `kvtier inspect --json DIR` prints of a disk tier"
+
+
+class _Printed(msgspec.Struct):
+    """A namespace, as `kvtier inspect --json` prints it; `identity` is None if it is not known."""
+
+    id: str
+    identity: dict[str, str | int] | None
+    epoch: str | None
+    format: int | None
+
+
+class _Directory(msgspec.Struct):
+    namespaces: list[_Printed]
+
+
+class _Inspection(msgspec.Struct):
+    directories: list[_Directory]
 
 
 class Known(NamedTuple):
@@ -38,9 +63,11 @@ class Known(NamedTuple):
 
     @property
     def block_bytes(self) -> int:
-        """Bytes per block; 0 if its identity does not say."""
-        value = self.namespace.identity.get(BLOCK_BYTES, 0)
-        return value if isinstance(value, int) else 0
+        """Bytes per block; 0 if its identity does not say, or says what no block has."""
+        value = self.namespace.identity.get(BLOCK_BYTES)
+        if not isinstance(value, int) or isinstance(value, bool):
+            return 0
+        return value if 0 < value <= MAX_PAYLOAD_BYTES and value % mmap.PAGESIZE == 0 else 0
 
 
 def find_tier(given: Given, name: str, option: str) -> TierConfig:
@@ -68,6 +95,29 @@ def directories_of(tier: TierConfig) -> list[DirectoryOptions]:
     return [read.in_directory(path, len(read.directories)) for path in read.directories]
 
 
+def parts_of(tier: TierConfig) -> list[TierConfig]:
+    """Return a disk tier per directory; another tier alone. What is stored is the same, whichever way it is opened."""
+    shares = directories_of(tier)
+    if len(shares) < 2:
+        return [tier]
+    return [replace(tier, options={**tier.options, "path": share.path, "capacity": share.capacity}) for share in shares]
+
+
+def refuse_ranks(tier: TierConfig) -> None:
+    """Refuse a disk tier's directory that data-parallel engines share: each of them has a folder of its own there.
+
+    Raises:
+        KVTierError: one line says how to copy the blocks of one engine.
+    """
+    for directory in directories_of(tier):
+        path = Path(directory.path)
+        ranks = [slab.name for slab in find_slabs(path) if slab != path] if path.exists() else []
+        if ranks:
+            text = f"data-parallel engines have their blocks in {', '.join(ranks)} there; copy one engine at a time"
+            how = f"a configuration with path {path / ranks[0]} and that engine's share of the capacity"
+            raise KVTierError(f"{path}: {text}, with {how}; folders that no engine uses any more can be removed")
+
+
 def known_namespaces(tier: TierConfig) -> list[Known]:
     """Return what a disk tier's directories tell of namespaces; nothing for other tiers.
 
@@ -89,19 +139,29 @@ def read_identity(path: Path) -> list[Known]:
     Raises:
         ConfigError: the file cannot be read, or tells of no namespace.
     """
+    content = read_given("identity", path, _MAX_IDENTITY_BYTES, _IDENTITY)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        found = [
-            _known(one["identity"], bytes.fromhex(one["epoch"]), one["id"])
-            for slab in content["directories"]
-            for one in slab["namespaces"]
-            if one["identity"] is not None
-        ]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        found = []
+        printed = msgspec.convert(parse_json(content), _Inspection)
+        found = [_printed(one) for slab in printed.directories for one in slab.namespaces if one.identity is not None]
+    except ValueError as error:  # msgspec's ValidationError is one
+        raise ConfigError("identity", str(path), f"{_IDENTITY} expected ({error})") from None
     if not found:
-        raise ConfigError("identity", str(path), "a file with what `kvtier inspect --json` prints of a disk tier")
+        raise ConfigError("identity", str(path), f"{_IDENTITY} expected (this one tells of no namespace)")
     return found
+
+
+def _printed(one: _Printed) -> Known:
+    """Return a namespace that was printed.
+
+    Raises:
+        ValueError: it is of another version of kvtier, or its id is not that of its identity.
+    """
+    if one.format != FORMAT_VERSION:
+        raise ValueError(f"{one.id}: of format {one.format}, this kvtier has format {FORMAT_VERSION}")
+    identity, epoch = one.identity or {}, bytes.fromhex(one.epoch or "")
+    if Namespace(identity, epoch).fingerprint.hex() != one.id:
+        raise ValueError(f"{one.id}: not the id of the identity beside it, which was changed")
+    return _known(identity, epoch, one.id)
 
 
 def choose(known: list[Known], wanted: str | None) -> Known:
@@ -118,7 +178,8 @@ def choose(known: list[Known], wanted: str | None) -> Known:
         names = ", ".join(one.fingerprint[:SHORT_ID] for one in known)
         raise ConfigError("namespace", wanted, f"one of {names}; `kvtier inspect` says what they stand for")
     if not matching[0].block_bytes:
-        raise ConfigError("namespace", matching[0].fingerprint, "one whose identity has kvtier.block_bytes")
+        allowed = f"one whose identity has {BLOCK_BYTES}: a multiple of {mmap.PAGESIZE}, at most {MAX_PAYLOAD_BYTES}"
+        raise ConfigError("namespace", matching[0].fingerprint, allowed)
     return matching[0]
 
 
@@ -133,8 +194,6 @@ def check_free(tier: TierConfig, known: Known, is_source: bool) -> None:
     for directory in directories_of(tier):
         path = Path(directory.path)
         for survey in map(survey_slab, find_slabs(path) if path.exists() else ()):
-            if survey.path != path:
-                continue  # the folder of a data-parallel rank is a directory of its own
             if survey.holder is not None:
                 raise StoreUnavailableError(f"{path}: in use by {describe_holder(survey.holder)}; stop it first")
             for one in survey.namespaces:
@@ -183,8 +242,7 @@ def _surveys(tier: TierConfig) -> Iterator[NamespaceSurvey]:
     for directory in directories_of(tier):
         path = Path(directory.path)
         for slab in find_slabs(path) if path.exists() else ():
-            if slab == path:
-                yield from survey_slab(slab).namespaces
+            yield from survey_slab(slab).namespaces
 
 
 def _known(identity: Mapping[str, Any], epoch: bytes, fingerprint: str) -> Known:
