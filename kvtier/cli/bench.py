@@ -117,7 +117,8 @@ def _check(directory: Path, needed: int) -> None:
 def _measure(folder: Path, sizes: Sequence[int], num_bytes: int, rounds: int) -> list[Figures]:
     figures: list[Figures] = []
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("starting", total=None)
 
         def tell(what: str) -> None:

@@ -109,8 +109,15 @@ def _ask(as_json: bool) -> None:
     """
     if as_json or not sys.stdin.isatty():
         raise KVTierError("--yes is needed with --json and without a terminal: nobody can be asked")
-    if not typer.confirm("Delete?", err=True):
-        raise typer.Exit(EXIT_WRONG)
+    while True:
+        typer.echo("Delete? [y/N]: ", nl=False, err=True)
+        answer = sys.stdin.readline()  # Ctrl-C interrupts it, as everything; typer.confirm would take it for a no
+        if answer.strip().lower() in ("y", "yes"):
+            return
+        if not answer.endswith("\n"):  # the end of the input
+            typer.echo(err=True)
+        if answer.strip().lower() in ("", "n", "no"):
+            raise typer.Exit(EXIT_WRONG)
 
 
 def _only_one(text: str, names: set[str]) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 import kvtier
 from kvtier.cli import app
+from kvtier.testing.patience import PATIENCE_SECONDS, wait_for
 
 LINE = '{"timestamp": 0, "input_length": 1024, "output_length": 5, "hash_ids": [1, 2]}\n'
 ESCAPE = "\x1b[31m\u202e"
@@ -195,20 +197,90 @@ def has_open(pid, name):
     return False
 
 
-def test_ctrl_c_makes_no_traceback(places):
-    (places / "long.jsonl").write_text(LINE.replace('"timestamp": 0', '"timestamp": 1') * 300_000)
-    process = start(
-        "simulate", places / "long.jsonl", "--policy", "all", stdout=subprocess.PIPE, start_new_session=True
-    )
-    while not has_open(process.pid, "long.jsonl"):
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
+def interrupted(process, is_at_work):
+    """Send Ctrl-C to all processes of a command, as a terminal does, when it is at work; return what it says."""
     try:
-        said = process.communicate(timeout=120)[1]
+        wait_for(lambda: process.poll() is not None or is_at_work(process.pid), "the command at work")
+        assert process.poll() is None, process.communicate()
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.communicate(timeout=PATIENCE_SECONDS)[1]
+        wait_for(lambda: not session(process.pid), "no process is left")
     finally:
-        process.kill()
-    assert process.returncode == 130
-    assert said == "kvtier simulate: interrupted\n"
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130, said
+    return said
+
+
+def session(leader):
+    """Return the running processes of a session, and children of its leader in sessions of their own."""
+    found = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            state, parent, _, number = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[:4]
+            if leader in (int(number), int(parent)) and state != "Z":
+                found.append(int(entry))
+    return found
+
+
+def begin(*words):
+    return start(*words, stdout=subprocess.PIPE, start_new_session=True)
+
+
+@pytest.mark.parametrize("command", ["simulate", "plan"])
+def test_ctrl_c_ends_a_replay_without_a_file(places, command):
+    (places / "long.jsonl").write_text(LINE.replace('"timestamp": 0', '"timestamp": 1') * 300_000)
+    options = ["--policy", "all", "--plot", places / "page.html", "--json", places / "figures.json"]
+    words = [*PLAN[2:], "--model", "Qwen/Qwen3-8B"] if command == "plan" else []
+    process = begin(command, places / "long.jsonl", *words, *options)
+    said = interrupted(process, lambda pid: has_open(pid, "long.jsonl"))
+    assert said == f"kvtier {command}: interrupted\n"
+    assert not (places / "page.html").exists()
+    assert not (places / "figures.json").exists()
+
+
+def test_ctrl_c_ends_replays_in_several_processes(places):
+    (places / "long.jsonl").write_text(LINE * 20_000)
+    process = begin("simulate", places / "long.jsonl", "--policy", "all", "--processes", 2)
+    assert interrupted(process, lambda pid: len(session(pid)) >= 3) == "kvtier simulate: interrupted\n"
+
+
+def test_ctrl_c_ends_a_measurement_and_removes_its_folder(places):
+    process = begin("bench", "disk", places)
+    said = interrupted(process, lambda pid: len(session(pid)) > 1 and list(places.glob("kvtier-bench-*")))
+    assert said == "kvtier: interrupted\n"
+    assert not list(places.glob("kvtier-bench-*"))
+
+
+def test_ctrl_c_ends_the_doctor_who_leaves_nothing_behind(places):
+    disk = {"type": "disk", "path": str(places / "kv"), "capacity": "64MiB"}
+    config = json.dumps({"cpu_bytes_to_use": "64MiB", "secondary_tiers": [disk]})
+    before = sorted(places.iterdir())
+    said = interrupted(begin("doctor", "--config", config), lambda pid: len(session(pid)) > 1)
+    assert said == "kvtier: interrupted\n"
+    assert sorted(places.iterdir()) == before
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_ctrl_c_ends_a_view_that_would_never_end(places, options):
+    with socket.create_server(("127.0.0.1", 0)) as server:  # it answers nobody
+        process = begin("top", f"http://127.0.0.1:{server.getsockname()[1]}/metrics", *options)
+        assert interrupted(process, lambda pid: has_open(pid, "socket:")) == "kvtier: interrupted\n"
+
+
+def test_ctrl_c_while_the_command_line_is_imported_makes_no_traceback(places):
+    """A package that is slow to import stands for a slow disk."""
+    (places / "typer.py").write_text("import time\nfile = open(__file__)\ntime.sleep(600)\n")
+    environment = {**os.environ, "PYTHONPATH": f"{places}:{Path(__file__).parents[2]}"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kvtier", "schema"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler),
+    )
+    assert interrupted(process, lambda pid: has_open(pid, "typer.py")) == "kvtier: interrupted\n"
 
 
 def test_characters_that_the_terminal_lacks_are_escaped(places):

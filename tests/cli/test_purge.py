@@ -74,6 +74,9 @@ def test_it_asks(slab):
     assert code == 1
     assert "Delete?" in shown
     assert folder_of(slab).is_dir()
+    assert at_a_terminal("purge", slab, typed="perhaps\n\n")[0] == 1
+    assert at_a_terminal("purge", slab, typed="\x04")[0] == 1, "the end of the input"
+    assert folder_of(slab).is_dir()
     code, shown = at_a_terminal("purge", slab, typed="y\n")
     assert code == 0, shown
     assert not folder_of(slab).exists()

@@ -363,9 +363,10 @@ def test_an_interrupted_copy_goes_on_where_it_ended(tmp_path, old):
     config = json.dumps({"cpu_bytes_to_use": "1MiB", "secondary_tiers": [old, new]})
     command = [sys.executable, "-m", "kvtier", "warm", "--config", config, "--from", "old", "--to", "new"]
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # in the background it may be ignored
-    process = subprocess.Popen([*command, "--rate", "1KiB"], stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    command += ["--rate", "1KiB"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed, start_new_session=True)
     wait_for(lambda: (tmp_path / "new").exists() and survey_slab(tmp_path / "new").namespaces, "a beginning")
-    os.kill(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=PATIENCE_SECONDS)
     if process.returncode == 0:
         lacking("a slower copy", complete=False)

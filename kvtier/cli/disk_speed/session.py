@@ -219,7 +219,10 @@ def order_json(order: Order) -> str:
 def main() -> None:
     """Run in the measuring process; SIGTERM ends it and its tier."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    for figures in measure(Order(**json.load(sys.stdin))):
+    order = sys.stdin.read()
+    if not order:
+        return  # the command was interrupted before it has said what to measure
+    for figures in measure(Order(**json.loads(order))):
         print(json.dumps(figures), flush=True)
 
 
