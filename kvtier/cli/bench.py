@@ -116,7 +116,7 @@ def _check(directory: Path, needed: int) -> None:
 
 def _measure(folder: Path, sizes: Sequence[int], num_bytes: int, rounds: int) -> list[Figures]:
     figures: list[Figures] = []
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("starting", total=None)

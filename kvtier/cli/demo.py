@@ -51,7 +51,7 @@ def demo(
     Exit code 0: tokens were restored from every tier and the answers are right. 1: a check failed. 2: the model, a tier
     or the configuration cannot be used; one line says why.
     """
-    console = Console()
+    console = Console(markup=False, emoji=False)
     if find_spec("torch") is None or find_spec("transformers") is None:
         raise KVTierError(
             f"the demo needs torch and transformers: pip install 'kvtier[demo]', and for its model {ADVICE}"

@@ -83,7 +83,7 @@ def _table(survey: SlabSurvey) -> Table:
             format_size(namespace.disk_bytes),
             f"{fill:.1%}",
             format_age(time.time() - namespace.last_use),
-            "[red]see below[/red]" if namespace.problems or namespace.broken else "ok",
+            Text("see below", "red") if namespace.problems or namespace.broken else "ok",
         )
     return table
 

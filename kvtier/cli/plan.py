@@ -187,7 +187,7 @@ def show(found: Plan) -> None:
     count = len(found.offers) - 1
     heading = f"of {count} configurations, those that find more than any other for what memory and disk cost:"
     console.print(f"\n{heading}\n", soft_wrap=True)
-    Console(width=max(console.width, 170)).print(table)
+    Console(width=max(console.width, 170), markup=False, emoji=False).print(table)
     console.print(f"\n{plan_report.advice(found)}", soft_wrap=True)
     if found.option:
         console.print()

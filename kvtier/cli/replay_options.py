@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from kvtier.cli.vllm_config import parse_options
 from kvtier.config import TieringConfig, parse_config
 from kvtier.errors import ConfigError, KVTierError
-from kvtier.foreign_text import one_line
+from kvtier.foreign_text import MAX_QUOTED, one_line
 from kvtier.registry import POLICIES
 from kvtier.simulator.geometry import Geometry, find_geometry
 from kvtier.simulator.setup import SIMULATED_OPTIONS, Machine
@@ -193,7 +193,7 @@ def settings_of(options: dict[str, Any]) -> TieringSettings:
 def tracked(what: str) -> Iterator[Callable[[float], None]]:
     """Show a progress bar; yield a function that must be called with the share of work that is done, 0 to 1."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=1.0)
+        task = bar.add_task(one_line(what, MAX_QUOTED), total=1.0)
         yield lambda share: bar.update(task, completed=share)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import stat
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,15 @@ def check_outputs(**paths: Path | None) -> None:
 
 def write_json(path: Path, value: Any, indent: int = 1) -> None:
     """Write JSON; as `write_result`."""
-    write_result(path, json.dumps(value, indent=indent) + "\n")
+    write_result(path, json_text(value, indent) + "\n")
+
+
+def json_text(value: Any, indent: int) -> str:
+    """Return JSON; numbers that it does not have, infinite ones and none, are null."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(_with_nulls(value), indent=indent)
 
 
 def write_result(path: Path, text: str) -> None:
@@ -59,6 +69,14 @@ def write_result(path: Path, text: str) -> None:
         with suppress(OSError):
             os.unlink(draft)
         raise
+
+
+def _with_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _with_nulls(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_nulls(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _obstacle(path: Path) -> str:

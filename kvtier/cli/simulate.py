@@ -150,4 +150,4 @@ def show(trace: Trace, machine: Machine, block_bytes: int, results: list[Result]
     if results:
         table.add_row(*report.recompute_row(results[0]), style="dim")
     console.print()
-    Console(width=max(console.width, 170)).print(table)
+    Console(width=max(console.width, 170), markup=False, emoji=False).print(table)

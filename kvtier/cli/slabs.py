@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -16,6 +15,7 @@ import typer
 from rich.console import Console
 
 from kvtier.cli.edge import EXIT_INTERRUPTED, EXIT_UNUSABLE, describe
+from kvtier.cli.result_files import json_text
 from kvtier.errors import KVTierError
 from kvtier.foreign_text import one_line
 from kvtier.stores.slab.inspection import NamespaceSurvey, find_slabs
@@ -65,12 +65,12 @@ def find_all(directories: Sequence[Path]) -> dict[Path, list[Path]]:
 
 def print_json(value: Mapping[str, Any]) -> None:
     """Print one JSON document on stdout."""
-    typer.echo(json.dumps(value, indent=2))
+    typer.echo(json_text(value, indent=2))
 
 
 def make_console() -> Console:
-    """Return the console for results: stdout."""
-    return Console(highlight=False, soft_wrap=False)
+    """Return the console for results: stdout. Names in them are no markup."""
+    return Console(highlight=False, soft_wrap=False, markup=False, emoji=False)
 
 
 def describe_holder(holder: Holder) -> str:

@@ -109,7 +109,7 @@ def _table(figures: Figures) -> Table:
     table = folding_table(headings, left=("tier",))
     for tier in figures.tiers:
         table.add_row(
-            tier.name,
+            Text(tier.name),
             {True: Text("up", "green"), False: Text("down", "bold red"), None: Text("")}[tier.is_up],
             _percent(tier.hit_share),
             format_size(tier.read_bytes_per_second),

@@ -161,7 +161,7 @@ def _progress() -> Progress:
     """Return the progress display on stderr: a bar, the speed and the time left; nothing without a terminal."""
     console = Console(stderr=True)
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(binary_units=True),
         TransferSpeedColumn(),

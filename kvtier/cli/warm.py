@@ -121,7 +121,12 @@ def _started(tier: TierConfig, known: places.Known, arena: Arena) -> Iterator[Ti
 def _shown(what: str, as_json: bool) -> Iterator[Callable[[Copied], None]]:
     """Show progress on stderr, if it is a terminal; yield what is called with the state of the copy."""
     console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), DownloadColumn(True), TransferSpeedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        DownloadColumn(True),
+        TransferSpeedColumn(),
+    )
     with Progress(*columns, console=console, transient=True, disable=as_json or not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
 

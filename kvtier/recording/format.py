@@ -37,7 +37,14 @@ PROMPT = struct.Struct("<q")
 NONE_LATE = b"\0"
 """Extra bytes of "X" (a reset) if the engine does not complete the copies that run; else there are none."""
 
-_Count = Annotated[int, msgspec.Meta(ge=1)]
+MAX_SECONDS = 100 * 365 * 86400.0
+"""Latest time of a record; no engine runs so long."""
+
+_Tokens = Annotated[int, msgspec.Meta(ge=1, le=1 << 30)]
+_Bytes = Annotated[int, msgspec.Meta(ge=1, le=1 << 50)]
+_Blocks = Annotated[int, msgspec.Meta(ge=1, le=1 << 27)]
+"""A replay has a table of so many slots: a damaged number must not take all memory."""
+_Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 class RecordedTier(msgspec.Struct, frozen=True):
@@ -54,16 +61,16 @@ class RecordedTier(msgspec.Struct, frozen=True):
 class Header(msgspec.Struct, frozen=True):
     """The recorded engine's configuration; see `CPUOffloadingSpec.recording_header`."""
 
-    tokens_per_block: _Count
-    block_bytes: _Count
-    primary_blocks: _Count
+    tokens_per_block: _Tokens
+    block_bytes: _Bytes
+    primary_blocks: _Blocks
     policy: str
     load_deadline: float | None
     probe_deadline: float | None
     lease_timeout: float
-    promotion_budget: float
+    promotion_budget: _Share
     prefill_rate: float | None = None
-    retain_share: float = DEFAULT_RETAIN_SHARE
+    retain_share: _Share = DEFAULT_RETAIN_SHARE
     tenant_quotas: bool = False
     tiers: tuple[RecordedTier, ...] = ()
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import msgspec
 
 from kvtier.errors import TraceError
+from kvtier.foreign_text import MAX_QUOTED, one_line
 from kvtier.keys import OffloadKey, make_offload_key
-from kvtier.recording.format import HASH_BYTES, LENGTH, MAGIC, RECORD, Header, Record
+from kvtier.recording.format import HASH_BYTES, LENGTH, MAGIC, MAX_SECONDS, RECORD, Header, Record
 
 _GZIP = b"\x1f\x8b"
 _MAX_RECORD_BYTES = 1 << 30
@@ -48,7 +49,8 @@ def read_recording(path: Path) -> tuple[Header, Iterator[Record]]:
         path: of a regular file; reading a pipe could block.
 
     Raises:
-        TraceError: the file is no recording, or its header cannot be read.
+        TraceError: the file is no recording, or its header cannot be read. The iterator raises it for a time that is
+            not after the one before, since an engine's clock does not go back.
     """
     file = gzip.open(path, "rb")  # noqa: SIM115 - the iterator closes it
     try:
@@ -61,11 +63,18 @@ def read_recording(path: Path) -> tuple[Header, Iterator[Record]]:
     except (OSError, EOFError, zlib.error, struct.error, msgspec.DecodeError, ValueError) as error:
         file.close()
         raise TraceError(f"{path}: the beginning of this recording cannot be read ({error})") from None
-    return header, _records(file)
+    return _shown(header), _records(file, path)
 
 
-def _records(file: gzip.GzipFile) -> Iterator[Record]:
+def _shown(header: Header) -> Header:
+    """Return the header with tiers' names that can be shown on a terminal."""
+    replace = msgspec.structs.replace
+    return replace(header, tiers=tuple(replace(tier, name=one_line(tier.name, MAX_QUOTED)) for tier in header.tiers))
+
+
+def _records(file: gzip.GzipFile, path: Path) -> Iterator[Record]:
     known: dict[bytes, OffloadKey] = {}
+    latest = 0.0
     with file:
         while True:
             try:
@@ -79,6 +88,9 @@ def _records(file: gzip.GzipFile) -> Iterator[Record]:
                 return
             if len(body) < size:
                 return
+            if not latest <= time <= MAX_SECONDS:
+                raise TraceError(f"{path}: a damaged recording (a time of {time:g} s after {latest:g} s)")
+            latest = time
             yield Record(kind, request, time, body[:num_extra], _keys(body[num_extra:], num_keys, known))
 
 

@@ -18,10 +18,11 @@ import msgspec
 
 from kvtier.errors import ConfigError, TraceError
 from kvtier.foreign_text import one_line
+from kvtier.recording.format import MAX_SECONDS
 from kvtier.recording.reader import is_recording
 from kvtier.simulator.block_sizes import fits, sizes_that_fit
 from kvtier.simulator.recording import read_recorded_trace
-from kvtier.simulator.trace import KeyMaker, Trace, TraceRequest, in_order
+from kvtier.simulator.trace import KeyMaker, TokenCount, Trace, TraceRequest, in_order
 from kvtier.simulator.trace_files import (
     MAX_DOCUMENT_BYTES,
     check_regular,
@@ -35,7 +36,7 @@ MOONCAKE_TOKENS = 512
 BAILIAN_TOKENS = 16
 _KNOWN = 'known are Mooncake and Qwen-Bailian (lines with "hash_ids"), WEKA ("requests") and recordings of kvtier'
 
-_Count = Annotated[int, msgspec.Meta(ge=0)]
+_UNITS = "milliseconds in Mooncake's format, seconds in the others"
 _Time = Annotated[float, msgspec.Meta(ge=0)]
 
 
@@ -46,9 +47,9 @@ class _Line(msgspec.Struct):
     """
 
     timestamp: _Time
-    input_length: _Count
+    input_length: TokenCount
     hash_ids: list[int]
-    output_length: _Count = 0
+    output_length: TokenCount = 0
     chat_id: int | str | None = None
     kvtier: Any = None
 
@@ -92,6 +93,8 @@ def load_trace(
     if not any(request.keys for request in trace.requests):
         size = f" of {tokens_per_block} tokens" if tokens_per_block else ""
         raise TraceError(f"{path}: no request in it asks for a block{size}")
+    if not all(0 <= request.time <= MAX_SECONDS for request in trace.requests):
+        raise TraceError(f"{path}: its requests lie more than 100 years apart; times are {_UNITS}")
     return trace
 
 

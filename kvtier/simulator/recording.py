@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from kvtier.foreign_text import one_line
 from kvtier.keys import GROUP_BYTES, OffloadKey
 from kvtier.recording.format import NewRequest, Record
 from kvtier.recording.reader import read_recording
-from kvtier.simulator.trace import Joiner, Trace, TraceRequest, blocks_to_join
+from kvtier.simulator.trace import MAX_TOKENS, Joiner, Trace, TraceRequest, blocks_to_join
 from kvtier.simulator.trace_files import check_regular
 
 
@@ -50,8 +49,8 @@ def read_recorded_trace(path: Path, tokens_per_block: int | None = None) -> Trac
     requests = [_as_trace_request(request, header.tokens_per_block, joiner, count) for request in looked_up]
     if not requests:
         raise TraceError(f"{path}: a recording without requests")
-    if not all(math.isfinite(request.time) for request in requests):
-        raise TraceError(f"{path}: a damaged recording (a time that is none)")
+    if (most := max(request.input_tokens for request in requests)) > MAX_TOKENS:
+        raise TraceError(f"{path}: a damaged recording (a prompt of {most:,} tokens)")
     requests.sort(key=lambda request: request.time)
     first = requests[0].time
     shifted = [request._replace(time=request.time - first) for request in requests]

@@ -6,10 +6,16 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
 
 from kvtier.errors import TraceError
 from kvtier.keys import OffloadKey, make_offload_key
+
+MAX_TOKENS = 1 << 30
+"""Most tokens of a prompt or an answer; the longest contexts of models have some millions."""
+TokenCount = Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)]
 
 
 class TraceRequest(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Annotated
 import msgspec
 
 from kvtier.errors import TraceError
-from kvtier.simulator.trace import Joiner, KeyMaker, TraceRequest, blocks_to_join
+from kvtier.simulator.trace import MAX_TOKENS, Joiner, KeyMaker, TokenCount, TraceRequest, blocks_to_join
 
 _Time = Annotated[float, msgspec.Meta(ge=0)]
 
@@ -17,8 +17,8 @@ class WekaRequest(msgspec.Struct, rename={"input_tokens": "in", "output_tokens":
     """A request (`in`, `out`, `hash_ids`) or a sub-agent (`requests`) that began at `t` seconds."""
 
     t: _Time
-    input_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
-    output_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
+    input_tokens: TokenCount = 0
+    output_tokens: TokenCount = 0
     hash_ids: list[int] | None = None
     requests: list[WekaRequest] | None = None
 
@@ -27,7 +27,7 @@ class WekaConversation(msgspec.Struct):
     """One document. Its ids only count within it, unless `hash_id_scope` is "global"."""
 
     requests: list[WekaRequest]
-    block_size: Annotated[int, msgspec.Meta(ge=1)] = 64
+    block_size: Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)] = 64
     hash_id_scope: str = "local"
 
 

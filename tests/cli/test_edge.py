@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from slab_rigs import at_a_terminal
 from typer.testing import CliRunner
 
 import kvtier
@@ -281,6 +282,15 @@ def test_ctrl_c_while_the_command_line_is_imported_makes_no_traceback(places):
         preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler),
     )
     assert interrupted(process, lambda pid: has_open(pid, "typer.py")) == "kvtier: interrupted\n"
+
+
+def test_a_name_is_no_markup_of_the_progress_on_a_terminal(places):
+    path = places / "[red]\x1b[2J.jsonl"
+    shutil.copy(places / "t.jsonl", path)
+    code, shown = at_a_terminal("simulate", path, "--dram", "unlimited", "--processes", "1")
+    assert code == 0, shown
+    assert "\x1b[2J" not in shown
+    assert "reading [red]" in shown
 
 
 def test_characters_that_the_terminal_lacks_are_escaped(places):

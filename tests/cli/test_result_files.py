@@ -1,5 +1,6 @@
 """Files of results are there whole or not at all, and what cannot be replaced is written to as it is."""
 
+import math
 import os
 import stat
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvtier.cli import result_files
-from kvtier.cli.result_files import write_json, write_result
+from kvtier.cli.result_files import json_text, write_json, write_result
 
 
 def test_a_new_file_has_the_usual_permissions_and_an_old_one_keeps_its_own(tmp_path):
@@ -75,3 +76,9 @@ def test_a_file_behind_stdout_keeps_what_was_printed_there(tmp_path):
     with (tmp_path / "out").open("a") as out:
         subprocess.run([sys.executable, "-c", code], stdout=out, check=True, env=environment)
     assert (tmp_path / "out").read_text() == "printed\nresult\nend\n"
+
+
+def test_json_has_null_for_a_number_that_json_does_not_have():
+    assert json_text({"a": [1.5, math.inf], "b": (math.nan, "x")}, indent=0).split() == (
+        ["{", '"a":', "[", "1.5,", "null", "],", '"b":', "[", "null,", '"x"', "]", "}"]
+    )

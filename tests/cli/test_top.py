@@ -120,6 +120,22 @@ def test_values_that_are_no_numbers_and_escape_sequences_of_names_are_kept_from_
     assert list(parse(text)) == [(("bytes", frozenset({("tier", r"a\x1b[2Jb")})), 1.0)]
 
 
+@pytest.mark.parametrize("name", ["[/red]", "[red]x", "[link=http://localhost]x", ":bomb:"])
+def test_names_are_no_markup(metrics, name):
+    texts, url = metrics
+    texts[:] = [text.replace('tier="disk"', f'tier="{name}"') for text in (BEFORE, AFTER)]
+    done = CliRunner().invoke(app, ["top", url, "--once", "--interval", "0.1"])
+    assert (done.exit_code, done.exception) == (0, None)
+    assert name in done.stdout
+
+
+@pytest.mark.parametrize("value", ["1e308", "-1e308", "-1", "9" * 400, "1e19"])
+def test_a_number_that_no_counter_has_is_left_out(value):
+    text = AFTER.replace('"disk"} 80.0', f'"disk"}} {value}')
+    assert len(list(parse(text))) == len(list(parse(AFTER))) - 1
+    json.dumps(figures_of(sample(BEFORE, 10.0), sample(text, 12.0)).to_json(), allow_nan=False)
+
+
 @pytest.mark.parametrize("answer", ["nonsense", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"])
 def test_an_answer_that_is_no_http_ends_with_one_line(answer):
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from requirements import lacking
+from slab_rigs import at_a_terminal
 from typer.testing import CliRunner
 
 from kvtier import KVCacheGroup, Namespace, OffloadingConfig, TieringOffloadingSpec, make_offload_key
@@ -204,6 +205,14 @@ def test_disks_of_data_parallel_engines_are_copied_one_by_one(tmp_path):
         with Engine(new, rank=rank, num_ranks=2) as engine:
             assert engine.held(KEYS) == 30
     assert "dp0, dp1" in run([disk(tmp_path / "other"), new])[1]["error"], "as a destination, too"
+
+
+def test_a_tiers_name_is_no_markup_of_the_progress_on_a_terminal(tmp_path, old):
+    tiers = [old, disk(tmp_path / "new", name="[/new]")]
+    config = json.dumps({"cpu_bytes_to_use": "1MiB", "secondary_tiers": tiers})
+    code, shown = at_a_terminal("warm", "--config", config, "--from", "old", "--to", "[/new]")
+    assert code == 0, shown
+    assert "60 blocks copied" in shown
 
 
 def test_a_bucket_takes_a_disk(old, moto_s3):

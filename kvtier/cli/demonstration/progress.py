@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.text import Text
+
+from kvtier.foreign_text import one_line
 
 
 class Narrator:
@@ -23,11 +26,14 @@ class Narrator:
             yield
             return
         started = time.perf_counter()
-        with self._console.status(f"{what} ..."):
+        what = one_line(what)
+        with self._console.status(Text(f"{what} ...")):
             yield
-        self._console.print(f"[green]ok[/green] {what} [dim]{time.perf_counter() - started:.1f} s[/dim]")
+        seconds = f"{time.perf_counter() - started:.1f} s"
+        self._console.print(Text.assemble(("ok", "green"), f" {what} ", (seconds, "dim")))
 
     def say(self, text: str) -> None:
-        """Print a line without interpreting rich's markup in it."""
+        """Print lines of text, for example of a model: as they are, without what would control a terminal."""
         if not self._quiet:
-            self._console.print(text, markup=False, highlight=False)
+            for line in text.splitlines():
+                self._console.print(Text(one_line(line)))

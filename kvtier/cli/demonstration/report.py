@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from kvtier.cli.demonstration.turns import Turn
 from kvtier.cli.tables import folding_table
@@ -66,7 +67,7 @@ def print_report(console: Console, turns: Sequence[Turn], checks: Sequence[Check
     console.print(table_of(turns, title))
     for check in checks:
         if not check.passed:
-            console.print(f"[red]FAILED[/red] {check.what}")
+            console.print(Text.assemble(("FAILED", "red"), f" {check.what}"))
     passed = sum(check.passed for check in checks)
     console.print(f"{passed} of {len(checks)} checks passed")
 

@@ -5,7 +5,6 @@ Format: Prometheus' text exposition, https://prometheus.io/docs/instrumenting/ex
 
 from __future__ import annotations
 
-import math
 import re
 import time
 import urllib.request
@@ -21,6 +20,7 @@ _ENGINES = "vllm:"
 """What stands before the names in vLLM; in a program with `kvtier.metrics.collector` usually nothing does."""
 MAX_BYTES = 64 << 20
 """Longest answer that is read; an engine's has some 100 KiB."""
+MAX_VALUE = 2.0**63
 SECONDS = 5.0
 """Longest wait for an engine's answer."""
 _LINE = re.compile(r"([A-Za-z_:][\w:]*)(?:\{(.*)\})?\s+(\S+)(?:\s+\S+)?")
@@ -77,7 +77,7 @@ def fetch(url: str) -> Sample:
 def parse(text: str) -> Iterator[tuple[tuple[str, frozenset[tuple[str, str]]], float]]:
     """Yield kvtier's series of a text; engines and their ranks, which differ by other labels, are summed later.
 
-    Values that are no finite numbers are left out: kvtier has none.
+    Values that are negative, or larger than any counter, are left out: kvtier has none.
     """
     for line in text.splitlines():
         line = line.strip().removeprefix(_ENGINES)
@@ -89,7 +89,7 @@ def parse(text: str) -> Iterator[tuple[tuple[str, frozenset[tuple[str, str]]], f
             number = float(value)
         except ValueError:
             continue
-        if math.isfinite(number):
+        if 0 <= number <= MAX_VALUE:
             yield (name.removeprefix(PREFIX), pairs), number
 
 
