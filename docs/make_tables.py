@@ -18,6 +18,7 @@ from typer.core import TyperOption as Option
 
 import kvtier
 from kvtier.cli import COMMANDS, load_command
+from kvtier.cli.help_pages import PAGES, page_of
 from kvtier.config import TieringConfig
 from kvtier.metrics import GROUPS, METRICS, Kind, Label, Metric
 from kvtier.options import TierOptions
@@ -218,6 +219,16 @@ def up_to_date(page: str) -> str:
     return TABLE.sub(lambda found: found[1] + MAKERS[found[2]]() + found[3], page)
 
 
+def help_pages() -> str:
+    """Return the text of `help_pages.json`: what each command says of itself."""
+    found = {}
+    for name in COMMANDS:
+        command = load_command(name)
+        within = {f"{name} {inner}": one for inner, one in getattr(command, "commands", {}).items()}
+        found |= {path: page_of(one, path) for path, one in ({name: command} | within).items()}
+    return json.dumps(found, indent=1) + "\n"
+
+
 def pages() -> list[Path]:
     """Return the pages of the documentation."""
     return sorted(DOCS.rglob("*.md"))
@@ -226,3 +237,4 @@ def pages() -> list[Path]:
 if __name__ == "__main__":
     for path in pages():
         path.write_text(up_to_date(path.read_text()))
+    PAGES.write_text(help_pages())

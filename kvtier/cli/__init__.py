@@ -9,6 +9,7 @@ import typer
 
 from kvtier import __version__
 from kvtier.cli.edge import Commands, prepare_streams
+from kvtier.cli.help_pages import command_of_page
 
 COMMANDS = {
     "demo": "Answer questions about one long document over several turns, with kvtier and without, side by side.",
@@ -45,7 +46,9 @@ class _LazyCommands(Commands):
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)
         ctx.invoked_subcommand = name  # errors begin with it, also when the import below is interrupted
-        return name, load_command(name) if name in COMMANDS else command, rest
+        if name in COMMANDS:
+            command = command_of_page(name, rest) or load_command(name)
+        return name, command, rest
 
 
 app = typer.Typer(

@@ -1,5 +1,6 @@
 """The tables of the documentation list what the code declares, as `make docs` writes them."""
 
+import json
 import runpy
 from pathlib import Path
 
@@ -21,3 +22,7 @@ def test_the_page_is_up_to_date(page):
     damaged = MAKER["TABLE"].sub(lambda found: f"{found[1]}{found[3]}", text)
     assert damaged != text
     assert MAKER["up_to_date"](damaged) == text, "a table that differs is written anew"
+
+
+def test_the_help_of_commands_is_the_one_of_now():
+    assert json.loads(MAKER["PAGES"].read_text()) == json.loads(MAKER["help_pages"]()), "make docs"
