@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -71,6 +71,12 @@ class EvictionPolicy(ABC):
 
     may_decline: bool = True
     """Whether `candidates` may end early. A tier sets it before each call with `incoming`."""
+
+    num_evictable: Callable[[Sequence[OffloadKey]], int] = len
+    """Returns how many of the held keys that it is given may be evicted, from the first one on. A tier sets it before
+    each call of `candidates`, since jobs and requests may be using blocks. A policy need not ask, because the tier
+    skips what may not be evicted. One that knows which blocks depend on one another should: else a block goes that a
+    skipped one needs, and both are lost."""
 
     def __init__(self, capacity: int) -> None:
         """Args: capacity: most keys that will be held at once, at least 1."""

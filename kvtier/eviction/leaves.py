@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from heapq import heappop, heappush
 from itertools import count
 
@@ -60,10 +60,14 @@ class Leaves:
         kind, index = place
         return self._table.ranks[kind][index], -index, kind
 
-    def victims(self) -> Iterator[tuple[float, Part]]:
+    def victims(self, stuck: Container[Part] = ()) -> Iterator[tuple[float, Part]]:
         """Yield every part that holds blocks, with its rank.
 
         Lower ranks come first, but every part comes after all of its children.
+
+        Args:
+            stuck: parts of which some blocks stay. The caller adds to it while it iterates, and no part comes that one
+                of them continues.
         """
         bared: list[tuple[Cell, int, Part]] = []
         num_left: dict[Part, int] = {}
@@ -73,13 +77,16 @@ class Leaves:
                 while bared and bared[0][0] <= cell:
                     (rank, _, _), _, parent = heappop(bared)
                     yield rank, parent
-                    self._bare(parent, bared, num_left, numbers)
+                    if parent not in stuck:
+                        self._bare(parent, bared, num_left, numbers)
                 yield cell[0], part
-                self._bare(part, bared, num_left, numbers)
+                if part not in stuck:
+                    self._bare(part, bared, num_left, numbers)
         while bared:
             (rank, _, _), _, parent = heappop(bared)
             yield rank, parent
-            self._bare(parent, bared, num_left, numbers)
+            if parent not in stuck:
+                self._bare(parent, bared, num_left, numbers)
 
     def _bare(
         self, part: Part, bared: list[tuple[Cell, int, Part]], num_left: dict[Part, int], numbers: Iterator[int]

@@ -17,7 +17,7 @@ so large that little is evicted it has nothing to choose.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, groupby
 from operator import itemgetter
 
@@ -37,6 +37,10 @@ LEARN_AFTER = 2048
 """Uses of blocks between two computations of the ranks. The first computation comes after `_FIRST_LEARNING` uses; from
 there the distance doubles up to this."""
 
+ASKED_AT_ONCE = 64
+"""Most blocks of a part about which the policy asks at once whether they may be evicted: a caller mostly wants fewer
+victims than a long part has blocks."""
+
 _FIRST_LEARNING = 256
 _MAX_REQUESTS = 1024
 """Most requests whose state is kept, and no more than the capacity. A forgotten request that uses blocks again counts
@@ -47,8 +51,9 @@ class PrefixPolicy(EvictionPolicy):
     """Evicts the blocks with the fewest expected hits per block and second first, tail-first within a chain.
 
     A rank may rise with age: an agent's tool call returns after a while. Only leaves are victims, so no block goes
-    before the blocks that depend on it. Incoming blocks compete with held ones if the tier allows it (`may_decline`):
-    while every held block ranks higher than the tail of a request, that tail is not stored.
+    before the blocks that depend on it, not even if these may not be evicted (`num_evictable`). Incoming blocks compete
+    with held ones if the tier allows it (`may_decline`): while every held block ranks higher than the tail of a
+    request, that tail is not stored.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -286,23 +291,33 @@ class PrefixPolicy(EvictionPolicy):
         """
         return chain.from_iterable(self._victims(self._ranks_of(incoming) if self.may_decline else [], len(incoming)))
 
-    def _victims(self, ranks: Sequence[float], num_incoming: int) -> Iterator[Iterator[OffloadKey]]:
-        """Yield the blocks of one part after another. If incoming blocks may be declined, end once there is room for
-        those that rank high enough.
+    def _victims(self, ranks: Sequence[float], num_incoming: int) -> Iterator[Iterable[OffloadKey]]:
+        """Yield the blocks of one part after another, as far as they may be evicted and no block that stays needs them.
+        If incoming blocks may be declined, end once there is room for those that rank high enough.
 
         Args:
             ranks: of the incoming blocks, tail first; empty if none of them may be declined.
         """
-        current, num_given, num_declined = self._current, 0, 0
-        for rank, part in self._leaves.victims():
+        num_given = num_declined = 0
+        stuck: set[Part] = set()
+        for rank, part in self._leaves.victims(stuck):
             while num_declined < len(ranks) and ranks[num_declined] < rank:
                 num_declined += 1
-            # While none is declined, it is for the caller to end: jobs may be using some of the blocks given so far.
             if num_declined and num_given >= num_incoming - num_declined:
                 return
-            yield reversed(part.keys)
-            if part.request is not current:  # the caller never evicts blocks that the same request has used
-                num_given += len(part.keys)
+            if self.num_evictable is len:
+                yield reversed(part.keys)
+                if part.request is not self._current:  # no caller evicts blocks that the same request has used
+                    num_given += len(part.keys)
+                continue
+            for end in range(len(part.keys), 0, -ASKED_AT_ONCE):
+                asked = part.keys[max(0, end - ASKED_AT_ONCE) : end][::-1]
+                count = self.num_evictable(asked)
+                yield asked[:count]
+                num_given += count
+                if count < len(asked):
+                    stuck.add(part)
+                    break
 
     def _ranks_of(self, incoming: Sequence[OffloadKey]) -> list[float]:
         """Return the ranks that `incoming` will have, tail first. No block ranks below one that depends on it."""

@@ -263,7 +263,7 @@ class RetentionPolicy(ServedPolicy):
         `incoming`, where the caller asks for all keys.
         """
         orders = self._orders
-        self.inner.may_decline = self.may_decline
+        self.inner.may_decline, self.inner.num_evictable = self.may_decline, self.num_evictable
         if not self._held:
             return self.inner.candidates(incoming)
         return chain(orders[Rank.OVER], orders[Rank.LOW], self._others(incoming))

@@ -140,13 +140,15 @@ class TenantPolicy(ServedPolicy):
         """
         if not incoming:
             for policy in self._policies.values():
+                policy.num_evictable = self.num_evictable
                 yield from policy.candidates()
             return
         for tenant, excess in self._excesses(len(incoming)):
             if tenant != self._tenant:
+                self._policies[tenant].num_evictable = self.num_evictable
                 yield from islice(self._policies[tenant].candidates(), excess)  # retained ones last
         own = self._policies[self._tenant]
-        own.may_decline = self.may_decline
+        own.may_decline, own.num_evictable = self.may_decline, self.num_evictable
         yield from own.candidates(incoming)
 
     def _excesses(self, num_incoming: int) -> list[tuple[str, int]]:

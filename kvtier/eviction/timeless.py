@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from kvtier.abc import EvictionPolicy
 from kvtier.keys import OffloadKey
@@ -23,6 +23,14 @@ class TimelessPolicy(EvictionPolicy):
     @may_decline.setter
     def may_decline(self, value: bool) -> None:
         self.policy.may_decline = value
+
+    @property
+    def num_evictable(self) -> Callable[[Sequence[OffloadKey]], int]:
+        return self.policy.num_evictable
+
+    @num_evictable.setter
+    def num_evictable(self, value: Callable[[Sequence[OffloadKey]], int]) -> None:
+        self.policy.num_evictable = value
 
     def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         self.policy.insert(keys)

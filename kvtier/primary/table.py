@@ -205,6 +205,7 @@ class BlockTable:
         """Return the victims as `pick_victims` does, and how many of `incoming` the policy declines.
 
         A key for which the policy proposes a victim that may not be evicted is not declined, but finds no slot either.
+        If the policy has asked which keys may be evicted, and proposes no more, the rest of `incoming` is declined.
         """
         try:
             self.policy.may_decline = may_decline
@@ -223,9 +224,11 @@ class BlockTable:
     ) -> tuple[list[OffloadKey], int]:
         slots_of, pins, filling = self.slot_of.values_of, self.pins.slots, self.filling
         if not (filling or pins or protected):
+            self.policy.num_evictable = len
             victims = list(islice(self.policy.candidates(incoming), count))
             return victims, count - len(victims) if len(victims) < len(self) else 0
         most = MAX_SKIPPED + 4 * count + sum(map(len, protected))
+        self.policy.num_evictable = self._counting(protected)
         candidates = islice(self.policy.candidates(incoming), most)
         victims = []
         num_left = most = min(most, len(self))  # a policy that yields fewer declines the rest of `incoming`
@@ -244,6 +247,28 @@ class BlockTable:
                     batch = [key for key in batch if key not in kept]
             victims += batch
         return victims, max(0, count - (most - num_left)) if num_left > 0 else 0
+
+    def _counting(self, protected: Sequence[Set[OffloadKey]]) -> Callable[[Sequence[OffloadKey]], int]:
+        """Return what a policy may ask while it proposes victims; see `EvictionPolicy.num_evictable`.
+
+        After `MAX_SKIPPED` denials it denies nothing more, so that the bound on candidates ends the search.
+        """
+        slots_of, pins, filling = self.slot_of.values_of, self.pins.slots, self.filling
+        denied = 0
+
+        def num_evictable(keys: Sequence[OffloadKey]) -> int:
+            nonlocal denied
+            slots = slots_of(keys)
+            are_idle = filling.isdisjoint(slots) and pins.isdisjoint(slots)
+            if denied >= MAX_SKIPPED or (are_idle and all(kept.isdisjoint(keys) for kept in protected)):
+                return len(keys)
+            denied += 1
+            for place, (key, slot) in enumerate(zip(keys, slots, strict=True)):
+                if slot in filling or slot in pins or any(key in kept for kept in protected):
+                    return place
+            return len(keys)
+
+        return num_evictable
 
     def apply(self, placement: Placement, now: float = 0.0) -> list[int]:
         """Evict and insert as planned.

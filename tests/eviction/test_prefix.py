@@ -1,6 +1,7 @@
 """Prefix: the suite, what it knows of chains, and sessions that grow."""
 
 import gc
+from collections.abc import Callable
 from heapq import heappop, heappush
 from itertools import count, islice
 from random import Random
@@ -13,10 +14,13 @@ from kvtier.eviction.leaves import Leaves
 from kvtier.eviction.lru import LRUPolicy
 from kvtier.eviction.prefix import PrefixPolicy
 from kvtier.eviction.reuse import EDGES, NUM_BINS, NUM_CLASSES, ReuseTable, class_of
+from kvtier.hints import Hint
 from kvtier.keys import OffloadKey, make_offload_key
 from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
+from kvtier.primary.retention import Retention
 from kvtier.primary.table import BlockTable
 from kvtier.primary.transit import Declining
+from kvtier.primary.uses import RequestUses
 from kvtier.secondary.example import ExampleSecondaryTierManager
 from kvtier.testing.clock import ManualClock
 from kvtier.testing.policies import PolicySuite, admit, keys_of
@@ -300,6 +304,55 @@ def test_blocks_that_jobs_use_leave_no_block_out_of_memory_while_others_rank_as_
     placement = table.plan(keys_of(*range(100, 110)), declining=Declining.REFUSED)
     assert len(placement.victims) == 10
     assert placement.num_left_out == placement.num_passing == 0
+
+
+def with_hints(table: BlockTable, quotas: bool = False) -> None:
+    Retention(ManualClock(), quotas=quotas).serve(table, RequestUses(0.0, "first", Hint(tenant="one")))
+
+
+@pytest.mark.parametrize("prepare", [lambda table: None, with_hints, lambda table: with_hints(table, quotas=True)])
+def test_a_block_never_goes_before_one_that_a_job_uses_and_that_needs_it(prepare: Callable[[BlockTable], None]) -> None:
+    """The later block would stay, and no request could load it."""
+    table = BlockTable(20, PrefixPolicy(20))
+    prepare(table)
+    older, newer = keys_of(*range(10)), keys_of(*range(10, 20))
+    for now, held in enumerate((older, newer)):
+        table.publish(table.apply(table.plan(held), now))
+        table.settle(held)
+    table.pin([table.slot_of[older[6]]])
+    assert table.pick_victims(6, (), ()) == [*older[:6:-1], *newer[:6:-1]]
+    assert table.pick_victims(6, (), ({older[8]},)) == [older[9], *newer[:4:-1]]
+    table.unpin([table.slot_of[older[6]]])
+    assert table.pick_victims(6, (), ()) == older[:3:-1]
+
+
+def test_the_blocks_that_two_sessions_share_stay_while_a_job_uses_one_of_the_sessions() -> None:
+    table, shared = BlockTable(20, PrefixPolicy(20)), keys_of(*range(4))
+    sessions = [[*shared, *keys_of(*range(start, start + 3))] for start in (10, 20)]
+    for now, keys in enumerate(sessions):
+        table.touch([key for key in keys if key in table], now)
+        table.publish(table.apply(table.plan(keys), now))
+        table.settle(keys)
+    table.pin([table.slot_of[sessions[0][-1]]])
+    assert table.pick_victims(20, (), ()) == sessions[1][:3:-1]
+
+
+def test_sessions_have_no_holes_whatever_jobs_use() -> None:
+    random, table, pinned = Random(5), BlockTable(64, PrefixPolicy(64)), list[int]()
+    sessions = [keys_of(*range(100 * number, 100 * number + 40)) for number in range(12)]
+    for now in range(600):
+        keys = random.choice(sessions)[: random.randint(1, 40)]
+        own = [key for key in keys if key in table]
+        table.touch(own, now)
+        placement = table.plan(keys, set(own), declining=random.choice([Declining.NEVER, Declining.REFUSED]))
+        table.publish(table.apply(placement, now))
+        table.settle(keys)
+        table.unpin(pinned)
+        pinned = random.sample(sorted(table.slot_of.values()), min(6, len(table)))
+        table.pin(pinned)
+        for chain in sessions:
+            assert [key in table for key in chain] == sorted([key in table for key in chain], reverse=True)
+        table.check_invariants()
 
 
 def test_blocks_on_the_device_that_a_former_request_used_do_not_hide_which_request_ends():
