@@ -121,6 +121,10 @@ class EvictionPolicy(ABC):
         """Order `keys` by recency, tail first, after a request that gave them in several calls; count no use."""
         return
 
+    def line_up(self, keys: Sequence[OffloadKey]) -> None:
+        """Do the same for a request that goes on. A policy that knows which blocks depend on one another need not."""
+        return
+
     @abstractmethod
     def clear(self) -> None:
         """Forget everything."""

@@ -146,6 +146,8 @@ class ARCPolicy(EvictionPolicy):
         """Move the held ones of `keys` to the recent end of their own list, tail first."""
         self._t1.renew_all(keys[::-1], self._t2)
 
+    line_up = settle
+
     def clear(self) -> None:
         """Forget everything, ghosts and p included."""
         clear_queues((self._t1, self._t2, self._b1, self._b2))

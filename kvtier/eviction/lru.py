@@ -47,6 +47,8 @@ class LRUPolicy(EvictionPolicy):
         """Move `keys` to the recent end, tail first: the same as `touch`, since LRU counts no uses."""
         self.touch(keys)
 
+    line_up = settle
+
     def clear(self) -> None:
         self._queue.clear()
 

@@ -300,6 +300,10 @@ class RetentionPolicy(ServedPolicy):
             self._sessions.end(self._owner)
             self._free(self._sessions.take(MAX_ENDED))
 
+    def line_up(self, keys: Sequence[OffloadKey]) -> None:
+        """Order those of `keys` that the policy holds; the others stay where they are."""
+        self.inner.line_up([key for key in keys if key not in self._held] if self._held else keys)
+
     def evict(self, keys: Sequence[OffloadKey]) -> None:
         """Stop holding `keys`; the policy may remember those that it held."""
         self.inner.evict(self._theirs(keys))

@@ -157,6 +157,8 @@ class S3FIFOPolicy(EvictionPolicy):
         self._small.renew(keys[::-1])
         self._main.renew(keys[::-1])
 
+    line_up = settle
+
     def clear(self) -> None:
         """Forget everything, including ghosts."""
         clear_queues((self._small, self._main, self._ghosts))

@@ -108,6 +108,11 @@ class TenantPolicy(ServedPolicy):
             policy.settle(theirs)
         self._release_at = 0.0  # a session may have ended
 
+    def line_up(self, keys: Sequence[OffloadKey]) -> None:
+        """Order `keys` of a request that goes on, each in the policy of its tenant."""
+        for policy, theirs in self._by_account(keys):
+            policy.line_up(theirs)
+
     def _by_account(
         self, keys: Sequence[OffloadKey], always: bool = False
     ) -> Iterator[tuple[RetentionPolicy, list[OffloadKey]]]:

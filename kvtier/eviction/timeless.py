@@ -50,6 +50,9 @@ class TimelessPolicy(EvictionPolicy):
     def settle(self, keys: Sequence[OffloadKey]) -> None:
         self.policy.settle(keys)
 
+    def line_up(self, keys: Sequence[OffloadKey]) -> None:
+        self.policy.line_up(keys)
+
     def clear(self) -> None:
         self.policy.clear()
 

@@ -160,6 +160,8 @@ class TinyLFUPolicy(EvictionPolicy):
         probation.take(loose[:border], window, probation)
         window.take(loose[border:], window, probation)
 
+    line_up = settle
+
     def clear(self) -> None:
         """Forget everything, including counts."""
         clear_queues((self._window, self._probation, self._protected, self._ghosts))

@@ -343,6 +343,15 @@ class BlockTable:
         """Order `keys` by recency after a request has finished; see `EvictionPolicy.settle`."""
         self._tell(self.policy.settle, keys)
 
+    @property
+    def lines_up(self) -> bool:
+        """Whether `line_up` may change anything."""
+        return type(self.policy).line_up is not EvictionPolicy.line_up
+
+    def line_up(self, keys: Sequence[OffloadKey]) -> None:
+        """Order `keys` by recency while their request goes on; see `EvictionPolicy.line_up`."""
+        self._tell(self.policy.line_up, keys)
+
     def _tell(self, change: Callable[[Sequence[OffloadKey]], None], keys: Sequence[OffloadKey]) -> None:
         """Call a method of the policy. The table has changed already, so it stays right if the policy fails."""
         try:

@@ -48,6 +48,7 @@ from kvtier.tiering.lookups import Lookups
 from kvtier.tiering.pace import Pace
 from kvtier.tiering.promotion import Promoter
 from kvtier.tiering.requests import PRIMARY, Requests, RequestState, ScannedRequests, arrival
+from kvtier.tiering.running import RunningRequests
 from kvtier.tiering.settings import ResetPolicy, TieringSettings
 from kvtier.tiering.tiers import SecondaryTiers
 from kvtier.tiering.turns import in_turn
@@ -154,6 +155,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         self._waiting = Waiting(table, guards, self._flights, leases, self._pace, settings, clock, observer)
         self._lookups = Lookups(table, guards, self._flights, self._waiting)
         self._retention = Retention(clock, settings.retain_share, settings.tenant_quotas)
+        self._running = RunningRequests(table)
         self._promoter = Promoter(
             table,
             guards,
@@ -162,6 +164,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
             self._waiting,
             self._pace,
             self._retention,
+            self._running,
             self._primary.block_bytes,
             clock,
             observer,
@@ -280,6 +283,8 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         else:
             (slots_by_key, places, by_source), once = leased, ordered
             self._transfers.begin_leased_load(state, slots_by_key)
+        if self._tiers.guards:
+            self._running.note(state, places)
         num_tokens, seconds = self._pace.note_load(state, ordered)
         if state.lease.slots or state.awaiting:
             self._promoter.let_go(state)
@@ -361,6 +366,8 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
             if held and self._tiers[index].can_store(len(held)):
                 self._cascades.start(self._tiers[index], held, req_context)
         places = np.fromiter(slots, np.int32, len(slots))
+        if self._tiers.guards:
+            self._running.note(state, places)
         return PrepareStoreOutput(placement.keys, self._make_spec(places), placement.victims)
 
     def _make_spec(self, places: NDArray[np.int32]) -> CPULoadStoreSpec:
@@ -425,6 +432,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         self._promoter.let_go(state)
         self._waiting.settle(state, WaitOutcome.CANCELLED)
         self._lookups.end_scan(state)
+        self._running.end(state)
         self._retention.serve(self._table, state.uses)
         self._table.settle(state.uses.in_order(req_context))
         self._requests.close(state)

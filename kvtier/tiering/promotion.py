@@ -21,6 +21,7 @@ from kvtier.tiering.outline import Outline, make_outline
 from kvtier.tiering.pace import Pace
 from kvtier.tiering.planning import Holdings, PromotionPlan, Prospect, plan_promotions
 from kvtier.tiering.requests import PRIMARY, RequestState, Scan, arrival
+from kvtier.tiering.running import RunningRequests
 from kvtier.tiering.waiting import MAX_ENDED, Waiting
 from kvtier.types import Admission
 
@@ -59,12 +60,13 @@ class Promoter:
         waiting: Waiting,
         pace: Pace,
         retention: Retention,
+        running: RunningRequests,
         block_bytes: int,
         clock: Clock,
         observer: Observer,
     ) -> None:
         """Args: table, retention: of the primary tier; guards: of the secondary tiers."""
-        self._table, self._retention = table, retention
+        self._table, self._retention, self._running = table, retention, running
         self._queues = [LoadQueue(guard, block_bytes) for guard in guards]
         self._flights, self._leases, self._waiting, self._pace = flights, leases, waiting, pace
         self._clock, self._observer = clock, observer
@@ -280,7 +282,10 @@ class Promoter:
         if not queue.speed.needs_probe(len(keys)):
             return
         self._retention.serve(self._table, state.uses)
-        slots, victims = self._table.set_aside(len(keys), frozenset(outline.order))
+        spared = frozenset(outline.order)
+        num_needed = max(0, len(keys) - self._table.num_free)
+        self._running.put_in_order(self._table.pick_victims(num_needed, (), (spared,)))
+        slots, victims = self._table.set_aside(len(keys), spared)
         if victims:
             self._observer.on_event(BlocksEvicted(PRIMARY, victims))
         if slots:
@@ -295,8 +300,10 @@ class Promoter:
             self._fail(queue.guard, keys, slots)
 
     def _place(self, keys: Sequence[OffloadKey]) -> Placement:
+        table = self._table
         try:
-            return self._table.plan(keys, all_new=True)
+            placement = table.plan(keys, all_new=True)
+            return table.plan(keys, all_new=True) if self._running.put_in_order(placement.victims) else placement
         except KeyFormatError:  # a tier answered HIT for a key of a wrong length or type
             return Placement([], [], len(keys))
 

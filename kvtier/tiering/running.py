@@ -1,0 +1,61 @@
+"""Puts the blocks of requests that the engine computes in order before a load takes the slots of some of them.
+
+A request uses its blocks in several calls: it loads some, and stores others step by step. A policy that goes by recency
+takes the blocks of the earlier calls for older, although those of the later calls need them. At the end of a request
+its blocks are settled. Before that, a load for another request would cut the chain in its middle, and everything behind
+the cut would be lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtier.keys import OffloadKey
+from kvtier.primary.table import BlockTable
+from kvtier.tiering.requests import RequestState
+
+
+class RunningRequests:
+    """The requests that have loaded or stored blocks and are not over."""
+
+    def __init__(self, table: BlockTable) -> None:
+        """Args: table: of the primary tier."""
+        self._table = table
+        self._used_by = np.zeros(table.num_slots, np.int64)
+        """By slot, the number of the request that loaded or stored its block last."""
+        self._numbers: dict[RequestState, int] = {}
+        self._unordered: dict[int, RequestState] = {}
+        """The requests that have used blocks since their blocks were put in order, by number."""
+        self._last = 0
+
+    def note(self, state: RequestState, places: NDArray[np.int32]) -> None:
+        """Note that a request uses the blocks in these slots."""
+        if len(places) and self._table.lines_up:
+            number = self._numbers.get(state)
+            if number is None:
+                self._last = number = self._numbers[state] = self._last + 1
+            self._used_by[places] = number
+            self._unordered[number] = state
+
+    def end(self, state: RequestState) -> None:
+        """Forget a request that is over."""
+        number = self._numbers.pop(state, None)
+        if number is not None:
+            self._unordered.pop(number, None)
+
+    def put_in_order(self, victims: Sequence[OffloadKey]) -> bool:
+        """Put the blocks of the requests to which some of `victims` belong in order.
+
+        Returns:
+            Whether there was such a request. Then the policy has other victims now.
+        """
+        if not (victims and self._unordered):
+            return False
+        users = np.unique(self._used_by[self._table.slot_of.values_of(victims)])
+        states = [state for number in users.tolist() if (state := self._unordered.pop(number, None)) is not None]
+        for state in states:
+            self._table.line_up(state.uses.in_order(state.context))
+        return bool(states)

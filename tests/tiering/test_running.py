@@ -1,0 +1,58 @@
+"""While a request is computed, loads for others take its last blocks first, and cut no hole into its chain."""
+
+import pytest
+from engine import Engine, make_keys
+
+from kvtier.hints import HINT_KEY
+from kvtier.registry import POLICIES
+
+KEYS, OTHER = make_keys(12), make_keys(3, "other")
+
+
+def run_on(engine: Engine, params: dict | None = None) -> None:
+    """Serve a session's first turn, and compute its second one, which finds 6 blocks and fills memory in two calls."""
+    first = engine.request("first", kv_transfer_params=params)
+    engine.store(KEYS[:6], first)
+    engine.finish(first)
+    engine.step()
+    second = engine.request("second", kv_transfer_params=params)
+    assert engine.wait_hits(KEYS[:6], second) == 6
+    engine.load(KEYS[:6], second)
+    engine.store(KEYS[6:9], second)
+    engine.step()
+    engine.store(KEYS[9:], second)
+    engine.step()
+
+
+def held(engine: Engine) -> list[bytes]:
+    return [key for key in KEYS if key in engine.table]
+
+
+@pytest.mark.parametrize("policy", POLICIES.names())
+def test_a_load_takes_the_last_blocks_of_a_request_that_is_computed(make_engine, policy):
+    engine = make_engine(num_blocks=12, policy=POLICIES.load(policy))
+    run_on(engine)
+    engine.plant(OTHER)
+    assert engine.wait_hits(OTHER, engine.request("other")) == 3
+    assert held(engine) == KEYS[:9]
+
+
+@pytest.mark.parametrize("quotas", [False, True])
+@pytest.mark.parametrize("policy", POLICIES.names())
+def test_so_it_is_with_hints(make_engine, policy, quotas):
+    engine = make_engine(num_blocks=12, policy=POLICIES.load(policy), tenant_quotas=quotas)
+    params = {HINT_KEY: {"tenant": "one"}}
+    run_on(engine, params)
+    engine.plant(OTHER)
+    assert engine.wait_hits(OTHER, engine.request("other", kv_transfer_params=params)) == 3
+    assert held(engine) == KEYS[:9]
+
+
+def test_a_session_that_ends_with_a_request_does_not_end_before_it(make_engine):
+    """To put blocks in order is not to settle them: a hint that ends the session must not act before the end."""
+    engine = make_engine(num_blocks=12)
+    params = {HINT_KEY: {"session": "s", "ended": True}}
+    run_on(engine, params)
+    engine.plant(OTHER)
+    assert engine.wait_hits(OTHER, engine.request("other")) == 3
+    assert held(engine) == KEYS[:9]
