@@ -622,4 +622,5 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         check_slots(self._table, self._requests, self._transfers.stale.slots(), self._tiers)
         self._requests.check_invariants()
         self._promoter.check_invariants(self._requests)
+        self._running.check_invariants()
         self._tiers.check_invariants()

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtier.errors import InvariantError
 from kvtier.keys import OffloadKey
 from kvtier.primary.table import BlockTable
 from kvtier.tiering.requests import RequestState
@@ -59,3 +60,10 @@ class RunningRequests:
         for state in states:
             self._table.line_up(state.uses.in_order(state.context))
         return bool(states)
+
+    def check_invariants(self) -> None:
+        """Raise InvariantError if a request that is over, or was never noted, waits for its order."""
+        if any(self._numbers.get(state) != number for number, state in self._unordered.items()):
+            raise InvariantError("a request's blocks wait for their order under another request's number")
+        if any(state.finished for state in self._numbers):
+            raise InvariantError("a request that is over counts as running")
