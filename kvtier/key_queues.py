@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable, Iterator, MutableMapping, Sequence
-from itertools import chain, islice
+from itertools import chain, compress, islice
 from sys import getsizeof
 from typing import Any, TypeVar, overload
 
 from kvtier import key_tables
 from kvtier.errors import InvariantError
-from kvtier.key_tables import NOT_A_KEY, NUM_SHARDS, SHARD_BYTE, free_some
+from kvtier.key_tables import MOST_IN_PART, NOT_A_KEY, NUM_SHARDS, SHARD_BYTE, ShardedDict, free_some
 from kvtier.keys import OffloadKey
 
 V = TypeVar("V")
@@ -30,28 +30,25 @@ MOST_BYTES_PER_KEY = 400
 """A run that takes more memory than this per key is mostly holes, and is built anew."""
 
 
-class _Places:
-    """Where the keys of some queues are.
+class _Places(ShardedDict[int]):
+    """Where the keys of some queues are: the number of each key's run.
 
     Attributes:
-        shards: the number of each key's run, as in a `KeyDict`.
         last: the last number that was given to a run of any of the queues.
         queues: those that share these places.
-        former: what the last `clear` has removed. Each call that appends keys frees some of it.
     """
 
-    __slots__ = ("former", "last", "queues", "shards")
+    __slots__ = ("last", "queues")
 
-    def __init__(self) -> None:
-        self.shards: list[dict[OffloadKey, int]] = [{} for _ in range(NUM_SHARDS)]
+    def __init__(self, most: int) -> None:
+        """Args: most: keys in each queue."""
+        super().__init__(most)
         self.last = 0
         self.queues: list[LongQueue[Any]] = []
-        self.former: list[dict[OffloadKey, Any]] = []
 
     def clear(self) -> None:
-        """Remove all keys of all queues. What is removed now is freed later."""
-        self.former = list(filter(None, self.shards))
-        self.shards[:] = [{} for _ in range(NUM_SHARDS)]
+        """Remove all keys of all queues. What is removed now is freed later, some of it by each `append`."""
+        super().clear()
         for queue in self.queues:
             self.former += queue._runs.values()
             queue._runs = OrderedDict()
@@ -68,9 +65,12 @@ class LongQueue(MutableMapping[OffloadKey, V]):
 
     __slots__ = ("_places", "_runs", "_size")
 
-    def __init__(self, beside: LongQueue[Any] | None = None) -> None:
-        """Args: beside: a queue that never holds the same key. Keys move between the two by whole runs."""
-        self._places: _Places = _Places() if beside is None else beside._places
+    def __init__(self, beside: LongQueue[Any] | None = None, most: int = NUM_SHARDS * MOST_IN_PART) -> None:
+        """Args:
+        beside: a queue that never holds the same key. Keys move between the two by whole runs.
+        most: keys; more only make the dicts larger. Ignored if there is a queue beside.
+        """
+        self._places: _Places = _Places(most) if beside is None else beside._places
         self._places.queues.append(self)
         self._runs: OrderedDict[int, dict[OffloadKey, V]] = OrderedDict()
         """Runs by number, oldest first. None is empty."""
@@ -137,23 +137,12 @@ class LongQueue(MutableMapping[OffloadKey, V]):
 
     def isdisjoint(self, keys: Collection[OffloadKey]) -> bool:
         """Return whether none of `keys` is here."""
-        shards, runs = self._places.shards, self._runs
-        if runs:
-            try:
-                for key in keys:
-                    if key in (shard := shards[key[SHARD_BYTE]]) and shard[key] in runs:
-                        return False
-            except NOT_A_KEY:
-                return not any(map(self.__contains__, keys))
-        return True
+        return are_disjoint((self,), keys)
 
     def held(self, keys: Collection[OffloadKey]) -> list[OffloadKey]:
         """Return those of `keys` that are here, in their order."""
-        shards, runs = self._places.shards, self._runs
-        try:
-            return [key for key in keys if shards[key[SHARD_BYTE]].get(key) in runs] if runs else []
-        except NOT_A_KEY:
-            return list(filter(self.__contains__, keys))
+        runs = self._runs
+        return list(compress(keys, map(runs.__contains__, self._places.get_all(keys)))) if runs else []
 
     def oldest(self, count: int) -> list[OffloadKey]:
         """Return up to `count` keys, oldest first; none if it is below 1."""
@@ -335,8 +324,7 @@ class LongQueue(MutableMapping[OffloadKey, V]):
                 except (KeyError, IndexError):
                     self._thin_out(number, run)
             self._size -= place - former
-            for key in keys[former:place]:
-                del shards[key[SHARD_BYTE]][key]
+            self._places.pop_all(keys[former:place])
 
     def discard(self, keys: Sequence[OffloadKey]) -> None:
         """Remove those of `keys` that are here."""
@@ -351,10 +339,10 @@ class LongQueue(MutableMapping[OffloadKey, V]):
 
     def check_invariants(self) -> None:
         """Raise InvariantError if runs and places of this queue and those beside contradict each other."""
-        queues, shards = self._places.queues, self._places.shards
+        queues, parts = self._places.queues, self._places.parts
         runs = [(number, run) for queue in queues for number, run in queue._runs.items()]
-        places = {key: number for shard in shards for key, number in shard.items()}
-        if sum(map(len, shards)) != len(places) or len(dict(runs)) != len(runs):
+        places = {key: number for part in parts for key, number in part.items()}
+        if sum(map(len, parts)) != len(places) or len(dict(runs)) != len(runs):
             raise InvariantError("key queues: a key or a run is in two places")
         if places != {key: number for number, run in runs for key in run}:
             raise InvariantError("key queues: runs and places differ")
@@ -460,8 +448,21 @@ def key_queues(count: int, most: int) -> list[Any]:
     """Return empty queues of which each has up to `most` entries, and no two the same key."""
     if most <= key_tables.MOST_IN_ONE:
         return [SmallQueue() for _ in range(count)]
-    first: LongQueue[Any] = LongQueue()
+    first: LongQueue[Any] = LongQueue(most=most)
     return [first, *(LongQueue(beside=first) for _ in range(count - 1))]
+
+
+def are_disjoint(queues: Sequence[KeyQueue[Any]], keys: Collection[OffloadKey]) -> bool:
+    """Return whether none of `keys` is in any of `queues`, which `key_queues` has returned together."""
+    long = [queue for queue in queues if isinstance(queue, LongQueue)]
+    if not long:
+        return all(queue.isdisjoint(keys) for queue in queues)
+    runs = [queue._runs.keys() for queue in long if queue._runs]
+    if not runs:
+        return True
+    # Those of a few runs, and None. The places are shared, so keys are looked for once, however many the queues are.
+    numbers = set(long[0]._places.get_all(keys))
+    return all(held.isdisjoint(numbers) for held in runs)
 
 
 def clear_queues(queues: Sequence[KeyQueue[Any]]) -> None:

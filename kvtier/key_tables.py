@@ -2,17 +2,22 @@
 
 A dict of a million keys is built anew whenever its memory is used up: by growth, and again and again by deletions and
 insertions at a constant size. That takes tens of milliseconds, in an `OrderedDict` more than a hundred. So tables
-that may become large are other ones: `ShardedDict` spreads its keys over 256 dicts, and `LongQueue`
+that may become large are other ones: `ShardedDict` spreads its keys over several dicts, and `LongQueue`
 (`key_queues.py`) keeps an order as a chain of short dicts. Small tables are a dict and an OrderedDict, which take less
 time per key. `key_dict` and `key_queues` choose.
+
+A large table does not fit into the processor's caches, so most of a call is waiting for memory. Methods for many keys
+therefore find the dicts of all keys first, in a pass of their own. The second pass is a loop in C wherever it can be:
+it has so few instructions per key that the processor fetches the next keys while it waits for one.
 
 Large tables of plain values hold nothing that Python's garbage collector visits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, MutableMapping
-from itertools import chain, filterfalse
+from collections.abc import Collection, Iterable, Iterator, MutableMapping, Sequence
+from itertools import chain, compress, filterfalse
+from operator import not_
 from typing import Any, TypeVar, overload
 
 from kvtier.keys import GROUP_BYTES, OffloadKey
@@ -27,6 +32,10 @@ SHARD_BYTE = -1 - GROUP_BYTES
 """Which byte of a key chooses its shard: the last one of the block hash. Block hashes spread evenly over its values."""
 
 NUM_SHARDS = 256
+
+MOST_IN_PART = 16_384
+"""Most entries of each dict of a table of up to four million. Several of them are often built anew in one call, since
+they grow alike. With fewer entries in more dicts, looking into each of those takes longer than finding the key."""
 
 NOT_A_KEY = (IndexError, TypeError)
 """What is raised when the shard of something too short or without bytes is asked for."""
@@ -48,6 +57,11 @@ class SmallDict(dict[OffloadKey, V]):
 
     __slots__ = ()
     shards = None
+
+    @property
+    def parts(self) -> Sequence[dict[OffloadKey, V]]:
+        """The dicts that hold the keys: this one."""
+        return (self,)
 
     def get_all(self, keys: Collection[OffloadKey]) -> list[V | None]:
         """Return the value of each key, in order; None for keys that are not here."""
@@ -88,15 +102,27 @@ class ShardedDict(MutableMapping[OffloadKey, V]):
     What `make_offload_key` does not make is not here, as it is not in a dict of keys.
 
     Attributes:
-        shards: one dict for each value of a key's byte `SHARD_BYTE`. Others may read it.
+        shards: the dict for each value of a key's byte `SHARD_BYTE`; the same one for several values, unless the table
+            is very large. Others may read it.
+        former: what the last `clear` has removed. Each `set_all` frees some of it.
     """
 
-    __slots__ = ("_former", "shards")
+    __slots__ = ("_num_parts", "former", "shards")
 
-    def __init__(self) -> None:
-        self.shards: list[dict[OffloadKey, V]] = [{} for _ in range(NUM_SHARDS)]
-        self._former: list[dict[OffloadKey, V]] = []
-        """What the last `clear` has removed. Each `set_all` frees some of it."""
+    def __init__(self, most: int = NUM_SHARDS * MOST_IN_PART) -> None:
+        """Args: most: entries; more only make the dicts larger."""
+        self._num_parts = min(NUM_SHARDS, 1 << (most // MOST_IN_PART).bit_length())
+        self.shards: list[dict[OffloadKey, V]] = self._empty()
+        self.former: list[dict[OffloadKey, Any]] = []
+
+    def _empty(self) -> list[dict[OffloadKey, V]]:
+        parts: list[dict[OffloadKey, V]] = [{} for _ in range(self._num_parts)]
+        return parts * (NUM_SHARDS // self._num_parts)
+
+    @property
+    def parts(self) -> Sequence[dict[OffloadKey, V]]:
+        """The dicts that hold the keys, each of them once."""
+        return self.shards[: self._num_parts]
 
     def __getitem__(self, key: OffloadKey) -> V:
         return self.shards[key[SHARD_BYTE]][key]
@@ -124,28 +150,32 @@ class ShardedDict(MutableMapping[OffloadKey, V]):
         del self.shards[key[SHARD_BYTE]][key]
 
     def __len__(self) -> int:
-        """Return the number of keys, which takes some microseconds."""
-        return sum(map(len, self.shards))
+        """Return the number of keys, which takes some microseconds in a very large table."""
+        return sum(map(len, self.parts))
 
     def __iter__(self) -> Iterator[OffloadKey]:
-        return chain.from_iterable(self.shards)
+        return chain.from_iterable(self.parts)
 
     def every_value(self) -> Iterator[V]:
         """Return the values in the order in which the keys are iterated; quicker than `values`."""
-        return chain.from_iterable(map(dict.values, self.shards))
+        return chain.from_iterable(map(dict.values, self.parts))
 
     def clear(self) -> None:
         """Remove everything. What is removed now is freed later."""
-        self._former = list(filter(None, self.shards))
-        self.shards[:] = [{} for _ in range(NUM_SHARDS)]
+        self.former = list(filter(None, self.parts))
+        self.shards[:] = self._empty()
 
     # -- many keys at once: a call per key would take as long as the rest ------------------------------------
 
+    def _shards_of(self, keys: Iterable[OffloadKey]) -> list[dict[OffloadKey, V]]:
+        """Return the dict of each key, in order."""
+        shards = self.shards
+        return [shards[key[SHARD_BYTE]] for key in keys]
+
     def get_all(self, keys: Collection[OffloadKey]) -> list[V | None]:
         """Return the value of each key, in order; None for keys that are not here."""
-        shards = self.shards
         try:
-            return [shards[key[SHARD_BYTE]].get(key) for key in keys]
+            return list(map(dict.get, self._shards_of(keys), keys))
         except NOT_A_KEY:
             return list(map(self.get, keys))
 
@@ -156,43 +186,38 @@ class ShardedDict(MutableMapping[OffloadKey, V]):
 
     def isdisjoint(self, keys: Collection[OffloadKey]) -> bool:
         """Return whether none of `keys` is here."""
-        shards = self.shards
+        if next(iter(keys), None) in self:  # most often all are here, or none
+            return False
         try:
-            for key in keys:  # `all` with a generator takes twice as long
-                if key in shards[key[SHARD_BYTE]]:
-                    return False
+            return True not in map(dict.__contains__, self._shards_of(keys), keys)
         except NOT_A_KEY:
-            return not any(map(self.__contains__, keys))
-        return True
+            return True not in map(self.__contains__, keys)
 
     def held(self, keys: Collection[OffloadKey]) -> list[OffloadKey]:
         """Return those of `keys` that are here, in their order."""
-        shards = self.shards
         try:
-            return [key for key in keys if key in shards[key[SHARD_BYTE]]]
+            return list(compress(keys, map(dict.__contains__, self._shards_of(keys), keys)))
         except NOT_A_KEY:
             return list(filter(self.__contains__, keys))
 
     def missing(self, keys: Collection[OffloadKey]) -> list[OffloadKey]:
         """Return those of `keys` that are not here, in their order."""
-        shards = self.shards
         try:
-            return [key for key in keys if key not in shards[key[SHARD_BYTE]]]
+            return list(compress(keys, map(not_, map(dict.__contains__, self._shards_of(keys), keys))))
         except NOT_A_KEY:
             return list(filterfalse(self.__contains__, keys))
 
     def set_all(self, keys: Iterable[OffloadKey], values: Iterable[V]) -> None:
         """Enter `keys` with their `values`, of which there are as many."""
-        if self._former:
-            free_some(self._former)
+        if self.former:
+            free_some(self.former)
         shards = self.shards
         for key, value in zip(keys, values, strict=True):
             shards[key[SHARD_BYTE]][key] = value
 
-    def pop_all(self, keys: Iterable[OffloadKey]) -> list[V]:
+    def pop_all(self, keys: Collection[OffloadKey]) -> list[V]:
         """Remove `keys`, all of which are here, and return their values in order."""
-        shards = self.shards
-        return [shards[key[SHARD_BYTE]].pop(key) for key in keys]
+        return list(map(dict.pop, self._shards_of(keys), keys))
 
 
 KeyDict = SmallDict[V] | ShardedDict[V]
@@ -200,4 +225,4 @@ KeyDict = SmallDict[V] | ShardedDict[V]
 
 def key_dict(most: int) -> KeyDict[Any]:
     """Return an empty table for up to `most` entries."""
-    return SmallDict() if most <= MOST_IN_ONE else ShardedDict()
+    return SmallDict() if most <= MOST_IN_ONE else ShardedDict(most)

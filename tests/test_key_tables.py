@@ -3,7 +3,7 @@
 import random
 import time
 from collections import OrderedDict
-from itertools import islice
+from itertools import chain, islice
 from sys import getsizeof
 
 import pytest
@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from kvtier import key_queues as key_queues_module
 from kvtier import key_tables
 from kvtier.errors import InvariantError
-from kvtier.key_queues import LongQueue, clear_queues, key_queues
+from kvtier.key_queues import LongQueue, are_disjoint, clear_queues, key_queues
 from kvtier.key_tables import ShardedDict, SmallDict, key_dict
 from kvtier.keys import make_offload_key
 
@@ -30,7 +30,7 @@ class QueueMachine(RuleBasedStateMachine):
         longest=st.integers(1, 8),
         short=st.integers(1, 8),
         most_bytes=st.sampled_from([60, 400]),
-        capacity=st.sampled_from([48, 1_000_000]),
+        capacity=st.sampled_from([48, 70_000, 1_000_000]),
     )
     def begin(self, longest, short, most_bytes, capacity):
         self.patch = pytest.MonkeyPatch()
@@ -107,6 +107,12 @@ class QueueMachine(RuleBasedStateMachine):
             assert queue.held(keys) == [key for key in keys if key in model]
             assert [key in queue for key in keys] == [key in model for key in keys]
 
+    @rule(keys=LISTS)
+    def ask_both(self, keys):
+        held = set(chain(*self.models))
+        assert are_disjoint(self.queues, keys) == held.isdisjoint(keys)
+        assert are_disjoint(self.queues[1:], keys) == self.models[1].keys().isdisjoint(keys)
+
     @invariant()
     def equal(self):
         if hasattr(self, "queues"):
@@ -123,7 +129,7 @@ test_a_queue_is_an_ordered_dict = QueueMachine.TestCase
 class DictMachine(RuleBasedStateMachine):
     """A table, and a dict."""
 
-    @initialize(capacity=st.sampled_from([48, 1_000_000]))
+    @initialize(capacity=st.sampled_from([48, 70_000, 1_000_000]))
     def begin(self, capacity):
         self.table, self.model = key_dict(capacity), {}
 
@@ -194,6 +200,21 @@ def test_large_tables_are_others_than_small_ones():
     assert isinstance(key_dict(key_tables.MOST_IN_ONE + 1), ShardedDict)
 
 
+@pytest.mark.parametrize("most", [65_537, 200_000, 1_000_000, 4_000_000, 50_000_000])
+def test_a_large_table_consists_of_as_few_short_dicts_as_its_entries_need(most):
+    table, (queue,) = key_dict(most), key_queues(1, most)
+    keys = [make_offload_key(bytes([7, value]), 0) for value in range(256)]
+    table.set_all(keys, range(256))
+    queue.append(keys, None)
+    for sharded in (table, queue._places):
+        parts = sharded.parts
+        assert {id(part) for part in parts} == {id(part) for part in sharded.shards}
+        assert [len(part) for part in parts] == [256 // len(parts)] * len(parts)
+        assert most // len(parts) <= key_tables.MOST_IN_PART or len(parts) == 256
+        assert most // len(parts) > key_tables.MOST_IN_PART // 2 - 1
+        assert len(sharded) == len([*sharded]) == 256
+
+
 def test_what_is_not_here_is_a_key_error():
     queue, table = LongQueue(), ShardedDict()
     queue.append(KEYS[:3], None)
@@ -237,12 +258,12 @@ def test_what_a_clear_removes_is_freed_by_and_by():
         queue.append(KEYS, None)
         table.clear()
         queue.clear()
-        held = len(table._former), len(queue._places.former)
+        held = len(table.former), len(queue._places.former)
         assert min(held) > 0
-    assert held == (len(table._former), len(queue._places.former))  # no more than one clear removes
+    assert held == (len(table.former), len(queue._places.former))  # no more than one clear removes
     table.set_all(KEYS[:1], [0])
     queue.append(KEYS[:1], None)
-    assert not table._former
+    assert not table.former
     assert not queue._places.former
 
 

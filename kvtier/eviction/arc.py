@@ -14,7 +14,7 @@ from math import ceil, floor
 
 from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
-from kvtier.key_queues import KeyQueue, clear_queues, key_queues
+from kvtier.key_queues import KeyQueue, are_disjoint, clear_queues, key_queues
 from kvtier.keys import OffloadKey
 
 
@@ -51,7 +51,7 @@ class ARCPolicy(EvictionPolicy):
     def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         """Hold `keys`. Keys with a ghost go to T2, and each of them adapts p; the others go to T1."""
         t1, t2, b1, b2 = self._t1, self._t2, self._b1, self._b2
-        if b1.isdisjoint(keys) and b2.isdisjoint(keys):
+        if are_disjoint((b1, b2), keys):
             t1.append(keys[::-1], None)
             keys = ()
         for key in reversed(keys):
@@ -90,8 +90,7 @@ class ARCPolicy(EvictionPolicy):
 
         The n-th victim is the paper's choice for the n-th key from the tail of `incoming`. After those, p stays fixed.
         """
-        b1, b2 = self._b1, self._b2
-        if b1.isdisjoint(incoming) and b2.isdisjoint(incoming):
+        if are_disjoint((self._b1, self._b2), incoming):
             return self._candidates_for_strangers(len(incoming))
         return self._candidates_one_by_one(incoming)
 

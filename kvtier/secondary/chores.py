@@ -112,21 +112,21 @@ def settled(page: KeyPage) -> Answer[KeyPage]:
 
 
 def page_of(keys: KeyDict[Any], cursor: bytes, most: int) -> KeyPage:
-    """Return a page of an index, in order of keys within each of its shards.
+    """Return a page of an index, in order of keys within each of its parts.
 
-    A large index is listed shard by shard: to order all of it for each page would hold up its owner.
+    A large index is listed part by part: to order all of it for each page would hold up its owner.
 
     Raises:
         StoreError: the cursor is not one of an index, or `most` is below 1.
     """
-    shards: Sequence[Any] = keys.shards or (keys,)
+    parts = keys.parts
     number, after = cursor[:1] or b"\0", cursor[1:]
     index = number[0]
-    if index >= len(shards) or most < 1:
+    if index >= len(parts) or most < 1:
         raise StoreError("a cursor of another index, or a page without keys")
     found: list[OffloadKey] = []
-    while index < len(shards):
-        found += heapq.nsmallest(most - len(found), (key for key in shards[index] if key > after))
+    while index < len(parts):
+        found += heapq.nsmallest(most - len(found), (key for key in parts[index] if key > after))
         if len(found) == most:
             return KeyPage(found, bytes([index]) + found[-1])
         index, after = index + 1, b""
