@@ -166,7 +166,9 @@ class BlockTable:
             return Placement(missing, [], 0)
         if self._adopting:
             return Placement([], [], len(missing))
-        others = [kept for kept in (spared, () if all_new else unique.keys()) if kept]
+        others = [spared] if spared else []
+        if not all_new:
+            others.append(unique.keys())
         protected = [own, *others] if own else others
         may_decline = declining is not Declining.NEVER
         victims, num_declined = self._choose(needed, missing, protected, may_decline)
@@ -226,7 +228,8 @@ class BlockTable:
         if not (filling or pins or protected):
             self.policy.num_evictable = len
             victims = list(islice(self.policy.candidates(incoming), count))
-            return victims, count - len(victims) if len(victims) < len(self) else 0
+            num_lacking = count - len(victims)
+            return victims, num_lacking if num_lacking and len(victims) < len(self) else 0
         most = MAX_SKIPPED + 4 * count + sum(map(len, protected))
         self.policy.num_evictable = self._counting(protected)
         candidates = islice(self.policy.candidates(incoming), most)
