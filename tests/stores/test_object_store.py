@@ -217,6 +217,29 @@ class TestSmallPacks(OnBucket):
             found, cursor = [*found, *page.keys], page.cursor
         assert sorted(found) == sorted(make_key(number) for number in range(40))
 
+    @pytest.mark.parametrize("num_written", [0, 2])
+    def test_a_bucket_that_is_lost_in_a_write_costs_no_stored_block(self, monkeypatch, num_written):
+        put, tried = self.store.client.put, []
+
+        def fail_later(path, body):
+            tried.append(path)
+            if len(tried) <= num_written:
+                return put(path, body)
+            error = RequestError(Trouble.FAILED, "no connection")
+            for _ in range(3):
+                self.store._refresher.note(error)
+            raise error
+
+        monkeypatch.setattr(self.store.client, "put", fail_later)
+        keys, payloads = [make_key(number) for number in range(4)], [memoryview(self.payload(1))] * 4
+        if num_written:
+            assert self.store.write(keys, payloads) == [True, True, False, False]
+        with pytest.raises(StoreUnavailableError, match="no connection"):
+            self.store.write(keys, payloads)
+        assert len(tried) == num_written + 1
+        causes = {FailureCause.IO_ERROR: 1, FailureCause.UNREACHABLE: 3 - num_written}
+        assert self.context.failures.take() == causes
+
     def test_a_page_looks_at_few_of_many_packs(self):
         self._write(range(40))
         later = self.store.catalogue.after("", 5)

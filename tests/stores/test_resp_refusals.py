@@ -1,16 +1,18 @@
-"""What a real server refuses to keep or to tell: for ever if it will not change, and for this once if it passes."""
+"""What a real server refuses to keep or to tell, for ever or for this once, and what it says before it is lost."""
 
 import contextlib
 import threading
 
 import pytest
+from proxy import Faults, Proxy
 from test_resp_store import open_store
 from valkey_server import ValkeyServer
 
-from kvtier.errors import StoreError
+from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.stores.resp import store as store_module
 from kvtier.testing.patience import PATIENCE_SECONDS, wait_for
 from kvtier.testing.stores import StoreSuite, make_key
+from kvtier.types import FailureCause
 
 SUITE = StoreSuite()
 KEYS = [make_key(number) for number in range(4)]
@@ -153,3 +155,51 @@ def test_a_user_who_may_not_ask_how_full_it_is_asks_once(server, opened, monkeyp
     (entry,) = server.command("ACL", "LOG")
     assert int(entry[b"count"]) == 1
     assert store.usage() is None
+
+
+def test_a_node_that_refuses_costs_the_others_no_keeping(valkey_cluster, opened):
+    without, *others = valkey_cluster.nodes
+    for node in valkey_cluster.nodes:
+        may = USER if node is without else (*USER, "+touch")
+        node.command("ACL", "SETUSER", "kv", "on", ">letmein", "~kvtier:*", "+cluster", "+info", *may)
+    without.command("ACL", "LOG", "RESET")
+    store = opened(without, cluster=True, username="kv", password_env="KVTIER_TEST_PASSWORD")
+    keys = [make_key(number) for number in range(60)]
+    write(store, keys)
+    before = [num_touches(node) for node in others]
+    for _ in range(2):
+        assert store.keep([*keys, make_key(99)], 60.0) == [True] * 60 + [False]
+    for node, start in zip(others, before, strict=True):
+        assert num_touches(node) - start >= 2 * node.command("DBSIZE") > 0
+    (entry,) = without.command("ACL", "LOG")
+    assert int(entry[b"count"]) <= without.command("DBSIZE") + 1  # once per key
+    for node in valkey_cluster.nodes:
+        node.command("ACL", "DELUSER", "kv")
+
+
+def num_touches(node):
+    client = node.client()
+    try:
+        return client.info("commandstats").get("cmdstat_touch", {"calls": 0})["calls"]
+    finally:
+        client.close()
+
+
+@pytest.mark.parametrize("is_load", [True, False])
+def test_a_server_that_is_lost_in_mid_transfer_costs_no_moved_block(valkey, opened, monkeypatch, is_load):
+    monkeypatch.setattr(store_module.RespStore, "_ask_usage", lambda self: None)  # its reply would be cut instead
+    proxy = Proxy(valkey.address)
+    try:
+        store = opened(proxy, connect_timeout=PATIENCE_SECONDS)
+        write(store, KEYS)
+        said = len(b"+PONG\r\n") + len(KEYS) * len(b"+OK\r\n")
+        reply_bytes = SUITE.block_bytes if is_load else len(b"+OK\r\n")
+        proxy.faults = Faults(cut_after=said + reply_bytes * 5 // 2, refuse=True)
+        moved = (store.read_into if is_load else store.write)(KEYS, SUITE.buffers(4))
+        assert moved == [True, True, False, False]
+        assert store._failures.take() == {FailureCause.UNREACHABLE: 2}
+        proxy.heal()
+        with pytest.raises(StoreUnavailableError, match=str(proxy.address[1])):
+            store.contains(KEYS)
+    finally:
+        proxy.close()

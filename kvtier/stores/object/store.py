@@ -137,6 +137,8 @@ class ObjectStore(VariedStore):
             written = self._write_pack([keys[index] for index in indexes], [buffers[index] for index in indexes])
             for index in indexes:
                 results[index] = written
+        if not any(results):
+            self._check()  # else the next call does
         return results
 
     def read_varied(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[int]:
@@ -259,6 +261,9 @@ class ObjectStore(VariedStore):
     def _write_pack(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> bool:
         value_bytes = HEADER_BYTES + max(map(len, buffers))
         size = len(keys) * value_bytes
+        if self._refresher.lost is not None:
+            self._failures.count(FailureCause.UNREACHABLE, len(keys))
+            return False
         if time.monotonic() < self._busy_until:
             self._failures.count(FailureCause.BUSY, len(keys))
             return False
@@ -273,7 +278,6 @@ class ObjectStore(VariedStore):
         except RequestError as error:
             self._failures.count(_CAUSES.get(error.trouble, FailureCause.IO_ERROR), len(keys))
             self._learn(error)
-            self._check()
             return False
         self._learn(None)
         self.catalogue.add(path, size)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from kvtier.abc import StoreContext
-from kvtier.errors import StoreError
+from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.keys import OffloadKey
 from kvtier.log import logger
 from kvtier.stores.failures import UNREADABLE, CleanUp
@@ -71,7 +71,9 @@ class RespStore(VariedStore):
         self._ask_usage_at = 0.0
         self._clean_up = CleanUp()
         self._told: set[str] = set()
-        self._may_keep = True
+        self._cannot_keep: set[Server] = set()
+        self._lost: StoreUnavailableError | None = None
+        """Why no server can be used, if an earlier call that has moved blocks found out."""
 
     @classmethod
     def open(cls, options: Mapping[str, Any], context: StoreContext) -> Self:
@@ -90,6 +92,7 @@ class RespStore(VariedStore):
 
     def contains(self, keys: Sequence[OffloadKey]) -> list[bool]:
         """Return per key whether the servers have it; the blocks of a cluster's lost node count as absent."""
+        self._check()
         known = self._look(keys)
         requests = [Request(key, self.name(key)) for key, held in zip(keys, known, strict=True) if held is None]
         self._carry_out(self._exchanges.find, requests)
@@ -112,13 +115,13 @@ class RespStore(VariedStore):
     def write(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
         """Store the blocks; False also for a buffer of another length."""
         requests = self._requests(keys, buffers, self._compressed)
-        self._carry_out(self._exchanges.write, [request for request in requests if request is not None])
+        self._move(self._exchanges.write, [request for request in requests if request is not None])
         return self._results(requests)
 
     def read_varied(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[int]:
         """Fill and verify buffers; return the lengths of the payloads, 0 for a block that failed."""
         requests = self._requests(keys, buffers)
-        self._carry_out(self._exchanges.read, [request for request in requests if request is not None])
+        self._move(self._exchanges.read, [request for request in requests if request is not None])
         results = self._results(requests)
         broken = [request.key for request in requests if request is not None and _cause(request) in UNREADABLE]
         if broken:
@@ -129,6 +132,7 @@ class RespStore(VariedStore):
 
     def delete(self, keys: Sequence[OffloadKey]) -> None:
         """Forget `keys`."""
+        self._check()
         requests = [Request(key, self.name(key)) for key in keys]
         self._carry_out(self._exchanges.delete, requests)
         undone = [request for request in requests if request.reply not in (Outcome.DONE, Outcome.NOT_HELD)]
@@ -136,22 +140,21 @@ class RespStore(VariedStore):
             raise StoreError(f"deleting: {_explain(undone[0])}")
 
     def keep(self, keys: Sequence[OffloadKey], seconds: float) -> list[bool] | None:
-        """Make the blocks the most recently used of their server.
+        """Make the blocks the most recently used of their server; None if all servers always refuse that.
 
-        After a refusal that will not change, it is not tried again: servers log each attempt. After another one,
-        servers are only asked what they have.
+        A server that refuses is only asked what it has. If its refusal will not change, it is not tried there again:
+        servers log each attempt.
 
         Raises:
             StoreError: no server answers.
         """
-        if not self._may_keep:
-            return None
+        self._check()
         requests = [Request(key, self.name(key)) for key in keys]
-        self._carry_out(self._exchanges.keep, requests)
-        refused = [request for request in requests if isinstance(request.reply, Refused)]
-        if any(isinstance(request.reply, Refused) and request.reply.is_final for request in refused):
-            self._may_keep = False
+        if not self._cannot_keep.issuperset(self._topology.servers):
+            self._carry_out(self._exchanges.keep, requests)
+        if self._cannot_keep.issuperset(self._topology.servers):
             return None
+        refused = [request for request in requests if isinstance(request.reply, Refused)]
         for request in refused:
             request.reply, request.server, request.asking = Outcome.UNANSWERED, None, False
         self._carry_out(self._exchanges.find, refused)
@@ -165,6 +168,7 @@ class RespStore(VariedStore):
         Raises:
             StoreError: the server does not answer, or refuses.
         """
+        self._check()
         address, _, place = cursor.decode(errors="replace").partition(" ")
         servers = sorted((one for one in self._topology.servers if one.address >= address), key=lambda one: one.address)
         if not servers:
@@ -221,6 +225,24 @@ class RespStore(VariedStore):
             for key, buffer in zip(keys, buffers, strict=True)
         ]
 
+    def _check(self) -> None:
+        if self._lost is not None:
+            raise StoreUnavailableError(str(self._lost))
+
+    def _move(self, operation: Operation, requests: Sequence[Request]) -> None:
+        """Carry out the requests. If the last server is lost after blocks were moved, the next call raises that.
+
+        Raises:
+            StoreUnavailableError: no server can be used, and no block was moved.
+        """
+        self._check()
+        try:
+            self._carry_out(operation, requests)
+        except StoreUnavailableError as error:
+            if not any(request.reply is Outcome.DONE for request in requests):
+                raise
+            self._lost = error
+
     def _carry_out(self, operation: Operation, requests: Sequence[Request]) -> None:
         """Send the requests to their servers, and set the replies that arrive within the timeout.
 
@@ -244,6 +266,8 @@ class RespStore(VariedStore):
     ) -> list[Request]:
         """Run a batch on one server; return the requests to send again."""
         closed = False
+        if operation == self._exchanges.keep and server in self._cannot_keep:
+            operation = self._exchanges.find
         try:
             server.exchange(lambda wire: operation(wire, share), deadline)
         except ServerLostError as error:
@@ -260,7 +284,7 @@ class RespStore(VariedStore):
                         request.reply = FailureCause.IO_ERROR
         else:
             self._breaks.pop(server, None)
-            self._note_replies(server, share, is_write=operation == self._exchanges.write)
+            self._note_replies(server, share, operation)
         repeat = [request for request in share if closed and request.reply is Outcome.UNANSWERED]
         return repeat + (self._redirected(share) if may_repeat else [])
 
@@ -270,7 +294,7 @@ class RespStore(VariedStore):
             self._breaks.pop(server, None)
             self._topology.lose(server, str(error))
 
-    def _note_replies(self, server: Server, share: Sequence[Request], is_write: bool) -> None:
+    def _note_replies(self, server: Server, share: Sequence[Request], operation: Operation) -> None:
         """Update the server's state from its replies."""
         refusals = [request.reply for request in share if isinstance(request.reply, Refused)]
         unusable = next((refused for refused in refusals if refused.code in _UNUSABLE), None)
@@ -279,8 +303,10 @@ class RespStore(VariedStore):
         else:
             self._topology.regain(server)
             self._tell(server, refusals)
-            if is_write:
+            if operation == self._exchanges.write:
                 self._fullness.learn(server, share, refusals)
+            elif operation == self._exchanges.keep and any(refused.is_final for refused in refusals):
+                self._cannot_keep.add(server)
 
     def _tell(self, server: Server, refusals: Sequence[Refused]) -> None:
         """Log each kind of refusal once, except for those that are handled elsewhere."""
