@@ -375,7 +375,6 @@ class SecondaryTierManager(ABC):
         joins_stores: True if one store job may have blocks of several requests, as `JobMetadata.shares` says. The
             blocks whose copies from the device end in one step are then one job, or several large ones.
         deletes, lists_keys: True if `delete` and `list_keys` may be called.
-        keeps: True if `pin` asks the medium, which evicts by itself, and so says what is there.
         probe_deadline: longest that a request waits while `lookup` answers RETRY, in seconds. The manager waits longer
             before the tier's first answer, and shorter after waits in vain. A configuration may set another value.
     """
@@ -387,7 +386,6 @@ class SecondaryTierManager(ABC):
     joins_stores: ClassVar[bool] = False
     deletes: ClassVar[bool] = False
     lists_keys: ClassVar[bool] = False
-    keeps: ClassVar[bool] = False
     probe_deadline: ClassVar[float] = 0.25
 
     @classmethod
@@ -510,6 +508,17 @@ class SecondaryTierManager(ABC):
     def unpin(self, keys: Collection[OffloadKey]) -> None:
         """Undo one `pin` of each of `keys`; keys that are not pinned are ignored."""
         return
+
+    def ask_held(self, keys: Collection[OffloadKey]) -> Answer[Collection[OffloadKey]] | None:
+        """Ask the medium which of `keys` it holds. It changes nothing: what is found may be evicted at once.
+
+        `lookup` may answer MISS for a block that is there, after a fault; this does not.
+
+        Returns:
+            None if the tier has an index, so that `lookup` is certain. Else an answer that a later `get_finished_jobs`
+            settles; it fails if the medium does not say.
+        """
+        return None
 
     def delete(self, keys: Collection[OffloadKey]) -> Answer[Collection[OffloadKey]]:
         """Begin to delete blocks for every user of the medium; called only if `deletes` is True.

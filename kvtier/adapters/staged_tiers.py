@@ -40,11 +40,12 @@ class StagedTiers:
     to a job until the tier has answered it, also after the call has given up: a late write damages nobody's page.
     """
 
-    def __init__(self, spec: StagingSpec, call_deadline: float) -> None:
+    def __init__(self, spec: StagingSpec, call_deadline: float, num_slots: int | None = None) -> None:
         """Create the arena and start the tiers. Takes ownership of `spec`.
 
         Args:
             call_deadline: longest time that a call waits, in seconds.
+            num_slots: of the arena, that calls take; None for all.
 
         Raises:
             CapacityError: the machine cannot hold the arena.
@@ -53,7 +54,7 @@ class StagedTiers:
         self._arena = spec.arena
         self._tiers = spec.open_tiers()
         self._unchecked_lock = threading.Lock()
-        self._slots = StagingSlots(spec.num_blocks)
+        self._slots = StagingSlots(spec.num_blocks if num_slots is None else num_slots)
         self._batches: dict[int, Batch] = {}
         self._pins: dict[OffloadKey, list[tuple[TierGuard, PageKeys]]] = {}
         """By a page's first key: the tiers that have pinned it, one entry per pin."""
@@ -119,15 +120,24 @@ class StagedTiers:
     def _told_by(self, index: int, keys: Sequence[OffloadKey]) -> frozenset[OffloadKey] | None:
         """Return those of `keys` that a tier may hold; None if it does not say."""
         guard = self._tiers[index]
-        if guard.tier.keeps and keys:  # a lookup that has failed is a miss, too; a pin says so
-            held = self.ask(index, "pin", lambda tier: tier.pin(keys) or failed())
-            return None if held is None else frozenset(held)
-        request = self._new_request("ask")
+        nothing: Answer[Collection[OffloadKey]] | None = failed()
+        if not keys:
+            return frozenset()
         with self._lock:
             self._poll()
-            held = [key for key in keys if guard.lookup(key, request) is not LookupResult.MISS]
-            guard.forget_request(request)
-            return frozenset(held) if guard.usable and not self._closed else None
+            if not guard.usable or self._closed:
+                return None
+            answer = guard.ask("ask_held", nothing, guard.tier.ask_held, keys)
+            if answer is None:
+                return self._found_by_index(guard, keys)
+        held = self.ask(index, "ask_held", lambda _: answer)
+        return None if held is None else frozenset(held)
+
+    def _found_by_index(self, guard: TierGuard, keys: Sequence[OffloadKey]) -> frozenset[OffloadKey] | None:
+        request = self._new_request("ask")
+        held = [key for key in keys if guard.lookup(key, request) is not LookupResult.MISS]
+        guard.forget_request(request)
+        return frozenset(held) if guard.usable else None
 
     def unpin(self, pages: Sequence[PageKeys]) -> None:
         """Undo one pin of each of `pages`; pages that are not pinned are ignored."""
@@ -395,7 +405,7 @@ class StagedTiers:
                 self._batches[job.job_id] = batch
 
     def _submit_store(self, batch: Batch, pages: Sequence[PageKeys], deadline: float, request: ReqContext) -> None:
-        """Give a filled batch to every tier that takes it now; if all of them are busy, wait for one."""
+        """Give a filled batch to every tier that takes it now; if all of them are busy or starting, wait for one."""
         num_blocks = sum(len(slots) for _, slots in batch.pages)
         while True:
             with self._lock:
@@ -404,7 +414,8 @@ class StagedTiers:
                 if takers:
                     self._submit(batch, pages, takers, request)
                     return
-                if self._closed or time.monotonic() > deadline or not any(guard.usable for guard in self._tiers):
+                may_come = any(guard.usable for guard in self._tiers) or self._is_starting()
+                if self._closed or time.monotonic() > deadline or not may_come:
                     return
             time.sleep(POLL_SECONDS)  # a thread of the engine's, with a deadline: a tier takes jobs again
 

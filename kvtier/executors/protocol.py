@@ -237,7 +237,10 @@ class Delete(_Keyed, frozen=True, tag=13):
 
 
 class Keep(_Keyed, frozen=True, tag=16):
-    """Asks a store addressed by key to evict blocks after all others, for some seconds."""
+    """Asks a store addressed by key which blocks it has, and to evict these after all others, for some seconds.
+
+    If these are 0, the store is only asked.
+    """
 
     chore_id: U64
     seconds: Annotated[float, msgspec.Meta(ge=0)]

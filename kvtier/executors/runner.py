@@ -232,7 +232,9 @@ class StoreRunner:
 
     def _keep(self, chore: Keep) -> list[bytes]:
         keys = chore.keys
-        held = None if self._blocks is None else self._blocks.keep(keys, chore.seconds)
+        held: Sequence[bool] | None = None
+        if self._blocks is not None:
+            held = self._blocks.keep(keys, chore.seconds) if chore.seconds else self._blocks.contains(keys)
         if held is None or len(held) != len(keys):
             raise StoreError("it cannot keep blocks from eviction")
         return list(compress(keys, held))

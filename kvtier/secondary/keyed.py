@@ -61,6 +61,8 @@ class KeyedTierManager(StoreTierManager):
 
     verifies_payloads = True
     deletes = True
+    keeps: ClassVar[bool] = False
+    """Whether the store's `keep` does anything."""
 
     def __init__(
         self,
@@ -111,10 +113,18 @@ class KeyedTierManager(StoreTierManager):
 
     def pin(self, keys: Collection[OffloadKey]) -> Answer[Collection[OffloadKey]] | None:
         """Ask the store to evict blocks last, for `PIN_SECONDS`, and to say which it still has."""
-        executor, wanted = self._supervisor.executor, list(dict.fromkeys(keys))
-        if not self.keeps or not wanted or executor is None or self._standing.state is not _UP:
+        if not self.keeps or not keys or self._standing.state is not _UP:
             return None
-        if not _are_keys(wanted):
+        return self._ask(keys, PIN_SECONDS)
+
+    def ask_held(self, keys: Collection[OffloadKey]) -> Answer[Collection[OffloadKey]]:
+        """Ask the store which blocks it has."""
+        return self._ask(keys, 0.0)
+
+    def _ask(self, keys: Collection[OffloadKey], seconds: float) -> Answer[Collection[OffloadKey]]:
+        """Ask the store which blocks it has, and to evict them last for some seconds, if these are not 0."""
+        executor, wanted = self._supervisor.executor, list(dict.fromkeys(keys))
+        if executor is None or self._standing.state is not _UP or not _are_keys(wanted):
             return failed()
         answer: Answer[Collection[OffloadKey]] = Answer()
         batches = [wanted[start : start + KEYS_PER_CHORE] for start in range(0, len(wanted), KEYS_PER_CHORE)]
@@ -126,14 +136,15 @@ class KeyedTierManager(StoreTierManager):
             left -= 1
             if not report.failed:
                 found = set(map(OffloadKey, report.keys))
-                self._probes.set_absent([key for key in batch if key not in found])
+                if seconds:
+                    self._probes.set_absent([key for key in batch if key not in found])
                 kept.update(found)
             if not left:
                 answer.settle(frozenset(kept))
 
         for batch in batches:
             chore_id = self._chores.begin(answer, partial(end, batch=batch))
-            executor.do(Keep.of(chore_id, batch, PIN_SECONDS))
+            executor.do(Keep.of(chore_id, batch, seconds))
         return answer
 
     def list_keys(self, cursor: bytes, most: int) -> Answer[KeyPage]:

@@ -320,6 +320,10 @@ class StripedTierManager(SecondaryTierManager):
         for stripe in self._stripes:
             stripe.unpin(keys)
 
+    def ask_held(self, keys: Collection[OffloadKey]) -> Answer[Collection[OffloadKey]] | None:
+        """Fail while a stripe is not up: it may have blocks, and its index is not known."""
+        return None if all(stripe.state is _UP for stripe in self._stripes) else failed()
+
     def delete(self, keys: Collection[OffloadKey]) -> Answer[Collection[OffloadKey]]:
         """Delete blocks from every stripe. A stripe that is down may have blocks: then the answer fails."""
         answers = [stripe.delete(keys) for stripe in self._stripes]

@@ -194,6 +194,24 @@ def test_a_pin_renews_what_a_shared_directory_deletes_first(tmp_path, rigs):
     assert files[make_key(2).hex()].stat().st_mtime == 1000
 
 
+def test_who_asks_what_a_medium_holds_renews_nothing(tmp_path, rigs):
+    rig = rigs({"type": "filesystem", "path": str(tmp_path / "shared"), "capacity": "64MiB"})
+    rig.store([1, 2])
+    (file,) = (path for path in (tmp_path / "shared").rglob("*") if path.name == make_key(1).hex())
+    os.utime(file, (1000, 1000))
+    answer = rig.tier.ask_held([make_key(1), make_key(2), make_key(3)])
+    rig.wait(lambda: answer.state is not OPEN, "the answer")
+    assert answer.value == {make_key(1), make_key(2)}
+    assert file.stat().st_mtime == 1000
+    assert rig.tier.ask_held([b"odd"]).state is FAILED
+    rig.tier.shutdown()
+    assert rig.tier.ask_held([make_key(1)]).state is FAILED
+
+
+def test_a_tier_with_an_index_asks_nobody(tmp_path, rigs):
+    assert rigs(disk(tmp_path)).tier.ask_held([make_key(1)]) is None
+
+
 @pytest.mark.parametrize("options", [{}, {"ttl": 1000.0}])
 def test_a_pin_of_a_server_s_blocks_finds_those_that_it_has_evicted(rigs, options):
     server = ValkeyServer().start()

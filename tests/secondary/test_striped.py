@@ -185,9 +185,11 @@ def test_a_killed_process_takes_its_own_blocks_along(rig, paths, caplog):
     assert "two" in tier.state_reason
     assert "one" not in tier.state_reason
     assert rig.lookup(3) is LookupResult.HIT
+    assert tier.ask_held([make_key(15)]).state is AnswerState.FAILED, "the other directory may have it"
     failed = [event for event in rig.recorder.of(BlocksFailed) if event.cause is FailureCause.TIER_DOWN]
     assert [event.tier for event in failed] == ["disk"]
     rig.wait(lambda: up(tier) == 3, "it is used again")
+    assert tier.ask_held([make_key(15)]) is None
     assert tier.get_stats()["breaker_openings"] == 1
     assert rig.load(range(30))[1] == list(range(30))
     assert rig.recorder.of(TierStateChanged)[-1] == TierStateChanged("disk", TierState.UP, "")

@@ -205,8 +205,15 @@ def test_a_directory_that_is_replaced_while_running_is_noticed(shared, opened, v
     before = names(victim)
     with pytest.raises(StoreUnavailableError, match="removed while in use, or replaced"):
         write(store, range(4))
-    with pytest.raises(StoreUnavailableError, match="removed while in use, or replaced"):
-        store.contains([make_key(1)])
+    keys = [make_key(1)]
+    for ask in (
+        lambda: store.contains(keys),
+        lambda: store.keep(keys, 60.0),
+        lambda: store.delete(keys),
+        lambda: store.list_keys(b"", 10),
+    ):
+        with pytest.raises(StoreUnavailableError, match="removed while in use, or replaced"):
+            ask()
     assert names(victim) == before
 
 

@@ -196,6 +196,7 @@ class FilesystemStore(VariedStore):
         Raises:
             StoreError: a file could not be deleted; the others were.
         """
+        self._directory.check_present()
         broken: OSError | None = None
         for key in keys:
             try:
@@ -214,6 +215,7 @@ class FilesystemStore(VariedStore):
         Raises:
             StoreError: a file's folder cannot be used.
         """
+        self._directory.check_present()
         try:
             with self._directory.namespace() as namespace:
                 return [_renew(namespace, key) for key in keys]
@@ -228,6 +230,7 @@ class FilesystemStore(VariedStore):
         Raises:
             StoreError: a folder cannot be read.
         """
+        self._directory.check_present()
         shard, _, after = cursor.decode(errors="replace").partition("/")
         found: list[OffloadKey] = []
         try:
