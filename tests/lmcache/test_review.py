@@ -2,6 +2,7 @@
 
 import itertools
 import signal
+import threading
 from contextlib import closing
 
 import pytest
@@ -160,6 +161,33 @@ def test_a_disk_s_eviction_is_not_told_while_another_tier_may_have_the_object(tm
         wait_for(lambda: is_idle(caller), "all is asked")
         assert keys[0] not in caller.look_up(keys[:1], 256 * KIB)
         assert caller.listener.deleted == []
+
+
+def test_an_object_that_is_stored_again_while_its_end_is_told_is_told_afterwards(tmp_path, memory, monkeypatch):
+    keys = keys_of(1)
+    with memory.objects([SIZE], seed=56) as objects, opened([shared(tmp_path)], memory) as caller:
+        caller.store(keys, objects)
+        wait_for(lambda: is_idle(caller), "all is asked")
+        told, stored_again = [], threading.Event()
+        adapter, remove = caller.adapter, caller.adapter._holdings.remove
+
+        def remove_and_store_again(gone):
+            removed = remove(gone)
+            if removed:
+                adapter.submit_store_task(keys, objects)
+                stored_again.wait(1.0)  # in vain, if the order is kept
+            return removed
+
+        def on_stored(keys, sizes):
+            told.append("stored")
+            stored_again.set()
+
+        monkeypatch.setattr(adapter._holdings, "remove", remove_and_store_again)
+        monkeypatch.setattr(caller.listener, "on_l2_keys_stored", on_stored)
+        monkeypatch.setattr(caller.listener, "on_l2_keys_deleted", lambda keys: told.append("deleted"))
+        adapter.delete(keys)
+        wait_for(lambda: len(told) == 2, "both are told")
+        assert told == ["deleted", "stored"]
 
 
 def held(number, num_blocks=3):

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import pytest
 from adapters import (
     BLOCK_BYTES,
     MIB,
+    Caller,
     HostMemory,
     bytes_of,
     create,
@@ -25,6 +27,7 @@ from adapters import (
     wait_for_process,
 )
 
+from kvtier.adapters.lmcache import adapter
 from kvtier.adapters.lmcache.pool import Pool
 from kvtier.errors import ConfigError
 from kvtier.events import TierState
@@ -151,6 +154,40 @@ def test_a_task_ends_only_after_a_process_that_hangs_has_ended_and_nothing_is_wr
             for one in objects:
                 fill(one, pattern)
             wait_for(lambda: caller.load(keys, objects) == [0, 1, 2, 3], "the next process")
+
+
+@pytest.mark.parametrize("shared_memory", [True, False])
+def test_a_task_that_has_waited_for_too_long_moves_nothing(tmp_path, pool, monkeypatch, shared_memory):
+    keys, others = keys_of(2), keys_of(2, 1)
+    with (
+        pool.objects([MIB] * 2, seed=72) as objects,
+        opened([disk(tmp_path)], pool, shared_memory=shared_memory) as caller,
+    ):
+        assert caller.store(keys, objects).is_successful()
+        monkeypatch.setattr(adapter, "_TASK_SECONDS", 0.0)
+        before = bytes_of(objects)
+        assert not caller.store(others, objects).is_successful()
+        for one in objects:
+            fill(one, bytes(MIB))
+        assert caller.load(keys, objects) == []
+        assert bytes_of(objects) == [bytes(MIB)] * 2
+        monkeypatch.undo()
+        assert caller.look_up(others, MIB) == []
+        assert caller.load(keys, objects) == [0, 1]
+        assert bytes_of(objects) == before
+
+
+@pytest.mark.parametrize("shared_memory", [True, False])
+def test_a_store_waits_for_a_tier_that_is_starting(tmp_path, pool, shared_memory):
+    keys = keys_of(2)
+    with (
+        pool.objects([MIB] * 2, seed=73) as objects,
+        closing(create([disk(tmp_path)], pool, shared_memory=shared_memory)) as begun,
+    ):
+        assert begun.report_status()["tiers"]["disk"]["state"] == "starting"
+        caller = Caller(begun)
+        assert caller.store(keys, objects).is_successful()
+        assert caller.load(keys, objects) == [0, 1]
 
 
 def test_close_ends_tasks_and_processes(tmp_path, pool, in_place):

@@ -34,6 +34,10 @@ T = TypeVar("T")
 
 _LOAD_THREADS = 2
 """While one load's objects are copied to LMCache's memory, the tier reads for the other."""
+_TASK_SECONDS = 120.0
+"""After so long since its submission, a task moves no further objects. LMCache locks their memory for 300 s (stores) or
+600 s (loads) by default, and may then give it to other objects: they would be stored under wrong keys, or overwritten.
+"""
 
 
 class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is not installed where types are checked
@@ -63,7 +67,9 @@ class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is n
         self._tiers, block_bytes = self._road.tiers, self._road.tiers.block_bytes
         self._kinds, self._locks, self._holdings = Kinds(block_bytes), Locks(), Holdings()
         self._upkeep = Upkeep(self._tiers, self._kinds, block_bytes, self._options.call_deadline)
-        self._review = Review(self._tiers, self._holdings, self._tell_gone)
+        self._telling = threading.RLock()
+        """Held from a change of the holdings until LMCache knows it, so that it learns changes in their order."""
+        self._review = Review(self._tiers, self._holdings, self._forget)
         self._num_undeleted = 0
         self._told: set[str] = set()
         ids = itertools.count()
@@ -81,6 +87,7 @@ class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is n
         """In a forked child, fail every further task."""
         self._is_closed = True
         self._locks = Locks()
+        self._telling = threading.RLock()
         self._usage_lock = threading.Lock()  # LMCache's
         for part in (*self._lanes, self._review):
             part.leave_to_parent()
@@ -100,7 +107,8 @@ class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is n
 
     def submit_store_task(self, keys: list[Any], objects: list[Any]) -> int:
         """Start storing objects; one that all tiers refuse fails the task, which may have stored the others."""
-        return self._stores.submit(lambda: self._store(keys, objects), L2StoreResult(False, 0))
+        until = time.monotonic() + _TASK_SECONDS
+        return self._stores.submit(lambda: self._store(keys, objects, until), L2StoreResult(False, 0))
 
     def pop_completed_store_tasks(self) -> dict[int, L2StoreResult]:
         return self._stores.take_all()
@@ -118,7 +126,8 @@ class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is n
 
     def submit_load_task(self, keys: list[Any], objects: list[Any]) -> int:
         """Start loading objects; each is copied whole and verified, or is a miss and its memory is left alone."""
-        return self._loads.submit(lambda: self._load(keys, objects), Bitmap(len(keys)))
+        until = time.monotonic() + _TASK_SECONDS
+        return self._loads.submit(lambda: self._load(keys, objects, until), Bitmap(len(keys)))
 
     def query_load_result(self, task_id: int) -> Bitmap | None:
         return self._loads.take(task_id)
@@ -140,8 +149,8 @@ class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is n
             if not own or not is_gone:
                 self._num_undeleted += 1
                 self._say_once(self._why_undeleted(key, is_known=bool(own)))
-            elif removed := self._holdings.remove(known):
-                self._notify_keys_deleted([key], [removed[0].num_bytes])
+            else:
+                self._forget(known)
         self._tell_removed()
 
     def _why_undeleted(self, key: Any, *, is_known: bool) -> str:
@@ -242,10 +251,13 @@ class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is n
 
     # -- on the lanes' threads ----------------------------------------------------------------------------
 
-    def _store(self, keys: Sequence[Any], objects: Sequence[Any]) -> L2StoreResult:
+    def _store(self, keys: Sequence[Any], objects: Sequence[Any], until: float) -> L2StoreResult:
         blocks = self._blocks_of(keys, objects)
         stored = [False] * len(keys)
         for chosen in self._rounds(blocks, max(1, self._road.most_blocks // 2)):
+            if time.monotonic() > until:
+                self._say_once("objects that have waited for too long were not stored: the tiers are too slow")
+                break
             done = self._road.store(_picked(blocks, chosen), _picked(objects, chosen))
             for index, is_stored in zip(chosen, done, strict=True):
                 stored[index] = is_stored
@@ -254,9 +266,10 @@ class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is n
             for key, memory, own, is_stored in zip(keys, objects, blocks, stored, strict=True)
             if is_stored
         ]
-        fresh = self._holdings.add(held)
-        if fresh:
-            self._notify_keys_stored([one.key for one in fresh], [one.num_bytes for one in fresh])
+        with self._telling:
+            fresh = self._holdings.add(held)
+            if fresh:
+                self._notify_keys_stored([one.key for one in fresh], [one.num_bytes for one in fresh])
         self._tell_removed()
         self._review.note_stored(len(held))
         return L2StoreResult(all(stored), sum(one.num_bytes for one in fresh))
@@ -274,12 +287,14 @@ class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is n
         self._review.doubt(own for own, is_held in zip(blocks, held, strict=True) if not is_held)
         return bitmap
 
-    def _load(self, keys: Sequence[Any], objects: Sequence[Any]) -> Bitmap:
+    def _load(self, keys: Sequence[Any], objects: Sequence[Any], until: float) -> Bitmap:
         bitmap = Bitmap(len(keys))
         blocks = self._blocks_of(keys, objects)
         loaded: list[int] = []
         for chosen in self._rounds(blocks, self._road.most_blocks):
             begun = time.monotonic()
+            if begun > until:
+                break
             is_loaded = self._road.load(_picked(blocks, chosen), _picked(objects, chosen))
             loaded += itertools.compress(chosen, is_loaded)
             if time.monotonic() - begun >= self._options.call_deadline:
@@ -308,15 +323,16 @@ class KVTierL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache is n
 
     def _tell_removed(self) -> None:
         """Tell LMCache which objects no tier holds any more, or are too many to remember."""
-        gone = self._holdings.take_excess()
+        self._forget(self._holdings.excess())
         touched = self._holdings.touched_by(self._tiers.take_removed())
         if touched:
-            gone += self._review.gone(touched)
-        if gone:
-            self._tell_gone(gone)
+            self._review.check(touched)
 
-    def _tell_gone(self, gone: Sequence[Holding]) -> None:
-        self._notify_keys_deleted([one.key for one in gone], [one.num_bytes for one in gone])
+    def _forget(self, gone: Sequence[Holding]) -> None:
+        """Forget objects, and tell LMCache that they are gone; not those that were stored again meanwhile."""
+        with self._telling:
+            if removed := self._holdings.remove(gone):
+                self._notify_keys_deleted([one.key for one in removed], [one.num_bytes for one in removed])
 
     def _say_once(self, text: str) -> None:
         if text not in self._told:

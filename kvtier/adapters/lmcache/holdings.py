@@ -73,10 +73,10 @@ class Holdings:
                 self._by_hash.move_to_end(one)
             return [self._by_hash[one] for one in hashes]
 
-    def take_excess(self) -> list[Holding]:
-        """Forget the oldest of too many objects; return them."""
+    def excess(self) -> list[Holding]:
+        """Return the oldest of too many objects."""
         with self._lock:
-            return [self._by_hash.popitem(last=False)[1] for _ in range(len(self._by_hash) - self._most)]
+            return list(itertools.islice(self._by_hash.values(), max(0, len(self._by_hash) - self._most)))
 
     def touched_by(self, removed: Collection[OffloadKey]) -> list[Holding]:
         """Return the objects of which these blocks were a part."""

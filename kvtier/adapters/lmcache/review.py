@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Sequence
 
@@ -24,9 +25,9 @@ class Review:
     the longest time.
     """
 
-    def __init__(self, tiers: StagedTiers, holdings: Holdings, tell: Callable[[Sequence[Holding]], None]) -> None:
-        """Args: tell: called with objects that `holdings` has noted, and that are certainly gone."""
-        self._tiers, self._holdings, self._tell = tiers, holdings, tell
+    def __init__(self, tiers: StagedTiers, holdings: Holdings, forget: Callable[[Sequence[Holding]], None]) -> None:
+        """Args: forget: called with objects that are certainly gone."""
+        self._tiers, self._holdings, self._forget = tiers, holdings, forget
         self._lock = threading.Lock()
         self._woken = threading.Event()
         self._doubted: dict[int, Holding] = {}
@@ -53,11 +54,10 @@ class Review:
             self._num_looks = min(self._num_looks + _LOOKS_PER_STORE * count, _MOST_WAITING)
         self._woken.set()
 
-    def gone(self, suspects: Iterable[Holding]) -> list[Holding]:
-        """Forget those of some objects that are certainly gone, and return them."""
-        suspects = list(suspects)
+    def check(self, suspects: Sequence[Holding]) -> None:
+        """Forget those of some objects that are certainly gone."""
         gone = self._tiers.gone([one.blocks for one in suspects])
-        return self._holdings.remove(one for one, is_gone in zip(suspects, gone, strict=True) if is_gone)
+        self._forget(list(itertools.compress(suspects, gone)))
 
     def stop(self) -> None:
         """Ask for nothing more."""
@@ -92,6 +92,6 @@ class Review:
         # Of each only the last block, which goes first where tails of prompts do.
         held = self._tiers.contains([one.blocks[-1:] for one in looked_at])
         doubted += [one for one, is_held in zip(looked_at, held, strict=True) if not is_held]
-        if gone := self.gone(doubted):
-            self._tell(gone)
+        if doubted:
+            self.check(doubted)
         return bool(doubted or num_looks)

@@ -14,6 +14,7 @@ from kvtier.adapters.memory_parts import copy_from_rows, copy_to_rows
 from kvtier.adapters.staged_tiers import POLL_SECONDS, StagedTiers
 from kvtier.adapters.staging_slots import Batch, PageKeys
 from kvtier.sizes import parse_size
+from kvtier.spec.staging import StagingSpec
 from kvtier.tiering.guarded_tier import TierGuard
 
 Move = Callable[[Sequence[PageKeys], Sequence[list[int]]], list[bool]]
@@ -99,6 +100,10 @@ class SharedRoad(Road):
 class InPlaceTiers(StagedTiers):
     """Tiers over an arena in which the caller's pages are already."""
 
+    def __init__(self, spec: StagingSpec, call_deadline: float) -> None:
+        """Args: as `StagedTiers`."""
+        super().__init__(spec, call_deadline, num_slots=0)  # the arena may have millions, which nobody takes
+
     def store_slots(self, pages: Sequence[PageKeys], slots: Sequence[list[int]]) -> list[bool]:
         """Store pages from their slots; return which one tier holds whole now."""
         batch = Batch(list(enumerate(slots)), is_store=True)
@@ -149,7 +154,7 @@ class InPlaceTiers(StagedTiers):
         while True:
             with self._lock:
                 self._poll()
-                if not batch.num_jobs or self._closed:  # the end of the tiers has ended their processes
+                if not batch.num_jobs or self._closed:  # the end of the tiers has killed their processes
                     return
                 if time.monotonic() > deadline and not batch.is_store:
                     for guard in self._tiers:
