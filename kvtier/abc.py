@@ -233,6 +233,10 @@ class BlockStore(ABC):
     def delete(self, keys: Sequence[OffloadKey]) -> None:
         """Delete the values of `keys`; absent keys are ignored. If one may still be there, raise StoreError."""
 
+    def ask_held(self, keys: Sequence[OffloadKey]) -> Sequence[bool]:
+        """As `contains`, but raise StoreError if the answer for one key is not certain: absent values count as gone."""
+        return self.contains(keys)
+
     def keep(self, keys: Sequence[OffloadKey], seconds: float) -> Sequence[bool] | None:
         """Evict the values of `keys` after all others, for about `seconds`; None if the store cannot.
 

@@ -234,7 +234,7 @@ class StoreRunner:
         keys = chore.keys
         held: Sequence[bool] | None = None
         if self._blocks is not None:
-            held = self._blocks.keep(keys, chore.seconds) if chore.seconds else self._blocks.contains(keys)
+            held = self._blocks.keep(keys, chore.seconds) if chore.seconds else self._blocks.ask_held(keys)
         if held is None or len(held) != len(keys):
             raise StoreError("it cannot keep blocks from eviction")
         return list(compress(keys, held))

@@ -199,6 +199,27 @@ def test_close_ends_tasks_and_processes(tmp_path, pool, in_place):
         assert not io_processes()
 
 
+@pytest.mark.parametrize("operation", ["load", "store"])
+def test_close_ends_a_process_that_hangs_in_a_task(tmp_path, pool, in_place, operation):
+    keys = keys_of(4)
+    with pool.objects([MIB] * 4, seed=74) as objects, in_place([disk(tmp_path)]) as caller:
+        assert caller.store(keys, objects).is_successful()
+        process = wait_for_process()
+        process.send_signal(signal.SIGSTOP)
+        wait_for(lambda: process.status() == psutil.STATUS_STOPPED, "it is stopped")
+        if operation == "load":
+            task, adapter = caller.adapter.submit_load_task(keys, objects), caller.adapter
+            wait_for(lambda: adapter._tiers._batches, "the job has begun")
+            adapter.close()
+            assert adapter.query_load_result(task).get_indices_list() == []
+        else:
+            task, adapter = caller.adapter.submit_store_task(keys_of(4, 1), objects), caller.adapter
+            wait_for(lambda: adapter._tiers._batches, "the job has begun")
+            adapter.close()
+            assert not adapter.pop_completed_store_tasks()[task].is_successful()
+        wait_for(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, "its end")
+
+
 def test_an_object_elsewhere_is_not_stored(tmp_path, pool, memory, in_place):
     keys = keys_of(2)
     with (

@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+from types import SimpleNamespace
 
 import pytest
 from proxy import Faults, Proxy
@@ -177,6 +178,23 @@ def test_a_node_that_refuses_costs_the_others_no_keeping(valkey_cluster, opened)
         node.command("ACL", "DELUSER", "kv")
 
 
+def test_a_node_that_refuses_to_say_what_it_has_has_lost_nothing(valkey_cluster, opened):
+    silent = valkey_cluster.nodes[0]
+    for node in valkey_cluster.nodes:
+        node.command("ACL", "SETUSER", "kv", "on", ">letmein", "~kvtier:*", "+cluster", "+info", *USER)
+    store = opened(silent, cluster=True, username="kv", password_env="KVTIER_TEST_PASSWORD")
+    keys = [make_key(number) for number in range(60)]
+    write(store, keys)
+    silent.command("ACL", "SETUSER", "kv", "-exists")
+    assert 0 < store.contains(keys).count(True) < 60
+    with pytest.raises(StoreError, match="NOPERM"):
+        store.ask_held(keys)
+    silent.command("ACL", "SETUSER", "kv", "+exists")
+    assert store.ask_held([*keys, make_key(99)]) == [True] * 60 + [False]
+    for node in valkey_cluster.nodes:
+        node.command("ACL", "DELUSER", "kv")
+
+
 def num_touches(node):
     client = node.client()
     try:
@@ -190,9 +208,10 @@ def test_a_server_that_is_lost_in_mid_transfer_costs_no_moved_block(valkey, open
     monkeypatch.setattr(store_module.RespStore, "_ask_usage", lambda self: None)  # its reply would be cut instead
     proxy = Proxy(valkey.address)
     try:
-        store = opened(proxy, connect_timeout=PATIENCE_SECONDS)
+        # In another database, so that a new connection begins with a question: the server is lost when that fails.
+        store = opened(SimpleNamespace(url=f"{proxy.url}/1"), connect_timeout=PATIENCE_SECONDS)
         write(store, KEYS)
-        said = len(b"+PONG\r\n") + len(KEYS) * len(b"+OK\r\n")
+        said = len(b"+OK\r\n+PONG\r\n") + len(KEYS) * len(b"+OK\r\n")
         reply_bytes = SUITE.block_bytes if is_load else len(b"+OK\r\n")
         proxy.faults = Faults(cut_after=said + reply_bytes * 5 // 2, refuse=True)
         moved = (store.read_into if is_load else store.write)(KEYS, SUITE.buffers(4))

@@ -58,6 +58,10 @@ class CompressedStore(BlockStore):
         """Return the inner store's answers."""
         return self.inner.contains(keys)
 
+    def ask_held(self, keys: Sequence[OffloadKey]) -> Sequence[bool]:
+        """Return the inner store's answers."""
+        return self.inner.ask_held(keys)
+
     def write(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
         """Compress and store the blocks; False also for a buffer of another length."""
         fitting = fitting_buffers(keys, buffers, self._block_bytes, self._failures)

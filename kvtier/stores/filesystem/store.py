@@ -101,6 +101,9 @@ class FilesystemStore(VariedStore):
         Raises:
             StoreError: every probe failed.
         """
+        return self._contained(keys, most_broken=max(0, len(keys) - 1))
+
+    def _contained(self, keys: Sequence[OffloadKey], most_broken: int) -> list[bool]:
         self._directory.check_present()
         try:
             with self._directory.namespace() as namespace:
@@ -110,9 +113,13 @@ class FilesystemStore(VariedStore):
         except OSError as error:
             raise StoreError(f"{error.filename or self._directory.path}: {describe(error)}") from error
         broken = [answer for answer in answers if isinstance(answer, OSError)]
-        if broken and len(broken) == len(answers):
+        if len(broken) > most_broken:
             raise StoreError(f"{self._directory.path}: {describe(broken[0])}") from broken[0]
         return [answer is True for answer in answers]
+
+    def ask_held(self, keys: Sequence[OffloadKey]) -> list[bool]:
+        """As `contains`, but raise StoreError if one probe fails."""
+        return self._contained(keys, most_broken=0)
 
     def _ask(self, namespace: Folder, keys: Sequence[OffloadKey]) -> list[bool | OSError]:
         """Return per key whether its file exists, or the error of the probe."""

@@ -75,6 +75,11 @@ class CheckedStore(BlockStore):
         self._check()
         return self._answers(keys, lambda: self.inner.contains(keys), count=False)
 
+    def ask_held(self, keys: Sequence[OffloadKey]) -> list[bool]:
+        """Return the inner store's answers."""
+        self._check()
+        return self._answers(keys, lambda: self.inner.ask_held(keys), count=False)
+
     def write(self, keys: Sequence[OffloadKey], buffers: Sequence[memoryview]) -> list[bool]:
         """Store header and payload; False for a buffer that is not `block_bytes` long, too."""
         return self._in_parts(keys, buffers, self._write_part)

@@ -101,6 +101,15 @@ class RespStore(VariedStore):
         found = iter(requests)
         return [next(found).reply is Outcome.DONE if held is None else held for held in known]
 
+    def ask_held(self, keys: Sequence[OffloadKey]) -> list[bool]:
+        """As `contains`, but raise StoreError if a server refuses to say, or breaks off; a lost node has nothing."""
+        self._check()
+        requests = [Request(key, self.name(key)) for key in keys]
+        self._carry_out(self._exchanges.find, requests)
+        if unclear := next(filter(_failed, requests), None):
+            raise StoreError(f"existence: {_explain(unclear)}")
+        return [request.reply is Outcome.DONE for request in requests]
+
     def _look(self, keys: Sequence[OffloadKey]) -> list[bool | None]:
         """Ask a single server with few commands; return None for the keys that must be asked one by one."""
         server = self._topology.only_server
