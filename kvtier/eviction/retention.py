@@ -269,16 +269,26 @@ class RetentionPolicy(ServedPolicy):
         return chain(orders[Rank.OVER], orders[Rank.LOW], self._others(incoming))
 
     def _others(self, incoming: Sequence[OffloadKey]) -> Iterator[OffloadKey]:
-        num_left = len(self.inner)
+        num_given = 0
         # A policy may decline incoming blocks in favour of its own. It does not know hints, so it is not told of
         # incoming blocks of high priority.
-        for key in self.inner.candidates(incoming if self._hint.priority is not Priority.HIGH else ()):
-            num_left -= 1
+        told = incoming if self._hint.priority is not Priority.HIGH else ()
+        for key in self.inner.candidates(told):
+            num_given += 1
             yield key
-        if num_left <= 0:
-            yield from self._orders[Rank.HIGH]
-            if not incoming:
-                yield from self._orders[Rank.KEPT]
+        if told and self._has_declined(num_given):
+            return
+        yield from self._orders[Rank.HIGH]
+        if not incoming:
+            yield from self._orders[Rank.KEPT]
+
+    def _has_declined(self, num_given: int) -> bool:
+        """Return whether the policy, which has given so many victims for incoming blocks, would give more for blocks
+        that it may not decline. It also ends early if the others may not be evicted (`num_evictable`).
+        """
+        if not self.may_decline or num_given >= len(self.inner) or not self._orders[Rank.HIGH]:
+            return False
+        return next(islice(self.inner.candidates(), num_given, None), None) is not None
 
     def settle(self, keys: Sequence[OffloadKey]) -> None:
         """Order `keys` by recency, each within its rank.

@@ -11,6 +11,11 @@ from kvtier.eviction.prefix import PrefixPolicy
 from kvtier.eviction.retention import MAX_ENDED, RetentionPolicy
 from kvtier.eviction.s3fifo import S3FIFOPolicy
 from kvtier.hints import NO_HINT, Hint, Priority
+from kvtier.primary.retention import Retention
+from kvtier.primary.table import BlockTable
+from kvtier.primary.transit import Declining
+from kvtier.primary.uses import RequestUses
+from kvtier.testing.clock import ManualClock
 from kvtier.testing.policies import PolicySuite, keys_of
 
 KEEP = Hint(retain=600)
@@ -184,6 +189,23 @@ def test_a_policy_that_declines_what_comes_gives_no_high_priority_block_for_it()
     served.insert(2, hint=LOW)
     assert served.victims() == [2]
     assert served.victims(hint=HIGH) == [2, 1, 0]
+
+
+@pytest.mark.parametrize("declining", Declining)
+@pytest.mark.parametrize("quotas", [False, True])
+@pytest.mark.parametrize("inner", [LRUPolicy, PrefixPolicy])
+def test_high_priority_blocks_give_way_if_a_job_uses_what_would_go_before_them(inner, quotas, declining):
+    """A policy that ends early because its blocks are in use declines nothing."""
+    table, retention = BlockTable(20, inner(20)), Retention(ManualClock(), quotas=quotas)
+    high, normal, incoming = (keys_of(*range(start, start + 10)) for start in (0, 10, 20))
+    for now, (keys, hint) in enumerate(((high, HIGH), (normal, NO_HINT))):
+        retention.serve(table, RequestUses(now, str(now), hint))
+        table.publish(table.apply(table.plan(keys), now))
+        table.settle(keys)
+    table.pin([table.slot_of[normal[-1]]])
+    retention.serve(table, RequestUses(2.0, "incoming"))
+    assert table.plan(incoming, declining=declining).num_left_out == 0
+    assert set(high) <= set(table.pick_victims(20, (), ()))
 
 
 @pytest.mark.parametrize("inner", [LRUPolicy, S3FIFOPolicy, PrefixPolicy])
