@@ -256,20 +256,25 @@ class BlockTable:
 
         After `MAX_SKIPPED` denials it denies nothing more, so that the bound on candidates ends the search.
         """
-        slots_of, pins, filling = self.slot_of.values_of, self.pins.slots, self.filling
+        slot_of, slots_of, pins, filling = self.slot_of, self.slot_of.values_of, self.pins.slots, self.filling
         denied = 0
+
+        def is_in_use(key: OffloadKey, slot: int) -> bool:
+            return slot in filling or slot in pins or any(key in kept for kept in protected)
 
         def num_evictable(keys: Sequence[OffloadKey]) -> int:
             nonlocal denied
+            if denied >= MAX_SKIPPED or not keys:
+                return len(keys)
+            if is_in_use(keys[0], slot_of[keys[0]]):  # mostly so: jobs use what was stored last, the tail of a chain
+                denied += 1
+                return 0
             slots = slots_of(keys)
             are_idle = filling.isdisjoint(slots) and pins.isdisjoint(slots)
-            if denied >= MAX_SKIPPED or (are_idle and all(kept.isdisjoint(keys) for kept in protected)):
+            if are_idle and all(kept.isdisjoint(keys) for kept in protected):
                 return len(keys)
             denied += 1
-            for place, (key, slot) in enumerate(zip(keys, slots, strict=True)):
-                if slot in filling or slot in pins or any(key in kept for kept in protected):
-                    return place
-            return len(keys)
+            return [is_in_use(*pair) for pair in zip(keys, slots, strict=True)].index(True)
 
         return num_evictable
 
