@@ -284,7 +284,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
             (slots_by_key, places, by_source), once = leased, ordered
             self._transfers.begin_leased_load(state, slots_by_key)
         if self._tiers.guards:
-            self._running.note(state, places)
+            self._running.note_load(state, places)
         num_tokens, seconds = self._pace.note_load(state, ordered)
         if state.lease.slots or state.awaiting:
             self._promoter.let_go(state)
@@ -367,7 +367,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
                 self._cascades.start(self._tiers[index], held, req_context)
         places = np.fromiter(slots, np.int32, len(slots))
         if self._tiers.guards:
-            self._running.note(state, places)
+            self._running.note_store(state, places)
         return PrepareStoreOutput(placement.keys, self._make_spec(places), placement.victims)
 
     def _make_spec(self, places: NDArray[np.int32]) -> CPULoadStoreSpec:

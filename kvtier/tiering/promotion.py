@@ -284,7 +284,8 @@ class Promoter:
         self._retention.serve(self._table, state.uses)
         spared = frozenset(outline.order)
         num_needed = max(0, len(keys) - self._table.num_free)
-        self._running.put_in_order(self._table.pick_victims(num_needed, (), (spared,)))
+        while self._running.put_in_order(self._table.pick_victims(num_needed, (), (spared,))):
+            pass
         slots, victims = self._table.set_aside(len(keys), spared)
         if victims:
             self._observer.on_event(BlocksEvicted(PRIMARY, victims))
@@ -303,7 +304,9 @@ class Promoter:
         table = self._table
         try:
             placement = table.plan(keys, all_new=True)
-            return table.plan(keys, all_new=True) if self._running.put_in_order(placement.victims) else placement
+            while self._running.put_in_order(placement.victims):
+                placement = table.plan(keys, all_new=True)
+            return placement
         except KeyFormatError:  # a tier answered HIT for a key of a wrong length or type
             return Placement([], [], len(keys))
 
