@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from kvtier.errors import ConfigError
+from kvtier.errors import ConfigError, describe
 
 _OPENED = ("/dev/fd/", "/dev/stdout", "/dev/stderr", "/proc/")
 """Beginnings of paths that stand for an open descriptor: others write to its file, which must not be replaced."""
@@ -49,8 +49,15 @@ def write_result(path: Path, text: str) -> None:
     A pipe or a device is written to as it is; a pipe must have a reader.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written; the error names the file.
     """
+    try:
+        _write_result(path, text)
+    except OSError as error:  # a full disk is noticed by a call that knows no name
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _write_result(path: Path, text: str) -> None:
     mode = _mode_of(path)
     if mode is not None and (not stat.S_ISREG(mode) or str(path.absolute()).startswith(_OPENED)):
         _write_to(_open_as_it_is(path), text)
@@ -81,11 +88,18 @@ def _with_nulls(value: Any) -> Any:
 
 def _obstacle(path: Path) -> str:
     """Return why a file cannot be written, or "" if no reason is known."""
-    if path.is_dir():
+    try:
+        mode = _mode_of(path)
+    except OSError as error:
+        return describe(error)
+    if mode is not None and stat.S_ISDIR(mode):
         return "this is a folder"
-    if not path.parent.is_dir():
-        return f"there is no folder {path.parent}"
-    return "" if os.access(path if path.exists() else path.parent, os.W_OK) else "permission denied"
+    if mode is not None and stat.S_ISSOCK(mode):
+        return "this is a socket"
+    folder = Path(os.path.realpath(path)).parent  # a link may lead to a file that is not there yet
+    if mode is None and not folder.is_dir():
+        return f"there is no folder {folder if path.is_symlink() else path.parent}"
+    return "" if os.access(folder if mode is None else path, os.W_OK) else "permission denied"
 
 
 def _mode_of(path: Path) -> int | None:

@@ -1,11 +1,14 @@
 """What cannot be written is refused before anything is replayed."""
 
 import os
+import socket
 
 import pytest
 from typer.testing import CliRunner
 
 from kvtier.cli import app
+from kvtier.cli.result_files import check_outputs, write_result
+from kvtier.errors import ConfigError
 
 PRICES = ("--model", "Llama-3.1-8B", "--gpu-rate", "4", "--dram-price", "4", "--disk-price", "0.1")
 
@@ -25,6 +28,39 @@ def test_refuses_paths_that_are_no_file(tmp_path, command, option, place, why):
     assert f"{option[2:]}=" in result.stderr
     assert why in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("loop", "Too many levels of symbolic links"),
+        ("dangling", "there is no folder "),
+        ("socket", "this is a socket"),
+        ("long", "File name too long"),
+        ("below a file", "Not a directory"),
+    ],
+)
+def test_refuses_before_the_work_what_could_not_be_written_after_it(tmp_path, kind, why):
+    path = tmp_path / ("n" * 300 if kind == "long" else kind)
+    if kind == "loop":
+        path.symlink_to(path)
+    elif kind == "dangling":
+        path.symlink_to(tmp_path / "missing" / "out")
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(str(path))
+    elif kind == "below a file":
+        path.write_text("")
+        path /= "out"
+    with pytest.raises(ConfigError, match=why):
+        check_outputs(json=path)
+
+
+def test_a_link_to_a_file_that_is_not_there_yet_can_be_written(tmp_path):
+    (tmp_path / "link").symlink_to("out")
+    check_outputs(json=tmp_path / "link")
+    write_result(tmp_path / "link", "text")
+    assert (tmp_path / "out").read_text() == "text"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="ROOT MAY WRITE EVERYTHING: folders without permission were not tried")

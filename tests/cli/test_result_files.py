@@ -58,6 +58,11 @@ def test_a_pipe_without_a_reader_is_not_waited_for(tmp_path):
         write_result(tmp_path / "pipe", "text")
 
 
+def test_an_error_names_the_file_also_if_the_device_is_full():
+    with pytest.raises(OSError, match="'/dev/full'"):
+        write_result(Path("/dev/full"), "text")
+
+
 def test_a_pipe_gets_all_of_a_long_text(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     code = "import sys; sys.stdout.write(str(len(open(sys.argv[1]).read())))"
