@@ -52,7 +52,8 @@ def describe(error: Exception) -> str:
 
 
 def prepare_streams() -> None:
-    """Open closed standard streams on /dev/null, and escape characters that the terminal's encoding lacks.
+    """Open closed standard streams on /dev/null, and escape characters that the terminal's encoding lacks, and bytes
+    that are no text in it.
 
     The kernel gives a new file the lowest free number. With a closed stream that would be 0, 1 or 2, and messages would
     be written into that file.
@@ -62,7 +63,7 @@ def prepare_streams() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the kernel gives it the lowest free number, which is this one
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 

@@ -100,7 +100,7 @@ def at_a_terminal(*arguments, typed=""):
     environment["TERM"] = "xterm"
     with subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment) as process:
         os.close(terminal)
-        os.write(main, typed.encode())
+        os.write(main, typed if isinstance(typed, bytes) else typed.encode())
         shown, deadline = b"", time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < deadline:
             if not select.select([main], [], [], 1.0)[0]:

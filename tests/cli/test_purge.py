@@ -82,6 +82,14 @@ def test_it_asks(slab):
     assert not folder_of(slab).exists()
 
 
+def test_what_is_no_text_is_no_answer(slab, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")  # as in most locales
+    code, shown = at_a_terminal("purge", slab, typed=b"\xf6\n\n")
+    assert code == 1, shown
+    assert shown.count("Delete?") == 2
+    assert folder_of(slab).is_dir()
+
+
 def test_times():
     assert [parse_age("x", text) for text in ("90s", "1.5h", "2 w")] == [90, 5400, 14 * 86400]
     for text in ("soon", "7", "0d", "-3d", "7 years", "d", ""):
