@@ -40,8 +40,10 @@ class RunningRequests:
     def note_load(self, state: RequestState, places: NDArray[np.int32]) -> None:
         """Note that a request loads the blocks in these slots, which other requests may be using, too."""
         if len(places) and self._table.lines_up:
-            former = self._used_by[places]
-            others = [number for number in np.unique(former).tolist() if number in self._running]
+            former, oldest = self._used_by[places], next(iter(self._running), self._last + 1)
+            others: list[int] = []
+            if former.max() >= oldest:  # mostly they belong to a request that is over, or nobody else runs
+                others = [number for number in np.unique(former).tolist() if number in self._running]
             were_shared = self._is_shared[places]
             self._note(state, places, were_shared | np.isin(former, others) if others else were_shared)
 
