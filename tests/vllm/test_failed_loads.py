@@ -63,26 +63,31 @@ def over_disk(model, folder):
         yield engine
 
 
-def test_a_copy_that_fails_is_made_again_from_the_tier_below(over_disk, baseline):
-    asked = stored(over_disk, baseline, prompt(300, 700))
-    failed, hits, _ = counted(over_disk)
-    read = over_disk.metrics().get("kvtier_hit_blocks.disk", 0)
-    break_loads(over_disk, 1)
-    assert over_disk.generate(asked) == baseline(asked)
-    assert counted(over_disk) == (failed + 1, hits + 2 * TOKENS, [])
-    assert over_disk.metrics()["kvtier_hit_blocks.disk"] == read + 5
-
-
-def test_a_request_whose_loads_fail_twice_is_computed(over_disk, baseline):
+def test_a_request_whose_load_fails_is_computed(over_disk, baseline):
     asked = stored(over_disk, baseline, prompt(301, 700))
     failed, hits, _ = counted(over_disk)
     break_loads(over_disk, 100)
     assert over_disk.generate(asked) == baseline(asked)
-    assert counted(over_disk) == (failed + 2, hits + 2 * TOKENS, [])
+    assert counted(over_disk) == (failed + 1, hits + TOKENS, [])
     break_loads(over_disk, 0)
     assert over_disk.reset()
     assert over_disk.generate(asked) == baseline(asked)
-    assert counted(over_disk) == (failed + 2, hits + 3 * TOKENS, [])
+    assert counted(over_disk) == (failed + 1, hits + 2 * TOKENS, [])
+
+
+def test_requests_that_need_most_of_the_device_are_computed(model, baseline, folder):
+    """vLLM reserves device memory for a waiting request whose load has failed. Beside that a second load never fits."""
+    both = [prompt(seed, 700) for seed in (309, 310)]
+    disk = {"type": "disk", "path": str(folder / "small"), "capacity": "64MiB"}
+    small = {"num_gpu_blocks_override": 8, "max_model_len": 768}
+    with faulty_engine(model, folder / "log-small", kvtier={"secondary_tiers": [disk]}, **small) as engine:
+        wait_until_up(engine)
+        for asked in both:
+            stored(engine, baseline, asked)
+        failed, hits, _ = counted(engine)
+        break_loads(engine, 100)
+        assert engine.generate(*both) == baseline(*both)
+        assert counted(engine) == (failed + 2, hits + 2 * TOKENS, [])
 
 
 def test_what_the_device_had_before_the_load_is_kept(over_disk, baseline):

@@ -33,9 +33,6 @@ _NEWLY_COMPUTED_ONLY = base.RequestOffloadingContext(NEWLY_COMPUTED_ONLY)
 
 FEW_REQUESTS = 20
 """If vLLM has looked up nothing for so many requests, the log says what that means."""
-MAX_FAILED_LOADS = 2
-"""After as many failed loads a request is computed. The first one may be the fault of one block, which has left host
-memory since; the second one shows that something else is wrong."""
 
 T = TypeVar("T")
 
@@ -129,7 +126,7 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         self, manager: TieringOffloadingManager, key: OffloadKey, ours: EngineReqContext
     ) -> RepeatedScan | GivenUpScan | None:
         ours.spans_reset = False
-        if ours.num_failed_loads >= MAX_FAILED_LOADS:
+        if ours.is_computed:
             return GivenUpScan()
         ours.note_prompt()
         shortest = 1 if ours.get_offload_key_position(key) is not None else MIN_KEYS
@@ -159,10 +156,14 @@ class KVTierOffloadingManager(base.OffloadingManager):  # type: ignore[misc]  # 
         self._try("touch", None, lambda manager: manager.touch(keys, ours))
 
     def complete_load(self, keys: Collection[OffloadKey], req_context: Any) -> None:
-        """Unpin loaded blocks, or forget them if `fail_loads` has named the request."""
+        """Unpin loaded blocks, or forget them if `fail_loads` has named the request, which is computed then.
+
+        To load once more could stop the engine for ever: vLLM (0.32 and 0.33) keeps device memory reserved for a
+        waiting request whose load has failed, and admits no load that does not fit beside that, not even its own.
+        """
         ours = self._translated(req_context)
         failed, ours.load_failed = ours.load_failed, False
-        ours.num_failed_loads += failed
+        ours.is_computed = ours.is_computed or failed
         self._try("complete_load", None, lambda manager: manager.complete_load(keys, ours, not failed), though_off=True)
 
     def fail_loads(self, req_ids: Iterable[str]) -> None:

@@ -52,12 +52,12 @@ class EngineReqContext(types.ReqContext):
 
     Attributes:
         load_failed: whether the load that is running has failed on a worker.
-        num_failed_loads: how many loads of the request have failed and ended.
+        is_computed: whether a load of the request has failed and ended, so that nothing more is loaded for it.
         spans_reset: whether the cache was reset since vLLM last looked the request up, and so last placed its blocks.
     """
 
     load_failed = False
-    num_failed_loads = 0
+    is_computed = False
     spans_reset = False
 
     def __init__(self, theirs: Any) -> None:
