@@ -343,6 +343,7 @@ class TierContext:
         namespace: identity of the blocks; None if the engine did not give one (persistent tiers then do not start).
         arena_fd: descriptor of the memfd behind the primary view, which I/O processes map; None if the view is memory
             of this process only.
+        arena_is_foreign: whether that file is somebody else's, who keeps the arena's blocks at its beginning.
         clock: source of time.
         observer: gets the events.
         tokens_per_block: tokens in one offloaded block, for predictions.
@@ -355,6 +356,7 @@ class TierContext:
 
     namespace: Namespace | None = None
     arena_fd: int | None = None
+    arena_is_foreign: bool = False
     clock: Clock = monotonic_clock
     observer: Observer = field(default_factory=NullObserver)
     tokens_per_block: int = 0

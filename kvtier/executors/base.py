@@ -38,6 +38,7 @@ class StoreDescription:
         options: the store's own options, JSON values only.
         namespace: identity of the blocks, epoch included.
         num_blocks, block_bytes: shape of the primary arena.
+        arena_is_foreign: as in `TierContext`.
         threads: most calls into the store at the same time, at least 1.
         environment_secrets: prefixes of the names of secret environment variables that the store's client reads by
             itself. The I/O process inherits these, and those that an option names, but no other secrets. Not part of
@@ -50,6 +51,7 @@ class StoreDescription:
     num_blocks: int
     block_bytes: int
     threads: int = 4
+    arena_is_foreign: bool = False
     environment_secrets: tuple[str, ...] = ()
 
     def to_json(self) -> bytes:
@@ -66,6 +68,7 @@ class StoreDescription:
             "num_blocks": self.num_blocks,
             "block_bytes": self.block_bytes,
             "threads": self.threads,
+            "arena_is_foreign": self.arena_is_foreign,
         }
         try:
             return json.dumps(values, allow_nan=False).encode()
@@ -93,6 +96,7 @@ class StoreDescription:
             num_blocks=int(values["num_blocks"]),
             block_bytes=int(values["block_bytes"]),
             threads=int(values["threads"]),
+            arena_is_foreign=bool(values["arena_is_foreign"]),
         )
 
 

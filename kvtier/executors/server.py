@@ -44,8 +44,8 @@ from kvtier.executors.protocol import (
 )
 from kvtier.executors.runner import StoreRunner
 from kvtier.log import logger
-from kvtier.primary.arena import Rows, arena_rows
-from kvtier.primary.foreign_arena import attach_arena
+from kvtier.primary.arena import Arena, Rows, arena_rows
+from kvtier.primary.foreign_arena import ForeignArena
 
 _MAX_SECONDS_AFTER_END = 60.0
 """Most time for running calls after the parent has ended. A longer call is cut short, and its block then fails its
@@ -267,7 +267,8 @@ def serve(socket_fd: int, arena_fd: int, parent_fd: int, parent_pid: int) -> int
         if not isinstance(first, Open) or more:
             raise ProtocolError(f"{type(first).__name__} while no store is open")
         description = StoreDescription.from_json(first.description)
-        arena = attach_arena(arena_fd, description.num_blocks, description.block_bytes)
+        kind = ForeignArena if description.arena_is_foreign else Arena
+        arena = kind.attach(arena_fd, description.num_blocks, description.block_bytes)
         runner = StoreRunner(description, arena.is_in_huge_pages())
         watchdog.open.set()
         try:

@@ -245,6 +245,10 @@ class Arena(forks.ProcessBound):
         found = os.fstat(fd).st_size
         if found != total:
             raise ConfigError("arena_fd", fd, f"a file of {total} bytes is needed, it has {found}")
+        return cls._over_duplicate(fd, num_blocks, block_bytes)
+
+    @classmethod
+    def _over_duplicate(cls, fd: int, num_blocks: int, block_bytes: int) -> Self:
         own = os.dup(fd)
         try:
             return cls(own, num_blocks, block_bytes)

@@ -40,23 +40,4 @@ class ForeignArena(Arena):
         found, total = os.fstat(fd).st_size, num_blocks * block_bytes
         if min(num_blocks, block_bytes) < 1 or found < total:
             raise ConfigError("arena_fd", fd, f"a file of {total} bytes is needed, it has {found}")
-        own = os.dup(fd)
-        try:
-            return cls(own, num_blocks, block_bytes)
-        except BaseException:
-            os.close(own)
-            raise
-
-
-def attach_arena(fd: int, num_blocks: int, block_bytes: int) -> Arena:
-    """Map the arena in a file that another process has made: kvtier's, or a longer one of somebody else's.
-
-    Raises:
-        ConfigError: a size is not allowed, or the file is shorter.
-    """
-    try:
-        return Arena.attach(fd, num_blocks, block_bytes)
-    except ConfigError:
-        if os.fstat(fd).st_size < num_blocks * block_bytes:
-            raise
-        return ForeignArena.attach(fd, num_blocks, block_bytes)
+        return cls._over_duplicate(fd, num_blocks, block_bytes)

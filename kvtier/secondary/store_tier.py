@@ -372,6 +372,7 @@ class StoreTierManager(forks.ProcessBound, SecondaryTierManager):
             num_blocks=self.num_blocks,
             block_bytes=self.block_bytes,
             threads=self.settings.threads,
+            arena_is_foreign=self.context.arena_is_foreign,
             environment_secrets=self.settings.environment_secrets,
         )
         if self.context.inline_io:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from kvtier.errors import CapacityError, ConfigError
 from kvtier.options import join_key
 from kvtier.primary.arena import Arena
+from kvtier.primary.foreign_arena import ForeignArena
 from kvtier.spec.tiering import TieringOffloadingSpec
 from kvtier.tiering.tiers import SecondaryTiers
 from kvtier.types import Admission
@@ -26,7 +27,7 @@ class StagingSpec(TieringOffloadingSpec):
         except CapacityError as error:
             raise CapacityError(str(error).replace("cpu_bytes_to_use", "staging_bytes")) from error
 
-    def use_arena(self, arena: Arena) -> None:
+    def use_arena(self, arena: ForeignArena) -> None:
         """Work on memory of the caller's instead of a staging arena. Called before `open_tiers`; the spec then owns it.
 
         Raises:
@@ -34,7 +35,7 @@ class StagingSpec(TieringOffloadingSpec):
         """
         self._check_arena(arena)
         self._arena = arena
-        self.tier_context = replace(self.tier_context, arena_fd=arena.fd)
+        self.tier_context = replace(self.tier_context, arena_fd=arena.fd, arena_is_foreign=True)
 
     def open_tiers(self) -> SecondaryTiers:
         """Create the arena and start the tiers, without waiting for them; called once.

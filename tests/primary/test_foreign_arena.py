@@ -6,9 +6,7 @@ import os
 import pytest
 
 from kvtier.errors import ConfigError
-from kvtier.primary.arena import Arena
-from kvtier.primary.foreign_arena import ForeignArena, attach_arena
-from kvtier.primary.huge_pages import HugePages
+from kvtier.primary.foreign_arena import ForeignArena
 
 PAGE = mmap.PAGESIZE
 
@@ -37,17 +35,6 @@ def test_a_file_that_is_too_short_is_refused(file):
     for num_blocks, block_bytes in ((6, 2 * PAGE), (0, PAGE), (11, PAGE)):
         with pytest.raises(ConfigError, match="arena_fd"):
             ForeignArena.attach(file, num_blocks, block_bytes)
-    with pytest.raises(ConfigError, match="arena_fd"):
-        attach_arena(file, 11, PAGE)
-
-
-def test_whoever_attaches_tells_arenas_from_files_of_others(file):
-    with Arena.create(4, PAGE, huge_pages=HugePages.OFF) as arena, attach_arena(arena.fd, 4, PAGE) as attached:
-        assert type(attached) is Arena
-        attached.row(2)[:4] = b"here"
-        assert bytes(arena.row(2)[:4]) == b"here"
-    with attach_arena(file, 10, PAGE) as attached:
-        assert type(attached) is ForeignArena
 
 
 def test_it_closes_its_own_descriptor_only(file):

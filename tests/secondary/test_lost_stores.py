@@ -168,6 +168,17 @@ def test_threads_let_go_of_a_store_whose_index_fails(tmp_path):
     HalfIndexStore(path).close()
 
 
+def test_a_process_refuses_an_arena_of_another_size(rig, tmp_path):
+    options = {"path": str(tmp_path / "lock")}
+    description = StoreDescription(f"{__name__}:HalfIndexStore", options, Namespace({}), 2, rig.arena.block_bytes)
+    executor = IOProcess(description, Descriptor(os.dup(rig.arena.fd)))
+    executor.start()
+    reports = []
+    wait_for(lambda: reports.extend(executor.poll()) or any(isinstance(r, Unavailable) for r in reports), "its end")
+    assert "arena_fd" in reports[-1].reason
+    executor.kill()
+
+
 def test_what_a_process_did_before_it_died_counts(rig):
     tier = faulty_tier(rig)
     tier.start()
