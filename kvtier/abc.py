@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Self
 from kvtier.clock import Clock, monotonic_clock
 from kvtier.errors import StoreError
 from kvtier.events import NullObserver, Observer, TierState
+from kvtier.key_tables import KeySlots
 from kvtier.keys import OffloadKey
 from kvtier.namespace import Namespace
 from kvtier.types import (
@@ -81,6 +82,15 @@ class EvictionPolicy(ABC):
     def __init__(self, capacity: int) -> None:
         """Args: capacity: most keys that will be held at once, at least 1."""
         self.capacity = capacity
+
+    def use_slots(self, slots: KeySlots) -> None:
+        """Learn where the slots of held keys are found, before the first call; a policy need not use them.
+
+        Args:
+            slots: while a policy is told something about keys that it holds or is to hold, they have slots here, from
+                0 to below `capacity`.
+        """
+        return
 
     @abstractmethod
     def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:

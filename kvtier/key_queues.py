@@ -5,15 +5,18 @@ An order is a queue from the oldest to the newest key. `key_queues` chooses betw
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable, Iterator, MutableMapping, Sequence
-from itertools import chain, compress, islice
+from itertools import chain, islice
 from sys import getsizeof
 from typing import Any, TypeVar, overload
 
+import numpy as np
+
 from kvtier import key_tables
 from kvtier.errors import InvariantError
-from kvtier.key_tables import MOST_IN_PART, NOT_A_KEY, NUM_SHARDS, SHARD_BYTE, ShardedDict, free_some
+from kvtier.key_tables import MOST_IN_PART, NUM_SHARDS, SHARD_BYTE, KeySlots, ShardedDict, free_some
 from kvtier.keys import OffloadKey
 
 V = TypeVar("V")
@@ -30,12 +33,22 @@ MOST_BYTES_PER_KEY = 400
 """A run that takes more memory than this per key is mostly holes, and is built anew."""
 
 
-class _Places(ShardedDict[int]):
-    """Where the keys of some queues are: the number of each key's run.
+def _take_runs(queues: Iterable[LongQueue[Any]]) -> list[dict[OffloadKey, Any]]:
+    """Empty `queues`, and return their runs."""
+    former: list[dict[OffloadKey, Any]] = []
+    for queue in queues:
+        former += queue._runs.values()
+        queue._runs = OrderedDict()
+        queue._size = 0
+    return former
+
+
+class _KeyPlaces(ShardedDict[int]):
+    """The number of each key's run, by key.
 
     Attributes:
         last: the last number that was given to a run of any of the queues.
-        queues: those that share these places.
+        queues: those that share these places. No two of them hold the same key.
     """
 
     __slots__ = ("last", "queues")
@@ -49,10 +62,59 @@ class _Places(ShardedDict[int]):
     def clear(self) -> None:
         """Remove all keys of all queues. What is removed now is freed later, some of it by each `append`."""
         super().clear()
-        for queue in self.queues:
-            self.former += queue._runs.values()
-            queue._runs = OrderedDict()
-            queue._size = 0
+        self.former += _take_runs(self.queues)
+
+    def enter(self, keys: Collection[OffloadKey], number: int) -> None:
+        """Note the run of `keys`."""
+        shards = self.shards
+        for key in keys:
+            shards[key[SHARD_BYTE]][key] = number
+
+
+class _SlotPlaces:
+    """The number of each key's run, by the slot of the key, which another table knows.
+
+    That table has just been asked for the same keys, so this takes half the time of a second table by key, and a tenth
+    of its memory. A key that has left its run keeps its number as long as it has its slot, so the run decides whether
+    it holds the key.
+
+    Attributes:
+        last, queues: as of `_KeyPlaces`.
+        former: what the last `clear` has removed. Each `append` frees some of it.
+    """
+
+    __slots__ = ("_numbers", "_slots", "_view", "former", "last", "queues")
+
+    def __init__(self, slots: KeySlots, num_slots: int) -> None:
+        self.last = 0
+        self.queues: list[LongQueue[Any]] = []
+        self.former: list[dict[OffloadKey, Any]] = []
+        self._slots = slots
+        self._numbers = array("q", bytes(8 * num_slots))
+        self._view = np.frombuffer(self._numbers, np.int64)  # sets many at once; the array tells one in half the time
+
+    def get(self, key: OffloadKey, default: int = 0) -> int:
+        """Return the number of the only run that may hold a key."""
+        slot = self._slots.of.get(key)
+        return default if slot is None else self._numbers[slot]
+
+    def get_all(self, keys: Collection[OffloadKey]) -> list[int]:
+        """Return the numbers of the only runs that may hold `keys`, in order; 0 for keys without a slot."""
+        return list(map(self.get, keys))
+
+    def enter(self, keys: Collection[OffloadKey], number: int) -> None:
+        """Note the run of `keys`."""
+        slots, slot_of = self._slots.entering, self._slots.of
+        if len(slots) != len(keys) or slot_of.get(next(iter(keys))) not in (slots[0], slots[-1]):
+            slots = slot_of.values_of(keys)
+        self._view[slots] = number
+
+    def pop_all(self, keys: Collection[OffloadKey]) -> None:
+        """Forget `keys`: nothing is to be done."""
+
+    def clear(self) -> None:
+        """Remove all keys of all queues. What is removed now is freed later, some of it by each `append`."""
+        self.former = _take_runs(self.queues)
 
 
 class LongQueue(MutableMapping[OffloadKey, V]):
@@ -65,12 +127,9 @@ class LongQueue(MutableMapping[OffloadKey, V]):
 
     __slots__ = ("_places", "_runs", "_size")
 
-    def __init__(self, beside: LongQueue[Any] | None = None, most: int = NUM_SHARDS * MOST_IN_PART) -> None:
-        """Args:
-        beside: a queue that never holds the same key. Keys move between the two by whole runs.
-        most: keys; more only make the dicts larger. Ignored if there is a queue beside.
-        """
-        self._places: _Places = _Places(most) if beside is None else beside._places
+    def __init__(self, places: _KeyPlaces | _SlotPlaces | None = None) -> None:
+        """Args: places: shared with queues that never hold the same key. Keys move between these by whole runs."""
+        self._places = _KeyPlaces(NUM_SHARDS * MOST_IN_PART) if places is None else places
         self._places.queues.append(self)
         self._runs: OrderedDict[int, dict[OffloadKey, V]] = OrderedDict()
         """Runs by number, oldest first. None is empty."""
@@ -80,10 +139,7 @@ class LongQueue(MutableMapping[OffloadKey, V]):
         return self._size
 
     def __contains__(self, key: object) -> bool:
-        try:
-            return self._places.shards[key[SHARD_BYTE]].get(key) in self._runs  # type: ignore[index,call-overload]
-        except NOT_A_KEY:
-            return False
+        return key in self._run_of(key)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[OffloadKey]:
         return chain.from_iterable(self._runs.values())
@@ -93,11 +149,8 @@ class LongQueue(MutableMapping[OffloadKey, V]):
         return chain.from_iterable(map(dict.items, self._runs.values()))
 
     def _run_of(self, key: OffloadKey) -> dict[OffloadKey, V]:
-        """Return the run that holds a key; an empty dict if it is not here."""
-        try:
-            return self._runs.get(self._places.shards[key[SHARD_BYTE]].get(key, 0), {})
-        except NOT_A_KEY:
-            return {}
+        """Return the only run that may hold a key; an empty dict if none may."""
+        return self._runs.get(self._places.get(key, 0), {})
 
     def __getitem__(self, key: OffloadKey) -> V:
         return self._run_of(key)[key]
@@ -124,12 +177,10 @@ class LongQueue(MutableMapping[OffloadKey, V]):
 
     def clear(self) -> None:
         """Remove everything; without a look at each key, if no queue beside this one holds any."""
-        shards = self._places.shards
         if not any(queue._size for queue in self._places.queues if queue is not self):
             self._places.clear()
             return
-        for key in self:
-            del shards[key[SHARD_BYTE]][key]
+        self._places.pop_all(list(self))
         self._runs.clear()
         self._size = 0
 
@@ -142,7 +193,13 @@ class LongQueue(MutableMapping[OffloadKey, V]):
     def held(self, keys: Collection[OffloadKey]) -> list[OffloadKey]:
         """Return those of `keys` that are here, in their order."""
         runs = self._runs
-        return list(compress(keys, map(runs.__contains__, self._places.get_all(keys)))) if runs else []
+        if not runs:
+            return []
+        return [
+            key
+            for key, number in zip(keys, self._places.get_all(keys), strict=True)
+            if key in runs.get(number or 0, ())
+        ]
 
     def oldest(self, count: int) -> list[OffloadKey]:
         """Return up to `count` keys, oldest first; none if it is below 1."""
@@ -174,9 +231,7 @@ class LongQueue(MutableMapping[OffloadKey, V]):
         if not number:
             places.last = number = places.last + 1
             runs[number] = keys
-        shards = places.shards
-        for key in keys:
-            shards[key[SHARD_BYTE]][key] = number
+        places.enter(keys, number)
         self._size += len(keys)
 
     def renew(self, keys: Sequence[OffloadKey]) -> bool:
@@ -201,24 +256,20 @@ class LongQueue(MutableMapping[OffloadKey, V]):
         So it is with nearly all blocks of a request. To compare the keys of all runs at once takes half the time of a
         comparison per run.
         """
-        shards, place, count = self._places.shards, 0, len(keys)
+        find, place, count = self._places.get, 0, len(keys)
         found: dict[int, tuple[Any, int, dict[OffloadKey, V]]] = {}
-        try:
-            while place < count:
-                key = keys[place]
-                number = shards[key[SHARD_BYTE]].get(key, 0)
-                for source in sources:
-                    if number in source._runs:
-                        break
-                else:
-                    return None
-                run = source._runs[number]
-                if number in found:  # keys come twice
-                    return None
-                found[number] = source, number, run
-                place += len(run)
-        except NOT_A_KEY:
-            return None
+        while place < count:
+            number = find(keys[place], 0)
+            for source in sources:
+                if number in source._runs:
+                    break
+            else:
+                return None
+            run = source._runs[number]
+            if number in found:  # keys come twice
+                return None
+            found[number] = source, number, run
+            place += len(run)
         if place > count or keys != list(chain.from_iterable([run for _, _, run in found.values()])):
             return None
         return list(found.values())
@@ -237,15 +288,12 @@ class LongQueue(MutableMapping[OffloadKey, V]):
             for source, number, run in whole:
                 source._pass_on(number, run, self)
             return True
-        shards = self._places.shards
+        find = self._places.get
         place, count, found_all = 0, len(keys), True
         moving: dict[OffloadKey, V] = {}
         while place < count:
             key = keys[place]
-            try:
-                number = shards[key[SHARD_BYTE]].get(key, 0)
-            except NOT_A_KEY:
-                number = 0
+            number = find(key, 0)
             for source in sources:
                 run = source._runs.get(number)
                 if run is not None and key in run:
@@ -306,12 +354,14 @@ class LongQueue(MutableMapping[OffloadKey, V]):
         Raises:
             KeyError: one of them is not; those before it are removed.
         """
-        shards, runs = self._places.shards, self._runs
+        find, runs = self._places.get, self._runs
         place, count = 0, len(keys)
         while place < count:
             former, key = place, keys[place]
-            number = shards[key[SHARD_BYTE]][key]
-            run = runs[number]
+            number = find(key, 0)
+            run = runs.get(number, {})
+            if key not in run:
+                raise KeyError(key)
             place += len(run)
             if keys[former:place] == list(run):
                 del runs[number]
@@ -339,12 +389,13 @@ class LongQueue(MutableMapping[OffloadKey, V]):
 
     def check_invariants(self) -> None:
         """Raise InvariantError if runs and places of this queue and those beside contradict each other."""
-        queues, parts = self._places.queues, self._places.parts
+        queues, places = self._places.queues, self._places
         runs = [(number, run) for queue in queues for number, run in queue._runs.items()]
-        places = {key: number for part in parts for key, number in part.items()}
-        if sum(map(len, parts)) != len(places) or len(dict(runs)) != len(runs):
+        number_of = {key: number for number, run in runs for key in run}
+        if sum(len(run) for _, run in runs) != len(number_of) or len(dict(runs)) != len(runs):
             raise InvariantError("key queues: a key or a run is in two places")
-        if places != {key: number for number, run in runs for key in run}:
+        is_exact = isinstance(places, _SlotPlaces) or len(places) == len(number_of)
+        if not is_exact or places.get_all(number_of) != list(number_of.values()):
             raise InvariantError("key queues: runs and places differ")
         if any(sum(map(len, queue._runs.values())) != queue._size for queue in queues):
             raise InvariantError("key queues: keys are miscounted")
@@ -444,12 +495,17 @@ class SmallQueue(OrderedDict[OffloadKey, V]):
 KeyQueue = SmallQueue[V] | LongQueue[V]
 
 
-def key_queues(count: int, most: int) -> list[Any]:
-    """Return empty queues of which each has up to `most` entries, and no two the same key."""
+def key_queues(count: int, most: int, slots: KeySlots | None = None) -> list[Any]:
+    """Return empty queues of which each has up to `most` entries, and no two the same key.
+
+    Args:
+        slots: those of each key that enters a queue, below `most`, from before that until it has left. If some are
+            entering, exactly these keys enter.
+    """
     if most <= key_tables.MOST_IN_ONE:
         return [SmallQueue() for _ in range(count)]
-    first: LongQueue[Any] = LongQueue(most=most)
-    return [first, *(LongQueue(beside=first) for _ in range(count - 1))]
+    places = _KeyPlaces(most) if slots is None else _SlotPlaces(slots, most)
+    return [LongQueue(places) for _ in range(count)]
 
 
 def are_disjoint(queues: Sequence[KeyQueue[Any]], keys: Collection[OffloadKey]) -> bool:
@@ -462,7 +518,9 @@ def are_disjoint(queues: Sequence[KeyQueue[Any]], keys: Collection[OffloadKey]) 
         return True
     # Those of a few runs, and None. The places are shared, so keys are looked for once, however many the queues are.
     numbers = set(long[0]._places.get_all(keys))
-    return all(held.isdisjoint(numbers) for held in runs)
+    if all(held.isdisjoint(numbers) for held in runs):
+        return True
+    return isinstance(long[0]._places, _SlotPlaces) and not any(queue.held(keys) for queue in long)
 
 
 def clear_queues(queues: Sequence[KeyQueue[Any]]) -> None:

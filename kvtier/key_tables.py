@@ -226,3 +226,18 @@ KeyDict = SmallDict[V] | ShardedDict[V]
 def key_dict(most: int) -> KeyDict[Any]:
     """Return an empty table for up to `most` entries."""
     return SmallDict() if most <= MOST_IN_ONE else ShardedDict(most)
+
+
+class KeySlots:
+    """The slots of a table, as others may read them; no two keys have the same.
+
+    Attributes:
+        of: the slot of every key of the table.
+        entering: the slots of the keys that the table tells its policy to insert, in the order of these, during that
+            call; else, and also during the call if they are not at hand, empty.
+    """
+
+    __slots__ = ("entering", "of")
+
+    def __init__(self, of: KeyDict[int]) -> None:
+        self.of, self.entering = of, list[int]()

@@ -15,7 +15,7 @@ from kvtier import key_queues as key_queues_module
 from kvtier import key_tables
 from kvtier.errors import InvariantError
 from kvtier.key_queues import LongQueue, are_disjoint, clear_queues, key_queues
-from kvtier.key_tables import ShardedDict, SmallDict, key_dict
+from kvtier.key_tables import KeySlots, ShardedDict, SmallDict, key_dict
 from kvtier.keys import make_offload_key
 
 KEYS = [make_offload_key(bytes([i, 7 * i % 3]), i % 2) for i in range(48)]
@@ -31,22 +31,34 @@ class QueueMachine(RuleBasedStateMachine):
         short=st.integers(1, 8),
         most_bytes=st.sampled_from([60, 400]),
         capacity=st.sampled_from([48, 70_000, 1_000_000]),
+        knows_slots=st.booleans(),
     )
-    def begin(self, longest, short, most_bytes, capacity):
+    def begin(self, longest, short, most_bytes, capacity, knows_slots):
+        self.slot_of = key_dict(capacity)
+        self.slots = KeySlots(self.slot_of)
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(key_queues_module, "LONGEST_RUN", longest)
         self.patch.setattr(key_queues_module, "SHORT_RUN", min(short, longest))
         self.patch.setattr(key_queues_module, "MOST_BYTES_PER_KEY", most_bytes)
-        self.queues = key_queues(2, capacity)
+        self.queues = key_queues(2, capacity, self.slots if knows_slots else None)
         self.models = [OrderedDict(), OrderedDict()]
 
     def teardown(self):
         self.patch.undo()
 
-    @rule(keys=st.one_of(LISTS, RUNS), to=st.integers(0, 1), value=st.integers(0, 3))
-    def append(self, keys, to, value):
+    def give_slots(self, keys):
+        """Give slots to keys that enter, the lowest first, so that slots change their keys."""
+        free = [slot for slot in range(48) if slot not in self.slot_of.every_value()]
+        self.slot_of.update(zip((key for key in keys if key not in self.slot_of), free, strict=False))
+
+    @rule(keys=st.one_of(LISTS, RUNS), to=st.integers(0, 1), value=st.integers(0, 3), tells_slots=st.booleans())
+    def append(self, keys, to, value, tells_slots):
         new = [key for key in dict.fromkeys(keys) if not any(key in model for model in self.models)]
+        self.give_slots(new)
+        if tells_slots:
+            self.slots.entering = self.slot_of.values_of(new[::-1])
         self.queues[to].append(new, value)
+        self.slots.entering = []
         self.models[to].update(dict.fromkeys(new, value))
 
     @rule(keys=st.one_of(LISTS, RUNS), of=st.integers(0, 1))
@@ -92,6 +104,7 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(key=st.sampled_from(KEYS), of=st.integers(0, 1), value=st.integers(0, 3))
     def assign(self, key, of, value):
         if key not in self.models[1 - of]:
+            self.give_slots([key])
             self.queues[of][key] = self.models[of][key] = value
 
     @rule(of=st.integers(0, 1))
@@ -120,6 +133,8 @@ class QueueMachine(RuleBasedStateMachine):
                 queue.check_invariants()
                 assert list(queue.entries()) == list(model.items())
                 assert len(queue) == len(model)
+            for key in set(self.slot_of).difference(*self.models):
+                del self.slot_of[key]
 
 
 QueueMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)

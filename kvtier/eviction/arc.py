@@ -42,6 +42,8 @@ class ARCPolicy(EvictionPolicy):
         # so adaptation subtracts them.
         self._fresh_b1 = 0
         self._fresh_b2 = 0
+        self._strangers: Sequence[OffloadKey] = ()
+        """Keys without a ghost since the last `candidates`, which most often come in the next `insert`."""
 
     @property
     def p(self) -> float:
@@ -51,9 +53,10 @@ class ARCPolicy(EvictionPolicy):
     def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         """Hold `keys`. Keys with a ghost go to T2, and each of them adapts p; the others go to T1."""
         t1, t2, b1, b2 = self._t1, self._t2, self._b1, self._b2
-        if are_disjoint((b1, b2), keys):
+        if (keys and keys == self._strangers[: len(keys)]) or are_disjoint((b1, b2), keys):
             t1.append(keys[::-1], None)
             keys = ()
+        self._strangers = ()
         for key in reversed(keys):
             if key in b1:
                 self._p = self._raised(self._p, len(b1) - self._fresh_b1, len(b2) - self._fresh_b2)
@@ -91,6 +94,7 @@ class ARCPolicy(EvictionPolicy):
         The n-th victim is the paper's choice for the n-th key from the tail of `incoming`. After those, p stays fixed.
         """
         if are_disjoint((self._b1, self._b2), incoming):
+            self._strangers = list(incoming)
             return self._candidates_for_strangers(len(incoming))
         return self._candidates_one_by_one(incoming)
 
@@ -152,6 +156,7 @@ class ARCPolicy(EvictionPolicy):
         clear_queues((self._t1, self._t2, self._b1, self._b2))
         self._p = 0.0
         self._fresh_b1 = self._fresh_b2 = 0
+        self._strangers = ()
 
     def __len__(self) -> int:
         return len(self._t1) + len(self._t2)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
 from kvtier.key_queues import KeyQueue, key_queues
+from kvtier.key_tables import KeySlots
 from kvtier.keys import OffloadKey
 
 
@@ -23,6 +24,10 @@ class LRUPolicy(EvictionPolicy):
         super().__init__(capacity)
         self._queue: KeyQueue[None]
         (self._queue,) = key_queues(1, capacity)
+
+    def use_slots(self, slots: KeySlots) -> None:
+        """Note by slot where in the order a key is, which saves a large policy a table of its own."""
+        (self._queue,) = key_queues(1, self.capacity, slots)
 
     def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         """Append `keys`; the first of them becomes the most recent."""

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 
 from kvtier.abc import EvictionPolicy
+from kvtier.key_tables import KeySlots
 from kvtier.keys import OffloadKey
 
 
@@ -31,6 +32,9 @@ class TimelessPolicy(EvictionPolicy):
     @num_evictable.setter
     def num_evictable(self, value: Callable[[Sequence[OffloadKey]], int]) -> None:
         self.policy.num_evictable = value
+
+    def use_slots(self, slots: KeySlots) -> None:
+        self.policy.use_slots(slots)
 
     def insert(self, keys: Sequence[OffloadKey], now: float = 0.0) -> None:
         self.policy.insert(keys)

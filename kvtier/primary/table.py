@@ -23,7 +23,7 @@ from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
 from kvtier.eviction.lru import LRUPolicy
 from kvtier.eviction.timeless import with_time
-from kvtier.key_tables import KeyDict, key_dict
+from kvtier.key_tables import KeyDict, KeySlots, key_dict
 from kvtier.keys import OffloadKey, common_key_bytes
 from kvtier.log import logger
 from kvtier.primary.free_slots import FreeSlots
@@ -82,6 +82,8 @@ class BlockTable:
         self.policy = with_time(policy)
         self.transit = Transit()
         self.slot_of: KeyDict[int] = key_dict(num_slots)
+        self._slots = KeySlots(self.slot_of)
+        self.policy.use_slots(self._slots)
         self.filling: set[int] = set()
         self.pins = SlotCounts()
         self._quarantine: set[int] = set()
@@ -156,11 +158,13 @@ class BlockTable:
         """
         if keys:
             common_key_bytes(keys, self._key_bytes)
-        unique = dict.fromkeys(keys)
+        unique = set(keys)
         slot_of = self.slot_of
         if all_new is None:
             all_new = slot_of.isdisjoint(unique)
-        missing = list(unique) if all_new else slot_of.missing(unique)
+        missing = list(keys) if len(unique) == len(keys) else list(dict.fromkeys(keys))
+        if not all_new:
+            missing = slot_of.missing(missing)
         needed = len(missing) - len(self._free)
         if needed <= 0:
             return Placement(missing, [], 0)
@@ -168,7 +172,7 @@ class BlockTable:
             return Placement([], [], len(missing))
         others = [spared] if spared else []
         if not all_new:
-            others.append(unique.keys())
+            others.append(unique)
         protected = [own, *others] if own else others
         may_decline = declining is not Declining.NEVER
         victims, num_declined = self._choose(needed, missing, protected, may_decline)
@@ -298,17 +302,14 @@ class BlockTable:
             self.transit.remove(placement.victims)
             self.transit.add(keys[len(keys) - placement.num_passing :])
         if placement.victims:
-            free.push(slot_of.pop_all(placement.victims))
+            free.push(self._forget(placement.victims, self.policy.evict))
         slots = free.take(len(keys))
         slots.sort()  # neighbouring blocks in neighbouring slots: a disk moves such blocks in one call
         slot_of.set_all(keys, slots)
         self.filling.update(slots)
-        try:  # repeats `_tell` to save a call: this runs for every store
-            if placement.victims:
-                self.policy.evict(placement.victims)
-            self.policy.insert(keys, now)
-        except Exception as fault:  # noqa: BLE001 - a plug-in may raise anything; reported, and LRU takes over
-            self.replace_policy(fault)
+        self._slots.entering = slots
+        self._tell(self.policy.insert, keys, now)
+        self._slots.entering = []
         return slots
 
     def set_aside(self, count: int, spared: Set[OffloadKey]) -> tuple[list[int], list[OffloadKey]]:
@@ -322,10 +323,9 @@ class BlockTable:
         """
         free, needed = self._free, count - len(self._free)
         victims = self.pick_victims(needed, (), (spared,)) if needed > 0 and not self._adopting else []
-        free.push(self.slot_of.pop_all(victims))
         if victims:
+            free.push(self._forget(victims, self.policy.evict))
             self.transit.remove(victims)
-            self._tell(self.policy.evict, victims)
         slots = free.take(count)[::-1]
         self._quarantine.update(slots)
         self.pins.add(slots)
@@ -360,25 +360,37 @@ class BlockTable:
         """Order `keys` by recency while their request goes on; see `EvictionPolicy.line_up`."""
         self._tell(self.policy.line_up, keys)
 
-    def _tell(self, change: Callable[[Sequence[OffloadKey]], None], keys: Sequence[OffloadKey]) -> None:
+    def _forget(self, keys: Sequence[OffloadKey], forget: Callable[[Sequence[OffloadKey]], None]) -> list[int]:
+        """Give up `keys` and return their slots. The policy is told first, while they have slots."""
+        try:
+            forget(keys)
+        except Exception as fault:  # noqa: BLE001 - a plug-in may raise anything; reported, and LRU takes over
+            slots = self.slot_of.pop_all(keys)
+            self.replace_policy(fault)
+            return slots
+        return self.slot_of.pop_all(keys)
+
+    def _tell(self, change: Callable[..., None], keys: Sequence[OffloadKey], *more: float) -> None:
         """Call a method of the policy. The table has changed already, so it stays right if the policy fails."""
         try:
-            change(keys)
+            change(keys, *more)
         except Exception as fault:  # noqa: BLE001 - a plug-in may raise anything; reported, and LRU takes over
             self.replace_policy(fault)
 
     def replace_policy(self, fault: Exception) -> None:
         """Let LRU take the place of a policy that has raised `fault`."""
+        self._slots.entering = []
         name = type(self.policy).__name__
         logger.error("kvtier: eviction policy %s failed, LRU takes its place from now on", name, exc_info=fault)
         self.policy, self._is_plug_in = LRUPolicy(self.num_slots), False
+        self.policy.use_slots(self._slots)
         self.policy.insert(list(self.slot_of))
 
     def adopt(self, slots: Sequence[int], keys: Sequence[OffloadKey]) -> None:
         """Enter blocks that an earlier process stored as READY, into an empty table, in batches, oldest block first.
 
         Until `end_adoption` nothing can be placed. Slots that do not exist or were adopted before are skipped. If a
-        key comes twice, the later slot counts.
+        key comes twice, the later slot and its age count.
 
         Raises:
             KeyFormatError: the length or type of a key is wrong.
@@ -395,11 +407,11 @@ class BlockTable:
             return
         self._key_bytes = common_key_bytes(keys, self._key_bytes)
         self._adopted[places] = True
-        slot_of, held = self.slot_of, len(self.slot_of)
-        slot_of.set_all(keys, slots)
-        if len(slot_of) < held + len(keys):
-            keys = [key for key in dict.fromkeys(keys) if key not in self.policy]
-        self._tell(self.policy.insert, keys[::-1])
+        unique = list(dict.fromkeys(keys[::-1]))
+        if not self.slot_of.isdisjoint(unique):
+            self._forget(self.slot_of.held(unique), self.policy.remove)
+        self.slot_of.set_all(keys, slots)
+        self._tell(self.policy.insert, unique)
 
     def _are_new(self, slots: NDArray[np.intp]) -> bool:
         """Return whether all of `slots` exist, none comes twice, and none was adopted before."""
@@ -469,9 +481,8 @@ class BlockTable:
         """Forget `keys`, and return those that were held. Slots in use are quarantined, the others become free."""
         held = self.slot_of.held(dict.fromkeys(keys))
         self.transit.remove(held)
-        slots = self.slot_of.pop_all(held)
+        slots = self._forget(held, self.policy.remove)
         self._free.push([slot for slot in slots if not self._into_quarantine(slot)])
-        self._tell(self.policy.remove, held)
         return held
 
     def _into_quarantine(self, slot: int) -> bool:

@@ -26,7 +26,7 @@ def check_slots(
         pins.update([*state.copies.loading.values(), *state.lease.slots.values()])
         for running in state.copies.loading_again.values():
             pins.update(running.slots[1:])
-        writers.update(state.copies.storing.values())
+        writers.update(slot for _, slot in state.copies.storing.entries())
     for guard in guards:
         for job in guard.jobs.values():
             (writers if job.is_promotion else pins).update(job.slots)

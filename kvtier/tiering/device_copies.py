@@ -44,7 +44,7 @@ class StaleTransfers:
         """
         req_id = state.context.req_id if late_completions else None
         if state.copies.storing:
-            stores = {key: RunningCopies([slot], 1) for key, slot in state.copies.storing.items()}
+            stores = {key: RunningCopies([slot], 1) for key, slot in state.copies.storing.entries()}
             self._stores.append(_Stale(req_id, sequence, stores))
         if state.copies.loading:
             loads = {key: RunningCopies([slot], 1) for key, slot in state.copies.loading.items()}
@@ -228,7 +228,7 @@ class DeviceTransfers:
     def begin_store(self, state: RequestState, placement: Placement) -> list[int]:
         """Apply the placement for `state` and return the slots to fill."""
         slots = self._table.apply(placement, state.uses.came)
-        state.copies.storing.update(zip(placement.keys, slots, strict=True))
+        state.copies.storing.begin(placement.keys.copy(), slots)  # the engine gets these keys, too
         return slots
 
     def end_store(
@@ -239,14 +239,12 @@ class DeviceTransfers:
         if self.stale.pending:
             self.stale.sweep()
             left = self.stale.complete_stores(req_id, keys)
-        done: dict[OffloadKey, int] = {}
-        if state is not None:
-            done, state.copies.storing = _split(state.copies.storing, left)
+        done, slots = state.copies.storing.end(left) if state is not None else ([], [])
         self._count_unexpected("complete_store", left, done)
         if success:
-            self._table.publish(done.values())
-            return list(done)
-        self._table.discard(list(done), list(done.values()))
+            self._table.publish(slots)
+            return done
+        self._table.discard(done, slots)
         return []
 
     def _count_unexpected(self, what: str, asked: Collection[OffloadKey], done: Collection[OffloadKey]) -> None:

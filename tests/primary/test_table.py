@@ -5,6 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from kvtier import key_tables
 from kvtier.errors import InvariantError, KeyFormatError
 from kvtier.eviction.lru import LRUPolicy
 from kvtier.keys import make_offload_key
@@ -141,7 +142,9 @@ def test_a_clear_quarantines_what_is_in_use():
     table.check_invariants()
 
 
-def test_blocks_of_a_former_process_are_adopted_oldest_first():
+@pytest.mark.parametrize("most_in_one", [0, 100])
+def test_blocks_of_a_former_process_are_adopted_oldest_first(most_in_one, monkeypatch):
+    monkeypatch.setattr(key_tables, "MOST_IN_ONE", most_in_one)
     table = make_table(6)
     a, b, c, d = keys("a", "b", "c", "d")
     table.adopt([5, 1], [a, b])
@@ -149,8 +152,8 @@ def test_blocks_of_a_former_process_are_adopted_oldest_first():
     assert table.plan([d]).keys == []
     table.end_adoption()
     table.check_invariants()
-    assert table.slot_of == {a: 2, b: 1, c: 3}
-    assert list(table.policy.candidates()) == [a, b, c]
+    assert dict(table.slot_of) == {a: 2, b: 1, c: 3}
+    assert list(table.policy.candidates()) == [b, c, a]
     assert list(insert(table, [d]).values()) == [0]
     assert table.num_free == 2
 
@@ -233,5 +236,21 @@ class TableMachine(RuleBasedStateMachine):
         assert self.table.num_quarantined == len(busy - set(self.table.slot_of.values()))
 
 
+class LargeTableMachine(TableMachine):
+    """The same over the tables of a large cache."""
+
+    def __init__(self):
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(key_tables, "MOST_IN_ONE", 0)
+        super().__init__()
+
+    def teardown(self):
+        self.patch.undo()
+
+
 class TestTable(TableMachine.TestCase):
+    settings = settings(max_examples=100, stateful_step_count=40)
+
+
+class TestLargeTable(LargeTableMachine.TestCase):
     settings = settings(max_examples=100, stateful_step_count=40)

@@ -17,6 +17,7 @@ from kvtier.events import (
 )
 from kvtier.eviction.lru import LRUPolicy
 from kvtier.keys import make_offload_key
+from kvtier.tiering.requests import RunningStores
 
 
 class Raising:
@@ -178,7 +179,7 @@ def test_the_audit_finds_slots_that_nobody_will_free():
     context = engine.request()
     engine.manager.prepare_store(keys, context)
     state = engine.manager._requests.get(context.req_id)
-    storing, state.copies.storing = state.copies.storing, {}
+    storing, state.copies.storing = state.copies.storing, RunningStores()
     with pytest.raises(InvariantError, match="nobody fills"):
         engine.manager.check_invariants()
     state.copies.storing = storing
