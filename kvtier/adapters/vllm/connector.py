@@ -56,8 +56,12 @@ class KVTierConnector(OffloadingConnector):  # type: ignore[misc]  # vLLM is not
         """Make vLLM's connector.
 
         Raises:
-            ConfigError: the configuration names another spec than kvtier's.
+            ConfigError: the configuration names another spec than kvtier's, or the model has an encoder.
         """
+        model = vllm_config.model_config
+        if model.is_encoder_decoder:  # vLLM 0.33 only has an assertion for it
+            allowed = "one without an encoder: vLLM cannot offload encoder-decoder models"
+            raise ConfigError("model", model.model, allowed)
         super().__init__(vllm_config, role, kv_cache_config)
         self._names_blocks = _is_one_of_full_attention(kv_cache_config.kv_cache_groups)
         self._can_report = HAS_FAILED_RECEIVES or self._names_blocks
