@@ -165,7 +165,7 @@ class LongQueue(MutableMapping[OffloadKey, V]):
     def __setitem__(self, key: OffloadKey, value: V) -> None:
         """Change the value of a key where it stands, or append a new key."""
         run = self._run_of(key)
-        if run:
+        if key in run:
             run[key] = value
         else:
             self.append((key,), value)

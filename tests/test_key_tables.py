@@ -230,6 +230,24 @@ def test_a_large_table_consists_of_as_few_short_dicts_as_its_entries_need(most):
         assert len(sharded) == len([*sharded]) == 256
 
 
+def test_a_slot_that_changes_its_key_leads_to_no_other_key_s_run():
+    slot_of = key_dict(48)
+    slot_of.set_all(KEYS[:3], range(3))
+    (queue,) = key_queues(1, 1_000_000, KeySlots(slot_of))
+    queue.append(KEYS[:3], 1)
+    queue.drop(KEYS[:1])
+    slot_of[KEYS[9]] = slot_of.pop(KEYS[0])
+    assert KEYS[9] not in queue
+    assert queue.get(KEYS[9], 5) == 5
+    assert queue.isdisjoint(KEYS[9:10])
+    assert not queue.renew(KEYS[9:10])
+    with pytest.raises(KeyError):
+        queue.drop(KEYS[9:10])
+    queue[KEYS[9]] = 2
+    assert list(queue.entries()) == [(KEYS[1], 1), (KEYS[2], 1), (KEYS[9], 2)]
+    queue.check_invariants()
+
+
 def test_what_is_not_here_is_a_key_error():
     queue, table = LongQueue(), ShardedDict()
     queue.append(KEYS[:3], None)
