@@ -92,8 +92,8 @@ COMBINATIONS = (
     }),
     Combination(
         "encoder-decoder (Whisper)",
-        "vLLM does not start with it: up to 0.32 with no KV connector, in 0.33 not with its offloading; `KVTierConnector`"
-        " says so in a line, where 0.33 only has an assertion",
+        "vLLM does not start with it: up to 0.32 with no KV connector, in 0.33 not with its offloading;"
+        " `KVTierConnector` says so in a line, where 0.33 only has an assertion",
         "whisper",
         DUMMY | {"skip_tokenizer_init": False, "max_model_len": 440},
         stops=(
