@@ -8,6 +8,7 @@ from kvtier import forks
 from kvtier.errors import StoreUnavailableError
 from kvtier.executors.base import IOExecutor, Report, StoreDescription
 from kvtier.executors.loop import StoreLoop
+from kvtier.executors.pieces import Piece, arena_slots
 from kvtier.executors.protocol import Chore, IndexEnd, Part, PartResult, Probe, Ready, Unavailable
 from kvtier.executors.runner import StoreRunner
 from kvtier.keys import OffloadKey
@@ -83,5 +84,5 @@ class InlineExecutor(IOExecutor):
     def wait(self, seconds: float) -> None:
         """Return at once: the next poll does the work."""
 
-    def _move(self, runner: StoreRunner, parts: Sequence[Part]) -> list[PartResult]:
-        return runner.run(parts, [self._rows[slot] for part in parts for slot in part.arena_slots])
+    def _move(self, runner: StoreRunner, pieces: Sequence[Piece]) -> list[PartResult]:
+        return runner.run(pieces, self._rows.of(arena_slots(pieces)))

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Container, Iterable, Sequence
 
+from kvtier.executors.pieces import Piece, cut
 from kvtier.executors.protocol import Chore, ChoreDone, Part, PartResult, Probe, ProbeAnswer, Unavailable, Usage
 from kvtier.executors.queue import TaskQueue
 from kvtier.executors.runner import StoreRunner
@@ -19,8 +20,8 @@ _TARGET_BYTES_PER_CALL = 4 << 20
 """Large enough for a disk to reach its full bandwidth, small enough that several threads share a job."""
 _MAX_BLOCKS_PER_CALL = 64
 
-Move = Callable[[StoreRunner, Sequence[Part]], list[PartResult]]
-"""Moves parts, all of them loads or all stores, in one call into the store."""
+Move = Callable[[StoreRunner, Sequence[Piece]], list[PartResult]]
+"""Moves pieces, all of them loads or all stores, in one call into the store."""
 JobReport = PartResult | ProbeAnswer | ChoreDone | Unavailable | Usage
 
 
@@ -39,14 +40,14 @@ class StoreLoop:
     def __init__(self, block_bytes: int, threads: int = 1) -> None:
         """Args: threads: that call `run`. All but one may store at the same time, so that no load waits for a store."""
         self.blocks_per_call = blocks_per_call(block_bytes)
-        self._queue = TaskQueue[Probe | Chore](max(1, threads - 1))
+        self._queue = TaskQueue[Piece, Probe | Chore](max(1, threads - 1))
         self._joiner = Joiner()
         self.busy_at = time.monotonic()
 
     def put(self, task: Part | Probe | Chore) -> None:
         """Queue a task. A part is cut into pieces, of one call each."""
         if isinstance(task, Part):
-            pieces = task.cut(self.blocks_per_call)
+            pieces = cut(task, self.blocks_per_call)
             self._joiner.expect(pieces)
             self._queue.put(*pieces)
         else:
@@ -69,18 +70,18 @@ class StoreLoop:
         """Do what is queued, until `close` is called; without `wait`, until nothing is queued."""
         while tasks := self._queue.take(self.blocks_per_call, wait=wait):
             self.busy_at = time.monotonic()  # threads set it without a lock: its reader needs no exact value
-            parts = [task for task in tasks if isinstance(task, Part)]
-            reports: list[JobReport] = []
-            if parts:
-                reports += self._joiner.add(move(runner, parts))
-                if not parts[0].is_load:
+            first, reports = tasks[0], list[JobReport]()
+            if isinstance(first, Piece):  # then they all are
+                reports += self._joiner.add(move(runner, tasks))  # type: ignore[arg-type]
+                if not first.is_load:
                     self._queue.end_store()
             else:
-                reports += [_answer(runner, task) for task in tasks if not isinstance(task, Part)]
+                reports.append(_answer(runner, first))
             reports += runner.usage_news()
             if runner.lost is not None:
                 reports.append(Unavailable.because(runner.lost))
-            report(reports)
+            if reports:
+                report(reports)
 
 
 def _answer(runner: StoreRunner, task: Probe | Chore) -> ProbeAnswer | ChoreDone:
@@ -105,7 +106,7 @@ class Joiner:
         self._lock = threading.Lock()
         self._open: dict[tuple[int, int], _OpenPart] = {}
 
-    def expect(self, pieces: Sequence[Part]) -> None:
+    def expect(self, pieces: Sequence[Piece]) -> None:
         """Note that these pieces, none of which has begun, are one part."""
         if len(pieces) > 1:
             part = _OpenPart(len(pieces), time.monotonic())
@@ -170,7 +171,7 @@ def _join_run(run: Sequence[PartResult]) -> PartResult:
     )
 
 
-def cancelled(part: Part) -> PartResult:
-    """Return the result of a part that never started."""
-    count = part.num_blocks
-    return PartResult(part.serial, part.first, [False] * count, failures={FailureCause.CANCELLED: count})
+def cancelled(blocks: Part | Piece) -> PartResult:
+    """Return the result of blocks whose move never started."""
+    count = blocks.num_blocks
+    return PartResult(blocks.serial, blocks.first, [False] * count, failures={FailureCause.CANCELLED: count})

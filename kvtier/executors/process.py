@@ -108,7 +108,7 @@ class IOProcess(IOExecutor):
         self._pidfd: Descriptor | None = None
         self._socket: socket.socket | None = None
         self._descriptor: Descriptor | None = None
-        self._queue = TaskQueue[Open | Probe | Cancel | Chore]()
+        self._queue = TaskQueue[Part, Open | Probe | Cancel | Chore]()
         self._unsent: list[Request] = []
         """Messages taken from the queue, in the order in which they will be sent."""
         self._packet: tuple[bytes, int] | None = None

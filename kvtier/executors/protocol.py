@@ -154,23 +154,10 @@ class Part(_Keyed, frozen=True, tag=2):
         """Slots of the store, unpacked at every access; None if keys are the location."""
         return None if self.packed_store_slots is None else _unpack_slots(self.packed_store_slots)
 
-    def cut(self, max_blocks: int) -> list[Part]:
-        """Return this part, cut into parts of at most `max_blocks` blocks."""
-        if self.num_blocks <= max_blocks:
-            return [self]
-        return [self._slice(start, start + max_blocks) for start in range(0, self.num_blocks, max_blocks)]
-
-    def _slice(self, start: int, stop: int) -> Part:
-        slots, store_slots = slice(start * _SLOT_BYTES, stop * _SLOT_BYTES), self.packed_store_slots
-        return Part(
-            self.key_bytes,
-            self.joined_keys[start * self.key_bytes : stop * self.key_bytes],
-            self.serial,
-            self.first + start,
-            self.is_load,
-            self.packed_arena_slots[slots],
-            None if store_slots is None else store_slots[slots],
-        )
+    @property
+    def has_store_slots(self) -> bool:
+        """Whether the blocks have slots of the store."""
+        return self.packed_store_slots is not None
 
 
 class Probe(_Keyed, frozen=True, tag=3):

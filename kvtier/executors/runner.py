@@ -8,11 +8,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import compress
-from typing import Any
+from typing import Any, TypeVarTuple
 
 from kvtier.abc import BlockStore, FailureCounter, SlotStore, StoreContext
 from kvtier.errors import StoreError, StoreUnavailableError
 from kvtier.executors.base import StoreDescription
+from kvtier.executors.pieces import Piece
 from kvtier.executors.protocol import (
     MAX_CURSOR_BYTES,
     Chore,
@@ -21,7 +22,6 @@ from kvtier.executors.protocol import (
     IndexBatch,
     Keep,
     ListKeys,
-    Part,
     PartResult,
     Prepared,
     Probe,
@@ -36,6 +36,8 @@ from kvtier.stores.compression.store import CompressedStore
 from kvtier.stores.integrity.checked_store import CheckedStore
 from kvtier.stores.varied import VariedStore
 from kvtier.types import MOST_LISTED, FailureCause, KeyPage
+
+Arguments = TypeVarTuple("Arguments")
 
 _SECONDS_BETWEEN_USAGES = 1.0
 """An unchanged usage is reported again after this time: of two threads' reports, the older one may arrive last."""
@@ -66,8 +68,9 @@ class ThreadFailures(FailureCounter):
         """Return what this thread has counted since `begin`, and what the store's own threads have counted."""
         counts: dict[FailureCause, int] = self._own.counts
         self._own.counts = None
-        for cause, blocks in self.take().items():
-            counts[cause] = counts.get(cause, 0) + blocks
+        if self._counts:
+            for cause, blocks in self.take().items():
+                counts[cause] = counts.get(cause, 0) + blocks
         return counts
 
 
@@ -148,25 +151,26 @@ class StoreRunner:
         except Exception as error:
             raise StoreUnavailableError(f"recovery: {type(error).__name__}: {error}") from error
 
-    def run(self, parts: Sequence[Part], buffers: Sequence[memoryview]) -> list[PartResult]:
-        """Move parts, all of them loads or all stores, between `buffers` and the store. Never raises.
+    def run(self, pieces: Sequence[Piece], buffers: Sequence[memoryview]) -> list[PartResult]:
+        """Move pieces, all of them loads or all stores, between `buffers` and the store. Never raises.
 
-        Several parts must have slots of the store. They are moved by one call into it, unless a slot comes twice.
+        Several pieces must have slots of the store. They are moved by one call into it, unless a slot comes twice.
 
         Args:
-            buffers: one per block, part after part.
+            buffers: one per block, piece after piece.
         """
-        first = parts[0]
-        if len(parts) == 1:
+        first = pieces[0]
+        if len(pieces) == 1:
             successes, failures = self._move(first.is_load, first.keys, first.store_slots, buffers)
             num_bytes = successes.count(True) * self._block_bytes
             return [PartResult(first.serial, first.first, successes, num_bytes, failures)]
-        store_slots = [slot for part in parts for slot in part.store_slots or ()]
+        store_slots = [slot for piece in pieces for slot in piece.store_slots or ()]
         if len(set(store_slots)) < len(store_slots):  # one call may name a slot only once
-            return self.run(parts[:1], buffers[: first.num_blocks]) + self.run(parts[1:], buffers[first.num_blocks :])
-        keys = [key for part in parts for key in part.keys]
+            count = first.num_blocks
+            return self.run(pieces[:1], buffers[:count]) + self.run(pieces[1:], buffers[count:])
+        keys = [key for piece in pieces for key in piece.keys]
         successes, failures = self._move(first.is_load, keys, store_slots, buffers)
-        return split_result(successes, failures, parts, self._block_bytes)
+        return split_result(successes, failures, pieces, self._block_bytes)
 
     def _move(
         self,
@@ -177,12 +181,13 @@ class StoreRunner:
     ) -> tuple[list[bool], dict[FailureCause, int]]:
         """Return success per block, and the number of failed blocks by cause."""
         self._failures.begin()
-        successes = self._guarded(len(keys), lambda: self._call(is_load, keys, store_slots, buffers))
+        successes = self._guarded(len(keys), self._call, is_load, keys, store_slots, buffers)
         failures = self._failures.end()
-        failed = successes.count(False)
-        if failed and (unexplained := failed - sum(failures.values())) > 0:
-            cause = FailureCause.ABSENT if is_load and failed < len(successes) else FailureCause.IO_ERROR
-            failures[cause] = failures.get(cause, 0) + unexplained
+        if False in successes:
+            failed = successes.count(False)
+            if (unexplained := failed - sum(failures.values())) > 0:
+                cause = FailureCause.ABSENT if is_load and failed < len(successes) else FailureCause.IO_ERROR
+                failures[cause] = failures.get(cause, 0) + unexplained
         return successes, failures
 
     def answer(self, probe: Probe) -> ProbeAnswer:
@@ -299,13 +304,13 @@ class StoreRunner:
             raise StoreError("a part without slots for a store of slots")
         return (self._slots.read_into if is_load else self._slots.write)(store_slots, keys, buffers)
 
-    def _guarded(self, count: int, call: Callable[[], Sequence[bool]]) -> list[bool]:
+    def _guarded(self, count: int, call: Callable[[*Arguments], Sequence[bool]], *arguments: *Arguments) -> list[bool]:
         """Return the `count` answers of `call`; all False if it raises or gives another number.
 
         Only the first fault of this store is logged.
         """
         try:
-            answers = [bool(answer) for answer in call()]
+            answers = list(map(bool, call(*arguments)))
             if len(answers) == count:
                 return answers
             self._complain(f"gave {len(answers)} answers for {count} blocks")
@@ -328,9 +333,9 @@ def _by_kind(store: SlotStore | BlockStore) -> tuple[SlotStore | None, BlockStor
 
 
 def split_result(
-    successes: Sequence[bool], failures: Mapping[FailureCause, int], parts: Sequence[Part], block_bytes: int
+    successes: Sequence[bool], failures: Mapping[FailureCause, int], pieces: Sequence[Piece], block_bytes: int
 ) -> list[PartResult]:
-    """Return the results of parts that one call has moved, part after part.
+    """Return the results of pieces that one call has moved, piece after piece.
 
     The store says per block whether it failed, but counts the causes per call. So the causes are given to the failed
     blocks in order.
@@ -338,11 +343,11 @@ def split_result(
     causes = [cause for cause, count in failures.items() for _ in range(count)]
     results: list[PartResult] = []
     start = 0
-    for part in parts:
-        own = list(successes[start : start + part.num_blocks])
-        start += part.num_blocks
+    for piece in pieces:
+        own = list(successes[start : start + piece.num_blocks])
+        start += piece.num_blocks
         failed = own.count(False)
         own_causes, causes = causes[:failed], causes[failed:]
         num_bytes = (len(own) - failed) * block_bytes
-        results.append(PartResult(part.serial, part.first, own, num_bytes, Counter(own_causes) if failed else {}))
+        results.append(PartResult(piece.serial, piece.first, own, num_bytes, Counter(own_causes) if failed else {}))
     return results

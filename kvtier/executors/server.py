@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from kvtier.errors import ConfigError, ProtocolError, StoreUnavailableError
 from kvtier.executors.base import StoreDescription
 from kvtier.executors.loop import StoreLoop
+from kvtier.executors.pieces import Piece, arena_slots
 from kvtier.executors.protocol import (
     MAX_PACKET_BYTES,
     REQUESTS,
@@ -223,8 +224,8 @@ class Server:
                 share = 1 if started - self._loop.busy_at > _SECONDS_QUIET else 9
                 self._ending.wait(share * (now - started))
 
-    def _move(self, runner: StoreRunner, parts: Sequence[Part]) -> list[PartResult]:
-        return runner.run(parts, self._rows.of([slot for part in parts for slot in part.arena_slots]))
+    def _move(self, runner: StoreRunner, pieces: Sequence[Piece]) -> list[PartResult]:
+        return runner.run(pieces, self._rows.of(arena_slots(pieces)))
 
 
 class Watchdog:

@@ -16,6 +16,7 @@ from kvtier import forks
 from kvtier.errors import StoreUnavailableError
 from kvtier.executors.base import IOExecutor, Report, StoreDescription
 from kvtier.executors.loop import StoreLoop, cancelled
+from kvtier.executors.pieces import Piece, arena_slots
 from kvtier.executors.protocol import Chore, IndexEnd, Part, PartResult, Probe, Ready, Unavailable
 from kvtier.executors.runner import StoreRunner
 from kvtier.keys import OffloadKey
@@ -136,20 +137,20 @@ class ThreadExecutor(IOExecutor):
         memory = memoryview(bytearray(self._loop.blocks_per_call * block_bytes))
         buffers = [memory[at : at + block_bytes] for at in range(0, len(memory), block_bytes)]
 
-        def move(runner: StoreRunner, parts: Sequence[Part]) -> list[PartResult]:
-            return self._move(runner, parts, buffers)
+        def move(runner: StoreRunner, pieces: Sequence[Piece]) -> list[PartResult]:
+            return self._move(runner, pieces, buffers)
 
         self._loop.run(runner, move, self._report)
 
-    def _move(self, runner: StoreRunner, parts: Sequence[Part], buffers: list[memoryview]) -> list[PartResult]:
-        slots = [slot for part in parts for slot in part.arena_slots]
-        if not parts[0].is_load and not self._copy(slots, buffers, to_arena=False):
-            return [cancelled(part) for part in parts]
-        results = runner.run(parts, buffers[: len(slots)])
-        if parts[0].is_load:
+    def _move(self, runner: StoreRunner, pieces: Sequence[Piece], buffers: list[memoryview]) -> list[PartResult]:
+        slots, is_load = arena_slots(pieces), pieces[0].is_load
+        if not is_load and not self._copy(slots, buffers, to_arena=False):
+            return list(map(cancelled, pieces))
+        results = runner.run(pieces, buffers[: len(slots)])
+        if is_load:
             successes = [success for result in results for success in result.successes]
             if not self._copy(compress(slots, successes), compress(buffers, successes), to_arena=True):
-                return [cancelled(part) for part in parts]
+                return list(map(cancelled, pieces))
         return results
 
     def _copy(self, slots: Iterable[int], buffers: Iterable[memoryview], *, to_arena: bool) -> bool:

@@ -16,7 +16,7 @@ MAX_BUFFERS = 1024
 NO_SPACE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _NUM_BYTES = attrgetter("nbytes")
 
-_VectoredCall = Callable[[int, Sequence[memoryview], int], int]
+VectoredCall = Callable[[int, Sequence[memoryview], int], int]
 
 
 def is_page_aligned(buffer: memoryview) -> bool:
@@ -31,7 +31,7 @@ def read_fully(descriptor: int, buffers: Sequence[memoryview], offset: int, unit
     Args:
         unit: PAGE_BYTES for direct I/O. After a call that moves no multiple of it, no further call could be aligned.
     """
-    return _transfer(os.preadv, descriptor, buffers, offset, unit)
+    return move_fully(os.preadv, descriptor, buffers, offset, unit)
 
 
 def write_fully(descriptor: int, buffers: Sequence[memoryview], offset: int, unit: int = 1) -> int:
@@ -40,11 +40,16 @@ def write_fully(descriptor: int, buffers: Sequence[memoryview], offset: int, uni
     Args:
         unit: as in `read_fully`.
     """
-    return _transfer(os.pwritev, descriptor, buffers, offset, unit)
+    return move_fully(os.pwritev, descriptor, buffers, offset, unit)
 
 
-def _transfer(call: _VectoredCall, descriptor: int, buffers: Sequence[memoryview], offset: int, unit: int) -> int:
-    """Repeat `call` until all bytes are moved, a call moves none, or the rest would not be aligned."""
+def move_fully(call: VectoredCall, descriptor: int, buffers: Sequence[memoryview], offset: int, unit: int) -> int:
+    """Repeat a call until all bytes are moved, it moves none, or the rest would not be aligned; return the bytes moved.
+
+    Args:
+        call: `os.preadv` or `os.pwritev`.
+        unit: as in `read_fully`.
+    """
     done = 0
     pending = list(buffers)
     total = sum(map(_NUM_BYTES, pending))

@@ -11,6 +11,7 @@ from kvtier.executors.loop import Joiner, join_results
 from kvtier.executors.protocol import Part, PartResult, Probe
 from kvtier.executors.queue import TaskQueue
 from kvtier.executors.runner import split_result
+from kvtier.testing.patience import wait_for
 from kvtier.testing.stores import make_key
 from kvtier.types import FailureCause
 
@@ -127,6 +128,17 @@ def test_every_waiting_thread_gets_one_of_the_tasks_that_come_together():
         for worker in workers:
             worker.result()
     assert not queue
+
+
+def test_threads_that_wait_end_when_the_queue_is_closed():
+    queue = TaskQueue()
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(queue.take, 1) for _ in range(4)]
+        queue.put(make_part(1, 0, 1))
+        wait_for(lambda: sum(worker.done() for worker in waiting) == 1)
+        queue.close()
+        assert sorted(len(worker.result(30)) for worker in waiting) == [0, 0, 0, 1]
+    assert queue.take(1) == ()
 
 
 def test_what_is_taken_to_be_sent_has_the_same_order():

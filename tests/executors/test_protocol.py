@@ -216,18 +216,6 @@ def test_as_many_blocks_as_fit_a_packet_fit_it(key_bytes, number):
     assert decode(encode([index])[0], REPORTS) == [index]
 
 
-@pytest.mark.parametrize("max_blocks", [1, 3, 7, 10])
-def test_a_part_is_cut_into_parts_that_hold_its_blocks_in_their_order(max_blocks):
-    keys, slots = [bytes([number]) * 36 for number in range(7)], list(range(10, 17))
-    for store_slots in (None, list(range(20, 27))):
-        pieces = Part.of(5, 2, True, keys, slots, store_slots).cut(max_blocks)
-        assert all(piece.num_blocks <= max_blocks and piece.serial == 5 and piece.is_load for piece in pieces)
-        assert [piece.first for piece in pieces] == list(range(2, 9, max_blocks))
-        assert [key for piece in pieces for key in piece.keys] == keys
-        assert [slot for piece in pieces for slot in piece.arena_slots] == slots
-        assert [slot for piece in pieces for slot in piece.store_slots or ()] == (store_slots or [])
-
-
 @pytest.mark.parametrize(
     "make",
     [

@@ -13,11 +13,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypeVar
 
 from kvtier.errors import ConfigError
 from kvtier.stores.integrity.header import HEADER_BYTES, MAX_PAYLOAD_BYTES, MAX_SLOT
 from kvtier.stores.vectored import MAX_BUFFERS
+
+V = TypeVar("V")
 
 LOCK_NAME = "lock"
 DESCRIPTION_NAME = "namespace.json"
@@ -74,13 +76,17 @@ class Run(NamedTuple):
         segment: number of the data file.
         offset: of the first payload in it, in bytes.
         slot: the first slot.
-        positions: per slot, its index in the caller's sequence.
+        positions: per slot, its index in the caller's sequence; a range if the run is the whole sequence.
     """
 
     segment: int
     offset: int
     slot: int
-    positions: list[int]
+    positions: Sequence[int]
+
+    def of(self, values: Sequence[V]) -> Sequence[V]:
+        """Return those of the caller's values that belong to the run, in the order of its slots."""
+        return values if isinstance(self.positions, range) else [values[position] for position in self.positions]
 
     def split(self, block_bytes: int) -> Iterator[Run]:
         """Yield one run per slot."""
@@ -182,7 +188,7 @@ def coalesce(
         first = slots[0]
         within = first % geometry.slots_per_segment + len(slots) <= geometry.slots_per_segment
         if within and list(slots) == list(range(first, first + len(slots))):
-            return [Run(*geometry.locate(first), first, list(range(len(slots))))]
+            return [Run(*geometry.locate(first), first, range(len(slots)))]
     runs: list[Run] = []
     run: list[int] = []
     end = -1

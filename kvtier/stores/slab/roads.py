@@ -29,19 +29,22 @@ class Road(Enum):
 
 
 class RoadChoice:
-    """Measures both roads of one direction and chooses. Threads may share it: a lost sample does no harm."""
+    """Measures both roads of one direction and chooses. Threads may share it: a lost sample does no harm.
+
+    Attributes:
+        only: the road to take always; None to choose by measuring.
+    """
 
     def __init__(self, only: Road | None = None) -> None:
-        """Args: only: the road to take always; None to choose by measuring."""
-        self._only = only
+        self.only = only
         self._calls = itertools.count()
         self._times: dict[Road, deque[float]] = {road: deque(maxlen=SAMPLES) for road in Road}
         self._better = Road.STRAIGHT
 
     def choose(self) -> Road:
         """Return the road for the next call: at first both in turn, then the better one, and rarely the other."""
-        if self._only is not None:
-            return self._only
+        if self.only is not None:
+            return self.only
         call = next(self._calls)
         if call < 2 * SAMPLES:
             return Road.COPIED if call % 2 == 0 else Road.STRAIGHT
@@ -51,7 +54,7 @@ class RoadChoice:
 
     def learn(self, road: Road, num_bytes: int, seconds: float) -> None:
         """Note how long a call on a road took that has moved all of its bytes. One that failed may have been quick."""
-        if self._only is not None or not num_bytes:
+        if self.only is not None or not num_bytes:
             return
         self._times[road].append(seconds / num_bytes)
         straight, copied = (statistics.median(tuple(times) or (math.inf,)) for times in self._times.values())

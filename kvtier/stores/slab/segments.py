@@ -14,7 +14,7 @@ from kvtier.log import logger
 from kvtier.stores.mounts import TELLS_UNWRITTEN, filesystem_type
 from kvtier.stores.own_files import Folder
 from kvtier.stores.slab.layout import SlabGeometry, data_name, segment_of
-from kvtier.stores.vectored import NO_SPACE_ERRORS, PAGE_BYTES, is_page_aligned, read_fully, write_fully
+from kvtier.stores.vectored import NO_SPACE_ERRORS, PAGE_BYTES, VectoredCall, is_page_aligned, move_fully
 
 _NO_FALLOCATE = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV})
 AHEAD_BYTES = 4 << 20
@@ -50,12 +50,12 @@ class DataFiles:
 
     def write(self, segment: int, offset: int, buffers: Sequence[memoryview]) -> int:
         """Write neighbouring payloads; return the bytes written."""
-        return self._transfer(write_fully, segment, offset, buffers)
+        return self._transfer(os.pwritev, segment, offset, buffers)
 
     def read(self, segment: int, offset: int, buffers: Sequence[memoryview]) -> int:
         """Read neighbouring payloads; return the bytes read: fewer if the file ends, 0 if it does not exist."""
         try:
-            return self._transfer(read_fully, segment, offset, buffers)
+            return self._transfer(os.preadv, segment, offset, buffers)
         except FileNotFoundError:
             return 0
 
@@ -68,7 +68,7 @@ class DataFiles:
 
     def _transfer(
         self,
-        call: Callable[[int, Sequence[memoryview], int, int], int],
+        call: VectoredCall,
         segment: int,
         offset: int,
         buffers: Sequence[memoryview],
@@ -78,13 +78,15 @@ class DataFiles:
         """
         if self.direct:
             try:
-                return call(self._descriptor(segment, direct=True), buffers, offset, PAGE_BYTES)
+                known = self._descriptors.get((segment, True))
+                descriptor = self._descriptor(segment, direct=True) if known is None else known
+                return move_fully(call, descriptor, buffers, offset, PAGE_BYTES)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
                 if all(map(is_page_aligned, buffers)):
                     self._stop_direct(error)
-        return call(self._descriptor(segment, direct=False), buffers, offset, 1)
+        return move_fully(call, self._descriptor(segment, direct=False), buffers, offset, 1)
 
     def _stop_direct(self, error: OSError) -> None:
         with self._lock:

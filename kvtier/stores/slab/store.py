@@ -152,7 +152,7 @@ class SlabStore(SlotStore):
         results, (road, sealer), start = [False] * len(slots), self._road(self._writing), time.perf_counter()
         for run in self._runs(slots, buffers, sealer.most_sealed(self._geometry.block_bytes)):
             self._write_run(sealer, run, keys, buffers, results)
-        if all(results):
+        if self._writing.only is None and all(results):
             self._writing.learn(road, len(buffers) * self._geometry.block_bytes, time.perf_counter() - start)
         return results
 
@@ -165,7 +165,7 @@ class SlabStore(SlotStore):
         results, (road, sealer), start = [False] * len(slots), self._road(self._reading), time.perf_counter()
         for run in self._runs(slots, buffers, sealer.most_opened(self._geometry.block_bytes)):
             self._read_run(sealer, run, keys, buffers, results)
-        if all(results):
+        if self._reading.only is None and all(results):
             self._reading.learn(road, len(buffers) * self._geometry.block_bytes, time.perf_counter() - start)
         return results
 
@@ -202,6 +202,8 @@ class SlabStore(SlotStore):
 
     def _road(self, choice: RoadChoice) -> tuple[Road, Sealer]:
         """Choose a road for the blocks of a call, and the sealer for it. Through the page cache there is no choice."""
+        if choice.only is Road.STRAIGHT:
+            return Road.STRAIGHT, self._sealer
         road = choice.choose() if self._segments.direct else Road.STRAIGHT
         return road, self._copying_sealer if road is Road.COPIED else self._sealer
 
@@ -226,11 +228,8 @@ class SlabStore(SlotStore):
         results: list[bool],
     ) -> None:
         block_bytes = self._geometry.block_bytes
-        payloads, records = sealer.seal(
-            [keys[position] for position in run.positions],
-            [buffers[position] for position in run.positions],
-            range(run.slot, run.slot + len(run.positions)),
-        )
+        slots = range(run.slot, run.slot + len(run.positions))
+        payloads, records = sealer.seal(run.of(keys), run.of(buffers), slots)
         try:
             self._segments.reserve(run.segment, run.offset + len(payloads) * block_bytes)
             written = self._segments.write(run.segment, run.offset, payloads) // block_bytes
@@ -270,9 +269,9 @@ class SlabStore(SlotStore):
         buffers: Sequence[memoryview],
         results: list[bool],
     ) -> None:
-        payloads = [buffers[position] for position in run.positions]
+        payloads = run.of(buffers)
         try:
-            causes = self._receive(sealer, run, [keys[position] for position in run.positions], payloads)
+            causes = self._receive(sealer, run, run.of(keys), payloads)
         except OSError as error:
             if len(payloads) == 1:
                 self._errors.count(error)
@@ -316,7 +315,9 @@ class SlabStore(SlotStore):
             payloads,
             range(run.slot, run.slot + len(payloads)),
         )
-        return [cause or (FailureCause.CORRUPT if index >= filled else None) for index, cause in enumerate(causes)]
+        if filled < len(causes):
+            causes[filled:] = [cause or FailureCause.CORRUPT for cause in causes[filled:]]
+        return causes
 
     def _receive_in_portions(
         self, sealer: Sealer, run: Run, keys: Sequence[OffloadKey], payloads: Sequence[memoryview]
