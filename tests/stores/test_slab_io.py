@@ -136,11 +136,12 @@ LARGE = 2 * PORTION_BYTES + 3 * PAGE_BYTES
 """A block of three portions, the last one smaller."""
 
 
-@pytest.fixture
-def large(tmp_path):
-    """A slab with three large blocks, and their payloads."""
+@pytest.fixture(params=list(Road))
+def large(tmp_path, request):
+    """A slab with three large blocks, and their payloads, on each road."""
     context = make_context(block_bytes=LARGE)
-    store = open_slab(tmp_path / "slab", context, capacity=8 * LARGE)
+    options = {"path": str(tmp_path / "slab"), "capacity": 8 * LARGE}
+    store = SlabStore.open(options, context, road=request.param)
     payloads = page_aligned(3, LARGE)
     for number, payload in enumerate(payloads):
         payload[:] = make_payload(number, LARGE)
@@ -204,6 +205,18 @@ def test_a_bad_sector_costs_its_own_block_only(tmp_path, monkeypatch, caplog, co
     assert context.failures.take() == {cause: 5}
     assert len(caplog.records) == 1
     store.close()
+
+
+def test_a_large_block_that_cannot_be_written_to_its_end_is_a_miss(large, calls, monkeypatch):
+    store, _, payloads = large
+    buffers = page_aligned(1, LARGE)
+    buffers[0][:] = payloads[1]
+    with monkeypatch.context() as patch:
+        failing_at(patch, "pwritev", 3 * LARGE + 2 * PORTION_BYTES, errno.EIO)
+        assert store.write([3], [KEYS[1]], buffers) == [False]
+    assert calls == [("pwritev", 1)] * 2, "each portion is written by a call of its own"
+    assert store.write([3], [KEYS[1]], buffers) == [True]
+    assert store.read_into([2, 3, 5], KEYS, page_aligned(3, LARGE)) == [True] * 3
 
 
 def test_without_direct_io_it_uses_the_page_cache_and_says_so_once(tmp_path, monkeypatch, caplog):

@@ -86,11 +86,11 @@ class EncryptedSealer(Sealer):
         return self._decrypt(header, key, stored, None, slot)
 
     def seal_stream(
-        self, key: OffloadKey, payload_bytes: int, memory: Callable[[int], memoryview] | None = None
+        self, key: OffloadKey, payload_bytes: int, memory: Callable[[int], memoryview] | None = None, slot: int = 0
     ) -> SealStream:
         """Return a stream that encrypts each piece."""
         nonce = os.urandom(NONCE_BYTES)
-        body = self.headers.begin(key, payload_bytes, 0, nonce)
+        body = self.headers.begin(key, payload_bytes, slot, nonce)
         return _EncryptedSealStream(self._cipher.encryptor(key, nonce, body), body, memory or self._scratch.next_piece)
 
     def open_stream(self, key: OffloadKey, buffer: memoryview, slot: int = 0) -> OpenStream:

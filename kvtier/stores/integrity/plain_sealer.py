@@ -73,12 +73,20 @@ class PlainSealer(Sealer):
         return sealer
 
     def most_sealed(self, block_bytes: int) -> int | None:
-        """Return how many blocks are copied before one call of the system; None if none is copied."""
+        """Return how many blocks are copied before one call of the system; 1 of large blocks, else None, if none is."""
+        if block_bytes > PORTION_BYTES:
+            return 1
         return None if self._scratch is None else max(1, PORTION_BYTES // whole_pages(block_bytes))
 
     def reads_portions(self, block_bytes: int) -> bool:
         """Return True if a block is copied, and larger than a portion."""
         return self._scratch is not None and block_bytes > PORTION_BYTES
+
+    def seals_portions(self, block_bytes: int) -> bool:
+        """Return True if a block is larger than a portion: while one portion is summed, the device writes those of
+        other threads.
+        """
+        return block_bytes > PORTION_BYTES
 
     def seal(
         self, keys: Sequence[OffloadKey], payloads: Sequence[memoryview], slots: Iterable[int] = NO_SLOTS
@@ -184,10 +192,12 @@ class PlainSealer(Sealer):
         return xxhash.xxh3_128() if self._authenticator is None else self._authenticator.checksum()
 
     def seal_stream(
-        self, key: OffloadKey, payload_bytes: int, memory: Callable[[int], memoryview] | None = None
+        self, key: OffloadKey, payload_bytes: int, memory: Callable[[int], memoryview] | None = None, slot: int = 0
     ) -> SealStream:
-        """Return a stream that adds each piece to the checksum."""
-        return _PlainSealStream(self, key, payload_bytes)
+        """Return a stream that adds each piece to the checksum, and copies it if the sealer has scratch memory."""
+        if self._scratch is not None:
+            return _CopiedSealStream(self, key, payload_bytes, slot, self._scratch)
+        return _PlainSealStream(self, key, payload_bytes, slot)
 
     def open_stream(self, key: OffloadKey, buffer: memoryview, slot: int = 0) -> OpenStream:
         """Return a stream that adds each piece to the checksum, and copies it if the sealer has scratch memory."""
@@ -213,8 +223,8 @@ def _held_checksum_of(payload: Bytes) -> bytes:
 
 
 class _PlainSealStream(SealStream):
-    def __init__(self, sealer: PlainSealer, key: OffloadKey, payload_bytes: int) -> None:
-        self._sealer, self._key, self._payload_bytes = sealer, key, payload_bytes
+    def __init__(self, sealer: PlainSealer, key: OffloadKey, payload_bytes: int, slot: int) -> None:
+        self._sealer, self._key, self._payload_bytes, self._slot = sealer, key, payload_bytes, slot
         self._checksum = sealer.checksum()
 
     def note(self, piece: memoryview) -> None:
@@ -224,7 +234,21 @@ class _PlainSealStream(SealStream):
         return piece
 
     def header(self) -> bytes:
-        return self._sealer.header_of(self._key, self._payload_bytes, self._checksum.digest())
+        return self._sealer.header_of(self._key, self._payload_bytes, self._checksum.digest(), self._slot)
+
+
+class _CopiedSealStream(_PlainSealStream):
+    def __init__(self, sealer: PlainSealer, key: OffloadKey, payload_bytes: int, slot: int, scratch: Scratch) -> None:
+        super().__init__(sealer, key, payload_bytes, slot)
+        self._scratch = scratch
+
+    def note(self, piece: memoryview) -> None:
+        """Do nothing: `take` has summed it."""
+
+    def take(self, piece: memoryview) -> memoryview:
+        (copy,) = self._scratch.like([piece])
+        _copy_summed(self._checksum, piece, copy)
+        return copy
 
 
 class _PlainOpenStream(OpenStream):

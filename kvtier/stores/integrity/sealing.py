@@ -19,7 +19,8 @@ from kvtier.types import FailureCause
 MAX_SCRATCH_BYTES = 16 << 20
 """Private memory that a thread keeps for one batch, unless one block needs more."""
 PORTION_BYTES = 4 << 20
-"""Bytes that pass private memory at once: as many as a call into a slab moves, so that it makes one system call.
+"""Bytes that pass private memory, or are summed and written, at once: as many as a call into a slab moves, so that it
+makes one system call. Of a larger block, the device writes one portion while other threads sum theirs.
 
 Portions of 1 MiB stay in a core's own (L2) cache, and yet take more processor time, up to a third more for small
 blocks: four times as many system calls, and as many times the steps around them. The copy itself works in pieces that
@@ -97,6 +98,12 @@ class Sealer(ABC):
         """Return whether it is faster to read a payload through `open_stream`, in portions of `PORTION_BYTES`."""
         return False
 
+    def seals_portions(self, block_bytes: int) -> bool:
+        """Return whether it is faster to write a payload through `seal_stream`, in portions of `PORTION_BYTES`. Then
+        `take` accepts these, and what it returns may be used until the next call.
+        """
+        return False
+
     def through_huge_pages(self) -> Sealer:
         """Return a sealer for the same blocks that is faster with direct I/O between small pages and a device: what it
         seals and what it receives is in huge pages.
@@ -151,7 +158,7 @@ class Sealer(ABC):
 
     @abstractmethod
     def seal_stream(
-        self, key: OffloadKey, payload_bytes: int, memory: Callable[[int], memoryview] | None = None
+        self, key: OffloadKey, payload_bytes: int, memory: Callable[[int], memoryview] | None = None, slot: int = 0
     ) -> SealStream:
         """Return a stream that seals a payload piece by piece.
 

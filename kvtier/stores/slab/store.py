@@ -227,20 +227,42 @@ class SlabStore(SlotStore):
         buffers: Sequence[memoryview],
         results: list[bool],
     ) -> None:
-        block_bytes = self._geometry.block_bytes
-        slots = range(run.slot, run.slot + len(run.positions))
-        payloads, records = sealer.seal(run.of(keys), run.of(buffers), slots)
         try:
-            self._segments.reserve(run.segment, run.offset + len(payloads) * block_bytes)
-            written = self._segments.write(run.segment, run.offset, payloads) // block_bytes
-            self._records.write(run.slot, b"".join(records[:written]))
+            written = self._send(sealer, run, run.of(keys), run.of(buffers))
         except OSError as error:
             self._write_singly(sealer, run, keys, buffers, results, error)
             return
         for position in run.positions[:written]:
             results[position] = True
-        if written < len(payloads):
-            self._failures.count(FailureCause.IO_ERROR, len(payloads) - written)
+        if written < len(run.positions):
+            self._failures.count(FailureCause.IO_ERROR, len(run.positions) - written)
+
+    def _send(self, sealer: Sealer, run: Run, keys: Sequence[OffloadKey], payloads: Sequence[memoryview]) -> int:
+        """Write the payloads of a run, then their records; return how many were written."""
+        block_bytes, count = self._geometry.block_bytes, len(payloads)
+        if sealer.seals_portions(block_bytes):
+            return self._send_in_portions(sealer, run, keys, payloads)
+        stored, records = sealer.seal(keys, payloads, range(run.slot, run.slot + count))
+        self._segments.reserve(run.segment, run.offset + count * block_bytes)
+        written = self._segments.write(run.segment, run.offset, stored) // block_bytes
+        self._records.write(run.slot, b"".join(records[:written]))
+        return written
+
+    def _send_in_portions(
+        self, sealer: Sealer, run: Run, keys: Sequence[OffloadKey], payloads: Sequence[memoryview]
+    ) -> int:
+        """Write the one payload of a run, portion by portion; return as `_send`."""
+        (key,), (payload,) = keys, payloads
+        stream = sealer.seal_stream(key, payload.nbytes, slot=run.slot)
+        self._segments.reserve(run.segment, run.offset + payload.nbytes)
+        for start in range(0, payload.nbytes, PORTION_BYTES):
+            portion = payload[start : start + PORTION_BYTES]
+            stored = stream.take(portion)
+            stream.note(portion)
+            if self._segments.write(run.segment, run.offset + start, [stored]) < portion.nbytes:
+                return 0
+        self._records.write(run.slot, stream.header())
+        return 1
 
     def _write_singly(
         self,
