@@ -1,4 +1,8 @@
-"""Held blocks as prefix trees. A node is a part: consecutive blocks that one request used last, with one class."""
+"""Held blocks as prefix trees. A node is a part: consecutive blocks that one request used last, with one class.
+
+Tables with an entry per block hold numbers of parts, and no parts: Python's garbage collector visits each entry of a
+dict that holds objects of classes, and none of a dict of bytes and integers.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,12 @@ from kvtier.key_tables import KeyDict, key_dict
 from kvtier.keys import OffloadKey
 
 MIN_FORWARDED = 32
-"""Fewest blocks of a part that are not entered anew when it joins another one, but found through it. In a large table
-each entry costs a cache miss; and a part that stays behind takes some 300 bytes."""
+"""Fewest blocks of a part that are not entered anew when it joins another one, but found through its number. In a large
+table each entry costs a cache miss; and a number that stays behind takes some 50 bytes."""
+
+_FREED_AT_ONCE = 4
+"""Parts of a cleared policy that a later call frees. To free the blocks of all parts at once takes tens of
+milliseconds."""
 
 
 class Request:
@@ -64,9 +72,22 @@ class Part:
         place: index, in the parent's `keys`, of the block before this part.
         children: the parts that continue this one.
         joined_to: the part that its blocks belong to since it was joined; None if it was not.
+        numbers: what tables hold in place of this part: its own number, then those of parts that were joined to it.
     """
 
-    __slots__ = ("bin", "children", "ghosts", "joined_to", "keys", "kind", "parent", "place", "request", "uses")
+    __slots__ = (
+        "bin",
+        "children",
+        "ghosts",
+        "joined_to",
+        "keys",
+        "kind",
+        "numbers",
+        "parent",
+        "place",
+        "request",
+        "uses",
+    )
 
     def __init__(self, keys: list[OffloadKey], kind: int, uses: int, request: Request) -> None:
         self.keys, self.kind, self.uses, self.request = keys, kind, uses, request
@@ -74,6 +95,7 @@ class Part:
         self.parent: Part | None = None
         self.children: dict[Part, None] = {}
         self.joined_to: Part | None = None
+        self.numbers: list[int] = []
 
     @property
     def is_leaf(self) -> bool:
@@ -94,25 +116,67 @@ def living(part: Part) -> Part:
     return part
 
 
+_NOBODY = Part([], 0, 0, Request(0.0))
+
+
 class Chains:
     """The parts that hold blocks, and how they continue one another.
 
     Attributes:
-        part_of: a part for each held key: its own, or one that was joined to it. `find` and `living` return its own.
+        number_of: the number of its part, for each held key.
+        parts: the parts by number, also those of which only ghosts are left.
     """
 
     def __init__(self, capacity: int) -> None:
         """Args: capacity: most held keys."""
-        self.part_of: KeyDict[Part] = key_dict(capacity)
+        self.number_of: KeyDict[int] = key_dict(capacity)
+        self.parts: list[Part] = []
+        self._unused: list[int] = []
+        self._former: list[Part] = []
+
+    def number(self, part: Part) -> int:
+        """Return the number of a part; give it one if it has none. It counts until `retire`."""
+        if not part.numbers:
+            if self._unused:
+                number = self._unused.pop()
+                self.parts[number] = part
+            else:
+                number = len(self.parts)
+                self.parts.append(part)
+            part.numbers.append(number)
+        return part.numbers[0]
+
+    def retire(self, part: Part) -> None:
+        """Take the numbers of a part back, if it has neither blocks nor ghosts."""
+        if not part.keys and not part.ghosts:
+            for number in part.numbers:
+                self.parts[number] = _NOBODY
+            self._unused += part.numbers
+            part.numbers = []
 
     def hold(self, part: Part) -> None:
         """Record that `part` holds its keys."""
-        self.part_of.set_all(part.keys, [part] * len(part.keys))
+        if self._former:
+            del self._former[-_FREED_AT_ONCE:]
+        self.number_of.set_all(part.keys, [self.number(part)] * len(part.keys))
 
     def find(self, key: OffloadKey) -> Part | None:
         """Return the part that holds a key; None if it is not held."""
-        part = self.part_of.get(key)
-        return part if part is None or part.joined_to is None else living(part)
+        number = self.number_of.get(key)
+        return None if number is None else self.parts[number]
+
+    def _renumber(self, part: Part) -> None:
+        """Enter all blocks of a part under its own number, and take the others back."""
+        self.number_of.set_all(part.keys, [part.numbers[0]] * len(part.keys))
+        for number in part.numbers[1:]:
+            self.parts[number] = _NOBODY
+        self._unused += part.numbers[1:]
+        del part.numbers[1:]
+
+    def clear(self) -> None:
+        """Forget all parts."""
+        self.number_of.clear()
+        self._former, self.parts, self._unused = self.parts, [], []
 
     def run_at(
         self, keys: Sequence[OffloadKey], place: int, part: Part | None
@@ -216,21 +280,30 @@ class Chains:
         if parent is None:
             raise InvariantError("a part without a parent cannot be joined to it")
         size = len(parent.keys)
-        if len(part.keys) < MIN_FORWARDED:
-            self.part_of.set_all(part.keys, [parent] * len(part.keys))
-        part.joined_to = parent
         parent.keys += part.keys
+        part.joined_to = parent
+        if len(part.keys) >= MIN_FORWARDED:
+            for number in part.numbers:
+                self.parts[number] = parent
+            parent.numbers += part.numbers
+            part.numbers = []
+            # Parts that are cut and joined again and again would get one number more each time.
+            if len(parent.numbers) > 1 + len(parent.keys) // MIN_FORWARDED:
+                self._renumber(parent)
+        else:
+            self.number_of.set_all(part.keys, [self.number(parent)] * len(part.keys))
         parent.children, part.children = part.children, {}
         for child in parent.children:
             child.parent = parent
             child.place += size
         part.keys, part.parent = [], None
+        self.retire(part)
         return parent
 
     def drop(self, part: Part, keys: list[OffloadKey]) -> None:
         """Remove `keys` from `part`; its children continue what is left of it.
 
-        A part left without blocks loses its children. The caller removes the keys from `part_of`.
+        A part left without blocks loses its children. The caller removes the keys from `number_of`.
 
         Args:
             keys: quickest if they are the tail of the part, last block first, or its head, first block first.
@@ -261,9 +334,14 @@ class Chains:
 
     def check_invariants(self) -> None:
         """Raise InvariantError if parts and keys contradict each other."""
-        parts = set(map(living, self.part_of.every_value()))
-        if sum(len(part.keys) for part in parts) != len(self.part_of):
+        parts = {self.parts[number] for number in self.number_of.every_value()}
+        if sum(len(part.keys) for part in parts) != len(self.number_of):
             raise InvariantError("chains: a part miscounts its keys")
+        numbers = {number: part for number, part in enumerate(self.parts) if part is not _NOBODY}
+        if numbers.keys() & set(self._unused) or len(numbers) + len(self._unused) != len(self.parts):
+            raise InvariantError("chains: a number is in use and unused, or neither")
+        if any(number not in part.numbers or not (part.keys or part.ghosts) for number, part in numbers.items()):
+            raise InvariantError("chains: a number of another part, or of one without blocks and ghosts")
         for part in parts:
             if any(self.find(key) is not part for key in part.keys):
                 raise InvariantError("chains: parts and keys differ")

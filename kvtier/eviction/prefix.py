@@ -60,8 +60,8 @@ class PrefixPolicy(EvictionPolicy):
         super().__init__(capacity)
         self._table = ReuseTable()
         self._chains = Chains(capacity)
-        self._part_of = self._chains.part_of
-        self._ghosts: KeyQueue[Part]
+        self._number_of = self._chains.number_of
+        self._ghosts: KeyQueue[int]  # numbers of the parts that they were evicted from
         (self._ghosts,) = key_queues(1, GHOSTS_PER_KEY * capacity)
         self._requests: OrderedDict[float, Request] = OrderedDict()
         self._leaves = Leaves(self._table)
@@ -87,7 +87,7 @@ class PrefixPolicy(EvictionPolicy):
             if run and known.request is not request:
                 used += self._take(known, list(run), request)
             place, known = place + len(run), following
-        others = self._part_of.held(keys[place:]) if place < count else []
+        others = self._number_of.held(keys[place:]) if place < count else []
         for part, same in groupby(others, key=chains.find):
             if part is not None and part.request is not request:
                 used += self._take(part, list(same), request)
@@ -109,7 +109,11 @@ class PrefixPolicy(EvictionPolicy):
             if part.keys[first : first + len(keys)] != keys:  # the caller gave keys out of prefix order
                 wanted = set(keys)
                 runs = [list(same) for is_wanted, same in groupby(part.keys, wanted.__contains__) if is_wanted]
-                return [taken for run in runs for taken in self._take(living(self._part_of[run[0]]), run, request)]
+                return [
+                    taken
+                    for run in runs
+                    for taken in self._take(self._chains.parts[self._number_of[run[0]]], run, request)
+                ]
         request.note_known(part.request, len(keys))
         self._table.note_used(part.kind, request.time - part.request.time, len(keys))
         if first:
@@ -133,7 +137,7 @@ class PrefixPolicy(EvictionPolicy):
             return
         former: list[Part | None] = [None] * len(keys)
         if not ghosts.isdisjoint(keys):
-            former = [ghosts.get(key) for key in keys]
+            former = self._ghosts_of(keys)
             ghosts.discard(keys)
         new: list[Part] = []
         end = 0
@@ -155,6 +159,7 @@ class PrefixPolicy(EvictionPolicy):
         if ghost is None:
             return 1
         ghost.ghosts -= num_blocks
+        self._chains.retire(ghost)
         if ghost.request is request:
             return ghost.uses
         request.note_known(ghost.request, num_blocks)
@@ -274,7 +279,7 @@ class PrefixPolicy(EvictionPolicy):
         if keys:
             ghost = Part([], class_of(1, request.gap), 1, request)
             ghost.ghosts = len(keys)
-            self._ghosts.append(keys, ghost)
+            self._ghosts.append(keys, self._chains.number(ghost))
             self._table.note_reached(ghost.kind, 0, len(keys))
             self._ages.enter(ghost)
 
@@ -328,7 +333,7 @@ class PrefixPolicy(EvictionPolicy):
         request.former_time, request.former_length = self._current.former_time, self._current.former_length
         if self._ghosts.isdisjoint(incoming):
             return [self._table.ranks[class_of(1, request.gap)][0]] * len(incoming)
-        former = [self._ghosts.get(key) for key in incoming]
+        former = self._ghosts_of(incoming)
         for ghost in former:
             if ghost is not None and ghost.request is not self._current:
                 request.note_known(ghost.request, 1)
@@ -346,9 +351,10 @@ class PrefixPolicy(EvictionPolicy):
         of a tier, and all tenants together must not remember more than one policy would.
         """
         ghosts, most_ghosts = self._ghosts, GHOSTS_PER_KEY * len(self)
-        for part, same in groupby(zip(self._part_of.pop_all(keys), keys, strict=True), key=itemgetter(0)):
-            block, part = [key for _, key in same], living(part)
-            ghosts.append(block, part)
+        former = map(self._chains.parts.__getitem__, self._number_of.pop_all(keys))
+        for part, same in groupby(zip(former, keys, strict=True), key=itemgetter(0)):
+            block = [key for _, key in same]
+            ghosts.append(block, self._chains.number(part))
             part.ghosts += len(block)
             self._drop(part, block)
         self._forget_ghosts(most_ghosts)
@@ -358,29 +364,40 @@ class PrefixPolicy(EvictionPolicy):
         if part.keys:
             return
         self._leaves.leave(part)
+        self._chains.retire(part)
         parent = self._chains.unlink(part)
         if parent is not None:
             self._leaves.enter(parent)
 
     def _forget_ghosts(self, most: int) -> None:
-        ghosts = self._ghosts
-        oldest = ghosts.oldest(len(ghosts) - most)
-        for key in oldest:
-            ghosts[key].ghosts -= 1
-        ghosts.drop(oldest)
+        oldest = self._ghosts.oldest(len(self._ghosts) - most)
+        for ghost in self._ghosts_of(oldest):
+            if ghost is not None:
+                ghost.ghosts -= 1
+                if not ghost.ghosts:
+                    self._chains.retire(ghost)
+        self._ghosts.drop(oldest)
+
+    def _ghosts_of(self, keys: Sequence[OffloadKey]) -> list[Part | None]:
+        """Return the part that each key was evicted from; None for keys that are no ghosts."""
+        parts, ghosts = self._chains.parts, self._ghosts
+        return [None if (number := ghosts.get(key)) is None else parts[number] for key in keys]
 
     def remove(self, keys: Sequence[OffloadKey]) -> None:
         """Forget `keys`, held or ghosts. If no held key and no ghost is left, forget what was learned, too."""
         held: dict[Part, list[OffloadKey]] = {}
         for key in keys:
-            part, ghost = self._part_of.pop(key, None), self._ghosts.pop(key, None)
+            part, (ghost,) = self._chains.find(key), self._ghosts_of((key,))
             if part is not None:
-                held.setdefault(living(part), []).append(key)
+                del self._number_of[key]
+                held.setdefault(part, []).append(key)
             if ghost is not None:
+                del self._ghosts[key]
                 ghost.ghosts -= 1
+                self._chains.retire(ghost)
         for part, block in held.items():
             self._drop(part, block)
-        if not self._part_of and not self._ghosts:
+        if not self._number_of and not self._ghosts:
             self.clear()
 
     def uses_of(self, key: OffloadKey) -> int:
@@ -390,22 +407,22 @@ class PrefixPolicy(EvictionPolicy):
 
     def clear(self) -> None:
         """Forget everything, including what was learned."""
-        for state in (self._part_of, self._ghosts, self._requests, self._leaves, self._ages, self._table):
+        for state in (self._chains, self._ghosts, self._requests, self._leaves, self._ages, self._table):
             state.clear()
         self._begin()
 
     def __len__(self) -> int:
-        return len(self._part_of)
+        return len(self._number_of)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._part_of
+        return key in self._number_of
 
     def check_invariants(self) -> None:
         """Raise InvariantError if parts and keys contradict each other, or there are too many keys or ghosts."""
         if len(self) > self.capacity or len(self._ghosts) > GHOSTS_PER_KEY * self.capacity:
             raise InvariantError(f"prefix: {len(self)} keys, {len(self._ghosts)} ghosts, capacity {self.capacity}")
-        if not self._ghosts.isdisjoint(self._part_of):
+        if not self._ghosts.isdisjoint(self._number_of):
             raise InvariantError("prefix: a key is held and a ghost")
         self._ghosts.check_invariants()
         self._chains.check_invariants()
-        self._leaves.check_invariants(set(map(living, self._part_of.every_value())))
+        self._leaves.check_invariants({self._chains.parts[number] for number in self._number_of.every_value()})

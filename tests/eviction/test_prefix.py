@@ -361,9 +361,35 @@ def test_blocks_on_the_device_that_a_former_request_used_do_not_hide_which_reque
     keys = keys_of(*range(5))
     policy.insert(keys[:3], 1.0)
     policy.settle(keys[:3])
-    former = policy._part_of[keys[0]].request
+    former = policy._chains.find(keys[0]).request
     policy.insert(keys[3:], 2.0)
-    request = policy._part_of[keys[4]].request
+    request = policy._chains.find(keys[4]).request
     policy.settle(keys)
     assert (former.length, request.length) == (3, 5)
     assert request.last is None
+
+
+def test_the_garbage_collector_visits_no_large_table_with_an_entry_per_block() -> None:
+    """A full collection would grow with the held and the evicted blocks, and a policy may remember millions."""
+    policy = PrefixPolicy(70_000)
+    keys = keys_of(*range(800))
+    for start in range(0, len(keys), 40):
+        admit(policy, keys[start : start + 40], float(start))
+        policy.settle(keys[start : start + 40])
+    policy.evict(list(islice(policy.candidates(), 300)))
+    gc.collect()
+    tables = [seen for seen in gc.get_objects() if isinstance(seen, dict)]
+    assert all(table.keys().isdisjoint(keys) for table in tables)
+
+
+def test_parts_that_are_cut_and_joined_again_and_again_take_no_more_memory() -> None:
+    policy, keys, sizes = PrefixPolicy(100), keys_of(*range(90)), set[tuple[int, int]]()
+    admit(policy, keys, 0.0)
+    for time in range(1, 400, 2):
+        for used in (keys[:40], keys):
+            time += 1
+            policy.touch(used, float(time))
+            policy.settle(used)
+        policy.check_invariants()
+        sizes.add((len(policy._chains.parts), len(policy._chains.find(keys[0]).numbers)))
+    assert max(sizes) <= (6, 3)
