@@ -14,6 +14,7 @@ from kvtier.errors import ConfigError
 from kvtier.keys import MAX_KEY_BYTES, OffloadKey
 from kvtier.options import StoreOptions, Threads, size_of
 from kvtier.stores.integrity.header import HEADER_BYTES
+from kvtier.stores.integrity.scratch import copy_bytes
 from kvtier.types import KeyPage, StoreUsage
 
 
@@ -126,7 +127,7 @@ class MemoryStore(BlockStore):
             if value is None or len(value) != buffer.nbytes:
                 return False
             self._values.move_to_end(key)
-        buffer[:] = value
+        copy_bytes(buffer, memoryview(value))
         return True
 
     def _victim(self) -> OffloadKey:

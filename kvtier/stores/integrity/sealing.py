@@ -14,6 +14,7 @@ from typing import NamedTuple
 from kvtier.keys import OffloadKey
 from kvtier.namespace import Namespace
 from kvtier.stores.integrity.header import BlockHeaders, Bytes
+from kvtier.stores.integrity.scratch import copy_bytes
 from kvtier.types import FailureCause
 
 MAX_SCRATCH_BYTES = 16 << 20
@@ -126,7 +127,7 @@ class Sealer(ABC):
         stream = self.seal_stream(key, payload.nbytes, lambda num_bytes: target)
         stored = stream.take(payload)
         if stored is payload:
-            target[:] = payload
+            copy_bytes(target, payload)
         stream.note(payload)
         return stream.header()
 
