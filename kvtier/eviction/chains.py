@@ -1,7 +1,8 @@
 """Held blocks as prefix trees. A node is a part: consecutive blocks that one request used last, with one class.
 
 Tables with an entry per block hold numbers of parts, and no parts: Python's garbage collector visits each entry of a
-dict that holds objects of classes, and none of a dict of bytes and integers.
+dict that holds objects of classes, and none of a dict of bytes and integers. It visits each entry of a list, too, and
+none of a tuple of bytes, so the keys of parts that do not change are tuples.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from kvtier.keys import OffloadKey
 MIN_FORWARDED = 32
 """Fewest blocks of a part that are not entered anew when it joins another one, but found through its number. In a large
 table each entry costs a cache miss; and a number that stays behind takes some 50 bytes."""
+
+MOST_FROZEN = 1024
+"""Most blocks of a part whose keys are frozen: to freeze and thaw longer ones, as a session grows, would take long."""
 
 _FREED_AT_ONCE = 4
 """Parts of a cleared policy that a later call frees. To free the blocks of all parts at once takes tens of
@@ -58,11 +62,19 @@ class Request:
         return max(0.0, self.time - self.former_time)
 
 
+Keys = list[OffloadKey] | tuple[OffloadKey, ...]
+
+
+def are_same(some: Sequence[OffloadKey], others: Sequence[OffloadKey]) -> bool:
+    """Return whether two sequences hold the same keys; a tuple and a list never are equal."""
+    return some == others if type(some) is type(others) else list(some) == list(others)
+
+
 class Part:
     """Consecutive blocks that one request used last, with one class and age.
 
     Attributes:
-        keys: the held blocks, in prefix order.
+        keys: the held blocks, in prefix order; a list or, while it is frozen, a tuple.
         kind: class in the reuse table.
         bin: bin of age in the reuse table.
         uses: how often each block was used, at least; blocks of one class may be one part.
@@ -89,7 +101,7 @@ class Part:
         "uses",
     )
 
-    def __init__(self, keys: list[OffloadKey], kind: int, uses: int, request: Request) -> None:
+    def __init__(self, keys: Keys, kind: int, uses: int, request: Request) -> None:
         self.keys, self.kind, self.uses, self.request = keys, kind, uses, request
         self.bin = self.ghosts = self.place = 0
         self.parent: Part | None = None
@@ -102,7 +114,19 @@ class Part:
         """Whether it holds blocks and no held block depends on them."""
         return bool(self.keys) and not self.children
 
-    def twin(self, keys: list[OffloadKey]) -> Part:
+    def thaw(self) -> list[OffloadKey]:
+        """Return the keys as a list, which may be changed."""
+        keys = self.keys
+        if isinstance(keys, tuple):
+            self.keys = keys = list(keys)
+        return keys
+
+    def freeze(self) -> None:
+        """Let the garbage collector visit the keys no more, until they change."""
+        if len(self.keys) <= MOST_FROZEN:
+            self.keys = tuple(self.keys)
+
+    def twin(self, keys: Keys) -> Part:
         """Return a new, unlinked part of `keys` with the same history."""
         part = Part(keys, self.kind, self.uses, self.request)
         part.bin = self.bin
@@ -191,13 +215,14 @@ class Chains:
         """
         if part is None:
             return (), None
-        held, left = part.keys, len(keys) - place
+        held: Keys = part.keys
+        left = len(keys) - place
         first = 0 if held[0] == keys[place] else held.index(keys[place])
         if first or len(held) > left:
             held = held[first : first + left]
         end = place + len(held)
         run = keys[place:end]
-        if run != held:
+        if not are_same(run, held):
             return (), None
         if end == len(keys):
             return run, None
@@ -236,8 +261,9 @@ class Chains:
 
         Both have the same history. The ghosts stay with `part`.
         """
-        head = part.twin(part.keys[:count])
-        del part.keys[:count]
+        own = part.thaw()
+        head = part.twin(own[:count])
+        del own[:count]
         self.hold(head)
         for child in [child for child in part.children if child.place < count]:
             del part.children[child]
@@ -280,7 +306,7 @@ class Chains:
         if parent is None:
             raise InvariantError("a part without a parent cannot be joined to it")
         size = len(parent.keys)
-        parent.keys += part.keys
+        parent.thaw().extend(part.keys)
         part.joined_to = parent
         if len(part.keys) >= MIN_FORWARDED:
             for number in part.numbers:
@@ -308,16 +334,16 @@ class Chains:
         Args:
             keys: quickest if they are the tail of the part, last block first, or its head, first block first.
         """
-        count = len(keys)
-        if part.keys[-count:] == keys[::-1]:
-            del part.keys[-count:]
-        elif part.keys[:count] == keys:
-            del part.keys[:count]
+        count, own = len(keys), part.thaw()
+        if own[-count:] == keys[::-1]:
+            del own[-count:]
+        elif own[:count] == keys:
+            del own[:count]
             for child in part.children:
                 child.place = max(0, child.place - count)
         else:
             gone, left, places = set(keys), list[OffloadKey](), list[int]()
-            for key in part.keys:
+            for key in own:
                 if key not in gone:
                     left.append(key)
                 places.append(max(0, len(left) - 1))

@@ -24,7 +24,7 @@ from operator import itemgetter
 from kvtier.abc import EvictionPolicy
 from kvtier.errors import InvariantError
 from kvtier.eviction.ages import Ages
-from kvtier.eviction.chains import Chains, Part, Request, living
+from kvtier.eviction.chains import Chains, Part, Request, are_same, living
 from kvtier.eviction.leaves import Leaves
 from kvtier.eviction.reuse import ReuseTable, class_of
 from kvtier.key_queues import KeyQueue, key_queues
@@ -104,9 +104,9 @@ class PrefixPolicy(EvictionPolicy):
             The parts that hold exactly `keys` afterwards, in prefix order.
         """
         first = 0
-        if part.keys != keys:
+        if not are_same(part.keys, keys):
             first = part.keys.index(keys[0])
-            if part.keys[first : first + len(keys)] != keys:  # the caller gave keys out of prefix order
+            if not are_same(part.keys[first : first + len(keys)], keys):  # the caller gave keys out of prefix order
                 wanted = set(keys)
                 runs = [list(same) for is_wanted, same in groupby(part.keys, wanted.__contains__) if is_wanted]
                 return [
@@ -219,6 +219,9 @@ class PrefixPolicy(EvictionPolicy):
                     part = self._join(part) if above is not None and part.parent is above else part
             before, above = block[-1], part
         request.last = None
+        for part, _ in blocks:
+            if part is not None:
+                living(part).freeze()
         self._forget_ghosts(GHOSTS_PER_KEY * self.capacity)
 
     def _blocks(self, keys: Sequence[OffloadKey]) -> list[tuple[Part | None, Sequence[OffloadKey]]]:
