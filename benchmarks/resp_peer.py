@@ -1,12 +1,14 @@
-"""One client of a Valkey server, in a process of its own: kvtier's resp tier, LMCache's client, or one socket.
+"""One client of a Valkey server, in a process of its own: kvtier's resp tier, LMCache's client, or bare sockets.
 
 What the process reads and prints: see `peer_worker`.
 """
 
 from __future__ import annotations
 
+import queue
 import select
 import socket
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -14,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import xxhash
 from peer_worker import Pattern, keys_of, serve
 
 from kvtier.abc import TierContext
@@ -27,6 +30,8 @@ from kvtier.types import JobMetadata, ReqContext, ScheduleEndContext
 
 _JOB_BYTES = 4 << 20
 _IN_FLIGHT_BYTES = 64 << 20
+_GROUP_BYTES = 512 << 10
+"""What a bare client with checksums sends or asks for at once."""
 _STEP_SECONDS = 0.0005
 """Time between two looks for results, for every client."""
 _START_SECONDS = 60.0
@@ -173,7 +178,69 @@ class RawPeer(Peer):
         receive(self._socket, self._small[:2])
 
 
-PEERS: dict[str, type[Peer]] = {"raw": RawPeer, "kvtier": KVTierPeer, "LMCache": LMCachePeer}
+class SummedPeer(Peer):
+    """The least that a client in Python does that sums each payload, without a tier, a process or headers around it.
+
+    Each thread has a socket, and sends or asks for half a MiB at a time, as kvtier does.
+    """
+
+    def __init__(self, order: PeerOrder, arena: Arena) -> None:
+        self._arena = arena
+        self._group = max(1, _GROUP_BYTES // order.block_bytes)
+        self._jobs: queue.SimpleQueue[tuple[int, Sequence[OffloadKey], range, bool]] = queue.SimpleQueue()
+        self._ended: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        for _ in range(order.connections or 1):
+            connection = socket.create_connection((order.host, order.port))
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            threading.Thread(target=self._work, args=(connection,), daemon=True).start()
+
+    def begin(self, job_id: int, keys: Sequence[OffloadKey], slots: range, load: bool) -> None:
+        self._jobs.put((job_id, keys, slots, load))
+
+    def ended(self) -> list[int]:
+        time.sleep(_STEP_SECONDS)  # as for kvtier
+        ended = [self._ended.get() for _ in range(self._ended.qsize())]
+        if None in ended:
+            raise KVTierError("a connection was lost")
+        return [job_id for job_id in ended if job_id is not None]
+
+    def _work(self, connection: socket.socket) -> None:
+        try:
+            while True:
+                job_id, keys, slots, load = self._jobs.get()
+                names = [key.hex().encode() for key in keys]
+                rows = [self._arena.row(slot) for slot in slots]
+                for start in range(0, len(names), self._group):
+                    group = slice(start, start + self._group)
+                    (self._get if load else self._set)(connection, names[group], rows[group])
+                self._ended.put(job_id)
+        except OSError:
+            self._ended.put(None)
+
+    def _set(self, connection: socket.socket, names: list[bytes], rows: list[memoryview]) -> None:
+        pieces: list[bytes | memoryview] = []
+        for name, row in zip(names, rows, strict=True):
+            xxhash.xxh3_128_digest(row)
+            pieces += [b"*3\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(name), name, row.nbytes), row, b"\r\n"]
+        left = sum(map(len, pieces))
+        while left:
+            sent = connection.sendmsg(pieces)
+            left -= sent
+            while pieces and sent >= len(pieces[0]):
+                sent -= len(pieces.pop(0))
+            if sent:
+                pieces[0] = memoryview(pieces[0])[sent:]
+        connection.recv(len(b"+OK\r\n") * len(names), socket.MSG_WAITALL)
+
+    def _get(self, connection: socket.socket, names: list[bytes], rows: list[memoryview]) -> None:
+        connection.sendall(b"".join(b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(name), name) for name in names))
+        for row in rows:
+            line = b"$%d\r\n" % row.nbytes
+            connection.recvmsg_into([bytearray(len(line)), row, bytearray(2)], 0, socket.MSG_WAITALL)
+            xxhash.xxh3_128_digest(row)
+
+
+PEERS: dict[str, type[Peer]] = {"raw": RawPeer, "kvtier": KVTierPeer, "LMCache": LMCachePeer, "summed": SummedPeer}
 
 
 def receive(connection: socket.socket, view: memoryview) -> None:

@@ -1,4 +1,8 @@
-"""The resp tier beside LMCache's native client and one raw socket, interleaved, on one server of this machine.
+"""The resp tier beside LMCache's native client and bare sockets, interleaved, on one server of this machine.
+
+- raw: one socket, one block after the other, nothing summed.
+- summed: a bare loop on so many sockets and threads that sums each payload; the best count shows what any client in
+  Python with checksums could reach.
 
 Each client is a process of its own, which stores and later loads all blocks of its arena, under new keys in each round.
 After each load all bytes are compared. A client moves nothing while another one is measured.
@@ -26,6 +30,7 @@ from kvtier.errors import KVTierError
 
 _SCRIPT = Path(__file__).with_name("resp_peer.py")
 TARGET_OF_LMCACHE = 0.9
+SUMMED_SOCKETS = (1, 2, 4, 8)
 FIGURES = ("gb_per_second", "cpu_per_gb", "server_cpu_per_gb")
 
 
@@ -62,12 +67,11 @@ def _started(
 ) -> Iterator[list[PeerProcess]]:
     with contextlib.ExitStack() as stack:
         peers = []
-        for name in PEERS:
-            python = PEERS_PYTHON if name == "LMCache" else Path(sys.executable)
+        for name, kind, sockets in _clients(connections):
+            python = PEERS_PYTHON if kind == "LMCache" else Path(sys.executable)
             why = "" if python.exists() else f"there is no {python}"
             if not why:
-                ours = connections if name == "kvtier" else None
-                order = PeerOrder(name, server.host, server.port, block_bytes, num_blocks, ours)
+                order = PeerOrder(kind, server.host, server.port, block_bytes, num_blocks, sockets)
                 peer = PeerProcess(name, python, _SCRIPT, asdict(order))
                 stack.callback(peer.close)
                 why = peer.ready.get("missing", "")
@@ -76,6 +80,12 @@ def _started(
             else:
                 peers.append(peer)
         yield peers
+
+
+def _clients(connections: int | None) -> list[tuple[str, str, int | None]]:
+    """Return name, kind and connections of each client; args: connections: of the tier, None for its default."""
+    others = [(kind, kind, connections if kind == "kvtier" else None) for kind in PEERS if kind != "summed"]
+    return others + [(f"summed, {sockets}", "summed", sockets) for sockets in SUMMED_SOCKETS]
 
 
 def _round(server: ValkeyServer, peers: list[PeerProcess], number: int) -> dict[tuple[str, str], dict[str, float]]:
@@ -108,7 +118,7 @@ def report_peers(figures: dict[str, Any]) -> None:
     for column in ("block", "", "client", "GB/s", "client s/GB", "server s/GB", "to raw", "to LMCache"):
         table.add_column(column, justify="left" if column == "client" else "right")
     for row in figures["rows"]:
-        for name in PEERS:
+        for name, _, _ in _clients(None):
             if f"{name} gb_per_second" not in row:
                 continue
             of_raw, of_other = row[f"{name} to raw"], row.get(f"{name} to LMCache")

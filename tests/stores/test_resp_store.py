@@ -141,6 +141,15 @@ class TestLargeBlocks(OnServer):
             self.plant(self.store, make_key(1), bytes(changed))
             self._assert_lost(1, f"flipped at bit {bit}")
 
+    def test_misses_stop_no_later_batch(self):
+        keys = [make_key(number) for number in range(9)]
+        payloads = [memoryview(bytes([number]) * self.block_bytes) for number in range(9)]
+        assert all(self.store.write(keys[1::2], payloads[1::2]))
+        self.plant(self.store, keys[4], b"no block")
+        buffers = [memoryview(bytearray(self.block_bytes)) for _ in keys]
+        assert self.store.read_into(keys, buffers) == [number % 2 == 1 for number in range(9)]
+        assert buffers[1::2] == payloads[1::2]
+
 
 class TestCluster(OnServer):
     @pytest.fixture(autouse=True)

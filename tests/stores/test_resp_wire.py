@@ -9,10 +9,12 @@ import tracemalloc
 import pytest
 
 from kvtier.namespace import Namespace
+from kvtier.stores.integrity.header import HEADER_BYTES
 from kvtier.stores.integrity.plain_sealer import PlainSealer
-from kvtier.stores.resp.commands import Exchanges
+from kvtier.stores.resp.commands import Exchanges, Request
 from kvtier.stores.resp.wire import Break, ConnectionBrokenError, Refused, Wire
 from kvtier.testing.patience import PATIENCE_SECONDS
+from kvtier.testing.stores import make_key
 
 
 @pytest.fixture
@@ -172,3 +174,49 @@ def test_names_of_others_in_a_page_are_not_kept():
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
     finally:
         tracemalloc.stop()
+
+
+class Counting:
+    """A wire whose server answers at once; it counts payloads on their way.
+
+    Attributes:
+        most: most bytes of payloads that were sent or asked for, and neither acknowledged nor received.
+    """
+
+    def __init__(self, block_bytes):
+        self._block_bytes = block_bytes
+        self._stores = False
+        self._on_their_way = self.most = 0
+
+    def send(self, pieces):
+        for piece in pieces:
+            self._stores |= isinstance(piece, memoryview)
+            count = 1 if isinstance(piece, memoryview) else piece.count(b"\r\nGET\r\n")
+            self._on_their_way += count * self._block_bytes
+        self.most = max(self.most, self._on_their_way)
+
+    def await_bytes(self, count):
+        """Do nothing: everything is here."""
+
+    def line(self, *most):
+        if not self._stores:
+            return b"$%d" % (self._block_bytes + HEADER_BYTES)
+        self._on_their_way -= self._block_bytes
+        return b"+OK"
+
+    def fill(self, view, behind):
+        self._on_their_way -= view.nbytes
+
+    def take(self, count, most_after):
+        return bytes(count)
+
+
+@pytest.mark.parametrize("kibibytes", [16, 128, 512, 2048])
+@pytest.mark.parametrize("operation", [Exchanges.write, Exchanges.read])
+def test_no_more_than_half_a_mebibyte_or_one_block_is_on_its_way(kibibytes, operation):
+    block_bytes = kibibytes << 10
+    exchanges = Exchanges(PlainSealer(Namespace({})), block_bytes, "kvtier", None)
+    memory = memoryview(bytearray(block_bytes))
+    wire = Counting(block_bytes)
+    operation(exchanges, wire, [Request(make_key(number), b"name", memory) for number in range(64)])
+    assert wire.most == max(512 << 10, block_bytes)
