@@ -123,6 +123,15 @@ def test_a_full_pool_evicts(open_store, make_pool):
     wait_for(lambda: any(read(store, range(number - 16, number))), "a block is read", PATIENCE_SECONDS)
 
 
+@pytest.mark.parametrize("encrypts", [False, True])
+def test_a_call_may_have_more_blocks_than_are_sealed_at_once(open_store, mooncake_pool, tmp_path, encrypts):
+    (tmp_path / "secret").write_text("s" * 32)
+    secret = {"secret_file": str(tmp_path / "secret"), "encrypt": True} if encrypts else {}
+    store, _ = open_store(mooncake_pool, **secret)
+    assert all(write(store, range(11)))
+    assert all(read(store, range(11)))
+
+
 class GivenAway:
     """Mooncake's client, whose first read of a value finds another key's: its own was stored anew meanwhile, and the
     pool has given the old place away.
