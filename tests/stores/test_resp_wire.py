@@ -12,7 +12,7 @@ from kvtier.namespace import Namespace
 from kvtier.stores.integrity.header import HEADER_BYTES
 from kvtier.stores.integrity.plain_sealer import PlainSealer
 from kvtier.stores.resp.commands import Exchanges, Request
-from kvtier.stores.resp.wire import Break, ConnectionBrokenError, Refused, Wire
+from kvtier.stores.resp.wire import Break, ConnectionBrokenError, Refused, Wire, in_flight_bytes, round_trip
 from kvtier.testing.patience import PATIENCE_SECONDS
 from kvtier.testing.stores import make_key
 
@@ -183,8 +183,9 @@ class Counting:
         most: most bytes of payloads that were sent or asked for, and neither acknowledged nor received.
     """
 
-    def __init__(self, block_bytes):
+    def __init__(self, block_bytes, in_flight_bytes):
         self._block_bytes = block_bytes
+        self.in_flight_bytes = in_flight_bytes
         self._stores = False
         self._on_their_way = self.most = 0
 
@@ -211,12 +212,30 @@ class Counting:
         return bytes(count)
 
 
+@pytest.mark.parametrize("in_flight", [512, 2048])
 @pytest.mark.parametrize("kibibytes", [16, 128, 512, 2048])
 @pytest.mark.parametrize("operation", [Exchanges.write, Exchanges.read])
-def test_no_more_than_half_a_mebibyte_or_one_block_is_on_its_way(kibibytes, operation):
+def test_no_more_is_on_its_way_than_the_connection_wants_or_one_block(kibibytes, operation, in_flight):
     block_bytes = kibibytes << 10
     exchanges = Exchanges(PlainSealer(Namespace({})), block_bytes, "kvtier", None)
     memory = memoryview(bytearray(block_bytes))
-    wire = Counting(block_bytes)
-    operation(exchanges, wire, [Request(make_key(number), b"name", memory) for number in range(64)])
-    assert wire.most == max(512 << 10, block_bytes)
+    wire = Counting(block_bytes, in_flight << 10)
+    operation(exchanges, wire, [Request(make_key(number), b"name", memory) for number in range(128)])
+    assert wire.most == max(in_flight << 10, block_bytes)
+
+
+def test_more_is_on_its_way_to_a_distant_server():
+    assert [in_flight_bytes(seconds) for seconds in (0, 0.0001, 0.001, 0.002)] == [
+        512 << 10,
+        512 << 10,
+        2000000,
+        4000000,
+    ]
+
+
+def test_a_connection_knows_how_far_its_server_is(ends, monkeypatch):
+    assert make_wire(ends[0]).in_flight_bytes == 512 << 10  # a Unix socket
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as near:
+        assert 0 < round_trip(near) < PATIENCE_SECONDS
+        monkeypatch.setattr("kvtier.stores.resp.wire.round_trip", lambda connected: 0.002)
+        assert make_wire(near).in_flight_bytes == 4000000

@@ -21,13 +21,6 @@ connection is closed."""
 _NO_PAYLOAD = memoryview(b"")
 _GROUP = 32
 """Keys per EXISTS command, which returns the number of existing ones."""
-_IN_FLIGHT_BYTES = 512 * 1024
-"""Payloads on their way on one connection: so many bytes, or one block that is larger.
-
-The kernel keeps bytes that are on their way in memory of its own. More of them leave the processor's cache before the
-other side copies them, which costs client and server a quarter to a third of their processor time. All connections
-together keep the network busy: eight have 4 MiB on their way.
-"""
 _MIN_REPLY_BYTES = len(b"+OK\r\n")
 """No reply to a SET is shorter."""
 _MAX_INFO_BYTES = 32 * 1024
@@ -96,7 +89,6 @@ class Exchanges:
         self._block_bytes = block_bytes
         self._value_bytes = HEADER_BYTES + block_bytes
         self._value_line = b"$%d\r\n" % self._value_bytes
-        self._most_in_flight = max(1, _IN_FLIGHT_BYTES // block_bytes)
         self._ttl = ttl_milliseconds
         if ttl_milliseconds is None:
             self._set, self._set_end = b"*3\r\n$3\r\nSET\r\n", b"\r\n"
@@ -116,7 +108,7 @@ class Exchanges:
         """
         most = self._sealer.most_sealed(self._block_bytes) or len(requests)
         sent: Sequence[Request] = ()
-        for batch in _batches(requests, min(most, self._most_in_flight)):
+        for batch in _batches(requests, min(most, self._most_in_flight(wire))):
             payloads, headers = self._sealer.seal([each.key for each in batch], [each.buffer for each in batch])
             pieces: list[bytes | memoryview] = []
             for request, payload, header in zip(batch, payloads, headers, strict=True):
@@ -131,7 +123,7 @@ class Exchanges:
 
         A batch is requested as soon as the bytes of the one before it are here, before its last block is summed.
         """
-        batches = _batches(requests, self._most_in_flight)
+        batches = _batches(requests, self._most_in_flight(wire))
         asked = [_packed(b"*2\r\n$3\r\nGET\r\n", batch) for batch in batches]
         wire.send(asked[:1])
         for batch, following in zip(batches, [*asked[1:], b""], strict=False):
@@ -139,20 +131,26 @@ class Exchanges:
                 self._receive(wire, request)
             self._receive(wire, batch[-1], following)
 
+    def _most_in_flight(self, wire: Wire) -> int:
+        """Return how many blocks are on their way at most. All connections together keep the network busy."""
+        return max(1, wire.in_flight_bytes // self._block_bytes)
+
     def _receive(self, wire: Wire, request: Request, following: bytes = b"") -> None:
         """Receive the reply to a GET, send the `following` commands, and verify the block."""
         line = _status(wire, request, len(self._value_line))
         payload_bytes = self._payload_bytes(line)
         if not payload_bytes:
             self._note_no_value(wire, request, line)
-            wire.send([following])
+            if following:
+                wire.send([following])
             return
         payload = request.buffer[:payload_bytes]
         stream = self._sealer.open_stream(request.key, payload)
         room = stream.room(0, payload_bytes)
         wire.fill(room, HEADER_BYTES + 2)
         header = wire.take(HEADER_BYTES, 0)
-        wire.send([following])
+        if following:
+            wire.send([following])
         stream.note(room)
         request.reply = _verified(stream.verify(header))
         if request.reply is Outcome.DONE and payload_bytes < self._least_bytes:
