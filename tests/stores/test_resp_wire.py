@@ -186,12 +186,10 @@ class Counting:
     def __init__(self, block_bytes, in_flight_bytes):
         self._block_bytes = block_bytes
         self.in_flight_bytes = in_flight_bytes
-        self._stores = False
         self._on_their_way = self.most = 0
 
     def send(self, pieces):
         for piece in pieces:
-            self._stores |= isinstance(piece, memoryview)
             count = 1 if isinstance(piece, memoryview) else piece.count(b"\r\nGET\r\n")
             self._on_their_way += count * self._block_bytes
         self.most = max(self.most, self._on_their_way)
@@ -200,16 +198,27 @@ class Counting:
         """Do nothing: everything is here."""
 
     def line(self, *most):
-        if not self._stores:
-            return b"$%d" % (self._block_bytes + HEADER_BYTES)
-        self._on_their_way -= self._block_bytes
-        return b"+OK"
+        return b"$%d" % (self._block_bytes + HEADER_BYTES)
+
+    def take_all(self, reply, count):
+        self._on_their_way -= count * self._block_bytes
+        return True
 
     def fill(self, view, behind):
         self._on_their_way -= view.nbytes
 
     def take(self, count, most_after):
         return bytes(count)
+
+
+def test_replies_are_taken_together_only_if_all_are_the_same(ends):
+    wire = make_wire(ends[0])
+    for stream in (b"+OK\r\n" * 3, b"+OK\r\n+OK\r\n-OOM no\r\n", b"+OK\r\n+OK\r\n"):
+        ends[1].sendall(stream)
+        wire.await_bytes(len(stream))
+        assert wire.take_all(b"+OK\r\n", 3) == (stream == b"+OK\r\n" * 3)
+        left = [] if stream == b"+OK\r\n" * 3 else stream.split(b"\r\n")[:-1]
+        assert [wire.line() for _ in left] == left
 
 
 @pytest.mark.parametrize("in_flight", [512, 2048])

@@ -21,8 +21,8 @@ connection is closed."""
 _NO_PAYLOAD = memoryview(b"")
 _GROUP = 32
 """Keys per EXISTS command, which returns the number of existing ones."""
-_MIN_REPLY_BYTES = len(b"+OK\r\n")
-"""No reply to a SET is shorter."""
+_STORED = b"+OK\r\n"
+"""The reply to a SET; no other one is shorter."""
 _MAX_INFO_BYTES = 32 * 1024
 """Most bytes of an INFO section, which usually has 2 KiB."""
 _MAX_SCANNED = 100_000
@@ -334,7 +334,11 @@ def _packed(command: bytes, requests: Sequence[Request]) -> bytes:
 
 def _await_stored(wire: Wire, requests: Sequence[Request]) -> None:
     """Receive the replies to SET."""
-    wire.await_bytes(len(requests) * _MIN_REPLY_BYTES)
+    wire.await_bytes(len(requests) * len(_STORED))
+    if not any(request.asking for request in requests) and wire.take_all(_STORED, len(requests)):
+        for request in requests:
+            request.reply = Outcome.DONE
+        return
     for request in requests:
         line = _status(wire, request)
         request.reply = Refused.parse(line[1:]) if line[:1] == b"-" else _expect(line, b"+OK")

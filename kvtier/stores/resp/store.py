@@ -228,9 +228,9 @@ class RespStore(VariedStore):
         """Return one request per block; None for a buffer of another length."""
         if len(keys) != len(buffers):
             raise StoreError(f"{len(keys)} keys and {len(buffers)} buffers")
-        least = 1 if shorter_too else self._block_bytes
+        least, name = 1 if shorter_too else self._block_bytes, self._exchanges.name
         return [
-            Request(key, self.name(key), buffer) if least <= buffer.nbytes <= self._block_bytes else None
+            Request(key, name(key), buffer) if least <= buffer.nbytes <= self._block_bytes else None
             for key, buffer in zip(keys, buffers, strict=True)
         ]
 

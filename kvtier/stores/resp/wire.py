@@ -198,6 +198,14 @@ class Wire:
         if missing > 0:
             self._receive_line(missing, self._whole)
 
+    def take_all(self, reply: bytes, count: int) -> bool:
+        """Take the next `count` replies if all are here and the same as `reply`; else take none and return False."""
+        end = self._start + count * len(reply)
+        if end > self._end or self._buffer[self._start : end] != reply * count:
+            return False
+        self._start = end
+        return True
+
     def take(self, count: int, most_after: int) -> bytes:
         """Return the next `count` bytes, and drop the line end after them.
 
