@@ -136,6 +136,60 @@ def test_a_killed_io_process_costs_misses_only(tmp_path, pool, in_place):
         wait_for(lambda: caller.load(keys, objects) == [0, 1, 2, 3], "the new process")
 
 
+def test_memory_that_shrinks_costs_misses_only(tmp_path, caplog):
+    name = NAME + "_shrinks"
+    path, size, keys = Path(f"/dev/shm/{name}"), 8 * MIB, keys_of(2)
+    memory = HostMemory(size, align_bytes=BLOCK_BYTES, shm_name=name)
+    try:
+        with (
+            memory.objects([MIB] * 2, seed=76) as objects,
+            opened([disk(tmp_path)], memory, shared_memory=True) as caller,
+        ):
+            before = bytes_of(objects)
+            assert caller.store(keys, objects).is_successful()
+            os.truncate(path, 0)  # an access to it is SIGBUS from now on, also in this process
+            assert not caller.store(keys_of(2, 1), objects).is_successful()
+            wait_for(lambda: f"died of signal {signal.SIGBUS.value}" in caplog.text, "its end")
+            assert caller.load(keys, objects) == []
+            os.truncate(path, size)
+            wait_for(lambda: caller.load(keys, objects) == [0, 1], "a process that has mapped it again")
+            assert bytes_of(objects) == before
+            assert caller.look_up(keys_of(2, 1), MIB) == []
+    finally:
+        memory.close()
+
+
+def test_two_adapters_work_on_one_memory(tmp_path, pool, in_place):
+    ours, theirs = keys_of(4), keys_of(4, 1)
+    folders = [tmp_path / "ours", tmp_path / "theirs"]
+    for folder in folders:
+        folder.mkdir()
+    with pool.objects([MIB] * 4, seed=77) as objects, pool.objects([MIB] * 4, seed=78) as others:
+        before, others_before = bytes_of(objects), bytes_of(others)
+        with in_place([disk(folders[0])]) as first:
+            with in_place([disk(folders[1])]) as second:
+                for _ in range(4):
+                    tasks = [
+                        (second, second.adapter.submit_store_task(theirs, others)),
+                        (first, first.adapter.submit_store_task(ours, objects)),
+                    ]
+                    for caller, task in tasks:
+                        done = wait_for(caller.adapter.pop_completed_store_tasks, "the store has ended")
+                        assert done[task].is_successful()
+                    for one in [*objects, *others]:
+                        fill(one, bytes(MIB))
+                    task = first.adapter.submit_load_task(ours, objects)
+                    assert second.load(theirs, others) == [0, 1, 2, 3]
+                    found = wait_for(lambda task=task: first.adapter.query_load_result(task), "the load has ended")
+                    assert found.get_indices_list() == [0, 1, 2, 3]
+                    assert (bytes_of(objects), bytes_of(others)) == (before, others_before)
+                assert second.load(ours, others) == []
+            for one in objects:
+                fill(one, bytes(MIB))
+            assert first.load(ours, objects) == [0, 1, 2, 3]
+            assert bytes_of(objects) == before
+
+
 def test_a_task_ends_only_after_a_process_that_hangs_has_ended_and_nothing_is_written_later(tmp_path, pool, in_place):
     keys = keys_of(4)
     tiers = [disk(tmp_path, job_deadline=1.0)]
