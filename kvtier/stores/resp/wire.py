@@ -21,7 +21,7 @@ BUFFER_BYTES = 64 * 1024
 _TIMEVAL = struct.Struct("@ll")
 _MIN_IN_FLIGHT_BYTES = 512 * 1024
 """The kernel keeps bytes that are on their way in memory of its own. More of them leave the processor's cache before
-the other side copies them, which costs client and server a quarter to a third of their processor time."""
+the other side copies them, which costs client and server processor time (benchmarks/figures.md)."""
 _BYTES_PER_SECOND = 2e9
 """More than one connection usually moves. So many bytes per second of a round trip keep a distant server busy, too."""
 _MIN_RTT = struct.Struct("148xI")
