@@ -274,12 +274,13 @@ class Promoter:
     def _probe(self, state: RequestState, declined: Sequence[OffloadKey], outline: Outline) -> None:
         """Measure a tier again that seems too slow: read a few blocks of a request that computes them anyway.
 
-        Nobody waits for these blocks, and they do not enter the cache.
+        Nobody waits for these blocks, and they do not enter the cache. If loads are queued, they measure the tier, and
+        a probe would only delay them.
         """
         index = outline.found[declined[0]]
         queue, now = self._queues[index], self._clock()
         keys = [key for key in declined[: queue.least_part] if outline.found[key] == index]
-        if not queue.speed.needs_probe(len(keys)):
+        if queue.num_queued or not queue.speed.needs_probe(len(keys)):
             return
         self._retention.serve(self._table, state.uses)
         spared = frozenset(outline.order)

@@ -261,6 +261,26 @@ def test_a_slow_tier_is_tried_seldom(slow_paced):
     assert 1 <= num_tried <= 60 * 4 // 30
 
 
+def test_no_probe_delays_a_load_that_shows_the_speed_as_well(make_engine):
+    """The tier is taken to load 19 blocks per second, of which the engine computes 39."""
+    engine = make_engine(
+        num_blocks=600, tokens_per_block=256, prefill_rate=10_000.0, measures_prefill=False, said_bytes=1 << 29
+    )
+    engine.tier.auto = False
+    work(engine, seconds=20.0)  # longer than it takes until a probe is due
+    context, keys = engine.request("computed"), make_keys(40, "waits")
+    engine.scan(make_keys(40, "computed"), context)
+    engine.step()
+    engine.store(make_keys(40, "computed"), context)  # for a second
+    engine.plant(keys)
+    engine.scan(keys, engine.request("waits"))
+    engine.step()
+    assert [event.reason for event in engine.log.of(RequestGaveUp)] == ["slower"]
+    asked = [key for job in engine.tier.loads for key in job.keys]
+    assert asked
+    assert all(key in engine.table for key in asked)  # a probe's blocks do not enter the cache
+
+
 def test_a_small_first_load_does_not_make_a_tier_slow_for_good(make_engine):
     engine = make_engine(num_blocks=6000, tokens_per_block=16, prefill_rate=10_000.0)
     engine.tier.auto = False
