@@ -115,7 +115,10 @@ class Pace:
         first = max(num_passed, progress.num_loaded)
         if progress.num_computed > first:
             size, start = self._tokens_per_block, progress.start
-            work = self.speed.work(start + first * size, start + progress.num_computed * size)
+            last = start + progress.num_computed * size
+            if (prompt := state.context.num_prompt_tokens) is not None:
+                last = min(last, prompt)  # what follows is the answer, or what the last block lacks
+            work = self.speed.work(start + first * size, last)
             seconds = work / self.speed.rate
             self._work += work
             self.computed += seconds

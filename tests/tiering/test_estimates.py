@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 
 from kvtier.events import RequestGaveUp
 from kvtier.tiering.estimate import HERE, Outlook, PrefillSpeed, TierSpeed, Turnover, choose_prefix
-from kvtier.types import LookupResult
+from kvtier.tiering.pace import Pace
+from kvtier.tiering.requests import RequestState
+from kvtier.tiering.settings import TieringSettings
+from kvtier.types import LookupResult, ReqContext
 
 HIT, MISS, PENDING = LookupResult.HIT, LookupResult.MISS, LookupResult.HIT_PENDING
 DEFERRED = {PENDING, LookupResult.RETRY}
@@ -279,6 +282,17 @@ def test_no_probe_delays_a_load_that_shows_the_speed_as_well(make_engine):
     asked = [key for job in engine.tier.loads for key in job.keys]
     assert asked
     assert all(key in engine.table for key in asked)  # a probe's blocks do not enter the cache
+
+
+@pytest.mark.parametrize(("prompt", "seconds"), [(None, 2.0), (200, 2.0), (150, 1.5), (50, 0.5)])
+def test_computing_ends_with_the_prompt_and_not_with_its_last_block(prompt, seconds):
+    pace = Pace(TieringSettings(prefill_rate=100.0, prefill_doubling=math.inf, tokens_per_block=100))
+    state, keys = RequestState(ReqContext("r", num_prompt_tokens=prompt), 0.0), make_keys(2)
+    state.scan.keys = keys
+    pace.note_scan(state)
+    pace.end_step(0.0)
+    pace.note_store(state, keys)
+    assert pace.computed == pytest.approx(seconds)
 
 
 def test_a_small_first_load_does_not_make_a_tier_slow_for_good(make_engine):
