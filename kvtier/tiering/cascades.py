@@ -26,6 +26,10 @@ written."""
 MAX_STORE_SHARE = 0.25
 """Most work in flight to one tier, as a share of the time in which the engine computes as many blocks as the primary
 tier holds. The blocks would have stayed that long anyway, so their pins displace no other block."""
+_EXPECTED_BANDWIDTH = 1e9
+"""Assumed bytes per second of a tier that has not written anything yet, but no more than the primary tier holds. The
+value is low: the first blocks keep their slots until they are written, and a slow tier would keep much of the memory.
+They show the real bandwidth."""
 _ALWAYS = Admission.ALWAYS
 
 Offer = tuple[TierGuard, list[OffloadKey]]
@@ -101,7 +105,8 @@ class Cascades:
         self._ended: dict[int, tuple[int, int]] = {}
         """Per tier index: blocks of stores that ended since the last `note_polled`, and how many of them moved."""
         self._guards = guards
-        self._speeds = [TierSpeed(bandwidth=table.num_slots) for _ in guards]
+        expected = min(_EXPECTED_BANDWIDTH / block_bytes, table.num_slots)
+        self._speeds = [TierSpeed(bandwidth=expected) for _ in guards]
         self._rules = [AdmissionRule(guard.admission) for guard in guards]
         self._observer = observer
         self.count_uses = any(guard.admission is Admission.SECOND_TOUCH for guard in guards)
@@ -168,24 +173,21 @@ class Cascades:
         for speed in self._speeds:
             speed.poll(now)
 
-    def _bounded(self, guard: TierGuard, keys: list[OffloadKey]) -> list[OffloadKey]:
-        """Return the first of `keys`, as many as the tier will write soon.
+    def _most(self, guard: TierGuard) -> int:
+        """Return how many more blocks the tier will write soon.
 
         Blocks that stay pinned for long would force better blocks out of the primary tier.
         """
         speed = self._speeds[guard.index]
-        if not speed.is_measured:
-            return keys
         turnover = self._table.num_slots * self._pace.seconds(1)
         seconds = min(MAX_STORE_SECONDS, max(MIN_STORE_SECONDS, turnover * MAX_STORE_SHARE))
         in_flight = speed.in_flight + guard.num_joined
-        most = int(speed.bandwidth * seconds) - in_flight
-        return keys[: max(1 if not in_flight else 0, most)]
+        return max(1 if not in_flight else 0, int(speed.bandwidth * seconds) - in_flight)
 
     def _taken(self, offers: list[Offer]) -> list[Offer]:
         taken = []
         for (guard, offered), rule in zip(offers, self._rules, strict=True):
-            keys = self._bounded(guard, offered)
+            keys = offered[: self._most(guard)]
             if len(keys) < len(offered):
                 rule.see(offered[len(keys) :])
                 self._observer.on_event(CascadeRefused(guard.name, len(offered) - len(keys), "throttled"))

@@ -4,9 +4,10 @@ import gc
 import weakref
 
 import pytest
-from engine import make_keys, payload
+from engine import BLOCK_BYTES, make_keys, payload
 
 from kvtier.events import RequestGaveUp
+from kvtier.tiering import cascades
 from kvtier.tiering.outline import MANY_KEYS, split_scan
 from kvtier.tiering.promotion import MAX_ASKED, MAX_PLANNED
 from kvtier.tiering.waiting import MAX_ENDED
@@ -175,6 +176,19 @@ def test_blocks_wait_to_be_written_no_longer_than_they_would_stay_in_any_case(ma
     engine.step()  # 10 blocks per second, of which memory holds 100 and the engine computes as many
     engine.store(make_keys(60, "second"), engine.request("second"))
     assert [len(job.keys) for job in engine.tier.stores] == [10, 25]
+
+
+def test_a_tier_of_unknown_speed_keeps_little_of_memory(make_engine, monkeypatch):
+    monkeypatch.setattr(cascades, "_EXPECTED_BANDWIDTH", 14.0 * BLOCK_BYTES)
+    engine = make_engine(num_blocks=100, prefill_rate=100_000.0, tokens_per_block=512)
+    engine.tier.auto = False
+    engine.store(make_keys(60, "a"), engine.request("a"))
+    assert [len(job.keys) for job in engine.tier.stores] == [7]  # half a second
+    engine.clock.advance(0.05)
+    engine.tier.finish(engine.tier.stores[0])
+    engine.step()  # far faster than that
+    engine.store(make_keys(30, "b"), engine.request("b"))
+    assert set(make_keys(30, "b")) <= {key for job in engine.tier.stores for key in job.keys}
 
 
 def test_when_many_deadlines_pass_at_once_the_youngest_requests_wait_a_step_longer(make_engine):
