@@ -143,6 +143,7 @@ class BlockTable:
         *,
         all_new: bool | None = None,
         declining: Declining = Declining.NEVER,
+        num_wanted: Callable[[], int] | None = None,
     ) -> Placement:
         """Choose which of `keys` to insert and which blocks to evict; change nothing.
 
@@ -152,6 +153,8 @@ class BlockTable:
             spared: further keys that must not be evicted.
             all_new: whether none of `keys` is held; None if the caller does not know.
             declining: what becomes of the tail of `keys` if the policy ranks it below what is held.
+            num_wanted: returns how many of the blocks to insert the tiers below would take. A declined block beyond
+                these would use a slot in transit for nothing. None: all.
 
         Raises:
             KeyFormatError: the length or type of a key is wrong.
@@ -176,7 +179,13 @@ class BlockTable:
         protected = [own, *others] if own else others
         may_decline = declining is not Declining.NEVER
         victims, num_declined = self._choose(needed, missing, protected, may_decline)
-        num_passing = 0
+        num_passing = num_refused = 0
+        if num_declined and declining is Declining.REFUSED and num_wanted is not None and self.transit.limit:
+            num_kept = len(missing) - num_declined
+            num_refused = len(missing) - max(num_kept, min(len(missing), num_wanted()))
+            missing, num_declined = missing[: len(missing) - num_refused], num_declined - num_refused
+            needed = max(0, needed - num_refused)
+            victims = victims[:needed]
         if self.transit.limit and (self.transit.keys or (may_decline and num_declined)):
             if not (self.transit.keys or victims or len(self._free)):
                 # Everything ranks higher. To begin with, the lowest ones make room, else no byte would pass.
@@ -188,7 +197,7 @@ class BlockTable:
             if may_decline:
                 num_passing = min(num_declined, self.transit.room(victims), len(self._free) + len(victims))
         placed = missing[: len(self._free) + len(victims)]
-        return Placement(placed, victims, len(missing) - len(placed), num_passing)
+        return Placement(placed, victims, len(missing) - len(placed) + num_refused, num_passing)
 
     def pick_victims(
         self, count: int, incoming: Sequence[OffloadKey], protected: Sequence[Set[OffloadKey]]

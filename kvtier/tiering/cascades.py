@@ -173,6 +173,11 @@ class Cascades:
         for speed in self._speeds:
             speed.poll(now)
 
+    @property
+    def room(self) -> int:
+        """Most blocks of one store that a tier would take now."""
+        return max([self._most(guard) for guard in self._guards if guard.can_store(1)], default=0)
+
     def _most(self, guard: TierGuard) -> int:
         """Return how many more blocks the tier will write soon.
 

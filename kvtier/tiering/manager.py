@@ -354,7 +354,14 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         if len(ordered) > self._table.num_free:
             own, found = state.uses.own, self._scanned.found_by_waiting()
             self._table.touch((), state.uses.came)  # tells the policy which request the victims make room for
-        placement = self._table.plan(ordered, own, found, all_new=all_new, declining=self._promoter.declining)
+        placement = self._table.plan(
+            ordered,
+            own,
+            found,
+            all_new=all_new,
+            declining=self._promoter.declining,
+            num_wanted=lambda: self._cascades.room,
+        )
         if placement.num_left_out and not placement.keys:
             return None
         slots = self._transfers.begin_store(state, placement)

@@ -70,6 +70,15 @@ def test_transit_is_refused_while_a_tier_reads_the_blocks_in_transit(engine):
     engine.tier.auto = True
 
 
+def test_what_no_tier_would_take_now_uses_no_slot_in_transit(engine):
+    engine.tier.full = True
+    assert serve(engine, "a") == []
+    engine.step()
+    assert num_first(engine) == 40
+    engine.tier.full = False
+    assert serve(engine, "b") == make_keys(2, "b")
+
+
 def test_transit_waits_for_every_tier_that_wants_the_block(make_engine):
     engine = make_engine(num_blocks=40, num_tiers=2, policy=ContentPolicy)
     context = engine.request("first")
