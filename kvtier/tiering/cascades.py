@@ -30,6 +30,8 @@ _EXPECTED_BANDWIDTH = 1e9
 """Assumed bytes per second of a tier that has not written anything yet, but no more than the primary tier holds. The
 value is low: the first blocks keep their slots until they are written, and a slow tier would keep much of the memory.
 They show the real bandwidth."""
+_LATE_AT_ONCE = 64
+"""Most late blocks that are offered together."""
 _ALWAYS = Admission.ALWAYS
 
 Offer = tuple[TierGuard, list[OffloadKey]]
@@ -119,7 +121,7 @@ class Cascades:
             if len(admitted) < len(keys):
                 self._observer.on_event(CascadeRefused(guard.name, len(keys) - len(admitted), "admission"))
             offers.append((guard, list(admitted)))
-        return self._taken(offers)
+        return self._taken(offers, req_context)
 
     def on_use(self, keys: Sequence[OffloadKey]) -> list[Offer]:
         """Choose which used `keys`, all of them ready, go to which tiers because this is their second use."""
@@ -143,9 +145,33 @@ class Cascades:
             self._note_sent(guard, job, guard.hand_over(job))
 
     def send(self) -> None:
-        """Submit the stores that were joined since the last call; called at the end of a step."""
+        """Submit the stores that were joined since the last call, and late ones; called at the end of a step."""
         for guard in self._guards:
+            if guard.late:
+                self._offer_late(guard)
             self._send_joined(guard)
+            guard.tell_ends()
+
+    def _offer_late(self, guard: TierGuard) -> None:
+        """Start stores of blocks that the tier was too busy to take before, as many as keep it busy until it is polled.
+
+        They are among the older blocks. More of them in flight would force younger ones out of the primary tier.
+        """
+        speed = self._speeds[guard.index]
+        in_flight = speed.in_flight + guard.num_joined
+        left = max(0 if in_flight else 1, int(speed.window()) - in_flight)
+        while (part := min(left, _LATE_AT_ONCE)) > 0 and guard.can_store(part):
+            taken = guard.late.take(part, self._table)
+            if taken is None:
+                return
+            req_context, keys = taken
+            self.start(guard, keys, req_context)
+            left -= len(keys)
+
+    def forget_late(self) -> None:
+        """Offer no block again that a tier did not take: the cache is being reset."""
+        for guard in self._guards:
+            guard.late.clear()
 
     def _send_joined(self, guard: TierGuard) -> None:
         sent = guard.send_joined()
@@ -189,19 +215,23 @@ class Cascades:
         in_flight = speed.in_flight + guard.num_joined
         return max(1 if not in_flight else 0, int(speed.bandwidth * seconds) - in_flight)
 
-    def _taken(self, offers: list[Offer]) -> list[Offer]:
+    def _taken(self, offers: list[Offer], req_context: ReqContext | None = None) -> list[Offer]:
+        """Return what the tiers take of `offers`. What they are too busy for is offered again if `req_context`, the
+        request that stores the blocks, is given.
+        """
         taken = []
         for (guard, offered), rule in zip(offers, self._rules, strict=True):
             keys = offered[: self._most(guard)]
             if len(keys) < len(offered):
                 rule.see(offered[len(keys) :])
                 self._observer.on_event(CascadeRefused(guard.name, len(offered) - len(keys), "throttled"))
-            if not keys:
-                continue
-            if guard.can_store(len(keys)):
+            if keys and guard.can_store(len(keys)):
                 taken.append((guard, keys))
-            else:
+            elif keys:
                 rule.see(keys)
                 reason = "throttled" if guard.usable else "down"
                 self._observer.on_event(CascadeRefused(guard.name, len(keys), reason))
+                keys = []
+            if req_context is not None and guard.usable:
+                guard.late.add(offered[len(keys) :], req_context)
         return taken

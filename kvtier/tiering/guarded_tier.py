@@ -19,6 +19,7 @@ from kvtier.secondary.jobs import Job
 from kvtier.secondary.stand_ins import LateTier
 from kvtier.secondary.standing import Breaker, Standing, StateTimes
 from kvtier.tiering.digests import DigestLedger
+from kvtier.tiering.late_stores import LateStores
 from kvtier.tiering.patience import ProbePatience
 from kvtier.tiering.tier_calls import TierCalls
 from kvtier.types import (
@@ -83,8 +84,9 @@ class TierGuard(TierCalls):
         self._joined: Job | None = None
         """A store that the tier has not got yet, because others may join it until the step ends."""
         self._shares: list[tuple[ReqContext, int]] = []
+        self.late = LateStores()
         self._ended_requests: dict[str, ReqContext] = {}
-        """Requests that have ended since; the tier learns it after their blocks."""
+        """Requests that have ended, but have blocks in `_joined` or `late`. The tier learns it after these."""
         self._job_ids = job_ids
         self._num_storing = 0
         self._is_opening = False
@@ -179,7 +181,7 @@ class TierGuard(TierCalls):
             self._shares.append((context, len(slots)))
 
     def send_joined(self) -> tuple[Job, bool] | None:
-        """Give the store job of this step to the tier, and then tell it which requests have ended.
+        """Give the store job of this step to the tier.
 
         Returns:
             The job and whether the tier has taken it, as `hand_over` says; None if nothing was stored.
@@ -193,11 +195,14 @@ class TierGuard(TierCalls):
         shares, self._shares = self._shares, []  # the guard keeps no request that has ended
         if len(shares) > 1:
             job.shares = tuple(shares)
-        is_taken = self.hand_over(job)
-        ended, self._ended_requests = self._ended_requests, {}
-        for req_context in ended.values():
-            self.tell("on_request_finished", self.tier.on_request_finished, req_context)
-        return job, is_taken
+        return job, self.hand_over(job)
+
+    def tell_ends(self) -> None:
+        """Tell the tier of the requests that have ended and have no blocks left for it. `send_joined` comes before."""
+        for req_id, req_context in list(self._ended_requests.items()):
+            if req_id not in self.late:
+                del self._ended_requests[req_id]
+                self.tell("on_request_finished", self.tier.on_request_finished, req_context)
 
     def hand_over(self, job: Job, *, is_hashed: bool = False) -> bool:
         """Give a job to the tier; return False, and forget the job, if the tier refused it.
@@ -234,9 +239,11 @@ class TierGuard(TierCalls):
             self._num_storing -= len(job.slots)
 
     def forget_request(self, req_context: ReqContext) -> None:
-        """Tell the tier that a request is over; if blocks wait for the end of the step, after them."""
+        """Tell the tier that a request is over; if blocks wait for the end of the step or for a less busy tier, after
+        them.
+        """
         self.patience.forget(req_context)
-        if self._joined is None:
+        if self._joined is None and req_context.req_id not in self.late:
             self.tell("on_request_finished", self.tier.on_request_finished, req_context)
         else:
             self._ended_requests[req_context.req_id] = req_context
@@ -245,6 +252,7 @@ class TierGuard(TierCalls):
         """Tell the tier of a new request; return its answer, None if it gives none."""
         before = self._ended_requests.pop(req_context.req_id, None)
         if before is not None:  # the engine uses its name again
+            self.late.drop(req_context.req_id)
             self.tell("on_request_finished", self.tier.on_request_finished, before)
         nothing: RequestOffloadingContext | None = None
         return self.ask("on_new_request", nothing, self.tier.on_new_request, req_context)
@@ -481,6 +489,7 @@ class TierGuard(TierCalls):
             raise InvariantError(f"tier {self.name} hashes jobs that nobody waits for")
         if self._num_storing != sum(len(job.slots) for job in self.jobs.values() if not job.is_promotion):
             raise InvariantError(f"tier {self.name} miscounts the blocks of its stores")
+        self.late.check_invariants()
         self.tier.check_invariants()
 
 

@@ -586,6 +586,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
             late_completions: whether the engine completes the copies that are running now. If not, a completion that
                 follows is always that of a newer copy.
         """
+        self._cascades.forget_late()
         self._cascades.send()
         self._tiers.drain()
         self._poll()
@@ -619,6 +620,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         """End all tiers, within `drain_timeout`; idempotent."""
         if not self._closed:
             self._closed = True
+            self._cascades.forget_late()
             self._cascades.send()
             self._tiers.shutdown()
             self._observer.raise_held()
