@@ -24,6 +24,7 @@ class Combination:
         stops: what vLLM says, in any of its versions, when it does not start, or stops at the first request; none if it
             serves.
         alone: whether vLLM stops in the same way without kvtier.
+        lacks: what a release of vLLM says that cannot run such a model on CPUs, with or without kvtier.
     """
 
     name: str
@@ -35,9 +36,12 @@ class Combination:
     says: str = ""
     stops: tuple[str, ...] = ()
     alone: bool = False
+    lacks: str = ""
 
 
 WORKS = "works"
+NO_CONVOLUTION = "causal_conv1d_fwd_kernel_impl\" not implemented for 'Float'"
+"""Of vLLM 0.30 on CPUs."""
 
 COMBINATIONS = (
     Combination(
@@ -55,13 +59,14 @@ COMBINATIONS = (
         DUMMY,
         finds=False,
         says="kvtier will find nothing: a block has 2048 tokens, and the longest request 2048",
+        lacks=NO_CONVOLUTION,
     ),
     Combination("speculative decoding, n-gram", WORKS, "llama", {"speculative_config": {
         "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4,
     }}),
     Combination("speculative decoding, EAGLE", WORKS, "llama", DUMMY | {"speculative_config": {
         "method": "eagle", "model": "draft", "num_speculative_tokens": 2,
-    }}),
+    }}, lacks="TypeError: Cannot inspect kernel parameters for function"),
     Combination("chunked prefill", WORKS, "llama", {"enable_chunked_prefill": True, "max_num_batched_tokens": 256}),
     Combination(
         "`--no-enable-prefix-caching`",
@@ -117,7 +122,7 @@ COMBINATIONS = (
         " layer)",
         "mamba",
         DUMMY | {"enable_prefix_caching": True},
-        stops=("in conv_ssm_forward",),
+        stops=("in conv_ssm_forward", NO_CONVOLUTION),
         alone=True,
     ),
     Combination(

@@ -22,6 +22,13 @@ def ask_all(engine):
         engine.generate(prompt(seed, 700))
 
 
+def ask_anew(engine):
+    """Ask for all prompts once more; if some were not written yet the last time, they are by now."""
+    engine.reset()
+    ask_all(engine)
+    return True
+
+
 @pytest.fixture(scope="module")
 def scraped(model, tmp_path_factory):
     """Return (families by name, text, log) of an engine with a striped disk below a small host memory."""
@@ -35,9 +42,7 @@ def scraped(model, tmp_path_factory):
         wait_until_up(engine)
         ask_all(engine)
         wait_for(lambda: engine.generate(prompt(1, 20)) and not engine.metrics()["kvtier_jobs.disk"], "all is written")
-        engine.reset()
-        ask_all(engine)
-        wait_for(lambda: engine.generate(prompt(1, 20)) and engine.metrics()["kvtier_hit_blocks.disk"], "the disk hits")
+        wait_for(lambda: ask_anew(engine) and engine.metrics()["kvtier_hit_blocks.disk"], "the disk hits")
         wait_for(lambda: engine.generate(prompt(1, 20)) and "KV Transfer metrics" in engine.log(), "vLLM's line")
         text, log = engine.ask("scrape"), engine.log()
     return {family.name: family for family in text_string_to_metric_families(text)}, text, log
