@@ -84,6 +84,8 @@ class TierGuard(TierCalls):
         self._joined: Job | None = None
         """A store that the tier has not got yet, because others may join it until the step ends."""
         self._shares: list[tuple[ReqContext, int]] = []
+        self._has_sent = False
+        """Whether `_joined` was sent since the last `tell_ends`."""
         self.late = LateStores()
         self._ended_requests: dict[str, ReqContext] = {}
         """Requests that have ended, but have blocks in `_joined` or `late`. The tier learns it after these."""
@@ -192,6 +194,7 @@ class TierGuard(TierCalls):
         if not self._has_unanswered:
             self._progressed_at = self._clock()
         self._joined = None
+        self._has_sent = True
         shares, self._shares = self._shares, []  # the guard keeps no request that has ended
         if len(shares) > 1:
             job.shares = tuple(shares)
@@ -199,6 +202,9 @@ class TierGuard(TierCalls):
 
     def tell_ends(self) -> None:
         """Tell the tier of the requests that have ended and have no blocks left for it. `send_joined` comes before."""
+        if not (self._has_sent or self.late.has_let_go):
+            return
+        self._has_sent = self.late.has_let_go = False
         for req_id, req_context in list(self._ended_requests.items()):
             if req_id not in self.late:
                 del self._ended_requests[req_id]

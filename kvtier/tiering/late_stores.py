@@ -14,6 +14,10 @@ from kvtier.types import ReqContext
 MAX_LATE = 1 << 16
 """Most blocks of one tier that wait here: at 2 MiB each, a minute and more of writing."""
 
+MAX_PROMPTS = 1 << 18
+"""Most blocks of the prompts of all requests that wait here, some 25 MB: their contexts know each of these. Beyond that
+the oldest request goes, whose blocks memory has the least of."""
+
 _MAX_SKIPPED = 4096
 """Most blocks that one call passes over because memory does not hold them any more."""
 
@@ -24,6 +28,8 @@ class _Rest:
 
     context: ReqContext
     keys: deque[OffloadKey]
+    prompt: int
+    """Blocks of its prompt, as far as the engine has told them."""
 
 
 class LateStores:
@@ -31,11 +37,15 @@ class LateStores:
 
     A tier is busy for a moment and idle for long, or the other way round. Without these blocks, a prompt that met a
     busy moment would have a hole in the tier for as long as memory holds its blocks, since nobody stores them again.
+
+    Attributes:
+        has_let_go: whether a request has no more blocks here since somebody set this to False.
     """
 
     def __init__(self) -> None:
         self._by_request: dict[str, _Rest] = {}
-        self._num_blocks = 0
+        self._num_blocks = self._num_prompts = 0
+        self.has_let_go = False
 
     def __bool__(self) -> bool:
         return bool(self._by_request)
@@ -50,10 +60,16 @@ class LateStores:
     def add(self, keys: Sequence[OffloadKey], context: ReqContext) -> None:
         """Let blocks of a request wait, in prefix order; those beyond `MAX_LATE` do not."""
         keys = keys[: MAX_LATE - self._num_blocks]
-        if keys:
-            rest = self._by_request.setdefault(context.req_id, _Rest(context, deque()))
-            rest.keys.extend(keys)
-            self._num_blocks += len(keys)
+        if not keys:
+            return
+        rest = self._by_request.get(context.req_id)
+        if rest is None:
+            rest = self._by_request[context.req_id] = _Rest(context, deque(), len(context.offload_key_positions))
+            self._num_prompts += rest.prompt
+        rest.keys.extend(keys)
+        self._num_blocks += len(keys)
+        while self._num_prompts > MAX_PROMPTS and len(self._by_request) > 1:
+            self.drop(next(iter(self._by_request)))
 
     def take(self, most: int, table: BlockTable) -> tuple[ReqContext, list[OffloadKey]] | None:
         """Remove and return the next blocks that `table` holds READY, at most `most` and of one request, and the
@@ -65,7 +81,7 @@ class LateStores:
             named = [rest.keys.popleft() for _ in range(min(most, len(rest.keys)))]
             self._num_blocks -= len(named)
             if not rest.keys:
-                del self._by_request[rest.context.req_id]
+                self.drop(rest.context.req_id)
             keys = list(dict.fromkeys(filter(table.is_ready, named)))
             if keys:
                 return rest.context, keys
@@ -73,18 +89,23 @@ class LateStores:
         return None
 
     def drop(self, req_id: str) -> None:
-        """Forget the blocks of a request: another one has its name now."""
+        """Forget the blocks of a request."""
         rest = self._by_request.pop(req_id, None)
         if rest is not None:
             self._num_blocks -= len(rest.keys)
+            self._num_prompts -= rest.prompt
+            self.has_let_go = True
 
     def clear(self) -> None:
         """Forget all blocks."""
         self._by_request.clear()
-        self._num_blocks = 0
+        self._num_blocks = self._num_prompts = 0
+        self.has_let_go = True
 
     def check_invariants(self) -> None:
         """Raise InvariantError if the blocks are miscounted, or a request without blocks waits."""
         counts = [len(rest.keys) for rest in self._by_request.values()]
+        if self._num_prompts != sum(rest.prompt for rest in self._by_request.values()):
+            raise InvariantError("late stores: the blocks of prompts are miscounted")
         if sum(counts) != self._num_blocks or not all(counts):
             raise InvariantError(f"late stores: {self._num_blocks} counted, {counts} here")

@@ -156,3 +156,21 @@ def test_a_call_passes_over_a_bounded_number_of_lost_blocks(monkeypatch):
     assert late.take(2, table) is None
     assert late.take(2, table) is None
     assert late.take(2, table) == (context, keys[8:])
+
+
+def test_what_waits_keeps_a_bounded_part_of_prompts_in_memory(busy, monkeypatch):
+    """A tier may stay busy, or down, for hours, and the context of a request knows its whole prompt."""
+    monkeypatch.setattr(late_stores, "MAX_PROMPTS", 25)
+    told, guard = [], busy.manager._tiers.guards[0]
+    busy.tier.on_request_finished = lambda context: told.append(context.req_id)
+    for name in "abcde":
+        keys, context = make_keys(10, name), busy.request(name)
+        for number, key in enumerate(keys):
+            context.set_offload_key_position(key, 16 * (number + 1))
+        busy.store(keys[:3], context)
+        busy.finish(context)
+        busy.step()
+        busy.manager.check_invariants()
+    assert [name in guard.late for name in "abcde"] == [False, False, False, True, True]
+    assert told == ["a", "b", "c"]
+    assert len(guard._ended_requests) == 2
