@@ -29,6 +29,13 @@ JOB = struct.Struct("<BQ?")
 """Extra bytes of "J" (end of a job): tier, job, whether all keys succeeded; if not, the record has those that did."""
 TIER = struct.Struct("<B?")
 """Extra bytes of "U" (a tier's change): tier, whether the tier is used from now on."""
+TAKEN = struct.Struct("<BI")
+"""Extra bytes of "B" (a tier that did not take all blocks of a store): tier, how many it took. Recordings of versions
+before have only the tier, which took none then."""
+LATE = struct.Struct("<BII")
+"""Extra bytes of "A" (late blocks that are offered): tier, for how many there was room, how many times to look."""
+ROOM = struct.Struct("<I")
+"""Extra bytes of "W" (a question how many blocks of a store the tiers would take): the answer."""
 NOT_SURE, NOT_FOUND = 128, 127
 """Extra bytes of "L" and "R" (lookups), one per key: the tier that has the key, `NOT_FOUND`, or `NOT_SURE` plus a tier
 that has not answered yet. There are none if all would be `NOT_FOUND`."""

@@ -15,12 +15,12 @@ from typing import Any
 
 import msgspec
 
-from kvtier.events import CascadeRefused, Event, Observer, Observers
 from kvtier.hints import NO_HINT, read_hint
 from kvtier.keys import OffloadKey
-from kvtier.recording.format import HASH_BYTES, JOB, NONE_LATE, NOT_FOUND, NOT_SURE, PROMPT, TIER
+from kvtier.recording.format import HASH_BYTES, JOB, LATE, NONE_LATE, NOT_FOUND, NOT_SURE, PROMPT, ROOM, TAKEN, TIER
 from kvtier.recording.stream import Recorder
 from kvtier.secondary.jobs import Job
+from kvtier.tiering.cascades import Cascades
 from kvtier.tiering.guarded_tier import TierGuard
 from kvtier.tiering.manager import TieringOffloadingManager
 from kvtier.tiering.requests import RequestState
@@ -41,8 +41,8 @@ MAX_NUMBERED_REQUESTS = 100_000
 class CallLog:
     """Makes the records.
 
-    `RecordedManager` tells it of calls. It watches the manager for scans (a request's lookups) and for tiers' answers,
-    and observes events for refusals. Lookups are recorded just before the next other record.
+    `RecordedManager` tells it of calls. It watches the manager for scans (a request's lookups) and for tiers' answers.
+    Lookups are recorded just before the next other record.
     """
 
     def __init__(self, recorder: Recorder, tiers: Sequence[str]) -> None:
@@ -162,11 +162,20 @@ class CallLog:
                 self._usable[guard.index] = guard.usable
                 self._recorder.note(b"U", 0, TIER.pack(guard.index, guard.usable))
 
-    def on_event(self, event: Event) -> None:
-        """Record that a tier refused a cascade because it was too busy or down."""
-        if isinstance(event, CascadeRefused) and event.reason != "admission":
-            self.note_scan()
-            self._recorder.note(b"B", 0, bytes([self._tiers.index(event.tier)]))
+    def note_taken(self, index: int, count: int) -> None:
+        """Record how many blocks of a store a tier took, if not all."""
+        self.note_scan()
+        self._recorder.note(b"B", 0, TAKEN.pack(index, count))
+
+    def note_late(self, index: int, room: int, num_looks: int) -> None:
+        """Record that a tier was offered late blocks."""
+        self.note_scan()
+        self._recorder.note(b"A", 0, LATE.pack(index, room, num_looks))
+
+    def note_room(self, room: int) -> None:
+        """Record how many blocks of a store the tiers would have taken."""
+        self.note_scan()
+        self._recorder.note(b"W", 0, ROOM.pack(room))
 
 
 def _answers(state: RequestState, keys: Sequence[OffloadKey]) -> bytes:
@@ -176,6 +185,33 @@ def _answers(state: RequestState, keys: Sequence[OffloadKey]) -> bytes:
         return b""
     asked = NOT_SURE + min(state.wait.probing, default=0)
     return bytes([asked if key in unresolved else found.get(key, NOT_FOUND) for key in keys])
+
+
+class RecordedCascades(Cascades):
+    """Records how many blocks tiers take. That depends on the time of each look at the clock, which a replay does not
+    know.
+    """
+
+    def __init__(self, log: CallLog, *parts: Any) -> None:
+        super().__init__(*parts)
+        self._log = log
+
+    def _num_taken(self, guard: TierGuard, count: int) -> int:
+        taken = super()._num_taken(guard, count)
+        if taken < count:
+            self._log.note_taken(guard.index, taken)
+        return taken
+
+    def _offer_late(self, guard: TierGuard) -> tuple[int, int]:
+        room, num_looks = super()._offer_late(guard)
+        if num_looks:
+            self._log.note_late(guard.index, room, num_looks)
+        return room, num_looks
+
+    def room(self) -> int:
+        room = super().room()
+        self._log.note_room(room)
+        return room
 
 
 class RecordedManager(TieringOffloadingManager):
@@ -190,18 +226,18 @@ class RecordedManager(TieringOffloadingManager):
         *args: Any,
         recorder: Recorder,
         names: Sequence[str],
-        observer: Observer | None = None,
         watcher: Watcher | None = None,
         **keywords: Any,
     ) -> None:
         """Args: as for `TieringOffloadingManager`; recorder: the manager starts it, and `shutdown` closes it."""
         self._recorder = recorder
         self._log = CallLog(recorder, names)
-        observers = Observers() if observer is None else Observers.over(observer)
-        observers.add(self._log, CascadeRefused)
         both = self._log if watcher is None else Watchers(self._log, watcher)
-        super().__init__(*args, names=names, observer=observers, watcher=both, **keywords)
+        super().__init__(*args, names=names, watcher=both, **keywords)
         recorder.start()
+
+    def _make_cascades(self, *parts: Any) -> Cascades:
+        return RecordedCascades(self._log, *parts)
 
     @in_turn
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:

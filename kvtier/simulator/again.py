@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from kvtier.abc import SecondaryTierManager
 from kvtier.errors import BlockNotReadyError, KVTierError, TraceError
@@ -19,12 +20,14 @@ from kvtier.events import BlocksLoaded, Event, Observers, TierState
 from kvtier.hints import HINT_KEY
 from kvtier.keys import OffloadKey
 from kvtier.primary.manager import CPUPrimaryTierOffloadingManager
-from kvtier.recording.format import JOB, NOT_SURE, TIER, Header, NewRequest, Record
+from kvtier.recording.format import JOB, LATE, NOT_SURE, ROOM, TAKEN, TIER, Header, NewRequest, Record
 from kvtier.recording.reader import read_recording
 from kvtier.registry import POLICIES
 from kvtier.simulator.devices import SimulatedClock
 from kvtier.simulator.live_run import LiveRun
 from kvtier.simulator.trace_files import check_regular
+from kvtier.tiering.cascades import Cascades
+from kvtier.tiering.guarded_tier import TierGuard
 from kvtier.tiering.manager import TieringOffloadingManager
 from kvtier.tiering.settings import TieringSettings
 from kvtier.types import (
@@ -69,7 +72,6 @@ class RecordedTierManager(SecondaryTierManager):
 
     Attributes:
         used: whether the recorded engine used the tier.
-        refuses: whether the tier refuses stores in the next call.
         has: keys of the next scan for which the tier answers HIT.
         unsure: keys of the next scan for which the tier answers RETRY.
     """
@@ -86,7 +88,6 @@ class RecordedTierManager(SecondaryTierManager):
         super().__init__(None, view, name)
         self.joins_stores = joins_stores  # type: ignore[misc]
         self.used = False
-        self.refuses = False
         self.has: set[OffloadKey] = set()
         self.unsure: set[OffloadKey] = set()
         self._jobs: set[int] = set()
@@ -103,7 +104,7 @@ class RecordedTierManager(SecondaryTierManager):
         return LookupResult.RETRY if key in self.unsure else LookupResult.MISS
 
     def can_store(self, num_blocks: int) -> bool:
-        return not self.refuses
+        return True
 
     def submit_store(self, job_metadata: JobMetadata) -> None:
         """Remember the job; `end` ends it when the recording does."""
@@ -126,6 +127,64 @@ class RecordedTierManager(SecondaryTierManager):
 
     def drain_jobs(self) -> None:
         """Do nothing: the recording ends the jobs."""
+
+
+@dataclass
+class Rooms:
+    """How many blocks tiers take in the next call, as recorded.
+
+    Attributes:
+        taken: per tier that does not take all blocks of a store: how many, for each store of the call.
+        late: per tier that is offered late blocks: for how many there is room, and how many times to look.
+        wanted: how many blocks of a store the tiers would take; None if the engine did not ask.
+    """
+
+    taken: dict[int, list[int]] = field(default_factory=dict)
+    late: dict[int, tuple[int, int]] = field(default_factory=dict)
+    wanted: int | None = None
+
+    def clear(self) -> None:
+        """Forget what was recorded for a call that was made."""
+        self.taken.clear()
+        self.late.clear()
+        self.wanted = None
+
+
+class RepeatedCascades(Cascades):
+    """Gives tiers as many blocks as the recorded engine did."""
+
+    def __init__(self, rooms: Rooms, *parts: Any) -> None:
+        super().__init__(*parts)
+        self._rooms = rooms
+
+    def _num_taken(self, guard: TierGuard, count: int) -> int:
+        recorded = self._rooms.taken.get(guard.index)
+        return min(count, recorded.pop(0)) if recorded else count
+
+    def _offer_late(self, guard: TierGuard) -> tuple[int, int]:
+        self._looks_left = self._rooms.late.get(guard.index, (0, 0))[1]
+        return super()._offer_late(guard)
+
+    def _late_room(self, guard: TierGuard) -> int:
+        return self._rooms.late.get(guard.index, (0, 0))[0]
+
+    def _takes_late(self, guard: TierGuard, count: int) -> bool:
+        self._looks_left -= 1
+        return self._looks_left >= 0
+
+    def room(self) -> int:
+        return super().room() if self._rooms.wanted is None else self._rooms.wanted
+
+
+class RepeatedManager(TieringOffloadingManager):
+    """A manager whose tiers take as many blocks as the recorded ones did."""
+
+    def __init__(self, rooms: Rooms, *args: Any, **keywords: Any) -> None:
+        self._rooms = rooms
+        super().__init__(*args, **keywords)
+
+    def _make_cascades(self, *parts: Any) -> Cascades:
+        return RepeatedCascades(self._rooms, *parts)
 
 
 class Repeater:
@@ -157,7 +216,9 @@ class Repeater:
         policy = POLICIES.load(header.policy)(header.primary_blocks)
         primary = CPUPrimaryTierOffloadingManager(header.primary_blocks, view, policy)
         primary.block_bytes = header.block_bytes  # the view has 1 byte per block, since no byte is read
-        self._manager = TieringOffloadingManager(
+        self._rooms = Rooms()
+        self._manager = RepeatedManager(
+            self._rooms,
             primary,
             self._tiers,
             names=[tier.name for tier in header.tiers],
@@ -197,7 +258,7 @@ class Repeater:
         self._clock.advance_to(record.time)
         if self.watcher is not None:
             self.watcher.on_record(record)
-        if record.kind in b"JUB":
+        if record.kind in b"JUBAW":
             self._stage(record)
             return
         try:
@@ -205,8 +266,7 @@ class Repeater:
         except BlockNotReadyError:
             self.found.num_diverged += 1
         if record.kind not in b"LRN":
-            for tier in self._tiers:
-                tier.refuses = False
+            self._rooms.clear()
 
     def _stage(self, record: Record) -> None:
         """Set what a tier will answer in the next call."""
@@ -216,8 +276,14 @@ class Repeater:
         elif record.kind == b"U":
             index, used = TIER.unpack(record.extra)
             self._tiers[index].used = used
+        elif record.kind == b"A":
+            index, room, num_looks = LATE.unpack(record.extra)
+            self._rooms.late[index] = room, num_looks
+        elif record.kind == b"W":
+            (self._rooms.wanted,) = ROOM.unpack(record.extra)
         else:
-            self._tiers[record.extra[0]].refuses = True
+            index, taken = TAKEN.unpack(record.extra) if len(record.extra) > 1 else (record.extra[0], 0)
+            self._rooms.taken.setdefault(index, []).append(taken)
 
     def _call(self, record: Record) -> None:
         manager, kind, keys = self._manager, record.kind, record.keys

@@ -128,12 +128,26 @@ def _submit(pool: ProcessPoolExecutor, index: int, setup: Setup) -> Future[Resul
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Block SIGINT in this thread; a SIGINT that arrives meanwhile raises KeyboardInterrupt afterwards."""
+    """Block SIGINT in this thread, for processes that inherit that, and raise KeyboardInterrupt only afterwards.
+
+    Another thread may take the signal, and Python would then raise the exception here, while a process starts.
+    """
+    seen: list[int] = []
+    is_main = threading.current_thread() is threading.main_thread()
+    former = signal.getsignal(signal.SIGINT) if is_main else None
+    if former is signal.SIG_IGN:
+        former = None
+    if former is not None:
+        signal.signal(signal.SIGINT, lambda number, _: seen.append(number))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if former is not None:
+            signal.signal(signal.SIGINT, former)  # runs the handler above first if a signal has just come
+    if seen:
+        raise KeyboardInterrupt
 
 
 def _part_of(progress: Callable[[float], None], done: int, total: int) -> Callable[[float], None]:

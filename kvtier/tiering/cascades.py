@@ -152,21 +152,35 @@ class Cascades:
             self._send_joined(guard)
             guard.tell_ends()
 
-    def _offer_late(self, guard: TierGuard) -> None:
+    def _offer_late(self, guard: TierGuard) -> tuple[int, int]:
         """Start stores of blocks that the tier was too busy to take before, as many as keep it busy until it is polled.
 
         They are among the older blocks. More of them in flight would force younger ones out of the primary tier.
+
+        Returns:
+            For how many blocks there was room, and how many times late blocks were looked for.
         """
-        speed = self._speeds[guard.index]
-        in_flight = speed.in_flight + guard.num_joined
-        left = max(0 if in_flight else 1, int(speed.window()) - in_flight)
-        while (part := min(left, _LATE_AT_ONCE)) > 0 and guard.can_store(part):
+        left = room = self._late_room(guard)
+        num_looks = 0
+        while (part := min(left, _LATE_AT_ONCE)) > 0 and self._takes_late(guard, part):
+            num_looks += 1
             taken = guard.late.take(part, self._table)
             if taken is None:
-                return
+                break
             req_context, keys = taken
             self.start(guard, keys, req_context)
             left -= len(keys)
+        return room, num_looks
+
+    def _late_room(self, guard: TierGuard) -> int:
+        """Return for how many late blocks there is room."""
+        speed = self._speeds[guard.index]
+        in_flight = speed.in_flight + guard.num_joined
+        return max(0 if in_flight else 1, int(speed.window()) - in_flight)
+
+    def _takes_late(self, guard: TierGuard, count: int) -> bool:
+        """Return whether the tier takes so many late blocks now."""
+        return guard.can_store(count)
 
     def forget_late(self) -> None:
         """Offer no block again that a tier did not take: the cache is being reset."""
@@ -199,9 +213,8 @@ class Cascades:
         for speed in self._speeds:
             speed.poll(now)
 
-    @property
     def room(self) -> int:
-        """Most blocks of one store that a tier would take now."""
+        """Return how many blocks of one store a tier would take at most now."""
         return max([self._most(guard) for guard in self._guards if guard.can_store(1)], default=0)
 
     def _most(self, guard: TierGuard) -> int:
@@ -221,17 +234,20 @@ class Cascades:
         """
         taken = []
         for (guard, offered), rule in zip(offers, self._rules, strict=True):
-            keys = offered[: self._most(guard)]
-            if len(keys) < len(offered):
-                rule.see(offered[len(keys) :])
-                self._observer.on_event(CascadeRefused(guard.name, len(offered) - len(keys), "throttled"))
-            if keys and guard.can_store(len(keys)):
-                taken.append((guard, keys))
-            elif keys:
-                rule.see(keys)
+            if not offered:
+                continue
+            count = self._num_taken(guard, len(offered))
+            if count:
+                taken.append((guard, offered[:count]))
+            if count < len(offered):
+                rule.see(offered[count:])
                 reason = "throttled" if guard.usable else "down"
-                self._observer.on_event(CascadeRefused(guard.name, len(keys), reason))
-                keys = []
-            if req_context is not None and guard.usable:
-                guard.late.add(offered[len(keys) :], req_context)
+                self._observer.on_event(CascadeRefused(guard.name, len(offered) - count, reason))
+                if req_context is not None and guard.usable:
+                    guard.late.add(offered[count:], req_context)
         return taken
+
+    def _num_taken(self, guard: TierGuard, count: int) -> int:
+        """Return how many of `count` blocks the tier takes now: the first ones, or none."""
+        count = min(count, self._most(guard))
+        return count if count and guard.can_store(count) else 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -169,7 +170,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
             clock,
             observer,
         )
-        self._cascades = Cascades(table, guards, self._pace, self._primary.block_bytes, clock, observer)
+        self._cascades = self._make_cascades(table, guards, self._pace, self._primary.block_bytes, clock, observer)
         self._note_use = Usage(self._table, self._tiers, self._cascades, self._retention).note
         self._scanned = ScannedRequests()
         self._has_to_poll = bool(guards) or self._watcher is not None or self._left is not None
@@ -182,6 +183,10 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
         self._shards: list[dict[OffloadKey, int]] | None = self._table.slot_of.shards
         self._filling = self._table.filling
         self._resolve = self._lookups.resolve
+
+    def _make_cascades(self, *parts: Any) -> Cascades:
+        """Return what sends blocks to the tiers. Recordings and their replays have their own."""
+        return Cascades(*parts)
 
     def leave_to_parent(self) -> None:
         """In a forked child, go on with no slot and no tier: every lookup misses, and nothing is stored."""
@@ -360,7 +365,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
             found,
             all_new=all_new,
             declining=self._promoter.declining,
-            num_wanted=lambda: self._cascades.room,
+            num_wanted=self._cascades.room,
         )
         if placement.num_left_out and not placement.keys:
             return None

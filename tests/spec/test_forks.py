@@ -393,7 +393,7 @@ def test_locks_that_a_thread_held_at_the_fork_keep_no_child_waiting():
     )
     executor = ThreadExecutor(description, arena_rows(memoryview(memory)))
     executor.start()
-    with executor._arena_lock, executor._loop._queue._changed:  # as one of its threads does for a moment
+    with executor._arena_lock, executor._loop._queue._lock:  # as one of its threads does for a moment
 
         def child():
             executor.retire()
