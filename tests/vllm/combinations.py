@@ -42,6 +42,8 @@ class Combination:
 WORKS = "works"
 NO_CONVOLUTION = "causal_conv1d_fwd_kernel_impl\" not implemented for 'Float'"
 """Of vLLM 0.30 on CPUs."""
+NO_MLA = "cannot import name 'compile_flash_attn_varlen_func_from_specs'"
+"""Of vLLM 0.28 on CPUs."""
 
 COMBINATIONS = (
     Combination(
@@ -49,8 +51,11 @@ COMBINATIONS = (
         "works; on CPUs vLLM's own prefix cache is off, and kvtier alone finds prefixes",
         "mla",
         DUMMY | {"num_gpu_blocks_override": 512},
+        lacks=NO_MLA,
     ),
-    Combination("sliding window (Mistral)", "works, with one engine block per block", "mistral"),
+    Combination("sliding window (Mistral)", "works, with one engine block per block", "mistral", {
+        "num_gpu_blocks_override": 256,
+    }),
     Combination("full and sliding layers (Gemma 3)", "works, with one engine block per block"),
     Combination(
         "Mamba without `--enable-prefix-caching`",

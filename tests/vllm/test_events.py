@@ -50,11 +50,10 @@ def test_stores_and_removals_in_host_memory_and_on_disk_reach_a_subscriber(model
     disk = {"type": "disk", "path": str(tmp_path / "disk"), "capacity": 16 * BLOCK_BYTES}
     keys = {"secondary_tiers": [disk], "cpu_bytes_to_use": 8 * BLOCK_BYTES, "self_describing_kv_events": True}
     options = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": endpoint}
+    events = Subscriber(endpoint)  # before the engine: who subscribes late misses what was sent before
     with Engine(model, tmp_path / "log", kvtier=keys, kv_events_config=options) as engine:
         engine.wait_until_started()
         wait_until_up(engine)
-        events = Subscriber(endpoint)
-        # Who subscribes late misses what was sent before.
         seeds = iter(range(2000, 2100))
         wait_for(lambda: engine.generate(prompt(next(seeds), BLOCK + 9)) and events.read().numbers, what="an event")
         wait_for(lambda: written(engine) and events.read().held["STORAGE"], what="an event of the disk")
