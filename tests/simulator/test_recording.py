@@ -41,9 +41,10 @@ def serve_until_the_disk_hits(engine, log):
 @pytest.mark.parametrize("policy", ["lru", "arc"])
 def test_a_recorded_live_run_replays_to_the_same_hits(tmp_path, disks, policy):
     log = LoadLog()
-    # No step computes enough tokens to measure the rate: else plans would depend on the time of each call, to the
-    # microsecond, which a recording does not have for every look at the clock.
-    engine = LiveEngine(tmp_path, log, disks, tokens_per_block=4, eviction_policy=policy)
+    # No step computes enough tokens to measure the rate, and it is so low that every load pays, from a busy disk, too:
+    # else plans would depend on the time of each call, to the microsecond, which a recording does not have for every
+    # look at the clock.
+    engine = LiveEngine(tmp_path, log, disks, tokens_per_block=4, eviction_policy=policy, prefill_rate=1.0)
     engine.serve(prompts(250))
     if disks:
         serve_until_the_disk_hits(engine, log)
