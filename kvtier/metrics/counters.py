@@ -10,6 +10,7 @@ import itertools
 from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from kvtier.events import Event
@@ -33,7 +34,13 @@ class Sample(NamedTuple):
 
 def tier_readings(tier: str, readings: Mapping[str, float]) -> dict[str, float]:
     """Return the values read for one tier under their names in `get_stats`; names without a row are gauges."""
-    return {f"{name}.{tier}" if name in _READ_COUNTERS else f"{tier}.{name}": value for name, value in readings.items()}
+    return dict(zip(_names_of_readings(tier, tuple(readings)), readings.values(), strict=True))
+
+
+@lru_cache(maxsize=256)
+def _names_of_readings(tier: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names in `get_stats`; an engine asks for the same ones at every step."""
+    return tuple(f"{name}.{tier}" if name in _READ_COUNTERS else f"{tier}.{name}" for name in names)
 
 
 def find_sample(name: str) -> Sample | None:

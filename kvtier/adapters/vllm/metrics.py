@@ -53,6 +53,9 @@ def _targets(metric: Metric, labels: tuple[str, ...]) -> Targets:
     return targets
 
 
+_NOT_OFF = {f"{reason}.off": 0.0 for reason in OFF_REASONS}
+
+
 class StatsReporter:
     """Turns totals into the increments since the last report, as vLLM expects, and reports gauges that have changed."""
 
@@ -134,7 +137,7 @@ class ManagerStatsReporter(StatsReporter):
             "lookups.retry": self.num_retries,
         }
         errors = {f"errors.{method}": count for method, count in self.errors.items()}
-        off = {f"{reason}.off": float(reason == off_reason) for reason in OFF_REASONS}
+        off = _NOT_OFF if off_reason is None else _NOT_OFF | {f"{off_reason}.off": 1.0}
         return self.report({**zeros, **stats, **answers, **errors, **off})
 
 
