@@ -18,7 +18,7 @@ from kvtier.testing.patience import PATIENCE_SECONDS, wait_for
 
 
 class Server:
-    def __init__(self, model, log, kvtier=None, more=()):
+    def __init__(self, model, log, kvtier=None, more=(), environment=None):
         """Args:
         kvtier: keys of kvtier's configuration; None takes what `kvtier vllm-config` prints.
         more: further options of the server.
@@ -41,7 +41,7 @@ class Server:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env=os.environ | ENVIRONMENT | {"VLLM_SERVER_DEV_MODE": "1"},
+                env=os.environ | ENVIRONMENT | {"VLLM_SERVER_DEV_MODE": "1"} | (environment or {}),
             )
 
     def is_up(self):
