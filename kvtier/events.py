@@ -77,7 +77,9 @@ class BlocksFailed(NamedTuple):
 
 
 class CascadeRefused(NamedTuple):
-    """Blocks were not offered to a tier: `reason` is "admission", "throttled" or "down"."""
+    """Blocks were not offered to a tier when they were stored: `reason` is "admission", "throttled" or "down". A tier
+    that was too busy may get them later.
+    """
 
     tier: str
     num_blocks: int

@@ -262,7 +262,7 @@ _OF_JOBS = (
     _on(BlocksFailed, lambda event: ((f"{event.tier}.{event.cause.value}", event.num_blocks),), "failed_blocks",
         (_BELOW, _CAUSE), "Blocks that a tier could not serve or store; a wrong checksum counts as corrupt"),
     _on(CascadeRefused, lambda event: ((f"{event.tier}.{event.reason}", event.num_blocks),), "refused_blocks",
-        (_BELOW, _REFUSED), "Blocks that were not offered to a tier"),
+        (_BELOW, _REFUSED), "Blocks that were not offered to a tier when they were stored"),
     _counter(_OWN, "compressed_blocks", (_BELOW,), "Blocks that were compressed before a tier stored them"),
     _counter(_OWN, "unwritten_bytes", (_BELOW,), "Bytes that compression has saved a tier from writing"),
     _counter(_OWN, "unread_bytes", (_BELOW,), "Bytes that compression has saved a tier from reading"),

@@ -168,21 +168,34 @@ class BlockTable:
         missing = list(keys) if len(unique) == len(keys) else list(dict.fromkeys(keys))
         if not all_new:
             missing = slot_of.missing(missing)
-        needed = len(missing) - len(self._free)
-        if needed <= 0:
+        if len(missing) <= len(self._free):
             return Placement(missing, [], 0)
         if self._adopting:
             return Placement([], [], len(missing))
         others = [spared] if spared else []
         if not all_new:
             others.append(unique)
+        return self._make_room(missing, own, others, declining, num_wanted)
+
+    def _make_room(
+        self,
+        missing: list[OffloadKey],
+        own: Set[OffloadKey],
+        others: Sequence[Set[OffloadKey]],
+        declining: Declining,
+        num_wanted: Callable[[], int] | None,
+    ) -> Placement:
+        """Return the plan for `missing` keys, of which there are more than free slots; see `plan`.
+
+        Args:
+            others: all keys that must not be evicted, but those of the same request.
+        """
+        needed, may_decline = len(missing) - len(self._free), declining is not Declining.NEVER
         protected = [own, *others] if own else others
-        may_decline = declining is not Declining.NEVER
         victims, num_declined = self._choose(needed, missing, protected, may_decline)
         num_passing = num_refused = 0
         if num_declined and declining is Declining.REFUSED and num_wanted is not None and self.transit.limit:
-            num_kept = len(missing) - num_declined
-            num_refused = len(missing) - max(num_kept, min(len(missing), num_wanted()))
+            num_refused = min(num_declined, max(0, len(missing) - num_wanted()))
             missing, num_declined = missing[: len(missing) - num_refused], num_declined - num_refused
             needed = max(0, needed - num_refused)
             victims = victims[:needed]
@@ -190,7 +203,7 @@ class BlockTable:
             if not (self.transit.keys or victims or len(self._free)):
                 # Everything ranks higher. To begin with, the lowest ones make room, else no byte would pass.
                 victims, _ = self._choose(min(needed, self.transit.limit), missing, protected)
-            idle = self.transit.idle(needed, lambda key: not self.is_pinned(slot_of[key]), others)
+            idle = self.transit.idle(needed, lambda key: not self.is_pinned(self.slot_of[key]), others)
             if num_declined and declining is Declining.IN_TRANSIT:
                 victims, _ = self._choose(needed, missing, protected)
             victims = list(islice(dict.fromkeys([*idle, *victims]), needed))

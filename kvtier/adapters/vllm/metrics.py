@@ -19,6 +19,7 @@ from kvtier.tiering.requests import PRIMARY
 
 Targets = list[tuple[str, tuple[str, ...]]]
 """Names in vLLM, each with its label values."""
+_NOT_OFF = {f"{reason}.off": 0.0 for reason in OFF_REASONS}
 
 
 def vllm_name(exported: str) -> str:
@@ -51,9 +52,6 @@ def _targets(metric: Metric, labels: tuple[str, ...]) -> Targets:
     if metric.also:
         targets.append((vllm_name(metric.also), labels if metric.labels_of_also else ()))
     return targets
-
-
-_NOT_OFF = {f"{reason}.off": 0.0 for reason in OFF_REASONS}
 
 
 class StatsReporter:

@@ -152,7 +152,7 @@ class SlabStore(SlotStore):
         results, (road, sealer), start = [False] * len(slots), self._road(self._writing), time.perf_counter()
         for run in self._runs(slots, buffers, sealer.most_sealed(self._geometry.block_bytes)):
             self._write_run(sealer, run, keys, buffers, results)
-        if self._writing.only is None and all(results):
+        if all(results):
             self._writing.learn(road, len(buffers) * self._geometry.block_bytes, time.perf_counter() - start)
         return results
 
@@ -165,7 +165,7 @@ class SlabStore(SlotStore):
         results, (road, sealer), start = [False] * len(slots), self._road(self._reading), time.perf_counter()
         for run in self._runs(slots, buffers, sealer.most_opened(self._geometry.block_bytes)):
             self._read_run(sealer, run, keys, buffers, results)
-        if self._reading.only is None and all(results):
+        if all(results):
             self._reading.learn(road, len(buffers) * self._geometry.block_bytes, time.perf_counter() - start)
         return results
 
