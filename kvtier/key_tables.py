@@ -3,7 +3,7 @@
 A dict of a million keys is built anew whenever its memory is used up: by growth, and again and again by deletions and
 insertions at a constant size. That takes tens of milliseconds, in an `OrderedDict` more than a hundred. So tables
 that may become large are other ones: `ShardedDict` spreads its keys over several dicts, and `LongQueue`
-(`key_queues.py`) keeps an order as a chain of short dicts. Small tables are a dict and an OrderedDict, which take less
+(`long_queue.py`) keeps an order as a chain of short dicts. Small tables are a dict and an OrderedDict, which take less
 time per key. `key_dict` and `key_queues` choose.
 
 A large table does not fit into the processor's caches, so most of a call is waiting for memory. Methods for many keys

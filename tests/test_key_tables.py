@@ -11,12 +11,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from kvtier import key_queues as key_queues_module
-from kvtier import key_tables
+from kvtier import key_tables, long_queue
 from kvtier.errors import InvariantError
-from kvtier.key_queues import LongQueue, are_disjoint, clear_queues, key_queues
+from kvtier.key_queues import are_disjoint, clear_queues, key_queues
 from kvtier.key_tables import KeySlots, ShardedDict, SmallDict, key_dict
 from kvtier.keys import make_offload_key
+from kvtier.long_queue import LongQueue
 
 KEYS = [make_offload_key(bytes([i, 7 * i % 3]), i % 2) for i in range(48)]
 LISTS = st.lists(st.sampled_from(KEYS), max_size=20)
@@ -37,9 +37,9 @@ class QueueMachine(RuleBasedStateMachine):
         self.slot_of = key_dict(capacity)
         self.slots = KeySlots(self.slot_of)
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(key_queues_module, "LONGEST_RUN", longest)
-        self.patch.setattr(key_queues_module, "SHORT_RUN", min(short, longest))
-        self.patch.setattr(key_queues_module, "MOST_BYTES_PER_KEY", most_bytes)
+        self.patch.setattr(long_queue, "LONGEST_RUN", longest)
+        self.patch.setattr(long_queue, "SHORT_RUN", min(short, longest))
+        self.patch.setattr(long_queue, "MOST_BYTES_PER_KEY", most_bytes)
         self.queues = key_queues(2, capacity, self.slots if knows_slots else None)
         self.models = [OrderedDict(), OrderedDict()]
 

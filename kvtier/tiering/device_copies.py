@@ -9,7 +9,8 @@ from kvtier.errors import BlockNotReadyError
 from kvtier.events import BlocksLoaded, Observer, UnexpectedCall
 from kvtier.keys import OffloadKey
 from kvtier.primary.table import BlockTable, Placement
-from kvtier.tiering.requests import Copies, RequestState, RunningCopies
+from kvtier.tiering.requests import RequestState
+from kvtier.tiering.running_copies import Copies, RunningCopies
 
 
 @dataclass(slots=True, eq=False)

@@ -5,7 +5,7 @@ from itertools import islice
 
 import pytest
 
-from kvtier import key_queues, key_tables
+from kvtier import key_tables, long_queue
 from kvtier.eviction import chains
 from kvtier.eviction.arc import ARCPolicy
 from kvtier.eviction.lru import LRUPolicy
@@ -45,8 +45,8 @@ def decisions(policy_class, capacity=96, steps=400):
 def test_a_large_table_decides_as_a_small_one(policy_class, monkeypatch):
     small = list(decisions(policy_class))
     monkeypatch.setattr(key_tables, "MOST_IN_ONE", 0)
-    monkeypatch.setattr(key_queues, "LONGEST_RUN", 16)
-    monkeypatch.setattr(key_queues, "SHORT_RUN", 4)
+    monkeypatch.setattr(long_queue, "LONGEST_RUN", 16)
+    monkeypatch.setattr(long_queue, "SHORT_RUN", 4)
     monkeypatch.setattr(chains, "MIN_FORWARDED", 2)
     assert list(decisions(policy_class)) == small
 

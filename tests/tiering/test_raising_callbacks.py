@@ -17,7 +17,7 @@ from kvtier.events import (
 )
 from kvtier.eviction.lru import LRUPolicy
 from kvtier.keys import make_offload_key
-from kvtier.tiering.requests import RunningStores
+from kvtier.tiering.running_copies import RunningStores
 
 
 class Raising:

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtier.testing.policies import keys_of
-from kvtier.tiering.requests import RunningStores
+from kvtier.tiering.running_copies import RunningStores
 
 KEYS = keys_of(*range(12))
 SOME = st.lists(st.sampled_from(KEYS), max_size=8)
