@@ -11,8 +11,8 @@ from pathlib import Path
 from kvtier.cli.disk_speed.scheduler import MeasuredTier
 from kvtier.keys import OffloadKey
 
-THREADS = 4
-"""Threads of a peer that lets one choose: as many as the disk tier and the raw limit have."""
+THREADS = 8
+"""Threads of a peer that lets one choose: as many as the disk tier has."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,9 @@ from kvtier.executors.protocol import Chore, Part, StoreReport
 from kvtier.keys import OffloadKey
 from kvtier.namespace import Namespace
 
+CALL_BYTES = 4 << 20
+"""What one call into a store moves, where nothing else is said: so small that several threads share a job."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ended:
@@ -40,6 +43,7 @@ class StoreDescription:
         num_blocks, block_bytes: shape of the primary arena.
         arena_is_foreign: as in `TierContext`.
         threads: most calls into the store at the same time, at least 1.
+        call_bytes: most payload bytes that one call moves, unless one block is larger.
         environment_secrets: prefixes of the names of secret environment variables that the store's client reads by
             itself. The I/O process inherits these, and those that an option names, but no other secrets. Not part of
             the JSON.
@@ -51,6 +55,7 @@ class StoreDescription:
     num_blocks: int
     block_bytes: int
     threads: int = 4
+    call_bytes: int = CALL_BYTES
     arena_is_foreign: bool = False
     environment_secrets: tuple[str, ...] = ()
 
@@ -68,6 +73,7 @@ class StoreDescription:
             "num_blocks": self.num_blocks,
             "block_bytes": self.block_bytes,
             "threads": self.threads,
+            "call_bytes": self.call_bytes,
             "arena_is_foreign": self.arena_is_foreign,
         }
         try:
@@ -96,6 +102,7 @@ class StoreDescription:
             num_blocks=int(values["num_blocks"]),
             block_bytes=int(values["block_bytes"]),
             threads=int(values["threads"]),
+            call_bytes=int(values["call_bytes"]),
             arena_is_foreign=bool(values["arena_is_foreign"]),
         )
 

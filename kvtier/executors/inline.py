@@ -26,14 +26,14 @@ class InlineExecutor(IOExecutor):
         self._description = description
         self._rows = rows
         self._runner: StoreRunner | None = None
-        self._loop = StoreLoop(description.block_bytes)
+        self._loop = StoreLoop(description)
         self._reports: list[Report] = []
         self._left_to_parent: StoreRunner | None = None
         forks.register(self)
 
     def leave_to_parent(self) -> None:
         """In a forked child, run nothing. Keep the store open, because closing it might write."""
-        self._loop = StoreLoop(self._description.block_bytes)
+        self._loop = StoreLoop(self._description)
         self._left_to_parent, self._runner = self._runner, None
         self._reports.clear()
 

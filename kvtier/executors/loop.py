@@ -10,14 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Container, Iterable, Sequence
 
+from kvtier.executors.base import CALL_BYTES, StoreDescription
 from kvtier.executors.pieces import Piece, cut
 from kvtier.executors.protocol import Chore, ChoreDone, Part, PartResult, Probe, ProbeAnswer, Unavailable, Usage
 from kvtier.executors.queue import TaskQueue
 from kvtier.executors.runner import StoreRunner
 from kvtier.types import FailureCause
 
-_TARGET_BYTES_PER_CALL = 4 << 20
-"""Large enough for a disk to reach its full bandwidth, small enough that several threads share a job."""
 _MAX_BLOCKS_PER_CALL = 64
 
 Move = Callable[[StoreRunner, Sequence[Piece]], list[PartResult]]
@@ -25,9 +24,9 @@ Move = Callable[[StoreRunner, Sequence[Piece]], list[PartResult]]
 JobReport = PartResult | ProbeAnswer | ChoreDone | Unavailable | Usage
 
 
-def blocks_per_call(block_bytes: int) -> int:
+def blocks_per_call(block_bytes: int, call_bytes: int = CALL_BYTES) -> int:
     """Return how many blocks one call into a store moves."""
-    return max(1, min(_MAX_BLOCKS_PER_CALL, _TARGET_BYTES_PER_CALL // block_bytes))
+    return max(1, min(_MAX_BLOCKS_PER_CALL, call_bytes // block_bytes))
 
 
 class StoreLoop:
@@ -37,9 +36,9 @@ class StoreLoop:
         busy_at: when a task last began, in seconds of `time.monotonic`.
     """
 
-    def __init__(self, block_bytes: int, threads: int = 1) -> None:
+    def __init__(self, description: StoreDescription, threads: int = 1) -> None:
         """Args: threads: that call `run`. All but one may store at the same time, so that no load waits for a store."""
-        self.blocks_per_call = blocks_per_call(block_bytes)
+        self.blocks_per_call = blocks_per_call(description.block_bytes, description.call_bytes)
         self._queue = TaskQueue[Piece, Probe | Chore](max(1, threads - 1))
         self._joiner = Joiner()
         self.busy_at = time.monotonic()

@@ -155,7 +155,7 @@ class Server:
         self._runner = runner
         self._rows = rows
         self._num_blocks = description.num_blocks
-        self._loop = StoreLoop(description.block_bytes, description.threads)
+        self._loop = StoreLoop(description, description.threads)
         self._ending = threading.Event()
         self._threads = [
             threading.Thread(target=self._work, name=f"kvtier-io-{index}", daemon=True)

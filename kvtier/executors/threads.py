@@ -31,7 +31,7 @@ class ThreadExecutor(IOExecutor):
     def __init__(self, description: StoreDescription, rows: Rows) -> None:
         self._description = description
         self._rows = rows
-        self._loop = StoreLoop(description.block_bytes, description.threads)
+        self._loop = StoreLoop(description, description.threads)
         self._arena_lock = threading.Lock()
         self._wanted = True
         self._killed = False
@@ -45,7 +45,7 @@ class ThreadExecutor(IOExecutor):
 
         The child has none of the threads. They may have held any of the locks at the fork, so it needs new locks.
         """
-        self._loop, self._arena_lock = StoreLoop(self._description.block_bytes), threading.Lock()
+        self._loop, self._arena_lock = StoreLoop(self._description), threading.Lock()
         self._news = threading.Event()
         self._wanted, self._killed = False, True
         self._reports.clear()

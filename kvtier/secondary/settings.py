@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kvtier.errors import ConfigError
+from kvtier.executors.base import CALL_BYTES
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class TierSettings:
 
     Attributes:
         threads: parallel calls of the store.
+        call_bytes: most payload bytes that one of them moves, unless one block is larger.
         deadlines: in seconds.
         most_store_bytes: most payload bytes of store jobs in flight; beyond that, `can_store` returns False.
         failures_to_open, first_backoff, longest_backoff: of the breaker.
@@ -41,6 +43,7 @@ class TierSettings:
     """
 
     threads: int = 4
+    call_bytes: int = CALL_BYTES
     deadlines: Deadlines = field(default_factory=Deadlines)
     most_store_bytes: int = 256 << 20
     failures_to_open: int = 3

@@ -372,6 +372,7 @@ class StoreTierManager(forks.ProcessBound, SecondaryTierManager):
             num_blocks=self.num_blocks,
             block_bytes=self.block_bytes,
             threads=self.settings.threads,
+            call_bytes=self.settings.call_bytes,
             arena_is_foreign=self.context.arena_is_foreign,
             environment_secrets=self.settings.environment_secrets,
         )

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtier.executors.loop import Joiner, join_results
+from kvtier.executors.loop import Joiner, blocks_per_call, join_results
 from kvtier.executors.protocol import Part, PartResult, Probe
 from kvtier.executors.queue import TaskQueue
 from kvtier.executors.runner import split_result
@@ -25,6 +25,10 @@ def result_of(part, failed=()):
     successes = [index not in failed for index in range(part.num_blocks)]
     failures = {FailureCause.CORRUPT: len(failed)} if failed else {}
     return PartResult(part.serial, part.first, successes, 10 * successes.count(True), failures)
+
+
+def test_a_call_moves_its_bytes_or_64_blocks_or_one():
+    assert [blocks_per_call(block, 2 << 20) for block in (4096, 128 << 10, 2 << 20, 8 << 20)] == [64, 16, 1, 1]
 
 
 def test_the_last_piece_reports_all_of_them():

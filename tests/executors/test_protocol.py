@@ -263,7 +263,7 @@ def test_values_out_of_range_are_refused_by_whoever_reads_them(message):
 
 
 def describe(options):
-    return StoreDescription("module:Store", options, Namespace({"m": 1}, b"\1"), 4, 4096, threads=2)
+    return StoreDescription("module:Store", options, Namespace({"m": 1}, b"\1"), 4, 4096, threads=2, call_bytes=8192)
 
 
 @given(st.dictionaries(st.text(), st.one_of(st.integers(-(2**70), 2**70), st.text(), st.booleans())))

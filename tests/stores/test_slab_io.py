@@ -75,7 +75,7 @@ def test_a_batch_of_neighbours_is_one_call(tmp_path, calls):
 
 
 def test_neighbours_that_pass_private_memory_are_one_call(tmp_path, calls):
-    block = 1 << 20
+    block = PORTION_BYTES // 4
     options = {"path": str(tmp_path / "slab"), "capacity": 16 * block}
     store = SlabStore.open(options, make_context(block_bytes=block), road=Road.COPIED)
     buffers = page_aligned(4, block)

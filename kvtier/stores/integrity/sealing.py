@@ -19,9 +19,10 @@ from kvtier.types import FailureCause
 
 MAX_SCRATCH_BYTES = 16 << 20
 """Private memory that a thread keeps for one batch, unless one block needs more."""
-PORTION_BYTES = 4 << 20
+PORTION_BYTES = 2 << 20
 """Bytes that pass private memory, or are summed and written, at once: as many as a call into a slab moves, so that it
-makes one system call. Of a larger block, the device writes one portion while other threads sum theirs.
+makes one system call, and so few that several threads have some under way. Of a larger block, the device writes one
+portion while other threads sum theirs.
 
 Portions of 1 MiB stay in a core's own (L2) cache, and yet take more processor time, up to a third more for small
 blocks: four times as many system calls, and as many times the steps around them. The copy itself works in pieces that

@@ -36,7 +36,7 @@ class DiskOptions(GuardedOptions, frozen=True, forbid_unknown_fields=True, kw_on
     min_free: Annotated[
         int, size_of("bytes of each filesystem that must stay free. With less free, nothing is stored", minimum=0)
     ] = 0
-    threads: Threads = 4
+    threads: Threads = 8
 
     @property
     def directories(self) -> list[str]:
