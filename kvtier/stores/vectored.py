@@ -61,11 +61,11 @@ def move_fully(call: VectoredCall, descriptor: int, buffers: Sequence[memoryview
         if moved % unit:
             break
         if done < total:
-            pending = _without_head(pending, moved)
+            pending = without_head(pending, moved)
     return done
 
 
-def _without_head(buffers: list[memoryview], count: int) -> list[memoryview]:
+def without_head(buffers: list[memoryview], count: int) -> list[memoryview]:
     """Return `buffers` without their first `count` bytes."""
     for index, buffer in enumerate(buffers):
         if count < buffer.nbytes:

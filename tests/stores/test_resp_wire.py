@@ -235,15 +235,15 @@ def test_no_more_is_on_its_way_than_the_connection_wants_or_one_block(kibibytes,
 
 def test_more_is_on_its_way_to_a_distant_server():
     assert [in_flight_bytes(seconds) for seconds in (0, 0.0001, 0.001, 0.002)] == [
-        512 << 10,
-        512 << 10,
+        1 << 20,
+        1 << 20,
         2000000,
         4000000,
     ]
 
 
 def test_a_connection_knows_how_far_its_server_is(ends, monkeypatch):
-    assert make_wire(ends[0]).in_flight_bytes == 512 << 10  # a Unix socket
+    assert make_wire(ends[0]).in_flight_bytes == 1 << 20  # a Unix socket
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as near:
         assert 0 < round_trip(near) < PATIENCE_SECONDS
         monkeypatch.setattr("kvtier.stores.resp.wire.round_trip", lambda connected: 0.002)

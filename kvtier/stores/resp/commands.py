@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from binascii import hexlify, unhexlify
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import chain, repeat
 
 from kvtier.keys import MAX_KEY_BYTES, MIN_KEY_BYTES, OffloadKey
 from kvtier.stores.integrity.header import HEADER_BYTES
@@ -104,36 +106,48 @@ class Exchanges:
     def write(self, wire: Wire, requests: Sequence[Request]) -> None:
         """SET every block: first its payload, plain or encrypted, then its header. A plain payload is not copied.
 
-        The next blocks are sealed while the server takes those before.
+        The next blocks are sealed while the server takes those before. Between them runs little code, since it starts
+        with a cold cache each time; the rest comes before the first and after the last.
         """
-        most = self._sealer.most_sealed(self._block_bytes) or len(requests)
-        sent: Sequence[Request] = ()
-        for batch in _batches(requests, min(most, self._most_in_flight(wire))):
-            payloads, headers = self._sealer.seal([each.key for each in batch], [each.buffer for each in batch])
+        keys, payloads = [request.key for request in requests], [request.buffer for request in requests]
+        heads, end = list(map(self._set_head, requests)), self._set_end
+        most, window = self._batches_of(wire)
+        most = min(self._sealer.most_sealed(self._block_bytes) or most, most)
+        unanswered: deque[Sequence[Request]] = deque()
+        for start in range(0, len(requests), most):
+            batch = slice(start, start + most)
             pieces: list[bytes | memoryview] = []
-            for request, payload, header in zip(batch, payloads, headers, strict=True):
-                pieces += self._set_head(request), payload, header + self._set_end
-            _await_stored(wire, sent)
+            sealed = self._sealer.seal(keys[batch], payloads[batch])
+            for head, payload, header in zip(heads[batch], *sealed, strict=True):
+                pieces += head, payload, header + end
+            if len(unanswered) == window:
+                _await_stored(wire, unanswered.popleft())
             wire.send(pieces)
-            sent = batch
-        _await_stored(wire, sent)
+            unanswered.append(requests[batch])
+        for stored in unanswered:
+            _await_stored(wire, stored)
 
     def read(self, wire: Wire, requests: Sequence[Request]) -> None:
         """GET every block into its buffer, and verify it in place.
 
-        A batch is requested as soon as the bytes of the one before it are here, before its last block is summed.
+        The next batch is requested as soon as the bytes of one are here, before its last block is summed.
         """
-        batches = _batches(requests, self._most_in_flight(wire))
+        most, window = self._batches_of(wire)
+        batches = _batches(requests, most)
         asked = [_packed(b"*2\r\n$3\r\nGET\r\n", batch) for batch in batches]
-        wire.send(asked[:1])
-        for batch, following in zip(batches, [*asked[1:], b""], strict=False):
+        wire.send(asked[:window])
+        for batch, following in zip(batches, chain(asked[window:], repeat(b"")), strict=False):
             for request in batch[:-1]:
                 self._receive(wire, request)
             self._receive(wire, batch[-1], following)
 
-    def _most_in_flight(self, wire: Wire) -> int:
-        """Return how many blocks are on their way at most. All connections together keep the network busy."""
-        return max(1, wire.in_flight_bytes // self._block_bytes)
+    def _batches_of(self, wire: Wire) -> tuple[int, int]:
+        """Return the blocks of a batch, and how many batches are on their way at most.
+
+        While the server is busy with one, the next is there. All connections together keep the network busy.
+        """
+        most = max(1, wire.in_flight_bytes // 2 // self._block_bytes)
+        return most, 2 if 2 * most * self._block_bytes <= wire.in_flight_bytes else 1
 
     def _receive(self, wire: Wire, request: Request, following: bytes = b"") -> None:
         """Receive the reply to a GET, send the `following` commands, and verify the block."""

@@ -10,16 +10,19 @@ import struct
 import time
 from collections.abc import Sequence
 from enum import Enum
+from operator import attrgetter
 from socket import IPPROTO_TCP, MSG_WAITALL, SO_RCVTIMEO, SO_SNDTIMEO, SOL_SOCKET, TCP_INFO, socket
 from typing import NamedTuple
 
 from kvtier.errors import StoreError
 from kvtier.foreign_text import first_line
+from kvtier.stores.vectored import without_head
 
 BUFFER_BYTES = 64 * 1024
 """Bytes per receive call for replies other than payloads."""
+_NUM_BYTES = attrgetter("nbytes")
 _TIMEVAL = struct.Struct("@ll")
-_MIN_IN_FLIGHT_BYTES = 512 * 1024
+_MIN_IN_FLIGHT_BYTES = 1 << 20
 """The kernel keeps bytes that are on their way in memory of its own. More of them leave the processor's cache before
 the other side copies them, which costs client and server processor time (benchmarks/figures.md)."""
 _BYTES_PER_SECOND = 2e9
@@ -128,20 +131,17 @@ class Wire:
                 except OSError as error:
                     raise _broken(error) from error
             return
-        left = [memoryview(piece) for piece in pieces if piece]
+        views = [memoryview(piece) for piece in pieces]
+        left = sum(map(_NUM_BYTES, views))
         while left:
             self._check_deadline()
             try:
-                sent = self._socket.sendmsg(left[:_MAX_PIECES])
+                sent = self._socket.sendmsg(views[:_MAX_PIECES])
             except OSError as error:
                 raise _broken(error) from error
-            done = 0
-            while done < len(left) and sent >= left[done].nbytes:
-                sent -= left[done].nbytes
-                done += 1
-            del left[:done]
-            if sent:
-                left[0] = left[0][sent:]
+            left -= sent
+            if left:
+                views = without_head(views, sent)
 
     def line(self, most: int = BUFFER_BYTES) -> bytes:
         """Return the next line without its line end.
