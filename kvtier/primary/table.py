@@ -447,9 +447,11 @@ class BlockTable:
     def end_adoption(self) -> None:
         """End the adoption: slots without a block may be used from now on."""
         self._adopting = False
-        self._adopted = np.zeros(0, np.bool_)
-        taken = np.zeros(self.num_slots, np.bool_)
-        taken[np.fromiter(self.slot_of.every_value(), np.intp)] = True
+        taken, self._adopted = self._adopted, np.zeros(0, np.bool_)
+        if len(taken) < self.num_slots or np.count_nonzero(taken) != len(self.slot_of):
+            # There was no block, a key came twice, or blocks were removed meanwhile.
+            taken = np.zeros(self.num_slots, np.bool_)
+            taken[np.fromiter(self.slot_of.every_value(), np.intp)] = True
         taken[np.fromiter(self._quarantine, np.intp)] = True
         self._free = FreeSlots(np.flatnonzero(~taken)[::-1])
 

@@ -158,6 +158,35 @@ def test_blocks_of_a_former_process_are_adopted_oldest_first(most_in_one, monkey
     assert table.num_free == 2
 
 
+def test_the_end_of_an_adoption_looks_at_no_block(monkeypatch):
+    table = make_table(6)
+    a, b = keys("a", "b")
+    table.adopt([4, 0], [a, b])
+    monkeypatch.setattr(type(table.slot_of), "every_value", lambda self: pytest.fail("all blocks were looked at"))
+    table.end_adoption()
+    assert table.num_free == 4
+    monkeypatch.undo()
+    table.check_invariants()
+
+
+def test_slots_of_blocks_that_were_removed_during_an_adoption_are_free():
+    table = make_table(6)
+    a, b, c = keys("a", "b", "c")
+    table.adopt([4, 0], [a, b])
+    table.remove([a])
+    table.adopt([2], [c])
+    table.end_adoption()
+    assert table.num_free == 4
+    table.check_invariants()
+
+
+def test_a_store_without_blocks_has_all_slots_free():
+    table = make_table(6)
+    table.end_adoption()
+    assert table.num_free == 6
+    table.check_invariants()
+
+
 def test_keys_of_another_length_are_refused_before_anything_changes():
     table = make_table()
     insert(table, keys("a"))
