@@ -10,17 +10,23 @@ rounds; within a round all cases move the same blocks, in an order that changes 
 - sealed: the same with 128 more bytes per value, as kvtier has them: joined with the payload in private memory, or from
   1 MiB on in a second buffer. No client that sums in one thread and keeps a header with each value can be faster.
 - kvtier: the store, which seals, verifies and moves payload and header.
+
+Bare, sealed and kvtier make their calls on so many threads, and all is measured with one, and with as many as a tier
+has.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import queue
 import socket
 import statistics
 import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +54,7 @@ MOVED_BYTES = 32 << 20
 class Case:
     """Blocks of one size, and all ways to move them."""
 
-    def __init__(self, pool: MooncakePool, block_bytes: int) -> None:
+    def __init__(self, pool: MooncakePool, block_bytes: int, threads: int) -> None:
         self.block_bytes, self.count = block_bytes, MOVED_BYTES // block_bytes
         self.arena = Arena.create(2 * self.count, block_bytes)
         rows = np.asarray(self.arena.view)
@@ -64,12 +70,21 @@ class Case:
         self.bare.register_buffer(rows.ctypes.data, rows.nbytes)
         self.left, self.right = socket.socketpair()
         self.steps = blocks_per_call(block_bytes)
-        self.private = np.zeros((self.steps, block_bytes + SEAL_BYTES), np.uint8)
-        self.bare.register_buffer(self.private.ctypes.data, self.private.nbytes)
+        self.threads = ThreadPoolExecutor(threads)
+        self.private: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
+        for _ in range(threads):
+            private = np.zeros((self.steps, block_bytes + SEAL_BYTES), np.uint8)
+            self.bare.register_buffer(private.ctypes.data, private.nbytes)
+            self.private.put(private)
 
     def parts(self) -> list[range]:
         """Return the blocks of each call, as many as an I/O process would give it."""
         return [range(first, min(first + self.steps, self.count)) for first in range(0, self.count, self.steps)]
+
+    def each(self, move: Callable[[range], None]) -> None:
+        """Move all parts, on all threads."""
+        for _ in self.threads.map(move, self.parts()):
+            pass
 
     def copy(self) -> None:
         """Copy all blocks in memory."""
@@ -84,20 +99,21 @@ class Case:
             view = view[self.right.recv_into(view) :]
         sender.join()
 
-    def _bare(self, move: Callable[..., list[int]], first: int) -> None:
-        for part in self.parts():
-            base = self.source if not first else self.target
+    def _bare(self, move: Callable[..., list[int]], base: np.ndarray) -> None:
+        def move_part(part: range) -> None:
             addresses = [base.ctypes.data + index * self.block_bytes for index in part]
             codes = move([self.names[index] for index in part], addresses, [self.block_bytes] * len(part))
             assert all(code in (0, self.block_bytes) for code in codes), codes
 
+        self.each(move_part)
+
     def bare_put(self) -> None:
         """Store with Mooncake's own call."""
-        self._bare(self.bare.batch_put_from, 0)
+        self._bare(self.bare.batch_put_from, self.source)
 
     def bare_get(self) -> None:
         """Load with Mooncake's own call."""
-        self._bare(self.bare.batch_get_into, self.count)
+        self._bare(self.bare.batch_get_into, self.target)
 
     def summed_put(self) -> None:
         """Sum, and store with Mooncake's own call."""
@@ -113,32 +129,47 @@ class Case:
 
     def sealed_put(self) -> None:
         """Sum, and store with 128 more bytes per value."""
-        for part in self.parts():
+
+        def put(part: range) -> None:
+            private = self.private.get()
             for index in part:
                 xxhash.xxh3_128_digest(self.rows[index])
             if self.block_bytes <= JOINED_BYTES:
-                for room, index in zip(self.private, part, strict=False):
+                for room, index in zip(private, part, strict=False):
                     np.copyto(room[: self.block_bytes], self.source[index])
-            self._sealed(self.bare.batch_put_from, self.bare.batch_put_from_multi_buffers, part, self.source)
+            self._sealed(self.bare.batch_put_from, self.bare.batch_put_from_multi_buffers, part, self.source, private)
+            self.private.put(private)
+
+        self.each(put)
 
     def sealed_get(self) -> None:
         """Load with 128 more bytes per value, and sum."""
-        for part in self.parts():
-            self._sealed(self.bare.batch_get_into, self.bare.batch_get_into_multi_buffers, part, self.target)
+
+        def get(part: range) -> None:
+            private = self.private.get()
+            self._sealed(self.bare.batch_get_into, self.bare.batch_get_into_multi_buffers, part, self.target, private)
             if self.block_bytes <= JOINED_BYTES:
-                for room, index in zip(self.private, part, strict=False):
+                for room, index in zip(private, part, strict=False):
                     xxhash.xxh3_128_digest(room)
                     np.copyto(self.target[index], room[: self.block_bytes])
             else:
                 for index in part:
                     xxhash.xxh3_128_digest(self.rows[self.count + index])
+            self.private.put(private)
+
+        self.each(get)
 
     def _sealed(
-        self, move: Callable[..., list[int]], move_two: Callable[..., list[int]], part: range, base: np.ndarray
+        self,
+        move: Callable[..., list[int]],
+        move_two: Callable[..., list[int]],
+        part: range,
+        base: np.ndarray,
+        private: np.ndarray,
     ) -> None:
         names = [f"sealed:{self.block_bytes}:{index}" for index in part]
         whole = self.block_bytes + SEAL_BYTES
-        rooms = [self.private.ctypes.data + number * whole for number in range(len(part))]
+        rooms = [private.ctypes.data + number * whole for number in range(len(part))]
         if self.block_bytes <= JOINED_BYTES:
             codes = move(names, rooms, [whole] * len(part))
         else:
@@ -149,14 +180,20 @@ class Case:
 
     def put(self) -> None:
         """Store with kvtier."""
-        for part in self.parts():
+
+        def put(part: range) -> None:
             assert all(self.store.write([self.keys[i] for i in part], [self.rows[i] for i in part]))
+
+        self.each(put)
 
     def get(self) -> None:
         """Load with kvtier."""
-        for part in self.parts():
+
+        def get(part: range) -> None:
             into = [self.rows[self.count + i] for i in part]
             assert all(self.store.read_into([self.keys[i] for i in part], into))
+
+        self.each(get)
 
     def forget(self) -> None:
         """Delete all blocks, so that the next round stores new ones."""
@@ -188,6 +225,7 @@ class Case:
 
     def close(self) -> None:
         """Leave the pool."""
+        self.threads.shutdown()
         self.store.close()
         self.bare.close()
 
@@ -204,17 +242,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--sizes", type=int, nargs="+", default=[128, 512, 2048], help="KiB per block")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, MooncakeOptions(master="").threads])
     arguments = parser.parse_args()
     ways = [f"{way} {client}" for way in ("put", "get") for client in ("bare", "summed", "sealed", "kvtier")]
     columns = ("copy", "socket", *ways)
     ratios = [(way, client) for client in ("sealed", "kvtier") for way in ("put", "get")]
     title = "GB/s; ratios to bare, paired by round; wanted for kvtier: 0.85"
-    table = Table("KiB", *columns, *(f"{way} {client} / bare" for way, client in ratios), title=title)
+    table = Table("KiB", "threads", *columns, *(f"{way} {client} / bare" for way, client in ratios), title=title)
     pool = MooncakePool(lent_bytes=512 << 20)
     try:
         pool.start()
-        for size in arguments.sizes:
-            case = Case(pool, size << 10)
+        for size, threads in itertools.product(arguments.sizes, arguments.threads):
+            case = Case(pool, size << 10, threads)
             case.measure(0)
             rounds = [case.measure(turn) for turn in range(arguments.rounds)]
             median = {name: statistics.median(each[name] for each in rounds) for name in columns}
@@ -225,6 +264,7 @@ def main() -> None:
             marks = [" !" if client == "kvtier" else "" for _, client in ratios]
             table.add_row(
                 str(size),
+                str(threads),
                 *(f"{MOVED_BYTES / median[name] / 1e9:.2f}" for name in columns),
                 *(
                     f"{ratio:.2f}{mark if ratio < TARGET_RATIO else ''}"
@@ -234,7 +274,7 @@ def main() -> None:
             case.close()
     finally:
         pool.close()
-    Console(width=150).print(table)
+    Console(width=160).print(table)
 
 
 if __name__ == "__main__":
