@@ -176,7 +176,10 @@ def reserved_pages() -> Iterator[Path | None]:
 def transparent_pages() -> Iterator[Path | None]:
     if not TRANSPARENT.exists():
         pytest.skip("no transparent huge pages: needs a kernel built with CONFIG_TRANSPARENT_HUGEPAGE")
-    with setting(TRANSPARENT, "advise"):
+    with setting(TRANSPARENT, "advise"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "kvtier.primary.huge_pages.hugetlb_page_sizes", lambda root: []
+        )  # the host may have reserved some
         yield None
 
 

@@ -20,6 +20,7 @@ from kvtier.executors.protocol import Unavailable
 from kvtier.executors.threads import ThreadExecutor
 from kvtier.namespace import Namespace
 from kvtier.primary.arena import Arena, arena_rows
+from kvtier.primary.huge_pages import HugePages
 from kvtier.secondary.disk import DiskTierManager
 from kvtier.secondary.slotted import SlottedTierManager
 from kvtier.testing.clock import ManualClock
@@ -168,10 +169,11 @@ def test_threads_let_go_of_a_store_whose_index_fails(tmp_path):
     HalfIndexStore(path).close()
 
 
-def test_a_process_refuses_an_arena_of_another_size(rig, tmp_path):
+def test_a_process_refuses_an_arena_of_another_size(tmp_path):
     options = {"path": str(tmp_path / "lock")}
-    description = StoreDescription(f"{__name__}:HalfIndexStore", options, Namespace({}), 2, rig.arena.block_bytes)
-    executor = IOProcess(description, Descriptor(os.dup(rig.arena.fd)))
+    description = StoreDescription(f"{__name__}:HalfIndexStore", options, Namespace({}), 2, 4096)
+    with Arena.create(16, 4096, huge_pages=HugePages.OFF) as arena:
+        executor = IOProcess(description, Descriptor(os.dup(arena.fd)))
     executor.start()
     reports = []
     wait_for(lambda: reports.extend(executor.poll()) or any(isinstance(r, Unavailable) for r in reports), "its end")
