@@ -8,7 +8,7 @@ import shlex
 import signal
 from typing import Any
 
-from mooncake_server import MooncakePool, why_not
+from mooncake_server import MooncakePool, remedy, why_not
 from swift_server import ACCESS_KEY, SECRET_KEY, SwiftServer
 from valkey_server import ValkeyCluster, ValkeyServer
 
@@ -45,7 +45,7 @@ def main() -> None:
         print(f"An S3, OpenStack Swift's:\nexport AWS_ACCESS_KEY_ID={ACCESS_KEY} AWS_SECRET_ACCESS_KEY={SECRET_KEY}")
         show("and", configuration({**place, "allow_http": True, "capacity": "4GiB"}, "object"))
         if reason := why_not():
-            print(f"No pool of Mooncake's: {reason}; `make system-packages` helps\n")
+            print(f"No pool of Mooncake's: {reason}; `{remedy()}` helps\n")
         else:
             pool = MooncakePool(lent_bytes=0)
             stack.callback(pool.close)

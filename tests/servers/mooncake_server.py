@@ -7,12 +7,15 @@ maker.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
+import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,7 +44,7 @@ class MooncakePool:
     def __init__(self, lent_bytes: int = 64 << 20, **flags: object) -> None:
         """Args: flags: of the master."""
         self.lent_bytes, self._flags = lent_bytes, flags
-        self.port = free_port()
+        self.port, self.metrics_port = free_port(), free_port()
         self.folder = Path(tempfile.mkdtemp(prefix="kvtier-mooncake-"))
         self.master: subprocess.Popen[bytes] | None = None
         self.lender: subprocess.Popen[bytes] | None = None
@@ -57,7 +60,7 @@ class MooncakePool:
             flags = {
                 "rpc_address": "127.0.0.1",
                 "rpc_port": self.port,
-                "metrics_port": free_port(),
+                "metrics_port": self.metrics_port,
                 "client_ttl": SECONDS_TO_LOSE_A_CLIENT,
                 **self._flags,
             }
@@ -95,13 +98,36 @@ class MooncakePool:
         """Kill the process that lends memory, and with it the blocks."""
         self.lender = _kill(self.lender)
 
-    def kvtier_lenders(self) -> list[int]:
-        """Return the processes of kvtier's that lend memory to this pool."""
+    def _master_says(self, path: str) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/{path}", timeout=PATIENCE_SECONDS) as reply:
+            return reply.read().decode()
+
+    def hosts(self) -> set[str]:
+        """Return the hosts whose memory the master gives away."""
+        return {_host(segment) for segment in self._master_says("get_all_segments").split()}
+
+    def host_of_blocks(self) -> dict[str, str]:
+        """Return, per value, the host that keeps it."""
+        hosts = {}
+        for name in self._master_says("get_all_keys").split():
+            (copy,) = json.loads(self._master_says(f"query_key?key={name}"))["data"]
+            hosts[name] = _host(copy["transport_endpoint_"])
+        return hosts
+
+    def num_evicted(self) -> int:
+        """Return how many values the master has evicted."""
+        lines = self._master_says("metrics").splitlines()
+        (value,) = (line.split()[1] for line in lines if line.startswith("master_evicted_key_count "))
+        return int(value)
+
+    def kvtier_lenders(self, host: str = "") -> list[int]:
+        """Return the processes of kvtier's that lend memory to this pool; with `host`, those whose option says so."""
+        said = json.dumps({"host": host})[1:-1] if host else self.address
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # it has ended meanwhile
                 command = (folder / "cmdline").read_text(errors="replace")
-                if lender.__name__ in command and self.address in command:
+                if lender.__name__ in command and self.address in command and said in command:
                     found.append(int(folder.name))
         return found
 
@@ -123,6 +149,10 @@ def _kill(process: subprocess.Popen[bytes] | None) -> None:
         process.wait()
 
 
+def _host(address: str) -> str:
+    return address.rpartition(":")[0]
+
+
 def listens(port: int) -> bool:
     """Return whether somebody listens at a port of this machine."""
     try:
@@ -142,6 +172,13 @@ def why_not() -> str:
     except ImportError as error:
         return f"Mooncake cannot be loaded ({error})"
     return ""
+
+
+def remedy() -> str:
+    """Return the command that helps against `why_not`."""
+    if find_spec("mooncake") is None:
+        return f"{sys.executable} -m pip install mooncake-transfer-engine-non-cuda"
+    return "make system-packages"
 
 
 class PoolValues:

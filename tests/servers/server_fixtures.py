@@ -1,7 +1,7 @@
 """Session fixtures: real servers, emptied before each test that uses them."""
 
 import pytest
-from mooncake_server import MooncakePool, PoolValues, why_not
+from mooncake_server import MooncakePool, PoolValues, remedy, why_not
 from requirements import lacking
 from valkey_server import ValkeyCluster, ValkeyServer
 
@@ -51,7 +51,7 @@ def valkey_cluster(_valkey_cluster):
 @pytest.fixture(scope="session")
 def _mooncake_pool():
     if reason := why_not():
-        lacking(reason, "make system-packages")
+        lacking(reason, remedy())
     pool = MooncakePool()
     try:
         yield _started(pool)
@@ -77,7 +77,7 @@ def mooncake_values(_mooncake_pool):
 def make_pool():
     """Makes pools of a test's own."""
     if reason := why_not():
-        lacking(reason, "make system-packages")
+        lacking(reason, remedy())
     pools = []
 
     def make(**options):
