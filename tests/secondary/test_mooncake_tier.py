@@ -1,5 +1,6 @@
 """The shipped suite on the tier, over each executor; two engines with one pool; and a tier that lost its master."""
 
+import itertools
 import os
 import signal
 import uuid
@@ -11,6 +12,7 @@ from kvtier.abc import TierContext
 from kvtier.events import TierState
 from kvtier.namespace import Namespace
 from kvtier.secondary.mooncake import MooncakeTierManager
+from kvtier.testing.patience import wait_for
 from kvtier.testing.tier_rig import SuiteSpec, TierRig
 from kvtier.testing.tiers import TierSuite
 
@@ -89,6 +91,25 @@ def test_a_killed_io_process_takes_no_block_with_it(make_rig, make_pool):
     rig.wait(lambda: rig.tier.state is not TierState.UP, "the tier sees it")
     rig.wait_up()
     assert rig.load(range(10))[1] == list(range(10))
+
+
+def test_a_lost_host_does_not_take_the_tier_down(make_rig, make_pool):
+    """Although job after job fails: here, the master does not notice the loss."""
+    pool = make_pool(client_ttl=3600)
+    rig = make_rig(pool, segment=32 << 20, host="127.0.0.2")
+    wait_for(lambda: len(pool.hosts()) == 2, "both hosts lend memory")
+    kept = {host: [] for host in pool.hosts()}
+    numbers = itertools.count()
+    while min(map(len, kept.values())) < 4:
+        number, before = next(numbers), pool.host_of_blocks().keys()
+        assert rig.store([number]).success
+        (host,) = (host for name, host in pool.host_of_blocks().items() if name not in before)
+        kept[host].append(number)
+    pool.kill_lender()
+    assert [rig.load([number])[1] for number in kept["127.0.0.1"][:4]] == [[]] * 4
+    assert rig.tier.state is TierState.UP
+    for number in kept["127.0.0.2"]:
+        assert rig.load([number])[1] == [number]
 
 
 def test_a_lost_master_costs_misses_and_the_tier_comes_back(make_rig, make_pool):

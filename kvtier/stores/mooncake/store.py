@@ -35,12 +35,15 @@ one evicts everything else from it, so all larger ones are summed first: code be
 _READS = 2
 """Attempts to read a block that does not verify."""
 _RPC_FAILED = -900
+_TRANSFER_FAILED = -800
+"""A host does not send or take bytes: it was lost, and the master does not know that yet."""
 _ABSENT = frozenset({-703, -704})
 """No such object, or none of its copies can be read: its host was lost, or it is still being written."""
 _CAUSES = {
     **dict.fromkeys(_ABSENT, FailureCause.ABSENT),
     -200: FailureCause.NO_SPACE,
     _RPC_FAILED: FailureCause.UNREACHABLE,
+    _TRANSFER_FAILED: FailureCause.UNREACHABLE,  # the other hosts serve, so the tier must not go down
 }
 """Causes of Mooncake's error codes; all others are I/O errors."""
 
@@ -235,8 +238,8 @@ class MooncakeStore(VariedStore):
         if self._is_length(code):
             return code - HEADER_BYTES
         cause = _CAUSES.get(code, FailureCause.IO_ERROR)
-        # A value of another length fails like a transfer from a lost host.
-        if cause is FailureCause.IO_ERROR:
+        # A value of another length may fail like a transfer from a lost host.
+        if cause is FailureCause.IO_ERROR or code == _TRANSFER_FAILED:
             size = self._client.get_size(self.name(key))
             if size >= 0 and not self._is_length(size):
                 return FailureCause.CORRUPT
