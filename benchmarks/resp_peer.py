@@ -181,7 +181,7 @@ class RawPeer(Peer):
 class SummedPeer(Peer):
     """The least that a client in Python does that sums each payload, without a tier, a process or headers around it.
 
-    Each thread has a socket, and sends or asks for half a MiB at a time, as kvtier does.
+    Each thread has a socket, and sends or asks for half a MiB at a time.
     """
 
     def __init__(self, order: PeerOrder, arena: Arena) -> None:

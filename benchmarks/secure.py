@@ -3,8 +3,8 @@
     python benchmarks/secure.py [--quick] [--json] [--path DIR]
 
 Figures are GB/s of one thread, medians of three rounds that take turns. In memory: sealing, verifying, encrypting and
-decrypting blocks that are not in the processor's cache. On disk: writing and reading a slab in DIR, in calls of 4 MiB;
-the limit is the same slab without a secret.
+decrypting blocks that are not in the processor's cache. On disk: writing and reading a slab in DIR, in calls as large
+as the tier's; the limit is the same slab without a secret.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from kvtier.namespace import Namespace
 from kvtier.primary.arena import Arena, arena_rows
 from kvtier.stores.integrity.encrypted_sealer import EncryptedSealer
 from kvtier.stores.integrity.plain_sealer import PlainSealer
+from kvtier.stores.integrity.sealing import PORTION_BYTES
 from kvtier.stores.integrity.secrets import Authenticator, PayloadCipher
 from kvtier.stores.slab import SlabStore
 from kvtier.testing.stores import make_key
@@ -33,7 +34,7 @@ from kvtier.testing.stores import make_key
 _NAMESPACE = Namespace({"model": "benchmark"})
 _SECRET = "a secret of the benchmark"
 _KEY = make_key(1)
-_CALL_BYTES = 4 << 20
+_CALL_BYTES = PORTION_BYTES
 _ROUNDS = 3
 _MODES: dict[str, dict[str, object]] = {
     "plain": {},

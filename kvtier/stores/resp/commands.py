@@ -147,7 +147,7 @@ class Exchanges:
         While the server is busy with one, the next is there. All connections together keep the network busy.
         """
         most = max(1, wire.in_flight_bytes // 2 // self._block_bytes)
-        return most, 2 if 2 * most * self._block_bytes <= wire.in_flight_bytes else 1
+        return most, max(1, wire.in_flight_bytes // (most * self._block_bytes))
 
     def _receive(self, wire: Wire, request: Request, following: bytes = b"") -> None:
         """Receive the reply to a GET, send the `following` commands, and verify the block."""
