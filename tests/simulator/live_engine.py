@@ -1,6 +1,7 @@
 """An engine over real memory and real disk tiers that records itself."""
 
 import contextlib
+import itertools
 import random
 
 from kvtier import KVCacheGroup, Namespace, OffloadingConfig, make_offload_key
@@ -74,7 +75,7 @@ class LiveEngine:
         engine = OffloadingConfig(
             extra, (KVCacheGroup(tokens_per_block),), BLOCK_BYTES, Namespace({"model": "recorded"})
         )
-        self.clock = StepClock()
+        self.clock, self.numbers = StepClock(), itertools.count()
         self.spec = TieringOffloadingSpec(engine, observers=[log], inline_io=inline_io, clock=self.clock)
         states = self.spec.wait_for_tiers(PATIENCE_SECONDS)
         assert set(states.values()) <= {TierState.UP}
@@ -89,8 +90,9 @@ class LiveEngine:
         for number, keys in prompts:
             hint = hints[number % len(hints)]
             params = None if hint is None else {"kvtier": hint}
+            name = f"r{next(self.numbers)}"  # each only once, as an engine has them: a recording numbers its requests
             waiting.append(
-                (ReqContext(f"r{number}", params, num_prompt_tokens=tokens or self.tokens_per_block * len(keys)), keys)
+                (ReqContext(name, params, num_prompt_tokens=tokens or self.tokens_per_block * len(keys)), keys)
             )
         live = []
         while waiting or live:
