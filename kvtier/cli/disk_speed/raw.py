@@ -34,9 +34,9 @@ from kvtier.errors import KVTierError
 from kvtier.stores.integrity.scratch import private_memory
 
 REQUEST_BYTES = 1 << 20
-"""With larger ones, no disk here was faster."""
+"""Larger ones were no faster here."""
 THREADS = 4
-"""With more or fewer, no disk here was faster."""
+"""More were no faster here."""
 _REQUESTS_IN_MEMORY = 256
 """With checksums, requests rotate over so many buffers: 256 MiB is more than the processor's caches hold."""
 
