@@ -9,7 +9,8 @@ affects all of them. Each client has its own keys, so that all replace values of
 - summed: the raw socket with an XXH3-128 of each payload, after it was sent or received. No client with checksums that
   works one value at a time can be faster.
 - plain: a socket to a thread of this process instead of a server, the limit of loopback.
-- kvtier: the resp store, which seals, verifies and moves batches of about 4 MiB, as in the I/O process.
+- kvtier: the resp store, which seals, verifies and moves batches of about 4 MiB on two connections, as a thread of the
+  I/O process does.
 - redis-py: `get` and `set`, one value at a time.
 """
 

@@ -3,6 +3,7 @@
 import pytest
 from guarded_stores import Guarded
 
+from kvtier.stores.resp.options import RespOptions
 from kvtier.stores.resp.store import RespStore
 from kvtier.testing.stores import StoreSuite, flip_bit, make_key
 from kvtier.types import FailureCause
@@ -86,6 +87,70 @@ class TestSingle(OnServer):
         assert self._read([1, 2, 3]) == [self.payload(1), None, self.payload(3)]
         assert self.context.failures.take() == {FailureCause.CORRUPT: 1}
         assert not self.client.exists(self.store.name(make_key(2)))
+
+
+class TestOnTwoConnections(OnServer):
+    """Blocks so large that each is a batch: a call of several goes over two connections."""
+
+    block_bytes = 300_000
+
+    def _connections(self):
+        """Return the ids of the store's connections."""
+        ours = self.client.client_id()
+        return sorted({int(client["id"]) for client in self.client.client_list()} - {ours})
+
+    def test_a_call_uses_two_connections_if_there_is_enough_for_both(self):
+        self._write([1])
+        assert len(self._connections()) == 1
+        self._write(range(6))
+        assert len(self._connections()) == 2
+        assert self._read(range(6)) == [self.payload(number) for number in range(6)]
+        assert len(self._connections()) == 2
+
+    def test_absent_and_corrupt_blocks_between_others_cost_only_themselves(self):
+        self._write(range(9))
+        self.client.delete(self.store.name(make_key(3)), self.store.name(make_key(8)))
+        self.plant(self.store, make_key(4), flip_bit(self.peek(self.store, make_key(4)), 77))
+        self.plant(self.store, make_key(5), b"short")
+        assert self._read(range(9)) == [None if number in (3, 4, 5, 8) else self.payload(number) for number in range(9)]
+        assert self.context.failures.take() == {FailureCause.ABSENT: 2, FailureCause.CORRUPT: 2}
+
+    def test_a_server_that_accepts_no_second_connection_serves_on_one(self):
+        most = self.client.config_get("maxclients")["maxclients"]
+        self._write([1])
+        self.client.config_set("maxclients", len(self._connections()) + 1)
+        try:
+            self._write(range(6))
+            assert self._read(range(6)) == [self.payload(number) for number in range(6)]
+            assert len(self._connections()) == 1
+        finally:
+            self.client.config_set("maxclients", most)
+
+    @pytest.mark.parametrize("lost", [0, 1])
+    def test_a_lost_connection_costs_no_block(self, lost):
+        self._write(range(6))
+        self.client.client_kill_filter(_id=self._connections()[lost])
+        self._write(range(6, 12))
+        assert self._read(range(12)) == [self.payload(number) for number in range(12)]
+        assert self.context.failures.take() == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "threads", "per_call"),
+    [
+        ({}, 4, 2),
+        ({"connections": 1}, 1, 1),
+        ({"connections": 3}, 3, 1),
+        ({"connections": 5}, 2, 2),
+        ({"compress": "zstd"}, 8, 1),
+        ({"secret_env": "SECRET"}, 8, 1),
+        ({"cluster": True}, 8, 1),
+        ({"url": "rediss://host"}, 8, 1),
+    ],
+)
+def test_where_bytes_take_processor_time_each_connection_has_a_thread(options, threads, per_call):
+    read = RespOptions.read({"url": "redis://host", **options})
+    assert (read.threads, read.connections_per_call) == (threads, per_call)
 
 
 class TestWithSecret(Guarded, OnServer):

@@ -8,13 +8,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import chain, repeat
+from itertools import chain, cycle, repeat
 
 from kvtier.keys import MAX_KEY_BYTES, MIN_KEY_BYTES, OffloadKey
 from kvtier.stores.integrity.header import HEADER_BYTES
 from kvtier.stores.integrity.sealing import Sealer
 from kvtier.stores.resp.connections import Server
-from kvtier.stores.resp.wire import Break, ConnectionBrokenError, Refused, Wire, parse_count
+from kvtier.stores.resp.wire import BATCH_BYTES, Break, ConnectionBrokenError, Refused, Wire, parse_count
 from kvtier.types import FailureCause
 
 _MAX_SKIPPED = 4
@@ -70,8 +70,8 @@ class Request:
     reply: Reply = Outcome.UNANSWERED
 
 
-Operation = Callable[[Wire, Sequence[Request]], None]
-"""Sends the commands of a batch, and sets each request's reply as it arrives. If the connection breaks, the remaining
+Operation = Callable[[Sequence[Wire], Sequence[Request]], None]
+"""Sends commands to one server, and sets each request's reply as it arrives. If a connection breaks, the remaining
 requests stay UNANSWERED."""
 
 
@@ -89,6 +89,7 @@ class Exchanges:
         self._sealer = sealer
         self._name_prefix = f"{prefix}:{sealer.namespace.fingerprint.hex()}:".encode()
         self._block_bytes = block_bytes
+        self._most_in_batch = max(1, BATCH_BYTES // block_bytes)
         self._value_bytes = HEADER_BYTES + block_bytes
         self._value_line = b"$%d\r\n" % self._value_bytes
         self._ttl = ttl_milliseconds
@@ -103,51 +104,58 @@ class Exchanges:
         """Return the name of a block's value on the server."""
         return self._name_prefix + hexlify(key)
 
-    def write(self, wire: Wire, requests: Sequence[Request]) -> None:
+    def write(self, wires: Sequence[Wire], requests: Sequence[Request]) -> None:
         """SET every block: first its payload, plain or encrypted, then its header. A plain payload is not copied.
 
-        The next blocks are sealed while the server takes those before. Between them runs little code, since it starts
-        with a cold cache each time; the rest comes before the first and after the last.
+        The next blocks are sealed while the server takes those before. They are sent at once after that, while they are
+        in the processor's cache. Between two batches runs little code, since it starts with a cold cache each time; the
+        rest comes before the first and after the last.
         """
         keys, payloads = [request.key for request in requests], [request.buffer for request in requests]
         heads, end = list(map(self._set_head, requests)), self._set_end
-        most, window = self._batches_of(wire)
+        asking = any(request.asking for request in requests)
+        most, window = self._most_in_batch, self._window(wires)
         most = min(self._sealer.most_sealed(self._block_bytes) or most, most)
-        unanswered: deque[Sequence[Request]] = deque()
-        for start in range(0, len(requests), most):
+        unanswered: deque[tuple[Wire, Sequence[Request]]] = deque()
+        for wire, start in zip(cycle(wires), range(0, len(requests), most), strict=False):
+            if len(unanswered) == window:
+                _await_stored(*unanswered.popleft(), asking)
             batch = slice(start, start + most)
             pieces: list[bytes | memoryview] = []
             sealed = self._sealer.seal(keys[batch], payloads[batch])
             for head, payload, header in zip(heads[batch], *sealed, strict=True):
                 pieces += head, payload, header + end
-            if len(unanswered) == window:
-                _await_stored(wire, unanswered.popleft())
             wire.send(pieces)
-            unanswered.append(requests[batch])
-        for stored in unanswered:
-            _await_stored(wire, stored)
+            unanswered.append((wire, requests[batch]))
+        for sent in unanswered:
+            _await_stored(*sent, asking)
 
-    def read(self, wire: Wire, requests: Sequence[Request]) -> None:
+    def read(self, wires: Sequence[Wire], requests: Sequence[Request]) -> None:
         """GET every block into its buffer, and verify it in place.
 
         The next batch is requested as soon as the bytes of one are here, before its last block is summed.
         """
-        most, window = self._batches_of(wire)
-        batches = _batches(requests, most)
+        window = self._window(wires)
+        batches = _batches(requests, self._most_in_batch)
         asked = [_packed(b"*2\r\n$3\r\nGET\r\n", batch) for batch in batches]
-        wire.send(asked[:window])
-        for batch, following in zip(batches, chain(asked[window:], repeat(b"")), strict=False):
+        for wire, commands in zip(cycle(wires), asked[:window], strict=False):
+            wire.send([commands])
+        # The window is the same for each connection, so the batch that follows on one is a window later.
+        for wire, batch, following in zip(cycle(wires), batches, chain(asked[window:], repeat(b"")), strict=False):
             for request in batch[:-1]:
                 self._receive(wire, request)
             self._receive(wire, batch[-1], following)
 
-    def _batches_of(self, wire: Wire) -> tuple[int, int]:
-        """Return the blocks of a batch, and how many batches are on their way at most.
+    def batches_of(self, num_blocks: int) -> int:
+        """Return how many batches so many blocks are."""
+        return -(-num_blocks // self._most_in_batch)
+
+    def _window(self, wires: Sequence[Wire]) -> int:
+        """Return how many batches are on their way at most, as many on each connection.
 
         While the server is busy with one, the next is there. All connections together keep the network busy.
         """
-        most = max(1, wire.in_flight_bytes // 2 // self._block_bytes)
-        return most, max(1, wire.in_flight_bytes // (most * self._block_bytes))
+        return len(wires) * max(1, wires[0].in_flight_bytes // (self._most_in_batch * self._block_bytes))
 
     def _receive(self, wire: Wire, request: Request, following: bytes = b"") -> None:
         """Receive the reply to a GET, send the `following` commands, and verify the block."""
@@ -171,9 +179,9 @@ class Exchanges:
             request.reply = FailureCause.CORRUPT
         request.buffer = payload
 
-    def find(self, wire: Wire, requests: Sequence[Request]) -> None:
+    def find(self, wires: Sequence[Wire], requests: Sequence[Request]) -> None:
         """Ask with one EXISTS per block whether it exists."""
-        self._ask(wire, b"*2\r\n$6\r\nEXISTS\r\n", requests)
+        self._ask(wires[0], b"*2\r\n$6\r\nEXISTS\r\n", requests)
 
     def look(self, wire: Wire, keys: Sequence[OffloadKey]) -> list[bool | None]:
         """Return which of `keys`, all of one length, exist on a single server; None where it refused to answer.
@@ -194,21 +202,21 @@ class Exchanges:
                 held[index] = None if isinstance(flag, Refused) else flag
         return held
 
-    def keep(self, wire: Wire, requests: Sequence[Request]) -> None:
+    def keep(self, wires: Sequence[Wire], requests: Sequence[Request]) -> None:
         """TOUCH the blocks, which makes them the server's most recently used; if they expire, begin their time anew."""
         if self._ttl is None:
-            self._ask(wire, b"*2\r\n$5\r\nTOUCH\r\n", requests)
+            self._ask(wires[0], b"*2\r\n$5\r\nTOUCH\r\n", requests)
             return
         digits = b"%d" % self._ttl
         commands = [
             (_ASKING if request.asking else b"") + b"*3\r\n$7\r\nPEXPIRE\r\n%b%b" % (_bulk(request.name), _bulk(digits))
             for request in requests
         ]
-        self._answer(wire, b"".join(commands), requests)
+        self._answer(wires[0], b"".join(commands), requests)
 
-    def delete(self, wire: Wire, requests: Sequence[Request]) -> None:
+    def delete(self, wires: Sequence[Wire], requests: Sequence[Request]) -> None:
         """UNLINK the blocks."""
-        self._ask(wire, b"*2\r\n$6\r\nUNLINK\r\n", requests)
+        self._ask(wires[0], b"*2\r\n$6\r\nUNLINK\r\n", requests)
 
     def scan(self, wire: Wire, cursor: int, count: int) -> tuple[int, list[OffloadKey]] | Refused:
         """SCAN some of the server's names; return the next cursor, 0 at the end, and the keys of blocks among them.
@@ -346,10 +354,9 @@ def _packed(command: bytes, requests: Sequence[Request]) -> bytes:
     )
 
 
-def _await_stored(wire: Wire, requests: Sequence[Request]) -> None:
-    """Receive the replies to SET."""
-    wire.await_bytes(len(requests) * len(_STORED))
-    if not any(request.asking for request in requests) and wire.take_all(_STORED, len(requests)):
+def _await_stored(wire: Wire, requests: Sequence[Request], asking: bool) -> None:
+    """Receive the replies to SET; args: asking: replies to ASKING are among them."""
+    if not asking and wire.take_if(_STORED * len(requests)):
         for request in requests:
             request.reply = Outcome.DONE
         return

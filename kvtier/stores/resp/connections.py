@@ -182,11 +182,7 @@ class Server:
         """
         connection = self._connection()
         try:
-            connection.send_command("PING")
-            connection.read_response()
-        except _FOREIGN as error:
-            connection.disconnect()
-            raise ServerLostError(self._why(error)) from None  # the original error may contain the password
+            self._ping(connection)
         finally:
             self._pool.release(connection)
 
@@ -211,30 +207,73 @@ class Server:
             self._pool.release(connection)
 
     def exchange(self, operation: Callable[[Wire], _Answer], deadline: float) -> _Answer:
-        """Run `operation` with a connection until `deadline` (of `time.monotonic`); return its result.
+        """Run `operation` with one connection; as `exchange_on`."""
+        return self.exchange_on(1, lambda wires: operation(wires[0]), deadline)
+
+    def exchange_on(self, most: int, operation: Callable[[Sequence[Wire]], _Answer], deadline: float) -> _Answer:
+        """Run `operation` with connections until `deadline` (of `time.monotonic`); return its result.
+
+        Args:
+            most: connections. It gets fewer where the server accepts no more of them, but at least one.
 
         Raises:
             ServerLostError: there is no connection; nothing was sent.
-            ConnectionBrokenError: the connection broke; some commands may have been answered.
+            ConnectionBrokenError: one broke; some commands may have been answered, on any of them.
         """
-        try:
-            connection = self._idle.pop()
-        except IndexError:
-            connection = self._connection()
-            connection.wire = Wire(connection.connected, self._timeout)
+        connections = self._take(most)
         whole = False
         try:
-            connection.wire.begin(deadline)
-            answer = operation(connection.wire)
+            for connection in connections:
+                connection.wire.begin(deadline)
+            answer = operation([connection.wire for connection in connections])
             whole = True
             return answer
         except ConnectionBrokenError as error:
             raise ConnectionBrokenError(error.kind, f"{self.address}: {error}") from error
         finally:
             if whole:
-                self._idle.append(connection)
+                self._idle += connections
             else:
-                self._give_back([connection, *self._take_idle()])  # usually the other connections are broken, too
+                self._give_back([*connections, *self._take_idle()])  # usually the other connections are broken, too
+
+    def _take(self, most: int) -> list[Any]:
+        """Return idle connections, or new ones.
+
+        Raises:
+            ServerLostError: there is none.
+        """
+        taken: list[Any] = []
+        while len(taken) < most:
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                connection = self._further() if taken else self._connection()
+                if connection is None:
+                    break
+                connection.wire = Wire(connection.connected, self._timeout)
+            taken.append(connection)
+        return taken
+
+    def _further(self) -> Any | None:
+        """Return a new connection; None if the server has no place for it, which it says to the first command."""
+        try:
+            connection = self._connection()
+        except ServerLostError:
+            return None
+        try:
+            self._ping(connection)
+        except ServerLostError:
+            self._pool.release(connection)
+            return None
+        return connection
+
+    def _ping(self, connection: Any) -> None:
+        try:
+            connection.send_command("PING")
+            connection.read_response()
+        except _FOREIGN as error:
+            connection.disconnect()
+            raise ServerLostError(self._why(error)) from None  # the original error may contain the password
 
     def close(self) -> None:
         """Close every connection."""

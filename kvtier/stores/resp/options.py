@@ -16,7 +16,7 @@ import msgspec
 from kvtier.errors import ConfigError, StoreUnavailableError
 from kvtier.foreign_text import is_utf8
 from kvtier.redaction import HIDDEN, split_address
-from kvtier.stores.compression.options import CompressedOptions
+from kvtier.stores.compression.options import CompressedOptions, Compression
 from kvtier.stores.integrity.secrets import read_place
 
 _SCHEMES = {"redis": False, "valkey": False, "rediss": True, "valkeys": True}
@@ -26,6 +26,8 @@ _PREFIX = re.compile(r"[!-z|~]{1,64}")
 """Printable characters without braces: in a cluster, a name in braces alone decides the slot of a key."""
 _NODE = re.compile(r"(?:\[([0-9A-Fa-f:.%]+)\]|([\w.-]+))(?::(\d{1,5}))?")
 _FILES = ("tls_ca_file", "tls_cert_file", "tls_key_file")
+_PAIRED_CONNECTIONS = 4
+"""With fewer connections each has a thread, so that no load waits for a store."""
 MAX_TTL_SECONDS = 10 * 366 * 86400
 
 
@@ -100,7 +102,15 @@ class RespOptions(CompressedOptions, frozen=True, forbid_unknown_fields=True, kw
             " policy decides"
         ),
     ] = None
-    connections: Annotated[int, msgspec.Meta(ge=1, le=64, description="parallel connections to each server")] = 8
+    connections: Annotated[
+        int,
+        msgspec.Meta(
+            ge=1,
+            le=64,
+            description="most parallel connections to each server. A thread uses two of them; with fewer than four,"
+            " with TLS, a secret, `compress` or a cluster, one",
+        ),
+    ] = 8
     connect_timeout: Annotated[float, _Seconds, msgspec.Meta(description="seconds to connect")] = 1.0
     timeout: Annotated[
         float,
@@ -111,9 +121,22 @@ class RespOptions(CompressedOptions, frozen=True, forbid_unknown_fields=True, kw
     ] = 5.0
 
     @property
+    def connections_per_call(self) -> int:
+        """Connections that one call of the store uses at once.
+
+        While the server is busy with what came on one, a call sends or receives on the other, so that half as many
+        threads keep the server as busy: they wait less for the interpreter, and take less processor time. Where each
+        byte takes more processor time (TLS, a secret, compression), or a call goes to several servers, each connection
+        has a thread of its own.
+        """
+        guarded = self.secret_env is not None or self.secret_file is not None
+        needs_threads = self.address.tls or self.cluster or guarded or self.compress is not Compression.OFF
+        return 1 if needs_threads or self.connections < _PAIRED_CONNECTIONS else 2
+
+    @property
     def threads(self) -> int:
-        """Parallel calls of the store, each with its own connection."""
-        return self.connections
+        """Parallel calls of the store, each with its own connections."""
+        return self.connections // self.connections_per_call
 
     @property
     def address(self) -> Address:

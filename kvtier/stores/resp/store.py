@@ -21,7 +21,7 @@ from kvtier.stores.resp.connections import Server, ServerLostError
 from kvtier.stores.resp.fullness import Fullness
 from kvtier.stores.resp.options import RespOptions
 from kvtier.stores.resp.topology import Topology, open_topology
-from kvtier.stores.resp.wire import Break, ConnectionBrokenError, Refused
+from kvtier.stores.resp.wire import BATCH_BYTES, Break, ConnectionBrokenError, Refused
 from kvtier.stores.varied import VariedStore
 from kvtier.types import FailureCause, KeyPage, StoreUsage
 
@@ -51,7 +51,7 @@ class RespStore(VariedStore):
     """Sealed blocks in a server that engines share.
 
     A value is a payload and its header. Plain payloads are sent from and received into the caller's buffers, without a
-    copy. Blocks that do not verify are counted and deleted. Threads share the store; each call uses its own connection.
+    copy. Blocks that do not verify are counted and deleted. Threads share the store; each call has its own connections.
     """
 
     def __init__(self, topology: Topology, settings: RespOptions, sealer: Sealer, context: StoreContext) -> None:
@@ -61,6 +61,7 @@ class RespStore(VariedStore):
         """
         self._topology = topology
         self._timeout = settings.timeout
+        self._most_connections = settings.connections_per_call
         self._failures = context.failures
         self._block_bytes, self._compressed = context.block_bytes, context.compressed
         ttl = None if settings.ttl is None else int(settings.ttl * 1000)
@@ -278,7 +279,7 @@ class RespStore(VariedStore):
         if operation == self._exchanges.keep and server in self._cannot_keep:
             operation = self._exchanges.find
         try:
-            server.exchange(lambda wire: operation(wire, share), deadline)
+            server.exchange_on(self._connections_for(operation, share), lambda wires: operation(wires, share), deadline)
         except ServerLostError as error:
             self._topology.lose(server, str(error))
             return []
@@ -296,6 +297,17 @@ class RespStore(VariedStore):
             self._note_replies(server, share, operation)
         repeat = [request for request in share if closed and request.reply is Outcome.UNANSWERED]
         return repeat + (self._redirected(share) if may_repeat else [])
+
+    def _connections_for(self, operation: Operation, share: Sequence[Request]) -> int:
+        """Return on how many connections a batch goes at most.
+
+        A few blocks go on one, and questions. So do loads of blocks that fill a connection: another one that the server
+        sends meanwhile has left the processor's cache when it is received.
+        """
+        is_load = operation == self._exchanges.read
+        if not (is_load or operation == self._exchanges.write) or (is_load and self._block_bytes > BATCH_BYTES):
+            return 1
+        return min(self._most_connections, self._exchanges.batches_of(len(share)))
 
     def _note_break(self, server: Server, error: ConnectionBrokenError) -> None:
         self._breaks[server] += 1

@@ -22,9 +22,10 @@ BUFFER_BYTES = 64 * 1024
 """Bytes per receive call for replies other than payloads."""
 _NUM_BYTES = attrgetter("nbytes")
 _TIMEVAL = struct.Struct("@ll")
-_MIN_IN_FLIGHT_BYTES = 1 << 20
-"""The kernel keeps bytes that are on their way in memory of its own. More of them leave the processor's cache before
-the other side copies them, which costs client and server processor time (benchmarks/figures.md)."""
+BATCH_BYTES = 512 << 10
+"""Payload bytes that are sent or asked for at once, unless one block has more. The kernel keeps bytes that are on their
+way in memory of its own. More of them leave the processor's cache before the other side copies them, which costs client
+and server processor time (benchmarks/figures.md)."""
 _BYTES_PER_SECOND = 2e9
 """More than one connection usually moves. So many bytes per second of a round trip keep a distant server busy, too."""
 _MIN_RTT = struct.Struct("148xI")
@@ -192,16 +193,16 @@ class Wire:
             else:
                 done += self._receive(view[done:], self._whole)
 
-    def await_bytes(self, count: int) -> None:
-        """Receive as many bytes as are missing to `count`, which will certainly arrive, in one call if possible."""
-        missing = count - (self._end - self._start)
-        if missing > 0:
-            self._receive_line(missing, self._whole)
+    def take_if(self, replies: bytes) -> bool:
+        """Take the next replies if they are these bytes; else take none and return False.
 
-    def take_all(self, reply: bytes, count: int) -> bool:
-        """Take the next `count` replies if all are here and the same as `reply`; else take none and return False."""
-        end = self._start + count * len(reply)
-        if end > self._end or self._buffer[self._start : end] != reply * count:
+        At least as many bytes must be certain to arrive; those that are missing are received in one call if possible.
+        """
+        end = self._start + len(replies)
+        if end > self._end:
+            self._receive_line(end - self._end, self._whole)
+            end = self._start + len(replies)
+        if end > self._end or self._buffer[self._start : end] != replies:
             return False
         self._start = end
         return True
@@ -291,7 +292,7 @@ class Wire:
 
 def in_flight_bytes(round_trip: float) -> int:
     """Return how many bytes of payloads should be on their way at most; args: round_trip: seconds."""
-    return max(_MIN_IN_FLIGHT_BYTES, int(round_trip * _BYTES_PER_SECOND))
+    return max(BATCH_BYTES, int(round_trip * _BYTES_PER_SECOND))
 
 
 def round_trip(connected: socket) -> float:
