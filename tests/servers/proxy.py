@@ -27,6 +27,7 @@ class Faults:
         change: gets all that the server said before it fell silent for a moment, returns what the client gets.
         swallow: nothing comes back.
         refuse: new connections are closed at once.
+        most_served: connections beyond so many are accepted, and wait for ever.
     """
 
     delay: float = 0.0
@@ -35,6 +36,7 @@ class Faults:
     change: Callable[[bytes], bytes] | None = None
     swallow: bool = False
     refuse: bool = False
+    most_served: int | None = None
 
 
 class Proxy:
@@ -64,6 +66,7 @@ class Proxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._listener.settimeout(_POLL_SECONDS)
         self.address: tuple[str, int] = self._listener.getsockname()
+        self._kept_waiting: list[socket.socket] = []
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
         self._threads[0].start()
 
@@ -77,6 +80,8 @@ class Proxy:
     def close(self) -> None:
         self._closing.set()
         self._listener.close()
+        for client in self._kept_waiting:
+            client.close()
         for thread in self._threads:
             thread.join(5)
 
@@ -89,6 +94,9 @@ class Proxy:
             except OSError:
                 return
             self.num_connections += 1
+            if self.faults.most_served is not None and self.num_connections > self.faults.most_served:
+                self._kept_waiting.append(client)
+                continue
             if self.faults.refuse:
                 client.close()
                 continue

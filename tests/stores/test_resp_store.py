@@ -115,17 +115,6 @@ class TestOnTwoConnections(OnServer):
         assert self._read(range(9)) == [None if number in (3, 4, 5, 8) else self.payload(number) for number in range(9)]
         assert self.context.failures.take() == {FailureCause.ABSENT: 2, FailureCause.CORRUPT: 2}
 
-    def test_a_server_that_accepts_no_second_connection_serves_on_one(self):
-        most = self.client.config_get("maxclients")["maxclients"]
-        self._write([1])
-        self.client.config_set("maxclients", len(self._connections()) + 1)
-        try:
-            self._write(range(6))
-            assert self._read(range(6)) == [self.payload(number) for number in range(6)]
-            assert len(self._connections()) == 1
-        finally:
-            self.client.config_set("maxclients", most)
-
     @pytest.mark.parametrize("lost", [0, 1])
     def test_a_lost_connection_costs_no_block(self, lost):
         self._write(range(6))

@@ -155,7 +155,7 @@ class Exchanges:
 
         While the server is busy with one, the next is there. All connections together keep the network busy.
         """
-        return len(wires) * max(1, wires[0].in_flight_bytes // (self._most_in_batch * self._block_bytes))
+        return len(wires) * -(-wires[0].in_flight_bytes // (self._most_in_batch * self._block_bytes))
 
     def _receive(self, wire: Wire, request: Request, following: bytes = b"") -> None:
         """Receive the reply to a GET, send the `following` commands, and verify the block."""

@@ -28,6 +28,12 @@ _FOREIGN = (redis.RedisError, OSError, RecursionError, ValueError)
 _MAX_HANDSHAKE_BYTES = 64 << 10
 """Most bytes of the replies to AUTH, SELECT and PING, which are short lines; redis-py itself has no limit."""
 
+_FURTHER_SECONDS = 0.25
+"""Longest wait for each step of a further connection, on which no call depends: a proxy may accept one, and serve it
+only when another one ends."""
+_ALONE_SECONDS = 10.0
+"""Time in which calls use one connection each after a further one was refused: tries cost time, and servers log them."""
+
 _Answer = TypeVar("_Answer")
 
 
@@ -83,6 +89,8 @@ class _WithWire:
 
     connected: socket
     wire: Wire
+    pool: redis.ConnectionPool
+    """To which the connection belongs."""
     socket_timeout: Any
 
     def __init__(self, **options: Any) -> None:
@@ -114,8 +122,16 @@ class Credentials(redis.CredentialProvider):
         self._settings = settings
 
     def get_credentials(self) -> tuple[str, ...]:  # type: ignore[override] # redis-py declares two fixed lengths
-        """Return (password,) or (username, password)."""
-        return self._settings.credentials()
+        """Return (password,) or (username, password).
+
+        Raises:
+            redis.AuthenticationError: the password cannot be read. After an error of another kind, redis-py would keep
+                the connection, without a login.
+        """
+        try:
+            return self._settings.credentials()
+        except StoreError as error:
+            raise redis.AuthenticationError(str(error)) from None
 
 
 def _client_options(settings: RespOptions) -> dict[str, Any]:
@@ -169,10 +185,15 @@ class Server:
             options["db"] = address.database
         self._settings = settings
         self._timeout = settings.timeout
+        self._alone_until = 0.0
         self._idle: list[Any] = []
         """Idle connections. They are not returned to redis-py's pool, whose bookkeeping takes longer than a small
         block."""
-        self._pool = redis.ConnectionPool(connection_class=kind, retry=Retry(NoBackoff(), 0), **options)
+        options |= {"connection_class": kind, "retry": Retry(NoBackoff(), 0)}
+        self._pool = redis.ConnectionPool(**options)
+        for name in ("socket_timeout", "socket_connect_timeout"):
+            options[name] = min(options[name], _FURTHER_SECONDS)
+        self._further_pool = redis.ConnectionPool(**options)
 
     def check(self) -> None:
         """Send a PING.
@@ -184,7 +205,7 @@ class Server:
         try:
             self._ping(connection)
         finally:
-            self._pool.release(connection)
+            connection.pool.release(connection)
 
     def ask(self, *words: str | bytes) -> Any:
         """Send one command, and return redis-py's value of its reply, or a `Refused`. It is slower than `exchange`.
@@ -204,7 +225,7 @@ class Server:
             connection.disconnect()
             raise ServerLostError(self._why(error)) from None
         finally:
-            self._pool.release(connection)
+            connection.pool.release(connection)
 
     def exchange(self, operation: Callable[[Wire], _Answer], deadline: float) -> _Answer:
         """Run `operation` with one connection; as `exchange_on`."""
@@ -243,12 +264,13 @@ class Server:
             ServerLostError: there is none.
         """
         taken: list[Any] = []
-        while len(taken) < most:
+        while not taken or (len(taken) < most and time.monotonic() >= self._alone_until):
             try:
                 connection = self._idle.pop()
             except IndexError:
                 connection = self._further() if taken else self._connection()
                 if connection is None:
+                    self._alone_until = time.monotonic() + _ALONE_SECONDS
                     break
                 connection.wire = Wire(connection.connected, self._timeout)
             taken.append(connection)
@@ -257,20 +279,21 @@ class Server:
     def _further(self) -> Any | None:
         """Return a new connection; None if the server has no place for it, which it says to the first command."""
         try:
-            connection = self._connection()
+            connection = self._connection(self._further_pool)
         except ServerLostError:
             return None
         try:
             self._ping(connection)
         except ServerLostError:
-            self._pool.release(connection)
+            connection.pool.release(connection)
             return None
         return connection
 
     def _ping(self, connection: Any) -> None:
         try:
             connection.send_command("PING")
-            connection.read_response()
+            if connection.read_response() != b"PONG":
+                raise redis.ConnectionError("a reply that does not answer PING")
         except _FOREIGN as error:
             connection.disconnect()
             raise ServerLostError(self._why(error)) from None  # the original error may contain the password
@@ -279,6 +302,7 @@ class Server:
         """Close every connection."""
         self._idle.clear()
         self._pool.disconnect()
+        self._further_pool.disconnect()
 
     def _take_idle(self) -> list[Any]:
         taken = []
@@ -290,13 +314,15 @@ class Server:
     def _give_back(self, connections: Sequence[Any]) -> None:
         for connection in connections:
             connection.disconnect()
-            self._pool.release(connection)
+            connection.pool.release(connection)
 
-    def _connection(self) -> Any:
+    def _connection(self, pool: redis.ConnectionPool | None = None) -> Any:
+        pool = self._pool if pool is None else pool
         try:
-            connection = self._pool.get_connection()
+            connection = pool.get_connection()
         except _FOREIGN as error:
             raise ServerLostError(self._why(error)) from None
+        connection.pool = pool
         self.was_reached = True
         return connection
 

@@ -107,7 +107,7 @@ class RespOptions(CompressedOptions, frozen=True, forbid_unknown_fields=True, kw
         msgspec.Meta(
             ge=1,
             le=64,
-            description="most parallel connections to each server. A thread uses two of them; with fewer than four,"
+            description="most parallel connections to each server. A thread uses up to two; with fewer than four,"
             " with TLS, a secret, `compress` or a cluster, one",
         ),
     ] = 8
@@ -116,7 +116,7 @@ class RespOptions(CompressedOptions, frozen=True, forbid_unknown_fields=True, kw
         float,
         _Seconds,
         msgspec.Meta(
-            description="seconds for one batch, about 2 MiB of blocks or one block, also if bytes arrive slowly"
+            description="seconds for one call, at most 4 MiB of blocks or one block, also if bytes arrive slowly"
         ),
     ] = 5.0
 

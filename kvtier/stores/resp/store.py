@@ -279,7 +279,8 @@ class RespStore(VariedStore):
         if operation == self._exchanges.keep and server in self._cannot_keep:
             operation = self._exchanges.find
         try:
-            server.exchange_on(self._connections_for(operation, share), lambda wires: operation(wires, share), deadline)
+            most = self._connections_for(operation, share) if may_repeat else 1  # of two, the second may be to blame
+            server.exchange_on(most, lambda wires: operation(wires, share), deadline)
         except ServerLostError as error:
             self._topology.lose(server, str(error))
             return []
