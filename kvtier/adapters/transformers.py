@@ -128,18 +128,13 @@ class PrefixCache(forks.ProcessBound):
         self._layout = layout_namespace(self.model, shape, self.tokens_per_block)
         self._spec: OffloadingSpec = create_spec(
             OffloadingConfig(
-                extra_config=self._spec_options(),
+                extra_config={"spec_name": "TieringOffloadingSpec", **self._config},
                 groups=(KVCacheGroup(self.tokens_per_block),),
                 engine_block_bytes=shape.token_bytes * self.tokens_per_block,
                 namespace=self._layout,
+                guessed_rate=guess_prefill_rate(self.model) if self.model.device.type == "cpu" else None,
             )
         )
-
-    def _spec_options(self) -> dict[str, Any]:
-        options = {"spec_name": "TieringOffloadingSpec", **self._config}
-        if options["spec_name"] == "TieringOffloadingSpec" and self.model.device.type == "cpu":
-            options.setdefault("prefill_rate", guess_prefill_rate(self.model))
-        return options
 
     # -- life ---------------------------------------------------------------------------------------------
 

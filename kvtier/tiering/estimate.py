@@ -33,6 +33,12 @@ _LONGEST_GAP = 2.0
 _SHORT_GAP = 0.1
 """Seconds between two polls from which on a job is not taken to have ended just before the later one: the engine may
 have been idle, or busy outside."""
+_CONTRADICTION = 4.0
+"""Jobs of which one took so many times as long as the other, by what was expected of each, belong to one burst.
+Throttled devices let some bytes pass at once, and others wait, often a tenth of a second: if each job were a sample,
+there would be some very slow and many very fast ones, and the tier would seem far faster than it is."""
+_BURST_SAMPLE_SECONDS = 0.25
+"""Longest burst. What contradicts a longer time shows that the tier has changed."""
 _MIN_SECONDS = 1e-6
 """Least duration of a job. Two readings of a clock may be equal."""
 _PROBE_AFTER = 10.0
@@ -47,11 +53,18 @@ _BURST_SECONDS = 0.05
 class PrefillSpeed:
     """How fast the engine computes tokens. A token takes longer the more tokens precede it."""
 
-    def __init__(self, rate: float = GUESSED_RATE, doubling: float = DOUBLING_TOKENS) -> None:
-        """Args: rate: tokens per second in an empty context; doubling: context length that doubles a token's time."""
+    def __init__(
+        self, rate: float = GUESSED_RATE, doubling: float = DOUBLING_TOKENS, *, is_guess: bool = False
+    ) -> None:
+        """Args:
+        rate: tokens per second in an empty context.
+        doubling: context length that doubles a token's time.
+        is_guess: the first measurement that shows the rate to be too low replaces it.
+        """
         self.doubling = doubling
         # The given rate weighs as much as one second of measurement.
         self._work, self._seconds = rate, 1.0
+        self._is_guess = is_guess
 
     @classmethod
     def through(cls, measured: Sequence[tuple[float, float]]) -> PrefillSpeed:
@@ -87,9 +100,83 @@ class PrefillSpeed:
     def measure(self, work: float, seconds: float) -> None:
         """Learn that `work` took `seconds`. The last few seconds of computing count most."""
         if seconds > 0:
+            if self._is_guess and work > seconds * self.rate:
+                self._work, self._seconds, self._is_guess = work, seconds, False
+                return
             kept = math.exp(-seconds / _MEMORY_SECONDS)
             self._work = self._work * kept + work
             self._seconds = self._seconds * kept + seconds
+
+
+class _Expected(NamedTuple):
+    """What is known of a tier: latency in seconds, bandwidth in blocks per second, and how certain both are.
+
+    Attributes:
+        doubt: variances of the logarithms of latency and of the seconds per block, and their covariance.
+    """
+
+    latency: float
+    bandwidth: float
+    is_measured: bool = False
+    doubt: tuple[float, float, float] = (_FIRST_DOUBT, _FIRST_DOUBT, 0.0)
+
+    def seconds(self, num_starts: int, num_blocks: float) -> float:
+        """Return how long `num_blocks` take of which the first comes after the latency, so many times."""
+        return num_starts * self.latency + num_blocks / self.bandwidth
+
+    def with_sample(self, num_starts: int, num_blocks: int, seconds: float) -> _Expected:
+        """Return what is known after one more sample.
+
+        A sample shows the sum of latency and transfer, and the estimate of the sum moves by a factor, so that slow and
+        fast samples fade equally fast. Of the two, the one that is less certain changes more, as in a Kalman filter
+        over their logarithms: once large jobs have shown the bandwidth, a small one shows the latency.
+        """
+        latency, transfer = num_starts * self.latency, num_blocks / self.bandwidth
+        change = math.log(seconds / (latency + transfer)) * (_WEIGHT if self.is_measured else 1.0)
+        goal = math.log(latency + transfer) + change
+        of_latency, of_transfer, common = self.doubt
+        slower_start = slower_transfer = 0.0  # logarithms of the factors
+        for _ in range(_ITERATIONS):
+            starts, moves = latency * math.exp(slower_start), transfer * math.exp(slower_transfer)
+            share, rest = starts / (starts + moves), moves / (starts + moves)
+            by_latency, by_transfer = of_latency * share + common * rest, common * share + of_transfer * rest
+            known = share * by_latency + rest * by_transfer
+            missing = goal - math.log(starts + moves) + share * slower_start + rest * slower_transfer
+            slower_start, slower_transfer = by_latency * missing / known, by_transfer * missing / known
+        variance, fading = known + _NOISE, _FADING / (share * share + rest * rest)
+        doubt = (
+            of_latency - by_latency * by_latency / variance + fading * share * share,
+            of_transfer - by_transfer * by_transfer / variance + fading * rest * rest,
+            common - by_latency * by_transfer / variance + fading * share * rest,
+        )
+        return _Expected(self.latency * math.exp(slower_start), self.bandwidth / math.exp(slower_transfer), True, doubt)
+
+
+@dataclass(slots=True)
+class _Burst:
+    """Jobs of which the times contradict each other: together they are one sample.
+
+    Attributes:
+        before: what was expected before it.
+    """
+
+    before: _Expected
+    num_starts: int = 0
+    num_moved: int = 0
+    seconds: float = 0.0
+
+    def includes(self, num_starts: int, num_moved: int, seconds: float) -> bool:
+        """Return whether the next blocks belong to it."""
+        if not self.num_moved or self.seconds + seconds > _BURST_SAMPLE_SECONDS:
+            return False
+        slowness = seconds / self.before.seconds(num_starts, num_moved)
+        own = self.seconds / self.before.seconds(self.num_starts, self.num_moved)
+        return max(slowness, own) > _CONTRADICTION * min(slowness, own)
+
+    def add(self, num_starts: int, num_moved: int, seconds: float) -> None:
+        self.num_starts += num_starts
+        self.num_moved += num_moved
+        self.seconds += seconds
 
 
 class TierSpeed:
@@ -101,13 +188,26 @@ class TierSpeed:
 
     def __init__(self, latency: float = 1e-3, bandwidth: float = 1e9) -> None:
         """Args: what to expect before anything is measured, in seconds and blocks per second, both above 0."""
-        self.latency, self.bandwidth = latency, bandwidth
-        self.is_measured = False
+        self._expected = _Expected(latency, bandwidth)
+        self._burst = _Burst(self._expected)
         self.in_flight = 0
         self._busy_since = self._polled_at = self._gap = self._unmeasured = 0.0
         self._is_first = True
-        self._doubt = (_FIRST_DOUBT, _FIRST_DOUBT, 0.0)
-        """Variances of the logarithms of latency and of the seconds per block, and their covariance."""
+
+    @property
+    def latency(self) -> float:
+        """Seconds until the first block of a job arrives, less its transfer."""
+        return self._expected.latency
+
+    @property
+    def bandwidth(self) -> float:
+        """Blocks per second."""
+        return self._expected.bandwidth
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether a job has ended."""
+        return self._expected.is_measured
 
     def begin(self, num_blocks: int, now: float) -> None:
         """Count the blocks of a job that the tier has been given."""
@@ -128,12 +228,20 @@ class TierSpeed:
         seen_at_once = seen_at_once and now - self._polled_at <= _SHORT_GAP
         self.in_flight = max(0, self.in_flight - num_blocks)
         self._unmeasured = 0.0  # whether blocks moved or not, the next probe has time
-        elapsed = now - self._busy_since
         if num_moved:
+            elapsed, num_starts = now - self._busy_since, int(self._is_first)
             earliest = elapsed if seen_at_once else self._polled_at - self._busy_since
-            predicted = (self.latency if self._is_first else 0.0) + num_moved / self.bandwidth
-            self._learn(num_moved, max(_MIN_SECONDS, min(max(predicted, earliest), elapsed)))
+            expected = self._expected.seconds(num_starts, num_moved)
+            self._learn(num_starts, num_moved, max(_MIN_SECONDS, min(max(expected, earliest), elapsed)))
             self._busy_since, self._is_first = now, False
+
+    def _learn(self, num_starts: int, num_moved: int, seconds: float) -> None:
+        """Learn how long it took to move blocks."""
+        if not self._burst.includes(num_starts, num_moved, seconds):
+            self._burst = _Burst(self._expected)
+        burst = self._burst
+        burst.add(num_starts, num_moved, seconds)
+        self._expected = burst.before.with_sample(burst.num_starts, burst.num_moved, burst.seconds)
 
     def poll(self, now: float) -> None:
         """Note that the manager has polled the tier."""
@@ -148,35 +256,6 @@ class TierSpeed:
         """Return whether a probe of `num_blocks` is due. Idle time of the engine does not count: nobody polls then."""
         pause = max(_PROBE_AFTER, (self.latency + num_blocks / self.bandwidth) / _PROBE_SHARE)
         return not self.in_flight and self._unmeasured >= pause
-
-    def _learn(self, num_blocks: int, seconds: float) -> None:
-        """Take in one sample.
-
-        A sample shows the sum of latency and transfer, and the estimate of the sum moves by a factor, so that slow and
-        fast samples fade equally fast. Of the two, the one that is less certain changes more, as in a Kalman filter
-        over their logarithms: once large jobs have shown the bandwidth, a small one shows the latency.
-        """
-        latency, transfer = self.latency if self._is_first else 0.0, num_blocks / self.bandwidth
-        change = math.log(seconds / (latency + transfer)) * (_WEIGHT if self.is_measured else 1.0)
-        goal = math.log(latency + transfer) + change
-        self.is_measured = True
-        of_latency, of_transfer, common = self._doubt
-        slower_start = slower_transfer = 0.0  # logarithms of the factors
-        for _ in range(_ITERATIONS):
-            starts, moves = latency * math.exp(slower_start), transfer * math.exp(slower_transfer)
-            share, rest = starts / (starts + moves), moves / (starts + moves)
-            by_latency, by_transfer = of_latency * share + common * rest, common * share + of_transfer * rest
-            known = share * by_latency + rest * by_transfer
-            missing = goal - math.log(starts + moves) + share * slower_start + rest * slower_transfer
-            slower_start, slower_transfer = by_latency * missing / known, by_transfer * missing / known
-        self.latency *= math.exp(slower_start)
-        self.bandwidth /= math.exp(slower_transfer)
-        variance, fading = known + _NOISE, _FADING / (share * share + rest * rest)
-        self._doubt = (
-            of_latency - by_latency * by_latency / variance + fading * share * share,
-            of_transfer - by_transfer * by_transfer / variance + fading * rest * rest,
-            common - by_latency * by_transfer / variance + fading * share * rest,
-        )
 
     def seconds(self, num_blocks: float, now: float) -> float:
         """Return the seconds from `now` until all blocks in flight and `num_blocks` more have arrived.
