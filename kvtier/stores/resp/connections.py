@@ -32,7 +32,7 @@ _FURTHER_SECONDS = 0.25
 """Longest wait for each step of a further connection, on which no call depends: a proxy may accept one, and serve it
 only when another one ends."""
 _ALONE_SECONDS = 10.0
-"""Time in which calls use one connection each after a further one was refused: tries cost time, and servers log them."""
+"""Time in which calls use one connection each after a further one was refused: tries cost time, and are logged."""
 
 _Answer = TypeVar("_Answer")
 
@@ -319,7 +319,7 @@ class Server:
     def _connection(self, pool: redis.ConnectionPool | None = None) -> Any:
         pool = self._pool if pool is None else pool
         try:
-            connection = pool.get_connection()
+            connection: Any = pool.get_connection()
         except _FOREIGN as error:
             raise ServerLostError(self._why(error)) from None
         connection.pool = pool
