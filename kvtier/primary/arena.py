@@ -17,6 +17,7 @@ import numpy as np
 from kvtier import forks
 from kvtier.descriptors import Descriptor
 from kvtier.errors import CapacityError, ConfigError
+from kvtier.interrupts import interrupts_noted
 from kvtier.primary.control_page import CONTROL_BYTES, ControlPage
 from kvtier.primary.huge_pages import (
     ADVICE,
@@ -355,7 +356,7 @@ class Arena(forks.ProcessBound):
                     _ = self._mapping[self._mapping.offset + page]
             return length
 
-        with ThreadPoolExecutor(max(1, threads), "kvtier-arena") as executor:
+        with interrupts_noted() as check, ThreadPoolExecutor(max(1, threads), "kvtier-arena") as executor:
             try:
                 slices = executor.map(back_slice, range(0, total, _SLICE_BYTES))
             except RuntimeError as error:  # the limits of address space or of processes leave no room for a thread
@@ -366,6 +367,7 @@ class Arena(forks.ProcessBound):
             try:
                 done = 0
                 for length in slices:
+                    check()
                     done += length
                     if progress is not None:
                         progress(done, total)

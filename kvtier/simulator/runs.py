@@ -11,14 +11,14 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from kvtier.errors import KVTierError
+from kvtier.interrupts import interrupts_noted
 from kvtier.simulator.replay import Replay
 from kvtier.simulator.results import Result
 from kvtier.simulator.setup import Machine, Setup
@@ -103,12 +103,16 @@ def replay_all(
     # No lock: each entry has one writer, and processors write an aligned double as a whole.
     shares = context.Array("d", len(setups), lock=False)
     stop = context.Value("b", 0, lock=False)
-    with ProcessPoolExecutor(count, context, initializer=_begin, initargs=(trace, machine, shares, stop)) as pool:
+    with (
+        interrupts_noted() as check,
+        ProcessPoolExecutor(count, context, initializer=_begin, initargs=(trace, machine, shares, stop)) as pool,
+    ):
         try:
             futures = [_submit(pool, index, setup) for index, setup in enumerate(setups)]
             waiting: set[Future[Result]] = set(futures)
             while waiting:
                 done, waiting = wait(waiting, _POLL_SECONDS, FIRST_COMPLETED)
+                check()
                 for future in done:
                     future.result()
                 progress(sum(shares) / len(setups))
@@ -122,32 +126,12 @@ def replay_all(
 
 
 def _submit(pool: ProcessPoolExecutor, index: int, setup: Setup) -> Future[Result]:
-    with _interrupts_held():  # `submit` may start a process, which inherits the mask of blocked signals
-        return pool.submit(_replay, index, setup)
-
-
-@contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Block SIGINT in this thread, for processes that inherit that, and raise KeyboardInterrupt only afterwards.
-
-    Another thread may take the signal, and Python would then raise the exception here, while a process starts.
-    """
-    seen: list[int] = []
-    is_main = threading.current_thread() is threading.main_thread()
-    former = signal.getsignal(signal.SIGINT) if is_main else None
-    if former is signal.SIG_IGN:
-        former = None
-    if former is not None:
-        signal.signal(signal.SIGINT, lambda number, _: seen.append(number))
+    # `submit` may start a process, which inherits the mask of blocked signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
-        yield
+        return pool.submit(_replay, index, setup)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if former is not None:
-            signal.signal(signal.SIGINT, former)  # runs the handler above first if a signal has just come
-    if seen:
-        raise KeyboardInterrupt
 
 
 def _part_of(progress: Callable[[float], None], done: int, total: int) -> Callable[[float], None]:

@@ -6,14 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
 
 from kvtier import make_offload_key
-from kvtier.simulator import runs
 from kvtier.simulator.replay import Replay
 from kvtier.simulator.setup import Machine, Setup
 from kvtier.simulator.trace import Trace, TraceRequest
@@ -101,29 +98,3 @@ def test_progress_is_told_while_all_requests_have_come_and_wait():
     Replay(trace, Setup("lru", 10, 0, 4096), Machine()).run(shares.append)
     assert shares == sorted(shares)
     assert sum(0.5 < share < 1 for share in shares) > 10
-
-
-def test_an_interrupt_that_another_thread_takes_waits_until_a_process_has_started():
-    """Else the process has no parent before it has read what to do, and prints a traceback."""
-    handler, ended = signal.signal(signal.SIGINT, signal.default_int_handler), threading.Event()
-    other = threading.Thread(target=ended.wait)
-    other.start()
-    started = []
-
-    def start():
-        with runs._interrupts_held():
-            signal.pthread_kill(other.ident, signal.SIGINT)
-            time.sleep(0.05)
-            started.append(True)
-
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            start()
-        assert started
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        start()
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        ended.set()
-        signal.signal(signal.SIGINT, handler)

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -23,6 +23,7 @@ from typing import TypeVar
 import numpy as np
 
 from kvtier.errors import StoreError
+from kvtier.interrupts import interrupts_noted
 from kvtier.stores.integrity.header import HEADER_BYTES
 from kvtier.stores.integrity.sealing import Sealer
 from kvtier.stores.slab.inspection import Records
@@ -39,6 +40,8 @@ MAX_MEMORY_BYTES = 256 << 20
 SETTLE_SECONDS = 3.0
 """How long a replaced block may be without a matching record, before it counts as corrupt."""
 _PAUSE_SECONDS = 0.1
+_POLL_SECONDS = 0.2
+"""Time after which an interrupt is heeded."""
 
 _Raw = TypeVar("_Raw", bytes, memoryview)
 
@@ -148,12 +151,14 @@ class _Verifier:
         """
         buffer_bytes = self._per_read * self._block_bytes
         threads = max(1, min(self._pace.threads, MAX_MEMORY_BYTES // buffer_bytes))
-        with ThreadPoolExecutor(threads, "kvtier-verify") as executor:
+        with interrupts_noted() as check, ThreadPoolExecutor(threads, "kvtier-verify") as executor:
             try:
-                futures = [executor.submit(self._work, buffer_bytes, started) for _ in range(threads)]
-                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
+                waiting = {executor.submit(self._work, buffer_bytes, started) for _ in range(threads)}
+                while waiting:
+                    done, waiting = wait(waiting, _POLL_SECONDS, FIRST_COMPLETED)
+                    check()
+                    for future in done:
+                        future.result()
             except BaseException:
                 self._pace.stopped.set()  # ends the other threads, for which the executor waits
                 raise
