@@ -19,7 +19,6 @@ from kvtier.options import check_known, convert_option
 from kvtier.primary.huge_pages import HugePages
 from kvtier.redaction import shown_option
 from kvtier.sizes import parse_size
-from kvtier.tiering.estimate import GUESSED_RATE
 from kvtier.tiering.settings import ResetPolicy, TieringSettings
 
 logger = logging.getLogger("kvtier")
@@ -79,7 +78,6 @@ class OffloadingConfig:
         namespace_follows: True if the engine gives the namespace later, by `TieringOffloadingSpec.identify`;
             persistent tiers start then.
         replicated: True if a block is the same in all workers. It is stored once, by rank 0, and all of them load it.
-        guessed_rate: tokens per second that the engine is thought to compute; None if nothing is known of it.
         tiers_key: what the user calls `secondary_tiers`, for errors.
     """
 
@@ -96,7 +94,6 @@ class OffloadingConfig:
     enable_kv_cache_events: bool = False
     namespace_follows: bool = False
     replicated: bool = False
-    guessed_rate: float | None = None
     tiers_key: str = "secondary_tiers"
 
     def __post_init__(self) -> None:
@@ -302,8 +299,8 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         ),
     ] = False
 
-    def settings(self, tokens_per_block: int, kv_events: bool, guessed_rate: float | None = None) -> TieringSettings:
-        """Return the tiering manager's settings. The other arguments are as in `OffloadingConfig`."""
+    def settings(self, tokens_per_block: int, kv_events: bool) -> TieringSettings:
+        """Return the tiering manager's settings."""
         return TieringSettings(
             load_deadline=self.load_deadline,
             probe_deadline=self.probe_deadline,
@@ -312,7 +309,6 @@ class CPUConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             tier_deadline=self.tier_deadline,
             promotion_budget=self.promotion_budget,
             prefill_rate=self.prefill_rate,
-            guessed_rate=guessed_rate or GUESSED_RATE,
             retain_share=self.retain_share,
             tenant_quotas=self.tenant_quotas,
             tokens_per_block=tokens_per_block,

@@ -31,7 +31,7 @@ from kvtier.adapters.model_identity import layout_namespace
 from kvtier.adapters.model_watch import ModelIdentity, arithmetic
 from kvtier.adapters.opened_cache import OpenedCache
 from kvtier.adapters.prefetch import Prefetcher
-from kvtier.adapters.prefill_guess import guess_cpu_rate
+from kvtier.adapters.prefill_guess import guess_cpu_rate, measure_operations
 from kvtier.adapters.prefix_request import PrefixRequest, Prompt
 from kvtier.adapters.prompts import find_foreign_input, placeholder_ids, read_rows, read_token_ids, vocabulary_of
 from kvtier.adapters.staging import Staging
@@ -59,7 +59,9 @@ EPOCH_BYTES = 16
 
 def guess_prefill_rate(model: torch.nn.Module) -> float:
     """Return a guess of the tokens per second that a model on a CPU prefills, until the rate has been measured."""
-    return guess_cpu_rate(sum(parameter.numel() for parameter in model.parameters()), torch.get_num_threads())
+    parameters = list(model.parameters())
+    dtype = parameters[0].dtype if parameters and parameters[0].is_floating_point() else torch.float32
+    return guess_cpu_rate(sum(parameter.numel() for parameter in parameters), measure_operations(dtype))
 
 
 class PrefixCache(forks.ProcessBound):
@@ -128,13 +130,18 @@ class PrefixCache(forks.ProcessBound):
         self._layout = layout_namespace(self.model, shape, self.tokens_per_block)
         self._spec: OffloadingSpec = create_spec(
             OffloadingConfig(
-                extra_config={"spec_name": "TieringOffloadingSpec", **self._config},
+                extra_config=self._spec_options(),
                 groups=(KVCacheGroup(self.tokens_per_block),),
                 engine_block_bytes=shape.token_bytes * self.tokens_per_block,
                 namespace=self._layout,
-                guessed_rate=guess_prefill_rate(self.model) if self.model.device.type == "cpu" else None,
             )
         )
+
+    def _spec_options(self) -> dict[str, Any]:
+        options = {"spec_name": "TieringOffloadingSpec", **self._config}
+        if options["spec_name"] == "TieringOffloadingSpec" and self.model.device.type == "cpu":
+            options.setdefault("prefill_rate", guess_prefill_rate(self.model))
+        return options
 
     # -- life ---------------------------------------------------------------------------------------------
 

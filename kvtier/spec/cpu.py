@@ -130,9 +130,7 @@ class CPUOffloadingSpec(forks.ProcessBound, OffloadingSpec):
     @property
     def settings(self) -> TieringSettings:
         """Deadlines and budgets of the tiering manager."""
-        return self.user_config.settings(
-            self.tokens_per_block, self.config.enable_kv_cache_events, self.config.guessed_rate
-        )
+        return self.user_config.settings(self.tokens_per_block, self.config.enable_kv_cache_events)
 
     def get_manager(self) -> TieringOffloadingManager:
         """Return the manager. The first call creates it and the arena, and starts the tiers without waiting for them.
@@ -284,7 +282,7 @@ class CPUOffloadingSpec(forks.ProcessBound, OffloadingSpec):
             "probe_deadline": settings.probe_deadline,
             "lease_timeout": settings.lease_timeout,
             "promotion_budget": settings.promotion_budget,
-            "prefill_rate": settings.prefill_rate or self.config.guessed_rate,
+            "prefill_rate": settings.prefill_rate,
             "retain_share": settings.retain_share,
             "tenant_quotas": settings.tenant_quotas,
             "tiers": [

@@ -37,8 +37,9 @@ _CONTRADICTION = 4.0
 """Jobs of which one took so many times as long as the other, by what was expected of each, belong to one burst.
 Throttled devices let some bytes pass at once, and others wait, often a tenth of a second: if each job were a sample,
 there would be some very slow and many very fast ones, and the tier would seem far faster than it is."""
-_BURST_SAMPLE_SECONDS = 0.25
-"""Longest burst. What contradicts a longer time shows that the tier has changed."""
+_BURST_SECONDS_MOVING, _BURST_SECONDS_IN_ALL = 0.25, 1.0
+"""Longest burst, without and with the time between its jobs. What contradicts a longer time, or an earlier one, shows
+that the tier has changed."""
 _MIN_SECONDS = 1e-6
 """Least duration of a job. Two readings of a clock may be equal."""
 _PROBE_AFTER = 10.0
@@ -53,18 +54,11 @@ _BURST_SECONDS = 0.05
 class PrefillSpeed:
     """How fast the engine computes tokens. A token takes longer the more tokens precede it."""
 
-    def __init__(
-        self, rate: float = GUESSED_RATE, doubling: float = DOUBLING_TOKENS, *, is_guess: bool = False
-    ) -> None:
-        """Args:
-        rate: tokens per second in an empty context.
-        doubling: context length that doubles a token's time.
-        is_guess: the first measurement that shows the rate to be too low replaces it.
-        """
+    def __init__(self, rate: float = GUESSED_RATE, doubling: float = DOUBLING_TOKENS) -> None:
+        """Args: rate: tokens per second in an empty context; doubling: context length that doubles a token's time."""
         self.doubling = doubling
         # The given rate weighs as much as one second of measurement.
         self._work, self._seconds = rate, 1.0
-        self._is_guess = is_guess
 
     @classmethod
     def through(cls, measured: Sequence[tuple[float, float]]) -> PrefillSpeed:
@@ -100,9 +94,6 @@ class PrefillSpeed:
     def measure(self, work: float, seconds: float) -> None:
         """Learn that `work` took `seconds`. The last few seconds of computing count most."""
         if seconds > 0:
-            if self._is_guess and work > seconds * self.rate:
-                self._work, self._seconds, self._is_guess = work, seconds, False
-                return
             kept = math.exp(-seconds / _MEMORY_SECONDS)
             self._work = self._work * kept + work
             self._seconds = self._seconds * kept + seconds
@@ -158,16 +149,19 @@ class _Burst:
 
     Attributes:
         before: what was expected before it.
+        began: when its first job had ended. A stall is not remembered for longer than a moment: a tier that seems too
+            slow has few jobs.
     """
 
     before: _Expected
+    began: float
     num_starts: int = 0
     num_moved: int = 0
     seconds: float = 0.0
 
-    def includes(self, num_starts: int, num_moved: int, seconds: float) -> bool:
-        """Return whether the next blocks belong to it."""
-        if not self.num_moved or self.seconds + seconds > _BURST_SAMPLE_SECONDS:
+    def includes(self, num_starts: int, num_moved: int, seconds: float, now: float) -> bool:
+        """Return whether blocks that have come `now` belong to it."""
+        if self.seconds + seconds > _BURST_SECONDS_MOVING or now - self.began > _BURST_SECONDS_IN_ALL:
             return False
         slowness = seconds / self.before.seconds(num_starts, num_moved)
         own = self.seconds / self.before.seconds(self.num_starts, self.num_moved)
@@ -189,7 +183,7 @@ class TierSpeed:
     def __init__(self, latency: float = 1e-3, bandwidth: float = 1e9) -> None:
         """Args: what to expect before anything is measured, in seconds and blocks per second, both above 0."""
         self._expected = _Expected(latency, bandwidth)
-        self._burst = _Burst(self._expected)
+        self._burst: _Burst | None = None
         self.in_flight = 0
         self._busy_since = self._polled_at = self._gap = self._unmeasured = 0.0
         self._is_first = True
@@ -232,14 +226,14 @@ class TierSpeed:
             elapsed, num_starts = now - self._busy_since, int(self._is_first)
             earliest = elapsed if seen_at_once else self._polled_at - self._busy_since
             expected = self._expected.seconds(num_starts, num_moved)
-            self._learn(num_starts, num_moved, max(_MIN_SECONDS, min(max(expected, earliest), elapsed)))
+            self._learn(num_starts, num_moved, max(_MIN_SECONDS, min(max(expected, earliest), elapsed)), now)
             self._busy_since, self._is_first = now, False
 
-    def _learn(self, num_starts: int, num_moved: int, seconds: float) -> None:
-        """Learn how long it took to move blocks."""
-        if not self._burst.includes(num_starts, num_moved, seconds):
-            self._burst = _Burst(self._expected)
+    def _learn(self, num_starts: int, num_moved: int, seconds: float, now: float) -> None:
+        """Learn how long it took to move blocks that have come `now`."""
         burst = self._burst
+        if burst is None or not burst.includes(num_starts, num_moved, seconds, now):
+            burst = self._burst = _Burst(self._expected, now)
         burst.add(num_starts, num_moved, seconds)
         self._expected = burst.before.with_sample(burst.num_starts, burst.num_moved, burst.seconds)
 

@@ -290,7 +290,7 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
             self._transfers.begin_leased_load(state, slots_by_key)
         if self._tiers.guards:
             self._running.note_load(state, places)
-        num_tokens, seconds = self._pace.note_load(state, ordered, self._clock())
+        num_tokens, seconds = self._pace.note_load(state, ordered)
         if state.lease.slots or state.awaiting:
             self._promoter.let_go(state)
         if state.wait.since is not None or state.wait.waited:

@@ -7,32 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 from kvtier.keys import GROUP_BYTES, OffloadKey
-from kvtier.tiering.estimate import Outlook, PrefillSpeed
+from kvtier.tiering.estimate import GUESSED_RATE, Outlook, PrefillSpeed
 from kvtier.tiering.requests import RequestState
 from kvtier.tiering.settings import TieringSettings
 
 _MIN_TOKENS = 256
-"""The duration of a step that computes fewer tokens says only how fast the engine is at least: it may mostly decode."""
-
-
-class _Step(NamedTuple):
-    """What one step computed.
-
-    Attributes:
-        work: in tokens of an empty context.
-        began: when the engine had scheduled it; ended: when it had scheduled the next one.
-        worked: when the last step before that one ended that gave an output; minus infinity if that is not known.
-        witnesses: the requests that computed in it.
-    """
-
-    work: float
-    began: float
-    ended: float
-    worked: float
-    witnesses: Sequence[RequestState]
+"""A step that computes fewer tokens only decodes, so its duration says nothing about prompts."""
 
 
 class Pace:
@@ -43,12 +25,9 @@ class Pace:
     """
 
     def __init__(self, settings: TieringSettings) -> None:
-        self._is_given = settings.prefill_rate is not None
-        self.speed = PrefillSpeed(
-            settings.prefill_rate or settings.guessed_rate, settings.prefill_doubling, is_guess=not self._is_given
-        )
-        self.has_rate = self._is_given
-        """Whether the engine's rate is given or measured. Otherwise it is a guess."""
+        self.speed = PrefillSpeed(settings.prefill_rate or GUESSED_RATE, settings.prefill_doubling)
+        self.has_rate = settings.prefill_rate is not None
+        """Whether the engine's rate is set or measured. Otherwise it is a guess that fits no engine in particular."""
         self._tokens_per_block = settings.tokens_per_block
         self._measures = settings.measures_prefill
         self._began = self._busy_until = -math.inf
@@ -57,10 +36,8 @@ class Pace:
         """Seconds that the engine has computed so far, as predicted."""
         self._witnesses: list[RequestState] = []
         self._worked_at = -math.inf
-        self._previous: _Step | None = None
+        self._previous: tuple[float, float, float, list[RequestState]] | None = None
         self._longest_drain = 0.0
-        self._small: _Step | None = None
-        """A step that computed little, if the engine may still compute it during the next one."""
         self._usual = self._backlog = 0.0
         self._num_waiting = 0
 
@@ -97,7 +74,7 @@ class Pace:
             length = len(keys) * self._tokens_per_block if prompt is None else prompt - progress.start
             progress.left = float(max(0, length))
 
-    def note_load(self, state: RequestState, keys: Sequence[OffloadKey], now: float) -> tuple[int, float]:
+    def note_load(self, state: RequestState, keys: Sequence[OffloadKey]) -> tuple[int, float]:
         """Note that the request loads these blocks, so that it will not compute them.
 
         Returns:
@@ -106,14 +83,15 @@ class Pace:
         if not self._tokens_per_block:
             return 0, 0.0
         progress = state.progress
-        progress.loaded_at = now
         if progress.first_key is None:
             self.note_scan(state)
         if progress.first_key is not None:
-            progress.num_loaded = len(_of_group(keys, progress.first_key[-GROUP_BYTES:]))
-            num_tokens = progress.num_loaded * self._tokens_per_block
+            first = progress.start + progress.num_loaded * self._tokens_per_block
+            num_blocks = len(_of_group(keys, progress.first_key[-GROUP_BYTES:]))
+            progress.num_loaded += num_blocks  # an engine may load in several parts
+            num_tokens = num_blocks * self._tokens_per_block
             progress.left = max(0.0, progress.left - num_tokens)
-            return num_tokens, self.speed.seconds(progress.start, progress.start + num_tokens)
+            return num_tokens, self.speed.seconds(first, first + num_tokens)
         return 0, 0.0
 
     def note_store(self, state: RequestState, keys: Sequence[OffloadKey]) -> None:
@@ -174,52 +152,29 @@ class Pace:
         """
         if self._measures:
             if self._previous is not None:
-                self._learn(self._previous)
+                self._learn(*self._previous)
                 self._previous = None
-            if self._work or self._longest_drain or self._small:
-                self._previous = _Step(self._work, self._began, now, self._worked_at, self._witnesses)
+            if self._work or self._longest_drain:
+                self._previous = (self._work, now - self._began, self._worked_at - self._began, self._witnesses)
             self._busy_until = now
         self._began = now
         if self._work:
             self._work, self._witnesses = 0.0, []
 
-    def _learn(self, step: _Step) -> None:
+    def _learn(self, work: float, until_step: float, until_output: float, witnesses: list[RequestState]) -> None:
         """Take in one step. If a request that computed in it is still live, the engine was busy until the next step."""
-        if self._small is not None:
-            self._prove(self._small, step.ended)
-            self._small = None
-        busy = any(not state.finished for state in step.witnesses)
-        seconds = (step.ended if busy else step.worked) - step.began
-        if step.work >= _MIN_TOKENS:
+        if work >= _MIN_TOKENS:
+            busy = any(not state.finished for state in witnesses)
+            seconds = until_step if busy else until_output
             if 0 < seconds < math.inf:
-                self.speed.measure(step.work, seconds)
+                self.speed.measure(work, seconds)
                 self.has_rate = True
                 # An engine that schedules ahead may still compute this step during the next one. If that one only
                 # decodes, its time is added below.
                 self._longest_drain = seconds if busy else 0.0
-            return
-        if self._longest_drain:
-            self.speed.measure(0.0, min(step.ended - step.began, self._longest_drain))
+        elif self._longest_drain:
+            self.speed.measure(0.0, min(until_step, self._longest_drain))
             self._longest_drain = 0.0
-        if step.work and not self._is_given:
-            if busy:
-                self._small = step
-            elif step.worked > step.began:
-                self._prove(step, step.worked)
-
-    def _prove(self, step: _Step, ended: float) -> None:
-        """Learn from a step that computed little how fast the engine is at least.
-
-        Where most of each prompt is loaded, no step computes more, and a guess that is too low would stay. A request
-        may have begun earlier with a block that is complete only now.
-
-        Args:
-            ended: when all that was computed in it was done.
-        """
-        begun = [max(state.came, state.progress.loaded_at) for state in step.witnesses]
-        seconds = ended - min([*begun, step.began])
-        if 0 < seconds < math.inf and step.work > seconds * self.speed.rate:
-            self.speed.measure(step.work, seconds)
 
     # -- what is to be computed ---------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
@@ -138,7 +137,6 @@ class Progress:
         start: tokens before that key's block.
         is_past_first: whether the engine has offered to store blocks from that key on.
         num_loaded: blocks from that key on that were loaded; num_computed: those that were offered to be stored.
-        loaded_at: when the last load began; minus infinity if there was none.
         left: tokens of the prompt that are still to be computed or loaded, as far as known.
         before, rank: tokens and number of requests that the engine computes before this one.
     """
@@ -148,7 +146,6 @@ class Progress:
     is_past_first: bool = False
     num_loaded: int = 0
     num_computed: int = 0
-    loaded_at: float = -math.inf
     left: float = 0.0
     before: float = 0.0
     rank: int = 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from kvtier.eviction.retention import DEFAULT_RETAIN_SHARE
-from kvtier.tiering.estimate import DOUBLING_TOKENS, GUESSED_RATE
+from kvtier.tiering.estimate import DOUBLING_TOKENS
 
 
 class ResetPolicy(Enum):
@@ -30,8 +30,7 @@ class TieringSettings:
         drain_timeout: longest that a reset or shutdown waits for tiers.
         tier_deadline: a tier whose jobs have made no progress for this long is not used until one has.
         promotion_budget: share of the primary's slots that promotions and leases may hold, in (0, 1].
-        prefill_rate: tokens per second that the engine computes, used until the rate is measured; None if
-            nobody says. guessed_rate: used then.
+        prefill_rate: tokens per second that the engine computes, used until the rate is measured; None for a guess.
         prefill_doubling: context length, in tokens, at which a token takes twice as long to compute as the first one.
         measures_prefill: whether the time between steps is the engine's computing time; False in a simulation.
         tokens_per_block: tokens in one offloaded block; 0 if unknown. Computing times are then unknown, too, and
@@ -49,7 +48,6 @@ class TieringSettings:
     tier_deadline: float = 30.0
     promotion_budget: float = 0.8
     prefill_rate: float | None = None
-    guessed_rate: float = GUESSED_RATE
     prefill_doubling: float = DOUBLING_TOKENS
     measures_prefill: bool = True
     tokens_per_block: int = 0

@@ -212,9 +212,11 @@ def _faults_logged() -> Iterator[None]:
 
 
 def guess_speed(config: OffloadingConfig, announcements: Sequence[Announcement]) -> OffloadingConfig:
-    """Return `config` with the slowest worker's guessed prefill rate."""
+    """Return `config` with the slowest worker's guessed prefill rate, unless the user gave a rate."""
     rates = [said.prefill_rate for said in announcements if said.prefill_rate is not None]
-    return replace(config, guessed_rate=min(rates)) if rates else config
+    if not rates or "prefill_rate" in config.extra_config:
+        return config
+    return replace(config, extra_config={**config.extra_config, "prefill_rate": min(rates)})
 
 
 def namespace_of(announcements: Sequence[Announcement], weights: Mapping[str, str | int]) -> Namespace:

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 import vllm
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.kv_offload import base
 
-from kvtier.adapters.prefill_guess import guess_cpu_rate
+from kvtier.adapters.prefill_guess import guess_cpu_rate, measure_operations
 from kvtier.adapters.vllm.block_sizes import check_blocks_are_whole, warn_of_long_blocks
 from kvtier.adapters.vllm.compat import groups_to_retry, kv_bytes_per_block
 from kvtier.adapters.vllm.config_info import LABELS, config_info
@@ -151,7 +150,7 @@ def guess_prefill_rate(vllm_config: Any) -> float:
     # A transformer layer has about 12 * hidden_size ** 2 parameters: 4 of the 12 in attention, 8 in the MLP.
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     num_parameters = 12 * model.get_total_num_hidden_layers() * model.get_hidden_size() ** 2
-    return guess_cpu_rate(num_parameters // parallel.world_size, torch.get_num_threads())
+    return guess_cpu_rate(num_parameters // parallel.world_size, measure_operations(model.dtype))
 
 
 def _log_like_vllm() -> None:
