@@ -32,8 +32,16 @@ def measure_operations(dtype: torch.dtype) -> float:
     """Return the operations per second of matrix products on torch's threads; it takes some milliseconds.
 
     Processors differ by more than ten times, and one by five times between types: some have instructions for bfloat16.
+    A type of which torch knows no products on a CPU, such as one of 8 bits, is computed in another; float32 stands in.
     """
-    with torch.inference_mode():
+    try:
+        return _measure(dtype)
+    except RuntimeError:
+        return _measure(torch.float32)
+
+
+def _measure(dtype: torch.dtype) -> float:
+    with torch.inference_mode(), torch.device("cpu"):
         inputs, weight = torch.ones(_ROWS, _WIDTH, dtype=dtype), torch.ones(_WIDTH, _WIDTH, dtype=dtype)
         best = min(_seconds(inputs, weight) for _ in range(_TIMES))  # the first is slower
     return 2 * _ROWS * _WIDTH * _WIDTH / best

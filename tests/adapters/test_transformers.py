@@ -15,7 +15,7 @@ from forked_child import ALL_WAYS, tell
 from greedy import decode_greedily
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from kvtier.adapters.prefill_guess import MAX_GUESSED_RATE
+from kvtier.adapters.prefill_guess import MAX_GUESSED_RATE, measure_operations
 from kvtier.adapters.transformers import PrefixCache, guess_prefill_rate
 from kvtier.errors import ConfigError
 from kvtier.events import TierState
@@ -222,6 +222,11 @@ def test_a_model_that_fails_leaves_no_request_behind():
         cache.generate(tokens(40), max_new_tokens=1)
         cache.manager.check_invariants()
         assert not cache.manager.has_pending_work()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_a_processors_speed_is_measured_in_each_type(dtype):
+    assert measure_operations(dtype) > 1e8
 
 
 def test_a_large_model_on_a_cpu_is_guessed_to_compute_slowly():
