@@ -456,6 +456,8 @@ class TieringOffloadingManager(forks.ProcessBound, OffloadingManager):
             self._poll()
         now = self._clock()
         self._pace.end_step(now)
+        if not len(self._requests):
+            self._pace.note_idle()
         for req_id in context.new_req_ids:
             self._note_begun(req_id, self._requests.get(req_id))
         for req_id in context.preempted_req_ids:

@@ -6,7 +6,9 @@ The blocks that the engine offers to store show what it has computed.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from kvtier.keys import GROUP_BYTES, OffloadKey
 from kvtier.tiering.estimate import GUESSED_RATE, Outlook, PrefillSpeed
@@ -17,8 +19,31 @@ _MIN_TOKENS = 256
 """A step that computes fewer tokens only decodes, so its duration says nothing about prompts."""
 
 
+_MOST_AHEAD = 16
+"""Most steps that an engine schedules before the first one's output comes. With more it has stopped telling."""
+
+
+class _Step(NamedTuple):
+    """A step that computes prompts.
+
+    Attributes:
+        number: counted from 1.
+        work: in tokens of an empty context.
+        began: when it was scheduled.
+    """
+
+    number: int
+    work: float
+    began: float
+
+
 class Pace:
-    """Counts the tokens that each step computes, and times them until the next step.
+    """Counts the tokens that each step computes, and times them.
+
+    An engine that tells when a step's output has come computes one step after the other: a step takes from its
+    scheduling, or from the output of the step before it, until its own output. Some schedule a step before the output
+    of the one before has come, and some offer a step's blocks before they have scheduled it: both show. For an engine
+    that tells of no outputs, a step takes until the next one.
 
     Engines offer to `prepare_store` also tokens that they found in a cache and did not compute. Blocks before the first
     key that the engine looked up were on the device. Blocks from there up to the last load came from this cache.
@@ -35,9 +60,14 @@ class Pace:
         self.computed = 0.0
         """Seconds that the engine has computed so far, as predicted."""
         self._witnesses: list[RequestState] = []
-        self._worked_at = -math.inf
-        self._previous: tuple[float, float, float, list[RequestState]] | None = None
-        self._longest_drain = 0.0
+        self._num_scheduled = self._num_outputs = 0
+        self._output_at = -math.inf
+        self._awaited: deque[_Step] = deque()
+        self._num_early = self._num_late = 0
+        """How often the engine offered blocks before, and after, it had scheduled a step since the last output."""
+        self._has_scheduled = False
+        """Whether it has scheduled a step since the last output."""
+        self._previous: tuple[float, float, list[RequestState]] | None = None
         self._usual = self._backlog = 0.0
         self._num_waiting = 0
 
@@ -120,6 +150,10 @@ class Pace:
             last = start + progress.num_computed * size
             if (prompt := state.context.num_prompt_tokens) is not None:
                 last = min(last, prompt)  # what follows is the answer, or what the last block lacks
+            if self._has_scheduled:
+                self._num_late += 1
+            else:
+                self._num_early += 1
             work = self.speed.work(start + first * size, last)
             seconds = work / self.speed.rate
             self._work += work
@@ -142,39 +176,70 @@ class Pace:
     # -- steps --------------------------------------------------------------------------------------------
 
     def note_output(self, now: float) -> None:
-        """Note that a step has ended, because the engine asks for events."""
-        self._worked_at = now
+        """Note that the output of a step has come, because the engine asks for events."""
+        if not self._measures or self._num_outputs == self._num_scheduled:
+            return
+        if not self._stores_first:
+            self._await_output(self._num_scheduled, self._began)
+        self._num_outputs += 1
+        while self._awaited and self._awaited[0].number <= self._num_outputs:
+            step = self._awaited.popleft()
+            if step.number == self._num_outputs and step.work >= _MIN_TOKENS:
+                self.speed.measure(step.work, now - max(step.began, self._output_at))
+                self.has_rate = True
+        self._output_at, self._has_scheduled, self._previous = now, False, None
 
     def end_step(self, now: float) -> None:
-        """Note that the engine has scheduled another step.
-
-        The step before took until now, unless the engine was idle in between.
-        """
+        """Note that the engine has scheduled another step."""
         if self._measures:
-            if self._previous is not None:
-                self._learn(*self._previous)
-                self._previous = None
-            if self._work or self._longest_drain:
-                self._previous = (self._work, now - self._began, self._worked_at - self._began, self._witnesses)
+            if not self._num_outputs:
+                self._learn_without_outputs(now)
+            elif not self._stores_first:
+                self._await_output(self._num_scheduled, self._began)
+            if self._num_scheduled - self._num_outputs >= _MOST_AHEAD:
+                self._forget_awaited()
+            self._num_scheduled += 1
+            if self._stores_first and self._num_outputs:
+                self._await_output(self._num_scheduled, now)
+            self._has_scheduled = True
             self._busy_until = now
         self._began = now
+        self._work, self._witnesses = 0.0, []
+
+    @property
+    def _stores_first(self) -> bool:
+        """Whether the engine offers a step's blocks before it has scheduled the step."""
+        return self._num_early > self._num_late
+
+    def note_idle(self) -> None:
+        """Note that the engine has no request, so that no output is to come that says anything.
+
+        An engine asks for events once for each step that it has scheduled, in their order. If it once does not, outputs
+        are taken for those of earlier steps until it is idle.
+        """
+        self._forget_awaited()
+
+    def _forget_awaited(self) -> None:
+        if self._num_outputs:
+            self._num_outputs = self._num_scheduled
+        self._awaited.clear()
+
+    def _await_output(self, number: int, began: float) -> None:
+        """Let what was noted since the last call be the work of this step."""
         if self._work:
+            self._awaited.append(_Step(number, self._work, began))
             self._work, self._witnesses = 0.0, []
 
-    def _learn(self, work: float, until_step: float, until_output: float, witnesses: list[RequestState]) -> None:
-        """Take in one step. If a request that computed in it is still live, the engine was busy until the next step."""
-        if work >= _MIN_TOKENS:
-            busy = any(not state.finished for state in witnesses)
-            seconds = until_step if busy else until_output
-            if 0 < seconds < math.inf:
+    def _learn_without_outputs(self, now: float) -> None:
+        """Take in the step before the last. If a request that computed in it is still live, the engine was busy."""
+        if self._previous is not None:
+            work, seconds, witnesses = self._previous
+            self._previous = None
+            if work >= _MIN_TOKENS and seconds < math.inf and any(not state.finished for state in witnesses):
                 self.speed.measure(work, seconds)
                 self.has_rate = True
-                # An engine that schedules ahead may still compute this step during the next one. If that one only
-                # decodes, its time is added below.
-                self._longest_drain = seconds if busy else 0.0
-        elif self._longest_drain:
-            self.speed.measure(0.0, min(until_step, self._longest_drain))
-            self._longest_drain = 0.0
+        if self._work:
+            self._previous = self._work, now - self._began, self._witnesses
 
     # -- what is to be computed ---------------------------------------------------------------------------
 

@@ -543,10 +543,53 @@ def test_what_follows_a_load_is_computed_though_the_loaded_blocks_are_never_offe
         engine.store(keys[5:], context)
         engine.clock.advance(1500 / 2000.0)
         engine.manager.take_events()  # the step has ended
-        engine.step()
         engine.finish(context)
-        engine.step()
     assert engine.manager.prefill_rate == pytest.approx(2000.0, rel=0.2)
+
+
+def serve_alone(engine, number, answer, ahead, stores_first):
+    """A prompt of 400 tokens that takes 0.2 s, and tokens of an answer that take a millisecond each.
+
+    An engine that is `ahead` schedules a step when the one before has just begun.
+    """
+    keys, context = make_keys(4, f"prompt {number}"), engine.request(f"r{number}")
+    engine.clock.advance(30.0)  # nothing to do
+    engine.scan(keys, context)
+    for call in [engine.step, lambda: engine.store(keys, context)][:: -1 if stores_first else 1]:
+        call()
+    for index in range(answer):
+        if ahead:
+            engine.clock.advance(0.0001)
+            engine.step()
+        engine.clock.advance(0.001 if index else 0.2)
+        engine.manager.take_events()
+        if index + 1 == answer:
+            engine.finish(context)
+        elif not ahead:
+            engine.step()
+    if ahead:
+        engine.clock.advance(0.001)
+        engine.manager.take_events()
+
+
+@pytest.mark.parametrize("stores_first", [False, True])
+@pytest.mark.parametrize("answer", [1, 2, 3, 20])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_engines_speed_is_measured_in_whatever_order_it_works(make_engine, ahead, answer, stores_first):
+    engine = make_engine(num_blocks=512, num_tiers=0, tokens_per_block=100, prefill_doubling=math.inf)
+    for number in range(60):
+        serve_alone(engine, number, answer, ahead, stores_first)
+    assert 1500 < engine.manager.prefill_rate < 2500
+
+
+def test_outputs_that_are_missed_are_forgotten_when_the_engine_is_idle(make_engine):
+    engine = make_engine(num_blocks=512, num_tiers=0, tokens_per_block=100, prefill_doubling=math.inf)
+    serve_alone(engine, 0, 2, ahead=False, stores_first=False)
+    for _ in range(3):
+        engine.step()  # of these the engine tells no output
+    for number in range(1, 60):
+        serve_alone(engine, number, 2, ahead=False, stores_first=False)
+    assert 1500 < engine.manager.prefill_rate < 2500
 
 
 def test_what_is_loaded_in_parts_is_not_taken_for_computed(make_engine):
@@ -564,9 +607,7 @@ def test_what_is_loaded_in_parts_is_not_taken_for_computed(make_engine):
         engine.store(keys, context)
         engine.clock.advance(1000 / 2000.0)
         engine.manager.take_events()  # the step has ended
-        engine.step()
         engine.finish(context)
-        engine.step()
     assert engine.manager.prefill_rate == pytest.approx(2000.0, rel=0.2)
 
 
