@@ -139,8 +139,9 @@ class PrefixCache(forks.ProcessBound):
 
     def _spec_options(self) -> dict[str, Any]:
         options = {"spec_name": "TieringOffloadingSpec", **self._config}
-        if options["spec_name"] == "TieringOffloadingSpec" and self.model.device.type == "cpu":
-            options.setdefault("prefill_rate", guess_prefill_rate(self.model))
+        takes_guess = options["spec_name"] == "TieringOffloadingSpec" and "prefill_rate" not in options
+        if takes_guess and self.model.device.type == "cpu":
+            options["prefill_rate"] = guess_prefill_rate(self.model)
         return options
 
     # -- life ---------------------------------------------------------------------------------------------

@@ -17,8 +17,6 @@ from kvtier.tiering.settings import TieringSettings
 
 _MIN_TOKENS = 256
 """A step that computes fewer tokens only decodes, so its duration says nothing about prompts."""
-
-
 _MOST_AHEAD = 16
 """Most steps that an engine schedules before the first one's output comes. With more it has stopped telling."""
 
@@ -64,9 +62,9 @@ class Pace:
         self._output_at = -math.inf
         self._awaited: deque[_Step] = deque()
         self._num_early = self._num_late = 0
-        """How often the engine offered blocks before, and after, it had scheduled a step since the last output."""
+        """How often the engine offered blocks while `_has_scheduled` was False, and while it was True."""
         self._has_scheduled = False
-        """Whether it has scheduled a step since the last output."""
+        """Whether it has scheduled a step since the last output, or since it had no request."""
         self._previous: tuple[float, float, list[RequestState]] | None = None
         self._usual = self._backlog = 0.0
         self._num_waiting = 0
@@ -177,16 +175,17 @@ class Pace:
 
     def note_output(self, now: float) -> None:
         """Note that the output of a step has come, because the engine asks for events."""
-        if not self._measures or self._num_outputs == self._num_scheduled:
+        if not self._measures:
             return
-        if not self._stores_first:
-            self._await_output(self._num_scheduled, self._began)
-        self._num_outputs += 1
-        while self._awaited and self._awaited[0].number <= self._num_outputs:
-            step = self._awaited.popleft()
-            if step.number == self._num_outputs and step.work >= _MIN_TOKENS:
-                self.speed.measure(step.work, now - max(step.began, self._output_at))
-                self.has_rate = True
+        if self._num_outputs < self._num_scheduled:  # else it is of a step that was forgotten
+            if not self._stores_first:
+                self._await_output(self._num_scheduled, self._began)
+            self._num_outputs += 1
+            while self._awaited and self._awaited[0].number <= self._num_outputs:
+                step = self._awaited.popleft()
+                if step.number == self._num_outputs and step.work >= _MIN_TOKENS:
+                    self.speed.measure(step.work, now - max(step.began, self._output_at))
+                    self.has_rate = True
         self._output_at, self._has_scheduled, self._previous = now, False, None
 
     def end_step(self, now: float) -> None:
@@ -218,6 +217,7 @@ class Pace:
         are taken for those of earlier steps until it is idle.
         """
         self._forget_awaited()
+        self._has_scheduled = False
 
     def _forget_awaited(self) -> None:
         if self._num_outputs:

@@ -1,5 +1,6 @@
 """What is worth loading follows from measured speeds; the measures agree with what was measured."""
 
+import itertools
 import math
 
 import pytest
@@ -529,28 +530,34 @@ def test_tokens_found_on_the_device_are_not_computed_ones(make_engine, device_hi
     assert engine.manager.prefill_rate == pytest.approx(2000.0, rel=0.2)
 
 
-def test_what_follows_a_load_is_computed_though_the_loaded_blocks_are_never_offered(make_engine):
+@pytest.mark.parametrize("parts", [[5], [3, 10], [10, 5, 10]])
+@pytest.mark.parametrize("offers_loaded", [False, True])
+def test_what_was_loaded_is_not_taken_for_computed(make_engine, offers_loaded, parts):
+    """In one part or several, and whether or not the engine offers loaded blocks to be stored."""
     engine = make_engine(num_blocks=512, num_tiers=0, tokens_per_block=100, prefill_doubling=math.inf)
-    for number in range(12):
-        keys, context = make_keys(20, f"prompt {number}"), engine.request(f"r{number}")
+    num_loaded = sum(parts)
+    for number in range(24):
+        keys, context = make_keys(num_loaded + 15, f"prompt {number}"), engine.request(f"r{number}")
         for index, key in enumerate(keys):
             context.set_offload_key_position(key, 100 * (index + 1))
-        engine.store(keys[:5], engine.request(f"before {number}"))
+        engine.store(keys[:num_loaded], engine.request(f"before {number}"))
         engine.finish(engine.request(f"before {number}"))
         engine.scan(keys, context)
         engine.step()
-        engine.load(keys[:5], context)
-        engine.store(keys[5:], context)
+        for part, end in zip(parts, itertools.accumulate(parts), strict=True):
+            engine.load(keys[end - part : end], context)
+        engine.store(keys[0 if offers_loaded else num_loaded :], context)
         engine.clock.advance(1500 / 2000.0)
         engine.manager.take_events()  # the step has ended
         engine.finish(context)
     assert engine.manager.prefill_rate == pytest.approx(2000.0, rel=0.2)
 
 
-def serve_alone(engine, number, answer, ahead, stores_first):
+def serve_alone(engine, number, answer, ahead, stores_first, after="nothing"):
     """A prompt of 400 tokens that takes 0.2 s, and tokens of an answer that take a millisecond each.
 
-    An engine that is `ahead` schedules a step when the one before has just begun.
+    An engine that is `ahead` schedules a step when the one before has just begun. `after` is what it does when it has
+    no request any more.
     """
     keys, context = make_keys(4, f"prompt {number}"), engine.request(f"r{number}")
     engine.clock.advance(30.0)  # nothing to do
@@ -570,15 +577,21 @@ def serve_alone(engine, number, answer, ahead, stores_first):
     if ahead:
         engine.clock.advance(0.001)
         engine.manager.take_events()
+    if after != "nothing":
+        engine.step()
+        engine.clock.advance(0.001)
+    if after == "a step and its output":
+        engine.manager.take_events()
 
 
 @pytest.mark.parametrize("stores_first", [False, True])
 @pytest.mark.parametrize("answer", [1, 2, 3, 20])
 @pytest.mark.parametrize("ahead", [False, True])
-def test_the_engines_speed_is_measured_in_whatever_order_it_works(make_engine, ahead, answer, stores_first):
+@pytest.mark.parametrize("after", ["nothing", "a step", "a step and its output"])
+def test_the_engines_speed_is_measured_in_whatever_order_it_works(make_engine, after, ahead, answer, stores_first):
     engine = make_engine(num_blocks=512, num_tiers=0, tokens_per_block=100, prefill_doubling=math.inf)
     for number in range(60):
-        serve_alone(engine, number, answer, ahead, stores_first)
+        serve_alone(engine, number, answer, ahead, stores_first, after)
     assert 1500 < engine.manager.prefill_rate < 2500
 
 
@@ -590,25 +603,6 @@ def test_outputs_that_are_missed_are_forgotten_when_the_engine_is_idle(make_engi
     for number in range(1, 60):
         serve_alone(engine, number, 2, ahead=False, stores_first=False)
     assert 1500 < engine.manager.prefill_rate < 2500
-
-
-def test_what_is_loaded_in_parts_is_not_taken_for_computed(make_engine):
-    engine = make_engine(num_blocks=512, num_tiers=0, tokens_per_block=100, prefill_doubling=math.inf)
-    for number in range(24):
-        keys, context = make_keys(30, f"prompt {number}"), engine.request(f"r{number}")
-        for index, key in enumerate(keys):
-            context.set_offload_key_position(key, 100 * (index + 1))
-        engine.store(keys[:20], engine.request(f"before {number}"))
-        engine.finish(engine.request(f"before {number}"))
-        engine.scan(keys, context)
-        engine.step()
-        engine.load(keys[:10], context)
-        engine.load(keys[10:20], context)
-        engine.store(keys, context)
-        engine.clock.advance(1000 / 2000.0)
-        engine.manager.take_events()  # the step has ended
-        engine.finish(context)
-    assert engine.manager.prefill_rate == pytest.approx(2000.0, rel=0.2)
 
 
 def test_what_is_computed_sooner_is_declined_at_once(make_engine):

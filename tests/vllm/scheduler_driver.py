@@ -109,6 +109,10 @@ class Driver:
         self.scheduler.add_request(Request(name, tokens, sampling, None, block_hasher=self.hasher, **more))
 
     def step(self):
+        self.end(*self.begin())
+
+    def begin(self):
+        """Schedule a step; return what `end` takes."""
         planned = self.scheduler.schedule()
         self.num_computed += planned.total_num_scheduled_tokens
         metadata = planned.kv_connector_metadata
@@ -123,7 +127,10 @@ class Driver:
         requests = [self.scheduler.requests[name] for name in names]
         sampled = [[7] if request.num_computed_tokens >= request.num_prompt_tokens else [] for request in requests]
         places = {name: index for index, name in enumerate(names)}
-        self.scheduler.update_from_output(planned, ModelRunnerOutput(names, places, sampled, kv_connector_output=done))
+        return planned, ModelRunnerOutput(names, places, sampled, kv_connector_output=done)
+
+    def end(self, planned, output):
+        self.scheduler.update_from_output(planned, output)
 
     def run(self, prompts):
         waiting = list(enumerate(prompts))

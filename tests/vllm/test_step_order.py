@@ -3,6 +3,7 @@
 import itertools
 import random
 import threading
+import time
 
 import pytest
 from scheduler_driver import BLOCK, TELLS_KIND_OF_GROUP, Driver, kvtier_manager
@@ -35,6 +36,31 @@ def test_the_order_is_the_known_one(model):
     assert calls[-1] == ("on_schedule_end" if STORES_FIRST else "on_request_finished")
     around = ("prepare_store", "on_schedule_end") if STORES_FIRST else ("on_schedule_end", "prepare_store")
     assert around in set(itertools.pairwise(calls))
+
+
+@pytest.mark.parametrize("most_ahead", [0, 1])
+def test_the_engines_speed_is_measured_as_it_is(model, most_ahead):
+    """The scheduler's own order, with pauses between the requests; a step takes 0.4 ms per token."""
+    manager = kvtier_manager(prefill_rate=2500.0)
+    driver, rng, begun = Driver(model, manager, with_window=False), random.Random(0), []
+
+    def end():
+        planned, output = begun.pop(0)
+        time.sleep(0.0004 * planned.total_num_scheduled_tokens)
+        driver.end(planned, output)
+
+    for number in range(8):
+        driver.add(str(number), [rng.randrange(3, 500) for _ in range(32 * BLOCK)])
+        while driver.scheduler.has_requests():
+            begun.append(driver.begin())
+            if len(begun) > most_ahead:
+                end()
+        while begun:
+            end()
+        time.sleep(1.0)
+    rate = manager._core.manager.prefill_rate
+    manager.shutdown()
+    assert 1000 < rate < 5000  # 2,500, and less where the processor is busy
 
 
 @pytest.mark.parametrize("stores_first", [True, False])
